@@ -1,0 +1,159 @@
+//! The checked model: names resolved, methods expanded at their sites, every shape known, the
+//! trainable set decided. It is what `--emit model` shows and what every later stage starts from.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::graph::Graph;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Model {
+    /// The spec's file stem.
+    pub name: String,
+    pub backbone: Backbone,
+    /// Every tensor of the model, in order of first use.
+    pub params: Vec<Param>,
+    /// The forward pass in its training form: dropouts and label smoothing are in it, inputs and
+    /// params are its arguments, `loss`, `logits` and everything exposed (`lambda.0`) its outputs.
+    pub graph: Graph,
+    pub task: Task,
+    pub train: Recipe,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Backbone {
+    pub name: String,
+    /// `config.json` keys with the values this spec wants there, from `from "…"` in the backbone's file.
+    pub config: BTreeMap<String, ConfigValue>,
+    /// What base-model checkpoints leave out in front of a tensor's name: `transformer.`, `bert.`.
+    pub prefix: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ConfigValue {
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Str(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Param {
+    /// Canonical: Hugging Face's name for backbone tensors, `layers.0.attention.q.lora.a` for methods.
+    pub name: String,
+    pub shape: Vec<u64>,
+    pub init: Init,
+    pub trainable: Trainable,
+    pub origin: Origin,
+    /// Weight decay applies: a matrix, and not a bias.
+    pub decay: bool,
+}
+
+impl Param {
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+    /// How many of its values train.
+    pub fn trainable_elements(&self) -> u64 {
+        match &self.trainable {
+            Trainable::No => 0,
+            Trainable::All => self.elements(),
+            Trainable::Rows(start, end) => (end - start) * self.shape[1..].iter().product::<u64>(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Init {
+    Zeros,
+    Ones,
+    /// N(0, std).
+    Normal { std: f64 },
+    /// fmod(N(0,1), 2) · scale, the inducer's TN.
+    Truncated { scale: f64 },
+    /// U(−bound, bound).
+    Uniform { bound: f64 },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Trainable {
+    No,
+    All,
+    /// Rows `start..end` only: special tokens of an embedding.
+    Rows(u64, u64),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Origin {
+    Backbone,
+    /// A task head: absent from base checkpoints, then drawn from `init`.
+    Head,
+    /// Written by this method.
+    Method(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    pub name: String,
+    /// Longer examples are cut to this many tokens.
+    pub max_tokens: u64,
+    pub kind: TaskKind,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum TaskKind {
+    /// Text from records: `template` is laid out as ids and token types, loss on what follows `target`.
+    Generation {
+        /// Special tokens in the order of their ids, which follow the tokenizer's own.
+        special: Vec<String>,
+        template: Vec<Piece>,
+        target: String,
+    },
+    /// One label a text; `labels[i]` is class i.
+    Classification { labels: Vec<String> },
+}
+
+/// A piece of a generation template such as
+/// `<bos> (<subject> {subject} <property> {property} <object> {object})* <target> {text} <eos>`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Piece {
+    Special(String),
+    Field(String),
+    /// Once for each triple of the record.
+    Repeat(Vec<Piece>),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Global norm over trainable values; 0 = none.
+    pub clip: f64,
+    pub label_smoothing: f64,
+    pub schedule: Schedule,
+    pub warmup: Warmup,
+    /// Sequences a step.
+    pub batch: u64,
+    pub epochs: f64,
+    /// Overrides `epochs`.
+    pub steps: Option<u64>,
+    pub seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Schedule {
+    Constant,
+    /// Linear warm-up from 0, then linear decay to 0.
+    Linear,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Warmup {
+    Steps(u64),
+    /// A share of all steps.
+    Share(f64),
+}

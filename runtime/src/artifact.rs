@@ -1,0 +1,186 @@
+//! What the compiler writes and the runtime reads: a manifest beside a library of kernels.
+//!
+//! An entry point is a list of kernel launches over buffers whose sizes wait for a batch. Every
+//! kernel has one signature, `fn(args: *mut *mut c_void)`: its buffers as memref descriptors, then
+//! the entry's sizes it asks for, then the range `begin..end` of its units to compute. Units are
+//! independent of each other, so a pool may split them anyhow and the bits stay the same.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// A size known when a batch arrives.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Extent {
+    Const(u64),
+    Tokens,
+    Sequences,
+    Targets,
+    /// Σ over sequences of length².
+    Pairs,
+    /// All trainable values.
+    Values,
+    Add(Box<Extent>, Box<Extent>),
+    Mul(Box<Extent>, Box<Extent>),
+    CeilDiv(Box<Extent>, u64),
+}
+
+/// The sizes of one batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    pub tokens: u64,
+    pub sequences: u64,
+    pub targets: u64,
+    pub pairs: u64,
+    pub values: u64,
+}
+
+impl Extent {
+    pub fn eval(&self, sizes: &Sizes) -> u64 {
+        match self {
+            Extent::Const(n) => *n,
+            Extent::Tokens => sizes.tokens,
+            Extent::Sequences => sizes.sequences,
+            Extent::Targets => sizes.targets,
+            Extent::Pairs => sizes.pairs,
+            Extent::Values => sizes.values,
+            Extent::Add(a, b) => a.eval(sizes) + b.eval(sizes),
+            Extent::Mul(a, b) => a.eval(sizes) * b.eval(sizes),
+            Extent::CeilDiv(a, n) => a.eval(sizes).div_ceil(*n),
+        }
+    }
+}
+
+impl std::ops::Add for Extent {
+    type Output = Extent;
+    fn add(self, other: Extent) -> Extent {
+        match (self, other) {
+            (Extent::Const(a), Extent::Const(b)) => Extent::Const(a + b),
+            (Extent::Const(0), x) | (x, Extent::Const(0)) => x,
+            (a, b) => Extent::Add(Box::new(a), Box::new(b)),
+        }
+    }
+}
+
+impl std::ops::Mul for Extent {
+    type Output = Extent;
+    fn mul(self, other: Extent) -> Extent {
+        match (self, other) {
+            (Extent::Const(a), Extent::Const(b)) => Extent::Const(a * b),
+            (Extent::Const(1), x) | (x, Extent::Const(1)) => x,
+            (a, b) => Extent::Mul(Box::new(a), Box::new(b)),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Element {
+    F32,
+    I32,
+}
+
+impl Element {
+    pub fn bytes(self) -> u64 {
+        4
+    }
+}
+
+/// Where a buffer's content comes from and how long it stays.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// Bound for every run, by name: `ids`, `labels`, `rng`; and what the runtime derives from the
+    /// sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (which sequence a token is of),
+    /// `pairs` i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts` i32[sequences].
+    Input(String),
+    /// Tensor of [`Manifest::tensors`], or rows of it.
+    Tensor { index: usize, rows: Option<(u64, u64)> },
+    /// The gradient of a trainable tensor (or of its trainable rows): a slice of one flat vector.
+    Gradient { index: usize },
+    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`.
+    Flat(String),
+    /// Filled once by [`Manifest::prepare`] and kept: packed frozen weights.
+    Prepared,
+    /// Lives from the first launch of an entry that names it to the last (to the end, for outputs).
+    Temporary,
+}
+
+/// A tensor in memory, row-major. Ragged ones are flat here.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Buffer {
+    pub element: Element,
+    pub shape: Vec<Extent>,
+    pub storage: Storage,
+}
+
+impl Buffer {
+    pub fn elements(&self, sizes: &Sizes) -> u64 {
+        self.shape.iter().map(|e| e.eval(sizes)).product()
+    }
+}
+
+pub type BufferId = usize;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Launch {
+    /// Index into [`Manifest::kernels`].
+    pub kernel: usize,
+    pub buffers: Vec<BufferId>,
+    /// Passed as `index` after the buffers.
+    pub extents: Vec<Extent>,
+    /// How many units there are to split over threads.
+    pub units: Extent,
+    /// The operation it computes, for profiles and messages: `peft.matmul`.
+    pub op: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    pub launches: Vec<Launch>,
+    pub outputs: Vec<(String, BufferId)>,
+    /// The kind of each output as the graph types it, `f32[12,tokens,1]`.
+    pub types: Vec<String>,
+}
+
+/// A weight the artifact wants: canonical name and shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tensor {
+    pub name: String,
+    pub shape: Vec<u64>,
+    /// `None`: frozen. `Some((start, end))`: rows that train, all of them for a whole tensor.
+    pub trainable: Option<(u64, u64)>,
+    /// Weight decay applies.
+    pub decay: bool,
+}
+
+impl Tensor {
+    /// How many of its values train.
+    pub fn trainable_elements(&self) -> u64 {
+        let row: u64 = self.shape.iter().skip(1).product();
+        self.trainable.map_or(0, |(start, end)| (end - start) * row)
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this format.
+    pub format: u32,
+    /// `peftc 0.1.0`, and the LLVM it used.
+    pub compiler: String,
+    pub llvm: String,
+    /// `x86_64` and the processor features the library was compiled for.
+    pub arch: String,
+    pub features: Vec<String>,
+    pub kernels: Vec<String>,
+    pub tensors: Vec<Tensor>,
+    pub buffers: Vec<Buffer>,
+    /// Run once when weights are there.
+    pub prepare: Vec<Launch>,
+    pub entries: BTreeMap<String, Entry>,
+    /// The checked model without its graph: task, recipe, parameters.
+    pub model: serde_json::Value,
+    /// blake3 of the library.
+    pub library: String,
+}

@@ -1,0 +1,3 @@
+//! Runs artifacts: buffers, weights, backends, execution. Knows no MLIR.
+
+pub mod artifact;
