@@ -70,11 +70,17 @@ pub enum Init {
     Zeros,
     Ones,
     /// N(0, std).
-    Normal { std: f64 },
+    Normal {
+        std: f64,
+    },
     /// fmod(N(0,1), 2) · scale, the inducer's TN.
-    Truncated { scale: f64 },
+    Truncated {
+        scale: f64,
+    },
     /// U(−bound, bound).
-    Uniform { bound: f64 },
+    Uniform {
+        bound: f64,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,0 +1,37 @@
+//! Fusion: rules that make a graph cheaper and leave its meaning alone. A rule is a file.
+
+mod columns;
+mod rows;
+
+use peft_grammar::graph::{Graph, Op, Value};
+
+use crate::rewrite::{Rewriter, rewrite};
+
+/// What a rule looks like: an operation with its operands, and perhaps a better value for it.
+type Rule = fn(&mut Rewriter, &Op, &[Value]) -> Result<Option<Value>, String>;
+
+/// Every rule by the name that `--no-fuse=NAME` takes, with what it does.
+pub const RULES: &[(&str, &str, Rule)] = &[
+    ("rows", "work on the rows that are read, not on all of them", rows::apply),
+    ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
+];
+
+/// Applies every rule that `enabled` lets through, until nothing changes.
+pub fn fuse(graph: &Graph, enabled: impl Fn(&str) -> bool) -> Result<Graph, String> {
+    let mut graph = graph.clone();
+    for _ in 0..8 {
+        let next = rewrite(&graph, |new, op, operands| {
+            for (_, _, rule) in RULES.iter().filter(|(name, ..)| enabled(name)) {
+                if let Some(value) = rule(new, op, operands)? {
+                    return Ok(Some(value));
+                }
+            }
+            Ok(None)
+        })?;
+        if next == graph {
+            break;
+        }
+        graph = next;
+    }
+    Ok(graph)
+}

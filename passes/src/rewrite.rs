@@ -1,0 +1,104 @@
+//! The machinery under every rewriting pass: a graph is built anew, operation by operation, and a rule
+//! may answer with something better. What is computed already is not computed again, and what no
+//! output needs is left out.
+
+use std::collections::HashMap;
+
+use peft_grammar::graph::{Graph, Location, Node, Op, Value};
+
+/// A new graph under construction.
+pub struct Rewriter {
+    pub graph: Graph,
+    /// The node that makes a value, by value.
+    made_by: HashMap<Value, usize>,
+    /// What has been computed, by operation and operands.
+    known: HashMap<(&'static str, Vec<Value>), Vec<usize>>,
+    location: Location,
+    /// How often each value of the *old* graph is read, outputs included; by new value.
+    uses: HashMap<Value, usize>,
+}
+
+/// Rebuilds `graph`. `rule` sees every operation with its operands in the new graph and may give another value for it.
+pub fn rewrite(
+    graph: &Graph,
+    mut rule: impl FnMut(&mut Rewriter, &Op, &[Value]) -> Result<Option<Value>, String>,
+) -> Result<Graph, String> {
+    let mut old_uses = vec![0; graph.values()];
+    graph.nodes.iter().flat_map(|n| &n.operands).for_each(|v| old_uses[v.0 as usize] += 1);
+    graph.outputs.iter().for_each(|(_, v)| old_uses[v.0 as usize] += 1);
+
+    let mut new = Rewriter {
+        graph: Graph::new(graph.name.clone()),
+        made_by: HashMap::new(),
+        known: HashMap::new(),
+        location: Location::default(),
+        uses: HashMap::new(),
+    };
+    let mut map: Vec<Option<Value>> = vec![None; graph.values()];
+    for arg in &graph.args {
+        let value = new.graph.arg(arg.name.clone(), arg.role, arg.rows, graph.ty(arg.value).clone());
+        map[arg.value.0 as usize] = Some(value);
+    }
+    for Node { op, operands, result, location } in &graph.nodes {
+        let operands: Vec<Value> = operands.iter().map(|v| map[v.0 as usize].expect("verified order")).collect();
+        new.location = location.clone();
+        let value = match rule(&mut new, op, &operands)? {
+            Some(value) => value,
+            None => new.op(op.clone(), &operands)?,
+        };
+        map[result.0 as usize] = Some(value);
+        *new.uses.entry(value).or_default() += old_uses[result.0 as usize];
+    }
+    new.graph.outputs =
+        graph.outputs.iter().map(|(name, v)| (name.clone(), map[v.0 as usize].expect("verified"))).collect();
+    Ok(live(&new.graph))
+}
+
+impl Rewriter {
+    /// Appends an operation, or finds the value that is the same.
+    pub fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
+        let key = (op.name(), operands.to_vec());
+        let same = |&&at: &&usize| self.graph.nodes[at].op == op;
+        if let Some(&at) = self.known.get(&key).and_then(|all| all.iter().find(same)) {
+            return Ok(self.graph.nodes[at].result);
+        }
+        let value = self.graph.push(op, operands, &self.location.clone())?;
+        let at = self.graph.nodes.len() - 1;
+        self.made_by.insert(value, at);
+        self.known.entry(key).or_default().push(at);
+        Ok(value)
+    }
+
+    /// The operation that makes `value`, with its operands; `None` for an argument.
+    pub fn source(&self, value: Value) -> Option<(Op, Vec<Value>)> {
+        let node = &self.graph.nodes[*self.made_by.get(&value)?];
+        Some((node.op.clone(), node.operands.clone()))
+    }
+
+    /// Only one operation reads `value`, and it is no output.
+    pub fn single_use(&self, value: Value) -> bool {
+        self.uses.get(&value).is_none_or(|&n| n <= 1)
+    }
+}
+
+/// `graph` without what no output needs; arguments stay.
+pub fn live(graph: &Graph) -> Graph {
+    let mut needed = vec![false; graph.values()];
+    graph.outputs.iter().for_each(|(_, v)| needed[v.0 as usize] = true);
+    for node in graph.nodes.iter().rev() {
+        if needed[node.result.0 as usize] {
+            node.operands.iter().for_each(|v| needed[v.0 as usize] = true);
+        }
+    }
+    let mut new = Graph::new(graph.name.clone());
+    let mut map = vec![Value(0); graph.values()];
+    for arg in &graph.args {
+        map[arg.value.0 as usize] = new.arg(arg.name.clone(), arg.role, arg.rows, graph.ty(arg.value).clone());
+    }
+    for node in graph.nodes.iter().filter(|n| needed[n.result.0 as usize]) {
+        let operands: Vec<Value> = node.operands.iter().map(|v| map[v.0 as usize]).collect();
+        map[node.result.0 as usize] = new.push(node.op.clone(), &operands, &node.location).expect("it was well-formed");
+    }
+    new.outputs = graph.outputs.iter().map(|(name, v)| (name.clone(), map[v.0 as usize])).collect();
+    new
+}
