@@ -335,7 +335,7 @@ impl Op {
         }
     }
 
-    /// Attributes in the order of [`OPERATIONS`]. A slice to the end leaves `end` out.
+    /// Attributes in the order of [`OPERATIONS`]. A slice to the end has `end` −1.
     pub fn attributes(&self) -> Vec<(&'static str, Attr)> {
         use Attr::*;
         let ints = |v: &[usize]| Ints(v.iter().map(|&i| i as i64).collect());
@@ -345,9 +345,8 @@ impl Op {
             Op::Reshape { shape } => vec![("shape", Dims(shape.clone()))],
             Op::Permute { axes } => vec![("axes", ints(axes))],
             Op::Slice { axis, start, end } => {
-                let mut all = vec![("axis", Int(*axis as i64)), ("start", Int(*start as i64))];
-                all.extend(end.map(|end| ("end", Int(end as i64))));
-                all
+                let end = end.map_or(-1, |end| end as i64);
+                vec![("axis", Int(*axis as i64)), ("start", Int(*start as i64)), ("end", Int(end))]
             }
             Op::Pad { axis, start, to } => {
                 vec![("axis", Int(*axis as i64)), ("start", Int(*start as i64)), ("to", Dims(vec![*to]))]
@@ -406,7 +405,7 @@ impl Op {
             "reshape" => Op::Reshape { shape: dims("shape")? },
             "permute" => Op::Permute { axes: axes("axes")? },
             "slice" => {
-                let end = if attrs("end").is_some() { Some(int("end")?) } else { None };
+                let end = if attrs("end") == Some(Attr::Int(-1)) { None } else { Some(int("end")?) };
                 Op::Slice { axis: int("axis")? as usize, start: int("start")?, end }
             }
             "pad" => Op::Pad { axis: int("axis")? as usize, start: int("start")?, to: dim("to")? },
@@ -537,7 +536,9 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
                 (Dim::Keys(extra), None) if *start <= extra => Dim::Keys(extra - start),
                 (Dim::Keys(extra), None) => return Err(out_of(extra)),
                 (dim, _) => {
-                    return Err(format!("the {dim} axis of {x} cannot be sliced: its length is known only at run time"));
+                    return Err(format!(
+                        "the {dim} axis of {x} cannot be sliced: its length is known only at run time"
+                    ));
                 }
             };
             let mut shape = x.shape.clone();

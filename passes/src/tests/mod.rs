@@ -1,0 +1,5 @@
+//! Tests over several passes. They live in the library so that only one test binary links MLIR.
+
+mod finite_differences;
+mod round_trip;
+pub mod samples;
