@@ -1,0 +1,125 @@
+//! Batches: examples packed back to back on one token axis, without padding.
+
+use super::{Dataset, Example, Goal};
+
+/// The inputs of a graph, by the names it has for them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    pub ids: Vec<i32>,
+    pub types: Vec<i32>,
+    /// 0, 1, 2, … within each sequence.
+    pub positions: Vec<i32>,
+    /// Index of each sequence's first token.
+    pub starts: Vec<i32>,
+    pub lengths: Vec<i32>,
+    /// Indexes of the tokens whose next token is to be predicted; empty for a classifier.
+    pub targets: Vec<i32>,
+    /// What each target predicts, or the class of each sequence.
+    pub labels: Vec<i32>,
+}
+
+impl Batch {
+    pub fn pack<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
+        let mut batch = Batch::default();
+        for example in examples {
+            let (start, length) = (batch.ids.len() as i32, example.ids.len() as i32);
+            batch.starts.push(start);
+            batch.lengths.push(length);
+            batch.positions.extend(0..length);
+            batch.ids.extend_from_slice(&example.ids);
+            batch.types.extend_from_slice(&example.types);
+            match example.goal {
+                Goal::Continuation { from } => {
+                    batch.targets.extend(start + from as i32..start + length - 1);
+                    batch.labels.extend_from_slice(&example.ids[from + 1..]);
+                }
+                Goal::Class(class) => batch.labels.push(class),
+            }
+        }
+        batch
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
+    pub fn sequences(&self) -> usize {
+        self.starts.len()
+    }
+}
+
+/// In which order an epoch takes the examples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    AsStored,
+    /// A permutation that depends on these two numbers alone.
+    Shuffled {
+        seed: u64,
+        epoch: u64,
+    },
+}
+
+impl Order {
+    /// The order of `length` things.
+    pub fn indices(self, length: usize) -> Vec<usize> {
+        let mut indices: Vec<usize> = (0..length).collect();
+        if let Order::Shuffled { seed, epoch } = self {
+            let key = mix(mix(seed) ^ epoch);
+            for i in (1..length).rev() {
+                // The high half of the product maps the word evenly onto 0..=i.
+                let word = mix(key.wrapping_add(i as u64));
+                let j = (u128::from(word) * (i as u128 + 1)) >> 64;
+                indices.swap(i, j as usize);
+            }
+        }
+        indices
+    }
+}
+
+/// The output function of SplitMix64 (Steele et al., 2014) at a counter.
+fn mix(counter: u64) -> u64 {
+    let mut z = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// One epoch's batches, `size` sequences each; the last may have fewer. `nth` and `skip` are free,
+/// so that a resumed run goes straight to where it stopped.
+pub struct Batches<'a> {
+    examples: &'a [Example],
+    indices: Vec<usize>,
+    size: usize,
+    next: usize,
+}
+
+impl<'a> Batches<'a> {
+    /// `size` must be at least 1.
+    pub fn new(dataset: &'a Dataset, size: usize, order: Order) -> Self {
+        assert!(size > 0, "a batch holds a sequence at least");
+        Batches { examples: &dataset.examples, indices: order.indices(dataset.len()), size, next: 0 }
+    }
+}
+
+impl Iterator for Batches<'_> {
+    type Item = Batch;
+
+    fn next(&mut self) -> Option<Batch> {
+        let start = self.next.checked_mul(self.size).filter(|&s| s < self.indices.len())?;
+        let end = (start + self.size).min(self.indices.len());
+        self.next += 1;
+        Some(Batch::pack(self.indices[start..end].iter().map(|&i| &self.examples[i])))
+    }
+
+    fn nth(&mut self, n: usize) -> Option<Batch> {
+        self.next = self.next.saturating_add(n);
+        self.next()
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = self.indices.len().div_ceil(self.size).saturating_sub(self.next);
+        (left, Some(left))
+    }
+}
+
+impl ExactSizeIterator for Batches<'_> {}

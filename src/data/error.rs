@@ -1,0 +1,60 @@
+//! What can be wrong with a data set or a tokenizer. Each message names the file, the place and the mend.
+
+use std::io;
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    #[error("cannot read `{path}`: {source}")]
+    Read { path: PathBuf, source: io::Error },
+
+    #[error("`{path}`, line {line}: {message}")]
+    Line { path: PathBuf, line: usize, message: String },
+
+    #[error(
+        "`{path}`, line {line}, column {column}: {message}\n\
+         a WebNLG file is {{\"entries\": [{{\"1\": {{\"lexicalisations\": [{{\"comment\", \"lex\"}}], \
+         \"modifiedtripleset\": [{{\"subject\", \"property\", \"object\"}}]}}}}]}}"
+    )]
+    Json { path: PathBuf, line: usize, column: usize, message: String },
+
+    /// A record of a JSON file: well-formed, but of no use.
+    #[error("`{path}`, entry {entry}: {message}")]
+    Entry { path: PathBuf, entry: String, message: String },
+
+    #[error("`{path}` holds no example: {message}")]
+    Empty { path: PathBuf, message: String },
+
+    #[error("the task's template: {0}")]
+    Template(String),
+
+    #[error("no tokenizer in `{0}`: neither `tokenizer.json` nor `vocab.json` with `merges.txt` is there")]
+    NoTokenizer(PathBuf),
+
+    #[error("`{path}` is no tokenizer that can be used: {message}")]
+    Tokenizer { path: PathBuf, message: String },
+
+    #[error(
+        "the tokenizer `{path}` does not belong to this model: its vocabulary has {found} tokens{}, \
+         but the spec's `vocab` is {wanted}",
+        if *special > 0 { format!(" ({} with the task's {special} special ones)", found + special) } else { String::new() }
+    )]
+    Vocabulary { path: PathBuf, found: u64, special: u64, wanted: u64 },
+
+    #[error(
+        "`{token}` is already token {id} of the tokenizer `{path}`; special tokens are added behind its \
+         vocabulary, so leave it out of the task's `special` or rename it"
+    )]
+    SpecialTaken { path: PathBuf, token: String, id: u32 },
+}
+
+/// ` (did you mean …?)` when one of the candidates is close to what was found, else nothing.
+pub(super) fn did_you_mean<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+    candidates
+        .into_iter()
+        .map(|c| (strsim::damerau_levenshtein(&found.to_lowercase(), &c.to_lowercase()), c))
+        .filter(|(distance, c)| *distance <= 1 + c.chars().count() / 4)
+        .min()
+        .map(|(_, c)| format!(" (did you mean `{c}`?)"))
+        .unwrap_or_default()
+}

@@ -1,0 +1,305 @@
+//! Readers on small files, good and bad; packing; and the real sets where `PEFTC_DATA` points at them.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use peft_grammar::model::{Piece, Task, TaskKind};
+use tempfile::TempDir;
+
+use super::*;
+
+/// A word-level tokenizer with `[CLS]` and `[SEP]`; ids 0.. in this order.
+const WORDS: [&str; 8] = ["[UNK]", "[CLS]", "[SEP]", "good", "bad", "tea", "Ann", "likes"];
+
+fn tokenizer_json(marks: bool) -> String {
+    let vocab: serde_json::Map<_, _> = WORDS.iter().enumerate().map(|(i, w)| (w.to_string(), i.into())).collect();
+    let mark = |w: &str, id: u32| serde_json::json!({"id": w, "ids": [id], "tokens": [w]});
+    let special = |w: &str| serde_json::json!({"SpecialToken": {"id": w, "type_id": 0}});
+    let sequence = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    let processor = serde_json::json!({
+        "type": "TemplateProcessing",
+        "single": [special("[CLS]"), sequence, special("[SEP]")], "pair": [sequence],
+        "special_tokens": {"[CLS]": mark("[CLS]", 1), "[SEP]": mark("[SEP]", 2)},
+    });
+    serde_json::json!({
+        "version": "1.0",
+        "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+        "padding": {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": null,
+                    "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"},
+        "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": if marks { processor } else { serde_json::Value::Null }, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
+    })
+    .to_string()
+}
+
+fn classification(max_tokens: u64) -> Task {
+    let labels = vec!["negative".into(), "positive".into()];
+    Task { name: "sentiment".into(), max_tokens, kind: TaskKind::Classification { labels } }
+}
+
+fn pieces(text: &str) -> Vec<Piece> {
+    text.split_whitespace()
+        .map(|word| match word.strip_prefix('{').and_then(|w| w.strip_suffix('}')) {
+            Some(field) => Piece::Field(field.into()),
+            None => Piece::Special(word.into()),
+        })
+        .collect()
+}
+
+/// `head (repeat)* tail` with the special tokens of the file's tests.
+fn generation(head: &str, repeat: &str, tail: &str) -> Task {
+    let mut template = pieces(head);
+    template.push(Piece::Repeat(pieces(repeat)));
+    template.extend(pieces(tail));
+    let special = ["<b>", "<e>", "<s>", "<p>", "<o>", "<t>"].map(str::to_owned).to_vec();
+    Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Generation { special, template, target: "<t>".into() } }
+}
+
+fn plain_generation() -> Task {
+    generation("<b>", "<s> {subject} <p> {property} <o> {object}", "<t> {text} <e>")
+}
+
+/// A directory with a tokenizer and one data file.
+struct Case {
+    dir: TempDir,
+    file: PathBuf,
+}
+
+impl Case {
+    fn new(content: impl AsRef<[u8]>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer_json(true)).unwrap();
+        let file = dir.path().join("data");
+        std::fs::write(&file, content).unwrap();
+        Case { dir, file }
+    }
+
+    fn load(&self, task: &Task) -> Result<Dataset, DataError> {
+        let special = if let TaskKind::Generation { special, .. } = &task.kind { special.len() } else { 0 };
+        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + special) as u64)?;
+        Dataset::load(&self.file, task, &tokenizer)
+    }
+
+    /// The message without the directory, which differs from run to run.
+    fn error(&self, task: &Task) -> String {
+        let message = self.load(task).unwrap_err().to_string();
+        message.replace(&format!("{}/", self.dir.path().display()), "")
+    }
+}
+
+fn class(ids: &[i32], class: i32) -> Example {
+    Example { ids: ids.to_vec(), types: vec![0; ids.len()], goal: Goal::Class(class) }
+}
+
+#[test]
+fn sentences_with_labels() {
+    let case = Case::new("\u{feff}sentence\tlabel\r\ngood tea \t1\r\nbad\tnegative\n\n");
+    let data = case.load(&classification(64)).unwrap();
+    assert_eq!(data.examples, [class(&[1, 3, 5, 2], 1), class(&[1, 4, 2], 0)]);
+    assert_eq!((data.tokens(), data.longest(), data.cut, data.steps_per_epoch(16)), (7, 4, 0, 1));
+}
+
+#[test]
+fn long_sentences_keep_their_closing_mark() {
+    let data = Case::new("good tea good tea\t1\ntea\t1").load(&classification(4)).unwrap();
+    assert_eq!(data.examples, [class(&[1, 3, 5, 2], 1), class(&[1, 5, 2], 1)]);
+    assert_eq!((data.cut, data.dropped), (1, 0));
+}
+
+#[test]
+fn bad_sentence_files() {
+    let error = |content: &[u8]| Case::new(content).error(&classification(64));
+    insta::assert_snapshot!(error(b"good tea\t1\nno tab here\n"), @"`data`, line 2: no tab; write `sentence<TAB>label`");
+    insta::assert_snapshot!(error(b"good\ttea\t1"), @"`data`, line 1: 3 columns; write `sentence<TAB>label` with one tab");
+    insta::assert_snapshot!(error(b"sentence\tlabel\n \t1"), @"`data`, line 2: the sentence is empty");
+    insta::assert_snapshot!(error(b"good\tpositve"), @"`data`, line 1: no label `positve` (did you mean `positive`?); the task's labels are `negative`, `positive`, or 0 to 1");
+    insta::assert_snapshot!(error(b"good\t2"), @"`data`, line 1: no label `2`; the task's labels are `negative`, `positive`, or 0 to 1");
+    insta::assert_snapshot!(error(b"good\t1\nb\xffd\t0\n"), @"`data`, line 2: not UTF-8; save the file in that encoding");
+    insta::assert_snapshot!(error(b""), @"`data` holds no example: write one `sentence<TAB>label` a line");
+    insta::assert_snapshot!(error(b"sentence\tlabel\n"), @"`data` holds no example: write one `sentence<TAB>label` a line");
+}
+
+fn entry(comment: &str, triples: &str, text: &str) -> String {
+    format!(
+        r#"{{"entries": [{{"1": {{"category": "tea", "shape": "NA",
+            "lexicalisations": [{{"comment": "{comment}", "lex": "{text}", "lang": ""}}],
+            "modifiedtripleset": [{triples}]}}}}]}}"#
+    )
+}
+
+const TRIPLE: &str = r#"{"subject": "Ann", "property": "likes", "object": "tea"}"#;
+
+#[test]
+fn triples_and_their_text() {
+    let case = Case::new(entry("good", &format!("{TRIPLE}, {TRIPLE}"), "good tea"));
+    let data = case.load(&plain_generation()).unwrap();
+    let (b, e, s, p, o, t) = (8, 9, 10, 11, 12, 13);
+    let expected = Example {
+        ids: vec![b, s, 6, p, 7, o, 5, s, 6, p, 7, o, 5, t, 3, 5, e],
+        types: vec![b, s, s, p, p, o, o, s, s, p, p, o, o, t, t, t, t],
+        goal: Goal::Continuation { from: 13 },
+    };
+    assert_eq!(data.examples, [expected]);
+
+    let batch = Batch::pack(data.examples.iter().chain(&data.examples));
+    assert_eq!(batch.starts, [0, 17]);
+    assert_eq!(batch.lengths, [17, 17]);
+    assert_eq!(batch.positions[15..19], [15, 16, 0, 1]);
+    assert_eq!(batch.targets, [13, 14, 15, 30, 31, 32]);
+    assert_eq!(batch.labels, [3, 5, e, 3, 5, e]);
+    assert_eq!((batch.tokens(), batch.sequences(), batch.types.len()), (34, 2, 34));
+}
+
+#[test]
+fn cutting_may_leave_nothing_to_predict() {
+    let case = Case::new(entry("good", TRIPLE, "good tea"));
+    let (mut task, whole) = (plain_generation(), 11);
+    for (max_tokens, kept) in [(whole, 1), (9, 1), (8, 0)] {
+        task.max_tokens = max_tokens;
+        let data = case.load(&task).unwrap();
+        assert_eq!((data.len(), data.dropped, data.cut), (kept, 1 - kept, usize::from(max_tokens < whole)));
+    }
+}
+
+#[test]
+fn bad_triple_files() {
+    let error = |content: &str| Case::new(content).error(&plain_generation());
+    insta::assert_snapshot!(error(r#"{"entries": ["#), @r#"
+    `data`, line 1, column 13: EOF while parsing a list
+    a WebNLG file is {"entries": [{"1": {"lexicalisations": [{"comment", "lex"}], "modifiedtripleset": [{"subject", "property", "object"}]}}]}
+    "#);
+    insta::assert_snapshot!(error(&entry("good", r#"{"subject": "Ann", "object": "tea"}"#, "x")), @r#"
+    `data`, line 3, column 69: missing field `property`
+    a WebNLG file is {"entries": [{"1": {"lexicalisations": [{"comment", "lex"}], "modifiedtripleset": [{"subject", "property", "object"}]}}]}
+    "#);
+    insta::assert_snapshot!(error(&entry("good", "", "x")), @"`data`, entry 1: its `modifiedtripleset` is empty; it needs a triple");
+    insta::assert_snapshot!(error(&entry("good", TRIPLE, " ")), @"`data`, entry 1: a lexicalisation's `lex` is empty; write its text or remove it");
+    insta::assert_snapshot!(error(&entry("toFix", TRIPLE, "tea")), @"`data` holds no example: no entry has a lexicalisation whose `comment` is `good`");
+    insta::assert_snapshot!(error(r#"{"entries": []}"#), @"`data` holds no example: no entry has a lexicalisation whose `comment` is `good`");
+}
+
+#[test]
+fn bad_templates() {
+    let case = Case::new(entry("good", TRIPLE, "tea"));
+    let error = |head, repeat, tail| case.error(&generation(head, repeat, tail));
+    insta::assert_snapshot!(error("<b>", "{subjct}", "<t> {text}"), @"the task's template: a triple has no field `subjct` (did you mean `subject`?); it has `subject`, `property`, `object`");
+    insta::assert_snapshot!(error("{object}", "{object}", "<t> {text}"), @"the task's template: a record has no field `object`; it has `category`, `text`");
+    insta::assert_snapshot!(error("<x>", "{object}", "<t> {text}"), @"the task's template: `<x>` is not among the task's special tokens");
+    insta::assert_snapshot!(error("<b>", "<t>", "{text}"), @"the task's template: its target `<t>` does not stand in it outside `( … )*`");
+    insta::assert_snapshot!(error("<b> {text}", "{object}", "<t> <e>"), @"the task's template: `{text}` does not follow the target `<t>`");
+}
+
+#[test]
+fn wrong_tokenizers() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    let error = |task: &Task, vocab| {
+        let message = Tokenizer::load(dir.path(), task, vocab).err().unwrap().to_string();
+        message.replace(&dir.path().display().to_string(), "DIR")
+    };
+    let (sentences, mut triples) = (classification(8), plain_generation());
+    insta::assert_snapshot!(error(&sentences, 8), @"no tokenizer in `DIR`: neither `tokenizer.json` nor `vocab.json` with `merges.txt` is there");
+    std::fs::write(&path, "{\"version\"").unwrap();
+    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: EOF while parsing an object at line 1 column 10");
+    std::fs::write(&path, tokenizer_json(false)).unwrap();
+    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: its `post_processor` is missing or of another model");
+    insta::assert_snapshot!(error(&sentences, 30522), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens, but the spec's `vocab` is 30522");
+    insta::assert_snapshot!(error(&triples, 8), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens (14 with the task's 6 special ones), but the spec's `vocab` is 8");
+    if let TaskKind::Generation { special, .. } = &mut triples.kind {
+        special[2] = "tea".into();
+    }
+    insta::assert_snapshot!(error(&triples, 14), @"`tea` is already token 5 of the tokenizer `DIR/tokenizer.json`; special tokens are added behind its vocabulary, so leave it out of the task's `special` or rename it");
+}
+
+#[test]
+fn missing_file() {
+    let case = Case::new("");
+    std::fs::remove_file(&case.file).unwrap();
+    insta::assert_snapshot!(case.error(&classification(8)), @"cannot read `data`: No such file or directory (os error 2)");
+}
+
+#[test]
+fn epochs() {
+    let examples: Vec<_> = (0..10).map(|i| class(&[i], i % 2)).collect();
+    let data = Dataset { source: PathBuf::new(), examples, cut: 0, dropped: 0 };
+    let ids = |order| Batches::new(&data, 4, order).map(|b| b.ids).collect::<Vec<_>>();
+    assert_eq!(ids(Order::AsStored), [vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![8, 9]]);
+
+    let shuffled = |seed, epoch| ids(Order::Shuffled { seed, epoch });
+    assert_eq!(shuffled(1, 0).concat(), SHUFFLED, "the order of an epoch must never change");
+    assert_ne!(shuffled(1, 0), shuffled(1, 1));
+    assert_ne!(shuffled(1, 0), shuffled(2, 0));
+    let mut all = shuffled(7, 3).concat();
+    all.sort_unstable();
+    assert_eq!(all, (0..10).collect::<Vec<_>>());
+
+    let mut resumed = Batches::new(&data, 4, Order::Shuffled { seed: 1, epoch: 0 }).skip(2);
+    assert_eq!(resumed.len(), 1);
+    assert_eq!(resumed.next().unwrap().ids, SHUFFLED[8..]);
+}
+
+const SHUFFLED: [i32; 10] = [1, 2, 3, 9, 6, 0, 5, 7, 8, 4];
+
+/// The real data sets below `PEFTC_DATA`, or a line that says it is not there.
+fn real_data() -> Option<PathBuf> {
+    let data = std::env::var_os("PEFTC_DATA").map(|root| PathBuf::from(root).join("data"));
+    if data.is_none() {
+        println!("skipped: PEFTC_DATA is not set");
+    }
+    data
+}
+
+/// The task of WebNLG on GPT-2 in the inducer paper's layout.
+fn webnlg() -> Task {
+    let special = [
+        "<pad>",
+        "<bos_qa>",
+        "<eos_qa>",
+        "<question>",
+        "<answer>",
+        "<document>",
+        "<unused0>",
+        "<unused1>",
+        "<unused2>",
+        "<unused3>",
+        "<bos>",
+        "<eos>",
+        "<subject>",
+        "<property>",
+        "<object>",
+        "<target>",
+    ];
+    let mut template = pieces("<bos>");
+    template.push(Piece::Repeat(pieces("<subject> {subject} <property> {property} <object> {object}")));
+    template.extend(pieces("<target> {text} <eos>"));
+    let special = special.map(str::to_owned).to_vec();
+    let kind = TaskKind::Generation { special, template, target: "<target>".into() };
+    Task { name: "webnlg".into(), max_tokens: 1024, kind }
+}
+
+#[test]
+fn webnlg_in_full() {
+    let Some(data) = real_data() else { return };
+    let task = webnlg();
+    let tokenizer = Tokenizer::load(&data.join("tokenizers/gpt2"), &task, 50273).unwrap();
+    let begun = Instant::now();
+    let train = Dataset::load(&data.join("webnlg/train.json"), &task, &tokenizer).unwrap();
+    println!("{} examples, {} tokens in {:.2?}", train.len(), train.tokens(), begun.elapsed());
+    assert_eq!((train.len(), train.longest(), train.cut), (18025, 271, 0));
+    let dev = Dataset::load(&data.join("webnlg/dev.json"), &task, &tokenizer).unwrap();
+    assert_eq!(dev.len(), 2258);
+
+    let first = &dev.examples[0];
+    assert_eq!((first.ids[0], first.ids[1], *first.ids.last().unwrap()), (50267, 50269, 50268));
+    assert_eq!((first.types[0], first.types[2], *first.types.last().unwrap()), (50267, 50269, 50272));
+
+    // The two files of old, where there is no `tokenizer.json`.
+    let old = tempfile::tempdir().unwrap();
+    for name in ["vocab.json", "merges.txt"] {
+        std::fs::copy(data.join("tokenizers/gpt2").join(name), old.path().join(name)).unwrap();
+    }
+    let split = Tokenizer::load(old.path(), &task, 50273).unwrap();
+    let same = Dataset::load(&data.join("webnlg/dev.json"), &task, &split).unwrap();
+    assert_eq!(same.examples, dev.examples, "vocab.json and merges.txt say the same as tokenizer.json");
+}
