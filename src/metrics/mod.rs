@@ -1,0 +1,185 @@
+//! What a run measures: figures written as they come to `metrics.jsonl`, one object a line, and to
+//! a TensorBoard event file beside it.
+
+mod events;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value};
+
+use events::Events;
+
+/// A file of metrics could not be written or read back.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write metrics to `{path}`: {source}")]
+pub struct MetricsError {
+    pub path: PathBuf,
+    pub source: io::Error,
+}
+
+/// The open metrics files of a run.
+pub struct Metrics {
+    lines: Sink,
+    events: Sink,
+}
+
+struct Sink {
+    path: PathBuf,
+    file: File,
+}
+
+impl Sink {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), MetricsError> {
+        self.file.write_all(bytes).map_err(failed(&self.path))
+    }
+}
+
+fn failed(path: &Path) -> impl Fn(io::Error) -> MetricsError + '_ {
+    |source| MetricsError { path: path.to_owned(), source }
+}
+
+impl Metrics {
+    /// Starts anew in the directory `dir`, which must exist.
+    pub fn create(dir: &Path) -> Result<Self, MetricsError> {
+        Self::open(dir, String::new(), None)
+    }
+
+    /// Goes on after `step`: what was written of later steps is taken back.
+    pub fn resume(dir: &Path, step: u64) -> Result<Self, MetricsError> {
+        let path = dir.join("metrics.jsonl");
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            text => text.map_err(failed(&path))?,
+        };
+        let kept = text.split_inclusive('\n').filter(|line| step_of(line).is_some_and(|s| s <= step)).collect();
+        Self::open(dir, kept, Some(step))
+    }
+
+    fn open(dir: &Path, kept: String, resumed: Option<u64>) -> Result<Self, MetricsError> {
+        // Written beside and renamed: a crash here loses nothing of an earlier run.
+        let (path, fresh) = (dir.join("metrics.jsonl"), dir.join("metrics.jsonl.new"));
+        let mut file = File::create(&fresh).map_err(failed(&fresh))?;
+        file.write_all(kept.as_bytes()).map_err(failed(&fresh))?;
+        fs::rename(&fresh, &path).map_err(failed(&path))?;
+        let lines = Sink { path, file };
+
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let name = format!("events.out.tfevents.{}.peftc.{}", now.as_secs(), std::process::id());
+        let path = dir.join(name);
+        let file = File::create(&path).map_err(failed(&path))?;
+        let mut events = Sink { path, file };
+        events.write(&Events::at(now.as_secs_f64()).start(resumed))?;
+        Ok(Metrics { lines, events })
+    }
+
+    /// Writes figures of one step, at once: a run that is killed keeps all it has reported.
+    /// `dev/loss` and the like group in TensorBoard.
+    pub fn record(&mut self, step: u64, figures: &[(&str, f64)]) -> Result<(), MetricsError> {
+        let mut line = Map::new();
+        line.insert("step".into(), step.into());
+        for &(name, value) in figures {
+            // JSON has no NaN and no infinity: both become null.
+            line.insert(name.into(), Value::from(value));
+        }
+        self.lines.write(format!("{}\n", Value::from(line)).as_bytes())?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.events.write(&Events::at(now.as_secs_f64()).scalars(step, figures))
+    }
+}
+
+/// The step a whole line is of; `None` for one that was cut short.
+fn step_of(line: &str) -> Option<u64> {
+    serde_json::from_str::<Value>(line.strip_suffix('\n')?).ok()?.get("step")?.as_u64()
+}
+
+/// A mean over things of different weight: a loss over batches with different numbers of targets.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Mean {
+    sum: f64,
+    weight: f64,
+}
+
+impl Mean {
+    pub fn add(&mut self, value: f64, weight: f64) {
+        self.sum += value * weight;
+        self.weight += weight;
+    }
+
+    /// NaN of nothing.
+    pub fn value(&self) -> f64 {
+        self.sum / self.weight
+    }
+
+    /// e to the mean, of a cross entropy in nats.
+    pub fn perplexity(&self) -> f64 {
+        self.value().exp()
+    }
+}
+
+/// How many rows of `logits` (row-major, one row a label) are largest at their label. The first of
+/// equal ones counts; a row of NaN is wrong.
+pub fn correct(logits: &[f32], labels: &[i32]) -> usize {
+    if labels.is_empty() {
+        return 0;
+    }
+    let classes = logits.len() / labels.len();
+    let right = |(row, label): (&[f32], &i32)| {
+        let best = (0..classes).reduce(|best, c| if row[c] > row[best] { c } else { best });
+        best == Some(*label as usize) && !row[*label as usize].is_nan()
+    };
+    logits.chunks_exact(classes.max(1)).zip(labels).filter(|&pair| right(pair)).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_taken_back_on_resume() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut metrics = Metrics::create(dir.path()).unwrap();
+        for step in 1..=4 {
+            metrics.record(step, &[("loss", 1.0 / step as f64), ("lr", f64::NAN)]).unwrap();
+        }
+        metrics.lines.write(b"{\"step\": 1, \"lo").unwrap();
+        drop(metrics);
+
+        let mut metrics = Metrics::resume(dir.path(), 2).unwrap();
+        metrics.record(3, &[("dev/accuracy", 0.75)]).unwrap();
+        insta::assert_snapshot!(fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap(), @r#"
+        {"step":1,"loss":1.0,"lr":null}
+        {"step":2,"loss":0.5,"lr":null}
+        {"step":3,"dev/accuracy":0.75}
+        "#);
+
+        Metrics::create(dir.path()).unwrap();
+        assert_eq!(fs::read(dir.path().join("metrics.jsonl")).unwrap(), b"");
+    }
+
+    #[test]
+    fn no_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Metrics::create(&dir.path().join("none")).err().unwrap().to_string();
+        assert!(error.starts_with("cannot write metrics to `") && error.contains("No such file"), "{error}");
+    }
+
+    #[test]
+    fn means() {
+        let mut mean = Mean::default();
+        assert!(mean.value().is_nan());
+        mean.add(1.0, 3.0);
+        mean.add(5.0, 1.0);
+        assert_eq!(mean.value(), 2.0);
+        assert_eq!(mean.perplexity(), 2f64.exp());
+    }
+
+    #[test]
+    fn accuracy() {
+        assert_eq!(correct(&[0.1, 0.9, 2.0, -1.0, 0.5, 0.5], &[1, 1, 0]), 2);
+        assert_eq!(correct(&[f32::NAN, f32::NAN, 1.0, f32::NAN], &[0, 0]), 1);
+        assert_eq!(correct(&[], &[]), 0);
+    }
+}
