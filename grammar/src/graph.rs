@@ -175,7 +175,7 @@ pub enum Op {
     Slice { axis: usize, start: u64, end: Option<u64> },
     /// The adjoint of `Slice`: zeros of width `to` with x laid in from `start` on.
     Pad { axis: usize, start: u64, to: Dim },
-    /// Any number of operands, end to end along `axis`.
+    /// Up to [`MAX_PARTS`] operands, end to end along `axis`.
     Concat { axis: usize },
     /// Repeats axes of size 1 (or missing in front) up to `shape`; `mean` divides by the number of copies.
     Broadcast { shape: Vec<Dim>, mean: bool },
@@ -259,8 +259,11 @@ const PLAIN: &[(Op, &str)] = &[
     (Op::SegmentMeanVjp, "segment_mean_vjp"),
 ];
 
+/// The most operands a `concat` takes.
+pub const MAX_PARTS: usize = 8;
+
 /// Every operation's name in the dialect, with the names of its attributes and its operand count
-/// (`None`: any number from one). The IRDL definition of the dialect is made from this table.
+/// (`None`: one to [`MAX_PARTS`]). The IRDL definition of the dialect is made from this table.
 pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("constant", Some(0), &["value", "shape"]),
     ("add", Some(2), &[]),
@@ -430,12 +433,12 @@ impl Op {
     /// The type of the result, or in what way the operands do not fit.
     pub fn infer(&self, operands: &[&Type]) -> Result<Type, String> {
         let (_, arity, _) = OPERATIONS.iter().find(|(name, ..)| *name == self.name()).expect("in the table");
-        let fits = arity.map_or(!operands.is_empty(), |n| operands.len() == n);
+        let fits = arity.map_or((1..=MAX_PARTS).contains(&operands.len()), |n| operands.len() == n);
         if !fits {
             return Err(format!(
                 "`{}` takes {} operands, found {}",
                 self.name(),
-                arity.map_or("one or more".into(), |n| n.to_string()),
+                arity.map_or(format!("1 to {MAX_PARTS}"), |n| n.to_string()),
                 operands.len()
             ));
         }

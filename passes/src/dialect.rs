@@ -16,7 +16,7 @@ use melior::ir::attribute::AttributeLike;
 use melior::ir::operation::{OperationLike, OperationPrintingFlags, OperationRef};
 use melior::ir::{Attribute, BlockLike, Module, RegionLike, Type as MlirType, ValueLike};
 use melior::utility::{load_irdl_dialects, register_all_dialects};
-use peft_grammar::graph::{Attr, DType, Dim, Graph, Location, OPERATIONS, Op, Role, Type, Value};
+use peft_grammar::graph::{Attr, DType, Dim, Graph, Location, MAX_PARTS, OPERATIONS, Op, Role, Type, Value};
 
 use crate::Error;
 
@@ -115,10 +115,13 @@ pub fn irdl() -> String {
                     format!("x{i}: %x{i}")
                 })
                 .collect::<Vec<_>>(),
-            None => {
-                let _ = writeln!(out, "    %xs = irdl.base \"!builtin.tensor\"");
-                vec!["xs: variadic %xs".to_string()]
-            }
+            // A variadic group has one constraint too, so there is an optional operand for each part.
+            None => (0..MAX_PARTS)
+                .map(|i| {
+                    let _ = writeln!(out, "    %x{i} = irdl.base \"!builtin.tensor\"");
+                    format!("x{i}: optional %x{i}")
+                })
+                .collect(),
         };
         let _ = writeln!(out, "    %z = irdl.base \"!builtin.tensor\"");
         if !operands.is_empty() {
@@ -164,7 +167,12 @@ fn write_function(out: &mut String, graph: &Graph) {
         let types = node.operands.iter().map(|&v| type_text(graph.ty(v))).collect::<Vec<_>>().join(", ");
         let attributes = node.op.attributes();
         let attributes = attributes.iter().map(|(key, value)| format!("{key} = {}", attr_text(value)));
-        let attributes = attributes.collect::<Vec<_>>().join(", ");
+        let mut attributes = attributes.collect::<Vec<_>>();
+        if let Op::Concat { .. } = node.op {
+            let present = (0..MAX_PARTS).map(|i| if i < node.operands.len() { "1" } else { "0" });
+            attributes.push(format!("operandSegmentSizes = array<i32: {}>", present.collect::<Vec<_>>().join(", ")));
+        }
+        let attributes = attributes.join(", ");
         let attributes = if attributes.is_empty() { attributes } else { format!(" {{{attributes}}}") };
         let result = type_text(graph.ty(node.result));
         let Location { file, line, column } = &node.location;

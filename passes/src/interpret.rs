@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Type, Value};
 
-use crate::philox::{dropout_threshold, dropout_word};
+use peft_runtime::philox::{dropout_threshold, dropout_word};
 
 /// The content of a tensor, row-major; ragged ones as [`Batch`] lays them out.
 #[derive(Clone, Debug, PartialEq)]

@@ -6,7 +6,6 @@ pub mod fuse;
 pub mod gradient;
 pub mod interpret;
 pub mod partition;
-pub mod philox;
 pub mod rewrite;
 
 /// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input.

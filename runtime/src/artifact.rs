@@ -139,9 +139,16 @@ pub struct Launch {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     pub launches: Vec<Launch>,
-    pub outputs: Vec<(String, BufferId)>,
-    /// The kind of each output as the graph types it, `f32[12,tokens,1]`.
-    pub types: Vec<String>,
+    pub outputs: Vec<Output>,
+}
+
+/// A named result of an entry.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Output {
+    pub name: String,
+    pub buffer: BufferId,
+    /// What the buffer holds, row-major; a ragged result is flat.
+    pub shape: Vec<Extent>,
 }
 
 /// A weight the artifact wants: canonical name and shape.

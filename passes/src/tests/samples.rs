@@ -29,7 +29,7 @@ pub fn single(op: Op, operands: &[Type]) -> Graph {
 
 /// Numbers in −1.5 … 1.5 from a counter; never too near 0, where relu and min have no derivative.
 pub fn numbers(seed: u64, n: usize) -> Vec<f64> {
-    let word = |i: usize| crate::philox::philox4x32([i as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
+    let word = |i: usize| peft_runtime::philox::philox4x32([i as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
     let number = |i| f64::from(word(i)) / f64::from(u32::MAX) * 3.0 - 1.5;
     (0..n).map(number).map(|x| if x.abs() < 0.05 { x.signum() * 0.05 } else { x }).collect()
 }
