@@ -22,9 +22,28 @@ pub fn maps(op: &Op) -> bool {
     use Op::*;
     matches!(
         op,
-        (Constant { .. } | Add | Sub | Mul | Div | Min | Scale { .. } | Shift { .. } | Exp | Log | Sqrt | Rsqrt)
-            | (Tanh | Sigmoid | Relu | Step | Gelu | GeluGrad | GeluTanh | GeluTanhGrad)
-            | (Broadcast { .. } | Dropout { .. })
+        Constant { .. }
+            | Add
+            | Sub
+            | Mul
+            | Div
+            | Min
+            | Scale { .. }
+            | Shift { .. }
+            | Exp
+            | Log
+            | Sqrt
+            | Rsqrt
+            | Tanh
+            | Sigmoid
+            | Relu
+            | Step
+            | Gelu
+            | GeluGrad
+            | GeluTanh
+            | GeluTanhGrad
+            | Broadcast { .. }
+            | Dropout { .. }
     )
 }
 
