@@ -1,4 +1,12 @@
 //! Runs artifacts: buffers, weights, backends, execution. Knows no MLIR.
 
+mod arena;
 pub mod artifact;
+mod error;
+mod memory;
 pub mod philox;
+mod session;
+
+pub use error::RuntimeError;
+pub use memory::Numbers;
+pub use session::{Inputs, Profile, Program, Session};
