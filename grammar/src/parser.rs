@@ -3,6 +3,8 @@
 mod expr;
 mod syntax_error;
 
+use std::iter::{Filter, Peekable};
+
 use pest::Parser;
 use pest::iterators::{Pair, Pairs};
 use pest_derive::Parser;
@@ -72,11 +74,13 @@ struct Builder {
 }
 
 /// Children of a rule, taken in the grammar's order. Keywords are dropped.
-struct Children<'a>(std::iter::Peekable<std::iter::Filter<Pairs<'a, Rule>, fn(&Node<'a>) -> bool>>);
+struct Children<'a>(Peekable<Filter<Pairs<'a, Rule>, IsContent<'a>>>);
+
+type IsContent<'a> = fn(&Node<'a>) -> bool;
 
 impl<'a> Children<'a> {
     fn of(pair: Node<'a>) -> Self {
-        let filter: fn(&Node<'a>) -> bool = |p| !is_keyword(p.as_rule());
+        let filter: IsContent<'a> = |p| !is_keyword(p.as_rule());
         Children(pair.into_inner().filter(filter).peekable())
     }
     fn next(&mut self) -> Node<'a> {

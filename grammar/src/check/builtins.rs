@@ -212,7 +212,7 @@ impl<'a> Checker<'a> {
     fn dropout(&mut self, x: Value, p: f64, at: Span, span: Span) -> Option<Val> {
         if !(0.0..1.0).contains(&p) {
             let error = Diagnostic::error(at, format!("dropout wants a rate of at least 0 and below 1, found {p}"));
-            self.report(if p >= 1.0 && p <= 100.0 {
+            self.report(if (1.0..=100.0).contains(&p) {
                 error.hint(format!("a share, not percent: {} for {p}%", p / 100.0))
             } else {
                 error

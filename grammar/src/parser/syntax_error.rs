@@ -22,7 +22,7 @@ pub(super) fn explain(file: FileId, text: &str, error: Error<Rule>) -> (Diagnost
     };
     expected.sort_unstable();
     expected.dedup();
-    if expected.iter().any(|e| *e == "an expression") {
+    if expected.contains(&"an expression") {
         expected.retain(|e| !["a number", "a string", "`[`"].contains(e));
     }
     let expected = match &expected[..] {
