@@ -31,7 +31,7 @@ const BUILTINS: &[(&str, &[&str])] = &[
     ("width", &["x"]),
     ("size", &["x", "axis"]),
     ("scores", &["q", "k", "?causal"]),
-    ("attend", &["w", "v", "?causal"]),
+    ("attend", &["w", "v"]),
     ("segment_mean", &["x"]),
     ("cross_entropy", &["logits", "labels", "?smoothing"]),
     ("dropout", &["x", "p"]),
@@ -183,12 +183,17 @@ impl<'a> Checker<'a> {
                 let axis = self.axis(axis, self.graph.ty(x).rank(), at)?;
                 self.size(x, Some(axis), span)?
             }
-            "scores" | "attend" => {
-                let (y, at) = next()?;
-                let y = self.want_tensor(y, at)?;
+            "scores" => {
+                let (k, at) = next()?;
+                let k = self.want_tensor(k, at)?;
                 let causal = self.flag(next())?;
-                let op = if name == "scores" { Op::Scores { causal } } else { Op::Attend { causal } };
-                self.push(op, &[x, y], span)
+                self.push(Op::Scores { causal }, &[x, k], span)
+            }
+            // Where scores are causal the weights of later tokens are 0: all of them may be added up.
+            "attend" => {
+                let (v, at) = next()?;
+                let v = self.want_tensor(v, at)?;
+                self.push(Op::Attend { causal: false }, &[x, v], span)
             }
             "cross_entropy" => {
                 let (labels, at) = next()?;
