@@ -6,11 +6,13 @@
 pub mod ast;
 mod check;
 pub mod diagnostic;
+mod format;
 pub mod graph;
 pub mod library;
 pub mod model;
 mod overrides;
 mod parser;
+mod show;
 pub mod source;
 
 pub use check::Resolver;
@@ -50,6 +52,12 @@ pub fn compile_with(
     };
     let errors = overrides::apply(&mut ast, &mut sources, overrides);
     check::check(ast, sources, errors, resolver)
+}
+
+/// The canonical layout of a text that parses.
+pub fn format(name: &str, source: &str) -> Result<String, Diagnostics> {
+    parse(name, source)?;
+    Ok(format::layout(source))
 }
 
 /// For specs that import nothing but the library.
