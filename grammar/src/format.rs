@@ -107,8 +107,10 @@ struct Token<'a> {
 }
 
 /// Words between operands, or before one.
-const OPERATOR_WORDS: &[&str] =
-    &["and", "or", "not", "if", "else", "in", "of", "as", "on", "return", "require", "expose", "rows", "layers", "only", "except"];
+const OPERATOR_WORDS: &[&str] = &[
+    "and", "or", "not", "if", "else", "in", "of", "as", "on", "return", "require", "expose", "rows", "layers", "only",
+    "except",
+];
 
 impl Token<'_> {
     fn opens(&self) -> bool {
@@ -137,7 +139,8 @@ impl Token<'_> {
 /// The line goes on with what the line before began.
 fn continues(previous: &[Token], line: &[Token]) -> bool {
     let first = &line[0];
-    let goes_on = first.binary() || first.kind == Kind::Word && matches!(first.text, "on" | "as" | "of" | "prefix" | "from");
+    let goes_on =
+        first.binary() || first.kind == Kind::Word && matches!(first.text, "on" | "as" | "of" | "prefix" | "from");
     goes_on && !previous.is_empty() || previous.last().is_some_and(Token::binary)
 }
 

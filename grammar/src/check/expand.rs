@@ -62,11 +62,10 @@ impl<'a> Checker<'a> {
         for statement in body {
             self.steps += 1;
             if self.steps > MOST_STEPS {
-                if self.steps == MOST_STEPS + 1 {
+                if !std::mem::replace(&mut self.exhausted, true) {
                     let error = Diagnostic::error(statement.span, "this spec never comes to an end");
-                    self.report(
-                        error.hint("look at the bounds of its loops: a model has thousands of equations, not millions"),
-                    );
+                    let hint = "look at the bounds of its loops: a model has thousands of equations, not millions";
+                    self.report(error.hint(hint));
                 }
                 return;
             }
@@ -131,7 +130,7 @@ impl<'a> Checker<'a> {
             }
             StmtKind::Require { condition, message, hint } => {
                 if self.condition(frame, condition) == Some(false) {
-                    self.unmet(frame, span, message, hint.as_ref());
+                    self.unmet(frame, condition.span, message, hint.as_ref());
                 }
             }
             StmtKind::Train(pattern) => match frame.body {
