@@ -62,8 +62,44 @@ fn apply(pieces: &mut Vec<String>, edit: &Edit) {
     }
 }
 
+/// The first error of a backbone that calls `fn again(x: tensor) { BODY }`.
+fn title_of(body: &str) -> String {
+    let spec = format!(
+        "fn again(x: tensor) {{ {body} }}\nbackbone tiny() for generation {{ weight w \"w\": [3, 3] ~ zeros\n \
+         x = again(w) }}\nmodel = tiny()\n"
+    );
+    check("spec.peft", &spec, &no_imports).expect_err("it is beyond reason").list[0].title.clone()
+}
+
+#[test]
+fn what_is_nested_beyond_reason_is_refused() {
+    let deep = "calls and expressions are nested too deep";
+    let call = "`again` calls itself without end";
+    let brackets = |n: usize| format!("return {}again(x){}", "x + (".repeat(n), ")".repeat(n));
+    let branches = format!("{}x = again(x){} return x", "if true { ".repeat(60), " }".repeat(60));
+    assert_eq!(title_of(&brackets(60)), deep);
+    assert_eq!(title_of(&brackets(100)), "brackets are nested more than 64 deep");
+    assert_eq!(title_of(&branches), call);
+    assert_eq!(title_of(&format!("return again(x{})", " + x".repeat(95))), call);
+    assert_eq!(title_of(&format!("return again(x){}", " + x".repeat(95))), deep);
+    assert_eq!(title_of(&format!("return x{}", " + x".repeat(50_000))), "this expression is too long to follow");
+    assert_eq!(title_of(&format!("return {}x", "-".repeat(50_000))), "too many signs in a row");
+    assert_eq!(title_of(&format!("return x{}", "[0:1]".repeat(50_000))), "too many indices in a row");
+}
+
+#[test]
+fn imports_without_end_are_refused() {
+    let count = std::cell::Cell::new(0);
+    let endless = |_: &str| {
+        count.set(count.get() + 1);
+        Ok(format!("import \"{}.peft\"", count.get()))
+    };
+    let errors = check("spec.peft", "import \"0.peft\"", &endless).expect_err("they never end");
+    assert_eq!(errors.list[0].title, "more than 256 files are imported");
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn broken_specs_get_an_answer(spec in 0..SPECS.len(), edits in prop::collection::vec(edit(), 1..4)) {

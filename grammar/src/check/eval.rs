@@ -8,11 +8,26 @@ use crate::diagnostic::Diagnostic;
 use crate::graph::{DType, Dim, Op, Value};
 use crate::source::Span;
 
+/// Expressions inside each other, those of called functions among them: the stack is finite.
+const DEEPEST: usize = 160;
 /// The longest axis a spec may write.
 const LONGEST_AXIS: i64 = 1 << 31;
 
 impl<'a> Checker<'a> {
     pub(super) fn eval(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Val {
+        self.depth += 1;
+        let value = if self.depth > DEEPEST {
+            let error = Diagnostic::error(expr.span, "calls and expressions are nested too deep");
+            self.report(error.hint("does a function call itself? For equations that repeat there is `for`"));
+            Val::Unknown
+        } else {
+            self.eval_kind(frame, expr)
+        };
+        self.depth -= 1;
+        value
+    }
+
+    fn eval_kind(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Val {
         match &expr.kind {
             ExprKind::Int(n) => Val::Int(*n),
             ExprKind::Float(x) => Val::Float(*x),

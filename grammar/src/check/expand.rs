@@ -12,9 +12,11 @@ use crate::model::{Init, Origin, Param, Trainable};
 use crate::source::Span;
 
 /// Statements a spec may run in all: a bound for loops that would never end.
-const MOST_STEPS: usize = 400_000;
+const MOST_STEPS: usize = 50_000;
+/// Errors after which the rest of the model has nothing new to say.
+const MOST_ERRORS: usize = 200;
 /// Calls inside calls.
-const DEEPEST_CALL: usize = 32;
+const DEEPEST_CALL: usize = 24;
 /// Values a tensor may hold: 4 TiB of them are a slip of the pen.
 const MOST_ELEMENTS: u64 = 1 << 40;
 
@@ -60,6 +62,9 @@ impl<'a> Frame<'a> {
 impl<'a> Checker<'a> {
     pub(super) fn run(&mut self, frame: &mut Frame<'a>, body: &'a [Stmt]) {
         for statement in body {
+            if self.errors.len() > MOST_ERRORS {
+                return;
+            }
             self.steps += 1;
             if self.steps > MOST_STEPS {
                 if !std::mem::replace(&mut self.exhausted, true) {
@@ -92,7 +97,7 @@ impl<'a> Checker<'a> {
                     frame.scopes.push(HashMap::from([(variable.text.clone(), Val::Int(i))]));
                     self.run(frame, body);
                     frame.scopes.pop();
-                    if frame.returned.is_some() || self.steps > MOST_STEPS {
+                    if frame.returned.is_some() || self.steps > MOST_STEPS || self.errors.len() > MOST_ERRORS {
                         return;
                     }
                     self.steps += 1;

@@ -62,6 +62,8 @@ struct Checker<'a> {
     smoothing: f64,
     /// Dropouts so far: each has a random stream of its own.
     streams: u32,
+    /// Expressions being computed, each inside the one before.
+    depth: usize,
     /// Statements run so far.
     steps: usize,
     /// They were too many.
@@ -105,6 +107,7 @@ pub(crate) fn check(
         smoothing: 0.0,
         streams: 0,
         steps: 0,
+        depth: 0,
         exhausted: false,
         plan: Plan::default(),
         sites: Vec::new(),
