@@ -206,3 +206,23 @@ fn a_template_is_taken_apart() {
         [token("<bos_webnlg>"), Piece::Repeat(triple), token("<target_webnlg>"), field("text"), token("<eos_webnlg>")];
     assert_eq!(template[..], whole);
 }
+
+/// The page's examples are checked: what it shows is the language.
+#[test]
+fn the_examples_of_the_page_check() {
+    let page = include_str!("../../models/README.md");
+    let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
+    let [spec, method] = blocks[..] else { panic!("the page has a spec and a method") };
+    check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
+    let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
+}
+
+#[test]
+fn errors_of_several_blocks_come_in_one_run() {
+    let source = "model = gpt2(layer: 2)\ntune { every attention { lorra(rank: 4) on q } }\ntrain { bacth: 4 }\n";
+    let Err(errors) = check("spec.peft", source, &no_imports) else { panic!("it has three errors") };
+    let hints: Vec<&str> = errors.list.iter().filter_map(|e| e.hint.as_deref()).collect();
+    assert_eq!(hints, ["did you mean `layers`?", "did you mean `lora`?", "did you mean `batch`?"]);
+}

@@ -165,10 +165,12 @@ impl<'a> Checker<'a> {
         self.smoothing = recipe.as_ref().map_or(0.0, |r| r.label_smoothing);
 
         let what = format!("backbone `{}`", backbone.name.text);
-        let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false)?;
+        let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false);
         if let Some((tune, _)) = tune {
-            self.plan = self.plan(tune, &Frame::with(args.clone()));
+            let unknown = || backbone.params.iter().map(|p| (p.name.text.clone(), Val::Unknown)).collect();
+            self.plan = self.plan(tune, &Frame::with(args.clone().unwrap_or_else(unknown)));
         }
+        let args = args?;
         self.calls.push(Call { span: model.span, label: format!("`{}` is built here", backbone.name.text) });
         self.backbone(backbone, args.clone());
         self.calls.clear();
