@@ -37,13 +37,13 @@ setup: ## install what the build needs (quick when it is there)
 	    sudo=; if [ "$$(id -u)" != 0 ]; then \
 	        command -v sudo >/dev/null || { echo "setup: run it as root or install sudo" >&2; exit 1; }; sudo=sudo; fi; \
 	    $$sudo apt-get update -qq; \
-	    apt-cache policy libmlir-22-dev | grep -q 'Candidate: [0-9]' || { echo "setup: apt knows no libmlir-22-dev;" \
+	    apt-cache policy libmlir-22-dev | grep 'Candidate: [0-9]' >/dev/null || { echo "setup: apt knows no libmlir-22-dev;" \
 	        "on Debian 12 it is in bookworm-security: enable that suite in apt's sources" >&2; exit 1; }; \
 	    $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
 	fi
 	@command -v cargo >/dev/null || { echo "setup: cargo is not on PATH; install Rust 1.90 or later with rustup" \
 	    "(Debian 12's own is too old), then run this again" >&2; exit 1; }
-	@/usr/lib/llvm-22/bin/llvm-config --version | grep -q '^22\.' \
+	@/usr/lib/llvm-22/bin/llvm-config --version | grep '^22\.' >/dev/null \
 	    || { echo "setup: /usr/lib/llvm-22 holds no LLVM 22" >&2; exit 1; }
 
 build: setup ## the compiler, target/release/peftc
