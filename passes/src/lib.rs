@@ -10,6 +10,7 @@ pub mod interpret;
 pub mod lower;
 pub mod partition;
 pub mod pipeline;
+pub mod remat;
 pub mod rewrite;
 
 /// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input.

@@ -12,6 +12,7 @@ use crate::gradient::differentiate;
 use crate::inference::inference;
 use crate::lower::{Lowered, lower};
 use crate::partition::partition;
+use crate::remat::remat;
 use crate::{Error, codegen};
 
 /// What `--emit` takes: every form a model has on its way.
@@ -118,6 +119,7 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
     }
     if options.until >= Stage::Fused {
         graphs = way.stage("fused", || each(graphs, &|_, g| fuse(g, rule)))?;
+        graphs = way.stage("remat", || each(graphs, &|_, g| remat(g)))?;
     }
     let mut lowered = None;
     if options.until >= Stage::Loops {

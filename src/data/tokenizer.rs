@@ -62,8 +62,13 @@ impl Tokenizer {
 
     /// Ids of each text, computed in parallel; `marks` adds the model's own sentence marks.
     pub fn encode(&self, texts: Vec<&str>, marks: bool) -> Result<Vec<Vec<i32>>, DataError> {
-        let encodings = self.library.encode_batch_fast(texts, marks).map_err(|e| broken(&self.source, e))?;
-        Ok(encodings.iter().map(|e| e.get_ids().iter().map(|&id| id as i32).collect()).collect())
+        let mut ids = Vec::with_capacity(texts.len());
+        // In parts: an encoding holds far more than the ids.
+        for part in texts.chunks(1024) {
+            let part = self.library.encode_batch_fast(part.to_vec(), marks).map_err(|e| broken(&self.source, e))?;
+            ids.extend(part.iter().map(|e| e.get_ids().iter().map(|&id| id as i32).collect()));
+        }
+        Ok(ids)
     }
 
     /// The id of one of the task's special tokens.

@@ -63,10 +63,17 @@ impl Lowering<'_, '_, '_> {
     }
 
     pub(super) fn concat(&mut self, parts: &[Value], axis: usize, result: Value) {
-        let out = self.result(result);
+        let out = match self.joined.get(&result) {
+            Some(&buffer) => buffer,
+            None => self.result(result),
+        };
         let own = self.ty(result).clone();
         let mut start = 0;
         for &part in parts {
+            if self.in_place.contains(&part) {
+                start += self.ty(part).shape[axis].constant().unwrap_or(0);
+                continue;
+            }
             let (x, ty) = (self.place(part).buffer, self.ty(part).clone());
             if own.ragged() && axis + 1 == own.rank() {
                 self.copy_ragged((x, &ty, 0), (out, &own, start), true, false);

@@ -47,20 +47,28 @@ impl Lowering<'_, '_, '_> {
         let right = Side { batch: batch.clone(), length: n.clone(), depth: depth.clone(), contiguous: !transpose_y };
         let panels_a = self.pack(x, TILE_ROWS, left);
         let panels_b = self.pack(y, TILE_COLUMNS, right);
-        let out = self.result(result);
+        let (out, width, start) = self.product_place(result);
         let kernel = self.target.kernel("gemm", gemm);
         let row_panels = Extent::CeilDiv(Box::new(m.clone()), TILE_ROWS);
         let column_panels = Extent::CeilDiv(Box::new(n.clone()), TILE_COLUMNS);
         let groups = Extent::CeilDiv(Box::new(row_panels.clone()), GROUP);
         let units = batch * groups.clone() * column_panels.clone();
-        self.launch(kernel, vec![panels_a, panels_b, out], vec![m, n, depth, row_panels, column_panels, groups], units);
+        let sizes = vec![m, n, depth, row_panels, column_panels, groups, width, Extent::Const(start)];
+        self.launch(kernel, vec![panels_a, panels_b, out], sizes, units);
     }
 
     /// The panels of an operand; the same ones if it has been packed this way before.
     fn pack(&mut self, value: Value, width: u64, side: Side) -> BufferId {
         let place = self.place(value).clone();
         let Side { batch, length, depth, contiguous } = side;
-        let layout = format!("{width} of {batch:?} × {length:?} × {depth:?}, {contiguous}");
+        // Rows as they lie in memory: of the axis that runs along them, or of a wider tensor.
+        let (line, start) = match &place.columns {
+            Some((width, start)) => (width.clone(), *start),
+            None if contiguous => (length.clone(), 0),
+            None => (depth.clone(), 0),
+        };
+        let lines = if contiguous { depth.clone() } else { length.clone() };
+        let layout = format!("{width} of {batch:?} × {length:?} × {depth:?}, {contiguous}, {line:?} from {start}");
         let panels = Extent::CeilDiv(Box::new(length.clone()), width);
         let units = batch * panels.clone();
         let shape = vec![units.clone() * depth.clone() * Extent::Const(width)];
@@ -84,7 +92,9 @@ impl Lowering<'_, '_, '_> {
         let name = format!("pack{width}_{}", if contiguous { "columns" } else { "rows" });
         let kernel = self.target.kernel(&name, |name| pack_kernel(name, width, contiguous));
         let label = std::mem::replace(&mut self.label, "pack".into());
-        self.launch(kernel, vec![place.buffer, packed], vec![length, depth, panels], units);
+        let area = lines * line.clone();
+        let sizes = vec![length, depth, panels, line, area, Extent::Const(start)];
+        self.launch(kernel, vec![place.buffer, packed], sizes, units);
         self.label = label;
         self.frozen = own;
         packed
@@ -98,12 +108,12 @@ fn split(shape: &[Dim]) -> (&[Dim], [Dim; 2]) {
 
 /// One panel a unit.
 fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
-    define(name, &[Element::F32; 2], 3, |k, buffers, sizes| {
-        let ([from, to], [length, depth, panels]) = (first(buffers), first(sizes));
+    define(name, &[Element::F32; 2], 6, |k, buffers, sizes| {
+        let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
-            let area = k.mul(length, depth);
             let area = k.mul(batch, area);
+            let area = k.add(area, first_column);
             let across = k.index(width);
             let start = k.mul(panel, across);
             let left = k.sub(length, start);
@@ -112,7 +122,7 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
             let zero = k.index(0);
             if contiguous {
                 k.each(zero, depth, 1, |k, at| {
-                    let row = k.mul(at, length);
+                    let row = k.mul(at, line);
                     let row = k.add(row, start);
                     let row = k.add(row, area);
                     let step = k.mul(at, across);
@@ -138,7 +148,7 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
                         let exists = k.compare(i, Order::Lt, left);
                         let row = k.add(start, i);
                         let row = k.select(exists, row, start);
-                        let row = k.mul(row, depth);
+                        let row = k.mul(row, line);
                         let row = k.add(row, area);
                         let nothing = k.float(0.0, F32);
                         k.each(block, end, 1, |k, at| {
@@ -159,9 +169,9 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
 
 /// A column panel against a group of row panels a unit.
 fn gemm(name: &str) -> String {
-    define(name, &[Element::F32; 3], 6, |k, buffers, sizes| {
+    define(name, &[Element::F32; 3], 8, |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
-        let [m, n, depth, row_panels, column_panels, groups] = first(sizes);
+        let [m, n, depth, row_panels, column_panels, groups, width, first_column] = first(sizes);
         k.units(|k, unit| {
             let column = k.rem(unit, column_panels);
             let rest = k.div(unit, column_panels);
@@ -198,11 +208,12 @@ fn gemm(name: &str) -> String {
                             let r = k.index(r);
                             let row = k.add(row, r);
                             let exists = k.compare(row, Order::Lt, m);
-                            let width = k.select(exists, left, zero);
+                            let here = k.select(exists, left, zero);
                             let at = k.add(base_c, row);
-                            let at = k.mul(at, n);
+                            let at = k.mul(at, width);
+                            let at = k.add(at, first_column);
                             let at = k.add(at, start);
-                            let earlier = k.select(again, width, zero);
+                            let earlier = k.select(again, here, zero);
                             let masks = |k: &mut Kernel, width: Val| {
                                 let mask = |v: u64| {
                                     let offset = k.index(v * LANES);
@@ -211,7 +222,7 @@ fn gemm(name: &str) -> String {
                                 };
                                 (0..TILE_VECTORS).map(mask).collect::<Vec<_>>()
                             };
-                            (at, masks(k, width), masks(k, earlier))
+                            (at, masks(k, here), masks(k, earlier))
                         })
                         .collect();
                     let mut sums = vec![];

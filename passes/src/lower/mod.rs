@@ -19,7 +19,9 @@ mod reduce;
 mod rows;
 mod span;
 
-use std::collections::HashMap;
+pub use map::maps;
+
+use std::collections::{HashMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Op, Role, Type, Value};
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
@@ -121,6 +123,12 @@ struct Lowering<'t, 'a, 'g> {
     /// Buffers that must be an output's own: the gradient of a tensor.
     wanted: HashMap<Value, Storage>,
     uses: Vec<usize>,
+    /// Who reads each value.
+    readers: Vec<Vec<usize>>,
+    /// Buffers of concatenations whose parts are being written into them.
+    joined: HashMap<Value, BufferId>,
+    /// Parts that already lie in theirs.
+    in_place: HashSet<Value>,
     /// Operands packed for the matmul in this entry, by buffer and layout.
     packs: HashMap<String, BufferId>,
     /// The node at hand works on frozen weights alone.
@@ -134,11 +142,17 @@ struct Place {
     buffer: BufferId,
     /// Made of frozen weights alone: by what expression.
     frozen: Option<String>,
+    /// Columns of a wider tensor: its width, and the first of them. Only the matmul reads such.
+    columns: Option<(Extent, u64)>,
 }
 
 impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
     fn new(target: &'t mut Target<'a>, graph: &'g Graph) -> Self {
         let mut uses = vec![0; graph.values()];
+        let mut readers = vec![vec![]; graph.values()];
+        for (at, node) in graph.nodes.iter().enumerate() {
+            node.operands.iter().for_each(|v| readers[v.0 as usize].push(at));
+        }
         graph.nodes.iter().flat_map(|n| &n.operands).for_each(|v| uses[v.0 as usize] += 1);
         graph.outputs.iter().for_each(|(_, v)| uses[v.0 as usize] += 1);
         Lowering {
@@ -148,6 +162,9 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             places: vec![None; graph.values()],
             wanted: HashMap::new(),
             uses,
+            readers,
+            joined: HashMap::new(),
+            in_place: HashSet::new(),
             packs: HashMap::new(),
             frozen: None,
             label: String::new(),
@@ -168,7 +185,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             };
             let element = if ty.dtype == peft_grammar::graph::DType::F32 { Element::F32 } else { Element::I32 };
             let buffer = self.target.bind(&arg.label(), element, extents(&ty), storage);
-            self.places[arg.value.0 as usize] = Some(Place { buffer, frozen });
+            self.places[arg.value.0 as usize] = Some(Place { buffer, frozen, columns: None });
         }
         self.claim_gradients()?;
         let groups = map::group(self.graph, &self.uses);
@@ -244,8 +261,50 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             (None, Some(key)) => self.target.bind(key, Element::F32, extents(ty), Storage::Prepared),
             (None, None) => self.target.buffer(Element::F32, extents(ty), Storage::Temporary),
         };
-        self.places[value.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone() });
+        self.places[value.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), columns: None });
         buffer
+    }
+
+    /// Columns that only the matmul reads stay where they are.
+    fn read_in_place(&mut self, x: BufferId, ty: &Type, axis: usize, start: u64, result: Value) -> bool {
+        let multiplied = |at: &usize| matches!(self.graph.nodes[*at].op, Op::Matmul { .. });
+        let readers = &self.readers[result.0 as usize];
+        let only = self.uses[result.0 as usize] == readers.len() && readers.iter().all(multiplied);
+        if !only || self.frozen.is_some() || ty.ragged() || ty.rank() < 2 || axis + 1 != ty.rank() {
+            return false;
+        }
+        let columns = Some((dim_extent(ty.shape[axis]), start));
+        self.places[result.0 as usize] = Some(Place { buffer: x, frozen: None, columns });
+        true
+    }
+
+    /// Where a product goes: buffer, width of its rows, first column. A part of a wider result is
+    /// written where it belongs there.
+    fn product_place(&mut self, result: Value) -> (BufferId, Extent, u64) {
+        let ty = self.ty(result);
+        let width = dim_extent(ty.last().expect("a product has two axes or more"));
+        let [reader] = self.readers[result.0 as usize][..] else { return (self.result(result), width, 0) };
+        let node = &self.graph.nodes[reader];
+        let joins = match node.op {
+            Op::Concat { axis } => axis + 1 == ty.rank() && self.uses[result.0 as usize] == 1,
+            _ => false,
+        };
+        if !joins || self.frozen.is_some() || self.ty(node.result).ragged() {
+            return (self.result(result), width, 0);
+        }
+        let before = node.operands.iter().take_while(|&&v| v != result);
+        let start = before.map(|&v| self.ty(v).last().and_then(Dim::constant).unwrap_or(0)).sum();
+        let buffer = match self.joined.get(&node.result) {
+            Some(&buffer) => buffer,
+            None => {
+                let buffer = self.result(node.result);
+                self.joined.insert(node.result, buffer);
+                buffer
+            }
+        };
+        self.in_place.insert(result);
+        self.places[result.0 as usize] = Some(Place { buffer, frozen: None, columns: None });
+        (buffer, dim_extent(self.ty(node.result).last().expect("as wide as its parts")), start)
     }
 
     /// A buffer that only this operation's launches share.
@@ -285,7 +344,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             && let Some(&buffer) = self.target.bound.get(key)
         {
             // Another entry has prepared it.
-            self.places[node.result.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone() });
+            self.places[node.result.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), columns: None });
             return Ok(());
         }
         if map::maps(&node.op) {
@@ -295,6 +354,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         let (x, ty) = (b(self, 0), self.ty(operands[0]));
         match &node.op {
             Op::Permute { axes } => self.permute(x, ty, axes, node.result),
+            Op::Slice { axis, start, .. } if self.read_in_place(x, ty, *axis, *start, node.result) => {}
             Op::Slice { axis, start, .. } => self.slice(x, ty, *axis, *start, node.result),
             Op::Pad { axis, start, .. } => self.pad(x, ty, *axis, *start, node.result),
             Op::Concat { axis } => self.concat(operands, *axis, node.result),
