@@ -503,3 +503,6 @@ impl Session {
         self.profile.as_ref()
     }
 }
+
+#[cfg(test)]
+mod tests;
