@@ -88,7 +88,7 @@ mod tests {
                 raw.iter().map(|&(a, b, n)| lifetime(a.min(b), a.max(b), n)).collect();
             let plan = plan(&lifetimes);
             for (i, a) in lifetimes.iter().enumerate() {
-                prop_assert!(plan.offsets[i] * 4 % ALIGNMENT == 0);
+                prop_assert!((plan.offsets[i] * 4).is_multiple_of(ALIGNMENT));
                 prop_assert!(plan.offsets[i] + a.elements <= plan.elements || a.elements == 0);
                 for (j, b) in lifetimes.iter().enumerate().skip(i + 1) {
                     let apart = plan.offsets[i] + a.elements <= plan.offsets[j]

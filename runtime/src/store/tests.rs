@@ -42,9 +42,10 @@ fn stored(manifest: &Manifest) -> (tempfile::TempDir, PathBuf) {
 
 fn edit(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
     let file = path.join(MANIFEST);
-    let mut value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    value.as_object_mut().unwrap().shift_remove("checksum");
     change(&mut value);
-    fs::write(file, value.to_string()).unwrap();
+    fs::write(file, sealed(value.to_string().into_bytes())).unwrap();
 }
 
 fn refusal(path: &Path) -> String {
@@ -98,10 +99,18 @@ fn damaged_artifacts() {
     assert!(refusal(&path).contains(LIBRARY));
     fs::remove_file(path.join(LIBRARY)).unwrap();
     assert!(refusal(&path).contains(LIBRARY));
+    fs::write(path.join(LIBRARY), b"code").unwrap();
+    load(&path).unwrap();
 
     let text = fs::read(path.join(MANIFEST)).unwrap();
     for end in (0..text.len()).step_by(7) {
         fs::write(path.join(MANIFEST), &text[..end]).unwrap();
+        refusal(&path);
+    }
+    for at in (0..text.len()).step_by(7) {
+        let mut flipped = text.clone();
+        flipped[at] ^= 1;
+        fs::write(path.join(MANIFEST), flipped).unwrap();
         refusal(&path);
     }
 }
