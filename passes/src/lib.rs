@@ -5,9 +5,11 @@ pub mod codegen;
 pub mod dialect;
 pub mod fuse;
 pub mod gradient;
+pub mod inference;
 pub mod interpret;
 pub mod lower;
 pub mod partition;
+pub mod pipeline;
 pub mod rewrite;
 
 /// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input.

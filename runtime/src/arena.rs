@@ -1,62 +1,65 @@
-//! Where the temporaries of an entry lie: one block of memory, planned from how long each lives.
-//!
-//! Greedy by size: the largest first, each at the smallest gap it fits between those that live at the
-//! same time. That is within a few percent of the lower bound on training graphs, whose large
-//! activations dominate.
+//! Where temporaries lie: one block of memory, each buffer in it from the launch that first names it
+//! to the one that last does.
 
-use crate::memory::ALIGNMENT;
+use std::collections::BTreeMap;
 
-/// A buffer's need: `elements` of four bytes from launch `first` to launch `last`, both included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lifetime {
-    pub first: usize,
-    pub last: usize,
-    pub elements: usize,
-}
+use crate::artifact::{BufferId, Launch, Manifest, Output, Sizes, Storage};
+use crate::memory::LINE;
 
-impl Lifetime {
-    fn overlaps(&self, other: &Lifetime) -> bool {
-        self.first <= other.last && other.first <= self.last
-    }
-}
-
+/// Offsets, in numbers, of the temporaries that some launches name, for one batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Where each buffer begins, in elements; a multiple of [`ALIGNMENT`] bytes.
-    pub offsets: Vec<usize>,
-    /// Elements in all.
-    pub elements: usize,
+    pub offsets: BTreeMap<BufferId, usize>,
+    /// Numbers in all.
+    pub size: usize,
+    /// The temporaries each launch is the first to name.
+    pub born: Vec<Vec<BufferId>>,
 }
 
-/// Lays the buffers out so that no two that live at the same time overlap.
-pub fn plan(lifetimes: &[Lifetime]) -> Plan {
-    const LINE: usize = ALIGNMENT / 4;
-    let mut order: Vec<usize> = (0..lifetimes.len()).collect();
-    order.sort_by_key(|&i| (std::cmp::Reverse(lifetimes[i].elements), lifetimes[i].first));
-    let mut offsets = vec![0; lifetimes.len()];
-    let mut elements = 0;
-    // Those that have a place, by offset.
-    let mut placed: Vec<usize> = Vec::with_capacity(lifetimes.len());
-    for i in order {
-        let need = lifetimes[i].elements.div_ceil(LINE) * LINE;
-        if need == 0 {
-            continue;
+/// What a temporary needs, and from which launch to which.
+struct Life {
+    buffer: BufferId,
+    need: usize,
+    first: usize,
+    last: usize,
+}
+
+/// The largest first, each in the smallest gap that fits between those that live at the same time: large
+/// activations decide how much is needed, and small ones find room between them.
+pub fn plan(manifest: &Manifest, launches: &[Launch], outputs: &[Output], sizes: &Sizes) -> Plan {
+    let mut plan = Plan { born: vec![vec![]; launches.len() + 1], ..Plan::default() };
+    let mut lives: BTreeMap<BufferId, Life> = BTreeMap::new();
+    let named = launches.iter().enumerate().flat_map(|(at, launch)| launch.buffers.iter().map(move |&b| (at, b)));
+    for (at, id) in named.chain(outputs.iter().map(|o| (launches.len(), o.buffer))) {
+        let buffer = &manifest.buffers[id];
+        if buffer.storage == Storage::Temporary {
+            let life = lives.entry(id).or_insert_with(|| {
+                plan.born[at].push(id);
+                // What no memory could hold is refused when it is allocated.
+                let need = buffer.elements(sizes).min(u64::MAX >> 24) as usize;
+                Life { buffer: id, need: need.next_multiple_of(LINE), first: at, last: at }
+            });
+            life.last = at;
         }
+    }
+    let mut lives: Vec<Life> = lives.into_values().collect();
+    lives.sort_by_key(|life| (std::cmp::Reverse(life.need), life.first));
+    // Those that have a place, with it, by offset.
+    let mut placed: Vec<(usize, &Life)> = Vec::with_capacity(lives.len());
+    for life in &lives {
         let (mut best, mut end) = (None, 0);
-        for &other in placed.iter().filter(|&&o| lifetimes[o].overlaps(&lifetimes[i])) {
-            let start = offsets[other];
-            if start >= end + need && best.is_none_or(|(gap, _)| start - end < gap) {
-                best = Some((start - end, end));
+        for (offset, other) in placed.iter().filter(|(_, o)| o.first <= life.last && life.first <= o.last) {
+            if *offset >= end + life.need && best.is_none_or(|(gap, _)| offset - end < gap) {
+                best = Some((offset - end, end));
             }
-            end = end.max(start + lifetimes[other].elements.div_ceil(LINE) * LINE);
+            end = end.max(offset + other.need);
         }
         let offset = best.map_or(end, |(_, offset)| offset);
-        offsets[i] = offset;
-        elements = elements.max(offset + need);
-        let at = placed.partition_point(|&o| offsets[o] <= offset);
-        placed.insert(at, i);
+        plan.offsets.insert(life.buffer, offset);
+        plan.size = plan.size.max(offset + life.need);
+        placed.insert(placed.partition_point(|(o, _)| *o <= offset), (offset, life));
     }
-    Plan { offsets, elements }
+    plan
 }
 
 #[cfg(test)]
@@ -64,41 +67,47 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn lifetime(first: usize, last: usize, elements: usize) -> Lifetime {
-        Lifetime { first, last, elements }
-    }
-
-    #[test]
-    fn a_chain_takes_two_places() {
-        let chain: Vec<Lifetime> = (0..10).map(|i| lifetime(i, i + 1, 160)).collect();
-        assert_eq!(plan(&chain).elements, 320);
-    }
-
-    #[test]
-    fn nothing_takes_nothing() {
-        assert_eq!(plan(&[]), Plan::default());
-        assert_eq!(plan(&[lifetime(0, 3, 0)]).elements, 0);
-    }
+    use crate::artifact::{Buffer, Element, Entry, Extent};
 
     proptest! {
+        /// No two buffers that live at once share a number.
         #[test]
-        fn no_two_live_buffers_overlap(raw in prop::collection::vec((0usize..40, 0usize..40, 0usize..300), 0..60)) {
-            let lifetimes: Vec<Lifetime> =
-                raw.iter().map(|&(a, b, n)| lifetime(a.min(b), a.max(b), n)).collect();
-            let plan = plan(&lifetimes);
-            for (i, a) in lifetimes.iter().enumerate() {
-                prop_assert!((plan.offsets[i] * 4).is_multiple_of(ALIGNMENT));
-                prop_assert!(plan.offsets[i] + a.elements <= plan.elements || a.elements == 0);
-                for (j, b) in lifetimes.iter().enumerate().skip(i + 1) {
-                    let apart = plan.offsets[i] + a.elements <= plan.offsets[j]
-                        || plan.offsets[j] + b.elements <= plan.offsets[i];
-                    prop_assert!(!a.overlaps(b) || apart || a.elements == 0 || b.elements == 0);
+        fn live_buffers_keep_apart(
+            lengths in proptest::collection::vec(0u64..200, 1..20),
+            launches in proptest::collection::vec(proptest::collection::vec(0usize..20, 1..4), 1..30),
+            output in 0usize..20,
+        ) {
+            let count = lengths.len();
+            let buffer = |&n: &u64| Buffer { element: Element::F32, shape: vec![Extent::Const(n)], storage: Storage::Temporary };
+            let manifest = Manifest { buffers: lengths.iter().map(buffer).collect(), ..Manifest::default() };
+            let launch = |names: &Vec<usize>| Launch {
+                kernel: 0,
+                buffers: names.iter().map(|n| n % count).collect(),
+                extents: vec![],
+                units: Extent::Const(1),
+                op: String::new(),
+            };
+            let launches: Vec<Launch> = launches.iter().map(launch).collect();
+            let output = launches[output % launches.len()].buffers[0];
+            let entry = Entry { launches, outputs: vec![Output { name: "z".into(), buffer: output, shape: vec![] }] };
+            let plan = plan(&manifest, &entry.launches, &entry.outputs, &Sizes::default());
+            let lives = |buffer: BufferId| {
+                let named = |l: &Launch| l.buffers.contains(&buffer);
+                let first = entry.launches.iter().position(named).expect("planned buffers are named");
+                let last = entry.launches.iter().rposition(named).expect("planned buffers are named");
+                (first, if buffer == output { usize::MAX } else { last })
+            };
+            let all: Vec<_> = plan.offsets.iter().collect();
+            for (i, &(&a, &at_a)) in all.iter().enumerate() {
+                prop_assert!(at_a + lengths[a] as usize <= plan.size);
+                for &(&b, &at_b) in &all[i + 1..] {
+                    let ((from_a, to_a), (from_b, to_b)) = (lives(a), lives(b));
+                    let together = from_a <= to_b && from_b <= to_a;
+                    let (end_a, end_b) = (at_a + lengths[a] as usize, at_b + lengths[b] as usize);
+                    let overlap = at_a < end_b && at_b < end_a;
+                    prop_assert!(!(together && overlap), "{a} and {b}");
                 }
             }
-            // Never worse than every buffer in a place of its own.
-            let sum: usize = lifetimes.iter().map(|l| l.elements.next_multiple_of(ALIGNMENT / 4)).sum();
-            prop_assert!(plan.elements <= sum);
         }
     }
 }

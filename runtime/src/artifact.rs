@@ -167,10 +167,13 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// Values of one row.
+    pub fn row(&self) -> u64 {
+        self.shape.iter().skip(1).product()
+    }
     /// How many of its values train.
     pub fn trainable_elements(&self) -> u64 {
-        let row: u64 = self.shape.iter().skip(1).product();
-        self.trainable.map_or(0, |(start, end)| (end - start) * row)
+        self.trainable.map_or(0, |(start, end)| (end - start) * self.row())
     }
 }
 

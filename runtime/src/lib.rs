@@ -1,23 +1,18 @@
 //! Runs artifacts: buffers, weights, backends, execution. Knows no MLIR.
-//!
-//! ```text
-//! store (a directory) ─► manifest + kernels ─► execute::Program ─┐
-//! weights (safetensors, or drawn) ───────────────────────────────┴─► execute::Session ─► run(entry, batch)
-//! ```
 
 pub mod adapter;
-pub mod arena;
+mod arena;
 pub mod artifact;
-pub mod batch;
 pub mod device;
-pub mod execute;
-pub mod init;
-pub mod kernels;
-mod layout;
-pub mod memory;
+mod error;
+mod memory;
 pub mod philox;
-pub mod pool;
 pub mod safefile;
+mod session;
 pub mod store;
 mod validate;
 pub mod weights;
+
+pub use error::RuntimeError;
+pub use memory::Numbers;
+pub use session::{Inputs, Profile, Program, Session};

@@ -1,131 +1,89 @@
-//! Memory that kernels read and write: zeroed, page-aligned, and touched only when used.
+//! Memory for kernels, straight from the operating system: zeroed, at the start of a page, and without
+//! cost until it is written, so that an optimizer state no entry uses takes none.
 
-use std::io;
-use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
+use memmap2::MmapMut;
 
-use memmap2::{Mmap, MmapMut};
+use crate::error::RuntimeError;
 
-/// Bytes every block of [`Floats`] and of the arena is aligned to: a cache line, a register of AVX-512.
-pub const ALIGNMENT: usize = 64;
+/// Numbers on one cache line.
+pub const LINE: usize = 16;
 
-/// From this size on large pages are asked for: fewer faults when a buffer is touched first.
+/// From this many bytes on large pages are asked for: fewer faults when a buffer is written first.
 const LARGE: usize = 4 << 20;
 
-/// A zeroed vector of fixed length, straight from the operating system: pages cost nothing until they
-/// are written, so an optimizer state that no entry uses takes no memory.
+/// A vector of numbers that begins on a cache line. Kernels write into it through [`Numbers::cells`].
 #[derive(Debug, Default)]
-pub struct Floats {
-    /// `None` when empty: an empty mapping does not exist.
+pub struct Numbers {
+    /// `None` when there is nothing to hold: an empty mapping does not exist.
     map: Option<MmapMut>,
-    len: usize,
+    length: usize,
 }
 
-impl Floats {
-    pub fn zeroed(len: usize) -> io::Result<Self> {
-        let bytes = len.checked_mul(4).ok_or(io::ErrorKind::OutOfMemory)?;
-        if bytes == 0 {
-            return Ok(Floats::default());
-        }
-        let map = MmapMut::map_anon(bytes)?;
-        #[cfg(target_os = "linux")]
-        if bytes >= LARGE {
-            // A wish only: kernels built without large pages refuse it.
-            let _ = map.advise(memmap2::Advice::HugePage);
-        }
-        Ok(Floats { map: Some(map), len })
+impl Numbers {
+    /// Ends the process when there is no memory, as `Vec` does; see [`Numbers::try_zeros`].
+    pub fn zeros(length: usize) -> Self {
+        let layout = || std::alloc::Layout::array::<f32>(length).unwrap_or(std::alloc::Layout::new::<f32>());
+        Numbers::try_zeros(length).unwrap_or_else(|_| std::alloc::handle_alloc_error(layout()))
     }
 
-    pub fn copied(source: &[f32]) -> io::Result<Self> {
-        let mut floats = Floats::zeroed(source.len())?;
-        floats.copy_from_slice(source);
-        Ok(floats)
+    pub fn try_zeros(length: usize) -> Result<Self, RuntimeError> {
+        if length == 0 {
+            return Ok(Numbers::default());
+        }
+        let bytes = length.checked_mul(4).unwrap_or(usize::MAX);
+        let map = MmapMut::map_anon(bytes).map_err(|e| {
+            let size = bytes as f64 / f64::from(1 << 30);
+            RuntimeError::Device(format!("{size:.1} GiB of memory cannot be had ({e}); make the batch smaller"))
+        })?;
+        #[cfg(target_os = "linux")]
+        if bytes >= LARGE {
+            // A wish only: systems without large pages refuse it.
+            let _ = map.advise(memmap2::Advice::HugePage);
+        }
+        Ok(Numbers { map: Some(map), length })
+    }
+
+    /// Makes room for `length` numbers; what was there need not stay.
+    pub fn ensure(&mut self, length: usize) -> Result<(), RuntimeError> {
+        if length > self.map.as_ref().map_or(0, |map| map.len() / 4) {
+            // Never both the old and the new one at once.
+            *self = Numbers::default();
+            *self = Numbers::try_zeros(length)?;
+        }
+        self.length = length;
+        Ok(())
+    }
+
+    /// For kernels. Writing through it is sound while no slice of these numbers is alive.
+    pub fn cells(&self) -> *mut f32 {
+        self.map.as_ref().map_or(std::ptr::dangling_mut(), |map| map.as_ptr().cast_mut().cast())
     }
 
     pub fn bytes(&self) -> u64 {
-        self.len as u64 * 4
-    }
-
-    /// For kernels. It comes from the mapping itself, so references made later do not end it.
-    pub(crate) fn pointer(&self) -> *mut f32 {
-        self.map.as_ref().map_or(std::ptr::dangling_mut(), |map| map.as_ptr().cast_mut().cast())
+        self.map.as_ref().map_or(0, |map| map.len() as u64)
     }
 }
 
-impl Deref for Floats {
+impl std::ops::Deref for Numbers {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        match &self.map {
-            // SAFETY: the mapping holds `len` floats, begins at a page and lives as long as `self`;
-            // every bit pattern is a float.
-            Some(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), self.len) },
-            None => &[],
-        }
+        // SAFETY: the mapping begins at a page, holds `length` numbers and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.cells(), self.length) }
     }
 }
 
-impl DerefMut for Floats {
+impl std::ops::DerefMut for Numbers {
     fn deref_mut(&mut self) -> &mut [f32] {
-        match &mut self.map {
-            // SAFETY: as for `deref`, and `&mut self` makes the access the only one.
-            Some(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), self.len) },
-            None => &mut [],
-        }
+        // SAFETY: as above, the mapping may be written, and `self` is ours alone.
+        unsafe { std::slice::from_raw_parts_mut(self.cells(), self.length) }
     }
 }
 
-/// The values of one tensor: where its file lies in memory, or a copy.
-#[derive(Debug)]
-pub enum TensorData {
-    Owned(Floats),
-    Mapped(MappedFloats),
-}
-
-impl TensorData {
-    pub fn as_slice(&self) -> &[f32] {
-        match self {
-            TensorData::Owned(floats) => floats,
-            TensorData::Mapped(mapped) => mapped.as_slice(),
-        }
-    }
-}
-
-/// Floats inside a mapped file.
-#[derive(Debug)]
-pub struct MappedFloats {
-    map: Arc<Mmap>,
-    /// Where they begin, in bytes.
-    start: usize,
-    len: usize,
-}
-
-impl MappedFloats {
-    /// `None` if they cannot be read in place: misaligned, outside the file, or stored in another byte order.
-    pub fn new(map: Arc<Mmap>, start: usize, len: usize) -> Option<Self> {
-        let end = start.checked_add(len.checked_mul(4)?)?;
-        let aligned = (map.as_ptr() as usize + start).is_multiple_of(align_of::<f32>());
-        (end <= map.len() && aligned && cfg!(target_endian = "little")).then_some(MappedFloats { map, start, len })
-    }
-
-    pub fn as_slice(&self) -> &[f32] {
-        // SAFETY: `new` checked bounds and alignment; the mapping is private, read-only and held by `self`.
-        // Whoever shortens the file under a running process takes its pages away: that is documented
-        // for users, as for every program that maps its weights.
-        unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(self.start).cast(), self.len) }
-    }
-}
-
-impl Drop for MappedFloats {
-    /// Others may keep the file mapped; at least the pages of this tensor go.
-    fn drop(&mut self) {
-        #[cfg(target_os = "linux")]
-        if self.len * 4 >= LARGE {
-            // SAFETY: the mapping is read-only and has no changes to lose: pages that a neighbour still
-            // reads come back from the file.
-            let _ = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.start, self.len * 4)
-            };
-        }
+impl From<&[f32]> for Numbers {
+    fn from(numbers: &[f32]) -> Self {
+        let mut own = Numbers::zeros(numbers.len());
+        own.copy_from_slice(numbers);
+        own
     }
 }
 
@@ -134,11 +92,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeroed_aligned_and_empty() {
-        let floats = Floats::zeroed(1000).unwrap();
-        assert!(floats.iter().all(|&x| x == 0.0));
-        assert!((floats.as_ptr() as usize).is_multiple_of(ALIGNMENT));
-        assert!(Floats::zeroed(0).unwrap().is_empty());
-        assert!(Floats::zeroed(usize::MAX / 2).is_err());
+    fn zeroed_aligned_and_grown() {
+        let mut numbers = Numbers::zeros(1000);
+        assert!(numbers.iter().all(|&x| x == 0.0));
+        assert!((numbers.cells() as usize).is_multiple_of(LINE * 4));
+        numbers.ensure(10).unwrap();
+        assert_eq!((numbers.len(), numbers.bytes()), (10, 4000));
+        numbers.ensure(2000).unwrap();
+        assert_eq!(numbers.len(), 2000);
+        assert!(Numbers::zeros(0).is_empty());
+        let error = Numbers::try_zeros(usize::MAX / 8).unwrap_err().to_string();
+        assert!(error.contains("make the batch smaller"), "{error}");
     }
 }

@@ -1,55 +1,32 @@
-//! Files of tensors in the safetensors format: read in place, written beside and renamed.
+//! The safetensors format, read without trusting a byte and written so that the same tensors give the same
+//! bytes.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use crate::memory::{Floats, MappedFloats, TensorData};
-use crate::store::sync_directory;
+use crate::adapter::{Data, TensorFile};
+use crate::error::RuntimeError;
 
 /// Bytes of the header's length.
 const PREFIX: usize = 8;
 
-#[derive(Debug, thiserror::Error)]
-pub enum FileError {
-    #[error("cannot read `{path}`: {source}")]
-    Read { path: PathBuf, source: io::Error },
-    #[error("cannot write `{path}`: {source}{}", full(source))]
-    Write { path: PathBuf, source: io::Error },
-    #[error("`{path}` is damaged or no safetensors file: {why}; fetch or write it again")]
-    Damaged { path: PathBuf, why: String },
-    #[error("`{path}` holds no tensor `{name}`")]
-    Missing { path: PathBuf, name: String },
-    #[error("`{name}` in `{path}` has type {found}; f32, f16, bf16 and f64 can be read as weights")]
-    Dtype { path: PathBuf, name: String, found: String },
-    #[error("`{name}` in `{path}` is {value} at {index:?}: a run that diverged wrote it, or the file is damaged")]
-    NotFinite { path: PathBuf, name: String, index: Vec<usize>, value: f32 },
-    #[error("no memory for `{name}`: {source}")]
-    Memory { name: String, source: io::Error },
-}
-
-fn full(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free some space or give another directory, nothing was replaced"
-        }
-        _ => "",
-    }
-}
+/// Data begins at a multiple of this many bytes.
+const ALIGNMENT: usize = 64;
 
 /// Where a tensor lies in its file.
 #[derive(Clone, Debug)]
-struct Stored {
+struct Place {
     dtype: Dtype,
-    shape: Vec<usize>,
-    /// In bytes, in the file; within it.
+    shape: Vec<u64>,
+    /// In bytes, within the file.
     start: usize,
     end: usize,
 }
@@ -58,93 +35,80 @@ struct Stored {
 #[derive(Debug)]
 pub struct SafeFile {
     path: PathBuf,
-    map: Arc<Mmap>,
-    tensors: BTreeMap<String, Stored>,
-    metadata: BTreeMap<String, String>,
+    map: Mmap,
+    tensors: BTreeMap<String, Place>,
+    pub notes: BTreeMap<String, String>,
 }
 
 impl SafeFile {
-    pub fn open(path: &Path) -> Result<Self, FileError> {
-        let read = |source| FileError::Read { path: path.to_path_buf(), source };
-        let file = File::open(path).map_err(read)?;
-        if file.metadata().map_err(read)?.is_dir() {
-            return Err(read(io::ErrorKind::IsADirectory.into()));
+    pub fn open(path: &Path) -> Result<Self, RuntimeError> {
+        let failed = |e: io::Error| RuntimeError::file(path, format!("cannot be read: {e}"));
+        let file = File::open(path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.is_dir() {
+            return Err(RuntimeError::file(path, "is a directory, a safetensors file was expected"));
         }
-        // SAFETY: the mapping is private and only read. A file that another process shortens meanwhile
-        // takes its pages away, as for every program that maps its weights.
-        let map = unsafe { Mmap::map(&file) }.map_err(read)?;
-        let (tensors, metadata) = header(&map).map_err(|why| FileError::Damaged { path: path.to_path_buf(), why })?;
-        Ok(SafeFile { path: path.to_path_buf(), map: Arc::new(map), tensors, metadata })
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
+        // SAFETY: the mapping is only read. Whoever shortens the file meanwhile takes its pages away, as from every
+        // program that maps its weights.
+        let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
+        let (tensors, notes) = header(&map).map_err(|why| {
+            RuntimeError::file(path, format!("no sound safetensors file: {why}; write or fetch it again"))
+        })?;
+        Ok(SafeFile { path: path.to_path_buf(), map, tensors, notes })
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    pub fn metadata(&self, key: &str) -> Option<&str> {
-        self.metadata.get(key).map(String::as_str)
+    pub fn shape(&self, name: &str) -> Option<&[u64]> {
+        self.tensors.get(name).map(|place| place.shape.as_slice())
     }
 
-    pub fn all_metadata(&self) -> &BTreeMap<String, String> {
-        &self.metadata
+    /// Holds integers, so that [`SafeFile::integers`] reads it.
+    pub fn integral(&self, name: &str) -> bool {
+        self.tensors.get(name).is_some_and(|place| matches!(place.dtype, Dtype::I32 | Dtype::I64))
     }
 
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(|t| t.shape.as_slice())
+    fn place(&self, name: &str) -> Result<(&Place, &[u8]), RuntimeError> {
+        let place = self.tensors.get(name);
+        let place = place.ok_or_else(|| RuntimeError::file(&self.path, format!("it holds no tensor `{name}`")))?;
+        Ok((place, &self.map[place.start..place.end]))
     }
 
-    /// A tensor's values, in place where they are stored as aligned f32. All of them are finite.
-    pub fn floats(&self, name: &str) -> Result<TensorData, FileError> {
-        let missing = || FileError::Missing { path: self.path.clone(), name: name.into() };
-        let Stored { dtype, shape, start, end } = self.tensors.get(name).ok_or_else(missing)?;
-        let bytes = &self.map[*start..*end];
-        let len: usize = shape.iter().product();
-        let memory = |source| FileError::Memory { name: name.into(), source };
-        let mapped = match dtype {
-            Dtype::F32 => MappedFloats::new(self.map.clone(), *start, len),
-            _ => None,
+    /// Reads a tensor in any floating-point type into `out`, which has its size. All of it is finite.
+    pub fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError> {
+        let (Place { dtype, shape, .. }, bytes) = self.place(name)?;
+        let wrong = |message: String| RuntimeError::file(&self.path, format!("tensor `{name}` {message}"));
+        if shape.iter().product::<u64>() != out.len() as u64 {
+            return Err(wrong(format!("is {shape:?}, but {} numbers are wanted", out.len())));
+        }
+        let bad = match dtype {
+            Dtype::F32 => decode(bytes, out, f32::from_le_bytes),
+            Dtype::F64 => decode(bytes, out, |b| f64::from_le_bytes(b) as f32),
+            Dtype::F16 => decode(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => decode(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+            other => return Err(wrong(format!("holds {other:?}; numbers are read from f32, f16, bf16 or f64"))),
         };
-        let data = match (mapped, dtype) {
-            (Some(mapped), _) => TensorData::Mapped(mapped),
-            (None, Dtype::F32) => convert::<4>(bytes, f32::from_le_bytes).map_err(memory)?,
-            (None, Dtype::F16) => convert(bytes, |b| half::f16::from_le_bytes(b).to_f32()).map_err(memory)?,
-            (None, Dtype::BF16) => convert(bytes, |b| half::bf16::from_le_bytes(b).to_f32()).map_err(memory)?,
-            (None, Dtype::F64) => convert(bytes, |b| f64::from_le_bytes(b) as f32).map_err(memory)?,
-            (None, other) => {
-                let (path, found) = (self.path.clone(), format!("{other:?}"));
-                return Err(FileError::Dtype { path, name: name.into(), found });
-            }
-        };
-        match not_finite(data.as_slice()) {
+        match bad {
             Some(at) => {
-                let (path, value) = (self.path.clone(), data.as_slice()[at]);
-                Err(FileError::NotFinite { path, name: name.into(), index: unravel(at, shape), value })
+                let index = unravel(at as u64, shape);
+                Err(wrong(format!("holds {} at {index:?}; the file is spoilt or a run diverged", out[at])))
             }
-            None => Ok(data),
+            None => Ok(()),
         }
     }
 
-    /// A tensor of integers (i64 or i32): what fixtures and inputs hold.
-    pub fn integers(&self, name: &str) -> Result<Vec<i64>, FileError> {
-        let missing = || FileError::Missing { path: self.path.clone(), name: name.into() };
-        let Stored { dtype, start, end, .. } = self.tensors.get(name).ok_or_else(missing)?;
-        let bytes = &self.map[*start..*end];
-        match dtype {
+    pub fn integers(&self, name: &str) -> Result<Vec<i64>, RuntimeError> {
+        let (place, bytes) = self.place(name)?;
+        match place.dtype {
             Dtype::I64 => Ok(bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b)).collect()),
             Dtype::I32 => Ok(bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b).into()).collect()),
-            other => {
-                let why = format!("`{name}` has type {other:?}, but integers were expected");
-                Err(FileError::Damaged { path: self.path.clone(), why })
-            }
+            other => Err(RuntimeError::file(&self.path, format!("tensor `{name}` holds {other:?}, no integers"))),
         }
     }
 }
 
-type Header = (BTreeMap<String, Stored>, BTreeMap<String, String>);
+type Header = (BTreeMap<String, Place>, BTreeMap<String, String>);
 
 /// Reads the header and checks that every tensor lies within the file and has the size of its shape.
 fn header(file: &[u8]) -> Result<Header, String> {
@@ -160,7 +124,8 @@ fn header(file: &[u8]) -> Result<Header, String> {
         let bits = elements.and_then(|n| n.checked_mul(info.dtype.bitsize()));
         match (place(info.data_offsets.0), place(info.data_offsets.1), bits) {
             (Some(start), Some(end), Some(bits)) if start <= end && (end - start).checked_mul(8) == Some(bits) => {
-                tensors.insert(name, Stored { dtype: info.dtype, shape: info.shape.clone(), start, end });
+                let shape = info.shape.iter().map(|&d| d as u64).collect();
+                tensors.insert(name, Place { dtype: info.dtype, shape, start, end });
             }
             (Some(_), Some(_), _) => return Err(format!("`{name}` has not the size of its shape {:?}", info.shape)),
             _ => return Err(format!("`{name}` lies beyond its end; it may be cut short")),
@@ -172,75 +137,61 @@ fn header(file: &[u8]) -> Result<Header, String> {
 /// Elements a thread takes at a time.
 const CHUNK: usize = 1 << 16;
 
-fn convert<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f32 + Sync) -> io::Result<TensorData> {
+/// Decodes, and gives the index of the first number that is not finite.
+fn decode<const N: usize>(bytes: &[u8], out: &mut [f32], read: impl Fn([u8; N]) -> f32 + Sync) -> Option<usize> {
     let (source, _) = bytes.as_chunks::<N>();
-    let mut floats = Floats::zeroed(source.len())?;
-    floats.par_chunks_mut(CHUNK).zip(source.par_chunks(CHUNK)).for_each(|(to, from)| {
-        to.iter_mut().zip(from).for_each(|(to, &from)| *to = read(from));
+    let bad = out.par_chunks_mut(CHUNK).zip(source.par_chunks(CHUNK)).enumerate().filter_map(|(at, (to, from))| {
+        let mut finite = true;
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = read(from);
+            finite &= to.is_finite();
+        }
+        if finite { None } else { to.iter().position(|x| !x.is_finite()).map(|i| at * CHUNK + i) }
     });
-    Ok(TensorData::Owned(floats))
+    bad.min()
 }
 
-/// The first value that is NaN or infinite.
-pub fn not_finite(values: &[f32]) -> Option<usize> {
-    // Without a branch inside, so that it runs at the speed of memory.
-    let bad = |chunk: &&[f32]| chunk.iter().fold(false, |bad, x| bad | !x.is_finite());
-    let chunk = values.par_chunks(CHUNK).enumerate().find_first(|(_, chunk)| bad(chunk));
-    chunk.and_then(|(at, chunk)| chunk.iter().position(|x| !x.is_finite()).map(|i| at * CHUNK + i))
-}
-
-fn unravel(mut at: usize, shape: &[usize]) -> Vec<usize> {
-    let mut index: Vec<usize> = shape.iter().rev().map(|&d| (at % d, at /= d).0).collect();
+fn unravel(mut at: u64, shape: &[u64]) -> Vec<u64> {
+    let mut index = vec![];
+    for &d in shape.iter().rev() {
+        index.push(at % d);
+        at /= d;
+    }
     index.reverse();
     index
 }
 
-/// A tensor to write.
-#[derive(Clone, Debug)]
-pub struct Entry<'a> {
-    pub name: String,
-    pub shape: Vec<u64>,
-    pub data: &'a [f32],
-}
-
-/// Writes tensors as f32 to `path`: into a file beside it that takes its place when it is complete. The same
-/// tensors give the same bytes.
-pub fn write(path: &Path, tensors: &[Entry], metadata: &BTreeMap<String, String>) -> Result<(), FileError> {
-    let failed = |source| FileError::Write { path: path.to_path_buf(), source };
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(failed)?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".peftc-");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let file = builder.tempfile_in(parent).map_err(failed)?;
-    encode(file.as_file(), tensors, metadata).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
-    sync_directory(parent);
-    Ok(())
-}
-
-fn encode(to: impl Write, tensors: &[Entry], metadata: &BTreeMap<String, String>) -> io::Result<()> {
+/// Writes the file as a stream, header and notes in order of names.
+pub fn encode(to: impl Write, file: &TensorFile) -> io::Result<()> {
     let mut header = serde_json::Map::new();
-    if !metadata.is_empty() {
-        header.insert("__metadata__".into(), serde_json::to_value(metadata)?);
+    if !file.notes.is_empty() {
+        header.insert("__metadata__".into(), serde_json::to_value(&file.notes)?);
     }
     let mut offset = 0;
-    for Entry { name, shape, data } in tensors {
-        let end = offset + data.len() * 4;
-        let info = serde_json::json!({ "dtype": "F32", "shape": shape, "data_offsets": [offset, end] });
+    for (name, stored) in &file.tensors {
+        let (dtype, width, length) = match &stored.data {
+            Data::F32(x) => ("F32", 4, x.len()),
+            Data::I64(x) => ("I64", 8, x.len()),
+        };
+        if stored.shape.iter().product::<u64>() != length as u64 {
+            let message = format!("tensor `{name}` has {length} numbers for its shape {:?}", stored.shape);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let end = offset + width * length;
+        let info = serde_json::json!({ "dtype": dtype, "shape": stored.shape, "data_offsets": [offset, end] });
         header.insert(name.clone(), info);
         offset = end;
     }
     let mut text = serde_json::to_vec(&header)?;
-    // Data begins at a cache line, so that it can be read in place.
-    text.resize((text.len() + PREFIX).next_multiple_of(crate::memory::ALIGNMENT) - PREFIX, b' ');
+    text.resize((text.len() + PREFIX).next_multiple_of(ALIGNMENT) - PREFIX, b' ');
     let mut to = BufWriter::with_capacity(1 << 20, to);
     to.write_all(&(text.len() as u64).to_le_bytes())?;
     to.write_all(&text)?;
-    for x in tensors.iter().flat_map(|t| t.data) {
-        to.write_all(&x.to_le_bytes())?;
+    for stored in file.tensors.values() {
+        match &stored.data {
+            Data::F32(x) => x.iter().try_for_each(|x| to.write_all(&x.to_le_bytes()))?,
+            Data::I64(x) => x.iter().try_for_each(|x| to.write_all(&x.to_le_bytes()))?,
+        }
     }
     to.flush()
 }

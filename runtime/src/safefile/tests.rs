@@ -1,4 +1,5 @@
 use super::*;
+use crate::adapter::Stored;
 
 fn stored(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
     let home = tempfile::tempdir().unwrap();
@@ -16,52 +17,47 @@ fn why(bytes: &[u8]) -> String {
     SafeFile::open(&path).unwrap_err().to_string()
 }
 
-#[test]
-fn written_files_read_back_and_by_others() {
-    let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("x.safetensors");
-    let (a, b) = ([1.0, -2.0, 3.5, 0.0, 5.0, 6.0], [7.0]);
-    let entries = [
-        Entry { name: "a".into(), shape: vec![2, 3], data: &a },
-        Entry { name: "none".into(), shape: vec![0, 3], data: &[] },
-        Entry { name: "b".into(), shape: vec![], data: &b },
+fn sample() -> TensorFile {
+    let tensors = [
+        ("a", Stored::f32(vec![2, 3], vec![1.0, -2.0, 3.5, 0.0, 5.0, 6.0])),
+        ("b", Stored::f32(vec![], vec![7.0])),
+        ("ids", Stored { shape: vec![2], data: Data::I64(vec![-1, 1 << 40]) }),
+        ("none", Stored::f32(vec![0, 3], vec![])),
     ];
-    let metadata = [("k".to_string(), "v".to_string())].into();
-    write(&path, &entries, &metadata).unwrap();
-    let file = SafeFile::open(&path).unwrap();
-    let a_read = file.floats("a").unwrap();
-    assert!(matches!(a_read, TensorData::Mapped(_)) && a_read.as_slice() == a);
-    assert_eq!(file.floats("b").unwrap().as_slice(), b);
-    assert!(file.floats("none").unwrap().as_slice().is_empty());
-    assert_eq!((file.metadata("k"), file.shape("a")), (Some("v"), Some(&[2, 3][..])));
-    assert!(matches!(file.floats("c"), Err(FileError::Missing { .. })));
-
-    let bytes = std::fs::read(&path).unwrap();
-    let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(theirs.tensor("a").unwrap().shape(), [2, 3]);
-    // Only the file itself is there, and it is the same each time.
-    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
-    write(&path, &entries, &metadata).unwrap();
-    assert_eq!(std::fs::read(&path).unwrap(), bytes);
+    let notes = ["w", "x", "y", "z"].map(|note| (note.to_string(), note.to_string()));
+    TensorFile { tensors: tensors.map(|(name, t)| (name.to_string(), t)).into(), notes: notes.into() }
 }
 
 #[test]
-fn half_precision_and_misaligned() {
+fn the_same_bytes_each_time_and_others_read_them() {
+    let (mut once, mut again) = (vec![], vec![]);
+    encode(&mut once, &sample()).unwrap();
+    encode(&mut again, &sample()).unwrap();
+    assert_eq!(once, again);
+    let theirs = safetensors::SafeTensors::deserialize(&once).unwrap();
+    assert_eq!(theirs.tensor("a").unwrap().shape(), [2, 3]);
+    assert_eq!(theirs.tensor("ids").unwrap().data()[..8], [0xff; 8]);
+
+    let mut odd = sample();
+    odd.tensors.insert("odd".into(), Stored::f32(vec![3], vec![1.0]));
+    assert!(encode(vec![], &odd).unwrap_err().to_string().contains("`odd` has 1 numbers"));
+}
+
+#[test]
+fn every_float_type_and_alignment() {
     let values = [1.5f32, -0.25];
-    let halves: Vec<u8> = values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
-    let brains: Vec<u8> = values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+    let halves: Vec<u8> = values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+    let brains: Vec<u8> = values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
     let doubles: Vec<u8> = values.iter().flat_map(|&x| f64::from(x).to_le_bytes()).collect();
     let singles: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     for (dtype, data) in [("F16", halves), ("BF16", brains), ("F64", doubles), ("F32", singles)] {
-        // With and without padding: one of the four tensors in f32 lies askew.
         for pad in 0..4 {
-            let header = format!(
-                "{{\"x\":{{\"dtype\":\"{dtype}\",\"shape\":[2],\"data_offsets\":[0,{}]}}}}{}",
-                data.len(),
-                " ".repeat(pad)
-            );
-            let (_home, path) = stored(&raw(&header, &data));
-            assert_eq!(SafeFile::open(&path).unwrap().floats("x").unwrap().as_slice(), values, "{dtype}");
+            let end = data.len();
+            let info = format!("{{\"x\":{{\"dtype\":\"{dtype}\",\"shape\":[2],\"data_offsets\":[0,{end}]}}}}");
+            let (_home, path) = stored(&raw(&(info + &" ".repeat(pad)), &data));
+            let mut read = [0.0; 2];
+            SafeFile::open(&path).unwrap().floats("x", &mut read).unwrap();
+            assert_eq!(read, values, "{dtype}");
         }
     }
 }
@@ -80,51 +76,37 @@ fn lying_headers() {
     for (shape, start, end) in [("[2]", 0, 4), ("[1]", 4, 0), ("[1]", 4, 8), ("[4611686018427387904, 4]", 0, 4)] {
         why(&raw(&header("F32", shape, start, end), &[0; 4]));
     }
-    // Adds up to the file's length only where sums wrap around.
+    // A sum of sizes that only fits the file once it wraps around.
     let huge = u64::MAX - 100;
     why(&raw(&header("U8", &format!("[{huge}]"), 0, huge), &[0; 4]));
 
     let (_home, path) = stored(&raw(&header("I64", "[1]", 0, 8), &[1, 0, 0, 0, 0, 0, 0, 0]));
     let file = SafeFile::open(&path).unwrap();
-    assert!(file.floats("x").unwrap_err().to_string().contains("I64"));
+    assert!(file.floats("x", &mut [0.0]).unwrap_err().to_string().contains("I64"));
+    assert!(file.floats("x", &mut [0.0; 2]).unwrap_err().to_string().contains("2 numbers are wanted"));
+    assert!(file.floats("y", &mut []).unwrap_err().to_string().contains("no tensor `y`"));
     assert_eq!(file.integers("x").unwrap(), [1]);
+    assert!(SafeFile::open(_home.path()).unwrap_err().to_string().contains("directory"));
 }
 
 #[test]
 fn every_truncation_is_refused() {
-    let header = "{\"x\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}";
-    let whole = raw(header, &[0; 8]);
+    let mut whole = vec![];
+    encode(&mut whole, &sample()).unwrap();
     for end in 0..whole.len() {
         why(&whole[..end]);
     }
 }
 
 #[test]
-fn not_finite_values_are_named() {
-    let mut values = vec![0.0; 200_000];
-    assert_eq!(not_finite(&values), None);
-    values[150_001] = f32::NEG_INFINITY;
-    values[199_999] = f32::NAN;
-    let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("x.safetensors");
-    write(&path, &[Entry { name: "w".into(), shape: vec![2, 100_000], data: &values }], &BTreeMap::new()).unwrap();
-    let message = SafeFile::open(&path).unwrap().floats("w").unwrap_err().to_string();
-    assert!(message.contains("`w`") && message.contains("-inf at [1, 50001]"), "{message}");
-}
-
-#[test]
-fn nowhere_to_write() {
-    let (_home, path) = stored(b"");
-    let entry = Entry { name: "w".into(), shape: vec![1], data: &[1.0] };
-    let below_a_file = path.join("x.safetensors");
-    let message = write(&below_a_file, std::slice::from_ref(&entry), &BTreeMap::new()).unwrap_err().to_string();
-    assert!(message.contains("x.safetensors"), "{message}");
-
-    let Ok(full) = File::options().write(true).open("/dev/full") else {
-        eprintln!("skipped: no /dev/full here");
-        return;
-    };
-    let source = encode(full, &[entry], &BTreeMap::new()).unwrap_err();
-    let message = FileError::Write { path, source }.to_string();
-    assert!(message.contains("free some space"), "{message}");
+fn not_finite_numbers_are_named() {
+    let mut numbers = vec![0.0; 200_000];
+    numbers[150_001] = f32::NEG_INFINITY;
+    numbers[199_999] = f32::NAN;
+    let tensors = [("w".to_string(), Stored::f32(vec![2, 100_000], numbers))].into();
+    let mut bytes = vec![];
+    encode(&mut bytes, &TensorFile { tensors, ..TensorFile::default() }).unwrap();
+    let (_home, path) = stored(&bytes);
+    let message = SafeFile::open(&path).unwrap().floats("w", &mut vec![0.0; 200_000]).unwrap_err().to_string();
+    assert!(message.contains("`w` holds -inf at [1, 50001]"), "{message}");
 }

@@ -1,31 +1,37 @@
-use super::*;
-use crate::safefile::{Entry, write};
+use peft_grammar::model::Trainable;
 
-fn source(name: &str, shape: &[u64], origin: Origin) -> TensorSource {
+use super::*;
+use crate::adapter::{self, Stored, TensorFile};
+
+fn param(name: &str, shape: &[u64], origin: Origin) -> Param {
     let init = Init::Normal { std: 1.0 };
-    TensorSource { name: name.into(), shape: shape.to_vec(), init, origin, trainable: Rows::No }
+    Param { name: name.into(), shape: shape.to_vec(), init, trainable: Trainable::No, origin, decay: false }
 }
 
-fn wanted() -> Vec<TensorSource> {
+fn params() -> Vec<Param> {
     vec![
-        source("t.wte.weight", &[3, 2], Origin::Backbone),
-        source("t.h.0.LayerNorm.weight", &[2], Origin::Backbone),
-        source("t.pooler.dense.bias", &[2], Origin::Backbone),
-        source("classifier.weight", &[2, 2], Origin::Head),
-        source("layers.0.attention.q.lora.a", &[1, 2], Origin::Method("lora".into())),
+        param("t.wte.weight", &[3, 2], Origin::Backbone),
+        param("t.h.0.LayerNorm.weight", &[2], Origin::Backbone),
+        param("t.pooler.dense.bias", &[2], Origin::Backbone),
+        param("classifier.weight", &[2, 2], Origin::Head),
+        param("layers.0.attention.q.lora.a", &[1, 2], Origin::Method("lora".into())),
     ]
 }
 
-fn write_model(path: &Path, tensors: &[(&str, &[u64])]) {
-    let data: Vec<f32> = (1..=64).map(|i| i as f32).collect();
-    let entry = |&(name, shape): &(&str, &[u64])| {
-        let elements = shape.iter().product::<u64>() as usize;
-        Entry { name: name.into(), shape: shape.to_vec(), data: &data[..elements] }
-    };
-    write(path, &tensors.iter().map(entry).collect::<Vec<_>>(), &BTreeMap::new()).unwrap();
+fn backbone() -> Backbone {
+    Backbone { name: "tiny".into(), config: BTreeMap::new(), prefix: "t.".into() }
 }
 
-/// A directory whose `model.safetensors` holds these tensors, filled with 1, 2, 3, …
+fn write_model(path: &Path, tensors: &[(&str, &[u64])]) {
+    let stored = |shape: &[u64]| {
+        let elements = shape.iter().product::<u64>();
+        Stored::f32(shape.to_vec(), (1..=elements).map(|i| i as f32).collect())
+    };
+    let tensors = tensors.iter().map(|(name, shape)| (name.to_string(), stored(shape))).collect();
+    adapter::save(path, &TensorFile { tensors, ..TensorFile::default() }).unwrap();
+}
+
+/// A directory whose `model.safetensors` holds these tensors, each filled with 1, 2, 3, …
 fn checkpoint(tensors: &[(&str, &[u64])]) -> tempfile::TempDir {
     let home = tempfile::tempdir().unwrap();
     write_model(&home.path().join("model.safetensors"), tensors);
@@ -35,8 +41,12 @@ fn checkpoint(tensors: &[(&str, &[u64])]) -> tempfile::TempDir {
 const FITTING: [(&str, &[u64]); 3] =
     [("t.wte.weight", &[3, 2]), ("t.h.0.LayerNorm.weight", &[2]), ("t.pooler.dense.bias", &[2])];
 
-fn misfit(tensors: &[(&str, &[u64])]) -> String {
-    load(checkpoint(tensors).path(), &wanted(), "t.", 0).unwrap_err().to_string()
+fn read(home: &Path, appended: u64) -> Result<Loaded, String> {
+    load(home, &backbone(), &params(), appended, 7).map_err(|e| e.to_string())
+}
+
+fn refusal(tensors: &[(&str, &[u64])]) -> String {
+    read(checkpoint(tensors).path(), 0).err().unwrap()
 }
 
 #[test]
@@ -45,96 +55,105 @@ fn names_with_and_without_prefix_and_in_old_spelling() {
         ["t.wte.weight", "t.h.0.LayerNorm.weight", "t.pooler.dense.bias"],
         ["wte.weight", "h.0.LayerNorm.weight", "pooler.dense.bias"],
         ["t.wte.weight", "t.h.0.LayerNorm.gamma", "pooler.dense.bias"],
+        ["wte.weight", "h.0.LayerNorm.gamma", "pooler.dense.bias"],
     ] {
         let [a, b, c] = names;
         let home = checkpoint(&[(a, &[3, 2]), (b, &[2]), (c, &[2]), ("h.0.attn.bias", &[4]), ("extra", &[1])]);
-        let loaded = load(home.path(), &wanted(), "t.", 0).unwrap();
-        assert_eq!(loaded.weights.get("t.wte.weight").unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
-        assert_eq!(loaded.weights.get("t.h.0.LayerNorm.weight").unwrap(), [1.0, 2.0]);
-        assert_eq!(loaded.drawn, ["classifier.weight"]);
+        let loaded = read(home.path(), 0).unwrap();
+        assert_eq!(loaded.tensors[0][..], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(loaded.tensors[1][..], [1.0, 2.0]);
+        assert_eq!(loaded.drawn, ["classifier.weight", "layers.0.attention.q.lora.a"]);
         assert_eq!(loaded.left_over, ["extra"]);
-        assert!(loaded.weights.get("layers.0.attention.q.lora.a").is_some());
     }
 }
 
 #[test]
 fn a_pooler_may_be_missing() {
-    let loaded = load(checkpoint(&FITTING[..2]).path(), &wanted(), "t.", 0).unwrap();
-    assert_eq!(loaded.drawn, ["t.pooler.dense.bias", "classifier.weight"]);
+    let loaded = read(checkpoint(&FITTING[..2]).path(), 0).unwrap();
+    assert_eq!(loaded.drawn[..2], ["t.pooler.dense.bias", "classifier.weight"]);
+    assert_eq!(loaded.tensors.len(), 5);
 }
 
 #[test]
-fn shards_and_single_files() {
+fn shards() {
     let home = tempfile::tempdir().unwrap();
     write_model(&home.path().join("1.safetensors"), &FITTING[..1]);
     write_model(&home.path().join("2.safetensors"), &FITTING[1..]);
     let index = home.path().join("model.safetensors.index.json");
     let map = |files: [&str; 2]| serde_json::json!({ "weight_map": { "a": files[0], "b": files[1] } }).to_string();
-    std::fs::write(&index, map(["1.safetensors", "2.safetensors"])).unwrap();
-    load(home.path(), &wanted(), "t.", 0).unwrap();
+    fs::write(&index, map(["1.safetensors", "2.safetensors"])).unwrap();
+    read(home.path(), 0).unwrap();
     for (text, expected) in [
         (map(["1.safetensors", "../2.safetensors"]), "no plain file name"),
         (map(["1.safetensors", "3.safetensors"]), "3.safetensors"),
-        ("{".into(), "damaged"),
+        ("{".into(), "index.json"),
+        ("{}".into(), "weight_map"),
     ] {
-        std::fs::write(&index, text).unwrap();
-        let message = load(home.path(), &wanted(), "t.", 0).unwrap_err().to_string();
+        fs::write(&index, text).unwrap();
+        let message = read(home.path(), 0).err().unwrap();
         assert!(message.contains(expected), "{message}");
     }
-    let single = checkpoint(&FITTING);
-    load(&single.path().join("model.safetensors"), &wanted(), "t.", 0).unwrap();
     let nothing = tempfile::tempdir().unwrap();
-    assert!(load(nothing.path(), &wanted(), "t.", 0).unwrap_err().to_string().contains("no `model.safetensors`"));
+    assert!(read(nothing.path(), 0).err().unwrap().contains("no `model.safetensors`"));
 }
 
 #[test]
 fn what_does_not_fit() {
-    let message = misfit(&[("t.wte.weight", &[2, 3]), ("t.h.0.LayerNorm.weigth", &[2])]);
-    assert!(message.contains("`t.h.0.LayerNorm.weight` (is `t.h.0.LayerNorm.weigth` meant?)"), "{message}");
-    assert!(message.contains("`t.wte.weight` is [2, 3] there, [3, 2] in the spec (transposed)"), "{message}");
-    let message = misfit(&[("t.wte.weight", &[4, 2]), FITTING[1]]);
-    assert!(message.contains("[4, 2] there"), "{message}");
-    let message = misfit(&[FITTING[0], FITTING[1], ("classifier.weight", &[3, 2])]);
-    assert!(message.contains("`classifier.weight` is [3, 2] there"), "{message}");
+    let message = refusal(&[("t.wte.weight", &[2, 3]), ("t.h.0.LayerNorm.weigth", &[2])]);
+    assert!(
+        message.contains("`t.h.0.LayerNorm.weight` is missing; the file has `t.h.0.LayerNorm.weigth`"),
+        "{message}"
+    );
+    assert!(message.contains("`t.wte.weight` is [2, 3] in the file, the spec wants [3, 2] (it looks transposed)"));
+    let message = refusal(&[FITTING[0], FITTING[1], ("classifier.weight", &[3, 2])]);
+    assert!(message.contains("`classifier.weight` is [3, 2]") && !message.contains("left over"), "{message}");
+    assert!(refusal(&[("t.wte.weight", &[]), FITTING[1]]).contains("is [] in the file"));
 }
 
 #[test]
-fn new_rows_of_an_embedding_are_drawn() {
+fn appended_rows_are_drawn() {
     let home = checkpoint(&[("t.wte.weight", &[2, 2]), FITTING[1]]);
-    let loaded = load(home.path(), &wanted(), "t.", 7).unwrap();
-    assert_eq!(loaded.grown, [("t.wte.weight".to_string(), 2, 3)]);
-    let random = Weights::random(&wanted(), 7).unwrap();
-    let wte = loaded.weights.get("t.wte.weight").unwrap();
+    let wte = &read(home.path(), 1).unwrap().tensors[0];
     assert_eq!(wte[..4], [1.0, 2.0, 3.0, 4.0]);
-    assert_eq!(wte[4..], random.get("t.wte.weight").unwrap()[4..]);
-
-    // Another tensor grows only where its new rows train.
-    let home = checkpoint(&[("table", &[2, 2])]);
-    let mut table = source("table", &[3, 2], Origin::Backbone);
-    let message = load(home.path(), &[table.clone()], "t.", 0).unwrap_err().to_string();
-    assert!(message.contains("rows 2..3 of \"table\""), "{message}");
-    table.trainable = Rows::Rows(2, 3);
-    load(home.path(), &[table], "t.", 0).unwrap();
+    assert_eq!(wte[4..], random(&params(), 7)[0][4..]);
+    assert!(read(home.path(), 0).err().unwrap().contains("`t.wte.weight` is [2, 2]"));
+    assert!(read(home.path(), 2).err().unwrap().contains("`t.wte.weight` is [2, 2]"));
 }
 
 #[test]
-fn drawn_weights_do_not_depend_on_order() {
-    let forward = Weights::random(&wanted(), 3).unwrap();
-    let backward = Weights::random(&wanted().into_iter().rev().collect::<Vec<_>>(), 3).unwrap();
-    for source in wanted() {
-        assert_eq!(forward.get(&source.name), backward.get(&source.name));
+fn numbers_that_are_not_finite() {
+    let home = checkpoint(&FITTING);
+    let path = home.path().join("model.safetensors");
+    let mut file = adapter::load(&path).unwrap();
+    file.tensors.insert("t.wte.weight".into(), Stored::f32(vec![3, 2], vec![0.0, 0.0, 0.0, f32::NAN, 0.0, 0.0]));
+    adapter::save(&path, &file).unwrap();
+    let message = read(home.path(), 0).err().unwrap();
+    assert!(message.contains("`t.wte.weight` holds NaN at [1, 1]"), "{message}");
+}
+
+#[test]
+fn drawn_weights_depend_on_seed_and_name_alone() {
+    let forward = random(&params(), 3);
+    let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let backward = single.install(|| random(&params().into_iter().rev().collect::<Vec<_>>(), 3));
+    for (a, b) in forward.iter().zip(backward.iter().rev()) {
+        assert_eq!(a[..], b[..]);
     }
+    assert_ne!(forward[0][..], random(&params(), 4)[0][..]);
+    assert_ne!(forward[1][..], forward[2][..]);
 }
 
 #[test]
-fn sources_read_from_a_checked_model() {
-    let params = serde_json::json!([
-        {"name": "a", "shape": [2], "init": "Zeros", "trainable": "All", "origin": {"Method": "lora"}, "decay": false},
-        {"name": "b", "shape": [2], "init": {"Normal": {"std": 0.02}}, "trainable": {"Rows": [0, 1]},
-         "origin": "Backbone", "decay": true}
-    ]);
-    let sources: Vec<TensorSource> = serde_json::from_value(params).unwrap();
-    assert_eq!(sources[1].trainable, Rows::Rows(0, 1));
+fn moments() {
+    let drawn = |init| draw(&Param { init, ..param("a", &[200_000], Origin::Head) }, 7);
+    let mean = |x: &[f32]| x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len() as f64;
+    let std = |x: &[f32]| (x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / x.len() as f64).sqrt();
+    let normal = drawn(Init::Normal { std: 0.02 });
+    assert!(mean(&normal).abs() < 2e-4 && (std(&normal) - 0.02).abs() < 2e-4);
+    let truncated = drawn(Init::Truncated { scale: 0.01 });
+    assert!(truncated.iter().all(|x| x.abs() < 0.02) && (std(&truncated) - 0.00877).abs() < 2e-4);
+    let uniform = drawn(Init::Uniform { bound: 0.5 });
+    assert!(uniform.iter().all(|x| x.abs() < 0.5) && (std(&uniform) - 0.5 / 3f64.sqrt()).abs() < 2e-3);
 }
 
 #[test]
@@ -143,14 +162,16 @@ fn configurations() {
     let config = serde_json::json!({
         "n_layer": 24, "n_embd": 768, "n_inner": null, "vocab_size": 50257, "attn_pdrop": 0.1, "eps": 1e-5
     });
-    std::fs::write(home.path().join("config.json"), config.to_string()).unwrap();
-    let check = |expected: Value| check_config(home.path(), &serde_json::from_value(expected).unwrap());
-    check(serde_json::json!({
+    fs::write(home.path().join("config.json"), config.to_string()).unwrap();
+    let check = |config: serde_json::Value, appended| {
+        let backbone = Backbone { config: serde_json::from_value(config).unwrap(), ..backbone() };
+        check_config(home.path(), &backbone, appended).map_err(|e| e.to_string())
+    };
+    let fitting = serde_json::json!({
         "n_layer": 24, "n_inner": 3072, "vocab_size": 50273, "attn_pdrop": 0.0, "eps": 0.00001, "unheard": 1
-    }))
-    .unwrap();
-    let message =
-        check(serde_json::json!({ "n_layer": 12, "n_embd": 768, "vocab_size": 100 })).unwrap_err().to_string();
-    assert!(message.contains("`n_layer` is 24 there, 12 in the spec"), "{message}");
-    assert!(message.contains("`vocab_size` is 50257 there, 100 in the spec") && !message.contains("n_embd"));
+    });
+    check(fitting.clone(), 16).unwrap();
+    assert!(check(fitting, 0).unwrap_err().contains("`vocab_size` is 50257"));
+    let message = check(serde_json::json!({ "n_layer": 12, "n_embd": 768 }), 0).unwrap_err();
+    assert!(message.contains("`n_layer` is 24 in config.json, the spec wants 12") && !message.contains("n_embd"));
 }

@@ -1,0 +1,310 @@
+//! The syntax tree of one file: every node with its place, nothing resolved.
+//!
+//! Its textual form is JSON; [`Ast::from_json`] reads back what [`Ast::to_json`] writes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::source::Span;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ast {
+    pub items: Vec<Item>,
+}
+
+impl Ast {
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a tree of plain data")
+    }
+    pub fn from_json(text: &str) -> Result<Ast, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Name {
+    pub text: String,
+    pub span: Span,
+}
+
+/// A string as written, without its quotes; `{…}` in it is not yet filled in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Text {
+    pub text: String,
+    /// With the quotes.
+    pub span: Span,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Item {
+    Import(Import),
+    Backbone(BackboneDef),
+    Method(MethodDef),
+    Function(FunctionDef),
+    Model(ModelDef),
+    Tune(Tune),
+    Task(Settings),
+    Train(Settings),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Import {
+    pub what: Imported,
+    pub span: Span,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Imported {
+    /// `backbones.gpt2`, of the library.
+    Module(String),
+    /// A file, relative to the importing one.
+    File(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BackboneDef {
+    pub name: Name,
+    pub params: Vec<ParamDef>,
+    /// `for generation`, `for classification`.
+    pub purpose: Option<Name>,
+    pub prefix: Option<Text>,
+    pub body: Vec<Stmt>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MethodDef {
+    pub name: Name,
+    pub params: Vec<ParamDef>,
+    /// The kind of site it fits.
+    pub kind: Name,
+    /// The variables of the site it reads or rebinds.
+    pub variables: Vec<Name>,
+    pub body: Vec<Stmt>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FunctionDef {
+    pub name: Name,
+    pub params: Vec<ParamDef>,
+    pub body: Vec<Stmt>,
+    pub span: Span,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ParamDef {
+    pub name: Name,
+    /// `int`, `float`, `bool`, `string`, `tensor`.
+    pub ty: Name,
+    pub default: Option<Expr>,
+    /// The key of Hugging Face's `config.json`.
+    pub from: Option<Text>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stmt {
+    pub kind: StmtKind,
+    pub span: Span,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StmtKind {
+    Weight(WeightDef),
+    If { condition: Expr, then: Vec<Stmt>, otherwise: Vec<Stmt> },
+    For { variable: Name, start: Expr, end: Expr, body: Vec<Stmt> },
+    Site { kind: Name, path: Text, body: Vec<Stmt> },
+    Output { name: Name, value: Option<Expr> },
+    Expose { value: Expr, name: Text },
+    After { variable: Name, body: Vec<Stmt> },
+    Return(Expr),
+    Require { condition: Expr, message: Text, hint: Option<Text> },
+    Train(Text),
+    Assign { name: Name, value: Expr, nested: Option<Nested> },
+}
+
+/// `… as projection of h`: the assigned variable is a site of its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Nested {
+    pub kind: Name,
+    pub of: Expr,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WeightDef {
+    /// Of a task head.
+    pub head: bool,
+    pub name: Name,
+    pub path: Text,
+    pub shape: Vec<Expr>,
+    pub shape_span: Span,
+    pub init: Name,
+    pub init_args: Vec<Arg>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelDef {
+    pub backbone: Name,
+    pub args: Vec<Arg>,
+    pub span: Span,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tune {
+    pub rules: Vec<TuneRule>,
+    pub span: Span,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TuneRule {
+    Sites {
+        kind: Name,
+        select: Select,
+        apply: Vec<Apply>,
+        span: Span,
+    },
+    /// A method on the whole model.
+    Model(Apply),
+    Rows {
+        start: Expr,
+        end: Expr,
+        tensor: Text,
+        span: Span,
+    },
+    /// `head trainable`, `head frozen`.
+    Head(Name),
+}
+
+/// Which sites of a kind, counted from 0 in the order of the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Select {
+    Every,
+    Only(Vec<Ordinal>),
+    Except(Vec<Ordinal>),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ordinal {
+    pub start: Expr,
+    pub end: Option<Expr>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Apply {
+    pub method: Name,
+    pub args: Vec<Arg>,
+    /// Nested sites: `on q, v`.
+    pub targets: Vec<Name>,
+    pub span: Span,
+}
+
+/// A `task` or `train` block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The task's name, or `train`.
+    pub name: Name,
+    pub entries: Vec<Setting>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Setting {
+    pub key: Name,
+    pub value: Expr,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Arg {
+    pub name: Option<Name>,
+    pub value: Expr,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Expr {
+    pub kind: ExprKind,
+    pub span: Span,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExprKind {
+    Int(i64),
+    Float(f64),
+    Bool(bool),
+    String(String),
+    Name(String),
+    List(Vec<Expr>),
+    Call { function: Name, args: Vec<Arg> },
+    Index { base: Box<Expr>, subscripts: Vec<Subscript> },
+    Negate(Box<Expr>),
+    Not(Box<Expr>),
+    Binary { op: BinaryOp, left: Box<Expr>, right: Box<Expr> },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Subscript {
+    Slice { start: Option<Expr>, end: Option<Expr>, span: Span },
+    At(Expr),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BinaryOp {
+    #[serde(rename = "or")]
+    Or,
+    #[serde(rename = "and")]
+    And,
+    #[serde(rename = "==")]
+    Equal,
+    #[serde(rename = "!=")]
+    Unequal,
+    #[serde(rename = "<=")]
+    AtMost,
+    #[serde(rename = ">=")]
+    AtLeast,
+    #[serde(rename = "<")]
+    Less,
+    #[serde(rename = ">")]
+    Greater,
+    #[serde(rename = "+")]
+    Add,
+    #[serde(rename = "-")]
+    Sub,
+    #[serde(rename = "*")]
+    Mul,
+    #[serde(rename = "/")]
+    Div,
+    #[serde(rename = "%")]
+    Rem,
+    #[serde(rename = "@")]
+    Matmul,
+}
+
+impl BinaryOp {
+    pub fn symbol(self) -> &'static str {
+        match self {
+            BinaryOp::Or => "or",
+            BinaryOp::And => "and",
+            BinaryOp::Equal => "==",
+            BinaryOp::Unequal => "!=",
+            BinaryOp::AtMost => "<=",
+            BinaryOp::AtLeast => ">=",
+            BinaryOp::Less => "<",
+            BinaryOp::Greater => ">",
+            BinaryOp::Add => "+",
+            BinaryOp::Sub => "-",
+            BinaryOp::Mul => "*",
+            BinaryOp::Div => "/",
+            BinaryOp::Rem => "%",
+            BinaryOp::Matmul => "@",
+        }
+    }
+
+    pub fn from_symbol(symbol: &str) -> Option<BinaryOp> {
+        use BinaryOp::*;
+        [Or, And, Equal, Unequal, AtMost, AtLeast, Less, Greater, Add, Sub, Mul, Div, Rem, Matmul]
+            .into_iter()
+            .find(|op| op.symbol() == symbol)
+    }
+}

@@ -1,0 +1,320 @@
+//! Statements: a definition's body is run, and what it says about tensors becomes the graph.
+
+use std::collections::HashMap;
+
+use super::site::Owner;
+use super::value::Val;
+use super::{Call, Checker};
+use crate::ast::*;
+use crate::diagnostic::Diagnostic;
+use crate::graph::{Dim, Role, Type};
+use crate::model::{Init, Origin, Param, Trainable};
+use crate::source::Span;
+
+/// Statements a spec may run in all: a bound for loops that would never end.
+const MOST_STEPS: usize = 400_000;
+/// Calls inside calls.
+const DEEPEST_CALL: usize = 32;
+/// Values a tensor may hold: 4 TiB of them are a slip of the pen.
+const MOST_ELEMENTS: u64 = 1 << 40;
+
+/// The variables of a body that runs.
+#[derive(Clone)]
+pub(super) struct Frame<'a> {
+    /// Innermost last; the first holds the parameters.
+    pub scopes: Vec<HashMap<String, Val>>,
+    pub owner: Owner,
+    pub body: Body<'a>,
+    pub returned: Option<Val>,
+}
+
+/// Whose body it is.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Body<'a> {
+    Backbone,
+    Function,
+    Method(&'a MethodDef),
+}
+
+impl<'a> Frame<'a> {
+    /// A backbone's frame with these parameters.
+    pub fn with(scope: HashMap<String, Val>) -> Self {
+        Frame { scopes: vec![scope], owner: Owner::default(), body: Body::Backbone, returned: None }
+    }
+    /// One in which nothing is known.
+    pub fn empty() -> Self {
+        Frame::with(HashMap::new())
+    }
+    pub fn get(&self, name: &str) -> Option<&Val> {
+        self.scopes.iter().rev().find_map(|s| s.get(name))
+    }
+    /// Sets the variable where it lives, or makes it in the innermost scope.
+    pub fn set(&mut self, name: &str, value: Val) {
+        match self.scopes.iter_mut().rev().find_map(|s| s.get_mut(name)) {
+            Some(slot) => *slot = value,
+            None => _ = self.scopes.last_mut().map(|s| s.insert(name.to_owned(), value)),
+        }
+    }
+}
+
+impl<'a> Checker<'a> {
+    pub(super) fn run(&mut self, frame: &mut Frame<'a>, body: &'a [Stmt]) {
+        for statement in body {
+            self.steps += 1;
+            if self.steps > MOST_STEPS {
+                if self.steps == MOST_STEPS + 1 {
+                    let error = Diagnostic::error(statement.span, "this spec never comes to an end");
+                    self.report(
+                        error.hint("look at the bounds of its loops: a model has thousands of equations, not millions"),
+                    );
+                }
+                return;
+            }
+            self.statement(frame, statement);
+            if frame.returned.is_some() {
+                return;
+            }
+        }
+    }
+
+    fn statement(&mut self, frame: &mut Frame<'a>, statement: &'a Stmt) {
+        let span = statement.span;
+        match &statement.kind {
+            StmtKind::Weight(weight) => self.weight(frame, weight, span),
+            StmtKind::If { condition, then, otherwise } => match self.condition(frame, condition) {
+                Some(true) => self.run(frame, then),
+                Some(false) => self.run(frame, otherwise),
+                None => {}
+            },
+            StmtKind::For { variable, start, end, body } => {
+                let (start, end) = (self.whole(frame, start), self.whole(frame, end));
+                let (Some(start), Some(end)) = (start, end) else { return };
+                for i in start..end {
+                    frame.scopes.push(HashMap::from([(variable.text.clone(), Val::Int(i))]));
+                    self.run(frame, body);
+                    frame.scopes.pop();
+                    if frame.returned.is_some() || self.steps > MOST_STEPS {
+                        return;
+                    }
+                    self.steps += 1;
+                }
+            }
+            StmtKind::Site { kind, path, body } => self.site(frame, kind, path, body, span),
+            StmtKind::Output { name, value } => {
+                let value = match value {
+                    Some(value) => self.tensor(frame, value),
+                    None => {
+                        let value = self.variable(frame, &name.text, name.span);
+                        self.want_tensor(value, name.span)
+                    }
+                };
+                if let Some(value) = value {
+                    self.output(name.text.clone(), value, name.span);
+                }
+            }
+            StmtKind::Expose { value, name } => {
+                let (value, text) = (self.tensor(frame, value), self.fill(frame, name));
+                if let (Some(value), Some(text)) = (value, text) {
+                    self.output(text, value, name.span);
+                }
+            }
+            StmtKind::After { .. } => {
+                let error = Diagnostic::error(span, "`after` stands at the top of a method's body");
+                self.report(error.hint("put the `if` or `for` inside of it"));
+            }
+            StmtKind::Return(value) => {
+                let value = self.eval(frame, value);
+                if frame.body != Body::Function {
+                    self.report(Diagnostic::error(span, "only a function returns something"));
+                }
+                frame.returned = Some(value);
+            }
+            StmtKind::Require { condition, message, hint } => {
+                if self.condition(frame, condition) == Some(false) {
+                    self.unmet(frame, span, message, hint.as_ref());
+                }
+            }
+            StmtKind::Train(pattern) => match frame.body {
+                Body::Method(method) if method.kind.text == "model" => {
+                    self.globs.push((pattern.clone(), method.name.text.clone()));
+                }
+                _ => {
+                    let error = Diagnostic::error(span, "`train` names tensors of the whole model");
+                    self.report(error.hint("only a method `on model` can say it"));
+                }
+            },
+            StmtKind::Assign { name, value, nested } => {
+                let at = value.span;
+                let value = self.eval(frame, value);
+                let known = frame.get(&name.text);
+                if let (Some(Val::Tensor(_)), false) = (known, matches!(value, Val::Tensor(_) | Val::Unknown)) {
+                    let title = format!("`{}` is a tensor, and {} is none", name.text, value.describe(&self.graph));
+                    self.report(Diagnostic::error(at, title).hint("use another name"));
+                    return;
+                }
+                frame.set(&name.text, value);
+                match (frame.body, nested) {
+                    (Body::Backbone, nested) => self.assigned(frame, name, nested.as_ref()),
+                    (_, Some(nested)) => {
+                        let error = Diagnostic::error(nested.kind.span, "only a backbone has sites");
+                        self.report(error.hint("leave out `as … of …`"));
+                    }
+                    (_, None) => {}
+                }
+            }
+        }
+    }
+
+    /// A `require` that does not hold is the caller's to mend, and is shown there.
+    fn unmet(&mut self, frame: &Frame<'a>, span: Span, message: &Text, hint: Option<&Text>) {
+        let Some(title) = self.fill(frame, message) else { return };
+        let hint = hint.and_then(|h| self.fill(frame, h));
+        let call = self.calls.iter().rev().find(|c| !self.sources.get(c.span.file).library).map(|c| c.span);
+        let error = match call {
+            Some(call) => Diagnostic::error(call, title).label("in this use").related(span, "required here"),
+            None => Diagnostic::error(span, title),
+        };
+        self.errors.push(match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        });
+    }
+
+    fn output(&mut self, name: String, value: crate::graph::Value, span: Span) {
+        if let Some(first) = self.outputs.insert(name.clone(), span) {
+            let error = Diagnostic::error(span, format!("there is an output `{name}` already"));
+            let error = if first == span { error } else { error.related(first, "the first is here") };
+            self.report(error.hint("put a variable into its name, such as `{layer}`"));
+            return;
+        }
+        self.graph.outputs.push((name, value));
+    }
+
+    fn weight(&mut self, frame: &mut Frame<'a>, weight: &'a WeightDef, span: Span) {
+        let path = self.fill(frame, &weight.path);
+        let shape: Vec<Option<u64>> = weight.shape.iter().map(|e| self.extent(frame, e)).collect();
+        let init = self.init(frame, weight);
+        frame.set(&weight.name.text, Val::Unknown);
+        let shape: Option<Vec<u64>> = shape.into_iter().collect();
+        let (Some(path), Some(shape), Some(init)) = (path, shape, init) else { return };
+        let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|&n| n <= MOST_ELEMENTS);
+        if elements.is_none() || shape.is_empty() {
+            let shape: Vec<Dim> = shape.into_iter().map(Dim::Const).collect();
+            let title = format!("a weight of shape {} is not reasonable", Type::f32(shape));
+            self.report(Diagnostic::error(weight.shape_span, title));
+            return;
+        }
+        let name = format!("{}{path}", frame.owner.path);
+        if let Some(&first) = self.declared.get(&name) {
+            let error = Diagnostic::error(weight.path.span, format!("a tensor `{name}` is there already"));
+            let error = if first == weight.path.span { error } else { error.related(first, "declared here") };
+            self.report(error.hint("is the same method applied twice, or a `{layer}` missing in the name?"));
+            return;
+        }
+        self.declared.insert(name.clone(), weight.path.span);
+        let origin = match (&frame.owner.origin, weight.head) {
+            (Some(origin @ Origin::Method(_)), _) => origin.clone(),
+            (_, true) => Origin::Head,
+            _ => Origin::Backbone,
+        };
+        let trainable = match &origin {
+            Origin::Method(_) => Trainable::All,
+            Origin::Head if self.plan.head => Trainable::All,
+            _ => self.plan.rows_of(&name, &shape, &mut self.errors),
+        };
+        let decay = shape.len() >= 2 && !name.ends_with(".bias");
+        let location = self.sources.location(span);
+        let value = self.enter(&name, &shape, &trainable, &location);
+        self.params.push(Param { name, shape, init, trainable, origin, decay });
+        frame.set(&weight.name.text, Val::Tensor(value));
+    }
+
+    /// The tensor as an argument of the graph; in parts when some of its rows train.
+    fn enter(
+        &mut self,
+        name: &str,
+        shape: &[u64],
+        trainable: &Trainable,
+        location: &crate::graph::Location,
+    ) -> crate::graph::Value {
+        let dims: Vec<Dim> = shape.iter().map(|&n| Dim::Const(n)).collect();
+        match *trainable {
+            Trainable::No => self.graph.arg(name, Role::Frozen, None, Type::f32(dims)),
+            Trainable::All => self.graph.arg(name, Role::Trainable, None, Type::f32(dims)),
+            Trainable::Rows(start, end) => {
+                let parts = [(0, start, Role::Frozen), (start, end, Role::Trainable), (end, shape[0], Role::Frozen)];
+                let mut part = |(start, end, role): (u64, u64, Role)| {
+                    let mut dims = dims.clone();
+                    dims[0] = Dim::Const(end - start);
+                    self.graph.arg(name, role, Some((start, end)), Type::f32(dims))
+                };
+                let parts: Vec<_> = parts.into_iter().filter(|p| p.0 < p.1).map(&mut part).collect();
+                let joined = self.graph.push(crate::graph::Op::Concat { axis: 0 }, &parts, location);
+                joined.expect("parts of one tensor fit")
+            }
+        }
+    }
+
+    fn init(&mut self, frame: &Frame<'a>, weight: &'a WeightDef) -> Option<Init> {
+        let name = &weight.init;
+        let wanted = match &*name.text {
+            "zeros" | "ones" => 0,
+            "normal" | "truncated" | "uniform" => 1,
+            _ => {
+                let error = Diagnostic::error(name.span, format!("there is no initialisation `{}`", name.text));
+                self.report(error.suggest(&name.text, ["zeros", "ones", "normal", "truncated", "uniform"]));
+                return None;
+            }
+        };
+        if weight.init_args.len() != wanted {
+            let title = match wanted {
+                0 => format!("`{}` takes no argument", name.text),
+                _ => format!("`{}` takes one number", name.text),
+            };
+            self.report(Diagnostic::error(name.span, title).hint("`zeros`, `ones`, `normal(0.02)`, `uniform(0.1)`"));
+            return None;
+        }
+        let number = match weight.init_args.first() {
+            Some(arg) => self.number(frame, &arg.value)?,
+            None => 0.0,
+        };
+        if !(0.0..=1e6).contains(&number) {
+            let title = format!("`{}` wants a spread of 0 or more, found {number}", name.text);
+            self.report(Diagnostic::error(weight.init_args[0].value.span, title));
+            return None;
+        }
+        Some(match &*name.text {
+            "zeros" => Init::Zeros,
+            "ones" => Init::Ones,
+            "normal" => Init::Normal { std: number },
+            "truncated" => Init::Truncated { scale: number },
+            _ => Init::Uniform { bound: number },
+        })
+    }
+
+    /// Runs a function of the language.
+    pub(super) fn call(&mut self, caller: &Frame<'a>, function: &'a FunctionDef, args: &'a [Arg], span: Span) -> Val {
+        let what = format!("`{}`", function.name.text);
+        if self.calls.len() >= DEEPEST_CALL {
+            let error = Diagnostic::error(span, format!("{what} calls itself without end"));
+            self.report(error.hint("functions are for equations that repeat: use `for`"));
+            return Val::Unknown;
+        }
+        let Some(scope) = self.bind(&what, &function.params, args, caller, span, true) else { return Val::Unknown };
+        let mut frame = Frame::with(scope);
+        frame.owner = caller.owner.clone();
+        frame.body = Body::Function;
+        self.calls.push(Call { span, label: format!("{what} is called here") });
+        self.run(&mut frame, &function.body);
+        self.calls.pop();
+        match frame.returned {
+            Some(value) => value,
+            None if self.errors.is_empty() => {
+                let error = Diagnostic::error(function.name.span, format!("{what} returns nothing"));
+                self.report(error.hint("end it with `return …`"));
+                Val::Unknown
+            }
+            None => Val::Unknown,
+        }
+    }
+}

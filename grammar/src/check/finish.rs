@@ -1,0 +1,188 @@
+//! What can be said only when the whole model stands: patterns, rows and sites that met nothing, outputs,
+//! and the roles of tensors.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::value::Val;
+use super::{Checker, Purpose};
+use crate::ast::*;
+use crate::diagnostic::Diagnostic;
+use crate::graph::{DType, Dim, Role};
+use crate::model::{Backbone, ConfigValue, Model, Origin, Recipe, Task, Trainable};
+use crate::source::Span;
+
+impl<'a> Checker<'a> {
+    pub(super) fn finish(
+        &mut self,
+        backbone: &BackboneDef,
+        model: &ModelDef,
+        tune: Option<Span>,
+        args: HashMap<String, Val>,
+        task: Task,
+        train: Recipe,
+    ) -> Option<Model> {
+        self.unmet_sites(backbone);
+        if self.errors.is_empty() {
+            self.unmet_rows();
+            self.train_by_name();
+            self.outputs_there(model);
+        }
+        if !self.errors.is_empty() {
+            return None;
+        }
+        if let Some(tune) = tune
+            && self.params.iter().all(|p| p.trainable == Trainable::No)
+        {
+            let error = Diagnostic::error(tune, "nothing trains");
+            self.errors.push(error.hint("apply a method, or leave the `tune` block out to run the model as it is"));
+            return None;
+        }
+        let trainable: HashMap<&str, &Trainable> = self.params.iter().map(|p| (&*p.name, &p.trainable)).collect();
+        for arg in self.graph.args.iter_mut().filter(|a| a.role != Role::Input && a.rows.is_none()) {
+            let all = trainable.get(&*arg.name) == Some(&&Trainable::All);
+            arg.role = if all { Role::Trainable } else { Role::Frozen };
+        }
+        // `loss` and `logits` first, then what methods expose.
+        let rank = |name: &str| ["loss", "logits"].iter().position(|n| *n == name).unwrap_or(2);
+        self.graph.outputs.sort_by_key(|(name, _)| rank(name));
+        let config = backbone.params.iter().filter_map(|param| {
+            let value = match args.get(&param.name.text)? {
+                Val::Int(n) => ConfigValue::Int(*n),
+                Val::Float(x) => ConfigValue::Float(*x),
+                Val::Bool(b) => ConfigValue::Bool(*b),
+                Val::Str(s) => ConfigValue::Str(s.clone()),
+                _ => return None,
+            };
+            Some((param.from.as_ref()?.text.clone(), value))
+        });
+        let config: BTreeMap<String, ConfigValue> = config.collect();
+        let file = &self.sources.get(model.span.file).name;
+        let stem = file.rsplit('/').next().unwrap_or(file).trim_end_matches(".peft");
+        if let Err(why) = self.graph.verify() {
+            self.errors.push(Diagnostic::error(model.span, format!("the graph does not hold: {why}")));
+            return None;
+        }
+        Some(Model {
+            name: stem.to_owned(),
+            backbone: Backbone {
+                name: backbone.name.text.clone(),
+                config,
+                prefix: backbone.prefix.as_ref().map(|p| p.text.clone()).unwrap_or_default(),
+            },
+            params: std::mem::take(&mut self.params),
+            graph: std::mem::take(&mut self.graph),
+            task,
+            train,
+        })
+    }
+
+    /// Rules of the tune block whose sites do not exist.
+    fn unmet_sites(&mut self, backbone: &BackboneDef) {
+        let rules = std::mem::take(&mut self.plan.rules);
+        let name = &backbone.name.text;
+        for rule in &rules {
+            let kind = &rule.kind.text;
+            let Some(&(_, count)) = self.kinds.iter().find(|(k, _)| k == kind) else {
+                if !self.kinds.is_empty() || self.errors.is_empty() {
+                    let error = Diagnostic::error(rule.kind.span, format!("`{name}` has no site `{kind}`"));
+                    let error = match kind.as_str() {
+                        "projection" => error.hint("projections lie inside sites: `every attention { … on q }`"),
+                        _ => error.suggest(kind, self.kinds.iter().map(|(k, _)| k.as_str())),
+                    };
+                    self.errors.push(error);
+                }
+                continue;
+            };
+            for (range, span) in &rule.ranges {
+                if range.start < 0 || range.end as u64 > count {
+                    let title = format!("`{name}` has {count} {kind} sites, numbered 0 to {}", count - 1);
+                    let found = match range.end - range.start {
+                        1 => format!("there is no number {}", range.start),
+                        _ => format!("{}..{} goes beyond them", range.start, range.end),
+                    };
+                    self.errors.push(Diagnostic::error(*span, title).label(found));
+                }
+            }
+        }
+        self.plan.rules = rules;
+    }
+
+    fn unmet_rows(&mut self) {
+        let known: Vec<&str> = self.params.iter().map(|p| &*p.name).collect();
+        for rows in self.plan.rows.iter().filter(|r| !r.found) {
+            let name = &rows.tensor.text;
+            let error = Diagnostic::error(rows.tensor.span, format!("the backbone has no tensor `{name}`"));
+            self.errors.push(error.suggest(name, known.iter().copied()));
+        }
+    }
+
+    /// `train "…"`: backbone tensors by name.
+    fn train_by_name(&mut self) {
+        for (pattern, method) in std::mem::take(&mut self.globs) {
+            let mut any = false;
+            for param in self.params.iter_mut().filter(|p| p.origin == Origin::Backbone) {
+                if glob(&pattern.text, &param.name) {
+                    any = true;
+                    if let Trainable::Rows(..) = param.trainable {
+                        let rows = self.plan.rows.iter().find(|r| r.tensor.text == param.name);
+                        let title = format!("all of `{}` trains already, by `{method}`", param.name);
+                        self.errors.extend(rows.map(|r| Diagnostic::error(r.span, title).hint("leave this out")));
+                    }
+                    param.trainable = Trainable::All;
+                }
+            }
+            if !any {
+                let error =
+                    Diagnostic::error(pattern.span, format!("no tensor of the backbone is named `{}`", pattern.text));
+                self.errors.push(error.hint("`*` stands for any part of a name: `\"*.bias\"`"));
+            }
+        }
+    }
+
+    /// The backbone gives a loss, and logits that suit the task.
+    fn outputs_there(&mut self, model: &ModelDef) {
+        let span = |checker: &Self, name| checker.outputs.get(name).copied().unwrap_or(model.span);
+        for name in ["loss", "logits"] {
+            if self.graph.output(name).is_none() {
+                let error = Diagnostic::error(model.span, format!("the backbone has no output `{name}`"));
+                self.report(error.hint(format!("end it with `output {name} = …`")));
+            }
+        }
+        if let Some(loss) = self.graph.output("loss") {
+            let ty = self.graph.ty(loss).clone();
+            if ty.rank() != 0 || ty.dtype != DType::F32 {
+                let error = Diagnostic::error(span(self, "loss"), format!("the loss is one number, found {ty}"));
+                self.report(error.hint("take the mean: `output loss = mean(…)`"));
+            }
+        }
+        if let Some(logits) = self.graph.output("logits") {
+            let ty = self.graph.ty(logits).clone();
+            let (rows, what) = match self.purpose {
+                Purpose::Generation => (Dim::Targets, "each target"),
+                Purpose::Classification => (Dim::Sequences, "each sequence"),
+            };
+            if ty.rank() != 2 || ty.shape[0] != rows {
+                let title = format!("logits are a row for {what}, f32[{rows},classes], found {ty}");
+                self.report(Diagnostic::error(span(self, "logits"), title));
+            } else if self.purpose == Purpose::Classification && ty.shape[1] != Dim::Const(self.classes) {
+                let title = format!("the task has {} labels, the logits are {ty}", self.classes);
+                self.report(Diagnostic::error(span(self, "logits"), title).hint("`classes` is the number of labels"));
+            }
+        }
+    }
+}
+
+/// `*` stands for anything.
+fn glob(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = name.strip_prefix(parts.next().unwrap_or("")) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}

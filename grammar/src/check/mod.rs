@@ -1,0 +1,236 @@
+//! From syntax to a [`Model`]: names resolved, methods expanded at their sites, every shape checked.
+//!
+//! The order is: definitions ([`definitions`]), the model's arguments ([`bind`]), task and recipe
+//! ([`settings`]), the tune block ([`tune`]), then the backbone's statements are run ([`expand`], [`site`]):
+//! numbers are computed, tensors become operations of the graph ([`eval`], [`builtins`]).
+
+mod bind;
+mod builtins;
+mod definitions;
+mod eval;
+mod expand;
+mod finish;
+mod settings;
+mod site;
+mod template;
+mod tune;
+mod value;
+
+use std::collections::HashMap;
+
+use crate::ast::*;
+use crate::diagnostic::{Diagnostic, Diagnostics};
+use crate::graph::{Graph, Role, Type, Value};
+use crate::model::{Model, Origin, Param};
+use crate::source::{Sources, Span};
+
+pub use definitions::Resolver;
+use definitions::{Definitions, Files};
+use expand::Frame;
+use site::Site;
+use tune::Plan;
+use value::Val;
+
+/// What a backbone is made for; it decides what `labels` are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Generation,
+    Classification,
+}
+
+/// Where code runs that was called from elsewhere.
+struct Call {
+    /// Of the call.
+    span: Span,
+    /// "`lora` is applied here".
+    label: String,
+}
+
+/// State of one check.
+struct Checker<'a> {
+    sources: &'a Sources,
+    definitions: Definitions<'a>,
+    errors: Vec<Diagnostic>,
+    calls: Vec<Call>,
+    graph: Graph,
+    params: Vec<Param>,
+    declared: HashMap<String, Span>,
+    inputs: HashMap<&'static str, Value>,
+    outputs: HashMap<String, Span>,
+    purpose: Purpose,
+    classes: u64,
+    smoothing: f64,
+    /// Dropouts so far: each has a random stream of its own.
+    streams: u32,
+    /// Statements run so far.
+    steps: usize,
+    plan: Plan<'a>,
+    sites: Vec<Site<'a>>,
+    /// How many sites there are of each kind, in order of appearance.
+    kinds: Vec<(String, u64)>,
+    /// Tensors that train by name: the pattern, and who asks.
+    globs: Vec<(Text, String)>,
+}
+
+/// Checks a parsed spec. `sources` holds its text as file 0, and gets everything it imports.
+pub(crate) fn check(
+    main: Ast,
+    mut sources: Sources,
+    overrides: Vec<Diagnostic>,
+    resolver: &Resolver,
+) -> Result<Model, Diagnostics> {
+    let mut errors = overrides;
+    let files = match Files::load(main, &mut sources, resolver) {
+        Ok(files) => files,
+        Err(e) => {
+            errors.extend(e);
+            return Err(Diagnostics::new(errors, sources));
+        }
+    };
+    let definitions = Definitions::collect(&files, &sources, &mut errors);
+    let mut checker = Checker {
+        sources: &sources,
+        definitions,
+        errors,
+        calls: Vec::new(),
+        graph: Graph::new("forward"),
+        params: Vec::new(),
+        declared: HashMap::new(),
+        inputs: HashMap::new(),
+        outputs: HashMap::new(),
+        purpose: Purpose::Generation,
+        classes: 2,
+        smoothing: 0.0,
+        streams: 0,
+        steps: 0,
+        plan: Plan::default(),
+        sites: Vec::new(),
+        kinds: Vec::new(),
+        globs: Vec::new(),
+    };
+    let model = checker.spec(&files.asts[0]);
+    let errors = checker.errors;
+    match model {
+        Some(model) if errors.is_empty() => Ok(model),
+        _ => Err(Diagnostics::new(errors, sources)),
+    }
+}
+
+/// The only item of its kind in a spec; the others are errors.
+fn only<'a, T>(items: Vec<(&'a T, Span)>, what: &str, errors: &mut Vec<Diagnostic>) -> Option<(&'a T, Span)> {
+    for (_, span) in items.iter().skip(1) {
+        let error = Diagnostic::error(*span, format!("a spec has one {what}"));
+        errors.push(error.related(items[0].1, "the first is here"));
+    }
+    items.into_iter().next()
+}
+
+impl<'a> Checker<'a> {
+    fn spec(&mut self, main: &'a Ast) -> Option<Model> {
+        let items = &main.items;
+        macro_rules! one {
+            ($item:ident, $what:literal, $span:expr) => {{
+                let found =
+                    items.iter().filter_map(|i| if let Item::$item(x) = i { Some((x, $span(x))) } else { None });
+                only(found.collect(), $what, &mut self.errors)
+            }};
+        }
+        let model = one!(Model, "`model = …`", |m: &ModelDef| m.span);
+        let tune = one!(Tune, "`tune` block", |t: &Tune| t.span);
+        let task = one!(Task, "`task` block", |t: &Settings| t.name.span);
+        let train = one!(Train, "`train` block", |t: &Settings| t.name.span);
+        let Some((model, _)) = model else {
+            let error = Diagnostic::error(Span::default(), "this file names no model: it is no spec");
+            self.errors.push(error.hint("add a line such as `model = gpt2(layers: 12)`"));
+            return None;
+        };
+        let Some(&backbone) = self.definitions.backbones.get(&*model.backbone.text) else {
+            let name = &model.backbone;
+            let error = Diagnostic::error(name.span, format!("there is no backbone `{}`", name.text));
+            let mut known: Vec<&str> = self.definitions.backbones.keys().copied().collect();
+            known.sort_unstable();
+            self.errors.push(error.suggest(&name.text, known));
+            return None;
+        };
+        self.purpose = self.purpose_of(backbone)?;
+        let task = self.task(task.map(|t| t.0), model);
+        let recipe = self.recipe(train.map(|t| t.0));
+        let (task, recipe) = (task?, recipe?);
+        self.smoothing = recipe.label_smoothing;
+
+        let what = format!("backbone `{}`", backbone.name.text);
+        let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false)?;
+        if let Some((tune, _)) = tune {
+            self.plan = self.plan(tune, &Frame::with(args.clone()));
+        }
+        self.calls.push(Call { span: model.span, label: format!("`{}` is built here", backbone.name.text) });
+        self.backbone(backbone, args.clone());
+        self.calls.clear();
+        self.finish(backbone, model, tune.map(|t| t.1), args, task, recipe)
+    }
+
+    fn purpose_of(&mut self, backbone: &BackboneDef) -> Option<Purpose> {
+        let name = match &backbone.purpose {
+            Some(name) => name,
+            None => &backbone.name,
+        };
+        match backbone.purpose.as_ref().map(|p| &*p.text) {
+            Some("generation") => Some(Purpose::Generation),
+            Some("classification") => Some(Purpose::Classification),
+            Some(other) => {
+                let error = Diagnostic::error(name.span, format!("a backbone cannot be made for `{other}`"));
+                self.report(error.suggest(other, ["generation", "classification"]));
+                None
+            }
+            None => {
+                let error = Diagnostic::error(name.span, "the backbone does not say what it is for");
+                self.report(error.hint("write `for generation` or `for classification` after its parameters"));
+                None
+            }
+        }
+    }
+
+    /// Files an error. What lies in the library is shown where the spec uses it.
+    fn report(&mut self, mut error: Diagnostic) {
+        let library = |span: Span| self.sources.get(span.file).library;
+        if library(error.span) {
+            if let Some(call) = self.calls.iter().rev().find(|c| !library(c.span)) {
+                let label = if error.label.is_empty() { "here".to_owned() } else { error.label };
+                error.related.insert(0, (error.span, label));
+                (error.span, error.label) = (call.span, "in this use".to_owned());
+            }
+        } else if let Some(call) = self.calls.last()
+            && call.span != error.span
+            && self.calls.len() > 1
+        {
+            error.related.push((call.span, call.label.clone()));
+        }
+        self.errors.push(error);
+    }
+
+    fn backbone(&mut self, backbone: &'a BackboneDef, args: HashMap<String, Val>) {
+        let mut frame = Frame::with(args);
+        frame.owner.origin = Some(Origin::Backbone);
+        let uses = std::mem::take(&mut self.plan.model);
+        self.sites.push(Site::model(uses));
+        frame.scopes.push(HashMap::new());
+        self.run(&mut frame, &backbone.body);
+        self.leave_site(&mut frame);
+    }
+
+    /// An input of the batch, made an argument of the graph when first read.
+    fn input(&mut self, name: &'static str) -> Value {
+        use crate::graph::Dim::*;
+        let dim = match (name, self.purpose) {
+            ("ids" | "types" | "positions", _) => Tokens,
+            ("starts", _) | ("labels", Purpose::Classification) => Sequences,
+            ("rng", _) => Const(2),
+            _ => Targets,
+        };
+        let graph = &mut self.graph;
+        *self.inputs.entry(name).or_insert_with(|| graph.arg(name, Role::Input, None, Type::i32([dim])))
+    }
+}
+
+/// Names of a batch's inputs that equations may read.
+const INPUTS: &[&str] = &["ids", "types", "positions", "starts", "targets", "labels"];

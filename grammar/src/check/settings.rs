@@ -1,0 +1,253 @@
+//! `task` and `train` blocks: every key is known, every value in its range.
+
+use std::collections::HashMap;
+
+use super::expand::Frame;
+use super::value::Val;
+use super::{Checker, Purpose, template};
+use crate::ast::*;
+use crate::diagnostic::Diagnostic;
+use crate::model::{Recipe, Schedule, Task, TaskKind, Warmup};
+use crate::source::Span;
+
+const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
+const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels"];
+const RECIPE: &[&str] = &[
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "clip",
+    "label_smoothing",
+    "schedule",
+    "warmup",
+    "batch",
+    "epochs",
+    "steps",
+    "seed",
+];
+
+/// The entries of a block by key.
+type Entries<'a> = HashMap<&'a str, &'a Expr>;
+
+impl<'a> Checker<'a> {
+    fn entries(&mut self, block: &'a Settings, what: &str, known: &[&str]) -> Entries<'a> {
+        let mut entries = Entries::new();
+        for entry in &block.entries {
+            let key = &entry.key;
+            if !known.contains(&&*key.text) {
+                let error = Diagnostic::error(key.span, format!("{what} has no setting `{}`", key.text));
+                self.report(error.suggest(&key.text, known.iter().copied()));
+            } else if let Some(first) = entries.insert(&key.text, &entry.value) {
+                let error = Diagnostic::error(key.span, format!("`{}` is set twice", key.text));
+                self.report(error.related(first.span, "first here"));
+            }
+        }
+        entries
+    }
+
+    /// A number that `fits`; `range` says in words which do.
+    fn setting(&mut self, entries: &Entries<'a>, key: &str, or: f64, range: &str, fits: fn(f64) -> bool) -> f64 {
+        let Some(&value) = entries.get(key) else { return or };
+        let Some(number) = self.number(&Frame::empty(), value) else { return or };
+        if !fits(number) {
+            self.report(Diagnostic::error(value.span, format!("`{key}` is {range}, found {number}")));
+        }
+        number
+    }
+
+    /// A whole number of at least `least`.
+    fn count(&mut self, entries: &Entries<'a>, key: &str, least: i64) -> Option<u64> {
+        let &value = entries.get(key)?;
+        let number = self.whole(&Frame::empty(), value)?;
+        if number < least {
+            self.report(Diagnostic::error(value.span, format!("`{key}` is at least {least}, found {number}")));
+            return None;
+        }
+        Some(number as u64)
+    }
+
+    /// A word out of a few.
+    fn word<'w>(&mut self, entries: &Entries<'a>, key: &str, words: &[&'w str]) -> Option<&'w str> {
+        let &value = entries.get(key)?;
+        let (ExprKind::Name(found) | ExprKind::String(found)) = &value.kind else {
+            let error = Diagnostic::error(value.span, format!("`{key}` is a word"));
+            self.report(error.suggest("", words.iter().copied()));
+            return None;
+        };
+        let word = words.iter().find(|w| *w == found).copied();
+        if word.is_none() {
+            let error = Diagnostic::error(value.span, format!("there is no {key} `{found}`"));
+            self.report(error.suggest(found, words.iter().copied()));
+        }
+        word
+    }
+
+    fn text(&mut self, entries: &Entries<'a>, key: &str) -> Option<Text> {
+        let &value = entries.get(key)?;
+        if let ExprKind::String(text) = &value.kind {
+            return Some(Text { text: text.clone(), span: value.span });
+        }
+        self.report(Diagnostic::error(value.span, format!("`{key}` is a string")).hint("write it in double quotes"));
+        None
+    }
+
+    /// A list of different strings.
+    fn texts(&mut self, entries: &Entries<'a>, key: &str) -> Option<Vec<String>> {
+        let &value = entries.get(key)?;
+        let ExprKind::List(items) = &value.kind else {
+            let error = Diagnostic::error(value.span, format!("`{key}` is a list of strings"));
+            self.report(error.hint("such as `[\"a\", \"b\"]`"));
+            return None;
+        };
+        let mut texts: Vec<String> = Vec::new();
+        for item in items {
+            match &item.kind {
+                ExprKind::String(text) if texts.contains(text) => {
+                    self.report(Diagnostic::error(item.span, format!("`{text}` is listed twice")));
+                }
+                ExprKind::String(text) => texts.push(text.clone()),
+                _ => self.report(Diagnostic::error(item.span, "a string should stand here").hint("in double quotes")),
+            }
+        }
+        Some(texts)
+    }
+
+    fn missing(&mut self, block: Span, key: &str, example: &str) {
+        let error = Diagnostic::error(block, format!("the task does not say its `{key}`"));
+        self.report(error.hint(format!("add `{key}: {example}`")));
+    }
+
+    /// The task; without a block, one that has no data: the model can run, not train.
+    pub(super) fn task(&mut self, block: Option<&'a Settings>, model: &ModelDef) -> Option<Task> {
+        let before = self.errors.len();
+        let Some(block) = block else {
+            let kind = match self.purpose {
+                Purpose::Generation => {
+                    TaskKind::Generation { special: vec![], template: vec![], target: String::new() }
+                }
+                Purpose::Classification => TaskKind::Classification { labels: vec!["0".into(), "1".into()] },
+            };
+            return Some(Task { name: "none".into(), max_tokens: 512, kind });
+        };
+        let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
+        let given = kind_entry.map(|e| Entries::from([("kind", &e.value)])).unwrap_or_default();
+        let kind = self.word(&given, "kind", &["generation", "classification"]);
+        let purpose = match kind {
+            None if kind_entry.is_some() => return None,
+            Some("classification") => Purpose::Classification,
+            Some(_) => Purpose::Generation,
+            None => self.purpose,
+        };
+        if purpose != self.purpose {
+            let (made, asked) = match purpose {
+                Purpose::Generation => ("classification", "generation"),
+                Purpose::Classification => ("generation", "classification"),
+            };
+            let span = kind_entry.map_or(block.name.span, |e| e.value.span);
+            let title = format!("`{}` is made for {made}, and this task is {asked}", model.backbone.text);
+            self.report(Diagnostic::error(span, title).related(model.span, "the model"));
+            return None;
+        }
+        let what = format!("task `{}`", block.name.text);
+        let known = if purpose == Purpose::Generation { GENERATION } else { CLASSIFICATION };
+        let entries = self.entries(block, &what, known);
+        let max_tokens = self.count(&entries, "max_tokens", 1).unwrap_or(512);
+        let kind = match purpose {
+            Purpose::Generation => self.generation(block, &entries),
+            Purpose::Classification => self.classification(block, &entries),
+        };
+        let task = Task { name: block.name.text.clone(), max_tokens, kind: kind? };
+        (self.errors.len() == before).then_some(task)
+    }
+
+    fn generation(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
+        let special = self.texts(entries, "special").unwrap_or_default();
+        let (template, target) = (self.text(entries, "template"), self.text(entries, "target"));
+        for (key, example) in [("template", "\"<in> … <out> {text} <end>\""), ("target", "\"<out>\"")] {
+            if !entries.contains_key(key) {
+                self.missing(block.name.span, key, example);
+            }
+        }
+        let (template, target) = (template?, target?);
+        match template::parse(&template, &special, &target) {
+            Ok(pieces) => Some(TaskKind::Generation { special, template: pieces, target: target.text }),
+            Err(error) => {
+                self.report(*error);
+                None
+            }
+        }
+    }
+
+    fn classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
+        if !entries.contains_key("labels") {
+            self.missing(block.name.span, "labels", "[\"negative\", \"positive\"]");
+        }
+        let labels = self.texts(entries, "labels")?;
+        if labels.len() < 2 {
+            let error = Diagnostic::error(entries["labels"].span, "a classification has two labels or more");
+            self.report(error.hint("such as `[\"negative\", \"positive\"]`"));
+            return None;
+        }
+        self.classes = labels.len() as u64;
+        Some(TaskKind::Classification { labels })
+    }
+
+    /// The recipe; what the block leaves out has PyTorch's usual value.
+    pub(super) fn recipe(&mut self, block: Option<&'a Settings>) -> Option<Recipe> {
+        let before = self.errors.len();
+        let entries = block.map(|b| self.entries(b, "a recipe", RECIPE)).unwrap_or_default();
+        let share = |x: f64| (0.0..1.0).contains(&x);
+        let recipe = Recipe {
+            lr: self.setting(&entries, "lr", 1e-3, "above 0 and at most 10", |x| x > 0.0 && x <= 10.0),
+            betas: self.betas(&entries),
+            eps: self.setting(&entries, "eps", 1e-8, "above 0", |x| x > 0.0),
+            weight_decay: self.setting(&entries, "weight_decay", 0.0, "0 or more", |x| x >= 0.0),
+            clip: self.setting(&entries, "clip", 1.0, "0 (no clipping) or more", |x| x >= 0.0),
+            label_smoothing: self.setting(&entries, "label_smoothing", 0.0, "at least 0 and below 1", share),
+            schedule: match self.word(&entries, "schedule", &["linear", "constant"]) {
+                Some("constant") => Schedule::Constant,
+                _ => Schedule::Linear,
+            },
+            warmup: self.warmup(&entries),
+            batch: self.count(&entries, "batch", 1).unwrap_or(16),
+            epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
+            steps: self.count(&entries, "steps", 1),
+            seed: self.count(&entries, "seed", 0).unwrap_or(1),
+        };
+        (self.errors.len() == before).then_some(recipe)
+    }
+
+    fn betas(&mut self, entries: &Entries<'a>) -> (f64, f64) {
+        let or = (0.9, 0.999);
+        let Some(&value) = entries.get("betas") else { return or };
+        let numbers = match self.eval(&Frame::empty(), value) {
+            Val::List(items) => items.iter().filter_map(Val::number).collect(),
+            _ => vec![],
+        };
+        match numbers[..] {
+            [first, second] if [first, second].iter().all(|b| (0.0..1.0).contains(b)) => (first, second),
+            _ => {
+                let error = Diagnostic::error(value.span, "`betas` are two numbers of at least 0 and below 1");
+                self.report(error.hint("such as `[0.9, 0.999]`"));
+                or
+            }
+        }
+    }
+
+    /// A whole number counts steps, a fraction is a share of them all.
+    fn warmup(&mut self, entries: &Entries<'a>) -> Warmup {
+        let Some(&value) = entries.get("warmup") else { return Warmup::Steps(0) };
+        match self.eval(&Frame::empty(), value) {
+            Val::Int(n) if n >= 0 => return Warmup::Steps(n as u64),
+            Val::Float(x) if (0.0..=1.0).contains(&x) => return Warmup::Share(x),
+            Val::Unknown => {}
+            other => {
+                let title =
+                    format!("`warmup` is a number of steps or a share of them, found {}", other.describe(&self.graph));
+                self.report(Diagnostic::error(value.span, title).hint("500 steps: `500`; six percent: `0.06`"));
+            }
+        }
+        Warmup::Steps(0)
+    }
+}

@@ -1,0 +1,301 @@
+//! Sites, and the methods at work in them.
+//!
+//! A site is a block of the backbone. A method's `after V { … }` runs right after the site's own first
+//! assignment to `V`, in the order in which the spec applies methods. It sees the site's variables that
+//! its head names, and what it assigns to them the site goes on with.
+
+use std::collections::{HashMap, HashSet};
+
+use super::expand::{Body, Frame};
+use super::value::Val;
+use super::{Call, Checker};
+use crate::ast::*;
+use crate::diagnostic::{self, Diagnostic};
+use crate::model::Origin;
+use crate::source::Span;
+
+/// Who declares weights: what stands before their names, and whose they are.
+#[derive(Clone, Default)]
+pub(super) struct Owner {
+    pub path: String,
+    pub origin: Option<Origin>,
+}
+
+/// A method as the spec applies it.
+#[derive(Clone)]
+pub(super) struct Use<'a> {
+    pub method: &'a MethodDef,
+    pub args: HashMap<String, Val>,
+    pub targets: &'a [Name],
+    pub span: Span,
+}
+
+/// A method at one site.
+struct Instance<'a> {
+    applied: Use<'a>,
+    owner: Owner,
+    /// Its own variables, parameters among them.
+    locals: HashMap<String, Val>,
+    begun: bool,
+    /// Which variables' `after` blocks have run.
+    fired: HashSet<&'a str>,
+}
+
+/// A site that is being run.
+pub(super) struct Site<'a> {
+    kind: String,
+    path: String,
+    instances: Vec<Instance<'a>>,
+    /// Methods for the sites nested in it.
+    inner: Vec<Use<'a>>,
+    /// Nested sites met so far, and every variable assigned.
+    nested: Vec<String>,
+    assigned: Vec<String>,
+}
+
+impl<'a> Site<'a> {
+    fn new(kind: &str, path: String, uses: Vec<Use<'a>>) -> Self {
+        let (inner, own): (Vec<_>, Vec<_>) = uses.into_iter().partition(|u| !u.targets.is_empty());
+        let instances = own.into_iter().map(|u| Instance::new(u, &path)).collect();
+        Site { kind: kind.to_owned(), path, instances, inner, nested: vec![], assigned: vec![] }
+    }
+
+    /// The whole model as a site.
+    pub fn model(uses: Vec<Use<'a>>) -> Self {
+        Site::new("model", String::new(), uses)
+    }
+}
+
+impl<'a> Instance<'a> {
+    fn new(applied: Use<'a>, site: &str) -> Self {
+        let name = &applied.method.name.text;
+        let path = if site.is_empty() { format!("{name}.") } else { format!("{site}.{name}.") };
+        let owner = Owner { path, origin: Some(Origin::Method(name.clone())) };
+        let locals = applied.args.clone();
+        Instance { applied, owner, locals, begun: false, fired: HashSet::new() }
+    }
+}
+
+impl<'a> Checker<'a> {
+    pub(super) fn site(&mut self, frame: &mut Frame<'a>, kind: &Name, path: &Text, body: &'a [Stmt], span: Span) {
+        if frame.body != Body::Backbone {
+            self.report(Diagnostic::error(span, "only a backbone has sites"));
+            return;
+        }
+        if self.sites.len() > 1 || matches!(&*kind.text, "model" | "projection") {
+            let error = Diagnostic::error(kind.span, format!("a site `{}` cannot stand here", kind.text));
+            self.report(error.hint("sites stand side by side; inside one, write `y = … as projection of x`"));
+            return;
+        }
+        let Some(path) = self.fill(frame, path) else { return };
+        let ordinal = match self.kinds.iter_mut().find(|(k, _)| *k == kind.text) {
+            Some((_, count)) => {
+                *count += 1;
+                *count - 1
+            }
+            None => {
+                self.kinds.push((kind.text.clone(), 1));
+                0
+            }
+        };
+        let uses = self.plan.at(&kind.text, ordinal);
+        self.sites.push(Site::new(&kind.text, path, uses));
+        frame.scopes.push(HashMap::new());
+        self.run(frame, body);
+        self.leave_site(frame);
+        frame.scopes.pop();
+    }
+
+    /// The backbone has assigned a variable: nested site first, then what the enclosing site waits for.
+    pub(super) fn assigned(&mut self, frame: &mut Frame<'a>, name: &Name, nested: Option<&'a Nested>) {
+        if let Some(nested) = nested {
+            self.nested_site(frame, name, nested);
+        }
+        let Some(site) = self.sites.last_mut() else { return };
+        if site.assigned.contains(&name.text) {
+            return;
+        }
+        site.assigned.push(name.text.clone());
+        let mut instances = std::mem::take(&mut site.instances);
+        for instance in &mut instances {
+            self.fire(frame, instance, &name.text, None);
+        }
+        if let Some(site) = self.sites.last_mut() {
+            site.instances = instances;
+        }
+    }
+
+    /// `y = … as projection of x`
+    fn nested_site(&mut self, frame: &mut Frame<'a>, name: &Name, nested: &'a Nested) {
+        let of = self.eval(frame, &nested.of);
+        if nested.kind.text != "projection" {
+            let error = Diagnostic::error(nested.kind.span, format!("a nested site is no `{}`", nested.kind.text));
+            self.report(error.suggest(&nested.kind.text, ["projection"]));
+            return;
+        }
+        let Some(site) = self.sites.last_mut().filter(|s| s.kind != "model") else {
+            let error = Diagnostic::error(nested.kind.span, "a projection stands inside a site");
+            self.report(error.hint("put it into `site KIND at \"…\" { … }`"));
+            return;
+        };
+        site.nested.push(name.text.clone());
+        let path = format!("{}.{}", site.path, name.text);
+        let here = |u: &&Use<'a>| u.targets.iter().any(|t| t.text == name.text);
+        let uses: Vec<Use<'a>> = site.inner.iter().filter(here).cloned().collect();
+        for applied in uses {
+            let mut instance = Instance::new(applied, &path);
+            self.fire(frame, &mut instance, "y", Some((&name.text, of.clone())));
+            self.complete(frame, &mut instance, &["x", "y"]);
+        }
+    }
+
+    /// Runs the method's blocks that wait for `variable`. In a projection, `x` and `y` stand for its two sides.
+    fn fire(
+        &mut self,
+        frame: &mut Frame<'a>,
+        instance: &mut Instance<'a>,
+        variable: &str,
+        projection: Option<(&str, Val)>,
+    ) {
+        let method = instance.applied.method;
+        let waits = |s: &&'a Stmt| matches!(&s.kind, StmtKind::After { variable: v, .. } if v.text == variable);
+        if !method.body.iter().any(|s| waits(&s)) {
+            return;
+        }
+        for statement in method.body.iter().filter(waits) {
+            let StmtKind::After { variable, body } = &statement.kind else { continue };
+            if !method.variables.iter().any(|v| v.text == variable.text) {
+                let error =
+                    Diagnostic::error(variable.span, format!("`{}` is not in the method's head", variable.text));
+                self.report(error.hint(format!("write `on {}({}, …)`", method.kind.text, variable.text)));
+                continue;
+            }
+            instance.fired.insert(&variable.text);
+            self.run_method(frame, instance, Some(body), projection.clone());
+        }
+    }
+
+    /// Runs a block of a method with the site's variables in sight, and hands its changes back.
+    fn run_method(
+        &mut self,
+        frame: &mut Frame<'a>,
+        instance: &mut Instance<'a>,
+        body: Option<&'a [Stmt]>,
+        projection: Option<(&str, Val)>,
+    ) {
+        let method = instance.applied.method;
+        let name = &method.name.text;
+        let in_site = |variable: &str| match &projection {
+            Some((y, _)) if variable == "y" => (*y).to_owned(),
+            _ => variable.to_owned(),
+        };
+        let mut seen = HashMap::new();
+        for variable in &method.variables {
+            let value = match (&projection, &*variable.text) {
+                (Some((_, x)), "x") => Some(x.clone()),
+                (_, text) => frame.get(&in_site(text)).cloned(),
+            };
+            if let Some(value) = value {
+                seen.insert(variable.text.clone(), value);
+            }
+        }
+        // The method's own variables come last: they shadow the site's, and new ones belong to it.
+        let mut inner = Frame {
+            scopes: vec![seen.clone(), std::mem::take(&mut instance.locals)],
+            owner: instance.owner.clone(),
+            body: Body::Method(method),
+            returned: None,
+        };
+        self.calls.push(Call { span: instance.applied.span, label: format!("`{name}` is applied here") });
+        if !instance.begun {
+            instance.begun = true;
+            for statement in method.body.iter().filter(|s| !matches!(s.kind, StmtKind::After { .. })) {
+                self.run(&mut inner, std::slice::from_ref(statement));
+            }
+        }
+        if let Some(body) = body {
+            self.run(&mut inner, body);
+        }
+        instance.locals = inner.scopes.pop().unwrap_or_default();
+        let after = inner.scopes.pop().unwrap_or_default();
+        for variable in &method.variables {
+            let own = method.params.iter().any(|p| p.name.text == variable.text);
+            if own || instance.locals.remove(&variable.text).is_some() {
+                let why =
+                    if own { "is a parameter of the method, too" } else { "is not there yet when the method sets it" };
+                let error = Diagnostic::error(variable.span, format!("the site's `{}` {why}", variable.text));
+                self.report(error.hint("use another name"));
+            }
+            let (Some(old), Some(new)) = (seen.get(&variable.text), after.get(&variable.text)) else { continue };
+            if old != new {
+                self.hand_back(frame, &in_site(&variable.text), variable, old, new, &projection);
+            }
+        }
+        self.calls.pop();
+    }
+
+    fn hand_back(
+        &mut self,
+        frame: &mut Frame<'a>,
+        name: &str,
+        variable: &Name,
+        old: &Val,
+        new: &Val,
+        projection: &Option<(&str, Val)>,
+    ) {
+        match (old, new) {
+            (_, Val::Unknown) => frame.set(name, Val::Unknown),
+            (Val::Tensor(old), Val::Tensor(new)) if projection.is_none() || variable.text != "x" => {
+                let (was, is) = (self.graph.ty(*old), self.graph.ty(*new));
+                if was != is {
+                    let title = format!("the site's `{}` is {was}, the method makes it {is}", variable.text);
+                    let error = Diagnostic::error(variable.span, title);
+                    self.report(error.hint("what the site goes on with keeps its shape"));
+                    return;
+                }
+                frame.set(name, Val::Tensor(*new));
+            }
+            _ => {
+                let title = format!("a method cannot set `{}` of the site", variable.text);
+                self.report(Diagnostic::error(variable.span, title).hint("use a variable of its own"));
+            }
+        }
+    }
+
+    /// At the end of a site: every block of every method must have found its place.
+    fn complete(&mut self, frame: &mut Frame<'a>, instance: &mut Instance<'a>, known: &[&str]) {
+        if !instance.begun {
+            self.run_method(frame, instance, None, None);
+        }
+        let method = instance.applied.method;
+        for statement in &method.body {
+            let StmtKind::After { variable, .. } = &statement.kind else { continue };
+            if instance.fired.contains(&*variable.text) {
+                continue;
+            }
+            let title = format!("this {} computes no `{}`", method.kind.text, variable.text);
+            self.report(Diagnostic::error(variable.span, title).suggest(&variable.text, known.iter().copied()));
+        }
+    }
+
+    pub(super) fn leave_site(&mut self, frame: &mut Frame<'a>) {
+        let Some(site) = self.sites.pop() else { return };
+        let known: Vec<&str> = site.assigned.iter().map(String::as_str).collect();
+        for mut instance in site.instances {
+            self.complete(frame, &mut instance, &known);
+        }
+        for applied in &site.inner {
+            for target in applied.targets {
+                if !site.nested.contains(&target.text) {
+                    let error =
+                        Diagnostic::error(target.span, format!("{} has no projection `{}`", site.kind, target.text));
+                    let nested: Vec<&str> = site.nested.iter().map(String::as_str).collect();
+                    self.errors.push(match diagnostic::nearest(&target.text, nested.iter().copied()) {
+                        Some(near) => error.hint(format!("did you mean `{near}`?")),
+                        None => error.suggest(&target.text, nested),
+                    });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! The `tune` block: which method works where, and what else trains.
+
+use super::Checker;
+use super::expand::Frame;
+use super::site::Use;
+use crate::ast::*;
+use crate::diagnostic::Diagnostic;
+use crate::model::Trainable;
+use crate::source::Span;
+
+/// What the tune block asks for, its arguments computed.
+pub(super) struct Plan<'a> {
+    pub rules: Vec<Sites<'a>>,
+    /// Methods on the whole model.
+    pub model: Vec<Use<'a>>,
+    pub rows: Vec<Rows>,
+    /// The task head trains.
+    pub head: bool,
+}
+
+impl Default for Plan<'_> {
+    fn default() -> Self {
+        Plan { rules: Vec::new(), model: Vec::new(), rows: Vec::new(), head: true }
+    }
+}
+
+/// Methods for sites of one kind.
+pub(super) struct Sites<'a> {
+    pub kind: &'a Name,
+    pub only: bool,
+    /// Ordinals that are in (or out, unless `only`), with their places.
+    pub ranges: Vec<(std::ops::Range<i64>, Span)>,
+    pub uses: Vec<Use<'a>>,
+}
+
+pub(super) struct Rows {
+    pub tensor: Text,
+    pub start: i64,
+    pub end: i64,
+    pub span: Span,
+    pub found: bool,
+}
+
+impl<'a> Plan<'a> {
+    /// The methods at the site of this kind and number, in the order of the spec.
+    pub fn at(&self, kind: &str, ordinal: u64) -> Vec<Use<'a>> {
+        let here = |rule: &&Sites<'a>| {
+            let listed = rule.ranges.iter().any(|(range, _)| range.contains(&(ordinal as i64)));
+            rule.kind.text == kind && listed == rule.only
+        };
+        self.rules.iter().filter(here).flat_map(|rule| rule.uses.iter().cloned()).collect()
+    }
+
+    /// What trains of a backbone tensor by `rows … of`.
+    pub fn rows_of(&mut self, name: &str, shape: &[u64], errors: &mut Vec<Diagnostic>) -> Trainable {
+        let Some(rows) = self.rows.iter_mut().find(|r| r.tensor.text == name) else { return Trainable::No };
+        rows.found = true;
+        let (start, end, count) = (rows.start, rows.end, shape[0]);
+        if start >= end || start < 0 || end as u64 > count {
+            let title = match start >= end {
+                true => format!("rows {start}..{end} are none"),
+                false => format!("rows {start}..{end} lie outside of `{name}`, which has {count}"),
+            };
+            let error = Diagnostic::error(rows.span, title);
+            errors.push(match start >= end {
+                true => error.hint("the end comes after the last row: `0..3` are rows 0, 1 and 2"),
+                false => error.hint(format!("make the tensor larger, such as with `vocab: {end}`")),
+            });
+            return Trainable::No;
+        }
+        if (start, end as u64) == (0, count) { Trainable::All } else { Trainable::Rows(start as u64, end as u64) }
+    }
+}
+
+impl<'a> Checker<'a> {
+    pub(super) fn plan(&mut self, tune: &'a Tune, frame: &Frame<'a>) -> Plan<'a> {
+        let mut plan = Plan::default();
+        let mut head: Option<Span> = None;
+        for rule in &tune.rules {
+            match rule {
+                TuneRule::Sites { kind, select, apply, span } => {
+                    let (only, ordinals) = match select {
+                        Select::Every => (false, &[][..]),
+                        Select::Only(ordinals) => (true, &ordinals[..]),
+                        Select::Except(ordinals) => (false, &ordinals[..]),
+                    };
+                    let ranges = ordinals.iter().filter_map(|o| self.ordinal(frame, o)).collect();
+                    if apply.is_empty() {
+                        let error = Diagnostic::error(*span, "nothing is applied here");
+                        self.report(error.hint("name a method: `{ lora(rank: 8, alpha: 16) on q }`"));
+                    }
+                    let uses = apply.iter().filter_map(|a| self.apply(frame, a, &kind.text)).collect();
+                    plan.rules.push(Sites { kind, only, ranges, uses });
+                }
+                TuneRule::Model(apply) => plan.model.extend(self.apply(frame, apply, "model")),
+                TuneRule::Rows { start, end, tensor, span } => {
+                    let (start, end) = (self.whole(frame, start), self.whole(frame, end));
+                    if let Some(other) = plan.rows.iter().find(|r| r.tensor.text == tensor.text) {
+                        let error = Diagnostic::error(*span, format!("rows of `{}` are chosen twice", tensor.text));
+                        self.report(error.related(other.span, "first here").hint("one range of rows may train"));
+                    } else if let (Some(start), Some(end)) = (start, end) {
+                        plan.rows.push(Rows { tensor: tensor.clone(), start, end, span: *span, found: false });
+                    }
+                }
+                TuneRule::Head(what) => {
+                    if let Some(first) = head {
+                        let error = Diagnostic::error(what.span, "the head is spoken of twice");
+                        self.report(error.related(first, "first here"));
+                    }
+                    head = Some(what.span);
+                    match &*what.text {
+                        "trainable" => plan.head = true,
+                        "frozen" => plan.head = false,
+                        other => {
+                            let error = Diagnostic::error(what.span, format!("a head cannot be `{other}`"));
+                            self.report(error.suggest(other, ["trainable", "frozen"]));
+                        }
+                    }
+                }
+            }
+        }
+        plan
+    }
+
+    fn ordinal(&mut self, frame: &Frame<'a>, ordinal: &'a Ordinal) -> Option<(std::ops::Range<i64>, Span)> {
+        let start = self.whole(frame, &ordinal.start)?;
+        let Some(end) = &ordinal.end else {
+            return Some((start..start.saturating_add(1), ordinal.start.span));
+        };
+        let (last, span) = (self.whole(frame, end)?, ordinal.start.span.to(end.span));
+        if last <= start {
+            let error = Diagnostic::error(span, format!("`{start}..{last}` is empty"));
+            self.report(error.hint("the end is not part of it: `0..6` are the first six"));
+            return None;
+        }
+        Some((start..last, span))
+    }
+
+    /// A method with its arguments, if it exists and fits a site of this kind.
+    fn apply(&mut self, frame: &Frame<'a>, apply: &'a Apply, site: &str) -> Option<Use<'a>> {
+        let name = &apply.method;
+        let Some(same_name) = self.definitions.methods.get(&*name.text) else {
+            let mut known: Vec<&str> = self.definitions.methods.keys().copied().collect();
+            known.sort_unstable();
+            let error = Diagnostic::error(name.span, format!("there is no method `{}`", name.text));
+            self.report(error.suggest(&name.text, known));
+            return None;
+        };
+        let kind = if apply.targets.is_empty() { site } else { "projection" };
+        if kind == "projection" && site == "model" {
+            let error =
+                Diagnostic::error(name.span, format!("`{}` does not know whose projection is meant", name.text));
+            self.report(error.hint(format!("write `every attention {{ {} }}`", self.sources.slice(apply.span))));
+            return None;
+        }
+        let Some(&method) = same_name.iter().find(|m| m.kind.text == kind) else {
+            let kinds: Vec<String> = same_name.iter().map(|m| m.kind.text.clone()).collect();
+            let title = match kind {
+                "model" => format!("`{}` does not fit the whole model: it is for {}", name.text, kinds.join(" or ")),
+                _ => format!("`{}` does not fit {} {kind}: it is for {}", name.text, article(kind), kinds.join(" or ")),
+            };
+            let error = Diagnostic::error(name.span, title);
+            let text = self.sources.slice(apply.span).to_owned();
+            self.report(match &*kinds[0] {
+                "projection" => error.hint(format!("say which projection: `{text} on q`")),
+                "model" => error.hint(format!("write `{text}` outside of `every … {{ }}`")),
+                other if kind == "projection" => error.hint(format!("leave out `on …`, in `every {other} {{ }}`")),
+                other => error.hint(format!("write `every {other} {{ {text} }}`")),
+            });
+            return None;
+        };
+        for (i, target) in apply.targets.iter().enumerate() {
+            if let Some(first) = apply.targets[..i].iter().find(|t| t.text == target.text) {
+                let error = Diagnostic::error(target.span, format!("`{}` is named twice", target.text));
+                self.report(error.related(first.span, "first here"));
+            }
+        }
+        let what = format!("method `{}`", name.text);
+        let args = self.bind(&what, &method.params, &apply.args, frame, apply.span, false)?;
+        Some(Use { method, args, targets: &apply.targets, span: apply.span })
+    }
+}
+
+fn article(noun: &str) -> &'static str {
+    if noun.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" }
+}

@@ -1,0 +1,94 @@
+//! Values set from outside a spec, `--set key=value`: the syntax tree is changed before it is checked,
+//! so that they meet the same checks as the spec's own. Each is a source of its own for diagnostics.
+
+use crate::ast::*;
+use crate::diagnostic::Diagnostic;
+use crate::parser;
+use crate::source::{FileId, Sources, Span};
+
+/// Changes `ast`; what cannot be applied comes back.
+pub(crate) fn apply(ast: &mut Ast, sources: &mut Sources, overrides: &[(String, String)]) -> Vec<Diagnostic> {
+    let mut errors = Vec::new();
+    for (key, value) in overrides {
+        let text = format!("{key}={value}");
+        let file = sources.add("--set", text.clone());
+        if let Err(error) = one(ast, file, &text, key) {
+            errors.extend(error);
+        }
+    }
+    errors
+}
+
+fn one(ast: &mut Ast, file: FileId, text: &str, key: &str) -> Result<(), Vec<Diagnostic>> {
+    let whole = Span::new(file, 0, key.len());
+    let Some((target, parameter)) = key.split_once('.') else {
+        let error = Diagnostic::error(whole, format!("`{key}` is no key"));
+        return Err(vec![error.hint("such as `train.steps`, `model.layers`, `task.max_tokens` or `lora.rank`")]);
+    };
+    let value = parser::parse_value(file, text, key.len() + 1)?;
+    let start = target.len() + 1;
+    let name = Name { text: parameter.to_owned(), span: Span::new(file, start, key.len()) };
+    match target {
+        "train" | "task" => {
+            if target == "train" && !ast.items.iter().any(|i| matches!(i, Item::Train(_))) {
+                let name = Name { text: "train".into(), span: whole };
+                ast.items.push(Item::Train(Settings { name, entries: vec![] }));
+            }
+            let block = ast.items.iter_mut().find_map(|item| match item {
+                Item::Train(block) if target == "train" => Some(block),
+                Item::Task(block) if target == "task" => Some(block),
+                _ => None,
+            });
+            let Some(block) = block else {
+                return Err(vec![Diagnostic::error(whole, format!("the spec has no `{target}` block"))]);
+            };
+            match block.entries.iter_mut().find(|e| e.key.text == parameter) {
+                Some(entry) => entry.value = value,
+                None => block.entries.push(Setting { key: name, value }),
+            }
+        }
+        "model" => {
+            for item in &mut ast.items {
+                if let Item::Model(model) = item {
+                    set(&mut model.args, &name, &value);
+                }
+            }
+        }
+        method => {
+            let mut found = false;
+            let mut used = vec!["train".to_owned(), "task".to_owned(), "model".to_owned()];
+            for apply in uses(ast) {
+                used.push(apply.method.text.clone());
+                if apply.method.text == method {
+                    found = true;
+                    set(&mut apply.args, &name, &value);
+                }
+            }
+            if !found {
+                used.dedup();
+                let span = Span::new(file, 0, method.len());
+                let error = Diagnostic::error(span, format!("the spec applies no method `{method}`"));
+                return Err(vec![error.suggest(method, used.iter().map(String::as_str))]);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every place at which the spec applies a method.
+fn uses(ast: &mut Ast) -> impl Iterator<Item = &mut Apply> {
+    let rules =
+        ast.items.iter_mut().filter_map(|i| if let Item::Tune(tune) = i { Some(&mut tune.rules) } else { None });
+    rules.flatten().flat_map(|rule| match rule {
+        TuneRule::Sites { apply, .. } => apply.iter_mut().collect(),
+        TuneRule::Model(apply) => vec![apply],
+        _ => vec![],
+    })
+}
+
+fn set(args: &mut Vec<Arg>, name: &Name, value: &Expr) {
+    match args.iter_mut().find(|a| a.name.as_ref().is_some_and(|n| n.text == name.text)) {
+        Some(arg) => arg.value = value.clone(),
+        None => args.push(Arg { name: Some(name.clone()), value: value.clone() }),
+    }
+}

@@ -1,0 +1,160 @@
+//! Syntax errors in words, and where to go on after one.
+
+use pest::error::{Error, ErrorVariant, InputLocation};
+
+use super::Rule;
+use crate::diagnostic::Diagnostic;
+use crate::source::{FileId, Span};
+
+/// Words that begin an item.
+const ITEMS: &[&str] = &["import", "backbone", "method", "fn", "model", "tune", "task", "train"];
+
+/// The error in words, and the byte it is at.
+pub(super) fn explain(file: FileId, text: &str, error: Error<Rule>) -> (Diagnostic, usize) {
+    let at = match error.location {
+        InputLocation::Pos(at) | InputLocation::Span((at, _)) => at,
+    };
+    let found = token(&text[at..]);
+    let span = Span::new(file, at, at + found.len());
+    let mut expected: Vec<&str> = match &error.variant {
+        ErrorVariant::ParsingError { positives, .. } => positives.iter().filter_map(|&rule| describe(rule)).collect(),
+        ErrorVariant::CustomError { .. } => vec![],
+    };
+    expected.sort_unstable();
+    expected.dedup();
+    if expected.contains(&"an expression") {
+        expected.retain(|e| !["a number", "a string", "`[`"].contains(e));
+    }
+    let expected = match &expected[..] {
+        [] => String::new(),
+        [one] => format!(": {one} should stand here"),
+        [most @ .., last] if most.len() < 6 => format!(": {} or {last} should stand here", most.join(", ")),
+        _ => String::new(),
+    };
+    let title = match found {
+        "" => format!("the file ends too early{expected}"),
+        _ => format!("`{found}` does not fit here{expected}"),
+    };
+    let diagnostic = Diagnostic::error(span, title).label(if found.is_empty() { "end of file" } else { "unexpected" });
+    let diagnostic = match hint(text, at, found) {
+        Some(hint) => diagnostic.hint(hint),
+        None => diagnostic,
+    };
+    (diagnostic, at)
+}
+
+/// Slips that have a mend of their own.
+fn hint(text: &str, at: usize, found: &str) -> Option<String> {
+    let before = text[..at].trim_end();
+    let line = before.rsplit('\n').next().unwrap_or("").trim_start();
+    if found.starts_with('"') && text[at + 1..].lines().next().is_none_or(|rest| !rest.contains('"')) {
+        return Some("the string is not closed on this line: add a `\"`".into());
+    }
+    if found == "#" {
+        return Some("comments begin with `//`".into());
+    }
+    if found == ";" {
+        return Some("statements need no `;`".into());
+    }
+    if found == "=" && !line.contains('=') {
+        return Some("a setting or an argument is written `name: value`".into());
+    }
+    if found == ":" && !line.contains("weight") {
+        return Some("a variable is set with `name = value`".into());
+    }
+    if found == "'" {
+        return Some("strings stand in double quotes".into());
+    }
+    let top_level = text[..at].matches('{').count() == text[..at].matches('}').count();
+    if top_level {
+        let near = crate::diagnostic::nearest(found, ITEMS.iter().copied());
+        return Some(match near {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => "a file holds `import`, `backbone`, `method`, `fn`, `model`, `tune`, `task` and `train`".into(),
+        });
+    }
+    None
+}
+
+/// The word or sign at the start of `text`.
+fn token(text: &str) -> &str {
+    let word = text.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(text.len());
+    let sign = text.chars().next().map_or(0, char::len_utf8);
+    &text[..word.max(sign)]
+}
+
+/// What a rule is called in a message; `None` when saying so helps no one.
+fn describe(rule: Rule) -> Option<&'static str> {
+    Some(match rule {
+        Rule::name | Rule::arg_name | Rule::word => "a name",
+        Rule::expr
+        | Rule::conjunction
+        | Rule::negation
+        | Rule::comparison
+        | Rule::sum
+        | Rule::product
+        | Rule::unary
+        | Rule::postfix
+        | Rule::group
+        | Rule::call => "an expression",
+        Rule::number => "a number",
+        Rule::string => "a string",
+        Rule::list => "`[`",
+        Rule::args | Rule::params => "`(`",
+        Rule::arg => "an argument",
+        Rule::param => "a parameter",
+        Rule::block | Rule::settings => "`{`",
+        Rule::setting => "a setting `key: value`",
+        Rule::kw_on | Rule::on_kind => "`on KIND`",
+        Rule::kw_at => "`at \"path\"`",
+        Rule::kw_in => "`in`",
+        Rule::kw_as => "`as`",
+        Rule::kw_of => "`of`",
+        Rule::kw_every | Rule::every => "`every KIND`",
+        Rule::module_path => "a module such as `backbones.gpt2`",
+        _ => return None,
+    })
+}
+
+/// Where the next item begins after byte `at`: a line that starts with an item's word.
+pub(super) fn next_item(text: &str, at: usize) -> Option<usize> {
+    let mut start = at + text[at..].find('\n')? + 1;
+    loop {
+        let line = &text[start..];
+        if ITEMS.iter().any(|word| token(line) == *word) {
+            return Some(start);
+        }
+        start += line.find('\n')? + 1;
+    }
+}
+
+/// `text` with everything before `end` blank, offsets kept.
+pub(super) fn blank(text: &str, end: usize) -> String {
+    let spaces = text[..end].bytes().map(|b| if b == b'\n' { '\n' } else { ' ' });
+    spaces.collect::<String>() + &text[end..]
+}
+
+/// Refuses brackets nested beyond reason before the recursive parser meets them.
+pub(super) fn too_deep(file: FileId, text: &str, deepest: usize) -> Option<Diagnostic> {
+    let (mut depth, mut quoted, mut comment) = (0usize, false, false);
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'\n' => (quoted, comment) = (false, false),
+            _ if comment => {}
+            b'"' => quoted = !quoted,
+            _ if quoted => {}
+            b'/' if text[at..].starts_with("//") => comment = true,
+            b'(' | b'[' | b'{' => {
+                depth += 1;
+                if depth > deepest {
+                    let span = Span::new(file, at, at + 1);
+                    let title = format!("brackets are nested more than {deepest} deep");
+                    return Some(Diagnostic::error(span, title).hint("give the inner parts names"));
+                }
+            }
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    None
+}

@@ -1,0 +1,59 @@
+//! Parameter counts of the specs that ship, against the table of the paper.
+
+use peft_grammar::model::{Model, Origin, Trainable};
+use peft_grammar::{check, no_imports};
+
+fn model(path: &str) -> Model {
+    let full = format!("{}/../models/{path}", env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(&full).unwrap_or_else(|e| panic!("{full}: {e}"));
+    check(path, &text, &no_imports).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Values of methods that train, and values of the backbone and its head that do.
+fn counts(model: &Model) -> (u64, u64) {
+    let of = |method: bool| {
+        let chosen = model.params.iter().filter(|p| matches!(p.origin, Origin::Method(_)) == method);
+        chosen.map(|p| p.trainable_elements()).sum()
+    };
+    (of(true), of(false))
+}
+
+#[test]
+fn nlg_rows_train_what_the_paper_says() {
+    const GPT2: u64 = 124_439_808;
+    const SPECIAL: u64 = 16 * 768;
+    for (spec, method) in [
+        ("inducer_lora", 2_002_320),
+        ("inducer", 2_003_472),
+        ("lora", 2_009_088),
+        ("extension", 1_928_448),
+        ("gating", 2_003_472),
+        ("adaptive", 2_015_424),
+        ("adapter", 2_019_600),
+        ("mam_inducer", 2_001_816),
+    ] {
+        let model = model(&format!("paper/nlg/{spec}.peft"));
+        assert_eq!(counts(&model), (method, SPECIAL), "{spec}");
+        let backbone: u64 = model.params.iter().filter(|p| p.origin == Origin::Backbone).map(|p| p.elements()).sum();
+        assert_eq!(backbone, GPT2 + SPECIAL, "{spec}");
+        let wte = model.params.iter().find(|p| p.name == "transformer.wte.weight").expect("an embedding");
+        assert_eq!(wte.trainable, Trainable::Rows(50257, 50273));
+    }
+    assert_eq!(counts(&model("paper/nlg/finetune.peft")), (0, GPT2 + SPECIAL));
+}
+
+#[test]
+fn demos_train_a_few_hundred_thousand_values() {
+    let inducer = |key: u64, value: u64| {
+        let (heads, p, d) = (12, 32, 384);
+        heads * (p * key + key + key * p + p) + heads * (p * value + value + value * d) + d
+    };
+    let lora = |rank: u64| 2 * 384 * rank;
+    let head = 2 * 384 + 2;
+    for (spec, per_layer) in
+        [("sentiment", inducer(2, 4) + lora(4)), ("sst2_lora", 2 * lora(8)), ("sst2_inducer", inducer(6, 4))]
+    {
+        let (method, rest) = counts(&model(&format!("demo/{spec}.peft")));
+        assert_eq!((method, rest), (6 * per_layer, head), "{spec}");
+    }
+}
