@@ -30,7 +30,7 @@ impl Numbers {
         if length == 0 {
             return Ok(Numbers::default());
         }
-        let bytes = length.checked_mul(4).unwrap_or(usize::MAX);
+        let bytes = length.saturating_mul(4);
         let map = MmapMut::map_anon(bytes).map_err(|e| {
             let size = bytes as f64 / f64::from(1 << 30);
             RuntimeError::Device(format!("{size:.1} GiB of memory cannot be had ({e}); make the batch smaller"))
