@@ -12,6 +12,10 @@ pub struct Ast {
 }
 
 impl Ast {
+    /// It builds a model. A file that only defines things is no spec: it is there to be imported.
+    pub fn is_spec(&self) -> bool {
+        self.items.iter().any(|item| matches!(item, Item::Model(_)))
+    }
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("a tree of plain data")
     }

@@ -70,7 +70,17 @@ impl Diagnostic {
 pub fn nearest<'a>(found: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let lower = found.to_lowercase();
     let distance = |name: &str| strsim::damerau_levenshtein(&lower, &name.to_lowercase());
-    let (near, distance) = known.into_iter().map(|name| (name, distance(name))).min_by_key(|(_, d)| *d)?;
+    let known: Vec<&str> = known.into_iter().collect();
+    let (near, distance) = known.iter().map(|name| (*name, distance(name))).min_by_key(|(_, d)| *d)?;
+    if distance > 1 || near.len() == 1 {
+        // `integer` for `int`, `qq` for `q`.
+        let part = known
+            .iter()
+            .find(|name| lower.starts_with(&name.to_lowercase()) || name.to_lowercase().starts_with(&lower));
+        if let Some(part) = part.filter(|_| !lower.is_empty()) {
+            return Some(part);
+        }
+    }
     let limit = (found.chars().count().max(near.chars().count()) / 3).clamp(1, 4);
     (distance <= limit && near.chars().count() > distance).then_some(near)
 }
@@ -134,11 +144,12 @@ impl Diagnostic {
             Severity::Warning => ReportKind::Warning,
         };
         let range = |span: Span| (span.file, span.start as usize..span.end.max(span.start) as usize);
-        let label = if self.label.is_empty() { "here" } else { &self.label };
-        let mut report = Report::build(kind, range(self.span))
-            .with_config(config)
-            .with_message(&self.title)
-            .with_label(Label::new(range(self.span)).with_message(label).with_color(ariadne::Color::Red));
+        let mut label = Label::new(range(self.span)).with_color(ariadne::Color::Red);
+        if !self.label.is_empty() {
+            label = label.with_message(&self.label);
+        }
+        let mut report =
+            Report::build(kind, range(self.span)).with_config(config).with_message(&self.title).with_label(label);
         for (span, text) in &self.related {
             report = report
                 .with_label(Label::new(range(*span)).with_message(text).with_color(ariadne::Color::Blue).with_order(1));

@@ -21,7 +21,7 @@ type Node<'a> = Pair<'a, Rule>;
 
 /// Brackets inside each other, and operators on a path of an expression's tree.
 const DEEPEST: usize = 64;
-const LONGEST: usize = 200;
+const LONGEST: usize = 100;
 
 /// Parses one file. After a syntax error it goes on at the next item, so that one run shows several.
 pub(crate) fn parse(file: FileId, text: &str) -> Result<Ast, Vec<Diagnostic>> {

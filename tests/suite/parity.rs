@@ -50,8 +50,7 @@ fn differences(fixture: &Fixture, padded: &Padded, found: &TensorFile) -> Vec<St
             _ => OTHER,
         };
         let gap = found.iter().zip(want).map(|(f, w)| f64::from((f - w).abs())).fold(0.0, f64::max);
-        // NaN is no small difference.
-        if !(gap <= tolerance) {
+        if gap > tolerance || gap.is_nan() {
             wrong.push(format!("`{name}` differs by {gap:.3e} of at most {tolerance:.3e}"));
         }
     }

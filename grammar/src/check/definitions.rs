@@ -11,6 +11,9 @@ use crate::source::{FileId, Sources, Span};
 /// Reads an imported file by its path; the message says why it cannot be read.
 pub type Resolver<'a> = dyn Fn(&str) -> Result<String, String> + 'a;
 
+/// A spec has a few files of its own: more are imports that never end.
+const MOST_FILES: usize = 256;
+
 /// Parsed files, the spec first, the library last.
 pub(super) struct Files {
     pub asts: Vec<Ast>,
@@ -38,6 +41,11 @@ impl Files {
                         let path = beside(&paths[at], relative);
                         if paths.contains(&path) {
                             continue;
+                        }
+                        if paths.len() == MOST_FILES {
+                            let title = format!("more than {MOST_FILES} files are imported");
+                            errors.push(Diagnostic::error(import.span, title));
+                            return Err(errors);
                         }
                         match resolver(&path) {
                             Ok(text) => {

@@ -8,11 +8,26 @@ use crate::diagnostic::Diagnostic;
 use crate::graph::{DType, Dim, Op, Value};
 use crate::source::Span;
 
+/// Expressions inside each other, those of called functions among them: the stack is finite.
+const DEEPEST: usize = 160;
 /// The longest axis a spec may write.
 const LONGEST_AXIS: i64 = 1 << 31;
 
 impl<'a> Checker<'a> {
     pub(super) fn eval(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Val {
+        self.depth += 1;
+        let value = if self.depth > DEEPEST {
+            let error = Diagnostic::error(expr.span, "calls and expressions are nested too deep");
+            self.report(error.hint("does a function call itself? For equations that repeat there is `for`"));
+            Val::Unknown
+        } else {
+            self.eval_kind(frame, expr)
+        };
+        self.depth -= 1;
+        value
+    }
+
+    fn eval_kind(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Val {
         match &expr.kind {
             ExprKind::Int(n) => Val::Int(*n),
             ExprKind::Float(x) => Val::Float(*x),
@@ -142,7 +157,16 @@ impl<'a> Checker<'a> {
 
     /// The length of an axis.
     pub(super) fn extent(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<u64> {
-        let n = self.whole(frame, expr)?;
+        let n = match self.eval(frame, expr) {
+            Val::Float(x) => {
+                let text = self.sources.slice(expr.span);
+                let error = Diagnostic::error(expr.span, format!("an axis is a whole number long, found {x}"));
+                let error = if text.contains('/') { error.hint(format!("`{text}` leaves a remainder")) } else { error };
+                self.report(error);
+                return None;
+            }
+            value => self.as_whole(value, expr.span)?,
+        };
         if !(1..=LONGEST_AXIS).contains(&n) {
             self.report(Diagnostic::error(expr.span, format!("an axis cannot be {n} long")));
             return None;
@@ -239,7 +263,11 @@ impl<'a> Checker<'a> {
                 let (tx, ty) = (self.graph.ty(x).clone(), self.graph.ty(y).clone());
                 let (left, right) =
                     (self.sources.slice(left.span).to_owned(), self.sources.slice(right.span).to_owned());
-                self.push_with(operation, &[x, y], span, |error| {
+                let elementwise = !matches!(operation, Op::Matmul { .. });
+                self.push_with(operation, &[x, y], span, |mut error| {
+                    if elementwise && tx.dtype == ty.dtype {
+                        error.title = format!("{tx} and {ty} do not go together element by element");
+                    }
                     let error = error.note(format!("`{left}` is {tx}")).note(format!("`{right}` is {ty}"));
                     if tx.dtype == DType::I32 || ty.dtype == DType::I32 {
                         error.hint("row numbers only index a table: `table[ids]`")
@@ -373,8 +401,11 @@ impl<'a> Checker<'a> {
                 Subscript::Slice { start, end, span } => (start, end, *span),
                 Subscript::At(at) => {
                     let error = Diagnostic::error(at.span, "an axis is cut by a slice");
-                    let text = self.sources.slice(at.span).to_owned();
-                    self.report(error.hint(format!("write `{text}:{text} + 1`, or `:` for the whole axis")));
+                    let slice = match &at.kind {
+                        ExprKind::Int(n) => format!("{n}:{}", n.saturating_add(1)),
+                        _ => format!("{0}:{0} + 1", self.sources.slice(at.span)),
+                    };
+                    self.report(error.hint(format!("write `{slice}`, or `:` for the whole axis")));
                     return Val::Unknown;
                 }
             };

@@ -12,9 +12,11 @@ use crate::model::{Init, Origin, Param, Trainable};
 use crate::source::Span;
 
 /// Statements a spec may run in all: a bound for loops that would never end.
-const MOST_STEPS: usize = 400_000;
+const MOST_STEPS: usize = 50_000;
+/// Errors after which the rest of the model has nothing new to say.
+const MOST_ERRORS: usize = 200;
 /// Calls inside calls.
-const DEEPEST_CALL: usize = 32;
+const DEEPEST_CALL: usize = 24;
 /// Values a tensor may hold: 4 TiB of them are a slip of the pen.
 const MOST_ELEMENTS: u64 = 1 << 40;
 
@@ -60,13 +62,15 @@ impl<'a> Frame<'a> {
 impl<'a> Checker<'a> {
     pub(super) fn run(&mut self, frame: &mut Frame<'a>, body: &'a [Stmt]) {
         for statement in body {
+            if self.errors.len() > MOST_ERRORS {
+                return;
+            }
             self.steps += 1;
             if self.steps > MOST_STEPS {
-                if self.steps == MOST_STEPS + 1 {
+                if !std::mem::replace(&mut self.exhausted, true) {
                     let error = Diagnostic::error(statement.span, "this spec never comes to an end");
-                    self.report(
-                        error.hint("look at the bounds of its loops: a model has thousands of equations, not millions"),
-                    );
+                    let hint = "look at the bounds of its loops: a model has thousands of equations, not millions";
+                    self.report(error.hint(hint));
                 }
                 return;
             }
@@ -93,7 +97,7 @@ impl<'a> Checker<'a> {
                     frame.scopes.push(HashMap::from([(variable.text.clone(), Val::Int(i))]));
                     self.run(frame, body);
                     frame.scopes.pop();
-                    if frame.returned.is_some() || self.steps > MOST_STEPS {
+                    if frame.returned.is_some() || self.steps > MOST_STEPS || self.errors.len() > MOST_ERRORS {
                         return;
                     }
                     self.steps += 1;
@@ -131,7 +135,7 @@ impl<'a> Checker<'a> {
             }
             StmtKind::Require { condition, message, hint } => {
                 if self.condition(frame, condition) == Some(false) {
-                    self.unmet(frame, span, message, hint.as_ref());
+                    self.unmet(frame, condition.span, message, hint.as_ref());
                 }
             }
             StmtKind::Train(pattern) => match frame.body {

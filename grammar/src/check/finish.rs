@@ -18,8 +18,7 @@ impl<'a> Checker<'a> {
         model: &ModelDef,
         tune: Option<Span>,
         args: HashMap<String, Val>,
-        task: Task,
-        train: Recipe,
+        (task, train): (Task, Recipe),
     ) -> Option<Model> {
         self.unmet_sites(backbone);
         if self.errors.is_empty() {

@@ -62,8 +62,12 @@ struct Checker<'a> {
     smoothing: f64,
     /// Dropouts so far: each has a random stream of its own.
     streams: u32,
+    /// Expressions being computed, each inside the one before.
+    depth: usize,
     /// Statements run so far.
     steps: usize,
+    /// They were too many.
+    exhausted: bool,
     plan: Plan<'a>,
     sites: Vec<Site<'a>>,
     /// How many sites there are of each kind, in order of appearance.
@@ -103,6 +107,8 @@ pub(crate) fn check(
         smoothing: 0.0,
         streams: 0,
         steps: 0,
+        depth: 0,
+        exhausted: false,
         plan: Plan::default(),
         sites: Vec::new(),
         kinds: Vec::new(),
@@ -153,20 +159,22 @@ impl<'a> Checker<'a> {
             return None;
         };
         self.purpose = self.purpose_of(backbone)?;
+        // What is wrong with one block does not hide what is wrong with another.
         let task = self.task(task.map(|t| t.0), model);
         let recipe = self.recipe(train.map(|t| t.0));
-        let (task, recipe) = (task?, recipe?);
-        self.smoothing = recipe.label_smoothing;
+        self.smoothing = recipe.as_ref().map_or(0.0, |r| r.label_smoothing);
 
         let what = format!("backbone `{}`", backbone.name.text);
-        let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false)?;
+        let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false);
         if let Some((tune, _)) = tune {
-            self.plan = self.plan(tune, &Frame::with(args.clone()));
+            let unknown = || backbone.params.iter().map(|p| (p.name.text.clone(), Val::Unknown)).collect();
+            self.plan = self.plan(tune, &Frame::with(args.clone().unwrap_or_else(unknown)));
         }
+        let args = args?;
         self.calls.push(Call { span: model.span, label: format!("`{}` is built here", backbone.name.text) });
         self.backbone(backbone, args.clone());
         self.calls.clear();
-        self.finish(backbone, model, tune.map(|t| t.1), args, task, recipe)
+        self.finish(backbone, model, tune.map(|t| t.1), args, (task?, recipe?))
     }
 
     fn purpose_of(&mut self, backbone: &BackboneDef) -> Option<Purpose> {

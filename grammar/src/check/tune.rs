@@ -154,14 +154,16 @@ impl<'a> Checker<'a> {
             return None;
         }
         let Some(&method) = same_name.iter().find(|m| m.kind.text == kind) else {
-            let kinds: Vec<String> = same_name.iter().map(|m| m.kind.text.clone()).collect();
+            let kinds: Vec<&str> = same_name.iter().map(|m| &*m.kind.text).collect();
+            let fits: Vec<String> = kinds.iter().map(|k| places(k)).collect();
+            let fits = fits.join(" or ");
             let title = match kind {
-                "model" => format!("`{}` does not fit the whole model: it is for {}", name.text, kinds.join(" or ")),
-                _ => format!("`{}` does not fit {} {kind}: it is for {}", name.text, article(kind), kinds.join(" or ")),
+                "model" => format!("`{}` does not work on the whole model: it is for {fits}", name.text),
+                _ => format!("`{}` does not work on {}: it is for {fits}", name.text, places(kind)),
             };
             let error = Diagnostic::error(name.span, title);
             let text = self.sources.slice(apply.span).to_owned();
-            self.report(match &*kinds[0] {
+            self.report(match kinds[0] {
                 "projection" => error.hint(format!("say which projection: `{text} on q`")),
                 "model" => error.hint(format!("write `{text}` outside of `every … {{ }}`")),
                 other if kind == "projection" => error.hint(format!("leave out `on …`, in `every {other} {{ }}`")),
@@ -181,6 +183,11 @@ impl<'a> Checker<'a> {
     }
 }
 
-fn article(noun: &str) -> &'static str {
-    if noun.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" }
+/// A kind of site in words.
+fn places(kind: &str) -> String {
+    match kind {
+        "model" => "the whole model".to_owned(),
+        "projection" => "projections".to_owned(),
+        _ => format!("`{kind}` sites"),
+    }
 }

@@ -5,6 +5,9 @@ use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::source::Span;
 
+/// Indices after one operand.
+const MOST_INDICES: usize = 8;
+
 impl Builder {
     pub(super) fn expr(&mut self, pair: Node) -> Expr {
         let expr = self.operand(pair);
@@ -41,7 +44,12 @@ impl Builder {
             Rule::postfix => {
                 let mut c = pair.into_inner();
                 let mut base = c.next().map(|p| self.operand(p)).expect("an operand");
-                for index in c {
+                for (at, index) in c.enumerate() {
+                    if at == MOST_INDICES {
+                        let error = Diagnostic::error(self.span(&index), "too many indices in a row");
+                        self.errors.push(error.hint("give parts of it names: `part = …`"));
+                        break;
+                    }
                     let span = base.span.to(self.span(&index));
                     let subscripts = index.into_inner().map(|p| self.subscript(p)).collect();
                     base = Expr { kind: ExprKind::Index { base: Box::new(base), subscripts }, span };

@@ -9,6 +9,12 @@ use crate::source::{FileId, Span};
 /// Words that begin an item.
 const ITEMS: &[&str] = &["import", "backbone", "method", "fn", "model", "tune", "task", "train"];
 
+/// Words that cannot be names.
+const RESERVED: &[&str] = &[
+    "weight", "site", "if", "else", "for", "in", "output", "expose", "after", "return", "require", "as", "of", "on",
+    "and", "or", "not", "true", "false",
+];
+
 /// The error in words, and the byte it is at.
 pub(super) fn explain(file: FileId, text: &str, error: Error<Rule>) -> (Diagnostic, usize) {
     let at = match error.location {
@@ -16,10 +22,17 @@ pub(super) fn explain(file: FileId, text: &str, error: Error<Rule>) -> (Diagnost
     };
     let found = token(&text[at..]);
     let span = Span::new(file, at, at + found.len());
+    if let (true, Some(open)) = (found.is_empty(), open_brackets(text, at).pop()) {
+        let title = format!("this `{}` is never closed", &text[open..open + 1]);
+        return (Diagnostic::error(Span::new(file, open, open + 1), title).label("opened here"), at);
+    }
     let mut expected: Vec<&str> = match &error.variant {
         ErrorVariant::ParsingError { positives, .. } => positives.iter().filter_map(|&rule| describe(rule)).collect(),
         ErrorVariant::CustomError { .. } => vec![],
     };
+    if found == "=" {
+        expected.retain(|e| *e != "`(`");
+    }
     expected.sort_unstable();
     expected.dedup();
     if expected.contains(&"an expression") {
@@ -56,17 +69,30 @@ fn hint(text: &str, at: usize, found: &str) -> Option<String> {
     if found == ";" {
         return Some("statements need no `;`".into());
     }
-    if found == "=" && !line.contains('=') {
-        return Some("a setting or an argument is written `name: value`".into());
+    let open = open_brackets(text, at).pop();
+    let head = open.map_or("", |open| text[..open].rsplit(['{', '}']).next().unwrap_or("").trim());
+    let next = text[at + found.len()..].trim_start();
+    let in_settings = token(head) == "train" || token(head) == "task";
+    if found == "=" && open.is_some_and(|open| text[open..].starts_with('(')) {
+        return Some("an argument is written `name: value`".into());
     }
-    if found == ":" && !line.contains("weight") {
-        return Some("a variable is set with `name = value`".into());
+    let word = before.rsplit(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).next().unwrap_or("");
+    if found == "=" && RESERVED.contains(&word) {
+        return Some(format!("`{word}` is a word of the language: use another name"));
+    }
+    if in_settings && next.starts_with('=') {
+        return Some(format!("a setting is written `{found}: …`"));
+    }
+    if !in_settings && next.starts_with(':') && open.is_some() {
+        return Some(format!("a variable is set with `{found} = …`"));
+    }
+    if found == "on" && line.starts_with("method") && !line.contains('(') {
+        return Some(format!("parameters come first, if only `()`: `{line}() on …`"));
     }
     if found == "'" {
         return Some("strings stand in double quotes".into());
     }
-    let top_level = text[..at].matches('{').count() == text[..at].matches('}').count();
-    if top_level {
+    if open.is_none() {
         let near = crate::diagnostic::nearest(found, ITEMS.iter().copied());
         return Some(match near {
             Some(near) => format!("did you mean `{near}`?"),
@@ -136,25 +162,45 @@ pub(super) fn blank(text: &str, end: usize) -> String {
 
 /// Refuses brackets nested beyond reason before the recursive parser meets them.
 pub(super) fn too_deep(file: FileId, text: &str, deepest: usize) -> Option<Diagnostic> {
-    let (mut depth, mut quoted, mut comment) = (0usize, false, false);
-    for (at, byte) in text.bytes().enumerate() {
+    let mut depth = 0usize;
+    for (at, opens) in brackets(text) {
+        depth = if opens { depth + 1 } else { depth.saturating_sub(1) };
+        if depth > deepest {
+            let error =
+                Diagnostic::error(Span::new(file, at, at + 1), format!("brackets are nested more than {deepest} deep"));
+            return Some(error.hint("give the inner parts names"));
+        }
+    }
+    None
+}
+
+/// Brackets still open at byte `end`, outermost first.
+fn open_brackets(text: &str, end: usize) -> Vec<usize> {
+    let mut open = Vec::new();
+    for (at, opens) in brackets(&text[..end]) {
+        if opens {
+            open.push(at);
+        } else {
+            open.pop();
+        }
+    }
+    open
+}
+
+/// Every bracket outside of strings and comments, and whether it opens.
+fn brackets(text: &str) -> impl Iterator<Item = (usize, bool)> {
+    let (mut quoted, mut comment) = (false, false);
+    text.bytes().enumerate().filter_map(move |(at, byte)| {
         match byte {
             b'\n' => (quoted, comment) = (false, false),
             _ if comment => {}
             b'"' => quoted = !quoted,
             _ if quoted => {}
-            b'/' if text[at..].starts_with("//") => comment = true,
-            b'(' | b'[' | b'{' => {
-                depth += 1;
-                if depth > deepest {
-                    let span = Span::new(file, at, at + 1);
-                    let title = format!("brackets are nested more than {deepest} deep");
-                    return Some(Diagnostic::error(span, title).hint("give the inner parts names"));
-                }
-            }
-            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            b'/' if text.as_bytes().get(at + 1) == Some(&b'/') => comment = true,
+            b'(' | b'[' | b'{' => return Some((at, true)),
+            b')' | b']' | b'}' => return Some((at, false)),
             _ => {}
         }
-    }
-    None
+        None
+    })
 }

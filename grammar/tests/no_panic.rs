@@ -1,0 +1,123 @@
+//! Whatever the text, the front end answers: specs with tokens left out, doubled, swapped or cut never panic.
+
+use peft_grammar::{check, format, no_imports};
+use proptest::prelude::*;
+
+const SPECS: &[&str] = &[
+    include_str!("../../tests/specs/good/own_backbone.peft"),
+    include_str!("../../tests/specs/good/mam_inducer.peft"),
+    include_str!("../../tests/specs/parts/ia3.peft"),
+    include_str!("../../models/methods/inducer.peft"),
+    include_str!("../../models/demo/sentiment.peft"),
+];
+
+/// Words, numbers and signs, with the white space after them.
+fn pieces(text: &str) -> Vec<String> {
+    let mut pieces: Vec<String> = Vec::new();
+    let mut word = false;
+    for c in text.chars() {
+        let in_word = c.is_alphanumeric() || c == '_' || c == '.';
+        match pieces.last_mut() {
+            Some(last) if (in_word && word) || c.is_whitespace() => last.push(c),
+            _ => pieces.push(c.to_string()),
+        }
+        word = in_word;
+    }
+    pieces
+}
+
+#[derive(Clone, Debug)]
+enum Edit {
+    Delete(usize),
+    Double(usize),
+    Swap(usize, usize),
+    Replace(usize, &'static str),
+    Cut(usize),
+}
+
+fn edit() -> impl Strategy<Value = Edit> {
+    const ODD: &[&str] =
+        &["0", "-1", "9223372036854775807", "1e308", "{", ")", "\"", "@", "tokens", "x", "é", "..", ":", "for"];
+    prop_oneof![
+        any::<usize>().prop_map(Edit::Delete),
+        any::<usize>().prop_map(Edit::Double),
+        any::<(usize, usize)>().prop_map(|(a, b)| Edit::Swap(a, b)),
+        (any::<usize>(), prop::sample::select(ODD)).prop_map(|(at, with)| Edit::Replace(at, with)),
+        any::<usize>().prop_map(Edit::Cut),
+    ]
+}
+
+fn apply(pieces: &mut Vec<String>, edit: &Edit) {
+    if pieces.is_empty() {
+        return;
+    }
+    let n = pieces.len();
+    match *edit {
+        Edit::Delete(at) => _ = pieces.remove(at % n),
+        Edit::Double(at) => pieces.insert(at % n, pieces[at % n].clone()),
+        Edit::Swap(a, b) => pieces.swap(a % n, b % n),
+        Edit::Replace(at, with) => pieces[at % n] = format!("{with} "),
+        // A cut is rare to be near the end, where most of the checks are behind.
+        Edit::Cut(at) => pieces.truncate(n - at % n.min(40)),
+    }
+}
+
+/// The first error of a backbone that calls `fn again(x: tensor) { BODY }`.
+fn title_of(body: &str) -> String {
+    let spec = format!(
+        "fn again(x: tensor) {{ {body} }}\nbackbone tiny() for generation {{ weight w \"w\": [3, 3] ~ zeros\n \
+         x = again(w) }}\nmodel = tiny()\n"
+    );
+    check("spec.peft", &spec, &no_imports).expect_err("it is beyond reason").list[0].title.clone()
+}
+
+#[test]
+fn what_is_nested_beyond_reason_is_refused() {
+    let deep = "calls and expressions are nested too deep";
+    let call = "`again` calls itself without end";
+    let brackets = |n: usize| format!("return {}again(x){}", "x + (".repeat(n), ")".repeat(n));
+    let branches = format!("{}x = again(x){} return x", "if true { ".repeat(60), " }".repeat(60));
+    assert_eq!(title_of(&brackets(60)), deep);
+    assert_eq!(title_of(&brackets(100)), "brackets are nested more than 64 deep");
+    assert_eq!(title_of(&branches), call);
+    assert_eq!(title_of(&format!("return again(x{})", " + x".repeat(95))), call);
+    assert_eq!(title_of(&format!("return again(x){}", " + x".repeat(95))), deep);
+    assert_eq!(title_of(&format!("return x{}", " + x".repeat(50_000))), "this expression is too long to follow");
+    assert_eq!(title_of(&format!("return {}x", "-".repeat(50_000))), "too many signs in a row");
+    assert_eq!(title_of(&format!("return x{}", "[0:1]".repeat(50_000))), "too many indices in a row");
+}
+
+#[test]
+fn imports_without_end_are_refused() {
+    let count = std::cell::Cell::new(0);
+    let endless = |_: &str| {
+        count.set(count.get() + 1);
+        Ok(format!("import \"{}.peft\"", count.get()))
+    };
+    let errors = check("spec.peft", "import \"0.peft\"", &endless).expect_err("they never end");
+    assert_eq!(errors.list[0].title, "more than 256 files are imported");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn broken_specs_get_an_answer(spec in 0..SPECS.len(), edits in prop::collection::vec(edit(), 1..4)) {
+        let mut pieces = pieces(SPECS[spec]);
+        edits.iter().for_each(|e| apply(&mut pieces, e));
+        let text = pieces.concat();
+        if let Err(errors) = check("spec.peft", &text, &no_imports) {
+            prop_assert!(!errors.list.is_empty());
+            prop_assert!(!errors.render(true).is_empty());
+        }
+        if let Ok(formatted) = format("spec.peft", &text) {
+            prop_assert_eq!(format("spec.peft", &formatted).expect("it still parses"), formatted);
+        }
+    }
+
+    #[test]
+    fn noise_gets_an_answer(text in "(model|tune|\\{|\\}|\\(|\\)|\\[|[a-z0-9 \\n\"./:=,<>é-]){0,60}") {
+        let _ = check("spec.peft", &text, &no_imports);
+        let _ = format("spec.peft", &text);
+    }
+}

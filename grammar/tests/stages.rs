@@ -1,0 +1,228 @@
+//! What comes out of the front end: rendered diagnostics, the model as text, trees that read back, overrides.
+
+use peft_grammar::ast::Ast;
+use peft_grammar::graph::{Op, Role};
+use peft_grammar::model::{Model, Origin, Piece, Schedule, TaskKind, Trainable, Warmup};
+use peft_grammar::{check, compile_with, library, no_imports, parse};
+
+const TINY: &str = include_str!("../../tests/specs/good/inducer_lora.peft");
+
+fn tiny(overrides: &[(&str, &str)]) -> Model {
+    let overrides: Vec<(String, String)> = overrides.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    compile_with("tiny.peft", TINY, &overrides, &no_imports).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn errors(source: &str) -> String {
+    match check("spec.peft", source, &no_imports) {
+        Ok(_) => panic!("this spec is fine:\n{source}"),
+        Err(e) => format!("{source}\n----\n{e}"),
+    }
+}
+
+fn refused(overrides: &[(&str, &str)]) -> String {
+    let overrides: Vec<(String, String)> = overrides.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    match compile_with("tiny.peft", TINY, &overrides, &no_imports) {
+        Ok(_) => panic!("{overrides:?} are fine"),
+        Err(e) => e.to_string(),
+    }
+}
+
+#[test]
+fn the_model_of_a_small_inducer_with_lora() {
+    let source = "model = gpt2(layers: 1, hidden: 8, heads: 2, ffn: 16, vocab: 10, context: 4, embedding_dropout: 0.0)\n\
+        tune { every attention { inducer(key: 1, value: 2)  lora(rank: 2, alpha: 4) on q } }\n";
+    let model = check("small.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    insta::assert_snapshot!(format!("{source}----\n{model}"));
+}
+
+#[test]
+fn an_error_in_the_tune_block() {
+    insta::assert_snapshot!(errors(
+        "model = gpt2(layers: 2)\n\ntune {\n  every attention {\n    lora(rnak: 4) on q\n    indcer(value: 3)\n  }\n}\n"
+    ));
+}
+
+#[test]
+fn an_error_in_a_method_shows_both_places() {
+    insta::assert_snapshot!(errors(
+        "method gate(bottleneck: int) on attention(out) {\n  weight a \"down\": [bottleneck, width(out)] ~ zeros\n  \
+         after out { out = out + out @ a }\n}\n\nmodel = gpt2(layers: 2)\n\ntune {\n  every attention { gate(bottleneck: 10) }\n}\n"
+    ));
+}
+
+#[test]
+fn an_error_of_the_library_shows_the_use() {
+    insta::assert_snapshot!(errors("model = gpt2(layers: 2, hidden: 100, heads: 12)\n"));
+}
+
+#[test]
+fn a_syntax_error() {
+    insta::assert_snapshot!(errors("model = gpt2(layers: 2)\n\ntune {\n  every attention { lora(rank: 4) on q\n}\n"));
+}
+
+#[test]
+fn an_override_that_is_wrong_shows_itself() {
+    insta::assert_snapshot!(refused(&[
+        ("train.stepz", "20"),
+        ("lorra.rank", "4"),
+        ("model.layers", "two"),
+        ("steps", "3")
+    ]));
+}
+
+#[test]
+fn color_is_only_there_when_asked_for() {
+    let Err(errors) = check("spec.peft", "model = gtp2()", &no_imports) else { panic!("there is no gtp2") };
+    assert!(!errors.render(false).contains('\u{1b}'));
+    assert!(errors.render(true).contains('\u{1b}'));
+}
+
+#[test]
+fn a_tree_reads_back() {
+    for (path, text) in library::MODULES {
+        let tree = parse(path, text).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(Ast::from_json(&tree.to_json()).expect("it reads back"), tree, "{path}");
+    }
+}
+
+#[test]
+fn overrides_reach_every_block() {
+    let model = tiny(&[
+        ("train.steps", "20"),
+        ("train.schedule", "constant"),
+        ("train.warmup", "0.1"),
+        ("model.layers", "1"),
+        ("model.vocab", "50"),
+        ("lora.rank", "2"),
+    ]);
+    assert_eq!(model.train.steps, Some(20));
+    assert_eq!((model.train.schedule, model.train.warmup), (Schedule::Constant, Warmup::Share(0.1)));
+    let shape = |name: &str| model.params.iter().find(|p| p.name == name).map(|p| p.shape.clone());
+    assert_eq!(shape("transformer.wte.weight"), Some(vec![50, 32]));
+    assert_eq!(shape("layers.0.attention.q.lora.a"), Some(vec![2, 32]));
+    assert_eq!(shape("layers.1.attention.q.lora.a"), None);
+}
+
+#[test]
+fn canonical_names_and_shapes() {
+    let model = tiny(&[]);
+    let trainable: Vec<String> = model
+        .params
+        .iter()
+        .filter(|p| p.trainable == Trainable::All)
+        .map(|p| format!("{} {:?}", p.name, p.shape))
+        .collect();
+    let layer = |i: usize| {
+        [
+            ("q.lora.a", "[4, 32]"),
+            ("q.lora.b", "[32, 4]"),
+            ("q.lora.bias", "[32]"),
+            ("inducer.key.down.weight", "[4, 8, 3]"),
+            ("inducer.key.down.bias", "[4, 3]"),
+            ("inducer.key.up.weight", "[4, 3, 8]"),
+            ("inducer.key.up.bias", "[4, 8]"),
+            ("inducer.value.down.weight", "[4, 8, 5]"),
+            ("inducer.value.down.bias", "[4, 5]"),
+            ("inducer.value.up.weight", "[4, 5, 32]"),
+            ("inducer.value.up.bias", "[32]"),
+        ]
+        .map(|(name, shape)| format!("layers.{i}.attention.{name} {shape}"))
+    };
+    assert_eq!(trainable, [layer(0), layer(1)].concat());
+    assert_eq!(model.trainable_elements(), 2752);
+    let outputs: Vec<&str> = model.graph.outputs.iter().map(|(name, _)| &**name).collect();
+    assert_eq!(outputs, ["loss", "logits", "lambda.0", "lambda.1"]);
+    assert!(model.params.iter().all(|p| p.decay == (p.shape.len() > 1 && !p.name.ends_with(".bias"))));
+}
+
+#[test]
+fn only_what_is_read_is_an_input() {
+    let inputs = |model: &Model| {
+        let inputs = model.graph.args.iter().filter(|a| a.role == Role::Input);
+        inputs.map(|a| a.name.clone()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(inputs(&tiny(&[])), "ids positions types targets labels");
+    assert_eq!(inputs(&tiny(&[("model.token_types", "false")])), "ids positions targets labels");
+    assert_eq!(inputs(&tiny(&[("model.dropout", "0.5")])), "ids positions types rng targets labels");
+}
+
+#[test]
+fn every_dropout_has_a_stream_of_its_own() {
+    let model = tiny(&[("model.dropout", "0.1"), ("model.attention_dropout", "0.2"), ("lora.dropout", "0.3")]);
+    let streams = model.graph.nodes.iter().filter_map(|n| match n.op {
+        Op::Dropout { stream, .. } => Some(stream),
+        _ => None,
+    });
+    let mut streams: Vec<u32> = streams.collect();
+    streams.sort_unstable();
+    // A layer has two residuals, the attention's weights, λ and LoRA's input.
+    assert_eq!(streams, (0..10).collect::<Vec<_>>());
+}
+
+#[test]
+fn special_rows_enter_in_parts() {
+    let source = TINY.replace("tune {", "tune {\n  rows 90..95 of \"transformer.wte.weight\"");
+    let model = check("rows.peft", &source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let parts: Vec<(String, Role)> =
+        model.graph.args.iter().filter(|a| a.rows.is_some()).map(|a| (a.label(), a.role)).collect();
+    let part = |rows: &str, role| (format!("transformer.wte.weight[{rows}]"), role);
+    assert_eq!(parts, [part("0:90", Role::Frozen), part("90:95", Role::Trainable), part("95:97", Role::Frozen)]);
+    let wte = model.params.iter().find(|p| p.name == "transformer.wte.weight").expect("an embedding");
+    assert_eq!((&wte.trainable, wte.trainable_elements()), (&Trainable::Rows(90, 95), 5 * 32));
+}
+
+#[test]
+fn the_head_is_no_part_of_the_backbone() {
+    let source = include_str!("../../tests/specs/good/classifier.peft");
+    let trains = |source: &str| {
+        let model = check("head.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+        let head: Vec<Trainable> =
+            model.params.iter().filter(|p| p.origin == Origin::Head).map(|p| p.trainable.clone()).collect();
+        head
+    };
+    assert_eq!(trains(source), [Trainable::All, Trainable::All]);
+    assert_eq!(trains(&source.replace("head trainable", "head frozen")), [Trainable::No, Trainable::No]);
+    assert_eq!(trains(&source.replace("  head trainable\n", "")), [Trainable::All, Trainable::All]);
+}
+
+#[test]
+fn a_template_is_taken_apart() {
+    let source = include_str!("../../models/paper/nlg/inducer_lora.peft");
+    let model = check("webnlg.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let TaskKind::Generation { special, template, target } = &model.task.kind else { panic!("it generates") };
+    assert_eq!((special.len(), &**target), (16, "<target_webnlg>"));
+    assert_eq!((special[10].as_str(), special[15].as_str()), ("<bos_webnlg>", "<target_webnlg>"));
+    let token = |t: &str| Piece::Special(t.into());
+    let field = |f: &str| Piece::Field(f.into());
+    let triple = vec![
+        token("<subject>"),
+        field("subject"),
+        token("<property>"),
+        field("property"),
+        token("<object>"),
+        field("object"),
+    ];
+    let whole =
+        [token("<bos_webnlg>"), Piece::Repeat(triple), token("<target_webnlg>"), field("text"), token("<eos_webnlg>")];
+    assert_eq!(template[..], whole);
+}
+
+/// The page's examples are checked: what it shows is the language.
+#[test]
+fn the_examples_of_the_page_check() {
+    let page = include_str!("../../models/README.md");
+    let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
+    let [spec, method] = blocks[..] else { panic!("the page has a spec and a method") };
+    check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
+    let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
+}
+
+#[test]
+fn errors_of_several_blocks_come_in_one_run() {
+    let source = "model = gpt2(layer: 2)\ntune { every attention { lorra(rank: 4) on q } }\ntrain { bacth: 4 }\n";
+    let Err(errors) = check("spec.peft", source, &no_imports) else { panic!("it has three errors") };
+    let hints: Vec<&str> = errors.list.iter().filter_map(|e| e.hint.as_deref()).collect();
+    assert_eq!(hints, ["did you mean `layers`?", "did you mean `lora`?", "did you mean `batch`?"]);
+}
