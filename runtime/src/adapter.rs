@@ -1,14 +1,12 @@
 //! Trained values on disk: safetensors under canonical names, written beside and then renamed.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::io::Write;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::Path;
 
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
-
 use crate::error::RuntimeError;
+use crate::safefile::{self, SafeFile};
 
 /// A tensor as files hold it.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,86 +35,55 @@ pub struct TensorFile {
 }
 
 /// Writes `file` to `path`: all of it or nothing, and never in place of a good file before it is whole.
+/// The same content gives the same bytes.
 pub fn save(path: &Path, file: &TensorFile) -> Result<(), RuntimeError> {
-    let failed = |e: &dyn std::fmt::Display| RuntimeError::file(path, format!("cannot be written: {e}"));
-    let bytes: BTreeMap<&String, Vec<u8>> = file
-        .tensors
-        .iter()
-        .map(|(name, stored)| {
-            let bytes = match &stored.data {
-                Data::F32(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
-                Data::I64(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            };
-            (name, bytes)
-        })
-        .collect();
-    let mut views = vec![];
-    for (name, stored) in &file.tensors {
-        let dtype = if let Data::F32(_) = stored.data { Dtype::F32 } else { Dtype::I64 };
-        let shape = stored.shape.iter().map(|&n| n as usize).collect();
-        views.push((name.as_str(), TensorView::new(dtype, shape, &bytes[name]).map_err(|e| failed(&e))?));
-    }
-    let notes: HashMap<String, String> = file.notes.clone().into_iter().collect();
-    let text = safetensors::serialize(views, Some(notes)).map_err(|e| failed(&e))?;
-    write_whole(path, &text)
+    replace(path, |to| safefile::encode(to, file))
 }
 
 /// Writes beside `path`, then renames.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), RuntimeError> {
-    let failed = |e: std::io::Error| RuntimeError::file(path, format!("cannot be written: {e}"));
+    replace(path, |mut to| to.write_all(bytes))
+}
+
+fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(), RuntimeError> {
+    let failed = |e: io::Error| {
+        let hint = match e.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free some space, nothing was replaced",
+            _ => "",
+        };
+        RuntimeError::file(path, format!("cannot be written: {e}{hint}"))
+    };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(failed)?;
-    let mut beside = tempfile::Builder::new().prefix(".peftc-").tempfile_in(folder).map_err(failed)?;
-    beside.write_all(bytes).map_err(failed)?;
-    beside.as_file().sync_all().map_err(failed)?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".peftc-");
     #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let readable = fs::Permissions::from_mode(0o644);
-        beside.as_file().set_permissions(readable).map_err(failed)?;
-    }
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let beside = builder.tempfile_in(folder).map_err(failed)?;
+    write(beside.as_file()).map_err(failed)?;
+    beside.as_file().sync_all().map_err(failed)?;
     beside.persist(path).map_err(|e| failed(e.error))?;
     crate::store::sync_directory(folder);
     Ok(())
 }
 
-/// Reads a file of f32 and integer tensors; what is not finite is refused.
+/// Reads a file of tensors; what is not finite is refused.
 pub fn load(path: &Path) -> Result<TensorFile, RuntimeError> {
-    let bytes = fs::read(path).map_err(|e| RuntimeError::file(path, e))?;
-    let broken = |e: safetensors::SafeTensorError| {
-        RuntimeError::file(path, format!("no sound safetensors file ({e}); write or fetch it again"))
-    };
-    let file = SafeTensors::deserialize(&bytes).map_err(broken)?;
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
-    let notes = metadata.metadata().clone().unwrap_or_default().into_iter().collect();
+    let file = SafeFile::open(path)?;
     let mut tensors = BTreeMap::new();
-    for (name, view) in file.iter() {
-        let bytes = view.data();
-        let data = match view.dtype() {
-            Dtype::F32 => {
-                Data::F32(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-            }
-            Dtype::I32 => {
-                Data::I64(bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()).collect())
-            }
-            Dtype::I64 => {
-                let number = |b: &[u8]| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
-                Data::I64(bytes.chunks_exact(8).map(number).collect())
-            }
-            other => {
-                return Err(RuntimeError::file(
-                    path,
-                    format!("tensor `{name}` holds {other:?}; f32 or i64 belong here"),
-                ));
-            }
+    for name in file.names() {
+        let shape = file.shape(name).unwrap_or_default().to_vec();
+        let data = if file.integral(name) {
+            Data::I64(file.integers(name)?)
+        } else {
+            let mut numbers = vec![0.0; shape.iter().product::<u64>() as usize];
+            file.floats(name, &mut numbers)?;
+            Data::F32(numbers)
         };
-        if let Data::F32(x) = &data
-            && let Some(at) = x.iter().position(|x| !x.is_finite())
-        {
-            return Err(RuntimeError::file(path, format!("tensor `{name}` holds {} at index {at}", x[at])));
-        }
-        let shape = view.shape().iter().map(|&n| n as u64).collect();
         tensors.insert(name.to_string(), Stored { shape, data });
     }
-    Ok(TensorFile { tensors, notes })
+    Ok(TensorFile { tensors, notes: file.notes })
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,88 +3,63 @@
 
 use std::collections::BTreeMap;
 
-use crate::artifact::{BufferId, Entry, Manifest, Sizes, Storage};
+use crate::artifact::{BufferId, Launch, Manifest, Output, Sizes, Storage};
 use crate::memory::LINE;
 
-/// Offsets, in numbers, of an entry's temporaries for one batch.
+/// Offsets, in numbers, of the temporaries that some launches name, for one batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     pub offsets: BTreeMap<BufferId, usize>,
     /// Numbers in all.
     pub size: usize,
+    /// The temporaries each launch is the first to name.
+    pub born: Vec<Vec<BufferId>>,
 }
 
-/// Takes the smallest gap that fits; a freed buffer joins the gaps beside it.
-pub fn plan(manifest: &Manifest, entry: &Entry, sizes: &Sizes) -> Plan {
-    let temporary = |b: &BufferId| manifest.buffers[*b].storage == Storage::Temporary;
-    let mut last: BTreeMap<BufferId, usize> = BTreeMap::new();
-    for (at, launch) in entry.launches.iter().enumerate() {
-        for &buffer in launch.buffers.iter().filter(|b| temporary(b)) {
-            last.insert(buffer, at);
-        }
-    }
-    for output in entry.outputs.iter().filter(|o| temporary(&o.buffer)) {
-        last.insert(output.buffer, entry.launches.len());
-    }
-    let mut ends: Vec<Vec<BufferId>> = vec![vec![]; entry.launches.len() + 1];
-    last.iter().for_each(|(&buffer, &at)| ends[at].push(buffer));
+/// What a temporary needs, and from which launch to which.
+struct Life {
+    buffer: BufferId,
+    need: usize,
+    first: usize,
+    last: usize,
+}
 
-    let length = |buffer: BufferId| (manifest.buffers[buffer].elements(sizes) as usize).next_multiple_of(LINE);
-    let mut plan = Plan::default();
-    // Gaps by offset.
-    let mut gaps: BTreeMap<usize, usize> = BTreeMap::new();
-    for (at, launch) in entry.launches.iter().enumerate() {
-        for &buffer in launch.buffers.iter().filter(|b| temporary(b)) {
-            if plan.offsets.contains_key(&buffer) {
-                continue;
+/// The largest first, each in the smallest gap that fits between those that live at the same time: large
+/// activations decide how much is needed, and small ones find room between them.
+pub fn plan(manifest: &Manifest, launches: &[Launch], outputs: &[Output], sizes: &Sizes) -> Plan {
+    let mut plan = Plan { born: vec![vec![]; launches.len() + 1], ..Plan::default() };
+    let mut lives: BTreeMap<BufferId, Life> = BTreeMap::new();
+    let named = launches.iter().enumerate().flat_map(|(at, launch)| launch.buffers.iter().map(move |&b| (at, b)));
+    for (at, id) in named.chain(outputs.iter().map(|o| (launches.len(), o.buffer))) {
+        let buffer = &manifest.buffers[id];
+        if buffer.storage == Storage::Temporary {
+            let life = lives.entry(id).or_insert_with(|| {
+                plan.born[at].push(id);
+                // What no memory could hold is refused when it is allocated.
+                let need = buffer.elements(sizes).min(u64::MAX >> 24) as usize;
+                Life { buffer: id, need: need.next_multiple_of(LINE), first: at, last: at }
+            });
+            life.last = at;
+        }
+    }
+    let mut lives: Vec<Life> = lives.into_values().collect();
+    lives.sort_by_key(|life| (std::cmp::Reverse(life.need), life.first));
+    // Those that have a place, with it, by offset.
+    let mut placed: Vec<(usize, &Life)> = Vec::with_capacity(lives.len());
+    for life in &lives {
+        let (mut best, mut end) = (None, 0);
+        for (offset, other) in placed.iter().filter(|(_, o)| o.first <= life.last && life.first <= o.last) {
+            if *offset >= end + life.need && best.is_none_or(|(gap, _)| offset - end < gap) {
+                best = Some((offset - end, end));
             }
-            let need = length(buffer);
-            let fit = gaps.iter().filter(|&(_, &size)| size >= need).min_by_key(|&(_, &size)| size);
-            let offset = match fit.map(|(&offset, &size)| (offset, size)) {
-                Some((offset, size)) => {
-                    gaps.remove(&offset);
-                    if size > need {
-                        gaps.insert(offset + need, size - need);
-                    }
-                    offset
-                }
-                None => {
-                    // A gap at the very end grows.
-                    let tail = gaps.iter().next_back().map(|(&offset, &size)| (offset, size));
-                    let offset = match tail.filter(|&(offset, size)| offset + size == plan.size) {
-                        Some((offset, _)) => {
-                            gaps.remove(&offset);
-                            offset
-                        }
-                        None => plan.size,
-                    };
-                    plan.size = offset + need;
-                    offset
-                }
-            };
-            plan.offsets.insert(buffer, offset);
+            end = end.max(offset + other.need);
         }
-        for &buffer in &ends[at] {
-            release(&mut gaps, plan.offsets[&buffer], length(buffer));
-        }
+        let offset = best.map_or(end, |(_, offset)| offset);
+        plan.offsets.insert(life.buffer, offset);
+        plan.size = plan.size.max(offset + life.need);
+        placed.insert(placed.partition_point(|(o, _)| *o <= offset), (offset, life));
     }
     plan
-}
-
-fn release(gaps: &mut BTreeMap<usize, usize>, mut offset: usize, mut size: usize) {
-    if size == 0 {
-        return;
-    }
-    if let Some(next) = gaps.remove(&(offset + size)) {
-        size += next;
-    }
-    let before = gaps.range(..offset).next_back().map(|(&o, &s)| (o, s));
-    if let Some((o, s)) = before.filter(|&(o, s)| o + s == offset) {
-        gaps.remove(&o);
-        offset = o;
-        size += s;
-    }
-    gaps.insert(offset, size);
 }
 
 #[cfg(test)]
@@ -92,7 +67,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::artifact::{Buffer, Element, Extent, Launch, Output};
+    use crate::artifact::{Buffer, Element, Entry, Extent};
 
     proptest! {
         /// No two buffers that live at once share a number.
@@ -115,7 +90,7 @@ mod tests {
             let launches: Vec<Launch> = launches.iter().map(launch).collect();
             let output = launches[output % launches.len()].buffers[0];
             let entry = Entry { launches, outputs: vec![Output { name: "z".into(), buffer: output, shape: vec![] }] };
-            let plan = plan(&manifest, &entry, &Sizes::default());
+            let plan = plan(&manifest, &entry.launches, &entry.outputs, &Sizes::default());
             let lives = |buffer: BufferId| {
                 let named = |l: &Launch| l.buffers.contains(&buffer);
                 let first = entry.launches.iter().position(named).expect("planned buffers are named");

@@ -3,9 +3,11 @@
 pub mod adapter;
 mod arena;
 pub mod artifact;
+pub mod device;
 mod error;
 mod memory;
 pub mod philox;
+pub mod safefile;
 mod session;
 pub mod store;
 mod validate;

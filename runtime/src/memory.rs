@@ -1,65 +1,80 @@
-//! Memory that starts on a cache line, for vectors of any width.
+//! Memory for kernels, straight from the operating system: zeroed, at the start of a page, and without
+//! cost until it is written, so that an optimizer state no entry uses takes none.
 
-use std::cell::UnsafeCell;
+use memmap2::MmapMut;
 
-/// Numbers on one line.
+use crate::error::RuntimeError;
+
+/// Numbers on one cache line.
 pub const LINE: usize = 16;
 
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; LINE]);
+/// From this many bytes on large pages are asked for: fewer faults when a buffer is written first.
+const LARGE: usize = 4 << 20;
 
-/// A vector of numbers on cache lines. Kernels write into it through pointers made from `&self`,
-/// hence the cells.
-#[derive(Default)]
+/// A vector of numbers that begins on a cache line. Kernels write into it through [`Numbers::cells`].
+#[derive(Debug, Default)]
 pub struct Numbers {
-    lines: Vec<UnsafeCell<Line>>,
+    /// `None` when there is nothing to hold: an empty mapping does not exist.
+    map: Option<MmapMut>,
     length: usize,
 }
 
-// SAFETY: safe code writes through `&mut` alone; kernels that share it write apart (see `Session`).
-unsafe impl Sync for Numbers {}
-
 impl Numbers {
+    /// Ends the process when there is no memory, as `Vec` does; see [`Numbers::try_zeros`].
     pub fn zeros(length: usize) -> Self {
-        Numbers { lines: blank(length), length }
+        let layout = || std::alloc::Layout::array::<f32>(length).unwrap_or(std::alloc::Layout::new::<f32>());
+        Numbers::try_zeros(length).unwrap_or_else(|_| std::alloc::handle_alloc_error(layout()))
+    }
+
+    pub fn try_zeros(length: usize) -> Result<Self, RuntimeError> {
+        if length == 0 {
+            return Ok(Numbers::default());
+        }
+        let bytes = length.saturating_mul(4);
+        let map = MmapMut::map_anon(bytes).map_err(|e| {
+            let size = bytes as f64 / f64::from(1 << 30);
+            RuntimeError::Device(format!("{size:.1} GiB of memory cannot be had ({e}); make the batch smaller"))
+        })?;
+        #[cfg(target_os = "linux")]
+        if bytes >= LARGE {
+            // A wish only: systems without large pages refuse it.
+            let _ = map.advise(memmap2::Advice::HugePage);
+        }
+        Ok(Numbers { map: Some(map), length })
     }
 
     /// Makes room for `length` numbers; what was there need not stay.
-    pub fn ensure(&mut self, length: usize) {
-        if length > self.lines.len() * LINE {
+    pub fn ensure(&mut self, length: usize) -> Result<(), RuntimeError> {
+        if length > self.map.as_ref().map_or(0, |map| map.len() / 4) {
             // Never both the old and the new one at once.
-            self.lines = vec![];
-            self.lines = blank(length);
+            *self = Numbers::default();
+            *self = Numbers::try_zeros(length)?;
         }
         self.length = length;
+        Ok(())
     }
 
     /// For kernels. Writing through it is sound while no slice of these numbers is alive.
     pub fn cells(&self) -> *mut f32 {
-        UnsafeCell::raw_get(self.lines.as_ptr()).cast()
+        self.map.as_ref().map_or(std::ptr::dangling_mut(), |map| map.as_ptr().cast_mut().cast())
     }
 
     pub fn bytes(&self) -> u64 {
-        (self.lines.len() * LINE * 4) as u64
+        self.map.as_ref().map_or(0, |map| map.len() as u64)
     }
-}
-
-fn blank(length: usize) -> Vec<UnsafeCell<Line>> {
-    (0..length.div_ceil(LINE)).map(|_| UnsafeCell::new(Line([0.0; LINE]))).collect()
 }
 
 impl std::ops::Deref for Numbers {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        // SAFETY: lines are plain numbers without gaps, and `length` is within them.
+        // SAFETY: the mapping begins at a page, holds `length` numbers and lives as long as `self`.
         unsafe { std::slice::from_raw_parts(self.cells(), self.length) }
     }
 }
 
 impl std::ops::DerefMut for Numbers {
     fn deref_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as above, and `self` is ours alone.
+        // SAFETY: as above, the mapping may be written, and `self` is ours alone.
         unsafe { std::slice::from_raw_parts_mut(self.cells(), self.length) }
     }
 }
@@ -69,5 +84,24 @@ impl From<&[f32]> for Numbers {
         let mut own = Numbers::zeros(numbers.len());
         own.copy_from_slice(numbers);
         own
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroed_aligned_and_grown() {
+        let mut numbers = Numbers::zeros(1000);
+        assert!(numbers.iter().all(|&x| x == 0.0));
+        assert!((numbers.cells() as usize).is_multiple_of(LINE * 4));
+        numbers.ensure(10).unwrap();
+        assert_eq!((numbers.len(), numbers.bytes()), (10, 4000));
+        numbers.ensure(2000).unwrap();
+        assert_eq!(numbers.len(), 2000);
+        assert!(Numbers::zeros(0).is_empty());
+        let error = Numbers::try_zeros(usize::MAX / 8).unwrap_err().to_string();
+        assert!(error.contains("make the batch smaller"), "{error}");
     }
 }

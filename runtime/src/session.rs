@@ -11,6 +11,7 @@ use crate::arena::{self, Plan};
 use crate::artifact::{Buffer, Element, Entry, Launch, Manifest, Sizes, Storage};
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
+use crate::validate::{FLAT as FLATS, validate};
 
 /// MLIR's descriptor of a `memref<?xf32>` (or `i32`).
 #[repr(C)]
@@ -40,8 +41,12 @@ pub struct Program {
 impl Program {
     /// Loads the library `path` with the kernels that `manifest` names.
     pub fn new(manifest: Manifest, path: &Path) -> Result<Self, RuntimeError> {
+        validate(&manifest).map_err(|why| RuntimeError::artifact(path, why))?;
+        // A bare name would send the loader through its search path.
+        let file = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
         // SAFETY: an artifact's library holds kernels alone: loading it runs no code.
-        let library = unsafe { libloading::Library::new(path) }.map_err(|e| RuntimeError::artifact(path, e))?;
+        let library =
+            unsafe { libloading::Library::new(file.as_path()) }.map_err(|e| RuntimeError::artifact(path, e))?;
         let kernel = |name: &String| {
             let symbol = format!("_mlir__mlir_ciface_{name}");
             // SAFETY: every kernel has this one signature; the manifest's checksum says it is ours.
@@ -65,15 +70,35 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    fn sizes(&self, values: usize) -> Sizes {
+    fn sizes(&self, values: usize) -> Result<Sizes, RuntimeError> {
+        if let Some(length) = self.lengths.iter().find(|&&n| n <= 0) {
+            return Err(RuntimeError::input("lengths", format!("a sequence of {length} tokens")));
+        }
         let lengths = self.lengths.iter().map(|&n| n as u64);
-        Sizes {
-            tokens: lengths.clone().sum(),
+        let pairs = lengths.clone().map(|n| n * n).fold(0, u64::saturating_add);
+        // Kernels get places among the pairs as i32; tokens are no more than pairs.
+        if pairs > i32::MAX as u64 {
+            return Err(RuntimeError::input("lengths", "their squares add up to 2³¹ or more; make the batch smaller"));
+        }
+        Ok(Sizes {
+            tokens: lengths.sum(),
             sequences: self.lengths.len() as u64,
             targets: self.ints.get("targets").map_or(0, |t| t.len() as u64),
-            pairs: lengths.map(|n| n * n).sum(),
+            pairs,
             values: values as u64,
+        })
+    }
+
+    /// Checks values whose range is known here; the vocabulary is the tokenizer's matter.
+    fn check(&self, sizes: &Sizes) -> Result<(), RuntimeError> {
+        for (name, values) in self.ints.iter().filter(|(name, _)| *name != "rng") {
+            let limit = if matches!(name.as_str(), "targets" | "starts") { sizes.tokens } else { 1 << 31 };
+            if let Some(at) = values.iter().position(|&x| x < 0 || x as u64 >= limit) {
+                let message = format!("value {at} is {}; it must lie in 0..{limit}", values[at]);
+                return Err(RuntimeError::input(name, message));
+            }
         }
+        Ok(())
     }
 
     /// What kernels want to know of the packed axis, beside what was given.
@@ -107,7 +132,7 @@ pub struct Session {
     flats: BTreeMap<&'static str, Numbers>,
     prepared: HashMap<usize, Numbers>,
     arena: Numbers,
-    /// Fills temporaries with NaN before a run: what reads what nothing wrote then shows.
+    /// Fills temporaries with NaN where their life begins: what reads what nothing wrote then shows.
     pub poison: bool,
     /// Times launches when it is there.
     pub profile: Option<Profile>,
@@ -116,15 +141,16 @@ pub struct Session {
     peak: u64,
 }
 
-/// The optimizer's vectors over all trainable values.
-const FLATS: [&str; 5] = ["values", "gradients", "m", "v", "decay"];
-
 impl Session {
     /// `weights`: every tensor of the manifest, in its order. `threads` 0: as many as there are cores.
     pub fn new(program: Program, weights: Vec<Numbers>, threads: usize) -> Result<Self, RuntimeError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kernels {i}"));
         let pool = pool.build().map_err(|e| RuntimeError::Device(format!("no threads to run on: {e}")))?;
         let tensors = &program.manifest.tensors;
+        if weights.len() != tensors.len() {
+            let message = format!("{} tensors where the artifact wants {}", weights.len(), tensors.len());
+            return Err(RuntimeError::input("weights", message));
+        }
         for (tensor, data) in tensors.iter().zip(&weights) {
             if tensor.shape.iter().product::<u64>() != data.len() as u64 {
                 return Err(RuntimeError::input(&tensor.name, format!("{} values for {:?}", data.len(), tensor.shape)));
@@ -136,7 +162,8 @@ impl Session {
             places.push(count);
             count += tensor.trainable_elements() as usize;
         }
-        let mut flats: BTreeMap<&'static str, Numbers> = FLATS.iter().map(|&n| (n, Numbers::zeros(count))).collect();
+        let flats = FLATS.iter().map(|&n| Ok((n, Numbers::try_zeros(count)?)));
+        let mut flats: BTreeMap<&'static str, Numbers> = flats.collect::<Result<_, RuntimeError>>()?;
         for (i, (tensor, data)) in tensors.iter().zip(&weights).enumerate() {
             let Some((start, _)) = tensor.trainable else { continue };
             let (from, length) = ((start * tensor.row()) as usize, tensor.trainable_elements() as usize);
@@ -172,39 +199,65 @@ impl Session {
         &self.program.manifest
     }
 
-    /// Packs frozen weights, then lets go of what no entry reads any more.
+    /// Packs frozen weights; what only this reads goes as soon as it was read for the last time.
     fn prepare(&mut self) -> Result<(), RuntimeError> {
-        let manifest = &self.program.manifest;
-        let sizes = Sizes { values: self.flat("values").len() as u64, ..Sizes::default() };
-        for (id, buffer) in manifest.buffers.iter().enumerate() {
-            if buffer.storage == Storage::Prepared {
-                self.prepared.insert(id, Numbers::zeros(buffer.elements(&sizes) as usize));
-            }
-        }
-        let bound = Bound { ints: BTreeMap::new(), inputs: &Inputs::default(), plan: &Plan::default() };
-        let memory = self.memory(&manifest.prepare, &sizes, &bound)?;
-        let bar = &mut None;
-        self.pool.install(|| manifest.prepare.iter().for_each(|l| self.launch(l, &sizes, &memory, bar)));
+        // Memory comes and goes between launches, so the program is lent to the loop.
+        let launches = std::mem::take(&mut self.program.manifest.prepare);
+        let done = self.prepare_by(&launches);
+        self.program.manifest.prepare = launches;
+        done
+    }
 
-        let launches = manifest.entries.values().flat_map(|e| &e.launches).flat_map(|l| &l.buffers);
-        let outputs = manifest.entries.values().flat_map(|e| e.outputs.iter().map(|o| &o.buffer));
-        let mut read = vec![false; manifest.tensors.len()];
-        let mut kept = std::collections::HashSet::new();
-        for &buffer in launches.chain(outputs) {
-            match manifest.buffers[buffer].storage {
-                Storage::Tensor { index, .. } => read[index] = true,
-                Storage::Prepared => drop(kept.insert(buffer)),
-                _ => {}
+    fn prepare_by(&mut self, launches: &[Launch]) -> Result<(), RuntimeError> {
+        let sizes = Sizes { values: self.flat("values").len() as u64, ..Sizes::default() };
+        let (buffers, tensors) = self.last_reads(launches);
+        let plan = arena::plan(&self.program.manifest, launches, &[], &sizes);
+        self.arena.ensure(plan.size)?;
+        let bound = Bound { ints: BTreeMap::new(), inputs: &Inputs::default(), plan: &plan };
+        for (at, launch) in launches.iter().enumerate() {
+            for &id in &launch.buffers {
+                let buffer = &self.program.manifest.buffers[id];
+                if buffer.storage == Storage::Prepared && !self.prepared.contains_key(&id) {
+                    self.prepared.insert(id, Numbers::try_zeros(buffer.elements(&sizes) as usize)?);
+                }
+            }
+            let memory = self.memory(std::slice::from_ref(launch), &sizes, &bound)?;
+            self.pool.install(|| self.launch(launch, &sizes, &memory, &mut None));
+            self.peak = self.peak.max(self.held());
+            self.prepared.retain(|&id, _| buffers[id] > Some(at));
+            for &id in &launch.buffers {
+                if let Storage::Tensor { index, .. } = self.program.manifest.buffers[id].storage
+                    && tensors[index] <= Some(at)
+                {
+                    self.tensors[index] = None;
+                }
             }
         }
-        self.peak = self.held();
-        self.prepared.retain(|id, _| kept.contains(id));
-        for (tensor, read) in self.tensors.iter_mut().zip(read) {
-            if !read {
+        for (tensor, last) in self.tensors.iter_mut().zip(tensors) {
+            if last.is_none() {
                 *tensor = None;
             }
         }
+        self.peak = self.peak.max(self.held());
         Ok(())
+    }
+
+    /// By buffer and by tensor: the last of the launches that prepare to read it, `usize::MAX` if an entry does.
+    fn last_reads(&self, launches: &[Launch]) -> (Vec<Option<usize>>, Vec<Option<usize>>) {
+        let manifest = &self.program.manifest;
+        let mut buffers = vec![None; manifest.buffers.len()];
+        let mut tensors = vec![None; manifest.tensors.len()];
+        let prepare = launches.iter().enumerate().flat_map(|(at, l)| l.buffers.iter().map(move |&b| (at, b)));
+        let entries = manifest.entries.values();
+        let runs = entries.clone().flat_map(|e| &e.launches).flat_map(|l| &l.buffers);
+        let outputs = entries.flat_map(|e| e.outputs.iter().map(|o| &o.buffer));
+        for (at, id) in prepare.chain(runs.chain(outputs).map(|&id| (usize::MAX, id))) {
+            buffers[id] = Some(at);
+            if let Storage::Tensor { index, .. } = manifest.buffers[id].storage {
+                tensors[index] = Some(at);
+            }
+        }
+        (buffers, tensors)
     }
 
     /// Runs an entry. Its outputs stay until the next run.
@@ -213,21 +266,29 @@ impl Session {
         if !self.program.manifest.entries.contains_key(entry) {
             return Err(RuntimeError::Entry { entry: entry.into(), known: known() });
         }
-        if let Some(length) = inputs.lengths.iter().find(|&&n| n <= 0) {
-            return Err(RuntimeError::input("lengths", format!("a sequence of {length} tokens")));
-        }
-        let sizes = inputs.sizes(self.flat("values").len());
-        let plan = arena::plan(&self.program.manifest, &self.program.manifest.entries[entry], &sizes);
-        self.arena.ensure(plan.size);
-        if self.poison {
-            self.arena.fill(f32::NAN);
-        }
+        let sizes = inputs.sizes(self.flat("values").len())?;
+        inputs.check(&sizes)?;
+        let plan = match self.last.take() {
+            Some((last, same, plan)) if last == entry && same == sizes => plan,
+            _ => {
+                let Entry { launches, outputs } = &self.program.manifest.entries[entry];
+                arena::plan(&self.program.manifest, launches, outputs, &sizes)
+            }
+        };
+        self.arena.ensure(plan.size)?;
         let derived = inputs.derived().into_iter().map(|(k, v)| (k.to_string(), v)).collect();
         let bound = Bound { ints: derived, inputs, plan: &plan };
         let launches = &self.program.manifest.entries[entry].launches;
         let memory = self.memory(launches, &sizes, &bound)?;
         let mut profile = self.profile.take();
-        self.pool.install(|| launches.iter().for_each(|l| self.launch(l, &sizes, &memory, &mut profile)));
+        self.pool.install(|| {
+            for (launch, born) in launches.iter().zip(&plan.born) {
+                if self.poison {
+                    born.iter().for_each(|id| poison(&memory[id]));
+                }
+                self.launch(launch, &sizes, &memory, &mut profile);
+            }
+        });
         self.profile = profile;
         drop(memory);
         self.peak = self.peak.max(self.held());
@@ -247,7 +308,7 @@ impl Session {
             Storage::Prepared => &self.prepared.get(&output.buffer)?[..],
             _ => return None,
         };
-        Some((shape, &data[..length]))
+        Some((shape, data.get(..length)?))
     }
 
     /// Names of the last run's outputs.
@@ -316,6 +377,7 @@ impl Session {
             Some(found) => Err(RuntimeError::input(name, format!("{found} values where this batch needs {size}"))),
             None => Err(RuntimeError::input(name, "is missing")),
         };
+        let outside = || RuntimeError::Device(format!("buffer {id} of {size} numbers lies outside its memory"));
         let (numbers, start) = match &buffer.storage {
             Storage::Input(name) if buffer.element == Element::I32 => {
                 let data = bound.ints.get(name).or_else(|| bound.inputs.ints.get(name));
@@ -329,15 +391,13 @@ impl Session {
             }
             Storage::Tensor { index, rows } => {
                 let tensor = &self.program.manifest.tensors[*index];
-                let trains = match (rows, tensor.trainable) {
-                    (Some(rows), Some(trainable)) => *rows == trainable,
-                    (None, trainable) => trainable.is_some(),
-                    (Some(_), None) => false,
-                };
-                if trains {
-                    (&self.flats["values"], self.places[*index])
+                let (start, end) = rows.unwrap_or((0, tensor.shape.first().copied().unwrap_or(1)));
+                // Rows train all or none: the manifest was checked for it.
+                let trained = tensor.trainable.filter(|&(first, last)| first <= start && end <= last);
+                if let Some((first, _)) = trained {
+                    (&self.flats["values"], self.places[*index] + ((start - first) * tensor.row()) as usize)
                 } else {
-                    let start = rows.map_or(0, |(start, _)| (start * tensor.row()) as usize);
+                    let start = (start * tensor.row()) as usize;
                     let missing = || RuntimeError::input(&tensor.name, "its values are gone");
                     (self.tensors[*index].as_ref().ok_or_else(missing)?, start)
                 }
@@ -347,11 +407,11 @@ impl Session {
                 Some(flat) => (flat, 0),
                 None => return Err(RuntimeError::input(name, "is no vector of the optimizer")),
             },
-            Storage::Prepared => (&self.prepared[&id], 0),
-            Storage::Temporary => (&self.arena, bound.plan.offsets[&id]),
+            Storage::Prepared => (self.prepared.get(&id).ok_or_else(outside)?, 0),
+            Storage::Temporary => (&self.arena, *bound.plan.offsets.get(&id).ok_or_else(outside)?),
         };
-        if start + size > numbers.len() {
-            return Err(RuntimeError::Device(format!("buffer {id} of {size} numbers lies outside its memory")));
+        if start.checked_add(size).is_none_or(|end| end > numbers.len()) {
+            return Err(outside());
         }
         // SAFETY: within the numbers, as just checked.
         Ok(unsafe { numbers.cells().add(start) }.cast())
@@ -392,9 +452,18 @@ impl Session {
     }
 }
 
+/// Makes every number of a temporary NaN.
+fn poison(place: &Memory) {
+    // SAFETY: it lies in the arena, which only the session uses, and no launch runs now.
+    unsafe { std::slice::from_raw_parts_mut(place.aligned.cast::<f32>(), place.size as usize) }.fill(f32::NAN);
+}
+
 /// What a run's inputs are bound to.
 struct Bound<'a> {
     ints: BTreeMap<String, Vec<i32>>,
     inputs: &'a Inputs,
     plan: &'a Plan,
 }
+
+#[cfg(test)]
+mod tests;

@@ -53,6 +53,7 @@ pub fn save(path: &Path, manifest: &Manifest, library: &Path) -> Result<(), Stor
     })?;
     let manifest = Manifest { format: FORMAT, library: blake3::hash(&code).to_hex().to_string(), ..manifest.clone() };
     let text = serde_json::to_vec(&manifest).map_err(|e| failed(&path.join(MANIFEST))(e.into()))?;
+    let text = sealed(text);
 
     let fresh = sibling(parent).map_err(failed(parent))?;
     for (name, bytes) in [(LIBRARY, &code), (MANIFEST, &text)] {
@@ -75,6 +76,23 @@ pub fn save(path: &Path, manifest: &Manifest, library: &Path) -> Result<(), Stor
     let _ = fresh.keep();
     sync_directory(parent);
     Ok(())
+}
+
+const SEAL: &str = ",\"checksum\":\"";
+
+/// Adds a last key to a JSON object: the hash of all that stands before it.
+fn sealed(mut text: Vec<u8>) -> Vec<u8> {
+    text.pop_if(|last| *last == b'}');
+    let hash = blake3::hash(&text).to_hex();
+    text.extend(format!("{SEAL}{hash}\"}}").into_bytes());
+    text
+}
+
+/// The text is as [`sealed`] made it. A changed digit could send a kernel beyond a buffer's end.
+fn intact(text: &[u8]) -> bool {
+    let Some(at) = text.windows(SEAL.len()).rposition(|w| w == SEAL.as_bytes()) else { return false };
+    let hash = blake3::hash(&text[..at]).to_hex();
+    text[at + SEAL.len()..].strip_prefix(hash.as_bytes()).is_some_and(|rest| rest.trim_ascii() == b"\"}")
 }
 
 /// A directory beside the artifact that goes when it is dropped.
@@ -121,6 +139,9 @@ pub fn load(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
         Some(found) if found == u64::from(FORMAT) => {}
         Some(found) => return Err(StoreError::Format { path: file, found }),
         None => return Err(damaged(&file, "it names no format".into())),
+    }
+    if !intact(&text) {
+        return Err(damaged(&file, "its checksum does not agree".into()));
     }
     let manifest: Manifest = serde_json::from_value(value).map_err(|e| damaged(&file, e.to_string()))?;
     validate(&manifest).map_err(|why| damaged(&file, why))?;
@@ -171,3 +192,6 @@ fn has_feature(name: &str) -> bool {
     let name = name.strip_prefix('+').unwrap_or(name);
     features().contains(&if name == "bmi1" { "bmi" } else { name })
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,18 +1,16 @@
 //! Weights: from a Hugging Face directory, or drawn from each tensor's initialisation.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
-use memmap2::Mmap;
 use peft_grammar::model::{Backbone, ConfigValue, Init, Origin, Param};
 use rayon::prelude::*;
-use safetensors::{Dtype, SafeTensors};
 
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
 use crate::philox::philox4x32;
+use crate::safefile::SafeFile;
 
 /// What a directory gave.
 pub struct Loaded {
@@ -39,27 +37,16 @@ pub fn load(
     seed: u64,
 ) -> Result<Loaded, RuntimeError> {
     check_config(dir, backbone, appended)?;
-    let maps = open(dir)?;
-    let mut files = vec![];
-    for (path, map) in &maps {
-        files.push(SafeTensors::deserialize(map).map_err(|e| {
-            RuntimeError::file(path, format!("no sound safetensors file ({e}); fetch or export it again"))
-        })?);
-    }
-    let mut stored = BTreeMap::new();
-    for (file, (path, _)) in files.iter().zip(&maps) {
-        for (name, view) in file.iter() {
-            stored.insert(name.to_string(), (view, path));
-        }
-    }
+    let files = open(dir)?;
+    let stored: BTreeMap<&str, &SafeFile> = files.iter().flat_map(|f| f.names().map(move |n| (n, f))).collect();
 
     let (mut tensors, mut drawn, mut missing, mut misshaped) = (vec![], vec![], vec![], vec![]);
     let mut used = std::collections::BTreeSet::new();
     for param in params {
-        let short = param.name.strip_prefix(&backbone.prefix).unwrap_or(&param.name);
-        let found = [param.name.as_str(), short].into_iter().find(|n| stored.contains_key(*n));
-        let Some(name) = found else {
-            if param.origin == Origin::Backbone {
+        let Some(name) = spellings(&param.name, &backbone.prefix).into_iter().find(|n| stored.contains_key(&n[..]))
+        else {
+            // Not every pretraining leaves a pooler behind.
+            if param.origin == Origin::Backbone && !param.name.contains(".pooler.") {
                 missing.push(param.name.as_str());
             } else {
                 drawn.push(param.name.clone());
@@ -67,24 +54,30 @@ pub fn load(
             }
             continue;
         };
-        used.insert(name.to_string());
-        let (view, path) = &stored[name];
-        let shape: Vec<u64> = view.shape().iter().map(|&n| n as u64).collect();
+        let file = stored[&name[..]];
+        let shape = file.shape(&name).unwrap_or_default().to_vec();
         let grows = shape.len() == 2
-            && shape[1..] == param.shape[1..]
+            && param.shape.len() == 2
+            && shape[1] == param.shape[1]
             && param.shape[0] > shape[0]
             && param.shape[0] - shape[0] == appended;
         if shape != param.shape && !grows {
-            misshaped.push(format!("  `{name}` is {shape:?} in the file, the spec wants {:?}", param.shape));
+            let turned = if shape.iter().eq(param.shape.iter().rev()) { " (it looks transposed)" } else { "" };
+            misshaped.push(format!("  `{name}` is {shape:?} in the file, the spec wants {:?}{turned}", param.shape));
+            used.insert(name);
             continue;
         }
         let mut numbers = if grows { draw(param, seed) } else { Numbers::zeros(param.elements() as usize) };
         let count = shape.iter().product::<u64>() as usize;
-        decode(view.dtype(), view.data(), &mut numbers[..count])
-            .map_err(|message| RuntimeError::file(*path, format!("tensor `{name}` {message}")))?;
+        // Once something does not fit, numbers are not read any more: only the message is left to make.
+        if missing.is_empty() && misshaped.is_empty() {
+            file.floats(&name, &mut numbers[..count])?;
+        }
         tensors.push(numbers);
+        used.insert(name);
     }
-    let left_over: Vec<String> = stored.keys().filter(|n| !used.contains(*n) && !known_extra(n)).cloned().collect();
+    let left_over: Vec<String> =
+        stored.keys().filter(|n| !used.contains(**n) && !known_extra(n)).map(|n| n.to_string()).collect();
     if missing.is_empty() && misshaped.is_empty() {
         return Ok(Loaded { tensors, drawn, left_over });
     }
@@ -105,8 +98,19 @@ pub fn load(
     Err(RuntimeError::weights(dir, message.join("\n")))
 }
 
-/// The files' memory maps.
-fn open(dir: &Path) -> Result<Vec<(PathBuf, Mmap)>, RuntimeError> {
+/// How checkpoints write a canonical name: in full or without the prefix, norms also in BERT's first spelling.
+fn spellings(name: &str, prefix: &str) -> Vec<String> {
+    let mut all = vec![name.to_string()];
+    all.extend(name.strip_prefix(prefix).filter(|_| !prefix.is_empty()).map(String::from));
+    for (new, old) in [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")] {
+        let older: Vec<String> = all.iter().filter_map(|n| Some(format!("{}{old}", n.strip_suffix(new)?))).collect();
+        all.extend(older);
+    }
+    all
+}
+
+/// The files of a checkpoint.
+fn open(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
     let paths: Vec<PathBuf> = if single.is_file() {
@@ -119,6 +123,9 @@ fn open(dir: &Path) -> Result<Vec<(PathBuf, Mmap)>, RuntimeError> {
         let mut names: Vec<&str> = map.values().filter_map(|v| v.as_str()).collect();
         names.sort_unstable();
         names.dedup();
+        if let Some(name) = names.iter().find(|n| Path::new(n).file_name().is_none_or(|file| file != **n)) {
+            return Err(RuntimeError::file(&index, format!("`{name}` is no plain file name; fetch it again")));
+        }
         names.into_iter().map(|n| dir.join(n)).collect()
     } else {
         let hint = match dir.is_dir() {
@@ -130,13 +137,7 @@ fn open(dir: &Path) -> Result<Vec<(PathBuf, Mmap)>, RuntimeError> {
         };
         return Err(RuntimeError::file(dir, hint));
     };
-    let map = |path: PathBuf| {
-        let file = File::open(&path).map_err(|e| RuntimeError::file(&path, e))?;
-        // SAFETY: the file is only read; a writer beside us would spoil the numbers, not the memory.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| RuntimeError::file(&path, e))?;
-        Ok((path, map))
-    };
-    paths.into_iter().map(map).collect()
+    paths.iter().map(|path| SafeFile::open(path)).collect()
 }
 
 /// What checkpoints carry beside weights: masks, positions, and heads of the pretraining.
@@ -147,35 +148,6 @@ fn known_extra(name: &str) -> bool {
         || name == "lm_head.weight"
         || name.starts_with("cls.")
         || name.contains("pooler.")
-}
-
-fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<(), String> {
-    let width = match dtype {
-        Dtype::F32 => 4,
-        Dtype::F64 => 8,
-        Dtype::F16 | Dtype::BF16 => 2,
-        other => return Err(format!("holds {other:?}; weights are f32, f16, bf16 or f64")),
-    };
-    if bytes.len() != width * out.len() {
-        return Err(format!("has {} bytes for {} numbers of {width}", bytes.len(), out.len()));
-    }
-    const CHUNK: usize = 1 << 16;
-    let bad =
-        out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * width)).enumerate().filter_map(|(at, (out, bytes))| {
-            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(width)) {
-                *x = match dtype {
-                    Dtype::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-                    Dtype::F64 => f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32,
-                    Dtype::F16 => f16::from_le_bytes([b[0], b[1]]).to_f32(),
-                    _ => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-                };
-            }
-            out.iter().position(|x| !x.is_finite()).map(|i| (at * CHUNK + i, out[i]))
-        });
-    match bad.min_by_key(|(at, _)| *at) {
-        Some((at, value)) => Err(format!("holds {value} at index {at}; the file is spoilt or a run diverged")),
-        None => Ok(()),
-    }
 }
 
 /// The spec's sizes against the checkpoint's own.
@@ -240,3 +212,6 @@ fn draw(param: &Param, seed: u64) -> Numbers {
     }
     numbers
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,211 @@
+//! Kernels in C, by the same convention as MLIR's.
+
+use std::process::Command;
+
+use super::*;
+use crate::artifact::{BufferId, Extent, Output, Tensor};
+
+const KERNELS: &str = r"
+#include <stdint.h>
+typedef struct { void *allocated, *aligned; int64_t offset, size, stride; } memref;
+#define F(i) ((float *)(*(memref **)args[i])->aligned)
+#define I(i) ((int32_t *)(*(memref **)args[i])->aligned)
+#define N(i) (*(int64_t *)args[i])
+
+/* y = by x */
+void _mlir__mlir_ciface_scale(void **args) {
+  for (int64_t i = N(3); i < N(4); i++) F(1)[i] = N(2) * F(0)[i];
+}
+/* y[t] = x[0] + ids[t] + 100 segments[t] */
+void _mlir__mlir_ciface_tag(void **args) {
+  for (int64_t i = N(4); i < N(5); i++) F(3)[i] = F(0)[0] + I(1)[i] + 100 * I(2)[i];
+}
+/* values += hyper[0] gradients */
+void _mlir__mlir_ciface_update(void **args) {
+  for (int64_t i = N(3); i < N(4); i++) F(0)[i] += F(2)[0] * F(1)[i];
+}
+/* Writes nothing. */
+void _mlir__mlir_ciface_idle(void **args) { (void)args; }
+";
+
+/// `None` where there is no C compiler: then these tests have nothing to run.
+fn library() -> Option<(tempfile::TempDir, std::path::PathBuf)> {
+    let home = tempfile::tempdir().unwrap();
+    let (source, library) = (home.path().join("kernels.c"), home.path().join("kernels.so"));
+    std::fs::write(&source, KERNELS).unwrap();
+    match Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(&source).status() {
+        Ok(status) if status.success() => Some((home, library)),
+        _ => {
+            eprintln!("skipped: no `cc` here to build kernels with");
+            None
+        }
+    }
+}
+
+/// Tensors: `a` [3] frozen, `b` [4,2] whose rows 1..3 train, `c` [5] trainable with decay.
+fn manifest() -> Manifest {
+    use Extent::{Const, Sequences, Tokens, Values};
+    let tensor = |name: &str, shape: &[u64], trainable, decay| Tensor {
+        name: name.into(),
+        shape: shape.to_vec(),
+        trainable,
+        decay,
+    };
+    let (mut buffers, f32, i32) = (vec![], Element::F32, Element::I32);
+    let mut buffer = |element, shape: Vec<Extent>, storage| {
+        buffers.push(Buffer { element, shape, storage });
+        buffers.len() - 1
+    };
+    let a = buffer(f32, vec![Const(3)], Storage::Tensor { index: 0, rows: None });
+    let scratch = buffer(f32, vec![Const(3)], Storage::Prepared);
+    let packed = buffer(f32, vec![Const(3)], Storage::Prepared);
+    let ids = buffer(i32, vec![Tokens], Storage::Input("ids".into()));
+    let segments = buffer(i32, vec![Tokens], Storage::Input("segments".into()));
+    let tagged = buffer(f32, vec![Tokens], Storage::Temporary);
+    let logits = buffer(f32, vec![Tokens], Storage::Temporary);
+    let frozen_row = buffer(f32, vec![Const(2)], Storage::Tensor { index: 1, rows: Some((3, 4)) });
+    let rows = buffer(f32, vec![Const(2), Const(2)], Storage::Tensor { index: 1, rows: Some((1, 3)) });
+    let row = buffer(f32, vec![Const(2)], Storage::Temporary);
+    let grad_b = buffer(f32, vec![Const(2), Const(2)], Storage::Gradient { index: 1 });
+    let c = buffer(f32, vec![Const(5)], Storage::Tensor { index: 2, rows: None });
+    let grad_c = buffer(f32, vec![Const(5)], Storage::Gradient { index: 2 });
+    let values = buffer(f32, vec![Values], Storage::Flat("values".into()));
+    let gradients = buffer(f32, vec![Values], Storage::Flat("gradients".into()));
+    let hyper = buffer(f32, vec![Const(1)], Storage::Input("hyper".into()));
+    let pooled = buffer(f32, vec![Sequences], Storage::Temporary);
+    let launch = |kernel, buffers: &[BufferId], extents: &[u64], units| Launch {
+        kernel,
+        buffers: buffers.to_vec(),
+        extents: extents.iter().map(|&n| Const(n)).collect(),
+        units,
+        op: ["scale", "tag", "update", "idle"][kernel].into(),
+    };
+    let output = |name: &str, buffer, shape| Output { name: name.into(), buffer, shape };
+    let train = Entry {
+        launches: vec![
+            launch(1, &[packed, ids, segments, tagged], &[], Tokens),
+            launch(0, &[tagged, logits], &[10], Tokens),
+            launch(0, &[frozen_row, row], &[1], Const(2)),
+            launch(0, &[rows, grad_b], &[3], Const(4)),
+            launch(0, &[c, grad_c], &[5], Const(5)),
+        ],
+        outputs: vec![output("logits", logits, vec![Tokens]), output("row", row, vec![Const(2)])],
+    };
+    let update = Entry { launches: vec![launch(2, &[values, gradients, hyper], &[], Values)], outputs: vec![] };
+    let idle = Entry {
+        launches: vec![launch(3, &[pooled], &[], Sequences)],
+        outputs: vec![output("pooled", pooled, vec![Sequences])],
+    };
+    Manifest {
+        kernels: ["scale", "tag", "update", "idle"].map(String::from).to_vec(),
+        tensors: vec![
+            tensor("a", &[3], None, false),
+            tensor("b", &[4, 2], Some((1, 3)), false),
+            tensor("c", &[5], Some((0, 5)), true),
+        ],
+        prepare: vec![launch(0, &[a, scratch], &[2], Const(3)), launch(0, &[scratch, packed], &[2], Const(3))],
+        buffers,
+        entries: [("train", train), ("update", update), ("idle", idle)].map(|(n, e)| (n.to_string(), e)).into(),
+        ..Manifest::default()
+    }
+}
+
+fn weights() -> Vec<Numbers> {
+    let b: Vec<f32> = (0..8).map(|i| i as f32).collect();
+    [&[1.0, 2.0, 3.0][..], &b, &[1.0; 5]].map(Numbers::from).into()
+}
+
+fn batch(lengths: &[i32]) -> Inputs {
+    let tokens = lengths.iter().sum();
+    let ints = [("ids".to_string(), (0..tokens).collect())].into();
+    Inputs { lengths: lengths.to_vec(), ints, ..Inputs::default() }
+}
+
+fn session(threads: usize) -> Option<(tempfile::TempDir, Session)> {
+    let (home, library) = library()?;
+    let program = Program::new(manifest(), &library).unwrap();
+    Some((home, Session::new(program, weights(), threads).unwrap()))
+}
+
+#[test]
+fn a_step() {
+    let Some((_home, mut session)) = session(2) else { return };
+    // `a` was packed twice over, then let go with what lay between.
+    assert!(session.tensors[0].is_none() && session.prepared.len() == 1);
+    assert_eq!(session.flat("decay"), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+
+    session.profile = Some(Profile::new());
+    session.run("train", &batch(&[2, 1])).unwrap();
+    assert_eq!(session.output("logits").unwrap(), (vec![3], &[40.0, 50.0, 1060.0][..]));
+    assert_eq!(session.output("row").unwrap().1, [6.0, 7.0]);
+    assert_eq!(session.flat("gradients"), [6.0, 9.0, 12.0, 15.0, 5.0, 5.0, 5.0, 5.0, 5.0]);
+    assert_eq!(session.profile.as_ref().unwrap()["scale"].1, 4);
+
+    let floats = [("hyper".to_string(), vec![-1.0])].into();
+    session.run("update", &Inputs { floats, ..Inputs::default() }).unwrap();
+    assert_eq!(session.flat("values"), [-4.0, -6.0, -8.0, -10.0, -4.0, -4.0, -4.0, -4.0, -4.0]);
+    assert!(session.peak_bytes() > 0);
+}
+
+#[test]
+fn bits_do_not_depend_on_threads_or_history() {
+    let Some((_home, mut one)) = session(1) else { return };
+    let (_home, mut three) = session(3).unwrap();
+    for lengths in [&[20_000, 5][..], &[1], &[7, 30_000]] {
+        let batch = batch(lengths);
+        one.run("train", &batch).unwrap();
+        three.run("train", &batch).unwrap();
+        assert_eq!(three.output("logits"), one.output("logits"));
+    }
+}
+
+#[test]
+fn poison_shows_what_nobody_wrote() {
+    let Some((_home, mut session)) = session(1) else { return };
+    session.poison = true;
+    for lengths in [[3, 3], [3, 3], [9, 9]] {
+        session.run("idle", &batch(&lengths)).unwrap();
+        assert!(session.output("pooled").unwrap().1.iter().all(|x| x.is_nan()));
+        session.run("train", &batch(&lengths)).unwrap();
+        for name in ["logits", "row"] {
+            assert!(session.output(name).unwrap().1.iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn refusals() {
+    let Some((_home, mut session)) = session(1) else { return };
+    let mut refuse = |entry: &str, batch: &Inputs, expected: &str| {
+        let message = session.run(entry, batch).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    };
+    refuse("decode", &batch(&[1]), "`idle`, `train`, `update`");
+    refuse("update", &batch(&[1]), "`hyper`");
+    refuse("idle", &Inputs { lengths: vec![2, 0], ..Inputs::default() }, "a sequence of 0 tokens");
+    refuse("idle", &Inputs { lengths: vec![50_000], ..Inputs::default() }, "smaller");
+    let mut short = batch(&[3]);
+    short.ints.insert("ids".into(), vec![1]);
+    refuse("train", &short, "`ids`: 1 values where this batch needs 3");
+    short.ints.insert("ids".into(), vec![1, -2, 3]);
+    refuse("train", &short, "value 1 is -2");
+    let mut beyond = batch(&[3]);
+    beyond.ints.insert("targets".into(), vec![3]);
+    refuse("train", &beyond, "0..3");
+
+    let (home, library) = library().unwrap();
+    let message = |program: Result<Program, RuntimeError>| program.err().unwrap().to_string();
+    let unknown = Manifest { kernels: vec!["fly".into()], ..Manifest::default() };
+    assert!(message(Program::new(unknown, &library)).contains("the kernel `fly`"));
+    assert!(message(Program::new(Manifest::default(), &home.path().join("none.so"))).contains("none.so"));
+    let mut broken = manifest();
+    broken.prepare[0].kernel = 9;
+    assert!(message(Program::new(broken, &library)).contains("kernel 9"));
+    for (weights, expected) in
+        [(vec![], "0 tensors"), (vec![Numbers::zeros(3), Numbers::zeros(8), Numbers::zeros(4)], "`c`")]
+    {
+        let program = Program::new(manifest(), &library).unwrap();
+        let message = Session::new(program, weights, 1).err().unwrap().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+}

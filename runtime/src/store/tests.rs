@@ -1,0 +1,143 @@
+use super::*;
+use crate::artifact::{Buffer, Element, Entry, Extent, Launch, Output, Storage, Tensor};
+
+fn manifest() -> Manifest {
+    let buffer = |storage| Buffer { element: Element::F32, shape: vec![Extent::Const(2)], storage };
+    let launch = |buffers| Launch { kernel: 0, buffers, extents: vec![], units: Extent::Const(1), op: "copy".into() };
+    Manifest {
+        arch: std::env::consts::ARCH.into(),
+        kernels: vec!["copy".into()],
+        tensors: vec![
+            Tensor { name: "a".into(), shape: vec![2], trainable: None, decay: false },
+            Tensor { name: "b".into(), shape: vec![2, 1], trainable: Some((0, 2)), decay: true },
+        ],
+        buffers: vec![
+            buffer(Storage::Tensor { index: 0, rows: None }),
+            buffer(Storage::Prepared),
+            buffer(Storage::Gradient { index: 1 }),
+            buffer(Storage::Temporary),
+        ],
+        prepare: vec![launch(vec![0, 1])],
+        entries: [(
+            "forward".to_string(),
+            Entry {
+                launches: vec![launch(vec![1, 3]), launch(vec![1, 2])],
+                outputs: vec![Output { name: "logits".into(), buffer: 3, shape: vec![Extent::Const(2)] }],
+            },
+        )]
+        .into(),
+        ..Manifest::default()
+    }
+}
+
+/// An artifact of `manifest` in a directory of its own.
+fn stored(manifest: &Manifest) -> (tempfile::TempDir, PathBuf) {
+    let home = tempfile::tempdir().unwrap();
+    let library = home.path().join("built.so");
+    fs::write(&library, b"code").unwrap();
+    let path = home.path().join("x.peftc");
+    save(&path, manifest, &library).unwrap();
+    (home, path)
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let file = path.join(MANIFEST);
+    let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    value.as_object_mut().unwrap().shift_remove("checksum");
+    change(&mut value);
+    fs::write(file, sealed(value.to_string().into_bytes())).unwrap();
+}
+
+fn refusal(path: &Path) -> String {
+    let message = load(path).unwrap_err().to_string();
+    assert!(message.contains("peftc"), "{message}");
+    message
+}
+
+#[test]
+fn round_trip_and_replacement() {
+    let (home, path) = stored(&manifest());
+    let (loaded, library) = load(&path).unwrap();
+    assert_eq!(fs::read(library).unwrap(), b"code");
+    assert_eq!(Manifest { format: 0, library: String::new(), ..loaded }, manifest());
+
+    let library = home.path().join("built.so");
+    fs::write(&library, b"newer code").unwrap();
+    save(&path, &Manifest { compiler: "newer".into(), ..manifest() }, &library).unwrap();
+    assert_eq!(load(&path).unwrap().0.compiler, "newer");
+    // Nothing is left beside it.
+    assert_eq!(fs::read_dir(home.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn what_is_no_artifact_is_not_replaced() {
+    let (home, _) = stored(&manifest());
+    let mine = home.path().join("mine");
+    fs::create_dir(&mine).unwrap();
+    let error = save(&mine, &manifest(), &home.path().join("built.so")).unwrap_err();
+    assert!(matches!(error, StoreError::Occupied { .. }), "{error}");
+    assert!(matches!(load(&mine), Err(StoreError::Read { .. })));
+    assert!(matches!(load(&home.path().join("nowhere.peftc")), Err(StoreError::Read { .. })));
+}
+
+#[test]
+fn foreign_artifacts() {
+    let (_home, path) = stored(&manifest());
+    edit(&path, |m| m["format"] = 99.into());
+    assert!(refusal(&path).contains("format 99"));
+    edit(&path, |m| (m["format"], m["arch"]) = (FORMAT.into(), "vax".into()));
+    assert!(refusal(&path).contains("vax"));
+    let features = vec![serde_json::Value::from("warp-drive")];
+    edit(&path, |m| (m["arch"], m["features"]) = (std::env::consts::ARCH.into(), features.into()));
+    assert!(refusal(&path).contains("warp-drive"));
+}
+
+#[test]
+fn damaged_artifacts() {
+    let (_home, path) = stored(&manifest());
+    fs::write(path.join(LIBRARY), b"cod").unwrap();
+    assert!(refusal(&path).contains(LIBRARY));
+    fs::remove_file(path.join(LIBRARY)).unwrap();
+    assert!(refusal(&path).contains(LIBRARY));
+    fs::write(path.join(LIBRARY), b"code").unwrap();
+    load(&path).unwrap();
+
+    let text = fs::read(path.join(MANIFEST)).unwrap();
+    for end in (0..text.len()).step_by(7) {
+        fs::write(path.join(MANIFEST), &text[..end]).unwrap();
+        refusal(&path);
+    }
+    for at in (0..text.len()).step_by(7) {
+        let mut flipped = text.clone();
+        flipped[at] ^= 1;
+        fs::write(path.join(MANIFEST), flipped).unwrap();
+        refusal(&path);
+    }
+}
+
+/// Every index out of bounds, every size that is not its owner's.
+#[test]
+fn inconsistent_manifests() {
+    type Change = fn(&mut Manifest);
+    let cases: [(&str, Change); 12] = [
+        ("kernel 7", |m| m.prepare[0].kernel = 7),
+        ("buffer 9", |m| m.entries.get_mut("forward").unwrap().launches[0].buffers[0] = 9),
+        ("output `logits`", |m| m.entries.get_mut("forward").unwrap().outputs[0].buffer = 9),
+        ("tensor 5", |m| m.buffers[0].storage = Storage::Tensor { index: 5, rows: None }),
+        ("rows 0..3", |m| m.buffers[0].storage = Storage::Tensor { index: 0, rows: Some((0, 3)) }),
+        ("has 2 values", |m| m.tensors[0].shape = vec![3]),
+        ("rows 0..9", |m| m.tensors[1].trainable = Some((0, 9))),
+        ("is frozen", |m| m.buffers[2].storage = Storage::Gradient { index: 0 }),
+        ("flat vector `w`", |m| m.buffers[2].storage = Storage::Flat("w".into())),
+        ("beyond counting", |m| m.tensors[0].shape = vec![u64::MAX, 3]),
+        ("waits for a batch", |m| m.prepare[0].units = Extent::CeilDiv(Box::new(Extent::Tokens), 4)),
+        ("not f32", |m| m.buffers[0].element = Element::I32),
+    ];
+    for (expected, change) in cases {
+        let mut broken = manifest();
+        change(&mut broken);
+        let (_home, path) = stored(&broken);
+        let message = refusal(&path);
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
+}
