@@ -46,6 +46,11 @@ pub fn llvm(dialect: &Dialect, kernels: &[String]) -> Result<String, Error> {
     Ok(lowered(dialect, &module(kernels))?.as_operation().to_string())
 }
 
+/// Reads a module of kernels back, from either form, and prints it again.
+pub fn read(dialect: &Dialect, text: &str) -> Result<String, Error> {
+    Ok(dialect.parse(text)?.as_operation().to_string())
+}
+
 /// Compiles the kernels for this machine's processor and links them to the library `out`.
 pub fn compile(kernels: &[String], out: &Path) -> Result<(), Error> {
     let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;

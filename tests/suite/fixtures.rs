@@ -117,9 +117,16 @@ impl Fixture {
             let labels: Vec<String> = (0..classes).map(|c| format!("\"{c}\"")).collect();
             format!("kind: classification\nlabels: [{}]", labels.join(", "))
         };
+        let optimizer = self.json.get("optimizer").filter(|o| !o.is_null()).map_or(String::new(), |o| {
+            format!(
+                "betas: {}\neps: {}\nweight_decay: {}\nclip: {}\nschedule: linear\nwarmup: {}\nsteps: {}\n",
+                o["betas"], o["eps"], o["weight_decay"], o["clip"], o["warmup_steps"], o["total_steps"]
+            )
+        });
+        let lr = self.json["optimizer"]["base_lr"].as_f64().unwrap_or(1e-3);
         let smoothing = self.json["loss"]["label_smoothing"].as_f64().unwrap_or(0.0);
         format!(
-            "model = {model}\ntune {{\n{tune}}}\ntask t {{ {task}\n max_tokens: 64 }}\ntrain {{ lr: 1e-3\n label_smoothing: {smoothing:?} }}\n"
+            "model = {model}\ntune {{\n{tune}}}\ntask t {{ {task}\n max_tokens: 64 }}\ntrain {{ lr: {lr:?}\n label_smoothing: {smoothing:?}\n{optimizer} }}\n"
         )
     }
 

@@ -2,3 +2,6 @@
 
 mod fixtures;
 mod parity;
+mod runs;
+mod stages;
+mod traces;
