@@ -1,0 +1,258 @@
+//! The program itself: what it prints, what it refuses and how, and its exit codes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use peft_runtime::adapter::{self, Stored, TensorFile};
+
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+struct Bench {
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Bench { folder: tempfile::tempdir().expect("a directory") }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+        fs::write(&path, text).expect("written");
+        path
+    }
+
+    fn peftc<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Ran {
+        let run = Command::new(env!("CARGO_BIN_EXE_peftc"))
+            .args(args)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .env("PEFTC_CACHE", self.path("cache"))
+            .env("NO_COLOR", "1")
+            .env_remove("RUST_LOG")
+            .output()
+            .expect("it starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let ran = Ran {
+            code: run.status.code().expect("no signal ended it"),
+            out: text(&run.stdout),
+            err: text(&run.stderr),
+        };
+        assert!(!ran.err.contains("panicked"), "{}", ran.err);
+        ran
+    }
+
+    /// Runs what must fail, with this code and these words.
+    fn refuses(&self, args: &[&str], code: i32, words: &[&str]) {
+        let ran = self.peftc(args);
+        assert_eq!(ran.code, code, "{args:?}: {}", ran.err);
+        for word in words {
+            assert!(ran.err.contains(word), "{args:?} should say `{word}`:\n{}", ran.err);
+        }
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+const IR: &str = "tests/ir/inducer.peft";
+
+#[test]
+fn check_fmt_and_usage() {
+    let bench = Bench::new();
+    let ran = bench.peftc(["check", "models/paper/nlg/inducer_lora.peft", "models/demo/sentiment.peft"]);
+    assert_eq!((ran.code, ran.out.lines().count()), (0, 2), "{}", ran.err);
+    let twice = bench.write("bad.peft", "model = gpt2(layrs: 2)\ntune { full() }\ntrain { lrr: 1e-3 }\n");
+    bench.refuses(&["check", text(&twice)], 1, &["did you mean `layers`", "did you mean `lr`"]);
+    bench.refuses(&["check", "no/such.peft"], 3, &["no/such.peft"]);
+    bench.refuses(&["check"], 2, &["SPEC"]);
+    bench.refuses(&["frobnicate"], 2, &["frobnicate"]);
+    bench.refuses(&["check", IR, "--set", "train.lr"], 2, &["key=value"]);
+    bench.refuses(&["check", IR, "--set", "train.lrr=1"], 1, &["lrr", "did you mean `lr`"]);
+    let crowded = bench.write("crowded.peft", fs::read_to_string(IR).expect("readable").replace(": ", ":   "));
+    bench.refuses(&["fmt", "--check", text(&crowded)], 1, &["canonical form"]);
+    assert_eq!(bench.peftc(["fmt", text(&crowded)]).code, 0);
+    assert_eq!(bench.peftc(["fmt", "--check", text(&crowded)]).code, 0);
+}
+
+#[test]
+fn inspect_counts_as_the_paper_does() {
+    let ran = Bench::new().peftc(["inspect", "models/paper/nlg/inducer_lora.peft", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&ran.out).expect("JSON");
+    assert_eq!(json["trainable_parameters"], 2_002_320);
+    assert_eq!(json["stored_parameters"], 2_002_320);
+    assert_eq!(json["special_parameters"], 16 * 768);
+    assert_eq!(json["backbone_parameters"], 124_439_808 + 16 * 768);
+    assert_eq!(json["modules"].as_array().expect("a list").len(), 25);
+}
+
+#[test]
+fn compile_run_and_refuse_damaged_artifacts() {
+    let bench = Bench::new();
+    for stage in ["ast", "model", "peft", "grad", "fused", "loops", "llvm"] {
+        let ran = bench.peftc(["compile", IR, "--emit", stage]);
+        assert_eq!((ran.code, ran.out.is_empty()), (0, false), "{stage}: {}", ran.err);
+    }
+    bench.refuses(&["compile", IR, "--emit", "ptx"], 2, &["the stages are ast, model"]);
+    bench.refuses(&["compile", IR, "--target", "cuda"], 2, &["no CUDA target yet"]);
+    let out = bench.path("a.peftc");
+    let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
+    assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
+    assert!(bench.peftc(["compile", IR, "-o", text(&out)]).out.contains("from the cache"));
+
+    // The artifact runs by itself, and gives what the spec gives.
+    let fixture = crate::fixtures::all("gpt2_inducer_lora_strong").remove(0);
+    let spec = bench.write("f.peft", fixture.spec());
+    let artifact = bench.path("f.peftc");
+    assert_eq!(bench.peftc(["compile", text(&spec), "-o", text(&artifact)]).code, 0);
+    let inputs = text(&fixture.path);
+    let results = ["one", "two"].map(|name| bench.path(&format!("{name}.safetensors")));
+    for (from, to) in [&spec, &artifact].into_iter().zip(&results) {
+        let ran = bench.peftc(["run", text(from), "--entry", "grad", "--inputs", inputs, "-o", text(to)]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+    }
+    assert_eq!(fs::read(&results[0]).expect("written"), fs::read(&results[1]).expect("written"));
+    let found = adapter::load(&results[0]).expect("sound").tensors;
+    let grads = fixture.file.tensors.keys().filter(|n| n.starts_with("expect.grad.")).count();
+    assert_eq!(found.keys().filter(|n| n.starts_with("grad.")).count(), grads);
+
+    let run = |damage: &dyn Fn(&Path), words: &[&str]| {
+        assert_eq!(bench.peftc(["compile", text(&spec), "-o", text(&artifact)]).code, 0);
+        damage(&artifact);
+        let to = bench.path("never.safetensors");
+        bench.refuses(&["run", text(&artifact), "--inputs", inputs, "-o", text(&to)], 3, words);
+        assert!(!to.exists());
+    };
+    let manifest = |change: fn(&str) -> String| {
+        move |path: &Path| {
+            let file = path.join("manifest.json");
+            let text = fs::read_to_string(&file).expect("readable");
+            fs::write(file, change(&text)).expect("written");
+        }
+    };
+    let mend = "peftc compile";
+    run(&|path| fs::write(path.join("kernels.so"), b"\x7fELF").expect("written"), &["kernels.so", mend]);
+    run(&|path| fs::remove_file(path.join("kernels.so")).expect("removed"), &["kernels.so"]);
+    run(&manifest(|text| text[..text.len() / 2].into()), &["manifest.json", mend]);
+    run(&manifest(|text| text.replace("\"x86_64\"", "\"sparc\"")), &["manifest.json", mend]);
+    run(&manifest(|text| text.replace("\"format\":1", "\"format\":99")), &["99", mend]);
+}
+
+/// A directory with MiniLM's form in small: four words, two layers.
+fn tiny_bert(bench: &Bench, spoil: impl FnOnce(&mut TensorFile)) -> (PathBuf, PathBuf) {
+    let spec = bench.write(
+        "tiny.peft",
+        "model = bert(layers: 1, hidden: 8, heads: 2, ffn: 12, vocab: 6, context: 16, pooling: \"mean\")\n\
+         tune { every attention { lora(rank: 2) on q } }\n\
+         task t { kind: classification\n max_tokens: 16\n labels: [\"0\", \"1\"] }\n\
+         train { lr: 1e-2\n batch: 2\n epochs: 1 }\n",
+    );
+    let model = peftc::spec::load(&spec, &[], false).unwrap_or_else(|e| panic!("{e}"));
+    let mut file = TensorFile::default();
+    for param in model.params.iter().filter(|p| p.origin == peft_grammar::model::Origin::Backbone) {
+        let numbers = (0..param.elements()).map(|i| (i as f32 * 0.37).sin() * 0.2).collect();
+        file.tensors.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers));
+    }
+    spoil(&mut file);
+    let weights = bench.path("weights");
+    adapter::save(&weights.join("model.safetensors"), &file).expect("saved");
+    bench.write("weights/config.json", r#"{"hidden_size": 8, "num_hidden_layers": 1}"#);
+    bench.write(
+        "weights/tokenizer.json",
+        r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":{"type":"Whitespace"},
+            "post_processor":{"type":"BertProcessing","sep":["[SEP]",2],"cls":["[CLS]",1]},"decoder":null,
+            "model":{"type":"WordLevel","vocab":{"[UNK]":0,"[CLS]":1,"[SEP]":2,"good":3,"bad":4,"film":5},"unk_token":"[UNK]"}}"#,
+    );
+    (spec, weights)
+}
+
+#[test]
+fn train_eval_and_bad_input() {
+    let bench = Bench::new();
+    let (spec, weights) = tiny_bert(&bench, |_| {});
+    let data = bench.write("data.tsv", "good film\t1\nbad film\t0\ngood good\t1\nbad\t0\n");
+    let out = bench.path("run");
+    let args = |spec: &Path, weights: &Path, data: &Path, more: &[&str]| -> Vec<String> {
+        let plain = ["train", text(spec), "--weights", text(weights), "--data", text(data), "--out", text(&out)];
+        plain.iter().chain(more).map(|s| s.to_string()).collect()
+    };
+    let refuses = |args: Vec<String>, code: i32, words: &[&str]| {
+        bench.refuses(&args.iter().map(String::as_str).collect::<Vec<_>>(), code, words);
+    };
+    let ran = bench.peftc(args(&spec, &weights, &data, &["--dev", text(&data)]));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.out.contains("adapter.safetensors") && ran.err.contains("classifier.weight"), "{}{}", ran.out, ran.err);
+    let adapter = out.join("adapter.safetensors");
+    let eval = ["eval", text(&spec), "--weights", text(&weights), "--data", text(&data), "--adapter"];
+    let ran = bench.peftc(eval.iter().copied().chain([text(&adapter)]));
+    assert!(ran.code == 0 && ran.out.contains("accuracy"), "{}{}", ran.out, ran.err);
+    let saved = fs::read(&adapter).expect("there");
+
+    // Data.
+    refuses(args(&spec, &weights, &bench.write("empty.tsv", ""), &[]), 3, &["empty.tsv", "no example"]);
+    refuses(
+        args(&spec, &weights, &bench.write("odd.tsv", "good film\t1\nbad film 0\n"), &[]),
+        3,
+        &["odd.tsv", "line 2"],
+    );
+    refuses(args(&spec, &weights, &bench.write("label.tsv", "good film\t7\n"), &[]), 3, &["`7`"]);
+    refuses(args(&spec, &weights, &bench.path("none.tsv"), &[]), 3, &["none.tsv"]);
+    // Tokenizers.
+    refuses(args(&spec, &weights, &data, &["--tokenizer", "data/triples"]), 3, &["1536", "6"]);
+    refuses(args(&spec, Path::new("random"), &data, &[]), 2, &["--tokenizer"]);
+    let broken = bench.write("broken/tokenizer.json", "{");
+    refuses(args(&spec, &weights, &data, &["--tokenizer", text(&broken)]), 3, &["broken/tokenizer.json"]);
+    // Weights.
+    let file = weights.join("model.safetensors");
+    let good = fs::read(&file).expect("there");
+    fs::write(&file, &good[..good.len() / 2]).expect("written");
+    refuses(args(&spec, &weights, &data, &[]), 3, &["model.safetensors", "again"]);
+    fs::write(&file, [&u64::MAX.to_le_bytes()[..], &good[8..]].concat()).expect("written");
+    refuses(args(&spec, &weights, &data, &[]), 3, &["model.safetensors", "header"]);
+    fs::write(&file, &good).expect("written");
+    refuses(args(&spec, &weights, &data, &["--set", "model.layers=2"]), 3, &["num_hidden_layers"]);
+    refuses(args(&spec, &bench.path("nowhere"), &data, &["--tokenizer", text(&weights)]), 3, &["nowhere"]);
+    let word = "bert.embeddings.word_embeddings.weight";
+    let spoilt = [
+        (word, Some(Stored::f32(vec![6, 8], vec![f32::NAN; 48])), "NaN"),
+        (word, Some(Stored::f32(vec![6, 7], vec![0.0; 42])), "[6, 7]"),
+        (word, None, "is missing"),
+    ];
+    for (name, change, says) in spoilt {
+        tiny_bert(&bench, |file| match change {
+            Some(stored) => drop(file.tensors.insert(name.into(), stored)),
+            None => drop(file.tensors.remove(name)),
+        });
+        refuses(args(&spec, &weights, &data, &[]), 3, &[name, says]);
+    }
+    // Numbers that run away.
+    tiny_bert(&bench, |file| {
+        file.tensors.insert(word.into(), Stored::f32(vec![6, 8], (0..48).map(|i| i as f32 * 1e36).collect()));
+    });
+    refuses(args(&spec, &weights, &data, &[]), 4, &["step 0", "train.lr"]);
+    tiny_bert(&bench, |_| {});
+    // Where nothing can be written.
+    let file = bench.write("file", "");
+    refuses(args(&spec, &weights, &data, &["--out", text(&file.join("x"))]), 2, &["--out"]);
+    let blocked = ["train", text(&spec), "--weights", text(&weights), "--data", text(&data), "--out"];
+    let ran = bench.peftc(blocked.iter().copied().chain([text(&file.join("x"))]));
+    assert_eq!(ran.code, 3, "{}", ran.err);
+    // Another spec's adapter, and another spec's state.
+    let ran = bench.peftc(eval.iter().copied().chain([text(&adapter), "--set", "lora.rank=3"]));
+    assert!(ran.code == 3 && ran.err.contains("lora.a"), "{}", ran.err);
+    refuses(args(&spec, &weights, &data, &["--resume", "--set", "lora.rank=3"]), 3, &["another spec"]);
+    // None of this took the trained values.
+    assert_eq!(fs::read(&adapter).expect("there"), saved);
+    assert!(!fs::read_dir(&out).expect("there").any(|e| text(&e.expect("an entry").path()).contains(".peftc-")));
+}
