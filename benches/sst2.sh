@@ -5,15 +5,16 @@
 #     benches/sst2.sh WEIGHTS_DIR SST2_DIR [options of sst2_pytorch.py]
 set -eu
 if [ $# -lt 2 ]; then
-    echo "usage: benches/sst2.sh WEIGHTS_DIR SST2_DIR [--limit N] [--seed N] [--threads N]" >&2
+    echo "usage: benches/sst2.sh WEIGHTS_DIR SST2_DIR [--limit N] [--by-length] [--seed N] [--threads N]" >&2
     exit 2
 fi
 weights=$(realpath "$1") data=$(realpath "$2")
 shift 2
 cd "$(dirname "$0")/.."
 
-venv=build/bench-venv
+venv=target/bench-venv
 if [ ! -e "$venv/ready" ]; then
+    mkdir -p target
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet torch transformers safetensors
     touch "$venv/ready"

@@ -1,5 +1,13 @@
-//! What stands around the compiler and the runtime: data, metrics, progress.
+//! What stands around the compiler and the runtime: specs on disk, data, training, commands.
 
+pub mod budget;
+pub mod commands;
+#[cfg(feature = "compiler")]
+pub mod compiler;
 pub mod data;
+pub mod exchange;
+pub mod failure;
 pub mod metrics;
 pub mod progress;
+pub mod spec;
+pub mod training;

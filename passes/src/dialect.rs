@@ -70,7 +70,11 @@ impl Dialect {
         self.parse(&text(graphs))
     }
 
-    fn parse(&self, source: &str) -> Result<Module<'_>, Error> {
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    pub(crate) fn parse(&self, source: &str) -> Result<Module<'_>, Error> {
         self.messages.borrow_mut().clear();
         let module =
             Module::parse(&self.context, source).ok_or_else(|| self.error("this is no module of the dialect"))?;
@@ -80,7 +84,7 @@ impl Dialect {
         Ok(module)
     }
 
-    fn error(&self, what: &str) -> Error {
+    pub(crate) fn error(&self, what: &str) -> Error {
         let said = self.messages.borrow_mut().drain(..).collect::<Vec<_>>().join("\n");
         Error::Mlir(if said.is_empty() { what.to_string() } else { format!("{what}\n{said}") })
     }

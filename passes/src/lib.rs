@@ -1,11 +1,15 @@
 //! From the checked model to code: the `peft` dialect, its passes, and lowering to the targets.
 //! The only crate that touches MLIR.
 
+pub mod codegen;
 pub mod dialect;
 pub mod fuse;
 pub mod gradient;
+pub mod inference;
 pub mod interpret;
+pub mod lower;
 pub mod partition;
+pub mod pipeline;
 pub mod rewrite;
 
 /// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input.
@@ -14,9 +18,11 @@ pub enum Error {
     /// MLIR's own words.
     #[error("{0}")]
     Mlir(String),
+    #[error("linking failed: {0}")]
+    Link(String),
     #[error("the result of stage `{stage}` is not well-formed: {message}\n(a fault of the compiler)")]
     Invalid { stage: String, message: String },
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -9,6 +9,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+/// Version of the format written here; others are refused.
+pub const FORMAT: u32 = 1;
+
 /// A size known when a batch arrives.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -37,6 +40,7 @@ pub struct Sizes {
 }
 
 impl Extent {
+    /// Saturates, so that a size no memory could hold fails when it is asked for.
     pub fn eval(&self, sizes: &Sizes) -> u64 {
         match self {
             Extent::Const(n) => *n,
@@ -45,9 +49,9 @@ impl Extent {
             Extent::Targets => sizes.targets,
             Extent::Pairs => sizes.pairs,
             Extent::Values => sizes.values,
-            Extent::Add(a, b) => a.eval(sizes) + b.eval(sizes),
-            Extent::Mul(a, b) => a.eval(sizes) * b.eval(sizes),
-            Extent::CeilDiv(a, n) => a.eval(sizes).div_ceil(*n),
+            Extent::Add(a, b) => a.eval(sizes).saturating_add(b.eval(sizes)),
+            Extent::Mul(a, b) => a.eval(sizes).saturating_mul(b.eval(sizes)),
+            Extent::CeilDiv(a, n) => a.eval(sizes).div_ceil((*n).max(1)),
         }
     }
 }
@@ -117,7 +121,7 @@ pub struct Buffer {
 
 impl Buffer {
     pub fn elements(&self, sizes: &Sizes) -> u64 {
-        self.shape.iter().map(|e| e.eval(sizes)).product()
+        self.shape.iter().map(|e| e.eval(sizes)).fold(1, u64::saturating_mul)
     }
 }
 
@@ -163,10 +167,13 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// Values of one row.
+    pub fn row(&self) -> u64 {
+        self.shape.iter().skip(1).product()
+    }
     /// How many of its values train.
     pub fn trainable_elements(&self) -> u64 {
-        let row: u64 = self.shape.iter().skip(1).product();
-        self.trainable.map_or(0, |(start, end)| (end - start) * row)
+        self.trainable.map_or(0, |(start, end)| (end - start) * self.row())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Readers on small files, good and bad; packing; and the real sets where `PEFTC_DATA` points at them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use peft_grammar::model::{Piece, Task, TaskKind};
@@ -240,6 +240,27 @@ fn epochs() {
 }
 
 const SHUFFLED: [i32; 10] = [1, 2, 3, 9, 6, 0, 5, 7, 8, 4];
+
+/// The sets that ship with the project, `data/sentiment` and `data/triples`.
+#[test]
+fn shipped_sets() {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("data");
+    let task = classification(64);
+    let words = Case::new("");
+    let tokenizer = Tokenizer::load(words.dir.path(), &task, WORDS.len() as u64).unwrap();
+    for (file, count) in [("train.tsv", 602), ("dev.tsv", 160)] {
+        let data = Dataset::load(&shipped.join("sentiment").join(file), &task, &tokenizer).unwrap();
+        let positive = data.examples.iter().filter(|e| e.goal == Goal::Class(1)).count();
+        assert_eq!((data.len(), positive, data.cut), (count, count / 2, 0), "{file}");
+    }
+
+    let task = plain_generation();
+    let tokenizer = Tokenizer::load(&shipped.join("triples"), &task, 1536 + 6).unwrap();
+    for (file, count) in [("train.json", 104), ("dev.json", 28)] {
+        let data = Dataset::load(&shipped.join("triples").join(file), &task, &tokenizer).unwrap();
+        assert_eq!((data.len(), data.dropped), (count, 0), "{file}");
+    }
+}
 
 /// The real data sets below `PEFTC_DATA`, or a line that says it is not there.
 fn real_data() -> Option<PathBuf> {

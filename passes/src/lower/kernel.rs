@@ -1,0 +1,488 @@
+//! Writes one kernel as MLIR text.
+//!
+//! A kernel is explicit about its vectors: loops over the last axis take [`LANES`] elements a step
+//! under a mask, so nothing hangs on the vectoriser's mood and every sum has one fixed order.
+//! Buffers are flat; kernels compute their own addresses.
+
+use std::fmt::Write;
+
+use peft_runtime::artifact::Element;
+
+/// Elements of one vector: a register of AVX-512, two of AVX2.
+pub const LANES: u64 = 16;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scalar {
+    Index,
+    I1,
+    I32,
+    I64,
+    F32,
+}
+
+/// A scalar, or a vector of `lanes` of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ty {
+    scalar: Scalar,
+    lanes: Option<u64>,
+}
+
+pub const INDEX: Ty = Ty { scalar: Scalar::Index, lanes: None };
+pub const I32: Ty = Ty { scalar: Scalar::I32, lanes: None };
+pub const I64: Ty = Ty { scalar: Scalar::I64, lanes: None };
+pub const F32: Ty = Ty { scalar: Scalar::F32, lanes: None };
+/// A full vector of floats.
+pub const VECTOR: Ty = F32.times(LANES);
+
+impl Ty {
+    pub const fn times(self, lanes: u64) -> Ty {
+        Ty { scalar: self.scalar, lanes: Some(lanes) }
+    }
+    const fn of(self, scalar: Scalar) -> Ty {
+        Ty { scalar, lanes: self.lanes }
+    }
+    fn float(self) -> bool {
+        self.scalar == Scalar::F32
+    }
+}
+
+impl std::fmt::Display for Ty {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = match self.scalar {
+            Scalar::Index => "index",
+            Scalar::I1 => "i1",
+            Scalar::I32 => "i32",
+            Scalar::I64 => "i64",
+            Scalar::F32 => "f32",
+        };
+        match self.lanes {
+            None => f.write_str(name),
+            Some(lanes) => write!(f, "vector<{lanes}x{name}>"),
+        }
+    }
+}
+
+/// An SSA value.
+#[derive(Clone, Copy, Debug)]
+pub struct Val {
+    id: u32,
+    pub ty: Ty,
+}
+
+impl std::fmt::Display for Val {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "%{}", self.id)
+    }
+}
+
+/// A buffer argument.
+#[derive(Clone, Copy, Debug)]
+pub struct Buf {
+    id: u32,
+    element: Element,
+}
+
+impl Buf {
+    fn scalar(self) -> Ty {
+        match self.element {
+            Element::F32 => F32,
+            Element::I32 => I32,
+        }
+    }
+}
+
+impl std::fmt::Display for Buf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "memref<?x{}>", self.scalar())
+    }
+}
+
+/// The function under construction.
+pub struct Kernel {
+    body: String,
+    depth: usize,
+    next: u32,
+    begin: Val,
+    end: Val,
+}
+
+/// The text of the kernel `name`: `body` gets its buffers and its sizes.
+pub fn define(
+    name: &str,
+    elements: &[Element],
+    sizes: usize,
+    body: impl FnOnce(&mut Kernel, &[Buf], &[Val]),
+) -> String {
+    let buffers: Vec<Buf> = elements.iter().enumerate().map(|(i, &element)| Buf { id: i as u32, element }).collect();
+    let first = buffers.len() as u32;
+    let mut indices: Vec<Val> = (0..sizes as u32 + 2).map(|i| Val { id: first + i, ty: INDEX }).collect();
+    let mut signature: Vec<String> = buffers.iter().map(|b| format!("%{}: {b}", b.id)).collect();
+    signature.extend(indices.iter().map(|v| format!("{v}: index")));
+    let range = indices.split_off(sizes);
+    let mut kernel =
+        Kernel { body: String::new(), depth: 2, next: first + sizes as u32 + 2, begin: range[0], end: range[1] };
+    body(&mut kernel, &buffers, &indices);
+    // Called through two thin wrappers: without `noinline` each would hold a copy.
+    let attributes = r#"llvm.emit_c_interface, passthrough = ["noinline", ["prefer-vector-width", "512"]]"#;
+    format!(
+        "  func.func @{name}({}) attributes {{{attributes}}} {{\n{}    return\n  }}\n",
+        signature.join(", "),
+        kernel.body
+    )
+}
+
+/// The first `N` of a kernel's buffers or sizes.
+pub fn first<const N: usize, T: Copy>(all: &[T]) -> [T; N] {
+    std::array::from_fn(|i| all[i])
+}
+
+#[derive(Clone, Copy)]
+pub enum Order {
+    Lt,
+    Gt,
+    Eq,
+}
+
+#[allow(clippy::wrong_self_convention)] // `from_bits`, `to_index` … convert the value, not the kernel.
+impl Kernel {
+    fn line(&mut self, text: std::fmt::Arguments<'_>) {
+        let _ = writeln!(self.body, "{:indent$}{text}", "", indent = 2 * self.depth);
+    }
+
+    fn fresh(&mut self, ty: Ty) -> Val {
+        self.next += 1;
+        Val { id: self.next - 1, ty }
+    }
+
+    fn emit(&mut self, ty: Ty, text: std::fmt::Arguments<'_>) -> Val {
+        let result = self.fresh(ty);
+        self.line(format_args!("{result} = {text}"));
+        result
+    }
+
+    fn binary(&mut self, float: &str, int: &str, x: Val, y: Val) -> Val {
+        assert_eq!(x.ty, y.ty, "operands of one type");
+        let name = if x.ty.float() { float } else { int };
+        self.emit(x.ty, format_args!("{name} {x}, {y} : {}", x.ty))
+    }
+
+    // Constants.
+
+    pub fn index(&mut self, n: u64) -> Val {
+        self.emit(INDEX, format_args!("arith.constant {n} : index"))
+    }
+
+    /// A float of type `ty`, the same in every lane.
+    pub fn float(&mut self, x: f64, ty: Ty) -> Val {
+        let x = x as f32;
+        let literal = if x.is_finite() {
+            let text = format!("{x:e}");
+            // MLIR wants a point in every float.
+            if text.contains('.') { text } else { text.replacen('e', ".0e", 1) }
+        } else {
+            format!("0x{:08X}", x.to_bits())
+        };
+        self.literal(&literal, ty)
+    }
+
+    pub fn int(&mut self, x: i64, ty: Ty) -> Val {
+        self.literal(&x.to_string(), ty)
+    }
+
+    fn literal(&mut self, literal: &str, ty: Ty) -> Val {
+        match ty.lanes {
+            None => self.emit(ty, format_args!("arith.constant {literal} : {ty}")),
+            Some(_) => self.emit(ty, format_args!("arith.constant dense<{literal}> : {ty}")),
+        }
+    }
+
+    /// 0, 1, 2, … in `i32` lanes.
+    pub fn lane_numbers(&mut self) -> Val {
+        let numbers: Vec<String> = (0..LANES).map(|i| i.to_string()).collect();
+        let ty = I32.times(LANES);
+        self.emit(ty, format_args!("arith.constant dense<[{}]> : {ty}", numbers.join(", ")))
+    }
+
+    // Arithmetic.
+
+    pub fn add(&mut self, x: Val, y: Val) -> Val {
+        self.binary("arith.addf", "arith.addi", x, y)
+    }
+    pub fn sub(&mut self, x: Val, y: Val) -> Val {
+        self.binary("arith.subf", "arith.subi", x, y)
+    }
+    pub fn mul(&mut self, x: Val, y: Val) -> Val {
+        self.binary("arith.mulf", "arith.muli", x, y)
+    }
+    /// Of integers: of non-negative ones.
+    pub fn div(&mut self, x: Val, y: Val) -> Val {
+        self.binary("arith.divf", "arith.divui", x, y)
+    }
+    pub fn rem(&mut self, x: Val, y: Val) -> Val {
+        self.binary("arith.remf", "arith.remui", x, y)
+    }
+    pub fn xor(&mut self, x: Val, y: Val) -> Val {
+        self.binary("", "arith.xori", x, y)
+    }
+    pub fn and(&mut self, x: Val, y: Val) -> Val {
+        self.binary("", "arith.andi", x, y)
+    }
+    pub fn or(&mut self, x: Val, y: Val) -> Val {
+        self.binary("", "arith.ori", x, y)
+    }
+    pub fn shift_left(&mut self, x: Val, y: Val) -> Val {
+        self.binary("", "arith.shli", x, y)
+    }
+    /// Zeros come in.
+    pub fn shift_right(&mut self, x: Val, y: Val) -> Val {
+        self.binary("", "arith.shrui", x, y)
+    }
+    /// x · y + z, rounded once.
+    pub fn fma(&mut self, x: Val, y: Val, z: Val) -> Val {
+        self.emit(x.ty, format_args!("math.fma {x}, {y}, {z} : {}", x.ty))
+    }
+    pub fn sqrt(&mut self, x: Val) -> Val {
+        self.emit(x.ty, format_args!("math.sqrt {x} : {}", x.ty))
+    }
+
+    pub fn compare(&mut self, x: Val, order: Order, y: Val) -> Val {
+        let name = match order {
+            Order::Lt => "lt",
+            Order::Gt => "gt",
+            Order::Eq => "eq",
+        };
+        let (op, prefix) = match (x.ty.float(), order) {
+            (true, _) => ("cmpf", "o"),
+            (false, Order::Eq) => ("cmpi", ""),
+            (false, _) => ("cmpi", "s"),
+        };
+        self.emit(x.ty.of(Scalar::I1), format_args!("arith.{op} {prefix}{name}, {x}, {y} : {}", x.ty))
+    }
+    /// x ≥ y as unsigned numbers.
+    pub fn at_least_unsigned(&mut self, x: Val, y: Val) -> Val {
+        self.emit(x.ty.of(Scalar::I1), format_args!("arith.cmpi uge, {x}, {y} : {}", x.ty))
+    }
+    pub fn select(&mut self, condition: Val, yes: Val, no: Val) -> Val {
+        let ty = yes.ty;
+        self.emit(ty, format_args!("arith.select {condition}, {yes}, {no} : {}, {ty}", condition.ty))
+    }
+    pub fn max(&mut self, x: Val, y: Val) -> Val {
+        let first = self.compare(x, Order::Gt, y);
+        self.select(first, x, y)
+    }
+    pub fn min(&mut self, x: Val, y: Val) -> Val {
+        let first = self.compare(x, Order::Lt, y);
+        self.select(first, x, y)
+    }
+
+    // Conversions.
+
+    /// The same bits read as another type.
+    fn bitcast(&mut self, x: Val, scalar: Scalar) -> Val {
+        let ty = x.ty.of(scalar);
+        self.emit(ty, format_args!("arith.bitcast {x} : {} to {ty}", x.ty))
+    }
+    pub fn bits(&mut self, x: Val) -> Val {
+        self.bitcast(x, Scalar::I32)
+    }
+    pub fn from_bits(&mut self, x: Val) -> Val {
+        self.bitcast(x, Scalar::F32)
+    }
+    pub fn widen(&mut self, x: Val) -> Val {
+        let ty = x.ty.of(Scalar::I64);
+        self.emit(ty, format_args!("arith.extui {x} : {} to {ty}", x.ty))
+    }
+    pub fn narrow(&mut self, x: Val) -> Val {
+        let ty = x.ty.of(Scalar::I32);
+        self.emit(ty, format_args!("arith.trunci {x} : {} to {ty}", x.ty))
+    }
+    pub fn to_index(&mut self, x: Val) -> Val {
+        self.emit(INDEX, format_args!("arith.index_cast {x} : {} to index", x.ty))
+    }
+    pub fn to_i32(&mut self, x: Val) -> Val {
+        self.emit(I32, format_args!("arith.index_cast {x} : index to i32"))
+    }
+    /// A whole number as a float.
+    pub fn to_float(&mut self, x: Val) -> Val {
+        let x = match x.ty.scalar {
+            Scalar::Index => self.emit(I64, format_args!("arith.index_cast {x} : index to i64")),
+            _ => x,
+        };
+        let ty = x.ty.of(Scalar::F32);
+        self.emit(ty, format_args!("arith.sitofp {x} : {} to {ty}", x.ty))
+    }
+    /// `x` in every lane.
+    pub fn splat(&mut self, x: Val, lanes: u64) -> Val {
+        let ty = x.ty.times(lanes);
+        self.emit(ty, format_args!("vector.broadcast {x} : {} to {ty}", x.ty))
+    }
+    /// x₀, y₀, x₁, y₁, …
+    pub fn interleave(&mut self, x: Val, y: Val) -> Val {
+        let ty = Ty { scalar: x.ty.scalar, lanes: x.ty.lanes.map(|n| 2 * n) };
+        self.emit(ty, format_args!("vector.interleave {x}, {y} : {} -> {ty}", x.ty))
+    }
+
+    /// `n` lanes of `x` from `at` on.
+    pub fn part(&mut self, x: Val, at: u64, n: u64) -> Val {
+        let ty = Ty { lanes: Some(n), ..x.ty };
+        let slice = format!("offsets = [{at}], sizes = [{n}], strides = [1]");
+        self.emit(ty, format_args!("vector.extract_strided_slice {x} {{{slice}}} : {} to {ty}", x.ty))
+    }
+
+    // Across lanes.
+
+    pub fn sum_lanes(&mut self, x: Val) -> Val {
+        // Halves are added to halves: an order of its own, whatever the target would prefer.
+        let mut x = x;
+        while let Some(lanes) = x.ty.lanes.filter(|&n| n > 1) {
+            let (low, high) = (self.part(x, 0, lanes / 2), self.part(x, lanes / 2, lanes / 2));
+            x = self.add(low, high);
+        }
+        self.lane(x, 0)
+    }
+    /// One lane as a scalar.
+    pub fn lane(&mut self, x: Val, lane: u64) -> Val {
+        let ty = Ty { lanes: None, ..x.ty };
+        self.emit(ty, format_args!("vector.extract {x}[{lane}] : {ty} from {}", x.ty))
+    }
+    pub fn max_lanes(&mut self, x: Val) -> Val {
+        self.emit(F32, format_args!("vector.reduction <maxnumf>, {x} : {} into f32", x.ty))
+    }
+
+    // Memory.
+
+    pub fn load(&mut self, from: Buf, at: Val) -> Val {
+        self.emit(from.scalar(), format_args!("memref.load %{}[{at}] : {from}", from.id))
+    }
+    /// An `i32` element as an index.
+    pub fn load_index(&mut self, from: Buf, at: Val) -> Val {
+        let x = self.load(from, at);
+        self.to_index(x)
+    }
+    pub fn store(&mut self, x: Val, to: Buf, at: Val) {
+        self.line(format_args!("memref.store {x}, %{}[{at}] : {to}", to.id));
+    }
+    /// `lanes` elements from `at` on, all of which must exist.
+    pub fn load_vector(&mut self, from: Buf, at: Val, lanes: u64) -> Val {
+        let ty = from.scalar().times(lanes);
+        self.emit(ty, format_args!("vector.load %{}[{at}] : {from}, {ty}", from.id))
+    }
+    pub fn store_vector(&mut self, x: Val, to: Buf, at: Val) {
+        self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty));
+    }
+    /// The lanes of `mask` from memory, `other` in those it leaves out.
+    pub fn load_masked(&mut self, from: Buf, at: Val, mask: Val, other: Val) -> Val {
+        let ty = other.ty;
+        self.emit(
+            ty,
+            format_args!("vector.maskedload %{}[{at}], {mask}, {other} : {from}, {}, {ty} into {ty}", from.id, mask.ty),
+        )
+    }
+    /// The lanes of `mask` from memory, 0 elsewhere.
+    pub fn load_lanes(&mut self, from: Buf, at: Val, mask: Val) -> Val {
+        let ty = from.scalar().times(mask.ty.lanes.expect("a mask is a vector"));
+        let zero = if ty.float() { self.float(0.0, ty) } else { self.int(0, ty) };
+        self.load_masked(from, at, mask, zero)
+    }
+    /// The elements at `at + steps`, lane by lane; 0 in those `mask` leaves out.
+    pub fn gather_lanes(&mut self, from: Buf, at: Val, steps: Val, mask: Val) -> Val {
+        let ty = from.scalar().times(LANES);
+        let zero = self.float(0.0, ty);
+        self.emit(
+            ty,
+            format_args!(
+                "vector.gather %{}[{at}][{steps}], {mask}, {zero} : {from}, {}, {}, {ty} into {ty}",
+                from.id, steps.ty, mask.ty
+            ),
+        )
+    }
+    pub fn store_lanes(&mut self, x: Val, to: Buf, at: Val, mask: Val) {
+        self.line(format_args!("vector.maskedstore %{}[{at}], {mask}, {x} : {to}, {}, {}", to.id, mask.ty, x.ty));
+    }
+    /// The first `n` of `lanes` lanes.
+    pub fn mask(&mut self, n: Val, lanes: u64) -> Val {
+        let ty = Ty { scalar: Scalar::I1, lanes: Some(lanes) };
+        self.emit(ty, format_args!("vector.create_mask {n} : {ty}"))
+    }
+
+    // Control.
+
+    /// The units asked for.
+    pub fn units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
+        let (begin, end) = (self.begin, self.end);
+        self.each(begin, end, 1, body);
+    }
+
+    /// For `from`, `from + step`, … below `to`.
+    pub fn each(&mut self, from: Val, to: Val, step: u64, body: impl FnOnce(&mut Kernel, Val)) {
+        self.fold(from, to, step, &[], |k, i, _| {
+            body(k, i);
+            vec![]
+        });
+    }
+
+    /// The same with values carried from round to round; gives the last ones.
+    pub fn fold(
+        &mut self,
+        from: Val,
+        to: Val,
+        step: u64,
+        start: &[Val],
+        body: impl FnOnce(&mut Kernel, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let step = self.index(step);
+        let at = self.fresh(INDEX);
+        let carried: Vec<Val> = start.iter().map(|v| self.fresh(v.ty)).collect();
+        let results: Vec<Val> = start.iter().map(|v| self.fresh(v.ty)).collect();
+        let head = format!("scf.for {at} = {from} to {to} step {step}");
+        let types = list(start.iter().map(|v| v.ty));
+        if start.is_empty() {
+            self.line(format_args!("{head} {{"));
+        } else {
+            let pairs = list(carried.iter().zip(start).map(|(c, s)| format!("{c} = {s}")));
+            self.line(format_args!("{} = {head} iter_args({pairs}) -> ({types}) {{", list(&results)));
+        }
+        self.depth += 1;
+        let next = body(self, at, &carried);
+        if !next.is_empty() {
+            self.line(format_args!("scf.yield {} : {types}", list(&next)));
+        }
+        self.depth -= 1;
+        self.line(format_args!("}}"));
+        results
+    }
+
+    pub fn when(&mut self, condition: Val, body: impl FnOnce(&mut Kernel)) {
+        self.line(format_args!("scf.if {condition} {{"));
+        self.depth += 1;
+        body(self);
+        self.depth -= 1;
+        self.line(format_args!("}}"));
+    }
+
+    /// A vector a step over `length` elements: the offset and the mask of those that exist.
+    pub fn lanes(&mut self, length: Val, body: impl FnOnce(&mut Kernel, Val, Val)) {
+        self.fold_lanes(length, &[], |k, j, mask, _| {
+            body(k, j, mask);
+            vec![]
+        });
+    }
+
+    pub fn fold_lanes(
+        &mut self,
+        length: Val,
+        start: &[Val],
+        body: impl FnOnce(&mut Kernel, Val, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let zero = self.index(0);
+        self.fold(zero, length, LANES, start, |k, j, carried| {
+            let left = k.sub(length, j);
+            let mask = k.mask(left, LANES);
+            body(k, j, mask, carried)
+        })
+    }
+}
+
+fn list<T: std::fmt::Display>(items: impl IntoIterator<Item = T>) -> String {
+    items.into_iter().map(|x| x.to_string()).collect::<Vec<_>>().join(", ")
+}

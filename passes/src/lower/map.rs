@@ -1,0 +1,588 @@
+//! Operations element by element. A run of them in which each result is read once, over one shape, is
+//! a *group*: one kernel that loads the leaves, evaluates the whole expression and stores once.
+
+use std::fmt::Write;
+
+use peft_grammar::graph::{Dim, Graph, Op, Value};
+use peft_runtime::artifact::{BufferId, Element, Extent};
+use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
+
+use super::kernel::{Buf, I32, Kernel, LANES, VECTOR, Val, define};
+use super::{Lowering, dim_extent, extent, lead_size, math, product};
+
+/// Elements a unit of a kernel without rows works on.
+const BLOCK: u64 = 8192;
+/// Elements of the lanes' loop in kernels that draw random numbers: one generator call gives four.
+const DRAWN: u64 = 4 * LANES;
+/// Operations of one kernel, at most.
+const LARGEST_GROUP: usize = 24;
+
+/// Works element by element.
+pub fn maps(op: &Op) -> bool {
+    use Op::*;
+    matches!(
+        op,
+        Constant { .. }
+            | Add
+            | Sub
+            | Mul
+            | Div
+            | Min
+            | Scale { .. }
+            | Shift { .. }
+            | Exp
+            | Log
+            | Sqrt
+            | Rsqrt
+            | Tanh
+            | Sigmoid
+            | Relu
+            | Step
+            | Gelu
+            | GeluGrad
+            | GeluTanh
+            | GeluTanhGrad
+            | Broadcast { .. }
+            | Dropout { .. }
+    )
+}
+
+/// Which nodes are evaluated inside the kernel of a later one.
+pub struct Groups {
+    /// By node: it has no kernel of its own.
+    pub inner: Vec<bool>,
+    maker: Vec<Option<usize>>,
+}
+
+pub fn group(graph: &Graph, uses: &[usize]) -> Groups {
+    let mut maker = vec![None; graph.values()];
+    for (at, node) in graph.nodes.iter().enumerate() {
+        maker[node.result.0 as usize] = Some(at);
+    }
+    let mut inner = vec![false; graph.nodes.len()];
+    let mut sizes = vec![1; graph.nodes.len()];
+    for (at, node) in graph.nodes.iter().enumerate().filter(|(_, n)| maps(&n.op)) {
+        for &operand in &node.operands {
+            let Some(source) = maker[operand.0 as usize] else { continue };
+            let op = &graph.nodes[source].op;
+            let alike = graph.ty(operand).shape == graph.ty(node.result).shape || matches!(op, Op::Constant { .. });
+            let once = uses[operand.0 as usize] == 1;
+            if maps(op) && alike && once && sizes[at] + sizes[source] <= LARGEST_GROUP {
+                inner[source] = true;
+                sizes[at] += sizes[source];
+            }
+        }
+    }
+    Groups { inner, maker }
+}
+
+impl Groups {
+    /// The node inside the group of its reader that makes `value`.
+    fn inside(&self, value: Value) -> Option<usize> {
+        self.maker[value.0 as usize].filter(|&at| self.inner[at])
+    }
+
+    /// What the group of `root` reads from buffers, each once.
+    pub fn leaves(&self, graph: &Graph, root: usize) -> Vec<Value> {
+        let mut leaves = vec![];
+        for &operand in &graph.nodes[root].operands {
+            match self.inside(operand) {
+                Some(at) => leaves.extend(self.leaves(graph, at)),
+                None => leaves.push(operand),
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        leaves.retain(|v| seen.insert(*v));
+        leaves
+    }
+
+    /// What the group computes, as text, with its leaves numbered.
+    pub fn expression(&self, graph: &Graph, root: usize) -> String {
+        let leaves = if maps(&graph.nodes[root].op) { self.leaves(graph, root) } else { vec![] };
+        let mut text = format!("{}=", graph.ty(graph.nodes[root].result));
+        self.write(graph, root, &leaves, &mut text);
+        text
+    }
+
+    fn write(&self, graph: &Graph, at: usize, leaves: &[Value], text: &mut String) {
+        let node = &graph.nodes[at];
+        let _ = write!(text, "{:?}(", node.op);
+        for &operand in &node.operands {
+            match self.inside(operand) {
+                Some(inner) => self.write(graph, inner, leaves, text),
+                None => {
+                    let _ = write!(text, "{:?}", leaves.iter().position(|&l| l == operand));
+                }
+            }
+            text.push(',');
+        }
+        text.push(')');
+    }
+
+    /// The group's nodes, operands before readers.
+    fn members(&self, graph: &Graph, root: usize) -> Vec<usize> {
+        let mut members = vec![];
+        for &operand in &graph.nodes[root].operands {
+            if let Some(at) = self.inside(operand) {
+                members.extend(self.members(graph, at));
+            }
+        }
+        members.push(root);
+        members
+    }
+}
+
+/// How a leaf lies under the group's shape: for each merged axis, whether it runs along it.
+#[derive(Clone, Debug)]
+struct Leaf {
+    runs: Vec<bool>,
+}
+
+/// One step of the expression on operands that come before it.
+#[derive(Clone, Debug)]
+enum Step {
+    Leaf(usize),
+    Op(Op, Vec<usize>),
+    /// Divided by how often a value was repeated: two of the kernel's sizes, out and in.
+    Mean(usize, usize),
+}
+
+/// The kernel's form: what it is named by.
+struct Form {
+    leaves: Vec<Leaf>,
+    steps: Vec<Step>,
+    ragged: bool,
+    axes: usize,
+    draws: bool,
+}
+
+impl Lowering<'_, '_, '_> {
+    pub(super) fn map(&mut self, root: usize, groups: &Groups) -> Result<(), String> {
+        let graph = self.graph;
+        let result = graph.nodes[root].result;
+        let shape = &self.ty(result).shape;
+        let members = groups.members(graph, root);
+        let is_draw = |&at: &usize| matches!(graph.nodes[at].op, Op::Dropout { .. });
+        let draws = members.iter().any(is_draw);
+        let leaves = groups.leaves(graph, root);
+
+        // Leaves that are arrays of the shape; the generator's key is not one of them.
+        let keys: Vec<Value> = members.iter().filter(|at| is_draw(at)).map(|&at| graph.nodes[at].operands[1]).collect();
+        let arrays: Vec<Value> = leaves.iter().copied().filter(|v| !keys.contains(v)).collect();
+        if keys.windows(2).any(|k| k[0] != k[1]) {
+            return Err("two generators in one group".into());
+        }
+
+        let ragged = matches!(shape.last(), Some(Dim::Keys(_)));
+        let axes = merged_axes(shape, &arrays.iter().map(|&v| &self.ty(v).shape[..]).collect::<Vec<_>>(), draws);
+        let runs = |v: Value| {
+            let own = &self.ty(v).shape;
+            let missing = shape.len() - own.len();
+            let along = |axis: &std::ops::Range<usize>| {
+                let differs = |a: usize| a >= missing && own[a - missing] == shape[a];
+                let trivial = |a: usize| shape[a] == Dim::Const(1);
+                axis.clone().any(|a| differs(a) && !trivial(a))
+            };
+            axes.iter().map(along).collect::<Vec<_>>()
+        };
+        let forms: Vec<Leaf> = arrays.iter().map(|&v| Leaf { runs: runs(v) }).collect();
+
+        let mut sizes: Vec<Extent> = axes.iter().map(|axis| axis_extent(&shape[axis.clone()])).collect();
+        if ragged {
+            let Some(Dim::Keys(extra)) = shape.last() else { unreachable!() };
+            sizes.pop();
+            sizes.extend([Extent::Const(*extra), lead_size(*extra)]);
+        }
+        let mut steps = vec![];
+        let mut step_of = std::collections::HashMap::new();
+        for &at in &members {
+            let node = &graph.nodes[at];
+            let mut operands = vec![];
+            for &operand in node.operands.iter().filter(|v| !keys.contains(v)) {
+                let step = *step_of.entry(operand).or_insert_with(|| {
+                    steps.push(Step::Leaf(arrays.iter().position(|&a| a == operand).expect("a leaf")));
+                    steps.len() - 1
+                });
+                operands.push(step);
+            }
+            if let Op::Broadcast { mean, .. } = node.op {
+                if mean {
+                    steps.push(Step::Mean(operands[0], sizes.len()));
+                    sizes.extend([extent(self.ty(node.result)), extent(self.ty(node.operands[0]))]);
+                    step_of.insert(node.result, steps.len() - 1);
+                } else {
+                    step_of.insert(node.result, operands[0]);
+                }
+                continue;
+            }
+            steps.push(Step::Op(node.op.clone(), operands));
+            step_of.insert(node.result, steps.len() - 1);
+        }
+        let last = *step_of.get(&result).expect("the root is the last member");
+        if last + 1 != steps.len() {
+            steps.push(Step::Op(Op::Scale { by: 1.0 }, vec![last]));
+        }
+
+        let form = Form { leaves: forms, steps, ragged, axes: axes.len(), draws };
+        let out = self.result(result);
+        let mut buffers: Vec<BufferId> = arrays.iter().map(|&v| self.place(v).buffer).collect();
+        let mut elements = vec![Element::F32; buffers.len()];
+        if draws {
+            buffers.push(self.place(keys[0]).buffer);
+            elements.push(Element::I32);
+        }
+        if ragged {
+            buffers.push(self.target.derived("pairs"));
+            elements.push(Element::I32);
+        }
+        buffers.push(out);
+        elements.push(Element::F32);
+
+        let name = form.name();
+        let count = sizes.len();
+        let kernel = self
+            .target
+            .kernel(&name, |name| define(name, &elements, count, |k, buffers, sizes| form.write(k, buffers, sizes)));
+        let rows = product(&shape[..shape.len().min(axes.last().map_or(0, |a| a.start))]);
+        let flat = !ragged && !draws && axes.len() <= 1;
+        let units = if flat { Extent::CeilDiv(Box::new(extent(self.ty(result))), BLOCK) } else { rows };
+        self.label = form.label();
+        self.launch(kernel, buffers, sizes, units);
+        Ok(())
+    }
+}
+
+/// Neighbouring axes that every leaf either runs along or repeats over count as one. Rows and columns
+/// keep apart where the generator counts them, and a ragged axis is always alone.
+fn merged_axes(shape: &[Dim], leaves: &[&[Dim]], draws: bool) -> Vec<std::ops::Range<usize>> {
+    let ragged = matches!(shape.last(), Some(Dim::Keys(_)));
+    let runs = |leaf: &[Dim], axis: usize| {
+        (axis + leaf.len()).checked_sub(shape.len()).is_some_and(|a| leaf[a] == shape[axis])
+    };
+    let mut axes: Vec<std::ops::Range<usize>> = vec![];
+    for axis in 0..shape.len() {
+        let tail = axis + 2 >= shape.len() && (draws || ragged);
+        let joins = axis > 0 && !tail && {
+            // An axis of one element fits either way.
+            let flat = |a: usize| shape[a] == Dim::Const(1);
+            let before = axes.last().map_or(0..0, |r| r.clone());
+            leaves.iter().all(|leaf| before.clone().all(|a| flat(a) || flat(axis) || runs(leaf, a) == runs(leaf, axis)))
+        };
+        match axes.last_mut() {
+            Some(last) if joins => last.end = axis + 1,
+            _ => axes.push(axis..axis + 1),
+        }
+    }
+    axes
+}
+
+fn axis_extent(dims: &[Dim]) -> Extent {
+    match dims {
+        // The caller replaces it.
+        [Dim::Keys(_)] => Extent::Const(0),
+        dims => dims.iter().fold(Extent::Const(1), |n, &d| n * dim_extent(d)),
+    }
+}
+
+impl Form {
+    /// The operations in order, for profiles.
+    fn label(&self) -> String {
+        let names: Vec<&str> =
+            self.steps.iter().filter_map(|s| if let Step::Op(op, _) = s { Some(op.name()) } else { None }).collect();
+        names.join("+")
+    }
+
+    fn name(&self) -> String {
+        let text = format!("{:?} {:?} {} {}", self.leaves, self.steps, self.ragged, self.axes);
+        let hash = blake3::hash(text.as_bytes()).to_hex();
+        let mut ops: Vec<String> = self.label().split('+').map(str::to_string).collect();
+        ops.truncate(4);
+        format!("map_{}_{}", ops.join("_"), &hash[..8])
+    }
+
+    fn write(&self, k: &mut Kernel, buffers: &[Buf], sizes: &[Val]) {
+        let count = self.leaves.len();
+        let key = self.draws.then(|| buffers[count]);
+        let pairs = self.ragged.then(|| buffers[count + usize::from(self.draws)]);
+        let out = *buffers.last().expect("a result");
+        let arrays = &buffers[..count];
+        if !self.ragged && self.axes <= 1 && !self.draws {
+            return self.write_flat(k, arrays, out, sizes);
+        }
+        k.units(|k, row| {
+            // The index on every axis but the last.
+            let lead_axes = self.axes - 1;
+            let mut indices = vec![row; lead_axes];
+            let mut rest = row;
+            for axis in (1..lead_axes).rev() {
+                indices[axis] = k.rem(rest, sizes[axis]);
+                rest = k.div(rest, sizes[axis]);
+            }
+            if lead_axes > 0 {
+                indices[0] = rest;
+            }
+            let length = match pairs {
+                None => sizes[lead_axes],
+                Some(pairs) => {
+                    let i = indices[lead_axes - 1];
+                    let (one, extra) = (k.index(1), sizes[lead_axes]);
+                    let next = k.add(i, one);
+                    let (from, to) = (k.load_index(pairs, i), k.load_index(pairs, next));
+                    let keys = k.sub(to, from);
+                    k.add(keys, extra)
+                }
+            };
+            let all = Leaf { runs: vec![true; self.axes] };
+            let base = self.base(k, &all, &indices, sizes, length, pairs);
+            let sources: Vec<Source> = self
+                .leaves
+                .iter()
+                .zip(arrays)
+                .map(|(leaf, &array)| {
+                    let base = self.base(k, leaf, &indices, sizes, length, pairs);
+                    self.source(k, leaf, array, base)
+                })
+                .collect();
+            let (row_index, lead_index) = match lead_axes {
+                0 => (k.index(0), k.index(0)),
+                1 => (indices[0], k.index(0)),
+                _ => {
+                    let last = lead_axes - 1;
+                    let zero = k.index(0);
+                    let lead = (0..last).fold(zero, |sum, axis| {
+                        let sum = k.mul(sum, sizes[axis]);
+                        k.add(sum, indices[axis])
+                    });
+                    (indices[last], lead)
+                }
+            };
+            let step = if self.draws { DRAWN } else { LANES };
+            let zero = k.index(0);
+            k.each(zero, length, step, |k, j| {
+                let words = key.map(|key| self.draw(k, key, j, row_index, lead_index)).unwrap_or_default();
+                for part in 0..step / LANES {
+                    let offset = k.index(part * LANES);
+                    let at = k.add(j, offset);
+                    let left = k.sub(length, at);
+                    let mask = k.mask(left, LANES);
+                    let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
+                    let value = self.evaluate(k, &sources, at, mask, &words, sizes);
+                    let place = k.add(base, at);
+                    k.store_lanes(value, out, place, mask);
+                }
+            });
+        });
+    }
+
+    /// All leaves lie alike (or are single numbers): blocks of elements.
+    fn write_flat(&self, k: &mut Kernel, arrays: &[Buf], out: Buf, sizes: &[Val]) {
+        let total = if self.axes == 0 { k.index(1) } else { sizes[0] };
+        let zero = k.index(0);
+        let sources: Vec<Source> =
+            self.leaves.iter().zip(arrays).map(|(leaf, &array)| self.source(k, leaf, array, zero)).collect();
+        k.units(|k, unit| {
+            let block = k.index(BLOCK);
+            let start = k.mul(unit, block);
+            let end = k.add(start, block);
+            let end = k.min(end, total);
+            k.each(start, end, LANES, |k, at| {
+                let left = k.sub(end, at);
+                let mask = k.mask(left, LANES);
+                let value = self.evaluate(k, &sources, at, mask, &[], sizes);
+                k.store_lanes(value, out, at, mask);
+            });
+        });
+    }
+
+    /// Where the row at `indices` begins in a leaf.
+    fn base(
+        &self,
+        k: &mut Kernel,
+        leaf: &Leaf,
+        indices: &[Val],
+        sizes: &[Val],
+        length: Val,
+        pairs: Option<Buf>,
+    ) -> Val {
+        let mut rows = k.index(0);
+        let along_last = *leaf.runs.last().unwrap_or(&false);
+        let token_axis = pairs.is_some().then(|| indices.len() - 1);
+        for (axis, &index) in indices.iter().enumerate() {
+            if leaf.runs[axis] && !(along_last && Some(axis) == token_axis) {
+                let scaled = k.mul(rows, sizes[axis]);
+                rows = k.add(scaled, index);
+            }
+        }
+        match (along_last, pairs) {
+            (false, _) => rows,
+            (true, None) => k.mul(rows, length),
+            (true, Some(pairs)) => {
+                let i = indices[indices.len() - 1];
+                let (extra, lead) = (sizes[indices.len()], sizes[indices.len() + 1]);
+                let before = k.load_index(pairs, i);
+                let extras = k.mul(extra, i);
+                let lead = k.mul(rows, lead);
+                let base = k.add(lead, before);
+                k.add(base, extras)
+            }
+        }
+    }
+
+    fn source(&self, k: &mut Kernel, leaf: &Leaf, array: Buf, base: Val) -> Source {
+        if *leaf.runs.last().unwrap_or(&false) {
+            Source::Along(array, base)
+        } else {
+            let x = k.load(array, base);
+            Source::Repeated(k.splat(x, LANES))
+        }
+    }
+
+    fn evaluate(&self, k: &mut Kernel, sources: &[Source], at: Val, mask: Val, words: &[Val], sizes: &[Val]) -> Val {
+        let mut values: Vec<Val> = vec![];
+        let mut draws = 0;
+        for step in &self.steps {
+            let value = match step {
+                Step::Leaf(leaf) => match sources[*leaf] {
+                    Source::Repeated(x) => x,
+                    Source::Along(array, base) => {
+                        let place = k.add(base, at);
+                        k.load_lanes(array, place, mask)
+                    }
+                },
+                Step::Mean(x, size) => {
+                    let (wide, narrow) = (k.to_float(sizes[*size]), k.to_float(sizes[*size + 1]));
+                    let share = k.div(narrow, wide);
+                    let share = k.splat(share, LANES);
+                    k.mul(values[*x], share)
+                }
+                Step::Op(Op::Dropout { p, .. }, operands) => {
+                    let word = words[draws];
+                    draws += 1;
+                    let threshold = k.int(i64::from(dropout_threshold(*p) as i32), word.ty);
+                    let kept = k.at_least_unsigned(word, threshold);
+                    let grown = k.float(1.0 / (1.0 - p), VECTOR);
+                    let grown = k.mul(values[operands[0]], grown);
+                    let zero = k.float(0.0, VECTOR);
+                    k.select(kept, grown, zero)
+                }
+                Step::Op(op, operands) => {
+                    let operands: Vec<Val> = operands.iter().map(|&i| values[i]).collect();
+                    apply(k, op, &operands)
+                }
+            };
+            values.push(value);
+        }
+        *values.last().expect("at least one step")
+    }
+
+    /// The generator's words for columns `j .. j + DRAWN` of a row, for every dropout of the group.
+    fn draw(&self, k: &mut Kernel, key: Buf, j: Val, row: Val, lead: Val) -> Vec<Vec<Val>> {
+        let streams = self.steps.iter().filter_map(|s| match s {
+            Step::Op(Op::Dropout { stream, .. }, _) => Some(*stream),
+            _ => None,
+        });
+        let (zero, one) = (k.index(0), k.index(1));
+        let keys = [k.load(key, zero), k.load(key, one)].map(|x| k.splat(x, LANES));
+        let ty = I32.times(LANES);
+        let four = k.index(4);
+        let first = k.div(j, four);
+        let first = k.to_i32(first);
+        let first = k.splat(first, LANES);
+        let lanes = k.lane_numbers();
+        let block = k.add(first, lanes);
+        let (row, lead) = (k.to_i32(row), k.to_i32(lead));
+        let (row, lead) = (k.splat(row, LANES), k.splat(lead, LANES));
+        streams
+            .collect::<Vec<_>>()
+            .into_iter()
+            .map(|stream| {
+                let stream = k.int(i64::from(stream as i32), ty);
+                let [a, b, c, d] = philox(k, [block, row, lead, stream], keys);
+                let (even, odd) = (k.interleave(a, c), k.interleave(b, d));
+                let words = k.interleave(even, odd);
+                (0..4).map(|part| k.part(words, part * LANES, LANES)).collect()
+            })
+            .collect()
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Source {
+    /// Runs along the last axis from a base.
+    Along(Buf, Val),
+    /// The same for the whole row.
+    Repeated(Val),
+}
+
+/// Philox4x32-10 on a vector of counters, as [`peft_runtime::philox`] has it.
+fn philox(k: &mut Kernel, mut counter: [Val; 4], mut key: [Val; 2]) -> [Val; 4] {
+    let ty = counter[0].ty;
+    for _ in 0..10 {
+        let mut product = |lane: usize, multiplier: u32| {
+            let wide = k.widen(counter[lane]);
+            let factor = k.int(i64::from(multiplier), wide.ty);
+            let wide = k.mul(wide, factor);
+            let half = k.int(32, wide.ty);
+            let high = k.shift_right(wide, half);
+            (k.narrow(high), k.narrow(wide))
+        };
+        let (high0, low0) = product(0, MULTIPLIERS[0]);
+        let (high1, low1) = product(2, MULTIPLIERS[1]);
+        let first = k.xor(high1, counter[1]);
+        let first = k.xor(first, key[0]);
+        let third = k.xor(high0, counter[3]);
+        let third = k.xor(third, key[1]);
+        counter = [first, low1, third, low0];
+        key = [0, 1].map(|i| {
+            let step = k.int(i64::from(WEYL[i] as i32), ty);
+            k.add(key[i], step)
+        });
+    }
+    counter
+}
+
+/// One operation on vectors.
+fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
+    let number = |k: &mut Kernel, value: f64| k.float(value, VECTOR);
+    match op {
+        Op::Constant { value, .. } => number(k, *value),
+        Op::Add => k.add(x[0], x[1]),
+        Op::Sub => k.sub(x[0], x[1]),
+        Op::Mul => k.mul(x[0], x[1]),
+        Op::Div => k.div(x[0], x[1]),
+        Op::Min => k.min(x[0], x[1]),
+        Op::Scale { by } if *by == 1.0 => x[0],
+        Op::Scale { by } => {
+            let by = number(k, *by);
+            k.mul(x[0], by)
+        }
+        Op::Shift { by } => {
+            let by = number(k, *by);
+            k.add(x[0], by)
+        }
+        Op::Exp => math::exp(k, x[0]),
+        Op::Log => math::log(k, x[0]),
+        Op::Sqrt => k.sqrt(x[0]),
+        Op::Rsqrt => {
+            let root = k.sqrt(x[0]);
+            let one = number(k, 1.0);
+            k.div(one, root)
+        }
+        Op::Tanh => math::tanh(k, x[0]),
+        Op::Sigmoid => math::sigmoid(k, x[0]),
+        Op::Relu => {
+            let zero = number(k, 0.0);
+            k.max(x[0], zero)
+        }
+        Op::Step => {
+            let (zero, one) = (number(k, 0.0), number(k, 1.0));
+            let positive = k.compare(x[0], super::kernel::Order::Gt, zero);
+            k.select(positive, one, zero)
+        }
+        Op::Gelu => math::gelu(k, x[0]),
+        Op::GeluGrad => math::gelu_grad(k, x[0]),
+        Op::GeluTanh => math::gelu_tanh(k, x[0]),
+        Op::GeluTanhGrad => math::gelu_tanh_grad(k, x[0]),
+        _ => unreachable!("only what `maps` names"),
+    }
+}

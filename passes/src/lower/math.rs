@@ -1,0 +1,259 @@
+//! Functions of floats without branches and without calls, for any number of lanes.
+//!
+//! The coefficients are minimax fits made for these ranges (Lawson's iteration on Chebyshev nodes);
+//! the error bounds named here are checked on grids by the tests.
+
+use super::kernel::{Kernel, Order, Val};
+
+/// c₀ + c₁x + c₂x² + …
+fn polynomial(k: &mut Kernel, x: Val, coefficients: &[f64]) -> Val {
+    let (last, rest) = coefficients.split_last().expect("a polynomial has coefficients");
+    let start = k.float(*last, x.ty);
+    rest.iter().rev().fold(start, |sum, &c| {
+        let c = k.float(c, x.ty);
+        k.fma(sum, x, c)
+    })
+}
+
+fn magnitude(k: &mut Kernel, x: Val) -> Val {
+    let bits = k.bits(x);
+    let rest = k.int(0x7FFF_FFFF, bits.ty);
+    let bits = k.and(bits, rest);
+    k.from_bits(bits)
+}
+
+/// `x` ≥ 0 with the sign of `sign`.
+fn with_sign(k: &mut Kernel, x: Val, sign: Val) -> Val {
+    let (bits, sign) = (k.bits(x), k.bits(sign));
+    let top = k.int(i64::from(i32::MIN), sign.ty);
+    let sign = k.and(sign, top);
+    let bits = k.or(bits, sign);
+    k.from_bits(bits)
+}
+
+/// eˣ to 2 units in the last place; 0 below the normal numbers, −∞ included.
+pub fn exp(k: &mut Kernel, x: Val) -> Val {
+    let ty = x.ty;
+    // x = n ln 2 + r, |r| ≤ ln 2 / 2. Adding 1.5·2²³ rounds to the integer n, which then stands in the low bits.
+    let (log2e, magic) = (k.float(std::f64::consts::LOG2_E, ty), k.float(12_582_912.0, ty));
+    let (lowest, highest) = (k.float(-87.336_54, ty), k.float(88.722_84, ty));
+    let shifted = k.fma(x, log2e, magic);
+    let n = k.sub(shifted, magic);
+    // ln 2 in two parts, the first with so few bits that n times it is exact.
+    let (high, low) = (k.float(-0.693_359_375, ty), k.float(2.121_944_4e-4, ty));
+    let r = k.fma(n, high, x);
+    let r = k.fma(n, low, r);
+    let q = polynomial(k, r, &[0.5, 0.166_666_669, 4.166_626_87e-2, 8.333_265_21e-3, 1.394_616_33e-3, 1.991_795_23e-4]);
+    let square = k.mul(r, r);
+    let tail = k.fma(q, square, r);
+    let one = k.float(1.0, ty);
+    let power = k.add(one, tail);
+    // Times 2ⁿ: n goes straight into the exponent.
+    let (bits, shifted) = (k.bits(power), k.bits(shifted));
+    let place = k.int(23, bits.ty);
+    let n = k.shift_left(shifted, place);
+    let bits = k.add(bits, n);
+    let value = k.from_bits(bits);
+    let (zero, infinity) = (k.float(0.0, ty), k.float(f64::INFINITY, ty));
+    let small = k.compare(x, Order::Lt, lowest);
+    let value = k.select(small, zero, value);
+    let large = k.compare(x, Order::Gt, highest);
+    let value = k.select(large, infinity, value);
+    // NaN passes both comparisons; adding the argument to itself keeps it.
+    let number = k.compare(x, Order::Eq, x);
+    k.select(number, value, x)
+}
+
+/// ln x to 2 units in the last place; −∞ at 0, NaN below. Subnormal numbers count as 0.
+pub fn log(k: &mut Kernel, x: Val) -> Val {
+    let ty = x.ty;
+    // x = 2ⁿ (1 + f), √½ ≤ 1 + f < √2.
+    let bits = k.bits(x);
+    let root_half = k.int(0x3F35_04F3, bits.ty);
+    let offset = k.sub(bits, root_half);
+    let exponent = k.int(0xFF80_0000_u32 as i32 as i64, bits.ty);
+    let scale = k.and(offset, exponent);
+    let mantissa = k.sub(bits, scale);
+    let mantissa = k.from_bits(mantissa);
+    let one = k.float(1.0, ty);
+    let f = k.sub(mantissa, one);
+    let n = k.to_float(scale);
+    let unit = k.float(1.0 / 8_388_608.0, ty);
+    let n = k.mul(n, unit);
+    let q = polynomial(
+        k,
+        f,
+        &[
+            0.333_333_106,
+            -0.249_999_866,
+            0.200_022_193,
+            -0.166_692_453,
+            0.142_187_804,
+            -0.123_844_943,
+            0.118_723_092,
+            -0.117_887_994,
+            0.069_155_784,
+        ],
+    );
+    let square = k.mul(f, f);
+    let cube = k.mul(square, f);
+    let (high, low) = (k.float(0.693_359_375, ty), k.float(-2.121_944_4e-4, ty));
+    let minus_half = k.float(-0.5, ty);
+    let tail = k.mul(q, cube);
+    let tail = k.fma(n, low, tail);
+    let tail = k.fma(minus_half, square, tail);
+    let value = k.add(f, tail);
+    let value = k.fma(n, high, value);
+    let (zero, infinity) = (k.float(0.0, ty), k.float(f64::INFINITY, ty));
+    let (lowest, nan) = (k.float(f64::NEG_INFINITY, ty), k.float(f64::NAN, ty));
+    let smallest = k.float(f64::from(f32::MIN_POSITIVE), ty);
+    let finite = k.compare(x, Order::Lt, infinity);
+    let value = k.select(finite, value, x);
+    let vanishing = k.compare(x, Order::Lt, smallest);
+    let value = k.select(vanishing, lowest, value);
+    let negative = k.compare(x, Order::Lt, zero);
+    k.select(negative, nan, value)
+}
+
+/// tanh x to 3 units in the last place, near 0 too.
+pub fn tanh(k: &mut Kernel, x: Val) -> Val {
+    let ty = x.ty;
+    let a = magnitude(k, x);
+    let square = k.mul(x, x);
+    let q = polynomial(
+        k,
+        square,
+        &[-0.333_333_310, 0.133_332_122, -0.053_947_458, 0.021_704_159, -0.008_185_271, 0.002_149_675],
+    );
+    let cube = k.mul(square, x);
+    let near = k.fma(q, cube, x);
+    // 1 − 2 / (e²ˣ + 1)
+    let twice = k.add(a, a);
+    let e = exp(k, twice);
+    let (one, two) = (k.float(1.0, ty), k.float(2.0, ty));
+    let e = k.add(e, one);
+    let rest = k.div(two, e);
+    let far = k.sub(one, rest);
+    let far = with_sign(k, far, x);
+    let limit = k.float(0.625, ty);
+    let is_near = k.compare(a, Order::Lt, limit);
+    k.select(is_near, near, far)
+}
+
+/// 1 / (1 + e⁻ˣ)
+pub fn sigmoid(k: &mut Kernel, x: Val) -> Val {
+    let (zero, one) = (k.float(0.0, x.ty), k.float(1.0, x.ty));
+    let minus = k.sub(zero, x);
+    let e = exp(k, minus);
+    let e = k.add(e, one);
+    k.div(one, e)
+}
+
+/// erf x to 1.5·10⁻⁷.
+pub fn erf(k: &mut Kernel, x: Val) -> Val {
+    let ty = x.ty;
+    let a = magnitude(k, x);
+    let square = k.mul(x, x);
+    let q = polynomial(
+        k,
+        square,
+        &[
+            std::f64::consts::FRAC_2_SQRT_PI,
+            -0.376_126_271,
+            0.112_836_002,
+            -2.685_444_46e-2,
+            5.189_535_34e-3,
+            -8.020_841_28e-4,
+            7.889_119_52e-5,
+        ],
+    );
+    let near = k.mul(q, x);
+    // 1 − erfc, whose logarithm is the polynomial; beyond 4 the result rounds to 1.
+    let (one, four) = (k.float(1.0, ty), k.float(4.0, ty));
+    let bounded = k.min(a, four);
+    let log_erfc = polynomial(
+        k,
+        bounded,
+        &[
+            -1.398_623_45e-4,
+            -1.128_171_92,
+            -0.635_732_543,
+            -0.105_998_597,
+            2.385_251_28e-2,
+            -3.762_914_55e-3,
+            3.638_427_07e-4,
+            -1.603_025_34e-5,
+        ],
+    );
+    let erfc = exp(k, log_erfc);
+    let far = k.sub(one, erfc);
+    let far = with_sign(k, far, x);
+    let is_near = k.compare(a, Order::Lt, one);
+    k.select(is_near, near, far)
+}
+
+/// Φ(x), the normal distribution.
+fn normal(k: &mut Kernel, x: Val) -> Val {
+    let (root, half) = (k.float(std::f64::consts::FRAC_1_SQRT_2, x.ty), k.float(0.5, x.ty));
+    let scaled = k.mul(x, root);
+    let e = erf(k, scaled);
+    k.fma(half, e, half)
+}
+
+/// x Φ(x)
+pub fn gelu(k: &mut Kernel, x: Val) -> Val {
+    let phi = normal(k, x);
+    k.mul(x, phi)
+}
+
+/// Φ(x) + x φ(x), φ the normal density
+pub fn gelu_grad(k: &mut Kernel, x: Val) -> Val {
+    let phi = normal(k, x);
+    let minus_half = k.float(-0.5, x.ty);
+    let square = k.mul(x, x);
+    let exponent = k.mul(minus_half, square);
+    let e = exp(k, exponent);
+    let factor = k.float(1.0 / (2.0 * std::f64::consts::PI).sqrt(), x.ty);
+    let density = k.mul(e, factor);
+    k.fma(x, density, phi)
+}
+
+/// √(2/π) and the cube's weight in the approximation of gelu by tanh.
+fn gelu_tanh_constants() -> (f64, f64) {
+    ((2.0 / std::f64::consts::PI).sqrt(), 0.044_715)
+}
+
+/// tanh(√(2/π) (x + 0.044715 x³))
+fn gelu_tanh_core(k: &mut Kernel, x: Val) -> Val {
+    let (root, cubic) = gelu_tanh_constants();
+    let (root, weight) = (k.float(root, x.ty), k.float(root * cubic, x.ty));
+    let square = k.mul(x, x);
+    let inner = k.fma(weight, square, root);
+    let inner = k.mul(inner, x);
+    tanh(k, inner)
+}
+
+/// x/2 · (1 + t), t the core above
+pub fn gelu_tanh(k: &mut Kernel, x: Val) -> Val {
+    let half = k.float(0.5, x.ty);
+    let t = gelu_tanh_core(k, x);
+    let x = k.mul(half, x);
+    k.fma(x, t, x)
+}
+
+/// (1 + t)/2 + x/2 · (1 − t²) · √(2/π) (1 + 3·0.044715 x²)
+pub fn gelu_tanh_grad(k: &mut Kernel, x: Val) -> Val {
+    let (root, cubic) = gelu_tanh_constants();
+    let (half, one) = (k.float(0.5, x.ty), k.float(1.0, x.ty));
+    let (root, weight) = (k.float(root, x.ty), k.float(3.0 * root * cubic, x.ty));
+    let t = gelu_tanh_core(k, x);
+    let square = k.mul(x, x);
+    let inner = k.fma(weight, square, root);
+    let t2 = k.mul(t, t);
+    let slope = k.sub(one, t2);
+    let slope = k.mul(slope, inner);
+    let x = k.mul(half, x);
+    let tail = k.mul(x, slope);
+    let tail = k.add(tail, half);
+    k.fma(half, t, tail)
+}

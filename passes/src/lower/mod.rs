@@ -1,0 +1,370 @@
+//! Lowering to the CPU: every operation becomes a launch of a kernel over flat buffers.
+//!
+//! ```text
+//! graph ─► launches + kernels in scf / vector / memref (this module) ─► LLVM ─► object (crate::codegen)
+//! ```
+//!
+//! A kernel is named by what it does, never by where it stands: twelve layers share one softmax, and
+//! sizes that differ only in number are arguments. Work on frozen weights alone (their packing for the
+//! matmul above all) goes into [`Manifest::prepare`] and is done once.
+
+mod attention;
+mod copy;
+mod gemm;
+mod kernel;
+mod map;
+mod math;
+mod optimizer;
+mod reduce;
+mod rows;
+mod span;
+
+use std::collections::HashMap;
+
+use peft_grammar::graph::{Dim, Graph, Op, Role, Type, Value};
+use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
+
+/// Kernels, and how the entries run them.
+pub struct Lowered {
+    /// Each as the text of an MLIR function, in the manifest's order.
+    pub kernels: Vec<String>,
+    pub manifest: Manifest,
+}
+
+/// Lowers `entries` together, so that they share kernels and prepared weights; the optimizer's step
+/// joins them as `update` if anything trains. `tensors` are the model's, by name.
+pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor]) -> Result<Lowered, String> {
+    let mut target = Target {
+        tensors,
+        kernels: vec![],
+        texts: HashMap::new(),
+        buffers: vec![],
+        bound: HashMap::new(),
+        prepare: vec![],
+    };
+    let mut lowered = std::collections::BTreeMap::new();
+    for (name, graph) in entries {
+        lowered.insert(name.to_string(), Lowering::new(&mut target, graph).run()?);
+    }
+    if tensors.iter().any(|t| t.trainable.is_some()) {
+        lowered.insert("update".into(), optimizer::update(&mut target));
+    }
+    let kernels = target.kernels.iter().map(|name| target.texts[name].1.clone()).collect();
+    let manifest = Manifest {
+        kernels: target.kernels,
+        tensors: tensors.to_vec(),
+        buffers: target.buffers,
+        prepare: target.prepare,
+        entries: lowered,
+        ..Manifest::default()
+    };
+    Ok(Lowered { kernels, manifest })
+}
+
+/// What all entries share.
+struct Target<'a> {
+    tensors: &'a [Tensor],
+    kernels: Vec<String>,
+    /// Index and text of each kernel, by name.
+    texts: HashMap<String, (usize, String)>,
+    buffers: Vec<Buffer>,
+    /// Buffers that exist once whoever asks: inputs, tensors, what is prepared from them.
+    bound: HashMap<String, BufferId>,
+    prepare: Vec<Launch>,
+}
+
+impl Target<'_> {
+    /// The kernel `name`, written by `text` when it is asked for the first time.
+    fn kernel(&mut self, name: &str, text: impl FnOnce(&str) -> String) -> usize {
+        if let Some((index, _)) = self.texts.get(name) {
+            return *index;
+        }
+        let index = self.kernels.len();
+        self.kernels.push(name.to_string());
+        self.texts.insert(name.to_string(), (index, text(name)));
+        index
+    }
+
+    fn buffer(&mut self, element: Element, shape: Vec<Extent>, storage: Storage) -> BufferId {
+        self.buffers.push(Buffer { element, shape, storage });
+        self.buffers.len() - 1
+    }
+
+    /// The one buffer known as `key`.
+    fn bind(&mut self, key: &str, element: Element, shape: Vec<Extent>, storage: Storage) -> BufferId {
+        if let Some(&buffer) = self.bound.get(key) {
+            return buffer;
+        }
+        let buffer = self.buffer(element, shape, storage);
+        self.bound.insert(key.to_string(), buffer);
+        buffer
+    }
+
+    /// One of the index vectors the runtime derives from the sequence lengths.
+    fn derived(&mut self, name: &str) -> BufferId {
+        let length = match name {
+            "offsets" => Extent::Sequences + Extent::Const(1),
+            "pairs" => Extent::Tokens + Extent::Const(1),
+            _ => Extent::Tokens,
+        };
+        self.bind(name, Element::I32, vec![length], Storage::Input(name.into()))
+    }
+}
+
+/// One entry on its way.
+struct Lowering<'t, 'a, 'g> {
+    target: &'t mut Target<'a>,
+    graph: &'g Graph,
+    launches: Vec<Launch>,
+    /// Where each value lies. Reshapes and group members have their source's buffer or none.
+    places: Vec<Option<Place>>,
+    /// Buffers that must be an output's own: the gradient of a tensor.
+    wanted: HashMap<Value, Storage>,
+    uses: Vec<usize>,
+    /// Operands packed for the matmul in this entry, by buffer and layout.
+    packs: HashMap<String, BufferId>,
+    /// The node at hand works on frozen weights alone.
+    frozen: Option<String>,
+    /// The operation at hand, for the launches' labels.
+    label: String,
+}
+
+#[derive(Clone, Debug)]
+struct Place {
+    buffer: BufferId,
+    /// Made of frozen weights alone: by what expression.
+    frozen: Option<String>,
+}
+
+impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
+    fn new(target: &'t mut Target<'a>, graph: &'g Graph) -> Self {
+        let mut uses = vec![0; graph.values()];
+        graph.nodes.iter().flat_map(|n| &n.operands).for_each(|v| uses[v.0 as usize] += 1);
+        graph.outputs.iter().for_each(|(_, v)| uses[v.0 as usize] += 1);
+        Lowering {
+            target,
+            graph,
+            launches: vec![],
+            places: vec![None; graph.values()],
+            wanted: HashMap::new(),
+            uses,
+            packs: HashMap::new(),
+            frozen: None,
+            label: String::new(),
+        }
+    }
+
+    fn run(mut self) -> Result<Entry, String> {
+        for arg in &self.graph.args {
+            let ty = self.graph.ty(arg.value).clone();
+            let (storage, frozen) = match arg.role {
+                Role::Input => (Storage::Input(arg.name.clone()), None),
+                role => {
+                    let index = self.target.tensors.iter().position(|t| t.name == arg.name);
+                    let index = index.ok_or_else(|| format!("the manifest lacks `{}`", arg.name))?;
+                    let frozen = (role == Role::Frozen).then(|| arg.label());
+                    (Storage::Tensor { index, rows: arg.rows }, frozen)
+                }
+            };
+            let element = if ty.dtype == peft_grammar::graph::DType::F32 { Element::F32 } else { Element::I32 };
+            let buffer = self.target.bind(&arg.label(), element, extents(&ty), storage);
+            self.places[arg.value.0 as usize] = Some(Place { buffer, frozen });
+        }
+        self.claim_gradients()?;
+        let groups = map::group(self.graph, &self.uses);
+        for at in 0..self.graph.nodes.len() {
+            if groups.inner[at] {
+                continue;
+            }
+            self.node(at, &groups).map_err(|e| format!("`peft.{}`: {e}", self.graph.nodes[at].op.name()))?;
+        }
+        let mut outputs = vec![];
+        for (name, value) in &self.graph.outputs {
+            let ty = self.graph.ty(*value).clone();
+            let mut buffer = self.place(*value).buffer;
+            let wanted = self.gradient_of(name);
+            let storage = &self.target.buffers[buffer].storage;
+            let own = match &wanted {
+                Some(gradient) => storage == gradient,
+                None => *storage == Storage::Temporary || *storage == Storage::Prepared,
+            };
+            if !own {
+                // A gradient two tensors share, or an output that is an argument.
+                let copy = self.target.buffer(Element::F32, extents(&ty), wanted.unwrap_or(Storage::Temporary));
+                self.label = "copy".into();
+                self.frozen = None;
+                self.copy_all(buffer, copy, extent(&ty));
+                buffer = copy;
+            }
+            outputs.push(Output { name: name.clone(), buffer, shape: extents(&ty) });
+        }
+        Ok(Entry { launches: self.launches, outputs })
+    }
+
+    /// The storage output `name` has if it is the gradient of a tensor.
+    fn gradient_of(&self, name: &str) -> Option<Storage> {
+        let label = name.strip_prefix("grad.")?;
+        let arg = self.graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label)?;
+        let index = self.target.tensors.iter().position(|t| t.name == arg.name)?;
+        Some(Storage::Gradient { index })
+    }
+
+    /// Lets what computes a gradient write straight into the flat vector.
+    fn claim_gradients(&mut self) -> Result<(), String> {
+        let maker: HashMap<Value, usize> =
+            self.graph.nodes.iter().enumerate().map(|(at, node)| (node.result, at)).collect();
+        for (name, value) in &self.graph.outputs {
+            let Some(storage) = self.gradient_of(name) else { continue };
+            let mut root = *value;
+            while let Some(&at) = maker.get(&root)
+                && let Op::Reshape { .. } = self.graph.nodes[at].op
+            {
+                root = self.graph.nodes[at].operands[0];
+            }
+            if maker.contains_key(&root) {
+                self.wanted.entry(root).or_insert(storage);
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&self, value: Value) -> &Place {
+        self.places[value.0 as usize].as_ref().expect("computed before it is read")
+    }
+
+    fn ty(&self, value: Value) -> &'g Type {
+        self.graph.ty(value)
+    }
+
+    /// A buffer for a node's result.
+    fn result(&mut self, value: Value) -> BufferId {
+        let ty = self.graph.ty(value);
+        let buffer = match (self.wanted.get(&value), &self.frozen) {
+            (Some(storage), _) => self.target.buffer(Element::F32, extents(ty), storage.clone()),
+            (None, Some(key)) => self.target.bind(key, Element::F32, extents(ty), Storage::Prepared),
+            (None, None) => self.target.buffer(Element::F32, extents(ty), Storage::Temporary),
+        };
+        self.places[value.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone() });
+        buffer
+    }
+
+    /// A buffer that only this operation's launches share.
+    fn scratch(&mut self, shape: Vec<Extent>) -> BufferId {
+        let storage = if self.frozen.is_some() { Storage::Prepared } else { Storage::Temporary };
+        self.target.buffer(Element::F32, shape, storage)
+    }
+
+    fn launch(&mut self, kernel: usize, buffers: Vec<BufferId>, extents: Vec<Extent>, units: Extent) {
+        let launch = Launch { kernel, buffers, extents, units, op: self.label.clone() };
+        match self.frozen {
+            Some(_) => self.target.prepare.push(launch),
+            None => self.launches.push(launch),
+        }
+    }
+
+    fn node(&mut self, at: usize, groups: &map::Groups) -> Result<(), String> {
+        let node = &self.graph.nodes[at];
+        let operands = &node.operands;
+        self.label = node.op.name().into();
+        if let Op::Reshape { .. } = node.op {
+            let mut place = self.place(operands[0]).clone();
+            place.frozen = place.frozen.map(|key| format!("{key} as {}", self.ty(node.result)));
+            self.places[node.result.0 as usize] = Some(place);
+            return Ok(());
+        }
+        let leaves = if map::maps(&node.op) { groups.leaves(self.graph, at) } else { operands.clone() };
+        let known = leaves.iter().map(|&v| self.place(v).frozen.clone()).collect::<Option<Vec<_>>>();
+        let sized = self.ty(node.result).elements().is_some();
+        self.frozen = match known {
+            Some(parts) if sized && !self.wanted.contains_key(&node.result) => {
+                Some(format!("{:?}({})", groups.expression(self.graph, at), parts.join(", ")))
+            }
+            _ => None,
+        };
+        if let Some(key) = &self.frozen
+            && let Some(&buffer) = self.target.bound.get(key)
+        {
+            // Another entry has prepared it.
+            self.places[node.result.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone() });
+            return Ok(());
+        }
+        if map::maps(&node.op) {
+            return self.map(at, groups);
+        }
+        let b = |this: &Self, i: usize| this.place(operands[i]).buffer;
+        let (x, ty) = (b(self, 0), self.ty(operands[0]));
+        match &node.op {
+            Op::Permute { axes } => self.permute(x, ty, axes, node.result),
+            Op::Slice { axis, start, .. } => self.slice(x, ty, *axis, *start, node.result),
+            Op::Pad { axis, start, .. } => self.pad(x, ty, *axis, *start, node.result),
+            Op::Concat { axis } => self.concat(operands, *axis, node.result),
+            Op::Reduce { axes, mean, .. } => self.reduce(x, ty, axes, *mean, node.result)?,
+            Op::Matmul { transpose_x, transpose_y } => {
+                self.matmul(operands[0], operands[1], *transpose_x, *transpose_y, node.result)
+            }
+            Op::Scores { causal } => self.scores(x, b(self, 1), ty, *causal, node.result),
+            Op::Attend { causal } => self.attend(x, b(self, 1), *causal, false, node.result),
+            Op::AttendTransposed { causal } => self.attend(x, b(self, 1), *causal, true, node.result),
+            Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
+            Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, b(self, 1)], ty, node.result),
+            Op::Normalize { eps } => self.row_kernel(rows::Kind::Normalize(*eps), &[x], ty, node.result),
+            Op::NormalizeVjp { eps } => {
+                self.row_kernel(rows::Kind::NormalizeVjp(*eps), &[x, b(self, 1)], ty, node.result)
+            }
+            Op::Gather { start } => self.gather(x, ty, b(self, 1), *start, node.result),
+            Op::Scatter { start, .. } => self.scatter(x, ty, b(self, 1), *start, node.result),
+            Op::SegmentMean => self.segment_mean(x, node.result),
+            Op::SegmentMeanVjp => self.segment_mean_vjp(x, node.result),
+            Op::CrossEntropy { smoothing } => self.cross_entropy(x, ty, b(self, 1), None, *smoothing, node.result),
+            Op::CrossEntropyVjp { smoothing } => {
+                self.cross_entropy(x, ty, b(self, 1), Some(b(self, 2)), *smoothing, node.result)
+            }
+            _ => unreachable!("the others map elements"),
+        }
+        Ok(())
+    }
+}
+
+// Shapes as extents.
+
+fn dim_extent(dim: Dim) -> Extent {
+    match dim {
+        Dim::Const(n) => Extent::Const(n),
+        Dim::Tokens => Extent::Tokens,
+        Dim::Sequences => Extent::Sequences,
+        Dim::Targets => Extent::Targets,
+        Dim::Values => Extent::Values,
+        Dim::Keys(_) => unreachable!("a ragged axis is sized with the tokens before it"),
+    }
+}
+
+fn product(dims: &[Dim]) -> Extent {
+    dims.iter().fold(Extent::Const(1), |product, &d| product * dim_extent(d))
+}
+
+/// All elements of a type.
+fn extent(ty: &Type) -> Extent {
+    extents(ty).into_iter().fold(Extent::Const(1), |product, e| product * e)
+}
+
+/// Axis by axis; a ragged tail `tokens,keys+c` counts as one axis.
+fn extents(ty: &Type) -> Vec<Extent> {
+    match ty.shape.last() {
+        Some(Dim::Keys(extra)) => {
+            let lead = &ty.shape[..ty.shape.len() - 2];
+            lead.iter().map(|&d| dim_extent(d)).chain([lead_size(*extra)]).collect()
+        }
+        _ => ty.shape.iter().map(|&d| dim_extent(d)).collect(),
+    }
+}
+
+/// Elements of one `[tokens, keys+extra]`.
+fn lead_size(extra: u64) -> Extent {
+    match extra {
+        0 => Extent::Pairs,
+        _ => Extent::Pairs + Extent::Const(extra) * Extent::Tokens,
+    }
+}
+
+#[cfg(test)]
+mod tests;

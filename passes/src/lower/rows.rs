@@ -1,0 +1,441 @@
+//! Operations along rows: softmax and normalization, reading and adding rows, cross entropy.
+
+use peft_grammar::graph::{Type, Value};
+use peft_runtime::artifact::{BufferId, Element, Extent};
+
+use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
+use super::span::{Rows, Span};
+use super::{Lowering, dim_extent, math, product};
+
+/// What a row of the result is of the rows of the operands.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    Softmax,
+    SoftmaxVjp,
+    Normalize(f64),
+    NormalizeVjp(f64),
+}
+
+/// Columns a unit works on where units split the columns.
+const COLUMNS: u64 = 4 * LANES;
+
+impl Lowering<'_, '_, '_> {
+    pub(super) fn row_kernel(&mut self, kind: Kind, operands: &[BufferId], ty: &Type, result: Value) {
+        let rows = Rows::of(ty);
+        let stem = match kind {
+            Kind::Softmax => "softmax".to_string(),
+            Kind::SoftmaxVjp => "softmax_vjp".to_string(),
+            Kind::Normalize(eps) => format!("normalize_{:x}", eps.to_bits()),
+            Kind::NormalizeVjp(eps) => format!("normalize_vjp_{:x}", eps.to_bits()),
+        };
+        let name = format!("{stem}_{}", rows.kind());
+        let count = operands.len() + 1;
+        let mut buffers = operands.to_vec();
+        buffers.push(self.result(result));
+        buffers.extend(rows.places(self.target));
+        let elements: Vec<Element> = (0..count).map(|_| Element::F32).chain(rows.elements()).collect();
+        let kernel = self.target.kernel(&name, |name| {
+            define(name, &elements, 3, |k, buffers, sizes| {
+                k.units(|k, row| {
+                    let span = Rows::span(k, row, sizes, buffers.get(count).copied());
+                    match kind {
+                        Kind::Softmax => softmax(k, first(buffers), span),
+                        Kind::SoftmaxVjp => softmax_vjp(k, first(buffers), span),
+                        Kind::Normalize(eps) => normalize(k, first(buffers), span, eps),
+                        Kind::NormalizeVjp(eps) => normalize_vjp(k, first(buffers), span, eps),
+                    }
+                });
+            })
+        });
+        self.launch(kernel, buffers, rows.sizes().into(), Rows::count(ty));
+    }
+
+    pub(super) fn gather(&mut self, table: BufferId, ty: &Type, ids: BufferId, start: u64, result: Value) {
+        let out = self.result(result);
+        let kernel = self.target.kernel("gather", |name| {
+            define(name, &[Element::F32, Element::I32, Element::F32], 3, |k, buffers, sizes| {
+                let ([table, ids, out], [rows, width, start]) = (first(buffers), first(sizes));
+                k.units(|k, i| {
+                    let (row, inside) = table_row(k, ids, i, start, rows);
+                    let zero = k.index(0);
+                    let row = k.select(inside, row, zero);
+                    let base = k.mul(row, width);
+                    let target = k.mul(i, width);
+                    k.lanes(width, |k, j, mask| {
+                        let left = k.sub(width, j);
+                        let read = k.select(inside, left, zero);
+                        let read = k.mask(read, LANES);
+                        let place = k.add(base, j);
+                        let x = k.load_lanes(table, place, read);
+                        let place = k.add(target, j);
+                        k.store_lanes(x, out, place, mask);
+                    });
+                });
+            })
+        });
+        let sizes = vec![dim_extent(ty.shape[0]), dim_extent(ty.shape[1]), Extent::Const(start)];
+        let units = dim_extent(self.ty(result).shape[0]);
+        self.launch(kernel, vec![table, ids, out], sizes, units);
+    }
+
+    /// Units are blocks of columns: each adds the rows in their order.
+    pub(super) fn scatter(&mut self, ids: BufferId, ids_ty: &Type, y: BufferId, start: u64, result: Value) {
+        let out = self.result(result);
+        let kernel = self.target.kernel("scatter", |name| {
+            define(name, &[Element::I32, Element::F32, Element::F32], 4, |k, buffers, sizes| {
+                let ([ids, y, out], [count, rows, width, start]) = (first(buffers), first(sizes));
+                k.units(|k, unit| {
+                    let zero = k.index(0);
+                    let nothing = k.float(0.0, VECTOR);
+                    k.each(zero, rows, 1, |k, row| {
+                        let base = k.mul(row, width);
+                        columns(k, unit, width, |k, column, mask| {
+                            let place = k.add(base, column);
+                            k.store_lanes(nothing, out, place, mask);
+                        });
+                    });
+                    k.each(zero, count, 1, |k, i| {
+                        let (row, inside) = table_row(k, ids, i, start, rows);
+                        k.when(inside, |k| {
+                            let base = k.mul(row, width);
+                            let source = k.mul(i, width);
+                            columns(k, unit, width, |k, column, mask| {
+                                let place = k.add(source, column);
+                                let x = k.load_lanes(y, place, mask);
+                                let place = k.add(base, column);
+                                let sum = k.load_lanes(out, place, mask);
+                                let sum = k.add(sum, x);
+                                k.store_lanes(sum, out, place, mask);
+                            });
+                        });
+                    });
+                });
+            })
+        });
+        let shape = &self.ty(result).shape;
+        let width = dim_extent(shape[1]);
+        let units = Extent::CeilDiv(Box::new(width.clone()), COLUMNS);
+        let sizes = vec![product(&ids_ty.shape), dim_extent(shape[0]), width, Extent::Const(start)];
+        self.launch(kernel, vec![ids, y, out], sizes, units);
+    }
+
+    pub(super) fn segment_mean(&mut self, x: BufferId, result: Value) {
+        let out = self.result(result);
+        let kernel = self.target.kernel("segment_mean", |name| {
+            define(name, &[Element::F32, Element::F32, Element::I32], 1, |k, buffers, sizes| {
+                let ([x, out, offsets], [width]) = (first(buffers), first(sizes));
+                k.units(|k, s| {
+                    let one = k.index(1);
+                    let next = k.add(s, one);
+                    let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
+                    let length = k.sub(to, from);
+                    let length = k.to_float(length);
+                    let length = k.splat(length, LANES);
+                    let target = k.mul(s, width);
+                    k.lanes(width, |k, j, mask| {
+                        let zero = k.float(0.0, VECTOR);
+                        let sum = k.fold(from, to, 1, &[zero], |k, token, sum| {
+                            let place = k.mul(token, width);
+                            let place = k.add(place, j);
+                            let x = k.load_lanes(x, place, mask);
+                            vec![k.add(sum[0], x)]
+                        });
+                        let mean = k.div(sum[0], length);
+                        let place = k.add(target, j);
+                        k.store_lanes(mean, out, place, mask);
+                    });
+                });
+            })
+        });
+        let offsets = self.target.derived("offsets");
+        let width = dim_extent(self.ty(result).shape[1]);
+        self.launch(kernel, vec![x, out, offsets], vec![width], Extent::Sequences);
+    }
+
+    pub(super) fn segment_mean_vjp(&mut self, y: BufferId, result: Value) {
+        let out = self.result(result);
+        let elements = [Element::F32, Element::F32, Element::I32, Element::I32];
+        let kernel = self.target.kernel("segment_mean_vjp", |name| {
+            define(name, &elements, 1, |k, buffers, sizes| {
+                let ([y, out, offsets, segments], [width]) = (first(buffers), first(sizes));
+                k.units(|k, token| {
+                    let s = k.load_index(segments, token);
+                    let one = k.index(1);
+                    let next = k.add(s, one);
+                    let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
+                    let length = k.sub(to, from);
+                    let length = k.to_float(length);
+                    let length = k.splat(length, LANES);
+                    let (source, target) = (k.mul(s, width), k.mul(token, width));
+                    k.lanes(width, |k, j, mask| {
+                        let place = k.add(source, j);
+                        let x = k.load_lanes(y, place, mask);
+                        let x = k.div(x, length);
+                        let place = k.add(target, j);
+                        k.store_lanes(x, out, place, mask);
+                    });
+                });
+            })
+        });
+        let (offsets, segments) = (self.target.derived("offsets"), self.target.derived("segments"));
+        let width = dim_extent(self.ty(result).shape[1]);
+        self.launch(kernel, vec![y, out, offsets, segments], vec![width], Extent::Tokens);
+    }
+
+    /// The loss of each row; with the loss's adjoint, the adjoint of the logits.
+    pub(super) fn cross_entropy(
+        &mut self,
+        logits: BufferId,
+        ty: &Type,
+        labels: BufferId,
+        adjoint: Option<BufferId>,
+        smoothing: f64,
+        result: Value,
+    ) {
+        let out = self.result(result);
+        let vjp = if adjoint.is_some() { "_vjp" } else { "" };
+        let name = format!("cross_entropy{vjp}_{:x}", smoothing.to_bits());
+        let mut buffers = vec![logits, labels, out];
+        buffers.extend(adjoint);
+        let elements = [Element::F32, Element::I32, Element::F32, Element::F32];
+        let kernel = self.target.kernel(&name, |name| {
+            define(name, &elements[..buffers.len()], 1, |k, buffers, sizes| {
+                let ([logits, labels, out], [width]) = (first(buffers), first(sizes));
+                k.units(|k, row| {
+                    let span = Span { base: k.mul(row, width), length: width };
+                    // A label beyond the classes has weight nowhere.
+                    let zero = k.index(0);
+                    let (class, inside) = table_row(k, labels, row, zero, width);
+                    let class = k.select(inside, class, zero);
+                    let label = k.add(span.base, class);
+                    let lse = logsumexp(k, logits, span);
+                    match buffers.get(3) {
+                        None => {
+                            let loss = cross_entropy(k, logits, span, label, inside, lse, smoothing);
+                            k.store(loss, out, row);
+                        }
+                        Some(&adjoint) => {
+                            let dy = k.load(adjoint, row);
+                            cross_entropy_vjp(k, [logits, out], span, (label, inside), lse, dy, smoothing);
+                        }
+                    }
+                });
+            })
+        });
+        self.launch(kernel, buffers, vec![dim_extent(ty.shape[1])], dim_extent(ty.shape[0]));
+    }
+}
+
+/// Row `ids[i] − start` of a table, and whether it exists.
+fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: Val, rows: Val) -> (Val, Val) {
+    let id = k.load_index(ids, i);
+    let row = k.sub(id, start);
+    // A negative row is a huge unsigned one.
+    let outside = k.at_least_unsigned(row, rows);
+    let (zero, one) = (k.index(0), k.index(1));
+    let flag = k.select(outside, zero, one);
+    let inside = k.compare(flag, Order::Gt, zero);
+    (row, inside)
+}
+
+/// The lanes of block `unit` of the columns.
+pub(super) fn columns(k: &mut Kernel, unit: Val, width: Val, mut body: impl FnMut(&mut Kernel, Val, Val)) {
+    let block = k.index(COLUMNS);
+    let start = k.mul(unit, block);
+    for lane in (0..COLUMNS).step_by(LANES as usize) {
+        let offset = k.index(lane);
+        let column = k.add(start, offset);
+        let left = k.sub(width, column);
+        let mask = k.mask(left, LANES);
+        body(k, column, mask);
+    }
+}
+
+fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
+    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
+    let largest = k.fold_lanes(span.length, &[lowest], |k, j, mask, largest| {
+        let place = k.add(span.base, j);
+        let x = k.load_masked(x, place, mask, lowest);
+        vec![k.max(largest[0], x)]
+    });
+    let largest = k.max_lanes(largest[0]);
+    k.splat(largest, LANES)
+}
+
+fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
+    let zero = k.float(0.0, VECTOR);
+    let sum = k.fold_lanes(span.length, &[zero], |k, j, mask, sum| {
+        let place = k.add(span.base, j);
+        let x = term(k, place, mask);
+        vec![k.add(sum[0], x)]
+    });
+    k.sum_lanes(sum[0])
+}
+
+/// Stores `value` along the row.
+fn fill(k: &mut Kernel, span: Span, out: Buf, mut value: impl FnMut(&mut Kernel, Val, Val) -> Val) {
+    k.lanes(span.length, |k, j, mask| {
+        let place = k.add(span.base, j);
+        let y = value(k, place, mask);
+        k.store_lanes(y, out, place, mask);
+    });
+}
+
+/// `x` in the lanes of `mask`, 0 in the others.
+fn only(k: &mut Kernel, x: Val, mask: Val) -> Val {
+    let zero = k.float(0.0, VECTOR);
+    k.select(mask, x, zero)
+}
+
+fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
+    let max = largest(k, x, span);
+    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
+    let total = sum(k, span, |k, place, mask| {
+        let x = k.load_masked(x, place, mask, lowest);
+        let x = k.sub(x, max);
+        let e = math::exp(k, x);
+        k.store_lanes(e, out, place, mask);
+        e
+    });
+    let one = k.float(1.0, F32);
+    let share = k.div(one, total);
+    let share = k.splat(share, LANES);
+    fill(k, span, out, |k, place, mask| {
+        let e = k.load_lanes(out, place, mask);
+        k.mul(e, share)
+    });
+}
+
+fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {
+    let inner = sum(k, span, |k, place, mask| {
+        let (y, dy) = (k.load_lanes(y, place, mask), k.load_lanes(dy, place, mask));
+        k.mul(y, dy)
+    });
+    let inner = k.splat(inner, LANES);
+    fill(k, span, out, |k, place, mask| {
+        let (y, dy) = (k.load_lanes(y, place, mask), k.load_lanes(dy, place, mask));
+        let rest = k.sub(dy, inner);
+        k.mul(y, rest)
+    });
+}
+
+/// The mean, and 1 / √(var + eps), in every lane.
+fn moments(k: &mut Kernel, x: Buf, span: Span, eps: f64) -> (Val, Val) {
+    let length = k.to_float(span.length);
+    let total = sum(k, span, |k, place, mask| k.load_lanes(x, place, mask));
+    let mean = k.div(total, length);
+    let mean = k.splat(mean, LANES);
+    let squares = sum(k, span, |k, place, mask| {
+        let x = k.load_lanes(x, place, mask);
+        let d = k.sub(x, mean);
+        let d = only(k, d, mask);
+        k.mul(d, d)
+    });
+    let variance = k.div(squares, length);
+    let eps = k.float(eps, F32);
+    let variance = k.add(variance, eps);
+    let deviation = k.sqrt(variance);
+    let one = k.float(1.0, F32);
+    let scale = k.div(one, deviation);
+    (mean, k.splat(scale, LANES))
+}
+
+fn normalize(k: &mut Kernel, [x, out]: [Buf; 2], span: Span, eps: f64) {
+    let (mean, scale) = moments(k, x, span, eps);
+    fill(k, span, out, |k, place, mask| {
+        let x = k.load_lanes(x, place, mask);
+        let d = k.sub(x, mean);
+        k.mul(d, scale)
+    });
+}
+
+/// dx = (dy − mean(dy) − x̂ mean(dy ⊙ x̂)) / σ
+fn normalize_vjp(k: &mut Kernel, [x, dy, out]: [Buf; 3], span: Span, eps: f64) {
+    let (mean, scale) = moments(k, x, span, eps);
+    let hat = |k: &mut Kernel, place: Val, mask: Val| {
+        let x = k.load_lanes(x, place, mask);
+        let d = k.sub(x, mean);
+        k.mul(d, scale)
+    };
+    let length = k.to_float(span.length);
+    let total = sum(k, span, |k, place, mask| k.load_lanes(dy, place, mask));
+    let along = sum(k, span, |k, place, mask| {
+        let hat = hat(k, place, mask);
+        let dy = k.load_lanes(dy, place, mask);
+        k.mul(hat, dy)
+    });
+    let (total, along) = (k.div(total, length), k.div(along, length));
+    let (total, along) = (k.splat(total, LANES), k.splat(along, LANES));
+    fill(k, span, out, |k, place, mask| {
+        let hat = hat(k, place, mask);
+        let dy = k.load_lanes(dy, place, mask);
+        let d = k.sub(dy, total);
+        let share = k.mul(hat, along);
+        let d = k.sub(d, share);
+        k.mul(d, scale)
+    });
+}
+
+fn logsumexp(k: &mut Kernel, x: Buf, span: Span) -> Val {
+    let max = largest(k, x, span);
+    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
+    let total = sum(k, span, |k, place, mask| {
+        let x = k.load_masked(x, place, mask, lowest);
+        let x = k.sub(x, max);
+        math::exp(k, x)
+    });
+    let total = math::log(k, total);
+    let max = k.lane(max, 0);
+    k.add(max, total)
+}
+
+/// ℓ = lse − (1−e) x_label − e/V Σ x
+fn cross_entropy(k: &mut Kernel, logits: Buf, span: Span, label: Val, inside: Val, lse: Val, smoothing: f64) -> Val {
+    let x = k.load(logits, label);
+    let zero = k.float(0.0, F32);
+    let x = k.select(inside, x, zero);
+    let weight = k.float(1.0 - smoothing, F32);
+    let hit = k.mul(weight, x);
+    let loss = k.sub(lse, hit);
+    if smoothing == 0.0 {
+        return loss;
+    }
+    let total = sum(k, span, |k, place, mask| k.load_lanes(logits, place, mask));
+    let width = k.to_float(span.length);
+    let mean = k.div(total, width);
+    let weight = k.float(smoothing, F32);
+    let spread = k.mul(weight, mean);
+    k.sub(loss, spread)
+}
+
+/// dx = dℓ (softmax(x) − w)
+fn cross_entropy_vjp(
+    k: &mut Kernel,
+    [logits, out]: [Buf; 2],
+    span: Span,
+    (label, inside): (Val, Val),
+    lse: Val,
+    dy: Val,
+    smoothing: f64,
+) {
+    let lse = k.splat(lse, LANES);
+    let scale = k.splat(dy, LANES);
+    let width = k.to_float(span.length);
+    let weight = k.float(smoothing, F32);
+    let spread = k.div(weight, width);
+    let spread = k.splat(spread, LANES);
+    fill(k, span, out, |k, place, mask| {
+        let x = k.load_lanes(logits, place, mask);
+        let x = k.sub(x, lse);
+        let p = math::exp(k, x);
+        let p = k.sub(p, spread);
+        k.mul(scale, p)
+    });
+    k.when(inside, |k| {
+        let weight = k.float(1.0 - smoothing, F32);
+        let hit = k.mul(weight, dy);
+        let d = k.load(out, label);
+        let d = k.sub(d, hit);
+        k.store(d, out, label);
+    });
+}

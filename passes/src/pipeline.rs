@@ -1,0 +1,177 @@
+//! The way of a model from its equations to kernels, on one screen.
+
+use std::time::{Duration, Instant};
+
+use peft_grammar::graph::Graph;
+use peft_grammar::model::{Model, Trainable};
+use peft_runtime::artifact::Tensor;
+
+use crate::dialect::Dialect;
+use crate::fuse::fuse;
+use crate::gradient::differentiate;
+use crate::inference::inference;
+use crate::lower::{Lowered, lower};
+use crate::partition::partition;
+use crate::{Error, codegen};
+
+/// What `--emit` takes: every form a model has on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Syntax with places, nothing resolved.
+    Ast,
+    /// Names resolved, methods expanded at their sites, shapes known, trainable set decided.
+    Model,
+    /// The equations as written, in the `peft` dialect.
+    Peft,
+    /// The same with derivatives.
+    Grad,
+    /// After the fusion rules.
+    Fused,
+    /// Kernels in `scf`, `vector` and `memref`.
+    Loops,
+    /// Kernels in the `llvm` dialect.
+    Llvm,
+}
+
+impl Stage {
+    pub const ALL: [(Stage, &str); 7] = [
+        (Stage::Ast, "ast"),
+        (Stage::Model, "model"),
+        (Stage::Peft, "peft"),
+        (Stage::Grad, "grad"),
+        (Stage::Fused, "fused"),
+        (Stage::Loops, "loops"),
+        (Stage::Llvm, "llvm"),
+    ];
+}
+
+/// An entry point of an artifact; the optimizer's step, `update`, is the same for all models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Loss, logits and what the model exposes, without dropout and smoothing.
+    Forward,
+    /// The training form: loss, logits, what is exposed, and every gradient.
+    Grad,
+    /// The training form: loss and every gradient.
+    Train,
+}
+
+impl Entry {
+    pub const ALL: [(Entry, &str); 3] = [(Entry::Forward, "forward"), (Entry::Grad, "grad"), (Entry::Train, "train")];
+
+    /// The model's graph with this entry's outputs.
+    fn of(self, model: &Model) -> Graph {
+        let mut graph = model.graph.clone();
+        let (_, name) = Entry::ALL.iter().find(|(e, _)| *e == self).expect("all are listed");
+        graph.name = name.to_string();
+        if self == Entry::Train {
+            graph.outputs.retain(|(name, _)| name == "loss");
+        }
+        graph
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Names of fusion rules to leave out; `all` for every one.
+    pub without: Vec<String>,
+    /// Where the way ends.
+    pub until: Stage,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { without: vec![], until: Stage::Llvm }
+    }
+}
+
+/// How long each stage took.
+pub type Timings = Vec<(&'static str, Duration)>;
+
+/// What came out: the graphs at the stage asked for, and kernels if the way went so far.
+pub struct Compiled {
+    pub graphs: Vec<Graph>,
+    pub lowered: Option<Lowered>,
+    pub timings: Timings,
+}
+
+/// Every stage in order; the verifier runs after each one.
+pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Options) -> Result<Compiled, Error> {
+    let mut way = Way { dialect, timings: vec![] };
+    let rule = |name: &str| !options.without.iter().any(|w| w == name || w == "all");
+    let trains = |e: Entry| e != Entry::Forward && model.params.iter().any(|p| p.trainable != Trainable::No);
+    let each = |graphs: Vec<Graph>, pass: &dyn Fn(Entry, &Graph) -> Result<Graph, String>| {
+        entries.iter().zip(&graphs).map(|(&entry, graph)| pass(entry, graph)).collect()
+    };
+
+    let mut graphs: Vec<Graph> = entries.iter().map(|e| e.of(model)).collect();
+    if options.until >= Stage::Peft {
+        graphs = way.stage("peft", || Ok(graphs))?;
+    }
+    if options.until >= Stage::Grad {
+        graphs = way.stage("inference", || {
+            each(graphs, &|e, g| if e == Entry::Forward { inference(g) } else { Ok(g.clone()) })
+        })?;
+        graphs = way.stage("partition", || each(graphs, &|_, g| partition(g)))?;
+        graphs =
+            way.stage("grad", || each(graphs, &|e, g| if trains(e) { differentiate(g) } else { Ok(g.clone()) }))?;
+    }
+    if options.until >= Stage::Fused {
+        graphs = way.stage("fused", || each(graphs, &|_, g| fuse(g, rule)))?;
+    }
+    let mut lowered = None;
+    if options.until >= Stage::Loops {
+        let begun = Instant::now();
+        let named: Vec<(&str, &Graph)> = graphs.iter().map(|g| (g.name.as_str(), g)).collect();
+        let blame = |message| Error::Invalid { stage: "loops".into(), message };
+        lowered = Some(lower(&named, &tensors(model)).map_err(blame)?);
+        way.timings.push(("loops", begun.elapsed()));
+    }
+    Ok(Compiled { graphs, lowered, timings: way.timings })
+}
+
+/// Prints what `options.until` asked for, in a form that reads back.
+pub fn emit(dialect: &Dialect, compiled: &Compiled, stage: Stage, locations: bool) -> Result<String, Error> {
+    let graphs: Vec<&Graph> = compiled.graphs.iter().collect();
+    match (stage, &compiled.lowered) {
+        (Stage::Loops, Some(lowered)) => codegen::loops(dialect, &lowered.kernels),
+        (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels),
+        _ if locations => dialect.print_with_locations(&graphs),
+        _ => dialect.print(&graphs),
+    }
+}
+
+struct Way<'d> {
+    dialect: &'d Dialect,
+    timings: Timings,
+}
+
+impl Way<'_> {
+    fn stage(
+        &mut self,
+        name: &'static str,
+        pass: impl FnOnce() -> Result<Vec<Graph>, String>,
+    ) -> Result<Vec<Graph>, Error> {
+        let begun = Instant::now();
+        let blame = |message| Error::Invalid { stage: name.into(), message };
+        let graphs = pass().map_err(blame)?;
+        self.dialect.verify(name, &graphs.iter().collect::<Vec<_>>())?;
+        self.timings.push((name, begun.elapsed()));
+        Ok(graphs)
+    }
+}
+
+/// The model's tensors as the artifact wants them.
+pub fn tensors(model: &Model) -> Vec<Tensor> {
+    let tensor = |p: &peft_grammar::model::Param| Tensor {
+        name: p.name.clone(),
+        shape: p.shape.clone(),
+        trainable: match p.trainable {
+            Trainable::No => None,
+            Trainable::All => Some((0, p.shape.first().copied().unwrap_or(1))),
+            Trainable::Rows(start, end) => Some((start, end)),
+        },
+        decay: p.decay,
+    };
+    model.params.iter().map(tensor).collect()
+}

@@ -1,0 +1,173 @@
+//! Artifacts on disk: a directory `NAME.peftc` of `manifest.json` and `kernels.so`.
+//!
+//! Writing is all or nothing: a sibling directory is filled and then renamed. Reading trusts nothing: an
+//! artifact made by another version, for another processor, or damaged on its way is refused with
+//! the file and the mend in the message.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use crate::artifact::{FORMAT, Manifest};
+use crate::validate::validate;
+
+pub const MANIFEST: &str = "manifest.json";
+pub const LIBRARY: &str = "kernels.so";
+
+const MEND: &str = "compile it again with `peftc compile SPEC -o ARTIFACT`";
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("cannot write `{path}`: {source}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("`{path}` exists and is no artifact, so it is not replaced; give another name")]
+    Occupied { path: PathBuf },
+    #[error("cannot read `{path}`: {source}; {hint}")]
+    Read { path: PathBuf, source: io::Error, hint: String },
+    #[error("`{path}` is damaged: {why}; {MEND}")]
+    Damaged { path: PathBuf, why: String },
+    #[error("`{path}` has format {found}, this peftc reads format {FORMAT}; {MEND}, or use the peftc that wrote it")]
+    Format { path: PathBuf, found: u64 },
+    #[error("`{path}` was compiled for {found}, this machine is {here}; {MEND} on this machine")]
+    Arch { path: PathBuf, found: String, here: &'static str },
+    #[error("`{path}` was compiled for a processor with {missing}, which this one lacks; {MEND} on this machine")]
+    Features { path: PathBuf, missing: String },
+}
+
+/// Writes `manifest` and the library at `library` as the artifact `path`, in place of an older one.
+/// Format and hash are filled in here.
+pub fn save(path: &Path, manifest: &Manifest, library: &Path) -> Result<(), StoreError> {
+    let failed = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| StoreError::Write { path, source }
+    };
+    if path.exists() && !path.join(MANIFEST).is_file() {
+        return Err(StoreError::Occupied { path: path.to_path_buf() });
+    }
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(failed(parent))?;
+    let code = fs::read(library).map_err(|source| StoreError::Read {
+        path: library.to_path_buf(),
+        source,
+        hint: "it is what the compiler has just linked".into(),
+    })?;
+    let manifest = Manifest { format: FORMAT, library: blake3::hash(&code).to_hex().to_string(), ..manifest.clone() };
+    let text = serde_json::to_vec(&manifest).map_err(|e| failed(&path.join(MANIFEST))(e.into()))?;
+
+    let fresh = sibling(parent).map_err(failed(parent))?;
+    for (name, bytes) in [(LIBRARY, &code), (MANIFEST, &text)] {
+        write_synced(&fresh.path().join(name), bytes).map_err(failed(&path.join(name)))?;
+    }
+    // An older artifact steps aside, so that one of the two stands whatever happens.
+    let aside = sibling(parent).map_err(failed(parent))?;
+    let old = aside.path().join("old");
+    let replaces = path.exists();
+    if replaces {
+        fs::rename(path, &old).map_err(failed(path))?;
+    }
+    if let Err(source) = fs::rename(fresh.path(), path) {
+        if replaces {
+            fs::rename(&old, path).map_err(failed(path))?;
+        }
+        return Err(failed(path)(source));
+    }
+    // It has moved: there is nothing left to remove.
+    let _ = fresh.keep();
+    sync_directory(parent);
+    Ok(())
+}
+
+/// A directory beside the artifact that goes when it is dropped.
+fn sibling(parent: &Path) -> io::Result<tempfile::TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".peftc-");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    builder.tempdir_in(parent)
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Makes renames last through a power cut, where the system can.
+pub(crate) fn sync_directory(path: &Path) {
+    if let Ok(directory) = File::open(path) {
+        let _ = directory.sync_all();
+    }
+}
+
+/// Reads the artifact `path`: its manifest, checked, and where its library lies.
+pub fn load(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
+    let (file, library) = (path.join(MANIFEST), path.join(LIBRARY));
+    let read = |file: &Path| {
+        fs::read(file).map_err(|source| StoreError::Read {
+            path: file.to_path_buf(),
+            hint: match path.is_dir() {
+                true => format!("`{}` is no complete artifact, {MEND}", path.display()),
+                false => "an artifact is a directory NAME.peftc that `peftc compile` writes".into(),
+            },
+            source,
+        })
+    };
+    let damaged = |path: &Path, why: String| StoreError::Damaged { path: path.to_path_buf(), why };
+
+    let text = read(&file)?;
+    // The version is read by itself: a newer manifest may have another form altogether.
+    let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| damaged(&file, e.to_string()))?;
+    match value.get("format").and_then(serde_json::Value::as_u64) {
+        Some(found) if found == u64::from(FORMAT) => {}
+        Some(found) => return Err(StoreError::Format { path: file, found }),
+        None => return Err(damaged(&file, "it names no format".into())),
+    }
+    let manifest: Manifest = serde_json::from_value(value).map_err(|e| damaged(&file, e.to_string()))?;
+    validate(&manifest).map_err(|why| damaged(&file, why))?;
+
+    let here = std::env::consts::ARCH;
+    if manifest.arch != here {
+        return Err(StoreError::Arch { path: path.to_path_buf(), found: manifest.arch, here });
+    }
+    let missing: Vec<&str> = manifest.features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
+    if !missing.is_empty() {
+        return Err(StoreError::Features { path: path.to_path_buf(), missing: missing.join(", ") });
+    }
+    if blake3::hash(&read(&library)?).to_hex().as_str() != manifest.library {
+        return Err(damaged(&library, "it is not the library its manifest was written with".into()));
+    }
+    Ok((manifest, library))
+}
+
+macro_rules! detected {
+    ($($llvm:literal => $rust:tt),* $(,)?) => {
+        /// The features of this processor that kernels may ask for, by LLVM's names.
+        #[cfg(target_arch = "x86_64")]
+        pub fn features() -> Vec<&'static str> {
+            let mut found = vec![];
+            $(if std::arch::is_x86_feature_detected!($rust) { found.push($llvm); })*
+            found
+        }
+    };
+}
+
+detected! {
+    "sse3" => "sse3", "ssse3" => "ssse3", "sse4.1" => "sse4.1", "sse4.2" => "sse4.2", "popcnt" => "popcnt",
+    "avx" => "avx", "avx2" => "avx2", "fma" => "fma", "f16c" => "f16c", "bmi" => "bmi1", "bmi2" => "bmi2",
+    "lzcnt" => "lzcnt", "movbe" => "movbe",
+    "avx512f" => "avx512f", "avx512cd" => "avx512cd", "avx512bw" => "avx512bw", "avx512dq" => "avx512dq",
+    "avx512vl" => "avx512vl", "avx512ifma" => "avx512ifma", "avx512vbmi" => "avx512vbmi",
+    "avx512vbmi2" => "avx512vbmi2", "avx512vnni" => "avx512vnni", "avx512bitalg" => "avx512bitalg",
+    "avx512vpopcntdq" => "avx512vpopcntdq", "avx512bf16" => "avx512bf16",
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn features() -> Vec<&'static str> {
+    vec![]
+}
+
+/// Accepts LLVM's `+avx2`, and Rust's `bmi1` for its `bmi`. On other processors only x86's are asked for.
+fn has_feature(name: &str) -> bool {
+    let name = name.strip_prefix('+').unwrap_or(name);
+    features().contains(&if name == "bmi1" { "bmi" } else { name })
+}

@@ -1,0 +1,30 @@
+use std::path::PathBuf;
+
+use crate::failure::Failure;
+use crate::spec;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    #[arg(required = true, value_name = "SPEC")]
+    specs: Vec<PathBuf>,
+    /// Set a value of the spec, such as `train.steps=20`
+    #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
+    set: Vec<(String, String)>,
+}
+
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    let mut wrong = vec![];
+    for path in &arguments.specs {
+        match spec::load(path, &arguments.set, super::color()) {
+            Ok(model) => super::print(&format!(
+                "{}: ok, {} of {} values train",
+                path.display(),
+                model.trainable_elements(),
+                model.params.iter().map(|p| p.elements()).sum::<u64>()
+            )),
+            Err(Failure::Spec(text)) => wrong.push(text),
+            Err(other) => return Err(other),
+        }
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(Failure::Spec(wrong.join("\n"))) }
+}

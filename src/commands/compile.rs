@@ -1,0 +1,113 @@
+use std::path::PathBuf;
+use std::time::Instant;
+
+use peft_passes::dialect::Dialect;
+use peft_passes::pipeline::{self, Entry, Options, Stage};
+use peft_runtime::store;
+
+use super::source::{self, Source};
+use crate::failure::Failure;
+use crate::{compiler, spec};
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    source: Source,
+    /// Show a stage instead: ast, model, peft, grad, fused, loops or llvm
+    #[arg(long, value_name = "STAGE", value_parser = stage)]
+    emit: Option<Stage>,
+    /// Which entry point `--emit` shows: forward, grad or train
+    #[arg(long, default_value = "train", value_parser = entry)]
+    entry: Entry,
+    /// Where the artifact (or the stage) goes; `NAME.peftc` here if not given
+    #[arg(short, long)]
+    output: Option<PathBuf>,
+    /// Show model and syntax as JSON, which reads back
+    #[arg(long)]
+    json: bool,
+    /// Show the place in the spec behind every operation
+    #[arg(long)]
+    locations: bool,
+}
+
+fn stage(text: &str) -> Result<Stage, String> {
+    let known = || Stage::ALL.map(|(_, name)| name).join(", ");
+    Stage::ALL
+        .iter()
+        .find(|(_, name)| *name == text)
+        .map(|(s, _)| *s)
+        .ok_or_else(|| format!("the stages are {}", known()))
+}
+
+fn entry(text: &str) -> Result<Entry, String> {
+    let known = || Entry::ALL.map(|(_, name)| name).join(", ");
+    Entry::ALL
+        .iter()
+        .find(|(_, name)| *name == text)
+        .map(|(e, _)| *e)
+        .ok_or_else(|| format!("the entries are {}", known()))
+}
+
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    arguments.source.check_target()?;
+    match arguments.emit {
+        Some(stage) => emit(&arguments, stage),
+        None => compile(&arguments),
+    }
+}
+
+fn compile(arguments: &Arguments) -> Result<(), Failure> {
+    let source = &arguments.source;
+    let begun = Instant::now();
+    let model = spec::load(&source.path, &source.set, super::color())?;
+    let checked = begun.elapsed();
+    let artifact = compiler::compile(&model, &source.options())?;
+    let out = arguments.output.clone().unwrap_or_else(|| format!("{}.peftc", model.name).into());
+    store::save(&out, &artifact.manifest, &artifact.library)?;
+    if source.timings {
+        super::say(&source::timings(&[&[("check", checked)], &artifact.timings[..]].concat()));
+    }
+    let found = if artifact.cached { " (from the cache)" } else { "" };
+    let launches = artifact.manifest.entries.get("train").map_or(0, |e| e.launches.len());
+    super::print(&format!(
+        "{}: {} kernels, {launches} launches a training step{found}",
+        out.display(),
+        artifact.manifest.kernels.len()
+    ));
+    Ok(())
+}
+
+fn emit(arguments: &Arguments, stage: Stage) -> Result<(), Failure> {
+    let source = &arguments.source;
+    let text = match stage {
+        Stage::Ast => {
+            let text = spec::read(&source.path)?;
+            let name = source.path.to_string_lossy();
+            let ast = peft_grammar::parse(&name, &text).map_err(|d| Failure::Spec(d.render(super::color())))?;
+            ast.to_json()
+        }
+        _ => {
+            let model = spec::load(&source.path, &source.set, super::color())?;
+            match stage {
+                Stage::Model if arguments.json => model.to_json(),
+                Stage::Model => model.to_string(),
+                _ => {
+                    let dialect = Dialect::new()?;
+                    let options = Options { until: stage, ..source.options() };
+                    let compiled = pipeline::run(&dialect, &model, &[arguments.entry], &options)?;
+                    if source.timings {
+                        super::say(&source::timings(&compiled.timings));
+                    }
+                    pipeline::emit(&dialect, &compiled, stage, arguments.locations)?
+                }
+            }
+        }
+    };
+    match &arguments.output {
+        Some(path) => super::write(path, &text),
+        None => {
+            super::print(text.trim_end());
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,40 @@
+use std::path::PathBuf;
+
+use peft_runtime::Session;
+
+use super::source::{self, Source};
+use crate::data::Dataset;
+use crate::failure::Failure;
+use crate::training;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    source: Source,
+    #[arg(long)]
+    data: PathBuf,
+    /// A Hugging Face model directory, or `random`
+    #[arg(long)]
+    weights: PathBuf,
+    /// Trained values, `adapter.safetensors`; the untrained model without it
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// A directory with a tokenizer; the weights' own if not given
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+}
+
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    let ready = arguments.source.open()?;
+    let model = ready.model;
+    let tokenizer = source::tokenizer(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
+    let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
+    let weights = source::weights(&arguments.weights, &model)?;
+    let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    if let Some(path) = &arguments.adapter {
+        training::apply(&mut session, path)?;
+    }
+    let figures = training::evaluate(&mut session, &model, &data)?;
+    super::print(&format!("{}: {} examples, {}", arguments.data.display(), data.len(), figures.describe()));
+    Ok(())
+}

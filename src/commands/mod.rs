@@ -1,0 +1,78 @@
+//! The command line: one file a command.
+
+mod check;
+#[cfg(feature = "compiler")]
+mod compile;
+mod eval;
+mod fmt;
+mod inspect;
+mod run;
+mod source;
+mod train;
+
+use std::path::Path;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::Failure;
+
+/// A declarative graph compiler for parameter-efficient fine-tuning.
+#[derive(Debug, Parser)]
+#[command(name = "peftc", version, max_term_width = 100)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check specs: diagnostics only
+    Check(check::Arguments),
+    /// Bring specs into the canonical form
+    Fmt(fmt::Arguments),
+    /// Show what a spec trains and stores, and what it costs
+    Inspect(inspect::Arguments),
+    /// Compile a spec to an artifact, or show one of its stages
+    #[cfg(feature = "compiler")]
+    Compile(compile::Arguments),
+    /// Run an entry point on tensors from a file
+    Run(run::Arguments),
+    /// Train
+    Train(train::Arguments),
+    /// Loss and accuracy of an adapter on a data set
+    Eval(eval::Arguments),
+}
+
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    match arguments.command {
+        Command::Check(a) => check::run(a),
+        Command::Fmt(a) => fmt::run(a),
+        Command::Inspect(a) => inspect::run(a),
+        #[cfg(feature = "compiler")]
+        Command::Compile(a) => compile::run(a),
+        Command::Run(a) => run::run(a),
+        Command::Train(a) => train::run(a),
+        Command::Eval(a) => eval::run(a),
+    }
+}
+
+/// Whether messages may carry color.
+fn color() -> bool {
+    use std::io::IsTerminal;
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}
+
+/// What is printed on standard output; a closed pipe is no failure.
+fn print(text: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+fn say(text: &str) {
+    eprintln!("{text}");
+}
+
+/// Writes a result, all of it or nothing.
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    Ok(peft_runtime::adapter::write_whole(path, text.as_bytes())?)
+}

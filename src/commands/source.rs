@@ -1,0 +1,204 @@
+//! Where a command's model comes from: a spec, which is compiled, or an artifact, which has been.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use peft_grammar::model::{Model, Origin, TaskKind};
+use peft_runtime::artifact::Manifest;
+use peft_runtime::{Numbers, Program, store, weights};
+
+use crate::data::Tokenizer;
+use crate::failure::Failure;
+use crate::spec;
+
+/// What every command that runs a model takes.
+#[derive(Debug, clap::Args)]
+pub struct Source {
+    /// A `.peft` spec, or an artifact that `peftc compile` wrote
+    #[arg(value_name = "SPEC|ARTIFACT")]
+    pub path: PathBuf,
+    /// Set a value of the spec, such as `train.steps=20`
+    #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
+    pub set: Vec<(String, String)>,
+    /// What to run on
+    #[arg(long, default_value = "cpu")]
+    pub target: String,
+    /// Leave out fusion rules, by name; all of them without one
+    #[arg(long, value_name = "RULE", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
+    pub no_fuse: Vec<String>,
+    /// Threads to run on; as many as there are cores if not given
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    pub threads: usize,
+    /// Show how long each stage took
+    #[arg(long)]
+    pub timings: bool,
+}
+
+/// A checked model with its program.
+pub struct Ready {
+    pub model: Model,
+    pub program: Program,
+}
+
+impl Source {
+    pub fn is_artifact(&self) -> bool {
+        self.path.is_dir()
+    }
+
+    pub fn check_target(&self) -> Result<(), Failure> {
+        match self.target.as_str() {
+            "cpu" => Ok(()),
+            cuda if cuda == "cuda" || cuda.starts_with("cuda:") => {
+                Err(Failure::Usage("this peftc has no CUDA target yet; leave `--target` out to run on the CPU".into()))
+            }
+            other => Err(Failure::Usage(format!("`{other}` is no target; it is `cpu`"))),
+        }
+    }
+
+    /// The model and its program, compiled now, found in the cache, or loaded.
+    pub fn open(&self) -> Result<Ready, Failure> {
+        self.check_target()?;
+        if self.is_artifact() {
+            return self.load();
+        }
+        self.compile()
+    }
+
+    fn load(&self) -> Result<Ready, Failure> {
+        let (manifest, library) = store::load(&self.path)?;
+        let mut model = described(&self.path, &manifest)?;
+        for (key, value) in &self.set {
+            set(&mut model, key, value)?;
+        }
+        Ok(Ready { model, program: Program::new(manifest, &library)? })
+    }
+
+    #[cfg(feature = "compiler")]
+    fn compile(&self) -> Result<Ready, Failure> {
+        let begun = Instant::now();
+        let model = spec::load(&self.path, &self.set, super::color())?;
+        let checked = begun.elapsed();
+        let artifact = crate::compiler::compile(&model, &self.options())?;
+        if self.timings {
+            super::say(&timings(&[&[("check", checked)], &artifact.timings[..]].concat()));
+        }
+        Ok(Ready { model, program: Program::new(artifact.manifest, &artifact.library)? })
+    }
+
+    #[cfg(feature = "compiler")]
+    pub fn options(&self) -> peft_passes::pipeline::Options {
+        peft_passes::pipeline::Options { without: self.no_fuse.clone(), ..Default::default() }
+    }
+
+    #[cfg(not(feature = "compiler"))]
+    fn compile(&self) -> Result<Ready, Failure> {
+        let _ = (Instant::now(), &self.no_fuse, self.timings);
+        Err(Failure::Usage(format!(
+            "{}: this peftc runs artifacts and compiles nothing; make one elsewhere with `peftc compile SPEC -o NAME.peftc`",
+            self.path.display()
+        )))
+    }
+}
+
+/// The model an artifact carries.
+fn described(path: &Path, manifest: &Manifest) -> Result<Model, Failure> {
+    serde_json::from_value(manifest.model.clone()).map_err(|e| {
+        let why = format!("its model cannot be read: {e}");
+        store::StoreError::Damaged { path: path.join(store::MANIFEST), why }.into()
+    })
+}
+
+/// An artifact's recipe may still change; its equations may not.
+fn set(model: &mut Model, key: &str, value: &str) -> Result<(), Failure> {
+    let fixed =
+        || Failure::Usage(format!("`{key}` is compiled into the artifact; compile the spec again to change it"));
+    let recipe = &mut model.train;
+    let bad = || Failure::Usage(format!("`{value}` is no value of `{key}`"));
+    let float = || value.parse::<f64>().map_err(|_| bad());
+    let int = || value.parse::<u64>().map_err(|_| bad());
+    match key {
+        "train.lr" => recipe.lr = float()?,
+        "train.eps" => recipe.eps = float()?,
+        "train.weight_decay" => recipe.weight_decay = float()?,
+        "train.clip" => recipe.clip = float()?,
+        "train.epochs" => recipe.epochs = float()?,
+        "train.steps" => recipe.steps = Some(int()?),
+        "train.batch" if int()? > 0 => recipe.batch = int()?,
+        "train.seed" => recipe.seed = int()?,
+        _ => return Err(fixed()),
+    }
+    Ok(())
+}
+
+#[cfg(feature = "compiler")]
+pub fn timings(all: &[(&str, std::time::Duration)]) -> String {
+    let total: std::time::Duration = all.iter().map(|(_, t)| *t).sum();
+    let lines = all.iter().map(|(stage, time)| format!("  {stage:<10} {:>8.3} s", time.as_secs_f64()));
+    let lines: Vec<String> = lines.chain([format!("  {:<10} {:>8.3} s", "in all", total.as_secs_f64())]).collect();
+    lines.join("\n")
+}
+
+/// Every tensor of the model: `random`, or from a Hugging Face directory.
+pub fn weights(from: &Path, model: &Model) -> Result<Vec<Numbers>, Failure> {
+    if from == Path::new("random") {
+        return Ok(weights::random(&model.params, model.train.seed));
+    }
+    let appended = match &model.task.kind {
+        TaskKind::Generation { special, .. } => special.len() as u64,
+        TaskKind::Classification { .. } => 0,
+    };
+    let loaded = weights::load(from, &model.backbone, &model.params, appended, model.train.seed)?;
+    let heads: Vec<&str> = model
+        .params
+        .iter()
+        .filter(|p| p.origin == Origin::Head && loaded.drawn.contains(&p.name))
+        .map(|p| p.name.as_str())
+        .collect();
+    if !heads.is_empty() {
+        super::say(&format!("new here, drawn at random: {}", heads.join(", ")));
+    }
+    if !loaded.left_over.is_empty() {
+        super::say(&format!("in the files but not of the model: {}", loaded.left_over.join(", ")));
+    }
+    Ok(loaded.tensors)
+}
+
+/// The tokenizer named, or the one beside the weights, or near the data, or in Hugging Face's cache.
+pub fn tokenizer(named: Option<&Path>, weights: &Path, data: &Path, model: &Model) -> Result<Tokenizer, Failure> {
+    let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
+    if let Some(path) = named {
+        return Ok(Tokenizer::load(path, &model.task, vocab)?);
+    }
+    let mut places = vec![];
+    if weights != Path::new("random") {
+        places.push(weights.to_path_buf());
+    }
+    let backbone = &model.backbone.name;
+    let folder = data.parent().map(Path::to_path_buf).unwrap_or_default();
+    places.push(folder.clone());
+    places.push(folder.join("../tokenizers").join(backbone));
+    places.extend(hub(backbone));
+    let holds = |place: &&PathBuf| place.join("tokenizer.json").is_file() || place.join("vocab.json").is_file();
+    match places.iter().find(holds) {
+        Some(place) => Ok(Tokenizer::load(place, &model.task, vocab)?),
+        None => {
+            let places: Vec<String> = places.iter().map(|p| format!("  {}", p.display())).collect();
+            Err(Failure::Usage(format!(
+                "no tokenizer found; name one with `--tokenizer`. Looked in\n{}",
+                places.join("\n")
+            )))
+        }
+    }
+}
+
+/// Snapshots of a model in Hugging Face's cache.
+fn hub(model: &str) -> Vec<PathBuf> {
+    let home = std::env::var_os("HF_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")));
+    let Some(home) = home else { return vec![] };
+    let snapshots = home.join("hub").join(format!("models--{model}")).join("snapshots");
+    let Ok(entries) = std::fs::read_dir(snapshots) else { return vec![] };
+    let mut found: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+    found.sort();
+    found
+}

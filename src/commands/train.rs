@@ -1,0 +1,105 @@
+use std::path::PathBuf;
+use std::time::Duration;
+
+use peft_runtime::Session;
+
+use super::source::{self, Source};
+use crate::budget::Budget;
+use crate::data::Dataset;
+use crate::failure::Failure;
+use crate::training::Training;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    source: Source,
+    /// What to train on: WebNLG's JSON, or lines `sentence<TAB>label`
+    #[arg(long)]
+    data: PathBuf,
+    /// What to judge by after every epoch
+    #[arg(long)]
+    dev: Option<PathBuf>,
+    /// A Hugging Face model directory, or `random`
+    #[arg(long)]
+    weights: PathBuf,
+    /// A directory with a tokenizer; the weights' own if not given
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// Where adapter, state and metrics go; `runs/NAME` if not given
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Go on where the run in `--out` stopped
+    #[arg(long)]
+    resume: bool,
+    /// Of weights, order and dropout
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Show how the time was spent, by operation
+    #[arg(long)]
+    profile: bool,
+}
+
+pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
+    if let Some(seed) = arguments.seed {
+        arguments.source.set.push(("train.seed".into(), seed.to_string()));
+    }
+    let ready = arguments.source.open()?;
+    let model = ready.model;
+    super::say(&Budget::of(&model).table());
+
+    let tokenizer = source::tokenizer(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
+    let read = |path: &PathBuf| -> Result<Dataset, Failure> {
+        let data = Dataset::load(path, &model.task, &tokenizer)?;
+        let cut = if data.cut > 0 { format!(", {} cut", data.cut) } else { String::new() };
+        let (examples, tokens, longest) = (data.len(), data.tokens(), data.longest());
+        super::say(&format!("{}: {examples} examples, {tokens} tokens, the longest {longest}{cut}", path.display()));
+        Ok(data)
+    };
+    let train = read(&arguments.data)?;
+    let dev = arguments.dev.as_ref().map(read).transpose()?;
+
+    let weights = source::weights(&arguments.weights, &model)?;
+    let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    if arguments.profile {
+        session.profile = Some(Default::default());
+    }
+    let out = arguments.out.unwrap_or_else(|| PathBuf::from("runs").join(&model.name));
+    let training = Training {
+        model: &model,
+        session: &mut session,
+        train: &train,
+        dev: dev.as_ref(),
+        out,
+        resume: arguments.resume,
+    };
+    let outcome = training.run()?;
+
+    if let Some(profile) = &session.profile {
+        super::say(&table(profile));
+    }
+    super::print(&format!(
+        "{} steps in {:.1} s, {:.0} tokens/s, peak {:.2} GB",
+        outcome.steps,
+        outcome.seconds,
+        outcome.tokens as f64 / outcome.seconds.max(1e-9),
+        session.peak_bytes() as f64 / 1e9
+    ));
+    super::print(&format!("loss {:.4} at first, {:.4} at last", outcome.first, outcome.last));
+    if let (Some(before), Some(after)) = (&outcome.before, &outcome.after) {
+        super::print(&format!("held out: {} before\n          {} after", before.describe(), after.describe()));
+    }
+    let size = std::fs::metadata(&outcome.adapter).map_or(0, |m| m.len());
+    super::print(&format!("adapter: {} ({:.0} KB)", outcome.adapter.display(), size as f64 / 1e3));
+    Ok(())
+}
+
+fn table(profile: &peft_runtime::Profile) -> String {
+    let mut rows: Vec<(&String, &(Duration, u64))> = profile.iter().collect();
+    rows.sort_by_key(|(_, (time, _))| std::cmp::Reverse(*time));
+    let all: f64 = rows.iter().map(|(_, (time, _))| time.as_secs_f64()).sum();
+    let line = |(op, (time, count)): &(&String, &(Duration, u64))| {
+        let seconds = time.as_secs_f64();
+        format!("  {:>6.1}% {seconds:>9.3} s {count:>7} × {op}", 100.0 * seconds / all)
+    };
+    rows.iter().take(24).map(line).collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,117 @@
+//! From a checked model to a program, through the cache.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use peft_grammar::graph::Graph;
+use peft_grammar::model::Model;
+use peft_passes::codegen;
+use peft_passes::dialect::Dialect;
+use peft_passes::pipeline::{self, Entry, Options, Timings};
+use peft_runtime::artifact::Manifest;
+use peft_runtime::store;
+
+use crate::failure::Failure;
+
+/// A compiled model and where its library lies.
+pub struct Artifact {
+    pub manifest: Manifest,
+    pub library: PathBuf,
+    pub timings: Timings,
+    /// It was there already.
+    pub cached: bool,
+}
+
+/// Compiles `model` with every entry, or finds it in the cache.
+pub fn compile(model: &Model, options: &Options) -> Result<Artifact, Failure> {
+    let begun = Instant::now();
+    let path = cache().map(|cache| cache.join(format!("{}.peftc", key(model, options))));
+    if let Some(path) = &path
+        && path.is_dir()
+        && let Ok((manifest, library)) = store::load(path)
+    {
+        let manifest = Manifest { model: description(model), ..manifest };
+        return Ok(Artifact { manifest, library, timings: vec![("cache", begun.elapsed())], cached: true });
+    }
+    match path {
+        Some(path) => {
+            let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
+            let (manifest, library, timings) = fresh(model, options, folder.path())?;
+            match store::save(&path, &manifest, &library) {
+                Ok(()) => {
+                    let (manifest, library) = store::load(&path)?;
+                    Ok(Artifact { manifest, library, timings, cached: false })
+                }
+                Err(error) => {
+                    tracing::warn!("the cache takes nothing: {error}");
+                    let library = folder.keep().join("kernels.so");
+                    Ok(Artifact { manifest, library, timings, cached: false })
+                }
+            }
+        }
+        None => {
+            let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
+            let (manifest, _, timings) = fresh(model, options, folder.path())?;
+            Ok(Artifact { manifest, library: folder.keep().join("kernels.so"), timings, cached: false })
+        }
+    }
+}
+
+/// The pipeline, then LLVM.
+fn fresh(model: &Model, options: &Options, folder: &Path) -> Result<(Manifest, PathBuf, Timings), Failure> {
+    let entries = Entry::ALL.map(|(entry, _)| entry);
+    let dialect = Dialect::new()?;
+    let compiled = pipeline::run(&dialect, model, &entries, options)?;
+    let lowered = compiled.lowered.expect("the whole way");
+    let mut timings = compiled.timings;
+    let begun = Instant::now();
+    let library = folder.join("kernels.so");
+    codegen::compile(&lowered.kernels, &library)?;
+    timings.push(("llvm", begun.elapsed()));
+    let manifest = Manifest {
+        compiler: compiler(),
+        llvm: codegen::llvm_version().into(),
+        arch: std::env::consts::ARCH.into(),
+        features: store::features().iter().map(|f| f.to_string()).collect(),
+        model: description(model),
+        ..lowered.manifest
+    };
+    Ok((manifest, library, timings))
+}
+
+/// The model without its graph, as an artifact carries it.
+fn description(model: &Model) -> serde_json::Value {
+    let plain = Model { graph: Graph::new(model.graph.name.clone()), ..model.clone() };
+    serde_json::to_value(plain).expect("a model is plain data")
+}
+
+fn compiler() -> String {
+    format!("peftc {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// What a compiled model depends on: the equations, which values train, the rules, the compiler itself,
+/// LLVM, the target and its features.
+fn key(model: &Model, options: &Options) -> String {
+    let mut hash = blake3::Hasher::new();
+    let graph = serde_json::to_vec(&(&model.graph, &model.params)).expect("a model is plain data");
+    hash.update(&graph);
+    let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
+    let build = build.map(|b| format!("{b:?}")).unwrap_or_default();
+    let features = store::features().join(",");
+    let rest = [compiler(), build, codegen::llvm_version().into(), std::env::consts::ARCH.into(), features];
+    for part in rest.iter().chain(&options.without) {
+        hash.update(&(part.len() as u64).to_le_bytes());
+        hash.update(part.as_bytes());
+    }
+    hash.finalize().to_hex()[..32].to_string()
+}
+
+/// `PEFTC_CACHE`, else the user's cache directory; none when `PEFTC_CACHE` is empty.
+fn cache() -> Option<PathBuf> {
+    if let Some(set) = std::env::var_os("PEFTC_CACHE") {
+        return (!set.is_empty()).then(|| set.into());
+    }
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    let base = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from).or_else(home);
+    base.map(|base| base.join("peftc"))
+}

@@ -1,0 +1,293 @@
+//! Training: a step is a run of `train` and one of `update`; around it rates, batches, figures, files.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, Warmup};
+use peft_runtime::adapter::{self, Data, Stored, TensorFile};
+use peft_runtime::{Inputs, RuntimeError, Session};
+
+use crate::data::{Batch, Batches, Dataset, Order};
+use crate::exchange::inputs;
+use crate::failure::Failure;
+use crate::metrics::{Mean, Metrics, correct};
+use crate::progress::{Progress, Step};
+
+/// What the trained values are kept in.
+pub const ADAPTER: &str = "adapter.safetensors";
+/// What a run is resumed from: values, moments and the step.
+pub const STATE: &str = "state.safetensors";
+
+/// The rate of step `step` (from 0) of `total`: a linear warm-up from 0, then linear to 0, or constant.
+pub fn rate(recipe: &Recipe, step: u64, total: u64) -> f64 {
+    let warmup = warmup(recipe, total);
+    if step < warmup {
+        return recipe.lr * step as f64 / warmup as f64;
+    }
+    match recipe.schedule {
+        Schedule::Constant => recipe.lr,
+        Schedule::Linear => recipe.lr * total.saturating_sub(step) as f64 / (total - warmup.min(total - 1)) as f64,
+    }
+}
+
+fn warmup(recipe: &Recipe, total: u64) -> u64 {
+    match recipe.warmup {
+        Warmup::Steps(steps) => steps,
+        Warmup::Share(share) => (share * total as f64) as u64,
+    }
+}
+
+/// What the optimizer's kernel is told at step `step` (from 0).
+fn hyper(recipe: &Recipe, lr: f64, step: u64) -> Vec<f32> {
+    let (beta1, beta2) = recipe.betas;
+    let power = |beta: f64| 1.0 - beta.powf((step + 1) as f64);
+    let decay = recipe.weight_decay;
+    let all = [lr, beta1, beta2, recipe.eps, decay, recipe.clip, 1.0 - beta1, 1.0 - beta2, power(beta1), power(beta2)];
+    all.map(|x| x as f32).to_vec()
+}
+
+/// One step on one batch; gives the loss before it and the gradient's norm before clipping.
+pub fn step(
+    session: &mut Session,
+    recipe: &Recipe,
+    batch: &Batch,
+    step: u64,
+    total: u64,
+) -> Result<(f64, f64), Failure> {
+    session.run("train", &inputs(batch, [recipe.seed as i32, step as i32]))?;
+    let scalar = |session: &Session, name: &str| {
+        let found = session.output(name).map(|(_, x)| f64::from(x[0]));
+        found.ok_or_else(|| RuntimeError::input(name, "is no output of this artifact"))
+    };
+    let loss = scalar(session, "loss")?;
+    let floats = BTreeMap::from([("hyper".to_string(), hyper(recipe, rate(recipe, step, total), step))]);
+    session.run("update", &Inputs { floats, ..Inputs::default() })?;
+    let norm = scalar(session, "grad_norm")?;
+    if !loss.is_finite() || !norm.is_finite() {
+        return Err(Failure::Diverged(format!(
+            "step {step}: the loss is {loss} and the gradient's norm {norm}; \
+             lower `train.lr`, lengthen `train.warmup` or set `train.clip`"
+        )));
+    }
+    Ok((loss, norm))
+}
+
+/// Figures of a data set under the model as it stands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    pub loss: f64,
+    /// Of classifiers.
+    pub accuracy: Option<f64>,
+}
+
+impl Evaluation {
+    pub fn describe(&self) -> String {
+        match self.accuracy {
+            Some(accuracy) => format!("loss {:.4}, accuracy {:.2}%", self.loss, 100.0 * accuracy),
+            None => format!("loss {:.4}, perplexity {:.3}", self.loss, self.loss.exp()),
+        }
+    }
+}
+
+/// Runs `forward` over a data set.
+pub fn evaluate(session: &mut Session, model: &Model, data: &Dataset) -> Result<Evaluation, Failure> {
+    let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
+    let (mut mean, mut right, mut seen) = (Mean::default(), 0, 0);
+    for batch in Batches::new(data, model.train.batch.max(32) as usize, Order::AsStored) {
+        session.run("forward", &inputs(&batch, [0, 0]))?;
+        let get = |name: &str| session.output(name).ok_or_else(|| RuntimeError::input(name, "is no output"));
+        mean.add(f64::from(get("loss")?.1[0]), batch.labels.len() as f64);
+        if classifies {
+            right += correct(get("logits")?.1, &batch.labels);
+        }
+        seen += batch.labels.len();
+    }
+    let accuracy = classifies.then(|| right as f64 / seen.max(1) as f64);
+    Ok(Evaluation { loss: mean.value(), accuracy })
+}
+
+/// A training run.
+pub struct Training<'a> {
+    pub model: &'a Model,
+    pub session: &'a mut Session,
+    pub train: &'a Dataset,
+    pub dev: Option<&'a Dataset>,
+    pub out: PathBuf,
+    pub resume: bool,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub steps: u64,
+    /// Mean losses of the first and the last tenth of the run.
+    pub first: f64,
+    pub last: f64,
+    pub before: Option<Evaluation>,
+    pub after: Option<Evaluation>,
+    pub seconds: f64,
+    /// Real tokens.
+    pub tokens: u64,
+    pub adapter: PathBuf,
+}
+
+impl Training<'_> {
+    pub fn total(&self) -> u64 {
+        let recipe = &self.model.train;
+        let epoch = self.train.steps_per_epoch(recipe.batch as usize) as u64;
+        recipe.steps.unwrap_or((recipe.epochs * epoch as f64).ceil() as u64)
+    }
+
+    pub fn run(mut self) -> Result<Outcome, Failure> {
+        let recipe = self.model.train.clone();
+        let total = self.total();
+        let epoch = self.train.steps_per_epoch(recipe.batch as usize) as u64;
+        std::fs::create_dir_all(&self.out).map_err(Failure::file(&self.out))?;
+        let done = if self.resume { restore(self.session, &self.out.join(STATE))? } else { 0 };
+        let mut metrics = if self.resume { Metrics::resume(&self.out, done)? } else { Metrics::create(&self.out)? };
+        let before = match self.dev {
+            Some(dev) if done == 0 => Some(evaluate(self.session, self.model, dev)?),
+            _ => None,
+        };
+        let mut progress = Progress::new(total, done);
+        if let Some(before) = before {
+            progress.line(&format!("before training: {}", before.describe()));
+            record(&mut metrics, done, &before)?;
+        }
+        let mut after = None;
+        let mut losses = vec![];
+        let (mut tokens, mut seconds) = (0, 0.0);
+        let mut at = done;
+        while at < total {
+            let order = Order::Shuffled { seed: recipe.seed, epoch: at / epoch };
+            let batches = Batches::new(self.train, recipe.batch as usize, order).skip((at % epoch) as usize);
+            for batch in batches.take((total - at) as usize) {
+                let begun = Instant::now();
+                let (loss, norm) = step(self.session, &recipe, &batch, at, total)?;
+                let time = begun.elapsed();
+                let count = batch.tokens() as u64;
+                let lr = rate(&recipe, at, total);
+                at += 1;
+                losses.push(loss);
+                tokens += count;
+                seconds += time.as_secs_f64();
+                let speed = count as f64 / time.as_secs_f64();
+                let figures = [
+                    ("loss", loss),
+                    ("lr", lr),
+                    ("grad_norm", norm),
+                    ("tokens", count as f64),
+                    ("tokens_per_second", speed),
+                ];
+                metrics.record(at, &figures)?;
+                progress.step(Step { loss, lr, tokens: count, time });
+            }
+            self.save(at)?;
+            if let Some(dev) = self.dev {
+                let figures = evaluate(self.session, self.model, dev)?;
+                progress.line(&format!("after step {at}: {}", figures.describe()));
+                record(&mut metrics, at, &figures)?;
+                after = Some(figures);
+            }
+        }
+        progress.finish();
+        if done == at {
+            self.save(at)?;
+        }
+        let tenth = (losses.len() / 10).max(1).min(losses.len());
+        let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+        let (first, last) = (mean(&losses[..tenth]), mean(&losses[losses.len() - tenth..]));
+        let adapter = self.out.join(ADAPTER);
+        Ok(Outcome { steps: at - done, first, last, before, after, seconds, tokens, adapter })
+    }
+
+    fn save(&mut self, step: u64) -> Result<(), Failure> {
+        adapter::save(&self.out.join(ADAPTER), &trained(self.session, self.model, step))?;
+        adapter::save(&self.out.join(STATE), &state(self.session, self.model, step))?;
+        Ok(())
+    }
+}
+
+fn record(metrics: &mut Metrics, step: u64, figures: &Evaluation) -> Result<(), Failure> {
+    let mut all = vec![("dev/loss", figures.loss)];
+    match figures.accuracy {
+        Some(accuracy) => all.push(("dev/accuracy", accuracy)),
+        None => all.push(("dev/perplexity", figures.loss.exp())),
+    }
+    Ok(metrics.record(step, &all)?)
+}
+
+/// The trained values under their canonical names; of a table of which rows train, those rows.
+pub fn trained(session: &Session, model: &Model, step: u64) -> TensorFile {
+    let mut file = TensorFile::default();
+    file.notes.insert("format".into(), "peftc adapter 1".into());
+    file.notes.insert("spec".into(), model.name.clone());
+    file.notes.insert("backbone".into(), model.backbone.name.clone());
+    file.notes.insert("step".into(), step.to_string());
+    for (index, tensor) in session.manifest().tensors.iter().enumerate() {
+        let Some((start, end)) = tensor.trainable else { continue };
+        let mut shape = tensor.shape.clone();
+        if let Some(rows) = shape.first_mut().filter(|rows| **rows != end - start) {
+            *rows = end - start;
+            file.notes.insert(format!("rows of {}", tensor.name), format!("{start}:{end}"));
+        }
+        file.tensors.insert(tensor.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
+    }
+    file
+}
+
+/// Puts an adapter's values into the session; every trainable tensor must be there in its shape.
+pub fn apply(session: &mut Session, path: &Path) -> Result<(), Failure> {
+    let file = adapter::load(path)?;
+    let mut wrong = vec![];
+    for index in 0..session.manifest().tensors.len() {
+        let tensor = session.manifest().tensors[index].clone();
+        let Some((start, end)) = tensor.trainable else { continue };
+        let mut shape = tensor.shape.clone();
+        if let Some(rows) = shape.first_mut() {
+            *rows = end - start;
+        }
+        match file.tensors.get(&tensor.name) {
+            Some(Stored { shape: found, data: Data::F32(x) }) if *found == shape => {
+                session.values_mut(index).copy_from_slice(x);
+            }
+            Some(found) => wrong.push(format!("  `{}` is {:?}, the spec wants {shape:?}", tensor.name, found.shape)),
+            None => wrong.push(format!("  `{}` is missing", tensor.name)),
+        }
+    }
+    let known = |name: &String| session.manifest().tensors.iter().any(|t| t.name == *name && t.trainable.is_some());
+    wrong.extend(file.tensors.keys().filter(|n| !known(n)).map(|n| format!("  `{n}` is no tensor the spec trains")));
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    wrong.truncate(12);
+    Err(RuntimeError::Weights { path: path.into(), message: wrong.join("\n") }.into())
+}
+
+fn state(session: &Session, model: &Model, step: u64) -> TensorFile {
+    let mut file = TensorFile::default();
+    file.notes.insert("format".into(), "peftc state 1".into());
+    file.notes.insert("spec".into(), model.name.clone());
+    file.notes.insert("step".into(), step.to_string());
+    for name in ["values", "m", "v"] {
+        let flat = session.flat(name).to_vec();
+        file.tensors.insert(name.into(), Stored::f32(vec![flat.len() as u64], flat));
+    }
+    file
+}
+
+/// Values, moments and step as a run left them.
+fn restore(session: &mut Session, path: &Path) -> Result<u64, Failure> {
+    let file = adapter::load(path)?;
+    let wrong = |message: &str| Failure::from(RuntimeError::File { path: path.into(), message: message.into() });
+    let step = file.notes.get("step").and_then(|s| s.parse().ok());
+    let step = step.ok_or_else(|| wrong("it names no step: this is no state of a run"))?;
+    for name in ["values", "m", "v"] {
+        match file.tensors.get(name).map(|t| &t.data) {
+            Some(Data::F32(x)) if x.len() == session.flat(name).len() => session.flat_mut(name).copy_from_slice(x),
+            _ => return Err(wrong("it is of another spec: the trained values differ in number; use another `--out`")),
+        }
+    }
+    Ok(step)
+}

@@ -1,0 +1,135 @@
+//! PyTorch's answers on tiny models (`tests/fixtures`), and the specs of those models.
+
+use std::path::{Path, PathBuf};
+
+use peft_grammar::model::Model;
+use peft_runtime::adapter::{self, Data, TensorFile};
+use serde_json::Value;
+
+pub struct Fixture {
+    pub name: String,
+    pub json: Value,
+    pub file: TensorFile,
+    pub path: PathBuf,
+}
+
+/// Every fixture whose name starts with `prefix`.
+pub fn all(prefix: &str) -> Vec<Fixture> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let mut names: Vec<String> = std::fs::read_dir(&folder)
+        .expect("the fixtures are part of the repository")
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter_map(|name| name.strip_suffix(".json").map(str::to_string))
+        .filter(|name| name.starts_with(prefix))
+        .collect();
+    names.sort();
+    assert!(!names.is_empty(), "no fixture starts with `{prefix}`");
+    names.into_iter().map(|name| read(&folder, name)).collect()
+}
+
+fn read(folder: &Path, name: String) -> Fixture {
+    let text = std::fs::read_to_string(folder.join(format!("{name}.json"))).expect("readable");
+    let path = folder.join(format!("{name}.safetensors"));
+    let file = adapter::load(&path).expect("sound");
+    Fixture { json: serde_json::from_str(&text).expect("JSON"), file, path, name }
+}
+
+impl Fixture {
+    pub fn floats(&self, name: &str) -> &[f32] {
+        match self.file.tensors.get(name).map(|t| &t.data) {
+            Some(Data::F32(x)) => x,
+            _ => panic!("{} holds no floats `{name}`", self.name),
+        }
+    }
+
+    /// The spec of the fixture's model and method, as a user would write it.
+    pub fn spec(&self) -> String {
+        let (backbone, method) = (&self.json["backbone"], &self.json["method"]);
+        let config = &backbone["config"];
+        let n = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{} has no `{key}`", self.name));
+        let model = match backbone["type"].as_str() {
+            Some("gpt2") => format!(
+                "gpt2(layers: {}, hidden: {}, heads: {}, ffn: {}, vocab: {}, context: {}, token_types: {}, \
+                 dropout: 0.0, attention_dropout: 0.0, embedding_dropout: 0.0)",
+                n("n_layer"),
+                n("n_embd"),
+                n("n_head"),
+                n("n_inner"),
+                n("vocab_size"),
+                n("n_positions"),
+                self.file.tensors.contains_key("inputs.types") || self.file.tensors.contains_key("inputs.0.types"),
+            ),
+            Some("bert") => format!(
+                "bert(layers: {}, hidden: {}, heads: {}, ffn: {}, vocab: {}, context: {}, \
+                 dropout: 0.0, attention_dropout: 0.0)",
+                n("num_hidden_layers"),
+                n("hidden_size"),
+                n("num_attention_heads"),
+                n("intermediate_size"),
+                n("vocab_size"),
+                n("max_position_embeddings"),
+            ),
+            other => panic!("no spec for backbone {other:?}"),
+        };
+        let mut attention = String::new();
+        if let Some(inducer) = method.get("inducer").filter(|m| !m.is_null()) {
+            attention += &format!(
+                "inducer(key: {}, value: {}, extended: {}, gating: {})\n",
+                inducer["key"], inducer["value"], inducer["value_extended"], inducer["gating"]
+            );
+        }
+        if let Some(lora) = method.get("lora").filter(|m| !m.is_null()) {
+            for target in lora["targets"].as_array().expect("a list") {
+                let target = target.as_str().expect("a name");
+                attention += &format!(
+                    "lora(rank: {}, alpha: {}, bias: {}) on {target}\n",
+                    lora["r"], lora["alpha"], lora["bias"]
+                );
+            }
+        }
+        if let Some(adapter) = method.get("attention_adapter").filter(|m| !m.is_null()) {
+            let norm = adapter.get("norm").and_then(Value::as_bool).unwrap_or(true);
+            attention += &format!("adapter(bottleneck: {}, norm: {norm})\n", bottleneck(adapter));
+        }
+        let mut tune = String::new();
+        if !attention.is_empty() {
+            tune += &format!("every attention {{ {attention} }}\n");
+        }
+        if let Some(adapter) = method.get("ffn_adapter").filter(|m| !m.is_null()) {
+            let scale = adapter.get("scale").and_then(Value::as_f64).unwrap_or(1.0);
+            tune += &format!("every ffn {{ adapter(bottleneck: {}, scale: {scale:?}) }}\n", bottleneck(adapter));
+        }
+        match method["train"].as_str() {
+            Some("all") => tune += "full()\n",
+            Some("bias") => tune += "bitfit()\n",
+            _ => {}
+        }
+        if let Some(rows) = method.get("special_rows").and_then(Value::as_array).filter(|r| !r.is_empty()) {
+            let first = rows[0].as_u64().expect("a row");
+            tune += &format!("rows {first}..{} of \"transformer.wte.weight\"\n", first + rows.len() as u64);
+        }
+        let generates = self.json["loss"]["kind"] == "causal_lm";
+        let task = if generates {
+            "kind: generation\nspecial: [\"<t>\"]\ntemplate: \"<t> {text}\"\ntarget: \"<t>\"".to_string()
+        } else {
+            tune += &format!("head {}\n", method["head"].as_str().unwrap_or("trainable"));
+            let classes = self.file.tensors["weights.classifier.bias"].shape[0];
+            let labels: Vec<String> = (0..classes).map(|c| format!("\"{c}\"")).collect();
+            format!("kind: classification\nlabels: [{}]", labels.join(", "))
+        };
+        let smoothing = self.json["loss"]["label_smoothing"].as_f64().unwrap_or(0.0);
+        format!(
+            "model = {model}\ntune {{\n{tune}}}\ntask t {{ {task}\n max_tokens: 64 }}\ntrain {{ lr: 1e-3\n label_smoothing: {smoothing:?} }}\n"
+        )
+    }
+
+    pub fn model(&self) -> Model {
+        let spec = self.spec();
+        peft_grammar::check(&format!("{}.peft", self.name), &spec, &peft_grammar::no_imports)
+            .unwrap_or_else(|e| panic!("{}\n{spec}", e.render(false)))
+    }
+}
+
+fn bottleneck(adapter: &Value) -> u64 {
+    ["bottleneck", "r", "size"].iter().find_map(|k| adapter.get(*k)?.as_u64()).expect("a bottleneck")
+}

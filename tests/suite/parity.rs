@@ -1,0 +1,190 @@
+//! Loss, logits, λ and every gradient against PyTorch: of the interpreter and of the compiled graph.
+
+use std::collections::HashMap;
+
+use peft_grammar::graph::{DType, Graph, Role};
+use peft_grammar::model::Model;
+use peft_passes::codegen;
+use peft_passes::dialect::Dialect;
+use peft_passes::interpret::{self, Batch, Data};
+use peft_passes::pipeline::{self, Entry, Options, Stage};
+use peft_runtime::adapter::{Stored, TensorFile};
+use peft_runtime::{Inputs, Program, Session};
+use peftc::exchange::{self, Padded};
+
+use crate::fixtures::{self, Fixture};
+
+const LOSS: f64 = 1e-5;
+const OTHER: f64 = 1e-4;
+
+fn floats(stored: &Stored) -> &[f32] {
+    match &stored.data {
+        peft_runtime::adapter::Data::F32(x) => x,
+        _ => panic!("integers"),
+    }
+}
+
+/// Every difference beyond the tolerance.
+fn differences(fixture: &Fixture, padded: &Padded, found: &TensorFile) -> Vec<String> {
+    let mut wrong = vec![];
+    for (name, want) in fixture.file.tensors.iter().filter_map(|(n, t)| Some((n.strip_prefix("expect.")?, t))) {
+        if name.starts_with("hidden.") {
+            continue;
+        }
+        let Some(stored) = found.tensors.get(name) else {
+            wrong.push(format!("`{name}` is missing"));
+            continue;
+        };
+        if stored.shape != want.shape {
+            wrong.push(format!("`{name}` is {:?}, not {:?}", stored.shape, want.shape));
+            continue;
+        }
+        let (found, want) = (floats(stored), floats(want));
+        let largest = want.iter().fold(0.0_f64, |m, x| m.max(f64::from(x.abs())));
+        let nearly_zero = fixture.json["float32_torch_vs_float64"]["grad_tensors_exactly_or_nearly_zero"]
+            .as_array()
+            .is_some_and(|l| l.iter().any(|n| n.as_str() == name.strip_prefix("grad.")));
+        let tolerance = match name {
+            "loss" => LOSS * largest,
+            _ if name.starts_with("grad.") && !nearly_zero => OTHER * largest,
+            _ => OTHER,
+        };
+        let gap = found.iter().zip(want).map(|(f, w)| f64::from((f - w).abs())).fold(0.0, f64::max);
+        if gap > tolerance || gap.is_nan() {
+            wrong.push(format!("`{name}` differs by {gap:.3e} of at most {tolerance:.3e}"));
+        }
+    }
+    for name in found.tensors.keys().filter(|n| n.starts_with("grad.")) {
+        if !fixture.file.tensors.contains_key(&format!("expect.{name}")) {
+            wrong.push(format!("`{name}` is no gradient PyTorch has"));
+        }
+    }
+    assert!(padded.batch.tokens() > 0);
+    wrong
+}
+
+/// The interpreter's results in the same form as the session's.
+fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded) -> TensorFile {
+    let run = |inputs: &Inputs| {
+        let lengths: Vec<usize> = inputs.lengths.iter().map(|&n| n as usize).collect();
+        let batch = Batch::new(&lengths, inputs.ints["targets"].len());
+        let argument = |arg: &peft_grammar::graph::Arg| {
+            let data = if graph.ty(arg.value).dtype == DType::I32 {
+                Data::I32(inputs.ints[&arg.name].clone())
+            } else {
+                let all = fixture.floats(&format!("weights.{}", arg.name));
+                let row = all.len()
+                    / model.params.iter().find(|p| p.name == arg.name).expect("a parameter").shape[0] as usize;
+                let rows = arg.rows.map_or(0..all.len(), |(a, b)| a as usize * row..b as usize * row);
+                Data::F64(all[rows].iter().map(|&x| f64::from(x)).collect())
+            };
+            (arg.label(), data)
+        };
+        let args: HashMap<String, Data> = graph.args.iter().map(argument).collect();
+        interpret::run(graph, &batch, &args).expect("interpreted")
+    };
+    let f32s = |data: &Data| data.floats().iter().map(|&x| x as f32).collect::<Vec<f32>>();
+    let mut out = TensorFile::default();
+    let generates = fixture.json["loss"]["kind"] == "causal_lm";
+    if generates {
+        let all = run(&padded.everywhere([0, 0]));
+        let logits = f32s(&all.iter().find(|(n, _)| n == "logits").expect("an output").1);
+        out.tensors.insert("logits".into(), padded.pad_tokens(&logits, logits.len() / padded.batch.tokens()));
+    }
+    for (name, data) in run(&padded.inputs([0, 0])) {
+        let x = f32s(&data);
+        if name.starts_with("lambda.") {
+            out.tensors.insert(name, padded.pad_heads(&x));
+        } else if let Some(label) = name.strip_prefix("grad.") {
+            let arg = graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label).expect("an argument");
+            let param = model.params.iter().find(|p| p.name == arg.name).expect("a parameter");
+            let mut full = vec![0.0; param.elements() as usize];
+            let row = full.len() / param.shape[0] as usize;
+            let from = arg.rows.map_or(0, |(start, _)| start as usize * row);
+            full[from..from + x.len()].copy_from_slice(&x);
+            out.tensors.insert(format!("grad.{}", arg.name), Stored::f32(param.shape.clone(), full));
+        } else if name == "loss" {
+            out.tensors.insert(name, Stored::f32(vec![1], x));
+        } else if !(name == "logits" && generates) {
+            let shape = vec![padded.sequences as u64, (x.len() / padded.sequences) as u64];
+            out.tensors.insert(name, Stored::f32(shape, x));
+        }
+    }
+    out
+}
+
+/// A session with the fixture's weights.
+pub fn session(fixture: &Fixture, model: &Model, fused: bool) -> Session {
+    let dialect = Dialect::new().expect("a dialect");
+    let without = if fused { vec![] } else { vec!["all".to_string()] };
+    let options = Options { without, until: Stage::Llvm };
+    let compiled = pipeline::run(&dialect, model, &[Entry::Grad, Entry::Train], &options);
+    let lowered = compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).lowered.expect("the whole way");
+    let folder = tempfile::tempdir().expect("a directory");
+    let library = folder.path().join("kernels.so");
+    codegen::compile(&lowered.kernels, &library).unwrap_or_else(|e| panic!("{}: {e}", fixture.name));
+    let program = Program::new(lowered.manifest, &library).expect("a program");
+    let weights = exchange::weights(&fixture.file, model, &fixture.path).expect("weights");
+    let mut session = Session::new(program, weights, 2).expect("a session");
+    session.poison = true;
+    session
+}
+
+fn check(prefix: &str, mut results: impl FnMut(&Fixture, &Model, &Padded) -> TensorFile) {
+    let mut wrong = vec![];
+    for fixture in fixtures::all(prefix) {
+        let model = fixture.model();
+        let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+        let found = results(&fixture, &model, &padded);
+        wrong.extend(differences(&fixture, &padded, &found).into_iter().map(|d| format!("{}: {d}", fixture.name)));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+fn in_the_interpreter(prefix: &str) {
+    check(prefix, |fixture, model, padded| {
+        let dialect = Dialect::new().expect("a dialect");
+        // The naive form is the meaning: without fusion.
+        let options = Options { without: vec![], until: Stage::Grad };
+        let compiled = pipeline::run(&dialect, model, &[Entry::Grad], &options);
+        let graph = compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).graphs.remove(0);
+        interpreted(&graph, fixture, model, padded)
+    });
+}
+
+fn compiled(prefix: &str, fused: bool) {
+    check(prefix, |fixture, model, padded| {
+        let mut session = session(fixture, model, fused);
+        exchange::run(&mut session, model, "grad", padded, [0, 0]).expect("a run")
+    });
+}
+
+#[test]
+fn gpt2_in_the_interpreter() {
+    in_the_interpreter("gpt2_");
+}
+
+#[test]
+fn bert_in_the_interpreter() {
+    in_the_interpreter("bert_");
+}
+
+#[test]
+fn gpt2_compiled() {
+    compiled("gpt2_", true);
+}
+
+#[test]
+fn gpt2_compiled_without_fusion() {
+    compiled("gpt2_", false);
+}
+
+#[test]
+fn bert_compiled() {
+    compiled("bert_", true);
+}
+
+#[test]
+fn bert_compiled_without_fusion() {
+    compiled("bert_", false);
+}
