@@ -169,3 +169,25 @@ impl ariadne::Cache<FileId> for Cache<'_> {
         self.names.get(id.0 as usize).cloned()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::nearest;
+
+    #[test]
+    fn only_what_is_near_is_offered() {
+        let known = ["rank", "alpha", "dropout", "bias", "q", "k", "v"];
+        for (found, expected) in [
+            ("rnak", Some("rank")),
+            ("Alpha", Some("alpha")),
+            ("drop", Some("dropout")),
+            ("dropuot", Some("dropout")),
+            ("qq", Some("q")),
+            ("x", None),
+            ("temperature", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(found, known), expected, "{found}");
+        }
+    }
+}
