@@ -1,4 +1,4 @@
-//! What the front end has to say about a spec: one plain [`Diagnostic`] for each place, rendered by ariadne.
+//! What is wrong with a spec: one plain [`Diagnostic`] for each place, rendered by ariadne.
 
 use std::fmt;
 use std::ops::Range;
@@ -7,15 +7,9 @@ use ariadne::{CharSet, Config, IndexType, Label, Report, ReportKind};
 
 use crate::source::{FileId, Sources, Span};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Severity {
-    Error,
-    Warning,
-}
-
+/// An error.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Diagnostic {
-    pub severity: Severity,
     pub title: String,
     pub span: Span,
     /// What stands beside the marked place; empty = the title alone says it.
@@ -30,7 +24,6 @@ pub struct Diagnostic {
 impl Diagnostic {
     pub fn error(span: Span, title: impl Into<String>) -> Self {
         Diagnostic {
-            severity: Severity::Error,
             title: title.into(),
             span,
             label: String::new(),
@@ -139,17 +132,15 @@ impl std::error::Error for Diagnostics {}
 
 impl Diagnostic {
     fn report(&self, config: Config) -> Report<'_, (FileId, Range<usize>)> {
-        let kind = match self.severity {
-            Severity::Error => ReportKind::Error,
-            Severity::Warning => ReportKind::Warning,
-        };
         let range = |span: Span| (span.file, span.start as usize..span.end.max(span.start) as usize);
         let mut label = Label::new(range(self.span)).with_color(ariadne::Color::Red);
         if !self.label.is_empty() {
             label = label.with_message(&self.label);
         }
-        let mut report =
-            Report::build(kind, range(self.span)).with_config(config).with_message(&self.title).with_label(label);
+        let mut report = Report::build(ReportKind::Error, range(self.span))
+            .with_config(config)
+            .with_message(&self.title)
+            .with_label(label);
         for (span, text) in &self.related {
             report = report
                 .with_label(Label::new(range(*span)).with_message(text).with_color(ariadne::Color::Blue).with_order(1));
@@ -176,5 +167,27 @@ impl ariadne::Cache<FileId> for Cache<'_> {
     }
     fn display<'a>(&self, id: &'a FileId) -> Option<impl fmt::Display + 'a> {
         self.names.get(id.0 as usize).cloned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nearest;
+
+    #[test]
+    fn only_what_is_near_is_offered() {
+        let known = ["rank", "alpha", "dropout", "bias", "q", "k", "v"];
+        for (found, expected) in [
+            ("rnak", Some("rank")),
+            ("Alpha", Some("alpha")),
+            ("drop", Some("dropout")),
+            ("dropuot", Some("dropout")),
+            ("qq", Some("q")),
+            ("x", None),
+            ("temperature", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(found, known), expected, "{found}");
+        }
     }
 }

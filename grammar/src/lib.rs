@@ -16,7 +16,7 @@ mod show;
 pub mod source;
 
 pub use check::Resolver;
-pub use diagnostic::{Diagnostic, Diagnostics, Severity};
+pub use diagnostic::{Diagnostic, Diagnostics};
 
 use model::Model;
 use source::{FileId, Sources};

@@ -1,5 +1,7 @@
 //! Parameter counts of the specs that ship, against the table of the paper.
 
+#![allow(clippy::disallowed_methods)] // cases are files
+
 use peft_grammar::model::{Model, Origin, Trainable};
 use peft_grammar::{check, no_imports};
 

@@ -9,6 +9,8 @@
 //!
 //! `PEFTC_BLESS=1 cargo test -p peft-grammar --test specs` writes what the checker says now.
 
+#![allow(clippy::disallowed_methods)] // cases are files
+
 use std::path::{Path, PathBuf};
 
 use peft_grammar::{Diagnostics, check};

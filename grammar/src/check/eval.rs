@@ -5,7 +5,7 @@ use super::value::Val;
 use super::{Checker, INPUTS};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::graph::{DType, Dim, Op, Value};
+use crate::graph::{DType, Dim, Op, Type, Value};
 use crate::source::Span;
 
 /// Expressions inside each other, those of called functions among them: the stack is finite.
@@ -234,6 +234,15 @@ impl<'a> Checker<'a> {
         (self.eval(frame, expr), false)
     }
 
+    /// The type of a side as it is written.
+    fn seen(&self, x: Value, transposed: bool) -> Type {
+        let mut ty = self.graph.ty(x).clone();
+        if let (true, rank @ 2..) = (transposed, ty.rank()) {
+            ty.shape.swap(rank - 1, rank - 2);
+        }
+        ty
+    }
+
     fn binary(&mut self, frame: &Frame<'a>, op: BinaryOp, left: &'a Expr, right: &'a Expr, span: Span) -> Val {
         if let BinaryOp::And | BinaryOp::Or = op {
             let Some(first) = self.condition(frame, left) else { return Val::Unknown };
@@ -260,21 +269,38 @@ impl<'a> Checker<'a> {
                         return Val::Unknown;
                     }
                 };
-                let (tx, ty) = (self.graph.ty(x).clone(), self.graph.ty(y).clone());
+                let (tx, ty) = (self.seen(x, transpose_x), self.seen(y, transpose_y));
                 let (left, right) =
                     (self.sources.slice(left.span).to_owned(), self.sources.slice(right.span).to_owned());
-                let elementwise = !matches!(operation, Op::Matmul { .. });
+                let matrices = matches!(operation, Op::Matmul { .. });
                 self.push_with(operation, &[x, y], span, |mut error| {
-                    if elementwise && tx.dtype == ty.dtype {
-                        error.title = format!("{tx} and {ty} do not go together element by element");
+                    let both = format!("`{left} {symbol} {right}` does not fit");
+                    match (matrices, tx.last(), ty.last()) {
+                        _ if tx.dtype != ty.dtype => {}
+                        (true, Some(wide), Some(_)) if ty.rank() > 1 => {
+                            let rows = ty.shape[ty.rank() - 2];
+                            if wide != rows {
+                                error.title = format!("{both}: `{left}` is {wide} wide, `{right}` has {rows} rows");
+                            }
+                        }
+                        (false, Some(wide), Some(other)) if wide != other => {
+                            error.title = format!("{both}: `{left}` is {wide} wide, `{right}` {other}");
+                        }
+                        (false, ..) => error.title = format!("{both}: {tx} and {ty} have other rows"),
+                        _ => {}
                     }
-                    let error = error.note(format!("`{left}` is {tx}")).note(format!("`{right}` is {ty}"));
+                    let error = error.note(format!("`{left}` is {tx}, `{right}` is {ty}"));
                     if tx.dtype == DType::I32 || ty.dtype == DType::I32 {
                         error.hint("row numbers only index a table: `table[ids]`")
                     } else if op == BinaryOp::Mul && tx.rank() == 2 && ty.rank() == 2 {
                         error.hint("`*` is element by element; the matrix product is `@`")
                     } else if op == BinaryOp::Matmul && tx.last() == ty.last() {
-                        error.hint(format!("write `@ transpose({right})` for a matrix stored [out, in]"))
+                        error.hint(match right.strip_prefix("transpose(") {
+                            Some(inner) => {
+                                format!("write `@ {}` for a matrix stored [in, out]", inner.trim_end_matches(')'))
+                            }
+                            None => format!("write `@ transpose({right})` for a matrix stored [out, in]"),
+                        })
                     } else {
                         error
                     }

@@ -210,9 +210,19 @@ impl<'a> Checker<'a> {
         }
         let name = format!("{}{path}", frame.owner.path);
         if let Some(&first) = self.declared.get(&name) {
-            let error = Diagnostic::error(weight.path.span, format!("a tensor `{name}` is there already"));
-            let error = if first == weight.path.span { error } else { error.related(first, "declared here") };
-            self.report(error.hint("is the same method applied twice, or a `{layer}` missing in the name?"));
+            let error = match &frame.owner.origin {
+                Some(Origin::Method(method)) if first == weight.path.span => {
+                    let site = frame.owner.path.trim_end_matches(&format!("{method}.")).trim_end_matches('.');
+                    let title = format!("`{method}` is applied twice at `{site}`");
+                    Diagnostic::error(weight.path.span, title).hint("take it out of one of the rules")
+                }
+                _ => {
+                    let error = Diagnostic::error(weight.path.span, format!("a tensor `{name}` is there already"));
+                    let error = error.hint("put a variable into its name, such as `{layer}`");
+                    if first == weight.path.span { error } else { error.related(first, "declared here") }
+                }
+            };
+            self.report(error);
             return;
         }
         self.declared.insert(name.clone(), weight.path.span);

@@ -185,3 +185,25 @@ fn glob(pattern: &str, name: &str) -> bool {
     }
     rest.ends_with(last)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::glob;
+
+    #[test]
+    fn patterns_match_names() {
+        for (pattern, name, matches) in [
+            ("*", "a.b", true),
+            ("*.bias", "h.0.ln_1.bias", true),
+            ("*.bias", "h.0.ln_1.weight", false),
+            ("h.*.ln_*.bias", "h.0.ln_1.bias", true),
+            ("h.*.ln_*.bias", "h.0.attn.bias", false),
+            ("h.0", "h.0", true),
+            ("h.0", "h.01", false),
+            ("ab*b", "ab", false),
+            ("", "a", false),
+        ] {
+            assert_eq!(glob(pattern, name), matches, "{pattern} on {name}");
+        }
+    }
+}

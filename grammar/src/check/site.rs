@@ -10,7 +10,7 @@ use super::expand::{Body, Frame};
 use super::value::Val;
 use super::{Call, Checker};
 use crate::ast::*;
-use crate::diagnostic::{self, Diagnostic};
+use crate::diagnostic::Diagnostic;
 use crate::model::Origin;
 use crate::source::Span;
 
@@ -159,9 +159,6 @@ impl<'a> Checker<'a> {
     ) {
         let method = instance.applied.method;
         let waits = |s: &&'a Stmt| matches!(&s.kind, StmtKind::After { variable: v, .. } if v.text == variable);
-        if !method.body.iter().any(|s| waits(&s)) {
-            return;
-        }
         for statement in method.body.iter().filter(waits) {
             let StmtKind::After { variable, body } = &statement.kind else { continue };
             if !method.variables.iter().any(|v| v.text == variable.text) {
@@ -290,10 +287,7 @@ impl<'a> Checker<'a> {
                     let error =
                         Diagnostic::error(target.span, format!("{} has no projection `{}`", site.kind, target.text));
                     let nested: Vec<&str> = site.nested.iter().map(String::as_str).collect();
-                    self.errors.push(match diagnostic::nearest(&target.text, nested.iter().copied()) {
-                        Some(near) => error.hint(format!("did you mean `{near}`?")),
-                        None => error.suggest(&target.text, nested),
-                    });
+                    self.errors.push(error.suggest(&target.text, nested));
                 }
             }
         }
