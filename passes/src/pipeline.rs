@@ -98,38 +98,64 @@ pub struct Compiled {
 
 /// Every stage in order; the verifier runs after each one.
 pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Options) -> Result<Compiled, Error> {
-    let mut way = Way { dialect, timings: vec![] };
     let rule = |name: &str| !options.without.iter().any(|w| w == name || w == "all");
     let trains = |e: Entry| e != Entry::Forward && model.params.iter().any(|p| p.trainable != Trainable::No);
-    let each = |graphs: Vec<Graph>, pass: &dyn Fn(Entry, &Graph) -> Result<Graph, String>| {
-        entries.iter().zip(&graphs).map(|(&entry, graph)| pass(entry, graph)).collect()
-    };
 
-    let mut graphs: Vec<Graph> = entries.iter().map(|e| e.of(model)).collect();
-    if options.until >= Stage::Peft {
-        graphs = way.stage("peft", || Ok(graphs))?;
+    let mut way = Way::new(dialect, model, entries, options.until);
+    way.pass(Stage::Peft, "peft", |_, equations| Ok(equations))?;
+    way.pass(Stage::Grad, "inference", |entry, g| if entry == Entry::Forward { inference(&g) } else { Ok(g) })?;
+    way.pass(Stage::Grad, "partition", |_, g| partition(&g))?;
+    way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { Ok(g) })?;
+    way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule))?;
+    way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g) } else { Ok(g) })?;
+    way.lower(model)
+}
+
+/// Entries on their way.
+struct Way<'d> {
+    dialect: &'d Dialect,
+    entries: Vec<Entry>,
+    graphs: Vec<Graph>,
+    until: Stage,
+    timings: Timings,
+}
+
+impl<'d> Way<'d> {
+    fn new(dialect: &'d Dialect, model: &Model, entries: &[Entry], until: Stage) -> Self {
+        let graphs = entries.iter().map(|e| e.of(model)).collect();
+        Way { dialect, entries: entries.to_vec(), graphs, until, timings: vec![] }
     }
-    if options.until >= Stage::Grad {
-        graphs = way.stage("inference", || {
-            each(graphs, &|e, g| if e == Entry::Forward { inference(g) } else { Ok(g.clone()) })
-        })?;
-        graphs = way.stage("partition", || each(graphs, &|_, g| partition(g)))?;
-        graphs =
-            way.stage("grad", || each(graphs, &|e, g| if trains(e) { differentiate(g) } else { Ok(g.clone()) }))?;
-    }
-    if options.until >= Stage::Fused {
-        graphs = way.stage("fused", || each(graphs, &|_, g| fuse(g, rule)))?;
-        graphs = way.stage("remat", || each(graphs, &|_, g| remat(g)))?;
-    }
-    let mut lowered = None;
-    if options.until >= Stage::Loops {
+
+    /// Takes every entry through a pass that belongs to `stage`, unless the way ends before it.
+    fn pass(
+        &mut self,
+        stage: Stage,
+        name: &'static str,
+        pass: impl Fn(Entry, Graph) -> Result<Graph, String>,
+    ) -> Result<(), Error> {
+        if self.until < stage {
+            return Ok(());
+        }
         let begun = Instant::now();
-        let named: Vec<(&str, &Graph)> = graphs.iter().map(|g| (g.name.as_str(), g)).collect();
-        let blame = |message| Error::Invalid { stage: "loops".into(), message };
-        lowered = Some(lower(&named, &tensors(model)).map_err(blame)?);
-        way.timings.push(("loops", begun.elapsed()));
+        let blame = |message| Error::Invalid { stage: name.into(), message };
+        let graphs = std::mem::take(&mut self.graphs).into_iter().zip(&self.entries);
+        self.graphs = graphs.map(|(graph, &entry)| pass(entry, graph)).collect::<Result<_, _>>().map_err(blame)?;
+        self.dialect.verify(name, &self.graphs.iter().collect::<Vec<_>>())?;
+        self.timings.push((name, begun.elapsed()));
+        Ok(())
     }
-    Ok(Compiled { graphs, lowered, timings: way.timings })
+
+    fn lower(mut self, model: &Model) -> Result<Compiled, Error> {
+        let mut lowered = None;
+        if self.until >= Stage::Loops {
+            let begun = Instant::now();
+            let named: Vec<(&str, &Graph)> = self.graphs.iter().map(|g| (g.name.as_str(), g)).collect();
+            let blame = |message| Error::Invalid { stage: "loops".into(), message };
+            lowered = Some(lower(&named, &tensors(model)).map_err(blame)?);
+            self.timings.push(("loops", begun.elapsed()));
+        }
+        Ok(Compiled { graphs: self.graphs, lowered, timings: self.timings })
+    }
 }
 
 /// Prints what `options.until` asked for, in a form that reads back.
@@ -140,26 +166,6 @@ pub fn emit(dialect: &Dialect, compiled: &Compiled, stage: Stage, locations: boo
         (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels),
         _ if locations => dialect.print_with_locations(&graphs),
         _ => dialect.print(&graphs),
-    }
-}
-
-struct Way<'d> {
-    dialect: &'d Dialect,
-    timings: Timings,
-}
-
-impl Way<'_> {
-    fn stage(
-        &mut self,
-        name: &'static str,
-        pass: impl FnOnce() -> Result<Vec<Graph>, String>,
-    ) -> Result<Vec<Graph>, Error> {
-        let begun = Instant::now();
-        let blame = |message| Error::Invalid { stage: name.into(), message };
-        let graphs = pass().map_err(blame)?;
-        self.dialect.verify(name, &graphs.iter().collect::<Vec<_>>())?;
-        self.timings.push((name, begun.elapsed()));
-        Ok(graphs)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Tests over several passes. They live in the library so that only one test binary links MLIR.
 
 mod finite_differences;
+mod fusion;
 mod round_trip;
 pub(crate) mod samples;

@@ -1,0 +1,67 @@
+//! Law: the naive form is the meaning. Every rule, alone and with the others, leaves the interpreter's
+//! results alone, on whole models.
+
+use std::path::Path;
+
+use peft_grammar::graph::Graph;
+
+use super::samples::arguments;
+use crate::fuse::{RULES, fuse};
+use crate::gradient::differentiate;
+use crate::interpret::{Batch, run};
+use crate::partition::partition;
+use crate::remat::remat;
+
+/// The training graph of a spec with its derivatives, not yet fused.
+fn unfused(path: &Path) -> Graph {
+    let source = std::fs::read_to_string(path).expect("readable");
+    let folder = path.parent().expect("a folder").to_path_buf();
+    let resolver = move |import: &str| std::fs::read_to_string(folder.join(import)).map_err(|e| e.to_string());
+    let model = peft_grammar::check("spec.peft", &source, &resolver).unwrap_or_else(|e| panic!("{}", e.render(false)));
+    let forward = partition(&model.graph).expect("partitioned");
+    if forward.args.iter().any(|a| a.role == peft_grammar::graph::Role::Trainable) {
+        differentiate(&forward).expect("differentiable")
+    } else {
+        forward
+    }
+}
+
+fn assert_same(name: &str, before: &Graph, after: &Graph) {
+    after.verify().unwrap_or_else(|e| panic!("{name}: {e}"));
+    let batch = Batch::new(&[5, 1, 3], 2);
+    let args = arguments(before, &batch, 3, 2);
+    let (want, found) = (run(before, &batch, &args).expect("run"), run(after, &batch, &args).expect("run"));
+    for ((output, want), (other, found)) in want.iter().zip(&found) {
+        assert_eq!(output, other);
+        let largest = want.floats().iter().fold(1e-3_f64, |m, x| m.max(x.abs()));
+        for (w, f) in want.floats().iter().zip(found.floats()) {
+            assert!((w - f).abs() <= 1e-10 * largest, "{name}: `{output}` is {f}, not {w}");
+        }
+    }
+}
+
+#[test]
+fn rules_change_the_work_and_not_the_meaning() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/ir");
+    let mut specs: Vec<_> = std::fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").path()).collect();
+    specs.retain(|p| p.extension().is_some_and(|e| e == "peft"));
+    assert!(!specs.is_empty());
+    let mut fired = vec![false; RULES.len() + 1];
+    for path in specs {
+        let graph = unfused(&path);
+        for (at, (name, ..)) in RULES.iter().enumerate() {
+            let alone = fuse(&graph, |rule| rule == *name).expect("fused");
+            let none = fuse(&graph, |_| false).expect("rebuilt");
+            fired[at] |= alone.nodes.iter().map(|n| &n.op).ne(none.nodes.iter().map(|n| &n.op));
+            assert_same(name, &graph, &alone);
+        }
+        let all = fuse(&graph, |_| true).expect("fused");
+        assert_same("all rules", &graph, &all);
+        let again = remat(&all).expect("rebuilt");
+        fired[RULES.len()] |= again.nodes.len() > all.nodes.len();
+        assert_same("remat", &graph, &again);
+    }
+    let names = RULES.iter().map(|(name, ..)| *name).chain(["remat"]);
+    let idle: Vec<&str> = names.zip(fired).filter(|(_, fired)| !fired).map(|(name, _)| name).collect();
+    assert!(idle.is_empty(), "no spec shows what {idle:?} does");
+}
