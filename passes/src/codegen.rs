@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Once;
 
 use melior::ExecutionEngine;
 use melior::ir::Module;
@@ -91,7 +92,9 @@ fn object_file(kernels: &[String], out: &Path) -> Result<(), Error> {
 }
 
 fn lowered<'c>(dialect: &'c Dialect, text: &str) -> Result<Module<'c>, Error> {
-    register_all_passes();
+    // The registry is the process's, and knows no locks.
+    static PASSES: Once = Once::new();
+    PASSES.call_once(register_all_passes);
     let mut module = dialect.parse(text)?;
     let manager = PassManager::new(dialect.context());
     parse_pass_pipeline(manager.as_operation_pass_manager(), PIPELINE).map_err(|e| Error::Mlir(e.to_string()))?;
