@@ -49,7 +49,13 @@ impl Source {
         match self.target.as_str() {
             "cpu" => Ok(()),
             cuda if cuda == "cuda" || cuda.starts_with("cuda:") => {
-                Err(Failure::Usage("this peftc has no CUDA target yet; leave `--target` out to run on the CPU".into()))
+                let here = match peft_runtime::device::gpus() {
+                    Ok(gpus) => gpus.iter().map(|gpu| gpu.to_string()).collect::<Vec<_>>().join(", "),
+                    Err(error) => error.to_string(),
+                };
+                Err(Failure::Usage(format!(
+                    "this peftc has no CUDA target yet; leave `--target` out to run on the CPU (GPUs here: {here})"
+                )))
             }
             other => Err(Failure::Usage(format!("`{other}` is no target; it is `cpu`"))),
         }

@@ -82,7 +82,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         outcome.steps,
         outcome.seconds,
         outcome.tokens as f64 / outcome.seconds.max(1e-9),
-        session.peak_bytes() as f64 / 1e9
+        peak(&session) as f64 / 1e9
     ));
     super::print(&format!("loss {:.4} at first, {:.4} at last", outcome.first, outcome.last));
     if let (Some(before), Some(after)) = (&outcome.before, &outcome.after) {
@@ -91,6 +91,14 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let size = std::fs::metadata(&outcome.adapter).map_or(0, |m| m.len());
     super::print(&format!("adapter: {} ({:.0} KB)", outcome.adapter.display(), size as f64 / 1e3));
     Ok(())
+}
+
+/// The most memory this process held at once, in bytes; of the session alone where the system does not say.
+fn peak(session: &Session) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kilobytes.map_or(session.peak_bytes(), |kb| kb * 1024)
 }
 
 fn table(profile: &peft_runtime::Profile) -> String {

@@ -3,6 +3,7 @@
 mod cli;
 mod fixtures;
 mod parity;
+mod real;
 mod runs;
 mod stages;
 mod traces;
