@@ -4,6 +4,7 @@
 pub const MODULES: &[(&str, &str)] = &[
     ("backbones/bert.peft", include_str!("../../models/backbones/bert.peft")),
     ("backbones/gpt2.peft", include_str!("../../models/backbones/gpt2.peft")),
+    ("backbones/roberta.peft", include_str!("../../models/backbones/roberta.peft")),
     ("functions.peft", include_str!("../../models/functions.peft")),
     ("methods/adapter.peft", include_str!("../../models/methods/adapter.peft")),
     ("methods/bitfit.peft", include_str!("../../models/methods/bitfit.peft")),

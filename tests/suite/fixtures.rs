@@ -59,8 +59,8 @@ impl Fixture {
                 n("n_positions"),
                 self.file.tensors.contains_key("inputs.types") || self.file.tensors.contains_key("inputs.0.types"),
             ),
-            Some("bert") => format!(
-                "bert(layers: {}, hidden: {}, heads: {}, ffn: {}, vocab: {}, context: {}, \
+            Some(name @ ("bert" | "roberta")) => format!(
+                "{name}(layers: {}, hidden: {}, heads: {}, ffn: {}, vocab: {}, context: {}, \
                  dropout: 0.0, attention_dropout: 0.0)",
                 n("num_hidden_layers"),
                 n("hidden_size"),
@@ -113,7 +113,10 @@ impl Fixture {
             "kind: generation\nspecial: [\"<t>\"]\ntemplate: \"<t> {text}\"\ntarget: \"<t>\"".to_string()
         } else {
             tune += &format!("head {}\n", method["head"].as_str().unwrap_or("trainable"));
-            let classes = self.file.tensors["weights.classifier.bias"].shape[0];
+            let classes = ["weights.classifier.bias", "weights.classifier.out_proj.bias"]
+                .iter()
+                .find_map(|name| Some(self.file.tensors.get(*name)?.shape[0]))
+                .expect("a head");
             let labels: Vec<String> = (0..classes).map(|c| format!("\"{c}\"")).collect();
             format!("kind: classification\nlabels: [{}]", labels.join(", "))
         };

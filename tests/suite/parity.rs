@@ -188,3 +188,18 @@ fn bert_compiled() {
 fn bert_compiled_without_fusion() {
     compiled("bert_", false);
 }
+
+#[test]
+fn roberta_in_the_interpreter() {
+    in_the_interpreter("roberta_");
+}
+
+#[test]
+fn roberta_compiled() {
+    compiled("roberta_", true);
+}
+
+#[test]
+fn roberta_compiled_without_fusion() {
+    compiled("roberta_", false);
+}
