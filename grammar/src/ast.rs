@@ -134,10 +134,20 @@ pub struct Nested {
     pub of: Expr,
 }
 
+/// What stands before `weight`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mark {
+    /// Of a task head.
+    Head,
+    /// One tensor for every place that declares it, by its name alone.
+    Shared,
+    /// A method's, and yet it does not train.
+    Frozen,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightDef {
-    /// Of a task head.
-    pub head: bool,
+    pub marks: Vec<Mark>,
     pub name: Name,
     pub path: Text,
     pub shape: Vec<Expr>,

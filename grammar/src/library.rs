@@ -11,6 +11,7 @@ pub const MODULES: &[(&str, &str)] = &[
     ("methods/full.peft", include_str!("../../models/methods/full.peft")),
     ("methods/inducer.peft", include_str!("../../models/methods/inducer.peft")),
     ("methods/lora.peft", include_str!("../../models/methods/lora.peft")),
+    ("methods/prefix.peft", include_str!("../../models/methods/prefix.peft")),
 ];
 
 /// `backbones/gpt2.peft` as an import writes it: `backbones.gpt2`.

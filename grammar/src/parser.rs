@@ -107,6 +107,8 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_from
             | kw_weight
             | kw_head
+            | kw_shared
+            | kw_frozen
             | kw_site
             | kw_at
             | kw_if
@@ -316,12 +318,19 @@ impl Builder {
 
     fn weight(&mut self, pair: Node) -> StmtKind {
         let mut c = Children::of(pair);
-        let head = c.next_if(Rule::head_mark).is_some();
+        let mut marks = vec![];
+        while let Some(mark) = c.next_if(Rule::mark) {
+            marks.push(match mark.as_str().trim() {
+                "head" => Mark::Head,
+                "shared" => Mark::Shared,
+                _ => Mark::Frozen,
+            });
+        }
         let (name, path, list) = (self.name(c.next()), self.text(c.next()), c.next());
         let shape_span = self.span(&list);
         let shape = list.into_inner().map(|p| self.expr(p)).collect();
         let init = self.name(c.next());
         let init_args = c.next_if(Rule::args).map_or(vec![], |p| self.args(p));
-        StmtKind::Weight(WeightDef { head, name, path, shape, shape_span, init, init_args })
+        StmtKind::Weight(WeightDef { marks, name, path, shape, shape_span, init, init_args })
     }
 }

@@ -47,10 +47,12 @@ impl Fixture {
         let (backbone, method) = (&self.json["backbone"], &self.json["method"]);
         let config = &backbone["config"];
         let n = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{} has no `{key}`", self.name));
+        let prefix = method.get("prefix").filter(|m| !m.is_null());
+        let length = prefix.map_or(0, |p| p["length"].as_u64().expect("a length"));
         let model = match backbone["type"].as_str() {
             Some("gpt2") => format!(
                 "gpt2(layers: {}, hidden: {}, heads: {}, ffn: {}, vocab: {}, context: {}, token_types: {}, \
-                 dropout: 0.0, attention_dropout: 0.0, embedding_dropout: 0.0)",
+                 first_position: {length}, dropout: 0.0, attention_dropout: 0.0, embedding_dropout: 0.0)",
                 n("n_layer"),
                 n("n_embd"),
                 n("n_head"),
@@ -72,6 +74,10 @@ impl Fixture {
             other => panic!("no spec for backbone {other:?}"),
         };
         let mut attention = String::new();
+        if let Some(prefix) = prefix {
+            let (mid, direct) = (prefix["mid"].as_u64().unwrap_or(1), prefix["reparametrised"] == false);
+            attention += &format!("prefix(length: {length}, mid: {mid}, direct: {direct})\n");
+        }
         if let Some(inducer) = method.get("inducer").filter(|m| !m.is_null()) {
             attention += &format!(
                 "inducer(key: {}, value: {}, extended: {}, gating: {})\n",

@@ -208,7 +208,16 @@ impl<'a> Checker<'a> {
             self.report(Diagnostic::error(weight.shape_span, title));
             return;
         }
-        let name = format!("{}{path}", frame.owner.path);
+        let shared = weight.marks.contains(&Mark::Shared);
+        let name = if shared { path } else { format!("{}{path}", frame.owner.path) };
+        if shared && let Some((first, known, value)) = self.shared.get(&name).cloned() {
+            if known != shape {
+                let title = format!("`{name}` is shared, so it has one shape: {known:?} and {shape:?} differ");
+                self.report(Diagnostic::error(weight.shape_span, title).related(first, "declared here"));
+            }
+            frame.set(&weight.name.text, value);
+            return;
+        }
         if let Some(&first) = self.declared.get(&name) {
             let error = match &frame.owner.origin {
                 Some(Origin::Method(method)) if first == weight.path.span => {
@@ -226,12 +235,13 @@ impl<'a> Checker<'a> {
             return;
         }
         self.declared.insert(name.clone(), weight.path.span);
-        let origin = match (&frame.owner.origin, weight.head) {
+        let origin = match (&frame.owner.origin, weight.marks.contains(&Mark::Head)) {
             (Some(origin @ Origin::Method(_)), _) => origin.clone(),
             (_, true) => Origin::Head,
             _ => Origin::Backbone,
         };
         let trainable = match &origin {
+            Origin::Method(_) if weight.marks.contains(&Mark::Frozen) => Trainable::No,
             Origin::Method(_) => Trainable::All,
             Origin::Head if self.plan.head => Trainable::All,
             _ => self.plan.rows_of(&name, &shape, &mut self.errors),
@@ -239,6 +249,9 @@ impl<'a> Checker<'a> {
         let decay = shape.len() >= 2 && !name.ends_with(".bias");
         let location = self.sources.location(span);
         let value = self.enter(&name, &shape, &trainable, &location);
+        if shared {
+            self.shared.insert(name.clone(), (weight.shape_span, shape.clone(), Val::Tensor(value)));
+        }
         self.params.push(Param { name, shape, init, trainable, origin, decay });
         frame.set(&weight.name.text, Val::Tensor(value));
     }

@@ -55,6 +55,8 @@ struct Checker<'a> {
     graph: Graph,
     params: Vec<Param>,
     declared: HashMap<String, Span>,
+    /// Shared weights: where first declared, their shape and value.
+    shared: HashMap<String, (Span, Vec<u64>, value::Val)>,
     inputs: HashMap<&'static str, Value>,
     outputs: HashMap<String, Span>,
     purpose: Purpose,
@@ -100,6 +102,7 @@ pub(crate) fn check(
         graph: Graph::new("forward"),
         params: Vec::new(),
         declared: HashMap::new(),
+        shared: HashMap::new(),
         inputs: HashMap::new(),
         outputs: HashMap::new(),
         purpose: Purpose::Generation,

@@ -6,7 +6,7 @@
 //! slice(concat(a, b), of a)    =  a
 //! ```
 
-use peft_grammar::graph::{Dim, Op, Value};
+use peft_grammar::graph::{Dim, MAX_PARTS, Op, Value};
 
 use crate::rewrite::Rewriter;
 
@@ -22,6 +22,9 @@ pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<V
                 return Ok(None);
             }
             let parts = [first.parts, second.parts].concat();
+            if parts.len() > MAX_PARTS {
+                return Ok(None);
+            }
             let joined = new.op(Op::Concat { axis: first.axis }, &parts)?;
             if (first.start, second.end) == (0, first.total) {
                 return Ok(Some(joined));
