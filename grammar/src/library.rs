@@ -9,9 +9,11 @@ pub const MODULES: &[(&str, &str)] = &[
     ("methods/adapter.peft", include_str!("../../models/methods/adapter.peft")),
     ("methods/bitfit.peft", include_str!("../../models/methods/bitfit.peft")),
     ("methods/full.peft", include_str!("../../models/methods/full.peft")),
+    ("methods/ia3.peft", include_str!("../../models/methods/ia3.peft")),
     ("methods/inducer.peft", include_str!("../../models/methods/inducer.peft")),
     ("methods/lora.peft", include_str!("../../models/methods/lora.peft")),
     ("methods/prefix.peft", include_str!("../../models/methods/prefix.peft")),
+    ("methods/vera.peft", include_str!("../../models/methods/vera.peft")),
 ];
 
 /// `backbones/gpt2.peft` as an import writes it: `backbones.gpt2`.

@@ -33,6 +33,8 @@ fn nlg_rows_train_what_the_paper_says() {
         ("adaptive", 2_015_424),
         ("adapter", 2_019_600),
         ("mam_inducer", 2_001_816),
+        ("prefix", 9_932_288),
+        ("mam_adapter", 2_001_096),
     ] {
         let model = model(&format!("paper/nlg/{spec}.peft"));
         assert_eq!(counts(&model), (method, SPECIAL), "{spec}");
@@ -42,6 +44,36 @@ fn nlg_rows_train_what_the_paper_says() {
         assert_eq!(wte.trainable, Trainable::Rows(50257, 50273));
     }
     assert_eq!(counts(&model("paper/nlg/finetune.peft")), (0, GPT2 + SPECIAL));
+}
+
+#[test]
+fn nlu_rows_train_what_the_paper_says() {
+    const ROBERTA: u64 = 124_645_632;
+    for (spec, method, backbone) in [
+        ("inducer", 609_696, 0),
+        ("inducer_lora", 609_120, 0),
+        ("mam_inducer", 599_760, 0),
+        ("lora", 589_824, 0),
+        ("mam_adapter", 599_232, 0),
+        ("bitfit", 0, 102_144),
+        ("finetune", 0, ROBERTA),
+    ] {
+        let model = model(&format!("paper/nlu/{spec}.peft"));
+        let all = model.params.iter().filter(|p| p.origin == Origin::Backbone).map(|p| p.elements());
+        assert_eq!((counts(&model), all.sum()), ((method, backbone), ROBERTA), "{spec}");
+    }
+}
+
+/// VeRA's random projections are there once, and do not train.
+#[test]
+fn what_is_shared_counts_once() {
+    let text = include_str!("../../tests/specs/good/vera_and_ia3.peft");
+    let model = check("spec.peft", text, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let shared: Vec<_> = model.params.iter().filter(|p| p.name.starts_with("vera.")).collect();
+    assert_eq!(shared.len(), 2);
+    assert!(shared.iter().all(|p| p.trainable == Trainable::No));
+    let vectors = model.params.iter().filter(|p| p.name.contains(".vera.") && p.trainable == Trainable::All);
+    assert_eq!(vectors.map(|p| p.elements()).sum::<u64>(), 2 * 2 * (8 + 32));
 }
 
 #[test]
