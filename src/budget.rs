@@ -60,7 +60,10 @@ impl Budget {
             module.trainable += trains;
             module.stored += trains;
         }
-        budget.stored_parameters = budget.trainable_parameters;
+        let replaced = |name: &str| model.replaced.iter().any(|r| r == name);
+        let dropped = model.params.iter().filter(|p| replaced(&p.name)).map(Param::trainable_elements).sum::<u64>();
+        let kept = model.stored.iter().filter_map(|(_, value)| model.graph.ty(*value).elements()).sum::<u64>();
+        budget.stored_parameters = budget.trainable_parameters - dropped + kept;
         budget.modules = modules.into_values().collect();
         budget
     }

@@ -22,10 +22,15 @@ pub struct Artifact {
     pub cached: bool,
 }
 
-/// Compiles `model` with every entry, or finds it in the cache.
+/// Compiles `model` with every entry an artifact has, or finds it in the cache.
 pub fn compile(model: &Model, options: &Options) -> Result<Artifact, Failure> {
+    compile_entries(model, &Entry::of_artifact(model), options)
+}
+
+/// Compiles some entries of `model`, or finds them in the cache.
+pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> Result<Artifact, Failure> {
     let begun = Instant::now();
-    let path = cache().map(|cache| cache.join(format!("{}.peftc", key(model, options))));
+    let path = cache().map(|cache| cache.join(format!("{}.peftc", key(model, entries, options))));
     if let Some(path) = &path
         && path.is_dir()
         && let Ok((manifest, library)) = store::load(path)
@@ -36,7 +41,7 @@ pub fn compile(model: &Model, options: &Options) -> Result<Artifact, Failure> {
     match path {
         Some(path) => {
             let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
-            let (manifest, library, timings) = fresh(model, options, folder.path())?;
+            let (manifest, library, timings) = fresh(model, entries, options, folder.path())?;
             match store::save(&path, &manifest, &library) {
                 Ok(()) => {
                     let (manifest, library) = store::load(&path)?;
@@ -51,17 +56,21 @@ pub fn compile(model: &Model, options: &Options) -> Result<Artifact, Failure> {
         }
         None => {
             let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
-            let (manifest, _, timings) = fresh(model, options, folder.path())?;
+            let (manifest, _, timings) = fresh(model, entries, options, folder.path())?;
             Ok(Artifact { manifest, library: folder.keep().join("kernels.so"), timings, cached: false })
         }
     }
 }
 
 /// The pipeline, then LLVM.
-fn fresh(model: &Model, options: &Options, folder: &Path) -> Result<(Manifest, PathBuf, Timings), Failure> {
-    let entries = Entry::ALL.map(|(entry, _)| entry);
+fn fresh(
+    model: &Model,
+    entries: &[Entry],
+    options: &Options,
+    folder: &Path,
+) -> Result<(Manifest, PathBuf, Timings), Failure> {
     let dialect = Dialect::new()?;
-    let compiled = pipeline::run(&dialect, model, &entries, options)?;
+    let compiled = pipeline::run(&dialect, model, entries, options)?;
     let lowered = compiled.lowered.expect("the whole way");
     let mut timings = compiled.timings;
     let begun = Instant::now();
@@ -91,15 +100,16 @@ fn compiler() -> String {
 
 /// What a compiled model depends on: the equations, which values train, the rules, the compiler itself,
 /// LLVM, the target and its features.
-fn key(model: &Model, options: &Options) -> String {
+fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     let mut hash = blake3::Hasher::new();
-    let graph = serde_json::to_vec(&(&model.graph, &model.params)).expect("a model is plain data");
+    let graph = serde_json::to_vec(&(&model.graph, &model.params, &model.stored, &model.projections)).expect("a model is plain data");
     hash.update(&graph);
     let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
     let build = build.map(|b| format!("{b:?}")).unwrap_or_default();
     let features = store::features().join(",");
     let rest = [compiler(), build, codegen::llvm_version().into(), std::env::consts::ARCH.into(), features];
-    for part in rest.iter().chain(&options.without) {
+    let entries = format!("{entries:?}");
+    for part in rest.iter().chain([&entries]).chain(&options.without) {
         hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part.as_bytes());
     }

@@ -120,10 +120,14 @@ pub enum StmtKind {
     Site { kind: Name, path: Text, body: Vec<Stmt> },
     Output { name: Name, value: Option<Expr> },
     Expose { value: Expr, name: Text },
+    /// What is kept of weights when training is over.
+    Store { value: Expr, name: Text },
     After { variable: Name, body: Vec<Stmt> },
     Return(Expr),
     Require { condition: Expr, message: Text, hint: Option<Text> },
     Train(Text),
+    /// A rule of a method that is a mixture of others.
+    Tune(TuneRule),
     Assign { name: Name, value: Expr, nested: Option<Nested> },
 }
 
@@ -188,6 +192,16 @@ pub enum TuneRule {
     },
     /// `head trainable`, `head frozen`.
     Head(Name),
+}
+
+impl TuneRule {
+    pub fn span(&self) -> Span {
+        match self {
+            TuneRule::Sites { span, .. } | TuneRule::Rows { span, .. } => *span,
+            TuneRule::Model(apply) => apply.span,
+            TuneRule::Head(word) => word.span,
+        }
+    }
 }
 
 /// Which sites of a kind, counted from 0 in the order of the model.

@@ -166,6 +166,9 @@ pub enum Op {
     /// its derivative
     GeluTanhGrad,
 
+    /// x, and a constant to the gradient
+    Detach,
+
     // Shape.
     /// Row-major order stays; a ragged axis and the token axis before it stay where they are.
     Reshape { shape: Vec<Dim> },
@@ -253,6 +256,7 @@ const PLAIN: &[(Op, &str)] = &[
     (Op::GeluGrad, "gelu_grad"),
     (Op::GeluTanh, "gelu_tanh"),
     (Op::GeluTanhGrad, "gelu_tanh_grad"),
+    (Op::Detach, "detach"),
     (Op::Softmax, "softmax"),
     (Op::SoftmaxVjp, "softmax_vjp"),
     (Op::SegmentMean, "segment_mean"),
@@ -285,6 +289,7 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("gelu_grad", Some(1), &[]),
     ("gelu_tanh", Some(1), &[]),
     ("gelu_tanh_grad", Some(1), &[]),
+    ("detach", Some(1), &[]),
     ("reshape", Some(1), &["shape"]),
     ("permute", Some(1), &["axes"]),
     ("slice", Some(1), &["axis", "start", "end"]),
@@ -489,7 +494,7 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
         Op::Scale { .. } | Op::Shift { .. } | Op::Exp | Op::Log | Op::Sqrt | Op::Rsqrt | Op::Tanh | Op::Sigmoid => {
             same()
         }
-        Op::Relu | Op::Step | Op::Gelu | Op::GeluGrad | Op::GeluTanh | Op::GeluTanhGrad => same(),
+        Op::Relu | Op::Step | Op::Gelu | Op::GeluGrad | Op::GeluTanh | Op::GeluTanhGrad | Op::Detach => same(),
         Op::Reshape { shape } => {
             let x = operands[0];
             let split = |shape: &[Dim]| {

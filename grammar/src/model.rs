@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::graph::Graph;
+use crate::graph::{Graph, Value};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
@@ -17,6 +17,15 @@ pub struct Model {
     /// The forward pass in its training form: dropouts and label smoothing are in it, inputs and
     /// params are its arguments, `loss`, `logits` and everything exposed (`lambda.0`) its outputs.
     pub graph: Graph,
+    /// Every method at every site, in the order in which the backbone has the sites.
+    pub applied: Vec<Applied>,
+    /// Every projection `y = x W + b` of the backbone.
+    pub projections: Vec<Projection>,
+    /// What is kept in place of some trained tensors when training is over: values of the graph that depend on
+    /// weights alone, by name.
+    pub stored: Vec<(String, Value)>,
+    /// The tensors in whose place it is kept.
+    pub replaced: Vec<String>,
     pub task: Task,
     pub train: Recipe,
 }
@@ -28,6 +37,42 @@ pub struct Backbone {
     pub config: BTreeMap<String, ConfigValue>,
     /// What base-model checkpoints leave out in front of a tensor's name: `transformer.`, `bert.`.
     pub prefix: String,
+    /// Arguments that `config.json` has no key for and that are not at their defaults.
+    pub beyond: BTreeMap<String, ConfigValue>,
+}
+
+/// A method at work at one site.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Applied {
+    pub method: String,
+    /// The site's path, `layers.0.attention.q`; empty for the whole model.
+    pub site: String,
+    /// Its arguments, defaults filled in.
+    pub args: BTreeMap<String, ConfigValue>,
+}
+
+impl Applied {
+    /// What the names of its own tensors begin with.
+    pub fn path(&self) -> String {
+        if self.site.is_empty() { self.method.clone() } else { format!("{}.{}", self.site, self.method) }
+    }
+}
+
+/// A projection of a site, found by its form in the graph: y = x W + b, perhaps some columns of a wider one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Projection {
+    /// `layers.0.attention.q`
+    pub path: String,
+    /// The tensor W is, or lies in.
+    pub weight: String,
+    /// It is stored [out,in], not [in,out].
+    pub transposed: bool,
+    pub bias: Option<String>,
+    /// Outputs `start..end` of the stored matrix, when it serves several projections.
+    pub columns: Option<(u64, u64)>,
+    /// x before a method touches it, and y when all methods are done.
+    pub input: Value,
+    pub output: Value,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -81,6 +126,8 @@ pub enum Init {
     Uniform {
         bound: f64,
     },
+    /// A value of the graph that depends on other weights alone.
+    Value(Value),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -117,6 +117,7 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_in
             | kw_output
             | kw_expose
+            | kw_store
             | kw_after
             | kw_return
             | kw_require
@@ -270,8 +271,10 @@ impl Builder {
     fn statement(&mut self, pair: Node) -> Stmt {
         let span = self.span(&pair);
         let rule = pair.as_rule();
-        if rule == Rule::weight {
-            return Stmt { kind: self.weight(pair), span };
+        match rule {
+            Rule::weight => return Stmt { kind: self.weight(pair), span },
+            Rule::at_sites => return Stmt { kind: StmtKind::Tune(self.rule(pair)), span },
+            _ => {}
         }
         let mut c = Children::of(pair);
         let kind = match rule {
@@ -297,6 +300,7 @@ impl Builder {
                 StmtKind::Output { name, value: c.next_if(Rule::expr).map(|p| self.expr(p)) }
             }
             Rule::expose => StmtKind::Expose { value: self.expr(c.next()), name: self.text(c.next()) },
+            Rule::store => StmtKind::Store { value: self.expr(c.next()), name: self.text(c.next()) },
             Rule::after => StmtKind::After { variable: self.name(c.next()), body: self.block(c.next()) },
             Rule::give => StmtKind::Return(self.expr(c.next())),
             Rule::require => {

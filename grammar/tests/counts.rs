@@ -48,7 +48,8 @@ fn nlg_rows_train_what_the_paper_says() {
 
 #[test]
 fn nlu_rows_train_what_the_paper_says() {
-    const ROBERTA: u64 = 124_645_632;
+    // The paper's 124,645,632 hold RobertaModel's pooler, too, which its classifier does not read.
+    const ROBERTA: u64 = 124_645_632 - (768 * 768 + 768);
     for (spec, method, backbone) in [
         ("inducer", 609_696, 0),
         ("inducer_lora", 609_120, 0),

@@ -5,6 +5,8 @@
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Value};
 
+use crate::rewrite::rewrite;
+
 /// The derivative of output `loss` with respect to every trainable argument.
 pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
     let loss = forward.output("loss").ok_or("a graph without an output `loss` has no gradient")?;
@@ -15,7 +17,8 @@ pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
         reached[arg.value.0 as usize] = arg.role == Role::Trainable;
     }
     for node in &forward.nodes {
-        reached[node.result.0 as usize] = node.operands.iter().any(|v| reached[v.0 as usize]);
+        let detached = node.op == Op::Detach;
+        reached[node.result.0 as usize] = !detached && node.operands.iter().any(|v| reached[v.0 as usize]);
     }
 
     let mut adjoints: Vec<Option<Value>> = vec![None; forward.values()];
@@ -46,7 +49,12 @@ pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
         };
         graph.outputs.push((format!("grad.{}", arg.label()), gradient));
     }
-    Ok(graph)
+    settle(&graph)
+}
+
+/// Once no derivative is asked for any more, `detach` has nothing to say.
+pub fn settle(graph: &Graph) -> Result<Graph, String> {
+    rewrite(graph, |_, op, operands| Ok((*op == Op::Detach).then(|| operands[0])))
 }
 
 /// The table of derivatives. For z = op(x, y, …) and its adjoint dz, the adjoint of operand `i`.

@@ -6,7 +6,7 @@ use crate::rewrite::rewrite;
 
 pub fn inference(graph: &Graph) -> Result<Graph, String> {
     rewrite(graph, |new, op, operands| match op {
-        Op::Dropout { .. } => Ok(Some(operands[0])),
+        Op::Dropout { .. } | Op::Detach => Ok(Some(operands[0])),
         Op::CrossEntropy { .. } => new.op(Op::CrossEntropy { smoothing: 0.0 }, operands).map(Some),
         _ => Ok(None),
     })

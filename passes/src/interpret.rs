@@ -254,6 +254,7 @@ impl<'a> Machine<'a> {
             Op::Rsqrt => self.unary(|x| 1.0 / x.sqrt()),
             Op::Tanh => self.unary(f64::tanh),
             Op::Sigmoid => self.unary(|x| 1.0 / (1.0 + (-x).exp())),
+            Op::Detach => self.unary(|x| x),
             Op::Relu => self.unary(|x| x.max(0.0)),
             Op::Step => self.unary(|x| if x > 0.0 { 1.0 } else { 0.0 }),
             Op::Gelu => self.unary(|x| x * normal_cdf(x)),

@@ -3,6 +3,7 @@
 
 pub mod codegen;
 pub mod dialect;
+pub mod fold;
 pub mod fuse;
 pub mod gradient;
 pub mod inference;
@@ -13,7 +14,8 @@ pub mod pipeline;
 pub mod remat;
 pub mod rewrite;
 
-/// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input.
+/// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input, and
+/// an entry asked for that the model cannot have.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// MLIR's own words.
@@ -21,6 +23,8 @@ pub enum Error {
     Mlir(String),
     #[error("linking failed: {0}")]
     Link(String),
+    #[error("{message}")]
+    Refused { entry: &'static str, message: String },
     #[error("the result of stage `{stage}` is not well-formed: {message}\n(a fault of the compiler)")]
     Invalid { stage: String, message: String },
 }

@@ -3,16 +3,18 @@
 use std::time::{Duration, Instant};
 
 use peft_grammar::graph::Graph;
-use peft_grammar::model::{Model, Trainable};
+use peft_grammar::model::{Init, Model, Param, Trainable};
 use peft_runtime::artifact::Tensor;
 
 use crate::dialect::Dialect;
+use crate::fold::fold;
 use crate::fuse::fuse;
-use crate::gradient::differentiate;
+use crate::gradient::{differentiate, settle};
 use crate::inference::inference;
 use crate::lower::{Lowered, lower};
 use crate::partition::partition;
 use crate::remat::remat;
+use crate::rewrite::live;
 use crate::{Error, codegen};
 
 /// What `--emit` takes: every form a model has on its way.
@@ -55,20 +57,55 @@ pub enum Entry {
     Grad,
     /// The training form: loss and every gradient.
     Train,
+    /// What weights that start from a value of others start from. Without a batch, as the next two.
+    Init,
+    /// What is kept in place of trained weights.
+    Store,
+    /// Methods folded into the backbone's matrices; of no artifact, since it wants all weights as they are.
+    Merge,
 }
 
 impl Entry {
-    pub const ALL: [(Entry, &str); 3] = [(Entry::Forward, "forward"), (Entry::Grad, "grad"), (Entry::Train, "train")];
+    pub const ALL: [(Entry, &str); 6] = [
+        (Entry::Forward, "forward"),
+        (Entry::Grad, "grad"),
+        (Entry::Train, "train"),
+        (Entry::Init, "init"),
+        (Entry::Store, "store"),
+        (Entry::Merge, "merge"),
+    ];
+
+    /// The entries of the model's artifact.
+    pub fn of_artifact(model: &Model) -> Vec<Entry> {
+        let mut entries = vec![Entry::Forward, Entry::Grad, Entry::Train];
+        entries.extend(model.params.iter().any(|p| matches!(p.init, Init::Value(_))).then_some(Entry::Init));
+        entries.extend((!model.stored.is_empty()).then_some(Entry::Store));
+        entries
+    }
+
+    fn name(self) -> &'static str {
+        Entry::ALL.iter().find(|(e, _)| *e == self).expect("all are listed").1
+    }
+
+    fn differentiates(self) -> bool {
+        matches!(self, Entry::Grad | Entry::Train)
+    }
 
     /// The model's graph with this entry's outputs.
-    fn of(self, model: &Model) -> Graph {
+    fn of(self, model: &Model) -> Result<Graph, String> {
         let mut graph = model.graph.clone();
-        let (_, name) = Entry::ALL.iter().find(|(e, _)| *e == self).expect("all are listed");
-        graph.name = name.to_string();
-        if self == Entry::Train {
-            graph.outputs.retain(|(name, _)| name == "loss");
+        match self {
+            Entry::Forward | Entry::Grad => {}
+            Entry::Train => graph.outputs.retain(|(name, _)| name == "loss"),
+            Entry::Init => {
+                let value = |p: &Param| if let Init::Value(v) = p.init { Some((p.name.clone(), v)) } else { None };
+                graph.outputs = model.params.iter().filter_map(value).collect();
+            }
+            Entry::Store => graph.outputs = model.stored.clone(),
+            Entry::Merge => graph = fold(model)?,
         }
-        graph
+        graph.name = self.name().to_string();
+        Ok(live(&graph))
     }
 }
 
@@ -99,13 +136,13 @@ pub struct Compiled {
 /// Every stage in order; the verifier runs after each one.
 pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Options) -> Result<Compiled, Error> {
     let rule = |name: &str| !options.without.iter().any(|w| w == name || w == "all");
-    let trains = |e: Entry| e != Entry::Forward && model.params.iter().any(|p| p.trainable != Trainable::No);
+    let trains = |e: Entry| e.differentiates() && model.params.iter().any(|p| p.trainable != Trainable::No);
 
-    let mut way = Way::new(dialect, model, entries, options.until);
+    let mut way = Way::new(dialect, model, entries, options.until)?;
     way.pass(Stage::Peft, "peft", |_, equations| Ok(equations))?;
-    way.pass(Stage::Grad, "inference", |entry, g| if entry == Entry::Forward { inference(&g) } else { Ok(g) })?;
+    way.pass(Stage::Grad, "inference", |entry, g| if entry.differentiates() { Ok(g) } else { inference(&g) })?;
     way.pass(Stage::Grad, "partition", |_, g| partition(&g))?;
-    way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { Ok(g) })?;
+    way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { settle(&g) })?;
     way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule))?;
     way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g) } else { Ok(g) })?;
     way.lower(model)
@@ -121,9 +158,10 @@ struct Way<'d> {
 }
 
 impl<'d> Way<'d> {
-    fn new(dialect: &'d Dialect, model: &Model, entries: &[Entry], until: Stage) -> Self {
-        let graphs = entries.iter().map(|e| e.of(model)).collect();
-        Way { dialect, entries: entries.to_vec(), graphs, until, timings: vec![] }
+    fn new(dialect: &'d Dialect, model: &Model, entries: &[Entry], until: Stage) -> Result<Self, Error> {
+        let graph = |e: &Entry| e.of(model).map_err(|message| Error::Refused { entry: e.name(), message });
+        let graphs = entries.iter().map(graph).collect::<Result<_, _>>()?;
+        Ok(Way { dialect, entries: entries.to_vec(), graphs, until, timings: vec![] })
     }
 
     /// Takes every entry through a pass that belongs to `stage`, unless the way ends before it.

@@ -296,6 +296,24 @@ impl Session {
         Ok(())
     }
 
+    /// Gives weights that start from a value of others that value: the entry `init` computes it.
+    pub fn initialise(&mut self) -> Result<(), RuntimeError> {
+        const INIT: &str = "init";
+        if !self.program.manifest.entries.contains_key(INIT) {
+            return Ok(());
+        }
+        self.run(INIT, &Inputs::default())?;
+        for name in self.outputs() {
+            let index = self.program.manifest.tensors.iter().position(|t| t.name == name && t.trainable.is_some());
+            let value = self.output(&name).map(|(_, x)| x.to_vec());
+            let (Some(index), Some(value)) = (index, value) else {
+                return Err(RuntimeError::input(name, "has no value to start from"));
+            };
+            self.values_mut(index).copy_from_slice(&value);
+        }
+        Ok(())
+    }
+
     /// Shape and content of an output of the last run.
     pub fn output(&self, name: &str) -> Option<(Vec<u64>, &[f32])> {
         let (entry, sizes, plan) = self.last.as_ref()?;

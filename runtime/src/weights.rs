@@ -204,7 +204,8 @@ fn draw(param: &Param, seed: u64) -> Numbers {
         });
     };
     match param.init {
-        Init::Zeros => {}
+        // What a value of other weights starts from is computed when those are there: `Session::initialise`.
+        Init::Zeros | Init::Value(_) => {}
         Init::Ones => numbers.fill(1.0),
         Init::Normal { std } => fill(&mut numbers, &|w| normals(w).map(|x| x * std)),
         Init::Truncated { scale } => fill(&mut numbers, &|w| normals(w).map(|x| x % 2.0 * scale)),

@@ -31,6 +31,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
     let weights = source::weights(&arguments.weights, &model)?;
     let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    session.initialise()?;
     if let Some(path) = &arguments.adapter {
         training::apply(&mut session, path)?;
     }

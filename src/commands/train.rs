@@ -60,6 +60,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
 
     let weights = source::weights(&arguments.weights, &model)?;
     let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    session.initialise()?;
     if arguments.profile {
         session.profile = Some(Default::default());
     }

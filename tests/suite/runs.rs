@@ -24,7 +24,7 @@ fn model(overrides: &[(&str, &str)]) -> Model {
 /// An artifact of the model in `folder`.
 fn artifact(model: &Model, folder: &Path) -> std::path::PathBuf {
     let dialect = Dialect::new().expect("a dialect");
-    let entries = Entry::ALL.map(|(entry, _)| entry);
+    let entries = Entry::of_artifact(model);
     let compiled = pipeline::run(&dialect, model, &entries, &Options::default()).expect("compiled");
     let lowered = compiled.lowered.expect("the whole way");
     let library = folder.join("fresh.so");

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::site::Owner;
 use super::value::Val;
-use super::{Call, Checker};
+use super::{Call, Checker, Declared, Glob, Stored};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{Dim, Role, Type};
@@ -122,6 +122,15 @@ impl<'a> Checker<'a> {
                     self.output(text, value, name.span);
                 }
             }
+            StmtKind::Store { value, name } => self.store(frame, value, name),
+            StmtKind::Tune(rule) => match frame.body {
+                // A mixture's rules have been taken up with the tune block's.
+                Body::Method(method) if method.kind.text == "model" => {}
+                _ => {
+                    let error = Diagnostic::error(rule.span(), "only a mixture applies methods");
+                    self.report(error.hint("a method `on model` can, and a spec's `tune` block"));
+                }
+            },
             StmtKind::After { .. } => {
                 let error = Diagnostic::error(span, "`after` stands at the top of a method's body");
                 self.report(error.hint("put the `if` or `for` inside of it"));
@@ -140,7 +149,8 @@ impl<'a> Checker<'a> {
             }
             StmtKind::Train(pattern) => match frame.body {
                 Body::Method(method) if method.kind.text == "model" => {
-                    self.globs.push((pattern.clone(), method.name.text.clone()));
+                    let (pattern, method) = (pattern.clone(), method.name.text.clone());
+                    self.globs.push(Glob { pattern, method, used: frame.owner.used });
                 }
                 _ => {
                     let error = Diagnostic::error(span, "`train` names tensors of the whole model");
@@ -184,6 +194,22 @@ impl<'a> Checker<'a> {
         });
     }
 
+    /// `store`: a method's word on what is kept of its weights.
+    fn store(&mut self, frame: &Frame<'a>, value: &'a Expr, name: &Text) {
+        let span = value.span;
+        let (value, text) = (self.tensor(frame, value), self.fill(frame, name));
+        let (Some(value), Some(text)) = (value, text) else { return };
+        if !matches!(frame.owner.origin, Some(Origin::Method(_))) {
+            let error = Diagnostic::error(name.span, "only a method stores something in place of its weights");
+            self.report(error);
+        } else if self.graph.ty(value).elements().is_none() {
+            let title = format!("what is stored is made of weights alone, and this is {}", self.graph.ty(value));
+            self.report(Diagnostic::error(span, title));
+        } else {
+            self.stored.push(Stored { name: format!("{}{text}", frame.owner.path), value, span });
+        }
+    }
+
     fn output(&mut self, name: String, value: crate::graph::Value, span: Span) {
         if let Some(first) = self.outputs.insert(name.clone(), span) {
             let error = Diagnostic::error(span, format!("there is an output `{name}` already"));
@@ -218,7 +244,7 @@ impl<'a> Checker<'a> {
             frame.set(&weight.name.text, value);
             return;
         }
-        if let Some(&first) = self.declared.get(&name) {
+        if let Some(&Declared { name: first, .. }) = self.declared.get(&name) {
             let error = match &frame.owner.origin {
                 Some(Origin::Method(method)) if first == weight.path.span => {
                     let site = frame.owner.path.trim_end_matches(&format!("{method}.")).trim_end_matches('.');
@@ -234,7 +260,7 @@ impl<'a> Checker<'a> {
             self.report(error);
             return;
         }
-        self.declared.insert(name.clone(), weight.path.span);
+        self.declared.insert(name.clone(), Declared { name: weight.path.span, used: frame.owner.used });
         let origin = match (&frame.owner.origin, weight.marks.contains(&Mark::Head)) {
             (Some(origin @ Origin::Method(_)), _) => origin.clone(),
             (_, true) => Origin::Head,
@@ -286,10 +312,10 @@ impl<'a> Checker<'a> {
         let name = &weight.init;
         let wanted = match &*name.text {
             "zeros" | "ones" => 0,
-            "normal" | "truncated" | "uniform" => 1,
+            "normal" | "truncated" | "uniform" | "value" => 1,
             _ => {
                 let error = Diagnostic::error(name.span, format!("there is no initialisation `{}`", name.text));
-                self.report(error.suggest(&name.text, ["zeros", "ones", "normal", "truncated", "uniform"]));
+                self.report(error.suggest(&name.text, ["zeros", "ones", "normal", "truncated", "uniform", "value"]));
                 return None;
             }
         };
@@ -300,6 +326,19 @@ impl<'a> Checker<'a> {
             };
             self.report(Diagnostic::error(name.span, title).hint("`zeros`, `ones`, `normal(0.02)`, `uniform(0.1)`"));
             return None;
+        }
+        if name.text == "value" {
+            let arg = &weight.init_args[0].value;
+            let value = self.tensor(frame, arg)?;
+            let wanted: Option<Vec<Dim>> =
+                weight.shape.iter().map(|e| self.extent(frame, e).map(Dim::Const)).collect();
+            let found = self.graph.ty(value).shape.clone();
+            if wanted.as_ref() != Some(&found) {
+                let title = format!("the weight starts from {}, which is of another shape", self.graph.ty(value));
+                self.report(Diagnostic::error(arg.span, title));
+                return None;
+            }
+            return Some(Init::Value(value));
         }
         let number = match weight.init_args.first() {
             Some(arg) => self.number(frame, &arg.value)?,

@@ -1,20 +1,21 @@
 //! What can be said only when the whole model stands: patterns, rows and sites that met nothing, outputs,
 //! and the roles of tensors.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
+use super::expand::Frame;
 use super::value::Val;
-use super::{Checker, Purpose};
+use super::{Checker, Glob, Purpose};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::graph::{DType, Dim, Role};
+use crate::graph::{DType, Dim, Role, Value};
 use crate::model::{Backbone, ConfigValue, Model, Origin, Recipe, Task, Trainable};
 use crate::source::Span;
 
 impl<'a> Checker<'a> {
     pub(super) fn finish(
         &mut self,
-        backbone: &BackboneDef,
+        backbone: &'a BackboneDef,
         model: &ModelDef,
         tune: Option<Span>,
         args: HashMap<String, Val>,
@@ -25,6 +26,10 @@ impl<'a> Checker<'a> {
             self.unmet_rows();
             self.train_by_name();
             self.outputs_there(model);
+        }
+        if self.errors.is_empty() {
+            self.every_weight_counts();
+            self.stored_is_known_without_a_batch();
         }
         if !self.errors.is_empty() {
             return None;
@@ -45,31 +50,36 @@ impl<'a> Checker<'a> {
         let rank = |name: &str| ["loss", "logits"].iter().position(|n| *n == name).unwrap_or(2);
         self.graph.outputs.sort_by_key(|(name, _)| rank(name));
         let config = backbone.params.iter().filter_map(|param| {
-            let value = match args.get(&param.name.text)? {
-                Val::Int(n) => ConfigValue::Int(*n),
-                Val::Float(x) => ConfigValue::Float(*x),
-                Val::Bool(b) => ConfigValue::Bool(*b),
-                Val::Str(s) => ConfigValue::Str(s.clone()),
-                _ => return None,
-            };
-            Some((param.from.as_ref()?.text.clone(), value))
+            Some((param.from.as_ref()?.text.clone(), args.get(&param.name.text)?.config()?))
         });
         let config: BTreeMap<String, ConfigValue> = config.collect();
+        let beyond = backbone.params.iter().filter(|p| p.from.is_none()).filter_map(|param| {
+            let value = args.get(&param.name.text)?;
+            let default = param.default.as_ref().map(|d| self.eval(&Frame::with(args.clone()), d));
+            (default.as_ref() != Some(value)).then_some((param.name.text.clone(), value.config()?))
+        });
+        let beyond: BTreeMap<String, ConfigValue> = beyond.collect();
         let file = &self.sources.get(model.span.file).name;
         let stem = file.rsplit('/').next().unwrap_or(file).trim_end_matches(".peft");
         if let Err(why) = self.graph.verify() {
             self.errors.push(Diagnostic::error(model.span, format!("the graph does not hold: {why}")));
             return None;
         }
+        let replaced = self.replaced();
         Some(Model {
             name: stem.to_owned(),
             backbone: Backbone {
                 name: backbone.name.text.clone(),
                 config,
                 prefix: backbone.prefix.as_ref().map(|p| p.text.clone()).unwrap_or_default(),
+                beyond,
             },
             params: std::mem::take(&mut self.params),
             graph: std::mem::take(&mut self.graph),
+            applied: std::mem::take(&mut self.applied),
+            projections: std::mem::take(&mut self.projections),
+            replaced,
+            stored: std::mem::take(&mut self.stored).into_iter().map(|s| (s.name, s.value)).collect(),
             task,
             train,
         })
@@ -117,8 +127,8 @@ impl<'a> Checker<'a> {
 
     /// `train "…"`: backbone tensors by name.
     fn train_by_name(&mut self) {
-        for (pattern, method) in std::mem::take(&mut self.globs) {
-            let mut any = false;
+        for Glob { pattern, method, used } in std::mem::take(&mut self.globs) {
+            let (mut any, mut new) = (false, false);
             for param in self.params.iter_mut().filter(|p| p.origin == Origin::Backbone) {
                 if glob(&pattern.text, &param.name) {
                     any = true;
@@ -127,8 +137,14 @@ impl<'a> Checker<'a> {
                         let title = format!("all of `{}` trains already, by `{method}`", param.name);
                         self.errors.extend(rows.map(|r| Diagnostic::error(r.span, title).hint("leave this out")));
                     }
+                    new |= param.trainable != Trainable::All;
                     param.trainable = Trainable::All;
                 }
+            }
+            if any && !new {
+                let title = format!("everything `{method}` would train trains already");
+                let error = Diagnostic::error(used.unwrap_or(pattern.span), title);
+                self.errors.push(error.hint("leave it out"));
             }
             if !any {
                 let error =
@@ -136,6 +152,85 @@ impl<'a> Checker<'a> {
                 self.errors.push(error.hint("`*` stands for any part of a name: `\"*.bias\"`"));
             }
         }
+    }
+
+    /// A method's weights must reach the loss, and a method without any that train is none.
+    fn every_weight_counts(&mut self) {
+        let read = self.reaching(&[]);
+        let mut training: HashSet<Span> = HashSet::new();
+        for param in &self.params {
+            let (Origin::Method(method), Some(declared)) = (&param.origin, self.declared.get(&param.name)) else {
+                continue;
+            };
+            let Some(used) = declared.used else { continue };
+            if param.trainable != Trainable::No {
+                training.insert(used);
+            }
+            let arg = self.graph.args.iter().find(|a| a.name == param.name);
+            if arg.is_some_and(|a| !read.contains(&a.value)) {
+                let title = format!("`{}` is declared, and the loss does not depend on it", param.name);
+                let error = Diagnostic::error(declared.name, title);
+                let error = error.related(used, format!("`{method}` is applied here"));
+                self.errors.push(error.hint("let it change what the site computes, or leave it out"));
+            }
+        }
+        let library = |span: Span| self.sources.get(span.file).library;
+        let mut idle: Vec<(Span, &MethodDef)> = Vec::new();
+        for applied in self.plan.rules.iter().flat_map(|r| &r.uses) {
+            if !training.contains(&applied.asked()) && !idle.iter().any(|(span, _)| *span == applied.asked()) {
+                idle.push((applied.asked(), applied.method));
+            }
+        }
+        for (used, method) in idle {
+            let name = &method.name;
+            if !self.applied.iter().any(|a| a.method == name.text) {
+                self.errors.push(Diagnostic::error(used, format!("`{}` is applied nowhere", name.text)));
+                continue;
+            }
+            let error = Diagnostic::error(name.span, format!("`{}` trains nothing", name.text));
+            let error = error.related(used, format!("`{}` is applied here", name.text));
+            let error = match library(name.span) {
+                true => Diagnostic { span: used, related: vec![], ..error },
+                false => error,
+            };
+            self.errors.push(error.hint("declare a `weight` that is not frozen"));
+        }
+    }
+
+    /// What is stored is a function of weights.
+    fn stored_is_known_without_a_batch(&mut self) {
+        let mut of_batch: HashSet<Value> =
+            self.graph.args.iter().filter(|a| a.role == Role::Input).map(|a| a.value).collect();
+        for node in &self.graph.nodes {
+            if node.operands.iter().any(|v| of_batch.contains(v)) {
+                of_batch.insert(node.result);
+            }
+        }
+        for stored in self.stored.iter().filter(|s| of_batch.contains(&s.value)) {
+            let title = format!("`{}` depends on the batch: it cannot be kept", stored.name);
+            self.errors.push(Diagnostic::error(stored.span, title).hint("store what is made of weights alone"));
+        }
+    }
+
+    /// Methods' tensors that the loss depends on through `store`d values alone.
+    fn replaced(&self) -> Vec<String> {
+        let given: Vec<Value> = self.stored.iter().map(|s| s.value).collect();
+        let read = self.reaching(&given);
+        let trained = self.params.iter().filter(|p| matches!(p.origin, Origin::Method(_)));
+        let trained = trained.filter(|p| p.trainable != Trainable::No);
+        let unread = |name: &str| self.graph.args.iter().all(|a| a.name != name || !read.contains(&a.value));
+        trained.filter(|p| unread(&p.name)).map(|p| p.name.clone()).collect()
+    }
+
+    /// Everything the loss is made of, if the values `given` are there.
+    fn reaching(&self, given: &[Value]) -> HashSet<Value> {
+        let mut needed: HashSet<Value> = self.graph.output("loss").into_iter().collect();
+        for node in self.graph.nodes.iter().rev() {
+            if needed.contains(&node.result) && !given.contains(&node.result) {
+                needed.extend(&node.operands);
+            }
+        }
+        needed
     }
 
     /// The backbone gives a loss, and logits that suit the task.

@@ -10,6 +10,8 @@ mod definitions;
 mod eval;
 mod expand;
 mod finish;
+mod mentions;
+mod projection;
 mod settings;
 mod site;
 mod template;
@@ -21,7 +23,7 @@ use std::collections::HashMap;
 use crate::ast::*;
 use crate::diagnostic::{Diagnostic, Diagnostics};
 use crate::graph::{Graph, Role, Type, Value};
-use crate::model::{Model, Origin, Param};
+use crate::model::{Applied, Model, Origin, Param, Projection};
 use crate::source::{Sources, Span};
 
 pub use definitions::Resolver;
@@ -54,7 +56,7 @@ struct Checker<'a> {
     calls: Vec<Call>,
     graph: Graph,
     params: Vec<Param>,
-    declared: HashMap<String, Span>,
+    declared: HashMap<String, Declared>,
     /// Shared weights: where first declared, their shape and value.
     shared: HashMap<String, (Span, Vec<u64>, value::Val)>,
     inputs: HashMap<&'static str, Value>,
@@ -74,8 +76,32 @@ struct Checker<'a> {
     sites: Vec<Site<'a>>,
     /// How many sites there are of each kind, in order of appearance.
     kinds: Vec<(String, u64)>,
-    /// Tensors that train by name: the pattern, and who asks.
-    globs: Vec<(Text, String)>,
+    /// Tensors that train by name.
+    globs: Vec<Glob>,
+    applied: Vec<Applied>,
+    projections: Vec<Projection>,
+    stored: Vec<Stored>,
+}
+
+/// Where a tensor is declared, and where the spec applies the method it is of.
+#[derive(Clone, Copy)]
+struct Declared {
+    name: Span,
+    used: Option<Span>,
+}
+
+/// `train "…"` of a method.
+struct Glob {
+    pattern: Text,
+    method: String,
+    used: Option<Span>,
+}
+
+/// `store … as "…"` of a method.
+struct Stored {
+    name: String,
+    value: Value,
+    span: Span,
 }
 
 /// Checks a parsed spec. `sources` holds its text as file 0, and gets everything it imports.
@@ -116,6 +142,9 @@ pub(crate) fn check(
         sites: Vec::new(),
         kinds: Vec::new(),
         globs: Vec::new(),
+        applied: Vec::new(),
+        projections: Vec::new(),
+        stored: Vec::new(),
     };
     let model = checker.spec(&files.asts[0]);
     let errors = checker.errors;
@@ -223,6 +252,7 @@ impl<'a> Checker<'a> {
         let mut frame = Frame::with(args);
         frame.owner.origin = Some(Origin::Backbone);
         let uses = std::mem::take(&mut self.plan.model);
+        self.applied.extend(uses.iter().filter(|u| !u.mixes()).map(|u| u.at("")));
         self.sites.push(Site::model(uses));
         frame.scopes.push(HashMap::new());
         self.run(&mut frame, &backbone.body);

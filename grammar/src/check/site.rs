@@ -4,14 +4,17 @@
 //! assignment to `V`, in the order in which the spec applies methods. It sees the site's variables that
 //! its head names, and what it assigns to them the site goes on with.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::expand::{Body, Frame};
+use super::projection::Projecting;
+use super::tune::any_rule;
 use super::value::Val;
 use super::{Call, Checker};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::Origin;
+use crate::graph::Value;
+use crate::model::{Applied, Origin};
 use crate::source::Span;
 
 /// Who declares weights: what stands before their names, and whose they are.
@@ -19,6 +22,8 @@ use crate::source::Span;
 pub(super) struct Owner {
     pub path: String,
     pub origin: Option<Origin>,
+    /// Where the spec applies the method.
+    pub used: Option<Span>,
 }
 
 /// A method as the spec applies it.
@@ -28,6 +33,26 @@ pub(super) struct Use<'a> {
     pub args: HashMap<String, Val>,
     pub targets: &'a [Name],
     pub span: Span,
+    /// The mixture that applies it, and where the spec applies that.
+    pub mixture: Option<(&'a str, Span)>,
+}
+
+impl Use<'_> {
+    /// The place in the spec that asks for it.
+    pub fn asked(&self) -> Span {
+        self.mixture.map_or(self.span, |(_, span)| span)
+    }
+
+    /// It is a mixture: others work in its place.
+    pub fn mixes(&self) -> bool {
+        any_rule(&self.method.body)
+    }
+
+    pub fn at(&self, site: &str) -> Applied {
+        let args: BTreeMap<_, _> =
+            self.args.iter().filter_map(|(name, value)| Some((name.clone(), value.config()?))).collect();
+        Applied { method: self.method.name.text.clone(), site: site.to_owned(), args }
+    }
 }
 
 /// A method at one site.
@@ -44,20 +69,29 @@ struct Instance<'a> {
 /// A site that is being run.
 pub(super) struct Site<'a> {
     kind: String,
-    path: String,
+    pub(super) path: String,
     instances: Vec<Instance<'a>>,
     /// Methods for the sites nested in it.
     inner: Vec<Use<'a>>,
-    /// Nested sites met so far, and every variable assigned.
-    nested: Vec<String>,
-    assigned: Vec<String>,
+    /// Nested sites met so far.
+    pub(super) nested: Vec<Projecting>,
+    /// Every variable assigned, with the value that the backbone gave it.
+    assigned: Vec<(String, Val)>,
+    /// Which method last changed a variable, and where the spec applies it.
+    changed: HashMap<String, (&'a str, Span)>,
 }
 
 impl<'a> Site<'a> {
     fn new(kind: &str, path: String, uses: Vec<Use<'a>>) -> Self {
         let (inner, own): (Vec<_>, Vec<_>) = uses.into_iter().partition(|u| !u.targets.is_empty());
         let instances = own.into_iter().map(|u| Instance::new(u, &path)).collect();
-        Site { kind: kind.to_owned(), path, instances, inner, nested: vec![], assigned: vec![] }
+        let (nested, assigned, changed) = (vec![], vec![], HashMap::new());
+        Site { kind: kind.to_owned(), path, instances, inner, nested, assigned, changed }
+    }
+
+    /// The variable as the backbone made it.
+    pub fn original(&self, name: &str) -> Option<&Val> {
+        self.assigned.iter().find(|(n, _)| n == name).map(|(_, value)| value)
     }
 
     /// The whole model as a site.
@@ -70,7 +104,7 @@ impl<'a> Instance<'a> {
     fn new(applied: Use<'a>, site: &str) -> Self {
         let name = &applied.method.name.text;
         let path = if site.is_empty() { format!("{name}.") } else { format!("{site}.{name}.") };
-        let owner = Owner { path, origin: Some(Origin::Method(name.clone())) };
+        let owner = Owner { path, origin: Some(Origin::Method(name.clone())), used: Some(applied.asked()) };
         let locals = applied.args.clone();
         Instance { applied, owner, locals, begun: false, fired: HashSet::new() }
     }
@@ -99,6 +133,7 @@ impl<'a> Checker<'a> {
             }
         };
         let uses = self.plan.at(&kind.text, ordinal);
+        self.applied.extend(uses.iter().filter(|u| u.targets.is_empty()).map(|u| u.at(&path)));
         self.sites.push(Site::new(&kind.text, path, uses));
         frame.scopes.push(HashMap::new());
         self.run(frame, body);
@@ -108,14 +143,15 @@ impl<'a> Checker<'a> {
 
     /// The backbone has assigned a variable: nested site first, then what the enclosing site waits for.
     pub(super) fn assigned(&mut self, frame: &mut Frame<'a>, name: &Name, nested: Option<&'a Nested>) {
+        let made = frame.get(&name.text).cloned().unwrap_or(Val::Unknown);
         if let Some(nested) = nested {
             self.nested_site(frame, name, nested);
         }
         let Some(site) = self.sites.last_mut() else { return };
-        if site.assigned.contains(&name.text) {
+        if site.original(&name.text).is_some() {
             return;
         }
-        site.assigned.push(name.text.clone());
+        site.assigned.push((name.text.clone(), made));
         let mut instances = std::mem::take(&mut site.instances);
         for instance in &mut instances {
             self.fire(frame, instance, &name.text, None);
@@ -138,14 +174,24 @@ impl<'a> Checker<'a> {
             self.report(error.hint("put it into `site KIND at \"…\" { … }`"));
             return;
         };
-        site.nested.push(name.text.clone());
         let path = format!("{}.{}", site.path, name.text);
+        let input = match &nested.of.kind {
+            ExprKind::Name(name) => site.original(name).cloned(),
+            _ => None,
+        };
+        let made = frame.get(&name.text).cloned().unwrap_or(Val::Unknown);
         let here = |u: &&Use<'a>| u.targets.iter().any(|t| t.text == name.text);
         let uses: Vec<Use<'a>> = site.inner.iter().filter(here).cloned().collect();
+        let parts = self.take_apart(&made);
+        let projecting = Projecting { name: name.text.clone(), input: input.unwrap_or(of.clone()), x: of, parts };
         for applied in uses {
+            self.applied.push(applied.at(&path));
             let mut instance = Instance::new(applied, &path);
-            self.fire(frame, &mut instance, "y", Some((&name.text, of.clone())));
-            self.complete(frame, &mut instance, &["x", "y"]);
+            self.fire(frame, &mut instance, "y", Some(&projecting));
+            self.complete(frame, &mut instance, &["x", "y", "W", "b"]);
+        }
+        if let Some(site) = self.sites.last_mut() {
+            site.nested.push(projecting);
         }
     }
 
@@ -155,7 +201,7 @@ impl<'a> Checker<'a> {
         frame: &mut Frame<'a>,
         instance: &mut Instance<'a>,
         variable: &str,
-        projection: Option<(&str, Val)>,
+        projection: Option<&Projecting>,
     ) {
         let method = instance.applied.method;
         let waits = |s: &&'a Stmt| matches!(&s.kind, StmtKind::After { variable: v, .. } if v.text == variable);
@@ -168,7 +214,7 @@ impl<'a> Checker<'a> {
                 continue;
             }
             instance.fired.insert(&variable.text);
-            self.run_method(frame, instance, Some(body), projection.clone());
+            self.run_method(frame, instance, Some(body), projection);
         }
     }
 
@@ -178,18 +224,19 @@ impl<'a> Checker<'a> {
         frame: &mut Frame<'a>,
         instance: &mut Instance<'a>,
         body: Option<&'a [Stmt]>,
-        projection: Option<(&str, Val)>,
+        projection: Option<&Projecting>,
     ) {
         let method = instance.applied.method;
-        let name = &method.name.text;
-        let in_site = |variable: &str| match &projection {
-            Some((y, _)) if variable == "y" => (*y).to_owned(),
+        let in_site = |variable: &str| match projection {
+            Some(projection) if variable == "y" => projection.name.clone(),
             _ => variable.to_owned(),
         };
+        self.enter_method(&instance.applied);
         let mut seen = HashMap::new();
         for variable in &method.variables {
-            let value = match (&projection, &*variable.text) {
-                (Some((_, x)), "x") => Some(x.clone()),
+            let value = match (projection, &*variable.text) {
+                (Some(projection), "x") => Some(projection.x.clone()),
+                (Some(projection), "W" | "b") => Some(self.part(projection, variable)),
                 (_, text) => frame.get(&in_site(text)).cloned(),
             };
             if let Some(value) = value {
@@ -203,7 +250,6 @@ impl<'a> Checker<'a> {
             body: Body::Method(method),
             returned: None,
         };
-        self.calls.push(Call { span: instance.applied.span, label: format!("`{name}` is applied here") });
         if !instance.begun {
             instance.begun = true;
             for statement in method.body.iter().filter(|s| !matches!(s.kind, StmtKind::After { .. })) {
@@ -225,10 +271,23 @@ impl<'a> Checker<'a> {
             }
             let (Some(old), Some(new)) = (seen.get(&variable.text), after.get(&variable.text)) else { continue };
             if old != new {
-                self.hand_back(frame, &in_site(&variable.text), variable, old, new, &projection);
+                self.hand_back(frame, &in_site(&variable.text), variable, (old, new), &instance.applied);
             }
         }
-        self.calls.pop();
+        self.leave_method(&instance.applied);
+    }
+
+    fn enter_method(&mut self, applied: &Use<'a>) {
+        if let Some((mixture, span)) = applied.mixture {
+            self.calls.push(Call { span, label: format!("`{mixture}` is applied here") });
+        }
+        let label = format!("`{}` is applied here", applied.method.name.text);
+        self.calls.push(Call { span: applied.span, label });
+    }
+
+    fn leave_method(&mut self, applied: &Use<'a>) {
+        let calls = self.calls.len() - 1 - usize::from(applied.mixture.is_some());
+        self.calls.truncate(calls);
     }
 
     fn hand_back(
@@ -236,19 +295,28 @@ impl<'a> Checker<'a> {
         frame: &mut Frame<'a>,
         name: &str,
         variable: &Name,
-        old: &Val,
-        new: &Val,
-        projection: &Option<(&str, Val)>,
+        (old, new): (&Val, &Val),
+        applied: &Use<'a>,
     ) {
+        let method = &*applied.method.name.text;
+        let given = applied.method.kind.text == "projection" && variable.text != "y";
         match (old, new) {
             (_, Val::Unknown) => frame.set(name, Val::Unknown),
-            (Val::Tensor(old), Val::Tensor(new)) if projection.is_none() || variable.text != "x" => {
+            (Val::Tensor(old), Val::Tensor(new)) if !given => {
                 let (was, is) = (self.graph.ty(*old), self.graph.ty(*new));
                 if was != is {
                     let title = format!("the site's `{}` is {was}, the method makes it {is}", variable.text);
                     let error = Diagnostic::error(variable.span, title);
                     self.report(error.hint("what the site goes on with keeps its shape"));
                     return;
+                }
+                let before = self.sites.last_mut().and_then(|s| s.changed.insert(name.to_owned(), (method, applied.asked())));
+                if let Some((other, span)) = before
+                    && !self.depends(*new, *old)
+                {
+                    let title = format!("`{method}` computes `{name}` anew: what `{other}` has made of it is lost");
+                    let error = Diagnostic::error(applied.asked(), title).related(span, format!("`{other}` is applied here"));
+                    self.errors.push(error.hint(format!("apply `{method}` before `{other}`")));
                 }
                 frame.set(name, Val::Tensor(*new));
             }
@@ -257,6 +325,18 @@ impl<'a> Checker<'a> {
                 self.report(Diagnostic::error(variable.span, title).hint("use a variable of its own"));
             }
         }
+    }
+
+    /// `value` is made of `of`.
+    fn depends(&self, value: Value, of: Value) -> bool {
+        // Operands come before results, so what `of` is part of lies behind it.
+        let mut made: HashSet<Value> = HashSet::from([of]);
+        for node in self.graph.nodes.iter().filter(|n| n.result > of) {
+            if node.operands.iter().any(|v| made.contains(v)) {
+                made.insert(node.result);
+            }
+        }
+        made.contains(&value)
     }
 
     /// At the end of a site: every block of every method must have found its place.
@@ -277,16 +357,17 @@ impl<'a> Checker<'a> {
 
     pub(super) fn leave_site(&mut self, frame: &mut Frame<'a>) {
         let Some(site) = self.sites.pop() else { return };
-        let known: Vec<&str> = site.assigned.iter().map(String::as_str).collect();
+        self.projections_of(&site, frame);
+        let known: Vec<&str> = site.assigned.iter().map(|(name, _)| &**name).collect();
         for mut instance in site.instances {
             self.complete(frame, &mut instance, &known);
         }
         for applied in &site.inner {
             for target in applied.targets {
-                if !site.nested.contains(&target.text) {
+                if !site.nested.iter().any(|p| p.name == target.text) {
                     let error =
                         Diagnostic::error(target.span, format!("{} has no projection `{}`", site.kind, target.text));
-                    let nested: Vec<&str> = site.nested.iter().map(String::as_str).collect();
+                    let nested: Vec<&str> = site.nested.iter().map(|p| &*p.name).collect();
                     self.errors.push(error.suggest(&target.text, nested));
                 }
             }

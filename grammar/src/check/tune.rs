@@ -1,8 +1,9 @@
 //! The `tune` block: which method works where, and what else trains.
 
-use super::Checker;
-use super::expand::Frame;
+use super::expand::{Body, Frame};
+use super::mentions::mentions;
 use super::site::Use;
+use super::{Call, Checker};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::Trainable;
@@ -78,21 +79,16 @@ impl<'a> Checker<'a> {
         let mut head: Option<Span> = None;
         for rule in &tune.rules {
             match rule {
-                TuneRule::Sites { kind, select, apply, span } => {
-                    let (only, ordinals) = match select {
-                        Select::Every => (false, &[][..]),
-                        Select::Only(ordinals) => (true, &ordinals[..]),
-                        Select::Except(ordinals) => (false, &ordinals[..]),
-                    };
-                    let ranges = ordinals.iter().filter_map(|o| self.ordinal(frame, o)).collect();
-                    if apply.is_empty() {
-                        let error = Diagnostic::error(*span, "nothing is applied here");
-                        self.report(error.hint("name a method: `{ lora(rank: 8, alpha: 16) on q }`"));
-                    }
-                    let uses = apply.iter().filter_map(|a| self.apply(frame, a, &kind.text)).collect();
-                    plan.rules.push(Sites { kind, only, ranges, uses });
+                TuneRule::Sites { .. } => plan.rules.extend(self.sites_of(frame, rule, None)),
+                TuneRule::Model(apply) => {
+                    let Some(applied) = self.apply(frame, apply, "model", None) else { continue };
+                    let mut inside = Frame::with(applied.args.clone());
+                    inside.body = Body::Method(applied.method);
+                    self.calls.push(Call { span: apply.span, label: format!("`{}` is applied here", apply.method.text) });
+                    self.mixture(&mut inside, &applied.method.body, apply, &mut plan);
+                    self.calls.pop();
+                    plan.model.push(applied);
                 }
-                TuneRule::Model(apply) => plan.model.extend(self.apply(frame, apply, "model")),
                 TuneRule::Rows { start, end, tensor, span } => {
                     let (start, end) = (self.whole(frame, start), self.whole(frame, end));
                     if let Some(other) = plan.rows.iter().find(|r| r.tensor.text == tensor.text) {
@@ -122,6 +118,40 @@ impl<'a> Checker<'a> {
         plan
     }
 
+    /// Methods for sites of one kind. In a mixture, `mixture` is where the spec applies it.
+    fn sites_of(&mut self, frame: &Frame<'a>, rule: &'a TuneRule, mixture: Option<&'a Apply>) -> Option<Sites<'a>> {
+        let TuneRule::Sites { kind, select, apply, span } = rule else { return None };
+        let (only, ordinals) = match select {
+            Select::Every => (false, &[][..]),
+            Select::Only(ordinals) => (true, &ordinals[..]),
+            Select::Except(ordinals) => (false, &ordinals[..]),
+        };
+        let ranges = ordinals.iter().filter_map(|o| self.ordinal(frame, o)).collect();
+        if apply.is_empty() {
+            let error = Diagnostic::error(*span, "nothing is applied here");
+            self.report(error.hint("name a method: `{ lora(rank: 8, alpha: 16) on q }`"));
+        }
+        let uses = apply.iter().filter_map(|a| self.apply(frame, a, &kind.text, mixture)).collect();
+        Some(Sites { kind, only, ranges, uses })
+    }
+
+    /// The rules of a method on the whole model that is a mixture of others.
+    fn mixture(&mut self, frame: &mut Frame<'a>, body: &'a [Stmt], applied: &'a Apply, plan: &mut Plan<'a>) {
+        for statement in body {
+            match &statement.kind {
+                StmtKind::Tune(rule) => plan.rules.extend(self.sites_of(frame, rule, Some(applied))),
+                StmtKind::If { condition, then, otherwise } if any_rule(then) || any_rule(otherwise) => {
+                    match self.condition(frame, condition) {
+                        Some(true) => self.mixture(frame, then, applied, plan),
+                        Some(false) => self.mixture(frame, otherwise, applied, plan),
+                        None => {}
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
     fn ordinal(&mut self, frame: &Frame<'a>, ordinal: &'a Ordinal) -> Option<(std::ops::Range<i64>, Span)> {
         let start = self.whole(frame, &ordinal.start)?;
         let Some(end) = &ordinal.end else {
@@ -137,7 +167,13 @@ impl<'a> Checker<'a> {
     }
 
     /// A method with its arguments, if it exists and fits a site of this kind.
-    fn apply(&mut self, frame: &Frame<'a>, apply: &'a Apply, site: &str) -> Option<Use<'a>> {
+    fn apply(
+        &mut self,
+        frame: &Frame<'a>,
+        apply: &'a Apply,
+        site: &str,
+        mixture: Option<&'a Apply>,
+    ) -> Option<Use<'a>> {
         let name = &apply.method;
         let Some(same_name) = self.definitions.methods.get(&*name.text) else {
             let mut known: Vec<&str> = self.definitions.methods.keys().copied().collect();
@@ -162,6 +198,10 @@ impl<'a> Checker<'a> {
                 _ => format!("`{}` does not work on {}: it is for {fits}", name.text, places(kind)),
             };
             let error = Diagnostic::error(name.span, title);
+            let error = match self.sources.get(same_name[0].kind.span.file).library {
+                true => error,
+                false => error.related(same_name[0].kind.span, "declared here"),
+            };
             let text = self.sources.slice(apply.span).to_owned();
             self.report(match kinds[0] {
                 "projection" => error.hint(format!("say which projection: `{text} on q`")),
@@ -177,10 +217,25 @@ impl<'a> Checker<'a> {
                 self.report(error.related(first.span, "first here"));
             }
         }
+        for param in method.params.iter().filter(|p| !mentions(method, &p.name.text)) {
+            let title = format!("`{}` never reads its parameter `{}`", name.text, param.name.text);
+            let error = Diagnostic::error(param.name.span, title).hint("use it, or leave it out");
+            self.report(error.related(apply.span, format!("`{}` is applied here", name.text)));
+        }
         let what = format!("method `{}`", name.text);
         let args = self.bind(&what, &method.params, &apply.args, frame, apply.span, false)?;
-        Some(Use { method, args, targets: &apply.targets, span: apply.span })
+        let mixture = mixture.map(|m| (&*m.method.text, m.span));
+        Some(Use { method, args, targets: &apply.targets, span: apply.span, mixture })
     }
+}
+
+/// Has a rule of a mixture.
+pub(super) fn any_rule(body: &[Stmt]) -> bool {
+    body.iter().any(|s| match &s.kind {
+        StmtKind::Tune(_) => true,
+        StmtKind::If { then, otherwise, .. } => any_rule(then) || any_rule(otherwise),
+        _ => false,
+    })
 }
 
 /// A kind of site in words.

@@ -1,6 +1,7 @@
 //! What an expression is worth: numbers and words are known here, tensors when the graph runs.
 
 use crate::graph::{Dim, Graph, Value};
+use crate::model::ConfigValue;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Val {
@@ -22,6 +23,17 @@ impl Val {
         match self {
             Val::Int(n) => Some(*n as f64),
             Val::Float(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    /// As a model keeps it.
+    pub fn config(&self) -> Option<ConfigValue> {
+        match self {
+            Val::Int(n) => Some(ConfigValue::Int(*n)),
+            Val::Float(x) => Some(ConfigValue::Float(*x)),
+            Val::Bool(b) => Some(ConfigValue::Bool(*b)),
+            Val::Str(s) => Some(ConfigValue::Str(s.clone())),
             _ => None,
         }
     }

@@ -11,8 +11,8 @@ const ITEMS: &[&str] = &["import", "backbone", "method", "fn", "model", "tune", 
 
 /// Words that cannot be names.
 const RESERVED: &[&str] = &[
-    "weight", "site", "if", "else", "for", "in", "output", "expose", "after", "return", "require", "as", "of", "on",
-    "and", "or", "not", "true", "false",
+    "weight", "site", "if", "else", "for", "in", "output", "expose", "store", "after", "return", "require", "as", "of",
+    "on", "and", "or", "not", "true", "false",
 ];
 
 /// The error in words, and the byte it is at.

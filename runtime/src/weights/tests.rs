@@ -19,7 +19,7 @@ fn params() -> Vec<Param> {
 }
 
 fn backbone() -> Backbone {
-    Backbone { name: "tiny".into(), config: BTreeMap::new(), prefix: "t.".into() }
+    Backbone { name: "tiny".into(), config: BTreeMap::new(), prefix: "t.".into(), beyond: BTreeMap::new() }
 }
 
 fn write_model(path: &Path, tensors: &[(&str, &[u64])]) {

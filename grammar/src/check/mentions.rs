@@ -1,0 +1,72 @@
+//! Whether a method's body speaks of a name.
+
+use crate::ast::*;
+
+/// `name` is read somewhere in the method: in its body, or in a default of its parameters.
+pub(super) fn mentions(method: &MethodDef, name: &str) -> bool {
+    let defaults = method.params.iter().filter_map(|p| p.default.as_ref());
+    defaults.into_iter().any(|e| expr(e, name)) || block(&method.body, name)
+}
+
+fn block(body: &[Stmt], name: &str) -> bool {
+    body.iter().any(|s| statement(&s.kind, name))
+}
+
+fn statement(kind: &StmtKind, name: &str) -> bool {
+    let e = |x: &Expr| expr(x, name);
+    let t = |x: &Text| text(&x.text, name);
+    match kind {
+        StmtKind::Weight(w) => t(&w.path) || w.shape.iter().any(e) || args(&w.init_args, name),
+        StmtKind::If { condition, then, otherwise } => e(condition) || block(then, name) || block(otherwise, name),
+        StmtKind::For { start, end, body, .. } => e(start) || e(end) || block(body, name),
+        StmtKind::Site { path, body, .. } => t(path) || block(body, name),
+        StmtKind::Output { value, name: output } => value.as_ref().map_or(output.text == name, e),
+        StmtKind::Expose { value, name: path } | StmtKind::Store { value, name: path } => e(value) || t(path),
+        StmtKind::After { variable, body } => variable.text == name || block(body, name),
+        StmtKind::Return(value) => e(value),
+        StmtKind::Require { condition, message, hint } => e(condition) || t(message) || hint.as_ref().is_some_and(t),
+        StmtKind::Train(pattern) => t(pattern),
+        StmtKind::Tune(TuneRule::Sites { select, apply, .. }) => {
+            let ordinals = match select {
+                Select::Every => &[][..],
+                Select::Only(ordinals) | Select::Except(ordinals) => ordinals,
+            };
+            ordinals.iter().any(|o| e(&o.start) || o.end.as_ref().is_some_and(e))
+                || apply.iter().any(|a| args(&a.args, name))
+        }
+        StmtKind::Tune(TuneRule::Rows { start, end, tensor, .. }) => e(start) || e(end) || t(tensor),
+        StmtKind::Tune(TuneRule::Model(apply)) => args(&apply.args, name),
+        StmtKind::Tune(TuneRule::Head(_)) => false,
+        StmtKind::Assign { value, nested, .. } => e(value) || nested.as_ref().is_some_and(|n| e(&n.of)),
+    }
+}
+
+fn args(all: &[Arg], name: &str) -> bool {
+    all.iter().any(|a| expr(&a.value, name))
+}
+
+fn expr(of: &Expr, name: &str) -> bool {
+    let e = |x: &Expr| expr(x, name);
+    match &of.kind {
+        ExprKind::Int(_) | ExprKind::Float(_) | ExprKind::Bool(_) => false,
+        ExprKind::String(s) => text(s, name),
+        ExprKind::Name(n) => n == name,
+        ExprKind::List(items) => items.iter().any(e),
+        ExprKind::Call { args: all, .. } => args(all, name),
+        ExprKind::Index { base, subscripts } => {
+            let subscript = |s: &Subscript| match s {
+                Subscript::Slice { start, end, .. } => [start, end].into_iter().flatten().any(e),
+                Subscript::At(at) => e(at),
+            };
+            e(base) || subscripts.iter().any(subscript)
+        }
+        ExprKind::Negate(x) | ExprKind::Not(x) => e(x),
+        ExprKind::Binary { left, right, .. } => e(left) || e(right),
+    }
+}
+
+/// `{name}` in a string.
+fn text(of: &str, name: &str) -> bool {
+    let inside = |part: &str| part.split_once('}').is_some_and(|(inside, _)| inside.trim() == name);
+    of.split('{').skip(1).any(inside)
+}

@@ -1,0 +1,117 @@
+//! Projections, y = x W + b: found by their form in the graph, so that a method can read `W` and `b` of one and
+//! later stages know where its matrix is stored.
+
+use super::Checker;
+use super::expand::Frame;
+use super::site::Site;
+use super::value::Val;
+use crate::ast::Name;
+use crate::diagnostic::Diagnostic;
+use crate::graph::{Dim, Node, Op, Value};
+use crate::model::Projection;
+
+/// A projection of the site that is being run.
+pub(super) struct Projecting {
+    /// The variable that is its y.
+    pub name: String,
+    /// x before a method touched it, and as the projection reads it.
+    pub input: Val,
+    pub x: Val,
+    pub parts: Option<Parts>,
+}
+
+/// Where a projection's numbers lie.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    weight: Value,
+    transposed: bool,
+    bias: Option<Value>,
+    columns: Option<(u64, u64)>,
+}
+
+impl<'a> Checker<'a> {
+    fn made_by(&self, value: Value) -> Option<&Node> {
+        // Nodes stand in the order of their results.
+        let at = self.graph.nodes.binary_search_by_key(&value, |n| n.result).ok()?;
+        Some(&self.graph.nodes[at])
+    }
+
+    /// y as `x @ W + b`, or some columns of one.
+    pub(super) fn take_apart(&self, y: &Val) -> Option<Parts> {
+        let &Val::Tensor(mut y) = y else { return None };
+        let is_weight = |value: Value| self.graph.args.iter().any(|a| a.value == value && a.rows.is_none());
+        let mut columns = None;
+        let node = self.made_by(y)?;
+        if let Op::Slice { axis, start, end } = node.op
+            && axis + 1 == self.graph.ty(y).rank()
+        {
+            y = node.operands[0];
+            let end = end.or(self.graph.ty(y).last()?.constant())?;
+            columns = Some((start, end));
+        }
+        let mut node = self.made_by(y)?;
+        let mut bias = None;
+        if let Op::Add = node.op {
+            let flat = |v: &&Value| self.graph.ty(**v).rank() == 1 && is_weight(**v);
+            bias = Some(*node.operands.iter().find(flat)?);
+            node = self.made_by(*node.operands.iter().find(|v| Some(**v) != bias)?)?;
+        }
+        let Op::Matmul { transpose_x: false, transpose_y: mut transposed } = node.op else { return None };
+        let mut weight = node.operands[1];
+        if let Some(Node { op: Op::Permute { axes }, operands, .. }) = self.made_by(weight)
+            && axes[..] == [1, 0]
+        {
+            (weight, transposed) = (operands[0], !transposed);
+        }
+        is_weight(weight).then_some(Parts { weight, transposed, bias, columns })
+    }
+
+    /// `W` [in,out] or `b` [out] of a projection; b is 0 where it has none.
+    pub(super) fn part(&mut self, projection: &Projecting, variable: &Name) -> Val {
+        let Some(parts) = projection.parts else {
+            let title = format!("`{}` is no `x @ W + b`, so it has no `{}`", projection.name, variable.text);
+            self.report(Diagnostic::error(variable.span, title));
+            return Val::Unknown;
+        };
+        let span = variable.span;
+        let cut = |checker: &mut Self, value: Val, axis: usize| match (parts.columns, value) {
+            (Some((start, end)), Val::Tensor(x)) => checker.push(Op::Slice { axis, start, end: Some(end) }, &[x], span),
+            (_, value) => value,
+        };
+        if variable.text == "W" {
+            let matrix = match parts.transposed {
+                true => self.push(Op::Permute { axes: vec![1, 0] }, &[parts.weight], span),
+                false => Val::Tensor(parts.weight),
+            };
+            return cut(self, matrix, 1);
+        }
+        match parts.bias {
+            Some(bias) => cut(self, Val::Tensor(bias), 0),
+            None => {
+                let shape = self.graph.ty(parts.weight).shape.clone();
+                let all = if parts.transposed { shape[0] } else { shape[1] };
+                let width = parts.columns.map_or(all, |(start, end)| Dim::Const(end - start));
+                self.push(Op::Constant { value: 0.0, shape: vec![width] }, &[], span)
+            }
+        }
+    }
+
+    /// When a site is done its projections have come to their end.
+    pub(super) fn projections_of(&mut self, site: &Site<'a>, frame: &Frame<'a>) {
+        let name = |value: Value| self.graph.args.iter().find(|a| a.value == value).map(|a| a.name.clone());
+        for projecting in &site.nested {
+            let (Some(parts), &Val::Tensor(input)) = (projecting.parts, &projecting.input) else { continue };
+            let Some(&Val::Tensor(output)) = frame.get(&projecting.name) else { continue };
+            let Some(weight) = name(parts.weight) else { continue };
+            self.projections.push(Projection {
+                path: format!("{}.{}", site.path, projecting.name),
+                weight,
+                transposed: parts.transposed,
+                bias: parts.bias.and_then(name),
+                columns: parts.columns,
+                input,
+                output,
+            });
+        }
+    }
+}

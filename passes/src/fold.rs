@@ -1,0 +1,328 @@
+//! Folding methods into the backbone's matrices: what a method makes of a projection is folded when it is still
+//! affine in the projection's input.
+//!
+//! ```text
+//! y = x W + b            W, b of the backbone
+//! y = x M + c            with M, c made of weights alone: they take the place of W and b
+//! ```
+//!
+//! It is decided from the graph, not from the method's name: LoRA, DoRA, VeRA and IA³ fold because of what they
+//! compute. A method that does anything else, an inducer or an adapter, is left over, and then nothing is folded.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use peft_grammar::graph::{Dim, Graph, Location, Node, Op, Role, Value};
+use peft_grammar::model::{Model, Origin, Projection};
+
+/// The graph of folded matrices and biases: outputs `PATH.weight` [in,out] and `PATH.bias` [out] for every
+/// projection that methods change. It has no batch. The error says which methods cannot be folded.
+pub fn fold(model: &Model) -> Result<Graph, String> {
+    let mut folder = Folder::new(model);
+    let mut folded = HashMap::new();
+    for projection in &model.projections {
+        let Some(affine) = folder.affine(projection)? else { continue };
+        folded.insert(projection.output, projection.input);
+        if affine.changed {
+            folder.give(projection, &affine)?;
+        }
+    }
+    match left_over(model, &folded) {
+        None => Ok(folder.graph),
+        Some(why) => Err(why),
+    }
+}
+
+/// x M + c, row by row.
+#[derive(Clone, Copy)]
+struct Affine {
+    by: Linear,
+    /// [n]
+    constant: Option<Value>,
+    /// A method has a part in it.
+    changed: bool,
+}
+
+#[derive(Clone, Copy)]
+enum Linear {
+    Identity,
+    /// Element by element with [n].
+    Diagonal(Value),
+    /// [in,out]
+    Matrix(Value),
+}
+
+struct Folder<'a> {
+    model: &'a Model,
+    old: &'a Graph,
+    graph: Graph,
+    /// Old values that depend on the batch.
+    of_batch: HashSet<Value>,
+    /// Old values that no batch, but a method's weight has a part in.
+    of_method: HashSet<Value>,
+    maker: HashMap<Value, &'a Node>,
+    /// Old values that no batch has a part in, in the new graph.
+    known: HashMap<Value, Value>,
+}
+
+impl<'a> Folder<'a> {
+    fn new(model: &'a Model) -> Self {
+        let old = &model.graph;
+        let mut graph = Graph::new("merge");
+        let (mut of_batch, mut of_method, mut known) = (HashSet::new(), HashSet::new(), HashMap::new());
+        let methods = method_weights(model);
+        for arg in &old.args {
+            if arg.role == Role::Input {
+                of_batch.insert(arg.value);
+                continue;
+            }
+            if methods.contains(arg.name.as_str()) {
+                of_method.insert(arg.value);
+            }
+            known.insert(arg.value, graph.arg(arg.name.clone(), arg.role, arg.rows, old.ty(arg.value).clone()));
+        }
+        for node in &old.nodes {
+            let any = |set: &HashSet<Value>| node.operands.iter().any(|v| set.contains(v));
+            // A dropout's key is of the batch, but it is none where nothing is dropped.
+            if matches!(node.op, Op::Dropout { .. }) {
+                if of_batch.contains(&node.operands[0]) {
+                    of_batch.insert(node.result);
+                }
+            } else if any(&of_batch) {
+                of_batch.insert(node.result);
+            }
+            if any(&of_method) && !of_batch.contains(&node.result) {
+                of_method.insert(node.result);
+            }
+        }
+        let maker = old.nodes.iter().map(|n| (n.result, n)).collect();
+        Folder { model, old, graph, of_batch, of_method, maker, known }
+    }
+
+    fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
+        self.graph.push(op, operands, &Location::default())
+    }
+
+    /// A value of weights alone, in the new graph.
+    fn weights(&mut self, old: Value) -> Result<Value, String> {
+        if let Some(&value) = self.known.get(&old) {
+            return Ok(value);
+        }
+        let node = self.maker[&old];
+        let value = if let Op::Dropout { .. } | Op::Detach = node.op {
+            self.weights(node.operands[0])?
+        } else {
+            let operands = node.operands.iter().map(|&v| self.weights(v)).collect::<Result<Vec<_>, _>>()?;
+            self.op(node.op.clone(), &operands)?
+        };
+        self.known.insert(old, value);
+        Ok(value)
+    }
+
+    /// The projection's output in terms of its input, if it is affine in it.
+    fn affine(&mut self, projection: &Projection) -> Result<Option<Affine>, String> {
+        let mut found = HashMap::from([(
+            projection.input,
+            Affine { by: Linear::Identity, constant: None, changed: false },
+        )]);
+        let old = self.old;
+        let between = |n: &&Node| n.result > projection.input && n.result <= projection.output;
+        for node in old.nodes.iter().filter(between) {
+            if let Some(affine) = self.step(node, &found)? {
+                found.insert(node.result, affine);
+            }
+        }
+        Ok(found.get(&projection.output).filter(|a| matches!(a.by, Linear::Matrix(_))).copied())
+    }
+
+    fn step(&mut self, node: &Node, found: &HashMap<Value, Affine>) -> Result<Option<Affine>, String> {
+        let at = |i: usize| node.operands.get(i).and_then(|v| found.get(v)).copied();
+        match (&node.op, at(0), at(1)) {
+            (Op::Dropout { .. } | Op::Detach, Some(x), _) => Ok(Some(x)),
+            (Op::Scale { .. }, Some(x), _) => {
+                let by = match x.by {
+                    Linear::Identity => return Ok(None),
+                    Linear::Diagonal(d) => Linear::Diagonal(self.op(node.op.clone(), &[d])?),
+                    Linear::Matrix(m) => Linear::Matrix(self.op(node.op.clone(), &[m])?),
+                };
+                let constant = x.constant.map(|c| self.op(node.op.clone(), &[c])).transpose()?;
+                Ok(Some(Affine { by, constant, ..x }))
+            }
+            (Op::Slice { axis: 1, start, end }, Some(Affine { by: Linear::Matrix(m), constant, changed }), _) => {
+                let cut = |axis| Op::Slice { axis, start: *start, end: *end };
+                let by = Linear::Matrix(self.op(cut(1), &[m])?);
+                let constant = constant.map(|c| self.op(cut(0), &[c])).transpose()?;
+                Ok(Some(Affine { by, constant, changed }))
+            }
+            (Op::Matmul { transpose_x: false, transpose_y }, Some(x), None) => {
+                self.times_matrix(x, node.operands[1], *transpose_y)
+            }
+            (Op::Add | Op::Sub, Some(x), Some(y)) => {
+                let (Linear::Matrix(a), Linear::Matrix(b)) = (x.by, y.by) else { return Ok(None) };
+                let by = Linear::Matrix(self.op(node.op.clone(), &[a, b])?);
+                let constant = match (x.constant, y.constant) {
+                    (Some(c), Some(d)) => Some(self.op(node.op.clone(), &[c, d])?),
+                    (None, Some(d)) if node.op == Op::Sub => Some(self.op(Op::Scale { by: -1.0 }, &[d])?),
+                    (c, d) => c.or(d),
+                };
+                Ok(Some(Affine { by, constant, changed: x.changed || y.changed }))
+            }
+            (Op::Add, Some(x), None) => self.plus_row(x, node.operands[1], &Op::Add),
+            (Op::Add, None, Some(x)) => self.plus_row(x, node.operands[0], &Op::Add),
+            (Op::Sub, Some(x), None) => self.plus_row(x, node.operands[1], &Op::Sub),
+            (Op::Mul | Op::Div, Some(x), None) => self.times_row(x, node.operands[1], &node.op),
+            (Op::Mul, None, Some(x)) => self.times_row(x, node.operands[0], &Op::Mul),
+            _ => Ok(None),
+        }
+    }
+
+    fn times_matrix(&mut self, x: Affine, w: Value, transposed: bool) -> Result<Option<Affine>, String> {
+        if self.of_batch.contains(&w) || self.old.ty(w).rank() != 2 {
+            return Ok(None);
+        }
+        let changed = x.changed || self.of_method.contains(&w);
+        let mut w = self.weights(w)?;
+        if transposed {
+            w = self.op(Op::Permute { axes: vec![1, 0] }, &[w])?;
+        }
+        let product = Op::Matmul { transpose_x: false, transpose_y: false };
+        let by = match x.by {
+            Linear::Identity => w,
+            Linear::Diagonal(d) => {
+                let column = self.op(Op::Reshape { shape: vec![self.graph.ty(d).shape[0], Dim::Const(1)] }, &[d])?;
+                self.op(Op::Mul, &[column, w])?
+            }
+            Linear::Matrix(m) => self.op(product.clone(), &[m, w])?,
+        };
+        let constant = match x.constant {
+            None => None,
+            Some(c) => {
+                let row = self.op(Op::Reshape { shape: vec![Dim::Const(1), self.graph.ty(c).shape[0]] }, &[c])?;
+                let row = self.op(product, &[row, w])?;
+                Some(self.op(Op::Reshape { shape: vec![self.graph.ty(row).shape[1]] }, &[row])?)
+            }
+        };
+        Ok(Some(Affine { by: Linear::Matrix(by), constant, changed }))
+    }
+
+    /// A row [n] of weights alone.
+    fn row(&mut self, k: Value, n: Dim) -> Result<Option<Value>, String> {
+        let shape = &self.old.ty(k).shape;
+        let flat = shape.iter().rev().skip(1).all(|d| *d == Dim::Const(1));
+        if self.of_batch.contains(&k) || !flat {
+            return Ok(None);
+        }
+        let last = shape.last().copied().unwrap_or(Dim::Const(1));
+        let k = self.weights(k)?;
+        let row = self.op(Op::Reshape { shape: vec![last] }, &[k])?;
+        match last == n {
+            true => Ok(Some(row)),
+            false => self.op(Op::Broadcast { shape: vec![n], mean: false }, &[row]).map(Some),
+        }
+    }
+
+    fn width(&self, x: &Affine) -> Option<Dim> {
+        match (x.by, x.constant) {
+            (Linear::Diagonal(v), _) | (Linear::Matrix(v), _) | (_, Some(v)) => self.graph.ty(v).last(),
+            _ => None,
+        }
+    }
+
+    fn plus_row(&mut self, x: Affine, k: Value, op: &Op) -> Result<Option<Affine>, String> {
+        let Some(n) = self.width(&x) else { return Ok(None) };
+        let Some(row) = self.row(k, n)? else { return Ok(None) };
+        let constant = match x.constant {
+            Some(c) => self.op(op.clone(), &[c, row])?,
+            None if *op == Op::Sub => self.op(Op::Scale { by: -1.0 }, &[row])?,
+            None => row,
+        };
+        Ok(Some(Affine { constant: Some(constant), changed: x.changed || self.of_method.contains(&k), ..x }))
+    }
+
+    fn times_row(&mut self, x: Affine, k: Value, op: &Op) -> Result<Option<Affine>, String> {
+        let n = match self.width(&x) {
+            Some(n) => n,
+            // x itself is as wide as the row it is multiplied by.
+            None => match self.old.ty(k).last() {
+                Some(n) if n != Dim::Const(1) && *op == Op::Mul => n,
+                _ => return Ok(None),
+            },
+        };
+        let Some(row) = self.row(k, n)? else { return Ok(None) };
+        let by = match x.by {
+            Linear::Identity => Linear::Diagonal(row),
+            Linear::Diagonal(d) => Linear::Diagonal(self.op(op.clone(), &[d, row])?),
+            Linear::Matrix(m) => Linear::Matrix(self.op(op.clone(), &[m, row])?),
+        };
+        let constant = x.constant.map(|c| self.op(op.clone(), &[c, row])).transpose()?;
+        Ok(Some(Affine { by, constant, changed: x.changed || self.of_method.contains(&k) }))
+    }
+
+    fn give(&mut self, projection: &Projection, affine: &Affine) -> Result<(), String> {
+        let Linear::Matrix(matrix) = affine.by else { unreachable!("`affine` gives matrices") };
+        self.graph.outputs.push((format!("{}.weight", projection.path), matrix));
+        match (affine.constant, &projection.bias) {
+            (Some(constant), Some(_)) => self.graph.outputs.push((format!("{}.bias", projection.path), constant)),
+            (Some(constant), None) if !self.is_zero(constant) => {
+                let owner = self.model.applied.iter().find(|a| a.site == projection.path).map(|a| a.method.as_str());
+                let owner = owner.unwrap_or("a method");
+                let place = &projection.weight;
+                return Err(format!("`{owner}` adds a bias to `{}`, and `{place}` has none beside it", projection.path));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// 0 by its form: what a projection without a bias has for one.
+    fn is_zero(&self, value: Value) -> bool {
+        let Some(node) = self.graph.nodes.iter().find(|n| n.result == value) else { return false };
+        let zero = |i: usize| self.is_zero(node.operands[i]);
+        match &node.op {
+            Op::Constant { value, .. } => *value == 0.0,
+            Op::Scale { .. } | Op::Reshape { .. } | Op::Slice { .. } | Op::Div | Op::Broadcast { .. } => zero(0),
+            Op::Mul => zero(0) || zero(1),
+            Op::Add | Op::Sub => zero(0) && zero(1),
+            _ => false,
+        }
+    }
+}
+
+fn method_weights(model: &Model) -> HashSet<&str> {
+    let of_method = |p: &&peft_grammar::model::Param| matches!(p.origin, Origin::Method(_));
+    model.params.iter().filter(of_method).map(|p| p.name.as_str()).collect()
+}
+
+/// Methods that loss and logits still read when every folded projection is x W + b again.
+fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
+    let graph = &model.graph;
+    let mut needed = HashSet::new();
+    for name in ["loss", "logits"] {
+        needed.extend(graph.output(name));
+    }
+    for node in graph.nodes.iter().rev() {
+        if !needed.contains(&node.result) {
+            continue;
+        }
+        match folded.get(&node.result) {
+            Some(&input) => drop(needed.insert(input)),
+            None => needed.extend(node.operands.iter().copied()),
+        }
+    }
+    let methods = method_weights(model);
+    let mut left: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for arg in graph.args.iter().filter(|a| needed.contains(&a.value) && methods.contains(a.name.as_str())) {
+        let param = model.params.iter().find(|p| p.name == arg.name)?;
+        let Origin::Method(method) = &param.origin else { continue };
+        let site = model.applied.iter().find(|a| a.method == *method && arg.name.starts_with(&format!("{}.", a.path())));
+        let sites = left.entry(method).or_default();
+        let site = site.map_or("the model", |a| a.site.as_str());
+        if !sites.contains(&site) {
+            sites.push(site);
+        }
+    }
+    let say = |(method, sites): (&&str, &Vec<&str>)| {
+        let more = if sites.len() > 1 { format!(" and {} more sites", sites.len() - 1) } else { String::new() };
+        format!("`{method}` at {}{more} is no matrix and bias: what it makes of its input is not affine in it", sites[0])
+    };
+    (!left.is_empty()).then(|| left.iter().map(say).collect::<Vec<_>>().join("\n"))
+}

@@ -1,0 +1,36 @@
+"""What make.py and check.py share: where the cases lie and how a model runs on one."""
+
+import json
+import os
+from pathlib import Path
+
+# Set before the libraries are imported. Nothing here may ask a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+
+CASES = Path(__file__).resolve().parent / "cases"
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+
+def load_model(folder):
+    """The model in `folder`, and what transformers had to say about its tensors."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if architecture.endswith("ForSequenceClassification")
+        else transformers.AutoModelForCausalLM
+    )
+    return auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+
+
+def run(model, case):
+    """Logits of a case's batch: [B,classes], or [B,n,V] with zeros at padded positions."""
+    mask = case["inputs.mask"]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=case["inputs.ids"], attention_mask=mask).logits
+    return logits if logits.dim() == 2 else logits * mask[..., None]

@@ -1,0 +1,244 @@
+"""Writes the Llama fixtures of tests/fixtures with transformers' LlamaForCausalLM.
+
+Same format as the GPT-2 fixtures: float32 weights, values computed in float64
+and stored as float32. Run it in the environment that venv.sh makes.
+"""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+FOLDER = Path(__file__).resolve().parent.parent / "fixtures"
+
+# Awkward on purpose: grouped key/value heads, and 6 entries a head, so that a
+# rotary half has 3.
+SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LENGTHS = [13, 2, 8]
+IGNORED = -100
+# The shortest sequence keeps a single target.
+PROMPTS = [5, 1, 3]
+
+CASES = {
+    "llama_finetune": {"tied": False, "lora": None, "seed": 1},
+    "llama_lora_qv": {"tied": False, "lora": ["q", "v"], "seed": 2},
+    "llama_tied_lora": {"tied": True, "lora": ["q", "k", "v"], "seed": 3},
+}
+
+
+def hf_config(tied):
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        **SIZES,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def rms_norm(self, x):
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def rotary_tables(self, x, position_ids):
+    dim = self.config.hidden_size // self.config.num_attention_heads
+    exponents = torch.arange(0, dim, 2, dtype=x.dtype) / dim
+    angles = position_ids[..., None].to(x.dtype) * self.config.rope_parameters["rope_theta"] ** -exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+@contextlib.contextmanager
+def every_step_in_float64():
+    """transformers computes norms and rotary tables in float32 whatever the model's type."""
+    with (
+        mock.patch.object(modeling_llama.LlamaRMSNorm, "forward", rms_norm),
+        mock.patch.object(modeling_llama.LlamaRotaryEmbedding, "forward", rotary_tables),
+    ):
+        yield
+
+
+def draw_weights(model, rng):
+    weights = {}
+    for name, parameter in model.named_parameters():
+        norm = parameter.dim() == 1
+        values = rng.normal(1.0 if norm else 0.0, 0.1 if norm else 0.2, parameter.shape)
+        weights[name] = values.astype(np.float32)
+    return weights
+
+
+def draw_lora(model, lora, rng):
+    weights = {}
+    for i, layer in enumerate(model.model.layers):
+        for target in lora["targets"]:
+            out_features, in_features = getattr(layer.self_attn, f"{target}_proj").weight.shape
+            shapes = {"a": (lora["r"], in_features), "b": (out_features, lora["r"])}
+            for matrix, shape in shapes.items():
+                values = rng.normal(0.0, 0.05, shape).astype(np.float32)
+                weights[f"layers.{i}.attention.{target}.lora.{matrix}"] = values
+    return weights
+
+
+def draw_inputs(rng):
+    n = max(LENGTHS)
+    ids = np.zeros((len(LENGTHS), n), np.int64)
+    labels = np.full_like(ids, IGNORED)
+    for row, (length, prompt) in enumerate(zip(LENGTHS, PROMPTS)):
+        ids[row, :length] = rng.integers(1, SIZES["vocab_size"], length)
+        labels[row, prompt:length] = ids[row, prompt:length]
+    return {"inputs.ids": ids, "inputs.labels": labels, "inputs.lengths": np.array(LENGTHS, np.int64)}
+
+
+def add_lora(model, lora, tensors):
+    for i, layer in enumerate(model.model.layers):
+        for target in lora["targets"]:
+            a, b = (tensors[f"layers.{i}.attention.{target}.lora.{matrix}"] for matrix in "ab")
+
+            def add(_module, inputs, output, a=a, b=b):
+                return output + lora["alpha"] / lora["r"] * (inputs[0] @ a.T @ b.T)
+
+            getattr(layer.self_attn, f"{target}_proj").register_forward_hook(add)
+
+
+def evaluate(config, method, backbone, peft, inputs, dtype):
+    """Logits, hidden states, loss and gradients of one model, as numpy arrays."""
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype).eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in backbone.items():
+            parameters[name].copy_(torch.from_numpy(values))
+    adapters = {name: torch.from_numpy(values).to(dtype).requires_grad_() for name, values in peft.items()}
+    if "lora" in method:
+        add_lora(model, method["lora"], adapters)
+    trainable = adapters if method["train"] == "peft" else parameters
+
+    # Hooks, because transformers applies the last norm to its last hidden state.
+    hidden = []
+    model.model.embed_tokens.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
+
+    ids, labels, lengths = (torch.from_numpy(inputs[f"inputs.{key}"]) for key in ("ids", "labels", "lengths"))
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+    # Not the loss of transformers: that one is float32.
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
+    names = sorted(trainable)
+    grads = torch.autograd.grad(loss, [trainable[name] for name in names])
+
+    expect = {"expect.logits": logits * real[..., None], "expect.loss": loss.reshape(1)}
+    expect |= {f"expect.hidden.{i}": x * real[..., None] for i, x in enumerate(hidden)}
+    expect |= {f"expect.grad.{name}": grad for name, grad in zip(names, grads)}
+    assert all(x.dtype == dtype for x in expect.values())
+    return {name: x.detach().numpy() for name, x in expect.items()}
+
+
+def rounding(exact, rounded):
+    """What float32 alone does to the values."""
+    grads = [name for name in exact if name.startswith("expect.grad.")]
+    largest = {name: np.abs(exact[name]).max() for name in grads}
+    zero = [name for name in grads if largest[name] < 1e-12]
+    return {
+        "logits_max_abs": float(np.abs(exact["expect.logits"] - rounded["expect.logits"]).max()),
+        "loss_abs": float(abs(exact["expect.loss"] - rounded["expect.loss"])[0]),
+        "grad_max_abs_over_tensor_max": float(
+            max(np.abs(exact[name] - rounded[name]).max() / largest[name] for name in grads if name not in zero)
+        ),
+        "grad_tensors_exactly_or_nearly_zero": [name.removeprefix("expect.grad.") for name in zero],
+    }
+
+
+def write(name, case):
+    rng = np.random.default_rng(case["seed"])
+    config = hf_config(case["tied"])
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    backbone, peft = draw_weights(model, rng), {}
+    method = {"train": "all", "head": "frozen"}
+    if case["lora"]:
+        lora = {"targets": case["lora"], "r": 3, "alpha": 6, "bias": False}
+        method = {"lora": lora, "train": "peft", "head": "frozen"}
+        peft = draw_lora(model, lora, rng)
+    inputs = draw_inputs(rng)
+
+    with every_step_in_float64():
+        expect = evaluate(config, method, backbone, peft, inputs, torch.float64)
+    float32 = rounding(expect, evaluate(config, method, backbone, peft, inputs, torch.float32))
+
+    trainable = sorted(key.removeprefix("expect.grad.") for key in expect if key.startswith("expect.grad."))
+    trained = sum(math.prod(expect[f"expect.grad.{key}"].shape) for key in trainable)
+    head = (
+        "the LM head is tied: logits = norm(x) @ embed_tokens.T, no lm_head tensor is stored"
+        if case["tied"]
+        else "the LM head is lm_head.weight [V,d]; it counts as part of the backbone"
+    )
+    description = {
+        "name": name,
+        "backbone": {"type": "llama", "config": config},
+        "method": method,
+        "loss": {"kind": "causal_lm", "label_smoothing": 0.0},
+        "batch": {"size": len(LENGTHS), "lengths": LENGTHS, "token_types": False},
+        "trainable": trainable,
+        "trainable_rows": {},
+        "counts": {
+            "method": trained,
+            "head": 0,
+            "special_rows": 0,
+            "total_trainable": trained,
+            "backbone_without_head": sum(values.size for values in backbone.values()),
+        },
+        "expected_loss_float64": float(expect["expect.loss"][0]),
+        "float32_torch_vs_float64": float32,
+        "lambda_range": [],
+        "notes": [
+            "labels are aligned with ids (HF convention): position i predicts labels[i+1]; "
+            "loss is the mean over the labels != -100 of the whole batch",
+            "right padding: positions >= lengths[b] are padding (id 0, label -100); "
+            "expect.logits and expect.hidden are written as 0 there: do not compare them",
+            head,
+            "PEFT tensors drawn from N(0, 0.05), not their method's initialisation",
+            "all dropouts 0",
+            "computed in float64 from float32 values, norms and rotary tables too",
+        ],
+    }
+    tensors = {f"weights.{key}": values for key, values in (backbone | peft).items()}
+    tensors |= inputs | {key: values.astype(np.float32) for key, values in expect.items()}
+    path = FOLDER / f"{name}.safetensors"
+    save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors leaves it readable by its owner only
+    (FOLDER / f"{name}.json").write_text(json.dumps(description, indent=1))
+    print(f"{name}: loss {description['expected_loss_float64']:.6f}, float32 is off by {float32}")
+
+
+def main():
+    torch.set_num_threads(1)
+    for name, case in CASES.items():
+        write(name, case)
+
+
+if __name__ == "__main__":
+    main()
