@@ -22,7 +22,7 @@ MINILM_SHA256 := b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa5
 SMALL := target/small/release/peftc
 SMALL_LIMIT := 25000000
 
-.PHONY: help setup build demo test test-full bench small clean
+.PHONY: help setup build demo test test-full interop bench small clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -78,7 +78,10 @@ test: setup ## formatting, lints, every test but the slow ones
 	fi
 
 test-full: export PEFTC_FULL = 1
-test-full: test small ## the slow tests too, and the small runner's size
+test-full: interop test small ## the slow tests too, PEFT itself, and the small runner's size
+
+interop: ## a virtual environment with PEFT and transformers, which the tests then ask as well
+	tests/interop/venv.sh
 
 bench: build $(DEMO)/minilm/model.safetensors ## SST-2 by peftc and by PyTorch, with the same recipe
 	@[ -d "$${PEFTC_DATA:-}/data/sst2" ] || { echo "bench: set PEFTC_DATA to a folder with data/sst2/{train,dev}.tsv" >&2; exit 2; }

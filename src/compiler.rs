@@ -102,7 +102,8 @@ fn compiler() -> String {
 /// LLVM, the target and its features.
 fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     let mut hash = blake3::Hasher::new();
-    let graph = serde_json::to_vec(&(&model.graph, &model.params, &model.stored, &model.projections)).expect("a model is plain data");
+    let graph = serde_json::to_vec(&(&model.graph, &model.params, &model.stored, &model.projections))
+        .expect("a model is plain data");
     hash.update(&graph);
     let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
     let build = build.map(|b| format!("{b:?}")).unwrap_or_default();

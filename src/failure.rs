@@ -35,10 +35,12 @@ impl Failure {
         move |source| Failure::File { path, source }
     }
 
-    /// 1 a wrong spec, 2 wrong usage, 3 files (data, weights, artifacts), 4 the run itself, 5 a fault of the compiler.
+    /// 1 a wrong spec, or one that has not what is asked of it, 2 wrong usage, 3 files (data, weights, artifacts), 4 the run itself, 5 a fault of the compiler.
     pub fn code(&self) -> u8 {
         match self {
             Failure::Spec(_) => 1,
+            #[cfg(feature = "compiler")]
+            Failure::Compiler(peft_passes::Error::Refused { .. }) => 1,
             Failure::Usage(_) => 2,
             Failure::Data(_) | Failure::Metrics(_) | Failure::Store(_) | Failure::File { .. } => 3,
             Failure::Runtime(RuntimeError::Device(_) | RuntimeError::Entry { .. }) | Failure::Diverged(_) => 4,

@@ -1,5 +1,6 @@
 //! What stands around the compiler and the runtime: specs on disk, data, training, commands.
 
+pub mod adapters;
 pub mod budget;
 pub mod commands;
 #[cfg(feature = "compiler")]
@@ -7,6 +8,9 @@ pub mod compiler;
 pub mod data;
 pub mod exchange;
 pub mod failure;
+pub mod hub;
+#[cfg(feature = "compiler")]
+pub mod merge;
 pub mod metrics;
 pub mod progress;
 pub mod spec;

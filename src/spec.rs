@@ -32,6 +32,20 @@ pub fn resolver(path: &Path) -> impl Fn(&str) -> Result<String, String> + use<> 
     }
 }
 
+/// The files a spec imports, with their paths seen from it.
+pub fn imports(path: &Path) -> Result<Vec<(String, String)>, Failure> {
+    let found = std::cell::RefCell::new(vec![]);
+    let read = resolver(path);
+    let resolver = |import: &str| {
+        let text = read(import)?;
+        found.borrow_mut().push((import.to_owned(), text.clone()));
+        Ok(text)
+    };
+    // Only the files are of interest here.
+    let _ = peft_grammar::compile_with("", &self::read(path)?, &[], &resolver);
+    Ok(found.into_inner())
+}
+
 /// `key=value` as `--set` takes it.
 pub fn assignment(text: &str) -> Result<(String, String), String> {
     let (key, value) =

@@ -8,14 +8,13 @@ use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, Warmup};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::{Inputs, RuntimeError, Session};
 
+use crate::adapters::{ADAPTER, trained};
 use crate::data::{Batch, Batches, Dataset, Order};
 use crate::exchange::inputs;
 use crate::failure::Failure;
 use crate::metrics::{Mean, Metrics, correct};
 use crate::progress::{Progress, Step};
 
-/// What the trained values are kept in.
-pub const ADAPTER: &str = "adapter.safetensors";
 /// What a run is resumed from: values, moments and the step.
 pub const STATE: &str = "state.safetensors";
 
@@ -216,53 +215,6 @@ fn record(metrics: &mut Metrics, step: u64, figures: &Evaluation) -> Result<(), 
         None => all.push(("dev/perplexity", figures.loss.exp())),
     }
     Ok(metrics.record(step, &all)?)
-}
-
-/// The trained values under their canonical names; of a table of which rows train, those rows.
-pub fn trained(session: &Session, model: &Model, step: u64) -> TensorFile {
-    let mut file = TensorFile::default();
-    file.notes.insert("format".into(), "peftc adapter 1".into());
-    file.notes.insert("spec".into(), model.name.clone());
-    file.notes.insert("backbone".into(), model.backbone.name.clone());
-    file.notes.insert("step".into(), step.to_string());
-    for (index, tensor) in session.manifest().tensors.iter().enumerate() {
-        let Some((start, end)) = tensor.trainable else { continue };
-        let mut shape = tensor.shape.clone();
-        if let Some(rows) = shape.first_mut().filter(|rows| **rows != end - start) {
-            *rows = end - start;
-            file.notes.insert(format!("rows of {}", tensor.name), format!("{start}:{end}"));
-        }
-        file.tensors.insert(tensor.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
-    }
-    file
-}
-
-/// Puts an adapter's values into the session; every trainable tensor must be there in its shape.
-pub fn apply(session: &mut Session, path: &Path) -> Result<(), Failure> {
-    let file = adapter::load(path)?;
-    let mut wrong = vec![];
-    for index in 0..session.manifest().tensors.len() {
-        let tensor = session.manifest().tensors[index].clone();
-        let Some((start, end)) = tensor.trainable else { continue };
-        let mut shape = tensor.shape.clone();
-        if let Some(rows) = shape.first_mut() {
-            *rows = end - start;
-        }
-        match file.tensors.get(&tensor.name) {
-            Some(Stored { shape: found, data: Data::F32(x) }) if *found == shape => {
-                session.values_mut(index).copy_from_slice(x);
-            }
-            Some(found) => wrong.push(format!("  `{}` is {:?}, the spec wants {shape:?}", tensor.name, found.shape)),
-            None => wrong.push(format!("  `{}` is missing", tensor.name)),
-        }
-    }
-    let known = |name: &String| session.manifest().tensors.iter().any(|t| t.name == *name && t.trainable.is_some());
-    wrong.extend(file.tensors.keys().filter(|n| !known(n)).map(|n| format!("  `{n}` is no tensor the spec trains")));
-    if wrong.is_empty() {
-        return Ok(());
-    }
-    wrong.truncate(12);
-    Err(RuntimeError::Weights { path: path.into(), message: wrong.join("\n") }.into())
 }
 
 fn state(session: &Session, model: &Model, step: u64) -> TensorFile {

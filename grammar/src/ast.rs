@@ -115,20 +115,53 @@ pub struct Stmt {
 #[serde(rename_all = "snake_case")]
 pub enum StmtKind {
     Weight(WeightDef),
-    If { condition: Expr, then: Vec<Stmt>, otherwise: Vec<Stmt> },
-    For { variable: Name, start: Expr, end: Expr, body: Vec<Stmt> },
-    Site { kind: Name, path: Text, body: Vec<Stmt> },
-    Output { name: Name, value: Option<Expr> },
-    Expose { value: Expr, name: Text },
+    If {
+        condition: Expr,
+        then: Vec<Stmt>,
+        otherwise: Vec<Stmt>,
+    },
+    For {
+        variable: Name,
+        start: Expr,
+        end: Expr,
+        body: Vec<Stmt>,
+    },
+    Site {
+        kind: Name,
+        path: Text,
+        body: Vec<Stmt>,
+    },
+    Output {
+        name: Name,
+        value: Option<Expr>,
+    },
+    Expose {
+        value: Expr,
+        name: Text,
+    },
     /// What is kept of weights when training is over.
-    Store { value: Expr, name: Text },
-    After { variable: Name, body: Vec<Stmt> },
+    Store {
+        value: Expr,
+        name: Text,
+    },
+    After {
+        variable: Name,
+        body: Vec<Stmt>,
+    },
     Return(Expr),
-    Require { condition: Expr, message: Text, hint: Option<Text> },
+    Require {
+        condition: Expr,
+        message: Text,
+        hint: Option<Text>,
+    },
     Train(Text),
     /// A rule of a method that is a mixture of others.
     Tune(TuneRule),
-    Assign { name: Name, value: Expr, nested: Option<Nested> },
+    Assign {
+        name: Name,
+        value: Expr,
+        nested: Option<Nested>,
+    },
 }
 
 /// `… as projection of h`: the assigned variable is a site of its own.

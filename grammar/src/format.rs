@@ -108,8 +108,8 @@ struct Token<'a> {
 
 /// Words between operands, or before one.
 const OPERATOR_WORDS: &[&str] = &[
-    "and", "or", "not", "if", "else", "in", "of", "as", "on", "return", "require", "expose", "store", "rows", "layers", "only",
-    "except",
+    "and", "or", "not", "if", "else", "in", "of", "as", "on", "return", "require", "expose", "store", "rows", "layers",
+    "only", "except",
 ];
 
 impl Token<'_> {

@@ -100,6 +100,14 @@ impl Param {
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
     }
+    /// Which of its rows train.
+    pub fn trained_rows(&self) -> Option<(u64, u64)> {
+        match self.trainable {
+            Trainable::No => None,
+            Trainable::All => Some((0, self.shape.first().copied().unwrap_or(1))),
+            Trainable::Rows(start, end) => Some((start, end)),
+        }
+    }
     /// How many of its values train.
     pub fn trainable_elements(&self) -> u64 {
         match &self.trainable {

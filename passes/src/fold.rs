@@ -120,10 +120,8 @@ impl<'a> Folder<'a> {
 
     /// The projection's output in terms of its input, if it is affine in it.
     fn affine(&mut self, projection: &Projection) -> Result<Option<Affine>, String> {
-        let mut found = HashMap::from([(
-            projection.input,
-            Affine { by: Linear::Identity, constant: None, changed: false },
-        )]);
+        let mut found =
+            HashMap::from([(projection.input, Affine { by: Linear::Identity, constant: None, changed: false })]);
         let old = self.old;
         let between = |n: &&Node| n.result > projection.input && n.result <= projection.output;
         for node in old.nodes.iter().filter(between) {
@@ -266,7 +264,10 @@ impl<'a> Folder<'a> {
                 let owner = self.model.applied.iter().find(|a| a.site == projection.path).map(|a| a.method.as_str());
                 let owner = owner.unwrap_or("a method");
                 let place = &projection.weight;
-                return Err(format!("`{owner}` adds a bias to `{}`, and `{place}` has none beside it", projection.path));
+                return Err(format!(
+                    "`{owner}` adds a bias to `{}`, and `{place}` has none beside it",
+                    projection.path
+                ));
             }
             _ => {}
         }
@@ -313,7 +314,8 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
     for arg in graph.args.iter().filter(|a| needed.contains(&a.value) && methods.contains(a.name.as_str())) {
         let param = model.params.iter().find(|p| p.name == arg.name)?;
         let Origin::Method(method) = &param.origin else { continue };
-        let site = model.applied.iter().find(|a| a.method == *method && arg.name.starts_with(&format!("{}.", a.path())));
+        let site =
+            model.applied.iter().find(|a| a.method == *method && arg.name.starts_with(&format!("{}.", a.path())));
         let sites = left.entry(method).or_default();
         let site = site.map_or("the model", |a| a.site.as_str());
         if !sites.contains(&site) {
@@ -322,7 +324,10 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
     }
     let say = |(method, sites): (&&str, &Vec<&str>)| {
         let more = if sites.len() > 1 { format!(" and {} more sites", sites.len() - 1) } else { String::new() };
-        format!("`{method}` at {}{more} is no matrix and bias: what it makes of its input is not affine in it", sites[0])
+        format!(
+            "`{method}` at {}{more} is no matrix and bias: what it makes of its input is not affine in it",
+            sites[0]
+        )
     };
     (!left.is_empty()).then(|| left.iter().map(say).collect::<Vec<_>>().join("\n"))
 }

@@ -212,11 +212,7 @@ pub fn tensors(model: &Model) -> Vec<Tensor> {
     let tensor = |p: &peft_grammar::model::Param| Tensor {
         name: p.name.clone(),
         shape: p.shape.clone(),
-        trainable: match p.trainable {
-            Trainable::No => None,
-            Trainable::All => Some((0, p.shape.first().copied().unwrap_or(1))),
-            Trainable::Rows(start, end) => Some((start, end)),
-        },
+        trainable: p.trained_rows(),
         decay: p.decay,
     };
     model.params.iter().map(tensor).collect()

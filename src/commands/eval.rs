@@ -5,7 +5,7 @@ use peft_runtime::Session;
 use super::source::{self, Source};
 use crate::data::Dataset;
 use crate::failure::Failure;
-use crate::training;
+use crate::{adapters, training};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -16,7 +16,8 @@ pub struct Arguments {
     /// A Hugging Face model directory, or `random`
     #[arg(long)]
     weights: PathBuf,
-    /// Trained values, `adapter.safetensors`; the untrained model without it
+    /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote; the untrained model
+    /// without it
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// A directory with a tokenizer; the weights' own if not given
@@ -33,7 +34,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
     session.initialise()?;
     if let Some(path) = &arguments.adapter {
-        training::apply(&mut session, path)?;
+        adapters::apply(&mut session, &adapters::load(&model, path)?);
     }
     let figures = training::evaluate(&mut session, &model, &data)?;
     super::print(&format!("{}: {} examples, {}", arguments.data.display(), data.len(), figures.describe()));

@@ -4,8 +4,12 @@ mod check;
 #[cfg(feature = "compiler")]
 mod compile;
 mod eval;
+mod export;
 mod fmt;
+mod import;
 mod inspect;
+#[cfg(feature = "compiler")]
+mod merge;
 mod run;
 mod source;
 mod train;
@@ -41,6 +45,13 @@ enum Command {
     Train(train::Arguments),
     /// Loss and accuracy of an adapter on a data set
     Eval(eval::Arguments),
+    /// Write trained values in Hugging Face PEFT's format where it has the method, else in ours
+    Export(export::Arguments),
+    /// Read an adapter that Hugging Face PEFT wrote
+    Import(import::Arguments),
+    /// Fold trained values into the backbone's weights, for transformers to load
+    #[cfg(feature = "compiler")]
+    Merge(merge::Arguments),
 }
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -53,6 +64,10 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Run(a) => run::run(a),
         Command::Train(a) => train::run(a),
         Command::Eval(a) => eval::run(a),
+        Command::Export(a) => export::run(a),
+        Command::Import(a) => import::run(a),
+        #[cfg(feature = "compiler")]
+        Command::Merge(a) => merge::run(a),
     }
 }
 

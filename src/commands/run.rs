@@ -2,9 +2,9 @@ use std::path::PathBuf;
 
 use peft_runtime::{Session, adapter};
 
-use super::source::Source;
-use crate::exchange;
+use super::source::{self, Source};
 use crate::failure::Failure;
+use crate::{adapters, exchange};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -13,9 +13,15 @@ pub struct Arguments {
     /// `forward`, or `grad` for every gradient as well
     #[arg(long, default_value = "grad", value_parser = ["forward", "grad"])]
     entry: String,
-    /// Tensors `weights.*` and `inputs.*`
+    /// Tensors `inputs.*`, and `weights.*` unless `--weights` is given
     #[arg(long, value_name = "FILE")]
     inputs: PathBuf,
+    /// A Hugging Face model directory, or `random`
+    #[arg(long)]
+    weights: Option<PathBuf>,
+    /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// Where `loss`, `logits`, `lambda.*` and `grad.*` go
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
@@ -28,8 +34,17 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let ready = arguments.source.open()?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs)?;
-    let weights = exchange::weights(&file, &ready.model, &arguments.inputs)?;
+    let weights = match &arguments.weights {
+        Some(from) => source::weights(from, &ready.model)?,
+        None => exchange::weights(&file, &ready.model, &arguments.inputs)?,
+    };
     let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    if arguments.weights.is_some() {
+        session.initialise()?;
+    }
+    if let Some(path) = &arguments.adapter {
+        adapters::apply(&mut session, &adapters::load(&ready.model, path)?);
+    }
     let results = exchange::run(&mut session, &ready.model, &arguments.entry, &padded, [arguments.seed as i32, 0])?;
     adapter::save(&arguments.output, &results)?;
     if let Some((_, loss)) = session.output("loss") {

@@ -70,6 +70,27 @@ impl Source {
         self.compile()
     }
 
+    /// The model alone, without a program to run it.
+    pub fn model(&self) -> Result<Model, Failure> {
+        match self.is_artifact() {
+            true => Ok(self.load()?.model),
+            false => spec::load(&self.path, &self.set, super::color()),
+        }
+    }
+
+    /// A program that computes what the model stores, and nothing else.
+    #[cfg(feature = "compiler")]
+    pub fn store(&self, model: &Model) -> Result<Program, Failure> {
+        let entries = [peft_passes::pipeline::Entry::Store];
+        let artifact = crate::compiler::compile_entries(model, &entries, &self.options())?;
+        Ok(Program::new(artifact.manifest, &artifact.library)?)
+    }
+
+    #[cfg(not(feature = "compiler"))]
+    pub fn store(&self, _: &Model) -> Result<Program, Failure> {
+        Ok(self.compile()?.program)
+    }
+
     fn load(&self) -> Result<Ready, Failure> {
         let (manifest, library) = store::load(&self.path)?;
         let mut model = described(&self.path, &manifest)?;

@@ -6,33 +6,34 @@ use std::process::Command;
 
 use peft_runtime::adapter::{self, Stored, TensorFile};
 
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
 }
 
-struct Bench {
+/// A folder of its own, and the program run beside it.
+pub struct Bench {
     folder: tempfile::TempDir,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Bench { folder: tempfile::tempdir().expect("a directory") }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+    pub fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(name);
         fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
         fs::write(&path, text).expect("written");
         path
     }
 
-    fn peftc<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Ran {
+    pub fn peftc<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Ran {
         let run = Command::new(env!("CARGO_BIN_EXE_peftc"))
             .args(args)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
@@ -52,7 +53,7 @@ impl Bench {
     }
 
     /// Runs what must fail, with this code and these words.
-    fn refuses(&self, args: &[&str], code: i32, words: &[&str]) {
+    pub fn refuses(&self, args: &[&str], code: i32, words: &[&str]) {
         let ran = self.peftc(args);
         assert_eq!(ran.code, code, "{args:?}: {}", ran.err);
         for word in words {

@@ -2,6 +2,7 @@
 
 mod cli;
 mod fixtures;
+mod interop;
 mod parity;
 mod real;
 mod runs;

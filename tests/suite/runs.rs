@@ -9,8 +9,9 @@ use peft_passes::dialect::Dialect;
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_runtime::artifact::Manifest;
 use peft_runtime::{Program, Session, adapter, store, weights};
+use peftc::adapters::ADAPTER;
 use peftc::data::{Dataset, Tokenizer};
-use peftc::training::{ADAPTER, Outcome, Training};
+use peftc::training::{Outcome, Training};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

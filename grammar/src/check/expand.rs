@@ -330,8 +330,7 @@ impl<'a> Checker<'a> {
         if name.text == "value" {
             let arg = &weight.init_args[0].value;
             let value = self.tensor(frame, arg)?;
-            let wanted: Option<Vec<Dim>> =
-                weight.shape.iter().map(|e| self.extent(frame, e).map(Dim::Const)).collect();
+            let wanted: Option<Vec<Dim>> = weight.shape.iter().map(|e| self.extent(frame, e).map(Dim::Const)).collect();
             let found = self.graph.ty(value).shape.clone();
             if wanted.as_ref() != Some(&found) {
                 let title = format!("the weight starts from {}, which is of another shape", self.graph.ty(value));

@@ -49,9 +49,10 @@ impl<'a> Checker<'a> {
         // `loss` and `logits` first, then what methods expose.
         let rank = |name: &str| ["loss", "logits"].iter().position(|n| *n == name).unwrap_or(2);
         self.graph.outputs.sort_by_key(|(name, _)| rank(name));
-        let config = backbone.params.iter().filter_map(|param| {
-            Some((param.from.as_ref()?.text.clone(), args.get(&param.name.text)?.config()?))
-        });
+        let config = backbone
+            .params
+            .iter()
+            .filter_map(|param| Some((param.from.as_ref()?.text.clone(), args.get(&param.name.text)?.config()?)));
         let config: BTreeMap<String, ConfigValue> = config.collect();
         let beyond = backbone.params.iter().filter(|p| p.from.is_none()).filter_map(|param| {
             let value = args.get(&param.name.text)?;

@@ -310,12 +310,14 @@ impl<'a> Checker<'a> {
                     self.report(error.hint("what the site goes on with keeps its shape"));
                     return;
                 }
-                let before = self.sites.last_mut().and_then(|s| s.changed.insert(name.to_owned(), (method, applied.asked())));
+                let before =
+                    self.sites.last_mut().and_then(|s| s.changed.insert(name.to_owned(), (method, applied.asked())));
                 if let Some((other, span)) = before
                     && !self.depends(*new, *old)
                 {
                     let title = format!("`{method}` computes `{name}` anew: what `{other}` has made of it is lost");
-                    let error = Diagnostic::error(applied.asked(), title).related(span, format!("`{other}` is applied here"));
+                    let error =
+                        Diagnostic::error(applied.asked(), title).related(span, format!("`{other}` is applied here"));
                     self.errors.push(error.hint(format!("apply `{method}` before `{other}`")));
                 }
                 frame.set(name, Val::Tensor(*new));

@@ -84,7 +84,8 @@ impl<'a> Checker<'a> {
                     let Some(applied) = self.apply(frame, apply, "model", None) else { continue };
                     let mut inside = Frame::with(applied.args.clone());
                     inside.body = Body::Method(applied.method);
-                    self.calls.push(Call { span: apply.span, label: format!("`{}` is applied here", apply.method.text) });
+                    self.calls
+                        .push(Call { span: apply.span, label: format!("`{}` is applied here", apply.method.text) });
                     self.mixture(&mut inside, &applied.method.body, apply, &mut plan);
                     self.calls.pop();
                     plan.model.push(applied);

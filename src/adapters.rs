@@ -1,0 +1,115 @@
+//! Trained values on disk: our own file, a run's or an export's folder, or a folder that PEFT wrote.
+
+use std::path::Path;
+
+use peft_grammar::model::{Model, Param};
+use peft_runtime::adapter::{self, Data, Stored, TensorFile};
+use peft_runtime::artifact::Storage;
+use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
+
+use crate::failure::Failure;
+use crate::hub::{self, Tensors};
+
+/// What the trained values of a run (or an export) are kept in.
+pub const ADAPTER: &str = "adapter.safetensors";
+
+/// The trained values under their canonical names; of a table of which rows train, those rows.
+pub fn trained(session: &Session, model: &Model, step: u64) -> TensorFile {
+    let mut file = TensorFile::default();
+    file.notes.insert("step".into(), step.to_string());
+    for (index, tensor) in session.manifest().tensors.iter().enumerate() {
+        let Some((start, end)) = tensor.trainable else { continue };
+        let mut shape = tensor.shape.clone();
+        if let Some(rows) = shape.first_mut().filter(|rows| **rows != end - start) {
+            *rows = end - start;
+            file.notes.insert(format!("rows of {}", tensor.name), format!("{start}:{end}"));
+        }
+        file.tensors.insert(tensor.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
+    }
+    signed(file, model)
+}
+
+/// With the notes every adapter carries.
+pub fn signed(mut file: TensorFile, model: &Model) -> TensorFile {
+    file.notes.insert("format".into(), "peftc adapter 1".into());
+    file.notes.insert("spec".into(), model.name.clone());
+    file.notes.insert("backbone".into(), model.backbone.name.clone());
+    file
+}
+
+/// Reads an adapter for `model`: exactly the tensors it trains, in their shapes.
+pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
+    let file = match path {
+        folder if folder.join(hub::CONFIG).is_file() => {
+            let adapter = hub::Adapter::load(folder)?;
+            hub::import(model, &adapter).map_err(|why| RuntimeError::weights(folder, format!("  {why}")))?
+        }
+        folder if folder.is_dir() => adapter::load(&folder.join(ADAPTER))?.tensors,
+        file => adapter::load(file)?.tensors,
+    };
+    let shape = |param: &Param| {
+        let (start, end) = param.trained_rows()?;
+        let rest = param.shape.iter().skip(1).copied();
+        Some(std::iter::once(end - start).chain(rest).collect::<Vec<u64>>())
+    };
+    let wanted: Vec<(&str, Vec<u64>)> =
+        model.params.iter().filter_map(|p| Some((p.name.as_str(), shape(p)?))).collect();
+    let mut wrong = vec![];
+    for (name, shape) in &wanted {
+        match file.get(*name) {
+            Some(Stored { shape: found, data: Data::F32(_) }) if found == shape => {}
+            Some(found) => wrong.push(format!("  `{name}` is {:?}, the spec wants {shape:?}", found.shape)),
+            None => wrong.push(format!("  `{name}` is missing")),
+        }
+    }
+    let known = |name: &String| wanted.iter().any(|(n, _)| n == name);
+    wrong.extend(file.keys().filter(|n| !known(n)).map(|n| format!("  `{n}` is no tensor the spec trains")));
+    if wrong.is_empty() {
+        return Ok(file);
+    }
+    wrong.truncate(12);
+    Err(RuntimeError::weights(path, wrong.join("\n")).into())
+}
+
+/// Puts an adapter's values, as [`load`] gives them, into the session.
+pub fn apply(session: &mut Session, values: &Tensors) {
+    for index in 0..session.manifest().tensors.len() {
+        let tensor = &session.manifest().tensors[index];
+        if tensor.trainable.is_some()
+            && let Some(Stored { data: Data::F32(x), .. }) = values.get(&tensor.name)
+        {
+            session.values_mut(index).copy_from_slice(x);
+        }
+    }
+}
+
+/// What is kept of trained values: what the model `stores`, in place of what that replaces. `program` has the entry
+/// `store` if the model stores anything.
+pub fn kept(model: &Model, program: Program, mut values: Tensors) -> Result<Tensors, Failure> {
+    const STORE: &str = "store";
+    let Some(entry) = program.manifest.entries.get(STORE) else { return Ok(values) };
+    // Weights of the backbone are not there, and need not be: what is stored is made of what trains.
+    let read = entry.launches.iter().chain(&program.manifest.prepare).flat_map(|l| &l.buffers);
+    let mut tensors = read.filter_map(|&b| match program.manifest.buffers[b].storage {
+        Storage::Tensor { index, .. } => Some(&program.manifest.tensors[index]),
+        _ => None,
+    });
+    if let Some(tensor) = tensors.find(|t| t.trainable.is_none() && program.manifest.entries.len() <= 2) {
+        let message = format!("what the spec stores is made of `{}`, which does not train", tensor.name);
+        return Err(Failure::Usage(message));
+    }
+    let zeros = program.manifest.tensors.iter().map(|t| Numbers::zeros(t.shape.iter().product::<u64>() as usize));
+    let zeros = zeros.collect();
+    let mut session = Session::new(program, zeros, 0)?;
+    apply(&mut session, &values);
+    session.run(STORE, &Inputs::default())?;
+    for name in &model.replaced {
+        values.remove(name);
+    }
+    for name in session.outputs() {
+        if let Some((shape, x)) = session.output(&name) {
+            values.insert(name.clone(), Stored::f32(shape, x.to_vec()));
+        }
+    }
+    Ok(values)
+}

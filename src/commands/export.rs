@@ -1,0 +1,123 @@
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use peft_grammar::model::{Model, Origin, Trainable};
+use peft_runtime::adapter::{self, Stored, TensorFile};
+
+use super::source::{self, Source};
+use crate::adapters::{self, ADAPTER};
+use crate::failure::Failure;
+use crate::hub::{self, Tensors};
+use crate::spec;
+
+/// The spec beside an adapter in our own format.
+const SPEC: &str = "spec.peft";
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    source: Source,
+    /// Trained values: `adapter.safetensors`, or a folder that a run wrote
+    #[arg(long)]
+    adapter: PathBuf,
+    /// Where a head that does not train comes from: a Hugging Face model directory, or `random` as in training
+    #[arg(long)]
+    weights: Option<PathBuf>,
+    /// The folder to write
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// `peft` or nothing; `own`; or, by default, `peft` where PEFT has the method
+    #[arg(long, value_enum, default_value_t = Format::Auto)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Format {
+    Auto,
+    /// adapter_config.json and adapter_model.safetensors
+    Peft,
+    /// adapter.safetensors under canonical names, with the spec beside it
+    Own,
+}
+
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    let (model, kept) = kept(&arguments)?;
+    let out = &arguments.output;
+    if arguments.format != Format::Own {
+        match hub::export(&model, &with_head(&arguments, &model, &kept)?) {
+            Ok(adapter) => {
+                adapter.save(out)?;
+                return report(out, "PEFT's format", &adapter.tensors);
+            }
+            Err(why) if arguments.format == Format::Peft => {
+                let spec = arguments.source.path.display();
+                return Err(Failure::Usage(format!("{spec}: not in PEFT's format: {why}\n`--format own` writes ours")));
+            }
+            Err(why) => super::say(&format!("not in PEFT's format: {why}")),
+        }
+    }
+    let file = adapters::signed(TensorFile { tensors: kept, ..TensorFile::default() }, &model);
+    adapter::save(&out.join(ADAPTER), &file)?;
+    if !arguments.source.is_artifact() {
+        write_spec(&arguments.source, out, &model)?;
+    }
+    report(out, "our own format", &file.tensors)
+}
+
+fn report(out: &Path, format: &str, tensors: &Tensors) -> Result<(), Failure> {
+    let values: u64 = tensors.values().map(|t| t.shape.iter().product::<u64>()).sum();
+    super::print(&format!("{}: {} tensors, {values} values, in {format}", out.display(), tensors.len()));
+    Ok(())
+}
+
+/// The model, and what is kept of its trained values.
+fn kept(arguments: &Arguments) -> Result<(Model, Tensors), Failure> {
+    let source = &arguments.source;
+    if source.is_artifact() {
+        let ready = source.open()?;
+        let values = adapters::load(&ready.model, &arguments.adapter)?;
+        let kept = adapters::kept(&ready.model, ready.program, values)?;
+        return Ok((ready.model, kept));
+    }
+    let model = spec::load(&source.path, &source.set, super::color())?;
+    let values = adapters::load(&model, &arguments.adapter)?;
+    let kept = match model.stored.is_empty() {
+        true => values,
+        false => adapters::kept(&model, source.store(&model)?, values)?,
+    };
+    Ok((model, kept))
+}
+
+/// PEFT wants a head beside the adapter, whether it was trained or drawn once.
+fn with_head(arguments: &Arguments, model: &Model, kept: &Tensors) -> Result<Tensors, Failure> {
+    let mut values = kept.clone();
+    let frozen = |p: &peft_grammar::model::Param| p.origin == Origin::Head && p.trainable == Trainable::No;
+    if let (Some(from), true) = (&arguments.weights, model.params.iter().any(frozen)) {
+        let weights = source::weights(from, model)?;
+        for (param, numbers) in model.params.iter().zip(weights).filter(|(p, _)| frozen(p)) {
+            values.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers.to_vec()));
+        }
+    }
+    Ok(values)
+}
+
+/// The spec and what it imports. What was set from outside stands in a comment at its head.
+fn write_spec(source: &Source, out: &Path, model: &Model) -> Result<(), Failure> {
+    let text = spec::read(&source.path)?;
+    let mut head = String::new();
+    for (key, value) in &source.set {
+        head += &format!("// set by hand: {key}={value}\n");
+    }
+    if !model.replaced.is_empty() {
+        head += &format!("// `{ADAPTER}` holds what the methods store in place of {}\n", model.replaced.join(", "));
+    }
+    for (path, text) in spec::imports(&source.path)? {
+        // A path that leaves the folder has no place in another one.
+        if Path::new(&path).components().all(|c| matches!(c, std::path::Component::Normal(_))) {
+            super::write(&out.join(path), &text)?;
+        } else {
+            super::say(&format!("`{path}` lies outside of the spec's folder and is not copied"));
+        }
+    }
+    super::write(&out.join(SPEC), &(head + &text))
+}

@@ -1,0 +1,150 @@
+//! Hugging Face PEFT and transformers: what they write is read, what is written here they read.
+//!
+//! A case below `tests/interop/cases` is a base model, an adapter and the logits that PEFT computes with both, made by
+//! `tests/interop/make.py`; `spec.peft` beside them is the same model here. Python itself is asked in [`python`].
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use peft_runtime::adapter::{self, Data, TensorFile};
+
+use crate::cli::Bench;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop")
+}
+
+/// Every case whose name starts with `prefix`.
+fn cases(prefix: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root().join("cases")).expect("the cases are part of the repository");
+    let mut cases: Vec<PathBuf> = entries.map(|e| e.expect("an entry").path()).collect();
+    cases.retain(|case| name(case).starts_with(prefix));
+    cases.sort();
+    assert!(!cases.is_empty(), "no case starts with `{prefix}`");
+    cases
+}
+
+fn name(case: &Path) -> String {
+    case.file_name().expect("a name").to_string_lossy().into_owned()
+}
+
+/// A prefix is no matrix: nothing can take it up.
+fn merges(case: &Path) -> bool {
+    !name(case).contains("prefix")
+}
+
+fn done(bench: &Bench, args: &[&str], paths: &[&Path]) {
+    let paths = paths.iter().map(|p| p.as_os_str());
+    let all = args.iter().map(std::ffi::OsStr::new).chain(paths);
+    let ran = bench.peftc(all);
+    assert_eq!(ran.code, 0, "{args:?}: {}", ran.err);
+}
+
+/// The logits in `out` against those that PEFT computed, at real tokens.
+fn compare(case: &Path, out: &Path, what: &str) {
+    let logits = |file: &TensorFile, name: &str| match &file.tensors[name].data {
+        Data::F32(x) => x.clone(),
+        Data::I64(_) => panic!("logits are floats"),
+    };
+    let want = logits(&adapter::load(&case.join("case.safetensors")).expect("sound"), "expect.logits");
+    let found = logits(&adapter::load(out).expect("sound"), "logits");
+    assert_eq!(found.len(), want.len(), "{}: {what}", name(case));
+    let largest = want.iter().fold(1.0_f32, |m, x| m.max(x.abs()));
+    let gap = found.iter().zip(&want).map(|(f, w)| (f - w).abs()).fold(0.0, f32::max);
+    assert!(gap <= 1e-5 * largest, "{}: {what} is off by {gap} at {largest}", name(case));
+}
+
+/// Reads PEFT's adapter, writes it again and folds it, all below `to`.
+fn write(bench: &Bench, case: &Path, to: &Path) {
+    let (spec, base, foreign) = (case.join("spec.peft"), case.join("base"), case.join("adapter"));
+    let own = to.join("adapter.safetensors");
+    done(bench, &["import"], &[&spec, &foreign, Path::new("-o"), &own]);
+    let exported = to.join("exported");
+    done(bench, &["export", "--format", "peft"], &[&spec, Path::new("--adapter"), &own, Path::new("-o"), &exported]);
+    if merges(case) {
+        let args = [spec.as_path(), Path::new("--weights"), &base, Path::new("--adapter"), &own, Path::new("-o")];
+        done(bench, &["merge"], &[&args[..], &[&to.join("merged")]].concat());
+    }
+}
+
+fn there_and_back(prefix: &str) {
+    let bench = Bench::new();
+    for case in cases(prefix) {
+        let to = bench.path(&name(&case));
+        let (spec, base, inputs) = (case.join("spec.peft"), case.join("base"), case.join("case.safetensors"));
+        write(&bench, &case, &to);
+        let out = to.join("out.safetensors");
+        let run = |spec: &Path, weights: &Path, adapter: Option<&Path>| {
+            let mut paths = vec![spec, Path::new("--inputs"), &inputs, Path::new("--weights"), weights];
+            paths.extend(adapter.map(|a| [Path::new("--adapter"), a]).into_iter().flatten());
+            paths.extend([Path::new("-o"), &out]);
+            done(&bench, &["run", "--entry", "forward"], &paths);
+        };
+        run(&spec, &base, Some(&case.join("adapter")));
+        compare(&case, &out, "PEFT's adapter");
+        run(&spec, &base, Some(&to.join("exported")));
+        compare(&case, &out, "the exported adapter");
+        if merges(&case) {
+            let text = fs::read_to_string(&spec).expect("readable");
+            let (start, task) = (text.find("tune").expect("a tune block"), text.find("task").unwrap_or(text.len()));
+            let plain = bench.write("plain.peft", format!("{}{}", &text[..start], &text[task..]));
+            run(&plain, &to.join("merged"), None);
+            compare(&case, &out, "the merged model");
+        } else {
+            let args =
+                ["--adapter", &to.join("adapter.safetensors").to_string_lossy(), "-o", "/dev/null/x", "--weights"]
+                    .map(str::to_string);
+            let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+            let (spec, base) = (spec.to_string_lossy(), base.to_string_lossy());
+            args.extend([&*base, &spec]);
+            args.insert(0, "merge");
+            bench.refuses(&args, 1, &["`prefix` at layers.0.attention", "not affine"]);
+        }
+        if !name(&case).starts_with("gpt2") {
+            // Where no matrix is fused the file is PEFT's own, to the bit.
+            let read = |dir: &Path| adapter::load(&dir.join("adapter_model.safetensors")).expect("sound").tensors;
+            assert!(read(&to.join("exported")) == read(&case.join("adapter")), "{}: other bits", name(&case));
+        }
+    }
+}
+
+#[test]
+fn gpt2() {
+    there_and_back("gpt2_");
+}
+
+#[test]
+fn roberta() {
+    there_and_back("roberta_");
+}
+
+#[test]
+fn bert() {
+    there_and_back("bert_");
+}
+
+/// PEFT and transformers themselves read what is written here, and compute the same logits.
+#[test]
+fn python() {
+    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/interop-venv");
+    if !venv.join("ready").is_file() {
+        println!("skipped: no virtual environment with PEFT; `make interop` makes one");
+        return;
+    }
+    let bench = Bench::new();
+    let work = bench.path("work");
+    for case in cases("") {
+        write(&bench, &case, &work.join(name(&case)));
+        fs::remove_file(work.join(name(&case)).join("adapter.safetensors")).expect("it was written");
+    }
+    let check = Command::new(venv.join("bin/python"))
+        .arg(root().join("check.py"))
+        .arg(&work)
+        .args(["--expect", "exported", "--expect", "merged"])
+        .output()
+        .expect("it starts");
+    let said = String::from_utf8_lossy(&check.stdout);
+    println!("{said}");
+    assert!(check.status.success(), "{said}{}", String::from_utf8_lossy(&check.stderr));
+}
