@@ -1,23 +1,26 @@
-//! What a model trains and stores, by module, and what a token costs.
+//! What a model trains and stores, by module.
 
 use std::collections::BTreeMap;
 
-use peft_grammar::graph::{Dim, Graph, Op};
-use peft_grammar::model::{Model, Origin, Param, Trainable};
+use peft_grammar::model::{ConfigValue, Model, Origin, Param, TaskKind, Trainable};
 use serde::Serialize;
 
 #[derive(Debug, Serialize)]
 pub struct Budget {
     /// What the methods (and `full`, `bitfit`) train, without task head and special tokens.
     pub trainable_parameters: u64,
+    /// What is left of it when training is over.
     pub stored_parameters: u64,
     pub head_parameters: u64,
     /// Rows of special tokens that train.
     pub special_parameters: u64,
+    /// Of the backbone, without rows that special tokens were given.
     pub backbone_parameters: u64,
-    /// Of matrix products of the forward pass, multiplications and additions apart.
-    pub forward_flops_per_token: u64,
-    pub forward_flops_per_target: u64,
+    pub trainable_percent: f64,
+    pub stored_percent: f64,
+    /// Adam's two moments of everything that trains, in bytes.
+    pub optimizer_bytes: u64,
+    pub gradient_bytes: u64,
     pub modules: Vec<Module>,
 }
 
@@ -31,66 +34,78 @@ pub struct Module {
 
 impl Budget {
     pub fn of(model: &Model) -> Self {
-        let mut modules: BTreeMap<(usize, String), Module> = BTreeMap::new();
+        let mut modules = Modules::default();
         let mut budget = Budget {
             trainable_parameters: 0,
             stored_parameters: 0,
             head_parameters: 0,
             special_parameters: 0,
             backbone_parameters: 0,
-            forward_flops_per_token: flops(&model.graph, Dim::Tokens),
-            forward_flops_per_target: flops(&model.graph, Dim::Targets),
+            trainable_percent: 0.0,
+            stored_percent: 0.0,
+            optimizer_bytes: 0,
+            gradient_bytes: 0,
             modules: vec![],
         };
-        for (at, param) in model.params.iter().enumerate() {
+        for param in &model.params {
             let trains = param.trainable_elements();
+            let special = special_elements(model, param);
             if param.origin == Origin::Backbone {
-                budget.backbone_parameters += param.elements();
+                budget.backbone_parameters += param.elements() - special;
             }
             match (&param.origin, &param.trainable) {
                 (_, Trainable::No) => continue,
                 (Origin::Head, _) => budget.head_parameters += trains,
-                (_, Trainable::Rows(..)) => budget.special_parameters += trains,
-                _ => budget.trainable_parameters += trains,
+                (Origin::Backbone, Trainable::Rows(..)) => budget.special_parameters += trains,
+                _ => {
+                    budget.special_parameters += special;
+                    budget.trainable_parameters += trains - special;
+                }
             }
+            budget.gradient_bytes += 4 * trains;
+            let kept = if model.replaced.contains(&param.name) { 0 } else { trains };
             let (name, method) = module(param);
-            let first = modules.keys().find(|(_, n)| *n == name).map_or(at, |(at, _)| *at);
-            let entry = modules.entry((first, name.clone()));
-            let module = entry.or_insert(Module { name, method, trainable: 0, stored: 0 });
-            module.trainable += trains;
-            module.stored += trains;
+            modules.add(name, method, trains, kept);
         }
-        let replaced = |name: &str| model.replaced.iter().any(|r| r == name);
-        let dropped = model.params.iter().filter(|p| replaced(&p.name)).map(Param::trainable_elements).sum::<u64>();
-        let kept = model.stored.iter().filter_map(|(_, value)| model.graph.ty(*value).elements()).sum::<u64>();
-        budget.stored_parameters = budget.trainable_parameters - dropped + kept;
-        budget.modules = modules.into_values().collect();
+        for (name, value) in &model.stored {
+            let kept = model.graph.ty(*value).elements().unwrap_or(0);
+            let applied = model.applied.iter().find(|a| name.starts_with(&format!("{}.", a.path())));
+            let (path, method) = applied.map(|a| (a.path(), a.method.clone())).unwrap_or_default();
+            modules.add(path, method, 0, kept);
+        }
+        let beside = budget.head_parameters + budget.special_parameters;
+        budget.modules = modules.list;
+        budget.stored_parameters = budget.modules.iter().map(|m| m.stored).sum::<u64>() - beside;
+        let percent = |n: u64| 100.0 * n as f64 / budget.backbone_parameters.max(1) as f64;
+        budget.trainable_percent = percent(budget.trainable_parameters);
+        budget.stored_percent = percent(budget.stored_parameters);
+        budget.optimizer_bytes = 2 * budget.gradient_bytes;
         budget
     }
 
     pub fn table(&self) -> String {
         // Layers alike are one line.
-        let mut lines: Vec<(String, u64, u64)> = vec![];
-        for module in &self.modules {
+        let mut lines: BTreeMap<(usize, String), (u64, u64, u64)> = BTreeMap::new();
+        for (at, module) in self.modules.iter().enumerate() {
             let pattern = module.name.split('.').map(|s| if s.parse::<u64>().is_ok() { "*" } else { s });
             let pattern = pattern.collect::<Vec<_>>().join(".");
-            match lines.iter_mut().find(|(p, ..)| *p == pattern) {
-                Some((_, count, trainable)) => (*count, *trainable) = (*count + 1, *trainable + module.trainable),
-                None => lines.push((pattern, 1, module.trainable)),
-            }
+            let first = lines.keys().find(|(_, p)| *p == pattern).map_or(at, |(at, _)| *at);
+            let line = lines.entry((first, pattern)).or_default();
+            *line = (line.0 + 1, line.1 + module.trainable, line.2 + module.stored);
         }
-        let width = lines.iter().map(|(p, ..)| p.len()).max().unwrap_or(0).max(24);
+        let width = lines.keys().map(|(_, p)| p.len()).max().unwrap_or(0).max(24);
         let mut text: Vec<String> = lines
             .iter()
-            .map(|(pattern, count, trainable)| {
+            .map(|((_, pattern), (count, trainable, stored))| {
                 let times = if *count > 1 { format!("{count} ×") } else { String::new() };
-                format!("  {times:>5} {pattern:<width$} {:>13}", grouped(*trainable))
+                let kept = if stored == trainable { String::new() } else { format!("  {} stored", grouped(*stored)) };
+                format!("  {times:>5} {pattern:<width$} {:>13}{kept}", grouped(*trainable))
             })
             .collect();
-        let share = 100.0 * self.trainable_parameters as f64 / self.backbone_parameters.max(1) as f64;
         let mut total = format!(
-            "trainable: {} ({share:.2}% of the backbone's {})",
+            "trainable: {} ({:.2}% of the backbone's {})",
             grouped(self.trainable_parameters),
+            self.trainable_percent,
             grouped(self.backbone_parameters)
         );
         for (count, what) in [(self.head_parameters, "task head"), (self.special_parameters, "special tokens")] {
@@ -99,44 +114,61 @@ impl Budget {
             }
         }
         text.push(total);
-        let (token, target) = (self.forward_flops_per_token as f64 / 1e6, self.forward_flops_per_target as f64 / 1e6);
-        text.push(format!("forward: {token:.1} MFLOP a token, {target:.1} a target, without attention"));
+        if self.stored_parameters != self.trainable_parameters {
+            text.push(format!("stored:    {} ({:.2}%)", grouped(self.stored_parameters), self.stored_percent));
+        }
         text.join("\n")
+    }
+}
+
+/// Rows that the task's special tokens were given in a table over the vocabulary: no checkpoint has them, and
+/// parameter counts leave them out.
+fn special_elements(model: &Model, param: &Param) -> u64 {
+    let TaskKind::Generation { special, .. } = &model.task.kind else { return 0 };
+    let vocabulary = model.backbone.config.get("vocab_size");
+    match param.shape[..] {
+        [rows, width] if vocabulary == Some(&ConfigValue::Int(rows as i64)) => special.len() as u64 * width,
+        _ => 0,
+    }
+}
+
+/// Modules in the order in which they are first met.
+#[derive(Default)]
+struct Modules {
+    list: Vec<Module>,
+}
+
+impl Modules {
+    fn add(&mut self, name: String, method: String, trainable: u64, stored: u64) {
+        match self.list.iter_mut().find(|m| m.name == name) {
+            Some(module) => {
+                module.trainable += trainable;
+                module.stored += stored;
+            }
+            None => self.list.push(Module { name, method, trainable, stored }),
+        }
     }
 }
 
 /// The module a trainable tensor is of, and its method.
 fn module(param: &Param) -> (String, String) {
+    let parent = || param.name.rsplit_once('.').map_or(&param.name[..], |(m, _)| m).to_string();
     match &param.origin {
         Origin::Method(method) => {
             let cut = param.name.find(&format!(".{method}."));
-            let end = cut.map_or(param.name.len(), |at| at + 1 + method.len());
-            (param.name[..end].to_string(), method.clone())
+            let shared = || param.name.find(&format!("{method}.")).filter(|at| *at == 0);
+            let end = cut.map(|at| at + 1 + method.len()).or_else(|| shared().map(|_| method.len()));
+            (param.name[..end.unwrap_or(param.name.len())].to_string(), method.clone())
         }
-        Origin::Head => (param.name.rsplit_once('.').map_or(&param.name[..], |(m, _)| m).to_string(), "head".into()),
+        Origin::Head => (parent(), "head".into()),
         Origin::Backbone => {
             let what = if let Trainable::Rows(..) = param.trainable { "special tokens" } else { "backbone" };
-            (param.name.rsplit_once('.').map_or(&param.name[..], |(m, _)| m).to_string(), what.into())
+            (parent(), what.into())
         }
     }
 }
 
-/// Two for each multiplication of matrix products whose rows run along `rows`.
-fn flops(graph: &Graph, rows: Dim) -> u64 {
-    let mut total = 0;
-    for node in &graph.nodes {
-        let Op::Matmul { transpose_x, .. } = node.op else { continue };
-        let (x, z) = (graph.ty(node.operands[0]), graph.ty(node.result));
-        if !z.shape.contains(&rows) {
-            continue;
-        }
-        let inner = x.shape[x.rank() - if transpose_x { 2 } else { 1 }].constant().unwrap_or(0);
-        total += 2 * inner * z.shape.iter().filter_map(|d| d.constant()).product::<u64>();
-    }
-    total
-}
-
-fn grouped(n: u64) -> String {
+pub fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

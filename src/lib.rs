@@ -5,6 +5,8 @@ pub mod budget;
 pub mod commands;
 #[cfg(feature = "compiler")]
 pub mod compiler;
+#[cfg(feature = "compiler")]
+pub mod costs;
 pub mod data;
 pub mod exchange;
 pub mod failure;

@@ -1,7 +1,7 @@
 //! Specs on disk: the file, the files it imports, and values set from the command line.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use peft_grammar::model::Model;
 
@@ -11,8 +11,7 @@ use crate::failure::Failure;
 pub fn load(path: &Path, overrides: &[(String, String)], color: bool) -> Result<Model, Failure> {
     let source = read(path)?;
     let name = path.to_string_lossy();
-    let resolver = resolver(path);
-    peft_grammar::compile_with(&name, &source, overrides, &resolver)
+    peft_grammar::compile_with(&name, &source, overrides, &import)
         .map_err(|diagnostics| Failure::Spec(diagnostics.render(color)))
 }
 
@@ -23,26 +22,23 @@ pub fn read(path: &Path) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(Failure::file(path))
 }
 
-/// Imports stand beside the spec.
-pub fn resolver(path: &Path) -> impl Fn(&str) -> Result<String, String> + use<> {
-    let folder = path.parent().map(Path::to_path_buf).unwrap_or_default();
-    move |import| {
-        let file = folder.join(import);
-        fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))
-    }
+/// Reads an imported file. The checker has put the importing file's folder in front of the path.
+fn import(path: &str) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|e| e.to_string())
 }
 
-/// The files a spec imports, with their paths seen from it.
-pub fn imports(path: &Path) -> Result<Vec<(String, String)>, Failure> {
+/// The files a spec imports, each with its path seen from the spec's folder.
+pub fn imports(path: &Path) -> Result<Vec<(PathBuf, String)>, Failure> {
     let found = std::cell::RefCell::new(vec![]);
-    let read = resolver(path);
-    let resolver = |import: &str| {
-        let text = read(import)?;
-        found.borrow_mut().push((import.to_owned(), text.clone()));
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let resolver = |path: &str| {
+        let text = import(path)?;
+        let seen = Path::new(path).strip_prefix(folder).unwrap_or(Path::new(path));
+        found.borrow_mut().push((seen.to_path_buf(), text.clone()));
         Ok(text)
     };
     // Only the files are of interest here.
-    let _ = peft_grammar::compile_with("", &self::read(path)?, &[], &resolver);
+    let _ = peft_grammar::compile_with(&path.to_string_lossy(), &read(path)?, &[], &resolver);
     Ok(found.into_inner())
 }
 

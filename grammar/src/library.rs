@@ -1,9 +1,78 @@
 //! The language's own library, embedded in the binary: backbones, methods and the functions they share.
 
+use serde::Serialize;
+
+use crate::ast::{Item, ParamDef};
+use crate::source::{FileId, Span};
+
 /// Modules by path below `models/`, with their texts: every file there is one.
 pub const MODULES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
 /// `backbones/gpt2.peft` as an import writes it: `backbones.gpt2`.
 pub(crate) fn module_name(path: &str) -> String {
     path.trim_end_matches(".peft").replace('/', ".")
+}
+
+/// A definition of the library, as its file describes it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Described {
+    pub name: String,
+    /// `lora(rank: int, alpha: float = rank, …) on projection`
+    pub signature: String,
+    /// Its doc comment, `///` taken off.
+    pub doc: String,
+    /// Below `models/`.
+    pub file: &'static str,
+    pub source: &'static str,
+}
+
+/// Every method, by file.
+pub fn methods() -> Vec<Described> {
+    described("methods/")
+}
+
+/// Every backbone, by file.
+pub fn backbones() -> Vec<Described> {
+    described("backbones/")
+}
+
+fn described(folder: &str) -> Vec<Described> {
+    let mut all = Vec::new();
+    for &(file, source) in MODULES.iter().filter(|(path, _)| path.starts_with(folder)) {
+        // The library's own files parse: the tests see to it.
+        let Ok(ast) = crate::parser::parse(FileId(0), source) else { continue };
+        for item in ast.items {
+            let (name, params, end) = match item {
+                Item::Method(def) => (def.name, def.params, format!(" on {}", def.kind.text)),
+                Item::Backbone(def) => {
+                    let purpose = def.purpose.map(|p| format!(" for {}", p.text)).unwrap_or_default();
+                    (def.name, def.params, purpose)
+                }
+                _ => continue,
+            };
+            let param = |p: &ParamDef| {
+                let default = p.default.as_ref().map(|e| format!(" = {}", slice(source, e.span))).unwrap_or_default();
+                format!("{}: {}{default}", p.name.text, p.ty.text)
+            };
+            let params: Vec<String> = params.iter().map(param).collect();
+            let signature = format!("{}({}){end}", name.text, params.join(", "));
+            let doc = doc_before(source, name.span.start as usize);
+            all.push(Described { name: name.text, signature, doc, file, source });
+        }
+    }
+    all
+}
+
+fn slice(source: &str, span: Span) -> &str {
+    &source[span.start as usize..span.end as usize]
+}
+
+/// The `///` lines right above the line that `at` lies in.
+fn doc_before(source: &str, at: usize) -> String {
+    let above: Vec<&str> = source[..at].lines().collect();
+    let above = &above[..above.len().saturating_sub(1)];
+    let lines = above.iter().rev().map_while(|line| line.strip_prefix("///"));
+    let mut lines: Vec<&str> = lines.map(|line| line.strip_prefix(' ').unwrap_or(line)).collect();
+    lines.reverse();
+    lines.join("\n")
 }

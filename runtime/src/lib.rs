@@ -1,7 +1,7 @@
 //! Runs artifacts: buffers, weights, backends, execution. Knows no MLIR.
 
 pub mod adapter;
-mod arena;
+pub mod arena;
 pub mod artifact;
 pub mod device;
 mod error;

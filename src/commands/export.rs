@@ -113,10 +113,10 @@ fn write_spec(source: &Source, out: &Path, model: &Model) -> Result<(), Failure>
     }
     for (path, text) in spec::imports(&source.path)? {
         // A path that leaves the folder has no place in another one.
-        if Path::new(&path).components().all(|c| matches!(c, std::path::Component::Normal(_))) {
+        if path.components().all(|c| matches!(c, std::path::Component::Normal(_))) {
             super::write(&out.join(path), &text)?;
         } else {
-            super::say(&format!("`{path}` lies outside of the spec's folder and is not copied"));
+            super::say(&format!("{}: outside of the spec's folder, so it is not copied", path.display()));
         }
     }
     super::write(&out.join(SPEC), &(head + &text))

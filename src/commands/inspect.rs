@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use serde::Serialize;
+
 use crate::budget::Budget;
 use crate::failure::Failure;
 use crate::spec;
@@ -16,13 +18,61 @@ pub struct Arguments {
     set: Vec<(String, String)>,
 }
 
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    budget: Budget,
+    #[cfg(feature = "compiler")]
+    #[serde(flatten)]
+    costs: crate::costs::Costs,
+}
+
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let model = spec::load(&arguments.spec, &arguments.set, super::color())?;
-    let budget = Budget::of(&model);
+    let report = Report {
+        budget: Budget::of(&model),
+        #[cfg(feature = "compiler")]
+        costs: crate::costs::costs(&model, &peft_passes::pipeline::Options::default())?,
+    };
     if arguments.json {
-        super::print(&serde_json::to_string_pretty(&budget).expect("plain data"));
-    } else {
-        super::print(&budget.table());
+        super::print(&serde_json::to_string_pretty(&report).expect("plain data"));
+        return Ok(());
     }
+    super::print(&report.budget.table());
+    let mb = |bytes: f64| bytes / 1e6;
+    super::print(&format!(
+        "optimizer: {:.1} MB (Adam's moments), gradients {:.1} MB",
+        mb(report.budget.optimizer_bytes as f64),
+        mb(report.budget.gradient_bytes as f64)
+    ));
+    #[cfg(feature = "compiler")]
+    super::print(&costs(&report.costs));
     Ok(())
+}
+
+#[cfg(feature = "compiler")]
+fn costs(costs: &crate::costs::Costs) -> String {
+    let line = |what: &str, flops: &crate::costs::Flops| {
+        let mut line = format!("{what}: {:.1} MFLOP a token", flops.per_token / 1e6);
+        for (count, of) in [(flops.per_target, "target"), (flops.per_sequence, "sequence"), (flops.fixed, "step")] {
+            if count > 0.0 {
+                line += &format!(" + {:.1} a {of}", count / 1e6);
+            }
+        }
+        line + &format!(" + {:.1} kFLOP a query and key", flops.per_pair / 1e3)
+    };
+    let batch = costs.batch;
+    [
+        line("forward ", &costs.forward_flops),
+        line("backward", &costs.backward_flops),
+        format!(
+            "activations: {:.1} kB a token ({} sequences of {} tokens: {:.2} GB)",
+            costs.activation_bytes_per_token / 1e3,
+            batch.sequences,
+            batch.tokens_each,
+            costs.activation_bytes_per_token * (batch.sequences * batch.tokens_each) as f64 / 1e9
+        ),
+    ]
+    .join("\n")
 }

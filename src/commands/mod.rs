@@ -8,6 +8,7 @@ mod export;
 mod fmt;
 mod import;
 mod inspect;
+mod library;
 #[cfg(feature = "compiler")]
 mod merge;
 mod run;
@@ -36,6 +37,10 @@ enum Command {
     Fmt(fmt::Arguments),
     /// Show what a spec trains and stores, and what it costs
     Inspect(inspect::Arguments),
+    /// What methods the library has
+    Methods(library::Arguments),
+    /// What backbones the library has
+    Backbones(library::Arguments),
     /// Compile a spec to an artifact, or show one of its stages
     #[cfg(feature = "compiler")]
     Compile(compile::Arguments),
@@ -59,6 +64,8 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Check(a) => check::run(a),
         Command::Fmt(a) => fmt::run(a),
         Command::Inspect(a) => inspect::run(a),
+        Command::Methods(a) => library::run(a, "method", peft_grammar::library::methods()),
+        Command::Backbones(a) => library::run(a, "backbone", peft_grammar::library::backbones()),
         #[cfg(feature = "compiler")]
         Command::Compile(a) => compile::run(a),
         Command::Run(a) => run::run(a),

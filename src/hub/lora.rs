@@ -28,7 +28,7 @@ fn updates<'a>(model: &Model, module: &Module<'a>, method: &str) -> Vec<Update<'
         let rank = int(applied, "rank");
         let scale = float(applied, "alpha") / rank.max(1) as f64;
         let rows = module.rows(projection);
-        Some(Update { path: applied.path(), rows, rank, scale, projection: *projection })
+        Some(Update { path: applied.path(), rows, rank, scale, projection })
     };
     let mut all: Vec<Update> = module.projections.iter().filter_map(update).collect();
     all.sort_by_key(|u| u.rows.start);

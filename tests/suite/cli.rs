@@ -86,15 +86,88 @@ fn check_fmt_and_usage() {
     assert_eq!(bench.peftc(["fmt", "--check", text(&crowded)]).code, 0);
 }
 
+/// Rows of the paper's tables: the spec, what trains, what is kept, and both in percent of the backbone. The paper's
+/// RoBERTa is RobertaModel with its pooler, 590,592 values that the classifier does not read: it has 0.47 for LoRA.
+const ROWS: &[(&str, u64, u64, f64, f64)] = &[
+    ("nlg/finetune", 124_439_808, 124_439_808, 100.0, 100.0),
+    ("nlg/adapter", 2_019_600, 2_019_600, 1.62, 1.62),
+    ("nlg/lora", 2_009_088, 2_009_088, 1.61, 1.61),
+    ("nlg/prefix", 9_932_288, 1_990_656, 7.98, 1.60),
+    ("nlg/mam_adapter", 2_001_096, 2_001_096, 1.61, 1.61),
+    ("nlg/adaptive", 2_015_424, 2_015_424, 1.62, 1.62),
+    ("nlg/extension", 1_928_448, 1_928_448, 1.55, 1.55),
+    ("nlg/gating", 2_003_472, 2_003_472, 1.61, 1.61),
+    ("nlg/inducer", 2_003_472, 2_003_472, 1.61, 1.61),
+    ("nlg/inducer_lora", 2_002_320, 2_002_320, 1.61, 1.61),
+    ("nlg/mam_inducer", 2_001_816, 2_001_816, 1.61, 1.61),
+    ("nlu/finetune", 124_055_040, 124_055_040, 100.0, 100.0),
+    ("nlu/inducer", 609_696, 609_696, 0.49, 0.49),
+    ("nlu/inducer_lora", 609_120, 609_120, 0.49, 0.49),
+    ("nlu/mam_inducer", 599_760, 599_760, 0.48, 0.48),
+    ("nlu/lora", 589_824, 589_824, 0.48, 0.48),
+    ("nlu/mam_adapter", 599_232, 599_232, 0.48, 0.48),
+    ("nlu/bitfit", 102_144, 102_144, 0.08, 0.08),
+];
+
 #[test]
 fn inspect_counts_as_the_paper_does() {
-    let ran = Bench::new().peftc(["inspect", "models/paper/nlg/inducer_lora.peft", "--json"]);
-    let json: serde_json::Value = serde_json::from_str(&ran.out).expect("JSON");
-    assert_eq!(json["trainable_parameters"], 2_002_320);
-    assert_eq!(json["stored_parameters"], 2_002_320);
-    assert_eq!(json["special_parameters"], 16 * 768);
-    assert_eq!(json["backbone_parameters"], 124_439_808 + 16 * 768);
-    assert_eq!(json["modules"].as_array().expect("a list").len(), 25);
+    let bench = Bench::new();
+    for &(row, trainable, stored, trainable_percent, stored_percent) in ROWS {
+        let ran = bench.peftc(["inspect", &format!("models/paper/{row}.peft"), "--json"]);
+        let json: serde_json::Value =
+            serde_json::from_str(&ran.out).unwrap_or_else(|e| panic!("{row}: {e}{}", ran.err));
+        assert_eq!(
+            (&json["trainable_parameters"], &json["stored_parameters"]),
+            (&trainable.into(), &stored.into()),
+            "{row}"
+        );
+        let percent = |key: &str| (json[key].as_f64().expect("a number") * 100.0).round() / 100.0;
+        assert_eq!(
+            (percent("trainable_percent"), percent("stored_percent")),
+            (trainable_percent, stored_percent),
+            "{row}"
+        );
+        let (special, backbone) = if row.starts_with("nlg") { (16 * 768, 124_439_808) } else { (0, 124_055_040) };
+        assert_eq!(
+            (&json["special_parameters"], &json["backbone_parameters"]),
+            (&special.into(), &backbone.into()),
+            "{row}"
+        );
+        let sum = |key: &str| -> u64 {
+            let modules = json["modules"].as_array().expect("a list");
+            modules.iter().map(|m| m[key].as_u64().expect("a count")).sum()
+        };
+        assert_eq!((sum("trainable"), sum("stored")), (trainable + special, stored + special), "{row}");
+        assert_eq!(json["optimizer_bytes"], 8 * (trainable + special), "{row}");
+        // What is frozen has no weight gradient: the backward pass costs about what the forward pass does.
+        let flops = |pass: &str| json[pass]["per_token"].as_f64().expect("a number");
+        let ratio = flops("backward_flops") / flops("forward_flops");
+        let expected = if row.ends_with("finetune") { 1.9..2.1 } else { 0.9..1.1 };
+        assert!(expected.contains(&ratio), "{row}: backward is {ratio} of forward");
+        assert!(json["activation_bytes_per_token"].as_f64().expect("a number") > 1e5, "{row}");
+    }
+    // Every spec of the tables is among them.
+    let there = ["nlg", "nlu"].map(|f| fs::read_dir(format!("models/paper/{f}")).expect("a folder").count());
+    assert_eq!(there.iter().sum::<usize>(), ROWS.len());
+}
+
+#[test]
+fn the_library_describes_itself() {
+    let bench = Bench::new();
+    let methods = bench.peftc(["methods"]).out;
+    for name in
+        ["inducer(", "lora(", "adapter(", "prefix(", "bitfit(", "full(", "ia3(", "dora(", "vera(", "mam_inducer("]
+    {
+        assert!(methods.contains(&format!("\n{name}")) || methods.starts_with(name), "{methods}");
+    }
+    let backbones = bench.peftc(["backbones", "--json"]).out;
+    let backbones: serde_json::Value = serde_json::from_str(&backbones).expect("JSON");
+    for backbone in backbones.as_array().expect("a list") {
+        assert!(!backbone["doc"].as_str().expect("a text").is_empty(), "{backbone}");
+    }
+    let one = bench.peftc(["methods", "dora"]).out;
+    assert!(one.contains("Liu et al., 2024") && one.contains("weight magnitude"), "{one}");
+    bench.refuses(&["methods", "lroa"], 2, &["did you mean `lora`"]);
 }
 
 #[test]
@@ -176,6 +249,65 @@ fn tiny_bert(bench: &Bench, spoil: impl FnOnce(&mut TensorFile)) -> (PathBuf, Pa
             "model":{"type":"WordLevel","vocab":{"[UNK]":0,"[CLS]":1,"[SEP]":2,"good":3,"bad":4,"film":5},"unk_token":"[UNK]"}}"#,
     );
     (spec, weights)
+}
+
+/// What PEFT has no format for goes out under canonical names, with the spec and what it imports.
+#[test]
+fn export_in_our_own_format() {
+    let bench = Bench::new();
+    let (spec, weights) = tiny_bert(&bench, |_| {});
+    bench.write(
+        "mine.peft",
+        "method mine() on projection(y) {\n  weight l \"l\": [width(y)] ~ ones\n  after y { y = y * l }\n}\n",
+    );
+    let source = fs::read_to_string(&spec).expect("readable");
+    fs::write(&spec, format!("import \"mine.peft\"\n{}", source.replace("lora(rank: 2) on q", "mine() on k")))
+        .expect("written");
+    let data = bench.write("data.tsv", "good film\t1\nbad film\t0\n");
+    let run = bench.path("run");
+    let set = ["--set", "train.lr=1e-2"];
+    let train = ["train", text(&spec), "--weights", text(&weights), "--data", text(&data), "--out", text(&run)];
+    let ran = bench.peftc(train.iter().chain(&set));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let out = bench.path("out");
+    let export = ["export", text(&spec), "--adapter", text(&run), "-o", text(&out)];
+    bench.refuses(&[&export[..], &["--format", "peft"]].concat(), 2, &["PEFT has no `mine`", "--format own"]);
+    assert!(!out.exists());
+    let ran = bench.peftc(export.iter().chain(&set));
+    assert!(
+        ran.code == 0 && ran.err.contains("PEFT has no `mine`") && ran.out.contains("our own"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+    // What was written evaluates by itself, and gives what the run gave.
+    let eval = |spec: &Path, adapter: &Path| {
+        let all = ["eval", text(spec), "--weights", text(&weights), "--data", text(&data), "--adapter"];
+        let ran = bench.peftc(all.iter().copied().chain([text(adapter)]));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        ran.out
+    };
+    assert_eq!(eval(&out.join("spec.peft"), &out), eval(&spec, &run));
+    let merged = bench.path("merged");
+    let merge = ["merge", text(&spec), "--weights", text(&weights), "--adapter", text(&out), "-o", text(&merged)];
+    let ran = bench.peftc(merge);
+    // A scale on a projection's outputs folds, whoever wrote the method.
+    assert!(
+        ran.code == 0 && ran.out.contains("1 projections") && ran.err.contains("pooling"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+    assert!(merged.join("tokenizer.json").is_file() && merged.join("config.json").is_file());
+    // Adapters that do not fit.
+    let foreign = "tests/interop/cases/roberta_lora_qv/adapter";
+    bench.refuses(&["import", text(&spec), foreign, "-o", text(&bench.path("x"))], 3, &["`mine`", "lora"]);
+    let lora = "tests/interop/cases/roberta_lora_qv/spec.peft";
+    let import = ["import", lora, foreign, "-o"];
+    let never = bench.path("never.safetensors");
+    bench.refuses(&[&import[..], &[text(&never), "--set", "lora.rank=3"]].concat(), 3, &["rank", "`rank: 4`"]);
+    bench.refuses(&["import", lora, "tests/interop/cases/gpt2_prefix/adapter", "-o", text(&never)], 3, &["`lora`"]);
+    assert!(!never.exists());
 }
 
 #[test]

@@ -1,0 +1,50 @@
+use peft_grammar::diagnostic::nearest;
+use peft_grammar::library::Described;
+
+use crate::failure::Failure;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// One of them, in full; all of them, briefly, without it
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Shows what the library holds: `what` it is, in the singular.
+pub fn run(arguments: Arguments, what: &str, all: Vec<Described>) -> Result<(), Failure> {
+    let chosen: Vec<&Described> = match &arguments.name {
+        None => all.iter().collect(),
+        Some(name) => all.iter().filter(|d| d.name == *name).collect(),
+    };
+    if let (Some(name), true) = (&arguments.name, chosen.is_empty()) {
+        let names: Vec<&str> = all.iter().map(|d| d.name.as_str()).collect();
+        let mend = match nearest(name, names.iter().copied()) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("`peftc {what}s` lists them"),
+        };
+        return Err(Failure::Usage(format!("the library has no {what} `{name}`; {mend}")));
+    }
+    if arguments.json {
+        super::print(&serde_json::to_string_pretty(&chosen).expect("plain data"));
+        return Ok(());
+    }
+    let indented =
+        |text: &str| text.lines().map(|l| format!("    {l}").trim_end().to_owned()).collect::<Vec<_>>().join("\n");
+    let text: Vec<String> = match arguments.name {
+        None => chosen.iter().map(|d| format!("{}\n{}\n", d.signature, indented(&summary(&d.doc)))).collect(),
+        Some(_) => {
+            let each = chosen.iter().map(|d| format!("{}\n{}\n", d.signature, indented(&d.doc)));
+            each.chain([format!("models/{}:\n\n{}", chosen[0].file, chosen[0].source)]).collect()
+        }
+    };
+    super::print(text.join("\n").trim_end());
+    Ok(())
+}
+
+/// The doc comment's first paragraph.
+fn summary(doc: &str) -> String {
+    doc.lines().take_while(|l| !l.is_empty()).collect::<Vec<_>>().join("\n")
+}
