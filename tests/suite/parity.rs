@@ -203,3 +203,18 @@ fn roberta_compiled() {
 fn roberta_compiled_without_fusion() {
     compiled("roberta_", false);
 }
+
+#[test]
+fn llama_in_the_interpreter() {
+    in_the_interpreter("llama_");
+}
+
+#[test]
+fn llama_compiled() {
+    compiled("llama_", true);
+}
+
+#[test]
+fn llama_compiled_without_fusion() {
+    compiled("llama_", false);
+}

@@ -115,12 +115,12 @@ pub fn log(k: &mut Kernel, x: Val) -> Val {
     k.select(negative, nan, value)
 }
 
-/// sin x within 1.2·10⁻⁷ for |x| ≤ 10⁵.
+/// sin x to 10⁻⁷ for |x| ≤ 10⁵.
 pub fn sin(k: &mut Kernel, x: Val) -> Val {
     turn(k, x, 0)
 }
 
-/// cos x within 1.2·10⁻⁷ for |x| ≤ 10⁵.
+/// cos x to 10⁻⁷ for |x| ≤ 10⁵.
 pub fn cos(k: &mut Kernel, x: Val) -> Val {
     turn(k, x, 1)
 }
