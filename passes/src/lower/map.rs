@@ -293,7 +293,8 @@ impl Form {
     fn label(&self) -> String {
         let names: Vec<&str> =
             self.steps.iter().filter_map(|s| if let Step::Op(op, _) = s { Some(op.name()) } else { None }).collect();
-        names.join("+")
+        // Repeating alone is no step: the leaf lies as it should.
+        if names.is_empty() { "broadcast".into() } else { names.join("+") }
     }
 
     fn name(&self) -> String {
