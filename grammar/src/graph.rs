@@ -125,6 +125,8 @@ pub(crate) fn join<T: fmt::Display>(items: &[T]) -> String {
 pub enum Op {
     /// The same number everywhere.
     Constant { value: f64, shape: Vec<Dim> },
+    /// 0, 1, …, n − 1
+    Iota { n: u64 },
 
     // Element by element; binary ones broadcast as NumPy does.
     /// x + y
@@ -141,6 +143,8 @@ pub enum Op {
     Scale { by: f64 },
     /// x + by
     Shift { by: f64 },
+    /// Integers as floats.
+    Float,
     /// eˣ
     Exp,
     /// ln x
@@ -149,6 +153,10 @@ pub enum Op {
     Sqrt,
     /// 1/√x
     Rsqrt,
+    /// sin x
+    Sin,
+    /// cos x
+    Cos,
     /// tanh x
     Tanh,
     /// 1 / (1 + e⁻ˣ)
@@ -244,10 +252,13 @@ const PLAIN: &[(Op, &str)] = &[
     (Op::Mul, "mul"),
     (Op::Div, "div"),
     (Op::Min, "min"),
+    (Op::Float, "float"),
     (Op::Exp, "exp"),
     (Op::Log, "log"),
     (Op::Sqrt, "sqrt"),
     (Op::Rsqrt, "rsqrt"),
+    (Op::Sin, "sin"),
+    (Op::Cos, "cos"),
     (Op::Tanh, "tanh"),
     (Op::Sigmoid, "sigmoid"),
     (Op::Relu, "relu"),
@@ -270,6 +281,7 @@ pub const MAX_PARTS: usize = 8;
 /// (`None`: one to [`MAX_PARTS`]). The IRDL definition of the dialect is made from this table.
 pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("constant", Some(0), &["value", "shape"]),
+    ("iota", Some(0), &["n"]),
     ("add", Some(2), &[]),
     ("sub", Some(2), &[]),
     ("mul", Some(2), &[]),
@@ -277,10 +289,13 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("min", Some(2), &[]),
     ("scale", Some(1), &["by"]),
     ("shift", Some(1), &["by"]),
+    ("float", Some(1), &[]),
     ("exp", Some(1), &[]),
     ("log", Some(1), &[]),
     ("sqrt", Some(1), &[]),
     ("rsqrt", Some(1), &[]),
+    ("sin", Some(1), &[]),
+    ("cos", Some(1), &[]),
     ("tanh", Some(1), &[]),
     ("sigmoid", Some(1), &[]),
     ("relu", Some(1), &[]),
@@ -319,6 +334,7 @@ impl Op {
     pub fn name(&self) -> &'static str {
         match self {
             Op::Constant { .. } => "constant",
+            Op::Iota { .. } => "iota",
             Op::Scale { .. } => "scale",
             Op::Shift { .. } => "shift",
             Op::Reshape { .. } => "reshape",
@@ -349,6 +365,7 @@ impl Op {
         let ints = |v: &[usize]| Ints(v.iter().map(|&i| i as i64).collect());
         match self {
             Op::Constant { value, shape } => vec![("value", Float(*value)), ("shape", Dims(shape.clone()))],
+            Op::Iota { n } => vec![("n", Int(*n as i64))],
             Op::Scale { by } | Op::Shift { by } => vec![("by", Float(*by))],
             Op::Reshape { shape } => vec![("shape", Dims(shape.clone()))],
             Op::Permute { axes } => vec![("axes", ints(axes))],
@@ -408,6 +425,7 @@ impl Op {
         };
         Ok(match name {
             "constant" => Op::Constant { value: float("value")?, shape: dims("shape")? },
+            "iota" => Op::Iota { n: int("n")? },
             "scale" => Op::Scale { by: float("by")? },
             "shift" => Op::Shift { by: float("by")? },
             "reshape" => Op::Reshape { shape: dims("shape")? },
@@ -449,7 +467,7 @@ impl Op {
         }
         let ids_at: &[usize] = match self {
             Op::Gather { .. } | Op::CrossEntropy { .. } | Op::CrossEntropyVjp { .. } | Op::Dropout { .. } => &[1],
-            Op::Scatter { .. } => &[0],
+            Op::Float | Op::Scatter { .. } => &[0],
             _ => &[],
         };
         for (i, ty) in operands.iter().enumerate() {
@@ -488,12 +506,13 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
     };
     match op {
         Op::Constant { shape, .. } => Ok(Type::f32(shape.clone())),
+        Op::Iota { n } => Ok(Type::f32([Dim::Const(*n)])),
+        Op::Float => Ok(Type::f32(operands[0].shape.clone())),
         Op::Add | Op::Sub | Op::Mul | Op::Div | Op::Min => broadcast(&operands[0].shape, &operands[1].shape)
             .map(Type::f32)
             .ok_or_else(|| format!("{} and {} do not broadcast", operands[0], operands[1])),
-        Op::Scale { .. } | Op::Shift { .. } | Op::Exp | Op::Log | Op::Sqrt | Op::Rsqrt | Op::Tanh | Op::Sigmoid => {
-            same()
-        }
+        Op::Scale { .. } | Op::Shift { .. } => same(),
+        Op::Exp | Op::Log | Op::Sqrt | Op::Rsqrt | Op::Sin | Op::Cos | Op::Tanh | Op::Sigmoid => same(),
         Op::Relu | Op::Step | Op::Gelu | Op::GeluGrad | Op::GeluTanh | Op::GeluTanhGrad | Op::Detach => same(),
         Op::Reshape { shape } => {
             let x = operands[0];

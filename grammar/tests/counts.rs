@@ -20,6 +20,13 @@ fn counts(model: &Model) -> (u64, u64) {
     (of(true), of(false))
 }
 
+/// Parameters of a backbone without methods.
+fn backbone(call: &str) -> u64 {
+    let model = check("spec.peft", &format!("model = {call}"), &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert!(model.params.iter().all(|p| p.origin == Origin::Backbone));
+    model.params.iter().map(|p| p.elements()).sum()
+}
+
 #[test]
 fn nlg_rows_train_what_the_paper_says() {
     const GPT2: u64 = 124_439_808;
@@ -62,6 +69,22 @@ fn nlu_rows_train_what_the_paper_says() {
         let model = model(&format!("paper/nlu/{spec}.peft"));
         let all = model.params.iter().filter(|p| p.origin == Origin::Backbone).map(|p| p.elements());
         assert_eq!((counts(&model), all.sum()), ((method, backbone), ROBERTA), "{spec}");
+    }
+}
+
+/// TinyLlama-1.1B, and Llama-2-7B by the defaults.
+#[test]
+fn llamas_have_the_parameters_of_their_checkpoints() {
+    let tiny = "layers: 22, hidden: 2048, heads: 32, kv_heads: 4, ffn: 5632, vocab: 32000";
+    assert_eq!(backbone(&format!("llama({tiny})")), 1_100_048_384);
+    assert_eq!(backbone("llama()"), 6_738_415_616);
+}
+
+#[test]
+fn tied_logits_have_no_matrix_of_their_own() {
+    for (name, matrix) in [("gpt2", 50257 * 768), ("llama", 32000 * 4096)] {
+        let [tied, untied] = [true, false].map(|tied| backbone(&format!("{name}(tied: {tied})")));
+        assert_eq!(untied - tied, matrix, "{name}");
     }
 }
 

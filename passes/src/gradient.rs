@@ -96,6 +96,13 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
             let half_z = t.op(Op::Mul, &[half, z])?;
             t.op(Op::Div, &[half_z, x])
         }
+        // z = sin x:  dx = dz cos x
+        (Op::Sin, 0) => t.times(dz, Op::Cos, x),
+        // z = cos x:  dx = −dz sin x
+        (Op::Cos, 0) => {
+            let minus = t.op(Op::Scale { by: -1.0 }, &[dz])?;
+            t.times(minus, Op::Sin, x)
+        }
         // z = tanh x:  dx = dz (1 − z²)
         (Op::Tanh, 0) => {
             let square = t.op(Op::Mul, &[z, z])?;

@@ -241,6 +241,7 @@ impl<'a> Machine<'a> {
         let batch = self.batch;
         match &self.node.op {
             Op::Constant { value, .. } => self.build(|_| *value),
+            Op::Iota { .. } => self.build(|i| i[0] as f64),
             Op::Add => self.binary(|x, y| x + y),
             Op::Sub => self.binary(|x, y| x - y),
             Op::Mul => self.binary(|x, y| x * y),
@@ -248,10 +249,13 @@ impl<'a> Machine<'a> {
             Op::Min => self.binary(f64::min),
             Op::Scale { by } => self.unary(|x| x * by),
             Op::Shift { by } => self.unary(|x| x + by),
+            Op::Float => self.ids(0).iter().map(|&x| f64::from(x)).collect(),
             Op::Exp => self.unary(f64::exp),
             Op::Log => self.unary(f64::ln),
             Op::Sqrt => self.unary(f64::sqrt),
             Op::Rsqrt => self.unary(|x| 1.0 / x.sqrt()),
+            Op::Sin => self.unary(f64::sin),
+            Op::Cos => self.unary(f64::cos),
             Op::Tanh => self.unary(f64::tanh),
             Op::Sigmoid => self.unary(|x| 1.0 / (1.0 + (-x).exp())),
             Op::Detach => self.unary(|x| x),

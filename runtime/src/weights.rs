@@ -150,6 +150,13 @@ fn known_extra(name: &str) -> bool {
         || name.contains("pooler.")
 }
 
+/// A key of config.json. What belongs to rotary positions may stand in an object of its own, by an older name.
+fn configured<'a>(json: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
+    let older = if key == "rope_type" { "type" } else { key };
+    let rotary = ["rope_parameters", "rope_scaling"].iter().filter_map(|object| json.get(object));
+    json.get(key).or_else(|| rotary.flat_map(|o| [o.get(key), o.get(older)]).flatten().next())
+}
+
 /// The spec's sizes against the checkpoint's own.
 fn check_config(dir: &Path, backbone: &Backbone, appended: u64) -> Result<(), RuntimeError> {
     let path = dir.join("config.json");
@@ -162,7 +169,7 @@ fn check_config(dir: &Path, backbone: &Backbone, appended: u64) -> Result<(), Ru
         if key.contains("drop") {
             continue;
         }
-        let Some(found) = json.get(key).filter(|v| !v.is_null()) else { continue };
+        let Some(found) = configured(&json, key).filter(|v| !v.is_null()) else { continue };
         let fits = match want {
             ConfigValue::Bool(b) => found.as_bool() == Some(*b),
             ConfigValue::Int(n) => {

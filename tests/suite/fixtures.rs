@@ -71,6 +71,20 @@ impl Fixture {
                 n("vocab_size"),
                 n("max_position_embeddings"),
             ),
+            Some("llama") => format!(
+                "llama(layers: {}, hidden: {}, heads: {}, kv_heads: {}, ffn: {}, vocab: {}, context: {}, eps: {}, \
+                 rope_theta: {}, tied: {}, attention_dropout: 0.0)",
+                n("num_hidden_layers"),
+                n("hidden_size"),
+                n("num_attention_heads"),
+                n("num_key_value_heads"),
+                n("intermediate_size"),
+                n("vocab_size"),
+                n("max_position_embeddings"),
+                config["rms_norm_eps"],
+                config["rope_theta"],
+                config["tie_word_embeddings"],
+            ),
             other => panic!("no spec for backbone {other:?}"),
         };
         let mut attention = String::new();

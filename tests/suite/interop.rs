@@ -124,6 +124,11 @@ fn bert() {
     there_and_back("bert_");
 }
 
+#[test]
+fn llama() {
+    there_and_back("llama_");
+}
+
 /// PEFT and transformers themselves read what is written here, and compute the same logits.
 #[test]
 fn python() {

@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 
 use peft_grammar::graph::{DType, Graph, Role};
-use peft_grammar::model::Model;
+use peft_grammar::model::{Init, Model, Origin, Param};
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::interpret::{self, Batch, Data};
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::adapter::{Stored, TensorFile};
-use peft_runtime::{Inputs, Program, Session};
+use peft_runtime::{Inputs, Program, Session, weights};
 use peftc::exchange::{self, Padded};
 
 use crate::fixtures::{self, Fixture};
@@ -202,4 +202,51 @@ fn roberta_compiled() {
 #[test]
 fn roberta_compiled_without_fusion() {
     compiled("roberta_", false);
+}
+
+#[test]
+fn llama_in_the_interpreter() {
+    in_the_interpreter("llama_");
+}
+
+#[test]
+fn llama_compiled() {
+    compiled("llama_", true);
+}
+
+#[test]
+fn llama_compiled_without_fusion() {
+    compiled("llama_", false);
+}
+
+/// Methods that read every head, where heads share keys and values: no PyTorch has them, so the interpreter decides.
+#[test]
+fn methods_on_shared_heads() {
+    for attention in ["inducer(key: 2, value: 3) ia3() lora(rank: 2) on k, out", "prefix(length: 3, mid: 5)"] {
+        let mut fixture = fixtures::all("llama_finetune").remove(0);
+        let tune = format!("every attention {{ {attention} }} every ffn {{ ia3() lora(rank: 2) on gate, up, out }}");
+        let spec = fixture.spec().replace("full()", &tune);
+        let model =
+            peft_grammar::check("spec.peft", &spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"));
+        let of_methods = model.params.iter().filter(|p| matches!(p.origin, Origin::Method(_)));
+        let spread: Vec<Param> = of_methods.map(|p| Param { init: Init::Normal { std: 0.2 }, ..p.clone() }).collect();
+        for (param, numbers) in spread.iter().zip(weights::random(&spread, 5)) {
+            let stored = Stored::f32(param.shape.clone(), numbers.to_vec());
+            fixture.file.tensors.insert(format!("weights.{}", param.name), stored);
+        }
+        let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+        let dialect = Dialect::new().expect("a dialect");
+        let options = Options { until: Stage::Grad, ..Options::default() };
+        let graph = pipeline::run(&dialect, &model, &[Entry::Grad], &options).expect("compiled").graphs.remove(0);
+        let expected = interpreted(&graph, &fixture, &model, &padded);
+        assert!(expected.tensors.len() > model.graph.outputs.len());
+        fixture.file.tensors.retain(|name, _| !name.starts_with("expect."));
+        let expected = expected.tensors.into_iter().map(|(name, stored)| (format!("expect.{name}"), stored));
+        fixture.file.tensors.extend(expected);
+        for fused in [true, false] {
+            let mut session = session(&fixture, &model, fused);
+            let found = exchange::run(&mut session, &model, "grad", &padded, [0, 0]).expect("a run");
+            assert_eq!(differences(&fixture, &padded, &found), Vec::<String>::new(), "{attention}");
+        }
+    }
 }

@@ -94,7 +94,9 @@ impl<'a> Checker<'a> {
                 let found = value.describe(&self.graph);
                 let title = format!("`{}` wants {article} {ty}, found {found}", param.name.text);
                 let error = Diagnostic::error(span, title).related(param.ty.span, "declared here");
+                let text = self.sources.slice(span);
                 self.report(match (ty, &value) {
+                    ("int", Val::Float(_)) if text.contains('/') => error.hint(format!("`{text}` leaves a remainder")),
                     ("int", Val::Float(x)) => error.hint(format!("write a whole number, such as {}", x.round())),
                     ("bool", _) => error.hint("write `true` or `false`"),
                     ("string", _) => error.hint("write it in double quotes"),

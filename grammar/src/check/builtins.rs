@@ -14,6 +14,8 @@ const BUILTINS: &[(&str, &[&str])] = &[
     ("log", &["x"]),
     ("sqrt", &["x"]),
     ("rsqrt", &["x"]),
+    ("sin", &["x"]),
+    ("cos", &["x"]),
     ("tanh", &["x"]),
     ("sigmoid", &["x"]),
     ("relu", &["x"]),
@@ -22,12 +24,15 @@ const BUILTINS: &[(&str, &[&str])] = &[
     ("detach", &["x"]),
     ("softmax", &["x"]),
     ("normalize", &["x", "eps"]),
+    ("float", &["x"]),
+    ("iota", &["n"]),
     ("min", &["x", "y"]),
     ("max", &["x", "y"]),
     ("sum", &["x", "?axis", "?keep"]),
     ("mean", &["x", "?axis", "?keep"]),
     ("transpose", &["x"]),
     ("reshape", &["x", "shape"]),
+    ("broadcast", &["x", "shape"]),
     ("permute", &["x", "axes"]),
     ("width", &["x"]),
     ("size", &["x", "axis"]),
@@ -127,12 +132,23 @@ impl<'a> Checker<'a> {
             return Some(self.extreme(name, first, next()?, span));
         }
         let at = first.1;
+        if name == "iota" {
+            return match &self.dims(Val::List(vec![first.0]), at)?[..] {
+                [Dim::Const(n)] => Some(self.push(Op::Iota { n: *n }, &[], span)),
+                _ => {
+                    self.report(Diagnostic::error(at, "`iota` counts to a number known when the spec is compiled"));
+                    None
+                }
+            };
+        }
         let x = self.want_tensor(first.0, at)?;
         let plain = match name {
             "exp" => Some(Op::Exp),
             "log" => Some(Op::Log),
             "sqrt" => Some(Op::Sqrt),
             "rsqrt" => Some(Op::Rsqrt),
+            "sin" => Some(Op::Sin),
+            "cos" => Some(Op::Cos),
             "tanh" => Some(Op::Tanh),
             "sigmoid" => Some(Op::Sigmoid),
             "relu" => Some(Op::Relu),
@@ -141,6 +157,7 @@ impl<'a> Checker<'a> {
             "detach" => Some(Op::Detach),
             "softmax" => Some(Op::Softmax),
             "segment_mean" => Some(Op::SegmentMean),
+            "float" => Some(Op::Float),
             _ => None,
         };
         if let Some(op) = plain {
@@ -168,6 +185,11 @@ impl<'a> Checker<'a> {
                 let (shape, at) = next()?;
                 let shape = self.dims(shape, at)?;
                 self.push(Op::Reshape { shape }, &[x], span)
+            }
+            "broadcast" => {
+                let (shape, at) = next()?;
+                let shape = self.dims(shape, at)?;
+                self.push(Op::Broadcast { shape, mean: false }, &[x], span)
             }
             "permute" => {
                 let (axes, at) = next()?;
@@ -366,6 +388,9 @@ fn constant(name: &str, x: &Val) -> Option<Val> {
         "log" => x.ln(),
         "sqrt" => x.sqrt(),
         "rsqrt" => 1.0 / x.sqrt(),
+        "sin" => x.sin(),
+        "cos" => x.cos(),
+        "float" => x,
         "tanh" => x.tanh(),
         _ => return None,
     };

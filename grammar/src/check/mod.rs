@@ -197,13 +197,17 @@ impl<'a> Checker<'a> {
         self.smoothing = recipe.as_ref().map_or(0.0, |r| r.label_smoothing);
 
         let what = format!("backbone `{}`", backbone.name.text);
+        let built = || Call { span: model.span, label: format!("`{}` is built here", backbone.name.text) };
+        // A default that has no value is shown where it was left to itself.
+        self.calls.push(built());
         let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false);
+        self.calls.pop();
         if let Some((tune, _)) = tune {
             let unknown = || backbone.params.iter().map(|p| (p.name.text.clone(), Val::Unknown)).collect();
             self.plan = self.plan(tune, &Frame::with(args.clone().unwrap_or_else(unknown)));
         }
         let args = args?;
-        self.calls.push(Call { span: model.span, label: format!("`{}` is built here", backbone.name.text) });
+        self.calls.push(built());
         self.backbone(backbone, args.clone());
         self.calls.clear();
         self.finish(backbone, model, tune.map(|t| t.1), args, (task?, recipe?))

@@ -8,7 +8,7 @@ use peft_runtime::artifact::{BufferId, Element, Extent};
 use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
 
 use super::kernel::{Buf, I32, Kernel, LANES, VECTOR, Val, define};
-use super::{Lowering, dim_extent, extent, lead_size, math, product};
+use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
 
 /// Elements a unit of a kernel without rows works on.
 const BLOCK: u64 = 8192;
@@ -23,6 +23,7 @@ pub fn maps(op: &Op) -> bool {
     matches!(
         op,
         Constant { .. }
+            | Iota { .. }
             | Add
             | Sub
             | Mul
@@ -30,10 +31,13 @@ pub fn maps(op: &Op) -> bool {
             | Min
             | Scale { .. }
             | Shift { .. }
+            | Float
             | Exp
             | Log
             | Sqrt
             | Rsqrt
+            | Sin
+            | Cos
             | Tanh
             | Sigmoid
             | Relu
@@ -226,7 +230,7 @@ impl Lowering<'_, '_, '_> {
         let form = Form { leaves: forms, steps, ragged, axes: axes.len(), draws };
         let out = self.result(result);
         let mut buffers: Vec<BufferId> = arrays.iter().map(|&v| self.place(v).buffer).collect();
-        let mut elements = vec![Element::F32; buffers.len()];
+        let mut elements: Vec<Element> = arrays.iter().map(|&v| element(self.ty(v))).collect();
         if draws {
             buffers.push(self.place(keys[0]).buffer);
             elements.push(Element::I32);
@@ -289,7 +293,8 @@ impl Form {
     fn label(&self) -> String {
         let names: Vec<&str> =
             self.steps.iter().filter_map(|s| if let Step::Op(op, _) = s { Some(op.name()) } else { None }).collect();
-        names.join("+")
+        // Repeating alone is no step: the leaf lies as it should.
+        if names.is_empty() { "broadcast".into() } else { names.join("+") }
     }
 
     fn name(&self) -> String {
@@ -455,6 +460,13 @@ impl Form {
                     let share = k.splat(share, LANES);
                     k.mul(values[*x], share)
                 }
+                // A vector of its own axis alone: the place in the row is the number.
+                Step::Op(Op::Iota { .. }, _) => {
+                    let (first, lanes) = (k.to_i32(at), k.lane_numbers());
+                    let first = k.splat(first, LANES);
+                    let number = k.add(first, lanes);
+                    k.to_float(number)
+                }
                 Step::Op(Op::Dropout { p, .. }, operands) => {
                     let word = words[draws];
                     draws += 1;
@@ -560,6 +572,7 @@ fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
             let by = number(k, *by);
             k.add(x[0], by)
         }
+        Op::Float => k.to_float(x[0]),
         Op::Exp => math::exp(k, x[0]),
         Op::Log => math::log(k, x[0]),
         Op::Sqrt => k.sqrt(x[0]),
@@ -568,6 +581,8 @@ fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
             let one = number(k, 1.0);
             k.div(one, root)
         }
+        Op::Sin => math::sin(k, x[0]),
+        Op::Cos => math::cos(k, x[0]),
         Op::Tanh => math::tanh(k, x[0]),
         Op::Sigmoid => math::sigmoid(k, x[0]),
         Op::Relu => {

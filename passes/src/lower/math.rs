@@ -115,6 +115,49 @@ pub fn log(k: &mut Kernel, x: Val) -> Val {
     k.select(negative, nan, value)
 }
 
+/// sin x to 10⁻⁷ for |x| ≤ 10⁵.
+pub fn sin(k: &mut Kernel, x: Val) -> Val {
+    turn(k, x, 0)
+}
+
+/// cos x to 10⁻⁷ for |x| ≤ 10⁵.
+pub fn cos(k: &mut Kernel, x: Val) -> Val {
+    turn(k, x, 1)
+}
+
+/// sin(x + quarters · π/2)
+fn turn(k: &mut Kernel, x: Val, quarters: i64) -> Val {
+    let ty = x.ty;
+    // x = n π/2 + r, |r| ≤ π/4: n as in `exp`.
+    let (inverse, magic) = (k.float(std::f64::consts::FRAC_2_PI, ty), k.float(12_582_912.0, ty));
+    let shifted = k.fma(x, inverse, magic);
+    let n = k.sub(shifted, magic);
+    // π/2 in two parts. x and n times the first cancel exactly; what the second leaves out is below 2·10⁻¹⁵ n.
+    let high = std::f64::consts::FRAC_PI_2 as f32;
+    let low = std::f64::consts::FRAC_PI_2 - f64::from(high);
+    let (high, low) = (k.float(-f64::from(high), ty), k.float(-low, ty));
+    let r = k.fma(n, high, x);
+    let r = k.fma(n, low, r);
+    let square = k.mul(r, r);
+    let q = polynomial(k, square, &[-0.166_666_523, 8.332_013_23e-3, -1.949_546_34e-4]);
+    let cube = k.mul(square, r);
+    let sine = k.fma(q, cube, r);
+    let cosine = polynomial(k, square, &[1.0, -0.5, 4.166_664_3e-2, -1.388_717_76e-3, 2.441_650_21e-5]);
+    // Odd quarters read the other function, the third and fourth turn the sign.
+    let bits = k.bits(shifted);
+    let (quarters, one, two) = (k.int(quarters, bits.ty), k.int(1, bits.ty), k.int(2, bits.ty));
+    let quarter = k.add(bits, quarters);
+    let odd = k.and(quarter, one);
+    let odd = k.compare(odd, Order::Eq, one);
+    let value = k.select(odd, cosine, sine);
+    let half = k.and(quarter, two);
+    let place = k.int(30, bits.ty);
+    let sign = k.shift_left(half, place);
+    let value = k.bits(value);
+    let value = k.xor(value, sign);
+    k.from_bits(value)
+}
+
 /// tanh x to 3 units in the last place, near 0 too.
 pub fn tanh(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;

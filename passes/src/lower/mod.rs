@@ -23,7 +23,7 @@ pub use map::maps;
 
 use std::collections::{HashMap, HashSet};
 
-use peft_grammar::graph::{Dim, Graph, Op, Role, Type, Value};
+use peft_grammar::graph::{DType, Dim, Graph, Op, Role, Type, Value};
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
 
 /// Kernels, and how the entries run them.
@@ -183,8 +183,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
                     (Storage::Tensor { index, rows: arg.rows }, frozen)
                 }
             };
-            let element = if ty.dtype == peft_grammar::graph::DType::F32 { Element::F32 } else { Element::I32 };
-            let buffer = self.target.bind(&arg.label(), element, extents(&ty), storage);
+            let buffer = self.target.bind(&arg.label(), element(&ty), extents(&ty), storage);
             self.places[arg.value.0 as usize] = Some(Place { buffer, frozen, columns: None });
         }
         self.claim_gradients()?;
@@ -382,6 +381,13 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             _ => unreachable!("the others map elements"),
         }
         Ok(())
+    }
+}
+
+fn element(ty: &Type) -> Element {
+    match ty.dtype {
+        DType::F32 => Element::F32,
+        DType::I32 => Element::I32,
     }
 }
 

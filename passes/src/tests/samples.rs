@@ -70,6 +70,8 @@ pub fn cases(h: u64, p: u64, r: u64) -> Vec<(Op, Vec<Type>)> {
         Op::Scale { by: -0.7 },
         Op::Shift { by: 0.3 },
         Op::Exp,
+        Op::Sin,
+        Op::Cos,
         Op::Tanh,
         Op::Sigmoid,
         Op::Relu,
@@ -80,6 +82,8 @@ pub fn cases(h: u64, p: u64, r: u64) -> Vec<(Op, Vec<Type>)> {
         all.push((op, vec![ragged(0)]));
     }
     all.extend([
+        (Op::Iota { n: p }, vec![]),
+        (Op::Float, vec![Type::i32([Tokens])]),
         (Op::Reshape { shape: vec![Tokens, Const(p), Const(h)] }, vec![f(&[Tokens, Const(h * p)])]),
         (Op::Permute { axes: vec![1, 0, 2] }, vec![heads.clone()]),
         (Op::Permute { axes: vec![2, 0, 1] }, vec![f(&[Const(r), Const(h), Const(p)])]),
@@ -95,6 +99,10 @@ pub fn cases(h: u64, p: u64, r: u64) -> Vec<(Op, Vec<Type>)> {
         (
             Op::Broadcast { shape: vec![Const(h), Tokens, Const(p)], mean: false },
             vec![f(&[Const(h), Const(1), Const(p)])],
+        ),
+        (
+            Op::Broadcast { shape: vec![Const(h), Const(r), Tokens, Const(p)], mean: false },
+            vec![f(&[Const(h), Const(1), Tokens, Const(p)])],
         ),
         (Op::Broadcast { shape: vec![Tokens, Const(p)], mean: true }, vec![f(&[Const(p)])]),
         (Op::Reduce { axes: vec![1], keep: true, mean: false }, vec![hidden.clone()]),

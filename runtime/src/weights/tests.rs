@@ -172,6 +172,52 @@ fn configurations() {
     });
     check(fitting.clone(), 16).unwrap();
     assert!(check(fitting, 0).unwrap_err().contains("`vocab_size` is 50257"));
+    check(serde_json::json!({ "tie_word_embeddings": false }), 0).unwrap();
     let message = check(serde_json::json!({ "n_layer": 12, "n_embd": 768 }), 0).unwrap_err();
     assert!(message.contains("`n_layer` is 24 in config.json, the spec wants 12") && !message.contains("n_embd"));
+}
+
+#[test]
+fn configurations_of_rotary_positions() {
+    let home = tempfile::tempdir().unwrap();
+    let wanted = serde_json::json!({ "rope_theta": 10000.0, "rope_type": "default" });
+    let backbone = Backbone { config: serde_json::from_value(wanted).unwrap(), ..backbone() };
+    let check = |config: serde_json::Value| {
+        fs::write(home.path().join("config.json"), config.to_string()).unwrap();
+        check_config(home.path(), &backbone, 0).map_err(|e| e.to_string())
+    };
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    for fitting in [
+        "{}",
+        r#"{ "rope_theta": 10000, "rope_scaling": null }"#,
+        r#"{ "rope_scaling": { "rope_type": "default" } }"#,
+        r#"{ "rope_parameters": { "rope_theta": 10000.0, "rope_type": "default" } }"#,
+    ] {
+        check(json(fitting)).unwrap();
+    }
+    for (other, message) in [
+        (r#"{ "rope_theta": 500000.0 }"#, "`rope_theta` is 500000.0 in config.json, the spec wants 10000.0"),
+        (r#"{ "rope_parameters": { "rope_theta": 500000.0 } }"#, "`rope_theta` is 500000.0"),
+        (r#"{ "rope_parameters": { "rope_type": "yarn", "factor": 2.0 } }"#, "`rope_type` is \"yarn\" in config.json"),
+        (r#"{ "rope_scaling": { "rope_type": "llama3", "factor": 8.0 } }"#, "`rope_type` is \"llama3\" in config.json"),
+        (r#"{ "rope_scaling": { "type": "linear", "factor": 2.0 } }"#, "the spec wants \"default\""),
+    ] {
+        let found = check(json(other)).unwrap_err();
+        assert!(found.contains(message), "{found}");
+    }
+}
+
+/// Untied logits have a matrix of their own; tied ones leave a checkpoint's copy alone.
+#[test]
+fn an_output_matrix_is_read_when_the_model_has_one() {
+    let home = checkpoint(&[("t.wte.weight", &[3, 2]), ("lm_head.weight", &[3, 2])]);
+    let mut params = vec![param("t.wte.weight", &[3, 2], Origin::Backbone)];
+    let tied = load(home.path(), &backbone(), &params, 0, 7).unwrap();
+    assert!(tied.left_over.is_empty() && tied.tensors.len() == 1);
+    params.push(param("lm_head.weight", &[3, 2], Origin::Backbone));
+    let untied = load(home.path(), &backbone(), &params, 0, 7).unwrap();
+    assert_eq!(untied.tensors[1][..], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let bare = checkpoint(&FITTING[..1]);
+    let message = load(bare.path(), &backbone(), &params, 0, 7).err().unwrap().to_string();
+    assert!(message.contains("`lm_head.weight` is missing"), "{message}");
 }
