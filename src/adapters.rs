@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use peft_grammar::model::{Model, Param};
+use peft_grammar::model::{Model, Origin, Param, Trainable};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::artifact::Storage;
 use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
@@ -34,7 +34,31 @@ pub fn signed(mut file: TensorFile, model: &Model) -> TensorFile {
     file.notes.insert("format".into(), "peftc adapter 1".into());
     file.notes.insert("spec".into(), model.name.clone());
     file.notes.insert("backbone".into(), model.backbone.name.clone());
+    // What is frozen and drawn, VeRA's projections or a head, is not in the file: the seed brings it back.
+    if drawn(model).is_some() {
+        file.notes.insert(SEED.into(), model.train.seed.to_string());
+    }
     file
+}
+
+const SEED: &str = "seed";
+
+/// A tensor that no checkpoint has and that does not train.
+fn drawn(model: &Model) -> Option<&str> {
+    let frozen = model.params.iter().find(|p| p.origin != Origin::Backbone && p.trainable == Trainable::No);
+    frozen.map(|p| p.name.as_str())
+}
+
+/// The seed must be the one the adapter was trained beside.
+fn check_seed(model: &Model, file: &TensorFile, path: &Path) -> Result<(), RuntimeError> {
+    let (Some(tensor), Some(seed)) = (drawn(model), file.notes.get(SEED)) else { return Ok(()) };
+    match *seed == model.train.seed.to_string() {
+        true => Ok(()),
+        false => Err(RuntimeError::weights(
+            path,
+            format!("  `{tensor}` is drawn from the seed, which was {seed} in training; use `--set train.seed={seed}`"),
+        )),
+    }
 }
 
 /// Reads an adapter for `model`: exactly the tensors it trains, in their shapes.
@@ -44,8 +68,12 @@ pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
             let adapter = hub::Adapter::load(folder)?;
             hub::import(model, &adapter).map_err(|why| RuntimeError::weights(folder, format!("  {why}")))?
         }
-        folder if folder.is_dir() => adapter::load(&folder.join(ADAPTER))?.tensors,
-        file => adapter::load(file)?.tensors,
+        own => {
+            let own = if own.is_dir() { own.join(ADAPTER) } else { own.to_path_buf() };
+            let file = adapter::load(&own)?;
+            check_seed(model, &file, &own)?;
+            file.tensors
+        }
     };
     let shape = |param: &Param| {
         let (start, end) = param.trained_rows()?;

@@ -122,6 +122,10 @@ impl Param {
 pub enum Init {
     Zeros,
     Ones,
+    /// The same number everywhere.
+    Fill {
+        value: f64,
+    },
     /// N(0, std).
     Normal {
         std: f64,

@@ -214,6 +214,7 @@ fn draw(param: &Param, seed: u64) -> Numbers {
         // What a value of other weights starts from is computed when those are there: `Session::initialise`.
         Init::Zeros | Init::Value(_) => {}
         Init::Ones => numbers.fill(1.0),
+        Init::Fill { value } => numbers.fill(value as f32),
         Init::Normal { std } => fill(&mut numbers, &|w| normals(w).map(|x| x * std)),
         Init::Truncated { scale } => fill(&mut numbers, &|w| normals(w).map(|x| x % 2.0 * scale)),
         Init::Uniform { bound } => fill(&mut numbers, &|w| w.map(|w| (2.0 * unit(w) - 1.0) * bound)),

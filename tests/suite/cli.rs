@@ -310,6 +310,34 @@ fn export_in_our_own_format() {
     assert!(!never.exists());
 }
 
+/// VeRA's projections and a frozen head are in no file; another seed would give others.
+#[test]
+fn what_is_drawn_and_frozen_wants_its_seed() {
+    let bench = Bench::new();
+    let (spec, weights) = tiny_bert(&bench, |_| {});
+    let source = fs::read_to_string(&spec).expect("readable");
+    fs::write(&spec, source.replace("lora(rank: 2) on q", "vera(rank: 2) on q")).expect("written");
+    let data = bench.write("data.tsv", "good film\t1\nbad film\t0\n");
+    let (run, out) = (bench.path("run"), bench.path("out"));
+    let given = ["--weights", text(&weights), "--data", text(&data)];
+    let train = ["train", text(&spec), "--seed", "5", "--out", text(&run)];
+    let ran = bench.peftc(train.iter().chain(&given));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let eval = ["eval", text(&spec), "--adapter", text(&run)];
+    let eval = [&eval[..], &given].concat();
+    bench.refuses(&eval, 3, &["`vera.8_8.a`", "--set train.seed=5"]);
+    let seed = ["--set", "train.seed=5"];
+    let ran = bench.peftc(eval.iter().chain(&seed));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    // Folded, it is in the weights for good.
+    let merge = ["merge", text(&spec), "--weights", text(&weights), "--adapter", text(&run), "-o", text(&out)];
+    let merged = bench.peftc(merge.iter().chain(&seed));
+    assert_eq!(merged.code, 0, "{}", merged.err);
+    let plain = bench.write("plain.peft", source.replace("tune { every attention { lora(rank: 2) on q } }\n", ""));
+    let same = bench.peftc(["eval", text(&plain), "--weights", text(&out), "--data", text(&data)]);
+    assert_eq!((same.code, same.out), (0, ran.out), "{}", same.err);
+}
+
 #[test]
 fn train_eval_and_bad_input() {
     let bench = Bench::new();

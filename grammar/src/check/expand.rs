@@ -312,10 +312,12 @@ impl<'a> Checker<'a> {
         let name = &weight.init;
         let wanted = match &*name.text {
             "zeros" | "ones" => 0,
-            "normal" | "truncated" | "uniform" | "value" => 1,
+            "fill" | "normal" | "truncated" | "uniform" | "value" => 1,
             _ => {
                 let error = Diagnostic::error(name.span, format!("there is no initialisation `{}`", name.text));
-                self.report(error.suggest(&name.text, ["zeros", "ones", "normal", "truncated", "uniform", "value"]));
+                self.report(
+                    error.suggest(&name.text, ["zeros", "ones", "fill", "normal", "truncated", "uniform", "value"]),
+                );
                 return None;
             }
         };
@@ -343,6 +345,9 @@ impl<'a> Checker<'a> {
             Some(arg) => self.number(frame, &arg.value)?,
             None => 0.0,
         };
+        if name.text == "fill" {
+            return Some(Init::Fill { value: number });
+        }
         if !(0.0..=1e6).contains(&number) {
             let title = format!("`{}` wants a spread of 0 or more, found {number}", name.text);
             self.report(Diagnostic::error(weight.init_args[0].value.span, title));
