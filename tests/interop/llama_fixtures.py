@@ -5,18 +5,13 @@ and stored as float32. Run it in the environment that venv.sh makes.
 """
 
 import contextlib
-import json
-import math
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from fixture import IGNORED, causal_loss, results, write
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
-
-FOLDER = Path(__file__).resolve().parent.parent / "fixtures"
 
 # Awkward on purpose: grouped key/value heads, and 6 entries a head, so that a
 # rotary half has 3.
@@ -30,7 +25,6 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 LENGTHS = [13, 2, 8]
-IGNORED = -100
 # The shortest sequence keeps a single target.
 PROMPTS = [5, 1, 3]
 
@@ -124,7 +118,6 @@ def add_lora(model, lora, tensors):
 
 
 def evaluate(config, method, backbone, peft, inputs, dtype):
-    """Logits, hidden states, loss and gradients of one model, as numpy arrays."""
     model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype).eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -144,36 +137,12 @@ def evaluate(config, method, backbone, peft, inputs, dtype):
     ids, labels, lengths = (torch.from_numpy(inputs[f"inputs.{key}"]) for key in ("ids", "labels", "lengths"))
     real = torch.arange(ids.shape[1]) < lengths[:, None]
     logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
-    # Not the loss of transformers: that one is float32.
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
-    )
-    names = sorted(trainable)
-    grads = torch.autograd.grad(loss, [trainable[name] for name in names])
-
-    expect = {"expect.logits": logits * real[..., None], "expect.loss": loss.reshape(1)}
-    expect |= {f"expect.hidden.{i}": x * real[..., None] for i, x in enumerate(hidden)}
-    expect |= {f"expect.grad.{name}": grad for name, grad in zip(names, grads)}
-    assert all(x.dtype == dtype for x in expect.values())
-    return {name: x.detach().numpy() for name, x in expect.items()}
+    loss = causal_loss(logits, labels)
+    grads = torch.autograd.grad(loss, list(trainable.values()))
+    return results(real, logits, hidden, loss, dict(zip(trainable, grads)))
 
 
-def rounding(exact, rounded):
-    """What float32 alone does to the values."""
-    grads = [name for name in exact if name.startswith("expect.grad.")]
-    largest = {name: np.abs(exact[name]).max() for name in grads}
-    zero = [name for name in grads if largest[name] < 1e-12]
-    return {
-        "logits_max_abs": float(np.abs(exact["expect.logits"] - rounded["expect.logits"]).max()),
-        "loss_abs": float(abs(exact["expect.loss"] - rounded["expect.loss"])[0]),
-        "grad_max_abs_over_tensor_max": float(
-            max(np.abs(exact[name] - rounded[name]).max() / largest[name] for name in grads if name not in zero)
-        ),
-        "grad_tensors_exactly_or_nearly_zero": [name.removeprefix("expect.grad.") for name in zero],
-    }
-
-
-def write(name, case):
+def make(name, case):
     rng = np.random.default_rng(case["seed"])
     config = hf_config(case["tied"])
     model = LlamaForCausalLM(LlamaConfig(**config))
@@ -186,58 +155,37 @@ def write(name, case):
     inputs = draw_inputs(rng)
 
     with every_step_in_float64():
-        expect = evaluate(config, method, backbone, peft, inputs, torch.float64)
-    float32 = rounding(expect, evaluate(config, method, backbone, peft, inputs, torch.float32))
+        exact = evaluate(config, method, backbone, peft, inputs, torch.float64)
+    rounded = evaluate(config, method, backbone, peft, inputs, torch.float32)
 
-    trainable = sorted(key.removeprefix("expect.grad.") for key in expect if key.startswith("expect.grad."))
-    trained = sum(math.prod(expect[f"expect.grad.{key}"].shape) for key in trainable)
     head = (
         "the LM head is tied: logits = norm(x) @ embed_tokens.T, no lm_head tensor is stored"
         if case["tied"]
         else "the LM head is lm_head.weight [V,d]; it counts as part of the backbone"
     )
-    description = {
-        "name": name,
+    about = {
         "backbone": {"type": "llama", "config": config},
         "method": method,
         "loss": {"kind": "causal_lm", "label_smoothing": 0.0},
         "batch": {"size": len(LENGTHS), "lengths": LENGTHS, "token_types": False},
-        "trainable": trainable,
-        "trainable_rows": {},
-        "counts": {
-            "method": trained,
-            "head": 0,
-            "special_rows": 0,
-            "total_trainable": trained,
-            "backbone_without_head": sum(values.size for values in backbone.values()),
-        },
-        "expected_loss_float64": float(expect["expect.loss"][0]),
-        "float32_torch_vs_float64": float32,
-        "lambda_range": [],
-        "notes": [
-            "labels are aligned with ids (HF convention): position i predicts labels[i+1]; "
-            "loss is the mean over the labels != -100 of the whole batch",
-            "right padding: positions >= lengths[b] are padding (id 0, label -100); "
-            "expect.logits and expect.hidden are written as 0 there: do not compare them",
-            head,
-            "PEFT tensors drawn from N(0, 0.05), not their method's initialisation",
-            "all dropouts 0",
-            "computed in float64 from float32 values, norms and rotary tables too",
-        ],
     }
-    tensors = {f"weights.{key}": values for key, values in (backbone | peft).items()}
-    tensors |= inputs | {key: values.astype(np.float32) for key, values in expect.items()}
-    path = FOLDER / f"{name}.safetensors"
-    save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors leaves it readable by its owner only
-    (FOLDER / f"{name}.json").write_text(json.dumps(description, indent=1))
-    print(f"{name}: loss {description['expected_loss_float64']:.6f}, float32 is off by {float32}")
+    notes = [
+        "labels are aligned with ids (HF convention): position i predicts labels[i+1]; "
+        "loss is the mean over the labels != -100 of the whole batch",
+        "right padding: positions >= lengths[b] are padding (id 0, label -100); "
+        "expect.logits and expect.hidden are written as 0 there: do not compare them",
+        head,
+        "PEFT tensors drawn from N(0, 0.05), not their method's initialisation",
+        "all dropouts 0",
+        "computed in float64 from float32 values, norms and rotary tables too",
+    ]
+    write(name, about, notes, backbone, peft, inputs, exact, rounded)
 
 
 def main():
     torch.set_num_threads(1)
     for name, case in CASES.items():
-        write(name, case)
+        make(name, case)
 
 
 if __name__ == "__main__":

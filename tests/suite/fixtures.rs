@@ -111,7 +111,25 @@ impl Fixture {
             let norm = adapter.get("norm").and_then(Value::as_bool).unwrap_or(true);
             attention += &format!("adapter(bottleneck: {}, norm: {norm})\n", bottleneck(adapter));
         }
+        let mut ffn = String::new();
+        for name in ["dora", "vera"] {
+            let Some(options) = options_of(method, name) else { continue };
+            for target in options["targets"].as_array().expect("a list") {
+                let target = target.as_str().expect("a name");
+                let (site, target) = target.split_once('.').unwrap_or(("attention", target));
+                let alpha = options.get("alpha").map_or(String::new(), |a| format!(", alpha: {a}"));
+                let applied = format!("{name}(rank: {}{alpha}) on {target}\n", options["r"]);
+                if site == "ffn" { &mut ffn } else { &mut attention }.push_str(&applied);
+            }
+        }
+        if options_of(method, "ia3").is_some() {
+            attention += "ia3()\n";
+            ffn += "ia3()\n";
+        }
         let mut tune = String::new();
+        if !ffn.is_empty() {
+            tune += &format!("every ffn {{ {ffn} }}\n");
+        }
         if !attention.is_empty() {
             tune += &format!("every attention {{ {attention} }}\n");
         }
@@ -158,6 +176,11 @@ impl Fixture {
         peft_grammar::check(&format!("{}.peft", self.name), &spec, &peft_grammar::no_imports)
             .unwrap_or_else(|e| panic!("{}\n{spec}", e.render(false)))
     }
+}
+
+/// The options of `name` when the fixture has that method.
+fn options_of<'a>(method: &'a Value, name: &str) -> Option<&'a Value> {
+    method.get(name).filter(|m| !m.is_null())
 }
 
 fn bottleneck(adapter: &Value) -> u64 {
