@@ -2,6 +2,7 @@
 
 mod cli;
 mod fixtures;
+mod pairs;
 mod parity;
 mod real;
 mod runs;
