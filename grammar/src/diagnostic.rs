@@ -12,7 +12,7 @@ use crate::source::{FileId, Sources, Span};
 pub struct Diagnostic {
     pub title: String,
     pub span: Span,
-    /// What stands beside the marked place; empty = the title alone says it.
+    /// What stands beside the marked place; empty = "here", the title says it.
     pub label: String,
     /// Other places that have a part in it.
     pub related: Vec<(Span, String)>,
@@ -133,10 +133,9 @@ impl std::error::Error for Diagnostics {}
 impl Diagnostic {
     fn report(&self, config: Config) -> Report<'_, (FileId, Range<usize>)> {
         let range = |span: Span| (span.file, span.start as usize..span.end.max(span.start) as usize);
-        let mut label = Label::new(range(self.span)).with_color(ariadne::Color::Red);
-        if !self.label.is_empty() {
-            label = label.with_message(&self.label);
-        }
+        // A place without a word beside it is marked by color alone: by nothing, in a log.
+        let word = if self.label.is_empty() { "here" } else { &self.label };
+        let label = Label::new(range(self.span)).with_color(ariadne::Color::Red).with_message(word);
         let mut report = Report::build(ReportKind::Error, range(self.span))
             .with_config(config)
             .with_message(&self.title)

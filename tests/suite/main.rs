@@ -3,6 +3,7 @@
 mod cli;
 mod fixtures;
 mod interop;
+mod pairs;
 mod parity;
 mod real;
 mod runs;

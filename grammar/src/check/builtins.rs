@@ -313,7 +313,11 @@ impl<'a> Checker<'a> {
                 }
                 other => {
                     let title = format!("an axis is a whole number above 0, found {}", other.describe(&self.graph));
-                    self.report(Diagnostic::error(span, title));
+                    let error = Diagnostic::error(span, title);
+                    self.report(match other {
+                        Val::Float(_) => error.hint("a division that leaves a remainder makes a number such as this"),
+                        _ => error,
+                    });
                     return None;
                 }
             });

@@ -183,15 +183,18 @@ impl<'a> Checker<'a> {
     fn unmet(&mut self, frame: &Frame<'a>, span: Span, message: &Text, hint: Option<&Text>) {
         let Some(title) = self.fill(frame, message) else { return };
         let hint = hint.and_then(|h| self.fill(frame, h));
-        let call = self.calls.iter().rev().find(|c| !self.sources.get(c.span.file).library).map(|c| c.span);
-        let error = match call {
-            Some(call) => Diagnostic::error(call, title).label("in this use").related(span, "required here"),
-            None => Diagnostic::error(span, title),
-        };
-        self.errors.push(match hint {
-            Some(hint) => error.hint(hint),
-            None => error,
-        });
+        let mut error = Diagnostic::error(span, title);
+        error.hint = hint;
+        let library = |span: Span| self.sources.get(span.file).library;
+        if !library(span)
+            && let Some(call) = self.calls.iter().rev().find(|c| !library(c.span))
+        {
+            error = Diagnostic { span: call.span, label: "in this use".to_owned(), ..error };
+            error = error.related(span, "required here");
+        } else {
+            error = error.label("required here");
+        }
+        self.report(error);
     }
 
     /// `store`: a method's word on what is kept of its weights.
@@ -199,14 +202,17 @@ impl<'a> Checker<'a> {
         let span = value.span;
         let (value, text) = (self.tensor(frame, value), self.fill(frame, name));
         let (Some(value), Some(text)) = (value, text) else { return };
-        if !matches!(frame.owner.origin, Some(Origin::Method(_))) {
+        let Some(Origin::Method(method)) = &frame.owner.origin else {
             let error = Diagnostic::error(name.span, "only a method stores something in place of its weights");
             self.report(error);
-        } else if self.graph.ty(value).elements().is_none() {
+            return;
+        };
+        if self.graph.ty(value).elements().is_none() {
             let title = format!("what is stored is made of weights alone, and this is {}", self.graph.ty(value));
             self.report(Diagnostic::error(span, title));
         } else {
-            self.stored.push(Stored { name: format!("{}{text}", frame.owner.path), value, span });
+            let name = format!("{}{text}", frame.owner.path);
+            self.stored.push(Stored { name, value, span, method: method.clone(), used: frame.owner.used });
         }
     }
 
@@ -245,19 +251,9 @@ impl<'a> Checker<'a> {
             return;
         }
         if let Some(&Declared { name: first, .. }) = self.declared.get(&name) {
-            let error = match &frame.owner.origin {
-                Some(Origin::Method(method)) if first == weight.path.span => {
-                    let site = frame.owner.path.trim_end_matches(&format!("{method}.")).trim_end_matches('.');
-                    let title = format!("`{method}` is applied twice at `{site}`");
-                    Diagnostic::error(weight.path.span, title).hint("take it out of one of the rules")
-                }
-                _ => {
-                    let error = Diagnostic::error(weight.path.span, format!("a tensor `{name}` is there already"));
-                    let error = error.hint("put a variable into its name, such as `{layer}`");
-                    if first == weight.path.span { error } else { error.related(first, "declared here") }
-                }
-            };
-            self.report(error);
+            let error = Diagnostic::error(weight.path.span, format!("a tensor `{name}` is there already"));
+            let error = error.hint("put a variable into its name, such as `{layer}`");
+            self.report(if first == weight.path.span { error } else { error.related(first, "declared here") });
             return;
         }
         self.declared.insert(name.clone(), Declared { name: weight.path.span, used: frame.owner.used });

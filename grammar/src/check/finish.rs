@@ -150,7 +150,7 @@ impl<'a> Checker<'a> {
             if !any {
                 let error =
                     Diagnostic::error(pattern.span, format!("no tensor of the backbone is named `{}`", pattern.text));
-                self.errors.push(error.hint("`*` stands for any part of a name: `\"*.bias\"`"));
+                self.report_of(&method, used, error.hint("`*` stands for any part of a name: `\"*.bias\"`"));
             }
         }
     }
@@ -159,6 +159,7 @@ impl<'a> Checker<'a> {
     fn every_weight_counts(&mut self) {
         let read = self.reaching(&[]);
         let mut training: HashSet<Span> = HashSet::new();
+        let mut unread: Vec<(String, Span, Diagnostic)> = Vec::new();
         for param in &self.params {
             let (Origin::Method(method), Some(declared)) = (&param.origin, self.declared.get(&param.name)) else {
                 continue;
@@ -171,11 +172,13 @@ impl<'a> Checker<'a> {
             if arg.is_some_and(|a| !read.contains(&a.value)) {
                 let title = format!("`{}` is declared, and the loss does not depend on it", param.name);
                 let error = Diagnostic::error(declared.name, title);
-                let error = error.related(used, format!("`{method}` is applied here"));
-                self.errors.push(error.hint("let it change what the site computes, or leave it out"));
+                let error = error.hint("let it change what the site computes, or leave it out");
+                unread.push((method.clone(), used, error));
             }
         }
-        let library = |span: Span| self.sources.get(span.file).library;
+        for (method, used, error) in unread {
+            self.report_of(&method, Some(used), error);
+        }
         let mut idle: Vec<(Span, &MethodDef)> = Vec::new();
         for applied in self.plan.rules.iter().flat_map(|r| &r.uses) {
             if !training.contains(&applied.asked()) && !idle.iter().any(|(span, _)| *span == applied.asked()) {
@@ -189,12 +192,7 @@ impl<'a> Checker<'a> {
                 continue;
             }
             let error = Diagnostic::error(name.span, format!("`{}` trains nothing", name.text));
-            let error = error.related(used, format!("`{}` is applied here", name.text));
-            let error = match library(name.span) {
-                true => Diagnostic { span: used, related: vec![], ..error },
-                false => error,
-            };
-            self.errors.push(error.hint("declare a `weight` that is not frozen"));
+            self.report_of(&name.text, Some(used), error.hint("declare a `weight` that is not frozen"));
         }
     }
 
@@ -207,10 +205,13 @@ impl<'a> Checker<'a> {
                 of_batch.insert(node.result);
             }
         }
-        for stored in self.stored.iter().filter(|s| of_batch.contains(&s.value)) {
+        let stored = std::mem::take(&mut self.stored);
+        for stored in stored.iter().filter(|s| of_batch.contains(&s.value)) {
             let title = format!("`{}` depends on the batch: it cannot be kept", stored.name);
-            self.errors.push(Diagnostic::error(stored.span, title).hint("store what is made of weights alone"));
+            let error = Diagnostic::error(stored.span, title).hint("store what is made of weights alone");
+            self.report_of(&stored.method, stored.used, error);
         }
+        self.stored = stored;
     }
 
     /// Methods' tensors that the loss depends on through `store`d values alone.

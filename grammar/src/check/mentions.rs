@@ -1,11 +1,66 @@
-//! Whether a method's body speaks of a name.
+//! What a body speaks of, before it runs: names it reads, variables it sets, sites it has.
 
 use crate::ast::*;
+use crate::source::Span;
 
 /// `name` is read somewhere in the method: in its body, or in a default of its parameters.
 pub(super) fn mentions(method: &MethodDef, name: &str) -> bool {
     let defaults = method.params.iter().filter_map(|p| p.default.as_ref());
     defaults.into_iter().any(|e| expr(e, name)) || block(&method.body, name)
+}
+
+/// The variables a body sets, but for those inside its sites: they end with the site.
+pub(super) fn assigned(body: &[Stmt]) -> Vec<&str> {
+    let mut names = Vec::new();
+    walk(body, &mut |s| {
+        if let StmtKind::Assign { name, .. } = &s.kind
+            && !names.contains(&&*name.text)
+        {
+            names.push(&name.text);
+        }
+    });
+    names
+}
+
+/// Where a body last sets a variable.
+pub(super) fn assignment(body: &[Stmt], variable: &str) -> Option<Span> {
+    let mut last = None;
+    walk(body, &mut |s| {
+        if let StmtKind::Assign { name, .. } = &s.kind
+            && name.text == variable
+        {
+            last = Some(s.span);
+        }
+    });
+    last
+}
+
+/// Kinds of the sites in a backbone's body.
+pub(super) fn site_kinds(body: &[Stmt]) -> Vec<&str> {
+    let mut kinds = Vec::new();
+    walk(body, &mut |s| {
+        if let StmtKind::Site { kind, .. } = &s.kind
+            && !kinds.contains(&&*kind.text)
+        {
+            kinds.push(&kind.text);
+        }
+    });
+    kinds
+}
+
+/// Every statement of a body, but for those inside its sites.
+fn walk<'a>(body: &'a [Stmt], visit: &mut impl FnMut(&'a Stmt)) {
+    for statement in body {
+        visit(statement);
+        match &statement.kind {
+            StmtKind::If { then, otherwise, .. } => {
+                walk(then, visit);
+                walk(otherwise, visit);
+            }
+            StmtKind::For { body, .. } | StmtKind::After { body, .. } => walk(body, visit),
+            _ => {}
+        }
+    }
 }
 
 fn block(body: &[Stmt], name: &str) -> bool {

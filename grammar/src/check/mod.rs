@@ -29,6 +29,7 @@ use crate::source::{Sources, Span};
 pub use definitions::Resolver;
 use definitions::{Definitions, Files};
 use expand::Frame;
+use mentions::{assigned, site_kinds};
 use site::Site;
 use tune::Plan;
 use value::Val;
@@ -44,8 +45,14 @@ enum Purpose {
 struct Call {
     /// Of the call.
     span: Span,
-    /// "`lora` is applied here".
+    /// "`lora` is applied here"; empty for the backbone, whose place goes without saying.
     label: String,
+}
+
+impl Call {
+    fn applied(method: &str, span: Span) -> Self {
+        Call { span, label: format!("`{method}` is applied here") }
+    }
 }
 
 /// State of one check.
@@ -74,6 +81,8 @@ struct Checker<'a> {
     exhausted: bool,
     plan: Plan<'a>,
     sites: Vec<Site<'a>>,
+    /// Kinds of site that the backbone has.
+    site_kinds: Vec<&'a str>,
     /// How many sites there are of each kind, in order of appearance.
     kinds: Vec<(String, u64)>,
     /// Tensors that train by name.
@@ -102,6 +111,8 @@ struct Stored {
     name: String,
     value: Value,
     span: Span,
+    method: String,
+    used: Option<Span>,
 }
 
 /// Checks a parsed spec. `sources` holds its text as file 0, and gets everything it imports.
@@ -140,6 +151,7 @@ pub(crate) fn check(
         exhausted: false,
         plan: Plan::default(),
         sites: Vec::new(),
+        site_kinds: Vec::new(),
         kinds: Vec::new(),
         globs: Vec::new(),
         applied: Vec::new(),
@@ -197,11 +209,12 @@ impl<'a> Checker<'a> {
         self.smoothing = recipe.as_ref().map_or(0.0, |r| r.label_smoothing);
 
         let what = format!("backbone `{}`", backbone.name.text);
-        let built = || Call { span: model.span, label: format!("`{}` is built here", backbone.name.text) };
+        let built = || Call { span: model.span, label: String::new() };
         // A default that has no value is shown where it was left to itself.
         self.calls.push(built());
         let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false);
         self.calls.pop();
+        self.site_kinds = site_kinds(&backbone.body);
         if let Some((tune, _)) = tune {
             let unknown = || backbone.params.iter().map(|p| (p.name.text.clone(), Val::Unknown)).collect();
             self.plan = self.plan(tune, &Frame::with(args.clone().unwrap_or_else(unknown)));
@@ -234,30 +247,41 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Files an error. What lies in the library is shown where the spec uses it.
+    /// Files an error with the calls that lead to it. What lies in the library is shown where it is used.
     fn report(&mut self, mut error: Diagnostic) {
         let library = |span: Span| self.sources.get(span.file).library;
-        if library(error.span) {
-            if let Some(call) = self.calls.iter().rev().find(|c| !library(c.span)) {
-                let label = if error.label.is_empty() { "here".to_owned() } else { error.label };
-                error.related.insert(0, (error.span, label));
-                (error.span, error.label) = (call.span, "in this use".to_owned());
-            }
-        } else if let Some(call) = self.calls.last()
-            && call.span != error.span
-            && self.calls.len() > 1
+        let mut calls = self.calls.iter().rev().filter(|c| !library(c.span));
+        if library(error.span)
+            && let Some(call) = calls.next()
         {
-            error.related.push((call.span, call.label.clone()));
+            let label = if error.label.is_empty() { "here".to_owned() } else { error.label };
+            error.related.insert(0, (error.span, label));
+            (error.span, error.label) = (call.span, "in this use".to_owned());
+        }
+        for call in calls.filter(|c| !c.label.is_empty()) {
+            let shown = |span: &Span| call.span.covers(*span);
+            if !shown(&error.span) && !error.related.iter().any(|(span, _)| shown(span)) {
+                error.related.push((call.span, call.label.clone()));
+            }
         }
         self.errors.push(error);
+    }
+
+    /// Files an error about a method that does not run any more.
+    fn report_of(&mut self, method: &str, used: Option<Span>, error: Diagnostic) {
+        let before = self.calls.len();
+        self.calls.extend(used.map(|span| Call::applied(method, span)));
+        self.report(error);
+        self.calls.truncate(before);
     }
 
     fn backbone(&mut self, backbone: &'a BackboneDef, args: HashMap<String, Val>) {
         let mut frame = Frame::with(args);
         frame.owner.origin = Some(Origin::Backbone);
         let uses = std::mem::take(&mut self.plan.model);
+        let uses = self.once_each(uses, "");
         self.applied.extend(uses.iter().filter(|u| !u.mixes()).map(|u| u.at("")));
-        self.sites.push(Site::model(uses));
+        self.sites.push(Site::model(uses, assigned(&backbone.body)));
         frame.scopes.push(HashMap::new());
         self.run(&mut frame, &backbone.body);
         self.leave_site(&mut frame);

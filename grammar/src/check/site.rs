@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::expand::{Body, Frame};
+use super::mentions::{assigned, assignment};
 use super::projection::Projecting;
 use super::tune::any_rule;
 use super::value::Val;
@@ -16,6 +17,9 @@ use crate::diagnostic::Diagnostic;
 use crate::graph::Value;
 use crate::model::{Applied, Origin};
 use crate::source::Span;
+
+/// What a method of a projection y = x W + b reads of it.
+const SIDES: &[&str] = &["x", "y", "W", "b"];
 
 /// Who declares weights: what stands before their names, and whose they are.
 #[derive(Clone, Default)]
@@ -59,6 +63,8 @@ impl Use<'_> {
 struct Instance<'a> {
     applied: Use<'a>,
     owner: Owner,
+    /// What the site's statements set.
+    names: Vec<&'a str>,
     /// Its own variables, parameters among them.
     locals: HashMap<String, Val>,
     begun: bool,
@@ -82,9 +88,9 @@ pub(super) struct Site<'a> {
 }
 
 impl<'a> Site<'a> {
-    fn new(kind: &str, path: String, uses: Vec<Use<'a>>) -> Self {
+    fn new(kind: &str, path: String, uses: Vec<Use<'a>>, names: Vec<&'a str>) -> Self {
         let (inner, own): (Vec<_>, Vec<_>) = uses.into_iter().partition(|u| !u.targets.is_empty());
-        let instances = own.into_iter().map(|u| Instance::new(u, &path)).collect();
+        let instances = own.into_iter().map(|u| Instance::new(u, &path, names.clone())).collect();
         let (nested, assigned, changed) = (vec![], vec![], HashMap::new());
         Site { kind: kind.to_owned(), path, instances, inner, nested, assigned, changed }
     }
@@ -95,18 +101,18 @@ impl<'a> Site<'a> {
     }
 
     /// The whole model as a site.
-    pub fn model(uses: Vec<Use<'a>>) -> Self {
-        Site::new("model", String::new(), uses)
+    pub fn model(uses: Vec<Use<'a>>, names: Vec<&'a str>) -> Self {
+        Site::new("model", String::new(), uses, names)
     }
 }
 
 impl<'a> Instance<'a> {
-    fn new(applied: Use<'a>, site: &str) -> Self {
+    fn new(applied: Use<'a>, site: &str, names: Vec<&'a str>) -> Self {
         let name = &applied.method.name.text;
         let path = if site.is_empty() { format!("{name}.") } else { format!("{site}.{name}.") };
         let owner = Owner { path, origin: Some(Origin::Method(name.clone())), used: Some(applied.asked()) };
         let locals = applied.args.clone();
-        Instance { applied, owner, locals, begun: false, fired: HashSet::new() }
+        Instance { applied, owner, names, locals, begun: false, fired: HashSet::new() }
     }
 }
 
@@ -133,12 +139,36 @@ impl<'a> Checker<'a> {
             }
         };
         let uses = self.plan.at(&kind.text, ordinal);
+        let uses = self.once_each(uses, &path);
         self.applied.extend(uses.iter().filter(|u| u.targets.is_empty()).map(|u| u.at(&path)));
-        self.sites.push(Site::new(&kind.text, path, uses));
+        self.sites.push(Site::new(&kind.text, path, uses, assigned(body)));
         frame.scopes.push(HashMap::new());
         self.run(frame, body);
         self.leave_site(frame);
         frame.scopes.pop();
+    }
+
+    /// A method has one place at a site. Those for projections in it (which have targets) are looked at there.
+    pub(super) fn once_each(&mut self, uses: Vec<Use<'a>>, site: &str) -> Vec<Use<'a>> {
+        let projection = self.sites.len() > 1;
+        let mut kept: Vec<Use<'a>> = Vec::new();
+        for applied in uses {
+            let same = |other: &&Use<'a>| {
+                std::ptr::eq(other.method, applied.method) && (projection || other.targets.is_empty())
+            };
+            let Some(first) = kept.iter().find(same).map(|first| first.asked()) else {
+                kept.push(applied);
+                continue;
+            };
+            let place = if site.is_empty() { "to the model".to_owned() } else { format!("at `{site}`") };
+            let title = format!("`{}` is applied twice {place}", applied.method.name.text);
+            let error = Diagnostic::error(applied.asked(), title).hint("take it out of one of the rules");
+            self.errors.push(match first == applied.asked() {
+                true => error,
+                false => error.label("the second is here").related(first, "the first is here"),
+            });
+        }
+        kept
     }
 
     /// The backbone has assigned a variable: nested site first, then what the enclosing site waits for.
@@ -182,13 +212,14 @@ impl<'a> Checker<'a> {
         let made = frame.get(&name.text).cloned().unwrap_or(Val::Unknown);
         let here = |u: &&Use<'a>| u.targets.iter().any(|t| t.text == name.text);
         let uses: Vec<Use<'a>> = site.inner.iter().filter(here).cloned().collect();
+        let uses = self.once_each(uses, &path);
         let parts = self.take_apart(&made);
         let projecting = Projecting { name: name.text.clone(), input: input.unwrap_or(of.clone()), x: of, parts };
         for applied in uses {
             self.applied.push(applied.at(&path));
-            let mut instance = Instance::new(applied, &path);
+            let mut instance = Instance::new(applied, &path, vec![]);
             self.fire(frame, &mut instance, "y", Some(&projecting));
-            self.complete(frame, &mut instance, &["x", "y", "W", "b"]);
+            self.complete(frame, &mut instance, SIDES);
         }
         if let Some(site) = self.sites.last_mut() {
             site.nested.push(projecting);
@@ -210,7 +241,8 @@ impl<'a> Checker<'a> {
             if !method.variables.iter().any(|v| v.text == variable.text) {
                 let error =
                     Diagnostic::error(variable.span, format!("`{}` is not in the method's head", variable.text));
-                self.report(error.hint(format!("write `on {}({}, …)`", method.kind.text, variable.text)));
+                let error = error.hint(format!("write `on {}({}, …)`", method.kind.text, variable.text));
+                self.report_at(&instance.applied, error);
                 continue;
             }
             instance.fired.insert(&variable.text);
@@ -237,7 +269,10 @@ impl<'a> Checker<'a> {
             let value = match (projection, &*variable.text) {
                 (Some(projection), "x") => Some(projection.x.clone()),
                 (Some(projection), "W" | "b") => Some(self.part(projection, variable)),
-                (_, text) => frame.get(&in_site(text)).cloned(),
+                (_, text) => match frame.get(&in_site(text)) {
+                    None if !instance.names.contains(&text) => Some(self.never(method, variable, &instance.names)),
+                    value => value.cloned(),
+                },
             };
             if let Some(value) = value {
                 seen.insert(variable.text.clone(), value);
@@ -277,12 +312,23 @@ impl<'a> Checker<'a> {
         self.leave_method(&instance.applied);
     }
 
+    /// A variable that the method's head names and the site never has.
+    fn never(&mut self, method: &MethodDef, variable: &Name, known: &[&str]) -> Val {
+        let known = if method.kind.text == "projection" { SIDES } else { known };
+        let title = format!("this {} has no `{}`", method.kind.text, variable.text);
+        self.report(Diagnostic::error(variable.span, title).suggest(&variable.text, known.iter().copied()));
+        Val::Unknown
+    }
+
+    fn report_at(&mut self, applied: &Use<'a>, error: Diagnostic) {
+        self.enter_method(applied);
+        self.report(error);
+        self.leave_method(applied);
+    }
+
     fn enter_method(&mut self, applied: &Use<'a>) {
-        if let Some((mixture, span)) = applied.mixture {
-            self.calls.push(Call { span, label: format!("`{mixture}` is applied here") });
-        }
-        let label = format!("`{}` is applied here", applied.method.name.text);
-        self.calls.push(Call { span: applied.span, label });
+        self.calls.extend(applied.mixture.map(|(mixture, span)| Call::applied(mixture, span)));
+        self.calls.push(Call::applied(&applied.method.name.text, applied.span));
     }
 
     fn leave_method(&mut self, applied: &Use<'a>) {
@@ -306,19 +352,18 @@ impl<'a> Checker<'a> {
                 let (was, is) = (self.graph.ty(*old), self.graph.ty(*new));
                 if was != is {
                     let title = format!("the site's `{}` is {was}, the method makes it {is}", variable.text);
-                    let error = Diagnostic::error(variable.span, title);
+                    let place = assignment(&applied.method.body, &variable.text).unwrap_or(variable.span);
+                    let error = Diagnostic::error(place, title);
                     self.report(error.hint("what the site goes on with keeps its shape"));
                     return;
                 }
-                let before =
-                    self.sites.last_mut().and_then(|s| s.changed.insert(name.to_owned(), (method, applied.asked())));
-                if let Some((other, span)) = before
+                let use_here = (method, applied.asked());
+                let site = self.sites.last_mut();
+                let before = site.and_then(|site| site.changed.insert(name.to_owned(), use_here));
+                if let Some(before) = before
                     && !self.depends(*new, *old)
                 {
-                    let title = format!("`{method}` computes `{name}` anew: what `{other}` has made of it is lost");
-                    let error =
-                        Diagnostic::error(applied.asked(), title).related(span, format!("`{other}` is applied here"));
-                    self.errors.push(error.hint(format!("apply `{method}` before `{other}`")));
+                    self.lost(applied.method, name, &variable.text, before, applied.asked());
                 }
                 frame.set(name, Val::Tensor(*new));
             }
@@ -327,6 +372,21 @@ impl<'a> Checker<'a> {
                 self.report(Diagnostic::error(variable.span, title).hint("use a variable of its own"));
             }
         }
+    }
+
+    /// A method has set a variable without a look at what the one before it made of it.
+    fn lost(&mut self, method: &'a MethodDef, name: &str, variable: &str, before: (&str, Span), used: Span) {
+        let (other, span) = before;
+        let method_name = &method.name.text;
+        let title = format!("`{method_name}` computes `{name}` anew: what `{other}` has made of it is lost");
+        let error = Diagnostic::error(used, title).label(format!("`{method_name}` is applied here"));
+        let error = error.related(span, format!("`{other}` is applied here"));
+        let own = |place: &Span| !self.sources.get(place.file).library;
+        let error = match assignment(&method.body, variable).filter(own) {
+            Some(place) => error.related(place, format!("this does not read `{variable}`")),
+            None => error,
+        };
+        self.errors.push(error.hint(format!("apply `{method_name}` before `{other}`")));
     }
 
     /// `value` is made of `of`.
@@ -349,11 +409,15 @@ impl<'a> Checker<'a> {
         let method = instance.applied.method;
         for statement in &method.body {
             let StmtKind::After { variable, .. } = &statement.kind else { continue };
-            if instance.fired.contains(&*variable.text) {
+            let in_head = method.variables.iter().any(|v| v.text == variable.text);
+            // What the head names and the site never has is reported there.
+            let missing = in_head && frame.get(&variable.text).is_none();
+            if missing || instance.fired.contains(&*variable.text) {
                 continue;
             }
             let title = format!("this {} computes no `{}`", method.kind.text, variable.text);
-            self.report(Diagnostic::error(variable.span, title).suggest(&variable.text, known.iter().copied()));
+            let error = Diagnostic::error(variable.span, title).suggest(&variable.text, known.iter().copied());
+            self.report_at(&instance.applied, error);
         }
     }
 

@@ -84,8 +84,7 @@ impl<'a> Checker<'a> {
                     let Some(applied) = self.apply(frame, apply, "model", None) else { continue };
                     let mut inside = Frame::with(applied.args.clone());
                     inside.body = Body::Method(applied.method);
-                    self.calls
-                        .push(Call { span: apply.span, label: format!("`{}` is applied here", apply.method.text) });
+                    self.calls.push(Call::applied(&apply.method.text, apply.span));
                     self.mixture(&mut inside, &applied.method.body, apply, &mut plan);
                     self.calls.pop();
                     plan.model.push(applied);
@@ -167,6 +166,11 @@ impl<'a> Checker<'a> {
         Some((start..last, span))
     }
 
+    /// Methods for this kind of site can work in the model.
+    fn has_places(&self, kind: &str) -> bool {
+        matches!(kind, "model" | "projection") || self.site_kinds.contains(&kind)
+    }
+
     /// A method with its arguments, if it exists and fits a site of this kind.
     fn apply(
         &mut self,
@@ -190,7 +194,16 @@ impl<'a> Checker<'a> {
             self.report(error.hint(format!("write `every attention {{ {} }}`", self.sources.slice(apply.span))));
             return None;
         }
+        let own = |span: Span| !self.sources.get(span.file).library;
         let Some(&method) = same_name.iter().find(|m| m.kind.text == kind) else {
+            let nowhere = |m: &&MethodDef| !self.has_places(&m.kind.text);
+            if let Some(lost) = same_name.iter().copied().find(nowhere).filter(|m| own(m.kind.span)) {
+                let error = Diagnostic::error(lost.kind.span, format!("the backbone has no site `{}`", lost.kind.text));
+                let known = self.site_kinds.iter().copied().chain(["projection", "model"]);
+                let error = error.suggest(&lost.kind.text, known);
+                self.report_of(&name.text, Some(apply.span), error);
+                return None;
+            }
             let kinds: Vec<&str> = same_name.iter().map(|m| &*m.kind.text).collect();
             let fits: Vec<String> = kinds.iter().map(|k| places(k)).collect();
             let fits = fits.join(" or ");
@@ -199,9 +212,9 @@ impl<'a> Checker<'a> {
                 _ => format!("`{}` does not work on {}: it is for {fits}", name.text, places(kind)),
             };
             let error = Diagnostic::error(name.span, title);
-            let error = match self.sources.get(same_name[0].kind.span.file).library {
-                true => error,
-                false => error.related(same_name[0].kind.span, "declared here"),
+            let error = match own(same_name[0].kind.span) {
+                true => error.related(same_name[0].kind.span, "declared here"),
+                false => error,
             };
             let text = self.sources.slice(apply.span).to_owned();
             self.report(match kinds[0] {
@@ -218,13 +231,15 @@ impl<'a> Checker<'a> {
                 self.report(error.related(first.span, "first here"));
             }
         }
+        self.calls.push(Call::applied(&name.text, apply.span));
         for param in method.params.iter().filter(|p| !mentions(method, &p.name.text)) {
             let title = format!("`{}` never reads its parameter `{}`", name.text, param.name.text);
-            let error = Diagnostic::error(param.name.span, title).hint("use it, or leave it out");
-            self.report(error.related(apply.span, format!("`{}` is applied here", name.text)));
+            self.report(Diagnostic::error(param.name.span, title).hint("use it, or leave it out"));
         }
         let what = format!("method `{}`", name.text);
-        let args = self.bind(&what, &method.params, &apply.args, frame, apply.span, false)?;
+        let args = self.bind(&what, &method.params, &apply.args, frame, apply.span, false);
+        self.calls.pop();
+        let args = args?;
         let mixture = mixture.map(|m| (&*m.method.text, m.span));
         Some(Use { method, args, targets: &apply.targets, span: apply.span, mixture })
     }
