@@ -206,6 +206,8 @@ pub enum Op {
     // Along the last axis.
     /// e^{x_j − max} / Σ
     Softmax,
+    /// ln Σ e^{x_j}, one number a row: the last axis is 1 long
+    LogSumExp,
     /// (y, dy) → y ⊙ (dy − Σ y ⊙ dy)
     SoftmaxVjp,
     /// (x − mean) / √(var + eps), biased variance
@@ -269,6 +271,7 @@ const PLAIN: &[(Op, &str)] = &[
     (Op::GeluTanhGrad, "gelu_tanh_grad"),
     (Op::Detach, "detach"),
     (Op::Softmax, "softmax"),
+    (Op::LogSumExp, "log_sum_exp"),
     (Op::SoftmaxVjp, "softmax_vjp"),
     (Op::SegmentMean, "segment_mean"),
     (Op::SegmentMeanVjp, "segment_mean_vjp"),
@@ -317,6 +320,7 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("attend", Some(2), &["causal"]),
     ("attend_transposed", Some(2), &["causal"]),
     ("softmax", Some(1), &[]),
+    ("log_sum_exp", Some(1), &[]),
     ("softmax_vjp", Some(2), &[]),
     ("normalize", Some(1), &["eps"]),
     ("normalize_vjp", Some(2), &["eps"]),
@@ -675,6 +679,10 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
         }
         Op::Softmax | Op::Normalize { .. } => match x.and_then(Type::last) {
             Some(_) => same(),
+            None => Err(format!("`{name}` wants at least one axis")),
+        },
+        Op::LogSumExp => match operands[0].shape.split_last() {
+            Some((_, lead)) => Ok(Type::f32([lead, &[Dim::Const(1)]].concat())),
             None => Err(format!("`{name}` wants at least one axis")),
         },
         Op::SoftmaxVjp | Op::NormalizeVjp { .. } => {

@@ -170,6 +170,8 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
 
         // y = softmax(x):  dx = y ⊙ (dy − Σ y ⊙ dy)
         (Op::Softmax, 0) => t.op(Op::SoftmaxVjp, &[z, dz]),
+        // z = ln Σ eˣ:  dx = dz softmax(x)
+        (Op::LogSumExp, 0) => t.times(dz, Op::Softmax, x),
         // x̂ = (x − μ)/σ:  dx = (dx̂ − mean(dx̂) − x̂ mean(dx̂ ⊙ x̂)) / σ
         (Op::Normalize { eps }, 0) => t.op(Op::NormalizeVjp { eps: *eps }, &[x, dz]),
         // Reading rows and adding into rows are each other's adjoints.

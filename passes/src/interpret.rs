@@ -349,6 +349,13 @@ impl<'a> Machine<'a> {
             }
 
             Op::Softmax => self.rows(|r| softmax(self.f(0).row(r))),
+            Op::LogSumExp => (0..batch.prefix(self.f(0).shape).iter().product())
+                .map(|r| {
+                    let x = self.f(0).row(r);
+                    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    max + x.iter().map(|x| (x - max).exp()).sum::<f64>().ln()
+                })
+                .collect(),
             Op::SoftmaxVjp => self.rows(|r| {
                 let (y, dy) = (self.f(0).row(r), self.f(1).row(r));
                 let inner = dot(y, dy);

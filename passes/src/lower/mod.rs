@@ -365,6 +365,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Attend { causal } => self.attend(x, b(self, 1), *causal, false, node.result),
             Op::AttendTransposed { causal } => self.attend(x, b(self, 1), *causal, true, node.result),
             Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
+            Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),
             Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, b(self, 1)], ty, node.result),
             Op::Normalize { eps } => self.row_kernel(rows::Kind::Normalize(*eps), &[x], ty, node.result),
             Op::NormalizeVjp { eps } => {

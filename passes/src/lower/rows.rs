@@ -12,6 +12,7 @@ use super::{Lowering, dim_extent, math, product};
 pub enum Kind {
     Softmax,
     SoftmaxVjp,
+    LogSumExp,
     Normalize(f64),
     NormalizeVjp(f64),
 }
@@ -25,6 +26,7 @@ impl Lowering<'_, '_, '_> {
         let stem = match kind {
             Kind::Softmax => "softmax".to_string(),
             Kind::SoftmaxVjp => "softmax_vjp".to_string(),
+            Kind::LogSumExp => "log_sum_exp".to_string(),
             Kind::Normalize(eps) => format!("normalize_{:x}", eps.to_bits()),
             Kind::NormalizeVjp(eps) => format!("normalize_vjp_{:x}", eps.to_bits()),
         };
@@ -41,6 +43,7 @@ impl Lowering<'_, '_, '_> {
                     match kind {
                         Kind::Softmax => softmax(k, first(buffers), span),
                         Kind::SoftmaxVjp => softmax_vjp(k, first(buffers), span),
+                        Kind::LogSumExp => log_sum_exp(k, first(buffers), span, row),
                         Kind::Normalize(eps) => normalize(k, first(buffers), span, eps),
                         Kind::NormalizeVjp(eps) => normalize_vjp(k, first(buffers), span, eps),
                     }
@@ -304,6 +307,22 @@ fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
         let e = k.load_lanes(out, place, mask);
         k.mul(e, share)
     });
+}
+
+/// Row `row` of the result is one number.
+fn log_sum_exp(k: &mut Kernel, [x, out]: [Buf; 2], span: Span, row: Val) {
+    let max = largest(k, x, span);
+    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
+    let total = sum(k, span, |k, place, mask| {
+        let x = k.load_masked(x, place, mask, lowest);
+        let x = k.sub(x, max);
+        math::exp(k, x)
+    });
+    let total = k.splat(total, LANES);
+    let log = math::log(k, total);
+    let lse = k.add(log, max);
+    let lse = k.lane(lse, 0);
+    k.store(lse, out, row);
 }
 
 fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {

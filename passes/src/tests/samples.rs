@@ -123,6 +123,8 @@ pub fn cases(h: u64, p: u64, r: u64) -> Vec<(Op, Vec<Type>)> {
         (Op::AttendTransposed { causal: false }, vec![ragged(0), heads.clone()]),
         (Op::Softmax, vec![hidden.clone()]),
         (Op::Softmax, vec![ragged(1)]),
+        (Op::LogSumExp, vec![hidden.clone()]),
+        (Op::LogSumExp, vec![ragged(0)]),
         (Op::Normalize { eps: 1e-2 }, vec![hidden.clone()]),
         (Op::Gather { start: 1 }, vec![f(&[Const(r + 1), Const(p)]), Type::i32([Tokens])]),
         (Op::Scatter { start: 1, rows: Const(r + 1) }, vec![Type::i32([Tokens]), hidden.clone()]),
