@@ -203,6 +203,16 @@ pub enum Op {
     /// w[H,tokens,keys], v[H,tokens,p] → Σ_i w_ij v_i; over i ≥ j if causal. `Attend` with w transposed.
     AttendTransposed { causal: bool },
 
+    // Attention whose square exists nowhere. w_ij = softmax_j(scale · q_i · k_j) over j in i's sequence (j ≤ i if
+    // causal), d_ij its dropout as [`Op::Dropout`] draws it for w[H,tokens,keys]; `rng` is there if p > 0.
+    /// (q, k, v, rng) → Σ_j d_ij w_ij v_j
+    Attention { causal: bool, scale: f64, p: f64, stream: u32 },
+    /// (q, k) → ln Σ_j e^{scale · q_i · k_j}, [H,tokens,1]
+    AttentionLse { causal: bool, scale: f64 },
+    /// (q, k, v, lse, df, r, rng), ds_ij = scale · w_ij (d_ij df_i · v_j + r_i) → the adjoint of operand `of`:
+    /// 0: Σ_j ds_ij k_j;  1: Σ_i ds_ij q_i;  2: Σ_i d_ij w_ij df_i
+    AttentionVjp { of: usize, causal: bool, scale: f64, p: f64, stream: u32 },
+
     // Along the last axis.
     /// e^{x_j − max} / Σ
     Softmax,
@@ -319,6 +329,9 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("scores", Some(2), &["causal"]),
     ("attend", Some(2), &["causal"]),
     ("attend_transposed", Some(2), &["causal"]),
+    ("attention", None, &["causal", "scale", "p", "stream"]),
+    ("attention_lse", Some(2), &["causal", "scale"]),
+    ("attention_vjp", None, &["of", "causal", "scale", "p", "stream"]),
     ("softmax", Some(1), &[]),
     ("log_sum_exp", Some(1), &[]),
     ("softmax_vjp", Some(2), &[]),
@@ -352,6 +365,9 @@ impl Op {
             Op::Scores { .. } => "scores",
             Op::Attend { .. } => "attend",
             Op::AttendTransposed { .. } => "attend_transposed",
+            Op::Attention { .. } => "attention",
+            Op::AttentionLse { .. } => "attention_lse",
+            Op::AttentionVjp { .. } => "attention_vjp",
             Op::Normalize { .. } => "normalize",
             Op::NormalizeVjp { .. } => "normalize_vjp",
             Op::Gather { .. } => "gather",
@@ -389,6 +405,20 @@ impl Op {
             Op::Scores { causal } | Op::Attend { causal } | Op::AttendTransposed { causal } => {
                 vec![("causal", Bool(*causal))]
             }
+            Op::Attention { causal, scale, p, stream } => vec![
+                ("causal", Bool(*causal)),
+                ("scale", Float(*scale)),
+                ("p", Float(*p)),
+                ("stream", Int(*stream as i64)),
+            ],
+            Op::AttentionLse { causal, scale } => vec![("causal", Bool(*causal)), ("scale", Float(*scale))],
+            Op::AttentionVjp { of, causal, scale, p, stream } => vec![
+                ("of", Int(*of as i64)),
+                ("causal", Bool(*causal)),
+                ("scale", Float(*scale)),
+                ("p", Float(*p)),
+                ("stream", Int(*stream as i64)),
+            ],
             Op::Normalize { eps } | Op::NormalizeVjp { eps } => vec![("eps", Float(*eps))],
             Op::Gather { start } => vec![("start", Int(*start as i64))],
             Op::Scatter { start, rows } => vec![("start", Int(*start as i64)), ("rows", Dims(vec![*rows]))],
@@ -446,6 +476,20 @@ impl Op {
             "scores" => Op::Scores { causal: flag("causal")? },
             "attend" => Op::Attend { causal: flag("causal")? },
             "attend_transposed" => Op::AttendTransposed { causal: flag("causal")? },
+            "attention" => Op::Attention {
+                causal: flag("causal")?,
+                scale: float("scale")?,
+                p: float("p")?,
+                stream: int("stream")? as u32,
+            },
+            "attention_lse" => Op::AttentionLse { causal: flag("causal")?, scale: float("scale")? },
+            "attention_vjp" => Op::AttentionVjp {
+                of: int("of")? as usize,
+                causal: flag("causal")?,
+                scale: float("scale")?,
+                p: float("p")?,
+                stream: int("stream")? as u32,
+            },
             "normalize" => Op::Normalize { eps: float("eps")? },
             "normalize_vjp" => Op::NormalizeVjp { eps: float("eps")? },
             "gather" => Op::Gather { start: int("start")? },
@@ -472,6 +516,8 @@ impl Op {
         let ids_at: &[usize] = match self {
             Op::Gather { .. } | Op::CrossEntropy { .. } | Op::CrossEntropyVjp { .. } | Op::Dropout { .. } => &[1],
             Op::Float | Op::Scatter { .. } => &[0],
+            Op::Attention { .. } => &[3],
+            Op::AttentionVjp { .. } => &[6],
             _ => &[],
         };
         for (i, ty) in operands.iter().enumerate() {
@@ -680,6 +726,29 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
         Op::Softmax | Op::Normalize { .. } => match x.and_then(Type::last) {
             Some(_) => same(),
             None => Err(format!("`{name}` wants at least one axis")),
+        },
+        Op::Attention { p, .. } | Op::AttentionVjp { p, .. } => {
+            let vjp = matches!(op, Op::AttentionVjp { .. });
+            let wanted = if vjp { 6 } else { 3 } + usize::from(*p > 0.0);
+            if operands.len() != wanted || !(0.0..1.0).contains(p) {
+                return Err(format!("`{name}` takes {wanted} operands for a rate of {p}, found {}", operands.len()));
+            }
+            let row = |ty: &Type| ty.shape.first().map(|&h| Type::f32([h, Dim::Tokens, Dim::Const(1)]));
+            let [q, k, v] = [operands[0], operands[1], operands[2]];
+            let heads = |x: &Type| matches!(x.shape[..], [_, Dim::Tokens, Dim::Const(_)]);
+            let beside =
+                !vjp || Some(operands[3].clone()) == row(q) && operands[4] == v && Some(operands[5].clone()) == row(q);
+            if !heads(q) || q != k || !heads(v) || q.shape[0] != v.shape[0] || !beside {
+                return Err(format!("`{name}` wants f32[heads,tokens,width] alike, found {q}, {k} and {v}"));
+            }
+            Ok(match op {
+                Op::AttentionVjp { of: 0 | 1, .. } => q.clone(),
+                _ => v.clone(),
+            })
+        }
+        Op::AttentionLse { .. } => match (&operands[0].shape[..], operands[0] == operands[1]) {
+            ([h, Dim::Tokens, Dim::Const(_)], true) => Ok(Type::f32([*h, Dim::Tokens, Dim::Const(1)])),
+            _ => Err(format!("`{name}` wants two tensors f32[heads,tokens,width] alike")),
         },
         Op::LogSumExp => match operands[0].shape.split_last() {
             Some((_, lead)) => Ok(Type::f32([lead, &[Dim::Const(1)]].concat())),

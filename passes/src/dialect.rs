@@ -172,7 +172,8 @@ fn write_function(out: &mut String, graph: &Graph) {
         let attributes = node.op.attributes();
         let attributes = attributes.iter().map(|(key, value)| format!("{key} = {}", attr_text(value)));
         let mut attributes = attributes.collect::<Vec<_>>();
-        if let Op::Concat { .. } = node.op {
+        // What may have any number of operands says how many it has.
+        if OPERATIONS.iter().any(|(name, arity, _)| *name == node.op.name() && arity.is_none()) {
             let present = (0..MAX_PARTS).map(|i| if i < node.operands.len() { "1" } else { "0" });
             attributes.push(format!("operandSegmentSizes = array<i32: {}>", present.collect::<Vec<_>>().join(", ")));
         }

@@ -183,6 +183,43 @@ impl<'a> Operand<'a> {
     }
 }
 
+/// The weights of attention, each computed when it is asked for.
+#[derive(Clone, Copy)]
+struct Square<'a> {
+    batch: &'a Batch,
+    q: Operand<'a>,
+    k: Operand<'a>,
+    causal: bool,
+    scale: f64,
+}
+
+impl Square<'_> {
+    fn score(&self, h: usize, i: usize, j: usize) -> f64 {
+        let n = self.batch.tokens();
+        let score = self.scale * dot(self.q.row(h * n + i), self.k.row(h * n + j));
+        if self.causal && j > i { f64::NEG_INFINITY } else { score }
+    }
+    fn lse(&self, h: usize, i: usize) -> f64 {
+        let scores: Vec<f64> = self.batch.keys(i).map(|j| self.score(h, i, j)).collect();
+        log_sum_exp(&scores)
+    }
+    fn weight(&self, h: usize, i: usize, j: usize, lse: f64) -> f64 {
+        (self.score(h, i, j) - lse).exp()
+    }
+    /// 0, or 1/(1−p).
+    fn kept(&self, key: Option<&[i32]>, p: f64, stream: u32, h: usize, i: usize, j: usize) -> f64 {
+        let Some(key) = key else { return 1.0 };
+        let column = (j - self.batch.keys(i).start) as u32;
+        let word = dropout_word([key[0] as u32, key[1] as u32], stream, h as u32, i as u32, column);
+        if word >= dropout_threshold(p) { 1.0 / (1.0 - p) } else { 0.0 }
+    }
+}
+
+fn log_sum_exp(x: &[f64]) -> f64 {
+    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    max + x.iter().map(|x| (x - max).exp()).sum::<f64>().ln()
+}
+
 impl<'a> Machine<'a> {
     fn ty(&self, operand: usize) -> &'a Type {
         self.graph.ty(self.node.operands[operand])
@@ -338,6 +375,43 @@ impl<'a> Machine<'a> {
                     seen.map(|key| w.row(h * n + row)[key - batch.keys(row).start] * v.row(h * n + key)[e]).sum()
                 })
             }
+            Op::Attention { causal, scale, p, stream } => {
+                let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
+                let key = (*p > 0.0).then(|| self.ids(3));
+                let (v, n) = (self.f(2), batch.tokens());
+                self.build(|at| {
+                    let (h, i, e) = (at[0], at[1], at[2]);
+                    let lse = square.lse(h, i);
+                    let term = |j: usize| {
+                        square.weight(h, i, j, lse) * square.kept(key, *p, *stream, h, i, j) * v.row(h * n + j)[e]
+                    };
+                    batch.keys(i).map(term).sum()
+                })
+            }
+            Op::AttentionLse { causal, scale } => {
+                let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
+                self.build(|at| square.lse(at[0], at[1]))
+            }
+            Op::AttentionVjp { of, causal, scale, p, stream } => {
+                let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
+                let key = (*p > 0.0).then(|| self.ids(6));
+                let (v, lse, df, r, n) = (self.f(2), self.f(3), self.f(4), self.f(5), batch.tokens());
+                let w = |h: usize, i: usize, j: usize| square.weight(h, i, j, lse.row(h * n + i)[0]);
+                let d = |h: usize, i: usize, j: usize| square.kept(key, *p, *stream, h, i, j);
+                let ds = |h: usize, i: usize, j: usize| {
+                    let dw = d(h, i, j) * dot(df.row(h * n + i), v.row(h * n + j));
+                    scale * w(h, i, j) * (dw + r.row(h * n + i)[0])
+                };
+                self.build(|at| {
+                    let (h, row, e) = (at[0], at[1], at[2]);
+                    let term = |other: usize| match of {
+                        0 => ds(h, row, other) * square.k.row(h * n + other)[e],
+                        1 => ds(h, other, row) * square.q.row(h * n + other)[e],
+                        _ => d(h, other, row) * w(h, other, row) * df.row(h * n + other)[e],
+                    };
+                    batch.keys(row).map(term).sum()
+                })
+            }
             Op::AttendTransposed { causal } => {
                 let (w, v) = (self.f(0), self.f(1));
                 let n = batch.tokens();
@@ -349,13 +423,9 @@ impl<'a> Machine<'a> {
             }
 
             Op::Softmax => self.rows(|r| softmax(self.f(0).row(r))),
-            Op::LogSumExp => (0..batch.prefix(self.f(0).shape).iter().product())
-                .map(|r| {
-                    let x = self.f(0).row(r);
-                    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    max + x.iter().map(|x| (x - max).exp()).sum::<f64>().ln()
-                })
-                .collect(),
+            Op::LogSumExp => {
+                (0..batch.prefix(self.f(0).shape).iter().product()).map(|r| log_sum_exp(self.f(0).row(r))).collect()
+            }
             Op::SoftmaxVjp => self.rows(|r| {
                 let (y, dy) = (self.f(0).row(r), self.f(1).row(r));
                 let inner = dot(y, dy);

@@ -264,7 +264,8 @@ fn shipped_sets() {
 
 /// The real data sets below `PEFTC_DATA`, or a line that says it is not there.
 fn real_data() -> Option<PathBuf> {
-    let data = std::env::var_os("PEFTC_DATA").map(|root| PathBuf::from(root).join("data"));
+    let root = std::env::var_os("PEFTC_DATA").filter(|root| !root.is_empty());
+    let data = root.map(|root| PathBuf::from(root).join("data"));
     if data.is_none() {
         println!("skipped: PEFTC_DATA is not set");
     }

@@ -527,7 +527,7 @@ enum Source {
 }
 
 /// Philox4x32-10 on a vector of counters, as [`peft_runtime::philox`] has it.
-fn philox(k: &mut Kernel, mut counter: [Val; 4], mut key: [Val; 2]) -> [Val; 4] {
+pub(super) fn philox(k: &mut Kernel, mut counter: [Val; 4], mut key: [Val; 2]) -> [Val; 4] {
     let ty = counter[0].ty;
     for _ in 0..10 {
         let mut product = |lane: usize, multiplier: u32| {

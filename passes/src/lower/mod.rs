@@ -10,6 +10,7 @@
 
 mod attention;
 mod copy;
+mod flash;
 mod gemm;
 mod kernel;
 mod map;
@@ -364,6 +365,21 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Scores { causal } => self.scores(x, b(self, 1), ty, *causal, node.result),
             Op::Attend { causal } => self.attend(x, b(self, 1), *causal, false, node.result),
             Op::AttendTransposed { causal } => self.attend(x, b(self, 1), *causal, true, node.result),
+            Op::Attention { causal, scale, p, stream } => {
+                let form = flash::Form { causal: *causal, scale: *scale, p: *p };
+                let buffers: Vec<BufferId> = (0..operands.len()).map(|i| b(self, i)).collect();
+                self.attention(&buffers, [operands[0], operands[2]], form, *stream, node.result);
+            }
+            Op::AttentionLse { causal, scale } => {
+                let form = flash::Form { causal: *causal, scale: *scale, p: 0.0 };
+                let buffers: Vec<BufferId> = (0..operands.len()).map(|i| b(self, i)).collect();
+                self.attention_lse(&buffers, [operands[0], operands[1]], form, node.result);
+            }
+            Op::AttentionVjp { of, causal, scale, p, stream } => {
+                let form = flash::Form { causal: *causal, scale: *scale, p: *p };
+                let buffers: Vec<BufferId> = (0..operands.len()).map(|i| b(self, i)).collect();
+                self.attention_vjp(*of, &buffers, [operands[0], operands[2]], form, *stream, node.result);
+            }
             Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
             Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),
             Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, b(self, 1)], ty, node.result),

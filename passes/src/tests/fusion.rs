@@ -57,8 +57,11 @@ fn rules_change_the_work_and_not_the_meaning() {
         }
         let all = fuse(&graph, |_| true).expect("fused");
         assert_same("all rules", &graph, &all);
-        let again = remat(&all).expect("rebuilt");
-        fired[RULES.len()] |= again.nodes.len() > all.nodes.len();
+        assert_same("all rules, remat", &graph, &remat(&all).expect("rebuilt"));
+        // Models as small as these have little to make again but what attention keeps.
+        let kept = fuse(&graph, |rule| rule != "attention").expect("fused");
+        let again = remat(&kept).expect("rebuilt");
+        fired[RULES.len()] |= again.nodes.len() > kept.nodes.len();
         assert_same("remat", &graph, &again);
     }
     let names = RULES.iter().map(|(name, ..)| *name).chain(["remat"]);

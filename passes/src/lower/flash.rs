@@ -1,0 +1,630 @@
+//! Attention whose square exists nowhere: a unit is one head of one sequence, and of its square there are never more
+//! than [`ROWS`] rows.
+//!
+//! ```text
+//! forward     4 queries  · keysᵀ     ─► weights ─► · values
+//! dq          4 queries  · keysᵀ     ─► ds      ─► · keys       lanes run over keys
+//! dk, dv      4 keys     · queriesᵀ  ─► ds, w   ─► · queries, df    lanes run over queries
+//! ```
+//!
+//! What stands on the lanes' side is transposed first, into a place of the unit's own. Weights are computed again from
+//! the scores and their log-sum-exp.
+
+use peft_grammar::graph::Value;
+use peft_runtime::artifact::{BufferId, Element, Extent};
+use peft_runtime::philox::dropout_threshold;
+
+use super::kernel::{Buf, I32, Kernel, LANES, Order, VECTOR, Val, define};
+use super::map::philox;
+use super::{Lowering, dim_extent, math};
+
+/// Rows of a block. A call of the generator decides over as many neighbours.
+const ROWS: u64 = 4;
+/// Vectors of a block of products.
+const VECTORS: u64 = 2;
+/// Lengths are rounded up to this many, so that vectors need no masks: what one call on a vector decides over.
+const STEP: u64 = 4 * LANES;
+
+/// What a kernel computes.
+#[derive(Clone, Copy, PartialEq)]
+enum Result {
+    Forward,
+    Lse,
+    /// The adjoint of operand 0, 1 or 2.
+    Adjoint(usize),
+}
+
+/// What is the same for all of a kernel's units.
+#[derive(Clone, Copy)]
+pub struct Form {
+    pub causal: bool,
+    pub scale: f64,
+    /// Of dropout.
+    pub p: f64,
+}
+
+impl Lowering<'_, '_, '_> {
+    pub(super) fn attention(&mut self, operands: &[BufferId], of: [Value; 2], form: Form, stream: u32, result: Value) {
+        self.flash(Result::Forward, operands, of, form, stream, result);
+    }
+
+    pub(super) fn attention_lse(&mut self, operands: &[BufferId], of: [Value; 2], form: Form, result: Value) {
+        self.flash(Result::Lse, operands, of, form, 0, result);
+    }
+
+    pub(super) fn attention_vjp(
+        &mut self,
+        adjoint: usize,
+        operands: &[BufferId],
+        of: [Value; 2],
+        form: Form,
+        stream: u32,
+        result: Value,
+    ) {
+        self.flash(Result::Adjoint(adjoint), operands, of, form, stream, result);
+    }
+
+    /// `of`: the queries and the values, for their shapes.
+    fn flash(&mut self, what: Result, operands: &[BufferId], of: [Value; 2], form: Form, stream: u32, result: Value) {
+        let out = self.result(result);
+        let [query, value] = of.map(|v| self.ty(v).shape.clone());
+        let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
+        // Room for every sequence, its length rounded up.
+        let places = heads.clone() * (Extent::Tokens + Extent::Const(STEP) * Extent::Sequences);
+        let first = self.scratch(vec![places.clone() * width.clone()]);
+        let second = self.scratch(vec![places.clone() * wide.clone()]);
+        let rows = self.scratch(vec![places * Extent::Const(2 * ROWS)]);
+        let stem = match what {
+            Result::Forward => "attention".to_string(),
+            Result::Lse => "attention_lse".to_string(),
+            Result::Adjoint(of) => format!("attention_vjp{of}"),
+        };
+        let causal = if form.causal { "_causal" } else { "" };
+        let name = format!("{stem}{causal}_{:x}_{:x}", form.scale.to_bits(), form.p.to_bits());
+        let drops = form.p > 0.0 && what != Result::Lse;
+        let floats = operands.len() - usize::from(drops);
+        let mut elements = vec![Element::F32; floats];
+        elements.extend(drops.then_some(Element::I32));
+        elements.extend([Element::F32, Element::F32, Element::F32, Element::F32, Element::I32]);
+        let kernel = self.target.kernel(&name, |name| {
+            define(name, &elements, 5, |k, buffers, sizes| {
+                let (operands, rest) = buffers.split_at(floats + usize::from(drops));
+                let &[out, first, second, rows, offsets] = rest else { unreachable!("as listed above") };
+                k.units(|k, unit| {
+                    let unit = Unit::of(k, unit, operands, [first, second, rows], out, offsets, sizes, form, drops);
+                    match what {
+                        Result::Forward => forward(k, &unit),
+                        Result::Lse => lse(k, &unit),
+                        Result::Adjoint(0) => over_keys(k, &unit),
+                        Result::Adjoint(of) => over_queries(k, &unit, of == 2),
+                    }
+                });
+            })
+        });
+        let mut buffers = operands.to_vec();
+        buffers.extend([out, first, second, rows, self.target.derived("offsets")]);
+        let sizes = vec![Extent::Tokens, width, wide, Extent::Sequences, Extent::Const(u64::from(stream))];
+        self.launch(kernel, buffers, sizes, heads * Extent::Sequences);
+    }
+}
+
+/// One head of one sequence.
+struct Unit<'a> {
+    operands: &'a [Buf],
+    out: Buf,
+    /// Transposed operands, `[width][stride]`, and where they begin.
+    first: (Buf, Val),
+    second: (Buf, Val),
+    /// Scores, and as many rows behind them for products with df.
+    rows: Buf,
+    scores: Val,
+    products: Val,
+    /// Of a transposed operand and of a row: the length, rounded up.
+    stride: Val,
+    head: Val,
+    start: Val,
+    length: Val,
+    /// Its first row in `[heads, tokens, ·]`.
+    row: Val,
+    width: Val,
+    wide: Val,
+    stream: Val,
+    form: Form,
+    drops: bool,
+}
+
+impl<'a> Unit<'a> {
+    #[allow(clippy::too_many_arguments)] // a kernel's own arguments
+    fn of(
+        k: &mut Kernel,
+        unit: Val,
+        operands: &'a [Buf],
+        [first, second, rows]: [Buf; 3],
+        out: Buf,
+        offsets: Buf,
+        sizes: &[Val],
+        form: Form,
+        drops: bool,
+    ) -> Self {
+        let &[tokens, width, wide, sequences, stream] = sizes else { unreachable!("five sizes") };
+        let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
+        let one = k.index(1);
+        let next = k.add(sequence, one);
+        let (start, end) = (k.load_index(offsets, sequence), k.load_index(offsets, next));
+        let length = k.sub(end, start);
+        let row = k.mul(head, tokens);
+        let row = k.add(row, start);
+        let step = k.index(STEP);
+        let stride = round_up(k, length, step);
+        // Every sequence before this one may have been rounded up by a step.
+        let slack = k.mul(unit, step);
+        let place = k.add(row, slack);
+        let (first_at, second_at) = (k.mul(place, width), k.mul(place, wide));
+        let double = k.index(2 * ROWS);
+        let scores = k.mul(place, double);
+        let block = k.index(ROWS);
+        let block = k.mul(stride, block);
+        let products = k.add(scores, block);
+        Unit {
+            operands,
+            out,
+            first: (first, first_at),
+            second: (second, second_at),
+            rows,
+            scores,
+            products,
+            stride,
+            head,
+            start,
+            length,
+            row,
+            width,
+            wide,
+            stream,
+            form,
+            drops,
+        }
+    }
+
+    /// Places of row `r` of the block among the scores or products.
+    fn line(&self, k: &mut Kernel, base: Val, r: u64) -> Val {
+        let r = k.index(r);
+        let offset = k.mul(self.stride, r);
+        k.add(base, offset)
+    }
+
+    /// Rows `i ..` of a block, the last one again beyond it.
+    fn block(&self, k: &mut Kernel, i: Val) -> Vec<Val> {
+        let one = k.index(1);
+        let last = k.sub(self.length, one);
+        let row = |r| {
+            let r = k.index(r);
+            let row = k.add(i, r);
+            k.min(row, last)
+        };
+        (0..ROWS).map(row).collect()
+    }
+
+    /// Up to where a block of queries from `i` on sees keys.
+    fn seen(&self, k: &mut Kernel, i: Val) -> Val {
+        if !self.form.causal {
+            return self.length;
+        }
+        let block = k.index(ROWS);
+        let end = k.add(i, block);
+        k.min(end, self.length)
+    }
+
+    /// How many keys query `i` sees.
+    fn limit(&self, k: &mut Kernel, i: Val) -> Val {
+        let one = k.index(1);
+        if self.form.causal { k.add(i, one) } else { self.length }
+    }
+
+    fn keys(&self, k: &mut Kernel) -> Option<[Val; 2]> {
+        let key = *self.operands.last().filter(|_| self.drops)?;
+        let (zero, one) = (k.index(0), k.index(1));
+        Some([k.load(key, zero), k.load(key, one)].map(|x| k.splat(x, LANES)))
+    }
+}
+
+fn round_up(k: &mut Kernel, n: Val, step: Val) -> Val {
+    let one = k.index(1);
+    let more = k.add(n, step);
+    let more = k.sub(more, one);
+    let steps = k.div(more, step);
+    k.mul(steps, step)
+}
+
+/// The unit's rows of `from`, turned: element (i, e) goes to `e · stride + i`.
+fn transpose(k: &mut Kernel, unit: &Unit, from: Buf, width: Val, (to, at): (Buf, Val)) {
+    let zero = k.index(0);
+    let numbers = k.lane_numbers();
+    let line = k.to_i32(width);
+    let line = k.splat(line, LANES);
+    let steps = k.mul(numbers, line);
+    k.each(zero, unit.length, LANES, |k, i| {
+        let left = k.sub(unit.length, i);
+        let mask = k.mask(left, LANES);
+        let row = k.add(unit.row, i);
+        let row = k.mul(row, width);
+        let target = k.add(at, i);
+        k.each(zero, width, 1, |k, e| {
+            let source = k.add(row, e);
+            let x = k.gather_lanes(from, source, steps, mask);
+            let place = k.mul(e, unit.stride);
+            let place = k.add(place, target);
+            k.store_vector(x, to, place);
+        });
+    });
+}
+
+/// Rows `i..` of `x` against the transposed side, `begin..end` of its lanes, into rows from `base` on.
+#[allow(clippy::too_many_arguments)] // both sides of a product and its place
+fn product(
+    k: &mut Kernel,
+    unit: &Unit,
+    x: Buf,
+    block: &[Val],
+    width: Val,
+    (side, at): (Buf, Val),
+    (begin, end): (Val, Val),
+    (base, scale): (Val, f64),
+) {
+    let zero = k.index(0);
+    let rows: Vec<Val> = block
+        .iter()
+        .map(|&i| {
+            let row = k.add(unit.row, i);
+            k.mul(row, width)
+        })
+        .collect();
+    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
+    k.each(begin, end, VECTORS * LANES, |k, j| {
+        let nothing = k.float(0.0, VECTOR);
+        let start = vec![nothing; (ROWS * VECTORS) as usize];
+        let column = k.add(at, j);
+        let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
+            let place = k.mul(e, unit.stride);
+            let place = k.add(place, column);
+            let columns: Vec<Val> = (0..VECTORS)
+                .map(|v| {
+                    let offset = k.index(v * LANES);
+                    let place = k.add(place, offset);
+                    k.load_vector(side, place, LANES)
+                })
+                .collect();
+            let mut next = vec![];
+            for (r, &row) in rows.iter().enumerate() {
+                let place = k.add(row, e);
+                let x = k.load(x, place);
+                let x = k.splat(x, LANES);
+                for (v, &column) in columns.iter().enumerate() {
+                    next.push(k.fma(x, column, sums[r * VECTORS as usize + v]));
+                }
+            }
+            next
+        });
+        let by = k.float(scale, VECTOR);
+        for (r, &line) in lines.iter().enumerate() {
+            for v in 0..VECTORS {
+                let sum = sums[r * VECTORS as usize + v as usize];
+                let sum = if scale == 1.0 { sum } else { k.mul(sum, by) };
+                let offset = k.index(v * LANES);
+                let place = k.add(line, j);
+                let place = k.add(place, offset);
+                k.store_vector(sum, unit.rows, place);
+            }
+        }
+    });
+}
+
+/// Row `i + r` of the result: the weights in row r of the scores, `begin..end`, times rows of `y`.
+fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Buf, width: Val) {
+    let zero = k.index(0);
+    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
+    k.each(zero, width, VECTORS * LANES, |k, e| {
+        let masks: Vec<(Val, Val)> = (0..VECTORS)
+            .map(|v| {
+                let offset = k.index(v * LANES);
+                let at = k.add(e, offset);
+                let left = k.sub(width, at);
+                (at, left)
+            })
+            .collect();
+        let nothing = k.float(0.0, VECTOR);
+        let start = vec![nothing; (ROWS * VECTORS) as usize];
+        let sums = k.fold(begin, end, 1, &start, |k, j, sums| {
+            let row = k.add(unit.row, j);
+            let row = k.mul(row, width);
+            let values: Vec<Val> = masks
+                .iter()
+                .map(|&(at, left)| {
+                    let mask = k.mask(left, LANES);
+                    let place = k.add(row, at);
+                    k.load_lanes(y, place, mask)
+                })
+                .collect();
+            let mut next = vec![];
+            for (r, &line) in lines.iter().enumerate() {
+                let place = k.add(line, j);
+                let weight = k.load(unit.rows, place);
+                let weight = k.splat(weight, LANES);
+                for (v, &value) in values.iter().enumerate() {
+                    next.push(k.fma(weight, value, sums[r * VECTORS as usize + v]));
+                }
+            }
+            next
+        });
+        for r in 0..ROWS {
+            let offset = k.index(r);
+            let row = k.add(i, offset);
+            // A row beyond the last has no lanes.
+            let exists = k.compare(row, Order::Lt, unit.length);
+            let row = k.add(unit.row, row);
+            let row = k.mul(row, width);
+            for (v, &(at, left)) in masks.iter().enumerate() {
+                let here = k.select(exists, left, zero);
+                let mask = k.mask(here, LANES);
+                let place = k.add(row, at);
+                k.store_lanes(sums[(r * VECTORS) as usize + v], unit.out, place, mask);
+            }
+        }
+    });
+}
+
+/// The largest score of a row, and Σ e^{s − largest}, in every lane.
+fn total(
+    k: &mut Kernel,
+    unit: &Unit,
+    line: Val,
+    limit: Val,
+    mut keep: impl FnMut(&mut Kernel, Val, Val),
+) -> (Val, Val) {
+    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
+    let largest = k.fold_lanes(limit, &[lowest], |k, j, mask, largest| {
+        let place = k.add(line, j);
+        let x = k.load_masked(unit.rows, place, mask, lowest);
+        vec![k.max(largest[0], x)]
+    });
+    let largest = k.max_lanes(largest[0]);
+    let largest = k.splat(largest, LANES);
+    let zero = k.float(0.0, VECTOR);
+    let sum = k.fold_lanes(limit, &[zero], |k, j, mask, sum| {
+        let place = k.add(line, j);
+        let x = k.load_masked(unit.rows, place, mask, lowest);
+        let x = k.sub(x, largest);
+        let e = math::exp(k, x);
+        keep(k, e, place);
+        vec![k.add(sum[0], e)]
+    });
+    let sum = k.sum_lanes(sum[0]);
+    (largest, k.splat(sum, LANES))
+}
+
+fn lse(k: &mut Kernel, unit: &Unit) {
+    let zero = k.index(0);
+    let (q, keys) = (unit.operands[0], unit.operands[1]);
+    transpose(k, unit, keys, unit.width, unit.first);
+    k.each(zero, unit.length, ROWS, |k, i| {
+        let block = unit.block(k, i);
+        let end = unit.seen(k, i);
+        product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
+        for (r, &row) in block.iter().enumerate() {
+            let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
+            let (largest, sum) = total(k, unit, line, limit, |_, _, _| {});
+            let log = math::log(k, sum);
+            let lse = k.add(log, largest);
+            let lse = k.lane(lse, 0);
+            let place = k.add(unit.row, row);
+            k.store(lse, unit.out, place);
+        }
+    });
+}
+
+fn forward(k: &mut Kernel, unit: &Unit) {
+    let zero = k.index(0);
+    let (q, keys, v) = (unit.operands[0], unit.operands[1], unit.operands[2]);
+    let generator = unit.keys(k);
+    transpose(k, unit, keys, unit.width, unit.first);
+    k.each(zero, unit.length, ROWS, |k, i| {
+        let block = unit.block(k, i);
+        let end = unit.seen(k, i);
+        product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
+        for (r, &row) in block.iter().enumerate() {
+            let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
+            let (_, sum) = total(k, unit, line, limit, |k, e, place| k.store_vector(e, unit.rows, place));
+            let one = k.float(1.0, VECTOR);
+            let share = k.div(one, sum);
+            along(k, unit, (zero, end), line, generator, row, |k, place, at, dropped| {
+                let e = k.load_vector(unit.rows, place, LANES);
+                let w = k.mul(e, share);
+                let w = dropped(k, w);
+                only_below(k, w, at, limit)
+            });
+        }
+        weighted(k, unit, i, (zero, end), v, unit.wide);
+    });
+}
+
+/// The adjoint of the queries: lanes run over keys.
+fn over_keys(k: &mut Kernel, unit: &Unit) {
+    let zero = k.index(0);
+    let &[q, keys, v, lse, df, r_buf, ..] = unit.operands else { unreachable!("six operands and more") };
+    let generator = unit.keys(k);
+    transpose(k, unit, keys, unit.width, unit.first);
+    transpose(k, unit, v, unit.wide, unit.second);
+    k.each(zero, unit.length, ROWS, |k, i| {
+        let block = unit.block(k, i);
+        let end = unit.seen(k, i);
+        product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
+        product(k, unit, df, &block, unit.wide, unit.second, (zero, end), (unit.products, 1.0));
+        for (r, &row) in block.iter().enumerate() {
+            let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
+            let beside = unit.line(k, unit.products, r as u64);
+            let place = k.add(unit.row, row);
+            let (lse, correction) = (k.load(lse, place), k.load(r_buf, place));
+            let (lse, correction) = (k.splat(lse, LANES), k.splat(correction, LANES));
+            let by = k.float(unit.form.scale, VECTOR);
+            along(k, unit, (zero, end), line, generator, row, |k, place, at, dropped| {
+                let s = k.load_vector(unit.rows, place, LANES);
+                let s = k.sub(s, lse);
+                let w = math::exp(k, s);
+                let offset = k.add(beside, at);
+                let dp = k.load_vector(unit.rows, offset, LANES);
+                let dp = dropped(k, dp);
+                let ds = k.add(dp, correction);
+                let ds = k.mul(ds, w);
+                let ds = k.mul(ds, by);
+                only_below(k, ds, at, limit)
+            });
+        }
+        weighted(k, unit, i, (zero, end), keys, unit.width);
+    });
+}
+
+/// Computes what takes the place of each vector of a row of scores; `value` gets its place, its first column, and a
+/// way to drop what is dropped there.
+fn along(
+    k: &mut Kernel,
+    unit: &Unit,
+    (begin, end): (Val, Val),
+    line: Val,
+    generator: Option<[Val; 2]>,
+    row: Val,
+    mut value: impl FnMut(&mut Kernel, Val, Val, &dyn Fn(&mut Kernel, Val) -> Val) -> Val,
+) {
+    let Some(generator) = generator else {
+        k.each(begin, end, LANES, |k, at| {
+            let place = k.add(line, at);
+            let y = value(k, place, at, &|_, x| x);
+            k.store_vector(y, unit.rows, place);
+        });
+        return;
+    };
+    let (token, head, stream) = (k.add(unit.start, row), unit.head, unit.stream);
+    let [token, head, stream] = [token, head, stream].map(|x| {
+        let x = k.to_i32(x);
+        k.splat(x, LANES)
+    });
+    k.each(begin, end, STEP, |k, j| {
+        let four = k.index(4);
+        let first = k.div(j, four);
+        let first = k.to_i32(first);
+        let first = k.splat(first, LANES);
+        let lanes = k.lane_numbers();
+        let columns = k.add(first, lanes);
+        let [a, b, c, d] = philox(k, [columns, token, head, stream], generator);
+        let (even, odd) = (k.interleave(a, c), k.interleave(b, d));
+        let words = k.interleave(even, odd);
+        for part in 0..4 {
+            let offset = k.index(part * LANES);
+            let at = k.add(j, offset);
+            let place = k.add(line, at);
+            let word = k.part(words, part * LANES, LANES);
+            let y = value(k, place, at, &|k, x| drop(k, x, word, unit.form.p));
+            k.store_vector(y, unit.rows, place);
+        }
+    });
+}
+
+/// x / (1 − p) where the word keeps it, else 0.
+fn drop(k: &mut Kernel, x: Val, word: Val, p: f64) -> Val {
+    let threshold = k.int(i64::from(dropout_threshold(p) as i32), word.ty);
+    let kept = k.at_least_unsigned(word, threshold);
+    let grown = k.float(1.0 / (1.0 - p), VECTOR);
+    let grown = k.mul(x, grown);
+    let zero = k.float(0.0, VECTOR);
+    k.select(kept, grown, zero)
+}
+
+/// 0 in lanes from `limit` on; what stands there may be anything.
+fn only_below(k: &mut Kernel, x: Val, at: Val, limit: Val) -> Val {
+    let left = k.sub(limit, at);
+    let mask = k.mask(left, LANES);
+    let zero = k.float(0.0, VECTOR);
+    k.select(mask, x, zero)
+}
+
+/// The adjoint of keys or values: lanes run over queries.
+fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
+    let zero = k.index(0);
+    let &[q, keys, v, lse, df, r_buf, ..] = unit.operands else { unreachable!("six operands and more") };
+    let generator = unit.keys(k);
+    transpose(k, unit, q, unit.width, unit.first);
+    if !values {
+        transpose(k, unit, df, unit.wide, unit.second);
+    }
+    k.each(zero, unit.length, ROWS, |k, j| {
+        let block = unit.block(k, j);
+        // Queries before the first key do not see it; vectors begin where products do.
+        let begin = if unit.form.causal {
+            let step = k.index(VECTORS * LANES);
+            let steps = k.div(j, step);
+            k.mul(steps, step)
+        } else {
+            zero
+        };
+        product(k, unit, keys, &block, unit.width, unit.first, (begin, unit.length), (unit.scores, unit.form.scale));
+        if !values {
+            product(k, unit, v, &block, unit.wide, unit.second, (begin, unit.length), (unit.products, 1.0));
+        }
+        let lines: Vec<[Val; 2]> =
+            (0..ROWS).map(|r| [unit.line(k, unit.scores, r), unit.line(k, unit.products, r)]).collect();
+        k.each(begin, unit.length, LANES, |k, i| {
+            let left = k.sub(unit.length, i);
+            let mask = k.mask(left, LANES);
+            let place = k.add(unit.row, i);
+            let (lse, correction) = (k.load_lanes(lse, place, mask), k.load_lanes(r_buf, place, mask));
+            let numbers = k.lane_numbers();
+            let words = generator.map(|generator| {
+                // One call for a query decides over the block's four keys.
+                let four = k.index(4);
+                let column = k.div(j, four);
+                let token = k.add(unit.start, i);
+                let [column, token, head, stream] = [column, token, unit.head, unit.stream].map(|x| {
+                    let x = k.to_i32(x);
+                    k.splat(x, LANES)
+                });
+                let token = k.add(token, numbers);
+                philox(k, [column, token, head, stream], generator)
+            });
+            let by = k.float(unit.form.scale, VECTOR);
+            let nothing = k.float(0.0, VECTOR);
+            for (r, &[line, beside]) in lines.iter().enumerate() {
+                let place = k.add(line, i);
+                let s = k.load_vector(unit.rows, place, LANES);
+                let s = k.sub(s, lse);
+                let w = math::exp(k, s);
+                let dropped = |k: &mut Kernel, x: Val| match words {
+                    Some(words) => drop(k, x, words[r], unit.form.p),
+                    None => x,
+                };
+                let mut y = if values {
+                    dropped(k, w)
+                } else {
+                    let place = k.add(beside, i);
+                    let dp = k.load_vector(unit.rows, place, LANES);
+                    let dp = dropped(k, dp);
+                    let ds = k.add(dp, correction);
+                    let ds = k.mul(ds, w);
+                    k.mul(ds, by)
+                };
+                y = k.select(mask, y, nothing);
+                if unit.form.causal {
+                    // Query i + lane sees key j + r from i + lane = j + r on.
+                    let (first, key) = (k.to_i32(i), k.to_i32(block[r]));
+                    let (first, key) = (k.splat(first, LANES), k.splat(key, LANES));
+                    let query = k.add(numbers, first);
+                    let earlier = k.compare(query, Order::Lt, key);
+                    debug_assert_eq!(query.ty, I32.times(LANES));
+                    y = k.select(earlier, nothing, y);
+                }
+                k.store_vector(y, unit.rows, place);
+            }
+        });
+        let from = if unit.form.causal { j } else { zero };
+        let (side, width) = if values { (df, unit.wide) } else { (q, unit.width) };
+        weighted(k, unit, j, (from, unit.length), side, width);
+    });
+}
