@@ -25,7 +25,7 @@ SMALL_LIMIT := 25000000
 .PHONY: help setup build demo test test-full interop bench bench-sst2 small clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 setup: ## install what the build needs (quick when it is there)
 	@missing=$$(for package in $(PACKAGES); do \
