@@ -338,6 +338,39 @@ fn what_is_drawn_and_frozen_wants_its_seed() {
     assert_eq!((same.code, same.out), (0, ran.out), "{}", same.err);
 }
 
+/// Tensors of the backbone that train take their own place, and what folds goes beside them.
+#[test]
+fn merge_takes_up_backbone_tensors() {
+    let bench = Bench::new();
+    let (spec, weights) = tiny_bert(&bench, |_| {});
+    let source = fs::read_to_string(&spec).expect("readable");
+    let data = bench.write("data.tsv", "good film\t1\nbad film\t0\n");
+    let plain = bench.write("plain.peft", source.replace("tune { every attention { lora(rank: 2) on q } }\n", ""));
+    let (run, out) = (bench.path("run"), bench.path("out"));
+    for (tune, folded) in
+        [("bitfit()", "0 projections"), ("bitfit() every ffn { ia3() }", "1 projections"), ("full()", "")]
+    {
+        fs::write(&spec, source.replace("every attention { lora(rank: 2) on q }", tune)).expect("written");
+        let given = ["--weights", text(&weights), "--data", text(&data)];
+        let train = ["train", text(&spec), "--set", "train.lr=0.05", "--out", text(&run)];
+        let ran = bench.peftc(train.iter().chain(&given));
+        assert_eq!(ran.code, 0, "{tune}: {}", ran.err);
+        let merge = ["merge", text(&spec), "--weights", text(&weights), "--adapter", text(&run), "-o", text(&out)];
+        let ran = bench.peftc(merge);
+        assert_eq!(ran.code, 0, "{tune}: {}", ran.err);
+        assert!(ran.out.contains("trained tensors"), "{tune}: {}", ran.out);
+        assert_eq!(ran.out.contains(folded), !folded.starts_with('0'), "{tune}: {}", ran.out);
+        let eval = |spec: &Path, more: &[&str]| {
+            let all = ["eval", text(spec), "--data", text(&data)];
+            let ran = bench.peftc(all.iter().chain(more));
+            assert_eq!(ran.code, 0, "{tune}: {}", ran.err);
+            ran.out
+        };
+        let trained = eval(&spec, &["--weights", text(&weights), "--adapter", text(&run)]);
+        assert_eq!(eval(&plain, &["--weights", text(&out)]), trained, "{tune}");
+    }
+}
+
 #[test]
 fn train_eval_and_bad_input() {
     let bench = Bench::new();
