@@ -107,8 +107,7 @@ fn peak_kernel() -> String {
     let list = |text: &dyn Fn(u64) -> String| (0..PEAK_SUMS).map(text).collect::<Vec<_>>().join(", ");
     let ty = "vector<16xf32>";
     let types = list(&|_| ty.into());
-    let steps: String =
-        (0..PEAK_SUMS).map(|i| format!("      %n{i} = math.fma %x, %x, %s{i} : {ty}\n")).collect();
+    let steps: String = (0..PEAK_SUMS).map(|i| format!("      %n{i} = math.fma %x, %x, %s{i} : {ty}\n")).collect();
     let adds: String = (1..PEAK_SUMS)
         .map(|i| {
             let before = if i == 1 { "%r#0".into() } else { format!("%t{}", i - 1) };
