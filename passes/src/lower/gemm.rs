@@ -34,7 +34,7 @@ const ROWS: u64 = 112;
 /// Steps along k between two visits of the result: 256 rows of a column panel are 32 KiB.
 const DEPTH: u64 = 256;
 /// Column panels of a unit: what is read of A serves all of them.
-const PANELS: u64 = 8;
+const PANELS: u64 = 4;
 /// The same where all rows are one unit's, so that there are units to share.
 const PANELS_OF_FEW_ROWS: u64 = 2;
 
@@ -275,9 +275,10 @@ fn gemm(name: &str, form: Form) -> String {
         let rows_of_a = k.scratch(form.room() * (ROWS / tile.rows));
         let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns()) };
         k.units(|k, unit| {
-            let group = k.rem(unit, groups);
-            let rest = k.div(unit, groups);
-            let (batch, row) = (k.div(rest, blocks), k.rem(rest, blocks));
+            // Neighbours share their part of B: it is read from memory once.
+            let row = k.rem(unit, blocks);
+            let rest = k.div(unit, blocks);
+            let (batch, group) = (k.div(rest, groups), k.rem(rest, groups));
             let (zero, one, size) = (k.index(0), k.index(1), k.index(ROWS));
             let row = k.mul(row, size);
             let rows = k.sub(m, row);
