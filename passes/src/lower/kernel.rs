@@ -351,6 +351,14 @@ impl Kernel {
 
     // Memory.
 
+    /// `n` floats of the kernel's own, on its stack: to be asked for outside of loops.
+    pub fn scratch(&mut self, n: u64) -> Buf {
+        let (room, flat) = (self.fresh(F32), self.fresh(F32));
+        self.line(format_args!("{room} = memref.alloca() {{alignment = 64 : i64}} : memref<{n}xf32>"));
+        self.line(format_args!("{flat} = memref.cast {room} : memref<{n}xf32> to memref<?xf32>"));
+        Buf { id: flat.id, element: Element::F32 }
+    }
+
     pub fn load(&mut self, from: Buf, at: Val) -> Val {
         self.emit(from.scalar(), format_args!("memref.load %{}[{at}] : {from}", from.id))
     }
@@ -453,9 +461,17 @@ impl Kernel {
     }
 
     pub fn when(&mut self, condition: Val, body: impl FnOnce(&mut Kernel)) {
+        self.branch(condition, body, |_| {});
+    }
+
+    pub fn branch(&mut self, condition: Val, yes: impl FnOnce(&mut Kernel), no: impl FnOnce(&mut Kernel)) {
         self.line(format_args!("scf.if {condition} {{"));
         self.depth += 1;
-        body(self);
+        yes(self);
+        self.depth -= 1;
+        self.line(format_args!("}} else {{"));
+        self.depth += 1;
+        no(self);
         self.depth -= 1;
         self.line(format_args!("}}"));
     }

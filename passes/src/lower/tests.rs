@@ -216,6 +216,33 @@ fn forward_only() {
     compare(&all.collect::<Vec<_>>(), 2, CLOSE);
 }
 
+/// Sizes around the tiles, the rows of a unit and the blocks along k; operands lying either way, weights
+/// packed beforehand and not, one result and several.
+#[test]
+fn products_of_awkward_sizes() {
+    let mut graphs = vec![];
+    let sizes = [(1, 1, 1), (1, 520, 130), (4, 3, 65), (7, 256, 5), (15, 1, 17), (29, 5, 16), (28, 257, 1)];
+    for (m, k, n) in sizes.into_iter().chain([(113, 9, 33), (225, 6, 12), (14, 300, 32)]) {
+        for (transpose_x, transpose_y) in [(false, false), (false, true), (true, false), (true, true)] {
+            let op = Op::Matmul { transpose_x, transpose_y };
+            let turned = |a, b, turned| if turned { [b, a] } else { [a, b] };
+            let (x, y) = (turned(m, k, transpose_x), turned(k, n, transpose_y));
+            for heads in [None, Some(2)] {
+                let ty =
+                    |shape: [u64; 2]| Type::f32(heads.into_iter().chain(shape).map(Dim::Const).collect::<Vec<_>>());
+                graphs.push((differentiate(&single(op.clone(), &[ty(x), ty(y)])).expect("differentiable"), vec![1]));
+            }
+            let mut graph = Graph::new("frozen");
+            let ty = |shape: [u64; 2]| Type::f32(shape.map(Dim::Const));
+            let (x, y) = (graph.arg("x", Role::Input, None, ty(x)), graph.arg("y", Role::Frozen, None, ty(y)));
+            let z = graph.push(op, &[x, y], &Location::default()).expect("fits");
+            graph.outputs.push(("z".into(), z));
+            graphs.push((graph, vec![1]));
+        }
+    }
+    compare(&graphs, 2, CLOSE);
+}
+
 /// With and without dropout, whole and causal, over lengths that fill no block of rows and no step of lanes.
 #[test]
 fn attention_without_its_square() {

@@ -1,0 +1,220 @@
+//! GFLOP/s of the products that tuning consists of, packing included, beside this machine's own peak.
+//!
+//! ```text
+//! cargo bench -p peft-passes --bench matmul
+//! ```
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
+use peft_passes::{codegen, lower};
+use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Storage, Tensor};
+use peft_runtime::{Inputs, Numbers, Profile, Program, Session};
+
+/// Rounds over all products; the least time of each counts.
+const ROUNDS: usize = 12;
+
+/// One product. Operands that hold tokens are computed beforehand, the others are weights.
+struct Product {
+    name: &'static str,
+    tokens: u64,
+    x: Type,
+    y: Type,
+    transpose: (bool, bool),
+    frozen: bool,
+    /// Multiplications for a token.
+    size: u64,
+}
+
+fn products() -> Vec<Product> {
+    use Dim::{Const, Tokens};
+    let product = |name, tokens, x: &[Dim], y: &[Dim], transpose, frozen, size| {
+        let (x, y) = (Type::f32(x.to_vec()), Type::f32(y.to_vec()));
+        Product { name, tokens, x, y, transpose, frozen, size }
+    };
+    let forward = |name, tokens, k, n| {
+        product(name, tokens, &[Tokens, Const(k)], &[Const(k), Const(n)], (false, false), true, k * n)
+    };
+    let back = |name, tokens, k, n| {
+        product(name, tokens, &[Tokens, Const(k)], &[Const(n), Const(k)], (false, true), true, k * n)
+    };
+    let trained = |name, tokens, k, n| {
+        product(name, tokens, &[Tokens, Const(k)], &[Const(k), Const(n)], (false, false), false, k * n)
+    };
+    let gradient = |name, tokens, m, n| {
+        product(name, tokens, &[Tokens, Const(m)], &[Tokens, Const(n)], (true, false), false, m * n)
+    };
+    let heads = |name, tokens, k, n| {
+        let (x, y) = ([Const(12), Tokens, Const(k)], [Const(12), Const(k), Const(n)]);
+        product(name, tokens, &x, &y, (false, false), false, 12 * k * n)
+    };
+    let heads_gradient = |name, tokens, m, n| {
+        let (x, y) = ([Const(12), Tokens, Const(m)], [Const(12), Tokens, Const(n)]);
+        product(name, tokens, &x, &y, (true, false), false, 12 * m * n)
+    };
+    vec![
+        forward("1300 × 768 × 768", 1300, 768, 768),
+        forward("1300 × 768 × 2304", 1300, 768, 2304),
+        forward("1300 × 768 × 3072", 1300, 768, 3072),
+        forward("1300 × 3072 × 768", 1300, 3072, 768),
+        back("1300 × 3072 × 768, Wᵀ", 1300, 3072, 768),
+        back("500 × 768 × 50257, Wᵀ", 500, 768, 50257),
+        forward("500 × 50257 × 768", 500, 50257, 768),
+        forward("64 × 768 × 768", 64, 768, 768),
+        trained("1300 × 768 × 24", 1300, 768, 24),
+        trained("1300 × 768 × 4", 1300, 768, 4),
+        trained("1300 × 24 × 768", 1300, 24, 768),
+        trained("1300 × 4 × 768", 1300, 4, 768),
+        gradient("768 × 1300 × 24, xᵀ", 1300, 768, 24),
+        gradient("24 × 1300 × 768, xᵀ", 1300, 24, 768),
+        gradient("4 × 1300 × 768, xᵀ", 1300, 4, 768),
+        heads("12 × 1300 × 64 × 12", 1300, 64, 12),
+        heads("12 × 1300 × 12 × 64", 1300, 12, 64),
+        heads_gradient("12 × 64 × 1300 × 12, xᵀ", 1300, 64, 12),
+    ]
+}
+
+impl Product {
+    fn graph(&self, index: usize) -> Graph {
+        let mut graph = Graph::new(self.name);
+        let at = Location::default();
+        let mut operand = |side: &str, ty: &Type| {
+            let tokens = ty.shape.contains(&Dim::Tokens);
+            let role = match self.frozen {
+                _ if tokens => Role::Input,
+                true => Role::Frozen,
+                false => Role::Trainable,
+            };
+            let arg = graph.arg(format!("{side}{index}"), role, None, ty.clone());
+            // Into memory of the session's own.
+            if tokens { graph.push(Op::Scale { by: 0.5 }, &[arg], &at).expect("fits") } else { arg }
+        };
+        let (x, y) = (operand("x", &self.x), operand("y", &self.y));
+        let (transpose_x, transpose_y) = self.transpose;
+        let z = graph.push(Op::Matmul { transpose_x, transpose_y }, &[x, y], &at).expect("fits");
+        graph.outputs.push(("z".into(), z));
+        graph
+    }
+}
+
+/// A kernel of nothing but multiplications and additions in registers.
+const PEAK_SUMS: u64 = 24;
+const PEAK_STEPS: u64 = 2_000_000;
+const PEAK_UNITS: u64 = 64;
+
+fn peak_kernel() -> String {
+    let list = |text: &dyn Fn(u64) -> String| (0..PEAK_SUMS).map(text).collect::<Vec<_>>().join(", ");
+    let ty = "vector<16xf32>";
+    let types = list(&|_| ty.into());
+    let steps: String = (0..PEAK_SUMS).map(|i| format!("      %n{i} = math.fma %x, %x, %s{i} : {ty}\n")).collect();
+    let adds: String = (1..PEAK_SUMS)
+        .map(|i| {
+            let before = if i == 1 { "%r#0".into() } else { format!("%t{}", i - 1) };
+            format!("      %t{i} = arith.addf {before}, %r#{i} : {ty}\n")
+        })
+        .collect();
+    format!(
+        r#"  func.func @peak(%out: memref<?xf32>, %steps: index, %begin: index, %end: index)
+      attributes {{llvm.emit_c_interface, passthrough = ["noinline", ["prefer-vector-width", "512"]]}} {{
+    %zero = arith.constant 0 : index
+    %one = arith.constant 1 : index
+    %lanes = arith.constant 16 : index
+    scf.for %unit = %begin to %end step %one {{
+      %place = arith.muli %unit, %lanes : index
+      %x = vector.load %out[%place] : memref<?xf32>, {ty}
+      %r:{PEAK_SUMS} = scf.for %i = %zero to %steps step %one iter_args({}) -> ({types}) {{
+{steps}        scf.yield {} : {types}
+      }}
+{adds}      vector.store %t{}, %out[%place] : memref<?xf32>, {ty}
+    }}
+    return
+  }}
+"#,
+        list(&|i| format!("%s{i} = %x")),
+        list(&|i| format!("%n{i}")),
+        PEAK_SUMS - 1,
+    )
+}
+
+fn main() {
+    let products = products();
+    let graphs: Vec<Graph> = products.iter().enumerate().map(|(i, p)| p.graph(i)).collect();
+    let mut tensors = vec![];
+    for graph in &graphs {
+        for arg in graph.args.iter().filter(|a| a.role != Role::Input) {
+            let shape: Vec<u64> = graph.ty(arg.value).shape.iter().filter_map(|d| d.constant()).collect();
+            let trainable = (arg.role == Role::Trainable).then(|| (0, shape[0]));
+            tensors.push(Tensor { name: arg.name.clone(), shape, trainable, decay: false });
+        }
+    }
+    let entries: Vec<(&str, &Graph)> = products.iter().map(|p| p.name).zip(&graphs).collect();
+    let mut lowered = lower::lower(&entries, &tensors).expect("lowered");
+    add_peak(&mut lowered);
+
+    let folder = tempfile::tempdir().expect("a directory");
+    let library = folder.path().join("kernels.so");
+    codegen::compile(&lowered.kernels, &library).unwrap_or_else(|e| panic!("{e}"));
+    let numbers = |n: usize| (0..n).map(|i| ((i * 7919 % 1001) as f32 - 500.0) / 1000.0);
+    let weights = tensors.iter().map(|t| {
+        let count = t.shape.iter().product::<u64>() as usize;
+        let mut data = Numbers::zeros(count);
+        data.iter_mut().zip(numbers(count)).for_each(|(to, x)| *to = x);
+        data
+    });
+    let weights = weights.collect();
+    let program = Program::new(lowered.manifest, &library).expect("loads");
+    let mut session = Session::new(program, weights, 0).expect("a session");
+
+    let mut best: HashMap<&str, Duration> = HashMap::new();
+    for _ in 0..ROUNDS {
+        let inputs = Inputs { lengths: vec![1], ..Inputs::default() };
+        timed(&mut session, "peak", &inputs, &mut best);
+        for (i, product) in products.iter().enumerate() {
+            let mut floats = BTreeMap::new();
+            for (side, ty) in [("x", &product.x), ("y", &product.y)] {
+                if ty.shape.contains(&Dim::Tokens) {
+                    let count = ty.shape.iter().map(|d| d.constant().unwrap_or(product.tokens)).product::<u64>();
+                    floats.insert(format!("{side}{i}"), numbers(count as usize).collect());
+                }
+            }
+            let inputs = Inputs { lengths: vec![product.tokens as i32], floats, ..Inputs::default() };
+            timed(&mut session, product.name, &inputs, &mut best);
+        }
+    }
+    let speed = |name: &str, flops: u64| flops as f64 / best[name].as_secs_f64() / 1e9;
+    let peak = speed("peak", 2 * 16 * PEAK_SUMS * PEAK_STEPS / PEAK_UNITS * PEAK_UNITS);
+    println!("{:<28}{peak:>9.1} GFLOP/s", "FMA in registers");
+    for product in &products {
+        let speed = speed(product.name, 2 * product.tokens * product.size);
+        println!("{:<28}{speed:>9.1} GFLOP/s {:>6.1}%", product.name, 100.0 * speed / peak);
+    }
+}
+
+/// The kernel of the peak as one more entry.
+fn add_peak(lowered: &mut lower::Lowered) {
+    let manifest = &mut lowered.manifest;
+    lowered.kernels.push(peak_kernel());
+    manifest.kernels.push("peak".into());
+    // As large as what the runtime shares among threads.
+    let shape = vec![Extent::Const(16 * PEAK_UNITS * 8)];
+    manifest.buffers.push(Buffer { element: Element::F32, shape, storage: Storage::Temporary });
+    let launch = Launch {
+        kernel: manifest.kernels.len() - 1,
+        buffers: vec![manifest.buffers.len() - 1],
+        extents: vec![Extent::Const(PEAK_STEPS / PEAK_UNITS)],
+        units: Extent::Const(PEAK_UNITS),
+        op: "matmul".into(),
+    };
+    manifest.entries.insert("peak".into(), Entry { launches: vec![launch], outputs: vec![] });
+}
+
+/// One run of `entry`, of which the product and its packing count.
+fn timed<'a>(session: &mut Session, entry: &'a str, inputs: &Inputs, best: &mut HashMap<&'a str, Duration>) {
+    session.profile = Some(Profile::new());
+    session.run(entry, inputs).unwrap_or_else(|e| panic!("{entry}: {e}"));
+    let profile = session.profile.take().unwrap_or_default();
+    let time = profile.iter().filter(|(op, _)| ["matmul", "pack"].contains(&op.as_str())).map(|(_, t)| t.0).sum();
+    let least = best.entry(entry).or_insert(time);
+    *least = time.min(*least);
+}
