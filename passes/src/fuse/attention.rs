@@ -32,7 +32,7 @@ pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<V
         }
         Op::AttendTransposed { .. } => {
             if let Some((weights, drop)) = dropped_weights(new, operands[0]) {
-                return values_adjoint(new, weights, drop, operands[1]);
+                return values_adjoint(new, weights, drop, operands[1]).map(Some);
             }
             match adjoint(new, operands[0])? {
                 Some(ds) if ds.weights.q == operands[1] => ds.vjp(new, 1).map(Some),
@@ -171,7 +171,7 @@ fn adjoint(new: &mut Rewriter, value: Value) -> Result<Option<Adjoint>, String> 
 }
 
 /// attend_transposed(d(w), df): neither v nor r have a part in it, so df and lse stand in for them.
-fn values_adjoint(new: &mut Rewriter, weights: Weights, drop: Drop, df: Value) -> Result<Option<Value>, String> {
+fn values_adjoint(new: &mut Rewriter, weights: Weights, drop: Drop, df: Value) -> Result<Value, String> {
     let row = weights.lse(new)?;
-    Adjoint { weights, drop, df, v: df, row }.vjp(new, 2).map(Some)
+    Adjoint { weights, drop, df, v: df, row }.vjp(new, 2)
 }

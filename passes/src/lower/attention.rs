@@ -8,9 +8,9 @@ use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define, first};
 use super::{Lowering, dim_extent, extents};
 
 /// Rows of a block: their sums stay in registers.
-const ROWS: u64 = 4;
+pub(super) const ROWS: u64 = 4;
 /// Vectors of a block.
-const VECTORS: u64 = 2;
+pub(super) const VECTORS: u64 = 2;
 
 impl Lowering<'_, '_, '_> {
     /// s_ij = q_i · k_j. The keys are transposed first, so that lanes run along j.
@@ -66,19 +66,17 @@ impl Lowering<'_, '_, '_> {
 }
 
 /// One head of one sequence.
-struct Head {
-    head: Val,
+pub(super) struct Segment {
+    pub head: Val,
     /// First token of the sequence, and how many it has.
-    start: Val,
-    length: Val,
+    pub start: Val,
+    pub length: Val,
     /// Its first row in `[heads, tokens, ·]`.
-    row: Val,
-    /// Its scores in `[heads, tokens, keys]`: `length` rows of `length`.
-    square: Val,
+    pub row: Val,
 }
 
-impl Head {
-    fn of(k: &mut Kernel, unit: Val, tokens: Val, all_pairs: Val, sequences: Val, offsets: Buf, pairs: Buf) -> Head {
+impl Segment {
+    pub fn of(k: &mut Kernel, unit: Val, tokens: Val, sequences: Val, offsets: Buf) -> Segment {
         let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
         let one = k.index(1);
         let next = k.add(sequence, one);
@@ -86,14 +84,11 @@ impl Head {
         let length = k.sub(end, start);
         let row = k.mul(head, tokens);
         let row = k.add(row, start);
-        let square = k.mul(head, all_pairs);
-        let before = k.load_index(pairs, start);
-        let square = k.add(square, before);
-        Head { head, start, length, row, square }
+        Segment { head, start, length, row }
     }
 
-    /// Rows `i ..` of a block; beyond the last row it is the last one again, with the same result.
-    fn rows(&self, k: &mut Kernel, i: Val) -> Vec<Val> {
+    /// Rows `i ..` of a block; beyond the last row it is the last one again.
+    pub fn rows(&self, k: &mut Kernel, i: Val) -> Vec<Val> {
         let one = k.index(1);
         let last = k.sub(self.length, one);
         let row = |r| {
@@ -105,13 +100,30 @@ impl Head {
     }
 }
 
-fn zeros(k: &mut Kernel) -> Vec<Val> {
+/// A segment with its square.
+struct Head {
+    segment: Segment,
+    /// Its scores in `[heads, tokens, keys]`: `length` rows of `length`.
+    square: Val,
+}
+
+impl Head {
+    fn of(k: &mut Kernel, unit: Val, tokens: Val, all_pairs: Val, sequences: Val, offsets: Buf, pairs: Buf) -> Head {
+        let segment = Segment::of(k, unit, tokens, sequences, offsets);
+        let square = k.mul(segment.head, all_pairs);
+        let before = k.load_index(pairs, segment.start);
+        let square = k.add(square, before);
+        Head { segment, square }
+    }
+}
+
+pub(super) fn zeros(k: &mut Kernel) -> Vec<Val> {
     let zero = k.float(0.0, F32.times(LANES));
     vec![zero; (ROWS * VECTORS) as usize]
 }
 
 /// Offsets and masks of the vectors at `j` of a row of `length`.
-fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
+pub(super) fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
     let vector = |v: u64| {
         let offset = k.index(v * LANES);
         let at = k.add(j, offset);
@@ -122,24 +134,24 @@ fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
 }
 
 fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, width: Val, causal: bool) {
-    let zero = k.index(0);
-    k.each(zero, head.length, ROWS, |k, i| {
-        let rows = head.rows(k, i);
+    let (zero, segment) = (k.index(0), &head.segment);
+    k.each(zero, segment.length, ROWS, |k, i| {
+        let rows = segment.rows(k, i);
         let queries: Vec<Val> = rows
             .iter()
             .map(|&row| {
-                let row = k.add(head.row, row);
+                let row = k.add(segment.row, row);
                 k.mul(row, width)
             })
             .collect();
-        k.each(zero, head.length, VECTORS * LANES, |k, j| {
-            let vectors = vectors(k, j, head.length);
+        k.each(zero, segment.length, VECTORS * LANES, |k, j| {
+            let vectors = vectors(k, j, segment.length);
             let start = zeros(k);
             let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
-                let line = k.mul(head.head, width);
+                let line = k.mul(segment.head, width);
                 let line = k.add(line, e);
                 let line = k.mul(line, tokens);
-                let line = k.add(line, head.start);
+                let line = k.add(line, segment.start);
                 let columns: Vec<Val> = vectors
                     .iter()
                     .map(|&(at, mask)| {
@@ -147,19 +159,14 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
                         k.load_lanes(keys, place, mask)
                     })
                     .collect();
-                let mut next = vec![];
-                for (r, &query) in queries.iter().enumerate() {
-                    let place = k.add(query, e);
-                    let x = k.load(q, place);
-                    let x = k.splat(x, LANES);
-                    for (v, &column) in columns.iter().enumerate() {
-                        next.push(k.fma(x, column, sums[r * VECTORS as usize + v]));
-                    }
-                }
-                next
+                let x = |k: &mut Kernel, r: usize| {
+                    let place = k.add(queries[r], e);
+                    k.load(q, place)
+                };
+                k.outer(ROWS, x, &columns, sums)
             });
             for (r, &row) in rows.iter().enumerate() {
-                let base = k.mul(row, head.length);
+                let base = k.mul(row, segment.length);
                 let base = k.add(head.square, base);
                 for (v, &(at, mask)) in vectors.iter().enumerate() {
                     let mut score = sums[r * VECTORS as usize + v];
@@ -187,24 +194,24 @@ fn unless_later(k: &mut Kernel, score: Val, at: Val, row: Val) -> Val {
 }
 
 fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal: bool, transposed: bool) {
-    let zero = k.index(0);
-    k.each(zero, head.length, ROWS, |k, i| {
-        let rows = head.rows(k, i);
+    let (zero, segment) = (k.index(0), &head.segment);
+    k.each(zero, segment.length, ROWS, |k, i| {
+        let rows = segment.rows(k, i);
         // Which rows of v this block of results has a weight for.
         let (from, to) = match (causal, transposed) {
-            (false, _) => (zero, head.length),
+            (false, _) => (zero, segment.length),
             (true, false) => {
                 let block = k.index(ROWS);
                 let end = k.add(i, block);
-                (zero, k.min(end, head.length))
+                (zero, k.min(end, segment.length))
             }
-            (true, true) => (i, head.length),
+            (true, true) => (i, segment.length),
         };
         k.each(zero, width, VECTORS * LANES, |k, e| {
             let vectors = vectors(k, e, width);
             let start = zeros(k);
             let sums = k.fold(from, to, 1, &start, |k, j, sums| {
-                let line = k.add(head.row, j);
+                let line = k.add(segment.row, j);
                 let line = k.mul(line, width);
                 let values: Vec<Val> = vectors
                     .iter()
@@ -213,27 +220,23 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
                         k.load_lanes(v, place, mask)
                     })
                     .collect();
-                let mut next = vec![];
-                for (r, &row) in rows.iter().enumerate() {
-                    let (query, key) = if transposed { (j, row) } else { (row, j) };
-                    let place = k.mul(query, head.length);
+                let weight = |k: &mut Kernel, r: usize| {
+                    let (query, key) = if transposed { (j, rows[r]) } else { (rows[r], j) };
+                    let place = k.mul(query, segment.length);
                     let place = k.add(place, key);
                     let place = k.add(place, head.square);
-                    let mut weight = k.load(w, place);
-                    if causal {
-                        let later = k.compare(key, Order::Gt, query);
-                        let nothing = k.float(0.0, F32);
-                        weight = k.select(later, nothing, weight);
+                    let weight = k.load(w, place);
+                    if !causal {
+                        return weight;
                     }
-                    let weight = k.splat(weight, LANES);
-                    for (c, &value) in values.iter().enumerate() {
-                        next.push(k.fma(weight, value, sums[r * VECTORS as usize + c]));
-                    }
-                }
-                next
+                    let later = k.compare(key, Order::Gt, query);
+                    let nothing = k.float(0.0, F32);
+                    k.select(later, nothing, weight)
+                };
+                k.outer(ROWS, weight, &values, sums)
             });
             for (r, &row) in rows.iter().enumerate() {
-                let line = k.add(head.row, row);
+                let line = k.add(segment.row, row);
                 let line = k.mul(line, width);
                 for (c, &(at, mask)) in vectors.iter().enumerate() {
                     let place = k.add(line, at);

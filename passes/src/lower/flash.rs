@@ -12,22 +12,22 @@
 
 use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent};
-use peft_runtime::philox::dropout_threshold;
 
+use super::attention::{ROWS, Segment, VECTORS, vectors, zeros};
 use super::kernel::{Buf, I32, Kernel, LANES, Order, VECTOR, Val, define};
-use super::map::philox;
+use super::random::{self, DRAWN};
+use super::rows;
+use super::span::Span;
 use super::{Lowering, dim_extent, math};
 
-/// Rows of a block. A call of the generator decides over as many neighbours.
-const ROWS: u64 = 4;
-/// Vectors of a block of products.
-const VECTORS: u64 = 2;
-/// Lengths are rounded up to this many, so that vectors need no masks: what one call on a vector decides over.
-const STEP: u64 = 4 * LANES;
+/// Lengths are rounded up to this many, so that vectors need no masks: what one call of the generator decides over.
+const STEP: u64 = DRAWN;
+// A call decides over four neighbours of a query: the keys of a block.
+const _: () = assert!(ROWS == 4 && STEP.is_multiple_of(VECTORS * LANES));
 
 /// What a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
-enum Result {
+pub enum Part {
     Forward,
     Lse,
     /// The adjoint of operand 0, 1 or 2.
@@ -44,44 +44,24 @@ pub struct Form {
 }
 
 impl Lowering<'_, '_, '_> {
-    pub(super) fn attention(&mut self, operands: &[BufferId], of: [Value; 2], form: Form, stream: u32, result: Value) {
-        self.flash(Result::Forward, operands, of, form, stream, result);
-    }
-
-    pub(super) fn attention_lse(&mut self, operands: &[BufferId], of: [Value; 2], form: Form, result: Value) {
-        self.flash(Result::Lse, operands, of, form, 0, result);
-    }
-
-    pub(super) fn attention_vjp(
-        &mut self,
-        adjoint: usize,
-        operands: &[BufferId],
-        of: [Value; 2],
-        form: Form,
-        stream: u32,
-        result: Value,
-    ) {
-        self.flash(Result::Adjoint(adjoint), operands, of, form, stream, result);
-    }
-
-    /// `of`: the queries and the values, for their shapes.
-    fn flash(&mut self, what: Result, operands: &[BufferId], of: [Value; 2], form: Form, stream: u32, result: Value) {
+    /// `operands` begin with the queries and the keys; what comes third is as wide as the values.
+    pub(super) fn flash(&mut self, part: Part, operands: &[Value], form: Form, stream: u32, result: Value) {
         let out = self.result(result);
-        let [query, value] = of.map(|v| self.ty(v).shape.clone());
+        let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         // Room for every sequence, its length rounded up.
         let places = heads.clone() * (Extent::Tokens + Extent::Const(STEP) * Extent::Sequences);
         let first = self.scratch(vec![places.clone() * width.clone()]);
         let second = self.scratch(vec![places.clone() * wide.clone()]);
         let rows = self.scratch(vec![places * Extent::Const(2 * ROWS)]);
-        let stem = match what {
-            Result::Forward => "attention".to_string(),
-            Result::Lse => "attention_lse".to_string(),
-            Result::Adjoint(of) => format!("attention_vjp{of}"),
+        let stem = match part {
+            Part::Forward => "attention".to_string(),
+            Part::Lse => "attention_lse".to_string(),
+            Part::Adjoint(of) => format!("attention_vjp{of}"),
         };
         let causal = if form.causal { "_causal" } else { "" };
         let name = format!("{stem}{causal}_{:x}_{:x}", form.scale.to_bits(), form.p.to_bits());
-        let drops = form.p > 0.0 && what != Result::Lse;
+        let drops = form.p > 0.0 && part != Part::Lse;
         let floats = operands.len() - usize::from(drops);
         let mut elements = vec![Element::F32; floats];
         elements.extend(drops.then_some(Element::I32));
@@ -92,16 +72,16 @@ impl Lowering<'_, '_, '_> {
                 let &[out, first, second, rows, offsets] = rest else { unreachable!("as listed above") };
                 k.units(|k, unit| {
                     let unit = Unit::of(k, unit, operands, [first, second, rows], out, offsets, sizes, form, drops);
-                    match what {
-                        Result::Forward => forward(k, &unit),
-                        Result::Lse => lse(k, &unit),
-                        Result::Adjoint(0) => over_keys(k, &unit),
-                        Result::Adjoint(of) => over_queries(k, &unit, of == 2),
+                    match part {
+                        Part::Forward => forward(k, &unit),
+                        Part::Lse => lse(k, &unit),
+                        Part::Adjoint(0) => over_keys(k, &unit),
+                        Part::Adjoint(of) => over_queries(k, &unit, of == 2),
                     }
                 });
             })
         });
-        let mut buffers = operands.to_vec();
+        let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
         buffers.extend([out, first, second, rows, self.target.derived("offsets")]);
         let sizes = vec![Extent::Tokens, width, wide, Extent::Sequences, Extent::Const(u64::from(stream))];
         self.launch(kernel, buffers, sizes, heads * Extent::Sequences);
@@ -121,11 +101,7 @@ struct Unit<'a> {
     products: Val,
     /// Of a transposed operand and of a row: the length, rounded up.
     stride: Val,
-    head: Val,
-    start: Val,
-    length: Val,
-    /// Its first row in `[heads, tokens, ·]`.
-    row: Val,
+    segment: Segment,
     width: Val,
     wide: Val,
     stream: Val,
@@ -147,18 +123,12 @@ impl<'a> Unit<'a> {
         drops: bool,
     ) -> Self {
         let &[tokens, width, wide, sequences, stream] = sizes else { unreachable!("five sizes") };
-        let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
-        let one = k.index(1);
-        let next = k.add(sequence, one);
-        let (start, end) = (k.load_index(offsets, sequence), k.load_index(offsets, next));
-        let length = k.sub(end, start);
-        let row = k.mul(head, tokens);
-        let row = k.add(row, start);
+        let segment = Segment::of(k, unit, tokens, sequences, offsets);
         let step = k.index(STEP);
-        let stride = round_up(k, length, step);
+        let stride = round_up(k, segment.length, step);
         // Every sequence before this one may have been rounded up by a step.
         let slack = k.mul(unit, step);
-        let place = k.add(row, slack);
+        let place = k.add(segment.row, slack);
         let (first_at, second_at) = (k.mul(place, width), k.mul(place, wide));
         let double = k.index(2 * ROWS);
         let scores = k.mul(place, double);
@@ -174,10 +144,7 @@ impl<'a> Unit<'a> {
             scores,
             products,
             stride,
-            head,
-            start,
-            length,
-            row,
+            segment,
             width,
             wide,
             stream,
@@ -193,38 +160,26 @@ impl<'a> Unit<'a> {
         k.add(base, offset)
     }
 
-    /// Rows `i ..` of a block, the last one again beyond it.
-    fn block(&self, k: &mut Kernel, i: Val) -> Vec<Val> {
-        let one = k.index(1);
-        let last = k.sub(self.length, one);
-        let row = |r| {
-            let r = k.index(r);
-            let row = k.add(i, r);
-            k.min(row, last)
-        };
-        (0..ROWS).map(row).collect()
-    }
-
     /// Up to where a block of queries from `i` on sees keys.
     fn seen(&self, k: &mut Kernel, i: Val) -> Val {
         if !self.form.causal {
-            return self.length;
+            return self.segment.length;
         }
         let block = k.index(ROWS);
         let end = k.add(i, block);
-        k.min(end, self.length)
+        k.min(end, self.segment.length)
     }
 
     /// How many keys query `i` sees.
     fn limit(&self, k: &mut Kernel, i: Val) -> Val {
         let one = k.index(1);
-        if self.form.causal { k.add(i, one) } else { self.length }
+        if self.form.causal { k.add(i, one) } else { self.segment.length }
     }
 
-    fn keys(&self, k: &mut Kernel) -> Option<[Val; 2]> {
-        let key = *self.operands.last().filter(|_| self.drops)?;
-        let (zero, one) = (k.index(0), k.index(1));
-        Some([k.load(key, zero), k.load(key, one)].map(|x| k.splat(x, LANES)))
+    /// The generator's key, if anything is dropped.
+    fn generator(&self, k: &mut Kernel) -> Option<[Val; 2]> {
+        let rng = *self.operands.last().filter(|_| self.drops)?;
+        Some(random::key(k, rng))
     }
 }
 
@@ -243,10 +198,10 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: Buf, width: Val, (to, at): (Buf,
     let line = k.to_i32(width);
     let line = k.splat(line, LANES);
     let steps = k.mul(numbers, line);
-    k.each(zero, unit.length, LANES, |k, i| {
-        let left = k.sub(unit.length, i);
+    k.each(zero, unit.segment.length, LANES, |k, i| {
+        let left = k.sub(unit.segment.length, i);
         let mask = k.mask(left, LANES);
-        let row = k.add(unit.row, i);
+        let row = k.add(unit.segment.row, i);
         let row = k.mul(row, width);
         let target = k.add(at, i);
         k.each(zero, width, 1, |k, e| {
@@ -275,14 +230,13 @@ fn product(
     let rows: Vec<Val> = block
         .iter()
         .map(|&i| {
-            let row = k.add(unit.row, i);
+            let row = k.add(unit.segment.row, i);
             k.mul(row, width)
         })
         .collect();
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
     k.each(begin, end, VECTORS * LANES, |k, j| {
-        let nothing = k.float(0.0, VECTOR);
-        let start = vec![nothing; (ROWS * VECTORS) as usize];
+        let start = zeros(k);
         let column = k.add(at, j);
         let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
             let place = k.mul(e, unit.stride);
@@ -294,16 +248,11 @@ fn product(
                     k.load_vector(side, place, LANES)
                 })
                 .collect();
-            let mut next = vec![];
-            for (r, &row) in rows.iter().enumerate() {
-                let place = k.add(row, e);
-                let x = k.load(x, place);
-                let x = k.splat(x, LANES);
-                for (v, &column) in columns.iter().enumerate() {
-                    next.push(k.fma(x, column, sums[r * VECTORS as usize + v]));
-                }
-            }
-            next
+            let x = |k: &mut Kernel, r: usize| {
+                let place = k.add(rows[r], e);
+                k.load(x, place)
+            };
+            k.outer(ROWS, x, &columns, sums)
         });
         let by = k.float(scale, VECTOR);
         for (r, &line) in lines.iter().enumerate() {
@@ -324,46 +273,33 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Bu
     let zero = k.index(0);
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
     k.each(zero, width, VECTORS * LANES, |k, e| {
-        let masks: Vec<(Val, Val)> = (0..VECTORS)
-            .map(|v| {
-                let offset = k.index(v * LANES);
-                let at = k.add(e, offset);
-                let left = k.sub(width, at);
-                (at, left)
-            })
-            .collect();
-        let nothing = k.float(0.0, VECTOR);
-        let start = vec![nothing; (ROWS * VECTORS) as usize];
+        let vectors = vectors(k, e, width);
+        let start = zeros(k);
         let sums = k.fold(begin, end, 1, &start, |k, j, sums| {
-            let row = k.add(unit.row, j);
+            let row = k.add(unit.segment.row, j);
             let row = k.mul(row, width);
-            let values: Vec<Val> = masks
+            let values: Vec<Val> = vectors
                 .iter()
-                .map(|&(at, left)| {
-                    let mask = k.mask(left, LANES);
+                .map(|&(at, mask)| {
                     let place = k.add(row, at);
                     k.load_lanes(y, place, mask)
                 })
                 .collect();
-            let mut next = vec![];
-            for (r, &line) in lines.iter().enumerate() {
-                let place = k.add(line, j);
-                let weight = k.load(unit.rows, place);
-                let weight = k.splat(weight, LANES);
-                for (v, &value) in values.iter().enumerate() {
-                    next.push(k.fma(weight, value, sums[r * VECTORS as usize + v]));
-                }
-            }
-            next
+            let weight = |k: &mut Kernel, r: usize| {
+                let place = k.add(lines[r], j);
+                k.load(unit.rows, place)
+            };
+            k.outer(ROWS, weight, &values, sums)
         });
         for r in 0..ROWS {
             let offset = k.index(r);
             let row = k.add(i, offset);
             // A row beyond the last has no lanes.
-            let exists = k.compare(row, Order::Lt, unit.length);
-            let row = k.add(unit.row, row);
+            let exists = k.compare(row, Order::Lt, unit.segment.length);
+            let row = k.add(unit.segment.row, row);
             let row = k.mul(row, width);
-            for (v, &(at, left)) in masks.iter().enumerate() {
+            for (v, &(at, _)) in vectors.iter().enumerate() {
+                let left = k.sub(width, at);
                 let here = k.select(exists, left, zero);
                 let mask = k.mask(here, LANES);
                 let place = k.add(row, at);
@@ -373,50 +309,18 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Bu
     });
 }
 
-/// The largest score of a row, and Σ e^{s − largest}, in every lane.
-fn total(
-    k: &mut Kernel,
-    unit: &Unit,
-    line: Val,
-    limit: Val,
-    mut keep: impl FnMut(&mut Kernel, Val, Val),
-) -> (Val, Val) {
-    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
-    let largest = k.fold_lanes(limit, &[lowest], |k, j, mask, largest| {
-        let place = k.add(line, j);
-        let x = k.load_masked(unit.rows, place, mask, lowest);
-        vec![k.max(largest[0], x)]
-    });
-    let largest = k.max_lanes(largest[0]);
-    let largest = k.splat(largest, LANES);
-    let zero = k.float(0.0, VECTOR);
-    let sum = k.fold_lanes(limit, &[zero], |k, j, mask, sum| {
-        let place = k.add(line, j);
-        let x = k.load_masked(unit.rows, place, mask, lowest);
-        let x = k.sub(x, largest);
-        let e = math::exp(k, x);
-        keep(k, e, place);
-        vec![k.add(sum[0], e)]
-    });
-    let sum = k.sum_lanes(sum[0]);
-    (largest, k.splat(sum, LANES))
-}
-
 fn lse(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let (q, keys) = (unit.operands[0], unit.operands[1]);
     transpose(k, unit, keys, unit.width, unit.first);
-    k.each(zero, unit.length, ROWS, |k, i| {
-        let block = unit.block(k, i);
+    k.each(zero, unit.segment.length, ROWS, |k, i| {
+        let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
-            let (largest, sum) = total(k, unit, line, limit, |_, _, _| {});
-            let log = math::log(k, sum);
-            let lse = k.add(log, largest);
-            let lse = k.lane(lse, 0);
-            let place = k.add(unit.row, row);
+            let lse = rows::logsumexp(k, unit.rows, Span { base: line, length: limit });
+            let place = k.add(unit.segment.row, row);
             k.store(lse, unit.out, place);
         }
     });
@@ -425,17 +329,15 @@ fn lse(k: &mut Kernel, unit: &Unit) {
 fn forward(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let (q, keys, v) = (unit.operands[0], unit.operands[1], unit.operands[2]);
-    let generator = unit.keys(k);
+    let generator = unit.generator(k);
     transpose(k, unit, keys, unit.width, unit.first);
-    k.each(zero, unit.length, ROWS, |k, i| {
-        let block = unit.block(k, i);
+    k.each(zero, unit.segment.length, ROWS, |k, i| {
+        let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
-            let (_, sum) = total(k, unit, line, limit, |k, e, place| k.store_vector(e, unit.rows, place));
-            let one = k.float(1.0, VECTOR);
-            let share = k.div(one, sum);
+            let share = rows::exponentials(k, [unit.rows, unit.rows], Span { base: line, length: limit });
             along(k, unit, (zero, end), line, generator, row, |k, place, at, dropped| {
                 let e = k.load_vector(unit.rows, place, LANES);
                 let w = k.mul(e, share);
@@ -451,18 +353,18 @@ fn forward(k: &mut Kernel, unit: &Unit) {
 fn over_keys(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let &[q, keys, v, lse, df, r_buf, ..] = unit.operands else { unreachable!("six operands and more") };
-    let generator = unit.keys(k);
+    let generator = unit.generator(k);
     transpose(k, unit, keys, unit.width, unit.first);
     transpose(k, unit, v, unit.wide, unit.second);
-    k.each(zero, unit.length, ROWS, |k, i| {
-        let block = unit.block(k, i);
+    k.each(zero, unit.segment.length, ROWS, |k, i| {
+        let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         product(k, unit, df, &block, unit.wide, unit.second, (zero, end), (unit.products, 1.0));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let beside = unit.line(k, unit.products, r as u64);
-            let place = k.add(unit.row, row);
+            let place = k.add(unit.segment.row, row);
             let (lse, correction) = (k.load(lse, place), k.load(r_buf, place));
             let (lse, correction) = (k.splat(lse, LANES), k.splat(correction, LANES));
             let by = k.float(unit.form.scale, VECTOR);
@@ -502,40 +404,18 @@ fn along(
         });
         return;
     };
-    let (token, head, stream) = (k.add(unit.start, row), unit.head, unit.stream);
-    let [token, head, stream] = [token, head, stream].map(|x| {
-        let x = k.to_i32(x);
-        k.splat(x, LANES)
-    });
+    let token = k.add(unit.segment.start, row);
+    let drawn = [token, unit.segment.head, unit.stream].map(|x| random::lanes_of(k, x));
     k.each(begin, end, STEP, |k, j| {
-        let four = k.index(4);
-        let first = k.div(j, four);
-        let first = k.to_i32(first);
-        let first = k.splat(first, LANES);
-        let lanes = k.lane_numbers();
-        let columns = k.add(first, lanes);
-        let [a, b, c, d] = philox(k, [columns, token, head, stream], generator);
-        let (even, odd) = (k.interleave(a, c), k.interleave(b, d));
-        let words = k.interleave(even, odd);
-        for part in 0..4 {
-            let offset = k.index(part * LANES);
+        let words = random::draw(k, generator, j, drawn);
+        for (part, word) in words.into_iter().enumerate() {
+            let offset = k.index(part as u64 * LANES);
             let at = k.add(j, offset);
             let place = k.add(line, at);
-            let word = k.part(words, part * LANES, LANES);
-            let y = value(k, place, at, &|k, x| drop(k, x, word, unit.form.p));
+            let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.form.p));
             k.store_vector(y, unit.rows, place);
         }
     });
-}
-
-/// x / (1 − p) where the word keeps it, else 0.
-fn drop(k: &mut Kernel, x: Val, word: Val, p: f64) -> Val {
-    let threshold = k.int(i64::from(dropout_threshold(p) as i32), word.ty);
-    let kept = k.at_least_unsigned(word, threshold);
-    let grown = k.float(1.0 / (1.0 - p), VECTOR);
-    let grown = k.mul(x, grown);
-    let zero = k.float(0.0, VECTOR);
-    k.select(kept, grown, zero)
 }
 
 /// 0 in lanes from `limit` on; what stands there may be anything.
@@ -550,13 +430,13 @@ fn only_below(k: &mut Kernel, x: Val, at: Val, limit: Val) -> Val {
 fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
     let zero = k.index(0);
     let &[q, keys, v, lse, df, r_buf, ..] = unit.operands else { unreachable!("six operands and more") };
-    let generator = unit.keys(k);
+    let generator = unit.generator(k);
     transpose(k, unit, q, unit.width, unit.first);
     if !values {
         transpose(k, unit, df, unit.wide, unit.second);
     }
-    k.each(zero, unit.length, ROWS, |k, j| {
-        let block = unit.block(k, j);
+    k.each(zero, unit.segment.length, ROWS, |k, j| {
+        let block = unit.segment.rows(k, j);
         // Queries before the first key do not see it; vectors begin where products do.
         let begin = if unit.form.causal {
             let step = k.index(VECTORS * LANES);
@@ -565,29 +445,36 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
         } else {
             zero
         };
-        product(k, unit, keys, &block, unit.width, unit.first, (begin, unit.length), (unit.scores, unit.form.scale));
+        product(
+            k,
+            unit,
+            keys,
+            &block,
+            unit.width,
+            unit.first,
+            (begin, unit.segment.length),
+            (unit.scores, unit.form.scale),
+        );
         if !values {
-            product(k, unit, v, &block, unit.wide, unit.second, (begin, unit.length), (unit.products, 1.0));
+            product(k, unit, v, &block, unit.wide, unit.second, (begin, unit.segment.length), (unit.products, 1.0));
         }
         let lines: Vec<[Val; 2]> =
             (0..ROWS).map(|r| [unit.line(k, unit.scores, r), unit.line(k, unit.products, r)]).collect();
-        k.each(begin, unit.length, LANES, |k, i| {
-            let left = k.sub(unit.length, i);
+        k.each(begin, unit.segment.length, LANES, |k, i| {
+            let left = k.sub(unit.segment.length, i);
             let mask = k.mask(left, LANES);
-            let place = k.add(unit.row, i);
+            let place = k.add(unit.segment.row, i);
             let (lse, correction) = (k.load_lanes(lse, place, mask), k.load_lanes(r_buf, place, mask));
             let numbers = k.lane_numbers();
             let words = generator.map(|generator| {
                 // One call for a query decides over the block's four keys.
                 let four = k.index(4);
                 let column = k.div(j, four);
-                let token = k.add(unit.start, i);
-                let [column, token, head, stream] = [column, token, unit.head, unit.stream].map(|x| {
-                    let x = k.to_i32(x);
-                    k.splat(x, LANES)
-                });
+                let token = k.add(unit.segment.start, i);
+                let place = [column, token, unit.segment.head, unit.stream];
+                let [column, token, head, stream] = place.map(|x| random::lanes_of(k, x));
                 let token = k.add(token, numbers);
-                philox(k, [column, token, head, stream], generator)
+                random::philox(k, [column, token, head, stream], generator)
             });
             let by = k.float(unit.form.scale, VECTOR);
             let nothing = k.float(0.0, VECTOR);
@@ -597,7 +484,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let dropped = |k: &mut Kernel, x: Val| match words {
-                    Some(words) => drop(k, x, words[r], unit.form.p),
+                    Some(words) => random::dropped(k, x, words[r], unit.form.p),
                     None => x,
                 };
                 let mut y = if values {
@@ -625,6 +512,6 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
         });
         let from = if unit.form.causal { j } else { zero };
         let (side, width) = if values { (df, unit.wide) } else { (q, unit.width) };
-        weighted(k, unit, j, (from, unit.length), side, width);
+        weighted(k, unit, j, (from, unit.segment.length), side, width);
     });
 }

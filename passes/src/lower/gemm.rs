@@ -475,17 +475,12 @@ fn tile_sums(k: &mut Kernel, form: Form, (a, row): (Buf, Val), (b, from): (Buf, 
         let distance = k.index(form.step());
         let (step, between) = if form.columns_a { (k.mul(step, distance), 1) } else { (step, form.step()) };
         let at = k.add(place, step);
-        let mut next = vec![];
-        for r in 0..rows {
-            let offset = k.index(r * between);
+        let x = |k: &mut Kernel, r: usize| {
+            let offset = k.index(r as u64 * between);
             let at = k.add(at, offset);
-            let x = k.load(a, at);
-            let x = k.splat(x, LANES);
-            for v in 0..vectors {
-                next.push(k.fma(x, line[v as usize], sums[(r * vectors + v) as usize]));
-            }
-        }
-        next
+            k.load(a, at)
+        };
+        k.outer(rows, x, &line, sums)
     })
 }
 

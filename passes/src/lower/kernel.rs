@@ -241,6 +241,24 @@ impl Kernel {
     pub fn fma(&mut self, x: Val, y: Val, z: Val) -> Val {
         self.emit(x.ty, format_args!("math.fma {x}, {y}, {z} : {}", x.ty))
     }
+    /// A step of an outer product: row by row, sum + x · y for every vector y; `x` gives a row's number.
+    pub fn outer(
+        &mut self,
+        rows: u64,
+        mut x: impl FnMut(&mut Kernel, usize) -> Val,
+        vectors: &[Val],
+        sums: &[Val],
+    ) -> Vec<Val> {
+        let mut next = vec![];
+        for r in 0..rows as usize {
+            let x = x(self, r);
+            let x = self.splat(x, LANES);
+            for (v, &y) in vectors.iter().enumerate() {
+                next.push(self.fma(x, y, sums[r * vectors.len() + v]));
+            }
+        }
+        next
+    }
     pub fn sqrt(&mut self, x: Val) -> Val {
         self.emit(x.ty, format_args!("math.sqrt {x} : {}", x.ty))
     }

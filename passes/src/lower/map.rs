@@ -5,15 +5,13 @@ use std::fmt::Write;
 
 use peft_grammar::graph::{Dim, Graph, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
-use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
 
-use super::kernel::{Buf, I32, Kernel, LANES, VECTOR, Val, define};
+use super::kernel::{Buf, Kernel, LANES, VECTOR, Val, define};
+use super::random::{self, DRAWN};
 use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
 
 /// Elements a unit of a kernel without rows works on.
 const BLOCK: u64 = 8192;
-/// Elements of the lanes' loop in kernels that draw random numbers: one generator call gives four.
-const DRAWN: u64 = 4 * LANES;
 /// Operations of one kernel, at most.
 const LARGEST_GROUP: usize = 24;
 
@@ -362,6 +360,7 @@ impl Form {
                 }
             };
             let step = if self.draws { DRAWN } else { LANES };
+            let key = key.map(|rng| random::key(k, rng));
             let zero = k.index(0);
             k.each(zero, length, step, |k, j| {
                 let words = key.map(|key| self.draw(k, key, j, row_index, lead_index)).unwrap_or_default();
@@ -470,12 +469,7 @@ impl Form {
                 Step::Op(Op::Dropout { p, .. }, operands) => {
                     let word = words[draws];
                     draws += 1;
-                    let threshold = k.int(i64::from(dropout_threshold(*p) as i32), word.ty);
-                    let kept = k.at_least_unsigned(word, threshold);
-                    let grown = k.float(1.0 / (1.0 - p), VECTOR);
-                    let grown = k.mul(values[operands[0]], grown);
-                    let zero = k.float(0.0, VECTOR);
-                    k.select(kept, grown, zero)
+                    random::dropped(k, values[operands[0]], word, *p)
                 }
                 Step::Op(op, operands) => {
                     let operands: Vec<Val> = operands.iter().map(|&i| values[i]).collect();
@@ -488,33 +482,17 @@ impl Form {
     }
 
     /// The generator's words for columns `j .. j + DRAWN` of a row, for every dropout of the group.
-    fn draw(&self, k: &mut Kernel, key: Buf, j: Val, row: Val, lead: Val) -> Vec<Vec<Val>> {
+    fn draw(&self, k: &mut Kernel, key: [Val; 2], j: Val, row: Val, lead: Val) -> Vec<[Val; 4]> {
         let streams = self.steps.iter().filter_map(|s| match s {
             Step::Op(Op::Dropout { stream, .. }, _) => Some(*stream),
             _ => None,
         });
-        let (zero, one) = (k.index(0), k.index(1));
-        let keys = [k.load(key, zero), k.load(key, one)].map(|x| k.splat(x, LANES));
-        let ty = I32.times(LANES);
-        let four = k.index(4);
-        let first = k.div(j, four);
-        let first = k.to_i32(first);
-        let first = k.splat(first, LANES);
-        let lanes = k.lane_numbers();
-        let block = k.add(first, lanes);
-        let (row, lead) = (k.to_i32(row), k.to_i32(lead));
-        let (row, lead) = (k.splat(row, LANES), k.splat(lead, LANES));
-        streams
-            .collect::<Vec<_>>()
-            .into_iter()
-            .map(|stream| {
-                let stream = k.int(i64::from(stream as i32), ty);
-                let [a, b, c, d] = philox(k, [block, row, lead, stream], keys);
-                let (even, odd) = (k.interleave(a, c), k.interleave(b, d));
-                let words = k.interleave(even, odd);
-                (0..4).map(|part| k.part(words, part * LANES, LANES)).collect()
-            })
-            .collect()
+        let (row, lead) = (random::lanes_of(k, row), random::lanes_of(k, lead));
+        let words = streams.map(|stream| {
+            let stream = k.int(i64::from(stream as i32), row.ty);
+            random::draw(k, key, j, [row, lead, stream])
+        });
+        words.collect()
     }
 }
 
@@ -524,33 +502,6 @@ enum Source {
     Along(Buf, Val),
     /// The same for the whole row.
     Repeated(Val),
-}
-
-/// Philox4x32-10 on a vector of counters, as [`peft_runtime::philox`] has it.
-pub(super) fn philox(k: &mut Kernel, mut counter: [Val; 4], mut key: [Val; 2]) -> [Val; 4] {
-    let ty = counter[0].ty;
-    for _ in 0..10 {
-        let mut product = |lane: usize, multiplier: u32| {
-            let wide = k.widen(counter[lane]);
-            let factor = k.int(i64::from(multiplier), wide.ty);
-            let wide = k.mul(wide, factor);
-            let half = k.int(32, wide.ty);
-            let high = k.shift_right(wide, half);
-            (k.narrow(high), k.narrow(wide))
-        };
-        let (high0, low0) = product(0, MULTIPLIERS[0]);
-        let (high1, low1) = product(2, MULTIPLIERS[1]);
-        let first = k.xor(high1, counter[1]);
-        let first = k.xor(first, key[0]);
-        let third = k.xor(high0, counter[3]);
-        let third = k.xor(third, key[1]);
-        counter = [first, low1, third, low0];
-        key = [0, 1].map(|i| {
-            let step = k.int(i64::from(WEYL[i] as i32), ty);
-            k.add(key[i], step)
-        });
-    }
-    counter
 }
 
 /// One operation on vectors.

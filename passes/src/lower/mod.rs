@@ -16,10 +16,12 @@ mod kernel;
 mod map;
 mod math;
 mod optimizer;
+mod random;
 mod reduce;
 mod rows;
 mod span;
 
+use flash::{Form, Part};
 pub use map::maps;
 
 use std::collections::{HashMap, HashSet};
@@ -366,19 +368,16 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Attend { causal } => self.attend(x, b(self, 1), *causal, false, node.result),
             Op::AttendTransposed { causal } => self.attend(x, b(self, 1), *causal, true, node.result),
             Op::Attention { causal, scale, p, stream } => {
-                let form = flash::Form { causal: *causal, scale: *scale, p: *p };
-                let buffers: Vec<BufferId> = (0..operands.len()).map(|i| b(self, i)).collect();
-                self.attention(&buffers, [operands[0], operands[2]], form, *stream, node.result);
+                let form = Form { causal: *causal, scale: *scale, p: *p };
+                self.flash(Part::Forward, operands, form, *stream, node.result);
             }
             Op::AttentionLse { causal, scale } => {
-                let form = flash::Form { causal: *causal, scale: *scale, p: 0.0 };
-                let buffers: Vec<BufferId> = (0..operands.len()).map(|i| b(self, i)).collect();
-                self.attention_lse(&buffers, [operands[0], operands[1]], form, node.result);
+                let form = Form { causal: *causal, scale: *scale, p: 0.0 };
+                self.flash(Part::Lse, operands, form, 0, node.result);
             }
             Op::AttentionVjp { of, causal, scale, p, stream } => {
-                let form = flash::Form { causal: *causal, scale: *scale, p: *p };
-                let buffers: Vec<BufferId> = (0..operands.len()).map(|i| b(self, i)).collect();
-                self.attention_vjp(*of, &buffers, [operands[0], operands[2]], form, *stream, node.result);
+                let form = Form { causal: *causal, scale: *scale, p: *p };
+                self.flash(Part::Adjoint(*of), operands, form, *stream, node.result);
             }
             Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
             Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),

@@ -43,7 +43,11 @@ impl Lowering<'_, '_, '_> {
                     match kind {
                         Kind::Softmax => softmax(k, first(buffers), span),
                         Kind::SoftmaxVjp => softmax_vjp(k, first(buffers), span),
-                        Kind::LogSumExp => log_sum_exp(k, first(buffers), span, row),
+                        Kind::LogSumExp => {
+                            let [x, out] = first(buffers);
+                            let lse = logsumexp(k, x, span);
+                            k.store(lse, out, row);
+                        }
                         Kind::Normalize(eps) => normalize(k, first(buffers), span, eps),
                         Kind::NormalizeVjp(eps) => normalize_vjp(k, first(buffers), span, eps),
                     }
@@ -291,6 +295,15 @@ fn only(k: &mut Kernel, x: Val, mask: Val) -> Val {
 }
 
 fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
+    let share = exponentials(k, [x, out], span);
+    fill(k, span, out, |k, place, mask| {
+        let e = k.load_lanes(out, place, mask);
+        k.mul(e, share)
+    });
+}
+
+/// out = e^{x − max}; gives the one over their sum, in every lane.
+pub(super) fn exponentials(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) -> Val {
     let max = largest(k, x, span);
     let lowest = k.float(f64::NEG_INFINITY, VECTOR);
     let total = sum(k, span, |k, place, mask| {
@@ -302,27 +315,7 @@ fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
     });
     let one = k.float(1.0, F32);
     let share = k.div(one, total);
-    let share = k.splat(share, LANES);
-    fill(k, span, out, |k, place, mask| {
-        let e = k.load_lanes(out, place, mask);
-        k.mul(e, share)
-    });
-}
-
-/// Row `row` of the result is one number.
-fn log_sum_exp(k: &mut Kernel, [x, out]: [Buf; 2], span: Span, row: Val) {
-    let max = largest(k, x, span);
-    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
-    let total = sum(k, span, |k, place, mask| {
-        let x = k.load_masked(x, place, mask, lowest);
-        let x = k.sub(x, max);
-        math::exp(k, x)
-    });
-    let total = k.splat(total, LANES);
-    let log = math::log(k, total);
-    let lse = k.add(log, max);
-    let lse = k.lane(lse, 0);
-    k.store(lse, out, row);
+    k.splat(share, LANES)
 }
 
 fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {
@@ -395,7 +388,8 @@ fn normalize_vjp(k: &mut Kernel, [x, dy, out]: [Buf; 3], span: Span, eps: f64) {
     });
 }
 
-fn logsumexp(k: &mut Kernel, x: Buf, span: Span) -> Val {
+/// ln Σ eˣ of a row.
+pub(super) fn logsumexp(k: &mut Kernel, x: Buf, span: Span) -> Val {
     let max = largest(k, x, span);
     let lowest = k.float(f64::NEG_INFINITY, VECTOR);
     let total = sum(k, span, |k, place, mask| {

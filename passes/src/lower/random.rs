@@ -1,0 +1,71 @@
+//! Random numbers in kernels: a function of key, place and stream, as [`peft_runtime::philox`] has it.
+
+use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
+
+use super::kernel::{Buf, Kernel, LANES, VECTOR, Val};
+
+/// Columns that one call of the generator decides over, a lane four of them.
+pub const DRAWN: u64 = 4 * LANES;
+
+/// The generator's key, `rng`, in every lane.
+pub fn key(k: &mut Kernel, rng: Buf) -> [Val; 2] {
+    let (zero, one) = (k.index(0), k.index(1));
+    [k.load(rng, zero), k.load(rng, one)].map(|x| k.splat(x, LANES))
+}
+
+/// An index in every lane.
+pub fn lanes_of(k: &mut Kernel, x: Val) -> Val {
+    let x = k.to_i32(x);
+    k.splat(x, LANES)
+}
+
+/// The words for columns `j .. j + DRAWN` of a row, a vector each; `place` is the row, what leads it and the stream.
+pub fn draw(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] {
+    let four = k.index(4);
+    let first = k.div(j, four);
+    let first = lanes_of(k, first);
+    let lanes = k.lane_numbers();
+    let block = k.add(first, lanes);
+    let [row, lead, stream] = place;
+    let [a, b, c, d] = philox(k, [block, row, lead, stream], key);
+    let (even, odd) = (k.interleave(a, c), k.interleave(b, d));
+    let words = k.interleave(even, odd);
+    [0, 1, 2, 3].map(|part| k.part(words, part * LANES, LANES))
+}
+
+/// x / (1 − p) where the word keeps it, else 0.
+pub fn dropped(k: &mut Kernel, x: Val, word: Val, p: f64) -> Val {
+    let threshold = k.int(i64::from(dropout_threshold(p) as i32), word.ty);
+    let kept = k.at_least_unsigned(word, threshold);
+    let grown = k.float(1.0 / (1.0 - p), VECTOR);
+    let grown = k.mul(x, grown);
+    let zero = k.float(0.0, VECTOR);
+    k.select(kept, grown, zero)
+}
+
+/// Philox4x32-10 on a vector of counters, as [`peft_runtime::philox`] has it.
+pub fn philox(k: &mut Kernel, mut counter: [Val; 4], mut key: [Val; 2]) -> [Val; 4] {
+    let ty = counter[0].ty;
+    for _ in 0..10 {
+        let mut product = |lane: usize, multiplier: u32| {
+            let wide = k.widen(counter[lane]);
+            let factor = k.int(i64::from(multiplier), wide.ty);
+            let wide = k.mul(wide, factor);
+            let half = k.int(32, wide.ty);
+            let high = k.shift_right(wide, half);
+            (k.narrow(high), k.narrow(wide))
+        };
+        let (high0, low0) = product(0, MULTIPLIERS[0]);
+        let (high1, low1) = product(2, MULTIPLIERS[1]);
+        let first = k.xor(high1, counter[1]);
+        let first = k.xor(first, key[0]);
+        let third = k.xor(high0, counter[3]);
+        let third = k.xor(third, key[1]);
+        counter = [first, low1, third, low0];
+        key = [0, 1].map(|i| {
+            let step = k.int(i64::from(WEYL[i] as i32), ty);
+            k.add(key[i], step)
+        });
+    }
+    counter
+}
