@@ -33,7 +33,7 @@ pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> R
     let path = cache().map(|cache| cache.join(format!("{}.peftc", key(model, entries, options))));
     if let Some(path) = &path
         && path.is_dir()
-        && let Ok((manifest, library)) = store::load(path)
+        && let Ok((manifest, library)) = store::open(path)
     {
         let manifest = Manifest { model: description(model), ..manifest };
         return Ok(Artifact { manifest, library, timings: vec![("cache", begun.elapsed())], cached: true });
@@ -44,7 +44,7 @@ pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> R
             let (manifest, library, timings) = fresh(model, entries, options, folder.path())?;
             match store::save(&path, &manifest, &library) {
                 Ok(()) => {
-                    let (manifest, library) = store::load(&path)?;
+                    let (manifest, library) = store::open(&path)?;
                     Ok(Artifact { manifest, library, timings, cached: false })
                 }
                 Err(error) => {
@@ -75,13 +75,11 @@ fn fresh(
     let mut timings = compiled.timings;
     let begun = Instant::now();
     let library = folder.join("kernels.so");
-    codegen::compile(&lowered.kernels, &library)?;
+    codegen::compile(&lowered.kernels, lowered.cpu, &library)?;
     timings.push(("llvm", begun.elapsed()));
     let manifest = Manifest {
         compiler: compiler(),
         llvm: codegen::llvm_version().into(),
-        arch: std::env::consts::ARCH.into(),
-        features: store::features().iter().map(|f| f.to_string()).collect(),
         model: description(model),
         ..lowered.manifest
     };
@@ -102,13 +100,15 @@ fn compiler() -> String {
 /// LLVM, the target and its features.
 fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     let mut hash = blake3::Hasher::new();
-    let graph = serde_json::to_vec(&(&model.graph, &model.params, &model.stored, &model.projections))
-        .expect("a model is plain data");
+    let graph =
+        serde_json::to_vec(&(&model.graph, &model.params, &model.stored, &model.projections, model.train.precision))
+            .expect("a model is plain data");
     hash.update(&graph);
     let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
     let build = build.map(|b| format!("{b:?}")).unwrap_or_default();
-    let features = store::features().join(",");
-    let rest = [compiler(), build, codegen::llvm_version().into(), std::env::consts::ARCH.into(), features];
+    let features = options.cpu.features().join(",");
+    let cpu = options.cpu.to_string();
+    let rest = [compiler(), build, codegen::llvm_version().into(), std::env::consts::ARCH.into(), cpu, features];
     let entries = format!("{entries:?}");
     for part in rest.iter().chain([&entries]).chain(&options.without) {
         hash.update(&(part.len() as u64).to_le_bytes());

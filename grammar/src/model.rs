@@ -207,6 +207,18 @@ pub struct Recipe {
     /// Overrides `epochs`.
     pub steps: Option<u64>,
     pub seed: u64,
+    #[serde(default)]
+    pub precision: Precision,
+}
+
+/// Of products with frozen weights. Everything else, trained values and their gradients above all, is f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Precision {
+    #[default]
+    F32,
+    /// Both operands are rounded to bf16, sums are f32: an element of x·w is off by at most little more than
+    /// 2⁻⁷ Σ|x||w|, and what sums in f32 are off by.
+    Bf16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,4 +1,5 @@
-//! GFLOP/s of the products that tuning consists of, packing included, beside this machine's own peak.
+//! GFLOP/s of the products that tuning consists of, packing included, beside this machine's own peak; then of those with
+//! frozen weights in bf16.
 //!
 //! ```text
 //! cargo bench -p peft-passes --bench matmul
@@ -8,6 +9,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
+use peft_grammar::model::Precision;
+use peft_passes::cpu::Cpu;
 use peft_passes::{codegen, lower};
 use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Storage, Tensor};
 use peft_runtime::{Inputs, Numbers, Profile, Program, Session};
@@ -103,11 +106,19 @@ const PEAK_SUMS: u64 = 24;
 const PEAK_STEPS: u64 = 2_000_000;
 const PEAK_UNITS: u64 = 64;
 
-fn peak_kernel() -> String {
+fn peak_kernel(precision: Precision) -> String {
     let list = |text: &dyn Fn(u64) -> String| (0..PEAK_SUMS).map(text).collect::<Vec<_>>().join(", ");
     let ty = "vector<16xf32>";
     let types = list(&|_| ty.into());
-    let steps: String = (0..PEAK_SUMS).map(|i| format!("      %n{i} = math.fma %x, %x, %s{i} : {ty}\n")).collect();
+    let pairs = "vector<32xbf16>";
+    let step = |i: u64| match precision {
+        Precision::F32 => format!("      %n{i} = math.fma %x, %x, %s{i} : {ty}\n"),
+        Precision::Bf16 => format!(
+            "      %n{i} = llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"(%s{i}, %b, %b) : \
+             ({ty}, {pairs}, {pairs}) -> {ty}\n"
+        ),
+    };
+    let steps: String = (0..PEAK_SUMS).map(step).collect();
     let adds: String = (1..PEAK_SUMS)
         .map(|i| {
             let before = if i == 1 { "%r#0".into() } else { format!("%t{}", i - 1) };
@@ -116,13 +127,14 @@ fn peak_kernel() -> String {
         .collect();
     format!(
         r#"  func.func @peak(%out: memref<?xf32>, %steps: index, %begin: index, %end: index)
-      attributes {{llvm.emit_c_interface, passthrough = ["noinline", ["prefer-vector-width", "512"]]}} {{
+      attributes {{llvm.emit_c_interface, passthrough = #cpu}} {{
     %zero = arith.constant 0 : index
     %one = arith.constant 1 : index
     %lanes = arith.constant 16 : index
     scf.for %unit = %begin to %end step %one {{
       %place = arith.muli %unit, %lanes : index
       %x = vector.load %out[%place] : memref<?xf32>, {ty}
+      %b = vector.bitcast %x : {ty} to {pairs}
       %r:{PEAK_SUMS} = scf.for %i = %zero to %steps step %one iter_args({}) -> ({types}) {{
 {steps}        scf.yield {} : {types}
       }}
@@ -138,7 +150,14 @@ fn peak_kernel() -> String {
 }
 
 fn main() {
-    let products = products();
+    measure(Precision::F32, &products(), "FMA in registers");
+    if Cpu::Native.multiplies_bf16() {
+        let frozen: Vec<Product> = products().into_iter().filter(|p| p.frozen).collect();
+        measure(Precision::Bf16, &frozen, "bf16 in registers");
+    }
+}
+
+fn measure(precision: Precision, products: &[Product], peak: &str) {
     let graphs: Vec<Graph> = products.iter().enumerate().map(|(i, p)| p.graph(i)).collect();
     let mut tensors = vec![];
     for graph in &graphs {
@@ -149,12 +168,12 @@ fn main() {
         }
     }
     let entries: Vec<(&str, &Graph)> = products.iter().map(|p| p.name).zip(&graphs).collect();
-    let mut lowered = lower::lower(&entries, &tensors).expect("lowered");
-    add_peak(&mut lowered);
+    let mut lowered = lower::lower(&entries, &tensors, Cpu::Native, precision).expect("lowered");
+    add_peak(&mut lowered, precision);
 
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&lowered.kernels, &library).unwrap_or_else(|e| panic!("{e}"));
+    codegen::compile(&lowered.kernels, Cpu::Native, &library).unwrap_or_else(|e| panic!("{e}"));
     let numbers = |n: usize| (0..n).map(|i| ((i * 7919 % 1001) as f32 - 500.0) / 1000.0);
     let weights = tensors.iter().map(|t| {
         let count = t.shape.iter().product::<u64>() as usize;
@@ -183,18 +202,19 @@ fn main() {
         }
     }
     let speed = |name: &str, flops: u64| flops as f64 / best[name].as_secs_f64() / 1e9;
-    let peak = speed("peak", 2 * 16 * PEAK_SUMS * PEAK_STEPS / PEAK_UNITS * PEAK_UNITS);
-    println!("{:<28}{peak:>9.1} GFLOP/s", "FMA in registers");
-    for product in &products {
+    let width = if precision == Precision::Bf16 { 2 } else { 1 };
+    let limit = speed("peak", 2 * 16 * width * PEAK_SUMS * PEAK_STEPS / PEAK_UNITS * PEAK_UNITS);
+    println!("{peak:<28}{limit:>9.1} GFLOP/s");
+    for product in products {
         let speed = speed(product.name, 2 * product.tokens * product.size);
-        println!("{:<28}{speed:>9.1} GFLOP/s {:>6.1}%", product.name, 100.0 * speed / peak);
+        println!("{:<28}{speed:>9.1} GFLOP/s {:>6.1}%", product.name, 100.0 * speed / limit);
     }
 }
 
 /// The kernel of the peak as one more entry.
-fn add_peak(lowered: &mut lower::Lowered) {
+fn add_peak(lowered: &mut lower::Lowered, precision: Precision) {
     let manifest = &mut lowered.manifest;
-    lowered.kernels.push(peak_kernel());
+    lowered.kernels.push(peak_kernel(precision));
     manifest.kernels.push("peak".into());
     // As large as what the runtime shares among threads.
     let shape = vec![Extent::Const(16 * PEAK_UNITS * 8)];

@@ -13,6 +13,7 @@ use melior::pass::PassManager;
 use melior::utility::{parse_pass_pipeline, register_all_llvm_translations, register_all_passes};
 
 use crate::Error;
+use crate::cpu::Cpu;
 use crate::dialect::Dialect;
 
 /// From loops to the `llvm` dialect.
@@ -32,19 +33,19 @@ const PIPELINE: &str = "builtin.module(\
     reconcile-unrealized-casts,\
     canonicalize,cse)";
 
-/// Kernels as one module.
-pub fn module(kernels: &[String]) -> String {
-    format!("module {{\n{}}}\n", kernels.concat())
+/// Kernels as one module, for the processor they name `#cpu`.
+pub fn module(kernels: &[String], cpu: Cpu) -> String {
+    format!("#cpu = {}\nmodule {{\n{}}}\n", cpu.attributes(), kernels.concat())
 }
 
 /// The kernels as MLIR prints them.
-pub fn loops(dialect: &Dialect, kernels: &[String]) -> Result<String, Error> {
-    Ok(dialect.parse(&module(kernels))?.as_operation().to_string())
+pub fn loops(dialect: &Dialect, kernels: &[String], cpu: Cpu) -> Result<String, Error> {
+    Ok(dialect.parse(&module(kernels, cpu))?.as_operation().to_string())
 }
 
 /// The kernels in the `llvm` dialect.
-pub fn llvm(dialect: &Dialect, kernels: &[String]) -> Result<String, Error> {
-    Ok(lowered(dialect, &module(kernels))?.as_operation().to_string())
+pub fn llvm(dialect: &Dialect, kernels: &[String], cpu: Cpu) -> Result<String, Error> {
+    Ok(lowered(dialect, &module(kernels, cpu))?.as_operation().to_string())
 }
 
 /// Reads a module of kernels back, from either form, and prints it again.
@@ -52,8 +53,8 @@ pub fn read(dialect: &Dialect, text: &str) -> Result<String, Error> {
     Ok(dialect.parse(text)?.as_operation().to_string())
 }
 
-/// Compiles the kernels for this machine's processor and links them to the library `out`.
-pub fn compile(kernels: &[String], out: &Path) -> Result<(), Error> {
+/// Compiles the kernels and links them to the library `out`.
+pub fn compile(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
     let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;
     let parts = std::thread::available_parallelism().map_or(1, |n| n.get()).clamp(1, 8);
     let mut shards = vec![vec![]; parts];
@@ -68,7 +69,7 @@ pub fn compile(kernels: &[String], out: &Path) -> Result<(), Error> {
     std::thread::scope(|scope| {
         let compile = |(shard, object): (&Vec<String>, &PathBuf)| {
             let (shard, object) = (shard.clone(), object.clone());
-            scope.spawn(move || object_file(&shard, &object))
+            scope.spawn(move || object_file(&shard, cpu, &object))
         };
         let jobs: Vec<_> = shards.iter().zip(&objects).map(compile).collect();
         jobs.into_iter().try_for_each(|job| {
@@ -78,10 +79,10 @@ pub fn compile(kernels: &[String], out: &Path) -> Result<(), Error> {
     link(&objects, out)
 }
 
-fn object_file(kernels: &[String], out: &Path) -> Result<(), Error> {
+fn object_file(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
     let dialect = Dialect::new()?;
     register_all_llvm_translations(dialect.context());
-    let module = lowered(&dialect, &module(kernels))?;
+    let module = lowered(&dialect, &module(kernels, cpu))?;
     let path = out.to_str().ok_or_else(|| Error::Link(format!("`{}` is no UTF-8", out.display())))?;
     let engine = ExecutionEngine::new(&module, 3, &[], true, true);
     engine.dump_to_object_file(path);

@@ -2,6 +2,7 @@
 //! The only crate that touches MLIR.
 
 pub mod codegen;
+pub mod cpu;
 pub mod dialect;
 pub mod fold;
 pub mod fuse;

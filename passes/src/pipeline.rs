@@ -6,6 +6,7 @@ use peft_grammar::graph::Graph;
 use peft_grammar::model::{Init, Model, Param, Trainable};
 use peft_runtime::artifact::Tensor;
 
+use crate::cpu::Cpu;
 use crate::dialect::Dialect;
 use crate::fold::fold;
 use crate::fuse::fuse;
@@ -115,11 +116,13 @@ pub struct Options {
     pub without: Vec<String>,
     /// Where the way ends.
     pub until: Stage,
+    /// What kernels are compiled for.
+    pub cpu: Cpu,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { without: vec![], until: Stage::Llvm }
+        Options { without: vec![], until: Stage::Llvm, cpu: Cpu::Native }
     }
 }
 
@@ -145,7 +148,7 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
     way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { settle(&g) })?;
     way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule))?;
     way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g) } else { Ok(g) })?;
-    way.lower(model)
+    way.lower(model, options.cpu)
 }
 
 /// Entries on their way.
@@ -183,13 +186,13 @@ impl<'d> Way<'d> {
         Ok(())
     }
 
-    fn lower(mut self, model: &Model) -> Result<Compiled, Error> {
+    fn lower(mut self, model: &Model, cpu: Cpu) -> Result<Compiled, Error> {
         let mut lowered = None;
         if self.until >= Stage::Loops {
             let begun = Instant::now();
             let named: Vec<(&str, &Graph)> = self.graphs.iter().map(|g| (g.name.as_str(), g)).collect();
             let blame = |message| Error::Invalid { stage: "loops".into(), message };
-            lowered = Some(lower(&named, &tensors(model)).map_err(blame)?);
+            lowered = Some(lower(&named, &tensors(model), cpu, model.train.precision).map_err(blame)?);
             self.timings.push(("loops", begun.elapsed()));
         }
         Ok(Compiled { graphs: self.graphs, lowered, timings: self.timings })
@@ -200,8 +203,8 @@ impl<'d> Way<'d> {
 pub fn emit(dialect: &Dialect, compiled: &Compiled, stage: Stage, locations: bool) -> Result<String, Error> {
     let graphs: Vec<&Graph> = compiled.graphs.iter().collect();
     match (stage, &compiled.lowered) {
-        (Stage::Loops, Some(lowered)) => codegen::loops(dialect, &lowered.kernels),
-        (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels),
+        (Stage::Loops, Some(lowered)) => codegen::loops(dialect, &lowered.kernels, lowered.cpu),
+        (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels, lowered.cpu),
         _ if locations => dialect.print_with_locations(&graphs),
         _ => dialect.print(&graphs),
     }

@@ -117,8 +117,28 @@ pub(crate) fn sync_directory(path: &Path) {
     }
 }
 
-/// Reads the artifact `path`: its manifest, checked, and where its library lies.
+/// Reads the artifact `path` to run it on this machine: its manifest, checked, and where its library lies.
 pub fn load(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
+    let (manifest, library) = open(path)?;
+    runs_here(path, &manifest)?;
+    Ok((manifest, library))
+}
+
+/// This machine's processor has what the kernels were compiled for. `path` is for the message.
+pub fn runs_here(path: &Path, manifest: &Manifest) -> Result<(), StoreError> {
+    let here = std::env::consts::ARCH;
+    if manifest.arch != here {
+        return Err(StoreError::Arch { path: path.to_path_buf(), found: manifest.arch.clone(), here });
+    }
+    let missing: Vec<&str> = manifest.features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
+    match missing.is_empty() {
+        true => Ok(()),
+        false => Err(StoreError::Features { path: path.to_path_buf(), missing: missing.join(", ") }),
+    }
+}
+
+/// Reads the artifact `path`, whichever machine it is for.
+pub fn open(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
     let (file, library) = (path.join(MANIFEST), path.join(LIBRARY));
     let read = |file: &Path| {
         fs::read(file).map_err(|source| StoreError::Read {
@@ -146,14 +166,6 @@ pub fn load(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
     let manifest: Manifest = serde_json::from_value(value).map_err(|e| damaged(&file, e.to_string()))?;
     validate(&manifest).map_err(|why| damaged(&file, why))?;
 
-    let here = std::env::consts::ARCH;
-    if manifest.arch != here {
-        return Err(StoreError::Arch { path: path.to_path_buf(), found: manifest.arch, here });
-    }
-    let missing: Vec<&str> = manifest.features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
-    if !missing.is_empty() {
-        return Err(StoreError::Features { path: path.to_path_buf(), missing: missing.join(", ") });
-    }
     if blake3::hash(&read(&library)?).to_hex().as_str() != manifest.library {
         return Err(damaged(&library, "it is not the library its manifest was written with".into()));
     }

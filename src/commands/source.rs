@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use peft_grammar::model::{Model, Origin, TaskKind};
+#[cfg(feature = "compiler")]
+use peft_passes::cpu::Cpu;
 use peft_runtime::artifact::Manifest;
 use peft_runtime::{Numbers, Program, store, weights};
 
@@ -20,7 +22,7 @@ pub struct Source {
     /// Set a value of the spec, such as `train.steps=20`
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
     pub set: Vec<(String, String)>,
-    /// What to run on
+    /// What to compile for: `cpu`, or a level of processors such as `cpu:x86-64-v3`
     #[arg(long, default_value = "cpu")]
     pub target: String,
     /// Leave out fusion rules, by name; all of them without one
@@ -46,9 +48,11 @@ impl Source {
     }
 
     pub fn check_target(&self) -> Result<(), Failure> {
-        match self.target.as_str() {
-            "cpu" => Ok(()),
-            cuda if cuda == "cuda" || cuda.starts_with("cuda:") => {
+        match self.target.split_once(':').unwrap_or((&self.target, "")) {
+            ("cpu", "") => Ok(()),
+            #[cfg(feature = "compiler")]
+            ("cpu", level) => level.parse::<Cpu>().map(|_| ()).map_err(Failure::Usage),
+            ("cuda", _) => {
                 let here = match peft_runtime::device::gpus() {
                     Ok(gpus) => gpus.iter().map(|gpu| gpu.to_string()).collect::<Vec<_>>().join(", "),
                     Err(error) => error.to_string(),
@@ -57,7 +61,7 @@ impl Source {
                     "this peftc has no CUDA target yet; leave `--target` out to run on the CPU (GPUs here: {here})"
                 )))
             }
-            other => Err(Failure::Usage(format!("`{other}` is no target; it is `cpu`"))),
+            _ => Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
         }
     }
 
@@ -83,6 +87,7 @@ impl Source {
     pub fn store(&self, model: &Model) -> Result<Program, Failure> {
         let entries = [peft_passes::pipeline::Entry::Store];
         let artifact = crate::compiler::compile_entries(model, &entries, &self.options())?;
+        store::runs_here(&self.path, &artifact.manifest)?;
         Ok(Program::new(artifact.manifest, &artifact.library)?)
     }
 
@@ -106,6 +111,7 @@ impl Source {
         let model = spec::load(&self.path, &self.set, super::color())?;
         let checked = begun.elapsed();
         let artifact = crate::compiler::compile(&model, &self.options())?;
+        store::runs_here(&self.path, &artifact.manifest)?;
         if self.timings {
             super::say(&timings(&[&[("check", checked)], &artifact.timings[..]].concat()));
         }
@@ -114,7 +120,9 @@ impl Source {
 
     #[cfg(feature = "compiler")]
     pub fn options(&self) -> peft_passes::pipeline::Options {
-        peft_passes::pipeline::Options { without: self.no_fuse.clone(), ..Default::default() }
+        let level = self.target.split_once(':').and_then(|(_, level)| level.parse().ok());
+        let cpu = level.unwrap_or_default();
+        peft_passes::pipeline::Options { without: self.no_fuse.clone(), cpu, ..Default::default() }
     }
 
     #[cfg(not(feature = "compiler"))]

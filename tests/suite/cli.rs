@@ -179,6 +179,8 @@ fn compile_run_and_refuse_damaged_artifacts() {
     }
     bench.refuses(&["compile", IR, "--emit", "ptx"], 2, &["the stages are ast, model"]);
     bench.refuses(&["compile", IR, "--target", "cuda"], 2, &["no CUDA target yet"]);
+    #[cfg(target_arch = "x86_64")]
+    bench.refuses(&["compile", IR, "--target", "cpu:x86-64-v9"], 2, &["native, x86-64, x86-64-v3, x86-64-v4"]);
     let out = bench.path("a.peftc");
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
@@ -196,6 +198,15 @@ fn compile_run_and_refuse_damaged_artifacts() {
         assert_eq!(ran.code, 0, "{}", ran.err);
     }
     assert_eq!(fs::read(&results[0]).expect("written"), fs::read(&results[1]).expect("written"));
+    // One for every x86-64 asks for no feature, and one for another processor is written all the same.
+    #[cfg(target_arch = "x86_64")]
+    for (target, features) in [("cpu:x86-64", 0), ("cpu:x86-64-v3", 13), ("cpu:x86-64-v4", 18)] {
+        let artifact = bench.path("level.peftc");
+        let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let manifest = peft_runtime::store::open(&artifact).expect("sound").0;
+        assert_eq!(manifest.features.len(), features);
+    }
     let found = adapter::load(&results[0]).expect("sound").tensors;
     let grads = fixture.file.tensors.keys().filter(|n| n.starts_with("expect.grad.")).count();
     assert_eq!(found.keys().filter(|n| n.starts_with("grad.")).count(), grads);

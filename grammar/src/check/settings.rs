@@ -7,7 +7,7 @@ use super::value::Val;
 use super::{Checker, Purpose, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Recipe, Schedule, Task, TaskKind, Warmup};
+use crate::model::{Precision, Recipe, Schedule, Task, TaskKind, Warmup};
 use crate::source::Span;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
@@ -25,6 +25,7 @@ const RECIPE: &[&str] = &[
     "epochs",
     "steps",
     "seed",
+    "precision",
 ];
 
 /// The entries of a block by key.
@@ -214,6 +215,10 @@ impl<'a> Checker<'a> {
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
             seed: self.count(&entries, "seed", 0).unwrap_or(1),
+            precision: match self.word(&entries, "precision", &["f32", "bf16"]) {
+                Some("bf16") => Precision::Bf16,
+                _ => Precision::F32,
+            },
         };
         (self.errors.len() == before).then_some(recipe)
     }

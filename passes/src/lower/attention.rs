@@ -163,7 +163,7 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
                     let place = k.add(queries[r], e);
                     k.load(q, place)
                 };
-                k.outer(ROWS, x, &columns, sums)
+                k.outer(ROWS, x, &columns, sums, Kernel::fma)
             });
             for (r, &row) in rows.iter().enumerate() {
                 let base = k.mul(row, segment.length);
@@ -233,7 +233,7 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
                     let nothing = k.float(0.0, F32);
                     k.select(later, nothing, weight)
                 };
-                k.outer(ROWS, weight, &values, sums)
+                k.outer(ROWS, weight, &values, sums, Kernel::fma)
             });
             for (r, &row) in rows.iter().enumerate() {
                 let line = k.add(segment.row, row);

@@ -252,7 +252,7 @@ fn product(
                 let place = k.add(rows[r], e);
                 k.load(x, place)
             };
-            k.outer(ROWS, x, &columns, sums)
+            k.outer(ROWS, x, &columns, sums, Kernel::fma)
         });
         let by = k.float(scale, VECTOR);
         for (r, &line) in lines.iter().enumerate() {
@@ -289,7 +289,7 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Bu
                 let place = k.add(lines[r], j);
                 k.load(unit.rows, place)
             };
-            k.outer(ROWS, weight, &values, sums)
+            k.outer(ROWS, weight, &values, sums, Kernel::fma)
         });
         for r in 0..ROWS {
             let offset = k.index(r);

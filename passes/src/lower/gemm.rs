@@ -9,29 +9,31 @@
 //!
 //! B is read from panels [⌈n/32⌉][k][32], which frozen weights are packed into once, when they arrive. One
 //! whose rows run along n needs no packing: its pieces are copied to scratch as well.
+//!
+//! In bf16 a step along k is a pair, and both copies hold pairs: A's rows are rounded on their way to the scratch,
+//! frozen weights when they are packed.
 
 use peft_grammar::graph::{Dim, Value};
+use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
 use super::{Lowering, Place, product};
+use crate::cpu::Registers;
 
-/// Rows of the result, and vectors along each, that the micro-kernel holds: 28 of 32 registers are sums.
+/// Rows of the result, and vectors along each, that the micro-kernel holds.
 #[derive(Clone, Copy)]
 struct Tile {
     rows: u64,
     vectors: u64,
 }
 
-const TILE: Tile = Tile { rows: 14, vectors: 2 };
-/// For a result of at most one vector's columns.
-const NARROW: Tile = Tile { rows: 28, vectors: 1 };
-/// For a result of at most seven rows.
-const SHORT: Tile = Tile { rows: 7, vectors: 4 };
+/// Registers that are no sums: for a line of B and a number of A.
+const SPARE: u64 = 4;
 
 /// Rows of a unit: what is read of B serves all of them.
 const ROWS: u64 = 112;
-/// Steps along k between two visits of the result: 256 rows of a column panel are 32 KiB.
+/// Steps along k between two visits of the result: 256 of a column panel are 32 KiB.
 const DEPTH: u64 = 256;
 /// Column panels of a unit: what is read of A serves all of them.
 const PANELS: u64 = 4;
@@ -42,13 +44,16 @@ impl Tile {
     fn columns(self) -> u64 {
         self.vectors * LANES
     }
-    /// The tile for m × n of which some may be known.
-    fn of(m: &Extent, n: &Extent, packed: bool) -> Tile {
+    /// The tile for m × n, of which some may be known: 14 × 32, 28 × 16 or 7 × 64 on AVX-512.
+    fn of(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> Tile {
+        let vector = LANES / registers.floats;
+        let tile = |vectors| Tile { rows: (registers.count - SPARE) / (vector * vectors), vectors };
+        let [narrow, usual, short] = if vector == 1 { [1, 2, 4] } else { [1, 1, 2] }.map(tile);
         match (m, n) {
-            (_, Extent::Const(n)) if *n <= NARROW.columns() => NARROW,
+            (_, Extent::Const(n)) if *n <= narrow.columns() => narrow,
             // Packed panels are there for other products as well.
-            (Extent::Const(m), _) if *m <= SHORT.rows && !packed => SHORT,
-            _ => TILE,
+            (Extent::Const(m), _) if *m <= short.rows && !packed => short,
+            _ => usual,
         }
     }
 }
@@ -102,17 +107,22 @@ impl Lowering<'_, '_, '_> {
         let right = Side { batch: batch.clone(), length: n.clone(), depth: depth.clone(), contiguous: !transpose_y };
         let (place_a, place_b) = (self.place(x).clone(), self.place(y).clone());
         let packed = place_b.frozen.is_some() || transpose_y;
-        let tile = Tile::of(&m, &n, packed);
-        let form = Form { tile, columns_a: transpose_x, packed };
+        let tile = Tile::of(&m, &n, packed, self.target.cpu.registers());
+        let rounds = self.target.precision == Precision::Bf16 && self.frozen.is_none();
+        let factors = match place_b.frozen {
+            Some(_) if rounds && !transpose_x => Factors::Pairs { native: self.target.cpu.multiplies_bf16() },
+            _ => Factors::F32,
+        };
+        let form = Form { tile, columns_a: transpose_x, packed, factors };
 
         let lines_a = left.lines(&place_a);
         let across = Extent::Const(tile.columns());
         let panels = Extent::CeilDiv(Box::new(n.clone()), tile.columns());
         let (from_b, lines_b, panel_b) = match packed {
             true => {
-                let panel = depth.clone() * across.clone();
+                let panel = factors.steps(depth.clone()) * across.clone();
                 let lines = Lines { line: across, area: panels.clone() * panel.clone(), first: Extent::Const(0) };
-                (self.pack(y, tile.columns(), right), lines, panel)
+                (self.pack(y, tile.columns(), right, factors), lines, panel)
             }
             false => (place_b.buffer, right.lines(&place_b), across),
         };
@@ -133,14 +143,17 @@ impl Lowering<'_, '_, '_> {
     }
 
     /// The panels of an operand; the same ones if it has been packed this way before.
-    fn pack(&mut self, value: Value, width: u64, side: Side) -> BufferId {
+    fn pack(&mut self, value: Value, width: u64, side: Side, factors: Factors) -> BufferId {
         let place = self.place(value).clone();
         let Lines { line, area, first } = side.lines(&place);
         let Side { batch, length, depth, contiguous } = side;
-        let layout = format!("{width} of {batch:?} × {length:?} × {depth:?}, {contiguous}, {line:?} from {first:?}");
+        let layout = format!(
+            "{width} of {batch:?} × {length:?} × {depth:?}, {contiguous}, {line:?} from {first:?}, {}",
+            factors.suffix()
+        );
         let panels = Extent::CeilDiv(Box::new(length.clone()), width);
         let units = batch * panels.clone();
-        let shape = vec![units.clone() * depth.clone() * Extent::Const(width)];
+        let shape = vec![units.clone() * factors.steps(depth.clone()) * Extent::Const(width)];
         let key = match &place.frozen {
             Some(source) => format!("pack({source}, {layout})"),
             None => format!("pack({}, {layout})", place.buffer),
@@ -151,15 +164,18 @@ impl Lowering<'_, '_, '_> {
         }
         let own = std::mem::replace(&mut self.frozen, place.frozen.as_ref().map(|_| key.clone()));
         let packed = match place.frozen {
-            Some(_) => self.target.bind(&key, Element::F32, shape, Storage::Prepared),
+            Some(_) => self.target.bind(&key, factors.element(), shape, Storage::Prepared),
             None => {
-                let packed = self.target.buffer(Element::F32, shape, Storage::Temporary);
+                let packed = self.target.buffer(factors.element(), shape, Storage::Temporary);
                 self.packs.insert(key, packed);
                 packed
             }
         };
-        let name = format!("pack{width}_{}", if contiguous { "columns" } else { "rows" });
-        let kernel = self.target.kernel(&name, |name| pack_kernel(name, width, contiguous));
+        let name = format!("pack{width}_{}{}", if contiguous { "columns" } else { "rows" }, factors.suffix());
+        let kernel = self.target.kernel(&name, |name| match factors {
+            Factors::F32 => pack_kernel(name, width, contiguous),
+            Factors::Pairs { native } => pack_pairs(name, width, contiguous, native),
+        });
         let label = std::mem::replace(&mut self.label, "pack".into());
         let sizes = vec![length, depth, panels, line, area, first];
         self.launch(kernel, vec![place.buffer, packed], sizes, units);
@@ -235,10 +251,118 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
     })
 }
 
+/// ⌈n/2⌉
+fn pairs_of(k: &mut Kernel, n: Val) -> Val {
+    let (one, two) = (k.index(1), k.index(2));
+    let n = k.add(n, one);
+    k.div(n, two)
+}
+
+/// The same of pairs along k. What completes the last one is zero.
+fn pack_pairs(name: &str, width: u64, contiguous: bool, native: bool) -> String {
+    define(name, &[Element::F32, Element::I32], 6, |k, buffers, sizes| {
+        let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
+        k.units(|k, unit| {
+            let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
+            let area = k.mul(batch, area);
+            let area = k.add(area, first_column);
+            let (zero, two, across) = (k.index(0), k.index(2), k.index(width));
+            let start = k.mul(panel, across);
+            let left = k.sub(length, start);
+            let steps = pairs_of(k, depth);
+            let size = k.mul(steps, across);
+            let out = k.mul(unit, size);
+            k.each(zero, steps, 1, |k, step| {
+                let at = k.mul(step, two);
+                let rest = k.sub(depth, at);
+                let target = k.mul(step, across);
+                let target = k.add(out, target);
+                if contiguous {
+                    let row = k.mul(at, line);
+                    let row = k.add(row, start);
+                    let row = k.add(row, area);
+                    let below = k.add(row, line);
+                    let one = k.index(1);
+                    let whole = k.compare(rest, Order::Gt, one);
+                    for lane in (0..width).step_by(LANES as usize) {
+                        let offset = k.index(lane);
+                        let here = k.sub(left, offset);
+                        let both = k.select(whole, here, zero);
+                        let (mask, mask_below) = (k.mask(here, LANES), k.mask(both, LANES));
+                        let (upper, lower) = (k.add(row, offset), k.add(below, offset));
+                        let (upper, lower) = (k.load_lanes(from, upper, mask), k.load_lanes(from, lower, mask_below));
+                        let x = k.interleave(upper, lower);
+                        let x = k.pairs(native, x);
+                        let target = k.add(target, offset);
+                        k.store_vector(x, to, target);
+                    }
+                } else {
+                    k.each(zero, across, 1, |k, i| {
+                        let exists = k.compare(i, Order::Lt, left);
+                        let row = k.add(start, i);
+                        let row = k.mul(row, line);
+                        let row = k.add(row, area);
+                        let row = k.add(row, at);
+                        let here = k.select(exists, rest, zero);
+                        let mask = k.mask(here, 2);
+                        let x = k.load_lanes(from, row, mask);
+                        let x = k.pairs(native, x);
+                        let target = k.add(target, i);
+                        k.store_vector(x, to, target);
+                    });
+                }
+            });
+        });
+    })
+}
+
+/// What is multiplied.
+#[derive(Clone, Copy)]
+enum Factors {
+    F32,
+    /// Two of bf16 that are neighbours along k, in a word. The processor may know them.
+    Pairs {
+        native: bool,
+    },
+}
+
+impl Factors {
+    fn element(self) -> Element {
+        match self {
+            Factors::F32 => Element::F32,
+            Factors::Pairs { .. } => Element::I32,
+        }
+    }
+
+    /// Of a depth.
+    fn steps(self, depth: Extent) -> Extent {
+        match self {
+            Factors::F32 => depth,
+            Factors::Pairs { .. } => Extent::CeilDiv(Box::new(depth), 2),
+        }
+    }
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Factors::F32 => "",
+            Factors::Pairs { native: true } => "_bf16",
+            Factors::Pairs { native: false } => "_bf16_widened",
+        }
+    }
+
+    fn multiply(self, k: &mut Kernel, x: Val, y: Val, sum: Val) -> Val {
+        match self {
+            Factors::F32 => k.fma(x, y, sum),
+            Factors::Pairs { native } => k.dot_pairs(native, x, y, sum),
+        }
+    }
+}
+
 /// What one of the matmul's kernels is made for.
 #[derive(Clone, Copy)]
 struct Form {
     tile: Tile,
+    factors: Factors,
     /// A's lines run along its rows' axis, one for each k: x of xᵀ y.
     columns_a: bool,
     /// B is packed; otherwise its lines run along n.
@@ -250,16 +374,16 @@ impl Form {
         let Tile { rows, vectors } = self.tile;
         let a = if self.columns_a { "columns" } else { "rows" };
         let b = if self.packed { "panels" } else { "rows" };
-        format!("gemm{rows}x{}_{a}_{b}", vectors * LANES)
+        format!("gemm{rows}x{}_{a}_{b}{}", vectors * LANES, self.factors.suffix())
     }
 
-    /// Floats between a tile's neighbours in the scratch: its rows, or its steps along k. Rows whose
+    /// Elements between a tile's neighbours in the scratch: its rows, or its steps along k. Rows whose
     /// distance is a power of two would all want the same few lines of the cache.
     fn step(self) -> u64 {
         if self.columns_a { self.tile.rows.next_multiple_of(LANES) } else { DEPTH + LANES }
     }
 
-    /// Floats of a tile of rows in the scratch.
+    /// Elements of a tile of rows in the scratch.
     fn room(self) -> u64 {
         self.step() * if self.columns_a { DEPTH } else { self.tile.rows }
     }
@@ -268,12 +392,17 @@ impl Form {
 /// Some rows against some column panels a unit.
 fn gemm(name: &str, form: Form) -> String {
     let tile = form.tile;
-    define(name, &[Element::F32; 3], 16, |k, buffers, sizes| {
+    let element = form.factors.element();
+    define(name, &[Element::F32, element, Element::F32], 16, |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b, width, first_column] = first(&sizes[7..]);
-        let rows_of_a = k.scratch(form.room() * (ROWS / tile.rows));
-        let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns()) };
+        let rows_of_a = k.scratch(form.room() * ROWS.div_ceil(tile.rows), element);
+        let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns(), element) };
+        let steps = match form.factors {
+            Factors::F32 => depth,
+            Factors::Pairs { .. } => pairs_of(k, depth),
+        };
         k.units(|k, unit| {
             // Neighbours share their part of B: it is read from memory once.
             let row = k.rem(unit, blocks);
@@ -295,11 +424,11 @@ fn gemm(name: &str, form: Form) -> String {
             let base_c = k.add(base_c, row);
             let base_c = k.mul(base_c, width);
             let base_c = k.add(base_c, first_column);
-            k.each(zero, depth, DEPTH, |k, block| {
-                let length = k.sub(depth, block);
+            k.each(zero, steps, DEPTH, |k, block| {
+                let length = k.sub(steps, block);
                 let most = k.index(DEPTH);
                 let length = k.min(length, most);
-                let source = Source { buffer: a, base: base_a, line: line_a, row, rows, block, length };
+                let source = Source { buffer: a, base: base_a, line: line_a, row, rows, block, length, depth };
                 if form.columns_a {
                     copy_columns(k, form, &source, rows_of_a);
                 } else {
@@ -358,16 +487,21 @@ struct Source {
     line: Val,
     row: Val,
     rows: Val,
+    /// Steps along k: the first of them, and how many.
     block: Val,
     length: Val,
+    /// All of k.
+    depth: Val,
 }
 
 /// Row by row. Those that fill the last tile are the last row again: what comes of them is not written.
 fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
-    let &Source { buffer, base, line, row, rows, block, length } = source;
-    let (zero, one) = (k.index(0), k.index(1));
+    let &Source { buffer, base, line, row, rows, block, length, depth } = source;
+    let (zero, one, two) = (k.index(0), k.index(1), k.index(2));
     let last = k.sub(rows, one);
-    let base = k.add(base, block);
+    let start = if let Factors::Pairs { .. } = form.factors { k.mul(block, two) } else { block };
+    let left = k.sub(depth, start);
+    let base = k.add(base, start);
     let tile = k.index(form.tile.rows);
     let most = k.add(rows, tile);
     let most = k.sub(most, one);
@@ -381,8 +515,16 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
         let step = k.index(form.step());
         let target = k.mul(r, step);
         k.lanes(length, |k, j, mask| {
-            let at = k.add(from, j);
-            let x = k.load_lanes(buffer, at, mask);
+            let x = if let Factors::Pairs { native } = form.factors {
+                let j = k.mul(j, two);
+                let (at, here) = (k.add(from, j), k.sub(left, j));
+                let mask = k.mask(here, 2 * LANES);
+                let x = k.load_lanes(buffer, at, mask);
+                k.pairs(native, x)
+            } else {
+                let at = k.add(from, j);
+                k.load_lanes(buffer, at, mask)
+            };
             let at = k.add(target, j);
             k.store_vector(x, to, at);
         });
@@ -391,7 +533,7 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
 
 /// Line by line, each in parts as wide as a tile has rows.
 fn copy_columns(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
-    let &Source { buffer, base, line, row, rows, block, length } = source;
+    let &Source { buffer, base, line, row, rows, block, length, .. } = source;
     let zero = k.index(0);
     let base = k.add(base, row);
     k.each(zero, length, 1, |k, step| {
@@ -480,7 +622,7 @@ fn tile_sums(k: &mut Kernel, form: Form, (a, row): (Buf, Val), (b, from): (Buf, 
             let at = k.add(at, offset);
             k.load(a, at)
         };
-        k.outer(rows, x, &line, sums)
+        k.outer(rows, x, &line, sums, |k, x, y, sum| form.factors.multiply(k, x, y, sum))
     })
 }
 

@@ -17,6 +17,7 @@ pub enum Scalar {
     I1,
     I32,
     I64,
+    BF16,
     F32,
 }
 
@@ -53,6 +54,7 @@ impl std::fmt::Display for Ty {
             Scalar::I1 => "i1",
             Scalar::I32 => "i32",
             Scalar::I64 => "i64",
+            Scalar::BF16 => "bf16",
             Scalar::F32 => "f32",
         };
         match self.lanes {
@@ -122,10 +124,8 @@ pub fn define(
     let mut kernel =
         Kernel { body: String::new(), depth: 2, next: first + sizes as u32 + 2, begin: range[0], end: range[1] };
     body(&mut kernel, &buffers, &indices);
-    // Called through two thin wrappers: without `noinline` each would hold a copy.
-    let attributes = r#"llvm.emit_c_interface, passthrough = ["noinline", ["prefer-vector-width", "512"]]"#;
     format!(
-        "  func.func @{name}({}) attributes {{{attributes}}} {{\n{}    return\n  }}\n",
+        "  func.func @{name}({}) attributes {{llvm.emit_c_interface, passthrough = #cpu}} {{\n{}    return\n  }}\n",
         signature.join(", "),
         kernel.body
     )
@@ -237,24 +237,48 @@ impl Kernel {
     pub fn shift_right(&mut self, x: Val, y: Val) -> Val {
         self.binary("", "arith.shrui", x, y)
     }
-    /// x · y + z, rounded once.
+    /// x · y + z, rounded once where the processor can do that at no cost.
     pub fn fma(&mut self, x: Val, y: Val, z: Val) -> Val {
-        self.emit(x.ty, format_args!("math.fma {x}, {y}, {z} : {}", x.ty))
+        let ty = x.ty;
+        self.emit(ty, format_args!("llvm.intr.fmuladd({x}, {y}, {z}) : ({ty}, {ty}, {ty}) -> {ty}"))
     }
-    /// A step of an outer product: row by row, sum + x · y for every vector y; `x` gives a row's number.
+    /// sum + x · y of pairs of bf16, both products of each: in one instruction, or widened for two of f32's.
+    pub fn dot_pairs(&mut self, native: bool, x: Val, y: Val, sum: Val) -> Val {
+        if native {
+            let [x, y] = [x, y].map(|pairs| self.halves(pairs));
+            let (ty, pairs) = (sum.ty, x.ty);
+            return self.emit(
+                ty,
+                format_args!(
+                    "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({sum}, {x}, {y}) : \
+                     ({ty}, {pairs}, {pairs}) -> {ty}"
+                ),
+            );
+        }
+        let (upper, half) = (self.int(-1 << 16, x.ty), self.int(16, x.ty));
+        let widened = [x, y].map(|pairs| {
+            let (first, second) = (self.shift_left(pairs, half), self.and(pairs, upper));
+            [self.from_bits(first), self.from_bits(second)]
+        });
+        let [[x0, x1], [y0, y1]] = widened;
+        let sum = self.fma(x0, y0, sum);
+        self.fma(x1, y1, sum)
+    }
+    /// A step of an outer product: row by row, `multiply(x, y, sum)` for every vector y; `x` gives a row's number.
     pub fn outer(
         &mut self,
         rows: u64,
         mut x: impl FnMut(&mut Kernel, usize) -> Val,
         vectors: &[Val],
         sums: &[Val],
+        multiply: impl Fn(&mut Kernel, Val, Val, Val) -> Val,
     ) -> Vec<Val> {
         let mut next = vec![];
         for r in 0..rows as usize {
             let x = x(self, r);
             let x = self.splat(x, LANES);
             for (v, &y) in vectors.iter().enumerate() {
-                next.push(self.fma(x, y, sums[r * vectors.len() + v]));
+                next.push(multiply(self, x, y, sums[r * vectors.len() + v]));
             }
         }
         next
@@ -334,6 +358,39 @@ impl Kernel {
         let ty = x.ty.times(lanes);
         self.emit(ty, format_args!("vector.broadcast {x} : {} to {ty}", x.ty))
     }
+    /// Neighbours among floats, rounded to bf16, as words: the first in the lower half.
+    pub fn pairs(&mut self, native: bool, x: Val) -> Val {
+        let ty = x.ty.of(Scalar::BF16);
+        let words = Ty { scalar: Scalar::I32, lanes: ty.lanes.map(|n| n / 2) };
+        if native {
+            let rounded = self.emit(ty, format_args!("arith.truncf {x} : {} to {ty}", x.ty));
+            return self.emit(words, format_args!("vector.bitcast {rounded} : {ty} to {words}"));
+        }
+        let (first, second) = (self.fresh(words.of(Scalar::F32)), self.fresh(words.of(Scalar::F32)));
+        self.line(format_args!("{first}, {second} = vector.deinterleave {x} : {} -> {}", x.ty, first.ty));
+        let (first, second) = (self.rounded_bits(first), self.rounded_bits(second));
+        let (upper, half) = (self.int(-1 << 16, words), self.int(16, words));
+        let (first, second) = (self.shift_right(first, half), self.and(second, upper));
+        self.or(first, second)
+    }
+    /// Bits of a float whose upper half is the nearest bf16, of two as near the even one.
+    fn rounded_bits(&mut self, x: Val) -> Val {
+        let bits = self.bits(x);
+        let [half, one, below, quiet] = [16, 1, 0x7fff, 0x40_0000].map(|n| self.int(n, bits.ty));
+        let last = self.shift_right(bits, half);
+        let last = self.and(last, one);
+        let more = self.add(below, last);
+        let rounded = self.add(bits, more);
+        // Carried too far, NaN would be a number.
+        let nan = self.or(bits, quiet);
+        let number = self.compare(x, Order::Eq, x);
+        self.select(number, rounded, nan)
+    }
+    /// The other way, to bf16.
+    fn halves(&mut self, words: Val) -> Val {
+        let ty = Ty { scalar: Scalar::BF16, lanes: words.ty.lanes.map(|n| 2 * n) };
+        self.emit(ty, format_args!("vector.bitcast {words} : {} to {ty}", words.ty))
+    }
     /// x₀, y₀, x₁, y₁, …
     pub fn interleave(&mut self, x: Val, y: Val) -> Val {
         let ty = Ty { scalar: x.ty.scalar, lanes: x.ty.lanes.map(|n| 2 * n) };
@@ -369,12 +426,14 @@ impl Kernel {
 
     // Memory.
 
-    /// `n` floats of the kernel's own, on its stack: to be asked for outside of loops.
-    pub fn scratch(&mut self, n: u64) -> Buf {
-        let (room, flat) = (self.fresh(F32), self.fresh(F32));
-        self.line(format_args!("{room} = memref.alloca() {{alignment = 64 : i64}} : memref<{n}xf32>"));
-        self.line(format_args!("{flat} = memref.cast {room} : memref<{n}xf32> to memref<?xf32>"));
-        Buf { id: flat.id, element: Element::F32 }
+    /// `n` elements of the kernel's own, on its stack: to be asked for outside of loops.
+    pub fn scratch(&mut self, n: u64, element: Element) -> Buf {
+        let (room, flat) = (self.fresh(INDEX), self.fresh(INDEX));
+        let buffer = Buf { id: flat.id, element };
+        let ty = format!("memref<{n}x{}>", buffer.scalar());
+        self.line(format_args!("{room} = memref.alloca() {{alignment = 64 : i64}} : {ty}"));
+        self.line(format_args!("{flat} = memref.cast {room} : {ty} to {buffer}"));
+        buffer
     }
 
     pub fn load(&mut self, from: Buf, at: Val) -> Val {

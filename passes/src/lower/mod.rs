@@ -27,20 +27,32 @@ pub use map::maps;
 use std::collections::{HashMap, HashSet};
 
 use peft_grammar::graph::{DType, Dim, Graph, Op, Role, Type, Value};
+use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
+
+use crate::cpu::Cpu;
 
 /// Kernels, and how the entries run them.
 pub struct Lowered {
     /// Each as the text of an MLIR function, in the manifest's order.
     pub kernels: Vec<String>,
+    /// What they are written for.
+    pub cpu: Cpu,
     pub manifest: Manifest,
 }
 
 /// Lowers `entries` together, so that they share kernels and prepared weights; the optimizer's step
 /// joins them as `update` if anything trains. `tensors` are the model's, by name.
-pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor]) -> Result<Lowered, String> {
+pub fn lower(
+    entries: &[(&str, &Graph)],
+    tensors: &[Tensor],
+    cpu: Cpu,
+    precision: Precision,
+) -> Result<Lowered, String> {
     let mut target = Target {
         tensors,
+        cpu,
+        precision,
         kernels: vec![],
         texts: HashMap::new(),
         buffers: vec![],
@@ -56,6 +68,8 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor]) -> Result<Lowered, 
     }
     let kernels = target.kernels.iter().map(|name| target.texts[name].1.clone()).collect();
     let manifest = Manifest {
+        arch: std::env::consts::ARCH.into(),
+        features: cpu.features().iter().map(|f| f.to_string()).collect(),
         kernels: target.kernels,
         tensors: tensors.to_vec(),
         buffers: target.buffers,
@@ -63,12 +77,14 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor]) -> Result<Lowered, 
         entries: lowered,
         ..Manifest::default()
     };
-    Ok(Lowered { kernels, manifest })
+    Ok(Lowered { kernels, cpu, manifest })
 }
 
 /// What all entries share.
 struct Target<'a> {
     tensors: &'a [Tensor],
+    cpu: Cpu,
+    precision: Precision,
     kernels: Vec<String>,
     /// Index and text of each kernel, by name.
     texts: HashMap<String, (usize, String)>,

@@ -5,10 +5,12 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
-use peft_runtime::artifact::{Element, Launch, Manifest, Sizes, Storage, Tensor};
+use peft_grammar::model::Precision;
+use peft_runtime::artifact::{Buffer, Element, Launch, Manifest, Sizes, Storage, Tensor};
 
 use super::lower;
 use crate::codegen;
+use crate::cpu::{Cpu, Level};
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
 use crate::tests::samples::{arguments, cases, single};
@@ -70,102 +72,143 @@ fn sizes_of(batch: &Batch, lengths: &[usize]) -> Sizes {
 /// What rounding may do to sums of a few dozen terms.
 const CLOSE: f64 = 2e-6;
 
-/// Compiles all graphs into one library and holds every output against the interpreter's.
-fn compare(graphs: &[(Graph, Vec<usize>)], limit: i32, tolerance: f64) {
-    let mut texts: Vec<String> = vec![];
-    let mut lowered = vec![];
-    for (graph, _) in graphs {
-        let tensor = |(arg, ty): (&peft_grammar::graph::Arg, &Type)| Tensor {
-            name: arg.name.clone(),
-            shape: ty.shape.iter().map(|d| d.constant().unwrap_or(0)).collect(),
-            trainable: None,
-            decay: false,
-        };
-        let weights = graph.args.iter().filter(|a| a.role != Role::Input);
-        let tensors: Vec<Tensor> = weights.map(|a| tensor((a, graph.ty(a.value)))).collect();
-        let result = lower(&[("grad", graph)], &tensors).unwrap_or_else(|e| panic!("{}: {e}", graph.name));
-        for text in &result.kernels {
-            if !texts.contains(text) {
-                texts.push(text.clone());
+/// Graphs compiled into one library.
+struct Compiled<'g> {
+    graphs: &'g [(Graph, Vec<usize>)],
+    manifests: Vec<Manifest>,
+    library: libloading::Library,
+}
+
+impl<'g> Compiled<'g> {
+    fn new(graphs: &'g [(Graph, Vec<usize>)], cpu: Cpu, precision: Precision) -> Self {
+        let mut texts: Vec<String> = vec![];
+        let mut manifests = vec![];
+        for (graph, _) in graphs {
+            let tensor = |(arg, ty): (&peft_grammar::graph::Arg, &Type)| Tensor {
+                name: arg.name.clone(),
+                shape: ty.shape.iter().map(|d| d.constant().unwrap_or(0)).collect(),
+                trainable: None,
+                decay: false,
+            };
+            let weights = graph.args.iter().filter(|a| a.role != Role::Input);
+            let tensors: Vec<Tensor> = weights.map(|a| tensor((a, graph.ty(a.value)))).collect();
+            let lowered = lower(&[("grad", graph)], &tensors, cpu, precision);
+            let lowered = lowered.unwrap_or_else(|e| panic!("{}: {e}", graph.name));
+            for text in &lowered.kernels {
+                if !texts.contains(text) {
+                    texts.push(text.clone());
+                }
             }
+            manifests.push(lowered.manifest);
         }
-        lowered.push(result.manifest);
+        let folder = tempfile::tempdir().expect("a directory");
+        let library = folder.path().join("kernels.so");
+        codegen::compile(&texts, cpu, &library).unwrap_or_else(|e| panic!("{e}"));
+        // SAFETY: our own library, without constructors.
+        let library = unsafe { libloading::Library::new(&library) }.expect("a library");
+        Compiled { graphs, manifests, library }
     }
-    let folder = tempfile::tempdir().expect("a directory");
-    let library = folder.path().join("kernels.so");
-    codegen::compile(&texts, &library).unwrap_or_else(|e| panic!("{e}"));
-    // SAFETY: our own library, without constructors.
-    let library = unsafe { libloading::Library::new(&library) }.expect("a library");
-    for ((graph, lengths), manifest) in graphs.iter().zip(&lowered) {
-        let batch = Batch::new(lengths, 3);
-        let args = arguments(graph, &batch, 11, limit);
-        // The compiled graph computes on f32: let both start from the same numbers.
-        let round = |data: Data| match data {
-            Data::F64(x) => Data::F64(x.into_iter().map(|x| f64::from(x as f32)).collect()),
-            ints => ints,
-        };
-        let args: HashMap<String, Data> = args.into_iter().map(|(k, v)| (k, round(v))).collect();
-        let want = interpret::run(graph, &batch, &args).expect("interpreted");
-        let sizes = sizes_of(&batch, lengths);
-        let bind = |buffer: &peft_runtime::artifact::Buffer| -> Vec<u32> {
-            let count = buffer.elements(&sizes) as usize;
-            let derived = |name: &str| -> Option<Vec<i32>> {
-                let mut offsets = vec![0];
-                let (mut segments, mut pairs) = (vec![], vec![0]);
-                for (s, &n) in lengths.iter().enumerate() {
-                    offsets.push(offsets[s] + n as i32);
-                    segments.extend(vec![s as i32; n]);
-                    (0..n).for_each(|_| pairs.push(pairs.last().expect("one") + n as i32));
-                }
-                match name {
-                    "offsets" => Some(offsets),
-                    "segments" => Some(segments),
-                    "pairs" => Some(pairs),
-                    _ => None,
-                }
+
+    /// Every graph on numbers of its own: what it gives, and what the interpreter says.
+    fn run(&self, limit: i32, mut judge: impl FnMut(Outcome<'_>)) {
+        for ((graph, lengths), manifest) in self.graphs.iter().zip(&self.manifests) {
+            let batch = Batch::new(lengths, 3);
+            let args = arguments(graph, &batch, 11, limit);
+            // The compiled graph computes on f32: let both start from the same numbers.
+            let round = |data: Data| match data {
+                Data::F64(x) => Data::F64(x.into_iter().map(|x| f64::from(x as f32)).collect()),
+                ints => ints,
             };
-            let data = match &buffer.storage {
-                Storage::Input(name) => match derived(name) {
-                    Some(x) => Data::I32(x),
-                    None => args[name].clone(),
-                },
-                Storage::Tensor { index, .. } => args[&manifest.tensors[*index].name].clone(),
-                _ => return vec![f32::NAN.to_bits(); count],
-            };
-            match data {
-                Data::F64(x) => x.iter().map(|&x| (x as f32).to_bits()).collect(),
-                Data::I32(x) => x.iter().map(|&x| x as u32).collect(),
+            let args: HashMap<String, Data> = args.into_iter().map(|(k, v)| (k, round(v))).collect();
+            let want = interpret::run(graph, &batch, &args).expect("interpreted");
+            let sizes = sizes_of(&batch, lengths);
+            let memory = manifest.buffers.iter().map(|b| bind(b, manifest, lengths, &sizes, &args)).collect();
+            let mut machine = Machine { manifest, library: &self.library, sizes, memory };
+            let entry = &manifest.entries["grad"];
+            for launch in manifest.prepare.iter().chain(&entry.launches) {
+                machine.launch(launch);
             }
-        };
-        let memory = manifest.buffers.iter().map(bind).collect();
-        let mut machine = Machine { manifest, library: &library, sizes, memory };
-        let entry = &manifest.entries["grad"];
-        for launch in manifest.prepare.iter().chain(&entry.launches) {
-            machine.launch(launch);
-        }
-        for (output, (name, want)) in entry.outputs.iter().zip(&want) {
-            assert_eq!(output.name, *name);
-            if name == "loss" {
-                // Thousands of either sign added up: rounding is all one would see.
-                continue;
-            }
-            assert_eq!(manifest.buffers[output.buffer].element, Element::F32);
-            let found: Vec<f32> = machine.memory[output.buffer].iter().map(|&x| f32::from_bits(x)).collect();
-            let want = want.floats();
-            assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
-            let scale = want.iter().filter(|x| x.is_finite()).fold(1e-3, |m: f64, x| m.max(x.abs()));
-            for (i, (found, want)) in found.iter().zip(want).enumerate() {
-                let close = (f64::from(*found) - want).abs() <= tolerance * scale || f64::from(*found) == *want;
-                assert!(close, "{name}[{i}] of {:?} with {lengths:?}: {found}, not {want}", graph.nodes[0].op);
+            for (output, (name, want)) in entry.outputs.iter().zip(&want) {
+                assert_eq!(output.name, *name);
+                assert_eq!(manifest.buffers[output.buffer].element, Element::F32);
+                let found: Vec<f32> = machine.memory[output.buffer].iter().map(|&x| f32::from_bits(x)).collect();
+                let want = want.floats();
+                assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
+                judge(Outcome { graph, batch: &batch, args: &args, name, found: &found, want });
             }
         }
     }
 }
 
-#[test]
-fn every_operation_and_its_derivative() {
+/// One output of one graph.
+struct Outcome<'a> {
+    graph: &'a Graph,
+    batch: &'a Batch,
+    args: &'a HashMap<String, Data>,
+    name: &'a str,
+    found: &'a [f32],
+    want: &'a [f64],
+}
+
+/// What a buffer holds before the first launch.
+fn bind(
+    buffer: &Buffer,
+    manifest: &Manifest,
+    lengths: &[usize],
+    sizes: &Sizes,
+    args: &HashMap<String, Data>,
+) -> Vec<u32> {
+    let derived = |name: &str| -> Option<Vec<i32>> {
+        let mut offsets = vec![0];
+        let (mut segments, mut pairs) = (vec![], vec![0]);
+        for (s, &n) in lengths.iter().enumerate() {
+            offsets.push(offsets[s] + n as i32);
+            segments.extend(vec![s as i32; n]);
+            (0..n).for_each(|_| pairs.push(pairs.last().expect("one") + n as i32));
+        }
+        match name {
+            "offsets" => Some(offsets),
+            "segments" => Some(segments),
+            "pairs" => Some(pairs),
+            _ => None,
+        }
+    };
+    let data = match &buffer.storage {
+        Storage::Input(name) => match derived(name) {
+            Some(x) => Data::I32(x),
+            None => args[name].clone(),
+        },
+        Storage::Tensor { index, .. } => args[&manifest.tensors[*index].name].clone(),
+        _ => return vec![f32::NAN.to_bits(); buffer.elements(sizes) as usize],
+    };
+    match data {
+        Data::F64(x) => x.iter().map(|&x| (x as f32).to_bits()).collect(),
+        Data::I32(x) => x.iter().map(|&x| x as u32).collect(),
+    }
+}
+
+/// Holds every output of compiled graphs against the interpreter's.
+fn compare(graphs: &[(Graph, Vec<usize>)], cpu: Cpu, limit: i32, tolerance: f64) {
+    Compiled::new(graphs, cpu, Precision::F32).run(limit, |outcome| {
+        let Outcome { graph, batch, name, found, want, .. } = outcome;
+        if name == "loss" {
+            // Thousands of either sign added up: rounding is all one would see.
+            return;
+        }
+        let scale = want.iter().filter(|x| x.is_finite()).fold(1e-3, |m: f64, x| m.max(x.abs()));
+        for (i, (found, want)) in found.iter().zip(want).enumerate() {
+            let close = (f64::from(*found) - want).abs() <= tolerance * scale || f64::from(*found) == *want;
+            let (op, tokens) = (&graph.nodes[0].op, batch.tokens());
+            assert!(close, "{name}[{i}] of {op:?} with {tokens} tokens on {cpu}: {found}, not {want}");
+        }
+    });
+}
+
+type Cases = Vec<(Graph, Vec<usize>)>;
+
+fn operations(sizes: &[(u64, u64, u64)]) -> Cases {
     let mut graphs = vec![];
-    for (h, p, r) in [(2, 3, 2), (3, 40, 17)] {
+    for &(h, p, r) in sizes {
         for (op, types) in cases(h, p, r) {
             let graph = differentiate(&single(op, &types)).expect("differentiable");
             for lengths in [vec![1], vec![2, 5, 1], vec![37, 3]] {
@@ -173,7 +216,26 @@ fn every_operation_and_its_derivative() {
             }
         }
     }
-    compare(&graphs, 2, CLOSE);
+    graphs
+}
+
+#[test]
+fn every_operation_and_its_derivative() {
+    compare(&operations(&[(2, 3, 2), (3, 40, 17)]), Cpu::Native, 2, CLOSE);
+}
+
+/// The same for every level of processors that this one can stand for.
+#[test]
+fn every_level_of_processors() {
+    let graphs = [operations(&[(3, 40, 17)]), products(), attention()].concat();
+    for (level, name) in Level::ALL {
+        let cpu = Cpu::Level(level);
+        let missing = cpu.features().into_iter().find(|f| !Cpu::Native.features().contains(f));
+        match missing {
+            Some(feature) => eprintln!("skipped: {name}, since this machine lacks {feature}"),
+            None => compare(&graphs, cpu, 2, CLOSE),
+        }
+    }
 }
 
 /// What has no derivative of its own, or takes only some numbers.
@@ -213,13 +275,12 @@ fn forward_only() {
     graphs.push(graph);
     let lengths = [vec![1], vec![2, 5, 1], vec![37, 3]];
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));
-    compare(&all.collect::<Vec<_>>(), 2, CLOSE);
+    compare(&all.collect::<Vec<_>>(), Cpu::Native, 2, CLOSE);
 }
 
 /// Sizes around the tiles, the rows of a unit and the blocks along k; operands lying either way, weights
 /// packed beforehand and not, one result and several.
-#[test]
-fn products_of_awkward_sizes() {
+fn products() -> Cases {
     let mut graphs = vec![];
     let sizes = [(1, 1, 1), (1, 520, 130), (4, 3, 65), (7, 256, 5), (15, 1, 17), (29, 5, 16), (28, 257, 1)];
     for (m, k, n) in sizes.into_iter().chain([(113, 9, 33), (225, 6, 12), (14, 300, 32)]) {
@@ -240,12 +301,39 @@ fn products_of_awkward_sizes() {
             graphs.push((graph, vec![1]));
         }
     }
-    compare(&graphs, 2, CLOSE);
+    graphs
+}
+
+#[test]
+fn products_of_awkward_sizes() {
+    compare(&products(), Cpu::Native, 2, CLOSE);
+}
+
+/// The bound that `Precision::Bf16` names, with the processor's own instruction and without.
+#[test]
+fn products_in_bf16() {
+    let frozen: Cases = products().into_iter().filter(|(graph, _)| graph.name == "frozen").collect();
+    let portable = Cpu::Level(Level::V1);
+    for cpu in [Cpu::Native, portable] {
+        let mut rounded = false;
+        Compiled::new(&frozen, cpu, Precision::Bf16).run(2, |outcome| {
+            let Outcome { graph, batch, args, found, want, .. } = outcome;
+            let absolute = |(name, data): (&String, &Data)| {
+                (name.clone(), Data::F64(data.floats().iter().map(|x| x.abs()).collect()))
+            };
+            let sizes = interpret::run(graph, batch, &args.iter().map(absolute).collect()).expect("interpreted");
+            for ((found, want), size) in found.iter().zip(want).zip(sizes[0].1.floats()) {
+                let error = (f64::from(*found) - want).abs();
+                assert!(error <= (1.0 / 128.0 + 1e-4) * size, "{found}, not {want}, on {cpu}");
+                rounded |= error > 1e-4 * size;
+            }
+        });
+        assert!(rounded, "nothing was rounded to bf16 on {cpu}");
+    }
 }
 
 /// With and without dropout, whole and causal, over lengths that fill no block of rows and no step of lanes.
-#[test]
-fn attention_without_its_square() {
+fn attention() -> Cases {
     let mut graphs = vec![];
     for (h, width, wide) in [(2, 3, 5), (1, 40, 40), (2, 1, 1)] {
         let heads = |n| Type::f32([Dim::Const(h), Dim::Tokens, Dim::Const(n)]);
@@ -265,7 +353,12 @@ fn attention_without_its_square() {
     }
     let lengths = [vec![1], vec![2, 5, 1], vec![33, 3], vec![4, 70]];
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));
-    compare(&all.collect::<Vec<_>>(), 2, CLOSE);
+    all.collect()
+}
+
+#[test]
+fn attention_without_its_square() {
+    compare(&attention(), Cpu::Native, 2, CLOSE);
 }
 
 /// The bound `math.rs` names for angles up to 10⁵. Powers of two keep both sides at the same angles.
@@ -282,5 +375,5 @@ fn sines_of_large_angles() {
             graph.outputs.push((name, value));
         }
     }
-    compare(&[(graph, vec![1])], 1, 1e-7);
+    compare(&[(graph, vec![1])], Cpu::Native, 1, 1e-7);
 }
