@@ -487,8 +487,21 @@ enum Order {
     NotNumbers,
 }
 
-/// A comparison of the bits of two operands.
-pub type Compare = Box<dyn Fn(u64, u64) -> bool + Send + Sync>;
+/// The lanes in which a comparison of two operands holds, as a mask.
+pub type Compare = Box<dyn Fn(&Lanes, &Lanes) -> u32 + Send + Sync>;
+
+/// The lanes whose predicate is set.
+pub fn to_mask(predicate: &Lanes) -> u32 {
+    (0..32).fold(0, |mask, lane| mask | u32::from(predicate[lane] != 0) << lane)
+}
+
+pub fn from_mask(mask: u32) -> Lanes {
+    from_fn(|lane| u64::from(mask >> lane & 1))
+}
+
+fn compare(f: impl Fn(u64, u64) -> bool + Send + Sync + 'static) -> Compare {
+    Box::new(move |a, b| (0..32).fold(0, |mask, lane| mask | u32::from(f(a[lane], b[lane])) << lane))
+}
 
 /// Takes comparison, `.ftz` and the operands' type.
 pub fn comparison(op: &mut Opcode, ty: Type, flush: bool, (order, unordered): (Comparison, bool)) -> Decoded<Compare> {
@@ -506,7 +519,7 @@ pub fn comparison(op: &mut Opcode, ty: Type, flush: bool, (order, unordered): (C
             if float == Float::BF16 {
                 op.needs(90);
             }
-            Ok(Box::new(move |a, b| {
+            Ok(compare(move |a, b| {
                 let operand = |bits: u64| {
                     let x = float.decode(bits);
                     if flush { float.flush(x) } else { x }
@@ -526,17 +539,20 @@ pub fn comparison(op: &mut Opcode, ty: Type, flush: bool, (order, unordered): (C
                 }
             }))
         }
-        _ => Ok(Box::new(move |a, b| {
-            let (a, b) = (integer(a, ty), integer(b, ty));
-            match order {
-                Order::Equal => a == b,
-                Order::NotEqual => a != b,
-                Order::Less => a < b,
-                Order::LessEqual => a <= b,
-                Order::Greater => a > b,
-                _ => a >= b,
-            }
-        })),
+        _ => {
+            // Unsigned as the bits are; signed numbers are in the same order with the top bit flipped.
+            let bits = ty.bits();
+            let top = if ty.signed() { 1 << (bits - 1) } else { 0 };
+            let key = move |x: u64| (x & mask(bits)) ^ top;
+            Ok(match order {
+                Order::Equal => compare(move |a, b| key(a) == key(b)),
+                Order::NotEqual => compare(move |a, b| key(a) != key(b)),
+                Order::Less => compare(move |a, b| key(a) < key(b)),
+                Order::LessEqual => compare(move |a, b| key(a) <= key(b)),
+                Order::Greater => compare(move |a, b| key(a) > key(b)),
+                _ => compare(move |a, b| key(a) >= key(b)),
+            })
+        }
     }
 }
 
@@ -581,7 +597,7 @@ fn set(op: &mut Opcode) -> Decoded<Arithmetic> {
         Type::Float(float) => float.encode(1.0),
         _ => mask(result.bits()),
     };
-    let map = map2(move |a, b| if compare(a, b) { yes } else { 0 });
+    let map: Map = Box::new(move |a, b, _| from_mask(compare(a, b)).map(|holds| holds * yes));
     Ok(Arithmetic { kind: Kind::Compare, map, result, operands: vec![ty, ty], loose: false })
 }
 

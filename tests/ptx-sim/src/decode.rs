@@ -28,7 +28,7 @@ impl Module {
         let mut layout = Layout::default();
         let mut names = HashMap::new();
         for variable in &syntax.variables {
-            let symbol = layout.place(variable).map_err(|message| Error::Parse {
+            let symbol = layout.place(variable, COMMON).map_err(|message| Error::Parse {
                 line: 0,
                 text: variable.name.into(),
                 message: message.into(),
@@ -80,26 +80,33 @@ fn spread_shared(functions: &mut [Function]) {
 #[derive(Default)]
 struct Layout {
     shared: Vec<SharedVariable>,
+    /// Where the last variable of either area of shared memory ends.
+    ends: [u64; 2],
     globals: Vec<(u64, Vec<u8>)>,
     constants: Vec<u8>,
     /// Of the `.extern` arrays, 0 before the first.
     dynamic_align: u64,
 }
 
-/// Where all `.extern` arrays begin; declared ones end below.
-const DYNAMIC: u64 = 1 << 22;
+/// Shared memory has three areas: for variables of the module and of functions; for those of a kernel, anew for each;
+/// for `.extern` arrays, which all begin at the same place. So no overrun meets another variable, and what one kernel
+/// reaches lies close together.
+const AREAS: [u64; 3] = [0, 1 << 17, 1 << 18];
+const COMMON: usize = 0;
+const OF_KERNEL: usize = 1;
+const DYNAMIC: u64 = AREAS[2];
 
 impl Layout {
-    fn place(&mut self, variable: &Variable) -> std::result::Result<Symbol, &'static str> {
+    fn place(&mut self, variable: &Variable, area: usize) -> std::result::Result<Symbol, &'static str> {
         let align = variable.align.max(1);
         match (variable.space, variable.bytes) {
             (Space::Shared, Some(bytes)) => {
-                let end =
-                    self.shared.iter().filter(|v| v.bytes.is_some()).map(|v| v.address + v.bytes.unwrap_or(0) as u64);
-                let address = badly_aligned(end.max().unwrap_or(0) + GUARD, align);
-                if address + bytes as u64 > DYNAMIC {
+                let address = badly_aligned(self.ends[area].max(AREAS[area]) + GUARD, align);
+                let end = address.saturating_add(bytes as u64);
+                if end + GUARD > AREAS[area + 1] {
                     return Err("more shared memory than there is");
                 }
+                self.ends[area] = end;
                 self.shared.push(SharedVariable { address, align, bytes: Some(bytes) });
                 Ok(Symbol::Shared(self.shared.len() - 1, address))
             }
@@ -185,6 +192,8 @@ struct Decoder<'a, 'm> {
     module: &'m HashMap<String, Symbol>,
     signatures: &'m HashMap<&'a str, Signature>,
     layout: &'m mut Layout,
+    /// Where its shared variables go.
+    area: usize,
     /// Innermost last.
     scopes: Vec<HashMap<String, Symbol>>,
     labels: HashMap<&'a str, u32>,
@@ -212,12 +221,14 @@ impl<'a, 'm> Decoder<'a, 'm> {
             let symbol = if function.entry { Symbol::KernelParam(slot) } else { Symbol::FrameParam(slot) };
             scope.insert(variable.name.to_string(), symbol);
         }
+        layout.ends[OF_KERNEL] = 0;
         Decoder {
             lines,
             target,
             module,
             signatures,
             layout,
+            area: if function.entry { OF_KERNEL } else { COMMON },
             scopes: vec![scope],
             labels: HashMap::new(),
             tables: HashMap::new(),
@@ -318,7 +329,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
                 self.frame_bytes = offset + bytes;
                 Symbol::FrameParam(Slot { offset, bytes })
             }
-            _ => self.layout.place(variable).map_err(|message| self.parse_error(line, message))?,
+            _ => self.layout.place(variable, self.area).map_err(|message| self.parse_error(line, message))?,
         };
         self.scope().insert(variable.name.into(), symbol);
         Ok(())

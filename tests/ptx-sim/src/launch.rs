@@ -1,6 +1,6 @@
 //! The machine: memory, launches, the blocks of a grid and their barriers.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::approx::mix;
 use crate::arithmetic::{Lanes, mask};
@@ -127,7 +127,11 @@ pub struct Gpu {
     global: Global,
     /// Epochs that have begun, see `race.rs`.
     epoch: u32,
+    spreads: Spreads,
 }
+
+/// Layouts of fragments that have been drawn, by the seed.
+type Spreads = Vec<(u64, Fragment, Arc<Spread>)>;
 
 macro_rules! typed {
     ($($alloc:ident $read:ident $write:ident $type:ty;)*) => {
@@ -249,7 +253,7 @@ impl Gpu {
             launch_epoch: self.epoch + 1,
             steps: 0,
             counts: [Count::default(); KINDS],
-            spreads: vec![],
+            spreads: &mut self.spreads,
             report: Report::default(),
         };
         let result = machine.grid(entry);
@@ -334,7 +338,7 @@ pub struct Machine<'a> {
     pub launch_epoch: u32,
     pub steps: u64,
     counts: [Count; KINDS],
-    spreads: Vec<(Fragment, Rc<Spread>)>,
+    spreads: &'a mut Spreads,
     pub report: Report,
 }
 
@@ -414,12 +418,14 @@ impl Machine<'_> {
         self.options.perturb.then_some(self.options.seed)
     }
 
-    pub fn spread(&mut self, fragment: &Fragment) -> Rc<Spread> {
-        if let Some((_, spread)) = self.spreads.iter().find(|(known, _)| known == fragment) {
+    pub fn spread(&mut self, fragment: &Fragment) -> Arc<Spread> {
+        let seed = self.options.seed;
+        let known = self.spreads.iter().find(|(drawn, kind, _)| (*drawn, kind) == (seed, fragment));
+        if let Some((_, _, spread)) = known {
             return spread.clone();
         }
-        let spread = Rc::new(fragment.spread(self.options.seed));
-        self.spreads.push((*fragment, spread.clone()));
+        let spread = Arc::new(fragment.spread(seed));
+        self.spreads.push((seed, *fragment, spread.clone()));
         spread
     }
 

@@ -141,13 +141,16 @@ pub fn multiply(shape: Shape, a: &[f64], b: &[f64], c: &[f64], float: Float, see
     let Shape { m, n, k } = shape;
     let mut out = Vec::with_capacity(m * n);
     for i in 0..m {
-        for j in 0..n {
-            let (mut sum, mut size) = (c[i * n + j], c[i * n + j].abs());
-            for l in 0..k {
-                let term = a[i * k + l] * b[l * n + j];
-                sum += term;
-                size += term.abs();
+        let row = &c[i * n..][..n];
+        let (mut sums, mut sizes) = (row.to_vec(), row.iter().map(|c| c.abs()).collect::<Vec<f64>>());
+        for l in 0..k {
+            for ((sum, size), b) in sums.iter_mut().zip(&mut sizes).zip(&b[l * n..][..n]) {
+                let term = a[i * k + l] * b;
+                *sum += term;
+                *size += term.abs();
             }
+        }
+        for (mut sum, size) in sums.into_iter().zip(sizes) {
             if let Some(seed) = seed
                 && size.is_finite()
             {

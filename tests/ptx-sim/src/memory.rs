@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::error::{FaultKind, Other};
-use crate::race::{Now, Stamps};
+use crate::error::FaultKind;
+use crate::race::{Ledger, Now, Race};
 use crate::types::Space;
 
 /// Generic addresses: windows for the spaces that are not global, and one stretch for each global buffer.
@@ -53,7 +53,7 @@ pub struct Region {
     bytes: Vec<u8>,
     flags: Vec<u8>,
     /// Made at the first access that is checked.
-    stamps: Vec<Stamps>,
+    ledger: Ledger,
     /// What this launch touched.
     touched: Range<usize>,
     pub unique_read: u64,
@@ -78,7 +78,16 @@ impl Region {
     }
 
     fn new(space: Space, base: u64, bytes: Vec<u8>, flags: Vec<u8>) -> Region {
-        Region { space, base, bytes, flags, stamps: vec![], touched: 0..0, unique_read: 0, unique_written: 0 }
+        Region {
+            space,
+            base,
+            bytes,
+            flags,
+            ledger: Ledger::default(),
+            touched: 0..0,
+            unique_read: 0,
+            unique_written: 0,
+        }
     }
 
     /// As a new block finds shared memory.
@@ -130,12 +139,12 @@ impl Region {
         } else {
             self.touched = self.touched.start.min(range.start)..self.touched.end.max(range.end);
         }
-        if checks.races && self.stamps.is_empty() {
-            self.stamps = vec![Stamps::default(); self.bytes.len()];
+        if checks.races && self.ledger.is_empty() {
+            self.ledger = Ledger::new(self.bytes.len());
         }
     }
 
-    fn race(&self, at: usize, (other, line): (Other, usize)) -> FaultKind {
+    fn race(&self, (at, other, line): Race) -> FaultKind {
         FaultKind::Race { space: self.space, address: self.base + at as u64, line, other }
     }
 
@@ -169,11 +178,11 @@ impl Region {
             if constant && flags & flag::WRITTEN != 0 {
                 return Err(FaultKind::NotConstant { address });
             }
-            if checks.races {
-                self.stamps[at].read(&now).map_err(|other| self.race(at, other))?;
-            }
             self.unique_read += u64::from(flags & flag::READ == 0);
             self.flags[at] = flags | flag::READ | if constant { flag::READ_AS_CONSTANT } else { 0 };
+        }
+        if checks.races {
+            self.ledger.read(range.clone(), &now).map_err(|race| self.race(race))?;
         }
         Ok(&self.bytes[range])
     }
@@ -197,11 +206,11 @@ impl Region {
             if flags & flag::READ_AS_CONSTANT != 0 {
                 return Err(FaultKind::NotConstant { address });
             }
-            if checks.races {
-                self.stamps[at].write(&now).map_err(|other| self.race(at, other))?;
-            }
             self.unique_written += u64::from(flags & flag::WRITTEN == 0);
             self.flags[at] = flags | flag::WRITTEN | flag::WRITTEN_EVER;
+        }
+        if checks.races {
+            self.ledger.write(range.clone(), &now).map_err(|race| self.race(race))?;
         }
         Ok(())
     }

@@ -10,6 +10,8 @@
 //!
 //! Blocks of one launch are never ordered.
 
+use std::ops::Range;
+
 use crate::error::Other;
 
 /// An access to a byte. Zeroed: none.
@@ -66,7 +68,7 @@ pub struct Now {
 
 /// Last read and last write of a byte.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Stamps {
+struct Stamps {
     read: Stamp,
     write: Stamp,
 }
@@ -106,7 +108,7 @@ impl Now {
 
 impl Stamps {
     /// `Err`: the access this one races with, and its line.
-    pub fn read(&mut self, now: &Now) -> Result<(), (Other, usize)> {
+    fn read(&mut self, now: &Now) -> Result<(), (Other, usize)> {
         now.ordered(&self.write, Other::WriteInBlock, Other::WriteInAnotherBlock)?;
         let mut stamp = now.stamp();
         // Several readers become one that stands for all of them.
@@ -122,10 +124,71 @@ impl Stamps {
         Ok(())
     }
 
-    pub fn write(&mut self, now: &Now) -> Result<(), (Other, usize)> {
+    fn write(&mut self, now: &Now) -> Result<(), (Other, usize)> {
         now.ordered(&self.write, Other::WriteInBlock, Other::WriteInAnotherBlock)?;
         now.ordered(&self.read, Other::ReadInBlock, Other::ReadInAnotherBlock)?;
         self.write = now.stamp();
+        Ok(())
+    }
+}
+
+/// The stamps of a stretch of memory. Bytes of a word that are always touched together share theirs.
+#[derive(Default)]
+pub struct Ledger {
+    words: Vec<Word>,
+    apart: Vec<[Stamps; 4]>,
+}
+
+#[derive(Clone, Default)]
+struct Word {
+    together: Stamps,
+    /// Where the stamps of the single bytes are in `apart`, plus one; 0: they are together.
+    apart: u32,
+}
+
+/// A race: the byte, the access it races with and that one's line.
+pub type Race = (usize, Other, usize);
+
+impl Ledger {
+    pub fn new(bytes: usize) -> Ledger {
+        Ledger { words: vec![Word::default(); bytes.div_ceil(4)], apart: vec![] }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.words.is_empty()
+    }
+
+    pub fn read(&mut self, range: Range<usize>, now: &Now) -> Result<(), Race> {
+        self.each(range, |stamps| stamps.read(now))
+    }
+
+    pub fn write(&mut self, range: Range<usize>, now: &Now) -> Result<(), Race> {
+        self.each(range, |stamps| stamps.write(now))
+    }
+
+    fn each(
+        &mut self,
+        range: Range<usize>,
+        touch: impl Fn(&mut Stamps) -> Result<(), (Other, usize)>,
+    ) -> Result<(), Race> {
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min((at / 4 + 1) * 4);
+            let word = &mut self.words[at / 4];
+            if word.apart == 0 && end - at == 4 {
+                touch(&mut word.together).map_err(|(other, line)| (at, other, line))?;
+            } else {
+                if word.apart == 0 {
+                    self.apart.push([word.together; 4]);
+                    word.apart = self.apart.len() as u32;
+                }
+                let bytes = &mut self.apart[word.apart as usize - 1];
+                for byte in at..end {
+                    touch(&mut bytes[byte % 4]).map_err(|(other, line)| (byte, other, line))?;
+                }
+            }
+            at = end;
+        }
         Ok(())
     }
 }
@@ -175,5 +238,19 @@ mod tests {
         byte.read(&Now { block: 3, ..now(4, 0, 0) }).unwrap();
         byte.read(&now(5, 0, 0)).unwrap();
         assert_eq!(byte.write(&now(6, 0, 0)), Err((Other::ReadInAnotherBlock, 1)));
+    }
+
+    #[test]
+    fn bytes_of_a_word_touched_apart() {
+        let mut ledger = Ledger::new(10);
+        ledger.write(0..8, &now(5, 0, 0)).unwrap();
+        ledger.write(8..9, &now(5, 0, 1)).unwrap();
+        ledger.write(9..10, &now(5, 0, 2)).unwrap();
+        assert_eq!(ledger.read(6..8, &now(5, 0, 1)), Err((6, Other::WriteInBlock, 1)));
+        ledger.write(6..8, &now(6, 0, 1)).unwrap();
+        ledger.write(4..6, &now(6, 0, 0)).unwrap();
+        assert_eq!(ledger.read(4..8, &now(6, 0, 0)), Err((6, Other::WriteInBlock, 1)));
+        assert_eq!(ledger.read(8..10, &now(5, 0, 2)), Err((8, Other::WriteInBlock, 1)));
+        ledger.read(0..10, &now(7, 0, 2)).unwrap();
     }
 }

@@ -1,6 +1,6 @@
 //! Executes what a whole warp does with matrices: `wmma`, `mma`, `ldmatrix`.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::arithmetic::Lanes;
 use crate::error::FaultKind;
@@ -105,7 +105,7 @@ impl Warp {
     }
 
     fn gather(&self, machine: &mut Machine, fragment: &Fragment, registers: &[Operand]) -> Step<Vec<u64>> {
-        let spread: Rc<Spread> = machine.spread(fragment);
+        let spread: Arc<Spread> = machine.spread(fragment);
         let registers: Vec<Lanes> = registers.iter().map(|&operand| self.value(machine, operand)).collect();
         let gathered = spread.gather(&registers, fragment.rows() * fragment.columns());
         gathered.ok_or(Trouble { lane: 0, kind: FaultKind::Fragment })

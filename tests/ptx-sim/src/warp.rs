@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::arithmetic::{Lanes, mask as width_mask};
+use crate::arithmetic::{Lanes, from_mask, mask as width_mask, sign_extend, to_mask};
 use crate::error::FaultKind;
 use crate::flow::END;
 use crate::launch::Machine;
@@ -238,8 +238,8 @@ impl Warp {
             let active = match step.guard {
                 None => here,
                 Some((slot, negated)) => {
-                    let predicate = &frame.registers[slot as usize];
-                    lanes(here).filter(|&lane| (predicate[lane] == 0) == negated).fold(0, |mask, lane| mask | 1 << lane)
+                    let set = to_mask(&frame.registers[slot as usize]);
+                    here & if negated { !set } else { set }
                 }
             };
             self.line = step.line;
@@ -380,10 +380,8 @@ impl Warp {
             }
             Action::Shuffle(shuffle) => self.shuffle(machine, shuffle, active)?,
             Action::Vote { vote, result, operand, members } => {
-                let members = self.members(machine, *members, active, machine.options.shuffles_order)?;
-                let operand = self.value(machine, *operand);
-                let yes =
-                    lanes(active & members).filter(|&lane| operand[lane] != 0).fold(0, |mask, lane| mask | 1 << lane);
+                self.members(machine, *members, active, machine.options.shuffles_order)?;
+                let yes = active & to_mask(&self.value(machine, *operand));
                 let value = match vote {
                     Vote::All => u64::from(yes == active),
                     Vote::Any => u64::from(yes != 0),
@@ -427,30 +425,24 @@ impl Warp {
 
     fn compare(&mut self, machine: &Machine, comparing: &Comparing, active: u32) {
         let [a, b] = comparing.operands.map(|operand| self.value(machine, operand));
-        let other = comparing.combine.map(|(logic, operand)| (logic, self.value(machine, operand)));
-        let combine = |lane: usize, holds: bool| match &other {
-            None => holds,
-            Some((Logic::And, other)) => holds & (other[lane] != 0),
-            Some((Logic::Or, other)) => holds | (other[lane] != 0),
-            Some((Logic::Xor, other)) => holds ^ (other[lane] != 0),
+        let holds = if comparing.pair {
+            let half = |x: &Lanes, shift: u32| x.map(|bits| bits >> shift & 0xFFFF);
+            [0, 16].map(|shift| (comparing.compare)(&half(&a, shift), &half(&b, shift)))
+        } else {
+            // The second result is that of the opposite comparison.
+            let holds = (comparing.compare)(&a, &b);
+            [holds, !holds]
         };
-        let [mut first, mut second] = [[0; 32]; 2];
-        for lane in lanes(active) {
-            let holds = if comparing.pair {
-                let low = |bits: u64| bits & 0xFFFF;
-                let high = |bits: u64| bits >> 16;
-                [(comparing.compare)(low(a[lane]), low(b[lane])), (comparing.compare)(high(a[lane]), high(b[lane]))]
-            } else {
-                let holds = (comparing.compare)(a[lane], b[lane]);
-                // The second result is that of the opposite comparison.
-                [holds, !holds]
-            };
-            first[lane] = combine(lane, holds[0]).into();
-            second[lane] = combine(lane, holds[1]).into();
-        }
-        for (result, value) in comparing.results.iter().zip([first, second]) {
+        let other = comparing.combine.map(|(logic, operand)| (logic, to_mask(&self.value(machine, operand))));
+        let combine = |holds: u32| match other {
+            None => holds,
+            Some((Logic::And, other)) => holds & other,
+            Some((Logic::Or, other)) => holds | other,
+            Some((Logic::Xor, other)) => holds ^ other,
+        };
+        for (result, holds) in comparing.results.iter().zip(holds) {
             if let Some(slot) = *result {
-                self.set(slot, active, &value);
+                self.set(slot, active, &from_mask(combine(holds)));
             }
         }
     }
@@ -479,11 +471,7 @@ impl Warp {
                     let mut value = [0; 8];
                     value[..part.len()].copy_from_slice(part);
                     let value = u64::from_le_bytes(value);
-                    let value = if load.signed {
-                        crate::arithmetic::sign_extend(value, 8 * load.bytes as u32, width)
-                    } else {
-                        value
-                    };
+                    let value = if load.signed { sign_extend(value, 8 * load.bytes as u32, width) } else { value };
                     registers[slot as usize][lane] = value;
                 }
             }
@@ -616,7 +604,7 @@ impl Warp {
     }
 
     /// Checks that the lanes a `.sync` instruction names are those that execute it.
-    fn members(&mut self, machine: &Machine, members: Operand, active: u32, orders: bool) -> Step<u32> {
+    fn members(&mut self, machine: &Machine, members: Operand, active: u32, orders: bool) -> Step<()> {
         let mask = self.uniform(machine, members, active)? as u32;
         // Lanes that have exited, or never were, are not waited for.
         if active & !mask != 0 || mask & self.live & !active != 0 {
@@ -626,7 +614,7 @@ impl Warp {
         if orders && active == self.live {
             self.sync += 1;
         }
-        Ok(mask)
+        Ok(())
     }
 
     fn shuffle(&mut self, machine: &Machine, shuffle: &Shuffle, active: u32) -> Step<()> {

@@ -22,7 +22,7 @@ fn fault(result: Result<Report>) -> Fault {
 /// A kernel `k` of one pointer, with these declarations and instructions.
 fn kernel(target: u32, body: &str) -> String {
     format!(
-        ".version 7.0\n.target sm_{target}\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n\
+        ".version 8.1\n.target sm_{target}\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n\
          .reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<99>; .reg .b64 %rd<9>;\n\
          ld.param.b64 %rd1, [p];\ncvta.to.global.u64 %rd1, %rd1;\nmov.u32 %r1, %tid.x;\n\
          mul.wide.u32 %rd2, %r1, 4;\nadd.s64 %rd3, %rd1, %rd2;\n{body}\nret;\n}}\n"

@@ -12,7 +12,7 @@ fn value(body: &str) -> u64 {
 
 fn lanes(body: &str) -> Vec<u64> {
     let text = format!(
-        ".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n\
+        ".version 8.1\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n\
          .reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<9>; .reg .b64 %rd<12>;\n\
          ld.param.b64 %rd10, [p];\nmov.u32 %r8, %tid.x;\nmul.wide.u32 %rd11, %r8, 8;\nadd.s64 %rd10, %rd10, %rd11;\n\
          {body}\nst.global.b64 [%rd10], %rd9;\nret;\n}}\n"
