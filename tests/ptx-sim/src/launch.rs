@@ -320,6 +320,9 @@ fn check(
     Ok(params)
 }
 
+/// What an access gives, or what is wrong with it.
+type Checked<T> = std::result::Result<T, FaultKind>;
+
 /// A launch in progress, and the block at hand.
 pub struct Machine<'a> {
     pub module: &'a Module,
@@ -400,7 +403,7 @@ impl Machine<'_> {
         report
     }
 
-    pub fn count(&mut self, kind: Kind, active: u32) -> std::result::Result<(), FaultKind> {
+    pub fn count(&mut self, kind: Kind, active: u32) -> Checked<()> {
         self.steps += 1;
         let count = &mut self.counts[kind as usize];
         count.warps += 1;
@@ -438,7 +441,7 @@ impl Machine<'_> {
         constant: bool,
         now: &Now,
         out: &mut [u8],
-    ) -> std::result::Result<(), FaultKind> {
+    ) -> Checked<()> {
         let bytes = out.len();
         let (space, address) = if space == Space::Generic { space_of(address) } else { (space, address) };
         match space {
@@ -461,14 +464,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    pub fn read_global(
-        &mut self,
-        address: u64,
-        align: u64,
-        constant: bool,
-        now: &Now,
-        out: &mut [u8],
-    ) -> std::result::Result<(), FaultKind> {
+    pub fn read_global(&mut self, address: u64, align: u64, constant: bool, now: &Now, out: &mut [u8]) -> Checked<()> {
         let bytes = out.len();
         let nowhere = FaultKind::OutOfBounds { space: Space::Global, address, bytes };
         let region = self.global.find(address).ok_or(nowhere)?;
@@ -485,7 +481,7 @@ impl Machine<'_> {
         constant: bool,
         now: &Now,
         out: &mut [u8],
-    ) -> std::result::Result<(), FaultKind> {
+    ) -> Checked<()> {
         if space == Space::Global {
             return self.read_global(address, align, constant, now, out);
         }
@@ -493,14 +489,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    pub fn write(
-        &mut self,
-        local: &mut Private,
-        space: Space,
-        address: u64,
-        now: &Now,
-        data: &[u8],
-    ) -> std::result::Result<(), FaultKind> {
+    pub fn write(&mut self, local: &mut Private, space: Space, address: u64, now: &Now, data: &[u8]) -> Checked<()> {
         let (space, address) = if space == Space::Generic { space_of(address) } else { (space, address) };
         match space {
             Space::Global | Space::Shared => self.write_region(space, address, data.len() as u64, now, data),
@@ -509,14 +498,7 @@ impl Machine<'_> {
         }
     }
 
-    pub fn write_region(
-        &mut self,
-        space: Space,
-        address: u64,
-        align: u64,
-        now: &Now,
-        data: &[u8],
-    ) -> std::result::Result<(), FaultKind> {
+    pub fn write_region(&mut self, space: Space, address: u64, align: u64, now: &Now, data: &[u8]) -> Checked<()> {
         if space == Space::Shared {
             return self.shared.write(address, data, align, now, self.checks);
         }

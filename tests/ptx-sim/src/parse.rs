@@ -15,6 +15,7 @@ pub struct Module<'a> {
 #[derive(Clone, Debug)]
 pub struct Variable<'a> {
     pub name: &'a str,
+    pub line: usize,
     pub space: Space,
     pub align: u64,
     /// `None`: `.extern .shared` of a size that the launch tells.
@@ -46,7 +47,7 @@ pub enum Statement<'a> {
         ty: Type,
         line: usize,
     },
-    Variable(Variable<'a>, usize),
+    Variable(Variable<'a>),
     Label(&'a str, usize),
     /// `L: .branchtargets A, B;`
     Targets(&'a str, Vec<&'a str>),
@@ -77,6 +78,10 @@ pub enum Arg<'a> {
     /// The lists of a call.
     List(Vec<Arg<'a>>),
 }
+
+/// Bytes of a variable, and what an address may be a multiple of.
+const LARGEST: usize = 1 << 30;
+const COARSEST: u64 = 1 << 12;
 
 /// Words that say how a function is linked; they change nothing here.
 const LINKAGE: [&str; 4] = [".visible", ".weak", ".common", ".extern"];
@@ -258,7 +263,7 @@ impl<'a> Parser<'a> {
                 Kind::Word(".loc" | ".file") => self.skip_line(),
                 Kind::Word(".pragma") => self.skip_statement()?,
                 Kind::Word(word) if word.starts_with('.') => {
-                    out.extend(self.variables()?.into_iter().map(|variable| Statement::Variable(variable, line)));
+                    out.extend(self.variables()?.into_iter().map(Statement::Variable));
                 }
                 Kind::Word(word) => {
                     self.next += 1;
@@ -345,6 +350,7 @@ impl<'a> Parser<'a> {
         let align = align.unwrap_or(element as u64);
         let mut out = vec![];
         loop {
+            let line = self.line();
             let name = self.word("a variable's name")?;
             let mut count = Some(1usize);
             while self.accept('[') {
@@ -369,10 +375,14 @@ impl<'a> Parser<'a> {
             } else {
                 None
             };
-            out.push(Variable { name, space, align, bytes, content });
-            // In a list of parameters the comma belongs to the list.
+            if bytes.is_some_and(|n| n > LARGEST) {
+                return Err(format!("`{name}` is larger than any memory"));
+            }
+            out.push(Variable { name, line, space, align, bytes, content });
+            // In a list of parameters the comma belongs to the list, and a directive follows.
+            let behind = self.tokens.get(self.next + 1).map(|token| token.kind);
             let more = self.peek() == Some(Kind::Symbol(','))
-                && matches!(self.tokens.get(self.next + 1), Some(Token { kind: Kind::Word(w), .. }) if !w.starts_with('.'));
+                && matches!(behind, Some(Kind::Word(word)) if !word.starts_with('.'));
             if !more {
                 return Ok(out);
             }
@@ -382,7 +392,7 @@ impl<'a> Parser<'a> {
 
     fn alignment(&mut self) -> Parsed<u64> {
         let align = self.integer()?;
-        if align.is_power_of_two() { Ok(align) } else { Err("an alignment is a power of two".into()) }
+        if align.is_power_of_two() && align <= COARSEST { Ok(align) } else { Err(format!("an alignment of {align}")) }
     }
 
     fn initialiser(&mut self, ty: Type) -> Parsed<Vec<u8>> {

@@ -571,7 +571,11 @@ impl Warp {
             at(lane, machine.shared.begin_copy(to[lane], bytes, &now, machine.checks))?;
             self.copies[lane].open.push(Pending { address: to[lane], data, bytes });
         }
-        machine.account(Space::Global, &from, active, bytes, false, self.line);
+        for size in 1..=bytes {
+            let lanes = lanes(active).filter(|&lane| filled[lane] as usize == size);
+            let lanes = lanes.fold(0, |mask, lane| mask | 1 << lane);
+            machine.account(Space::Global, &from, lanes, size, false, self.line);
+        }
         machine.account(Space::Shared, &to, active, bytes, true, self.line);
         Ok(())
     }

@@ -9,6 +9,7 @@
 #define THREADS __nvvm_read_ptx_sreg_ntid_x()
 #define BLOCKS __nvvm_read_ptx_sreg_nctaid_x()
 #define ALL -1
+#define IN_SHARED __attribute__((address_space(3)))
 
 // A 16-byte vector, which loads and stores as one.
 typedef float float4 __attribute__((ext_vector_type(4)));
@@ -130,7 +131,7 @@ GLOBAL void bfloat(const bf162 *a, const bf162 *b, const float *x, bf162 *out, f
 // Tiles of 128 floats in two buffers: one is copied while the other is summed.
 extern __attribute__((shared)) __attribute__((aligned(16))) float buffers[];
 #define COPY(to, from)                                                                     \
-  __nvvm_cp_async_cg_shared_global_16((__attribute__((address_space(3))) void *)(to),      \
+  __nvvm_cp_async_cg_shared_global_16((IN_SHARED void *)(to),      \
                                       (const __attribute__((address_space(1))) void *)(from))
 GLOBAL void stream(const float *x, float *y, int tiles) {
   int t = TID;
@@ -173,7 +174,8 @@ GLOBAL void integers(const unsigned *x, const float *f, unsigned *out) {
                         (unsigned)__builtin_ctz(a | 1 << 20), a % b, a / b, (unsigned)((int)a / (int)b),
                         (unsigned)((int)a % (int)b), (unsigned)__builtin_abs((int)a),
                         (unsigned)(short)a * (short)b, (unsigned)(signed char)a, (unsigned)((int)a >> (b & 31)),
-                        (unsigned)((a & 0xFF) << 8 | (b & 0xFFFF00FF)), a - b, a * b + a, a % 7, (unsigned)((int)a / 10)};
+                        (unsigned)((a & 0xFF) << 8 | (b & 0xFFFF00FF)), a - b, a * b + a, a % 7,
+                        (unsigned)((int)a / 10)};
   for (int i = 0; i < 26; ++i) out[32 * i + t] = results[i];
 }
 GLOBAL void longs(const long *x, long *out) {
@@ -319,12 +321,13 @@ GLOBAL void documented(const unsigned *a, const unsigned *b, float *d) {
   __syncthreads();
   unsigned fa[4], fb[2];
   float fd[4];
-  unsigned at_a = (unsigned)(unsigned long)(__attribute__((address_space(3))) unsigned *)(tile_a + (LANE & 15) * 8 + (LANE >> 4) * 4);
-  unsigned at_b = (unsigned)(unsigned long)(__attribute__((address_space(3))) unsigned *)(tile_b + (LANE & 15) * 4);
+  unsigned at_a = (unsigned)(unsigned long)(IN_SHARED unsigned *)(tile_a + (LANE & 15) * 8 + (LANE >> 4) * 4);
+  unsigned at_b = (unsigned)(unsigned long)(IN_SHARED unsigned *)(tile_b + (LANE & 15) * 4);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(fa[0]), "=r"(fa[1]), "=r"(fa[2]), "=r"(fa[3]) : "r"(at_a));
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(fb[0]), "=r"(fb[1]) : "r"(at_b));
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
                : "=f"(fd[0]), "=f"(fd[1]), "=f"(fd[2]), "=f"(fd[3])
                : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]), "f"(0.0f));
   for (int i = 0; i < 4; ++i) d[(LANE / 4 + 8 * (i / 2)) * 8 + LANE % 4 * 2 + i % 2] = fd[i];

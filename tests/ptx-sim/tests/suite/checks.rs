@@ -462,7 +462,8 @@ fn texts_that_are_no_ptx() {
 #[test]
 fn launches_that_cannot_be() {
     let bounded = ".version 7.0\n.target sm_70\n.address_size 64\n.extern .shared .align 16 .b8 s[];\n\
-                   .visible .entry k(.param .u64 p, .param .u32 n)\n.maxntid 64\n{\n.reg .b64 %rd;\nmov.b64 %rd, s;\nret;\n}\n\
+                   .visible .entry k(.param .u64 p, .param .u32 n)\n.maxntid 64\n{\n\
+                   .reg .b64 %rd;\nmov.b64 %rd, s;\nret;\n}\n\
                    .visible .entry fixed()\n.reqntid 8, 4\n{\nret;\n}";
     let module = parse(bounded);
     let mut gpu = Gpu::new();

@@ -275,14 +275,16 @@ fn threads_in_three_dimensions() {
 
 #[test]
 fn generic_addresses() {
-    let shared = "{ .shared .align 8 .b8 s[256];\nmov.b64 %rd1, s;\nadd.s64 %rd1, %rd1, %rd11;\ncvta.shared.u64 %rd2, %rd1;\n\
-                  st.b64 [%rd2], %rd11;\ncvta.to.shared.u64 %rd3, %rd2;\nld.shared.b64 %rd9, [%rd3]; }";
+    let shared = "{ .shared .align 8 .b8 s[256];\nmov.b64 %rd1, s;\nadd.s64 %rd1, %rd1, %rd11;\n\
+                  cvta.shared.u64 %rd2, %rd1;\nst.b64 [%rd2], %rd11;\n\
+                  cvta.to.shared.u64 %rd3, %rd2;\nld.shared.b64 %rd9, [%rd3]; }";
     assert_eq!(lanes(shared), (0..32).map(|t| 8 * t).collect::<Vec<u64>>());
     let local = "{ .local .align 8 .b8 l[16];\nmov.b64 %rd1, l;\ncvta.local.u64 %rd2, %rd1;\nst.b64 [%rd2+8], %rd11;\n\
                  ld.local.b64 %rd9, [l+8]; }";
     assert_eq!(lanes(local), (0..32).map(|t| 8 * t).collect::<Vec<u64>>());
     let space = "{ .shared .align 8 .b8 s[8];\nmov.b64 %rd1, s;\ncvta.shared.u64 %rd2, %rd1;\n\
-                 isspacep.shared %p1, %rd2;\nisspacep.global %p2, %rd10;\nand.pred %p1, %p1, %p2;\nselp.b64 %rd9, 1, 0, %p1; }";
+                 isspacep.shared %p1, %rd2;\nisspacep.global %p2, %rd10;\nand.pred %p1, %p1, %p2;\n\
+                 selp.b64 %rd9, 1, 0, %p1; }";
     assert_eq!(value(space), 1);
 }
 
@@ -305,10 +307,12 @@ fn reductions_of_a_warp() {
 #[test]
 fn nested_divergence() {
     // Each lane takes a way of its own through two loops and an early return from the inner one.
-    let body = "mov.b64 %rd9, 0;\nmov.b32 %r1, 0;\n$outer:\nsetp.ge.u32 %p1, %r1, %r8;\n@%p1 bra $done;\nmov.b32 %r2, 0;\n\
-                $inner:\nsetp.ge.u32 %p2, %r2, %r1;\n@%p2 bra $next;\nadd.s64 %rd9, %rd9, 1;\nadd.s32 %r2, %r2, 1;\n\
-                setp.eq.u32 %p3, %r2, 20;\n@%p3 bra $done;\nbra $inner;\n$next:\nadd.s32 %r1, %r1, 1;\nbra.uni $outer;\n$done:\n\
-                activemask.b32 %r3;\ncvt.u64.u32 %rd1, %r3;\nshl.b64 %rd1, %rd1, 32;\nor.b64 %rd9, %rd9, %rd1;";
+    let body = "mov.b64 %rd9, 0;\nmov.b32 %r1, 0;\n$outer:\nsetp.ge.u32 %p1, %r1, %r8;\n@%p1 bra $done;\n\
+                mov.b32 %r2, 0;\n$inner:\nsetp.ge.u32 %p2, %r2, %r1;\n@%p2 bra $next;\n\
+                add.s64 %rd9, %rd9, 1;\nadd.s32 %r2, %r2, 1;\n\
+                setp.eq.u32 %p3, %r2, 20;\n@%p3 bra $done;\nbra $inner;\n$next:\nadd.s32 %r1, %r1, 1;\nbra.uni $outer;\n\
+                $done:\nactivemask.b32 %r3;\ncvt.u64.u32 %rd1, %r3;\nshl.b64 %rd1, %rd1, 32;\n\
+                or.b64 %rd9, %rd9, %rd1;";
     let count = |lane: u64| {
         let mut count = 0;
         for outer in 0..lane {
