@@ -47,7 +47,7 @@ impl Default for Options {
             shuffles_order: true,
             uninitialised: true,
             float_atomics: false,
-            steps: 1 << 32,
+            steps: 1 << 28,
             matrix_row_alignment: 16,
         }
     }

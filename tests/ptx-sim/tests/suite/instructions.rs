@@ -310,7 +310,8 @@ fn nested_divergence() {
     let body = "mov.b64 %rd9, 0;\nmov.b32 %r1, 0;\n$outer:\nsetp.ge.u32 %p1, %r1, %r8;\n@%p1 bra $done;\n\
                 mov.b32 %r2, 0;\n$inner:\nsetp.ge.u32 %p2, %r2, %r1;\n@%p2 bra $next;\n\
                 add.s64 %rd9, %rd9, 1;\nadd.s32 %r2, %r2, 1;\n\
-                setp.eq.u32 %p3, %r2, 20;\n@%p3 bra $done;\nbra $inner;\n$next:\nadd.s32 %r1, %r1, 1;\nbra.uni $outer;\n\
+                setp.eq.u32 %p3, %r2, 20;\n@%p3 bra $done;\nbra $inner;\n\
+                $next:\nadd.s32 %r1, %r1, 1;\nbra.uni $outer;\n\
                 $done:\nactivemask.b32 %r3;\ncvt.u64.u32 %rd1, %r3;\nshl.b64 %rd1, %rd1, 32;\n\
                 or.b64 %rd9, %rd9, %rd1;";
     let count = |lane: u64| {
@@ -325,6 +326,71 @@ fn nested_divergence() {
     };
     // All are together again behind the loops.
     assert_eq!(lanes(body), (0..32).map(|lane| 0xFFFF_FFFF << 32 | count(lane)).collect::<Vec<u64>>());
+}
+
+/// A kernel of blocks that jump about: lanes hash as they go, and the hash says where to. Each has a budget of steps.
+fn maze(seed: u64) -> String {
+    let mut state = seed;
+    let mut draw = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let blocks = 4 + draw(8);
+    let mut text = ".version 7.0\n.target sm_70\n.address_size 64\n\
+        .visible .entry k(.param .u64 p, .param .u32 first)\n{\n.reg .pred %p<4>; .reg .b32 %r<9>; .reg .b64 %rd<4>;\n\
+        ld.param.b64 %rd1, [p];\nld.param.b32 %r1, [first];\nmov.u32 %r2, %tid.x;\nadd.u32 %r1, %r1, %r2;\n\
+        mul.wide.u32 %rd2, %r1, 4;\nadd.s64 %rd1, %rd1, %rd2;\nmov.b32 %r3, %r1;\nand.b32 %r4, %r1, 7;\n\
+        mad.lo.u32 %r4, %r4, 5, 20;\n"
+        .to_string();
+    for block in 0..blocks {
+        let bit = draw(3);
+        text += &format!(
+            "$B{block}:\nmad.lo.u32 %r3, %r3, 1664525, {};\nshr.u32 %r5, %r3, 13;\nxor.b32 %r3, %r3, %r5;\n\
+             sub.u32 %r4, %r4, 1;\nsetp.eq.u32 %p1, %r4, 0;\n@%p1 bra $END;\nand.b32 %r6, %r3, {};\n\
+             setp.eq.u32 %p2, %r6, 0;\n",
+            draw(1 << 30),
+            1 << bit
+        );
+        match draw(4) {
+            0 => {
+                let targets: Vec<String> = (0..2).map(|_| format!("$B{}", draw(blocks))).collect();
+                text += &format!("shr.u32 %r6, %r6, {bit};\n$T{block}: .branchtargets {};\n", targets.join(", "));
+                text += &format!("@!%p1 brx.idx %r6, $T{block};\n");
+            }
+            1 => text += &format!("@%p2 bra $B{};\nbra $B{};\n", draw(blocks), draw(blocks)),
+            2 => text += &format!("@!%p2 bra $B{};\n", draw(blocks)),
+            _ => text += &format!("@%p2 add.u32 %r3, %r3, {};\n", draw(100)),
+        }
+    }
+    text + "$END:\nst.global.b32 [%rd1], %r3;\nret;\n}\n"
+}
+
+#[test]
+fn a_warp_gives_what_its_lanes_give_alone() {
+    for seed in 0..200 {
+        let module = parse(&maze(seed));
+        let mut gpu = Gpu::new();
+        let [together, alone] = [(); 2].map(|()| gpu.alloc_unwritten(128));
+        gpu.launch(&module, "k", 1, 32, 0, &[Arg::Ptr(together), Arg::U32(0)]).unwrap();
+        for lane in 0..32 {
+            gpu.launch(&module, "k", 1, 1, 0, &[Arg::Ptr(alone), Arg::U32(lane)]).unwrap();
+        }
+        assert_eq!(gpu.read_u32(together), gpu.read_u32(alone), "seed {seed}\n{}", maze(seed));
+    }
+}
+
+#[test]
+fn copies_that_fill_with_zeros() {
+    // Half of 16 bytes is read, then none; the rest is zero. The source of nothing may be anywhere.
+    let body = "{ .shared .align 16 .b8 s[32];\nsetp.ne.u32 %p1, %r8, 0;\n@%p1 bra $OUT;\n\
+                mov.b64 %rd1, -1;\nst.global.b64 [%rd10], %rd1;\n\
+                mov.b64 %rd2, s;\nmov.b32 %r1, 8;\ncp.async.cg.shared.global [%rd2], [%rd10], 16, %r1;\n\
+                mov.b64 %rd3, 0;\ncp.async.ca.shared.global [%rd2+16], [%rd3], 8, 0;\n\
+                cp.async.ca.shared.global [%rd2+24], [%rd10], 4;\ncp.async.wait_all;\n\
+                ld.shared.b64 %rd4, [s];\nld.shared.b64 %rd5, [s+8];\nld.shared.b64 %rd6, [s+16];\n\
+                ld.shared.b32 %r2, [s+24];\nor.b64 %rd5, %rd5, %rd6;\nsub.s64 %rd9, %rd4, %rd5;\n\
+                cvt.u64.u32 %rd6, %r2;\nadd.s64 %rd9, %rd9, %rd6; }\n$OUT:";
+    assert_eq!(value(body), 0xFFFF_FFFE);
 }
 
 #[test]
