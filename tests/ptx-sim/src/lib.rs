@@ -8,8 +8,8 @@
 //! determined by the module, the arguments and [`Options::seed`].
 //!
 //! **Checked**, beyond what hardware does:
-//! - every access against its buffer or variable (not merely the space), and its alignment. A shared variable lies at
-//!   an address with just the alignment it declares;
+//! - every access against its buffer or variable, not merely the space (of local memory, against what the functions at
+//!   hand declare), and its alignment. A shared variable lies at an address with just the alignment it declares;
 //! - reads of what nothing has written. A register that nothing has written holds garbage;
 //! - races: within a block, in shared and global memory; across the blocks of a launch, in global memory (`race.rs`);
 //! - `.sync` and `.aligned` instructions that not all their lanes reach together, barriers that not all warps reach,
