@@ -1,0 +1,330 @@
+//! Memory that knows what may be touched, and by whom.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::error::FaultKind;
+use crate::race::{Ledger, Now, Race};
+use crate::types::Space;
+
+/// Generic addresses: windows for the spaces that are not global, and one stretch for each global buffer.
+pub const SHARED_WINDOW: u64 = 1 << 28;
+pub const LOCAL_WINDOW: u64 = 2 << 28;
+pub const CONST_WINDOW: u64 = 3 << 28;
+pub const PARAM_WINDOW: u64 = 4 << 28;
+pub const GLOBAL_STRIDE: u64 = 1 << 36;
+
+/// The space of a generic address, and the address in that space.
+pub fn space_of(address: u64) -> (Space, u64) {
+    match address >> 28 {
+        1 => (Space::Shared, address - SHARED_WINDOW),
+        2 => (Space::Local, address - LOCAL_WINDOW),
+        3 => (Space::Const, address - CONST_WINDOW),
+        4 => (Space::Param, address - PARAM_WINDOW),
+        _ => (Space::Global, address),
+    }
+}
+
+/// Which checks are made, see `Options`.
+#[derive(Clone, Copy, Debug)]
+pub struct Checks {
+    pub races: bool,
+    pub across_blocks: bool,
+    pub uninitialised: bool,
+}
+
+/// Of each byte.
+mod flag {
+    /// Part of a buffer or variable.
+    pub const THERE: u8 = 1;
+    pub const WRITTEN_EVER: u8 = 2;
+    /// In this launch.
+    pub const READ: u8 = 4;
+    pub const WRITTEN: u8 = 8;
+    pub const READ_AS_CONSTANT: u8 = 16;
+    /// A `cp.async` is under way to it.
+    pub const PENDING: u8 = 32;
+}
+
+/// A global buffer, or the shared memory of a block.
+pub struct Region {
+    space: Space,
+    base: u64,
+    bytes: Vec<u8>,
+    flags: Vec<u8>,
+    /// Made at the first access that is checked.
+    ledger: Ledger,
+    /// What this launch touched.
+    touched: Range<usize>,
+    pub unique_read: u64,
+    pub unique_written: u64,
+}
+
+impl Region {
+    pub fn buffer(base: u64, bytes: Vec<u8>, written: bool) -> Region {
+        let flags = vec![flag::THERE | if written { flag::WRITTEN_EVER } else { 0 }; bytes.len()];
+        Region::new(Space::Global, base, bytes, flags)
+    }
+
+    /// Shared memory with these variables.
+    pub fn shared(variables: impl Iterator<Item = Range<u64>> + Clone) -> Region {
+        let end = variables.clone().map(|range| range.end).max().unwrap_or(0) as usize;
+        let base = variables.clone().map(|range| range.start).min().unwrap_or(0) as usize;
+        let mut flags = vec![0; end - base];
+        for range in variables {
+            flags[range.start as usize - base..range.end as usize - base].fill(flag::THERE);
+        }
+        Region::new(Space::Shared, base as u64, vec![0; end - base], flags)
+    }
+
+    fn new(space: Space, base: u64, bytes: Vec<u8>, flags: Vec<u8>) -> Region {
+        Region {
+            space,
+            base,
+            bytes,
+            flags,
+            ledger: Ledger::default(),
+            touched: 0..0,
+            unique_read: 0,
+            unique_written: 0,
+        }
+    }
+
+    /// As a new block finds shared memory.
+    pub fn forget(&mut self) {
+        self.flags.iter_mut().for_each(|flags| *flags &= flag::THERE);
+    }
+
+    /// Ends a launch; gives the bytes that it read and wrote, each counted once.
+    pub fn end_launch(&mut self) -> (u64, u64) {
+        let touched = std::mem::replace(&mut self.touched, 0..0);
+        let keep = flag::THERE | flag::WRITTEN_EVER;
+        self.flags[touched].iter_mut().for_each(|flags| *flags &= keep);
+        (std::mem::take(&mut self.unique_read), std::mem::take(&mut self.unique_written))
+    }
+
+    pub fn content(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// From outside of any launch.
+    pub fn fill(&mut self, offset: usize, bytes: &[u8]) {
+        self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
+        self.flags[offset..offset + bytes.len()].iter_mut().for_each(|flags| *flags |= flag::WRITTEN_EVER);
+    }
+
+    /// The first byte of this buffer that nothing has written.
+    pub fn unwritten(&self) -> Option<usize> {
+        self.flags.iter().position(|flags| flags & flag::WRITTEN_EVER == 0)
+    }
+
+    fn place(&self, address: u64, bytes: usize, align: u64) -> Result<Range<usize>, FaultKind> {
+        let space = self.space;
+        let start = address.wrapping_sub(self.base);
+        let range = usize::try_from(start).ok().and_then(|start| Some(start..start.checked_add(bytes)?));
+        match range {
+            Some(range) if self.flags.get(range.clone()).is_some_and(|f| f.iter().all(|f| f & flag::THERE != 0)) => {
+                if !address.is_multiple_of(align) {
+                    return Err(FaultKind::Misaligned { space, address, align });
+                }
+                Ok(range)
+            }
+            _ => Err(FaultKind::OutOfBounds { space, address, bytes }),
+        }
+    }
+
+    fn touch(&mut self, range: &Range<usize>, checks: Checks) {
+        if self.touched.is_empty() {
+            self.touched = range.clone();
+        } else {
+            self.touched = self.touched.start.min(range.start)..self.touched.end.max(range.end);
+        }
+        if checks.races && self.ledger.is_empty() {
+            self.ledger = Ledger::new(self.bytes.len());
+        }
+    }
+
+    fn race(&self, (at, other, line): Race) -> FaultKind {
+        FaultKind::Race { space: self.space, address: self.base + at as u64, line, other }
+    }
+
+    /// The present as this region sees it: each block has shared memory of its own.
+    fn now(&self, now: &Now, checks: Checks) -> Now {
+        let own = self.space == Space::Shared || !checks.across_blocks;
+        Now { launch: if own { now.block } else { now.launch }, ..*now }
+    }
+
+    pub fn read(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        align: u64,
+        constant: bool,
+        now: &Now,
+        checks: Checks,
+    ) -> Result<&[u8], FaultKind> {
+        let range = self.place(address, bytes, align)?;
+        self.touch(&range, checks);
+        let now = self.now(now, checks);
+        for at in range.clone() {
+            let flags = self.flags[at];
+            let address = self.base + at as u64;
+            if flags & flag::PENDING != 0 {
+                return Err(FaultKind::PendingCopy { address });
+            }
+            if flags & flag::WRITTEN_EVER == 0 && checks.uninitialised {
+                return Err(FaultKind::Uninitialised { space: self.space, address });
+            }
+            if constant && flags & flag::WRITTEN != 0 {
+                return Err(FaultKind::NotConstant { address });
+            }
+            self.unique_read += u64::from(flags & flag::READ == 0);
+            self.flags[at] = flags | flag::READ | if constant { flag::READ_AS_CONSTANT } else { 0 };
+        }
+        if checks.races {
+            self.ledger.read(range.clone(), &now).map_err(|race| self.race(race))?;
+        }
+        Ok(&self.bytes[range])
+    }
+
+    pub fn write(&mut self, address: u64, data: &[u8], align: u64, now: &Now, checks: Checks) -> Result<(), FaultKind> {
+        let range = self.place(address, data.len(), align)?;
+        self.mark_written(&range, now, checks)?;
+        self.bytes[range].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn mark_written(&mut self, range: &Range<usize>, now: &Now, checks: Checks) -> Result<(), FaultKind> {
+        self.touch(range, checks);
+        let now = self.now(now, checks);
+        for at in range.clone() {
+            let flags = self.flags[at];
+            let address = self.base + at as u64;
+            if flags & flag::PENDING != 0 {
+                return Err(FaultKind::PendingCopy { address });
+            }
+            if flags & flag::READ_AS_CONSTANT != 0 {
+                return Err(FaultKind::NotConstant { address });
+            }
+            self.unique_written += u64::from(flags & flag::WRITTEN == 0);
+            self.flags[at] = flags | flag::WRITTEN | flag::WRITTEN_EVER;
+        }
+        if checks.races {
+            self.ledger.write(range.clone(), &now).map_err(|race| self.race(race))?;
+        }
+        Ok(())
+    }
+
+    /// A `cp.async` may write from now on.
+    pub fn begin_copy(&mut self, address: u64, bytes: usize, now: &Now, checks: Checks) -> Result<(), FaultKind> {
+        let range = self.place(address, bytes, bytes as u64)?;
+        self.mark_written(&range, now, checks)?;
+        self.flags[range].iter_mut().for_each(|flags| *flags |= flag::PENDING);
+        Ok(())
+    }
+
+    /// A `cp.async` has written, and the thread that waited for it sees that.
+    pub fn end_copy(&mut self, address: u64, data: &[u8], now: &Now, checks: Checks) -> Result<(), FaultKind> {
+        let range = self.place(address, data.len(), data.len() as u64)?;
+        self.flags[range].iter_mut().for_each(|flags| *flags &= !flag::PENDING);
+        self.write(address, data, data.len() as u64, now, checks)
+    }
+}
+
+/// All global buffers.
+#[derive(Default)]
+pub struct Global {
+    /// Buffer `n` begins at `(n + 1) · GLOBAL_STRIDE`.
+    buffers: Vec<Option<Region>>,
+    /// Variables of modules, by the number of their buffer.
+    variables: HashMap<u64, Region>,
+}
+
+impl Global {
+    pub fn add(&mut self, bytes: Vec<u8>, written: bool) -> u64 {
+        let base = (self.buffers.len() as u64 + 1) * GLOBAL_STRIDE;
+        self.buffers.push(Some(Region::buffer(base, bytes, written)));
+        base
+    }
+
+    pub fn add_variable(&mut self, number: u64, content: &[u8]) {
+        let make = || Region::buffer(number * GLOBAL_STRIDE, content.to_vec(), true);
+        self.variables.entry(number).or_insert_with(make);
+    }
+
+    pub fn remove(&mut self, address: u64) -> bool {
+        let index = (address / GLOBAL_STRIDE).wrapping_sub(1) as usize;
+        self.buffers.get_mut(index).and_then(Option::take).is_some()
+    }
+
+    /// The buffer an address falls to, if there is one.
+    pub fn find(&mut self, address: u64) -> Option<&mut Region> {
+        let number = address / GLOBAL_STRIDE;
+        match self.buffers.get_mut((number as usize).wrapping_sub(1)) {
+            Some(buffer) => buffer.as_mut(),
+            None => self.variables.get_mut(&number),
+        }
+    }
+
+    pub fn get(&self, address: u64) -> Option<&Region> {
+        let number = address / GLOBAL_STRIDE;
+        match self.buffers.get((number as usize).wrapping_sub(1)) {
+            Some(buffer) => buffer.as_ref(),
+            None => self.variables.get(&number),
+        }
+    }
+
+    pub fn end_launch(&mut self) -> (u64, u64) {
+        let regions = self.buffers.iter_mut().flatten().chain(self.variables.values_mut());
+        regions.map(Region::end_launch).fold((0, 0), |(r, w), (read, written)| (r + read, w + written))
+    }
+}
+
+/// The memory of one thread that no other sees: local variables, or parameters of calls.
+#[derive(Clone, Default)]
+pub struct Private {
+    bytes: Vec<u8>,
+    written: Vec<bool>,
+}
+
+impl Private {
+    /// Grows or shrinks; what is new holds nothing yet.
+    pub fn resize(&mut self, bytes: usize) {
+        self.bytes.resize(bytes, 0);
+        self.written.resize(bytes, false);
+    }
+
+    fn place(&self, space: Space, address: u64, bytes: usize) -> Result<Range<usize>, FaultKind> {
+        let range = usize::try_from(address).ok().and_then(|start| Some(start..start.checked_add(bytes)?));
+        let range = range.filter(|range| range.end <= self.bytes.len());
+        let range = range.ok_or(FaultKind::OutOfBounds { space, address, bytes })?;
+        if !address.is_multiple_of(bytes as u64) {
+            return Err(FaultKind::Misaligned { space, address, align: bytes as u64 });
+        }
+        Ok(range)
+    }
+
+    pub fn read(&self, space: Space, address: u64, bytes: usize, checks: Checks) -> Result<&[u8], FaultKind> {
+        let range = self.place(space, address, bytes)?;
+        if checks.uninitialised
+            && let Some(at) = self.written[range.clone()].iter().position(|written| !written)
+        {
+            return Err(FaultKind::Uninitialised { space, address: address + at as u64 });
+        }
+        Ok(&self.bytes[range])
+    }
+
+    pub fn write(&mut self, space: Space, address: u64, data: &[u8]) -> Result<(), FaultKind> {
+        let range = self.place(space, address, data.len())?;
+        self.written[range.clone()].fill(true);
+        self.bytes[range].copy_from_slice(data);
+        Ok(())
+    }
+
+    /// What passes between frames, written or not.
+    pub fn transfer(&mut self, at: usize, from: &Private, range: Range<usize>) {
+        let to = at..at + range.len();
+        self.bytes[to.clone()].copy_from_slice(&from.bytes[range.clone()]);
+        self.written[to].copy_from_slice(&from.written[range]);
+    }
+}
