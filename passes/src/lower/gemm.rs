@@ -3,7 +3,7 @@
 //! ```text
 //! unit: some rows of C × some column panels
 //!   for each block of k       A's rows ─► local scratch, as they lie: it stays in the second-level cache
-//!     for each column panel   B[block, panel]: a piece that stays in the first-level cache
+//!     for each column panel   B[block, panel]: a piece that the unit's rows share
 //!       for each tile of rows C[tile, panel] += A[tile, block] · B[block, panel]
 //! ```
 //!
@@ -33,10 +33,11 @@ const SPARE: u64 = 4;
 
 /// Rows of a unit: what is read of B serves all of them.
 const ROWS: u64 = 112;
-/// Steps along k between two visits of the result: 256 of a column panel are 32 KiB.
-const DEPTH: u64 = 256;
-/// Column panels of a unit: what is read of A serves all of them.
-const PANELS: u64 = 4;
+/// Steps along k between two visits of the result: of a column panel 48 KiB.
+const DEPTH: u64 = 384;
+/// Column panels of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state
+/// still has units for many threads.
+const PANELS: u64 = 12;
 /// The same where all rows are one unit's, so that there are units to share.
 const PANELS_OF_FEW_ROWS: u64 = 2;
 
