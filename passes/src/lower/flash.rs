@@ -9,6 +9,9 @@
 //!
 //! What stands on the lanes' side is transposed first, into a place of the unit's own. Weights are computed again from
 //! the scores and their log-sum-exp.
+//!
+//! One call of the generator decides over four neighbouring columns, and keys need not begin at a multiple of four:
+//! they stand in *slots*, key j in slot `phase + j`, so that a slot's block is a call's.
 
 use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent};
@@ -22,8 +25,9 @@ use super::{Lowering, dim_extent, math};
 
 /// Lengths are rounded up to this many, so that vectors need no masks: what one call of the generator decides over.
 const STEP: u64 = DRAWN;
-// A call decides over four neighbours of a query: the keys of a block.
 const _: () = assert!(ROWS == 4 && STEP.is_multiple_of(VECTORS * LANES));
+/// Floats a sequence has room for beyond its length: rounded up with its phase.
+const SLACK: u64 = STEP + ROWS;
 
 /// What a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
@@ -45,12 +49,19 @@ pub struct Form {
 
 impl Lowering<'_, '_, '_> {
     /// `operands` begin with the queries and the keys; what comes third is as wide as the values.
-    pub(super) fn flash(&mut self, part: Part, operands: &[Value], form: Form, stream: u32, result: Value) {
+    pub(super) fn flash(
+        &mut self,
+        part: Part,
+        operands: &[Value],
+        form: Form,
+        (stream, column): (u32, u64),
+        result: Value,
+    ) {
         let out = self.result(result);
         let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         // Room for every sequence, its length rounded up.
-        let places = heads.clone() * (Extent::Tokens + Extent::Const(STEP) * Extent::Sequences);
+        let places = heads.clone() * (Extent::Tokens + Extent::Const(SLACK) * Extent::Sequences);
         let first = self.scratch(vec![places.clone() * width.clone()]);
         let second = self.scratch(vec![places.clone() * wide.clone()]);
         let rows = self.scratch(vec![places * Extent::Const(2 * ROWS)]);
@@ -67,7 +78,7 @@ impl Lowering<'_, '_, '_> {
         elements.extend(drops.then_some(Element::I32));
         elements.extend([Element::F32, Element::F32, Element::F32, Element::F32, Element::I32]);
         let kernel = self.target.kernel(&name, |name| {
-            define(name, &elements, 5, |k, buffers, sizes| {
+            define(name, &elements, 6, |k, buffers, sizes| {
                 let (operands, rest) = buffers.split_at(floats + usize::from(drops));
                 let &[out, first, second, rows, offsets] = rest else { unreachable!("as listed above") };
                 k.units(|k, unit| {
@@ -83,7 +94,8 @@ impl Lowering<'_, '_, '_> {
         });
         let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
         buffers.extend([out, first, second, rows, self.target.derived("offsets")]);
-        let sizes = vec![Extent::Tokens, width, wide, Extent::Sequences, Extent::Const(u64::from(stream))];
+        let drawn = [Extent::Const(u64::from(stream)), Extent::Const(column)];
+        let sizes = [Extent::Tokens, width, wide, Extent::Sequences].into_iter().chain(drawn).collect();
         self.launch(kernel, buffers, sizes, heads * Extent::Sequences);
     }
 }
@@ -105,6 +117,9 @@ struct Unit<'a> {
     width: Val,
     wide: Val,
     stream: Val,
+    /// The generator's column of slot 0, and the slot of key 0.
+    column: Val,
+    phase: Val,
     form: Form,
     drops: bool,
 }
@@ -122,18 +137,22 @@ impl<'a> Unit<'a> {
         form: Form,
         drops: bool,
     ) -> Self {
-        let &[tokens, width, wide, sequences, stream] = sizes else { unreachable!("five sizes") };
+        let &[tokens, width, wide, sequences, stream, column] = sizes else { unreachable!("six sizes") };
         let segment = Segment::of(k, unit, tokens, sequences, offsets);
+        let four = k.index(ROWS);
+        let phase = k.rem(column, four);
+        let column = k.sub(column, phase);
         let step = k.index(STEP);
-        let stride = round_up(k, segment.length, step);
-        // Every sequence before this one may have been rounded up by a step.
-        let slack = k.mul(unit, step);
+        let slots = k.add(segment.length, phase);
+        let stride = round_up(k, slots, step);
+        let slack = k.index(SLACK);
+        let slack = k.mul(unit, slack);
         let place = k.add(segment.row, slack);
         let (first_at, second_at) = (k.mul(place, width), k.mul(place, wide));
         let double = k.index(2 * ROWS);
         let scores = k.mul(place, double);
-        let block = k.index(ROWS);
-        let block = k.mul(stride, block);
+        let scores = k.add(scores, phase);
+        let block = k.mul(stride, four);
         let products = k.add(scores, block);
         Unit {
             operands,
@@ -148,6 +167,8 @@ impl<'a> Unit<'a> {
             width,
             wide,
             stream,
+            column,
+            phase,
             form,
             drops,
         }
@@ -174,6 +195,20 @@ impl<'a> Unit<'a> {
     fn limit(&self, k: &mut Kernel, i: Val) -> Val {
         let one = k.index(1);
         if self.form.causal { k.add(i, one) } else { self.segment.length }
+    }
+
+    /// The keys in the block of slots from `slot` on; where there is none, the nearest.
+    fn keys(&self, k: &mut Kernel, slot: Val) -> Vec<Val> {
+        let one = k.index(1);
+        let last = k.sub(self.segment.length, one);
+        let key = |r| {
+            let r = k.index(r);
+            let slot = k.add(slot, r);
+            let slot = k.max(slot, self.phase);
+            let key = k.sub(slot, self.phase);
+            k.min(key, last)
+        };
+        (0..ROWS).map(key).collect()
     }
 
     /// The generator's key, if anything is dropped.
@@ -294,13 +329,13 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Bu
         for r in 0..ROWS {
             let offset = k.index(r);
             let row = k.add(i, offset);
-            // A row beyond the last has no lanes.
-            let exists = k.compare(row, Order::Lt, unit.segment.length);
+            // A row before the first or beyond the last has no lanes.
+            let missing = k.at_least_unsigned(row, unit.segment.length);
             let row = k.add(unit.segment.row, row);
             let row = k.mul(row, width);
             for (v, &(at, _)) in vectors.iter().enumerate() {
                 let left = k.sub(width, at);
-                let here = k.select(exists, left, zero);
+                let here = k.select(missing, zero, left);
                 let mask = k.mask(here, LANES);
                 let place = k.add(row, at);
                 k.store_lanes(sums[(r * VECTORS) as usize + v], unit.out, place, mask);
@@ -338,7 +373,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let share = rows::exponentials(k, [unit.rows, unit.rows], Span { base: line, length: limit });
-            along(k, unit, (zero, end), line, generator, row, |k, place, at, dropped| {
+            along(k, unit, end, line, generator, row, |k, place, at, dropped| {
                 let e = k.load_vector(unit.rows, place, LANES);
                 let w = k.mul(e, share);
                 let w = dropped(k, w);
@@ -368,7 +403,7 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
             let (lse, correction) = (k.load(lse, place), k.load(r_buf, place));
             let (lse, correction) = (k.splat(lse, LANES), k.splat(correction, LANES));
             let by = k.float(unit.form.scale, VECTOR);
-            along(k, unit, (zero, end), line, generator, row, |k, place, at, dropped| {
+            along(k, unit, end, line, generator, row, |k, place, at, dropped| {
                 let s = k.load_vector(unit.rows, place, LANES);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
@@ -390,14 +425,15 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
 fn along(
     k: &mut Kernel,
     unit: &Unit,
-    (begin, end): (Val, Val),
+    end: Val,
     line: Val,
     generator: Option<[Val; 2]>,
     row: Val,
     mut value: impl FnMut(&mut Kernel, Val, Val, &dyn Fn(&mut Kernel, Val) -> Val) -> Val,
 ) {
+    let zero = k.index(0);
     let Some(generator) = generator else {
-        k.each(begin, end, LANES, |k, at| {
+        k.each(zero, end, LANES, |k, at| {
             let place = k.add(line, at);
             let y = value(k, place, at, &|_, x| x);
             k.store_vector(y, unit.rows, place);
@@ -406,11 +442,14 @@ fn along(
     };
     let token = k.add(unit.segment.start, row);
     let drawn = [token, unit.segment.head, unit.stream].map(|x| random::lanes_of(k, x));
-    k.each(begin, end, STEP, |k, j| {
-        let words = random::draw(k, generator, j, drawn);
+    let slots = k.add(end, unit.phase);
+    k.each(zero, slots, STEP, |k, slot| {
+        let column = k.add(unit.column, slot);
+        let words = random::draw(k, generator, column, drawn);
         for (part, word) in words.into_iter().enumerate() {
             let offset = k.index(part as u64 * LANES);
-            let at = k.add(j, offset);
+            let slot = k.add(slot, offset);
+            let at = k.sub(slot, unit.phase);
             let place = k.add(line, at);
             let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.form.p));
             k.store_vector(y, unit.rows, place);
@@ -435,8 +474,10 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
     if !values {
         transpose(k, unit, df, unit.wide, unit.second);
     }
-    k.each(zero, unit.segment.length, ROWS, |k, j| {
-        let block = unit.segment.rows(k, j);
+    let slots = k.add(unit.segment.length, unit.phase);
+    k.each(zero, slots, ROWS, |k, slot| {
+        let block = unit.keys(k, slot);
+        let j = block[0];
         // Queries before the first key do not see it; vectors begin where products do.
         let begin = if unit.form.causal {
             let step = k.index(VECTORS * LANES);
@@ -468,8 +509,9 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
             let numbers = k.lane_numbers();
             let words = generator.map(|generator| {
                 // One call for a query decides over the block's four keys.
+                let column = k.add(unit.column, slot);
                 let four = k.index(4);
-                let column = k.div(j, four);
+                let column = k.div(column, four);
                 let token = k.add(unit.segment.start, i);
                 let place = [column, token, unit.segment.head, unit.stream];
                 let [column, token, head, stream] = place.map(|x| random::lanes_of(k, x));
@@ -512,6 +554,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
         });
         let from = if unit.form.causal { j } else { zero };
         let (side, width) = if values { (df, unit.wide) } else { (q, unit.width) };
-        weighted(k, unit, j, (from, unit.segment.length), side, width);
+        let first = k.sub(slot, unit.phase);
+        weighted(k, unit, first, (from, unit.segment.length), side, width);
     });
 }

@@ -484,13 +484,16 @@ impl Form {
     /// The generator's words for columns `j .. j + DRAWN` of a row, for every dropout of the group.
     fn draw(&self, k: &mut Kernel, key: [Val; 2], j: Val, row: Val, lead: Val) -> Vec<[Val; 4]> {
         let streams = self.steps.iter().filter_map(|s| match s {
-            Step::Op(Op::Dropout { stream, .. }, _) => Some(*stream),
+            Step::Op(Op::Dropout { stream, column, .. }, _) => Some((*stream, *column)),
             _ => None,
         });
         let (row, lead) = (random::lanes_of(k, row), random::lanes_of(k, lead));
-        let words = streams.map(|stream| {
+        let words = streams.map(|(stream, column)| {
             let stream = k.int(i64::from(stream as i32), row.ty);
-            random::draw(k, key, j, [row, lead, stream])
+            let first = k.index(column);
+            let first = k.add(first, j);
+            let draw = if column % 4 == 0 { random::draw } else { random::draw_anywhere };
+            draw(k, key, first, [row, lead, stream])
         });
         words.collect()
     }

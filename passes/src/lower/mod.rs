@@ -383,17 +383,17 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Scores { causal } => self.scores(x, b(self, 1), ty, *causal, node.result),
             Op::Attend { causal } => self.attend(x, b(self, 1), *causal, false, node.result),
             Op::AttendTransposed { causal } => self.attend(x, b(self, 1), *causal, true, node.result),
-            Op::Attention { causal, scale, p, stream } => {
+            Op::Attention { causal, scale, p, stream, column } => {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
-                self.flash(Part::Forward, operands, form, *stream, node.result);
+                self.flash(Part::Forward, operands, form, (*stream, *column), node.result);
             }
             Op::AttentionLse { causal, scale } => {
                 let form = Form { causal: *causal, scale: *scale, p: 0.0 };
-                self.flash(Part::Lse, operands, form, 0, node.result);
+                self.flash(Part::Lse, operands, form, (0, 0), node.result);
             }
-            Op::AttentionVjp { of, causal, scale, p, stream } => {
+            Op::AttentionVjp { of, causal, scale, p, stream, column } => {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
-                self.flash(Part::Adjoint(*of), operands, form, *stream, node.result);
+                self.flash(Part::Adjoint(*of), operands, form, (*stream, *column), node.result);
             }
             Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
             Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),

@@ -332,26 +332,28 @@ fn products_in_bf16() {
     }
 }
 
-/// With and without dropout, whole and causal, over lengths that fill no block of rows and no step of lanes.
+/// With and without dropout, whole and causal, over lengths that fill no block of rows and no step of lanes, and behind
+/// columns that fill no call of the generator.
 fn attention() -> Cases {
     let mut graphs = vec![];
+    let drops = [(0.0, 0), (0.3, 0), (0.3, 1), (0.3, 3), (0.3, 30), (0.3, 108)];
     for (h, width, wide) in [(2, 3, 5), (1, 40, 40), (2, 1, 1)] {
         let heads = |n| Type::f32([Dim::Const(h), Dim::Tokens, Dim::Const(n)]);
         let row = heads(1);
-        for (causal, p) in [(false, 0.0), (true, 0.0), (false, 0.3), (true, 0.3)] {
+        for (causal, (p, column)) in drops.into_iter().flat_map(|drop| [(false, drop), (true, drop)]) {
             let (scale, stream) = (0.2, 7);
             let rng = (p > 0.0).then(|| Type::i32([Dim::Const(2)]));
             let plain = [heads(width), heads(width), heads(wide)];
             let with = |types: &[Type]| types.iter().cloned().chain(rng.clone()).collect::<Vec<_>>();
-            graphs.push(single(Op::Attention { causal, scale, p, stream }, &with(&plain)));
+            graphs.push(single(Op::Attention { causal, scale, p, stream, column }, &with(&plain)));
             graphs.push(single(Op::AttentionLse { causal, scale }, &plain[..2]));
             let all = [&plain[..], &[row.clone(), heads(wide), row.clone()]].concat();
             for of in 0..3 {
-                graphs.push(single(Op::AttentionVjp { of, causal, scale, p, stream }, &with(&all)));
+                graphs.push(single(Op::AttentionVjp { of, causal, scale, p, stream, column }, &with(&all)));
             }
         }
     }
-    let lengths = [vec![1], vec![2, 5, 1], vec![33, 3], vec![4, 70]];
+    let lengths = [vec![1], vec![2, 17, 1], vec![33, 3], vec![4, 65], vec![62]];
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));
     all.collect()
 }
