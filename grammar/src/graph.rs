@@ -206,12 +206,12 @@ pub enum Op {
     // Attention whose square exists nowhere. w_ij = softmax_j(scale · q_i · k_j) over j in i's sequence (j ≤ i if
     // causal), d_ij its dropout as [`Op::Dropout`] draws it for w[H,tokens,keys]; `rng` is there if p > 0.
     /// (q, k, v, rng) → Σ_j d_ij w_ij v_j
-    Attention { causal: bool, scale: f64, p: f64, stream: u32 },
+    Attention { causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
     /// (q, k) → ln Σ_j e^{scale · q_i · k_j}, [H,tokens,1]
     AttentionLse { causal: bool, scale: f64 },
     /// (q, k, v, lse, df, r, rng), ds_ij = scale · w_ij (d_ij df_i · v_j + r_i) → the adjoint of operand `of`:
     /// 0: Σ_j ds_ij k_j;  1: Σ_i ds_ij q_i;  2: Σ_i d_ij w_ij df_i
-    AttentionVjp { of: usize, causal: bool, scale: f64, p: f64, stream: u32 },
+    AttentionVjp { of: usize, causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
 
     // Along the last axis.
     /// e^{x_j − max} / Σ
@@ -242,8 +242,8 @@ pub enum Op {
 
     /// (x, rng) → x/(1−p) where Philox4x32-10 says keep, else 0. rng = i32[2] (seed, step) is the key;
     /// the counter is (column / 4, row, lead, stream), the lane column % 4, kept iff the word ≥ ⌊p·2³²⌋.
-    /// Column is the index on the last axis, row on the one before, lead on all others flattened.
-    Dropout { p: f64, stream: u32 },
+    /// Column is the index on the last axis, counted from `column`, row on the one before, lead on all others flattened.
+    Dropout { p: f64, stream: u32, column: u64 },
 }
 
 /// An attribute as the textual forms show it.
@@ -329,9 +329,9 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("scores", Some(2), &["causal"]),
     ("attend", Some(2), &["causal"]),
     ("attend_transposed", Some(2), &["causal"]),
-    ("attention", None, &["causal", "scale", "p", "stream"]),
+    ("attention", None, &["causal", "scale", "p", "stream", "column"]),
     ("attention_lse", Some(2), &["causal", "scale"]),
-    ("attention_vjp", None, &["of", "causal", "scale", "p", "stream"]),
+    ("attention_vjp", None, &["of", "causal", "scale", "p", "stream", "column"]),
     ("softmax", Some(1), &[]),
     ("log_sum_exp", Some(1), &[]),
     ("softmax_vjp", Some(2), &[]),
@@ -343,7 +343,7 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("segment_mean_vjp", Some(1), &[]),
     ("cross_entropy", Some(2), &["smoothing"]),
     ("cross_entropy_vjp", Some(3), &["smoothing"]),
-    ("dropout", Some(2), &["p", "stream"]),
+    ("dropout", Some(2), &["p", "stream", "column"]),
 ];
 
 impl Op {
@@ -405,19 +405,21 @@ impl Op {
             Op::Scores { causal } | Op::Attend { causal } | Op::AttendTransposed { causal } => {
                 vec![("causal", Bool(*causal))]
             }
-            Op::Attention { causal, scale, p, stream } => vec![
+            Op::Attention { causal, scale, p, stream, column } => vec![
                 ("causal", Bool(*causal)),
                 ("scale", Float(*scale)),
                 ("p", Float(*p)),
                 ("stream", Int(*stream as i64)),
+                ("column", Int(*column as i64)),
             ],
             Op::AttentionLse { causal, scale } => vec![("causal", Bool(*causal)), ("scale", Float(*scale))],
-            Op::AttentionVjp { of, causal, scale, p, stream } => vec![
+            Op::AttentionVjp { of, causal, scale, p, stream, column } => vec![
                 ("of", Int(*of as i64)),
                 ("causal", Bool(*causal)),
                 ("scale", Float(*scale)),
                 ("p", Float(*p)),
                 ("stream", Int(*stream as i64)),
+                ("column", Int(*column as i64)),
             ],
             Op::Normalize { eps } | Op::NormalizeVjp { eps } => vec![("eps", Float(*eps))],
             Op::Gather { start } => vec![("start", Int(*start as i64))],
@@ -425,7 +427,9 @@ impl Op {
             Op::CrossEntropy { smoothing } | Op::CrossEntropyVjp { smoothing } => {
                 vec![("smoothing", Float(*smoothing))]
             }
-            Op::Dropout { p, stream } => vec![("p", Float(*p)), ("stream", Int(*stream as i64))],
+            Op::Dropout { p, stream, column } => {
+                vec![("p", Float(*p)), ("stream", Int(*stream as i64)), ("column", Int(*column as i64))]
+            }
             _ => vec![],
         }
     }
@@ -481,6 +485,7 @@ impl Op {
                 scale: float("scale")?,
                 p: float("p")?,
                 stream: int("stream")? as u32,
+                column: int("column")?,
             },
             "attention_lse" => Op::AttentionLse { causal: flag("causal")?, scale: float("scale")? },
             "attention_vjp" => Op::AttentionVjp {
@@ -489,6 +494,7 @@ impl Op {
                 scale: float("scale")?,
                 p: float("p")?,
                 stream: int("stream")? as u32,
+                column: int("column")?,
             },
             "normalize" => Op::Normalize { eps: float("eps")? },
             "normalize_vjp" => Op::NormalizeVjp { eps: float("eps")? },
@@ -496,7 +502,7 @@ impl Op {
             "scatter" => Op::Scatter { start: int("start")?, rows: dim("rows")? },
             "cross_entropy" => Op::CrossEntropy { smoothing: float("smoothing")? },
             "cross_entropy_vjp" => Op::CrossEntropyVjp { smoothing: float("smoothing")? },
-            "dropout" => Op::Dropout { p: float("p")?, stream: int("stream")? as u32 },
+            "dropout" => Op::Dropout { p: float("p")?, stream: int("stream")? as u32, column: int("column")? },
             _ => return Err(format!("`peft.{name}` is no operation of the dialect")),
         })
     }

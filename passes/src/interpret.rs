@@ -206,12 +206,25 @@ impl Square<'_> {
     fn weight(&self, h: usize, i: usize, j: usize, lse: f64) -> f64 {
         (self.score(h, i, j) - lse).exp()
     }
+}
+
+/// Which elements dropout keeps, if there is any.
+#[derive(Clone, Copy)]
+struct Drop {
+    key: Option<[u32; 2]>,
+    p: f64,
+    stream: u32,
+    /// Where columns are counted from.
+    column: u64,
+}
+
+impl Drop {
     /// 0, or 1/(1−p).
-    fn kept(&self, key: Option<&[i32]>, p: f64, stream: u32, h: usize, i: usize, j: usize) -> f64 {
-        let Some(key) = key else { return 1.0 };
-        let column = (j - self.batch.keys(i).start) as u32;
-        let word = dropout_word([key[0] as u32, key[1] as u32], stream, h as u32, i as u32, column);
-        if word >= dropout_threshold(p) { 1.0 / (1.0 - p) } else { 0.0 }
+    fn factor(&self, lead: usize, row: usize, column: usize) -> f64 {
+        let Some(key) = self.key else { return 1.0 };
+        let column = (column as u64 + self.column) as u32;
+        let word = dropout_word(key, self.stream, lead as u32, row as u32, column);
+        if word >= dropout_threshold(self.p) { 1.0 / (1.0 - self.p) } else { 0.0 }
     }
 }
 
@@ -232,6 +245,12 @@ impl<'a> Machine<'a> {
     }
     fn ids(&self, operand: usize) -> &'a [i32] {
         self.data(operand).ints()
+    }
+
+    /// Of dropout that takes its key from `operand`.
+    fn drop(&self, p: f64, stream: u32, column: u64, operand: usize) -> Drop {
+        let key = (p > 0.0).then(|| self.ids(operand)).map(|key| [key[0] as u32, key[1] as u32]);
+        Drop { key, p, stream, column }
     }
 
     /// The result, element by element of its index.
@@ -375,29 +394,28 @@ impl<'a> Machine<'a> {
                     seen.map(|key| w.row(h * n + row)[key - batch.keys(row).start] * v.row(h * n + key)[e]).sum()
                 })
             }
-            Op::Attention { causal, scale, p, stream } => {
+            Op::Attention { causal, scale, p, stream, column } => {
                 let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
-                let key = (*p > 0.0).then(|| self.ids(3));
+                let drop = self.drop(*p, *stream, *column, 3);
                 let (v, n) = (self.f(2), batch.tokens());
                 self.build(|at| {
                     let (h, i, e) = (at[0], at[1], at[2]);
                     let lse = square.lse(h, i);
-                    let term = |j: usize| {
-                        square.weight(h, i, j, lse) * square.kept(key, *p, *stream, h, i, j) * v.row(h * n + j)[e]
-                    };
-                    batch.keys(i).map(term).sum()
+                    let first = batch.keys(i).start;
+                    let d = |j: usize| drop.factor(h, i, j - first);
+                    batch.keys(i).map(|j| d(j) * square.weight(h, i, j, lse) * v.row(h * n + j)[e]).sum()
                 })
             }
             Op::AttentionLse { causal, scale } => {
                 let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
                 self.build(|at| square.lse(at[0], at[1]))
             }
-            Op::AttentionVjp { of, causal, scale, p, stream } => {
+            Op::AttentionVjp { of, causal, scale, p, stream, column } => {
                 let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
-                let key = (*p > 0.0).then(|| self.ids(6));
+                let drop = self.drop(*p, *stream, *column, 6);
                 let (v, lse, df, r, n) = (self.f(2), self.f(3), self.f(4), self.f(5), batch.tokens());
                 let w = |h: usize, i: usize, j: usize| square.weight(h, i, j, lse.row(h * n + i)[0]);
-                let d = |h: usize, i: usize, j: usize| square.kept(key, *p, *stream, h, i, j);
+                let d = |h: usize, i: usize, j: usize| drop.factor(h, i, j - batch.keys(i).start);
                 let ds = |h: usize, i: usize, j: usize| {
                     let dw = d(h, i, j) * dot(df.row(h * n + i), v.row(h * n + j));
                     scale * w(h, i, j) * (dw + r.row(h * n + i)[0])
@@ -496,22 +514,14 @@ impl<'a> Machine<'a> {
                 })
             }
 
-            Op::Dropout { p, stream } => {
-                let (x, key) = (self.f(0), self.ids(1));
-                let key = [key[0] as u32, key[1] as u32];
+            Op::Dropout { p, stream, column } => {
+                let (x, drop) = (self.f(0), self.drop(*p, *stream, *column, 1));
                 let n = x.shape.len();
-                let row_count = if n < 2 { 1 } else { batch.dim(x.shape[n - 2]) };
-                let threshold = dropout_threshold(*p);
-                let rows: usize = batch.prefix(x.shape).iter().product();
-                let word = |row: usize, column: usize| {
-                    dropout_word(key, *stream, (row / row_count) as u32, (row % row_count) as u32, column as u32)
-                };
-                let kept = |row: usize, column: usize| word(row, column) >= threshold;
-                let scaled = |row: usize| {
-                    let keep = move |(c, x): (usize, &f64)| if kept(row, c) { x / (1.0 - p) } else { 0.0 };
-                    x.row(row).iter().enumerate().map(keep)
-                };
-                (0..rows).flat_map(scaled).collect()
+                let rows = if n < 2 { 1 } else { batch.dim(x.shape[n - 2]) };
+                self.rows(|r| {
+                    let scaled = |(c, x): (usize, &f64)| x * drop.factor(r / rows, r % rows, c);
+                    x.row(r).iter().enumerate().map(scaled).collect()
+                })
             }
         }
     }

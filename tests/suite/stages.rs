@@ -7,6 +7,7 @@ use peft_grammar::model::Model;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
+use peft_runtime::artifact::{Buffer, Sizes};
 
 fn model(path: &Path) -> Model {
     peftc::spec::load(path, &[], false).unwrap_or_else(|e| panic!("{e}"))
@@ -76,4 +77,35 @@ fn nothing_is_computed_for_frozen_weights() {
         graph.nodes.iter().filter(|n| n.operands.iter().any(|v| first.contains(v))).count()
     };
     assert!(backward(".h.0.") < backward(".h.1."), "{} and {}", backward(".h.0."), backward(".h.1."));
+}
+
+/// Buffers of the training step whose size hangs on pairs of tokens.
+fn squares(dialect: &Dialect, path: &Path, without: &[&str]) -> usize {
+    let without = without.iter().map(|name| name.to_string()).collect();
+    let options = Options { until: Stage::Loops, without, ..Options::default() };
+    let compiled = pipeline::run(dialect, &model(path), &[Entry::Train], &options);
+    let lowered = compiled.unwrap_or_else(|e| panic!("{}: {e}", path.display())).lowered.expect("loops");
+    let sizes = |pairs| Sizes { tokens: 4, sequences: 2, targets: 1, pairs, values: 1 };
+    let grows = |buffer: &&Buffer| buffer.elements(&sizes(8)) != buffer.elements(&sizes(9));
+    lowered.manifest.buffers.iter().filter(grows).count()
+}
+
+/// Law: attention costs memory that grows with the tokens, never with their pairs, whatever a method adds to it.
+#[test]
+fn no_buffer_grows_with_pairs() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let dialect = Dialect::new().expect("a dialect");
+    let mut specs = 0;
+    for folder in ["models/paper/nlg", "models/paper/nlu", "tests/ir", "tests/specs/good"] {
+        let entries = std::fs::read_dir(root.join(folder)).expect("a folder").map(|e| e.expect("an entry").path());
+        for path in entries.filter(|p| p.extension().is_some_and(|e| e == "peft")) {
+            assert_eq!(squares(&dialect, &path, &[]), 0, "{}", path.display());
+            specs += 1;
+        }
+    }
+    assert!(specs > 30, "{specs} specs");
+    // It is the rules that see to it.
+    for rule in ["joint", "attention"] {
+        assert!(squares(&dialect, &root.join("tests/ir/prefix.peft"), &[rule]) > 0, "without {rule}");
+    }
 }

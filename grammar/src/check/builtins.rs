@@ -256,7 +256,7 @@ impl<'a> Checker<'a> {
         let rng = self.input("rng");
         let stream = self.streams;
         self.streams += 1;
-        Some(self.push(Op::Dropout { p, stream }, &[x, rng], span))
+        Some(self.push(Op::Dropout { p, stream, column: 0 }, &[x, rng], span))
     }
 
     fn reduce(

@@ -1,8 +1,8 @@
 //! Fusion: rules that make a graph cheaper and leave its meaning alone. A rule is a file.
 
 mod attention;
-mod column;
 mod columns;
+mod joint;
 mod rows;
 mod triangle;
 
@@ -17,7 +17,7 @@ type Rule = fn(&mut Rewriter, &Op, &[Value]) -> Result<Option<Value>, String>;
 pub const RULES: &[(&str, &str, Rule)] = &[
     ("rows", "work on the rows that are read, not on all of them", rows::apply),
     ("triangle", "attention to earlier tokens does not read later ones", triangle::apply),
-    ("column", "an inducer's column needs no softmax of its own", column::apply),
+    ("joint", "a softmax over scores with columns in front is one of each part", joint::apply),
     ("attention", "scores, softmax and dropout are not written down", attention::apply),
     ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
 ];

@@ -26,6 +26,7 @@ fn zero_above(new: &Rewriter, w: Value) -> bool {
         Some((Op::Dropout { .. } | Op::Scale { .. }, x)) => zero_above(new, x[0]),
         Some((Op::SoftmaxVjp, x)) => zero_above(new, x[0]),
         Some((Op::Add, x)) => x.iter().all(|&x| zero_above(new, x)),
+        Some((Op::Mul, x)) => x.iter().any(|&x| zero_above(new, x)),
         // Columns in front stay in front: a ragged tail is the square itself.
         Some((Op::Slice { end: None, .. }, x)) => zero_above(new, x[0]),
         _ => false,

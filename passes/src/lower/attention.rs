@@ -5,6 +5,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define, first};
+use super::view::View;
 use super::{Lowering, dim_extent, extents};
 
 /// Rows of a block: their sums stay in registers.
@@ -17,7 +18,8 @@ impl Lowering<'_, '_, '_> {
     pub(super) fn scores(&mut self, q: BufferId, keys: BufferId, ty: &Type, causal: bool, result: Value) {
         let out = self.result(result);
         let flipped = self.scratch(extents(ty));
-        self.permute_into(keys, &extents(ty), &[0, 2, 1], flipped);
+        let turned = View::dense(&ty.shape).permute(&[0, 2, 1]);
+        self.copy_view((keys, &turned), (flipped, &View::dense(&turned.shape)));
         let name = if causal { "scores_causal" } else { "scores" };
         let elements = [Element::F32, Element::F32, Element::F32, Element::I32, Element::I32];
         let kernel = self.target.kernel(name, |name| {

@@ -9,6 +9,9 @@
 //!
 //! What stands on the lanes' side is transposed first, into a place of the unit's own. Weights are computed again from
 //! the scores and their log-sum-exp.
+//!
+//! One call of the generator decides over four neighbouring columns, and keys need not begin at a multiple of four:
+//! they stand in *slots*, key j in slot `phase + j`, so that a slot's block is a call's.
 
 use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent};
@@ -18,12 +21,14 @@ use super::kernel::{Buf, I32, Kernel, LANES, Order, VECTOR, Val, define};
 use super::random::{self, DRAWN};
 use super::rows;
 use super::span::Span;
+use super::view::{ONE, Step, View};
 use super::{Lowering, dim_extent, math};
 
 /// Lengths are rounded up to this many, so that vectors need no masks: what one call of the generator decides over.
 const STEP: u64 = DRAWN;
-// A call decides over four neighbours of a query: the keys of a block.
 const _: () = assert!(ROWS == 4 && STEP.is_multiple_of(VECTORS * LANES));
+/// Floats a sequence has room for beyond its length: rounded up with its phase.
+const SLACK: u64 = STEP + ROWS;
 
 /// What a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
@@ -45,14 +50,25 @@ pub struct Form {
 
 impl Lowering<'_, '_, '_> {
     /// `operands` begin with the queries and the keys; what comes third is as wide as the values.
-    pub(super) fn flash(&mut self, part: Part, operands: &[Value], form: Form, stream: u32, result: Value) {
-        let out = self.result(result);
+    pub(super) fn flash(
+        &mut self,
+        part: Part,
+        operands: &[Value],
+        form: Form,
+        (stream, column): (u32, u64),
+        result: Value,
+    ) {
         let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         // Room for every sequence, its length rounded up.
-        let places = heads.clone() * (Extent::Tokens + Extent::Const(STEP) * Extent::Sequences);
+        let places = heads.clone() * (Extent::Tokens + Extent::Const(SLACK) * Extent::Sequences);
         let first = self.scratch(vec![places.clone() * width.clone()]);
         let second = self.scratch(vec![places.clone() * wide.clone()]);
+        // What the weights multiply: the side that is transposed as well, or one that is not.
+        let factor = match part {
+            Part::Adjoint(0 | 1) => self.scratch(vec![places.clone() * width.clone()]),
+            _ => second,
+        };
         let rows = self.scratch(vec![places * Extent::Const(2 * ROWS)]);
         let stem = match part {
             Part::Forward => "attention".to_string(),
@@ -63,15 +79,33 @@ impl Lowering<'_, '_, '_> {
         let name = format!("{stem}{causal}_{:x}_{:x}", form.scale.to_bits(), form.p.to_bits());
         let drops = form.p > 0.0 && part != Part::Lse;
         let floats = operands.len() - usize::from(drops);
+        let mut sizes = vec![Extent::Tokens, width, wide, Extent::Sequences];
+        sizes.extend([Extent::Const(u64::from(stream)), Extent::Const(column)]);
+        let mut lie = |view: &View| {
+            sizes.push(view.first.clone());
+            sizes.extend(view.steps[..2].iter().map(Step::extent));
+        };
+        for (i, &operand) in operands[..floats].iter().enumerate() {
+            // A number a row is read along the tokens, anything else along a head.
+            let along = if matches!(i, 3 | 5) { 1..3 } else { 2..3 };
+            if self.view(operand).along(along) != Some(ONE) {
+                self.dense(operand);
+            }
+            lie(&self.view(operand));
+        }
+        let (out, view) = match part {
+            Part::Lse => (self.result(result), self.view(result)),
+            _ => self.target(result),
+        };
+        lie(&view);
         let mut elements = vec![Element::F32; floats];
         elements.extend(drops.then_some(Element::I32));
-        elements.extend([Element::F32, Element::F32, Element::F32, Element::F32, Element::I32]);
+        elements.extend([Element::F32; 5]);
+        elements.push(Element::I32);
         let kernel = self.target.kernel(&name, |name| {
-            define(name, &elements, 5, |k, buffers, sizes| {
-                let (operands, rest) = buffers.split_at(floats + usize::from(drops));
-                let &[out, first, second, rows, offsets] = rest else { unreachable!("as listed above") };
+            define(name, &elements, sizes.len(), |k, buffers, sizes| {
                 k.units(|k, unit| {
-                    let unit = Unit::of(k, unit, operands, [first, second, rows], out, offsets, sizes, form, drops);
+                    let unit = Unit::of(k, unit, buffers, sizes, form, drops);
                     match part {
                         Part::Forward => forward(k, &unit),
                         Part::Lse => lse(k, &unit),
@@ -82,19 +116,36 @@ impl Lowering<'_, '_, '_> {
             })
         });
         let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
-        buffers.extend([out, first, second, rows, self.target.derived("offsets")]);
-        let sizes = vec![Extent::Tokens, width, wide, Extent::Sequences, Extent::Const(u64::from(stream))];
+        buffers.extend([out, first, second, factor, rows, self.target.derived("offsets")]);
         self.launch(kernel, buffers, sizes, heads * Extent::Sequences);
     }
 }
 
+/// A unit's rows of an operand or of the result.
+struct Rows {
+    buffer: Buf,
+    base: Val,
+    line: Val,
+}
+
+impl Rows {
+    fn row(&self, k: &mut Kernel, i: Val) -> Val {
+        let row = k.mul(i, self.line);
+        k.add(self.base, row)
+    }
+}
+
 /// One head of one sequence.
-struct Unit<'a> {
-    operands: &'a [Buf],
-    out: Buf,
+struct Unit {
+    operands: Vec<Rows>,
+    out: Rows,
+    rng: Option<Buf>,
     /// Transposed operands, `[width][stride]`, and where they begin.
     first: (Buf, Val),
     second: (Buf, Val),
+    /// Room for what the weights multiply, as wide as either, and where the unit's begins by its width.
+    factor: Buf,
+    place: Val,
     /// Scores, and as many rows behind them for products with df.
     rows: Buf,
     scores: Val,
@@ -105,41 +156,52 @@ struct Unit<'a> {
     width: Val,
     wide: Val,
     stream: Val,
+    /// The generator's column of slot 0, and the slot of key 0.
+    column: Val,
+    phase: Val,
     form: Form,
-    drops: bool,
 }
 
-impl<'a> Unit<'a> {
-    #[allow(clippy::too_many_arguments)] // a kernel's own arguments
-    fn of(
-        k: &mut Kernel,
-        unit: Val,
-        operands: &'a [Buf],
-        [first, second, rows]: [Buf; 3],
-        out: Buf,
-        offsets: Buf,
-        sizes: &[Val],
-        form: Form,
-        drops: bool,
-    ) -> Self {
-        let &[tokens, width, wide, sequences, stream] = sizes else { unreachable!("five sizes") };
+impl Unit {
+    fn of(k: &mut Kernel, unit: Val, buffers: &[Buf], sizes: &[Val], form: Form, drops: bool) -> Self {
+        let (floats, rest) = buffers.split_at(buffers.len() - 6 - usize::from(drops));
+        let (rng, rest) = rest.split_at(usize::from(drops));
+        let [out, first, second, factor, rows, offsets] = super::kernel::first(rest);
+        let [tokens, width, wide, sequences, stream, column] = super::kernel::first(sizes);
         let segment = Segment::of(k, unit, tokens, sequences, offsets);
+        let mut lie = sizes[6..].chunks_exact(3);
+        let mut operands: Vec<Rows> = vec![];
+        for (&buffer, lie) in floats.iter().chain([&out]).zip(&mut lie) {
+            let &[first, head, line] = lie else { unreachable!("three sizes each") };
+            let head = k.mul(segment.head, head);
+            let start = k.mul(segment.start, line);
+            let base = k.add(first, head);
+            operands.push(Rows { buffer, base: k.add(base, start), line });
+        }
+        let out = operands.pop().expect("the result is the last");
+        let four = k.index(ROWS);
+        let phase = k.rem(column, four);
+        let column = k.sub(column, phase);
         let step = k.index(STEP);
-        let stride = round_up(k, segment.length, step);
-        // Every sequence before this one may have been rounded up by a step.
-        let slack = k.mul(unit, step);
+        let slots = k.add(segment.length, phase);
+        let stride = round_up(k, slots, step);
+        let slack = k.index(SLACK);
+        let slack = k.mul(unit, slack);
         let place = k.add(segment.row, slack);
         let (first_at, second_at) = (k.mul(place, width), k.mul(place, wide));
         let double = k.index(2 * ROWS);
         let scores = k.mul(place, double);
-        let block = k.index(ROWS);
-        let block = k.mul(stride, block);
+        let scores = k.add(scores, phase);
+        let block = k.mul(stride, four);
         let products = k.add(scores, block);
         Unit {
             operands,
             out,
+            rng: rng.first().copied(),
             first: (first, first_at),
             second: (second, second_at),
+            factor,
+            place,
             rows,
             scores,
             products,
@@ -148,8 +210,9 @@ impl<'a> Unit<'a> {
             width,
             wide,
             stream,
+            column,
+            phase,
             form,
-            drops,
         }
     }
 
@@ -176,10 +239,23 @@ impl<'a> Unit<'a> {
         if self.form.causal { k.add(i, one) } else { self.segment.length }
     }
 
+    /// The keys in the block of slots from `slot` on; where there is none, the nearest.
+    fn keys(&self, k: &mut Kernel, slot: Val) -> Vec<Val> {
+        let one = k.index(1);
+        let last = k.sub(self.segment.length, one);
+        let key = |r| {
+            let r = k.index(r);
+            let slot = k.add(slot, r);
+            let slot = k.max(slot, self.phase);
+            let key = k.sub(slot, self.phase);
+            k.min(key, last)
+        };
+        (0..ROWS).map(key).collect()
+    }
+
     /// The generator's key, if anything is dropped.
     fn generator(&self, k: &mut Kernel) -> Option<[Val; 2]> {
-        let rng = *self.operands.last().filter(|_| self.drops)?;
-        Some(random::key(k, rng))
+        self.rng.map(|rng| random::key(k, rng))
     }
 }
 
@@ -192,21 +268,20 @@ fn round_up(k: &mut Kernel, n: Val, step: Val) -> Val {
 }
 
 /// The unit's rows of `from`, turned: element (i, e) goes to `e · stride + i`.
-fn transpose(k: &mut Kernel, unit: &Unit, from: Buf, width: Val, (to, at): (Buf, Val)) {
+fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Buf, Val)) {
     let zero = k.index(0);
     let numbers = k.lane_numbers();
-    let line = k.to_i32(width);
+    let line = k.to_i32(from.line);
     let line = k.splat(line, LANES);
     let steps = k.mul(numbers, line);
     k.each(zero, unit.segment.length, LANES, |k, i| {
         let left = k.sub(unit.segment.length, i);
         let mask = k.mask(left, LANES);
-        let row = k.add(unit.segment.row, i);
-        let row = k.mul(row, width);
+        let row = from.row(k, i);
         let target = k.add(at, i);
         k.each(zero, width, 1, |k, e| {
             let source = k.add(row, e);
-            let x = k.gather_lanes(from, source, steps, mask);
+            let x = k.gather_lanes(from.buffer, source, steps, mask);
             let place = k.mul(e, unit.stride);
             let place = k.add(place, target);
             k.store_vector(x, to, place);
@@ -214,12 +289,30 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: Buf, width: Val, (to, at): (Buf,
     });
 }
 
+/// The unit's rows of `from` without what lies between them: every block reads them again, and rows that are a wide
+/// tensor's width apart would want the same few lines of the cache.
+fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val) -> Rows {
+    let zero = k.index(0);
+    let base = k.mul(unit.place, width);
+    let rows = Rows { buffer: unit.factor, base, line: width };
+    k.each(zero, unit.segment.length, 1, |k, i| {
+        let (source, target) = (from.row(k, i), rows.row(k, i));
+        k.lanes(width, |k, e, mask| {
+            let place = k.add(source, e);
+            let x = k.load_lanes(from.buffer, place, mask);
+            let place = k.add(target, e);
+            k.store_lanes(x, rows.buffer, place, mask);
+        });
+    });
+    rows
+}
+
 /// Rows `i..` of `x` against the transposed side, `begin..end` of its lanes, into rows from `base` on.
 #[allow(clippy::too_many_arguments)] // both sides of a product and its place
 fn product(
     k: &mut Kernel,
     unit: &Unit,
-    x: Buf,
+    from: &Rows,
     block: &[Val],
     width: Val,
     (side, at): (Buf, Val),
@@ -227,13 +320,7 @@ fn product(
     (base, scale): (Val, f64),
 ) {
     let zero = k.index(0);
-    let rows: Vec<Val> = block
-        .iter()
-        .map(|&i| {
-            let row = k.add(unit.segment.row, i);
-            k.mul(row, width)
-        })
-        .collect();
+    let rows: Vec<Val> = block.iter().map(|&i| from.row(k, i)).collect();
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
     k.each(begin, end, VECTORS * LANES, |k, j| {
         let start = zeros(k);
@@ -250,7 +337,7 @@ fn product(
                 .collect();
             let x = |k: &mut Kernel, r: usize| {
                 let place = k.add(rows[r], e);
-                k.load(x, place)
+                k.load(from.buffer, place)
             };
             k.outer(ROWS, x, &columns, sums, Kernel::fma)
         });
@@ -269,20 +356,19 @@ fn product(
 }
 
 /// Row `i + r` of the result: the weights in row r of the scores, `begin..end`, times rows of `y`.
-fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Buf, width: Val) {
+fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &Rows, width: Val) {
     let zero = k.index(0);
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
     k.each(zero, width, VECTORS * LANES, |k, e| {
         let vectors = vectors(k, e, width);
         let start = zeros(k);
         let sums = k.fold(begin, end, 1, &start, |k, j, sums| {
-            let row = k.add(unit.segment.row, j);
-            let row = k.mul(row, width);
+            let row = y.row(k, j);
             let values: Vec<Val> = vectors
                 .iter()
                 .map(|&(at, mask)| {
                     let place = k.add(row, at);
-                    k.load_lanes(y, place, mask)
+                    k.load_lanes(y.buffer, place, mask)
                 })
                 .collect();
             let weight = |k: &mut Kernel, r: usize| {
@@ -294,16 +380,15 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Bu
         for r in 0..ROWS {
             let offset = k.index(r);
             let row = k.add(i, offset);
-            // A row beyond the last has no lanes.
-            let exists = k.compare(row, Order::Lt, unit.segment.length);
-            let row = k.add(unit.segment.row, row);
-            let row = k.mul(row, width);
+            // A row before the first or beyond the last has no lanes.
+            let missing = k.at_least_unsigned(row, unit.segment.length);
+            let row = unit.out.row(k, row);
             for (v, &(at, _)) in vectors.iter().enumerate() {
                 let left = k.sub(width, at);
-                let here = k.select(exists, left, zero);
+                let here = k.select(missing, zero, left);
                 let mask = k.mask(here, LANES);
                 let place = k.add(row, at);
-                k.store_lanes(sums[(r * VECTORS) as usize + v], unit.out, place, mask);
+                k.store_lanes(sums[(r * VECTORS) as usize + v], unit.out.buffer, place, mask);
             }
         }
     });
@@ -311,7 +396,7 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: Bu
 
 fn lse(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
-    let (q, keys) = (unit.operands[0], unit.operands[1]);
+    let [q, keys] = &unit.operands[..] else { unreachable!("two operands") };
     transpose(k, unit, keys, unit.width, unit.first);
     k.each(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i);
@@ -320,17 +405,18 @@ fn lse(k: &mut Kernel, unit: &Unit) {
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let lse = rows::logsumexp(k, unit.rows, Span { base: line, length: limit });
-            let place = k.add(unit.segment.row, row);
-            k.store(lse, unit.out, place);
+            let place = unit.out.row(k, row);
+            k.store(lse, unit.out.buffer, place);
         }
     });
 }
 
 fn forward(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
-    let (q, keys, v) = (unit.operands[0], unit.operands[1], unit.operands[2]);
+    let [q, keys, v] = &unit.operands[..] else { unreachable!("three operands") };
     let generator = unit.generator(k);
     transpose(k, unit, keys, unit.width, unit.first);
+    let values = gathered(k, unit, v, unit.wide);
     k.each(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
@@ -338,24 +424,25 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let share = rows::exponentials(k, [unit.rows, unit.rows], Span { base: line, length: limit });
-            along(k, unit, (zero, end), line, generator, row, |k, place, at, dropped| {
+            along(k, unit, end, line, generator, row, |k, place, at, dropped| {
                 let e = k.load_vector(unit.rows, place, LANES);
                 let w = k.mul(e, share);
                 let w = dropped(k, w);
                 only_below(k, w, at, limit)
             });
         }
-        weighted(k, unit, i, (zero, end), v, unit.wide);
+        weighted(k, unit, i, (zero, end), &values, unit.wide);
     });
 }
 
 /// The adjoint of the queries: lanes run over keys.
 fn over_keys(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
-    let &[q, keys, v, lse, df, r_buf, ..] = unit.operands else { unreachable!("six operands and more") };
+    let [q, keys, v, lse, df, corrections] = &unit.operands[..] else { unreachable!("six operands") };
     let generator = unit.generator(k);
     transpose(k, unit, keys, unit.width, unit.first);
     transpose(k, unit, v, unit.wide, unit.second);
+    let rows = gathered(k, unit, keys, unit.width);
     k.each(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
@@ -364,11 +451,11 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let beside = unit.line(k, unit.products, r as u64);
-            let place = k.add(unit.segment.row, row);
-            let (lse, correction) = (k.load(lse, place), k.load(r_buf, place));
+            let (place, place_r) = (lse.row(k, row), corrections.row(k, row));
+            let (lse, correction) = (k.load(lse.buffer, place), k.load(corrections.buffer, place_r));
             let (lse, correction) = (k.splat(lse, LANES), k.splat(correction, LANES));
             let by = k.float(unit.form.scale, VECTOR);
-            along(k, unit, (zero, end), line, generator, row, |k, place, at, dropped| {
+            along(k, unit, end, line, generator, row, |k, place, at, dropped| {
                 let s = k.load_vector(unit.rows, place, LANES);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
@@ -381,7 +468,7 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
                 only_below(k, ds, at, limit)
             });
         }
-        weighted(k, unit, i, (zero, end), keys, unit.width);
+        weighted(k, unit, i, (zero, end), &rows, unit.width);
     });
 }
 
@@ -390,14 +477,15 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
 fn along(
     k: &mut Kernel,
     unit: &Unit,
-    (begin, end): (Val, Val),
+    end: Val,
     line: Val,
     generator: Option<[Val; 2]>,
     row: Val,
     mut value: impl FnMut(&mut Kernel, Val, Val, &dyn Fn(&mut Kernel, Val) -> Val) -> Val,
 ) {
+    let zero = k.index(0);
     let Some(generator) = generator else {
-        k.each(begin, end, LANES, |k, at| {
+        k.each(zero, end, LANES, |k, at| {
             let place = k.add(line, at);
             let y = value(k, place, at, &|_, x| x);
             k.store_vector(y, unit.rows, place);
@@ -406,11 +494,14 @@ fn along(
     };
     let token = k.add(unit.segment.start, row);
     let drawn = [token, unit.segment.head, unit.stream].map(|x| random::lanes_of(k, x));
-    k.each(begin, end, STEP, |k, j| {
-        let words = random::draw(k, generator, j, drawn);
+    let slots = k.add(end, unit.phase);
+    k.each(zero, slots, STEP, |k, slot| {
+        let column = k.add(unit.column, slot);
+        let words = random::draw(k, generator, column, drawn);
         for (part, word) in words.into_iter().enumerate() {
             let offset = k.index(part as u64 * LANES);
-            let at = k.add(j, offset);
+            let slot = k.add(slot, offset);
+            let at = k.sub(slot, unit.phase);
             let place = k.add(line, at);
             let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.form.p));
             k.store_vector(y, unit.rows, place);
@@ -429,14 +520,18 @@ fn only_below(k: &mut Kernel, x: Val, at: Val, limit: Val) -> Val {
 /// The adjoint of keys or values: lanes run over queries.
 fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
     let zero = k.index(0);
-    let &[q, keys, v, lse, df, r_buf, ..] = unit.operands else { unreachable!("six operands and more") };
+    let [q, keys, v, lse, df, corrections] = &unit.operands[..] else { unreachable!("six operands") };
     let generator = unit.generator(k);
     transpose(k, unit, q, unit.width, unit.first);
     if !values {
         transpose(k, unit, df, unit.wide, unit.second);
     }
-    k.each(zero, unit.segment.length, ROWS, |k, j| {
-        let block = unit.segment.rows(k, j);
+    let (side, width) = if values { (df, unit.wide) } else { (q, unit.width) };
+    let side = gathered(k, unit, side, width);
+    let slots = k.add(unit.segment.length, unit.phase);
+    k.each(zero, slots, ROWS, |k, slot| {
+        let block = unit.keys(k, slot);
+        let j = block[0];
         // Queries before the first key do not see it; vectors begin where products do.
         let begin = if unit.form.causal {
             let step = k.index(VECTORS * LANES);
@@ -463,13 +558,15 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
         k.each(begin, unit.segment.length, LANES, |k, i| {
             let left = k.sub(unit.segment.length, i);
             let mask = k.mask(left, LANES);
-            let place = k.add(unit.segment.row, i);
-            let (lse, correction) = (k.load_lanes(lse, place, mask), k.load_lanes(r_buf, place, mask));
+            let (place, place_r) = (lse.row(k, i), corrections.row(k, i));
+            let lse = k.load_lanes(lse.buffer, place, mask);
+            let correction = k.load_lanes(corrections.buffer, place_r, mask);
             let numbers = k.lane_numbers();
             let words = generator.map(|generator| {
                 // One call for a query decides over the block's four keys.
+                let column = k.add(unit.column, slot);
                 let four = k.index(4);
-                let column = k.div(j, four);
+                let column = k.div(column, four);
                 let token = k.add(unit.segment.start, i);
                 let place = [column, token, unit.segment.head, unit.stream];
                 let [column, token, head, stream] = place.map(|x| random::lanes_of(k, x));
@@ -511,7 +608,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
             }
         });
         let from = if unit.form.causal { j } else { zero };
-        let (side, width) = if values { (df, unit.wide) } else { (q, unit.width) };
-        weighted(k, unit, j, (from, unit.segment.length), side, width);
+        let first = k.sub(slot, unit.phase);
+        weighted(k, unit, first, (from, unit.segment.length), &side, width);
     });
 }

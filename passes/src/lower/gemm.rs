@@ -13,11 +13,14 @@
 //! In bf16 a step along k is a pair, and both copies hold pairs: A's rows are rounded on their way to the scratch,
 //! frozen weights when they are packed.
 
-use peft_grammar::graph::{Dim, Value};
+use std::ops::Range;
+
+use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
+use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cpu::Registers;
 
@@ -59,7 +62,8 @@ impl Tile {
     }
 }
 
-/// An operand in memory: element (batch, i, k) at `batch · area + i · along + k · step`.
+/// An operand in memory: element (batch, i, k) at `first + batch · area + line · (one of i and k) + the other`.
+#[derive(Debug)]
 struct Side {
     batch: Extent,
     /// Rows of A, columns of B.
@@ -67,67 +71,77 @@ struct Side {
     depth: Extent,
     /// i is the axis without gaps; otherwise k is.
     contiguous: bool,
-}
-
-/// Where a [`Side`] lies: elements from one line to the next, from one batch to the next, and before all.
-struct Lines {
     line: Extent,
     area: Extent,
     first: Extent,
 }
 
+/// Axes of an operand that are one of the product's.
+struct Axes {
+    batch: Range<usize>,
+    i: Range<usize>,
+    k: Range<usize>,
+}
+
 impl Side {
-    /// Lines as they lie in memory: of the axis that runs along them, or of a wider tensor.
-    fn lines(&self, place: &Place) -> Lines {
-        let (length, lines) = match self.contiguous {
-            true => (&self.length, &self.depth),
-            false => (&self.depth, &self.length),
+    /// `None` where the view has gaps along both axes, or axes that should be one are not.
+    fn of(view: &View, axes: &Axes) -> Option<Side> {
+        let Axes { batch, i, k } = axes;
+        let [area, step_i, step_k] = [batch, i, k].map(|axes| view.along(axes.clone()));
+        let (area, step_i, step_k) = (area?, step_i?, step_k?);
+        let contiguous = match (step_i == ONE, step_k == ONE) {
+            (true, true) => i.start > k.start,
+            (false, false) => return None,
+            (contiguous, _) => contiguous,
         };
-        let (line, start) = match &place.columns {
-            Some((width, start)) => (width, *start),
-            None => (length, 0),
-        };
-        Lines { line: line.clone(), area: lines.clone() * line.clone(), first: Extent::Const(start) }
+        let [batch, length, depth] = [batch, i, k].map(|axes| product(&view.shape[axes.clone()]));
+        let line = if contiguous { step_k } else { step_i }.extent();
+        Some(Side { batch, length, depth, contiguous, line, area: area.extent(), first: view.first.clone() })
     }
 }
 
 impl Lowering<'_, '_, '_> {
-    pub(super) fn matmul(&mut self, x: Value, y: Value, transpose_x: bool, transpose_y: bool, result: Value) {
-        let (shape_x, shape_y) = (&self.ty(x).shape, &self.ty(y).shape);
-        let (lead, [a, b]) = split(shape_x);
-        let (lead_y, [c, d]) = split(shape_y);
-        let (mut m, depth) = if transpose_x { (product(&[b]), product(&[a])) } else { (product(&[a]), product(&[b])) };
-        let n = if transpose_y { product(&[c]) } else { product(&[d]) };
-        let mut batch = product(lead);
-        if lead_y.is_empty() {
-            // One weight for all leading axes: they are more rows.
-            m = batch * m;
-            batch = Extent::Const(1);
+    fn side(&mut self, value: Value, axes: Axes) -> (Place, Side) {
+        if Side::of(&self.view(value), &axes).is_none() {
+            self.dense(value);
         }
-        let left = Side { batch: batch.clone(), length: m.clone(), depth: depth.clone(), contiguous: transpose_x };
-        let right = Side { batch: batch.clone(), length: n.clone(), depth: depth.clone(), contiguous: !transpose_y };
-        let (place_a, place_b) = (self.place(x).clone(), self.place(y).clone());
-        let packed = place_b.frozen.is_some() || transpose_y;
+        let side = Side::of(&self.view(value), &axes).expect("without gaps along one axis");
+        (self.place(value).clone(), side)
+    }
+
+    pub(super) fn matmul(&mut self, x: Value, y: Value, transpose_x: bool, transpose_y: bool, result: Value) {
+        let axes = |ty: &Type, lead: usize, turned: bool| {
+            let (row, column) = (ty.rank() - 2..ty.rank() - 1, ty.rank() - 1..ty.rank());
+            let (i, k) = if turned { (column, row) } else { (row, column) };
+            Axes { batch: 0..lead, i, k }
+        };
+        let (ty_x, ty_y, ty) = (self.ty(x), self.ty(y), self.ty(result));
+        // One weight for all leading axes: they are more rows.
+        let lead = ty_y.rank() - 2;
+        let all_rows = |axes: Axes| if lead + 2 < ty_x.rank() { Axes { i: 0..axes.i.end, ..axes } } else { axes };
+        let (place_a, left) = self.side(x, all_rows(axes(ty_x, lead, transpose_x)));
+        let (place_b, right) = self.side(y, axes(ty_y, lead, !transpose_y));
+        let (m, n, depth, batch) = (left.length, right.length.clone(), left.depth, left.batch);
+        let packed = place_b.frozen.is_some() || !right.contiguous;
         let tile = Tile::of(&m, &n, packed, self.target.cpu.registers());
         let rounds = self.target.precision == Precision::Bf16 && self.frozen.is_none();
         let factors = match place_b.frozen {
-            Some(_) if rounds && !transpose_x => Factors::Pairs { native: self.target.cpu.multiplies_bf16() },
+            Some(_) if rounds && !left.contiguous => Factors::Pairs { native: self.target.cpu.multiplies_bf16() },
             _ => Factors::F32,
         };
-        let form = Form { tile, columns_a: transpose_x, packed, factors };
+        let form = Form { tile, columns_a: left.contiguous, packed, factors };
 
-        let lines_a = left.lines(&place_a);
         let across = Extent::Const(tile.columns());
         let panels = Extent::CeilDiv(Box::new(n.clone()), tile.columns());
-        let (from_b, lines_b, panel_b) = match packed {
+        let (from_b, [line_b, area_b, first_b, panel_b]) = match packed {
             true => {
                 let panel = factors.steps(depth.clone()) * across.clone();
-                let lines = Lines { line: across, area: panels.clone() * panel.clone(), first: Extent::Const(0) };
-                (self.pack(y, tile.columns(), right, factors), lines, panel)
+                let lines = [across, panels.clone() * panel.clone(), Extent::Const(0), panel];
+                (self.pack(&place_b, tile.columns(), right, factors), lines)
             }
-            false => (place_b.buffer, right.lines(&place_b), across),
+            false => (place_b.buffer, [right.line, right.area, right.first, across]),
         };
-        let (out, width, start) = self.product_place(result);
+        let (out, line, area, first) = self.product_place(result, all_rows(axes(ty, lead, false)));
         let blocks = Extent::CeilDiv(Box::new(m.clone()), ROWS);
         let shared = match &m {
             Extent::Const(m) if *m <= ROWS => PANELS_OF_FEW_ROWS,
@@ -136,22 +150,29 @@ impl Lowering<'_, '_, '_> {
         let groups = Extent::CeilDiv(Box::new(panels.clone()), shared);
         let units = batch * blocks.clone() * groups.clone();
         let mut sizes = vec![m, n, depth, blocks, groups, Extent::Const(shared), panels];
-        sizes.extend([lines_a.line, lines_a.area, lines_a.first]);
-        sizes.extend([lines_b.line, lines_b.area, lines_b.first, panel_b]);
-        sizes.extend([width, Extent::Const(start)]);
+        sizes.extend([left.line, left.area, left.first]);
+        sizes.extend([line_b, area_b, first_b, panel_b]);
+        sizes.extend([line, area, first]);
         let kernel = self.target.kernel(&form.name(), |name| gemm(name, form));
         self.launch(kernel, vec![place_a.buffer, from_b, out], sizes, units);
     }
 
+    /// Where a product goes: buffer, steps from row to row and from batch to batch, and its first element.
+    fn product_place(&mut self, result: Value, Axes { batch, i, .. }: Axes) -> (BufferId, Extent, Extent, Extent) {
+        let (mut out, mut view) = self.target(result);
+        let apart = |view: &View| view.along(i.clone()).is_none() || view.along(batch.clone()).is_none();
+        if apart(&view) {
+            // Rows that are apart where they are wanted are copied there.
+            (out, view) = (self.result(result), self.view(result));
+        }
+        let [line, area] = [i, batch].map(|axes| view.along(axes).unwrap_or(ONE).extent());
+        (out, line, area, view.first)
+    }
+
     /// The panels of an operand; the same ones if it has been packed this way before.
-    fn pack(&mut self, value: Value, width: u64, side: Side, factors: Factors) -> BufferId {
-        let place = self.place(value).clone();
-        let Lines { line, area, first } = side.lines(&place);
-        let Side { batch, length, depth, contiguous } = side;
-        let layout = format!(
-            "{width} of {batch:?} × {length:?} × {depth:?}, {contiguous}, {line:?} from {first:?}, {}",
-            factors.suffix()
-        );
+    fn pack(&mut self, place: &Place, width: u64, side: Side, factors: Factors) -> BufferId {
+        let layout = format!("{width} of {side:?}, {}", factors.suffix());
+        let Side { batch, length, depth, contiguous, line, area, first } = side;
         let panels = Extent::CeilDiv(Box::new(length.clone()), width);
         let units = batch * panels.clone();
         let shape = vec![units.clone() * factors.steps(depth.clone()) * Extent::Const(width)];
@@ -184,11 +205,6 @@ impl Lowering<'_, '_, '_> {
         self.frozen = own;
         packed
     }
-}
-
-fn split(shape: &[Dim]) -> (&[Dim], [Dim; 2]) {
-    let (lead, last) = shape.split_at(shape.len() - 2);
-    (lead, [last[0], last[1]])
 }
 
 /// One panel a unit.
@@ -394,10 +410,10 @@ impl Form {
 fn gemm(name: &str, form: Form) -> String {
     let tile = form.tile;
     let element = form.factors.element();
-    define(name, &[Element::F32, element, Element::F32], 16, |k, buffers, sizes| {
+    define(name, &[Element::F32, element, Element::F32], 17, |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
-        let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b, width, first_column] = first(&sizes[7..]);
+        let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b, width, area_c, first_c] = first(&sizes[7..]);
         let rows_of_a = k.scratch(form.room() * ROWS.div_ceil(tile.rows), element);
         let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns(), element) };
         let steps = match form.factors {
@@ -421,10 +437,10 @@ fn gemm(name: &str, form: Form) -> String {
             let base_a = k.add(base_a, first_a);
             let base_b = k.mul(batch, area_b);
             let base_b = k.add(base_b, first_b);
-            let base_c = k.mul(batch, m);
-            let base_c = k.add(base_c, row);
-            let base_c = k.mul(base_c, width);
-            let base_c = k.add(base_c, first_column);
+            let base_c = k.mul(batch, area_c);
+            let base_c = k.add(base_c, first_c);
+            let above = k.mul(row, width);
+            let base_c = k.add(base_c, above);
             k.each(zero, steps, DEPTH, |k, block| {
                 let length = k.sub(steps, block);
                 let most = k.index(DEPTH);

@@ -2,12 +2,14 @@
 //! a *group*: one kernel that loads the leaves, evaluates the whole expression and stores once.
 
 use std::fmt::Write;
+use std::ops::Range;
 
 use peft_grammar::graph::{Dim, Graph, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::kernel::{Buf, Kernel, LANES, VECTOR, Val, define};
 use super::random::{self, DRAWN};
+use super::view::{ONE, View};
 use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
 
 /// Elements a unit of a kernel without rows works on.
@@ -134,10 +136,12 @@ impl Groups {
     }
 }
 
-/// How a leaf lies under the group's shape: for each merged axis, whether it runs along it.
+/// How a leaf, or the result, lies under the group's shape: for each merged axis, whether it runs along it.
 #[derive(Clone, Debug)]
 struct Leaf {
     runs: Vec<bool>,
+    /// Where it is no row-major tensor: which of the kernel's sizes are its first element and its steps.
+    view: Option<usize>,
 }
 
 /// One step of the expression on operands that come before it.
@@ -152,6 +156,7 @@ enum Step {
 /// The kernel's form: what it is named by.
 struct Form {
     leaves: Vec<Leaf>,
+    out: Leaf,
     steps: Vec<Step>,
     ragged: bool,
     axes: usize,
@@ -176,25 +181,43 @@ impl Lowering<'_, '_, '_> {
         }
 
         let ragged = matches!(shape.last(), Some(Dim::Keys(_)));
-        let axes = merged_axes(shape, &arrays.iter().map(|&v| &self.ty(v).shape[..]).collect::<Vec<_>>(), draws);
+        // Rows are read and written where they lie, if their elements stand side by side.
+        for &array in &arrays {
+            if ragged || !self.view(array).runs() {
+                self.dense(array);
+            }
+        }
+        let (out, _) = if ragged { (self.result(result), View::dense(shape)) } else { self.target(result) };
+        let views: Vec<Option<View>> = arrays.iter().chain([&result]).map(|&v| self.place(v).view.clone()).collect();
+        let shapes: Vec<&[Dim]> = arrays.iter().map(|&v| &self.ty(v).shape[..]).collect();
+        let axes = merged_axes(shape, &shapes, views.iter().flatten(), draws);
         let runs = |v: Value| {
             let own = &self.ty(v).shape;
             let missing = shape.len() - own.len();
-            let along = |axis: &std::ops::Range<usize>| {
+            let along = |axis: &Range<usize>| {
                 let differs = |a: usize| a >= missing && own[a - missing] == shape[a];
                 let trivial = |a: usize| shape[a] == Dim::Const(1);
                 axis.clone().any(|a| differs(a) && !trivial(a))
             };
             axes.iter().map(along).collect::<Vec<_>>()
         };
-        let forms: Vec<Leaf> = arrays.iter().map(|&v| Leaf { runs: runs(v) }).collect();
-
         let mut sizes: Vec<Extent> = axes.iter().map(|axis| axis_extent(&shape[axis.clone()])).collect();
         if ragged {
             let Some(Dim::Keys(extra)) = shape.last() else { unreachable!() };
             sizes.pop();
             sizes.extend([Extent::Const(*extra), lead_size(*extra)]);
         }
+        let mut lie = |runs: Vec<bool>, view: &Option<View>| {
+            let at = sizes.len();
+            let Some(view) = view else { return Leaf { runs, view: None } };
+            sizes.push(view.first.clone());
+            for axis in &axes[..axes.len().saturating_sub(1)] {
+                sizes.push(view.along(own_axes(axis, shape.len(), view)).unwrap_or(ONE).extent());
+            }
+            Leaf { runs, view: Some(at) }
+        };
+        let forms: Vec<Leaf> = arrays.iter().zip(&views).map(|(&v, view)| lie(runs(v), view)).collect();
+        let form_out = lie(vec![true; axes.len()], &views[arrays.len()]);
         let mut steps = vec![];
         let mut step_of = std::collections::HashMap::new();
         for &at in &members {
@@ -225,8 +248,7 @@ impl Lowering<'_, '_, '_> {
             steps.push(Step::Op(Op::Scale { by: 1.0 }, vec![last]));
         }
 
-        let form = Form { leaves: forms, steps, ragged, axes: axes.len(), draws };
-        let out = self.result(result);
+        let form = Form { leaves: forms, out: form_out, steps, ragged, axes: axes.len(), draws };
         let mut buffers: Vec<BufferId> = arrays.iter().map(|&v| self.place(v).buffer).collect();
         let mut elements: Vec<Element> = arrays.iter().map(|&v| element(self.ty(v))).collect();
         if draws {
@@ -254,21 +276,31 @@ impl Lowering<'_, '_, '_> {
     }
 }
 
-/// Neighbouring axes that every leaf either runs along or repeats over count as one. Rows and columns
-/// keep apart where the generator counts them, and a ragged axis is always alone.
-fn merged_axes(shape: &[Dim], leaves: &[&[Dim]], draws: bool) -> Vec<std::ops::Range<usize>> {
+/// Neighbouring axes that every leaf either runs along or repeats over count as one, if they follow each other in
+/// every view. Rows and columns keep apart where the generator counts them, and a ragged axis is always alone.
+fn merged_axes<'v>(
+    shape: &[Dim],
+    leaves: &[&[Dim]],
+    views: impl Iterator<Item = &'v View> + Clone,
+    draws: bool,
+) -> Vec<Range<usize>> {
     let ragged = matches!(shape.last(), Some(Dim::Keys(_)));
     let runs = |leaf: &[Dim], axis: usize| {
         (axis + leaf.len()).checked_sub(shape.len()).is_some_and(|a| leaf[a] == shape[axis])
     };
-    let mut axes: Vec<std::ops::Range<usize>> = vec![];
+    let mut axes: Vec<Range<usize>> = vec![];
     for axis in 0..shape.len() {
         let tail = axis + 2 >= shape.len() && (draws || ragged);
         let joins = axis > 0 && !tail && {
             // An axis of one element fits either way.
             let flat = |a: usize| shape[a] == Dim::Const(1);
             let before = axes.last().map_or(0..0, |r| r.clone());
-            leaves.iter().all(|leaf| before.clone().all(|a| flat(a) || flat(axis) || runs(leaf, a) == runs(leaf, axis)))
+            let both = before.start..axis + 1;
+            let follows = |view: &View| view.along(own_axes(&both, shape.len(), view)).is_some();
+            views.clone().all(follows)
+                && leaves
+                    .iter()
+                    .all(|leaf| before.clone().all(|a| flat(a) || flat(axis) || runs(leaf, a) == runs(leaf, axis)))
         };
         match axes.last_mut() {
             Some(last) if joins => last.end = axis + 1,
@@ -276,6 +308,12 @@ fn merged_axes(shape: &[Dim], leaves: &[&[Dim]], draws: bool) -> Vec<std::ops::R
         }
     }
     axes
+}
+
+/// Axes of a wider shape of `rank` as the view's own; those it lacks are in front.
+fn own_axes(axes: &Range<usize>, rank: usize, view: &View) -> Range<usize> {
+    let missing = rank - view.shape.len();
+    axes.start.saturating_sub(missing)..axes.end.saturating_sub(missing)
 }
 
 fn axis_extent(dims: &[Dim]) -> Extent {
@@ -296,7 +334,8 @@ impl Form {
     }
 
     fn name(&self) -> String {
-        let text = format!("{:?} {:?} {} {}", self.leaves, self.steps, self.ragged, self.axes);
+        let Form { leaves, out, steps, ragged, axes, .. } = self;
+        let text = format!("{leaves:?} {out:?} {steps:?} {ragged} {axes}");
         let hash = blake3::hash(text.as_bytes()).to_hex();
         let mut ops: Vec<String> = self.label().split('+').map(str::to_string).collect();
         ops.truncate(4);
@@ -335,8 +374,7 @@ impl Form {
                     k.add(keys, extra)
                 }
             };
-            let all = Leaf { runs: vec![true; self.axes] };
-            let base = self.base(k, &all, &indices, sizes, length, pairs);
+            let base = self.base(k, &self.out, &indices, sizes, length, pairs);
             let sources: Vec<Source> = self
                 .leaves
                 .iter()
@@ -381,9 +419,13 @@ impl Form {
     /// All leaves lie alike (or are single numbers): blocks of elements.
     fn write_flat(&self, k: &mut Kernel, arrays: &[Buf], out: Buf, sizes: &[Val]) {
         let total = if self.axes == 0 { k.index(1) } else { sizes[0] };
-        let zero = k.index(0);
-        let sources: Vec<Source> =
-            self.leaves.iter().zip(arrays).map(|(leaf, &array)| self.source(k, leaf, array, zero)).collect();
+        let base = |k: &mut Kernel, leaf: &Leaf| leaf.view.map_or_else(|| k.index(0), |at| sizes[at]);
+        let first = base(k, &self.out);
+        let sources = self.leaves.iter().zip(arrays).map(|(leaf, &array)| {
+            let base = base(k, leaf);
+            self.source(k, leaf, array, base)
+        });
+        let sources: Vec<Source> = sources.collect();
         k.units(|k, unit| {
             let block = k.index(BLOCK);
             let start = k.mul(unit, block);
@@ -393,7 +435,8 @@ impl Form {
                 let left = k.sub(end, at);
                 let mask = k.mask(left, LANES);
                 let value = self.evaluate(k, &sources, at, mask, &[], sizes);
-                k.store_lanes(value, out, at, mask);
+                let place = k.add(first, at);
+                k.store_lanes(value, out, place, mask);
             });
         });
     }
@@ -408,6 +451,15 @@ impl Form {
         length: Val,
         pairs: Option<Buf>,
     ) -> Val {
+        if let Some(at) = leaf.view {
+            return indices.iter().enumerate().filter(|(axis, _)| leaf.runs[*axis]).fold(
+                sizes[at],
+                |base, (axis, &i)| {
+                    let offset = k.mul(i, sizes[at + 1 + axis]);
+                    k.add(base, offset)
+                },
+            );
+        }
         let mut rows = k.index(0);
         let along_last = *leaf.runs.last().unwrap_or(&false);
         let token_axis = pairs.is_some().then(|| indices.len() - 1);
@@ -484,13 +536,16 @@ impl Form {
     /// The generator's words for columns `j .. j + DRAWN` of a row, for every dropout of the group.
     fn draw(&self, k: &mut Kernel, key: [Val; 2], j: Val, row: Val, lead: Val) -> Vec<[Val; 4]> {
         let streams = self.steps.iter().filter_map(|s| match s {
-            Step::Op(Op::Dropout { stream, .. }, _) => Some(*stream),
+            Step::Op(Op::Dropout { stream, column, .. }, _) => Some((*stream, *column)),
             _ => None,
         });
         let (row, lead) = (random::lanes_of(k, row), random::lanes_of(k, lead));
-        let words = streams.map(|stream| {
+        let words = streams.map(|(stream, column)| {
             let stream = k.int(i64::from(stream as i32), row.ty);
-            random::draw(k, key, j, [row, lead, stream])
+            let first = k.index(column);
+            let first = k.add(first, j);
+            let draw = if column % 4 == 0 { random::draw } else { random::draw_anywhere };
+            draw(k, key, first, [row, lead, stream])
         });
         words.collect()
     }

@@ -20,13 +20,15 @@ mod random;
 mod reduce;
 mod rows;
 mod span;
+mod view;
 
 use flash::{Form, Part};
 pub use map::maps;
+use view::View;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
-use peft_grammar::graph::{DType, Dim, Graph, Op, Role, Type, Value};
+use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Role, Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
 
@@ -137,17 +139,15 @@ struct Lowering<'t, 'a, 'g> {
     target: &'t mut Target<'a>,
     graph: &'g Graph,
     launches: Vec<Launch>,
-    /// Where each value lies. Reshapes and group members have their source's buffer or none.
+    /// Where each value lies. Members of a group have no place.
     places: Vec<Option<Place>>,
     /// Buffers that must be an output's own: the gradient of a tensor.
     wanted: HashMap<Value, Storage>,
     uses: Vec<usize>,
     /// Who reads each value.
     readers: Vec<Vec<usize>>,
-    /// Buffers of concatenations whose parts are being written into them.
-    joined: HashMap<Value, BufferId>,
-    /// Parts that already lie in theirs.
-    in_place: HashSet<Value>,
+    /// Buffers of values that are written part by part, or in another order of axes, before their turn comes.
+    wholes: HashMap<Value, BufferId>,
     /// Operands packed for the matmul in this entry, by buffer and layout.
     packs: HashMap<String, BufferId>,
     /// The node at hand works on frozen weights alone.
@@ -161,8 +161,8 @@ struct Place {
     buffer: BufferId,
     /// Made of frozen weights alone: by what expression.
     frozen: Option<String>,
-    /// Columns of a wider tensor: its width, and the first of them. Only the matmul reads such.
-    columns: Option<(Extent, u64)>,
+    /// How it lies there, where that is not row-major from the first element on. Of nothing frozen.
+    view: Option<View>,
 }
 
 impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
@@ -182,8 +182,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             wanted: HashMap::new(),
             uses,
             readers,
-            joined: HashMap::new(),
-            in_place: HashSet::new(),
+            wholes: HashMap::new(),
             packs: HashMap::new(),
             frozen: None,
             label: String::new(),
@@ -203,7 +202,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
                 }
             };
             let buffer = self.target.bind(&arg.label(), element(&ty), extents(&ty), storage);
-            self.places[arg.value.0 as usize] = Some(Place { buffer, frozen, columns: None });
+            self.places[arg.value.0 as usize] = Some(Place { buffer, frozen, view: None });
         }
         self.claim_gradients()?;
         let groups = map::group(self.graph, &self.uses);
@@ -216,19 +215,23 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         let mut outputs = vec![];
         for (name, value) in &self.graph.outputs {
             let ty = self.graph.ty(*value).clone();
-            let mut buffer = self.place(*value).buffer;
+            self.frozen = None;
             let wanted = self.gradient_of(name);
+            if wanted.is_none() {
+                self.dense(*value);
+            }
+            let Place { mut buffer, view, .. } = self.place(*value).clone();
             let storage = &self.target.buffers[buffer].storage;
             let own = match &wanted {
-                Some(gradient) => storage == gradient,
+                Some(gradient) => storage == gradient && view.is_none(),
                 None => *storage == Storage::Temporary || *storage == Storage::Prepared,
             };
             if !own {
                 // A gradient two tensors share, or an output that is an argument.
                 let copy = self.target.buffer(Element::F32, extents(&ty), wanted.unwrap_or(Storage::Temporary));
                 self.label = "copy".into();
-                self.frozen = None;
-                self.copy_all(buffer, copy, extent(&ty));
+                let dense = View::dense(&ty.shape);
+                self.copy_view((buffer, view.as_ref().unwrap_or(&dense)), (copy, &dense));
                 buffer = copy;
             }
             outputs.push(Output { name: name.clone(), buffer, shape: extents(&ty) });
@@ -279,50 +282,8 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             (None, Some(key)) => self.target.bind(key, Element::F32, extents(ty), Storage::Prepared),
             (None, None) => self.target.buffer(Element::F32, extents(ty), Storage::Temporary),
         };
-        self.places[value.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), columns: None });
+        self.places[value.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), view: None });
         buffer
-    }
-
-    /// Columns that only the matmul reads stay where they are.
-    fn read_in_place(&mut self, x: BufferId, ty: &Type, axis: usize, start: u64, result: Value) -> bool {
-        let multiplied = |at: &usize| matches!(self.graph.nodes[*at].op, Op::Matmul { .. });
-        let readers = &self.readers[result.0 as usize];
-        let only = self.uses[result.0 as usize] == readers.len() && readers.iter().all(multiplied);
-        if !only || self.frozen.is_some() || ty.ragged() || ty.rank() < 2 || axis + 1 != ty.rank() {
-            return false;
-        }
-        let columns = Some((dim_extent(ty.shape[axis]), start));
-        self.places[result.0 as usize] = Some(Place { buffer: x, frozen: None, columns });
-        true
-    }
-
-    /// Where a product goes: buffer, width of its rows, first column. A part of a wider result is
-    /// written where it belongs there.
-    fn product_place(&mut self, result: Value) -> (BufferId, Extent, u64) {
-        let ty = self.ty(result);
-        let width = dim_extent(ty.last().expect("a product has two axes or more"));
-        let [reader] = self.readers[result.0 as usize][..] else { return (self.result(result), width, 0) };
-        let node = &self.graph.nodes[reader];
-        let joins = match node.op {
-            Op::Concat { axis } => axis + 1 == ty.rank() && self.uses[result.0 as usize] == 1,
-            _ => false,
-        };
-        if !joins || self.frozen.is_some() || self.ty(node.result).ragged() {
-            return (self.result(result), width, 0);
-        }
-        let before = node.operands.iter().take_while(|&&v| v != result);
-        let start = before.map(|&v| self.ty(v).last().and_then(Dim::constant).unwrap_or(0)).sum();
-        let buffer = match self.joined.get(&node.result) {
-            Some(&buffer) => buffer,
-            None => {
-                let buffer = self.result(node.result);
-                self.joined.insert(node.result, buffer);
-                buffer
-            }
-        };
-        self.in_place.insert(result);
-        self.places[result.0 as usize] = Some(Place { buffer, frozen: None, columns: None });
-        (buffer, dim_extent(self.ty(node.result).last().expect("as wide as its parts")), start)
     }
 
     /// A buffer that only this operation's launches share.
@@ -344,9 +305,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         let operands = &node.operands;
         self.label = node.op.name().into();
         if let Op::Reshape { .. } = node.op {
-            let mut place = self.place(operands[0]).clone();
-            place.frozen = place.frozen.map(|key| format!("{key} as {}", self.ty(node.result)));
-            self.places[node.result.0 as usize] = Some(place);
+            self.reshape(operands[0], node.result);
             return Ok(());
         }
         let leaves = if map::maps(&node.op) { groups.leaves(self.graph, at) } else { operands.clone() };
@@ -362,53 +321,62 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             && let Some(&buffer) = self.target.bound.get(key)
         {
             // Another entry has prepared it.
-            self.places[node.result.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), columns: None });
+            self.places[node.result.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), view: None });
             return Ok(());
         }
         if map::maps(&node.op) {
             return self.map(at, groups);
         }
-        let b = |this: &Self, i: usize| this.place(operands[i]).buffer;
-        let (x, ty) = (b(self, 0), self.ty(operands[0]));
+        let x = operands[0];
         match &node.op {
-            Op::Permute { axes } => self.permute(x, ty, axes, node.result),
-            Op::Slice { axis, start, .. } if self.read_in_place(x, ty, *axis, *start, node.result) => {}
-            Op::Slice { axis, start, .. } => self.slice(x, ty, *axis, *start, node.result),
-            Op::Pad { axis, start, .. } => self.pad(x, ty, *axis, *start, node.result),
+            Op::Permute { axes } => self.permute(x, axes, node.result),
+            Op::Slice { axis, start, .. } => self.slice(x, *axis, *start, node.result),
             Op::Concat { axis } => self.concat(operands, *axis, node.result),
-            Op::Reduce { axes, mean, .. } => self.reduce(x, ty, axes, *mean, node.result)?,
             Op::Matmul { transpose_x, transpose_y } => {
-                self.matmul(operands[0], operands[1], *transpose_x, *transpose_y, node.result)
+                self.matmul(x, operands[1], *transpose_x, *transpose_y, node.result)
             }
-            Op::Scores { causal } => self.scores(x, b(self, 1), ty, *causal, node.result),
-            Op::Attend { causal } => self.attend(x, b(self, 1), *causal, false, node.result),
-            Op::AttendTransposed { causal } => self.attend(x, b(self, 1), *causal, true, node.result),
-            Op::Attention { causal, scale, p, stream } => {
+            Op::Attention { causal, scale, p, stream, column } => {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
-                self.flash(Part::Forward, operands, form, *stream, node.result);
+                self.flash(Part::Forward, operands, form, (*stream, *column), node.result);
             }
             Op::AttentionLse { causal, scale } => {
                 let form = Form { causal: *causal, scale: *scale, p: 0.0 };
-                self.flash(Part::Lse, operands, form, 0, node.result);
+                self.flash(Part::Lse, operands, form, (0, 0), node.result);
             }
-            Op::AttentionVjp { of, causal, scale, p, stream } => {
+            Op::AttentionVjp { of, causal, scale, p, stream, column } => {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
-                self.flash(Part::Adjoint(*of), operands, form, *stream, node.result);
+                self.flash(Part::Adjoint(*of), operands, form, (*stream, *column), node.result);
             }
+            _ => {
+                let buffers: Vec<BufferId> = operands.iter().map(|&v| self.dense(v)).collect();
+                self.row_major(node, &buffers)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Operations that read their operands row-major.
+    fn row_major(&mut self, node: &Node, buffers: &[BufferId]) -> Result<(), String> {
+        let ty = self.ty(node.operands[0]);
+        let (x, y) = (buffers[0], *buffers.get(1).unwrap_or(&buffers[0]));
+        match &node.op {
+            Op::Pad { axis, start, .. } => self.pad(x, ty, *axis, *start, node.result),
+            Op::Reduce { axes, mean, .. } => self.reduce(x, ty, axes, *mean, node.result)?,
+            Op::Scores { causal } => self.scores(x, y, ty, *causal, node.result),
+            Op::Attend { causal } => self.attend(x, y, *causal, false, node.result),
+            Op::AttendTransposed { causal } => self.attend(x, y, *causal, true, node.result),
             Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
             Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),
-            Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, b(self, 1)], ty, node.result),
+            Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, y], ty, node.result),
             Op::Normalize { eps } => self.row_kernel(rows::Kind::Normalize(*eps), &[x], ty, node.result),
-            Op::NormalizeVjp { eps } => {
-                self.row_kernel(rows::Kind::NormalizeVjp(*eps), &[x, b(self, 1)], ty, node.result)
-            }
-            Op::Gather { start } => self.gather(x, ty, b(self, 1), *start, node.result),
-            Op::Scatter { start, .. } => self.scatter(x, ty, b(self, 1), *start, node.result),
+            Op::NormalizeVjp { eps } => self.row_kernel(rows::Kind::NormalizeVjp(*eps), &[x, y], ty, node.result),
+            Op::Gather { start } => self.gather(x, ty, y, *start, node.result),
+            Op::Scatter { start, .. } => self.scatter(x, ty, y, *start, node.result),
             Op::SegmentMean => self.segment_mean(x, node.result),
             Op::SegmentMeanVjp => self.segment_mean_vjp(x, node.result),
-            Op::CrossEntropy { smoothing } => self.cross_entropy(x, ty, b(self, 1), None, *smoothing, node.result),
+            Op::CrossEntropy { smoothing } => self.cross_entropy(x, ty, y, None, *smoothing, node.result),
             Op::CrossEntropyVjp { smoothing } => {
-                self.cross_entropy(x, ty, b(self, 1), Some(b(self, 2)), *smoothing, node.result)
+                self.cross_entropy(x, ty, y, Some(buffers[2]), *smoothing, node.result)
             }
             _ => unreachable!("the others map elements"),
         }
@@ -432,7 +400,8 @@ fn dim_extent(dim: Dim) -> Extent {
         Dim::Sequences => Extent::Sequences,
         Dim::Targets => Extent::Targets,
         Dim::Values => Extent::Values,
-        Dim::Keys(_) => unreachable!("a ragged axis is sized with the tokens before it"),
+        // With the tokens before it.
+        Dim::Keys(extra) => lead_size(extra),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
 
-use super::kernel::{Buf, Kernel, LANES, VECTOR, Val};
+use super::kernel::{Buf, Kernel, LANES, Order, VECTOR, Val};
 
 /// Columns that one call of the generator decides over, a lane four of them.
 pub const DRAWN: u64 = 4 * LANES;
@@ -19,7 +19,8 @@ pub fn lanes_of(k: &mut Kernel, x: Val) -> Val {
     k.splat(x, LANES)
 }
 
-/// The words for columns `j .. j + DRAWN` of a row, a vector each; `place` is the row, what leads it and the stream.
+/// The words for columns `j .. j + DRAWN` of a row, a vector each, j a multiple of four; `place` is the row, what leads
+/// it and the stream.
 pub fn draw(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] {
     let four = k.index(4);
     let first = k.div(j, four);
@@ -31,6 +32,27 @@ pub fn draw(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] 
     let (even, odd) = (k.interleave(a, c), k.interleave(b, d));
     let words = k.interleave(even, odd);
     [0, 1, 2, 3].map(|part| k.part(words, part * LANES, LANES))
+}
+
+/// The same from any column j on: every lane draws for itself.
+pub fn draw_anywhere(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] {
+    let [row, lead, stream] = place;
+    let lanes = k.lane_numbers();
+    [0, 1, 2, 3].map(|part| {
+        let offset = k.index(part * LANES);
+        let first = k.add(j, offset);
+        let first = lanes_of(k, first);
+        let column = k.add(first, lanes);
+        let [two, three] = [2, 3].map(|n| k.int(n, column.ty));
+        let block = k.shift_right(column, two);
+        let at = k.and(column, three);
+        let words = philox(k, [block, row, lead, stream], key);
+        (1..4).fold(words[0], |word, other| {
+            let number = k.int(other, at.ty);
+            let here = k.compare(at, Order::Eq, number);
+            k.select(here, words[other as usize], word)
+        })
+    })
 }
 
 /// x / (1 − p) where the word keeps it, else 0.

@@ -5,6 +5,7 @@ use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::kernel::{F32, Kernel, LANES, VECTOR, Val, define, first};
 use super::span::{Rows, Span};
+use super::view::View;
 use super::{Lowering, dim_extent, extent, extents};
 
 /// Columns of a unit.
@@ -41,7 +42,8 @@ impl Lowering<'_, '_, '_> {
         if steps == 0 {
             // Only axes of one element go.
             let out = self.result(result);
-            self.copy_all(x, out, extent(ty));
+            let whole = View::dense(&ty.shape);
+            self.copy_view((x, &whole), (out, &whole));
             return Ok(());
         }
 

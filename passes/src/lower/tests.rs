@@ -11,6 +11,7 @@ use peft_runtime::artifact::{Buffer, Element, Launch, Manifest, Sizes, Storage, 
 use super::lower;
 use crate::codegen;
 use crate::cpu::{Cpu, Level};
+use crate::fuse::fuse;
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
 use crate::tests::samples::{arguments, cases, single};
@@ -332,26 +333,28 @@ fn products_in_bf16() {
     }
 }
 
-/// With and without dropout, whole and causal, over lengths that fill no block of rows and no step of lanes.
+/// With and without dropout, whole and causal, over lengths that fill no block of rows and no step of lanes, and behind
+/// columns that fill no call of the generator.
 fn attention() -> Cases {
     let mut graphs = vec![];
+    let drops = [(0.0, 0), (0.3, 0), (0.3, 1), (0.3, 3), (0.3, 30), (0.3, 108)];
     for (h, width, wide) in [(2, 3, 5), (1, 40, 40), (2, 1, 1)] {
         let heads = |n| Type::f32([Dim::Const(h), Dim::Tokens, Dim::Const(n)]);
         let row = heads(1);
-        for (causal, p) in [(false, 0.0), (true, 0.0), (false, 0.3), (true, 0.3)] {
+        for (causal, (p, column)) in drops.into_iter().flat_map(|drop| [(false, drop), (true, drop)]) {
             let (scale, stream) = (0.2, 7);
             let rng = (p > 0.0).then(|| Type::i32([Dim::Const(2)]));
             let plain = [heads(width), heads(width), heads(wide)];
             let with = |types: &[Type]| types.iter().cloned().chain(rng.clone()).collect::<Vec<_>>();
-            graphs.push(single(Op::Attention { causal, scale, p, stream }, &with(&plain)));
+            graphs.push(single(Op::Attention { causal, scale, p, stream, column }, &with(&plain)));
             graphs.push(single(Op::AttentionLse { causal, scale }, &plain[..2]));
             let all = [&plain[..], &[row.clone(), heads(wide), row.clone()]].concat();
             for of in 0..3 {
-                graphs.push(single(Op::AttentionVjp { of, causal, scale, p, stream }, &with(&all)));
+                graphs.push(single(Op::AttentionVjp { of, causal, scale, p, stream, column }, &with(&all)));
             }
         }
     }
-    let lengths = [vec![1], vec![2, 5, 1], vec![33, 3], vec![4, 70]];
+    let lengths = [vec![1], vec![2, 17, 1], vec![33, 3], vec![4, 65], vec![62]];
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));
     all.collect()
 }
@@ -359,6 +362,89 @@ fn attention() -> Cases {
 #[test]
 fn attention_without_its_square() {
     compare(&attention(), Cpu::Native, 2, CLOSE);
+}
+
+/// Slices of a fused projection, its heads apart and together again, and the way back: nothing is copied.
+#[test]
+fn heads_stay_where_they_lie() {
+    let mut graphs = vec![];
+    for (heads, width, front) in [(2, 3, 0), (3, 16, 5), (1, 20, 1)] {
+        let mut graph = Graph::new("heads");
+        let at = Location::default();
+        let d = heads * width;
+        let constants = |shape: &[u64]| Type::f32(shape.iter().map(|&n| Dim::Const(n)).collect::<Vec<_>>());
+        let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Tokens, Dim::Const(7)]));
+        let w = graph.arg("w", Role::Trainable, None, constants(&[7, front + 3 * d]));
+        let up = graph.arg("up", Role::Trainable, None, constants(&[d, 5]));
+        let rng = graph.arg("rng", Role::Input, None, Type::i32([Dim::Const(2)]));
+        let mut push = |op: Op, operands: &[_]| graph.push(op, operands, &at).expect("fits");
+        let plain = Op::Matmul { transpose_x: false, transpose_y: false };
+        let qkv = push(plain.clone(), &[x, w]);
+        let split = [Dim::Tokens, Dim::Const(heads), Dim::Const(width)];
+        let [q, k, v] = [0, 1, 2].map(|i| {
+            let start = front + i * d;
+            let part = push(Op::Slice { axis: 1, start, end: Some(start + d) }, &[qkv]);
+            let part = push(Op::Reshape { shape: split.to_vec() }, &[part]);
+            push(Op::Permute { axes: vec![1, 0, 2] }, &[part])
+        });
+        let scores = push(Op::Scores { causal: true }, &[q, k]);
+        let scores = push(Op::Scale { by: 0.3 }, &[scores]);
+        let weights = push(Op::Softmax, &[scores]);
+        let weights = push(Op::Dropout { p: 0.2, stream: 5, column: 0 }, &[weights, rng]);
+        let f = push(Op::Attend { causal: false }, &[weights, v]);
+        let f = push(Op::Permute { axes: vec![1, 0, 2] }, &[f]);
+        let f = push(Op::Reshape { shape: vec![Dim::Tokens, Dim::Const(d)] }, &[f]);
+        let y = push(plain, &[f, up]);
+        let y = push(Op::Mul, &[y, y]);
+        let loss = push(Op::Reduce { axes: vec![0, 1], keep: false, mean: true }, &[y]);
+        graph.outputs.push(("loss".into(), loss));
+        let graph = fuse(&differentiate(&graph).expect("differentiable"), |_| true).expect("fused");
+        let tensors =
+            ["w", "up"].map(|name| Tensor { name: name.into(), shape: vec![], trainable: None, decay: false });
+        let manifest = lower(&[("grad", &graph)], &tensors, Cpu::Native, Precision::F32).expect("lowered").manifest;
+        let labels: Vec<&str> = manifest.entries["grad"].launches.iter().map(|l| &l.op[..]).collect();
+        let moved = ["copy", "slice", "permute", "concat"].iter().any(|op| labels.contains(op));
+        assert!(!moved, "{labels:?}");
+        graphs.extend([vec![1], vec![2, 17, 1], vec![65]].map(|lengths| (graph.clone(), lengths)));
+    }
+    // A chain of sums over tokens.
+    compare(&graphs, Cpu::Native, 2, 10.0 * CLOSE);
+}
+
+/// What moves elements, one after the other, and then everything that can read where they went.
+#[test]
+fn views_of_views() {
+    let mut graphs = vec![];
+    let at = Location::default();
+    for (h, p) in [(2, 6), (3, 20)] {
+        let mut graph = Graph::new("views");
+        let x = graph.arg("x", Role::Trainable, None, Type::f32([Dim::Tokens, Dim::Const(2 * h * p + 3)]));
+        let y = graph.arg("y", Role::Trainable, None, Type::f32([Dim::Const(h), Dim::Const(p), Dim::Const(4)]));
+        let z = graph.arg("z", Role::Trainable, None, Type::f32([Dim::Const(h), Dim::Tokens, Dim::Const(p)]));
+        let mut push = |op: Op, operands: &[_]| graph.push(op, operands, &at).expect("fits");
+        let part = push(Op::Slice { axis: 1, start: 2, end: Some(2 + 2 * h * p) }, &[x]);
+        let part =
+            push(Op::Reshape { shape: [Dim::Tokens].into_iter().chain([2, h, p].map(Dim::Const)).collect() }, &[part]);
+        let part = push(Op::Slice { axis: 1, start: 1, end: None }, &[part]);
+        let part = push(Op::Reshape { shape: vec![Dim::Tokens, Dim::Const(h), Dim::Const(p)] }, &[part]);
+        let heads = push(Op::Permute { axes: vec![1, 0, 2] }, &[part]);
+        let turned = push(Op::Permute { axes: vec![0, 2, 1] }, &[heads]);
+        let sum = push(Op::Add, &[heads, z]);
+        let normal = push(Op::Normalize { eps: 0.1 }, &[heads]);
+        let product = push(Op::Matmul { transpose_x: false, transpose_y: false }, &[heads, y]);
+        let back = push(Op::Matmul { transpose_x: false, transpose_y: false }, &[turned, sum]);
+        let square = push(Op::Matmul { transpose_x: false, transpose_y: true }, &[turned, turned]);
+        let tail = push(Op::Slice { axis: 2, start: 1, end: None }, &[sum]);
+        let merged = [normal, sum, product, tail].map(|value| push(Op::Permute { axes: vec![1, 0, 2] }, &[value]));
+        let wide = push(Op::Concat { axis: 2 }, &merged);
+        let columns = [square, y].map(|value| push(Op::Permute { axes: vec![2, 0, 1] }, &[value]));
+        let long = push(Op::Concat { axis: 0 }, &columns);
+        for (name, value) in [("wide", wide), ("long", long), ("back", back), ("turned", turned), ("tail", tail)] {
+            graph.outputs.push((name.into(), value));
+        }
+        graphs.extend([vec![1], vec![3, 18]].map(|lengths| (graph.clone(), lengths)));
+    }
+    compare(&graphs, Cpu::Native, 2, CLOSE);
 }
 
 /// The bound `math.rs` names for angles up to 10⁵. Powers of two keep both sides at the same angles.

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use peft_grammar::graph::Graph;
+use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
 
 use super::samples::arguments;
 use crate::fuse::{RULES, fuse};
@@ -67,4 +67,52 @@ fn rules_change_the_work_and_not_the_meaning() {
     let names = RULES.iter().map(|(name, ..)| *name).chain(["remat"]);
     let idle: Vec<&str> = names.zip(fired).filter(|(_, fired)| !fired).map(|(name, _)| name).collect();
     assert!(idle.is_empty(), "no spec shows what {idle:?} does");
+}
+
+/// Keys in front of the tokens' own, in one part or two, dropped or not: with both rules nothing ragged is left.
+#[test]
+fn columns_in_front_of_scores() {
+    for (fronts, p) in [(&[1][..], 0.0), (&[3], 0.3), (&[30], 0.3), (&[1, 3], 0.3), (&[2, 1], 0.0)] {
+        let mut graph = Graph::new("joint");
+        let at = Location::default();
+        let heads = |n| Type::f32([Dim::Const(2), Dim::Tokens, Dim::Const(n)]);
+        let [q, k, v] = ["q", "k", "v"].map(|n| graph.arg(n, Role::Trainable, None, heads(5)));
+        let rng = graph.arg("rng", Role::Input, None, Type::i32([Dim::Const(2)]));
+        let mut columns = vec![];
+        let mut values = vec![];
+        for (i, &n) in fronts.iter().enumerate() {
+            columns.push(graph.arg(format!("a{i}"), Role::Trainable, None, heads(n)));
+            let ty = Type::f32([Dim::Const(2), Dim::Const(n), Dim::Const(5)]);
+            values.push(graph.arg(format!("v{i}"), Role::Trainable, None, ty));
+        }
+        let mut push = |op: Op, operands: &[_]| graph.push(op, operands, &at).expect("fits");
+        let scores = push(Op::Scores { causal: true }, &[q, k]);
+        let scores = push(Op::Scale { by: 0.4 }, &[scores]);
+        let joint = push(Op::Concat { axis: 2 }, &[&columns[..], &[scores]].concat());
+        let mut w = push(Op::Softmax, &[joint]);
+        if p > 0.0 {
+            w = push(Op::Dropout { p, stream: 3, column: 0 }, &[w, rng]);
+        }
+        let mut start = 0;
+        let mut sum = None;
+        for (&n, value) in fronts.iter().zip(values) {
+            let own = push(Op::Slice { axis: 2, start, end: Some(start + n) }, &[w]);
+            let f = push(Op::Matmul { transpose_x: false, transpose_y: false }, &[own, value]);
+            sum = Some(sum.map_or(f, |sum| push(Op::Add, &[sum, f])));
+            start += n;
+        }
+        let own = push(Op::Slice { axis: 2, start, end: None }, &[w]);
+        let f = push(Op::Attend { causal: false }, &[own, v]);
+        let f = push(Op::Add, &[sum.expect("a front"), f]);
+        let square = push(Op::Mul, &[f, f]);
+        let loss = push(Op::Reduce { axes: vec![0, 1, 2], keep: false, mean: false }, &[square]);
+        graph.outputs.extend([("loss".into(), loss), ("f".into(), f)]);
+        let graph = differentiate(&graph).expect("differentiable");
+        for left in ["joint", "attention", ""] {
+            let fused = fuse(&graph, |rule| rule != left).expect("fused");
+            assert_same(&format!("all but `{left}` of {fronts:?}"), &graph, &fused);
+            let ragged = fused.nodes.iter().any(|n| fused.ty(n.result).ragged());
+            assert_eq!(ragged, !left.is_empty(), "all but `{left}` of {fronts:?}");
+        }
+    }
 }

@@ -1,0 +1,342 @@
+//! Where the elements of a value lie in its buffer. What only moves elements, `slice`, `reshape`, `permute`, makes
+//! another view of the same buffer; a reader that cannot follow a view asks for a copy ([`Lowering::dense`]), and a
+//! writer may lay its result out for the one who wants it side by side with others ([`Lowering::target`]).
+//!
+//! ```text
+//! qkv [tokens, 3·768] ─slice─► [tokens, 768] ─reshape─► [tokens, 12, 64] ─permute─► [12, tokens, 64]
+//! strides [2304, 1]            [2304, 1]                [2304, 64, 1]               [64, 2304, 1]
+//! ```
+
+use std::ops::Range;
+
+use peft_grammar::graph::{Dim, Op, Value};
+use peft_runtime::artifact::{BufferId, Element, Extent};
+
+use super::kernel::{Kernel, LANES, Val, define};
+use super::{Lowering, Place, product};
+
+/// A distance in elements: a number times sizes of the batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    by: u64,
+    of: Vec<Dim>,
+}
+
+pub const ONE: Step = Step { by: 1, of: vec![] };
+
+impl Step {
+    /// Over a whole axis, from one element to the next by `self`.
+    fn over(&self, dim: Dim) -> Step {
+        let mut whole = self.clone();
+        match dim {
+            Dim::Const(n) => whole.by *= n,
+            dim => {
+                whole.of.push(dim);
+                whole.of.sort_by_key(Dim::to_string);
+            }
+        }
+        whole
+    }
+
+    pub fn extent(&self) -> Extent {
+        product(&self.of) * Extent::Const(self.by)
+    }
+}
+
+/// Element i of a value of `shape` lies at `first + Σ iₐ · stepsₐ`. A ragged tail `tokens,keys+c` is one axis, `keys+c`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct View {
+    pub shape: Vec<Dim>,
+    pub steps: Vec<Step>,
+    pub first: Extent,
+}
+
+impl View {
+    /// Row-major, without gaps.
+    pub fn dense(shape: &[Dim]) -> View {
+        let shape = flat(shape);
+        let mut steps = vec![ONE; shape.len()];
+        for axis in (1..shape.len()).rev() {
+            steps[axis - 1] = steps[axis].over(shape[axis]);
+        }
+        View { shape, steps, first: Extent::Const(0) }
+    }
+
+    pub fn is_dense(&self) -> bool {
+        self.alike(&View::dense(&self.shape))
+    }
+
+    /// The same elements in the same places; along an axis of one element there is no step.
+    pub fn alike(&self, other: &View) -> bool {
+        let steps = |view: &View| view.long().map(|axis| view.steps[axis].clone()).collect::<Vec<_>>();
+        self.shape == other.shape && self.first == other.first && steps(self) == steps(other)
+    }
+
+    /// Axes of more than one element.
+    fn long(&self) -> impl DoubleEndedIterator<Item = usize> {
+        (0..self.shape.len()).filter(|&axis| self.shape[axis] != Dim::Const(1))
+    }
+
+    pub fn slice(mut self, axis: usize, start: u64, length: Dim) -> View {
+        self.first = self.first + self.steps[axis].over(Dim::Const(start)).extent();
+        self.shape[axis] = length;
+        self
+    }
+
+    pub fn permute(&self, axes: &[usize]) -> View {
+        let steps = axes.iter().map(|&a| self.steps[a].clone()).collect();
+        View { shape: axes.iter().map(|&a| self.shape[a]).collect(), steps, first: self.first.clone() }
+    }
+
+    /// `None` where axes would become one that do not follow each other in memory.
+    pub fn reshape(&self, shape: &[Dim]) -> Option<View> {
+        let shape = flat(shape);
+        let mut steps = vec![ONE; shape.len()];
+        let mut from = self.long();
+        let mut to = (0..shape.len()).filter(|&axis| shape[axis] != Dim::Const(1));
+        // Runs of axes that hold the same elements on both sides.
+        while let Some(start) = from.next() {
+            let (mut end, mut whole) = (start + 1, ONE.over(self.shape[start]));
+            let mut run = vec![to.next()?];
+            let mut parts = ONE.over(shape[run[0]]);
+            while whole != parts {
+                if (whole.of.len(), whole.by) < (parts.of.len(), parts.by) {
+                    let axis = from.next()?;
+                    (end, whole) = (axis + 1, whole.over(self.shape[axis]));
+                } else {
+                    let axis = to.next()?;
+                    run.push(axis);
+                    parts = parts.over(shape[axis]);
+                }
+            }
+            let mut step = self.along(start..end)?;
+            for axis in run.into_iter().rev() {
+                steps[axis] = step.clone();
+                step = step.over(shape[axis]);
+            }
+        }
+        let whole = to.next().is_none();
+        whole.then_some(View { shape, steps, first: self.first.clone() })
+    }
+
+    /// The step of the one axis that these are together; `None` where they do not follow each other in memory.
+    pub fn along(&self, axes: Range<usize>) -> Option<Step> {
+        let mut long = self.long().filter(|axis| axes.contains(axis)).rev();
+        let Some(mut outer) = long.next() else { return Some(ONE) };
+        let inner = self.steps[outer].clone();
+        for axis in long {
+            if self.steps[outer].over(self.shape[outer]) != self.steps[axis] {
+                return None;
+            }
+            outer = axis;
+        }
+        Some(inner)
+    }
+
+    /// Elements of the last axis that has more than one stand side by side.
+    pub fn runs(&self) -> bool {
+        self.long().next_back().is_none_or(|axis| self.steps[axis] == ONE)
+    }
+}
+
+fn flat(shape: &[Dim]) -> Vec<Dim> {
+    match shape {
+        [lead @ .., Dim::Tokens, keys @ Dim::Keys(_)] => [lead, &[*keys]].concat(),
+        dense => dense.to_vec(),
+    }
+}
+
+impl Lowering<'_, '_, '_> {
+    /// How `value` lies in its place's buffer.
+    pub(super) fn view(&self, value: Value) -> View {
+        self.place(value).view.clone().unwrap_or_else(|| View::dense(&self.ty(value).shape))
+    }
+
+    /// `value` is `view` of a buffer.
+    pub(super) fn show(&mut self, value: Value, buffer: BufferId, view: View) {
+        let view = Some(view).filter(|view| !view.is_dense());
+        self.places[value.0 as usize] = Some(Place { buffer, frozen: None, view });
+    }
+
+    /// `result` is `view` of `x`. What is frozen is copied, once and for all.
+    pub(super) fn look(&mut self, x: Value, view: View, result: Value) {
+        let buffer = self.place(x).buffer;
+        if self.frozen.is_none() {
+            return self.show(result, buffer, view);
+        }
+        let copy = self.result(result);
+        self.copy_view((buffer, &view), (copy, &self.view(result)));
+    }
+
+    /// A buffer in which `value` lies row-major: a copy, if it must be.
+    pub(super) fn dense(&mut self, value: Value) -> BufferId {
+        let place = self.place(value).clone();
+        let Some(view) = place.view else { return place.buffer };
+        let label = std::mem::replace(&mut self.label, "copy".into());
+        let copy = self.result(value);
+        self.copy_view((place.buffer, &view), (copy, &self.view(value)));
+        self.label = label;
+        copy
+    }
+
+    /// A place for a result, its last axis without gaps: where its readers want it, which may be a part of what they put
+    /// together.
+    pub(super) fn target(&mut self, result: Value) -> (BufferId, View) {
+        if self.frozen.is_some() {
+            return (self.result(result), self.view(result));
+        }
+        let own = || (result, View::dense(&self.ty(result).shape));
+        let (whole, view) = self.wish(result).filter(|(_, view)| view.runs()).unwrap_or_else(own);
+        let buffer = match self.wholes.get(&whole) {
+            Some(&buffer) => buffer,
+            None => {
+                let buffer = self.result(whole);
+                self.wholes.insert(whole, buffer);
+                buffer
+            }
+        };
+        self.show(result, buffer, view.clone());
+        (buffer, view)
+    }
+
+    /// `axis` is the ragged one.
+    pub(super) fn along_rows(&self, axis: usize, value: Value) -> bool {
+        let ty = self.ty(value);
+        ty.ragged() && axis + 1 == ty.rank()
+    }
+
+    /// The later value whose buffer `value` should be written into, and how it lies there: what readers that only move
+    /// elements make of it. A reshape alone asks for nothing new, but may merge axes that a permute before it swapped.
+    fn wish(&self, value: Value) -> Option<(Value, View)> {
+        let shape = &self.ty(value).shape;
+        if self.wanted.contains_key(&value) {
+            return Some((value, View::dense(shape)));
+        }
+        let mut wishes = self.readers[value.0 as usize].iter().filter_map(|&reader| {
+            let node = &self.graph.nodes[reader];
+            let whole = || (node.result, View::dense(&self.ty(node.result).shape));
+            match &node.op {
+                Op::Reshape { .. } => {
+                    let (root, view) = self.wish(node.result).unwrap_or_else(whole);
+                    Some((root, view.reshape(shape)?))
+                }
+                Op::Permute { axes } => {
+                    let (root, view) = self.wish(node.result)?;
+                    let mut back = vec![0; axes.len()];
+                    axes.iter().enumerate().for_each(|(to, &from)| back[from] = to);
+                    Some((root, view.permute(&back)))
+                }
+                Op::Concat { axis } if !self.along_rows(*axis, node.result) => {
+                    let (root, view) = self.wish(node.result).unwrap_or_else(whole);
+                    let before = node.operands.iter().take_while(|&&part| part != value);
+                    let start = before.map(|&part| self.ty(part).shape[*axis].constant()).sum::<Option<u64>>()?;
+                    Some((root, view.slice(*axis, start, shape[*axis])))
+                }
+                _ => None,
+            }
+        });
+        // Among several the first that is more than the value itself.
+        let first = wishes.next()?;
+        if first.1.is_dense() { Some(wishes.find(|(_, view)| !view.is_dense()).unwrap_or(first)) } else { Some(first) }
+    }
+
+    /// Moves every element from one view to another of the same shape, whose last axis has no gaps.
+    pub(super) fn copy_view(&mut self, (from, source): (BufferId, &View), (to, target): (BufferId, &View)) {
+        // Axes that follow each other on both sides are one; rows stay, for threads to share.
+        let shape = &source.shape;
+        let long: Vec<usize> = source.long().collect();
+        let mut runs: Vec<Range<usize>> = vec![];
+        for (at, &axis) in long.iter().enumerate() {
+            let row = at + 1 == long.len() && runs.len() < 2;
+            match runs.last_mut() {
+                Some(run) if !row && [source, target].iter().all(|v| v.along(run.start..axis + 1).is_some()) => {
+                    run.end = axis + 1;
+                }
+                _ => runs.push(axis..axis + 1),
+            }
+        }
+        if runs.last().is_none_or(|run| target.along(run.clone()) != Some(ONE)) {
+            runs.push(shape.len()..shape.len());
+        }
+        let sizes = |run: &Range<usize>| product(&shape[run.clone()]);
+        let steps = |view: &View| {
+            let step = |run: &Range<usize>| view.along(run.clone()).unwrap_or(ONE).extent();
+            runs.iter().map(step).collect::<Vec<_>>()
+        };
+        let rank = runs.len();
+        let gathers = runs.last().is_some_and(|run| source.along(run.clone()) != Some(ONE));
+        let name = format!("copy{rank}_{}", if gathers { "gather" } else { "rows" });
+        let kernel = self.target.kernel(&name, |name| copy_kernel(name, rank, gathers));
+        let units = runs[..rank - 1].iter().map(sizes).fold(Extent::Const(1), |n, size| n * size);
+        let mut extents: Vec<Extent> = runs.iter().map(sizes).collect();
+        extents.extend([steps(source), steps(target)].concat());
+        extents.extend([source.first.clone(), target.first.clone()]);
+        self.launch(kernel, vec![from, to], extents, units);
+    }
+}
+
+/// Row by row; elements are gathered where another axis runs along the source's rows.
+fn copy_kernel(name: &str, rank: usize, gathers: bool) -> String {
+    define(name, &[Element::F32; 2], 3 * rank + 2, |k, buffers, sizes| {
+        let &[from, to] = buffers else { unreachable!("two buffers") };
+        let (sizes, rest) = sizes.split_at(rank);
+        let (steps, rest) = rest.split_at(rank);
+        let (steps_to, first) = rest.split_at(rank);
+        let (length, step) = (sizes[rank - 1], steps[rank - 1]);
+        k.units(|k, row| {
+            let (mut source, mut target) = (first[0], first[1]);
+            let mut rest = row;
+            for axis in (0..rank - 1).rev() {
+                let index = if axis == 0 { rest } else { k.rem(rest, sizes[axis]) };
+                rest = k.div(rest, sizes[axis]);
+                let add = |k: &mut Kernel, to: Val, step: Val| {
+                    let offset = k.mul(index, step);
+                    k.add(to, offset)
+                };
+                source = add(k, source, steps[axis]);
+                target = add(k, target, steps_to[axis]);
+            }
+            let lanes = k.lane_numbers();
+            let along = k.to_i32(step);
+            let along = k.splat(along, LANES);
+            let along = k.mul(lanes, along);
+            k.lanes(length, |k, j, mask| {
+                let x = if gathers {
+                    let offset = k.mul(j, step);
+                    let place = k.add(source, offset);
+                    k.gather_lanes(from, place, along, mask)
+                } else {
+                    let place = k.add(source, j);
+                    k.load_lanes(from, place, mask)
+                };
+                let place = k.add(target, j);
+                k.store_lanes(x, to, place, mask);
+            });
+        });
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Dim::{Const, Tokens};
+
+    #[test]
+    fn a_view_follows_until_axes_part() {
+        let wide = View::dense(&[Tokens, Const(30)]);
+        let heads =
+            wide.clone().slice(1, 12, Const(12)).reshape(&[Tokens, Const(3), Const(4)]).expect("one axis split");
+        let heads = heads.permute(&[1, 0, 2]);
+        let by = |by| Step { by, of: vec![] };
+        assert_eq!((&heads.steps[..], &heads.first), (&[by(4), by(30), by(1)][..], &Extent::Const(12)));
+        assert!(heads.runs() && !heads.is_dense());
+        // Heads and tokens are no one axis; tokens and a head's width neither, for the other heads stand between.
+        assert_eq!(heads.along(0..2), None);
+        assert_eq!(heads.reshape(&[Const(3), Const(2), Tokens, Const(2)]), None);
+        let back = heads.permute(&[1, 0, 2]).reshape(&[Tokens, Const(12)]).expect("as they were");
+        assert!(back.alike(&wide.slice(1, 12, Const(12))));
+        let own = View::dense(&[Const(3), Tokens, Const(4)]);
+        assert_eq!(own.permute(&[1, 0, 2]).reshape(&[Tokens, Const(12)]), None);
+        assert!(own.reshape(&[Const(1), Const(3), Tokens, Const(2), Const(2)]).is_some_and(|v| v.is_dense()));
+    }
+}
