@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use peft_grammar::model::{ConfigValue, Model, Origin, Param, TaskKind, Trainable};
+use peft_grammar::model::{Applied, ConfigValue, Model, Origin, Param, TaskKind, Trainable};
 use serde::Serialize;
 
 #[derive(Debug, Serialize)]
@@ -64,13 +64,12 @@ impl Budget {
             }
             budget.gradient_bytes += 4 * trains;
             let kept = if model.replaced.contains(&param.name) { 0 } else { trains };
-            let (name, method) = module(param);
+            let (name, method) = module(model, param);
             modules.add(name, method, trains, kept);
         }
         for (name, value) in &model.stored {
             let kept = model.graph.ty(*value).elements().unwrap_or(0);
-            let applied = model.applied.iter().find(|a| name.starts_with(&format!("{}.", a.path())));
-            let (path, method) = applied.map(|a| (a.path(), a.method.clone())).unwrap_or_default();
+            let (path, method) = model.applied_to(name).map(|a| (a.path(), a.method.clone())).unwrap_or_default();
             modules.add(path, method, 0, kept);
         }
         let beside = budget.head_parameters + budget.special_parameters;
@@ -151,14 +150,12 @@ impl Modules {
 }
 
 /// The module a trainable tensor is of, and its method.
-fn module(param: &Param) -> (String, String) {
+fn module(model: &Model, param: &Param) -> (String, String) {
     let parent = || param.name.rsplit_once('.').map_or(&param.name[..], |(m, _)| m).to_string();
     match &param.origin {
         Origin::Method(method) => {
-            let cut = param.name.find(&format!(".{method}."));
-            let shared = || param.name.find(&format!("{method}.")).filter(|at| *at == 0);
-            let end = cut.map(|at| at + 1 + method.len()).or_else(|| shared().map(|_| method.len()));
-            (param.name[..end.unwrap_or(param.name.len())].to_string(), method.clone())
+            // What its sites share is the method's as a whole.
+            (model.applied_to(&param.name).map_or(method.clone(), Applied::path), method.clone())
         }
         Origin::Head => (parent(), "head".into()),
         Origin::Backbone => {

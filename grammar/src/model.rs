@@ -30,6 +30,13 @@ pub struct Model {
     pub train: Recipe,
 }
 
+impl Model {
+    /// The method at work whose own tensor (or stored value) `name` is; none has what the sites share.
+    pub fn applied_to(&self, name: &str) -> Option<&Applied> {
+        self.applied.iter().find(|a| name.strip_prefix(&a.path()).is_some_and(|rest| rest.starts_with('.')))
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Backbone {
     pub name: String,

@@ -314,10 +314,8 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
     for arg in graph.args.iter().filter(|a| needed.contains(&a.value) && methods.contains(a.name.as_str())) {
         let param = model.params.iter().find(|p| p.name == arg.name)?;
         let Origin::Method(method) = &param.origin else { continue };
-        let site =
-            model.applied.iter().find(|a| a.method == *method && arg.name.starts_with(&format!("{}.", a.path())));
         let sites = left.entry(method).or_default();
-        let site = site.map_or("the model", |a| a.site.as_str());
+        let site = model.applied_to(&arg.name).map_or("the model", |a| a.site.as_str());
         if !sites.contains(&site) {
             sites.push(site);
         }
