@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use peft_grammar::model::{Model, Origin, Param, Trainable};
+use peft_grammar::model::{Model, Origin, Trainable};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::artifact::Storage;
 use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
@@ -17,14 +17,12 @@ pub const ADAPTER: &str = "adapter.safetensors";
 pub fn trained(session: &Session, model: &Model, step: u64) -> TensorFile {
     let mut file = TensorFile::default();
     file.notes.insert("step".into(), step.to_string());
-    for (index, tensor) in session.manifest().tensors.iter().enumerate() {
-        let Some((start, end)) = tensor.trainable else { continue };
-        let mut shape = tensor.shape.clone();
-        if let Some(rows) = shape.first_mut().filter(|rows| **rows != end - start) {
-            *rows = end - start;
-            file.notes.insert(format!("rows of {}", tensor.name), format!("{start}:{end}"));
+    for (index, param) in model.params.iter().enumerate() {
+        let Some(shape) = param.trained_shape() else { continue };
+        if let Trainable::Rows(start, end) = param.trainable {
+            file.notes.insert(format!("rows of {}", param.name), format!("{start}:{end}"));
         }
-        file.tensors.insert(tensor.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
+        file.tensors.insert(param.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
     }
     signed(file, model)
 }
@@ -75,13 +73,8 @@ pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
             file.tensors
         }
     };
-    let shape = |param: &Param| {
-        let (start, end) = param.trained_rows()?;
-        let rest = param.shape.iter().skip(1).copied();
-        Some(std::iter::once(end - start).chain(rest).collect::<Vec<u64>>())
-    };
     let wanted: Vec<(&str, Vec<u64>)> =
-        model.params.iter().filter_map(|p| Some((p.name.as_str(), shape(p)?))).collect();
+        model.params.iter().filter_map(|p| Some((p.name.as_str(), p.trained_shape()?))).collect();
     let mut wrong = vec![];
     for (name, shape) in &wanted {
         match file.get(*name) {

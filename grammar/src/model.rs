@@ -115,13 +115,16 @@ impl Param {
             Trainable::Rows(start, end) => Some((start, end)),
         }
     }
+    /// Its shape with no rows but those that train.
+    pub fn trained_shape(&self) -> Option<Vec<u64>> {
+        let (start, end) = self.trained_rows()?;
+        let mut shape = self.shape.clone();
+        shape.iter_mut().take(1).for_each(|rows| *rows = end - start);
+        Some(shape)
+    }
     /// How many of its values train.
     pub fn trainable_elements(&self) -> u64 {
-        match &self.trainable {
-            Trainable::No => 0,
-            Trainable::All => self.elements(),
-            Trainable::Rows(start, end) => (end - start) * self.shape[1..].iter().product::<u64>(),
-        }
+        self.trained_shape().map_or(0, |shape| shape.iter().product())
     }
 }
 
