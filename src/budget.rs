@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use peft_grammar::grouped;
 use peft_grammar::model::{Applied, ConfigValue, Model, Origin, Param, TaskKind, Trainable};
 use serde::Serialize;
 
@@ -163,16 +164,4 @@ fn module(model: &Model, param: &Param) -> (String, String) {
             (parent(), what.into())
         }
     }
-}
-
-pub fn grouped(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }
