@@ -74,9 +74,8 @@ impl<'a> Folder<'a> {
         let methods = method_weights(model);
         let of_method = old.made_of(old.args.iter().filter(|a| methods.contains(&*a.name)).map(|a| a.value));
         let weights = old.args.iter().filter(|a| a.role != Role::Input);
-        let known = weights
-            .map(|a| (a.value, graph.arg(a.name.clone(), a.role, a.rows, old.ty(a.value).clone())))
-            .collect();
+        let known =
+            weights.map(|a| (a.value, graph.arg(a.name.clone(), a.role, a.rows, old.ty(a.value).clone()))).collect();
         let maker = old.nodes.iter().map(|n| (n.result, n)).collect();
         Folder { model, old, graph, of_batch, of_method, maker, known }
     }

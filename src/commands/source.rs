@@ -82,9 +82,12 @@ impl Source {
         }
     }
 
-    /// A program that computes what the model stores, and nothing else.
+    /// A program that computes what the model stores; of a spec, nothing else.
     #[cfg(feature = "compiler")]
     pub fn store(&self, model: &Model) -> Result<Program, Failure> {
+        if self.is_artifact() {
+            return Ok(self.load()?.program);
+        }
         let entries = [peft_passes::pipeline::Entry::Store];
         let artifact = crate::compiler::compile_entries(model, &entries, &self.options())?;
         store::runs_here(&self.path, &artifact.manifest)?;
@@ -93,7 +96,7 @@ impl Source {
 
     #[cfg(not(feature = "compiler"))]
     pub fn store(&self, _: &Model) -> Result<Program, Failure> {
-        Ok(self.compile()?.program)
+        Ok(self.open()?.program)
     }
 
     fn load(&self) -> Result<Ready, Failure> {

@@ -321,6 +321,46 @@ fn export_in_our_own_format() {
     assert!(!never.exists());
 }
 
+/// A spec and its artifact keep the same, and both refuse what the trained values alone do not give.
+#[test]
+fn what_is_stored_is_made_of_what_trains() {
+    let bench = Bench::new();
+    let (spec, weights) = tiny_bert(&bench, |_| {});
+    let tiny = fs::read_to_string(&spec).expect("readable").replace("lora(rank: 2) on q", "mine() on k");
+    fs::write(&spec, format!("import \"mine.peft\"\n{tiny}")).expect("written");
+    let data = bench.write("data.tsv", "good film\t1\nbad film\t0\n");
+    let [artifact, run, out] = ["tiny.peftc", "run", "out"].map(|name| bench.path(name));
+    for (made, fine) in [("l * l", true), ("l * sqrt(mean(W * W, axis: 0))", false)] {
+        let method = format!(
+            "method mine() on projection(y, W) {{\n  weight l \"l\": [width(y)] ~ ones\n  \
+             after y {{\n    scale = {made}\n    y = y * scale\n    store scale as \"scale\"\n  }}\n}}\n"
+        );
+        bench.write("mine.peft", method);
+        let ran = bench.peftc(["compile", text(&spec), "-o", text(&artifact)]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let mut kept = vec![];
+        for source in [&spec, &artifact] {
+            let train =
+                ["train", text(source), "--weights", text(&weights), "--data", text(&data), "--out", text(&run)];
+            let ran = bench.peftc(train);
+            assert_eq!(ran.code, 0, "{}", ran.err);
+            let export = ["export", text(source), "--adapter", text(&run), "--format", "own", "-o", text(&out)];
+            if !fine {
+                bench.refuses(&export, 2, &["made of weights that do not train"]);
+                continue;
+            }
+            let ran = bench.peftc(export);
+            assert_eq!(ran.code, 0, "{}", ran.err);
+            kept.push(adapter::load(&out.join("adapter.safetensors")).expect("sound").tensors);
+        }
+        if let [of_spec, of_artifact] = &kept[..] {
+            assert!(of_spec == of_artifact, "{of_spec:?} and {of_artifact:?}");
+            let there = |tensor: &str| of_spec.contains_key(&format!("layers.0.attention.k.mine.{tensor}"));
+            assert_eq!((there("scale"), there("l")), (true, false));
+        }
+    }
+}
+
 /// VeRA's projections and a frozen head are in no file; another seed would give others.
 #[test]
 fn what_is_drawn_and_frozen_wants_its_seed() {
