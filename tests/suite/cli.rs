@@ -181,6 +181,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
     bench.refuses(&["compile", IR, "--target", "cuda"], 2, &["no CUDA target yet"]);
     #[cfg(target_arch = "x86_64")]
     bench.refuses(&["compile", IR, "--target", "cpu:x86-64-v9"], 2, &["native, x86-64, x86-64-v3, x86-64-v4"]);
+    bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "column"]);
     let out = bench.path("a.peftc");
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
@@ -435,8 +436,13 @@ fn train_eval_and_bad_input() {
     let refuses = |args: Vec<String>, code: i32, words: &[&str]| {
         bench.refuses(&args.iter().map(String::as_str).collect::<Vec<_>>(), code, words);
     };
-    let ran = bench.peftc(args(&spec, &weights, &data, &["--dev", text(&data)]));
+    let ran = bench.peftc(args(&spec, &weights, &data, &["--dev", text(&data), "--profile"]));
     assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.contains("× matmul") && ran.err.contains("% of their time in kernels"), "{}", ran.err);
+    let figures = fs::read_to_string(out.join("metrics.jsonl")).expect("there");
+    let steps: Vec<serde_json::Value> = figures.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+    let shares: Vec<f64> = steps.iter().filter_map(|s| s["kernel_share"].as_f64()).collect();
+    assert!(shares.len() == 2 && shares.iter().all(|s| (0.0..=1.0).contains(s)), "{figures}");
     assert!(ran.out.contains("adapter.safetensors") && ran.err.contains("classifier.weight"), "{}{}", ran.out, ran.err);
     let adapter = out.join("adapter.safetensors");
     let eval = ["eval", text(&spec), "--weights", text(&weights), "--data", text(&data), "--adapter"];
