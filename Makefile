@@ -22,7 +22,7 @@ MINILM_SHA256 := b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa5
 SMALL := target/small/release/peftc
 SMALL_LIMIT := 25000000
 
-.PHONY: help setup build demo test test-full interop bench bench-sst2 small clean
+.PHONY: help setup build demo test test-full interop bench bench-sst2 sst2 small clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -83,16 +83,23 @@ test-full: interop test small ## the slow tests too, PEFT itself, and the small 
 interop: ## a virtual environment with PEFT and transformers, which the tests then ask as well
 	tests/interop/venv.sh
 
-bench: build interop ## GPT-2 small on WebNLG: tokens/s and memory beside PyTorch, and of each fusion
+bench: build interop ## GPT-2 small on WebNLG beside PyTorch: speed, memory, overhead, each fusion, scaling
 	@[ -f "$${PEFTC_DATA:-}/data/webnlg/train.json" ] || { echo "bench: set PEFTC_DATA to a folder with" \
 	    "data/webnlg/train.json and data/tokenizers/gpt2" >&2; exit 2; }
-	target/interop-venv/bin/python benches/webnlg.py --data $$PEFTC_DATA/data --fusions
+	target/interop-venv/bin/python benches/webnlg.py --data $$PEFTC_DATA/data
 
-bench-sst2: build $(DEMO)/minilm/model.safetensors ## SST-2 by peftc and by PyTorch, with the same recipe
-	@[ -d "$${PEFTC_DATA:-}/data/sst2" ] || { echo "bench-sst2: set PEFTC_DATA to a folder with data/sst2/{train,dev}.tsv" >&2; exit 2; }
+bench-sst2: build interop $(DEMO)/minilm/model.safetensors ## MiniLM on SST-2 beside PyTorch: speed and memory
+	@$(SST2)
+	target/interop-venv/bin/python benches/sst2.py --weights $(DEMO)/minilm --data $$PEFTC_DATA/data/sst2
+
+sst2: build interop $(DEMO)/minilm/model.safetensors ## SST-2 to the end by peftc and by PyTorch, with the same recipe
+	@$(SST2)
 	target/release/peftc train models/demo/sst2_lora.peft --weights $(DEMO)/minilm \
 	    --data $$PEFTC_DATA/data/sst2/train.tsv --dev $$PEFTC_DATA/data/sst2/dev.tsv --out target/bench/sst2
-	benches/sst2.sh $(DEMO)/minilm $$PEFTC_DATA/data/sst2
+	target/interop-venv/bin/python benches/sst2_pytorch.py --weights $(DEMO)/minilm --data $$PEFTC_DATA/data/sst2
+
+SST2 = [ -f "$${PEFTC_DATA:-}/data/sst2/train.tsv" ] || { echo "$@: set PEFTC_DATA to a folder with" \
+    "data/sst2/{train,dev}.tsv" >&2; exit 2; }
 
 small: setup ## the runner without the compiler: no LLVM, under 25 MB
 	cargo build --release --locked -p peftc --no-default-features --target-dir target/small

@@ -66,6 +66,10 @@ def read(path: Path, tokenizer):
     lines = path.read_text(encoding="utf-8").splitlines()
     if lines[0] == "sentence\tlabel":
         lines = lines[1:]
+    return encode(lines, tokenizer)
+
+
+def encode(lines, tokenizer):
     sentences, labels = zip(*(line.rsplit("\t", 1) for line in lines))
     ids = tokenizer(list(sentences), truncation=True, max_length=MAX_TOKENS)["input_ids"]
     return list(zip(ids, map(int, labels)))

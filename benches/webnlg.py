@@ -1,6 +1,6 @@
 """GPT-2 small on real WebNLG batches: peftc beside transformers + PEFT and the paper's method written out in PyTorch.
 
-    webnlg.py --peftc BINARY --data DIR [--batches N] [--threads N] [--peers NAME,…] [--fusions]
+    webnlg.py --data DIR [--batches N] [--steps N] [--threads N] [--only PART,…] [--peers NAME,…]
 
 Every side takes training steps on the same batches of 16 examples and is given its tokens a second over *real* tokens:
 padding, which the peers compute, does not count. Printed are medians over the batches, and the peak memory of each
@@ -8,17 +8,17 @@ process. DIR holds `webnlg/train.json` and `tokenizers/gpt2`. Weights are random
 """
 
 import argparse
+import functools
 import json
 import math
 import random
 import re
-import resource
 import statistics
 import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
+
+import measure
+from measure import accepts, beside, machine, ours, peaks, say, table
 
 SPEC = "models/paper/nlg/inducer_lora.peft"
 BATCH, TEXT_TOKENS = 16, 50257
@@ -26,8 +26,14 @@ SPECIAL = ["<pad>", "<bos_qa>", "<eos_qa>", "<question>", "<answer>", "<document
 SPECIAL += [f"<unused_{i}>" for i in range(4)]
 SPECIAL += ["<bos_webnlg>", "<eos_webnlg>", "<subject>", "<property>", "<object>", "<target_webnlg>"]
 ID = {token: TEXT_TOKENS + i for i, token in enumerate(SPECIAL)}
-PEERS = ["peft_lora_f32", "peft_lora_bf16", "inducer_lora_f32", "inducer_lora_bf16"]
-RULES = ["rows", "triangle", "joint", "attention", "columns", "remat"]
+PEERS = {
+    "peft_lora_f32": "PEFT, LoRA, f32",
+    "peft_lora_bf16": "PEFT, LoRA, bf16 autocast",
+    "peft_lora_f32_compiled": "PEFT, LoRA, f32, `torch.compile`",
+    "peft_lora_bf16_compiled": "PEFT, LoRA, bf16 autocast, `torch.compile`",
+    "inducer_lora_f32": "PyTorch, inducer + LoRA, f32",
+    "inducer_lora_bf16": "PyTorch, inducer + LoRA, bf16 autocast",
+}
 
 
 def examples(path):
@@ -41,10 +47,18 @@ def examples(path):
     return found
 
 
-def choose(path, count):
+def choose(options, size=BATCH):
     random.seed(1)
-    chosen = random.sample(examples(path), BATCH * count)
-    return [chosen[i * BATCH : (i + 1) * BATCH] for i in range(count)]
+    chosen = random.sample(examples(options.data / "webnlg/train.json"), size * options.batches)
+    return [chosen[i : i + size] for i in range(0, len(chosen), size)]
+
+
+def of_length(n):
+    """An example of n tokens, one for each letter; half of them are what is asked for."""
+    words = n - 8
+    triple = {"subject": "a", "property": "a", "object": "a" + " a" * (words // 2 - 1)}
+    said = {"comment": "good", "lex": "a" + " a" * (words - words // 2 - 1)}
+    return {"category": "a", "modifiedtripleset": [triple]}, said
 
 
 def as_file(batch, path):
@@ -53,27 +67,85 @@ def as_file(batch, path):
     path.write_text(json.dumps({"entries": entries}))
 
 
-def median_line(name, speeds, peak):
-    return {"name": name, "speed": statistics.median(speeds), "peak": peak, "all": speeds}
+def train(options, batches, *extra, threads=None):
+    command = [options.peftc, "train", SPEC, "--weights", "random", "--tokenizer", options.data / "tokenizers/gpt2"]
+    command += ["--set", f"train.batch={len(batches[0])}", "--threads", threads or options.threads, *extra]
+    return ours(command, batches, as_file, options.steps)
 
 
-def ours(options, batches, extra=()):
-    speeds, peak = [], 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        for batch in batches:
-            data, out = Path(folder) / "batch.json", Path(folder) / "run"
-            as_file(batch, data)
-            command = [options.peftc, "train", SPEC, "--weights", "random", "--data", data, "--out", out]
-            command += ["--tokenizer", options.data / "tokenizers/gpt2", "--set", "train.steps=4"]
-            command += ["--threads", str(options.threads), *extra]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode != 0:
-                sys.exit(run.stderr)
-            steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            # The first step touches memory for the first time.
-            speeds.append(statistics.median(s["tokens_per_second"] for s in steps[1:] if "tokens_per_second" in s))
-            peak = max(peak, float(re.search(r"peak ([0-9.]+) GB", run.stdout).group(1)))
-    return speeds, peak
+# What is measured: each part prints a table.
+
+
+def useful(options, batch):
+    """Operations for each real token that a step on the batch cannot do without."""
+    rows = [encode(tokenizer(options), *example) for example in batch]
+    lengths = [len(ids) for ids, _, _ in rows]
+    targets = sum(label >= 0 for _, _, labels in rows for label in labels)
+    count = measure.flops(options.peftc, SPEC)
+    return count(sum(lengths), targets, len(batch), sum(n * n for n in lengths)) / sum(lengths)
+
+
+def speed(options):
+    batches = choose(options)
+    peak, work = peaks(options.threads), statistics.median(useful(options, batch) for batch in batches)
+    lines = {"f32": train(options, batches)}
+    if accepts(options.peftc, SPEC, "train.precision=bf16"):
+        lines["bf16"] = train(options, batches, "--set", "train.precision=bf16")
+    rows = []
+    for precision, line in lines.items():
+        share = f"{line.speed * work / 1e9 / peak[precision]:.0%}" if precision in peak else ""
+        rows.append([f"`peftc`, inducer + LoRA, {precision}", *line.figures, "", "", share])
+    rows += beside(lines, {name: PEERS[name] for name in options.peers})
+    found = ", ".join(f"{name} {gflops:.0f}" for name, gflops in peak.items())
+    head = ["", "tokens/s", "peak memory", "`peftc` is faster", "and smaller", "of the CPU's peak"]
+    table(f"{work / 1e6:.0f} MFLOP a token are useful; peak GFLOP/s in registers: {found}", head, rows)
+
+
+def overhead(options):
+    line = train(options, choose(options))
+    table("What of a step is no kernel", ["", "share of its time"], [["f32", f"{line.overhead:.2%}"]])
+
+
+def fusions(options):
+    batches = choose(options)
+    whole = train(options, batches)
+    rows = [["all", *whole.figures, ""]]
+    for rule in [*rules(options), "all"]:
+        say(f"without {rule}")
+        line = train(options, batches, f"--no-fuse={rule}")
+        rows.append([f"without {rule}", *line.figures, f"{whole.speed / line.speed:.2f}×"])
+    table("Fusion rules", ["", "tokens/s", "peak memory", "with it"], rows)
+
+
+def rules(options):
+    """Asked for one that it does not have, peftc lists those it has."""
+    asked = subprocess.run([options.peftc, "compile", SPEC, "--no-fuse=?"], capture_output=True, text=True).stderr
+    return re.search(r"the rules are (.*)", asked)[1].split(", ")
+
+
+def scaling(options):
+    rows = []
+    for size in [4, 16, 64]:
+        say(f"batches of {size}")
+        line = train(options, choose(options, size))
+        rows.append([f"batches of {size}, threads: {options.threads}", *line.figures])
+    for threads in range(1, options.threads + 1):
+        say(f"{threads} threads")
+        line = train(options, choose(options), threads=threads)
+        rows.append([f"batches of {BATCH}, threads: {threads}", *line.figures])
+    table("Scaling", ["", "tokens/s", "peak memory"], rows)
+
+
+def memory(options):
+    total, rows = 2048, []
+    for n in [64, 256, 1024]:
+        say(f"sequences of {n} tokens")
+        line = train(options, [[of_length(n)] * (total // n)], "--set", "task.max_tokens=1024")
+        rows.append([f"{total // n} × {n}", *line.figures])
+    table(f"{total} tokens a step, in sequences of other lengths", ["", "tokens/s", "peak memory"], rows)
+
+
+PARTS = {part.__name__: part for part in [speed, overhead, fusions, scaling, memory]}
 
 
 # The peers' side.
@@ -97,6 +169,17 @@ def encode(tokenizer, entry, said):
     types.append(ID["<target_webnlg>"])
     labels = [-100] * source + ids[source:]
     return ids, types, labels
+
+
+@functools.cache
+def tokenizer_at(path):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+def tokenizer(options):
+    return tokenizer_at(options.data / "tokenizers/gpt2/tokenizer.json")
 
 
 def padded(tokenizer, batch):
@@ -186,36 +269,30 @@ def inducer_lora():
     return model
 
 
-def peer(options, name, batches):
+def peer(options, name):
+    """The side of a peer, in a process of its own."""
     import torch
-    from tokenizers import Tokenizer
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
-    method, _, precision = name.rpartition("_")
+    method, precision, compiled = re.fullmatch(r"(\w+)_(f32|bf16)(_compiled)?", name).groups()
     model = {"peft_lora": peft_lora, "inducer_lora": inducer_lora}[method]()
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    tokenizer = Tokenizer.from_file(str(options.data / "tokenizers/gpt2/tokenizer.json"))
+    forward = torch.compile(model, dynamic=True) if compiled else model
 
     def step(inputs):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(**inputs).loss
+            loss = forward(**inputs).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
-    prepared = [padded(tokenizer, batch) for batch in batches]
-    step(prepared[0][0])
-    speeds = []
-    for inputs, tokens in prepared:
-        begun = time.perf_counter()
-        step(inputs)
-        speeds.append(tokens / (time.perf_counter() - begun))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(json.dumps({"speeds": speeds, "peak": peak}))
+    batches = [padded(tokenizer(options), batch) for batch in choose(options)]
+    # Compiled for one batch, it may be compiled once more for the next, of another length.
+    measure.steps(step, batches, warm_up=2 if compiled else 1)
 
 
 def main():
@@ -223,34 +300,18 @@ def main():
     parser.add_argument("--peftc", default="target/release/peftc")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="on each batch, by peftc; the first does not count")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--fusions", action="store_true", help="the step without each fusion, too")
+    parser.add_argument("--only", type=measure.names(PARTS), default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--peers", type=measure.names(PEERS), default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    batches = choose(options.data / "webnlg/train.json", options.batches)
     if options.peer:
-        return peer(options, options.peer, batches)
-
-    speeds, peak = ours(options, batches)
-    mine = median_line("peftc inducer + lora f32", speeds, peak)
-    print(f"{'':32} real tokens/s   ratio   peak GB")
-    print(f"{mine['name']:32} {mine['speed']:13.1f}          {mine['peak']:7.2f}", flush=True)
-    for name in filter(None, options.peers.split(",")):
-        command = [sys.executable, __file__, "--data", options.data, "--batches", str(options.batches)]
-        run = subprocess.run([*command, "--threads", str(options.threads), "--peer", name], capture_output=True, text=True)
-        if run.returncode != 0:
-            sys.exit(f"{name}:\n{run.stderr}")
-        result = json.loads(run.stdout.splitlines()[-1])
-        line = median_line(name, result["speeds"], result["peak"])
-        ratio = mine["speed"] / line["speed"]
-        print(f"{name:32} {line['speed']:13.1f} {ratio:6.2f}× {line['peak']:8.2f}", flush=True)
-    if options.fusions:
-        for rule in RULES:
-            speeds, peak = ours(options, batches, [f"--no-fuse={rule}"])
-            line = median_line(f"without {rule}", speeds, peak)
-            ratio = mine["speed"] / line["speed"]
-            print(f"{line['name']:32} {line['speed']:13.1f} {ratio:6.2f}× {line['peak']:8.2f}", flush=True)
+        return peer(options, options.peer)
+    print(machine(options.threads))
+    for part in options.only:
+        say(part)
+        PARTS[part](options)
 
 
 if __name__ == "__main__":

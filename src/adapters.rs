@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use peft_grammar::model::{Model, Origin, Param, Trainable};
+use peft_grammar::model::{Model, Origin, Trainable};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
-use peft_runtime::artifact::Storage;
+use peft_runtime::artifact::{Entry, Manifest, Storage};
 use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 
 use crate::failure::Failure;
@@ -17,14 +17,12 @@ pub const ADAPTER: &str = "adapter.safetensors";
 pub fn trained(session: &Session, model: &Model, step: u64) -> TensorFile {
     let mut file = TensorFile::default();
     file.notes.insert("step".into(), step.to_string());
-    for (index, tensor) in session.manifest().tensors.iter().enumerate() {
-        let Some((start, end)) = tensor.trainable else { continue };
-        let mut shape = tensor.shape.clone();
-        if let Some(rows) = shape.first_mut().filter(|rows| **rows != end - start) {
-            *rows = end - start;
-            file.notes.insert(format!("rows of {}", tensor.name), format!("{start}:{end}"));
+    for (index, param) in model.params.iter().enumerate() {
+        let Some(shape) = param.trained_shape() else { continue };
+        if let Trainable::Rows(start, end) = param.trainable {
+            file.notes.insert(format!("rows of {}", param.name), format!("{start}:{end}"));
         }
-        file.tensors.insert(tensor.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
+        file.tensors.insert(param.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
     }
     signed(file, model)
 }
@@ -75,13 +73,8 @@ pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
             file.tensors
         }
     };
-    let shape = |param: &Param| {
-        let (start, end) = param.trained_rows()?;
-        let rest = param.shape.iter().skip(1).copied();
-        Some(std::iter::once(end - start).chain(rest).collect::<Vec<u64>>())
-    };
     let wanted: Vec<(&str, Vec<u64>)> =
-        model.params.iter().filter_map(|p| Some((p.name.as_str(), shape(p)?))).collect();
+        model.params.iter().filter_map(|p| Some((p.name.as_str(), p.trained_shape()?))).collect();
     let mut wrong = vec![];
     for (name, shape) in &wanted {
         match file.get(*name) {
@@ -112,22 +105,24 @@ pub fn apply(session: &mut Session, values: &Tensors) {
 }
 
 /// What is kept of trained values: what the model `stores`, in place of what that replaces. `program` has the entry
-/// `store` if the model stores anything.
+/// `store`.
 pub fn kept(model: &Model, program: Program, mut values: Tensors) -> Result<Tensors, Failure> {
     const STORE: &str = "store";
-    let Some(entry) = program.manifest.entries.get(STORE) else { return Ok(values) };
+    let Manifest { tensors, buffers, entries, .. } = &program.manifest;
     // Weights of the backbone are not there, and need not be: what is stored is made of what trains.
-    let read = entry.launches.iter().chain(&program.manifest.prepare).flat_map(|l| &l.buffers);
-    let mut tensors = read.filter_map(|&b| match program.manifest.buffers[b].storage {
-        Storage::Tensor { index, .. } => Some(&program.manifest.tensors[index]),
-        _ => None,
-    });
-    if let Some(tensor) = tensors.find(|t| t.trainable.is_none() && program.manifest.entries.len() <= 2) {
-        let message = format!("what the spec stores is made of `{}`, which does not train", tensor.name);
-        return Err(Failure::Usage(message));
+    let frozen = |buffer: usize| match buffers[buffer].storage {
+        Storage::Tensor { index, rows } => !tensors[index].trains(rows),
+        Storage::Prepared => true,
+        _ => false,
+    };
+    let reads_frozen = |Entry { launches, outputs }: &Entry| {
+        let read = launches.iter().flat_map(|l| &l.buffers).copied();
+        read.chain(outputs.iter().map(|o| o.buffer)).any(frozen)
+    };
+    if entries.get(STORE).is_some_and(reads_frozen) {
+        return Err(Failure::Usage("what the spec stores is made of weights that do not train".into()));
     }
-    let zeros = program.manifest.tensors.iter().map(|t| Numbers::zeros(t.shape.iter().product::<u64>() as usize));
-    let zeros = zeros.collect();
+    let zeros = tensors.iter().map(|t| Numbers::zeros(t.shape.iter().product::<u64>() as usize)).collect();
     let mut session = Session::new(program, zeros, 0)?;
     apply(&mut session, &values);
     session.run(STORE, &Inputs::default())?;

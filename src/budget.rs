@@ -1,8 +1,7 @@
 //! What a model trains and stores, by module.
 
-use std::collections::BTreeMap;
-
-use peft_grammar::model::{ConfigValue, Model, Origin, Param, TaskKind, Trainable};
+use peft_grammar::grouped;
+use peft_grammar::model::{Applied, ConfigValue, Model, Origin, Param, TaskKind, Trainable};
 use serde::Serialize;
 
 #[derive(Debug, Serialize)]
@@ -34,7 +33,6 @@ pub struct Module {
 
 impl Budget {
     pub fn of(model: &Model) -> Self {
-        let mut modules = Modules::default();
         let mut budget = Budget {
             trainable_parameters: 0,
             stored_parameters: 0,
@@ -64,17 +62,15 @@ impl Budget {
             }
             budget.gradient_bytes += 4 * trains;
             let kept = if model.replaced.contains(&param.name) { 0 } else { trains };
-            let (name, method) = module(param);
-            modules.add(name, method, trains, kept);
+            let (name, method) = module(model, param);
+            add(&mut budget.modules, name, method, trains, kept);
         }
         for (name, value) in &model.stored {
             let kept = model.graph.ty(*value).elements().unwrap_or(0);
-            let applied = model.applied.iter().find(|a| name.starts_with(&format!("{}.", a.path())));
-            let (path, method) = applied.map(|a| (a.path(), a.method.clone())).unwrap_or_default();
-            modules.add(path, method, 0, kept);
+            let (path, method) = model.applied_to(name).map(|a| (a.path(), a.method.clone())).unwrap_or_default();
+            add(&mut budget.modules, path, method, 0, kept);
         }
         let beside = budget.head_parameters + budget.special_parameters;
-        budget.modules = modules.list;
         budget.stored_parameters = budget.modules.iter().map(|m| m.stored).sum::<u64>() - beside;
         let percent = |n: u64| 100.0 * n as f64 / budget.backbone_parameters.max(1) as f64;
         budget.trainable_percent = percent(budget.trainable_parameters);
@@ -85,18 +81,19 @@ impl Budget {
 
     pub fn table(&self) -> String {
         // Layers alike are one line.
-        let mut lines: BTreeMap<(usize, String), (u64, u64, u64)> = BTreeMap::new();
-        for (at, module) in self.modules.iter().enumerate() {
-            let pattern = module.name.split('.').map(|s| if s.parse::<u64>().is_ok() { "*" } else { s });
+        let mut lines: Vec<(String, u64, u64, u64)> = vec![];
+        for Module { name, trainable, stored, .. } in &self.modules {
+            let pattern = name.split('.').map(|s| if s.parse::<u64>().is_ok() { "*" } else { s });
             let pattern = pattern.collect::<Vec<_>>().join(".");
-            let first = lines.keys().find(|(_, p)| *p == pattern).map_or(at, |(at, _)| *at);
-            let line = lines.entry((first, pattern)).or_default();
-            *line = (line.0 + 1, line.1 + module.trainable, line.2 + module.stored);
+            match lines.iter_mut().find(|line| line.0 == pattern) {
+                Some(line) => *line = (pattern, line.1 + 1, line.2 + trainable, line.3 + stored),
+                None => lines.push((pattern, 1, *trainable, *stored)),
+            }
         }
-        let width = lines.keys().map(|(_, p)| p.len()).max().unwrap_or(0).max(24);
+        let width = lines.iter().map(|line| line.0.len()).max().unwrap_or(0).max(24);
         let mut text: Vec<String> = lines
             .iter()
-            .map(|((_, pattern), (count, trainable, stored))| {
+            .map(|(pattern, count, trainable, stored)| {
                 let times = if *count > 1 { format!("{count} ×") } else { String::new() };
                 let kept = if stored == trainable { String::new() } else { format!("  {} stored", grouped(*stored)) };
                 format!("  {times:>5} {pattern:<width$} {:>13}{kept}", grouped(*trainable))
@@ -132,33 +129,24 @@ fn special_elements(model: &Model, param: &Param) -> u64 {
     }
 }
 
-/// Modules in the order in which they are first met.
-#[derive(Default)]
-struct Modules {
-    list: Vec<Module>,
-}
-
-impl Modules {
-    fn add(&mut self, name: String, method: String, trainable: u64, stored: u64) {
-        match self.list.iter_mut().find(|m| m.name == name) {
-            Some(module) => {
-                module.trainable += trainable;
-                module.stored += stored;
-            }
-            None => self.list.push(Module { name, method, trainable, stored }),
+/// Counts towards the module `name`. Modules stand in the order in which they are first met.
+fn add(modules: &mut Vec<Module>, name: String, method: String, trainable: u64, stored: u64) {
+    match modules.iter_mut().find(|m| m.name == name) {
+        Some(module) => {
+            module.trainable += trainable;
+            module.stored += stored;
         }
+        None => modules.push(Module { name, method, trainable, stored }),
     }
 }
 
 /// The module a trainable tensor is of, and its method.
-fn module(param: &Param) -> (String, String) {
+fn module(model: &Model, param: &Param) -> (String, String) {
     let parent = || param.name.rsplit_once('.').map_or(&param.name[..], |(m, _)| m).to_string();
     match &param.origin {
         Origin::Method(method) => {
-            let cut = param.name.find(&format!(".{method}."));
-            let shared = || param.name.find(&format!("{method}.")).filter(|at| *at == 0);
-            let end = cut.map(|at| at + 1 + method.len()).or_else(|| shared().map(|_| method.len()));
-            (param.name[..end.unwrap_or(param.name.len())].to_string(), method.clone())
+            // What its sites share is the method's as a whole.
+            (model.applied_to(&param.name).map_or(method.clone(), Applied::path), method.clone())
         }
         Origin::Head => (parent(), "head".into()),
         Origin::Backbone => {
@@ -166,16 +154,4 @@ fn module(param: &Param) -> (String, String) {
             (parent(), what.into())
         }
     }
-}
-
-pub fn grouped(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use peft_grammar::graph::Graph;
+use peft_grammar::graph::{Graph, Role, Value};
 use peft_grammar::model::Model;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
@@ -86,10 +86,14 @@ fn fresh(
     Ok((manifest, library, timings))
 }
 
-/// The model without its graph, as an artifact carries it.
+/// The model as an artifact carries it: without equations. Of its values it knows the types of those it stores.
 fn description(model: &Model) -> serde_json::Value {
-    let plain = Model { graph: Graph::new(model.graph.name.clone()), ..model.clone() };
-    serde_json::to_value(plain).expect("a model is plain data")
+    let mut graph = Graph::new(model.graph.name.clone());
+    let known = |(name, value): &(String, Value)| {
+        (name.clone(), graph.arg(name, Role::Trainable, None, model.graph.ty(*value).clone()))
+    };
+    let stored = model.stored.iter().map(known).collect();
+    serde_json::to_value(Model { graph, stored, ..model.clone() }).expect("a model is plain data")
 }
 
 fn compiler() -> String {

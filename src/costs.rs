@@ -106,6 +106,17 @@ pub fn flops(graph: &Graph) -> Flops {
                 axes.push(Dim::Keys(0));
                 causal
             }
+            // Scores and what attends by them; backward, an adjoint of each side of both. What is computed anew
+            // does not count.
+            Op::Attention { causal, .. } | Op::AttentionVjp { of: 0, causal, .. } => {
+                let width = |i: usize| shape(i)[2].constant().unwrap_or(0);
+                axes = vec![shape(0)[0], Dim::Const(width(0) + width(2)), Dim::Keys(0)];
+                causal
+            }
+            Op::AttentionVjp { causal, .. } => {
+                axes.push(Dim::Keys(0));
+                causal
+            }
             _ => continue,
         };
         let constants: f64 = axes.iter().filter_map(|d| d.constant()).map(|n| n as f64).product();

@@ -126,6 +126,8 @@ pub struct Outcome {
     pub before: Option<Evaluation>,
     pub after: Option<Evaluation>,
     pub seconds: f64,
+    /// Of them in kernels, if the session takes a profile.
+    pub kernel_seconds: f64,
     /// Real tokens.
     pub tokens: u64,
     pub adapter: PathBuf,
@@ -156,15 +158,18 @@ impl Training<'_> {
         }
         let mut after = None;
         let mut losses = vec![];
-        let (mut tokens, mut seconds) = (0, 0.0);
+        let (mut tokens, mut seconds, mut kernel_seconds) = (0, 0.0, 0.0);
         let mut at = done;
         while at < total {
             let order = Order::Shuffled { seed: recipe.seed, epoch: at / epoch };
             let batches = Batches::new(self.train, recipe.batch as usize, order).skip((at % epoch) as usize);
+            let mut begun = Instant::now();
             for batch in batches.take((total - at) as usize) {
-                let begun = Instant::now();
+                let in_kernels = kernels(self.session);
                 let (loss, norm) = step(self.session, &recipe, &batch, at, total)?;
+                // From batch to batch: making one is a part of it, and writing figures down.
                 let time = begun.elapsed();
+                begun += time;
                 let count = batch.tokens() as u64;
                 let lr = rate(&recipe, at, total);
                 at += 1;
@@ -172,13 +177,17 @@ impl Training<'_> {
                 tokens += count;
                 seconds += time.as_secs_f64();
                 let speed = count as f64 / time.as_secs_f64();
-                let figures = [
+                let mut figures = vec![
                     ("loss", loss),
                     ("lr", lr),
                     ("grad_norm", norm),
                     ("tokens", count as f64),
                     ("tokens_per_second", speed),
                 ];
+                if let (Some(before), Some(after)) = (in_kernels, kernels(self.session)) {
+                    figures.push(("kernel_share", (after - before) / time.as_secs_f64()));
+                    kernel_seconds += after - before;
+                }
                 metrics.record(at, &figures)?;
                 progress.step(Step { loss, lr, tokens: count, time });
             }
@@ -198,7 +207,7 @@ impl Training<'_> {
         let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
         let (first, last) = (mean(&losses[..tenth]), mean(&losses[losses.len() - tenth..]));
         let adapter = self.out.join(ADAPTER);
-        Ok(Outcome { steps: at - done, first, last, before, after, seconds, tokens, adapter })
+        Ok(Outcome { steps: at - done, first, last, before, after, seconds, kernel_seconds, tokens, adapter })
     }
 
     fn save(&mut self, step: u64) -> Result<(), Failure> {
@@ -206,6 +215,11 @@ impl Training<'_> {
         adapter::save(&self.out.join(STATE), &state(self.session, self.model, step))?;
         Ok(())
     }
+}
+
+/// Seconds in kernels so far, if the session takes a profile.
+fn kernels(session: &Session) -> Option<f64> {
+    session.profile.as_ref().map(|profile| profile.values().map(|(time, _)| time.as_secs_f64()).sum())
 }
 
 fn record(metrics: &mut Metrics, step: u64, figures: &Evaluation) -> Result<(), Failure> {

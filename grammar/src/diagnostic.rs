@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use ariadne::{CharSet, Config, IndexType, Label, Report, ReportKind};
+use ariadne::{CharSet, Color, Config, IndexType, Label, Report, ReportKind};
 
 use crate::source::{FileId, Sources, Span};
 
@@ -111,7 +111,7 @@ impl Diagnostics {
             self.sources.iter().map(|s| ariadne::Source::from(s.text.clone())).collect();
         let mut out = Vec::new();
         for diagnostic in &self.list {
-            let report = diagnostic.report(config);
+            let report = diagnostic.report(&self.sources, config);
             let cache = Cache { names: &names, texts: &texts };
             if let Err(e) = report.write(cache, &mut out) {
                 unreachable!("writing to memory: {e}");
@@ -131,19 +131,24 @@ impl fmt::Display for Diagnostics {
 impl std::error::Error for Diagnostics {}
 
 impl Diagnostic {
-    fn report(&self, config: Config) -> Report<'_, (FileId, Range<usize>)> {
+    fn report(&self, sources: &Sources, config: Config) -> Report<'_, (FileId, Range<usize>)> {
         let range = |span: Span| (span.file, span.start as usize..span.end.max(span.start) as usize);
         // A place without a word beside it is marked by color alone: by nothing, in a log.
         let word = if self.label.is_empty() { "here" } else { &self.label };
-        let label = Label::new(range(self.span)).with_color(ariadne::Color::Red).with_message(word);
+        let related = self.related.iter().map(|(span, text)| (*span, text.as_str(), Color::Blue));
+        let mut places: Vec<_> = std::iter::once((self.span, word, Color::Red)).chain(related).collect();
+        // A file is shown once if its places come line by line; on one line, the last first crosses no other's mark.
+        let files: Vec<FileId> = places.iter().map(|(span, ..)| span.file).collect();
+        let line = |span: &Span| sources.get(span.file).position(span.end.saturating_sub(1).max(span.start)).0;
+        places.sort_by_key(|(span, ..)| {
+            (files.iter().position(|f| *f == span.file), line(span), std::cmp::Reverse(span.start))
+        });
         let mut report = Report::build(ReportKind::Error, range(self.span))
             .with_config(config)
             .with_message(&self.title)
-            .with_label(label);
-        for (span, text) in &self.related {
-            report = report
-                .with_label(Label::new(range(*span)).with_message(text).with_color(ariadne::Color::Blue).with_order(1));
-        }
+            .with_labels(places.iter().zip(0..).map(|((span, text, color), at)| {
+                Label::new(range(*span)).with_message(text).with_color(*color).with_order(at)
+            }));
         for note in &self.notes {
             report = report.with_note(note);
         }
@@ -171,7 +176,32 @@ impl ariadne::Cache<FileId> for Cache<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::nearest;
+    use super::{Diagnostic, Diagnostics, nearest};
+    use crate::source::{Sources, Span};
+
+    #[test]
+    fn a_file_is_shown_once() {
+        let mut sources = Sources::default();
+        let file = sources.add("a.peft", "one = 1\ntwo = 2\none = 3 + one\n");
+        let place = |start, end| Span::new(file, start, end);
+        let error = Diagnostic::error(place(16, 19), "`one` is there already").label("the second is here");
+        let error = error.related(place(26, 29), "this reads it").related(place(0, 3), "the first is here");
+        insta::assert_snapshot!(Diagnostics::new(vec![error], sources), @r"
+        Error: `one` is there already
+           ╭─[ a.peft:3:1 ]
+           │
+         1 │ one = 1
+           │ ─┬─
+           │  ╰─── the first is here
+           │
+         3 │ one = 3 + one
+           │ ─┬─       ─┬─
+           │  │         ╰─── this reads it
+           │  │
+           │  ╰───────────── the second is here
+        ───╯
+        ");
+    }
 
     #[test]
     fn only_what_is_near_is_offered() {

@@ -8,6 +8,7 @@
 //! Tokens are one packed axis: there is no padding, and attention scores have a *ragged* last axis
 //! ([`Dim::Keys`]): row `i` holds one entry for each token of `i`'s own sequence.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -907,6 +908,17 @@ impl Graph {
 
     pub fn output(&self, name: &str) -> Option<Value> {
         self.outputs.iter().find(|(n, _)| n == name).map(|(_, v)| *v)
+    }
+
+    /// The values `seeds`, and all in which one of them has a part.
+    pub fn made_of(&self, seeds: impl IntoIterator<Item = Value>) -> HashSet<Value> {
+        let mut made: HashSet<Value> = seeds.into_iter().collect();
+        for node in &self.nodes {
+            if node.operands.iter().any(|v| made.contains(v)) {
+                made.insert(node.result);
+            }
+        }
+        made
     }
 
     /// Checks what the constructors promise: order, arity, shapes, unique outputs.

@@ -17,6 +17,7 @@ pub mod source;
 
 pub use check::Resolver;
 pub use diagnostic::{Diagnostic, Diagnostics};
+pub use show::grouped;
 
 use model::Model;
 use source::{FileId, Sources};

@@ -30,6 +30,13 @@ pub struct Model {
     pub train: Recipe,
 }
 
+impl Model {
+    /// The method at work whose own tensor (or stored value) `name` is; none has what the sites share.
+    pub fn applied_to(&self, name: &str) -> Option<&Applied> {
+        self.applied.iter().find(|a| name.strip_prefix(&a.path()).is_some_and(|rest| rest.starts_with('.')))
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Backbone {
     pub name: String,
@@ -108,13 +115,16 @@ impl Param {
             Trainable::Rows(start, end) => Some((start, end)),
         }
     }
+    /// Its shape with no rows but those that train.
+    pub fn trained_shape(&self) -> Option<Vec<u64>> {
+        let (start, end) = self.trained_rows()?;
+        let mut shape = self.shape.clone();
+        shape.iter_mut().take(1).for_each(|rows| *rows = end - start);
+        Some(shape)
+    }
     /// How many of its values train.
     pub fn trainable_elements(&self) -> u64 {
-        match &self.trainable {
-            Trainable::No => 0,
-            Trainable::All => self.elements(),
-            Trainable::Rows(start, end) => (end - start) * self.shape[1..].iter().product::<u64>(),
-        }
+        self.trained_shape().map_or(0, |shape| shape.iter().product())
     }
 }
 

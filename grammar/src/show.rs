@@ -94,7 +94,7 @@ impl fmt::Display for Shown<'_> {
 }
 
 /// 2002320 as 2,002,320.
-fn grouped(n: u64) -> String {
+pub fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -2,7 +2,7 @@
 //! frozen weights in bf16.
 //!
 //! ```text
-//! cargo bench -p peft-passes --bench matmul
+//! cargo bench -p peft-passes --bench matmul [-- [--peaks] [--threads N]]
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
@@ -150,14 +150,18 @@ fn peak_kernel(precision: Precision) -> String {
 }
 
 fn main() {
-    measure(Precision::F32, &products(), "FMA in registers");
+    let arguments: Vec<String> = std::env::args().collect();
+    let products = || if arguments.iter().any(|a| a == "--peaks") { vec![] } else { products() };
+    let number = arguments.iter().skip_while(|a| *a != "--threads").nth(1);
+    let threads = number.map_or(0, |n| n.parse().expect("--threads wants a number"));
+    measure(Precision::F32, &products(), threads, "FMA in registers");
     if Cpu::Native.multiplies_bf16() {
         let frozen: Vec<Product> = products().into_iter().filter(|p| p.frozen).collect();
-        measure(Precision::Bf16, &frozen, "bf16 in registers");
+        measure(Precision::Bf16, &frozen, threads, "bf16 in registers");
     }
 }
 
-fn measure(precision: Precision, products: &[Product], peak: &str) {
+fn measure(precision: Precision, products: &[Product], threads: usize, peak: &str) {
     let graphs: Vec<Graph> = products.iter().enumerate().map(|(i, p)| p.graph(i)).collect();
     let mut tensors = vec![];
     for graph in &graphs {
@@ -183,7 +187,7 @@ fn measure(precision: Precision, products: &[Product], peak: &str) {
     });
     let weights = weights.collect();
     let program = Program::new(lowered.manifest, &library).expect("loads");
-    let mut session = Session::new(program, weights, 0).expect("a session");
+    let mut session = Session::new(program, weights, threads).expect("a session");
 
     let mut best: HashMap<&str, Duration> = HashMap::new();
     for _ in 0..ROUNDS {

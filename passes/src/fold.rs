@@ -57,7 +57,7 @@ struct Folder<'a> {
     graph: Graph,
     /// Old values that depend on the batch.
     of_batch: HashSet<Value>,
-    /// Old values that no batch, but a method's weight has a part in.
+    /// Old values that a method's weight has a part in.
     of_method: HashSet<Value>,
     maker: HashMap<Value, &'a Node>,
     /// Old values that no batch has a part in, in the new graph.
@@ -68,32 +68,14 @@ impl<'a> Folder<'a> {
     fn new(model: &'a Model) -> Self {
         let old = &model.graph;
         let mut graph = Graph::new("merge");
-        let (mut of_batch, mut of_method, mut known) = (HashSet::new(), HashSet::new(), HashMap::new());
+        // Dropouts alone read `rng`, and nothing is dropped here.
+        let inputs = old.args.iter().filter(|a| a.role == Role::Input && a.name != "rng");
+        let of_batch = old.made_of(inputs.map(|a| a.value));
         let methods = method_weights(model);
-        for arg in &old.args {
-            if arg.role == Role::Input {
-                of_batch.insert(arg.value);
-                continue;
-            }
-            if methods.contains(arg.name.as_str()) {
-                of_method.insert(arg.value);
-            }
-            known.insert(arg.value, graph.arg(arg.name.clone(), arg.role, arg.rows, old.ty(arg.value).clone()));
-        }
-        for node in &old.nodes {
-            let any = |set: &HashSet<Value>| node.operands.iter().any(|v| set.contains(v));
-            // A dropout's key is of the batch, but it is none where nothing is dropped.
-            if matches!(node.op, Op::Dropout { .. }) {
-                if of_batch.contains(&node.operands[0]) {
-                    of_batch.insert(node.result);
-                }
-            } else if any(&of_batch) {
-                of_batch.insert(node.result);
-            }
-            if any(&of_method) && !of_batch.contains(&node.result) {
-                of_method.insert(node.result);
-            }
-        }
+        let of_method = old.made_of(old.args.iter().filter(|a| methods.contains(&*a.name)).map(|a| a.value));
+        let weights = old.args.iter().filter(|a| a.role != Role::Input);
+        let known =
+            weights.map(|a| (a.value, graph.arg(a.name.clone(), a.role, a.rows, old.ty(a.value).clone()))).collect();
         let maker = old.nodes.iter().map(|n| (n.result, n)).collect();
         Folder { model, old, graph, of_batch, of_method, maker, known }
     }
@@ -314,10 +296,8 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
     for arg in graph.args.iter().filter(|a| needed.contains(&a.value) && methods.contains(a.name.as_str())) {
         let param = model.params.iter().find(|p| p.name == arg.name)?;
         let Origin::Method(method) = &param.origin else { continue };
-        let site =
-            model.applied.iter().find(|a| a.method == *method && arg.name.starts_with(&format!("{}.", a.path())));
         let sites = left.entry(method).or_default();
-        let site = site.map_or("the model", |a| a.site.as_str());
+        let site = model.applied_to(&arg.name).map_or("the model", |a| a.site.as_str());
         if !sites.contains(&site) {
             sites.push(site);
         }

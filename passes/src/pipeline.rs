@@ -9,7 +9,7 @@ use peft_runtime::artifact::Tensor;
 use crate::cpu::Cpu;
 use crate::dialect::Dialect;
 use crate::fold::fold;
-use crate::fuse::fuse;
+use crate::fuse::{RULES, fuse};
 use crate::gradient::{differentiate, settle};
 use crate::inference::inference;
 use crate::lower::{Lowered, lower};
@@ -124,6 +124,11 @@ impl Default for Options {
     fn default() -> Self {
         Options { without: vec![], until: Stage::Llvm, cpu: Cpu::Native }
     }
+}
+
+/// What [`Options::without`] takes, beside `all`.
+pub fn rules() -> Vec<&'static str> {
+    RULES.iter().map(|(name, ..)| *name).chain(["remat"]).collect()
 }
 
 /// How long each stage took.

@@ -171,6 +171,11 @@ impl Tensor {
     pub fn row(&self) -> u64 {
         self.shape.iter().skip(1).product()
     }
+    /// Whether `rows` (`None`: all of them) train. The manifest is checked for rows that train in part.
+    pub fn trains(&self, rows: Option<(u64, u64)>) -> bool {
+        let (start, end) = rows.unwrap_or((0, self.shape.first().copied().unwrap_or(1)));
+        self.trainable.is_some_and(|(first, last)| first <= start && end <= last)
+    }
     /// How many of its values train.
     pub fn trainable_elements(&self) -> u64 {
         self.trainable.map_or(0, |(start, end)| (end - start) * self.row())

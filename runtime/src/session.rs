@@ -409,15 +409,15 @@ impl Session {
             }
             Storage::Tensor { index, rows } => {
                 let tensor = &self.program.manifest.tensors[*index];
-                let (start, end) = rows.unwrap_or((0, tensor.shape.first().copied().unwrap_or(1)));
-                // Rows train all or none: the manifest was checked for it.
-                let trained = tensor.trainable.filter(|&(first, last)| first <= start && end <= last);
-                if let Some((first, _)) = trained {
-                    (&self.flats["values"], self.places[*index] + ((start - first) * tensor.row()) as usize)
-                } else {
-                    let start = (start * tensor.row()) as usize;
-                    let missing = || RuntimeError::input(&tensor.name, "its values are gone");
-                    (self.tensors[*index].as_ref().ok_or_else(missing)?, start)
+                let start = rows.map_or(0, |(start, _)| start);
+                match tensor.trainable {
+                    Some((first, _)) if tensor.trains(*rows) => {
+                        (&self.flats["values"], self.places[*index] + ((start - first) * tensor.row()) as usize)
+                    }
+                    _ => {
+                        let missing = || RuntimeError::input(&tensor.name, "its values are gone");
+                        (self.tensors[*index].as_ref().ok_or_else(missing)?, (start * tensor.row()) as usize)
+                    }
                 }
             }
             Storage::Gradient { index } => (&self.flats["gradients"], self.places[*index]),

@@ -72,18 +72,11 @@ fn report(out: &Path, format: &str, tensors: &Tensors) -> Result<(), Failure> {
 
 /// The model, and what is kept of its trained values.
 fn kept(arguments: &Arguments) -> Result<(Model, Tensors), Failure> {
-    let source = &arguments.source;
-    if source.is_artifact() {
-        let ready = source.open()?;
-        let values = adapters::load(&ready.model, &arguments.adapter)?;
-        let kept = adapters::kept(&ready.model, ready.program, values)?;
-        return Ok((ready.model, kept));
-    }
-    let model = spec::load(&source.path, &source.set, super::color())?;
+    let model = arguments.source.model()?;
     let values = adapters::load(&model, &arguments.adapter)?;
     let kept = match model.stored.is_empty() {
         true => values,
-        false => adapters::kept(&model, source.store(&model)?, values)?,
+        false => adapters::kept(&model, arguments.source.store(&model)?, values)?,
     };
     Ok((model, kept))
 }

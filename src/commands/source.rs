@@ -27,6 +27,7 @@ pub struct Source {
     pub target: String,
     /// Leave out fusion rules, by name; all of them without one
     #[arg(long, value_name = "RULE", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
+    #[cfg_attr(feature = "compiler", arg(value_parser = rule))]
     pub no_fuse: Vec<String>,
     /// Threads to run on; as many as there are cores if not given
     #[arg(long, default_value_t = 0, hide_default_value = true)]
@@ -34,6 +35,15 @@ pub struct Source {
     /// Show how long each stage took
     #[arg(long)]
     pub timings: bool,
+}
+
+#[cfg(feature = "compiler")]
+fn rule(name: &str) -> Result<String, String> {
+    let known = peft_passes::pipeline::rules();
+    match name == "all" || known.contains(&name) {
+        true => Ok(name.to_string()),
+        false => Err(format!("the rules are {}", known.join(", "))),
+    }
 }
 
 /// A checked model with its program.
@@ -82,9 +92,12 @@ impl Source {
         }
     }
 
-    /// A program that computes what the model stores, and nothing else.
+    /// A program that computes what the model stores; of a spec, nothing else.
     #[cfg(feature = "compiler")]
     pub fn store(&self, model: &Model) -> Result<Program, Failure> {
+        if self.is_artifact() {
+            return Ok(self.load()?.program);
+        }
         let entries = [peft_passes::pipeline::Entry::Store];
         let artifact = crate::compiler::compile_entries(model, &entries, &self.options())?;
         store::runs_here(&self.path, &artifact.manifest)?;
@@ -93,7 +106,7 @@ impl Source {
 
     #[cfg(not(feature = "compiler"))]
     pub fn store(&self, _: &Model) -> Result<Program, Failure> {
-        Ok(self.compile()?.program)
+        Ok(self.open()?.program)
     }
 
     fn load(&self) -> Result<Ready, Failure> {

@@ -77,6 +77,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
 
     if let Some(profile) = &session.profile {
         super::say(&table(profile));
+        let share = outcome.kernel_seconds / outcome.seconds.max(1e-9);
+        super::say(&format!("steps spent {:.2}% of their time in kernels", 100.0 * share));
     }
     super::print(&format!(
         "{} steps in {:.1} s, {:.0} tokens/s, peak {:.2} GB",

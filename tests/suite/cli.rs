@@ -181,6 +181,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
     bench.refuses(&["compile", IR, "--target", "cuda"], 2, &["no CUDA target yet"]);
     #[cfg(target_arch = "x86_64")]
     bench.refuses(&["compile", IR, "--target", "cpu:x86-64-v9"], 2, &["native, x86-64, x86-64-v3, x86-64-v4"]);
+    bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "column"]);
     let out = bench.path("a.peftc");
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
@@ -321,6 +322,46 @@ fn export_in_our_own_format() {
     assert!(!never.exists());
 }
 
+/// A spec and its artifact keep the same, and both refuse what the trained values alone do not give.
+#[test]
+fn what_is_stored_is_made_of_what_trains() {
+    let bench = Bench::new();
+    let (spec, weights) = tiny_bert(&bench, |_| {});
+    let tiny = fs::read_to_string(&spec).expect("readable").replace("lora(rank: 2) on q", "mine() on k");
+    fs::write(&spec, format!("import \"mine.peft\"\n{tiny}")).expect("written");
+    let data = bench.write("data.tsv", "good film\t1\nbad film\t0\n");
+    let [artifact, run, out] = ["tiny.peftc", "run", "out"].map(|name| bench.path(name));
+    for (made, fine) in [("l * l", true), ("l * sqrt(mean(W * W, axis: 0))", false)] {
+        let method = format!(
+            "method mine() on projection(y, W) {{\n  weight l \"l\": [width(y)] ~ ones\n  \
+             after y {{\n    scale = {made}\n    y = y * scale\n    store scale as \"scale\"\n  }}\n}}\n"
+        );
+        bench.write("mine.peft", method);
+        let ran = bench.peftc(["compile", text(&spec), "-o", text(&artifact)]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let mut kept = vec![];
+        for source in [&spec, &artifact] {
+            let train =
+                ["train", text(source), "--weights", text(&weights), "--data", text(&data), "--out", text(&run)];
+            let ran = bench.peftc(train);
+            assert_eq!(ran.code, 0, "{}", ran.err);
+            let export = ["export", text(source), "--adapter", text(&run), "--format", "own", "-o", text(&out)];
+            if !fine {
+                bench.refuses(&export, 2, &["made of weights that do not train"]);
+                continue;
+            }
+            let ran = bench.peftc(export);
+            assert_eq!(ran.code, 0, "{}", ran.err);
+            kept.push(adapter::load(&out.join("adapter.safetensors")).expect("sound").tensors);
+        }
+        if let [of_spec, of_artifact] = &kept[..] {
+            assert!(of_spec == of_artifact, "{of_spec:?} and {of_artifact:?}");
+            let there = |tensor: &str| of_spec.contains_key(&format!("layers.0.attention.k.mine.{tensor}"));
+            assert_eq!((there("scale"), there("l")), (true, false));
+        }
+    }
+}
+
 /// VeRA's projections and a frozen head are in no file; another seed would give others.
 #[test]
 fn what_is_drawn_and_frozen_wants_its_seed() {
@@ -395,8 +436,13 @@ fn train_eval_and_bad_input() {
     let refuses = |args: Vec<String>, code: i32, words: &[&str]| {
         bench.refuses(&args.iter().map(String::as_str).collect::<Vec<_>>(), code, words);
     };
-    let ran = bench.peftc(args(&spec, &weights, &data, &["--dev", text(&data)]));
+    let ran = bench.peftc(args(&spec, &weights, &data, &["--dev", text(&data), "--profile"]));
     assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.contains("× matmul") && ran.err.contains("% of their time in kernels"), "{}", ran.err);
+    let figures = fs::read_to_string(out.join("metrics.jsonl")).expect("there");
+    let steps: Vec<serde_json::Value> = figures.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+    let shares: Vec<f64> = steps.iter().filter_map(|s| s["kernel_share"].as_f64()).collect();
+    assert!(shares.len() == 2 && shares.iter().all(|s| (0.0..=1.0).contains(s)), "{figures}");
     assert!(ran.out.contains("adapter.safetensors") && ran.err.contains("classifier.weight"), "{}{}", ran.out, ran.err);
     let adapter = out.join("adapter.safetensors");
     let eval = ["eval", text(&spec), "--weights", text(&weights), "--data", text(&data), "--adapter"];

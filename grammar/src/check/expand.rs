@@ -229,9 +229,9 @@ impl<'a> Checker<'a> {
     fn weight(&mut self, frame: &mut Frame<'a>, weight: &'a WeightDef, span: Span) {
         let path = self.fill(frame, &weight.path);
         let shape: Vec<Option<u64>> = weight.shape.iter().map(|e| self.extent(frame, e)).collect();
-        let init = self.init(frame, weight);
-        frame.set(&weight.name.text, Val::Unknown);
         let shape: Option<Vec<u64>> = shape.into_iter().collect();
+        let init = self.init(frame, weight, shape.as_deref());
+        frame.set(&weight.name.text, Val::Unknown);
         let (Some(path), Some(shape), Some(init)) = (path, shape, init) else { return };
         let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|&n| n <= MOST_ELEMENTS);
         if elements.is_none() || shape.is_empty() {
@@ -304,7 +304,8 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn init(&mut self, frame: &Frame<'a>, weight: &'a WeightDef) -> Option<Init> {
+    /// What a weight of this `shape` starts from.
+    fn init(&mut self, frame: &Frame<'a>, weight: &'a WeightDef, shape: Option<&[u64]>) -> Option<Init> {
         let name = &weight.init;
         let wanted = match &*name.text {
             "zeros" | "ones" => 0,
@@ -328,9 +329,8 @@ impl<'a> Checker<'a> {
         if name.text == "value" {
             let arg = &weight.init_args[0].value;
             let value = self.tensor(frame, arg)?;
-            let wanted: Option<Vec<Dim>> = weight.shape.iter().map(|e| self.extent(frame, e).map(Dim::Const)).collect();
-            let found = self.graph.ty(value).shape.clone();
-            if wanted.as_ref() != Some(&found) {
+            let wanted: Vec<Dim> = shape?.iter().copied().map(Dim::Const).collect();
+            if wanted != self.graph.ty(value).shape {
                 let title = format!("the weight starts from {}, which is of another shape", self.graph.ty(value));
                 self.report(Diagnostic::error(arg.span, title));
                 return None;

@@ -198,13 +198,8 @@ impl<'a> Checker<'a> {
 
     /// What is stored is a function of weights.
     fn stored_is_known_without_a_batch(&mut self) {
-        let mut of_batch: HashSet<Value> =
-            self.graph.args.iter().filter(|a| a.role == Role::Input).map(|a| a.value).collect();
-        for node in &self.graph.nodes {
-            if node.operands.iter().any(|v| of_batch.contains(v)) {
-                of_batch.insert(node.result);
-            }
-        }
+        let inputs = self.graph.args.iter().filter(|a| a.role == Role::Input);
+        let of_batch = self.graph.made_of(inputs.map(|a| a.value));
         let stored = std::mem::take(&mut self.stored);
         for stored in stored.iter().filter(|s| of_batch.contains(&s.value)) {
             let title = format!("`{}` depends on the batch: it cannot be kept", stored.name);

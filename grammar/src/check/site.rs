@@ -14,7 +14,6 @@ use super::value::Val;
 use super::{Call, Checker};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::graph::Value;
 use crate::model::{Applied, Origin};
 use crate::source::Span;
 
@@ -361,7 +360,7 @@ impl<'a> Checker<'a> {
                 let site = self.sites.last_mut();
                 let before = site.and_then(|site| site.changed.insert(name.to_owned(), use_here));
                 if let Some(before) = before
-                    && !self.depends(*new, *old)
+                    && !self.graph.made_of([*old]).contains(new)
                 {
                     self.lost(applied.method, name, &variable.text, before, applied.asked());
                 }
@@ -387,18 +386,6 @@ impl<'a> Checker<'a> {
             None => error,
         };
         self.errors.push(error.hint(format!("apply `{method_name}` before `{other}`")));
-    }
-
-    /// `value` is made of `of`.
-    fn depends(&self, value: Value, of: Value) -> bool {
-        // Operands come before results, so what `of` is part of lies behind it.
-        let mut made: HashSet<Value> = HashSet::from([of]);
-        for node in self.graph.nodes.iter().filter(|n| n.result > of) {
-            if node.operands.iter().any(|v| made.contains(v)) {
-                made.insert(node.result);
-            }
-        }
-        made.contains(&value)
     }
 
     /// At the end of a site: every block of every method must have found its place.

@@ -7,6 +7,9 @@ use std::ffi::c_void;
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Buffer, Element, Launch, Manifest, Sizes, Storage, Tensor};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
 
 use super::lower;
 use crate::codegen;
@@ -72,6 +75,8 @@ fn sizes_of(batch: &Batch, lengths: &[usize]) -> Sizes {
 
 /// What rounding may do to sums of a few dozen terms.
 const CLOSE: f64 = 2e-6;
+/// And of some thousand.
+const LONG: f64 = 1e-5;
 
 /// Graphs compiled into one library.
 struct Compiled<'g> {
@@ -228,7 +233,7 @@ fn every_operation_and_its_derivative() {
 /// The same for every level of processors that this one can stand for.
 #[test]
 fn every_level_of_processors() {
-    let graphs = [operations(&[(3, 40, 17)]), products(), attention()].concat();
+    let graphs = [operations(&[(3, 40, 17)]), products(), short_attention()].concat();
     for (level, name) in Level::ALL {
         let cpu = Cpu::Level(level);
         let missing = cpu.features().into_iter().find(|f| !Cpu::Native.features().contains(f));
@@ -333,15 +338,19 @@ fn products_in_bf16() {
     }
 }
 
-/// With and without dropout, whole and causal, over lengths that fill no block of rows and no step of lanes, and behind
-/// columns that fill no call of the generator.
-fn attention() -> Cases {
-    let mut graphs = vec![];
+/// Whole and causal, without dropout and with it, behind columns that fill no call of the generator.
+fn forms() -> Vec<(bool, (f64, u64))> {
     let drops = [(0.0, 0), (0.3, 0), (0.3, 1), (0.3, 3), (0.3, 30), (0.3, 108)];
-    for (h, width, wide) in [(2, 3, 5), (1, 40, 40), (2, 1, 1)] {
+    drops.into_iter().flat_map(|drop| [(false, drop), (true, drop)]).collect()
+}
+
+/// For heads, their width and that of the values, over batches of sequences of these lengths.
+fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &[Vec<usize>]) -> Cases {
+    let mut graphs = vec![];
+    for &(h, width, wide) in sizes {
         let heads = |n| Type::f32([Dim::Const(h), Dim::Tokens, Dim::Const(n)]);
         let row = heads(1);
-        for (causal, (p, column)) in drops.into_iter().flat_map(|drop| [(false, drop), (true, drop)]) {
+        for &(causal, (p, column)) in forms {
             let (scale, stream) = (0.2, 7);
             let rng = (p > 0.0).then(|| Type::i32([Dim::Const(2)]));
             let plain = [heads(width), heads(width), heads(wide)];
@@ -354,14 +363,37 @@ fn attention() -> Cases {
             }
         }
     }
-    let lengths = [vec![1], vec![2, 17, 1], vec![33, 3], vec![4, 65], vec![62]];
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));
     all.collect()
 }
 
+/// Over lengths that fill no block of rows and no step of lanes.
+fn short_attention() -> Cases {
+    attention(
+        &[(2, 3, 5), (1, 40, 40), (2, 1, 1)],
+        &forms(),
+        &[vec![1], vec![2, 17, 1], vec![33, 3], vec![4, 65], vec![62]],
+    )
+}
+
 #[test]
 fn attention_without_its_square() {
-    compare(&attention(), Cpu::Native, 2, CLOSE);
+    compare(&short_attention(), Cpu::Native, 2, CLOSE);
+}
+
+/// Kernels are compiled once for all lengths: many batches of them are tried.
+#[test]
+fn attention_over_random_lengths() {
+    let mut runner = TestRunner::deterministic();
+    let lengths = proptest::collection::vec(prop_oneof![Just(1), 1usize..90], 1..6);
+    let mut batch = || lengths.new_tree(&mut runner).expect("a batch").current();
+    let lengths: Vec<Vec<usize>> = (0..8).map(|_| batch()).collect();
+    compare(&attention(&[(3, 17, 9), (1, 31, 33)], &forms()[..6], &lengths), Cpu::Native, 2, CLOSE);
+}
+
+#[test]
+fn attention_over_a_long_sequence() {
+    compare(&attention(&[(1, 1, 1)], &[(true, (0.0, 0))], &[vec![5000]]), Cpu::Native, 2, LONG);
 }
 
 /// Slices of a fused projection, its heads apart and together again, and the way back: nothing is copied.
