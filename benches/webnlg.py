@@ -27,7 +27,7 @@ SPECIAL += [f"<unused_{i}>" for i in range(4)]
 SPECIAL += ["<bos_webnlg>", "<eos_webnlg>", "<subject>", "<property>", "<object>", "<target_webnlg>"]
 ID = {token: TEXT_TOKENS + i for i, token in enumerate(SPECIAL)}
 PEERS = ["peft_lora_f32", "peft_lora_bf16", "inducer_lora_f32", "inducer_lora_bf16"]
-RULES = ["rows", "triangle", "column", "attention", "columns", "remat"]
+RULES = ["rows", "triangle", "column", "attention", "head", "columns", "remat"]
 
 
 def examples(path):

@@ -3,6 +3,7 @@
 mod attention;
 mod column;
 mod columns;
+mod head;
 mod rows;
 mod triangle;
 
@@ -19,6 +20,7 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("triangle", "attention to earlier tokens does not read later ones", triangle::apply),
     ("column", "an inducer's column needs no softmax of its own", column::apply),
     ("attention", "scores, softmax and dropout are not written down", attention::apply),
+    ("head", "logits of a large vocabulary are not written down", head::apply),
     ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
 ];
 

@@ -85,6 +85,15 @@ impl Side {
     }
 }
 
+/// Where a product goes: a buffer, the width of its rows, the first column, and whether what stands there stays in
+/// the sum.
+struct Destination {
+    buffer: BufferId,
+    width: Extent,
+    start: u64,
+    kept: bool,
+}
+
 impl Lowering<'_, '_, '_> {
     pub(super) fn matmul(&mut self, x: Value, y: Value, transpose_x: bool, transpose_y: bool, result: Value) {
         let (shape_x, shape_y) = (&self.ty(x).shape, &self.ty(y).shape);
@@ -117,6 +126,20 @@ impl Lowering<'_, '_, '_> {
             false => (place_b.buffer, right.lines(&place_b), across),
         };
         let (out, width, start) = self.product_place(result);
+        let to = Destination { buffer: out, width, start, kept: false };
+        self.multiply(form, (place_a.buffer, lines_a), (from_b, lines_b, panel_b), [batch, m, n, depth], to);
+    }
+
+    /// One launch over all of a product's units. `panel_b`: elements from one column panel of B to the next.
+    fn multiply(
+        &mut self,
+        form: Form,
+        (a, lines_a): (BufferId, Lines),
+        (b, lines_b, panel_b): (BufferId, Lines, Extent),
+        [batch, m, n, depth]: [Extent; 4],
+        to: Destination,
+    ) {
+        let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
         let blocks = Extent::CeilDiv(Box::new(m.clone()), ROWS);
         let shared = match &m {
             Extent::Const(m) if *m <= ROWS => PANELS_OF_FEW_ROWS,
@@ -127,9 +150,40 @@ impl Lowering<'_, '_, '_> {
         let mut sizes = vec![m, n, depth, blocks, groups, Extent::Const(shared), panels];
         sizes.extend([lines_a.line, lines_a.area, lines_a.first]);
         sizes.extend([lines_b.line, lines_b.area, lines_b.first, panel_b]);
-        sizes.extend([width, Extent::Const(start)]);
+        sizes.extend([to.width, Extent::Const(to.start), Extent::Const(to.kept.into())]);
         let kernel = self.target.kernel(&form.name(), |name| gemm(name, form));
-        self.launch(kernel, vec![place_a.buffer, from_b, out], sizes, units);
+        self.launch(kernel, vec![a, b, to.buffer], sizes, units);
+    }
+
+    /// A product with some `rows` of y, from a multiple of a tile's columns on: x @ y[rows]ᵀ, or x @ y[rows]; y is packed whole.
+    /// It fills `out`, or is added to what stands there.
+    pub(super) fn multiply_rows(
+        &mut self,
+        (x, m): (BufferId, Extent),
+        y: Value,
+        rows: std::ops::Range<u64>,
+        transpose_y: bool,
+        (out, kept): (BufferId, bool),
+    ) {
+        let [all, across] = [0, 1].map(|axis| product(&self.ty(y).shape[axis..axis + 1]));
+        let some = Extent::Const(rows.end - rows.start);
+        let (n, whole_depth) = if transpose_y { (all, across.clone()) } else { (across.clone(), all) };
+        let tile = Tile::of(&m, &n, true);
+        let columns = Extent::Const(tile.columns());
+        let one = Extent::Const(1);
+        let right = Side { batch: one.clone(), length: n, depth: whole_depth.clone(), contiguous: !transpose_y };
+        let packed = self.pack(y, tile.columns(), right);
+        let panel = whole_depth * columns.clone();
+        let (n, depth, before) = match transpose_y {
+            true => (some, across, Extent::Const(rows.start / tile.columns()) * panel.clone()),
+            false => (across, some, Extent::Const(rows.start) * columns.clone()),
+        };
+        let zero = Extent::Const(0);
+        let lines_a = Lines { line: depth.clone(), area: zero.clone(), first: zero.clone() };
+        let lines_b = Lines { line: columns, area: zero, first: before };
+        let to = Destination { buffer: out, width: n.clone(), start: 0, kept };
+        let form = Form { tile, columns_a: false, packed: true };
+        self.multiply(form, (x, lines_a), (packed, lines_b, panel), [one, m, n, depth], to);
     }
 
     /// The panels of an operand; the same ones if it has been packed this way before.
@@ -268,10 +322,11 @@ impl Form {
 /// Some rows against some column panels a unit.
 fn gemm(name: &str, form: Form) -> String {
     let tile = form.tile;
-    define(name, &[Element::F32; 3], 16, |k, buffers, sizes| {
+    define(name, &[Element::F32; 3], 17, |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b, width, first_column] = first(&sizes[7..]);
+        let kept = sizes[16];
         let rows_of_a = k.scratch(form.room() * (ROWS / tile.rows));
         let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns()) };
         k.units(|k, unit| {
@@ -305,7 +360,8 @@ fn gemm(name: &str, form: Form) -> String {
                 } else {
                     copy_rows(k, form, &source, rows_of_a);
                 }
-                let again = k.compare(block, Order::Gt, zero);
+                let again = k.add(block, kept);
+                let again = k.compare(again, Order::Gt, zero);
                 k.each(panel, end_panel, 1, |k, panel| {
                     let columns = k.index(tile.columns());
                     let start = k.mul(panel, columns);

@@ -12,6 +12,7 @@ mod attention;
 mod copy;
 mod flash;
 mod gemm;
+mod head;
 mod kernel;
 mod map;
 mod math;
@@ -379,6 +380,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
                 self.flash(Part::Adjoint(*of), operands, form, *stream, node.result);
             }
+            Op::LinearLse | Op::LinearMean => self.sweep(&node.op, operands[0], operands[1], node.result),
             Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
             Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),
             Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, b(self, 1)], ty, node.result),
