@@ -214,6 +214,12 @@ pub enum Op {
     /// 0: Σ_j ds_ij k_j;  1: Σ_i ds_ij q_i;  2: Σ_i d_ij w_ij df_i
     AttentionVjp { of: usize, causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
 
+    // A linear map of which only the softmax is asked for, x[n,d] and W[V,d]; its n × V results exist nowhere.
+    /// (x, W) → ln Σ_v e^{x·W_v}, [n,1]
+    LinearLse,
+    /// (x, W) → Σ_v softmax(x Wᵀ)_v W_v, [n,d]
+    LinearMean,
+
     // Along the last axis.
     /// e^{x_j − max} / Σ
     Softmax,
@@ -281,6 +287,8 @@ const PLAIN: &[(Op, &str)] = &[
     (Op::GeluTanh, "gelu_tanh"),
     (Op::GeluTanhGrad, "gelu_tanh_grad"),
     (Op::Detach, "detach"),
+    (Op::LinearLse, "linear_lse"),
+    (Op::LinearMean, "linear_mean"),
     (Op::Softmax, "softmax"),
     (Op::LogSumExp, "log_sum_exp"),
     (Op::SoftmaxVjp, "softmax_vjp"),
@@ -333,6 +341,8 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("attention", None, &["causal", "scale", "p", "stream", "column"]),
     ("attention_lse", Some(2), &["causal", "scale"]),
     ("attention_vjp", None, &["of", "causal", "scale", "p", "stream", "column"]),
+    ("linear_lse", Some(2), &[]),
+    ("linear_mean", Some(2), &[]),
     ("softmax", Some(1), &[]),
     ("log_sum_exp", Some(1), &[]),
     ("softmax_vjp", Some(2), &[]),
@@ -756,6 +766,15 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
         Op::AttentionLse { .. } => match (&operands[0].shape[..], operands[0] == operands[1]) {
             ([h, Dim::Tokens, Dim::Const(_)], true) => Ok(Type::f32([*h, Dim::Tokens, Dim::Const(1)])),
             _ => Err(format!("`{name}` wants two tensors f32[heads,tokens,width] alike")),
+        },
+        Op::LinearLse | Op::LinearMean => match (&operands[0].shape[..], &operands[1].shape[..]) {
+            ([n, d], [Dim::Const(_), d2]) if d == d2 => {
+                Ok(Type::f32([*n, if *op == Op::LinearLse { Dim::Const(1) } else { *d }]))
+            }
+            _ => Err(format!(
+                "`{name}` wants f32[n,width] and f32[rows,width], found {} and {}",
+                operands[0], operands[1]
+            )),
         },
         Op::LogSumExp => match operands[0].shape.split_last() {
             Some((_, lead)) => Ok(Type::f32([lead, &[Dim::Const(1)]].concat())),

@@ -440,6 +440,13 @@ impl<'a> Machine<'a> {
                 })
             }
 
+            Op::LinearLse => self.rows(|r| vec![log_sum_exp(&self.linear(r))]),
+            Op::LinearMean => self.rows(|r| {
+                let (p, w) = (softmax(&self.linear(r)), self.f(1));
+                let entry = |e: usize| p.iter().enumerate().map(|(v, p)| p * w.row(v)[e]).sum();
+                (0..batch.dim(w.shape[1])).map(entry).collect()
+            }),
+
             Op::Softmax => self.rows(|r| softmax(self.f(0).row(r))),
             Op::LogSumExp => {
                 (0..batch.prefix(self.f(0).shape).iter().product()).map(|r| log_sum_exp(self.f(0).row(r))).collect()
@@ -524,6 +531,12 @@ impl<'a> Machine<'a> {
                 })
             }
         }
+    }
+
+    /// Row `r` of x Wᵀ.
+    fn linear(&self, r: usize) -> Vec<f64> {
+        let (x, w) = (self.f(0), self.f(1));
+        (0..self.batch.dim(w.shape[0])).map(|v| dot(x.row(r), w.row(v))).collect()
     }
 
     /// How far operand `part` reaches along `axis` in the row at `index`.

@@ -2,7 +2,7 @@
 //! may answer with something better. What is computed already is not computed again, and what no
 //! output needs is left out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use peft_grammar::graph::{Graph, Location, Node, Op, Value};
 
@@ -16,6 +16,8 @@ pub struct Rewriter {
     location: Location,
     /// How often each value of the *old* graph is read, outputs included; by new value.
     uses: HashMap<Value, usize>,
+    /// New values of the old graph's outputs.
+    outputs: HashSet<Value>,
 }
 
 /// Rebuilds `graph`. `rule` sees every operation with its operands in the new graph and may give another value for it.
@@ -33,7 +35,9 @@ pub fn rewrite(
         known: HashMap::new(),
         location: Location::default(),
         uses: HashMap::new(),
+        outputs: HashSet::new(),
     };
+    let given: HashSet<Value> = graph.outputs.iter().map(|(_, v)| *v).collect();
     let mut map: Vec<Option<Value>> = vec![None; graph.values()];
     for arg in &graph.args {
         let value = new.graph.arg(arg.name.clone(), arg.role, arg.rows, graph.ty(arg.value).clone());
@@ -48,6 +52,9 @@ pub fn rewrite(
         };
         map[result.0 as usize] = Some(value);
         *new.uses.entry(value).or_default() += old_uses[result.0 as usize];
+        if given.contains(result) {
+            new.outputs.insert(value);
+        }
     }
     new.graph.outputs =
         graph.outputs.iter().map(|(name, v)| (name.clone(), map[v.0 as usize].expect("verified"))).collect();
@@ -73,6 +80,11 @@ impl Rewriter {
     pub fn source(&self, value: Value) -> Option<(Op, Vec<Value>)> {
         let node = &self.graph.nodes[*self.made_by.get(&value)?];
         Some((node.op.clone(), node.operands.clone()))
+    }
+
+    /// The graph gives `value` away.
+    pub fn is_output(&self, value: Value) -> bool {
+        self.outputs.contains(&value)
     }
 
     /// Only one operation reads `value`, and it is no output.

@@ -2,6 +2,7 @@
 
 mod attention;
 mod columns;
+mod head;
 mod joint;
 mod rows;
 mod triangle;
@@ -19,6 +20,7 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("triangle", "attention to earlier tokens does not read later ones", triangle::apply),
     ("joint", "a softmax over scores with columns in front is one of each part", joint::apply),
     ("attention", "scores, softmax and dropout are not written down", attention::apply),
+    ("head", "logits of a large vocabulary are not written down", head::apply),
     ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
 ];
 

@@ -100,6 +100,16 @@ impl Side {
     }
 }
 
+/// Where a product goes: a buffer, steps from row to row and from batch to batch, the first element, and whether what
+/// stands there stays in the sum.
+struct Destination {
+    buffer: BufferId,
+    line: Extent,
+    area: Extent,
+    first: Extent,
+    kept: bool,
+}
+
 impl Lowering<'_, '_, '_> {
     fn side(&mut self, value: Value, axes: Axes) -> (Place, Side) {
         if Side::of(&self.view(value), &axes).is_none() {
@@ -121,27 +131,47 @@ impl Lowering<'_, '_, '_> {
         let all_rows = |axes: Axes| if lead + 2 < ty_x.rank() { Axes { i: 0..axes.i.end, ..axes } } else { axes };
         let (place_a, left) = self.side(x, all_rows(axes(ty_x, lead, transpose_x)));
         let (place_b, right) = self.side(y, axes(ty_y, lead, !transpose_y));
-        let (m, n, depth, batch) = (left.length, right.length.clone(), left.depth, left.batch);
+        let n = right.length.clone();
         let packed = place_b.frozen.is_some() || !right.contiguous;
-        let tile = Tile::of(&m, &n, packed, self.target.cpu.registers());
+        let form = self.form(&left, &place_b, &n, packed);
+
+        let across = Extent::Const(form.tile.columns());
+        let (from_b, lines_b) = match packed {
+            true => {
+                let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
+                let panel = form.factors.steps(left.depth.clone()) * across.clone();
+                let lines = [across, panels.clone() * panel.clone(), Extent::Const(0), panel];
+                (self.pack(&place_b, form, right), lines)
+            }
+            false => (place_b.buffer, [right.line, right.area, right.first, across]),
+        };
+        let (buffer, line, area, first) = self.product_place(result, all_rows(axes(ty, lead, false)));
+        let to = Destination { buffer, line, area, first, kept: false };
+        self.multiply(form, (place_a.buffer, left), (from_b, lines_b), n, to);
+    }
+
+    fn form(&self, left: &Side, place_b: &Place, n: &Extent, packed: bool) -> Form {
         let rounds = self.target.precision == Precision::Bf16 && self.frozen.is_none();
         let factors = match place_b.frozen {
             Some(_) if rounds && !left.contiguous => Factors::Pairs { native: self.target.cpu.multiplies_bf16() },
             _ => Factors::F32,
         };
-        let form = Form { tile, columns_a: left.contiguous, packed, factors };
+        let tile = Tile::of(&left.length, n, packed, self.target.cpu.registers());
+        Form { tile, columns_a: left.contiguous, packed, factors }
+    }
 
-        let across = Extent::Const(tile.columns());
-        let panels = Extent::CeilDiv(Box::new(n.clone()), tile.columns());
-        let (from_b, [line_b, area_b, first_b, panel_b]) = match packed {
-            true => {
-                let panel = factors.steps(depth.clone()) * across.clone();
-                let lines = [across, panels.clone() * panel.clone(), Extent::Const(0), panel];
-                (self.pack(&place_b, tile.columns(), right, factors), lines)
-            }
-            false => (place_b.buffer, [right.line, right.area, right.first, across]),
-        };
-        let (out, line, area, first) = self.product_place(result, all_rows(axes(ty, lead, false)));
+    /// One launch over all of a product's units. B's line, area, first element, and elements from one column panel to
+    /// the next.
+    fn multiply(
+        &mut self,
+        form: Form,
+        (a, left): (BufferId, Side),
+        (b, lines_b): (BufferId, [Extent; 4]),
+        n: Extent,
+        to: Destination,
+    ) {
+        let Side { batch, length: m, depth, .. } = left;
+        let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
         let blocks = Extent::CeilDiv(Box::new(m.clone()), ROWS);
         let shared = match &m {
             Extent::Const(m) if *m <= ROWS => PANELS_OF_FEW_ROWS,
@@ -151,10 +181,47 @@ impl Lowering<'_, '_, '_> {
         let units = batch * blocks.clone() * groups.clone();
         let mut sizes = vec![m, n, depth, blocks, groups, Extent::Const(shared), panels];
         sizes.extend([left.line, left.area, left.first]);
-        sizes.extend([line_b, area_b, first_b, panel_b]);
-        sizes.extend([line, area, first]);
+        sizes.extend(lines_b);
+        sizes.extend([to.line, to.area, to.first, Extent::Const(to.kept.into())]);
         let kernel = self.target.kernel(&form.name(), |name| gemm(name, form));
-        self.launch(kernel, vec![place_a.buffer, from_b, out], sizes, units);
+        self.launch(kernel, vec![a, b, to.buffer], sizes, units);
+    }
+
+    /// A product with some `rows` of y, from a multiple of a tile's columns on: x @ y[rows]ᵀ, or x @ y[rows]; y is
+    /// packed whole. It fills `out`, or is added to what stands there. All of them are row-major.
+    pub(super) fn multiply_rows(
+        &mut self,
+        (x, m): (BufferId, Extent),
+        y: Value,
+        rows: Range<u64>,
+        transpose_y: bool,
+        (out, kept): (BufferId, bool),
+    ) {
+        let [all, across] = [0, 1].map(|axis| product(&self.ty(y).shape[axis..axis + 1]));
+        let some = Extent::Const(rows.end - rows.start);
+        let (whole, n, depth) = match transpose_y {
+            true => ((all, across.clone()), some, across.clone()),
+            false => ((across.clone(), all), across.clone(), some),
+        };
+        let zero = Extent::Const(0);
+        let side = |(length, depth): (Extent, Extent), contiguous, line| {
+            let (batch, area, first) = (Extent::Const(1), zero.clone(), zero.clone());
+            Side { batch, length, depth, contiguous, line, area, first }
+        };
+        let left = side((m, depth.clone()), false, depth);
+        let right = side(whole, !transpose_y, across);
+        let place = self.place(y).clone();
+        let form = self.form(&left, &place, &right.length, true);
+        let columns = form.tile.columns();
+        let panel = form.factors.steps(right.depth.clone()) * Extent::Const(columns);
+        let before = match transpose_y {
+            true => Extent::Const(rows.start / columns) * panel.clone(),
+            false => form.factors.steps(Extent::Const(rows.start)) * Extent::Const(columns),
+        };
+        let packed = self.pack(&place, form, right);
+        let lines = [Extent::Const(columns), zero.clone(), before, panel];
+        let to = Destination { buffer: out, line: n.clone(), area: zero.clone(), first: zero.clone(), kept };
+        self.multiply(form, (x, left), (packed, lines), n, to);
     }
 
     /// Where a product goes: buffer, steps from row to row and from batch to batch, and its first element.
@@ -170,7 +237,8 @@ impl Lowering<'_, '_, '_> {
     }
 
     /// The panels of an operand; the same ones if it has been packed this way before.
-    fn pack(&mut self, place: &Place, width: u64, side: Side, factors: Factors) -> BufferId {
+    fn pack(&mut self, place: &Place, form: Form, side: Side) -> BufferId {
+        let (width, factors) = (form.tile.columns(), form.factors);
         let layout = format!("{width} of {side:?}, {}", factors.suffix());
         let Side { batch, length, depth, contiguous, line, area, first } = side;
         let panels = Extent::CeilDiv(Box::new(length.clone()), width);
@@ -410,10 +478,11 @@ impl Form {
 fn gemm(name: &str, form: Form) -> String {
     let tile = form.tile;
     let element = form.factors.element();
-    define(name, &[Element::F32, element, Element::F32], 17, |k, buffers, sizes| {
+    define(name, &[Element::F32, element, Element::F32], 18, |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
-        let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b, width, area_c, first_c] = first(&sizes[7..]);
+        let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b] = first(&sizes[7..]);
+        let [width, area_c, first_c, kept] = first(&sizes[14..]);
         let rows_of_a = k.scratch(form.room() * ROWS.div_ceil(tile.rows), element);
         let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns(), element) };
         let steps = match form.factors {
@@ -451,7 +520,8 @@ fn gemm(name: &str, form: Form) -> String {
                 } else {
                     copy_rows(k, form, &source, rows_of_a);
                 }
-                let again = k.compare(block, Order::Gt, zero);
+                let again = k.add(block, kept);
+                let again = k.compare(again, Order::Gt, zero);
                 k.each(panel, end_panel, 1, |k, panel| {
                     let columns = k.index(tile.columns());
                     let start = k.mul(panel, columns);

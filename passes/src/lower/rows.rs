@@ -258,7 +258,7 @@ pub(super) fn columns(k: &mut Kernel, unit: Val, width: Val, mut body: impl FnMu
     }
 }
 
-fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
+pub(super) fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
     let lowest = k.float(f64::NEG_INFINITY, VECTOR);
     let largest = k.fold_lanes(span.length, &[lowest], |k, j, mask, largest| {
         let place = k.add(span.base, j);
@@ -269,7 +269,7 @@ fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
     k.splat(largest, LANES)
 }
 
-fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
+pub(super) fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
     let zero = k.float(0.0, VECTOR);
     let sum = k.fold_lanes(span.length, &[zero], |k, j, mask, sum| {
         let place = k.add(span.base, j);
@@ -280,7 +280,7 @@ fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -
 }
 
 /// Stores `value` along the row.
-fn fill(k: &mut Kernel, span: Span, out: Buf, mut value: impl FnMut(&mut Kernel, Val, Val) -> Val) {
+pub(super) fn fill(k: &mut Kernel, span: Span, out: Buf, mut value: impl FnMut(&mut Kernel, Val, Val) -> Val) {
     k.lanes(span.length, |k, j, mask| {
         let place = k.add(span.base, j);
         let y = value(k, place, mask);

@@ -11,13 +11,13 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use super::lower;
+use super::{head, lower};
 use crate::codegen;
 use crate::cpu::{Cpu, Level};
 use crate::fuse::fuse;
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
-use crate::tests::samples::{arguments, cases, single};
+use crate::tests::samples::{arguments, cases, language_head, single};
 
 #[repr(C)]
 struct Memory {
@@ -477,6 +477,45 @@ fn views_of_views() {
         graphs.extend([vec![1], vec![3, 18]].map(|lengths| (graph.clone(), lengths)));
     }
     compare(&graphs, Cpu::Native, 2, CLOSE);
+}
+
+/// One block and several, the last of them not full; each result alone and both of one sweep, over none, one and many
+/// rows; frozen weights and others.
+#[test]
+fn sweeps_over_blocks() {
+    let mut graphs = vec![];
+    let lengths = [vec![], vec![1], vec![37, 3]];
+    for (rows, width) in [(1, 3), (40, 17), (head::BLOCK, 40), (2 * head::BLOCK + 37, 3)] {
+        let types = [Type::f32([Dim::Tokens, Dim::Const(width)]), Type::f32([Dim::Const(rows), Dim::Const(width)])];
+        let both = |role| {
+            let mut graph = Graph::new("both");
+            let (x, w) = (("x", Role::Input), ("w", role));
+            let [x, w] = [(x, 0), (w, 1)].map(|((name, role), i)| graph.arg(name, role, None, types[i].clone()));
+            for op in [Op::LinearMean, Op::LinearLse] {
+                let value = graph.push(op.clone(), &[x, w], &Location::default()).expect("fits");
+                graph.outputs.push((op.name().into(), value));
+            }
+            graph
+        };
+        let alone = [Op::LinearLse, Op::LinearMean].map(|op| single(op, &types));
+        for graph in alone.into_iter().chain([Role::Frozen, Role::Trainable].map(both)) {
+            graphs.extend(lengths.iter().map(|l| (graph.clone(), l.clone())));
+        }
+    }
+    compare(&graphs, Cpu::Native, 2, CLOSE);
+}
+
+/// Logits beyond ±80: the largest so far grows from block to block, and e to most of them is nothing.
+#[test]
+fn sweeps_over_large_logits() {
+    let parts = [(2 * head::BLOCK + 37, Role::Frozen), (3, Role::Trainable)];
+    let graphs = [0.0, 0.1].map(|smoothing| {
+        let graph = differentiate(&language_head(&parts, 3, smoothing, 32.0)).expect("differentiable");
+        (fuse(&graph, |rule| rule == "head").expect("fused"), vec![1])
+    });
+    assert!(graphs.iter().all(|(g, _)| g.nodes.iter().any(|n| n.op == Op::LinearMean)));
+    // Logits of a hundred are known to 10⁻⁵, and so is e to them, relatively.
+    compare(&graphs, Cpu::Native, 2 * head::BLOCK as i32 + 40, 5e-5);
 }
 
 /// The bound `math.rs` names for angles up to 10⁵. Powers of two keep both sides at the same angles.

@@ -1,36 +1,45 @@
 //! Law: the naive form is the meaning. Every rule, alone and with the others, leaves the interpreter's
 //! results alone, on whole models.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
 
-use super::samples::arguments;
+use super::samples::{arguments, language_head};
 use crate::fuse::{RULES, fuse};
 use crate::gradient::differentiate;
-use crate::interpret::{Batch, run};
+use crate::interpret::{Batch, Data, run};
 use crate::partition::partition;
 use crate::remat::remat;
+use crate::rewrite::live;
 
-/// The training graph of a spec with its derivatives, not yet fused.
-fn unfused(path: &Path) -> Graph {
+/// The training graph of a spec with its derivatives, not yet fused: with every output, and with the loss alone.
+fn unfused(path: &Path) -> [Graph; 2] {
     let source = std::fs::read_to_string(path).expect("readable");
     let folder = path.parent().expect("a folder").to_path_buf();
     let resolver = move |import: &str| std::fs::read_to_string(folder.join(import)).map_err(|e| e.to_string());
     let model = peft_grammar::check("spec.peft", &source, &resolver).unwrap_or_else(|e| panic!("{}", e.render(false)));
-    let forward = partition(&model.graph).expect("partitioned");
-    if forward.args.iter().any(|a| a.role == peft_grammar::graph::Role::Trainable) {
-        differentiate(&forward).expect("differentiable")
-    } else {
-        forward
-    }
+    let mut loss = model.graph.clone();
+    loss.outputs.retain(|(name, _)| name == "loss");
+    [&model.graph, &live(&loss)].map(|graph| {
+        let forward = partition(graph).expect("partitioned");
+        if forward.args.iter().any(|a| a.role == Role::Trainable) {
+            differentiate(&forward).expect("differentiable")
+        } else {
+            forward
+        }
+    })
 }
 
 fn assert_same(name: &str, before: &Graph, after: &Graph) {
-    after.verify().unwrap_or_else(|e| panic!("{name}: {e}"));
     let batch = Batch::new(&[5, 1, 3], 2);
-    let args = arguments(before, &batch, 3, 2);
-    let (want, found) = (run(before, &batch, &args).expect("run"), run(after, &batch, &args).expect("run"));
+    assert_same_on(name, before, after, &batch, &arguments(before, &batch, 3, 2));
+}
+
+fn assert_same_on(name: &str, before: &Graph, after: &Graph, batch: &Batch, args: &HashMap<String, Data>) {
+    after.verify().unwrap_or_else(|e| panic!("{name}: {e}"));
+    let (want, found) = (run(before, batch, args).expect("run"), run(after, batch, args).expect("run"));
     for ((output, want), (other, found)) in want.iter().zip(&found) {
         assert_eq!(output, other);
         let largest = want.floats().iter().fold(1e-3_f64, |m, x| m.max(x.abs()));
@@ -47,8 +56,7 @@ fn rules_change_the_work_and_not_the_meaning() {
     specs.retain(|p| p.extension().is_some_and(|e| e == "peft"));
     assert!(!specs.is_empty());
     let mut fired = vec![false; RULES.len() + 1];
-    for path in specs {
-        let graph = unfused(&path);
+    for graph in specs.iter().flat_map(|path| unfused(path)) {
         for (at, (name, ..)) in RULES.iter().enumerate() {
             let alone = fuse(&graph, |rule| rule == *name).expect("fused");
             let none = fuse(&graph, |_| false).expect("rebuilt");
@@ -114,5 +122,56 @@ fn columns_in_front_of_scores() {
             let ragged = fused.nodes.iter().any(|n| fused.ty(n.result).ragged());
             assert_eq!(ragged, !left.is_empty(), "all but `{left}` of {fronts:?}");
         }
+    }
+}
+
+/// Parts of the head that are swept, frozen but narrow, and trained; labels in each of them.
+#[test]
+fn a_head_without_whole_logits() {
+    for (parts, smoothing) in [
+        (vec![(5000, Role::Frozen)], 0.0),
+        (vec![(5000, Role::Frozen)], 0.1),
+        (vec![(4096, Role::Frozen), (3, Role::Trainable)], 0.0),
+        (vec![(7, Role::Frozen), (2, Role::Trainable), (4500, Role::Frozen)], 0.2),
+    ] {
+        let graph = differentiate(&language_head(&parts, 3, smoothing, 1.0)).expect("differentiable");
+        let fused = fuse(&graph, |rule| rule == "head").expect("fused");
+        let wide = |g: &Graph| {
+            let long = |v| matches!(g.ty(v).shape[..], [Dim::Targets, Dim::Const(n)] if n >= 4096);
+            g.nodes.iter().filter(|n| long(n.result)).count()
+        };
+        assert!(wide(&graph) > 0);
+        assert_eq!(wide(&fused), 0, "{parts:?}");
+        let rows: i32 = parts.iter().map(|(n, _)| *n as i32).sum();
+        for targets in [0, 1, 5] {
+            let batch = Batch::new(&[2], targets);
+            let mut args = arguments(&graph, &batch, 7, rows);
+            // The loss of no target is no number; its gradients are.
+            let (mut before, mut after) = (graph.clone(), fused.clone());
+            if targets == 0 {
+                [&mut before, &mut after].into_iter().for_each(|g| g.outputs.retain(|(name, _)| name != "loss"));
+            }
+            assert_same_on("head", &before, &after, &batch, &args);
+            let edges = [0, 6, 7, rows - 2, rows - 1];
+            args.insert("labels".into(), Data::I32(edges[..targets].to_vec()));
+            assert_same_on("head, labels at edges", &before, &after, &batch, &args);
+        }
+    }
+}
+
+/// Where the logits are asked for, where all of W trains, and where there are few classes.
+#[test]
+fn a_head_that_stays_as_it_is() {
+    let small = language_head(&[(300, Role::Frozen)], 3, 0.1, 1.0);
+    let trained = language_head(&[(5000, Role::Trainable)], 3, 0.1, 1.0);
+    let mut given = language_head(&[(5000, Role::Frozen)], 3, 0.1, 1.0);
+    let labels = given.args.iter().find(|a| a.name == "labels").expect("an argument").value;
+    let loss = given.nodes.iter().find(|n| n.operands.get(1) == Some(&labels)).expect("a loss");
+    given.outputs.push(("logits".into(), loss.operands[0]));
+    for forward in [small, trained, given] {
+        let graph = differentiate(&forward).expect("differentiable");
+        let fused = fuse(&graph, |rule| rule == "head").expect("fused");
+        let unchanged = fuse(&graph, |_| false).expect("rebuilt");
+        assert_eq!(fused, unchanged);
     }
 }

@@ -27,6 +27,28 @@ pub fn single(op: Op, operands: &[Type]) -> Graph {
     graph
 }
 
+/// The mean cross entropy of x Wᵀ at every target; W comes in `parts` of some rows each. Logits grow with `scale`.
+pub fn language_head(parts: &[(u64, Role)], width: u64, smoothing: f64, scale: f64) -> Graph {
+    let mut graph = Graph::new("head");
+    let at = Location::default();
+    let rows = [Dim::Targets, Dim::Const(width)];
+    let x = graph.arg("x", Role::Trainable, None, Type::f32(rows));
+    let labels = graph.arg("labels", Role::Input, None, Type::i32([Dim::Targets]));
+    let weight = |graph: &mut Graph, i: usize, (n, role): (u64, Role)| {
+        graph.arg(format!("w{i}"), role, None, Type::f32([Dim::Const(n), Dim::Const(width)]))
+    };
+    let weights: Vec<Value> = parts.iter().enumerate().map(|(i, &part)| weight(&mut graph, i, part)).collect();
+    let mut push = |op: Op, operands: &[Value]| graph.push(op, operands, &at).expect("fits");
+    let x = push(Op::Scale { by: scale }, &[x]);
+    let product = Op::Matmul { transpose_x: false, transpose_y: true };
+    let columns: Vec<Value> = weights.iter().map(|&w| push(product.clone(), &[x, w])).collect();
+    let logits = if let [one] = columns[..] { one } else { push(Op::Concat { axis: 1 }, &columns) };
+    let losses = push(Op::CrossEntropy { smoothing }, &[logits, labels]);
+    let loss = push(Op::Reduce { axes: vec![0], keep: false, mean: true }, &[losses]);
+    graph.outputs.push(("loss".into(), loss));
+    graph
+}
+
 /// Numbers in −1.5 … 1.5 from a counter; never too near 0, where relu and min have no derivative.
 pub fn numbers(seed: u64, n: usize) -> Vec<f64> {
     let word = |i: usize| peft_runtime::philox::philox4x32([i as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
