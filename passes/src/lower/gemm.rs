@@ -465,7 +465,12 @@ impl Form {
     /// Elements between a tile's neighbours in the scratch: its rows, or its steps along k. Rows whose
     /// distance is a power of two would all want the same few lines of the cache.
     fn step(self) -> u64 {
-        if self.columns_a { self.tile.rows.next_multiple_of(LANES) } else { DEPTH + LANES }
+        if self.columns_a { self.tile.rows.next_multiple_of(self.lanes()) } else { DEPTH + LANES }
+    }
+
+    /// Rows that are copied at once if A's lines run along them.
+    fn lanes(self) -> u64 {
+        self.tile.rows.next_power_of_two().min(LANES)
     }
 
     /// Elements of a tile of rows in the scratch.
@@ -634,10 +639,10 @@ fn copy_columns(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
             let place = k.add(target, place);
             let from = k.add(from, r);
             let left = k.sub(rows, r);
-            for lane in (0..form.tile.rows).step_by(LANES as usize) {
+            for lane in (0..form.tile.rows).step_by(form.lanes() as usize) {
                 let offset = k.index(lane);
                 let here = k.sub(left, offset);
-                let mask = k.mask(here, LANES);
+                let mask = k.mask(here, form.lanes());
                 let at = k.add(from, offset);
                 let x = k.load_lanes(buffer, at, mask);
                 let at = k.add(place, offset);

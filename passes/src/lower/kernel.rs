@@ -8,6 +8,9 @@ use std::fmt::Write;
 
 use peft_runtime::artifact::Element;
 
+/// Bytes of a scratch: threads have stacks of 2 MiB, and nothing would tell when one ends.
+const SCRATCH: u64 = 1 << 18;
+
 /// Elements of one vector: a register of AVX-512, two of AVX2.
 pub const LANES: u64 = 16;
 
@@ -428,6 +431,7 @@ impl Kernel {
 
     /// `n` elements of the kernel's own, on its stack: to be asked for outside of loops.
     pub fn scratch(&mut self, n: u64, element: Element) -> Buf {
+        assert!(n * element.bytes() <= SCRATCH, "{n} elements are too many for a thread's stack");
         let (room, flat) = (self.fresh(INDEX), self.fresh(INDEX));
         let buffer = Buf { id: flat.id, element };
         let ty = format!("memref<{n}x{}>", buffer.scalar());

@@ -28,10 +28,15 @@ struct Memory {
     stride: i64,
 }
 
+/// Words before and behind a buffer that nothing may write.
+const GUARD: usize = 64;
+const UNTOUCHED: u32 = 0x7fa5_5aa5;
+
 struct Machine<'a> {
     manifest: &'a Manifest,
     library: &'a libloading::Library,
     sizes: Sizes,
+    /// Every buffer between its guards.
     memory: Vec<Vec<u32>>,
 }
 
@@ -47,8 +52,9 @@ impl Machine<'_> {
                 .iter()
                 .map(|&b| {
                     let memory = &mut self.memory[b];
-                    let at = memory.as_mut_ptr();
-                    Memory { allocated: at, aligned: at, offset: 0, size: memory.len() as i64, stride: 1 }
+                    let size = memory.len() - 2 * GUARD;
+                    let at = memory[GUARD..].as_mut_ptr();
+                    Memory { allocated: at, aligned: at, offset: 0, size: size as i64, stride: 1 }
                 })
                 .collect();
             let mut pointers: Vec<*mut Memory> = buffers.iter_mut().map(|m| m as *mut Memory).collect();
@@ -59,6 +65,11 @@ impl Machine<'_> {
                 pointers.chain(numbers.iter_mut().map(|n| n as *mut i64 as *mut c_void)).collect();
             // SAFETY: arguments as the manifest lists them, all alive.
             unsafe { kernel(args.as_mut_ptr()) };
+            for &buffer in &launch.buffers {
+                let memory = &self.memory[buffer];
+                let mut guards = memory[..GUARD].iter().chain(&memory[memory.len() - GUARD..]);
+                assert!(guards.all(|&word| word == UNTOUCHED), "`{name}` writes beyond a buffer: {launch:?}");
+            }
         }
     }
 }
@@ -128,7 +139,9 @@ impl<'g> Compiled<'g> {
             let args: HashMap<String, Data> = args.into_iter().map(|(k, v)| (k, round(v))).collect();
             let want = interpret::run(graph, &batch, &args).expect("interpreted");
             let sizes = sizes_of(&batch, lengths);
-            let memory = manifest.buffers.iter().map(|b| bind(b, manifest, lengths, &sizes, &args)).collect();
+            let guarded = |words: Vec<u32>| [&[UNTOUCHED; GUARD], &words[..], &[UNTOUCHED; GUARD]].concat();
+            let memory = manifest.buffers.iter().map(|b| guarded(bind(b, manifest, lengths, &sizes, &args)));
+            let memory = memory.collect();
             let mut machine = Machine { manifest, library: &self.library, sizes, memory };
             let entry = &manifest.entries["grad"];
             for launch in manifest.prepare.iter().chain(&entry.launches) {
@@ -137,7 +150,9 @@ impl<'g> Compiled<'g> {
             for (output, (name, want)) in entry.outputs.iter().zip(&want) {
                 assert_eq!(output.name, *name);
                 assert_eq!(manifest.buffers[output.buffer].element, Element::F32);
-                let found: Vec<f32> = machine.memory[output.buffer].iter().map(|&x| f32::from_bits(x)).collect();
+                let words = &machine.memory[output.buffer];
+                let words = &words[GUARD..words.len() - GUARD];
+                let found: Vec<f32> = words.iter().map(|&x| f32::from_bits(x)).collect();
                 let want = want.floats();
                 assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
                 judge(Outcome { graph, batch: &batch, args: &args, name, found: &found, want });
