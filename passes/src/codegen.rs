@@ -56,7 +56,8 @@ pub fn read(dialect: &Dialect, text: &str) -> Result<String, Error> {
 /// Compiles the kernels and links them to the library `out`.
 pub fn compile(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
     let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;
-    let parts = std::thread::available_parallelism().map_or(1, |n| n.get()).clamp(1, 8);
+    // None without a kernel: LLVM makes no engine of an empty module.
+    let parts = std::thread::available_parallelism().map_or(1, |n| n.get()).min(kernels.len()).clamp(1, 8);
     let mut shards = vec![vec![]; parts];
     // The largest first, each to where there is least.
     let mut order: Vec<&String> = kernels.iter().collect();
