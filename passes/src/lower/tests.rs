@@ -248,7 +248,7 @@ fn every_operation_and_its_derivative() {
 /// The same for every level of processors that this one can stand for.
 #[test]
 fn every_level_of_processors() {
-    let graphs = [operations(&[(3, 40, 17)]), products(), short_attention()].concat();
+    let graphs = [operations(&[(3, 40, 17)]), products(), short_attention(), sweeps()].concat();
     for (level, name) in Level::ALL {
         let cpu = Cpu::Level(level);
         let missing = cpu.features().into_iter().find(|f| !Cpu::Native.features().contains(f));
@@ -494,30 +494,54 @@ fn views_of_views() {
     compare(&graphs, Cpu::Native, 2, CLOSE);
 }
 
+/// Both results of one sweep.
+fn sweep(rows: u64, width: u64, role: Role) -> Graph {
+    let mut graph = Graph::new("sweep");
+    let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Tokens, Dim::Const(width)]));
+    let w = graph.arg("w", role, None, Type::f32([Dim::Const(rows), Dim::Const(width)]));
+    for op in [Op::LinearMean, Op::LinearLse] {
+        let value = graph.push(op.clone(), &[x, w], &Location::default()).expect("fits");
+        graph.outputs.push((op.name().into(), value));
+    }
+    graph
+}
+
 /// One block and several, the last of them not full; each result alone and both of one sweep, over none, one and many
 /// rows; frozen weights and others.
-#[test]
-fn sweeps_over_blocks() {
+fn sweeps() -> Cases {
     let mut graphs = vec![];
-    let lengths = [vec![], vec![1], vec![37, 3]];
     for (rows, width) in [(1, 3), (40, 17), (head::BLOCK, 40), (2 * head::BLOCK + 37, 3)] {
         let types = [Type::f32([Dim::Tokens, Dim::Const(width)]), Type::f32([Dim::Const(rows), Dim::Const(width)])];
-        let both = |role| {
-            let mut graph = Graph::new("both");
-            let (x, w) = (("x", Role::Input), ("w", role));
-            let [x, w] = [(x, 0), (w, 1)].map(|((name, role), i)| graph.arg(name, role, None, types[i].clone()));
-            for op in [Op::LinearMean, Op::LinearLse] {
-                let value = graph.push(op.clone(), &[x, w], &Location::default()).expect("fits");
-                graph.outputs.push((op.name().into(), value));
-            }
-            graph
-        };
         let alone = [Op::LinearLse, Op::LinearMean].map(|op| single(op, &types));
-        for graph in alone.into_iter().chain([Role::Frozen, Role::Trainable].map(both)) {
-            graphs.extend(lengths.iter().map(|l| (graph.clone(), l.clone())));
+        let both = [Role::Frozen, Role::Trainable].map(|role| sweep(rows, width, role));
+        for graph in alone.into_iter().chain(both) {
+            graphs.extend([vec![], vec![1], vec![37, 3]].map(|lengths| (graph.clone(), lengths)));
         }
     }
-    compare(&graphs, Cpu::Native, 2, CLOSE);
+    graphs
+}
+
+#[test]
+fn sweeps_over_blocks() {
+    compare(&sweeps(), Cpu::Native, 2, CLOSE);
+}
+
+/// What the bound on products makes of both results: numbers are below 1.5, and so is what the softmax expects of them.
+#[test]
+fn sweeps_in_bf16() {
+    let sizes = [(head::BLOCK, 3), (2 * head::BLOCK + 37, 3)];
+    let graphs: Cases = sizes.map(|(rows, width)| (sweep(rows, width, Role::Frozen), vec![37, 3])).into();
+    for cpu in [Cpu::Native, Cpu::Level(Level::V1)] {
+        Compiled::new(&graphs, cpu, Precision::Bf16).run(2, |outcome| {
+            let Outcome { name, found, want, .. } = outcome;
+            let share = 1.0 / 128.0 + 1e-4;
+            let score = share * 3.0 * 1.5 * 1.5;
+            let bound = if name == "linear_lse" { score } else { 1.5 * (2.0 * score + share) };
+            for (found, want) in found.iter().zip(want) {
+                assert!((f64::from(*found) - want).abs() <= bound, "{name}: {found}, not {want}, on {cpu}");
+            }
+        });
+    }
 }
 
 /// Logits beyond ±80: the largest so far grows from block to block, and e to most of them is nothing.
