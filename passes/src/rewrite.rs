@@ -14,8 +14,6 @@ pub struct Rewriter {
     /// What has been computed, by operation and operands.
     known: HashMap<(&'static str, Vec<Value>), Vec<usize>>,
     location: Location,
-    /// How often each value of the *old* graph is read, outputs included; by new value.
-    uses: HashMap<Value, usize>,
     /// New values of the old graph's outputs.
     outputs: HashSet<Value>,
 }
@@ -25,16 +23,11 @@ pub fn rewrite(
     graph: &Graph,
     mut rule: impl FnMut(&mut Rewriter, &Op, &[Value]) -> Result<Option<Value>, String>,
 ) -> Result<Graph, String> {
-    let mut old_uses = vec![0; graph.values()];
-    graph.nodes.iter().flat_map(|n| &n.operands).for_each(|v| old_uses[v.0 as usize] += 1);
-    graph.outputs.iter().for_each(|(_, v)| old_uses[v.0 as usize] += 1);
-
     let mut new = Rewriter {
         graph: Graph::new(graph.name.clone()),
         made_by: HashMap::new(),
         known: HashMap::new(),
         location: Location::default(),
-        uses: HashMap::new(),
         outputs: HashSet::new(),
     };
     let given: HashSet<Value> = graph.outputs.iter().map(|(_, v)| *v).collect();
@@ -51,7 +44,6 @@ pub fn rewrite(
             None => new.op(op.clone(), &operands)?,
         };
         map[result.0 as usize] = Some(value);
-        *new.uses.entry(value).or_default() += old_uses[result.0 as usize];
         if given.contains(result) {
             new.outputs.insert(value);
         }
@@ -85,11 +77,6 @@ impl Rewriter {
     /// The graph gives `value` away.
     pub fn is_output(&self, value: Value) -> bool {
         self.outputs.contains(&value)
-    }
-
-    /// Only one operation reads `value`, and it is no output.
-    pub fn single_use(&self, value: Value) -> bool {
-        self.uses.get(&value).is_none_or(|&n| n <= 1)
     }
 }
 

@@ -135,7 +135,7 @@ pub(super) fn around(ty: &Type, axis: usize) -> (Extent, Extent, Extent) {
     (product(&all[..axis]), dim_extent(ty.shape[axis]), product(&all[axis + 1..]))
 }
 
-fn move_row(k: &mut Kernel, (from, source): (Buf, Val), (to, target): (Buf, Val), length: Val) {
+pub(super) fn move_row(k: &mut Kernel, (from, source): (Buf, Val), (to, target): (Buf, Val), length: Val) {
     k.lanes(length, |k, j, mask| {
         let place = k.add(source, j);
         let x = k.load_lanes(from, place, mask);

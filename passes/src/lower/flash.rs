@@ -22,7 +22,7 @@ use super::random::{self, DRAWN};
 use super::rows;
 use super::span::Span;
 use super::view::{ONE, Step, View};
-use super::{Lowering, dim_extent, math};
+use super::{Lowering, copy, dim_extent, math};
 
 /// Lengths are rounded up to this many, so that vectors need no masks: what one call of the generator decides over.
 const STEP: u64 = DRAWN;
@@ -297,12 +297,7 @@ fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val) -> Rows {
     let rows = Rows { buffer: unit.factor, base, line: width };
     k.each(zero, unit.segment.length, 1, |k, i| {
         let (source, target) = (from.row(k, i), rows.row(k, i));
-        k.lanes(width, |k, e, mask| {
-            let place = k.add(source, e);
-            let x = k.load_lanes(from.buffer, place, mask);
-            let place = k.add(target, e);
-            k.store_lanes(x, rows.buffer, place, mask);
-        });
+        copy::move_row(k, (from.buffer, source), (rows.buffer, target), width);
     });
     rows
 }

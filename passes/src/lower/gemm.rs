@@ -262,10 +262,7 @@ impl Lowering<'_, '_, '_> {
             }
         };
         let name = format!("pack{width}_{}{}", if contiguous { "columns" } else { "rows" }, factors.suffix());
-        let kernel = self.target.kernel(&name, |name| match factors {
-            Factors::F32 => pack_kernel(name, width, contiguous),
-            Factors::Pairs { native } => pack_pairs(name, width, contiguous, native),
-        });
+        let kernel = self.target.kernel(&name, |name| pack_kernel(name, width, contiguous, factors));
         let label = std::mem::replace(&mut self.label, "pack".into());
         let sizes = vec![length, depth, panels, line, area, first];
         self.launch(kernel, vec![place.buffer, packed], sizes, units);
@@ -275,9 +272,9 @@ impl Lowering<'_, '_, '_> {
     }
 }
 
-/// One panel a unit.
-fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
-    define(name, &[Element::F32; 2], 6, |k, buffers, sizes| {
+/// One panel a unit. What completes a last pair along k is zero.
+fn pack_kernel(name: &str, width: u64, contiguous: bool, factors: Factors) -> String {
+    define(name, &[Element::F32, factors.element()], 6, |k, buffers, sizes| {
         let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
@@ -286,33 +283,48 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
             let across = k.index(width);
             let start = k.mul(panel, across);
             let left = k.sub(length, start);
-            let size = k.mul(depth, across);
+            let steps = factors.steps_in(k, depth);
+            let size = k.mul(steps, across);
             let out = k.mul(unit, size);
             let zero = k.index(0);
             if contiguous {
-                k.each(zero, depth, 1, |k, at| {
+                k.each(zero, steps, 1, |k, step| {
+                    let at = factors.depth_at(k, step);
                     let row = k.mul(at, line);
                     let row = k.add(row, start);
                     let row = k.add(row, area);
-                    let step = k.mul(at, across);
-                    let step = k.add(out, step);
+                    let target = k.mul(step, across);
+                    let target = k.add(out, target);
                     for lane in (0..width).step_by(LANES as usize) {
-                        let lanes = (width - lane).min(LANES);
                         let offset = k.index(lane);
                         let here = k.sub(left, offset);
-                        let mask = k.mask(here, lanes);
+                        let mask = k.mask(here, LANES);
                         let source = k.add(row, offset);
                         let x = k.load_lanes(from, source, mask);
-                        let target = k.add(step, offset);
+                        let x = match factors {
+                            Factors::F32 => x,
+                            Factors::Pairs { native } => {
+                                let one = k.index(1);
+                                let rest = k.sub(depth, at);
+                                let whole = k.compare(rest, Order::Gt, one);
+                                let both = k.select(whole, here, zero);
+                                let mask = k.mask(both, LANES);
+                                let below = k.add(source, line);
+                                let below = k.load_lanes(from, below, mask);
+                                let x = k.interleave(x, below);
+                                k.pairs(native, x)
+                            }
+                        };
+                        let target = k.add(target, offset);
                         k.store_vector(x, to, target);
                     }
                 });
             } else {
                 // Rows in blocks of lanes along k: one cache line of each row is read while it is warm.
-                k.each(zero, depth, LANES, |k, block| {
+                k.each(zero, steps, LANES, |k, block| {
                     let end = k.index(LANES);
                     let end = k.add(block, end);
-                    let end = k.min(end, depth);
+                    let end = k.min(end, steps);
                     k.each(zero, across, 1, |k, i| {
                         let exists = k.compare(i, Order::Lt, left);
                         let row = k.add(start, i);
@@ -320,83 +332,31 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool) -> String {
                         let row = k.mul(row, line);
                         let row = k.add(row, area);
                         let nothing = k.float(0.0, F32);
-                        k.each(block, end, 1, |k, at| {
+                        k.each(block, end, 1, |k, step| {
+                            let at = factors.depth_at(k, step);
                             let source = k.add(row, at);
-                            let x = k.load(from, source);
-                            let x = k.select(exists, x, nothing);
-                            let target = k.mul(at, across);
+                            let target = k.mul(step, across);
                             let target = k.add(target, i);
                             let target = k.add(target, out);
-                            k.store(x, to, target);
+                            match factors {
+                                Factors::F32 => {
+                                    let x = k.load(from, source);
+                                    let x = k.select(exists, x, nothing);
+                                    k.store(x, to, target);
+                                }
+                                Factors::Pairs { native } => {
+                                    let rest = k.sub(depth, at);
+                                    let here = k.select(exists, rest, zero);
+                                    let mask = k.mask(here, 2);
+                                    let x = k.load_lanes(from, source, mask);
+                                    let x = k.pairs(native, x);
+                                    k.store_vector(x, to, target);
+                                }
+                            }
                         });
                     });
                 });
             }
-        });
-    })
-}
-
-/// ⌈n/2⌉
-fn pairs_of(k: &mut Kernel, n: Val) -> Val {
-    let (one, two) = (k.index(1), k.index(2));
-    let n = k.add(n, one);
-    k.div(n, two)
-}
-
-/// The same of pairs along k. What completes the last one is zero.
-fn pack_pairs(name: &str, width: u64, contiguous: bool, native: bool) -> String {
-    define(name, &[Element::F32, Element::I32], 6, |k, buffers, sizes| {
-        let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
-        k.units(|k, unit| {
-            let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
-            let area = k.mul(batch, area);
-            let area = k.add(area, first_column);
-            let (zero, two, across) = (k.index(0), k.index(2), k.index(width));
-            let start = k.mul(panel, across);
-            let left = k.sub(length, start);
-            let steps = pairs_of(k, depth);
-            let size = k.mul(steps, across);
-            let out = k.mul(unit, size);
-            k.each(zero, steps, 1, |k, step| {
-                let at = k.mul(step, two);
-                let rest = k.sub(depth, at);
-                let target = k.mul(step, across);
-                let target = k.add(out, target);
-                if contiguous {
-                    let row = k.mul(at, line);
-                    let row = k.add(row, start);
-                    let row = k.add(row, area);
-                    let below = k.add(row, line);
-                    let one = k.index(1);
-                    let whole = k.compare(rest, Order::Gt, one);
-                    for lane in (0..width).step_by(LANES as usize) {
-                        let offset = k.index(lane);
-                        let here = k.sub(left, offset);
-                        let both = k.select(whole, here, zero);
-                        let (mask, mask_below) = (k.mask(here, LANES), k.mask(both, LANES));
-                        let (upper, lower) = (k.add(row, offset), k.add(below, offset));
-                        let (upper, lower) = (k.load_lanes(from, upper, mask), k.load_lanes(from, lower, mask_below));
-                        let x = k.interleave(upper, lower);
-                        let x = k.pairs(native, x);
-                        let target = k.add(target, offset);
-                        k.store_vector(x, to, target);
-                    }
-                } else {
-                    k.each(zero, across, 1, |k, i| {
-                        let exists = k.compare(i, Order::Lt, left);
-                        let row = k.add(start, i);
-                        let row = k.mul(row, line);
-                        let row = k.add(row, area);
-                        let row = k.add(row, at);
-                        let here = k.select(exists, rest, zero);
-                        let mask = k.mask(here, 2);
-                        let x = k.load_lanes(from, row, mask);
-                        let x = k.pairs(native, x);
-                        let target = k.add(target, i);
-                        k.store_vector(x, to, target);
-                    });
-                }
-            });
         });
     })
 }
@@ -424,6 +384,29 @@ impl Factors {
         match self {
             Factors::F32 => depth,
             Factors::Pairs { .. } => Extent::CeilDiv(Box::new(depth), 2),
+        }
+    }
+
+    /// The same in a kernel.
+    fn steps_in(self, k: &mut Kernel, depth: Val) -> Val {
+        match self {
+            Factors::F32 => depth,
+            Factors::Pairs { .. } => {
+                let (one, two) = (k.index(1), k.index(2));
+                let more = k.add(depth, one);
+                k.div(more, two)
+            }
+        }
+    }
+
+    /// Where a step begins along k.
+    fn depth_at(self, k: &mut Kernel, step: Val) -> Val {
+        match self {
+            Factors::F32 => step,
+            Factors::Pairs { .. } => {
+                let two = k.index(2);
+                k.mul(step, two)
+            }
         }
     }
 
@@ -490,10 +473,7 @@ fn gemm(name: &str, form: Form) -> String {
         let [width, area_c, first_c, kept] = first(&sizes[14..]);
         let rows_of_a = k.scratch(form.room() * ROWS.div_ceil(tile.rows), element);
         let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns(), element) };
-        let steps = match form.factors {
-            Factors::F32 => depth,
-            Factors::Pairs { .. } => pairs_of(k, depth),
-        };
+        let steps = form.factors.steps_in(k, depth);
         k.units(|k, unit| {
             // Neighbours share their part of B: it is read from memory once.
             let row = k.rem(unit, blocks);
@@ -589,9 +569,9 @@ struct Source {
 /// Row by row. Those that fill the last tile are the last row again: what comes of them is not written.
 fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
     let &Source { buffer, base, line, row, rows, block, length, depth } = source;
-    let (zero, one, two) = (k.index(0), k.index(1), k.index(2));
+    let (zero, one) = (k.index(0), k.index(1));
     let last = k.sub(rows, one);
-    let start = if let Factors::Pairs { .. } = form.factors { k.mul(block, two) } else { block };
+    let start = form.factors.depth_at(k, block);
     let left = k.sub(depth, start);
     let base = k.add(base, start);
     let tile = k.index(form.tile.rows);
@@ -607,15 +587,16 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
         let step = k.index(form.step());
         let target = k.mul(r, step);
         k.lanes(length, |k, j, mask| {
-            let x = if let Factors::Pairs { native } = form.factors {
-                let j = k.mul(j, two);
-                let (at, here) = (k.add(from, j), k.sub(left, j));
-                let mask = k.mask(here, 2 * LANES);
-                let x = k.load_lanes(buffer, at, mask);
-                k.pairs(native, x)
-            } else {
-                let at = k.add(from, j);
-                k.load_lanes(buffer, at, mask)
+            let ahead = form.factors.depth_at(k, j);
+            let at = k.add(from, ahead);
+            let x = match form.factors {
+                Factors::F32 => k.load_lanes(buffer, at, mask),
+                Factors::Pairs { native } => {
+                    let here = k.sub(left, ahead);
+                    let mask = k.mask(here, 2 * LANES);
+                    let x = k.load_lanes(buffer, at, mask);
+                    k.pairs(native, x)
+                }
             };
             let at = k.add(target, j);
             k.store_vector(x, to, at);

@@ -12,10 +12,10 @@
 //! lse = m + ln z,  mean = y / z
 //! ```
 
-use peft_grammar::graph::{Node, Op, Value};
+use peft_grammar::graph::{Node, Op};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
+use super::kernel::{Buf, F32, Kernel, LANES, Order, Val, define, first};
 use super::span::Span;
 use super::{Lowering, dim_extent, math, rows};
 
@@ -23,18 +23,19 @@ use super::{Lowering, dim_extent, math, rows};
 pub(super) const BLOCK: u64 = 4096;
 
 impl Lowering<'_, '_, '_> {
-    /// The result of `op` on x and W; of the other operation on the same operands as well, if the entry has it.
-    pub(super) fn sweep(&mut self, op: &Op, x: Value, w: Value, result: Value) {
-        if self.places[result.0 as usize].is_some() {
+    /// The result of `node`; of the other operation on the same operands as well, if the entry has it.
+    pub(super) fn sweep(&mut self, node: &Node) {
+        if self.places[node.result.0 as usize].is_some() {
             return;
         }
-        let find = |wanted: &Op| {
-            let same = |n: &&Node| n.op == *wanted && n.operands == [x, w];
+        let (x, w) = (node.operands[0], node.operands[1]);
+        let find = |op: Op| {
+            let same = |n: &&Node| n.op == op && n.operands == node.operands;
             // What is prepared is bound by its own name: each for itself.
             let found = self.graph.nodes.iter().find(same).filter(|_| self.frozen.is_none());
-            found.map(|n| n.result).or((op == wanted).then_some(result))
+            found.map(|n| n.result).or((op == node.op).then_some(node.result))
         };
-        let (lse, mean) = (find(&Op::LinearLse), find(&Op::LinearMean));
+        let (lse, mean) = (find(Op::LinearLse), find(Op::LinearMean));
         let [lse, mean] = [lse, mean].map(|v| v.map(|v| self.result(v)));
 
         let rows = dim_extent(self.ty(x).shape[0]);
@@ -87,7 +88,8 @@ impl Lowering<'_, '_, '_> {
                     let now = k.max(block, before);
                     let grown = k.sub(before, now);
                     let factor = math::exp(k, grown);
-                    let more = exponentials(k, scores, span, now, mean.is_some());
+                    let max = k.splat(now, LANES);
+                    let more = rows::powers(k, scores, span, max, mean.map(|_| scores));
                     let sum = k.mul(sum, factor);
                     let sum = k.add(sum, more);
                     k.store(now, state, most);
@@ -155,21 +157,6 @@ fn state_of(k: &mut Kernel, row: Val) -> [Val; 2] {
     let (one, two) = (k.index(1), k.index(2));
     let most = k.mul(row, two);
     [most, k.add(most, one)]
-}
-
-/// Σ e^{s − max}; the exponentials take the place of s where they are `kept`.
-fn exponentials(k: &mut Kernel, scores: Buf, span: Span, max: Val, kept: bool) -> Val {
-    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
-    let max = k.splat(max, LANES);
-    rows::sum(k, span, |k, place, mask| {
-        let s = k.load_masked(scores, place, mask, lowest);
-        let s = k.sub(s, max);
-        let e = math::exp(k, s);
-        if kept {
-            k.store_lanes(e, scores, place, mask);
-        }
-        e
-    })
 }
 
 /// Row `row` of `x` times `by`.

@@ -348,7 +348,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
                 self.flash(Part::Adjoint(*of), operands, form, (*stream, *column), node.result);
             }
-            Op::LinearLse | Op::LinearMean => self.sweep(&node.op, operands[0], operands[1], node.result),
+            Op::LinearLse | Op::LinearMean => self.sweep(node),
             _ => {
                 let buffers: Vec<BufferId> = operands.iter().map(|&v| self.dense(v)).collect();
                 self.row_major(node, &buffers)?;

@@ -302,17 +302,24 @@ fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
     });
 }
 
-/// out = e^{x − max}; gives the one over their sum, in every lane.
-pub(super) fn exponentials(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) -> Val {
-    let max = largest(k, x, span);
+/// Σ e^{x − max} of a max in every lane; the powers themselves go to `out`, if there is one.
+pub(super) fn powers(k: &mut Kernel, x: Buf, span: Span, max: Val, out: Option<Buf>) -> Val {
     let lowest = k.float(f64::NEG_INFINITY, VECTOR);
-    let total = sum(k, span, |k, place, mask| {
+    sum(k, span, |k, place, mask| {
         let x = k.load_masked(x, place, mask, lowest);
         let x = k.sub(x, max);
         let e = math::exp(k, x);
-        k.store_lanes(e, out, place, mask);
+        if let Some(out) = out {
+            k.store_lanes(e, out, place, mask);
+        }
         e
-    });
+    })
+}
+
+/// out = e^{x − max}; gives the one over their sum, in every lane.
+pub(super) fn exponentials(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) -> Val {
+    let max = largest(k, x, span);
+    let total = powers(k, x, span, max, Some(out));
     let one = k.float(1.0, F32);
     let share = k.div(one, total);
     k.splat(share, LANES)
@@ -391,12 +398,7 @@ fn normalize_vjp(k: &mut Kernel, [x, dy, out]: [Buf; 3], span: Span, eps: f64) {
 /// ln Σ eˣ of a row.
 pub(super) fn logsumexp(k: &mut Kernel, x: Buf, span: Span) -> Val {
     let max = largest(k, x, span);
-    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
-    let total = sum(k, span, |k, place, mask| {
-        let x = k.load_masked(x, place, mask, lowest);
-        let x = k.sub(x, max);
-        math::exp(k, x)
-    });
+    let total = powers(k, x, span, max, None);
     let total = math::log(k, total);
     let max = k.lane(max, 0);
     k.add(max, total)

@@ -61,6 +61,11 @@ impl<'a> Opcode<'a> {
         }
     }
 
+    /// The first modifier, from the left, that is one of these words.
+    pub fn needed_word(&mut self, words: &[&'static str]) -> Decoded<&'static str> {
+        self.needed_one_of(&words.iter().map(|&word| (word, word)).collect::<Vec<_>>())
+    }
+
     /// The next type from the left.
     pub fn ty(&mut self) -> Decoded<Type> {
         match self.modifiers.iter().position(|m| Type::parse(m).is_some()) {

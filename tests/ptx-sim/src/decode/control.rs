@@ -132,14 +132,7 @@ impl<'a> Decoder<'a, '_> {
         if !op.take("sync") {
             return unknown("`redux` without `.sync`");
         }
-        let name = op.needed_one_of(&[
-            ("add", "add"),
-            ("min", "min"),
-            ("max", "max"),
-            ("and", "and"),
-            ("or", "or"),
-            ("xor", "xor"),
-        ])?;
+        let name = op.needed_word(&["add", "min", "max", "and", "or", "xor"])?;
         let ty = op.ty()?;
         let spelt = format!("{name}.{}", spell(ty));
         let Some(arithmetic) = arithmetic::decode(&mut Opcode::new(&spelt)) else {

@@ -107,18 +107,7 @@ impl<'a> Decoder<'a, '_> {
         op.drop_memory_hints();
         let space = Self::take_space(op);
         op.take("noftz");
-        let name = op.needed_one_of(&[
-            ("add", "add"),
-            ("min", "min"),
-            ("max", "max"),
-            ("and", "and"),
-            ("or", "or"),
-            ("xor", "xor"),
-            ("exch", "exch"),
-            ("cas", "cas"),
-            ("inc", "inc"),
-            ("dec", "dec"),
-        ])?;
+        let name = op.needed_word(&["add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"])?;
         let ty = op.ty()?;
         let (result, rest) = match (op.name, args) {
             ("atom", [result, rest @ ..]) => (self.result(result, ty.bits())?, rest),
