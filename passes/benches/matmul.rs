@@ -172,7 +172,8 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
         }
     }
     let entries: Vec<(&str, &Graph)> = products.iter().map(|p| p.name).zip(&graphs).collect();
-    let mut lowered = lower::lower(&entries, &tensors, Cpu::Native, precision).expect("lowered");
+    let mut lowered =
+        lower::lower(&entries, &tensors, lower::Options { precision, ..Default::default() }).expect("lowered");
     add_peak(&mut lowered, precision);
 
     let folder = tempfile::tempdir().expect("a directory");

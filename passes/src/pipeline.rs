@@ -12,7 +12,7 @@ use crate::fold::fold;
 use crate::fuse::{RULES, fuse};
 use crate::gradient::{differentiate, settle};
 use crate::inference::inference;
-use crate::lower::{Lowered, lower};
+use crate::lower::{self, Lowered, lower};
 use crate::partition::partition;
 use crate::remat::remat;
 use crate::rewrite::live;
@@ -128,7 +128,7 @@ impl Default for Options {
 
 /// What [`Options::without`] takes, beside `all`.
 pub fn rules() -> Vec<&'static str> {
-    RULES.iter().map(|(name, ..)| *name).chain(["remat"]).collect()
+    RULES.iter().map(|(name, ..)| *name).chain(["remat", "epilogue"]).collect()
 }
 
 /// How long each stage took.
@@ -153,7 +153,8 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
     way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { settle(&g) })?;
     way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule))?;
     way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g) } else { Ok(g) })?;
-    way.lower(model, options.cpu)
+    let (cpu, precision, epilogues) = (options.cpu, model.train.precision, rule("epilogue"));
+    way.lower(model, lower::Options { cpu, precision, epilogues })
 }
 
 /// Entries on their way.
@@ -191,13 +192,13 @@ impl<'d> Way<'d> {
         Ok(())
     }
 
-    fn lower(mut self, model: &Model, cpu: Cpu) -> Result<Compiled, Error> {
+    fn lower(mut self, model: &Model, options: lower::Options) -> Result<Compiled, Error> {
         let mut lowered = None;
         if self.until >= Stage::Loops {
             let begun = Instant::now();
             let named: Vec<(&str, &Graph)> = self.graphs.iter().map(|g| (g.name.as_str(), g)).collect();
             let blame = |message| Error::Invalid { stage: "loops".into(), message };
-            lowered = Some(lower(&named, &tensors(model), cpu, model.train.precision).map_err(blame)?);
+            lowered = Some(lower(&named, &tensors(model), options).map_err(blame)?);
             self.timings.push(("loops", begun.elapsed()));
         }
         Ok(Compiled { graphs: self.graphs, lowered, timings: self.timings })

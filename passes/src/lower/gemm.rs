@@ -19,6 +19,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
+use super::epilogue::Epilogue;
 use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
@@ -96,7 +97,9 @@ impl Side {
         };
         let [batch, length, depth] = [batch, i, k].map(|axes| product(&view.shape[axes.clone()]));
         let line = if contiguous { step_k } else { step_i }.extent();
-        Some(Side { batch, length, depth, contiguous, line, area: area.extent(), first: view.first.clone() })
+        // One batch takes no steps: it is packed alike whatever axes it has.
+        let area = if batch == Extent::Const(1) { Extent::Const(0) } else { area.extent() };
+        Some(Side { batch, length, depth, contiguous, line, area, first: view.first.clone() })
     }
 }
 
@@ -119,7 +122,9 @@ impl Lowering<'_, '_, '_> {
         (self.place(value).clone(), side)
     }
 
-    pub(super) fn matmul(&mut self, x: Value, y: Value, transpose_x: bool, transpose_y: bool, result: Value) {
+    pub(super) fn matmul(&mut self, at: usize, transpose_x: bool, transpose_y: bool) -> Result<(), String> {
+        let node = &self.graph.nodes[at];
+        let (x, y, result) = (node.operands[0], node.operands[1], node.result);
         let axes = |ty: &Type, lead: usize, turned: bool| {
             let (row, column) = (ty.rank() - 2..ty.rank() - 1, ty.rank() - 1..ty.rank());
             let (i, k) = if turned { (column, row) } else { (row, column) };
@@ -145,9 +150,20 @@ impl Lowering<'_, '_, '_> {
             }
             false => (place_b.buffer, [right.line, right.area, right.first, across]),
         };
+        let followers = self.followers(at);
+        if let Some(&root) = followers.first()
+            && self.uses[result.0 as usize] == 1
+        {
+            // Nothing else reads the product: it lies where what is made of it will.
+            let (buffer, view) = self.target(self.graph.nodes[root].result);
+            self.show(result, buffer, view);
+        }
         let (buffer, line, area, first) = self.product_place(result, all_rows(axes(ty, lead, false)));
         let to = Destination { buffer, line, area, first, kept: false };
-        self.multiply(form, (place_a.buffer, left), (from_b, lines_b), n, to);
+        let epilogue = self.epilogue(&followers, &[place_a.buffer, from_b, buffer])?;
+        self.label = epilogue.label(node.op.name());
+        self.multiply(form, (place_a.buffer, left), (from_b, lines_b), n, to, epilogue);
+        Ok(())
     }
 
     fn form(&self, left: &Side, place_b: &Place, n: &Extent, packed: bool) -> Form {
@@ -169,6 +185,7 @@ impl Lowering<'_, '_, '_> {
         (b, lines_b): (BufferId, [Extent; 4]),
         n: Extent,
         to: Destination,
+        epilogue: Epilogue,
     ) {
         let Side { batch, length: m, depth, .. } = left;
         let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
@@ -183,8 +200,11 @@ impl Lowering<'_, '_, '_> {
         sizes.extend([left.line, left.area, left.first]);
         sizes.extend(lines_b);
         sizes.extend([to.line, to.area, to.first, Extent::Const(to.kept.into())]);
-        let kernel = self.target.kernel(&form.name(), |name| gemm(name, form));
-        self.launch(kernel, vec![a, b, to.buffer], sizes, units);
+        let name = format!("{}{}", form.name(), epilogue.suffix());
+        let kernel = self.target.kernel(&name, |name| gemm(name, form, &epilogue));
+        let buffers = [vec![a, b, to.buffer], epilogue.buffers].concat();
+        sizes.extend(epilogue.sizes);
+        self.launch(kernel, buffers, sizes, units);
     }
 
     /// A product with some `rows` of y, from a multiple of a tile's columns on: x @ y[rows]ᵀ, or x @ y[rows]; y is
@@ -221,12 +241,15 @@ impl Lowering<'_, '_, '_> {
         let packed = self.pack(&place, form, right);
         let lines = [Extent::Const(columns), zero.clone(), before, panel];
         let to = Destination { buffer: out, line: n.clone(), area: zero.clone(), first: zero.clone(), kept };
-        self.multiply(form, (x, left), (packed, lines), n, to);
+        self.multiply(form, (x, left), (packed, lines), n, to, Epilogue::default());
     }
 
     /// Where a product goes: buffer, steps from row to row and from batch to batch, and its first element.
     fn product_place(&mut self, result: Value, Axes { batch, i, .. }: Axes) -> (BufferId, Extent, Extent, Extent) {
-        let (mut out, mut view) = self.target(result);
+        let (mut out, mut view) = match &self.places[result.0 as usize] {
+            Some(place) => (place.buffer, self.view(result)),
+            None => self.target(result),
+        };
         let apart = |view: &View| view.along(i.clone()).is_none() || view.along(batch.clone()).is_none();
         if apart(&view) {
             // Rows that are apart where they are wanted are copied there.
@@ -361,6 +384,9 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool, factors: Factors) -> St
     })
 }
 
+/// Sizes of a product's kernel, without its epilogue's.
+const SIZES: usize = 18;
+
 /// What is multiplied.
 #[derive(Clone, Copy)]
 enum Factors {
@@ -463,10 +489,11 @@ impl Form {
 }
 
 /// Some rows against some column panels a unit.
-fn gemm(name: &str, form: Form) -> String {
+fn gemm(name: &str, form: Form, epilogue: &Epilogue) -> String {
     let tile = form.tile;
     let element = form.factors.element();
-    define(name, &[Element::F32, element, Element::F32], 18, |k, buffers, sizes| {
+    let elements = [&[Element::F32, element, Element::F32], &epilogue.elements[..]].concat();
+    define(name, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b] = first(&sizes[7..]);
@@ -547,6 +574,11 @@ fn gemm(name: &str, form: Form) -> String {
                         );
                     });
                 });
+            });
+            epilogue.write(k, buffers, &sizes[SIZES..], (row, rows), n, |k| {
+                let columns = k.index(tile.columns());
+                let (start, end) = (k.mul(panel, columns), k.mul(end_panel, columns));
+                (start, k.min(end, n))
             });
         });
     })

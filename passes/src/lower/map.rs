@@ -53,8 +53,9 @@ pub fn maps(op: &Op) -> bool {
 
 /// Which nodes are evaluated inside the kernel of a later one.
 pub struct Groups {
-    /// By node: it has no kernel of its own.
-    pub inner: Vec<bool>,
+    /// By node: the reader in whose group it is.
+    into: Vec<Option<usize>>,
+    /// By value.
     maker: Vec<Option<usize>>,
 }
 
@@ -63,7 +64,7 @@ pub fn group(graph: &Graph, uses: &[usize]) -> Groups {
     for (at, node) in graph.nodes.iter().enumerate() {
         maker[node.result.0 as usize] = Some(at);
     }
-    let mut inner = vec![false; graph.nodes.len()];
+    let mut into = vec![None; graph.nodes.len()];
     let mut sizes = vec![1; graph.nodes.len()];
     for (at, node) in graph.nodes.iter().enumerate().filter(|(_, n)| maps(&n.op)) {
         for &operand in &node.operands {
@@ -72,18 +73,33 @@ pub fn group(graph: &Graph, uses: &[usize]) -> Groups {
             let alike = graph.ty(operand).shape == graph.ty(node.result).shape || matches!(op, Op::Constant { .. });
             let once = uses[operand.0 as usize] == 1;
             if maps(op) && alike && once && sizes[at] + sizes[source] <= LARGEST_GROUP {
-                inner[source] = true;
+                into[source] = Some(at);
                 sizes[at] += sizes[source];
             }
         }
     }
-    Groups { inner, maker }
+    Groups { into, maker }
 }
 
 impl Groups {
+    /// It has no kernel of its own.
+    pub fn inner(&self, at: usize) -> bool {
+        self.into[at].is_some()
+    }
+
+    /// The node whose kernel evaluates `at`.
+    pub fn root(&self, at: usize) -> usize {
+        self.into[at].map_or(at, |reader| self.root(reader))
+    }
+
+    /// The node that makes `value`; `None` for an argument.
+    pub fn maker(&self, value: Value) -> Option<usize> {
+        self.maker[value.0 as usize]
+    }
+
     /// The node inside the group of its reader that makes `value`.
     fn inside(&self, value: Value) -> Option<usize> {
-        self.maker[value.0 as usize].filter(|&at| self.inner[at])
+        self.maker(value).filter(|&at| self.inner(at))
     }
 
     /// What the group of `root` reads from buffers, each once.
@@ -154,18 +170,45 @@ enum Step {
 }
 
 /// The kernel's form: what it is named by.
-struct Form {
+pub(super) struct Form {
     leaves: Vec<Leaf>,
     out: Leaf,
     steps: Vec<Step>,
     ragged: bool,
     axes: usize,
     draws: bool,
+    /// Rows of one column each, which draw along the rows instead: lanes run along them.
+    narrow: bool,
+}
+
+/// A group with what its kernel gets: the leaves' arrays, the generator's key and the ragged rows' places if it wants
+/// them, and the result.
+pub(super) struct Map {
+    pub form: Form,
+    pub buffers: Vec<BufferId>,
+    pub elements: Vec<Element>,
+    pub sizes: Vec<Extent>,
+    rows: Extent,
 }
 
 impl Lowering<'_, '_, '_> {
-    pub(super) fn map(&mut self, root: usize, groups: &Groups) -> Result<(), String> {
-        let graph = self.graph;
+    pub(super) fn map(&mut self, root: usize) -> Result<(), String> {
+        let Map { form, buffers, elements, sizes, rows } = self.expression(root, false)?;
+        let name = form.name();
+        let count = sizes.len();
+        let kernel = self
+            .target
+            .kernel(&name, |name| define(name, &elements, count, |k, buffers, sizes| form.write(k, buffers, sizes)));
+        let all = extent(self.ty(self.graph.nodes[root].result));
+        let units = if form.flat() { Extent::CeilDiv(Box::new(all), BLOCK) } else { rows };
+        self.label = form.label();
+        self.launch(kernel, buffers, sizes, units);
+        Ok(())
+    }
+
+    /// The group of `root`, and a place for its result. With `rows` its last axis keeps apart from those before.
+    pub(super) fn expression(&mut self, root: usize, rows: bool) -> Result<Map, String> {
+        let (graph, groups) = (self.graph, self.groups.clone());
         let result = graph.nodes[root].result;
         let shape = &self.ty(result).shape;
         let members = groups.members(graph, root);
@@ -190,7 +233,15 @@ impl Lowering<'_, '_, '_> {
         let (out, _) = if ragged { (self.result(result), View::dense(shape)) } else { self.target(result) };
         let views: Vec<Option<View>> = arrays.iter().chain([&result]).map(|&v| self.place(v).view.clone()).collect();
         let shapes: Vec<&[Dim]> = arrays.iter().map(|&v| &self.ty(v).shape[..]).collect();
-        let axes = merged_axes(shape, &shapes, views.iter().flatten(), draws);
+        let narrow = draws && !rows && shape.len() > 1 && shape.last() == Some(&Dim::Const(1));
+        let apart = if narrow {
+            Apart::Lead
+        } else if draws || rows || ragged {
+            Apart::Rows
+        } else {
+            Apart::Nothing
+        };
+        let axes = merged_axes(shape, &shapes, views.iter().flatten(), apart);
         let runs = |v: Value| {
             let own = &self.ty(v).shape;
             let missing = shape.len() - own.len();
@@ -248,7 +299,7 @@ impl Lowering<'_, '_, '_> {
             steps.push(Step::Op(Op::Scale { by: 1.0 }, vec![last]));
         }
 
-        let form = Form { leaves: forms, out: form_out, steps, ragged, axes: axes.len(), draws };
+        let form = Form { leaves: forms, out: form_out, steps, ragged, axes: axes.len(), draws, narrow };
         let mut buffers: Vec<BufferId> = arrays.iter().map(|&v| self.place(v).buffer).collect();
         let mut elements: Vec<Element> = arrays.iter().map(|&v| element(self.ty(v))).collect();
         if draws {
@@ -262,35 +313,39 @@ impl Lowering<'_, '_, '_> {
         buffers.push(out);
         elements.push(Element::F32);
 
-        let name = form.name();
-        let count = sizes.len();
-        let kernel = self
-            .target
-            .kernel(&name, |name| define(name, &elements, count, |k, buffers, sizes| form.write(k, buffers, sizes)));
         let rows = product(&shape[..shape.len().min(axes.last().map_or(0, |a| a.start))]);
-        let flat = !ragged && !draws && axes.len() <= 1;
-        let units = if flat { Extent::CeilDiv(Box::new(extent(self.ty(result))), BLOCK) } else { rows };
-        self.label = form.label();
-        self.launch(kernel, buffers, sizes, units);
-        Ok(())
+        Ok(Map { form, buffers, elements, sizes, rows })
     }
 }
 
+/// Which of the last axes are not merged with others.
+#[derive(Clone, Copy, PartialEq)]
+enum Apart {
+    Nothing,
+    /// Rows, and columns.
+    Rows,
+    /// Rows of one column from what leads them.
+    Lead,
+}
+
 /// Neighbouring axes that every leaf either runs along or repeats over count as one, if they follow each other in
-/// every view. Rows and columns keep apart where the generator counts them, and a ragged axis is always alone.
+/// every view and nothing wants them `apart`: the generator counts rows and columns, and a ragged axis is alone.
 fn merged_axes<'v>(
     shape: &[Dim],
     leaves: &[&[Dim]],
     views: impl Iterator<Item = &'v View> + Clone,
-    draws: bool,
+    apart: Apart,
 ) -> Vec<Range<usize>> {
-    let ragged = matches!(shape.last(), Some(Dim::Keys(_)));
     let runs = |leaf: &[Dim], axis: usize| {
         (axis + leaf.len()).checked_sub(shape.len()).is_some_and(|a| leaf[a] == shape[axis])
     };
     let mut axes: Vec<Range<usize>> = vec![];
     for axis in 0..shape.len() {
-        let tail = axis + 2 >= shape.len() && (draws || ragged);
+        let tail = match apart {
+            Apart::Nothing => false,
+            Apart::Rows => axis + 2 >= shape.len(),
+            Apart::Lead => axis + 2 == shape.len(),
+        };
         let joins = axis > 0 && !tail && {
             // An axis of one element fits either way.
             let flat = |a: usize| shape[a] == Dim::Const(1);
@@ -325,17 +380,22 @@ fn axis_extent(dims: &[Dim]) -> Extent {
 }
 
 impl Form {
+    /// All leaves lie alike, or are single numbers.
+    fn flat(&self) -> bool {
+        !self.ragged && self.axes <= 1 && !self.draws
+    }
+
     /// The operations in order, for profiles.
-    fn label(&self) -> String {
+    pub(super) fn label(&self) -> String {
         let names: Vec<&str> =
             self.steps.iter().filter_map(|s| if let Step::Op(op, _) = s { Some(op.name()) } else { None }).collect();
         // Repeating alone is no step: the leaf lies as it should.
         if names.is_empty() { "broadcast".into() } else { names.join("+") }
     }
 
-    fn name(&self) -> String {
-        let Form { leaves, out, steps, ragged, axes, .. } = self;
-        let text = format!("{leaves:?} {out:?} {steps:?} {ragged} {axes}");
+    pub(super) fn name(&self) -> String {
+        let Form { leaves, out, steps, ragged, axes, narrow, .. } = self;
+        let text = format!("{leaves:?} {out:?} {steps:?} {ragged} {axes} {narrow}");
         let hash = blake3::hash(text.as_bytes()).to_hex();
         let mut ops: Vec<String> = self.label().split('+').map(str::to_string).collect();
         ops.truncate(4);
@@ -343,13 +403,9 @@ impl Form {
     }
 
     fn write(&self, k: &mut Kernel, buffers: &[Buf], sizes: &[Val]) {
-        let count = self.leaves.len();
-        let key = self.draws.then(|| buffers[count]);
-        let pairs = self.ragged.then(|| buffers[count + usize::from(self.draws)]);
-        let out = *buffers.last().expect("a result");
-        let arrays = &buffers[..count];
-        if !self.ragged && self.axes <= 1 && !self.draws {
-            return self.write_flat(k, arrays, out, sizes);
+        if self.flat() {
+            let (out, arrays) = buffers.split_last().expect("a result");
+            return self.write_flat(k, arrays, *out, sizes);
         }
         k.units(|k, row| {
             // The index on every axis but the last.
@@ -363,7 +419,7 @@ impl Form {
             if lead_axes > 0 {
                 indices[0] = rest;
             }
-            let length = match pairs {
+            let length = match self.ragged.then(|| buffers[buffers.len() - 2]) {
                 None => sizes[lead_axes],
                 Some(pairs) => {
                     let i = indices[lead_axes - 1];
@@ -374,49 +430,62 @@ impl Form {
                     k.add(keys, extra)
                 }
             };
-            let base = self.base(k, &self.out, &indices, sizes, length, pairs);
-            let sources: Vec<Source> = self
-                .leaves
-                .iter()
-                .zip(arrays)
-                .map(|(leaf, &array)| {
-                    let base = self.base(k, leaf, &indices, sizes, length, pairs);
-                    self.source(k, leaf, array, base)
-                })
-                .collect();
-            let (row_index, lead_index) = match lead_axes {
-                0 => (k.index(0), k.index(0)),
-                1 => (indices[0], k.index(0)),
-                _ => {
-                    let last = lead_axes - 1;
-                    let zero = k.index(0);
-                    let lead = (0..last).fold(zero, |sum, axis| {
-                        let sum = k.mul(sum, sizes[axis]);
-                        k.add(sum, indices[axis])
-                    });
-                    (indices[last], lead)
-                }
-            };
-            let step = if self.draws { DRAWN } else { LANES };
-            let key = key.map(|rng| random::key(k, rng));
             let zero = k.index(0);
-            k.each(zero, length, step, |k, j| {
-                let words = key.map(|key| self.draw(k, key, j, row_index, lead_index)).unwrap_or_default();
-                for part in 0..step / LANES {
-                    let offset = k.index(part * LANES);
-                    let at = k.add(j, offset);
-                    let left = k.sub(length, at);
-                    let mask = k.mask(left, LANES);
-                    let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
-                    let value = self.evaluate(k, &sources, at, mask, &words, sizes);
-                    let place = k.add(base, at);
-                    k.store_lanes(value, out, place, mask);
-                }
-            });
+            self.write_row(k, buffers, sizes, &indices, length, (zero, length));
         });
     }
 
-    /// All leaves lie alike (or are single numbers): blocks of elements.
+    /// Elements `start` to `end` of the row at `indices`, which is `length` long.
+    pub(super) fn write_row(
+        &self,
+        k: &mut Kernel,
+        buffers: &[Buf],
+        sizes: &[Val],
+        indices: &[Val],
+        length: Val,
+        (start, end): (Val, Val),
+    ) {
+        let count = self.leaves.len();
+        let key = self.draws.then(|| random::key(k, buffers[count]));
+        let pairs = self.ragged.then(|| buffers[count + usize::from(self.draws)]);
+        let out = *buffers.last().expect("a result");
+        let base = self.base(k, &self.out, indices, sizes, length, pairs);
+        let sources: Vec<Source> = self
+            .leaves
+            .iter()
+            .zip(buffers)
+            .map(|(leaf, &array)| {
+                let base = self.base(k, leaf, indices, sizes, length, pairs);
+                self.source(k, leaf, array, base)
+            })
+            .collect();
+        // The last index counts rows, unless lanes do; all before it, flattened, lead them.
+        let zero = k.index(0);
+        let (row, leads) = match indices {
+            [leads @ .., row] if !self.narrow => (*row, leads),
+            leads => (zero, leads),
+        };
+        let lead = leads.iter().zip(sizes).fold(zero, |sum, (&index, &size)| {
+            let sum = k.mul(sum, size);
+            k.add(sum, index)
+        });
+        let step = if self.draws && !self.narrow { DRAWN } else { LANES };
+        k.each(start, end, step, |k, j| {
+            let words = key.map(|key| self.draw(k, key, j, row, lead)).unwrap_or_default();
+            for part in 0..step / LANES {
+                let offset = k.index(part * LANES);
+                let at = k.add(j, offset);
+                let left = k.sub(end, at);
+                let mask = k.mask(left, LANES);
+                let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
+                let value = self.evaluate(k, &sources, at, mask, &words, sizes);
+                let place = k.add(base, at);
+                k.store_lanes(value, out, place, mask);
+            }
+        });
+    }
+
+    /// Blocks of elements.
     fn write_flat(&self, k: &mut Kernel, arrays: &[Buf], out: Buf, sizes: &[Val]) {
         let total = if self.axes == 0 { k.index(1) } else { sizes[0] };
         let base = |k: &mut Kernel, leaf: &Leaf| leaf.view.map_or_else(|| k.index(0), |at| sizes[at]);
@@ -533,8 +602,9 @@ impl Form {
         *values.last().expect("at least one step")
     }
 
-    /// The generator's words for columns `j .. j + DRAWN` of a row, for every dropout of the group.
-    fn draw(&self, k: &mut Kernel, key: [Val; 2], j: Val, row: Val, lead: Val) -> Vec<[Val; 4]> {
+    /// The generator's words for columns `j .. j + DRAWN` of a row, for every dropout of the group; of rows of one column
+    /// for those from j on.
+    fn draw(&self, k: &mut Kernel, key: [Val; 2], j: Val, row: Val, lead: Val) -> Vec<Vec<Val>> {
         let streams = self.steps.iter().filter_map(|s| match s {
             Step::Op(Op::Dropout { stream, column, .. }, _) => Some((*stream, *column)),
             _ => None,
@@ -542,10 +612,15 @@ impl Form {
         let (row, lead) = (random::lanes_of(k, row), random::lanes_of(k, lead));
         let words = streams.map(|(stream, column)| {
             let stream = k.int(i64::from(stream as i32), row.ty);
+            if self.narrow {
+                let (first, lanes) = (random::lanes_of(k, j), k.lane_numbers());
+                let rows = k.add(first, lanes);
+                return vec![random::draw_column(k, key, column, [rows, lead, stream])];
+            }
             let first = k.index(column);
             let first = k.add(first, j);
             let draw = if column % 4 == 0 { random::draw } else { random::draw_anywhere };
-            draw(k, key, first, [row, lead, stream])
+            draw(k, key, first, [row, lead, stream]).to_vec()
         });
         words.collect()
     }

@@ -10,6 +10,7 @@
 
 mod attention;
 mod copy;
+mod epilogue;
 mod flash;
 mod gemm;
 mod head;
@@ -27,7 +28,8 @@ use flash::{Form, Part};
 pub use map::maps;
 use view::View;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Role, Type, Value};
 use peft_grammar::model::Precision;
@@ -44,18 +46,31 @@ pub struct Lowered {
     pub manifest: Manifest,
 }
 
+/// What kernels are made for, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub cpu: Cpu,
+    /// Of products with frozen weights.
+    pub precision: Precision,
+    /// Products take along what follows them element by element.
+    pub epilogues: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { cpu: Cpu::Native, precision: Precision::F32, epilogues: true }
+    }
+}
+
 /// Lowers `entries` together, so that they share kernels and prepared weights; the optimizer's step
 /// joins them as `update` if anything trains. `tensors` are the model's, by name.
-pub fn lower(
-    entries: &[(&str, &Graph)],
-    tensors: &[Tensor],
-    cpu: Cpu,
-    precision: Precision,
-) -> Result<Lowered, String> {
+pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -> Result<Lowered, String> {
+    let Options { cpu, precision, epilogues } = options;
     let mut target = Target {
         tensors,
         cpu,
         precision,
+        epilogues,
         kernels: vec![],
         texts: HashMap::new(),
         buffers: vec![],
@@ -88,6 +103,7 @@ struct Target<'a> {
     tensors: &'a [Tensor],
     cpu: Cpu,
     precision: Precision,
+    epilogues: bool,
     kernels: Vec<String>,
     /// Index and text of each kernel, by name.
     texts: HashMap<String, (usize, String)>,
@@ -147,6 +163,9 @@ struct Lowering<'t, 'a, 'g> {
     uses: Vec<usize>,
     /// Who reads each value.
     readers: Vec<Vec<usize>>,
+    groups: Rc<map::Groups>,
+    /// Roots of groups that the kernel of an earlier product has evaluated.
+    joined: HashSet<usize>,
     /// Buffers of values that are written part by part, or in another order of axes, before their turn comes.
     wholes: HashMap<Value, BufferId>,
     /// Operands packed for the matmul in this entry, by buffer and layout.
@@ -178,6 +197,8 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         Lowering {
             target,
             graph,
+            groups: Rc::new(map::group(graph, &uses)),
+            joined: HashSet::new(),
             launches: vec![],
             places: vec![None; graph.values()],
             wanted: HashMap::new(),
@@ -206,12 +227,11 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             self.places[arg.value.0 as usize] = Some(Place { buffer, frozen, view: None });
         }
         self.claim_gradients()?;
-        let groups = map::group(self.graph, &self.uses);
         for at in 0..self.graph.nodes.len() {
-            if groups.inner[at] {
+            if self.groups.inner(at) || self.joined.contains(&at) {
                 continue;
             }
-            self.node(at, &groups).map_err(|e| format!("`peft.{}`: {e}", self.graph.nodes[at].op.name()))?;
+            self.node(at).map_err(|e| format!("`peft.{}`: {e}", self.graph.nodes[at].op.name()))?;
         }
         let mut outputs = vec![];
         for (name, value) in &self.graph.outputs {
@@ -301,7 +321,8 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         }
     }
 
-    fn node(&mut self, at: usize, groups: &map::Groups) -> Result<(), String> {
+    fn node(&mut self, at: usize) -> Result<(), String> {
+        let groups = self.groups.clone();
         let node = &self.graph.nodes[at];
         let operands = &node.operands;
         self.label = node.op.name().into();
@@ -326,16 +347,14 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             return Ok(());
         }
         if map::maps(&node.op) {
-            return self.map(at, groups);
+            return self.map(at);
         }
         let x = operands[0];
         match &node.op {
             Op::Permute { axes } => self.permute(x, axes, node.result),
             Op::Slice { axis, start, .. } => self.slice(x, *axis, *start, node.result),
             Op::Concat { axis } => self.concat(operands, *axis, node.result),
-            Op::Matmul { transpose_x, transpose_y } => {
-                self.matmul(x, operands[1], *transpose_x, *transpose_y, node.result)
-            }
+            Op::Matmul { transpose_x, transpose_y } => self.matmul(at, *transpose_x, *transpose_y)?,
             Op::Attention { causal, scale, p, stream, column } => {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
                 self.flash(Part::Forward, operands, form, (*stream, *column), node.result);

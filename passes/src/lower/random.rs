@@ -55,6 +55,13 @@ pub fn draw_anywhere(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> 
     })
 }
 
+/// The words for one column, of a row each.
+pub fn draw_column(k: &mut Kernel, key: [Val; 2], column: u64, place: [Val; 3]) -> Val {
+    let [rows, lead, stream] = place;
+    let block = k.int((column / 4) as i64, rows.ty);
+    philox(k, [block, rows, lead, stream], key)[(column % 4) as usize]
+}
+
 /// x / (1 − p) where the word keeps it, else 0.
 pub fn dropped(k: &mut Kernel, x: Val, word: Val, p: f64) -> Val {
     let threshold = k.int(i64::from(dropout_threshold(p) as i32), word.ty);

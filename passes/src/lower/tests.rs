@@ -4,14 +4,14 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
+use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Buffer, Element, Launch, Manifest, Sizes, Storage, Tensor};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use super::{head, lower};
+use super::{Options, head, lower};
 use crate::codegen;
 use crate::cpu::{Cpu, Level};
 use crate::fuse::fuse;
@@ -109,7 +109,7 @@ impl<'g> Compiled<'g> {
             };
             let weights = graph.args.iter().filter(|a| a.role != Role::Input);
             let tensors: Vec<Tensor> = weights.map(|a| tensor((a, graph.ty(a.value)))).collect();
-            let lowered = lower(&[("grad", graph)], &tensors, cpu, precision);
+            let lowered = lower(&[("grad", graph)], &tensors, Options { cpu, precision, ..Options::default() });
             let lowered = lowered.unwrap_or_else(|e| panic!("{}: {e}", graph.name));
             for text in &lowered.kernels {
                 if !texts.contains(text) {
@@ -330,6 +330,87 @@ fn products_of_awkward_sizes() {
     compare(&products(), Cpu::Native, 2, CLOSE);
 }
 
+type Push<'a> = dyn FnMut(Op, &[Value]) -> Value + 'a;
+
+/// What follows products element by element, each form of it with what the launches are then called.
+fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
+    let mut all = vec![];
+    let mut graph = |name: &str, launches: &'static str, write: &dyn Fn(&mut Push, [Value; 7])| {
+        let mut graph = Graph::new(name);
+        let rows = |width| Type::f32([Dim::Tokens, Dim::Const(width)]);
+        let x = graph.arg("x", Role::Input, None, rows(d));
+        let w = graph.arg("w", Role::Frozen, None, Type::f32([d, n].map(Dim::Const)));
+        let v = graph.arg("v", Role::Input, None, Type::f32([n, d].map(Dim::Const)));
+        let b = graph.arg("b", Role::Input, None, Type::f32([Dim::Const(n)]));
+        let r = graph.arg("r", Role::Input, None, rows(n));
+        let one = graph.arg("one", Role::Input, None, rows(1));
+        let rng = graph.arg("rng", Role::Input, None, Type::i32([Dim::Const(2)]));
+        write(&mut |op, x| graph.push(op, x, &Location::default()).expect("fits"), [x, w, v, b, r, one, rng]);
+        let last = graph.nodes.last().expect("some").result;
+        graph.outputs.push(("z".into(), last));
+        all.push((graph, launches));
+    };
+    let plain = |transpose_y| Op::Matmul { transpose_x: false, transpose_y };
+    let drop = Op::Dropout { p: 0.3, stream: 2, column: 0 };
+    // In place.
+    graph("bias", "matmul+add", &|push, [x, w, _, b, ..]| {
+        let m = push(plain(false), &[x, w]);
+        push(Op::Add, &[m, b]);
+    });
+    // Two groups, the second on the first; the first is read again later.
+    graph("chain", "matmul+add+gelu reduce mul", &|push, [x, w, _, b, ..]| {
+        let m = push(plain(false), &[x, w]);
+        let u = push(Op::Add, &[m, b]);
+        let a = push(Op::Gelu, &[u]);
+        let s = push(Op::Reduce { axes: vec![0], keep: true, mean: false }, &[a]);
+        push(Op::Mul, &[u, s]);
+    });
+    // The product itself is read again, and what is added must be there first.
+    graph("two", "matmul matmul+add+dropout+add", &|push, [x, w, v, _, r, _, rng]| {
+        let m = push(plain(false), &[x, w]);
+        let n = push(plain(true), &[x, v]);
+        let sum = push(Op::Add, &[n, m]);
+        let kept = push(drop.clone(), &[sum, rng]);
+        push(Op::Add, &[kept, r]);
+    });
+    // Part of something wider, with a number for each row.
+    graph("part", "matmul+mul concat", &|push, [x, w, _, _, r, one, _]| {
+        let m = push(plain(false), &[x, w]);
+        let z = push(Op::Mul, &[m, one]);
+        push(Op::Concat { axis: 1 }, &[r, z]);
+    });
+    // A group that waits for what comes later stays where it is.
+    graph("late", "matmul reduce add", &|push, [x, w, ..]| {
+        let m = push(plain(false), &[x, w]);
+        let s = push(Op::Reduce { axes: vec![0], keep: true, mean: true }, &[m]);
+        push(Op::Add, &[m, s]);
+    });
+    all
+}
+
+#[test]
+fn products_with_what_follows() {
+    let mut graphs = vec![];
+    for (tokens, d, n) in [(1, 5, 1), (113, 400, 33), (29, 3, 400), (6, 8, 784), (230, 16, 64)] {
+        for (graph, launches) in followed(d, n) {
+            let w = Tensor { name: "w".into(), shape: vec![d, n], trainable: None, decay: false };
+            let called = |epilogues| {
+                let options = Options { epilogues, ..Options::default() };
+                let manifest = lower(&[("grad", &graph)], std::slice::from_ref(&w), options).expect("lowered").manifest;
+                let launches = manifest.entries["grad"].launches.iter().map(|l| l.op.clone());
+                launches.filter(|op| op != "pack").collect::<Vec<_>>().join(" ")
+            };
+            // A single column lies in nothing wider.
+            if (&graph.name[..], n) != ("part", 1) {
+                assert_eq!(called(true), launches, "{}", graph.name);
+            }
+            assert!(!called(false).contains("matmul+"));
+            graphs.push((graph, vec![tokens]));
+        }
+    }
+    compare(&graphs, Cpu::Native, 2, LONG);
+}
+
 /// The bound that `Precision::Bf16` names, with the processor's own instruction and without.
 #[test]
 fn products_in_bf16() {
@@ -448,7 +529,7 @@ fn heads_stay_where_they_lie() {
         let graph = fuse(&differentiate(&graph).expect("differentiable"), |_| true).expect("fused");
         let tensors =
             ["w", "up"].map(|name| Tensor { name: name.into(), shape: vec![], trainable: None, decay: false });
-        let manifest = lower(&[("grad", &graph)], &tensors, Cpu::Native, Precision::F32).expect("lowered").manifest;
+        let manifest = lower(&[("grad", &graph)], &tensors, Options::default()).expect("lowered").manifest;
         let labels: Vec<&str> = manifest.entries["grad"].launches.iter().map(|l| &l.op[..]).collect();
         let moved = ["copy", "slice", "permute", "concat"].iter().any(|op| labels.contains(op));
         assert!(!moved, "{labels:?}");

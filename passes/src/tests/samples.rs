@@ -156,6 +156,8 @@ pub fn cases(h: u64, p: u64, r: u64) -> Vec<(Op, Vec<Type>)> {
         (Op::CrossEntropy { smoothing: 0.0 }, vec![f(&[Targets, Const(r + 3)]), Type::i32([Targets])]),
         (Op::Dropout { p: 0.4, stream: 3, column: 8 }, vec![hidden.clone(), Type::i32([Const(2)])]),
         (Op::Dropout { p: 0.4, stream: 4, column: r }, vec![ragged(1), Type::i32([Const(2)])]),
+        (Op::Dropout { p: 0.4, stream: 5, column: 6 }, vec![f(&[Const(h), Tokens, Const(1)]), Type::i32([Const(2)])]),
+        (Op::Dropout { p: 0.4, stream: 6, column: 1 }, vec![f(&[Tokens, Const(1)]), Type::i32([Const(2)])]),
     ]);
     all
 }
