@@ -31,14 +31,19 @@ struct Group {
     /// Which of the kernel's buffers are the group's, and how many of the sizes.
     buffers: Vec<usize>,
     sizes: usize,
+    result: Value,
+    /// By leaf, which of the groups before makes it.
+    made: Vec<Option<usize>>,
 }
 
 impl Epilogue {
     /// What the kernel's name says of it.
     pub fn suffix(&self) -> String {
         self.groups.iter().fold(String::new(), |name, group| {
-            let places: Vec<String> = group.buffers.iter().map(usize::to_string).collect();
-            format!("{name}_{}_{}", group.form.name(), places.join("_"))
+            let made = |i: usize| group.made.get(i).is_some_and(|m| m.is_some());
+            let places = group.buffers.iter().enumerate();
+            let places = places.map(|(i, at)| if made(i) { "made".into() } else { at.to_string() });
+            format!("{name}_{}_{}", group.form.name(), places.collect::<Vec<_>>().join("_"))
         })
     }
 
@@ -47,33 +52,86 @@ impl Epilogue {
         self.groups.iter().fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()))
     }
 
-    /// Some rows of the result, which is `width` wide, from the first on; of them the columns that `span` gives. `sizes`
-    /// are the groups' own.
+    /// The groups whose turn it is, on the part of the result that `part` gives: its first row and how many, and its
+    /// columns from where to where; a row is `width` wide. `sizes` are the groups' own.
     pub fn write(
         &self,
         k: &mut Kernel,
-        buffers: &[Buf],
-        sizes: &[Val],
-        (first, rows): (Val, Val),
+        when: When,
+        (buffers, sizes): (&[Buf], &[Val]),
         width: Val,
-        span: impl FnOnce(&mut Kernel) -> (Val, Val),
+        part: impl FnOnce(&mut Kernel) -> Part,
     ) {
-        if self.groups.is_empty() {
-            return;
-        }
-        let columns = span(k);
-        let zero = k.index(0);
-        k.each(zero, rows, 1, |k, row| {
-            let row = k.add(first, row);
-            let mut rest = sizes;
-            for group in &self.groups {
-                let own: Vec<Buf> = group.buffers.iter().map(|&at| buffers[at]).collect();
-                let (sizes, others) = rest.split_at(group.sizes);
-                group.form.write_row(k, &own, sizes, &[row], width, columns);
-                rest = others;
-            }
+        self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
+            map::write_row(k, stages, &[row], width, columns);
         });
     }
+
+    /// Fetches what [`Epilogue::write`] will read and write there.
+    pub fn prefetch(
+        &self,
+        k: &mut Kernel,
+        when: When,
+        (buffers, sizes): (&[Buf], &[Val]),
+        width: Val,
+        part: impl FnOnce(&mut Kernel) -> Part,
+    ) {
+        self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
+            map::prefetch_row(k, stages, &[row], width, columns);
+        });
+    }
+
+    fn rows(
+        &self,
+        k: &mut Kernel,
+        when: When,
+        (buffers, sizes): (&[Buf], &[Val]),
+        part: impl FnOnce(&mut Kernel) -> Part,
+        row: impl FnOnce(&mut Kernel, &[map::Stage], Val, (Val, Val)),
+    ) {
+        let early = self.groups.iter().take_while(|g| !g.form.draws()).count();
+        let turn = match when {
+            When::Tile { .. } => 0..early,
+            When::Unit => early..self.groups.len(),
+        };
+        if turn.is_empty() {
+            return;
+        }
+        let mut rest = sizes;
+        let stages = self.groups.iter().map(|group| {
+            let (own, others) = rest.split_at(group.sizes);
+            rest = others;
+            let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
+            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made }
+        });
+        let stages: Vec<map::Stage> = stages.collect();
+        let body = |k: &mut Kernel| {
+            let ((first, rows), columns) = part(k);
+            let zero = k.index(0);
+            k.each(zero, rows, 1, |k, at| {
+                let at = k.add(first, at);
+                row(k, &stages[turn], at, columns);
+            });
+        };
+        match when {
+            When::Tile { last } => k.when(last, body),
+            When::Unit => body(k),
+        }
+    }
+}
+
+/// Of a product's result: the first row and how many, and columns from where to where.
+type Part = ((Val, Val), (Val, Val));
+
+/// A tile that is written is in the nearest cache, and what is stored for it goes to memory while the next one is
+/// computed. The generator draws for more columns than a tile has, so groups with dropout wait for the unit's end.
+#[derive(Clone, Copy)]
+pub(super) enum When {
+    /// A tile stands, if the block along k was the last.
+    Tile {
+        last: Val,
+    },
+    Unit,
 }
 
 impl Lowering<'_, '_, '_> {
@@ -107,6 +165,11 @@ impl Lowering<'_, '_, '_> {
         let mut epilogue = Epilogue::default();
         for &root in roots {
             let map = self.expression(root, true)?;
+            let early = epilogue.groups.iter().take_while(|g| !g.form.draws()).count();
+            let turn = if epilogue.groups.len() > early || map.form.draws() { early } else { 0 };
+            let maker = |v: &Value| epilogue.groups[turn..].iter().position(|g| g.result == *v);
+            let made = map.arrays.iter().map(maker).collect();
+            let result = self.graph.nodes[root].result;
             let mut buffers = vec![];
             for (buffer, element) in map.buffers.into_iter().zip(map.elements) {
                 let known = own.iter().chain(&epilogue.buffers).position(|&b| b == buffer);
@@ -116,7 +179,7 @@ impl Lowering<'_, '_, '_> {
                     epilogue.elements.push(element);
                 }
             }
-            epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len() });
+            epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len(), result, made });
             epilogue.sizes.extend(map.sizes);
             self.joined.insert(root);
         }

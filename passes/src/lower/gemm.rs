@@ -19,7 +19,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
-use super::epilogue::Epilogue;
+use super::epilogue::{Epilogue, When};
 use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
@@ -534,6 +534,8 @@ fn gemm(name: &str, form: Form, epilogue: &Epilogue) -> String {
                 }
                 let again = k.add(block, kept);
                 let again = k.compare(again, Order::Gt, zero);
+                let done = k.add(block, length);
+                let last = k.compare(done, Order::Eq, steps);
                 k.each(panel, end_panel, 1, |k, panel| {
                     let columns = k.index(tile.columns());
                     let start = k.mul(panel, columns);
@@ -550,17 +552,26 @@ fn gemm(name: &str, form: Form, epilogue: &Epilogue) -> String {
                         }
                     };
                     let base_c = k.add(base_c, start);
-                    k.each(zero, rows, tile.rows, |k, row| {
-                        let sums = tile_sums(k, form, (rows_of_a, row), (piece, from), length);
-                        let at = k.mul(row, width);
+                    k.each(zero, rows, tile.rows, |k, above| {
+                        let at = k.mul(above, width);
                         let at = k.add(base_c, at);
-                        let here = k.sub(rows, row);
+                        let here = k.sub(rows, above);
+                        let part = |k: &mut Kernel| {
+                            let (first, most) = (k.add(row, above), k.index(tile.rows));
+                            let (rows, end) = (k.min(here, most), k.add(start, columns));
+                            ((first, rows), (start, k.min(end, n)))
+                        };
+                        let target = Corner { buffer: c, at, width };
+                        for place in target.places(k, tile) {
+                            k.prefetch(c, place);
+                        }
+                        epilogue.prefetch(k, When::Tile { last }, (buffers, &sizes[SIZES..]), n, part);
+                        let sums = tile_sums(k, form, (rows_of_a, above), (piece, from), length);
                         let all_rows = k.index(tile.rows - 1);
                         let all_rows = k.compare(here, Order::Gt, all_rows);
                         let all_columns = k.sub(columns, one);
                         let all_columns = k.compare(left, Order::Gt, all_columns);
                         let all = k.and(all_rows, all_columns);
-                        let target = Corner { buffer: c, at, width };
                         k.branch(
                             all,
                             |k| {
@@ -572,13 +583,14 @@ fn gemm(name: &str, form: Form, epilogue: &Epilogue) -> String {
                             },
                             |k| target.write_some(k, tile, &sums, again, (here, left)),
                         );
+                        epilogue.write(k, When::Tile { last }, (buffers, &sizes[SIZES..]), n, part);
                     });
                 });
             });
-            epilogue.write(k, buffers, &sizes[SIZES..], (row, rows), n, |k| {
+            epilogue.write(k, When::Unit, (buffers, &sizes[SIZES..]), n, |k| {
                 let columns = k.index(tile.columns());
                 let (start, end) = (k.mul(panel, columns), k.mul(end_panel, columns));
-                (start, k.min(end, n))
+                ((row, rows), (start, k.min(end, n)))
             });
         });
     })

@@ -459,6 +459,10 @@ impl Kernel {
     pub fn store_vector(&mut self, x: Val, to: Buf, at: Val) {
         self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty));
     }
+    /// Asks for the line of memory that holds the element at `at`, which need not exist: it is written soon.
+    pub fn prefetch(&mut self, of: Buf, at: Val) {
+        self.line(format_args!("memref.prefetch %{}[{at}], write, locality<3>, data : {of}", of.id));
+    }
     /// The lanes of `mask` from memory, `other` in those it leaves out.
     pub fn load_masked(&mut self, from: Buf, at: Val, mask: Val, other: Val) -> Val {
         let ty = other.ty;

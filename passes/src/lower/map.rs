@@ -185,6 +185,7 @@ pub(super) struct Form {
 /// them, and the result.
 pub(super) struct Map {
     pub form: Form,
+    pub arrays: Vec<Value>,
     pub buffers: Vec<BufferId>,
     pub elements: Vec<Element>,
     pub sizes: Vec<Extent>,
@@ -193,7 +194,7 @@ pub(super) struct Map {
 
 impl Lowering<'_, '_, '_> {
     pub(super) fn map(&mut self, root: usize) -> Result<(), String> {
-        let Map { form, buffers, elements, sizes, rows } = self.expression(root, false)?;
+        let Map { form, buffers, elements, sizes, rows, .. } = self.expression(root, false)?;
         let name = form.name();
         let count = sizes.len();
         let kernel = self
@@ -314,7 +315,7 @@ impl Lowering<'_, '_, '_> {
         elements.push(Element::F32);
 
         let rows = product(&shape[..shape.len().min(axes.last().map_or(0, |a| a.start))]);
-        Ok(Map { form, buffers, elements, sizes, rows })
+        Ok(Map { form, arrays, buffers, elements, sizes, rows })
     }
 }
 
@@ -380,6 +381,10 @@ fn axis_extent(dims: &[Dim]) -> Extent {
 }
 
 impl Form {
+    pub(super) fn draws(&self) -> bool {
+        self.draws
+    }
+
     /// All leaves lie alike, or are single numbers.
     fn flat(&self) -> bool {
         !self.ragged && self.axes <= 1 && !self.draws
@@ -431,58 +436,39 @@ impl Form {
                 }
             };
             let zero = k.index(0);
-            self.write_row(k, buffers, sizes, &indices, length, (zero, length));
+            let stage = Stage { form: self, buffers: buffers.to_vec(), sizes, made: &[] };
+            write_row(k, &[stage], &indices, length, (zero, length));
         });
     }
 
-    /// Elements `start` to `end` of the row at `indices`, which is `length` long.
-    pub(super) fn write_row(
-        &self,
-        k: &mut Kernel,
-        buffers: &[Buf],
-        sizes: &[Val],
-        indices: &[Val],
-        length: Val,
-        (start, end): (Val, Val),
-    ) {
+    /// The form on the row at `indices`, which is `length` long.
+    fn row<'f>(&'f self, k: &mut Kernel, stage: &Stage<'f>, indices: &[Val], length: Val) -> Row<'f> {
+        let Stage { buffers, sizes, made, .. } = stage;
         let count = self.leaves.len();
         let key = self.draws.then(|| random::key(k, buffers[count]));
         let pairs = self.ragged.then(|| buffers[count + usize::from(self.draws)]);
         let out = *buffers.last().expect("a result");
         let base = self.base(k, &self.out, indices, sizes, length, pairs);
-        let sources: Vec<Source> = self
-            .leaves
-            .iter()
-            .zip(buffers)
-            .map(|(leaf, &array)| {
-                let base = self.base(k, leaf, indices, sizes, length, pairs);
-                self.source(k, leaf, array, base)
-            })
-            .collect();
+        let leaves = self.leaves.iter().zip(buffers).enumerate();
+        let sources = leaves.map(|(i, (leaf, &array))| {
+            if let Some(&Some(stage)) = made.get(i) {
+                return Source::Made(stage);
+            }
+            let base = self.base(k, leaf, indices, sizes, length, pairs);
+            self.source(k, leaf, array, base)
+        });
+        let sources = sources.collect();
         // The last index counts rows, unless lanes do; all before it, flattened, lead them.
         let zero = k.index(0);
         let (row, leads) = match indices {
             [leads @ .., row] if !self.narrow => (*row, leads),
             leads => (zero, leads),
         };
-        let lead = leads.iter().zip(sizes).fold(zero, |sum, (&index, &size)| {
+        let lead = leads.iter().zip(*sizes).fold(zero, |sum, (&index, &size)| {
             let sum = k.mul(sum, size);
             k.add(sum, index)
         });
-        let step = if self.draws && !self.narrow { DRAWN } else { LANES };
-        k.each(start, end, step, |k, j| {
-            let words = key.map(|key| self.draw(k, key, j, row, lead)).unwrap_or_default();
-            for part in 0..step / LANES {
-                let offset = k.index(part * LANES);
-                let at = k.add(j, offset);
-                let left = k.sub(end, at);
-                let mask = k.mask(left, LANES);
-                let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
-                let value = self.evaluate(k, &sources, at, mask, &words, sizes);
-                let place = k.add(base, at);
-                k.store_lanes(value, out, place, mask);
-            }
-        });
+        Row { form: self, sizes, sources, out, base, key, row, lead }
     }
 
     /// Blocks of elements.
@@ -503,7 +489,7 @@ impl Form {
             k.each(start, end, LANES, |k, at| {
                 let left = k.sub(end, at);
                 let mask = k.mask(left, LANES);
-                let value = self.evaluate(k, &sources, at, mask, &[], sizes);
+                let value = self.evaluate(k, (&sources, &[]), at, mask, &[], sizes);
                 let place = k.add(first, at);
                 k.store_lanes(value, out, place, mask);
             });
@@ -562,13 +548,23 @@ impl Form {
         }
     }
 
-    fn evaluate(&self, k: &mut Kernel, sources: &[Source], at: Val, mask: Val, words: &[Val], sizes: &[Val]) -> Val {
+    /// The lanes from `at` on; `made` are the values of earlier stages there.
+    fn evaluate(
+        &self,
+        k: &mut Kernel,
+        (sources, made): (&[Source], &[Val]),
+        at: Val,
+        mask: Val,
+        words: &[Val],
+        sizes: &[Val],
+    ) -> Val {
         let mut values: Vec<Val> = vec![];
         let mut draws = 0;
         for step in &self.steps {
             let value = match step {
                 Step::Leaf(leaf) => match sources[*leaf] {
                     Source::Repeated(x) => x,
+                    Source::Made(stage) => made[stage],
                     Source::Along(array, base) => {
                         let place = k.add(base, at);
                         k.load_lanes(array, place, mask)
@@ -601,18 +597,43 @@ impl Form {
         }
         *values.last().expect("at least one step")
     }
+}
 
-    /// The generator's words for columns `j .. j + DRAWN` of a row, for every dropout of the group; of rows of one column
-    /// for those from j on.
-    fn draw(&self, k: &mut Kernel, key: [Val; 2], j: Val, row: Val, lead: Val) -> Vec<Vec<Val>> {
-        let streams = self.steps.iter().filter_map(|s| match s {
+/// A form with a kernel's buffers and sizes.
+pub(super) struct Stage<'f> {
+    pub form: &'f Form,
+    pub buffers: Vec<Buf>,
+    pub sizes: &'f [Val],
+    /// By leaf, which of the stages before makes it, if one does.
+    pub made: &'f [Option<usize>],
+}
+
+/// A stage on one row.
+struct Row<'f> {
+    form: &'f Form,
+    sizes: &'f [Val],
+    sources: Vec<Source>,
+    out: Buf,
+    base: Val,
+    key: Option<[Val; 2]>,
+    /// What the generator counts.
+    row: Val,
+    lead: Val,
+}
+
+impl Row<'_> {
+    /// The generator's words for columns `j .. j + DRAWN`, for every dropout of the form; of rows of one column for those
+    /// from j on.
+    fn draw(&self, k: &mut Kernel, j: Val) -> Vec<Vec<Val>> {
+        let Some(key) = self.key else { return vec![] };
+        let streams = self.form.steps.iter().filter_map(|s| match s {
             Step::Op(Op::Dropout { stream, column, .. }, _) => Some((*stream, *column)),
             _ => None,
         });
-        let (row, lead) = (random::lanes_of(k, row), random::lanes_of(k, lead));
+        let (row, lead) = (random::lanes_of(k, self.row), random::lanes_of(k, self.lead));
         let words = streams.map(|(stream, column)| {
             let stream = k.int(i64::from(stream as i32), row.ty);
-            if self.narrow {
+            if self.form.narrow {
                 let (first, lanes) = (random::lanes_of(k, j), k.lane_numbers());
                 let rows = k.add(first, lanes);
                 return vec![random::draw_column(k, key, column, [rows, lead, stream])];
@@ -626,12 +647,55 @@ impl Form {
     }
 }
 
+/// Elements `start` to `end` of the row at `indices`, which is `length` long: one stage after the other, what one hands
+/// to the next in registers.
+pub(super) fn write_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: Val, (start, end): (Val, Val)) {
+    let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
+    let step = if stages.iter().any(|s| s.form.draws && !s.form.narrow) { DRAWN } else { LANES };
+    k.each(start, end, step, |k, j| {
+        let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, j)).collect();
+        for part in 0..step / LANES {
+            let offset = k.index(part * LANES);
+            let at = k.add(j, offset);
+            let left = k.sub(end, at);
+            let mask = k.mask(left, LANES);
+            let mut made = vec![];
+            for (row, words) in rows.iter().zip(&words) {
+                let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
+                let value = row.form.evaluate(k, (&row.sources, &made), at, mask, &words, row.sizes);
+                let place = k.add(row.base, at);
+                k.store_lanes(value, row.out, place, mask);
+                made.push(value);
+            }
+        }
+    });
+}
+
+/// Fetches what [`write_row`] will read and write.
+pub(super) fn prefetch_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: Val, (start, end): (Val, Val)) {
+    let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
+    k.each(start, end, LANES, |k, j| {
+        for row in &rows {
+            let along = row.sources.iter().filter_map(|source| match source {
+                Source::Along(array, base) => Some((*array, *base)),
+                _ => None,
+            });
+            for (array, base) in along.chain([(row.out, row.base)]) {
+                let at = k.add(base, j);
+                k.prefetch(array, at);
+            }
+        }
+    });
+}
+
 #[derive(Clone, Copy)]
 enum Source {
     /// Runs along the last axis from a base.
     Along(Buf, Val),
     /// The same for the whole row.
     Repeated(Val),
+    /// What an earlier stage makes.
+    Made(usize),
 }
 
 /// One operation on vectors.
