@@ -7,8 +7,9 @@
 //!       for each tile of rows C[tile, panel] += A[tile, block] · B[block, panel]
 //! ```
 //!
-//! B is read from panels [⌈n/32⌉][k][32], which frozen weights are packed into once, when they arrive. One
-//! whose rows run along n needs no packing: its pieces are copied to scratch as well.
+//! B is read from panels [⌈n/32⌉][k][32], which frozen weights are packed into once, when they arrive. While the
+//! tiles of one piece are computed, the next is fetched, a bit at each step: no tile waits for memory. B whose rows run
+//! along n needs no packing: its pieces are copied to scratch as well.
 //!
 //! In bf16 a step along k is a pair, and both copies hold pairs: A's rows are rounded on their way to the scratch,
 //! frozen weights when they are packed.
@@ -20,7 +21,7 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::{Epilogue, When};
-use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
+use super::kernel::{Access, Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cpu::Registers;
@@ -48,6 +49,10 @@ const PANELS_OF_FEW_ROWS: u64 = 2;
 impl Tile {
     fn columns(self) -> u64 {
         self.vectors * LANES
+    }
+    /// Elements of B's next piece that are fetched at each step along k: all of it while a unit's rows pass.
+    fn share(self) -> u64 {
+        (self.rows * self.columns()).div_ceil(ROWS)
     }
     /// The tile for m × n, of which some may be known: 14 × 32, 28 × 16 or 7 × 64 on AVX-512.
     fn of(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> Tile {
@@ -536,20 +541,29 @@ fn gemm(name: &str, form: Form, epilogue: &Epilogue) -> String {
                 let again = k.compare(again, Order::Gt, zero);
                 let done = k.add(block, length);
                 let last = k.compare(done, Order::Eq, steps);
+                // Neighbours have the same panels: after the last block comes the first one.
+                let following = k.select(last, zero, done);
+                let first_panel = panel;
                 k.each(panel, end_panel, 1, |k, panel| {
                     let columns = k.index(tile.columns());
                     let start = k.mul(panel, columns);
                     let left = k.sub(n, start);
-                    let from = k.mul(panel, panel_b);
-                    let from = k.add(base_b, from);
-                    let skipped = k.mul(block, line_b);
-                    let from = k.add(from, skipped);
-                    let from = match form.packed {
-                        true => from,
-                        false => {
-                            copy_piece(k, tile, (b, from, line_b), left, length, piece);
-                            zero
-                        }
+                    let piece_at = |k: &mut Kernel, panel, block| {
+                        let from = k.mul(panel, panel_b);
+                        let from = k.add(base_b, from);
+                        let skipped = k.mul(block, line_b);
+                        k.add(from, skipped)
+                    };
+                    let from = piece_at(k, panel, block);
+                    let (from, next) = if form.packed {
+                        let beside = k.add(panel, one);
+                        let here = k.compare(beside, Order::Lt, end_panel);
+                        let beside = k.select(here, beside, first_panel);
+                        let block = k.select(here, block, following);
+                        (from, Some(piece_at(k, beside, block)))
+                    } else {
+                        copy_piece(k, tile, (b, from, line_b), left, length, piece);
+                        (zero, None)
                     };
                     let base_c = k.add(base_c, start);
                     k.each(zero, rows, tile.rows, |k, above| {
@@ -563,10 +577,10 @@ fn gemm(name: &str, form: Form, epilogue: &Epilogue) -> String {
                         };
                         let target = Corner { buffer: c, at, width };
                         for place in target.places(k, tile) {
-                            k.prefetch(c, place);
+                            k.prefetch(c, place, Access::Write);
                         }
                         epilogue.prefetch(k, When::Tile { last }, (buffers, &sizes[SIZES..]), n, part);
-                        let sums = tile_sums(k, form, (rows_of_a, above), (piece, from), length);
+                        let sums = tile_sums(k, form, (rows_of_a, above), (piece, from, next), length);
                         let all_rows = k.index(tile.rows - 1);
                         let all_rows = k.compare(here, Order::Gt, all_rows);
                         let all_columns = k.sub(columns, one);
@@ -714,13 +728,32 @@ fn copy_piece(k: &mut Kernel, tile: Tile, (b, from, line): (Buf, Val, Val), left
     });
 }
 
-/// The micro-kernel: the tile's sums over a block of k, row by row.
-fn tile_sums(k: &mut Kernel, form: Form, (a, row): (Buf, Val), (b, from): (Buf, Val), length: Val) -> Vec<Val> {
+/// The micro-kernel: the tile's sums over a block of k, row by row. Where B's piece begins, and the one to fetch.
+fn tile_sums(
+    k: &mut Kernel,
+    form: Form,
+    (a, row): (Buf, Val),
+    (b, from, next): (Buf, Val, Option<Val>),
+    length: Val,
+) -> Vec<Val> {
     let Tile { rows, vectors } = form.tile;
     let place = tile_place(k, form, row);
+    let share = k.index(form.tile.share());
+    let next = next.map(|next| {
+        let tile = k.index(rows);
+        let before = k.div(row, tile);
+        let before = k.mul(before, length);
+        let before = k.mul(before, share);
+        k.add(next, before)
+    });
     let nothing = k.float(0.0, VECTOR);
     let zero = k.index(0);
     k.fold(zero, length, 1, &vec![nothing; (rows * vectors) as usize], |k, step, sums| {
+        if let Some(next) = next {
+            let at = k.mul(step, share);
+            let at = k.add(next, at);
+            k.prefetch(b, at, Access::Read);
+        }
         let columns = k.index(form.tile.columns());
         let at = k.mul(step, columns);
         let at = k.add(from, at);

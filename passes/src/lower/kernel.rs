@@ -139,6 +139,13 @@ pub fn first<const N: usize, T: Copy>(all: &[T]) -> [T; N] {
     std::array::from_fn(|i| all[i])
 }
 
+/// What memory is fetched for.
+#[derive(Clone, Copy)]
+pub enum Access {
+    Read,
+    Write,
+}
+
 #[derive(Clone, Copy)]
 pub enum Order {
     Lt,
@@ -459,9 +466,13 @@ impl Kernel {
     pub fn store_vector(&mut self, x: Val, to: Buf, at: Val) {
         self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty));
     }
-    /// Asks for the line of memory that holds the element at `at`, which need not exist: it is written soon.
-    pub fn prefetch(&mut self, of: Buf, at: Val) {
-        self.line(format_args!("memref.prefetch %{}[{at}], write, locality<3>, data : {of}", of.id));
+    /// Asks for the line of memory that holds the element at `at`, which need not exist.
+    pub fn prefetch(&mut self, of: Buf, at: Val, access: Access) {
+        let access = match access {
+            Access::Read => "read, locality<2>",
+            Access::Write => "write, locality<3>",
+        };
+        self.line(format_args!("memref.prefetch %{}[{at}], {access}, data : {of}", of.id));
     }
     /// The lanes of `mask` from memory, `other` in those it leaves out.
     pub fn load_masked(&mut self, from: Buf, at: Val, mask: Val, other: Val) -> Val {

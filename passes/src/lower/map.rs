@@ -7,7 +7,7 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Graph, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, Kernel, LANES, VECTOR, Val, define};
+use super::kernel::{Access, Buf, Kernel, LANES, VECTOR, Val, define};
 use super::random::{self, DRAWN};
 use super::view::{ONE, View};
 use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
@@ -677,12 +677,12 @@ pub(super) fn prefetch_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], le
     k.each(start, end, LANES, |k, j| {
         for row in &rows {
             let along = row.sources.iter().filter_map(|source| match source {
-                Source::Along(array, base) => Some((*array, *base)),
+                Source::Along(array, base) => Some((*array, *base, Access::Read)),
                 _ => None,
             });
-            for (array, base) in along.chain([(row.out, row.base)]) {
+            for (array, base, access) in along.chain([(row.out, row.base, Access::Write)]) {
                 let at = k.add(base, j);
-                k.prefetch(array, at);
+                k.prefetch(array, at, access);
             }
         }
     });
