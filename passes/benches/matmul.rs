@@ -101,16 +101,20 @@ impl Product {
     }
 }
 
-/// A kernel of nothing but multiplications and additions in registers.
-const PEAK_SUMS: u64 = 24;
+/// Rounds of a kernel of nothing but multiplications and additions in registers, three in four of which hold sums.
 const PEAK_STEPS: u64 = 2_000_000;
 const PEAK_UNITS: u64 = 64;
 
+fn peak_sums() -> u64 {
+    Cpu::Native.registers().count / 4 * 3
+}
+
 fn peak_kernel(precision: Precision) -> String {
-    let list = |text: &dyn Fn(u64) -> String| (0..PEAK_SUMS).map(text).collect::<Vec<_>>().join(", ");
-    let ty = "vector<16xf32>";
-    let types = list(&|_| ty.into());
-    let pairs = "vector<32xbf16>";
+    let (sums, floats) = (peak_sums(), Cpu::Native.registers().floats);
+    let list = |text: &dyn Fn(u64) -> String| (0..sums).map(text).collect::<Vec<_>>().join(", ");
+    let ty = format!("vector<{floats}xf32>");
+    let types = list(&|_| ty.clone());
+    let pairs = format!("vector<{}xbf16>", 2 * floats);
     let step = |i: u64| match precision {
         Precision::F32 => format!("      %n{i} = math.fma %x, %x, %s{i} : {ty}\n"),
         Precision::Bf16 => format!(
@@ -118,8 +122,8 @@ fn peak_kernel(precision: Precision) -> String {
              ({ty}, {pairs}, {pairs}) -> {ty}\n"
         ),
     };
-    let steps: String = (0..PEAK_SUMS).map(step).collect();
-    let adds: String = (1..PEAK_SUMS)
+    let steps: String = (0..sums).map(step).collect();
+    let adds: String = (1..sums)
         .map(|i| {
             let before = if i == 1 { "%r#0".into() } else { format!("%t{}", i - 1) };
             format!("      %t{i} = arith.addf {before}, %r#{i} : {ty}\n")
@@ -130,12 +134,12 @@ fn peak_kernel(precision: Precision) -> String {
       attributes {{llvm.emit_c_interface, passthrough = #cpu}} {{
     %zero = arith.constant 0 : index
     %one = arith.constant 1 : index
-    %lanes = arith.constant 16 : index
+    %lanes = arith.constant {floats} : index
     scf.for %unit = %begin to %end step %one {{
       %place = arith.muli %unit, %lanes : index
       %x = vector.load %out[%place] : memref<?xf32>, {ty}
       %b = vector.bitcast %x : {ty} to {pairs}
-      %r:{PEAK_SUMS} = scf.for %i = %zero to %steps step %one iter_args({}) -> ({types}) {{
+      %r:{sums} = scf.for %i = %zero to %steps step %one iter_args({}) -> ({types}) {{
 {steps}        scf.yield {} : {types}
       }}
 {adds}      vector.store %t{}, %out[%place] : memref<?xf32>, {ty}
@@ -145,7 +149,7 @@ fn peak_kernel(precision: Precision) -> String {
 "#,
         list(&|i| format!("%s{i} = %x")),
         list(&|i| format!("%n{i}")),
-        PEAK_SUMS - 1,
+        sums - 1,
     )
 }
 
@@ -208,7 +212,8 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
     }
     let speed = |name: &str, flops: u64| flops as f64 / best[name].as_secs_f64() / 1e9;
     let width = if precision == Precision::Bf16 { 2 } else { 1 };
-    let limit = speed("peak", 2 * 16 * width * PEAK_SUMS * PEAK_STEPS / PEAK_UNITS * PEAK_UNITS);
+    let limit =
+        speed("peak", 2 * Cpu::Native.registers().floats * width * peak_sums() * PEAK_STEPS / PEAK_UNITS * PEAK_UNITS);
     println!("{peak:<28}{limit:>9.1} GFLOP/s");
     for product in products {
         let speed = speed(product.name, 2 * product.tokens * product.size);
