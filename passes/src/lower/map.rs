@@ -167,6 +167,13 @@ enum Step {
     Op(Op, Vec<usize>),
     /// Divided by how often a value was repeated: two of the kernel's sizes, out and in.
     Mean(usize, usize),
+    /// Of columns from `column` on; the stream is one of the kernel's sizes, so that layers share the kernel.
+    Dropout {
+        x: usize,
+        p: f64,
+        column: u64,
+        stream: usize,
+    },
 }
 
 /// The kernel's form: what it is named by.
@@ -292,7 +299,13 @@ impl Lowering<'_, '_, '_> {
                 }
                 continue;
             }
-            steps.push(Step::Op(node.op.clone(), operands));
+            steps.push(match node.op {
+                Op::Dropout { p, stream, column } => {
+                    sizes.push(Extent::Const(u64::from(stream)));
+                    Step::Dropout { x: operands[0], p, column, stream: sizes.len() - 1 }
+                }
+                _ => Step::Op(node.op.clone(), operands),
+            });
             step_of.insert(node.result, steps.len() - 1);
         }
         let last = *step_of.get(&result).expect("the root is the last member");
@@ -392,8 +405,12 @@ impl Form {
 
     /// The operations in order, for profiles.
     pub(super) fn label(&self) -> String {
-        let names: Vec<&str> =
-            self.steps.iter().filter_map(|s| if let Step::Op(op, _) = s { Some(op.name()) } else { None }).collect();
+        let names = self.steps.iter().filter_map(|step| match step {
+            Step::Op(op, _) => Some(op.name()),
+            Step::Dropout { .. } => Some("dropout"),
+            Step::Leaf(_) | Step::Mean(..) => None,
+        });
+        let names: Vec<&str> = names.collect();
         // Repeating alone is no step: the leaf lies as it should.
         if names.is_empty() { "broadcast".into() } else { names.join("+") }
     }
@@ -583,10 +600,10 @@ impl Form {
                     let number = k.add(first, lanes);
                     k.to_float(number)
                 }
-                Step::Op(Op::Dropout { p, .. }, operands) => {
+                Step::Dropout { x, p, .. } => {
                     let word = words[draws];
                     draws += 1;
-                    random::dropped(k, values[operands[0]], word, *p)
+                    random::dropped(k, values[*x], word, *p)
                 }
                 Step::Op(op, operands) => {
                     let operands: Vec<Val> = operands.iter().map(|&i| values[i]).collect();
@@ -627,12 +644,12 @@ impl Row<'_> {
     fn draw(&self, k: &mut Kernel, j: Val) -> Vec<Vec<Val>> {
         let Some(key) = self.key else { return vec![] };
         let streams = self.form.steps.iter().filter_map(|s| match s {
-            Step::Op(Op::Dropout { stream, column, .. }, _) => Some((*stream, *column)),
+            Step::Dropout { column, stream, .. } => Some((self.sizes[*stream], *column)),
             _ => None,
         });
         let (row, lead) = (random::lanes_of(k, self.row), random::lanes_of(k, self.lead));
         let words = streams.map(|(stream, column)| {
-            let stream = k.int(i64::from(stream as i32), row.ty);
+            let stream = random::lanes_of(k, stream);
             if self.form.narrow {
                 let (first, lanes) = (random::lanes_of(k, j), k.lane_numbers());
                 let rows = k.add(first, lanes);
