@@ -92,7 +92,7 @@ def beside(lines, names):
     rows = []
     for name, title in names.items():
         say(title)
-        mine = lines["bf16" if "bf16" in name and "bf16" in lines else "f32"]
+        mine = lines["bf16" if "bf16" in name else "f32"]
         try:
             line = peer(name)
         except Refused as why:
@@ -100,10 +100,6 @@ def beside(lines, names):
             continue
         rows.append([title, *line.figures, f"{mine.speed / line.speed:.1f}×", f"{line.peak / mine.peak:.1f}×", ""])
     return rows
-
-
-def accepts(peftc, spec, setting):
-    return subprocess.run([peftc, "check", spec, "--set", setting], capture_output=True).returncode == 0
 
 
 def flops(peftc, spec):

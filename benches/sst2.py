@@ -31,10 +31,10 @@ def as_file(batch, path):
 
 def speed(options):
     train = [options.peftc, "train", SPEC, "--weights", options.weights, "--threads", options.threads]
-    lines = {"f32": measure.ours(train, choose(options), as_file, options.steps)}
-    if measure.accepts(options.peftc, SPEC, "train.precision=bf16"):
-        train += ["--set", "train.precision=bf16"]
-        lines["bf16"] = measure.ours(train, choose(options), as_file, options.steps)
+    lines = {}
+    for precision in ["f32", "bf16"]:
+        precise = [*train, "--set", f"train.precision={precision}"]
+        lines[precision] = measure.ours(precise, choose(options), as_file, options.steps)
     rows = []
     for precision, line in lines.items():
         rows.append([f"`peftc`, LoRA, {precision}", *line.figures, "", "", f"{line.overhead:.2%}"])
