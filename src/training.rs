@@ -89,12 +89,12 @@ impl Evaluation {
     }
 }
 
-/// Runs `forward` over a data set.
+/// Runs `eval` over a data set.
 pub fn evaluate(session: &mut Session, model: &Model, data: &Dataset) -> Result<Evaluation, Failure> {
     let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
     let (mut mean, mut right, mut seen) = (Mean::default(), 0, 0);
     for batch in Batches::new(data, model.train.batch.max(32) as usize, Order::AsStored) {
-        session.run("forward", &inputs(&batch, [0, 0]))?;
+        session.run("eval", &inputs(&batch, [0, 0]))?;
         let get = |name: &str| session.output(name).ok_or_else(|| RuntimeError::input(name, "is no output"));
         mean.add(f64::from(get("loss")?.1[0]), batch.labels.len() as f64);
         if classifies {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use peft_grammar::graph::Graph;
-use peft_grammar::model::{Init, Model, Param, Trainable};
+use peft_grammar::model::{Init, Model, Param, TaskKind, Trainable};
 use peft_runtime::artifact::Tensor;
 
 use crate::cpu::Cpu;
@@ -54,6 +54,8 @@ impl Stage {
 pub enum Entry {
     /// Loss, logits and what the model exposes, without dropout and smoothing.
     Forward,
+    /// What is reported of data held out: the loss, and a classifier's logits. Without dropout and smoothing.
+    Eval,
     /// The training form: loss, logits, what is exposed, and every gradient.
     Grad,
     /// The training form: loss and every gradient.
@@ -67,8 +69,9 @@ pub enum Entry {
 }
 
 impl Entry {
-    pub const ALL: [(Entry, &str); 6] = [
+    pub const ALL: [(Entry, &str); 7] = [
         (Entry::Forward, "forward"),
+        (Entry::Eval, "eval"),
         (Entry::Grad, "grad"),
         (Entry::Train, "train"),
         (Entry::Init, "init"),
@@ -78,7 +81,7 @@ impl Entry {
 
     /// The entries of the model's artifact.
     pub fn of_artifact(model: &Model) -> Vec<Entry> {
-        let mut entries = vec![Entry::Forward, Entry::Grad, Entry::Train];
+        let mut entries = vec![Entry::Forward, Entry::Eval, Entry::Grad, Entry::Train];
         entries.extend(model.params.iter().any(|p| matches!(p.init, Init::Value(_))).then_some(Entry::Init));
         entries.extend((!model.stored.is_empty()).then_some(Entry::Store));
         entries
@@ -97,6 +100,10 @@ impl Entry {
         let mut graph = model.graph.clone();
         match self {
             Entry::Forward | Entry::Grad => {}
+            Entry::Eval => {
+                let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
+                graph.outputs.retain(|(name, _)| name == "loss" || classifies && name == "logits");
+            }
             Entry::Train => graph.outputs.retain(|(name, _)| name == "loss"),
             Entry::Init => {
                 let value = |p: &Param| if let Init::Value(v) = p.init { Some((p.name.clone(), v)) } else { None };

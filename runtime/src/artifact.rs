@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// Version of the format written here; others are refused.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// A size known when a batch arrives.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

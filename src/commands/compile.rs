@@ -16,7 +16,7 @@ pub struct Arguments {
     /// Show a stage instead: ast, model, peft, grad, fused, loops or llvm
     #[arg(long, value_name = "STAGE", value_parser = stage)]
     emit: Option<Stage>,
-    /// Which entry point `--emit` shows: forward, grad or train
+    /// Which entry point `--emit` shows: forward, eval, grad or train
     #[arg(long, default_value = "train", value_parser = entry)]
     entry: Entry,
     /// Where the artifact (or the stage) goes; `NAME.peftc` here if not given
