@@ -113,8 +113,8 @@ fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     let features = options.cpu.features().join(",");
     let cpu = options.cpu.to_string();
     let rest = [compiler(), build, codegen::llvm_version().into(), std::env::consts::ARCH.into(), cpu, features];
-    let entries = format!("{entries:?}");
-    for part in rest.iter().chain([&entries]).chain(&options.without) {
+    let (entries, limits) = (format!("{entries:?}"), format!("{:?}", options.limits));
+    for part in rest.iter().chain([&entries, &limits]).chain(&options.without) {
         hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part.as_bytes());
     }

@@ -9,7 +9,7 @@ use peft_runtime::artifact::Tensor;
 use crate::cpu::Cpu;
 use crate::dialect::Dialect;
 use crate::fold::fold;
-use crate::fuse::{RULES, fuse};
+use crate::fuse::{Limits, RULES, fuse};
 use crate::gradient::{differentiate, settle};
 use crate::inference::inference;
 use crate::lower::{self, Lowered, lower};
@@ -121,6 +121,8 @@ impl Entry {
 pub struct Options {
     /// Names of fusion rules to leave out; `all` for every one.
     pub without: Vec<String>,
+    /// From where on rules apply.
+    pub limits: Limits,
     /// Where the way ends.
     pub until: Stage,
     /// What kernels are compiled for.
@@ -129,7 +131,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { without: vec![], until: Stage::Llvm, cpu: Cpu::Native }
+        Options { without: vec![], limits: Limits::default(), until: Stage::Llvm, cpu: Cpu::Native }
     }
 }
 
@@ -158,8 +160,8 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
     way.pass(Stage::Grad, "inference", |entry, g| if entry.differentiates() { Ok(g) } else { inference(&g) })?;
     way.pass(Stage::Grad, "partition", |_, g| partition(&g))?;
     way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { settle(&g) })?;
-    way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule))?;
-    way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g) } else { Ok(g) })?;
+    way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule, &options.limits))?;
+    way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g, &options.limits) } else { Ok(g) })?;
     let (cpu, precision, epilogues) = (options.cpu, model.train.precision, rule("epilogue"));
     way.lower(model, lower::Options { cpu, precision, epilogues })
 }

@@ -7,12 +7,10 @@ use std::collections::HashMap;
 
 use peft_grammar::graph::{Graph, Node, Value};
 
+use crate::fuse::Limits;
 use crate::lower::maps;
 
-/// Operations between two reads from which on the second one counts as far.
-const FAR: usize = 64;
-
-pub fn remat(graph: &Graph) -> Result<Graph, String> {
+pub fn remat(graph: &Graph, limits: &Limits) -> Result<Graph, String> {
     let mut last = vec![0; graph.values()];
     for (at, node) in graph.nodes.iter().enumerate() {
         node.operands.iter().for_each(|v| last[v.0 as usize] = at);
@@ -32,7 +30,7 @@ pub fn remat(graph: &Graph) -> Result<Graph, String> {
     for (at, Node { op, operands, result, location }) in graph.nodes.iter().enumerate() {
         for &operand in operands {
             let Some(source) = maker.get(&operand).map(|&s| &graph.nodes[s]) else { continue };
-            let far = at - made[operand.0 as usize] > FAR;
+            let far = at - made[operand.0 as usize] > limits.far;
             let alive = |v: &Value| last[v.0 as usize] >= at;
             let cheap = maps(&source.op) && !source.operands.is_empty() && !output(operand);
             if far && cheap && source.operands.iter().all(alive) {

@@ -27,6 +27,11 @@ pub fn all(prefix: &str) -> Vec<Fixture> {
     names.into_iter().map(|name| read(&folder, name)).collect()
 }
 
+/// The fixture of that name.
+pub fn one(name: &str) -> Fixture {
+    all(name).into_iter().find(|f| f.name == name).unwrap_or_else(|| panic!("no fixture is called `{name}`"))
+}
+
 fn read(folder: &Path, name: String) -> Fixture {
     let text = std::fs::read_to_string(folder.join(format!("{name}.json"))).expect("readable");
     let path = folder.join(format!("{name}.safetensors"));

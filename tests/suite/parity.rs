@@ -1,12 +1,14 @@
 //! Loss, logits, λ and every gradient against PyTorch: of the interpreter and of the compiled graph.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use peft_grammar::graph::{DType, Graph, Role};
 use peft_grammar::model::{Init, Model, Origin, Param, Precision};
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
+use peft_passes::fuse::Limits;
 use peft_passes::interpret::{self, Batch, Data};
+use peft_passes::lower::Lowered;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::adapter::{Stored, TensorFile};
 use peft_runtime::{Inputs, Program, Session, weights};
@@ -131,17 +133,33 @@ fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded)
     out
 }
 
-/// A session with the fixture's weights.
-pub fn session(fixture: &Fixture, model: &Model, fused: bool) -> Session {
+/// Every rule, or none.
+pub fn fused(all: bool) -> Options {
+    Options { without: if all { vec![] } else { vec!["all".into()] }, ..Options::default() }
+}
+
+fn lowered(fixture: &Fixture, model: &Model, options: &Options) -> Lowered {
     let dialect = Dialect::new().expect("a dialect");
-    let without = if fused { vec![] } else { vec!["all".to_string()] };
-    let options = Options { without, ..Options::default() };
-    let compiled = pipeline::run(&dialect, model, &[Entry::Grad, Entry::Train], &options);
-    let lowered = compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).lowered.expect("the whole way");
+    let compiled = pipeline::run(&dialect, model, &[Entry::Grad, Entry::Train], options);
+    compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).lowered.expect("the whole way")
+}
+
+/// Programs of one library: what they share is compiled once.
+fn programs(all: Vec<Lowered>) -> Vec<Program> {
+    let kernels: BTreeSet<&String> = all.iter().flat_map(|lowered| &lowered.kernels).collect();
+    let kernels: Vec<String> = kernels.into_iter().cloned().collect();
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&lowered.kernels, lowered.cpu, &library).unwrap_or_else(|e| panic!("{}: {e}", fixture.name));
-    let program = Program::new(lowered.manifest, &library).expect("a program");
+    codegen::compile(&kernels, all[0].cpu, &library).unwrap_or_else(|e| panic!("{e}"));
+    all.into_iter().map(|lowered| Program::new(lowered.manifest, &library).expect("a program")).collect()
+}
+
+/// A session with the fixture's weights.
+pub fn session(fixture: &Fixture, model: &Model, options: &Options) -> Session {
+    start(fixture, model, programs(vec![lowered(fixture, model, options)]).remove(0))
+}
+
+fn start(fixture: &Fixture, model: &Model, program: Program) -> Session {
     let weights = exchange::weights(&fixture.file, model, &fixture.path).expect("weights");
     let mut session = Session::new(program, weights, 2).expect("a session");
     session.poison = true;
@@ -153,15 +171,16 @@ fn check(prefix: &str, precision: Precision, mut results: impl FnMut(&Fixture, &
     for fixture in fixtures::all(prefix) {
         let mut model = fixture.model();
         model.train.precision = precision;
-        let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
-        let found = results(&fixture, &model, &padded);
-        wrong.extend(
-            differences(&fixture, model.train.precision, &padded, &found)
-                .into_iter()
-                .map(|d| format!("{}: {d}", fixture.name)),
-        );
+        wrong.extend(faults(&fixture, &model, |padded| results(&fixture, &model, padded)));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// What is wrong with the results for a fixture's batch.
+fn faults(fixture: &Fixture, model: &Model, results: impl FnOnce(&Padded) -> TensorFile) -> Vec<String> {
+    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+    let found = differences(fixture, model.train.precision, &padded, &results(&padded));
+    found.into_iter().map(|d| format!("{}: {d}", fixture.name)).collect()
 }
 
 fn in_the_interpreter(prefix: &str) {
@@ -175,9 +194,9 @@ fn in_the_interpreter(prefix: &str) {
     });
 }
 
-fn compiled(prefix: &str, fused: bool, precision: Precision) {
+fn compiled(prefix: &str, options: &Options, precision: Precision) {
     check(prefix, precision, |fixture, model, padded| {
-        let mut session = session(fixture, model, fused);
+        let mut session = session(fixture, model, options);
         exchange::run(&mut session, model, "grad", padded, [0, 0]).expect("a run")
     });
 }
@@ -194,29 +213,92 @@ fn bert_in_the_interpreter() {
 
 #[test]
 fn gpt2_compiled() {
-    compiled("gpt2_", true, Precision::F32);
+    compiled("gpt2_", &fused(true), Precision::F32);
 }
 
 #[test]
 fn gpt2_compiled_without_fusion() {
-    compiled("gpt2_", false, Precision::F32);
+    compiled("gpt2_", &fused(false), Precision::F32);
 }
 
 #[test]
 fn bert_compiled() {
-    compiled("bert_", true, Precision::F32);
+    compiled("bert_", &fused(true), Precision::F32);
 }
 
 #[test]
 fn bert_compiled_without_fusion() {
-    compiled("bert_", false, Precision::F32);
+    compiled("bert_", &fused(false), Precision::F32);
+}
+
+/// Fixtures that give every rule something to do between them.
+const RULED: [&str; 4] = ["gpt2_lora_qv", "gpt2_mam_inducer_smoothing", "llama_tied_lora", "roberta_mam_adapter"];
+
+/// Without a rule, if one is named; those that wait for large models do not wait here.
+fn small(without: Option<&str>) -> Options {
+    let without = without.into_iter().map(String::from).collect();
+    Options { without, limits: Limits { wide: 32, far: 8 }, ..Options::default() }
+}
+
+/// The fixture's model. Where it is plain GPT-2, its equations leave to the rules what the library's see to: logits
+/// stand at every token, and the weights of attention are halved on their way.
+fn naively(fixture: &Fixture) -> Model {
+    if fixture.name != "gpt2_lora_qv" {
+        return fixture.model();
+    }
+    let gpt2 = peft_grammar::library::backbones().into_iter().find(|b| b.name == "gpt2").expect("a backbone");
+    let changes = [
+        ("backbone gpt2(", "backbone naive("),
+        ("f = attend(dropout(softmax(S), attention_dropout), V)", "f = 2 * attend(0.5 * softmax(S), V)"),
+        ("logits = y[targets] @ transpose(unembedding)", "all = y @ transpose(unembedding)\nlogits = all[targets]"),
+    ];
+    let naive = changes.iter().fold(gpt2.source.to_string(), |source, (library, own)| {
+        assert!(source.contains(library), "{library}");
+        source.replace(library, own)
+    });
+    let spec = format!("{naive}\n{}", fixture.spec().replace("gpt2(", "naive("));
+    peft_grammar::check("spec.peft", &spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The rules that make a difference to a fixture when they alone are left out.
+fn at_work(fixture: &Fixture, model: &Model) -> Vec<&'static str> {
+    let all = lowered(fixture, model, &small(None)).manifest;
+    let changes = |rule: &&str| lowered(fixture, model, &small(Some(rule))).manifest != all;
+    pipeline::rules().into_iter().filter(changes).collect()
+}
+
+#[test]
+fn each_rule_changes_something() {
+    let found: Vec<&str> = RULED.map(fixtures::one).iter().flat_map(|f| at_work(f, &naively(f))).collect();
+    let idle: Vec<&str> = pipeline::rules().into_iter().filter(|rule| !found.contains(rule)).collect();
+    assert!(idle.is_empty(), "leaving out {idle:?} changes nothing");
+}
+
+/// No rule leans on another.
+#[test]
+fn without_each_rule_alone() {
+    let fixtures = RULED.map(fixtures::one);
+    let models = fixtures.each_ref().map(naively);
+    let mut cases = vec![];
+    for (fixture, model) in fixtures.iter().zip(&models) {
+        let rules = at_work(fixture, model).into_iter().map(Some);
+        cases.extend(std::iter::once(None).chain(rules).map(|rule| (fixture, model, rule)));
+    }
+    let all = cases.iter().map(|(fixture, model, rule)| lowered(fixture, model, &small(*rule))).collect();
+    let mut wrong = vec![];
+    for ((fixture, model, rule), program) in cases.into_iter().zip(programs(all)) {
+        let mut session = start(fixture, model, program);
+        let results = |padded: &Padded| exchange::run(&mut session, model, "grad", padded, [0, 0]).expect("a run");
+        wrong.extend(faults(fixture, model, results).into_iter().map(|fault| format!("without {rule:?}, {fault}")));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 /// Products with frozen weights in bf16, everything else as before.
 #[test]
 fn in_bf16() {
     for backbone in ["gpt2_", "bert_", "roberta_", "llama_"] {
-        compiled(backbone, true, Precision::Bf16);
+        compiled(backbone, &fused(true), Precision::Bf16);
     }
 }
 
@@ -227,12 +309,12 @@ fn roberta_in_the_interpreter() {
 
 #[test]
 fn roberta_compiled() {
-    compiled("roberta_", true, Precision::F32);
+    compiled("roberta_", &fused(true), Precision::F32);
 }
 
 #[test]
 fn roberta_compiled_without_fusion() {
-    compiled("roberta_", false, Precision::F32);
+    compiled("roberta_", &fused(false), Precision::F32);
 }
 
 #[test]
@@ -242,12 +324,12 @@ fn llama_in_the_interpreter() {
 
 #[test]
 fn llama_compiled() {
-    compiled("llama_", true, Precision::F32);
+    compiled("llama_", &fused(true), Precision::F32);
 }
 
 #[test]
 fn llama_compiled_without_fusion() {
-    compiled("llama_", false, Precision::F32);
+    compiled("llama_", &fused(false), Precision::F32);
 }
 
 /// Methods that read every head, where heads share keys and values: no PyTorch has them, so the interpreter decides.
@@ -274,8 +356,8 @@ fn methods_on_shared_heads() {
         fixture.file.tensors.retain(|name, _| !name.starts_with("expect."));
         let expected = expected.tensors.into_iter().map(|(name, stored)| (format!("expect.{name}"), stored));
         fixture.file.tensors.extend(expected);
-        for fused in [true, false] {
-            let mut session = session(&fixture, &model, fused);
+        for all in [true, false] {
+            let mut session = session(&fixture, &model, &fused(all));
             let found = exchange::run(&mut session, &model, "grad", &padded, [0, 0]).expect("a run");
             assert_eq!(
                 differences(&fixture, model.train.precision, &padded, &found),

@@ -3,7 +3,7 @@
 use peftc::{exchange, training};
 
 use crate::fixtures;
-use crate::parity::session;
+use crate::parity::{fused, session};
 
 const TOLERANCE: f64 = 1e-4;
 
@@ -11,7 +11,7 @@ const TOLERANCE: f64 = 1e-4;
 fn ten_steps() {
     for fixture in fixtures::all("trace_") {
         let model = fixture.model();
-        let mut session = session(&fixture, &model, true);
+        let mut session = session(&fixture, &model, &fused(true));
         let optimizer = &fixture.json["optimizer"];
         let rates: Vec<f64> =
             optimizer["lr"].as_array().expect("rates").iter().map(|x| x.as_f64().expect("a rate")).collect();

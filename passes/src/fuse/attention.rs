@@ -17,9 +17,10 @@
 
 use peft_grammar::graph::{Dim, Op, Value};
 
+use super::Limits;
 use crate::rewrite::Rewriter;
 
-pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<Value>, String> {
+pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Limits) -> Result<Option<Value>, String> {
     match op {
         Op::Attend { .. } => match dropped_weights(new, operands[0]) {
             Some((weights, drop, rows)) => {

@@ -8,9 +8,10 @@
 
 use peft_grammar::graph::{Dim, MAX_PARTS, Op, Value};
 
+use super::Limits;
 use crate::rewrite::Rewriter;
 
-pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<Value>, String> {
+pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Limits) -> Result<Option<Value>, String> {
     match op {
         Op::Add if new.graph.ty(operands[0]) == new.graph.ty(operands[1]) => {
             let (Some(x), Some(y)) = (placed(new, operands[0]), placed(new, operands[1])) else { return Ok(None) };

@@ -20,20 +20,17 @@
 
 use peft_grammar::graph::{Dim, Op, Role, Value};
 
+use super::Limits;
 use crate::rewrite::Rewriter;
 
-/// Rows of a weight from which on it is swept. Logits of fewer stay in the cache between what reads them, and a
-/// classifier's few columns are one launch.
-const WIDE: u64 = 4096;
-
-pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<Value>, String> {
+pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], limits: &Limits) -> Result<Option<Value>, String> {
     match *op {
-        Op::CrossEntropy { smoothing } => match Head::of(new, operands[0], operands[1], smoothing) {
+        Op::CrossEntropy { smoothing } => match Head::of(new, operands[0], operands[1], smoothing, limits) {
             Some(head) => head.loss(new).map(Some),
             None => Ok(None),
         },
         Op::Matmul { transpose_x: false, transpose_y: false } => {
-            let Some((adjoint, columns)) = adjoint_columns(new, operands[0]) else { return Ok(None) };
+            let Some((adjoint, columns)) = adjoint_columns(new, operands[0], limits) else { return Ok(None) };
             let own = |p: &&Part| p.swept && p.columns() == columns && p.weight == operands[1];
             match adjoint.head.parts.iter().find(own) {
                 Some(part) => adjoint.times_weight(new, part).map(Some),
@@ -41,7 +38,7 @@ pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<V
             }
         }
         Op::Slice { axis: 1, .. } => {
-            let Some((adjoint, columns)) = sliced(new, op, operands[0]) else { return Ok(None) };
+            let Some((adjoint, columns)) = sliced(new, op, operands[0], limits) else { return Ok(None) };
             match adjoint.head.parts.iter().find(|p| !p.swept && p.columns() == columns) {
                 Some(part) => adjoint.part(new, part).map(Some),
                 None => Ok(None),
@@ -80,7 +77,7 @@ impl Part {
 
 impl Head {
     /// `None` unless something of it can be swept and no one but the loss wants the logits.
-    fn of(new: &Rewriter, logits: Value, labels: Value, smoothing: f64) -> Option<Head> {
+    fn of(new: &Rewriter, logits: Value, labels: Value, smoothing: f64, limits: &Limits) -> Option<Head> {
         if new.is_output(logits) {
             return None;
         }
@@ -101,7 +98,7 @@ impl Head {
             let frozen = new.graph.args.iter().any(|a| a.value == weight && a.role == Role::Frozen);
             let start = head.vocabulary();
             head.x = x;
-            head.parts.push(Part { weight, logits, start, rows, swept: frozen && rows >= WIDE });
+            head.parts.push(Part { weight, logits, start, rows, swept: frozen && rows >= limits.wide });
         }
         head.parts.iter().any(|p| p.swept).then_some(head)
     }
@@ -212,11 +209,11 @@ impl Adjoint {
 }
 
 /// `value` as some columns of the adjoint of logits, which ones included.
-fn adjoint_columns(new: &Rewriter, value: Value) -> Option<(Adjoint, (u64, u64))> {
+fn adjoint_columns(new: &Rewriter, value: Value, limits: &Limits) -> Option<(Adjoint, (u64, u64))> {
     match new.source(value)? {
-        (slice @ Op::Slice { axis: 1, .. }, x) => sliced(new, &slice, x[0]),
+        (slice @ Op::Slice { axis: 1, .. }, x) => sliced(new, &slice, x[0], limits),
         (Op::CrossEntropyVjp { smoothing }, x) => {
-            let head = Head::of(new, x[0], x[1], smoothing)?;
+            let head = Head::of(new, x[0], x[1], smoothing, limits)?;
             let all = (0, head.vocabulary());
             Some((Adjoint { head, d: x[2] }, all))
         }
@@ -224,9 +221,9 @@ fn adjoint_columns(new: &Rewriter, value: Value) -> Option<(Adjoint, (u64, u64))
     }
 }
 
-fn sliced(new: &Rewriter, slice: &Op, of: Value) -> Option<(Adjoint, (u64, u64))> {
+fn sliced(new: &Rewriter, slice: &Op, of: Value, limits: &Limits) -> Option<(Adjoint, (u64, u64))> {
     let (Op::CrossEntropyVjp { .. }, _) = new.source(of)? else { return None };
-    let (adjoint, (_, all)) = adjoint_columns(new, of)?;
+    let (adjoint, (_, all)) = adjoint_columns(new, of, limits)?;
     let Op::Slice { start, end, .. } = *slice else { return None };
     Some((adjoint, (start, end.unwrap_or(all))))
 }

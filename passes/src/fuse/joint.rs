@@ -14,9 +14,10 @@
 
 use peft_grammar::graph::{Dim, Op, Type, Value};
 
+use super::Limits;
 use crate::rewrite::Rewriter;
 
-pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<Value>, String> {
+pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Limits) -> Result<Option<Value>, String> {
     let Op::Slice { axis, start, end } = *op else { return Ok(None) };
     let ty = new.graph.ty(operands[0]);
     let Some(Dim::Keys(columns)) = ty.last() else { return Ok(None) };

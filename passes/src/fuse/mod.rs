@@ -12,7 +12,23 @@ use peft_grammar::graph::{Graph, Op, Value};
 use crate::rewrite::{Rewriter, rewrite};
 
 /// What a rule looks like: an operation with its operands, and perhaps a better value for it.
-type Rule = fn(&mut Rewriter, &Op, &[Value]) -> Result<Option<Value>, String>;
+type Rule = fn(&mut Rewriter, &Op, &[Value], &Limits) -> Result<Option<Value>, String>;
+
+/// Sizes from which on a rule pays.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Rows of a weight from which on `head` sweeps it. Logits of fewer stay in the cache between what reads them, and
+    /// a classifier's few columns are one launch.
+    pub wide: u64,
+    /// Operations between two reads from which on `remat` counts the second one as far.
+    pub far: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { wide: 4096, far: 64 }
+    }
+}
 
 /// Every rule by the name that `--no-fuse=NAME` takes, with what it does.
 pub const RULES: &[(&str, &str, Rule)] = &[
@@ -25,12 +41,12 @@ pub const RULES: &[(&str, &str, Rule)] = &[
 ];
 
 /// Applies every rule that `enabled` lets through, until nothing changes.
-pub fn fuse(graph: &Graph, enabled: impl Fn(&str) -> bool) -> Result<Graph, String> {
+pub fn fuse(graph: &Graph, enabled: impl Fn(&str) -> bool, limits: &Limits) -> Result<Graph, String> {
     let mut graph = graph.clone();
     for _ in 0..8 {
         let next = rewrite(&graph, |new, op, operands| {
             for (_, _, rule) in RULES.iter().filter(|(name, ..)| enabled(name)) {
-                if let Some(value) = rule(new, op, operands)? {
+                if let Some(value) = rule(new, op, operands, limits)? {
                     return Ok(Some(value));
                 }
             }

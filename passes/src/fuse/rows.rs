@@ -11,9 +11,10 @@
 
 use peft_grammar::graph::{Dim, Op, Value};
 
+use super::Limits;
 use crate::rewrite::Rewriter;
 
-pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<Value>, String> {
+pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Limits) -> Result<Option<Value>, String> {
     let source = |at: usize| operands.get(at).and_then(|&v| new.source(v));
     match op {
         Op::Gather { start: 0 } => {

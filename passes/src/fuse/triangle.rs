@@ -8,9 +8,10 @@
 
 use peft_grammar::graph::{Op, Value};
 
+use super::Limits;
 use crate::rewrite::Rewriter;
 
-pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value]) -> Result<Option<Value>, String> {
+pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Limits) -> Result<Option<Value>, String> {
     let better = match op {
         Op::Attend { causal: false } => Op::Attend { causal: true },
         Op::AttendTransposed { causal: false } => Op::AttendTransposed { causal: true },

@@ -14,7 +14,7 @@ use proptest::test_runner::TestRunner;
 use super::{Options, head, lower};
 use crate::codegen;
 use crate::cpu::{Cpu, Level};
-use crate::fuse::fuse;
+use crate::fuse::{Limits, fuse};
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
 use crate::tests::samples::{arguments, cases, language_head, single};
@@ -526,7 +526,7 @@ fn heads_stay_where_they_lie() {
         let y = push(Op::Mul, &[y, y]);
         let loss = push(Op::Reduce { axes: vec![0, 1], keep: false, mean: true }, &[y]);
         graph.outputs.push(("loss".into(), loss));
-        let graph = fuse(&differentiate(&graph).expect("differentiable"), |_| true).expect("fused");
+        let graph = fuse(&differentiate(&graph).expect("differentiable"), |_| true, &Limits::default()).expect("fused");
         let tensors =
             ["w", "up"].map(|name| Tensor { name: name.into(), shape: vec![], trainable: None, decay: false });
         let manifest = lower(&[("grad", &graph)], &tensors, Options::default()).expect("lowered").manifest;
@@ -631,7 +631,7 @@ fn sweeps_over_large_logits() {
     let parts = [(2 * head::BLOCK + 37, Role::Frozen), (3, Role::Trainable)];
     let graphs = [0.0, 0.1].map(|smoothing| {
         let graph = differentiate(&language_head(&parts, 3, smoothing, 32.0)).expect("differentiable");
-        (fuse(&graph, |rule| rule == "head").expect("fused"), vec![1])
+        (fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused"), vec![1])
     });
     assert!(graphs.iter().all(|(g, _)| g.nodes.iter().any(|n| n.op == Op::LinearMean)));
     // Logits of a hundred are known to 10⁻⁵, and so is e to them, relatively.

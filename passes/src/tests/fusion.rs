@@ -7,7 +7,7 @@ use std::path::Path;
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
 
 use super::samples::{arguments, language_head};
-use crate::fuse::{RULES, fuse};
+use crate::fuse::{Limits, RULES, fuse};
 use crate::gradient::differentiate;
 use crate::interpret::{Batch, Data, run};
 use crate::partition::partition;
@@ -58,17 +58,17 @@ fn rules_change_the_work_and_not_the_meaning() {
     let mut fired = vec![false; RULES.len() + 1];
     for graph in specs.iter().flat_map(|path| unfused(path)) {
         for (at, (name, ..)) in RULES.iter().enumerate() {
-            let alone = fuse(&graph, |rule| rule == *name).expect("fused");
-            let none = fuse(&graph, |_| false).expect("rebuilt");
+            let alone = fuse(&graph, |rule| rule == *name, &Limits::default()).expect("fused");
+            let none = fuse(&graph, |_| false, &Limits::default()).expect("rebuilt");
             fired[at] |= alone.nodes.iter().map(|n| &n.op).ne(none.nodes.iter().map(|n| &n.op));
             assert_same(name, &graph, &alone);
         }
-        let all = fuse(&graph, |_| true).expect("fused");
+        let all = fuse(&graph, |_| true, &Limits::default()).expect("fused");
         assert_same("all rules", &graph, &all);
-        assert_same("all rules, remat", &graph, &remat(&all).expect("rebuilt"));
+        assert_same("all rules, remat", &graph, &remat(&all, &Limits::default()).expect("rebuilt"));
         // Models as small as these have little to make again but what attention keeps.
-        let kept = fuse(&graph, |rule| rule != "attention").expect("fused");
-        let again = remat(&kept).expect("rebuilt");
+        let kept = fuse(&graph, |rule| rule != "attention", &Limits::default()).expect("fused");
+        let again = remat(&kept, &Limits::default()).expect("rebuilt");
         fired[RULES.len()] |= again.nodes.len() > kept.nodes.len();
         assert_same("remat", &graph, &again);
     }
@@ -117,7 +117,7 @@ fn columns_in_front_of_scores() {
         graph.outputs.extend([("loss".into(), loss), ("f".into(), f)]);
         let graph = differentiate(&graph).expect("differentiable");
         for left in ["joint", "attention", ""] {
-            let fused = fuse(&graph, |rule| rule != left).expect("fused");
+            let fused = fuse(&graph, |rule| rule != left, &Limits::default()).expect("fused");
             assert_same(&format!("all but `{left}` of {fronts:?}"), &graph, &fused);
             let ragged = fused.nodes.iter().any(|n| fused.ty(n.result).ragged());
             assert_eq!(ragged, !left.is_empty(), "all but `{left}` of {fronts:?}");
@@ -135,7 +135,7 @@ fn a_head_without_whole_logits() {
         (vec![(7, Role::Frozen), (2, Role::Trainable), (4500, Role::Frozen)], 0.2),
     ] {
         let graph = differentiate(&language_head(&parts, 3, smoothing, 1.0)).expect("differentiable");
-        let fused = fuse(&graph, |rule| rule == "head").expect("fused");
+        let fused = fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused");
         let wide = |g: &Graph| {
             let long = |v| matches!(g.ty(v).shape[..], [Dim::Targets, Dim::Const(n)] if n >= 4096);
             g.nodes.iter().filter(|n| long(n.result)).count()
@@ -170,8 +170,8 @@ fn a_head_that_stays_as_it_is() {
     given.outputs.push(("logits".into(), loss.operands[0]));
     for forward in [small, trained, given] {
         let graph = differentiate(&forward).expect("differentiable");
-        let fused = fuse(&graph, |rule| rule == "head").expect("fused");
-        let unchanged = fuse(&graph, |_| false).expect("rebuilt");
+        let fused = fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused");
+        let unchanged = fuse(&graph, |_| false, &Limits::default()).expect("rebuilt");
         assert_eq!(fused, unchanged);
     }
 }
