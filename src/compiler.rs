@@ -75,7 +75,7 @@ fn fresh(
     let mut timings = compiled.timings;
     let begun = Instant::now();
     let library = folder.join("kernels.so");
-    codegen::compile(&lowered.kernels, lowered.cpu, &library)?;
+    codegen::compile(&lowered.kernels, lowered.machine, &library)?;
     timings.push(("llvm", begun.elapsed()));
     let manifest = Manifest {
         compiler: compiler(),
@@ -110,9 +110,9 @@ fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     hash.update(&graph);
     let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
     let build = build.map(|b| format!("{b:?}")).unwrap_or_default();
-    let features = options.cpu.features().join(",");
-    let cpu = options.cpu.to_string();
-    let rest = [compiler(), build, codegen::llvm_version().into(), std::env::consts::ARCH.into(), cpu, features];
+    let features = options.machine.features().join(",");
+    let (arch, machine) = (options.machine.arch().into(), options.machine.to_string());
+    let rest = [compiler(), build, codegen::llvm_version().into(), arch, machine, features];
     let (entries, limits) = (format!("{entries:?}"), format!("{:?}", options.limits));
     for part in rest.iter().chain([&entries, &limits]).chain(&options.without) {
         hash.update(&(part.len() as u64).to_le_bytes());

@@ -11,6 +11,7 @@ use std::time::Duration;
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
 use peft_grammar::model::Precision;
 use peft_passes::cpu::Cpu;
+use peft_passes::machine::Machine;
 use peft_passes::{codegen, lower};
 use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Storage, Tensor};
 use peft_runtime::{Inputs, Numbers, Profile, Program, Session};
@@ -182,7 +183,7 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
 
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&lowered.kernels, Cpu::Native, &library).unwrap_or_else(|e| panic!("{e}"));
+    codegen::compile(&lowered.kernels, Machine::default(), &library).unwrap_or_else(|e| panic!("{e}"));
     let numbers = |n: usize| (0..n).map(|i| ((i * 7919 % 1001) as f32 - 500.0) / 1000.0);
     let weights = tensors.iter().map(|t| {
         let count = t.shape.iter().product::<u64>() as usize;

@@ -1,4 +1,4 @@
-//! From kernels in `scf`, `vector` and `memref` to machine code in a shared library, by MLIR and LLVM.
+//! From kernels in `scf`, `vector` and `memref` to machine code in a shared library, or to PTX, by MLIR and LLVM.
 //!
 //! The same library is run at once and saved for later: there is no second way. Kernels do not know of
 //! each other, so they are compiled in as many parts as there are cores.
@@ -8,13 +8,18 @@ use std::process::Command;
 use std::sync::Once;
 
 use melior::ExecutionEngine;
-use melior::ir::Module;
+use melior::StringRef;
+use melior::ir::attribute::{ArrayAttribute, AttributeLike};
+use melior::ir::operation::OperationLike;
+use melior::ir::{BlockLike, Module};
 use melior::pass::PassManager;
 use melior::utility::{parse_pass_pipeline, register_all_llvm_translations, register_all_passes};
 
 use crate::Error;
 use crate::cpu::Cpu;
+use crate::cuda::Chip;
 use crate::dialect::Dialect;
+use crate::machine::Machine;
 
 /// From loops to the `llvm` dialect.
 const PIPELINE: &str = "builtin.module(\
@@ -33,19 +38,55 @@ const PIPELINE: &str = "builtin.module(\
     reconcile-unrealized-casts,\
     canonicalize,cse)";
 
-/// Kernels as one module, for the processor they name `#cpu`.
-pub fn module(kernels: &[String], cpu: Cpu) -> String {
-    format!("#cpu = {}\nmodule {{\n{}}}\n", cpu.attributes(), kernels.concat())
+/// The same for a GPU. The target goes with the module, and comes with it to what writes PTX.
+fn pipeline_to_nvvm(chip: Chip) -> String {
+    format!(
+        "builtin.module(\
+         nvvm-attach-target{{chip={chip} O=3 features={}}},\
+         gpu.module(canonicalize,cse,convert-scf-to-cf,convert-gpu-to-nvvm),\
+         convert-cf-to-llvm,\
+         reconcile-unrealized-casts,\
+         canonicalize,cse)",
+        chip.ptx()
+    )
+}
+
+/// Kernels as one module. Those for a processor name its attributes `#cpu`.
+fn module(kernels: &[String], machine: Machine) -> String {
+    let kernels = kernels.concat();
+    match machine {
+        Machine::Cpu(cpu) => format!("#cpu = {}\nmodule {{\n{kernels}}}\n", cpu.attributes()),
+        Machine::Cuda(_) => format!("module {{\ngpu.module @kernels {{\n{kernels}}}\n}}\n"),
+    }
 }
 
 /// The kernels as MLIR prints them.
-pub fn loops(dialect: &Dialect, kernels: &[String], cpu: Cpu) -> Result<String, Error> {
-    Ok(dialect.parse(&module(kernels, cpu))?.as_operation().to_string())
+pub fn loops(dialect: &Dialect, kernels: &[String], machine: Machine) -> Result<String, Error> {
+    Ok(dialect.parse(&module(kernels, machine))?.as_operation().to_string())
 }
 
 /// The kernels in the `llvm` dialect.
-pub fn llvm(dialect: &Dialect, kernels: &[String], cpu: Cpu) -> Result<String, Error> {
-    Ok(lowered(dialect, &module(kernels, cpu))?.as_operation().to_string())
+pub fn llvm(dialect: &Dialect, kernels: &[String], machine: Machine) -> Result<String, Error> {
+    let pipeline = match machine {
+        Machine::Cpu(_) => PIPELINE.into(),
+        Machine::Cuda(chip) => pipeline_to_nvvm(chip),
+    };
+    Ok(lowered(dialect, &module(kernels, machine), &pipeline)?.as_operation().to_string())
+}
+
+/// The kernels as one module of PTX.
+pub fn ptx(dialect: &Dialect, kernels: &[String], machine: Machine) -> Result<String, Error> {
+    let Machine::Cuda(chip) = machine else { return Err(Error::Mlir(format!("there is no PTX for {machine}"))) };
+    register_all_llvm_translations(dialect.context());
+    let module = lowered(dialect, &module(kernels, machine), &pipeline_to_nvvm(chip))?;
+    let module = through(dialect, module, "builtin.module(gpu-module-to-binary{format=isa})")?;
+    let none = || dialect.error("LLVM wrote no PTX");
+    let binary = module.body().first_operation().ok_or_else(none)?;
+    let objects = ArrayAttribute::try_from(binary.attribute("objects").map_err(|_| none())?).map_err(|_| none())?;
+    let object = objects.element(0).map_err(|_| none())?;
+    // SAFETY: what a `gpu.binary` holds are objects, whose text lives as long as the context.
+    let text = unsafe { StringRef::from_raw(mlir_sys::mlirGPUObjectAttrGetObject(object.to_raw())) };
+    text.as_str().map(|text| text.trim_end_matches('\0').to_string()).map_err(|_| none())
 }
 
 /// Reads a module of kernels back, from either form, and prints it again.
@@ -54,7 +95,8 @@ pub fn read(dialect: &Dialect, text: &str) -> Result<String, Error> {
 }
 
 /// Compiles the kernels and links them to the library `out`.
-pub fn compile(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
+pub fn compile(kernels: &[String], machine: Machine, out: &Path) -> Result<(), Error> {
+    let Machine::Cpu(cpu) = machine else { return Err(Error::Link(format!("there is no library for {machine}"))) };
     let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;
     // None without a kernel: LLVM makes no engine of an empty module.
     let parts = std::thread::available_parallelism().map_or(1, |n| n.get()).min(kernels.len()).clamp(1, 8);
@@ -83,7 +125,7 @@ pub fn compile(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
 fn object_file(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
     let dialect = Dialect::new()?;
     register_all_llvm_translations(dialect.context());
-    let module = lowered(&dialect, &module(kernels, cpu))?;
+    let module = lowered(&dialect, &module(kernels, Machine::Cpu(cpu)), PIPELINE)?;
     let path = out.to_str().ok_or_else(|| Error::Link(format!("`{}` is no UTF-8", out.display())))?;
     let engine = ExecutionEngine::new(&module, 3, &[], true, true);
     engine.dump_to_object_file(path);
@@ -93,13 +135,16 @@ fn object_file(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
     }
 }
 
-fn lowered<'c>(dialect: &'c Dialect, text: &str) -> Result<Module<'c>, Error> {
+fn lowered<'c>(dialect: &'c Dialect, text: &str, pipeline: &str) -> Result<Module<'c>, Error> {
+    through(dialect, dialect.parse(text)?, pipeline)
+}
+
+fn through<'c>(dialect: &'c Dialect, mut module: Module<'c>, pipeline: &str) -> Result<Module<'c>, Error> {
     // The registry is the process's, and knows no locks.
     static PASSES: Once = Once::new();
     PASSES.call_once(register_all_passes);
-    let mut module = dialect.parse(text)?;
     let manager = PassManager::new(dialect.context());
-    parse_pass_pipeline(manager.as_operation_pass_manager(), PIPELINE).map_err(|e| Error::Mlir(e.to_string()))?;
+    parse_pass_pipeline(manager.as_operation_pass_manager(), pipeline).map_err(|e| Error::Mlir(e.to_string()))?;
     manager.run(&mut module).map_err(|_| dialect.error("lowering to LLVM failed"))?;
     Ok(module)
 }

@@ -3,6 +3,7 @@
 
 pub mod codegen;
 pub mod cpu;
+pub mod cuda;
 pub mod dialect;
 pub mod fold;
 pub mod fuse;
@@ -10,6 +11,7 @@ pub mod gradient;
 pub mod inference;
 pub mod interpret;
 pub mod lower;
+pub mod machine;
 pub mod partition;
 pub mod pipeline;
 pub mod remat;

@@ -6,13 +6,13 @@ use peft_grammar::graph::Graph;
 use peft_grammar::model::{Init, Model, Param, TaskKind, Trainable};
 use peft_runtime::artifact::Tensor;
 
-use crate::cpu::Cpu;
 use crate::dialect::Dialect;
 use crate::fold::fold;
 use crate::fuse::{Limits, RULES, fuse};
 use crate::gradient::{differentiate, settle};
 use crate::inference::inference;
 use crate::lower::{self, Lowered, lower};
+use crate::machine::Machine;
 use crate::partition::partition;
 use crate::remat::remat;
 use crate::rewrite::live;
@@ -35,10 +35,12 @@ pub enum Stage {
     Loops,
     /// Kernels in the `llvm` dialect.
     Llvm,
+    /// What a GPU's driver gets.
+    Ptx,
 }
 
 impl Stage {
-    pub const ALL: [(Stage, &str); 7] = [
+    pub const ALL: [(Stage, &str); 8] = [
         (Stage::Ast, "ast"),
         (Stage::Model, "model"),
         (Stage::Peft, "peft"),
@@ -46,6 +48,7 @@ impl Stage {
         (Stage::Fused, "fused"),
         (Stage::Loops, "loops"),
         (Stage::Llvm, "llvm"),
+        (Stage::Ptx, "ptx"),
     ];
 }
 
@@ -126,12 +129,12 @@ pub struct Options {
     /// Where the way ends.
     pub until: Stage,
     /// What kernels are compiled for.
-    pub cpu: Cpu,
+    pub machine: Machine,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { without: vec![], limits: Limits::default(), until: Stage::Llvm, cpu: Cpu::Native }
+        Options { without: vec![], limits: Limits::default(), until: Stage::Llvm, machine: Machine::default() }
     }
 }
 
@@ -162,8 +165,8 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
     way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { settle(&g) })?;
     way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule, &options.limits))?;
     way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g, &options.limits) } else { Ok(g) })?;
-    let (cpu, precision, epilogues) = (options.cpu, model.train.precision, rule("epilogue"));
-    way.lower(model, lower::Options { cpu, precision, epilogues })
+    let (machine, precision, epilogues) = (options.machine, model.train.precision, rule("epilogue"));
+    way.lower(model, lower::Options { machine, precision, epilogues })
 }
 
 /// Entries on their way.
@@ -206,7 +209,10 @@ impl<'d> Way<'d> {
         if self.until >= Stage::Loops {
             let begun = Instant::now();
             let named: Vec<(&str, &Graph)> = self.graphs.iter().map(|g| (g.name.as_str(), g)).collect();
-            let blame = |message| Error::Invalid { stage: "loops".into(), message };
+            let blame = |message| match options.machine {
+                Machine::Cpu(_) => Error::Invalid { stage: "loops".into(), message },
+                Machine::Cuda(_) => Error::Refused { entry: self.entries[0].name(), message },
+            };
             lowered = Some(lower(&named, &tensors(model), options).map_err(blame)?);
             self.timings.push(("loops", begun.elapsed()));
         }
@@ -218,8 +224,9 @@ impl<'d> Way<'d> {
 pub fn emit(dialect: &Dialect, compiled: &Compiled, stage: Stage, locations: bool) -> Result<String, Error> {
     let graphs: Vec<&Graph> = compiled.graphs.iter().collect();
     match (stage, &compiled.lowered) {
-        (Stage::Loops, Some(lowered)) => codegen::loops(dialect, &lowered.kernels, lowered.cpu),
-        (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels, lowered.cpu),
+        (Stage::Loops, Some(lowered)) => codegen::loops(dialect, &lowered.kernels, lowered.machine),
+        (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels, lowered.machine),
+        (Stage::Ptx, Some(lowered)) => codegen::ptx(dialect, &lowered.kernels, lowered.machine),
         _ if locations => dialect.print_with_locations(&graphs),
         _ => dialect.print(&graphs),
     }

@@ -2,6 +2,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use peft_passes::dialect::Dialect;
+use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::store;
 
@@ -13,7 +14,7 @@ use crate::{compiler, spec};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// Show a stage instead: ast, model, peft, grad, fused, loops or llvm
+    /// Show a stage instead: ast, model, peft, grad, fused, loops, llvm or ptx
     #[arg(long, value_name = "STAGE", value_parser = stage)]
     emit: Option<Stage>,
     /// Which entry point `--emit` shows: forward, eval, grad or train
@@ -49,7 +50,6 @@ fn entry(text: &str) -> Result<Entry, String> {
 }
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
-    arguments.source.check_target()?;
     match arguments.emit {
         Some(stage) => emit(&arguments, stage),
         None => compile(&arguments),
@@ -58,10 +58,11 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
 
 fn compile(arguments: &Arguments) -> Result<(), Failure> {
     let source = &arguments.source;
+    source.check_target()?;
     let begun = Instant::now();
     let model = spec::load(&source.path, &source.set, super::color())?;
     let checked = begun.elapsed();
-    let artifact = compiler::compile(&model, &source.options())?;
+    let artifact = compiler::compile(&model, &source.options()?)?;
     let out = arguments.output.clone().unwrap_or_else(|| format!("{}.peftc", model.name).into());
     store::save(&out, &artifact.manifest, &artifact.library)?;
     if source.timings {
@@ -79,6 +80,9 @@ fn compile(arguments: &Arguments) -> Result<(), Failure> {
 
 fn emit(arguments: &Arguments, stage: Stage) -> Result<(), Failure> {
     let source = &arguments.source;
+    if stage == Stage::Ptx && matches!(source.machine()?, Machine::Cpu(_)) {
+        return Err(Failure::Usage("a processor has no PTX; ask for that of `--target cuda`".into()));
+    }
     let text = match stage {
         Stage::Ast => {
             let text = spec::read(&source.path)?;
@@ -93,7 +97,7 @@ fn emit(arguments: &Arguments, stage: Stage) -> Result<(), Failure> {
                 Stage::Model => model.to_string(),
                 _ => {
                     let dialect = Dialect::new()?;
-                    let options = Options { until: stage, ..source.options() };
+                    let options = Options { until: stage, ..source.options()? };
                     let compiled = pipeline::run(&dialect, &model, &[arguments.entry], &options)?;
                     if source.timings {
                         super::say(&source::timings(&compiled.timings));

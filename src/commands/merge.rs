@@ -30,7 +30,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let model = spec::load(&source.path, &source.set, super::color())?;
     let values = adapters::load(&model, &arguments.adapter)?;
     let weights = source::weights(&arguments.weights, &model)?;
-    let merged = merge::merge(&model, weights, &values, &source.options())?;
+    let merged = merge::merge(&model, weights, &values, &source.options()?)?;
     merge::save(&model, &merged, &arguments.weights, &arguments.output)?;
     for note in merge::notes(&model) {
         super::say(&note);

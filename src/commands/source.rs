@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use peft_grammar::model::{Model, Origin, TaskKind};
 #[cfg(feature = "compiler")]
-use peft_passes::cpu::Cpu;
+use peft_passes::machine::Machine;
 use peft_runtime::artifact::Manifest;
 use peft_runtime::{Numbers, Program, store, weights};
 
@@ -22,7 +22,7 @@ pub struct Source {
     /// Set a value of the spec, such as `train.steps=20`
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
     pub set: Vec<(String, String)>,
-    /// What to compile for: `cpu`, or a level of processors such as `cpu:x86-64-v3`
+    /// What to compile for: `cpu`, a level of processors such as `cpu:x86-64-v3`, or `cuda:sm_70` to look at its stages
     #[arg(long, default_value = "cpu")]
     pub target: String,
     /// Leave out fusion rules, by name; all of them without one
@@ -57,22 +57,27 @@ impl Source {
         self.path.is_dir()
     }
 
+    #[cfg(feature = "compiler")]
+    pub fn machine(&self) -> Result<Machine, Failure> {
+        self.target.parse().map_err(Failure::Usage)
+    }
+
+    /// Refuses targets that nothing runs on.
     pub fn check_target(&self) -> Result<(), Failure> {
-        match self.target.split_once(':').unwrap_or((&self.target, "")) {
-            ("cpu", "") => Ok(()),
-            #[cfg(feature = "compiler")]
-            ("cpu", level) => level.parse::<Cpu>().map(|_| ()).map_err(Failure::Usage),
-            ("cuda", _) => {
-                let here = match peft_runtime::device::gpus() {
-                    Ok(gpus) => gpus.iter().map(|gpu| gpu.to_string()).collect::<Vec<_>>().join(", "),
-                    Err(error) => error.to_string(),
-                };
-                Err(Failure::Usage(format!(
-                    "this peftc has no CUDA target yet; leave `--target` out to run on the CPU (GPUs here: {here})"
-                )))
-            }
-            _ => Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
+        #[cfg(feature = "compiler")]
+        self.machine()?;
+        match self.target.split_once(':').map_or(&self.target[..], |(kind, _)| kind) {
+            "cpu" => return Ok(()),
+            "cuda" => {}
+            _ => return Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
         }
+        let here = match peft_runtime::device::gpus() {
+            Ok(gpus) => gpus.iter().map(|gpu| gpu.to_string()).collect::<Vec<_>>().join(", "),
+            Err(error) => error.to_string(),
+        };
+        Err(Failure::Usage(format!(
+            "this peftc runs nothing on CUDA yet; leave `--target` out to run on the CPU (GPUs here: {here})"
+        )))
     }
 
     /// The model and its program, compiled now, found in the cache, or loaded.
@@ -99,7 +104,7 @@ impl Source {
             return Ok(self.load()?.program);
         }
         let entries = [peft_passes::pipeline::Entry::Store];
-        let artifact = crate::compiler::compile_entries(model, &entries, &self.options())?;
+        let artifact = crate::compiler::compile_entries(model, &entries, &self.options()?)?;
         store::runs_here(&self.path, &artifact.manifest)?;
         Ok(Program::new(artifact.manifest, &artifact.library)?)
     }
@@ -123,7 +128,7 @@ impl Source {
         let begun = Instant::now();
         let model = spec::load(&self.path, &self.set, super::color())?;
         let checked = begun.elapsed();
-        let artifact = crate::compiler::compile(&model, &self.options())?;
+        let artifact = crate::compiler::compile(&model, &self.options()?)?;
         store::runs_here(&self.path, &artifact.manifest)?;
         if self.timings {
             super::say(&timings(&[&[("check", checked)], &artifact.timings[..]].concat()));
@@ -132,10 +137,12 @@ impl Source {
     }
 
     #[cfg(feature = "compiler")]
-    pub fn options(&self) -> peft_passes::pipeline::Options {
-        let level = self.target.split_once(':').and_then(|(_, level)| level.parse().ok());
-        let cpu = level.unwrap_or_default();
-        peft_passes::pipeline::Options { without: self.no_fuse.clone(), cpu, ..Default::default() }
+    pub fn options(&self) -> Result<peft_passes::pipeline::Options, Failure> {
+        Ok(peft_passes::pipeline::Options {
+            without: self.no_fuse.clone(),
+            machine: self.machine()?,
+            ..Default::default()
+        })
     }
 
     #[cfg(not(feature = "compiler"))]

@@ -177,8 +177,11 @@ fn compile_run_and_refuse_damaged_artifacts() {
         let ran = bench.peftc(["compile", IR, "--emit", stage]);
         assert_eq!((ran.code, ran.out.is_empty()), (0, false), "{stage}: {}", ran.err);
     }
-    bench.refuses(&["compile", IR, "--emit", "ptx"], 2, &["the stages are ast, model"]);
-    bench.refuses(&["compile", IR, "--target", "cuda"], 2, &["no CUDA target yet"]);
+    bench.refuses(&["compile", IR, "--emit", "asm"], 2, &["the stages are ast, model"]);
+    bench.refuses(&["compile", IR, "--emit", "ptx"], 2, &["`--target cuda`"]);
+    bench.refuses(&["compile", IR, "--target", "cuda"], 2, &["runs nothing on CUDA yet"]);
+    bench.refuses(&["compile", IR, "--target", "cuda:sm_61", "--emit", "loops"], 2, &["sm_70, sm_80, sm_90"]);
+    bench.refuses(&["compile", IR, "--target", "gpu"], 2, &["it is `cpu` or `cuda`"]);
     #[cfg(target_arch = "x86_64")]
     bench.refuses(&["compile", IR, "--target", "cpu:x86-64-v9"], 2, &["native, x86-64, x86-64-v3, x86-64-v4"]);
     bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "column"]);

@@ -150,7 +150,7 @@ fn programs(all: Vec<Lowered>) -> Vec<Program> {
     let kernels: Vec<String> = kernels.into_iter().cloned().collect();
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&kernels, all[0].cpu, &library).unwrap_or_else(|e| panic!("{e}"));
+    codegen::compile(&kernels, all[0].machine, &library).unwrap_or_else(|e| panic!("{e}"));
     all.into_iter().map(|lowered| Program::new(lowered.manifest, &library).expect("a program")).collect()
 }
 

@@ -4,7 +4,7 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define, first};
+use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define, first};
 use super::view::View;
 use super::{Lowering, dim_extent, extents};
 
@@ -22,8 +22,8 @@ impl Lowering<'_, '_, '_> {
         self.copy_view((keys, &turned), (flipped, &View::dense(&turned.shape)));
         let name = if causal { "scores_causal" } else { "scores" };
         let elements = [Element::F32, Element::F32, Element::F32, Element::I32, Element::I32];
-        let kernel = self.target.kernel(name, |name| {
-            define(name, &elements, 4, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |title| {
+            define(title, &elements, 4, |k, buffers, sizes| {
                 let [q, keys, out, offsets, pairs] = first(buffers);
                 let [tokens, all_pairs, width, sequences] = first(sizes);
                 k.units(|k, unit| {
@@ -46,8 +46,8 @@ impl Lowering<'_, '_, '_> {
             (true, true) => "attend_transposed_causal",
         };
         let elements = [Element::F32, Element::F32, Element::F32, Element::I32, Element::I32];
-        let kernel = self.target.kernel(name, |name| {
-            define(name, &elements, 4, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |title| {
+            define(title, &elements, 4, |k, buffers, sizes| {
                 let [w, v, out, offsets, pairs] = first(buffers);
                 let [tokens, all_pairs, width, sequences] = first(sizes);
                 k.units(|k, unit| {
@@ -120,17 +120,17 @@ impl Head {
 }
 
 pub(super) fn zeros(k: &mut Kernel) -> Vec<Val> {
-    let zero = k.float(0.0, F32.times(LANES));
+    let zero = k.floats(0.0);
     vec![zero; (ROWS * VECTORS) as usize]
 }
 
 /// Offsets and masks of the vectors at `j` of a row of `length`.
 pub(super) fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
     let vector = |v: u64| {
-        let offset = k.index(v * LANES);
+        let offset = k.index(v * k.lane_count());
         let at = k.add(j, offset);
         let left = k.sub(length, at);
-        (at, k.mask(left, LANES))
+        (at, k.mask(left))
     };
     (0..VECTORS).map(vector).collect()
 }
@@ -146,7 +146,7 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
                 k.mul(row, width)
             })
             .collect();
-        k.each(zero, segment.length, VECTORS * LANES, |k, j| {
+        k.each(zero, segment.length, VECTORS * k.lane_count(), |k, j| {
             let vectors = vectors(k, j, segment.length);
             let start = zeros(k);
             let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
@@ -187,11 +187,11 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
 fn unless_later(k: &mut Kernel, score: Val, at: Val, row: Val) -> Val {
     let numbers = k.lane_numbers();
     let (at, row) = (k.to_i32(at), k.to_i32(row));
-    let (at, row) = (k.splat(at, LANES), k.splat(row, LANES));
+    let (at, row) = (k.splat(at), k.splat(row));
     let key = k.add(numbers, at);
     let later = k.compare(key, Order::Gt, row);
     let lowest = k.float(f64::NEG_INFINITY, score.ty);
-    debug_assert_eq!(key.ty, I32.times(LANES));
+    debug_assert_eq!(key.ty, k.vector(I32));
     k.select(later, lowest, score)
 }
 
@@ -209,7 +209,7 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
             }
             (true, true) => (i, segment.length),
         };
-        k.each(zero, width, VECTORS * LANES, |k, e| {
+        k.each(zero, width, VECTORS * k.lane_count(), |k, e| {
             let vectors = vectors(k, e, width);
             let start = zeros(k);
             let sums = k.fold(from, to, 1, &start, |k, j, sums| {

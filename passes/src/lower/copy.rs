@@ -3,7 +3,7 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, Kernel, VECTOR, Val, define, first};
+use super::kernel::{Buf, Kernel, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, extents};
 
@@ -67,16 +67,17 @@ impl Lowering<'_, '_, '_> {
         }
         let (rows, width, inner) = around(own, axis);
         let (_, narrow, _) = around(ty, axis);
-        let kernel = self.target.kernel("pad", |name| {
-            define(name, &[Element::F32; 2], 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel("pad", |title| {
+            define(title, &[Element::F32; 2], 3, |k, buffers, sizes| {
                 let ([from, to], [length, start, width]) = (first(buffers), first(sizes));
                 k.units(|k, row| {
                     let (source, target) = (k.mul(row, length), k.mul(row, width));
-                    let zero = k.float(0.0, VECTOR);
+                    let zero = k.floats(0.0);
                     k.lanes(width, |k, j, mask| {
                         let place = k.add(target, j);
                         k.store_lanes(zero, to, place, mask);
                     });
+                    k.settle();
                     let target = k.add(target, start);
                     move_row(k, (from, source), (to, target), length);
                 });
@@ -101,19 +102,20 @@ impl Lowering<'_, '_, '_> {
         let name = format!("copy_{}_to_{}_by_{way}{cleared}", source.kind(), target.kind());
         let (ragged, ragged_to) = (source.ragged(), target.ragged());
         let elements = [Element::F32, Element::F32, Element::I32];
-        let kernel = self.target.kernel(&name, |name| {
-            define(name, &elements, 8, |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |title| {
+            define(title, &elements, 8, |k, buffers, sizes| {
                 let [from, to, pairs] = first(buffers);
                 k.units(|k, row| {
                     let Span { base, length } = Rows::span(k, row, &sizes[0..3], ragged.then_some(pairs));
                     let Span { base: base_to, length: length_to } =
                         Rows::span(k, row, &sizes[3..6], ragged_to.then_some(pairs));
                     if clear {
-                        let zero = k.float(0.0, VECTOR);
+                        let zero = k.floats(0.0);
                         k.lanes(length_to, |k, j, mask| {
                             let place = k.add(base_to, j);
                             k.store_lanes(zero, to, place, mask);
                         });
+                        k.settle();
                     }
                     let (source, target) = (k.add(base, sizes[6]), k.add(base_to, sizes[7]));
                     move_row(k, (from, source), (to, target), if by_source { length } else { length_to });

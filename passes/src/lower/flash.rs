@@ -17,18 +17,20 @@ use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::attention::{ROWS, Segment, VECTORS, vectors, zeros};
-use super::kernel::{Buf, I32, Kernel, LANES, Order, VECTOR, Val, define};
-use super::random::{self, DRAWN};
+use super::kernel::{Buf, I32, Kernel, Order, Val, define};
+use super::random;
 use super::rows;
 use super::span::Span;
 use super::view::{ONE, Step, View};
 use super::{Lowering, copy, dim_extent, math};
 
-/// Lengths are rounded up to this many, so that vectors need no masks: what one call of the generator decides over.
-const STEP: u64 = DRAWN;
-const _: () = assert!(ROWS == 4 && STEP.is_multiple_of(VECTORS * LANES));
+/// Lengths are rounded up to what one call of the generator decides over, so that vectors need no masks.
+const _: () = assert!(ROWS == 4 && random::EACH.is_multiple_of(VECTORS));
+
 /// Floats a sequence has room for beyond its length: rounded up with its phase.
-const SLACK: u64 = STEP + ROWS;
+fn slack(lanes: u64) -> u64 {
+    random::EACH * lanes + ROWS
+}
 
 /// What a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
@@ -61,7 +63,8 @@ impl Lowering<'_, '_, '_> {
         let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         // Room for every sequence, its length rounded up.
-        let places = heads.clone() * (Extent::Tokens + Extent::Const(SLACK) * Extent::Sequences);
+        let places =
+            heads.clone() * (Extent::Tokens + Extent::Const(slack(self.target.machine.lanes())) * Extent::Sequences);
         let first = self.scratch(vec![places.clone() * width.clone()]);
         let second = self.scratch(vec![places.clone() * wide.clone()]);
         // What the weights multiply: the side that is transposed as well, or one that is not.
@@ -102,8 +105,8 @@ impl Lowering<'_, '_, '_> {
         elements.extend(drops.then_some(Element::I32));
         elements.extend([Element::F32; 5]);
         elements.push(Element::I32);
-        let kernel = self.target.kernel(&name, |name| {
-            define(name, &elements, sizes.len(), |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |title| {
+            define(title, &elements, sizes.len(), |k, buffers, sizes| {
                 k.units(|k, unit| {
                     let unit = Unit::of(k, unit, buffers, sizes, form, drops);
                     match part {
@@ -182,10 +185,10 @@ impl Unit {
         let four = k.index(ROWS);
         let phase = k.rem(column, four);
         let column = k.sub(column, phase);
-        let step = k.index(STEP);
+        let step = k.index(random::drawn(k));
         let slots = k.add(segment.length, phase);
         let stride = round_up(k, slots, step);
-        let slack = k.index(SLACK);
+        let slack = k.index(slack(k.lane_count()));
         let slack = k.mul(unit, slack);
         let place = k.add(segment.row, slack);
         let (first_at, second_at) = (k.mul(place, width), k.mul(place, wide));
@@ -272,11 +275,11 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Bu
     let zero = k.index(0);
     let numbers = k.lane_numbers();
     let line = k.to_i32(from.line);
-    let line = k.splat(line, LANES);
+    let line = k.splat(line);
     let steps = k.mul(numbers, line);
-    k.each(zero, unit.segment.length, LANES, |k, i| {
+    k.each(zero, unit.segment.length, k.lane_count(), |k, i| {
         let left = k.sub(unit.segment.length, i);
-        let mask = k.mask(left, LANES);
+        let mask = k.mask(left);
         let row = from.row(k, i);
         let target = k.add(at, i);
         k.each(zero, width, 1, |k, e| {
@@ -317,7 +320,7 @@ fn product(
     let zero = k.index(0);
     let rows: Vec<Val> = block.iter().map(|&i| from.row(k, i)).collect();
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
-    k.each(begin, end, VECTORS * LANES, |k, j| {
+    k.each(begin, end, VECTORS * k.lane_count(), |k, j| {
         let start = zeros(k);
         let column = k.add(at, j);
         let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
@@ -325,9 +328,9 @@ fn product(
             let place = k.add(place, column);
             let columns: Vec<Val> = (0..VECTORS)
                 .map(|v| {
-                    let offset = k.index(v * LANES);
+                    let offset = k.index(v * k.lane_count());
                     let place = k.add(place, offset);
-                    k.load_vector(side, place, LANES)
+                    k.load_vector(side, place)
                 })
                 .collect();
             let x = |k: &mut Kernel, r: usize| {
@@ -336,12 +339,12 @@ fn product(
             };
             k.outer(ROWS, x, &columns, sums, Kernel::fma)
         });
-        let by = k.float(scale, VECTOR);
+        let by = k.floats(scale);
         for (r, &line) in lines.iter().enumerate() {
             for v in 0..VECTORS {
                 let sum = sums[r * VECTORS as usize + v as usize];
                 let sum = if scale == 1.0 { sum } else { k.mul(sum, by) };
-                let offset = k.index(v * LANES);
+                let offset = k.index(v * k.lane_count());
                 let place = k.add(line, j);
                 let place = k.add(place, offset);
                 k.store_vector(sum, unit.rows, place);
@@ -354,7 +357,7 @@ fn product(
 fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &Rows, width: Val) {
     let zero = k.index(0);
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
-    k.each(zero, width, VECTORS * LANES, |k, e| {
+    k.each(zero, width, VECTORS * k.lane_count(), |k, e| {
         let vectors = vectors(k, e, width);
         let start = zeros(k);
         let sums = k.fold(begin, end, 1, &start, |k, j, sums| {
@@ -381,7 +384,7 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &R
             for (v, &(at, _)) in vectors.iter().enumerate() {
                 let left = k.sub(width, at);
                 let here = k.select(missing, zero, left);
-                let mask = k.mask(here, LANES);
+                let mask = k.mask(here);
                 let place = k.add(row, at);
                 k.store_lanes(sums[(r * VECTORS) as usize + v], unit.out.buffer, place, mask);
             }
@@ -420,7 +423,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let share = rows::exponentials(k, [unit.rows, unit.rows], Span { base: line, length: limit });
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let e = k.load_vector(unit.rows, place, LANES);
+                let e = k.load_vector(unit.rows, place);
                 let w = k.mul(e, share);
                 let w = dropped(k, w);
                 only_below(k, w, at, limit)
@@ -448,14 +451,14 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
             let beside = unit.line(k, unit.products, r as u64);
             let (place, place_r) = (lse.row(k, row), corrections.row(k, row));
             let (lse, correction) = (k.load(lse.buffer, place), k.load(corrections.buffer, place_r));
-            let (lse, correction) = (k.splat(lse, LANES), k.splat(correction, LANES));
-            let by = k.float(unit.form.scale, VECTOR);
+            let (lse, correction) = (k.splat(lse), k.splat(correction));
+            let by = k.floats(unit.form.scale);
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let s = k.load_vector(unit.rows, place, LANES);
+                let s = k.load_vector(unit.rows, place);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let offset = k.add(beside, at);
-                let dp = k.load_vector(unit.rows, offset, LANES);
+                let dp = k.load_vector(unit.rows, offset);
                 let dp = dropped(k, dp);
                 let ds = k.add(dp, correction);
                 let ds = k.mul(ds, w);
@@ -480,7 +483,7 @@ fn along(
 ) {
     let zero = k.index(0);
     let Some(generator) = generator else {
-        k.each(zero, end, LANES, |k, at| {
+        k.each(zero, end, k.lane_count(), |k, at| {
             let place = k.add(line, at);
             let y = value(k, place, at, &|_, x| x);
             k.store_vector(y, unit.rows, place);
@@ -490,11 +493,11 @@ fn along(
     let token = k.add(unit.segment.start, row);
     let drawn = [token, unit.segment.head, unit.stream].map(|x| random::lanes_of(k, x));
     let slots = k.add(end, unit.phase);
-    k.each(zero, slots, STEP, |k, slot| {
+    k.each(zero, slots, random::drawn(k), |k, slot| {
         let column = k.add(unit.column, slot);
         let words = random::draw(k, generator, column, drawn);
         for (part, word) in words.into_iter().enumerate() {
-            let offset = k.index(part as u64 * LANES);
+            let offset = k.index(part as u64 * k.lane_count());
             let slot = k.add(slot, offset);
             let at = k.sub(slot, unit.phase);
             let place = k.add(line, at);
@@ -507,8 +510,8 @@ fn along(
 /// 0 in lanes from `limit` on; what stands there may be anything.
 fn only_below(k: &mut Kernel, x: Val, at: Val, limit: Val) -> Val {
     let left = k.sub(limit, at);
-    let mask = k.mask(left, LANES);
-    let zero = k.float(0.0, VECTOR);
+    let mask = k.mask(left);
+    let zero = k.floats(0.0);
     k.select(mask, x, zero)
 }
 
@@ -529,7 +532,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
         let j = block[0];
         // Queries before the first key do not see it; vectors begin where products do.
         let begin = if unit.form.causal {
-            let step = k.index(VECTORS * LANES);
+            let step = k.index(VECTORS * k.lane_count());
             let steps = k.div(j, step);
             k.mul(steps, step)
         } else {
@@ -550,9 +553,9 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
         }
         let lines: Vec<[Val; 2]> =
             (0..ROWS).map(|r| [unit.line(k, unit.scores, r), unit.line(k, unit.products, r)]).collect();
-        k.each(begin, unit.segment.length, LANES, |k, i| {
+        k.each(begin, unit.segment.length, k.lane_count(), |k, i| {
             let left = k.sub(unit.segment.length, i);
-            let mask = k.mask(left, LANES);
+            let mask = k.mask(left);
             let (place, place_r) = (lse.row(k, i), corrections.row(k, i));
             let lse = k.load_lanes(lse.buffer, place, mask);
             let correction = k.load_lanes(corrections.buffer, place_r, mask);
@@ -568,11 +571,11 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
                 let token = k.add(token, numbers);
                 random::philox(k, [column, token, head, stream], generator)
             });
-            let by = k.float(unit.form.scale, VECTOR);
-            let nothing = k.float(0.0, VECTOR);
+            let by = k.floats(unit.form.scale);
+            let nothing = k.floats(0.0);
             for (r, &[line, beside]) in lines.iter().enumerate() {
                 let place = k.add(line, i);
-                let s = k.load_vector(unit.rows, place, LANES);
+                let s = k.load_vector(unit.rows, place);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let dropped = |k: &mut Kernel, x: Val| match words {
@@ -583,7 +586,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
                     dropped(k, w)
                 } else {
                     let place = k.add(beside, i);
-                    let dp = k.load_vector(unit.rows, place, LANES);
+                    let dp = k.load_vector(unit.rows, place);
                     let dp = dropped(k, dp);
                     let ds = k.add(dp, correction);
                     let ds = k.mul(ds, w);
@@ -593,10 +596,10 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
                 if unit.form.causal {
                     // Query i + lane sees key j + r from i + lane = j + r on.
                     let (first, key) = (k.to_i32(i), k.to_i32(block[r]));
-                    let (first, key) = (k.splat(first, LANES), k.splat(key, LANES));
+                    let (first, key) = (k.splat(first), k.splat(key));
                     let query = k.add(numbers, first);
                     let earlier = k.compare(query, Order::Lt, key);
-                    debug_assert_eq!(query.ty, I32.times(LANES));
+                    debug_assert_eq!(query.ty, k.vector(I32));
                     y = k.select(earlier, nothing, y);
                 }
                 k.store_vector(y, unit.rows, place);

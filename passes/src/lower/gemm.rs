@@ -21,7 +21,7 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::{Epilogue, When};
-use super::kernel::{Access, Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
+use super::kernel::{Access, Buf, F32, Kernel, LANES, Order, Title, Val, define, first};
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cpu::Registers;
@@ -174,10 +174,10 @@ impl Lowering<'_, '_, '_> {
     fn form(&self, left: &Side, place_b: &Place, n: &Extent, packed: bool) -> Form {
         let rounds = self.target.precision == Precision::Bf16 && self.frozen.is_none();
         let factors = match place_b.frozen {
-            Some(_) if rounds && !left.contiguous => Factors::Pairs { native: self.target.cpu.multiplies_bf16() },
+            Some(_) if rounds && !left.contiguous => Factors::Pairs { native: self.target.cpu().multiplies_bf16() },
             _ => Factors::F32,
         };
-        let tile = Tile::of(&left.length, n, packed, self.target.cpu.registers());
+        let tile = Tile::of(&left.length, n, packed, self.target.cpu().registers());
         Form { tile, columns_a: left.contiguous, packed, factors }
     }
 
@@ -206,7 +206,7 @@ impl Lowering<'_, '_, '_> {
         sizes.extend(lines_b);
         sizes.extend([to.line, to.area, to.first, Extent::Const(to.kept.into())]);
         let name = format!("{}{}", form.name(), epilogue.suffix());
-        let kernel = self.target.kernel(&name, |name| gemm(name, form, &epilogue));
+        let kernel = self.target.kernel(&name, |title| gemm(title, form, &epilogue));
         let buffers = [vec![a, b, to.buffer], epilogue.buffers].concat();
         sizes.extend(epilogue.sizes);
         self.launch(kernel, buffers, sizes, units);
@@ -290,7 +290,7 @@ impl Lowering<'_, '_, '_> {
             }
         };
         let name = format!("pack{width}_{}{}", if contiguous { "columns" } else { "rows" }, factors.suffix());
-        let kernel = self.target.kernel(&name, |name| pack_kernel(name, width, contiguous, factors));
+        let kernel = self.target.kernel(&name, |title| pack_kernel(title, width, contiguous, factors));
         let label = std::mem::replace(&mut self.label, "pack".into());
         let sizes = vec![length, depth, panels, line, area, first];
         self.launch(kernel, vec![place.buffer, packed], sizes, units);
@@ -301,8 +301,8 @@ impl Lowering<'_, '_, '_> {
 }
 
 /// One panel a unit. What completes a last pair along k is zero.
-fn pack_kernel(name: &str, width: u64, contiguous: bool, factors: Factors) -> String {
-    define(name, &[Element::F32, factors.element()], 6, |k, buffers, sizes| {
+fn pack_kernel(title: Title, width: u64, contiguous: bool, factors: Factors) -> String {
+    define(title, &[Element::F32, factors.element()], 6, |k, buffers, sizes| {
         let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
@@ -326,7 +326,7 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool, factors: Factors) -> St
                     for lane in (0..width).step_by(LANES as usize) {
                         let offset = k.index(lane);
                         let here = k.sub(left, offset);
-                        let mask = k.mask(here, LANES);
+                        let mask = k.mask(here);
                         let source = k.add(row, offset);
                         let x = k.load_lanes(from, source, mask);
                         let x = match factors {
@@ -336,7 +336,7 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool, factors: Factors) -> St
                                 let rest = k.sub(depth, at);
                                 let whole = k.compare(rest, Order::Gt, one);
                                 let both = k.select(whole, here, zero);
-                                let mask = k.mask(both, LANES);
+                                let mask = k.mask(both);
                                 let below = k.add(source, line);
                                 let below = k.load_lanes(from, below, mask);
                                 let x = k.interleave(x, below);
@@ -375,7 +375,7 @@ fn pack_kernel(name: &str, width: u64, contiguous: bool, factors: Factors) -> St
                                 Factors::Pairs { native } => {
                                     let rest = k.sub(depth, at);
                                     let here = k.select(exists, rest, zero);
-                                    let mask = k.mask(here, 2);
+                                    let mask = k.mask_of(here, 2);
                                     let x = k.load_lanes(from, source, mask);
                                     let x = k.pairs(native, x);
                                     k.store_vector(x, to, target);
@@ -494,11 +494,11 @@ impl Form {
 }
 
 /// Some rows against some column panels a unit.
-fn gemm(name: &str, form: Form, epilogue: &Epilogue) -> String {
+fn gemm(title: Title, form: Form, epilogue: &Epilogue) -> String {
     let tile = form.tile;
     let element = form.factors.element();
     let elements = [&[Element::F32, element, Element::F32], &epilogue.elements[..]].concat();
-    define(name, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
+    define(title, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b] = first(&sizes[7..]);
@@ -651,7 +651,7 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
                 Factors::F32 => k.load_lanes(buffer, at, mask),
                 Factors::Pairs { native } => {
                     let here = k.sub(left, ahead);
-                    let mask = k.mask(here, 2 * LANES);
+                    let mask = k.mask_of(here, 2 * LANES);
                     let x = k.load_lanes(buffer, at, mask);
                     k.pairs(native, x)
                 }
@@ -681,7 +681,7 @@ fn copy_columns(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
             for lane in (0..form.tile.rows).step_by(form.lanes() as usize) {
                 let offset = k.index(lane);
                 let here = k.sub(left, offset);
-                let mask = k.mask(here, form.lanes());
+                let mask = k.mask_of(here, form.lanes());
                 let at = k.add(from, offset);
                 let x = k.load_lanes(buffer, at, mask);
                 let at = k.add(place, offset);
@@ -709,7 +709,7 @@ fn copy_piece(k: &mut Kernel, tile: Tile, (b, from, line): (Buf, Val, Val), left
         .map(|v| {
             let offset = k.index(v * LANES);
             let here = k.sub(left, offset);
-            k.mask(here, LANES)
+            k.mask(here)
         })
         .collect();
     let zero = k.index(0);
@@ -746,7 +746,7 @@ fn tile_sums(
         let before = k.mul(before, share);
         k.add(next, before)
     });
-    let nothing = k.float(0.0, VECTOR);
+    let nothing = k.floats(0.0);
     let zero = k.index(0);
     k.fold(zero, length, 1, &vec![nothing; (rows * vectors) as usize], |k, step, sums| {
         if let Some(next) = next {
@@ -761,7 +761,7 @@ fn tile_sums(
             .map(|v| {
                 let offset = k.index(v * LANES);
                 let at = k.add(at, offset);
-                k.load_vector(b, at, LANES)
+                k.load_vector(b, at)
             })
             .collect();
         let distance = k.index(form.step());
@@ -803,7 +803,7 @@ impl Corner {
         for (at, &sum) in self.places(k, tile).into_iter().zip(sums) {
             let sum = match again {
                 true => {
-                    let earlier = k.load_vector(self.buffer, at, LANES);
+                    let earlier = k.load_vector(self.buffer, at);
                     k.add(earlier, sum)
                 }
                 false => sum,
@@ -822,7 +822,7 @@ impl Corner {
             let here = k.sub(columns, offset);
             let here = k.select(exists, here, zero);
             let earlier = k.select(again, here, zero);
-            let (mask, earlier) = (k.mask(here, LANES), k.mask(earlier, LANES));
+            let (mask, earlier) = (k.mask(here), k.mask(earlier));
             let before = k.load_lanes(self.buffer, at, earlier);
             let sum = k.add(before, sum);
             k.store_lanes(sum, self.buffer, at, mask);

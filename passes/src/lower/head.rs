@@ -15,7 +15,7 @@
 use peft_grammar::graph::{Node, Op};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, F32, Kernel, LANES, Order, Val, define, first};
+use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::Span;
 use super::{Lowering, dim_extent, math, rows};
 
@@ -67,8 +67,8 @@ impl Lowering<'_, '_, '_> {
         let name = if mean.is_some() { "linear_mean_block" } else { "linear_lse_block" };
         let buffers: Vec<BufferId> = [sweep.scores, sweep.state].into_iter().chain(mean).collect();
         let elements = vec![Element::F32; buffers.len()];
-        let kernel = self.target.kernel(name, |name| {
-            define(name, &elements, 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |title| {
+            define(title, &elements, 3, |k, buffers, sizes| {
                 let ([scores, state], [length, width, again]) = (first(buffers), first(sizes));
                 let mean = buffers.get(2).copied();
                 k.units(|k, row| {
@@ -88,7 +88,7 @@ impl Lowering<'_, '_, '_> {
                     let now = k.max(block, before);
                     let grown = k.sub(before, now);
                     let factor = math::exp(k, grown);
-                    let max = k.splat(now, LANES);
+                    let max = k.splat(now);
                     let more = rows::powers(k, scores, span, max, mean.map(|_| scores));
                     let sum = k.mul(sum, factor);
                     let sum = k.add(sum, more);
@@ -116,8 +116,8 @@ impl Lowering<'_, '_, '_> {
         };
         let buffers: Vec<BufferId> = [Some(sweep.state), lse, mean].into_iter().flatten().collect();
         let elements = vec![Element::F32; buffers.len()];
-        let kernel = self.target.kernel(name, |name| {
-            define(name, &elements, 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |title| {
+            define(title, &elements, 1, |k, buffers, sizes| {
                 let ([state], [width]) = (first(buffers), first(sizes));
                 k.units(|k, row| {
                     let [most, total] = state_of(k, row);
@@ -162,7 +162,7 @@ fn state_of(k: &mut Kernel, row: Val) -> [Val; 2] {
 /// Row `row` of `x` times `by`.
 fn scale(k: &mut Kernel, x: Buf, row: Val, width: Val, by: Val) {
     let span = Span { base: k.mul(row, width), length: width };
-    let by = k.splat(by, LANES);
+    let by = k.splat(by);
     rows::fill(k, span, x, |k, place, mask| {
         let x = k.load_lanes(x, place, mask);
         k.mul(x, by)

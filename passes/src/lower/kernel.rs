@@ -1,12 +1,17 @@
 //! Writes one kernel as MLIR text.
 //!
-//! A kernel is explicit about its vectors: loops over the last axis take [`LANES`] elements a step
+//! A kernel is explicit about its vectors: loops over the last axis take a vector's elements a step
 //! under a mask, so nothing hangs on the vectoriser's mood and every sum has one fixed order.
-//! Buffers are flat; kernels compute their own addresses.
+//! Buffers are flat; kernels compute their own addresses. What a vector is, on a processor and on a GPU: `lanes.rs`.
+
+mod lanes;
 
 use std::fmt::Write;
 
 use peft_runtime::artifact::Element;
+
+use crate::machine::Machine;
+use lanes::Form;
 
 /// Bytes of a scratch: threads have stacks of 2 MiB, and nothing would tell when one ends.
 const SCRATCH: u64 = 1 << 18;
@@ -20,6 +25,7 @@ pub enum Scalar {
     I1,
     I32,
     I64,
+    Pointer,
     BF16,
     F32,
 }
@@ -35,8 +41,6 @@ pub const INDEX: Ty = Ty { scalar: Scalar::Index, lanes: None };
 pub const I32: Ty = Ty { scalar: Scalar::I32, lanes: None };
 pub const I64: Ty = Ty { scalar: Scalar::I64, lanes: None };
 pub const F32: Ty = Ty { scalar: Scalar::F32, lanes: None };
-/// A full vector of floats.
-pub const VECTOR: Ty = F32.times(LANES);
 
 impl Ty {
     pub const fn times(self, lanes: u64) -> Ty {
@@ -57,6 +61,7 @@ impl std::fmt::Display for Ty {
             Scalar::I1 => "i1",
             Scalar::I32 => "i32",
             Scalar::I64 => "i64",
+            Scalar::Pointer => "!llvm.ptr<1>",
             Scalar::BF16 => "bf16",
             Scalar::F32 => "f32",
         };
@@ -102,36 +107,39 @@ impl std::fmt::Display for Buf {
     }
 }
 
+/// What a kernel is called, and what it is written for.
+#[derive(Clone, Copy)]
+pub struct Title<'a> {
+    pub name: &'a str,
+    pub machine: Machine,
+}
+
 /// The function under construction.
 pub struct Kernel {
     body: String,
     depth: usize,
     next: u32,
-    begin: Val,
-    end: Val,
+    form: Form,
 }
 
-/// The text of the kernel `name`: `body` gets its buffers and its sizes.
+/// The text of a kernel: `body` gets its buffers and its sizes.
 pub fn define(
-    name: &str,
+    title: Title<'_>,
     elements: &[Element],
     sizes: usize,
     body: impl FnOnce(&mut Kernel, &[Buf], &[Val]),
 ) -> String {
     let buffers: Vec<Buf> = elements.iter().enumerate().map(|(i, &element)| Buf { id: i as u32, element }).collect();
     let first = buffers.len() as u32;
-    let mut indices: Vec<Val> = (0..sizes as u32 + 2).map(|i| Val { id: first + i, ty: INDEX }).collect();
-    let mut signature: Vec<String> = buffers.iter().map(|b| format!("%{}: {b}", b.id)).collect();
-    signature.extend(indices.iter().map(|v| format!("{v}: index")));
-    let range = indices.split_off(sizes);
-    let mut kernel =
-        Kernel { body: String::new(), depth: 2, next: first + sizes as u32 + 2, begin: range[0], end: range[1] };
-    body(&mut kernel, &buffers, &indices);
-    format!(
-        "  func.func @{name}({}) attributes {{llvm.emit_c_interface, passthrough = #cpu}} {{\n{}    return\n  }}\n",
-        signature.join(", "),
-        kernel.body
-    )
+    let sizes: Vec<Val> = (first..first + sizes as u32).map(|id| Val { id, ty: INDEX }).collect();
+    let next = first + sizes.len() as u32;
+    let (form, next) = match title.machine {
+        Machine::Cpu(_) => Form::vectors(next),
+        Machine::Cuda(_) => Form::warps(next),
+    };
+    let mut kernel = Kernel { body: String::new(), depth: 2, next, form };
+    body(&mut kernel, &buffers, &sizes);
+    kernel.form.function(title.name, &buffers, &sizes, &kernel.body)
 }
 
 /// The first `N` of a kernel's buffers or sizes.
@@ -195,6 +203,11 @@ impl Kernel {
         self.literal(&literal, ty)
     }
 
+    /// A float in every lane.
+    pub fn floats(&mut self, x: f64) -> Val {
+        self.float(x, self.vector(F32))
+    }
+
     pub fn int(&mut self, x: i64, ty: Ty) -> Val {
         self.literal(&x.to_string(), ty)
     }
@@ -204,13 +217,6 @@ impl Kernel {
             None => self.emit(ty, format_args!("arith.constant {literal} : {ty}")),
             Some(_) => self.emit(ty, format_args!("arith.constant dense<{literal}> : {ty}")),
         }
-    }
-
-    /// 0, 1, 2, … in `i32` lanes.
-    pub fn lane_numbers(&mut self) -> Val {
-        let numbers: Vec<String> = (0..LANES).map(|i| i.to_string()).collect();
-        let ty = I32.times(LANES);
-        self.emit(ty, format_args!("arith.constant dense<[{}]> : {ty}", numbers.join(", ")))
     }
 
     // Arithmetic.
@@ -286,7 +292,7 @@ impl Kernel {
         let mut next = vec![];
         for r in 0..rows as usize {
             let x = x(self, r);
-            let x = self.splat(x, LANES);
+            let x = self.splat(x);
             for (v, &y) in vectors.iter().enumerate() {
                 next.push(multiply(self, x, y, sums[r * vectors.len() + v]));
             }
@@ -294,7 +300,13 @@ impl Kernel {
         next
     }
     pub fn sqrt(&mut self, x: Val) -> Val {
-        self.emit(x.ty, format_args!("math.sqrt {x} : {}", x.ty))
+        match self.form {
+            Form::Vectors { .. } => self.emit(x.ty, format_args!("math.sqrt {x} : {}", x.ty)),
+            // `math.sqrt` would be a call to a library that comes with CUDA's toolkit.
+            Form::Warps { .. } => {
+                self.emit(F32, format_args!("llvm.call_intrinsic \"llvm.nvvm.sqrt.rn.f\"({x}) : (f32) -> f32"))
+            }
+        }
     }
 
     pub fn compare(&mut self, x: Val, order: Order, y: Val) -> Val {
@@ -363,11 +375,6 @@ impl Kernel {
         let ty = x.ty.of(Scalar::F32);
         self.emit(ty, format_args!("arith.sitofp {x} : {} to {ty}", x.ty))
     }
-    /// `x` in every lane.
-    pub fn splat(&mut self, x: Val, lanes: u64) -> Val {
-        let ty = x.ty.times(lanes);
-        self.emit(ty, format_args!("vector.broadcast {x} : {} to {ty}", x.ty))
-    }
     /// Neighbours among floats, rounded to bf16, as words: the first in the lower half.
     pub fn pairs(&mut self, native: bool, x: Val) -> Val {
         let ty = x.ty.of(Scalar::BF16);
@@ -414,26 +421,6 @@ impl Kernel {
         self.emit(ty, format_args!("vector.extract_strided_slice {x} {{{slice}}} : {} to {ty}", x.ty))
     }
 
-    // Across lanes.
-
-    pub fn sum_lanes(&mut self, x: Val) -> Val {
-        // Halves are added to halves: an order of its own, whatever the target would prefer.
-        let mut x = x;
-        while let Some(lanes) = x.ty.lanes.filter(|&n| n > 1) {
-            let (low, high) = (self.part(x, 0, lanes / 2), self.part(x, lanes / 2, lanes / 2));
-            x = self.add(low, high);
-        }
-        self.lane(x, 0)
-    }
-    /// One lane as a scalar.
-    pub fn lane(&mut self, x: Val, lane: u64) -> Val {
-        let ty = Ty { lanes: None, ..x.ty };
-        self.emit(ty, format_args!("vector.extract {x}[{lane}] : {ty} from {}", x.ty))
-    }
-    pub fn max_lanes(&mut self, x: Val) -> Val {
-        self.emit(F32, format_args!("vector.reduction <maxnumf>, {x} : {} into f32", x.ty))
-    }
-
     // Memory.
 
     /// `n` elements of the kernel's own, on its stack: to be asked for outside of loops.
@@ -447,75 +434,35 @@ impl Kernel {
         buffer
     }
 
-    pub fn load(&mut self, from: Buf, at: Val) -> Val {
-        self.emit(from.scalar(), format_args!("memref.load %{}[{at}] : {from}", from.id))
-    }
     /// An `i32` element as an index.
     pub fn load_index(&mut self, from: Buf, at: Val) -> Val {
         let x = self.load(from, at);
         self.to_index(x)
     }
-    pub fn store(&mut self, x: Val, to: Buf, at: Val) {
-        self.line(format_args!("memref.store {x}, %{}[{at}] : {to}", to.id));
-    }
-    /// `lanes` elements from `at` on, all of which must exist.
-    pub fn load_vector(&mut self, from: Buf, at: Val, lanes: u64) -> Val {
-        let ty = from.scalar().times(lanes);
-        self.emit(ty, format_args!("vector.load %{}[{at}] : {from}, {ty}", from.id))
-    }
-    pub fn store_vector(&mut self, x: Val, to: Buf, at: Val) {
-        self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty));
-    }
     /// Asks for the line of memory that holds the element at `at`, which need not exist.
     pub fn prefetch(&mut self, of: Buf, at: Val, access: Access) {
+        if let Form::Warps { .. } = self.form {
+            return;
+        }
         let access = match access {
             Access::Read => "read, locality<2>",
             Access::Write => "write, locality<3>",
         };
         self.line(format_args!("memref.prefetch %{}[{at}], {access}, data : {of}", of.id));
     }
-    /// The lanes of `mask` from memory, `other` in those it leaves out.
-    pub fn load_masked(&mut self, from: Buf, at: Val, mask: Val, other: Val) -> Val {
-        let ty = other.ty;
-        self.emit(
-            ty,
-            format_args!("vector.maskedload %{}[{at}], {mask}, {other} : {from}, {}, {ty} into {ty}", from.id, mask.ty),
-        )
-    }
     /// The lanes of `mask` from memory, 0 elsewhere.
     pub fn load_lanes(&mut self, from: Buf, at: Val, mask: Val) -> Val {
-        let ty = from.scalar().times(mask.ty.lanes.expect("a mask is a vector"));
+        let ty = Ty { lanes: mask.ty.lanes, ..from.scalar() };
         let zero = if ty.float() { self.float(0.0, ty) } else { self.int(0, ty) };
         self.load_masked(from, at, mask, zero)
     }
-    /// The elements at `at + steps`, lane by lane; 0 in those `mask` leaves out.
-    pub fn gather_lanes(&mut self, from: Buf, at: Val, steps: Val, mask: Val) -> Val {
-        let ty = from.scalar().times(LANES);
-        let zero = self.float(0.0, ty);
-        self.emit(
-            ty,
-            format_args!(
-                "vector.gather %{}[{at}][{steps}], {mask}, {zero} : {from}, {}, {}, {ty} into {ty}",
-                from.id, steps.ty, mask.ty
-            ),
-        )
-    }
-    pub fn store_lanes(&mut self, x: Val, to: Buf, at: Val, mask: Val) {
-        self.line(format_args!("vector.maskedstore %{}[{at}], {mask}, {x} : {to}, {}, {}", to.id, mask.ty, x.ty));
-    }
-    /// The first `n` of `lanes` lanes.
-    pub fn mask(&mut self, n: Val, lanes: u64) -> Val {
+    /// The first `n` of `lanes` lanes, of a processor's vector.
+    pub fn mask_of(&mut self, n: Val, lanes: u64) -> Val {
         let ty = Ty { scalar: Scalar::I1, lanes: Some(lanes) };
         self.emit(ty, format_args!("vector.create_mask {n} : {ty}"))
     }
 
     // Control.
-
-    /// The units asked for.
-    pub fn units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
-        let (begin, end) = (self.begin, self.end);
-        self.each(begin, end, 1, body);
-    }
 
     /// For `from`, `from + step`, … below `to`.
     pub fn each(&mut self, from: Val, to: Val, step: u64, body: impl FnOnce(&mut Kernel, Val)) {
@@ -535,6 +482,17 @@ impl Kernel {
         body: impl FnOnce(&mut Kernel, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
         let step = self.index(step);
+        self.fold_by(from, to, step, start, body)
+    }
+
+    fn fold_by(
+        &mut self,
+        from: Val,
+        to: Val,
+        step: Val,
+        start: &[Val],
+        body: impl FnOnce(&mut Kernel, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
         let at = self.fresh(INDEX);
         let carried: Vec<Val> = start.iter().map(|v| self.fresh(v.ty)).collect();
         let results: Vec<Val> = start.iter().map(|v| self.fresh(v.ty)).collect();
@@ -587,9 +545,9 @@ impl Kernel {
         body: impl FnOnce(&mut Kernel, Val, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
         let zero = self.index(0);
-        self.fold(zero, length, LANES, start, |k, j, carried| {
+        self.fold(zero, length, self.lane_count(), start, |k, j, carried| {
             let left = k.sub(length, j);
-            let mask = k.mask(left, LANES);
+            let mask = k.mask(left);
             body(k, j, mask, carried)
         })
     }

@@ -7,8 +7,8 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Graph, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Access, Buf, Kernel, LANES, VECTOR, Val, define};
-use super::random::{self, DRAWN};
+use super::kernel::{Access, Buf, Kernel, Val, define};
+use super::random;
 use super::view::{ONE, View};
 use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
 
@@ -206,7 +206,7 @@ impl Lowering<'_, '_, '_> {
         let count = sizes.len();
         let kernel = self
             .target
-            .kernel(&name, |name| define(name, &elements, count, |k, buffers, sizes| form.write(k, buffers, sizes)));
+            .kernel(&name, |title| define(title, &elements, count, |k, buffers, sizes| form.write(k, buffers, sizes)));
         let all = extent(self.ty(self.graph.nodes[root].result));
         let units = if form.flat() { Extent::CeilDiv(Box::new(all), BLOCK) } else { rows };
         self.label = form.label();
@@ -503,9 +503,9 @@ impl Form {
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, total);
-            k.each(start, end, LANES, |k, at| {
+            k.each(start, end, k.lane_count(), |k, at| {
                 let left = k.sub(end, at);
-                let mask = k.mask(left, LANES);
+                let mask = k.mask(left);
                 let value = self.evaluate(k, (&sources, &[]), at, mask, &[], sizes);
                 let place = k.add(first, at);
                 k.store_lanes(value, out, place, mask);
@@ -561,7 +561,7 @@ impl Form {
             Source::Along(array, base)
         } else {
             let x = k.load(array, base);
-            Source::Repeated(k.splat(x, LANES))
+            Source::Repeated(k.splat(x))
         }
     }
 
@@ -590,13 +590,13 @@ impl Form {
                 Step::Mean(x, size) => {
                     let (wide, narrow) = (k.to_float(sizes[*size]), k.to_float(sizes[*size + 1]));
                     let share = k.div(narrow, wide);
-                    let share = k.splat(share, LANES);
+                    let share = k.splat(share);
                     k.mul(values[*x], share)
                 }
                 // A vector of its own axis alone: the place in the row is the number.
                 Step::Op(Op::Iota { .. }, _) => {
                     let (first, lanes) = (k.to_i32(at), k.lane_numbers());
-                    let first = k.splat(first, LANES);
+                    let first = k.splat(first);
                     let number = k.add(first, lanes);
                     k.to_float(number)
                 }
@@ -639,7 +639,7 @@ struct Row<'f> {
 }
 
 impl Row<'_> {
-    /// The generator's words for columns `j .. j + DRAWN`, for every dropout of the form; of rows of one column for those
+    /// The generator's words for columns from j on, as many as one call draws, for every dropout of the form; of rows of one column for those
     /// from j on.
     fn draw(&self, k: &mut Kernel, j: Val) -> Vec<Vec<Val>> {
         let Some(key) = self.key else { return vec![] };
@@ -668,14 +668,15 @@ impl Row<'_> {
 /// to the next in registers.
 pub(super) fn write_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: Val, (start, end): (Val, Val)) {
     let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
-    let step = if stages.iter().any(|s| s.form.draws && !s.form.narrow) { DRAWN } else { LANES };
+    let lanes = k.lane_count();
+    let step = if stages.iter().any(|s| s.form.draws && !s.form.narrow) { random::drawn(k) } else { lanes };
     k.each(start, end, step, |k, j| {
         let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, j)).collect();
-        for part in 0..step / LANES {
-            let offset = k.index(part * LANES);
+        for part in 0..step / lanes {
+            let offset = k.index(part * lanes);
             let at = k.add(j, offset);
             let left = k.sub(end, at);
-            let mask = k.mask(left, LANES);
+            let mask = k.mask(left);
             let mut made = vec![];
             for (row, words) in rows.iter().zip(&words) {
                 let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
@@ -691,7 +692,7 @@ pub(super) fn write_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], lengt
 /// Fetches what [`write_row`] will read and write.
 pub(super) fn prefetch_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: Val, (start, end): (Val, Val)) {
     let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
-    k.each(start, end, LANES, |k, j| {
+    k.each(start, end, k.lane_count(), |k, j| {
         for row in &rows {
             let along = row.sources.iter().filter_map(|source| match source {
                 Source::Along(array, base) => Some((*array, *base, Access::Read)),
@@ -717,7 +718,7 @@ enum Source {
 
 /// One operation on vectors.
 fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
-    let number = |k: &mut Kernel, value: f64| k.float(value, VECTOR);
+    let number = |k: &mut Kernel, value: f64| k.floats(value);
     match op {
         Op::Constant { value, .. } => number(k, *value),
         Op::Add => k.add(x[0], x[1]),

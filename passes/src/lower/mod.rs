@@ -25,6 +25,7 @@ mod span;
 mod view;
 
 use flash::{Form, Part};
+use kernel::Title;
 pub use map::maps;
 use view::View;
 
@@ -36,20 +37,21 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
 
 use crate::cpu::Cpu;
+use crate::machine::Machine;
 
 /// Kernels, and how the entries run them.
 pub struct Lowered {
     /// Each as the text of an MLIR function, in the manifest's order.
     pub kernels: Vec<String>,
     /// What they are written for.
-    pub cpu: Cpu,
+    pub machine: Machine,
     pub manifest: Manifest,
 }
 
 /// What kernels are made for, and how.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    pub cpu: Cpu,
+    pub machine: Machine,
     /// Of products with frozen weights.
     pub precision: Precision,
     /// Products take along what follows them element by element.
@@ -58,19 +60,20 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { cpu: Cpu::Native, precision: Precision::F32, epilogues: true }
+        Options { machine: Machine::default(), precision: Precision::F32, epilogues: true }
     }
 }
 
 /// Lowers `entries` together, so that they share kernels and prepared weights; the optimizer's step
 /// joins them as `update` if anything trains. `tensors` are the model's, by name.
 pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -> Result<Lowered, String> {
-    let Options { cpu, precision, epilogues } = options;
+    let Options { machine, precision, epilogues } = options;
     let mut target = Target {
         tensors,
-        cpu,
+        machine,
         precision,
-        epilogues,
+        // Only the processors' products take along what follows them.
+        epilogues: epilogues && matches!(machine, Machine::Cpu(_)),
         kernels: vec![],
         texts: HashMap::new(),
         buffers: vec![],
@@ -86,8 +89,8 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
     }
     let kernels = target.kernels.iter().map(|name| target.texts[name].1.clone()).collect();
     let manifest = Manifest {
-        arch: std::env::consts::ARCH.into(),
-        features: cpu.features().iter().map(|f| f.to_string()).collect(),
+        arch: machine.arch().into(),
+        features: machine.features().iter().map(|f| f.to_string()).collect(),
         kernels: target.kernels,
         tensors: tensors.to_vec(),
         buffers: target.buffers,
@@ -95,13 +98,13 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
         entries: lowered,
         ..Manifest::default()
     };
-    Ok(Lowered { kernels, cpu, manifest })
+    Ok(Lowered { kernels, machine, manifest })
 }
 
 /// What all entries share.
 struct Target<'a> {
     tensors: &'a [Tensor],
-    cpu: Cpu,
+    machine: Machine,
     precision: Precision,
     epilogues: bool,
     kernels: Vec<String>,
@@ -114,14 +117,23 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
+    /// Of products, which are written anew for every other machine.
+    fn cpu(&self) -> Cpu {
+        match self.machine {
+            Machine::Cpu(cpu) => cpu,
+            Machine::Cuda(_) => unreachable!("asked of kernels for processors alone"),
+        }
+    }
+
     /// The kernel `name`, written by `text` when it is asked for the first time.
-    fn kernel(&mut self, name: &str, text: impl FnOnce(&str) -> String) -> usize {
+    fn kernel(&mut self, name: &str, text: impl FnOnce(Title) -> String) -> usize {
         if let Some((index, _)) = self.texts.get(name) {
             return *index;
         }
         let index = self.kernels.len();
         self.kernels.push(name.to_string());
-        self.texts.insert(name.to_string(), (index, text(name)));
+        let title = Title { name, machine: self.machine };
+        self.texts.insert(name.to_string(), (index, text(title)));
         index
     }
 
@@ -326,6 +338,11 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         let node = &self.graph.nodes[at];
         let operands = &node.operands;
         self.label = node.op.name().into();
+        if let Machine::Cuda(_) = self.target.machine
+            && !lowers_to_cuda(&node.op)
+        {
+            return Err("there is no kernel for CUDA yet".into());
+        }
         if let Op::Reshape { .. } = node.op {
             self.reshape(operands[0], node.result);
             return Ok(());
@@ -403,6 +420,11 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         }
         Ok(())
     }
+}
+
+/// Operations whose kernels have a form for warps.
+fn lowers_to_cuda(op: &Op) -> bool {
+    map::maps(op) || matches!(op, Op::Reshape { .. })
 }
 
 fn element(ty: &Type) -> Element {

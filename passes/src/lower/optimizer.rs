@@ -4,7 +4,7 @@
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Launch, Output, Storage};
 
 use super::Target;
-use super::kernel::{F32, LANES, VECTOR, Val, define, first};
+use super::kernel::{F32, Title, Val, define, first};
 
 /// Values of a unit.
 const BLOCK: u64 = 8192;
@@ -42,18 +42,18 @@ pub fn update(target: &mut Target) -> Entry {
     Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
 }
 
-fn sum_of_squares(name: &str) -> String {
-    define(name, &[Element::F32; 2], 1, |k, buffers, sizes| {
+fn sum_of_squares(title: Title) -> String {
+    define(title, &[Element::F32; 2], 1, |k, buffers, sizes| {
         let ([x, out], [count]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let block = k.index(BLOCK);
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, count);
-            let zero = k.float(0.0, VECTOR);
-            let sums = k.fold(start, end, LANES, &[zero], |k, at, sums| {
+            let zero = k.floats(0.0);
+            let sums = k.fold(start, end, k.lane_count(), &[zero], |k, at, sums| {
                 let left = k.sub(end, at);
-                let mask = k.mask(left, LANES);
+                let mask = k.mask(left);
                 let x = k.load_lanes(x, at, mask);
                 vec![k.fma(x, x, sums[0])]
             });
@@ -63,11 +63,11 @@ fn sum_of_squares(name: &str) -> String {
     })
 }
 
-fn root_of_sum(name: &str) -> String {
-    define(name, &[Element::F32; 2], 1, |k, buffers, sizes| {
+fn root_of_sum(title: Title) -> String {
+    define(title, &[Element::F32; 2], 1, |k, buffers, sizes| {
         let ([x, out], [count]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
-            let zero = k.float(0.0, VECTOR);
+            let zero = k.floats(0.0);
             let sums = k.fold_lanes(count, &[zero], |k, at, mask, sums| {
                 let x = k.load_lanes(x, at, mask);
                 vec![k.add(sums[0], x)]
@@ -80,9 +80,9 @@ fn root_of_sum(name: &str) -> String {
 }
 
 /// p ← p (1 − lr wd);  m, v as usual;  p ← p − lr (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + eps)  (Loshchilov & Hutter, 2019)
-fn adamw(name: &str) -> String {
+fn adamw(title: Title) -> String {
     let elements = [Element::F32; 7];
-    define(name, &elements, 1, |k, buffers, sizes| {
+    define(title, &elements, 1, |k, buffers, sizes| {
         let ([p, g, m, v, decay, hyper, norm], [count]) = (first(buffers), first(sizes));
         let hyper: Vec<Val> = (0..HYPER.len() as u64)
             .map(|i| {
@@ -99,18 +99,18 @@ fn adamw(name: &str) -> String {
         let factor = k.min(factor, one);
         let clips = k.compare(hyper[5], super::kernel::Order::Gt, none);
         let factor = k.select(clips, factor, one);
-        let factor = k.splat(factor, LANES);
-        let hyper: Vec<Val> = hyper.into_iter().map(|x| k.splat(x, LANES)).collect();
+        let factor = k.splat(factor);
+        let hyper: Vec<Val> = hyper.into_iter().map(|x| k.splat(x)).collect();
         let [lr, beta1, beta2, eps, weight_decay, _, rest1, rest2, bias1, bias2] = first(&hyper);
-        let one = k.float(1.0, VECTOR);
+        let one = k.floats(1.0);
         k.units(|k, unit| {
             let block = k.index(BLOCK);
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, count);
-            k.each(start, end, LANES, |k, at| {
+            k.each(start, end, k.lane_count(), |k, at| {
                 let left = k.sub(end, at);
-                let mask = k.mask(left, LANES);
+                let mask = k.mask(left);
                 let x = k.load_lanes(g, at, mask);
                 let x = k.mul(x, factor);
                 let old = k.load_lanes(m, at, mask);

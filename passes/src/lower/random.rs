@@ -2,24 +2,29 @@
 
 use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
 
-use super::kernel::{Buf, Kernel, LANES, Order, VECTOR, Val};
+use super::kernel::{Buf, Kernel, Order, Val};
 
-/// Columns that one call of the generator decides over, a lane four of them.
-pub const DRAWN: u64 = 4 * LANES;
+/// Columns that a lane decides over in one call of the generator.
+pub const EACH: u64 = 4;
+
+/// And all lanes together.
+pub fn drawn(k: &Kernel) -> u64 {
+    EACH * k.lane_count()
+}
 
 /// The generator's key, `rng`, in every lane.
 pub fn key(k: &mut Kernel, rng: Buf) -> [Val; 2] {
     let (zero, one) = (k.index(0), k.index(1));
-    [k.load(rng, zero), k.load(rng, one)].map(|x| k.splat(x, LANES))
+    [k.load(rng, zero), k.load(rng, one)].map(|x| k.splat(x))
 }
 
 /// An index in every lane.
 pub fn lanes_of(k: &mut Kernel, x: Val) -> Val {
     let x = k.to_i32(x);
-    k.splat(x, LANES)
+    k.splat(x)
 }
 
-/// The words for columns `j .. j + DRAWN` of a row, a vector each, j a multiple of four; `place` is the row, what leads
+/// The words for columns from j on, [`drawn`] many, of a row, a vector each, j a multiple of four; `place` is the row, what leads
 /// it and the stream.
 pub fn draw(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] {
     let four = k.index(4);
@@ -28,10 +33,8 @@ pub fn draw(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] 
     let lanes = k.lane_numbers();
     let block = k.add(first, lanes);
     let [row, lead, stream] = place;
-    let [a, b, c, d] = philox(k, [block, row, lead, stream], key);
-    let (even, odd) = (k.interleave(a, c), k.interleave(b, d));
-    let words = k.interleave(even, odd);
-    [0, 1, 2, 3].map(|part| k.part(words, part * LANES, LANES))
+    let words = philox(k, [block, row, lead, stream], key);
+    k.in_order(words)
 }
 
 /// The same from any column j on: every lane draws for itself.
@@ -39,7 +42,7 @@ pub fn draw_anywhere(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> 
     let [row, lead, stream] = place;
     let lanes = k.lane_numbers();
     [0, 1, 2, 3].map(|part| {
-        let offset = k.index(part * LANES);
+        let offset = k.index(part * k.lane_count());
         let first = k.add(j, offset);
         let first = lanes_of(k, first);
         let column = k.add(first, lanes);
@@ -66,9 +69,9 @@ pub fn draw_column(k: &mut Kernel, key: [Val; 2], column: u64, place: [Val; 3]) 
 pub fn dropped(k: &mut Kernel, x: Val, word: Val, p: f64) -> Val {
     let threshold = k.int(i64::from(dropout_threshold(p) as i32), word.ty);
     let kept = k.at_least_unsigned(word, threshold);
-    let grown = k.float(1.0 / (1.0 - p), VECTOR);
+    let grown = k.floats(1.0 / (1.0 - p));
     let grown = k.mul(x, grown);
-    let zero = k.float(0.0, VECTOR);
+    let zero = k.floats(0.0);
     k.select(kept, grown, zero)
 }
 

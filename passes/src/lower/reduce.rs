@@ -3,7 +3,7 @@
 use peft_grammar::graph::{Dim, Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{F32, Kernel, LANES, VECTOR, Val, define, first};
+use super::kernel::{F32, Kernel, Val, define, first};
 use super::span::{Rows, Span};
 use super::view::View;
 use super::{Lowering, dim_extent, extent, extents};
@@ -100,12 +100,12 @@ impl Lowering<'_, '_, '_> {
         let mut sizes: Vec<Extent> = rows.sizes().into();
         let averages = ratio.is_some();
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| [all, kept]));
-        let kernel = self.target.kernel(&name, |name| {
-            define(name, &elements, sizes.len(), |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |title| {
+            define(title, &elements, sizes.len(), |k, buffers, sizes| {
                 let [x, out] = first(buffers);
                 k.units(|k, row| {
                     let Span { base, length } = Rows::span(k, row, sizes, buffers.get(2).copied());
-                    let zero = k.float(0.0, VECTOR);
+                    let zero = k.floats(0.0);
                     let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
                         let place = k.add(base, j);
                         let x = k.load_lanes(x, place, mask);
@@ -139,8 +139,8 @@ impl Lowering<'_, '_, '_> {
         let blocks = Extent::CeilDiv(Box::new(inner.clone()), COLUMNS);
         let mut sizes = vec![count, inner, blocks.clone()];
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| [all, kept]));
-        let kernel = self.target.kernel(name, |name| {
-            define(name, &[Element::F32; 2], sizes.len(), |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |title| {
+            define(title, &[Element::F32; 2], sizes.len(), |k, buffers, sizes| {
                 let ([x, out], [count, inner, blocks]) = (first(buffers), first(sizes));
                 k.units(|k, unit| {
                     let (area, block) = (k.div(unit, blocks), k.rem(unit, blocks));
@@ -150,15 +150,16 @@ impl Lowering<'_, '_, '_> {
                     let base = k.mul(area, size);
                     let base = k.add(base, start);
                     let zero = k.index(0);
-                    let vectors: Vec<(Val, Val)> = (0..COLUMNS / LANES)
+                    let lanes = k.lane_count();
+                    let vectors: Vec<(Val, Val)> = (0..COLUMNS / lanes)
                         .map(|v| {
-                            let offset = k.index(v * LANES);
+                            let offset = k.index(v * lanes);
                             let column = k.add(start, offset);
                             let left = k.sub(inner, column);
-                            (offset, k.mask(left, LANES))
+                            (offset, k.mask(left))
                         })
                         .collect();
-                    let nothing = k.float(0.0, VECTOR);
+                    let nothing = k.floats(0.0);
                     let sums = k.fold(zero, count, 1, &vec![nothing; vectors.len()], |k, row, sums| {
                         let row = k.mul(row, inner);
                         let row = k.add(base, row);
@@ -176,7 +177,7 @@ impl Lowering<'_, '_, '_> {
                         let mut sum = sum;
                         if averages {
                             let share = share(k, &sizes[3..]);
-                            let share = k.splat(share, LANES);
+                            let share = k.splat(share);
                             sum = k.mul(sum, share);
                         }
                         let place = k.add(target, offset);

@@ -3,7 +3,7 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, F32, Kernel, LANES, Order, VECTOR, Val, define, first};
+use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, math, product};
 
@@ -18,7 +18,7 @@ pub enum Kind {
 }
 
 /// Columns a unit works on where units split the columns.
-const COLUMNS: u64 = 4 * LANES;
+const COLUMNS: u64 = 64;
 
 impl Lowering<'_, '_, '_> {
     pub(super) fn row_kernel(&mut self, kind: Kind, operands: &[BufferId], ty: &Type, result: Value) {
@@ -36,8 +36,8 @@ impl Lowering<'_, '_, '_> {
         buffers.push(self.result(result));
         buffers.extend(rows.places(self.target));
         let elements: Vec<Element> = (0..count).map(|_| Element::F32).chain(rows.elements()).collect();
-        let kernel = self.target.kernel(&name, |name| {
-            define(name, &elements, 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |title| {
+            define(title, &elements, 3, |k, buffers, sizes| {
                 k.units(|k, row| {
                     let span = Rows::span(k, row, sizes, buffers.get(count).copied());
                     match kind {
@@ -59,8 +59,8 @@ impl Lowering<'_, '_, '_> {
 
     pub(super) fn gather(&mut self, table: BufferId, ty: &Type, ids: BufferId, start: u64, result: Value) {
         let out = self.result(result);
-        let kernel = self.target.kernel("gather", |name| {
-            define(name, &[Element::F32, Element::I32, Element::F32], 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel("gather", |title| {
+            define(title, &[Element::F32, Element::I32, Element::F32], 3, |k, buffers, sizes| {
                 let ([table, ids, out], [rows, width, start]) = (first(buffers), first(sizes));
                 k.units(|k, i| {
                     let (row, inside) = table_row(k, ids, i, start, rows);
@@ -71,7 +71,7 @@ impl Lowering<'_, '_, '_> {
                     k.lanes(width, |k, j, mask| {
                         let left = k.sub(width, j);
                         let read = k.select(inside, left, zero);
-                        let read = k.mask(read, LANES);
+                        let read = k.mask(read);
                         let place = k.add(base, j);
                         let x = k.load_lanes(table, place, read);
                         let place = k.add(target, j);
@@ -88,12 +88,12 @@ impl Lowering<'_, '_, '_> {
     /// Units are blocks of columns: each adds the rows in their order.
     pub(super) fn scatter(&mut self, ids: BufferId, ids_ty: &Type, y: BufferId, start: u64, result: Value) {
         let out = self.result(result);
-        let kernel = self.target.kernel("scatter", |name| {
-            define(name, &[Element::I32, Element::F32, Element::F32], 4, |k, buffers, sizes| {
+        let kernel = self.target.kernel("scatter", |title| {
+            define(title, &[Element::I32, Element::F32, Element::F32], 4, |k, buffers, sizes| {
                 let ([ids, y, out], [count, rows, width, start]) = (first(buffers), first(sizes));
                 k.units(|k, unit| {
                     let zero = k.index(0);
-                    let nothing = k.float(0.0, VECTOR);
+                    let nothing = k.floats(0.0);
                     k.each(zero, rows, 1, |k, row| {
                         let base = k.mul(row, width);
                         columns(k, unit, width, |k, column, mask| {
@@ -128,8 +128,8 @@ impl Lowering<'_, '_, '_> {
 
     pub(super) fn segment_mean(&mut self, x: BufferId, result: Value) {
         let out = self.result(result);
-        let kernel = self.target.kernel("segment_mean", |name| {
-            define(name, &[Element::F32, Element::F32, Element::I32], 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel("segment_mean", |title| {
+            define(title, &[Element::F32, Element::F32, Element::I32], 1, |k, buffers, sizes| {
                 let ([x, out, offsets], [width]) = (first(buffers), first(sizes));
                 k.units(|k, s| {
                     let one = k.index(1);
@@ -137,10 +137,10 @@ impl Lowering<'_, '_, '_> {
                     let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
                     let length = k.sub(to, from);
                     let length = k.to_float(length);
-                    let length = k.splat(length, LANES);
+                    let length = k.splat(length);
                     let target = k.mul(s, width);
                     k.lanes(width, |k, j, mask| {
-                        let zero = k.float(0.0, VECTOR);
+                        let zero = k.floats(0.0);
                         let sum = k.fold(from, to, 1, &[zero], |k, token, sum| {
                             let place = k.mul(token, width);
                             let place = k.add(place, j);
@@ -162,8 +162,8 @@ impl Lowering<'_, '_, '_> {
     pub(super) fn segment_mean_vjp(&mut self, y: BufferId, result: Value) {
         let out = self.result(result);
         let elements = [Element::F32, Element::F32, Element::I32, Element::I32];
-        let kernel = self.target.kernel("segment_mean_vjp", |name| {
-            define(name, &elements, 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel("segment_mean_vjp", |title| {
+            define(title, &elements, 1, |k, buffers, sizes| {
                 let ([y, out, offsets, segments], [width]) = (first(buffers), first(sizes));
                 k.units(|k, token| {
                     let s = k.load_index(segments, token);
@@ -172,7 +172,7 @@ impl Lowering<'_, '_, '_> {
                     let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
                     let length = k.sub(to, from);
                     let length = k.to_float(length);
-                    let length = k.splat(length, LANES);
+                    let length = k.splat(length);
                     let (source, target) = (k.mul(s, width), k.mul(token, width));
                     k.lanes(width, |k, j, mask| {
                         let place = k.add(source, j);
@@ -205,8 +205,8 @@ impl Lowering<'_, '_, '_> {
         let mut buffers = vec![logits, labels, out];
         buffers.extend(adjoint);
         let elements = [Element::F32, Element::I32, Element::F32, Element::F32];
-        let kernel = self.target.kernel(&name, |name| {
-            define(name, &elements[..buffers.len()], 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |title| {
+            define(title, &elements[..buffers.len()], 1, |k, buffers, sizes| {
                 let ([logits, labels, out], [width]) = (first(buffers), first(sizes));
                 k.units(|k, row| {
                     let span = Span { base: k.mul(row, width), length: width };
@@ -249,28 +249,28 @@ fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: Val, rows: Val) -> (Val, V
 pub(super) fn columns(k: &mut Kernel, unit: Val, width: Val, mut body: impl FnMut(&mut Kernel, Val, Val)) {
     let block = k.index(COLUMNS);
     let start = k.mul(unit, block);
-    for lane in (0..COLUMNS).step_by(LANES as usize) {
+    for lane in (0..COLUMNS).step_by(k.lane_count() as usize) {
         let offset = k.index(lane);
         let column = k.add(start, offset);
         let left = k.sub(width, column);
-        let mask = k.mask(left, LANES);
+        let mask = k.mask(left);
         body(k, column, mask);
     }
 }
 
 pub(super) fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
-    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
+    let lowest = k.floats(f64::NEG_INFINITY);
     let largest = k.fold_lanes(span.length, &[lowest], |k, j, mask, largest| {
         let place = k.add(span.base, j);
         let x = k.load_masked(x, place, mask, lowest);
         vec![k.max(largest[0], x)]
     });
     let largest = k.max_lanes(largest[0]);
-    k.splat(largest, LANES)
+    k.splat(largest)
 }
 
 pub(super) fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
-    let zero = k.float(0.0, VECTOR);
+    let zero = k.floats(0.0);
     let sum = k.fold_lanes(span.length, &[zero], |k, j, mask, sum| {
         let place = k.add(span.base, j);
         let x = term(k, place, mask);
@@ -290,7 +290,7 @@ pub(super) fn fill(k: &mut Kernel, span: Span, out: Buf, mut value: impl FnMut(&
 
 /// `x` in the lanes of `mask`, 0 in the others.
 fn only(k: &mut Kernel, x: Val, mask: Val) -> Val {
-    let zero = k.float(0.0, VECTOR);
+    let zero = k.floats(0.0);
     k.select(mask, x, zero)
 }
 
@@ -304,7 +304,7 @@ fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
 
 /// Σ e^{x − max} of a max in every lane; the powers themselves go to `out`, if there is one.
 pub(super) fn powers(k: &mut Kernel, x: Buf, span: Span, max: Val, out: Option<Buf>) -> Val {
-    let lowest = k.float(f64::NEG_INFINITY, VECTOR);
+    let lowest = k.floats(f64::NEG_INFINITY);
     sum(k, span, |k, place, mask| {
         let x = k.load_masked(x, place, mask, lowest);
         let x = k.sub(x, max);
@@ -322,7 +322,7 @@ pub(super) fn exponentials(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) -> Va
     let total = powers(k, x, span, max, Some(out));
     let one = k.float(1.0, F32);
     let share = k.div(one, total);
-    k.splat(share, LANES)
+    k.splat(share)
 }
 
 fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {
@@ -330,7 +330,7 @@ fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {
         let (y, dy) = (k.load_lanes(y, place, mask), k.load_lanes(dy, place, mask));
         k.mul(y, dy)
     });
-    let inner = k.splat(inner, LANES);
+    let inner = k.splat(inner);
     fill(k, span, out, |k, place, mask| {
         let (y, dy) = (k.load_lanes(y, place, mask), k.load_lanes(dy, place, mask));
         let rest = k.sub(dy, inner);
@@ -343,7 +343,7 @@ fn moments(k: &mut Kernel, x: Buf, span: Span, eps: f64) -> (Val, Val) {
     let length = k.to_float(span.length);
     let total = sum(k, span, |k, place, mask| k.load_lanes(x, place, mask));
     let mean = k.div(total, length);
-    let mean = k.splat(mean, LANES);
+    let mean = k.splat(mean);
     let squares = sum(k, span, |k, place, mask| {
         let x = k.load_lanes(x, place, mask);
         let d = k.sub(x, mean);
@@ -356,7 +356,7 @@ fn moments(k: &mut Kernel, x: Buf, span: Span, eps: f64) -> (Val, Val) {
     let deviation = k.sqrt(variance);
     let one = k.float(1.0, F32);
     let scale = k.div(one, deviation);
-    (mean, k.splat(scale, LANES))
+    (mean, k.splat(scale))
 }
 
 fn normalize(k: &mut Kernel, [x, out]: [Buf; 2], span: Span, eps: f64) {
@@ -384,7 +384,7 @@ fn normalize_vjp(k: &mut Kernel, [x, dy, out]: [Buf; 3], span: Span, eps: f64) {
         k.mul(hat, dy)
     });
     let (total, along) = (k.div(total, length), k.div(along, length));
-    let (total, along) = (k.splat(total, LANES), k.splat(along, LANES));
+    let (total, along) = (k.splat(total), k.splat(along));
     fill(k, span, out, |k, place, mask| {
         let hat = hat(k, place, mask);
         let dy = k.load_lanes(dy, place, mask);
@@ -433,12 +433,12 @@ fn cross_entropy_vjp(
     dy: Val,
     smoothing: f64,
 ) {
-    let lse = k.splat(lse, LANES);
-    let scale = k.splat(dy, LANES);
+    let lse = k.splat(lse);
+    let scale = k.splat(dy);
     let width = k.to_float(span.length);
     let weight = k.float(smoothing, F32);
     let spread = k.div(weight, width);
-    let spread = k.splat(spread, LANES);
+    let spread = k.splat(spread);
     fill(k, span, out, |k, place, mask| {
         let x = k.load_lanes(logits, place, mask);
         let x = k.sub(x, lse);
@@ -449,8 +449,10 @@ fn cross_entropy_vjp(
     k.when(inside, |k| {
         let weight = k.float(1.0 - smoothing, F32);
         let hit = k.mul(weight, dy);
+        k.settle();
         let d = k.load(out, label);
         let d = k.sub(d, hit);
+        k.settle();
         k.store(d, out, label);
     });
 }

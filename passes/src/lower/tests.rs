@@ -1,6 +1,8 @@
 //! Every operation compiled, against the interpreter. Launches run one unit at a time over poisoned
 //! buffers, so that a kernel whose units lean on each other, or which reads what nothing wrote, shows.
 
+mod cuda;
+
 use std::collections::HashMap;
 use std::ffi::c_void;
 
@@ -17,6 +19,7 @@ use crate::cpu::{Cpu, Level};
 use crate::fuse::{Limits, fuse};
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
+use crate::machine::Machine;
 use crate::tests::samples::{arguments, cases, language_head, single};
 
 #[repr(C)]
@@ -32,7 +35,7 @@ struct Memory {
 const GUARD: usize = 64;
 const UNTOUCHED: u32 = 0x7fa5_5aa5;
 
-struct Machine<'a> {
+struct Run<'a> {
     manifest: &'a Manifest,
     library: &'a libloading::Library,
     sizes: Sizes,
@@ -40,7 +43,7 @@ struct Machine<'a> {
     memory: Vec<Vec<u32>>,
 }
 
-impl Machine<'_> {
+impl Run<'_> {
     fn launch(&mut self, launch: &Launch) {
         let name = format!("_mlir__mlir_ciface_{}", self.manifest.kernels[launch.kernel]);
         // SAFETY: the symbol has the one signature every kernel has.
@@ -96,31 +99,63 @@ struct Compiled<'g> {
     library: libloading::Library,
 }
 
+/// Every kernel of the graphs once, and their manifests.
+fn lowered(graphs: &[(Graph, Vec<usize>)], options: Options) -> (Vec<String>, Vec<Manifest>) {
+    let mut texts: Vec<String> = vec![];
+    let mut manifests = vec![];
+    for (graph, _) in graphs {
+        let lowered = lower(&[("grad", graph)], &tensors(graph), options);
+        let lowered = lowered.unwrap_or_else(|e| panic!("{}: {e}", graph.name));
+        for text in &lowered.kernels {
+            if !texts.contains(text) {
+                texts.push(text.clone());
+            }
+        }
+        manifests.push(lowered.manifest);
+    }
+    (texts, manifests)
+}
+
+fn tensors(graph: &Graph) -> Vec<Tensor> {
+    let tensor = |(arg, ty): (&peft_grammar::graph::Arg, &Type)| Tensor {
+        name: arg.name.clone(),
+        shape: ty.shape.iter().map(|d| d.constant().unwrap_or(0)).collect(),
+        trainable: None,
+        decay: false,
+    };
+    graph.args.iter().filter(|a| a.role != Role::Input).map(|a| tensor((a, graph.ty(a.value)))).collect()
+}
+
+/// A graph on numbers of its own, and what the interpreter makes of them.
+struct Case {
+    batch: Batch,
+    sizes: Sizes,
+    args: HashMap<String, Data>,
+    want: Vec<(String, Data)>,
+}
+
+impl Case {
+    fn new(graph: &Graph, lengths: &[usize], limit: i32) -> Self {
+        let batch = Batch::new(lengths, 3);
+        // The compiled graph computes on f32: let both start from the same numbers.
+        let round = |data: Data| match data {
+            Data::F64(x) => Data::F64(x.into_iter().map(|x| f64::from(x as f32)).collect()),
+            ints => ints,
+        };
+        let args = arguments(graph, &batch, 11, limit);
+        let args: HashMap<String, Data> = args.into_iter().map(|(k, v)| (k, round(v))).collect();
+        let want = interpret::run(graph, &batch, &args).expect("interpreted");
+        Case { sizes: sizes_of(&batch, lengths), batch, args, want }
+    }
+}
+
 impl<'g> Compiled<'g> {
     fn new(graphs: &'g [(Graph, Vec<usize>)], cpu: Cpu, precision: Precision) -> Self {
-        let mut texts: Vec<String> = vec![];
-        let mut manifests = vec![];
-        for (graph, _) in graphs {
-            let tensor = |(arg, ty): (&peft_grammar::graph::Arg, &Type)| Tensor {
-                name: arg.name.clone(),
-                shape: ty.shape.iter().map(|d| d.constant().unwrap_or(0)).collect(),
-                trainable: None,
-                decay: false,
-            };
-            let weights = graph.args.iter().filter(|a| a.role != Role::Input);
-            let tensors: Vec<Tensor> = weights.map(|a| tensor((a, graph.ty(a.value)))).collect();
-            let lowered = lower(&[("grad", graph)], &tensors, Options { cpu, precision, ..Options::default() });
-            let lowered = lowered.unwrap_or_else(|e| panic!("{}: {e}", graph.name));
-            for text in &lowered.kernels {
-                if !texts.contains(text) {
-                    texts.push(text.clone());
-                }
-            }
-            manifests.push(lowered.manifest);
-        }
+        let machine = Machine::Cpu(cpu);
+        let (texts, manifests) = lowered(graphs, Options { machine, precision, ..Options::default() });
         let folder = tempfile::tempdir().expect("a directory");
         let library = folder.path().join("kernels.so");
-        codegen::compile(&texts, cpu, &library).unwrap_or_else(|e| panic!("{e}"));
+        codegen::compile(&texts, machine, &library).unwrap_or_else(|e| panic!("{e}"));
         // SAFETY: our own library, without constructors.
         let library = unsafe { libloading::Library::new(&library) }.expect("a library");
         Compiled { graphs, manifests, library }
@@ -129,20 +164,12 @@ impl<'g> Compiled<'g> {
     /// Every graph on numbers of its own: what it gives, and what the interpreter says.
     fn run(&self, limit: i32, mut judge: impl FnMut(Outcome<'_>)) {
         for ((graph, lengths), manifest) in self.graphs.iter().zip(&self.manifests) {
-            let batch = Batch::new(lengths, 3);
-            let args = arguments(graph, &batch, 11, limit);
-            // The compiled graph computes on f32: let both start from the same numbers.
-            let round = |data: Data| match data {
-                Data::F64(x) => Data::F64(x.into_iter().map(|x| f64::from(x as f32)).collect()),
-                ints => ints,
-            };
-            let args: HashMap<String, Data> = args.into_iter().map(|(k, v)| (k, round(v))).collect();
-            let want = interpret::run(graph, &batch, &args).expect("interpreted");
-            let sizes = sizes_of(&batch, lengths);
+            let Case { batch, sizes, args, want } = Case::new(graph, lengths, limit);
             let guarded = |words: Vec<u32>| [&[UNTOUCHED; GUARD], &words[..], &[UNTOUCHED; GUARD]].concat();
-            let memory = manifest.buffers.iter().map(|b| guarded(bind(b, manifest, lengths, &sizes, &args)));
-            let memory = memory.collect();
-            let mut machine = Machine { manifest, library: &self.library, sizes, memory };
+            let poison = |b: &Buffer| vec![f32::NAN.to_bits(); b.elements(&sizes) as usize];
+            let words = |b| content(b, manifest, lengths, &args).unwrap_or_else(|| poison(b));
+            let memory = manifest.buffers.iter().map(|b| guarded(words(b))).collect();
+            let mut machine = Run { manifest, library: &self.library, sizes, memory };
             let entry = &manifest.entries["grad"];
             for launch in manifest.prepare.iter().chain(&entry.launches) {
                 machine.launch(launch);
@@ -171,14 +198,24 @@ struct Outcome<'a> {
     want: &'a [f64],
 }
 
-/// What a buffer holds before the first launch.
-fn bind(
-    buffer: &Buffer,
-    manifest: &Manifest,
-    lengths: &[usize],
-    sizes: &Sizes,
-    args: &HashMap<String, Data>,
-) -> Vec<u32> {
+impl Outcome<'_> {
+    fn close(self, machine: Machine, tolerance: f64) {
+        let Outcome { graph, batch, name, found, want, .. } = self;
+        if name == "loss" {
+            // Thousands of either sign added up: rounding is all one would see.
+            return;
+        }
+        let scale = want.iter().filter(|x| x.is_finite()).fold(1e-3, |m: f64, x| m.max(x.abs()));
+        for (i, (found, want)) in found.iter().zip(want).enumerate() {
+            let close = (f64::from(*found) - want).abs() <= tolerance * scale || f64::from(*found) == *want;
+            let (op, tokens) = (&graph.nodes[0].op, batch.tokens());
+            assert!(close, "{name}[{i}] of {op:?} with {tokens} tokens on {machine}: {found}, not {want}");
+        }
+    }
+}
+
+/// What a buffer holds before the first launch, if it holds anything.
+fn content(buffer: &Buffer, manifest: &Manifest, lengths: &[usize], args: &HashMap<String, Data>) -> Option<Vec<u32>> {
     let derived = |name: &str| -> Option<Vec<i32>> {
         let mut offsets = vec![0];
         let (mut segments, mut pairs) = (vec![], vec![0]);
@@ -200,29 +237,17 @@ fn bind(
             None => args[name].clone(),
         },
         Storage::Tensor { index, .. } => args[&manifest.tensors[*index].name].clone(),
-        _ => return vec![f32::NAN.to_bits(); buffer.elements(sizes) as usize],
+        _ => return None,
     };
-    match data {
+    Some(match data {
         Data::F64(x) => x.iter().map(|&x| (x as f32).to_bits()).collect(),
         Data::I32(x) => x.iter().map(|&x| x as u32).collect(),
-    }
+    })
 }
 
 /// Holds every output of compiled graphs against the interpreter's.
 fn compare(graphs: &[(Graph, Vec<usize>)], cpu: Cpu, limit: i32, tolerance: f64) {
-    Compiled::new(graphs, cpu, Precision::F32).run(limit, |outcome| {
-        let Outcome { graph, batch, name, found, want, .. } = outcome;
-        if name == "loss" {
-            // Thousands of either sign added up: rounding is all one would see.
-            return;
-        }
-        let scale = want.iter().filter(|x| x.is_finite()).fold(1e-3, |m: f64, x| m.max(x.abs()));
-        for (i, (found, want)) in found.iter().zip(want).enumerate() {
-            let close = (f64::from(*found) - want).abs() <= tolerance * scale || f64::from(*found) == *want;
-            let (op, tokens) = (&graph.nodes[0].op, batch.tokens());
-            assert!(close, "{name}[{i}] of {op:?} with {tokens} tokens on {cpu}: {found}, not {want}");
-        }
-    });
+    Compiled::new(graphs, cpu, Precision::F32).run(limit, |outcome| outcome.close(Machine::Cpu(cpu), tolerance));
 }
 
 type Cases = Vec<(Graph, Vec<usize>)>;

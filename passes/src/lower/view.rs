@@ -12,7 +12,7 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Kernel, LANES, Val, define};
+use super::kernel::{Kernel, Title, Val, define};
 use super::{Lowering, Place, product};
 
 /// A distance in elements: a number times sizes of the batch.
@@ -266,7 +266,7 @@ impl Lowering<'_, '_, '_> {
         let rank = runs.len();
         let gathers = runs.last().is_some_and(|run| source.along(run.clone()) != Some(ONE));
         let name = format!("copy{rank}_{}", if gathers { "gather" } else { "rows" });
-        let kernel = self.target.kernel(&name, |name| copy_kernel(name, rank, gathers));
+        let kernel = self.target.kernel(&name, |title| copy_kernel(title, rank, gathers));
         let units = runs[..rank - 1].iter().map(sizes).fold(Extent::Const(1), |n, size| n * size);
         let mut extents: Vec<Extent> = runs.iter().map(sizes).collect();
         extents.extend([steps(source), steps(target)].concat());
@@ -276,8 +276,8 @@ impl Lowering<'_, '_, '_> {
 }
 
 /// Row by row; elements are gathered where another axis runs along the source's rows.
-fn copy_kernel(name: &str, rank: usize, gathers: bool) -> String {
-    define(name, &[Element::F32; 2], 3 * rank + 2, |k, buffers, sizes| {
+fn copy_kernel(title: Title, rank: usize, gathers: bool) -> String {
+    define(title, &[Element::F32; 2], 3 * rank + 2, |k, buffers, sizes| {
         let &[from, to] = buffers else { unreachable!("two buffers") };
         let (sizes, rest) = sizes.split_at(rank);
         let (steps, rest) = rest.split_at(rank);
@@ -298,7 +298,7 @@ fn copy_kernel(name: &str, rank: usize, gathers: bool) -> String {
             }
             let lanes = k.lane_numbers();
             let along = k.to_i32(step);
-            let along = k.splat(along, LANES);
+            let along = k.splat(along);
             let along = k.mul(lanes, along);
             k.lanes(length, |k, j, mask| {
                 let x = if gathers {

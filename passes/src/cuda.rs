@@ -1,0 +1,57 @@
+//! NVIDIA's chips, as kernels see them.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Threads that go in step.
+pub const WARP: u64 = 32;
+/// Warps of a block.
+pub const WARPS: u64 = 4;
+
+/// What kernels are compiled for: a chip runs what is compiled for an earlier one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Chip {
+    /// Volta: V100. Products of f16 by tensor cores.
+    #[default]
+    Sm70,
+    /// Ampere: A100. Copies to shared memory that no thread waits for.
+    Sm80,
+    /// Hopper: H100, H200.
+    Sm90,
+}
+
+impl Chip {
+    pub const ALL: [(Chip, &str); 3] = [(Chip::Sm70, "sm_70"), (Chip::Sm80, "sm_80"), (Chip::Sm90, "sm_90")];
+
+    pub fn name(self) -> &'static str {
+        Chip::ALL.iter().find(|(chip, _)| *chip == self).expect("all are listed").1
+    }
+
+    /// The oldest version of PTX that knows the chip and all that kernels use, as LLVM's feature: the older it is, the
+    /// older the drivers that take it.
+    pub fn ptx(self) -> &'static str {
+        match self {
+            Chip::Sm70 => "+ptx64",
+            Chip::Sm80 => "+ptx70",
+            Chip::Sm90 => "+ptx78",
+        }
+    }
+}
+
+impl fmt::Display for Chip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Chip {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Chip::ALL.iter().find(|(_, name)| *name == text);
+        found.map(|(chip, _)| *chip).ok_or_else(|| {
+            let names = Chip::ALL.map(|(_, name)| name).join(", ");
+            format!("`{text}` is no chip to compile for; there are {names}")
+        })
+    }
+}

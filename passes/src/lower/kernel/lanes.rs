@@ -1,0 +1,362 @@
+//! What differs between the two forms of a kernel. A processor's thread takes a range of units and works on vectors of
+//! [`LANES`] elements. On a GPU a unit is a warp's: of a vector each of its 32 threads holds one element, so that a
+//! vector has a scalar's type, and a scalar is a value that all of them hold.
+//!
+//! Lanes that hand something to each other through memory must [`Kernel::settle`] in between.
+
+use super::{Buf, F32, I32, INDEX, Kernel, LANES, Order, Scalar, Ty, Val};
+use crate::cuda::{WARP, WARPS};
+use crate::machine::Machine;
+
+/// How a kernel works, and what it knows of the thread it runs on.
+pub(super) enum Form {
+    /// Vectors; the units `begin..end`.
+    Vectors { begin: Val, end: Val },
+    /// Warps, which share `units`: the block's `warp`, and the `lane` in it, as an index and as a number of 32 bits.
+    Warps { units: Val, warp: Val, lane: Val, number: Val, leads: Val },
+}
+
+impl Form {
+    pub fn vectors(next: u32) -> (Form, u32) {
+        let [begin, end] = [0, 1].map(|i| Val { id: next + i, ty: INDEX });
+        (Form::Vectors { begin, end }, next + 2)
+    }
+
+    pub fn warps(next: u32) -> (Form, u32) {
+        let [units, warp, lane] = [0, 1, 2].map(|i| Val { id: next + i, ty: INDEX });
+        let number = Val { id: next + 3, ty: I32 };
+        let leads = Val { id: next + 4, ty: INDEX.of(Scalar::I1) };
+        (Form::Warps { units, warp, lane, number, leads }, next + 5)
+    }
+
+    /// The function, around what has been written of it.
+    pub fn function(&self, name: &str, buffers: &[Buf], sizes: &[Val], body: &str) -> String {
+        let sizes = sizes.iter().map(|v| format!("{v}: index"));
+        match self {
+            Form::Vectors { begin, end } => {
+                let buffers = buffers.iter().map(|b| format!("%{}: {b}", b.id));
+                let range = [begin, end].map(|v| format!("{v}: index"));
+                let signature: Vec<String> = buffers.chain(sizes).chain(range).collect();
+                format!(
+                    "  func.func @{name}({}) attributes {{llvm.emit_c_interface, passthrough = #cpu}} {{\n{body}    \
+                     return\n  }}\n",
+                    signature.join(", ")
+                )
+            }
+            Form::Warps { units, warp, lane, number, leads } => {
+                let buffers = buffers.iter().map(|b| format!("%{}: !llvm.ptr<1>", b.id));
+                let signature: Vec<String> = buffers.chain(sizes).chain([format!("{units}: index")]).collect();
+                format!(
+                    "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>}} {{
+    %thread = gpu.thread_id x
+    %width = arith.constant {WARP} : index
+    {warp} = arith.divui %thread, %width : index
+    {lane} = arith.remui %thread, %width : index
+    {number} = arith.index_cast {lane} : index to i32
+    %first = arith.constant 0 : index
+    {leads} = arith.cmpi eq, {lane}, %first : index
+{body}    gpu.return\n  }}\n",
+                    signature.join(", "),
+                    threads = WARP * WARPS,
+                )
+            }
+        }
+    }
+}
+
+impl Machine {
+    /// Elements that a kernel has in hand at once.
+    pub fn lanes(self) -> u64 {
+        match self {
+            Machine::Cpu(_) => LANES,
+            Machine::Cuda(_) => WARP,
+        }
+    }
+}
+
+impl Kernel {
+    /// Elements of a vector: [`Machine::lanes`].
+    pub fn lane_count(&self) -> u64 {
+        match self.form {
+            Form::Vectors { .. } => LANES,
+            Form::Warps { .. } => WARP,
+        }
+    }
+
+    /// The type of a vector of such scalars.
+    pub fn vector(&self, scalar: Ty) -> Ty {
+        match self.form {
+            Form::Vectors { .. } => scalar.times(LANES),
+            Form::Warps { .. } => scalar,
+        }
+    }
+
+    /// 0, 1, 2, … in `i32` lanes.
+    pub fn lane_numbers(&mut self) -> Val {
+        match self.form {
+            Form::Vectors { .. } => {
+                let numbers: Vec<String> = (0..LANES).map(|i| i.to_string()).collect();
+                let ty = I32.times(LANES);
+                self.emit(ty, format_args!("arith.constant dense<[{}]> : {ty}", numbers.join(", ")))
+            }
+            Form::Warps { number, .. } => number,
+        }
+    }
+
+    /// `x` in every lane.
+    pub fn splat(&mut self, x: Val) -> Val {
+        let ty = self.vector(x.ty);
+        match self.form {
+            Form::Vectors { .. } => self.emit(ty, format_args!("vector.broadcast {x} : {} to {ty}", x.ty)),
+            Form::Warps { .. } => x,
+        }
+    }
+
+    /// The first `n` lanes.
+    pub fn mask(&mut self, n: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => self.mask_of(n, LANES),
+            Form::Warps { lane, .. } => self.compare(lane, Order::Lt, n),
+        }
+    }
+
+    // Across lanes.
+
+    pub fn sum_lanes(&mut self, x: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => {
+                // Halves are added to halves: an order of its own, whatever the target would prefer.
+                let mut x = x;
+                while let Some(lanes) = x.ty.lanes.filter(|&n| n > 1) {
+                    let (low, high) = (self.part(x, 0, lanes / 2), self.part(x, lanes / 2, lanes / 2));
+                    x = self.add(low, high);
+                }
+                self.lane(x, 0)
+            }
+            Form::Warps { .. } => self.butterfly(x, Kernel::add),
+        }
+    }
+
+    pub fn max_lanes(&mut self, x: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => self.emit(F32, format_args!("vector.reduction <maxnumf>, {x} : {} into f32", x.ty)),
+            Form::Warps { .. } => {
+                self.butterfly(x, |k, x, y| k.emit(F32, format_args!("llvm.intr.maxnum({x}, {y}) : (f32, f32) -> f32")))
+            }
+        }
+    }
+
+    /// Of four words in every lane those of all lanes in order, x₀ y₀ z₀ w₀ x₁ …, as four vectors.
+    pub fn in_order(&mut self, words: [Val; 4]) -> [Val; 4] {
+        match self.form {
+            Form::Vectors { .. } => {
+                let [x, y, z, w] = words;
+                let (even, odd) = (self.interleave(x, z), self.interleave(y, w));
+                let words = self.interleave(even, odd);
+                [0, 1, 2, 3].map(|part| self.part(words, part * LANES, LANES))
+            }
+            Form::Warps { number, .. } => {
+                let [two, three] = [2, 3].map(|n| self.int(n, I32));
+                let (quarter, word) = (self.shift_right(number, two), self.and(number, three));
+                [0, 1, 2, 3].map(|part| {
+                    let first = self.int((part * WARP / 4) as i64, I32);
+                    let source = self.add(first, quarter);
+                    let [x, rest @ ..] = words.map(|word| self.shuffle("idx", word, source));
+                    (1..4).zip(rest).fold(x, |x, (n, other)| {
+                        let n = self.int(n, I32);
+                        let here = self.compare(word, Order::Eq, n);
+                        self.select(here, other, x)
+                    })
+                })
+            }
+        }
+    }
+
+    /// One lane as a scalar.
+    pub fn lane(&mut self, x: Val, lane: u64) -> Val {
+        match self.form {
+            Form::Vectors { .. } => {
+                let ty = Ty { lanes: None, ..x.ty };
+                self.emit(ty, format_args!("vector.extract {x}[{lane}] : {ty} from {}", x.ty))
+            }
+            Form::Warps { .. } => {
+                let lane = self.int(lane as i64, I32);
+                self.shuffle("idx", x, lane)
+            }
+        }
+    }
+
+    /// All lanes of a warp as one, in every lane: halves change places, so that each adds alike.
+    fn butterfly(&mut self, x: Val, mut join: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
+        let mut x = x;
+        let mut distance = WARP / 2;
+        while distance > 0 {
+            let by = self.int(distance as i64, I32);
+            let other = self.shuffle("bfly", x, by);
+            x = join(self, x, other);
+            distance /= 2;
+        }
+        x
+    }
+
+    fn shuffle(&mut self, way: &str, x: Val, by: Val) -> Val {
+        let (all, last) = (self.int(-1, I32), self.int(WARP as i64 - 1, I32));
+        self.emit(x.ty, format_args!("nvvm.shfl.sync {way} {all}, {x}, {by}, {last} : {ty} -> {ty}", ty = x.ty))
+    }
+
+    /// What lanes have written, others may read from here on.
+    pub fn settle(&mut self) {
+        if let Form::Warps { .. } = self.form {
+            let all = self.int(-1, I32);
+            self.line(format_args!("nvvm.bar.warp.sync {all} : i32"));
+        }
+    }
+
+    // Memory.
+
+    pub fn load(&mut self, from: Buf, at: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => self.emit(from.scalar(), format_args!("memref.load %{}[{at}] : {from}", from.id)),
+            Form::Warps { .. } => self.load_here(from, at),
+        }
+    }
+
+    pub fn store(&mut self, x: Val, to: Buf, at: Val) {
+        match self.form {
+            Form::Vectors { .. } => self.line(format_args!("memref.store {x}, %{}[{at}] : {to}", to.id)),
+            Form::Warps { leads, .. } => self.when(leads, |k| k.store_here(x, to, at)),
+        }
+    }
+
+    /// A vector of elements from `at` on, all of which must exist.
+    pub fn load_vector(&mut self, from: Buf, at: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => {
+                let ty = from.scalar().times(LANES);
+                self.emit(ty, format_args!("vector.load %{}[{at}] : {from}, {ty}", from.id))
+            }
+            Form::Warps { lane, .. } => {
+                let at = self.add(at, lane);
+                self.load_here(from, at)
+            }
+        }
+    }
+
+    pub fn store_vector(&mut self, x: Val, to: Buf, at: Val) {
+        match self.form {
+            Form::Vectors { .. } => self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty)),
+            Form::Warps { lane, .. } => {
+                let at = self.add(at, lane);
+                self.store_here(x, to, at);
+            }
+        }
+    }
+
+    /// The lanes of `mask` from memory, `other` in those it leaves out.
+    pub fn load_masked(&mut self, from: Buf, at: Val, mask: Val, other: Val) -> Val {
+        let ty = other.ty;
+        match self.form {
+            Form::Vectors { .. } => self.emit(
+                ty,
+                format_args!(
+                    "vector.maskedload %{}[{at}], {mask}, {other} : {from}, {}, {ty} into {ty}",
+                    from.id, mask.ty
+                ),
+            ),
+            Form::Warps { lane, .. } => {
+                let at = self.add(at, lane);
+                self.load_if(mask, from, at, other)
+            }
+        }
+    }
+
+    /// The elements at `at + steps`, lane by lane; 0 in those `mask` leaves out.
+    pub fn gather_lanes(&mut self, from: Buf, at: Val, steps: Val, mask: Val) -> Val {
+        let ty = self.vector(from.scalar());
+        let zero = self.float(0.0, ty);
+        match self.form {
+            Form::Vectors { .. } => self.emit(
+                ty,
+                format_args!(
+                    "vector.gather %{}[{at}][{steps}], {mask}, {zero} : {from}, {}, {}, {ty} into {ty}",
+                    from.id, steps.ty, mask.ty
+                ),
+            ),
+            Form::Warps { .. } => {
+                let steps = self.to_index(steps);
+                let at = self.add(at, steps);
+                self.load_if(mask, from, at, zero)
+            }
+        }
+    }
+
+    pub fn store_lanes(&mut self, x: Val, to: Buf, at: Val, mask: Val) {
+        match self.form {
+            Form::Vectors { .. } => {
+                self.line(format_args!(
+                    "vector.maskedstore %{}[{at}], {mask}, {x} : {to}, {}, {}",
+                    to.id, mask.ty, x.ty
+                ));
+            }
+            Form::Warps { lane, .. } => self.when(mask, |k| {
+                let at = k.add(at, lane);
+                k.store_here(x, to, at);
+            }),
+        }
+    }
+
+    /// One thread's load.
+    fn load_here(&mut self, from: Buf, at: Val) -> Val {
+        let place = self.place(from, at);
+        self.emit(from.scalar(), format_args!("llvm.load {place} : !llvm.ptr<1> -> {}", from.scalar()))
+    }
+
+    fn store_here(&mut self, x: Val, to: Buf, at: Val) {
+        let place = self.place(to, at);
+        self.line(format_args!("llvm.store {x}, {place} : {}, !llvm.ptr<1>", x.ty));
+    }
+
+    fn load_if(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
+        let result = self.fresh(other.ty);
+        self.line(format_args!("{result} = scf.if {condition} -> ({}) {{", other.ty));
+        self.depth += 1;
+        let x = self.load_here(from, at);
+        self.line(format_args!("scf.yield {x} : {}", x.ty));
+        self.depth -= 1;
+        self.line(format_args!("}} else {{"));
+        self.line(format_args!("  scf.yield {other} : {}", other.ty));
+        self.line(format_args!("}}"));
+        result
+    }
+
+    /// A thread's pointer to the element at `at`.
+    fn place(&mut self, of: Buf, at: Val) -> Val {
+        let at = self.emit(INDEX.of(Scalar::I64), format_args!("arith.index_cast {at} : index to i64"));
+        let element = of.scalar();
+        self.emit(
+            INDEX.of(Scalar::Pointer),
+            format_args!("llvm.getelementptr %{}[{at}] : (!llvm.ptr<1>, i64) -> !llvm.ptr<1>, {element}", of.id),
+        )
+    }
+
+    // Control.
+
+    /// The units asked for.
+    pub fn units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
+        match self.form {
+            Form::Vectors { begin, end } => self.each(begin, end, 1, body),
+            Form::Warps { units, warp, .. } => {
+                let block = self.emit(INDEX, format_args!("gpu.block_id x"));
+                let blocks = self.emit(INDEX, format_args!("gpu.grid_dim x"));
+                let warps = self.index(WARPS);
+                let first = self.mul(block, warps);
+                let first = self.add(first, warp);
+                let step = self.mul(blocks, warps);
+                self.fold_by(first, units, step, &[], |k, unit, _| {
+                    body(k, unit);
+                    vec![]
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! The same kernels in PTX, executed by an interpreter that faults on races between lanes, on accesses beyond a buffer
+//! and on reads of what nothing wrote.
+
+use ptx_sim::{Arg, Gpu, Module, Ptr};
+
+use super::*;
+use crate::cuda::{Chip, WARP, WARPS};
+use crate::dialect::Dialect;
+
+/// Blocks of a launch, at most: so few that warps take several units.
+const BLOCKS: u64 = 3;
+
+/// Every graph on numbers of its own, its outputs held against the interpreter's.
+fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f64) {
+    let machine = Machine::Cuda(chip);
+    let (texts, manifests) = lowered(graphs, Options { machine, ..Options::default() });
+    let module = assembled(&texts, machine);
+    for ((graph, lengths), manifest) in graphs.iter().zip(&manifests) {
+        let case = Case::new(graph, lengths, limit);
+        let (gpu, buffers) = run(&module, manifest, lengths, &case);
+        for (output, (name, want)) in manifest.entries["grad"].outputs.iter().zip(&case.want) {
+            let (found, want) = (gpu.read_f32(buffers[output.buffer]), want.floats());
+            assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
+            let outcome = Outcome { graph, batch: &case.batch, args: &case.args, name, found: &found, want };
+            outcome.close(machine, tolerance);
+        }
+    }
+}
+
+fn assembled(kernels: &[String], machine: Machine) -> Module {
+    let dialect = Dialect::new().expect("a dialect");
+    let text = codegen::ptx(&dialect, kernels, machine).unwrap_or_else(|e| panic!("{e}"));
+    Module::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+}
+
+/// All launches of a manifest in their order; gives the memory, and where each buffer lies in it.
+fn run(module: &Module, manifest: &Manifest, lengths: &[usize], case: &Case) -> (Gpu, Vec<Ptr>) {
+    let sizes = &case.sizes;
+    let mut gpu = Gpu::new();
+    let place = |b: &Buffer| match content(b, manifest, lengths, &case.args) {
+        Some(words) => gpu.alloc_u32(&words),
+        None => gpu.alloc_unwritten(4 * b.elements(sizes) as usize),
+    };
+    let buffers: Vec<Ptr> = manifest.buffers.iter().map(place).collect();
+    for launch in manifest.prepare.iter().chain(&manifest.entries["grad"].launches) {
+        let units = launch.units.eval(sizes);
+        if units > 0 {
+            let extents = launch.extents.iter().map(|e| Arg::U64(e.eval(sizes)));
+            let pointers = launch.buffers.iter().map(|&b| Arg::Ptr(buffers[b]));
+            let args: Vec<Arg> = pointers.chain(extents).chain([Arg::U64(units)]).collect();
+            let blocks = units.div_ceil(WARPS).min(BLOCKS) as u32;
+            let ran = gpu.launch(module, &manifest.kernels[launch.kernel], blocks, (WARP * WARPS) as u32, 0, &args);
+            ran.unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+    (gpu, buffers)
+}
+
+/// Fewer elements than a warp has lanes, just as many, and more than a unit takes.
+#[test]
+fn elements_of_awkward_number() {
+    let mut graphs = vec![];
+    for n in [1, 31, 32, 33, 1000, 8200] {
+        let mut graph = Graph::new("elements");
+        let at = Location::default();
+        let ty = Type::f32([Dim::Const(n)]);
+        let [x, y] = ["x", "y"].map(|name| graph.arg(name, Role::Input, None, ty.clone()));
+        let sum = graph.push(Op::Add, &[x, y], &at).expect("fits");
+        let root = graph.push(Op::Gelu, &[sum], &at).expect("fits");
+        graph.outputs.push(("z".into(), root));
+        graphs.push((graph, vec![1]));
+    }
+    for (chip, _) in Chip::ALL {
+        compare(&graphs, chip, 2, CLOSE);
+    }
+}

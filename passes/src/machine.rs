@@ -1,0 +1,76 @@
+//! What kernels are compiled for.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::cpu::Cpu;
+use crate::cuda::Chip;
+
+/// A processor or a GPU, as `--target` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    Cpu(Cpu),
+    Cuda(Chip),
+}
+
+impl Machine {
+    /// As an artifact names it.
+    pub fn arch(self) -> &'static str {
+        match self {
+            Machine::Cpu(_) => std::env::consts::ARCH,
+            Machine::Cuda(chip) => chip.name(),
+        }
+    }
+
+    /// Features a machine of this architecture must have to run the kernels, by LLVM's names.
+    pub fn features(self) -> Vec<&'static str> {
+        match self {
+            Machine::Cpu(cpu) => cpu.features(),
+            Machine::Cuda(_) => vec![],
+        }
+    }
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Machine::Cpu(Cpu::Native)
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Machine::Cpu(cpu) => write!(f, "cpu:{cpu}"),
+            Machine::Cuda(chip) => write!(f, "cuda:{chip}"),
+        }
+    }
+}
+
+impl FromStr for Machine {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':').unwrap_or((text, "")) {
+            ("cpu", "") => Ok(Machine::default()),
+            ("cpu", level) => level.parse().map(Machine::Cpu),
+            ("cuda", "") => Ok(Machine::Cuda(Chip::default())),
+            ("cuda", chip) => chip.parse().map(Machine::Cuda),
+            _ => Err(format!("`{text}` is no target; it is `cpu` or `cuda`")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_by_name() {
+        for (text, name) in [("cpu", "cpu:native"), ("cuda", "cuda:sm_70"), ("cuda:sm_90", "cuda:sm_90")] {
+            assert_eq!(text.parse::<Machine>().map(|m| m.to_string()), Ok(name.into()));
+        }
+        for text in ["", "gpu", "cuda:sm_60", "cuda:70", "cpu:avx"] {
+            let _ = text.parse::<Machine>().map(|m| panic!("`{text}` is {m}"));
+        }
+    }
+}
