@@ -639,8 +639,8 @@ struct Row<'f> {
 }
 
 impl Row<'_> {
-    /// The generator's words for columns from j on, as many as one call draws, for every dropout of the form; of rows of one column for those
-    /// from j on.
+    /// The generator's words for the columns from j on that one call draws, for every dropout of the form; of rows of
+    /// one column for those from j on.
     fn draw(&self, k: &mut Kernel, j: Val) -> Vec<Vec<Val>> {
         let Some(key) = self.key else { return vec![] };
         let streams = self.form.steps.iter().filter_map(|s| match s {

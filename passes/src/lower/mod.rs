@@ -424,7 +424,11 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
 
 /// Operations whose kernels have a form for warps.
 fn lowers_to_cuda(op: &Op) -> bool {
-    map::maps(op) || matches!(op, Op::Reshape { .. })
+    use Op::*;
+    let products = matches!(op, Matmul { .. } | LinearLse | LinearMean);
+    let attention = matches!(op, Attention { .. } | AttentionLse { .. } | AttentionVjp { .. });
+    let squares = matches!(op, Scores { .. } | Attend { .. } | AttendTransposed { .. });
+    !(products || attention || squares)
 }
 
 fn element(ty: &Type) -> Element {

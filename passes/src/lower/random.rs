@@ -24,8 +24,8 @@ pub fn lanes_of(k: &mut Kernel, x: Val) -> Val {
     k.splat(x)
 }
 
-/// The words for columns from j on, [`drawn`] many, of a row, a vector each, j a multiple of four; `place` is the row, what leads
-/// it and the stream.
+/// The words for columns from j on, [`drawn`] many, of a row, a vector each, j a multiple of four; `place` is the row,
+/// what leads it and the stream.
 pub fn draw(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] {
     let four = k.index(4);
     let first = k.div(j, four);

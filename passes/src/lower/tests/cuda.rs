@@ -1,6 +1,8 @@
 //! The same kernels in PTX, executed by an interpreter that faults on races between lanes, on accesses beyond a buffer
 //! and on reads of what nothing wrote.
 
+use std::collections::BTreeSet;
+
 use ptx_sim::{Arg, Gpu, Module, Ptr};
 
 use super::*;
@@ -25,6 +27,26 @@ fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f6
             outcome.close(machine, tolerance);
         }
     }
+}
+
+/// Which operations of the graphs are refused; the other graphs.
+fn refused(graphs: Cases) -> (BTreeSet<String>, Cases) {
+    let machine = Machine::Cuda(Chip::Sm70);
+    let mut names = BTreeSet::new();
+    let lowers = |(graph, _): &(Graph, Vec<usize>)| match lower(
+        &[("grad", graph)],
+        &tensors(graph),
+        Options { machine, ..Options::default() },
+    ) {
+        Ok(_) => true,
+        Err(why) => {
+            let name = why.strip_prefix("`peft.").and_then(|rest| rest.split_once("`: there is no kernel for CUDA"));
+            names.insert(name.unwrap_or_else(|| panic!("{why}")).0.to_string());
+            false
+        }
+    };
+    let rest = graphs.into_iter().filter(lowers).collect();
+    (names, rest)
 }
 
 fn assembled(kernels: &[String], machine: Machine) -> Module {
@@ -54,6 +76,25 @@ fn run(module: &Module, manifest: &Manifest, lengths: &[usize], case: &Case) -> 
         }
     }
     (gpu, buffers)
+}
+
+#[test]
+fn every_operation_and_its_derivative() {
+    let cases = [operations(&[(2, 3, 2), (3, 40, 17)]), short_attention(), sweeps()].concat();
+    let (refused, graphs) = refused(cases);
+    let known = [
+        "attend",
+        "attend_transposed",
+        "attention",
+        "attention_lse",
+        "attention_vjp",
+        "linear_lse",
+        "linear_mean",
+        "matmul",
+        "scores",
+    ];
+    assert_eq!(refused.iter().collect::<Vec<_>>(), known);
+    compare(&graphs, Chip::Sm70, 2, CLOSE);
 }
 
 /// Fewer elements than a warp has lanes, just as many, and more than a unit takes.
