@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use ptx_sim::{Arg, Gpu, Module, Ptr};
+use ptx_sim::{Arg, FaultKind, Gpu, Module, Ptr};
 
 use super::*;
 use crate::cuda::{Chip, WARP, WARPS};
@@ -19,7 +19,7 @@ fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f6
     let module = assembled(&texts, machine);
     for ((graph, lengths), manifest) in graphs.iter().zip(&manifests) {
         let case = Case::new(graph, lengths, limit);
-        let (gpu, buffers) = run(&module, manifest, lengths, &case);
+        let (gpu, buffers) = run(&module, manifest, lengths, &case).unwrap_or_else(|e| panic!("{e}"));
         for (output, (name, want)) in manifest.entries["grad"].outputs.iter().zip(&case.want) {
             let (found, want) = (gpu.read_f32(buffers[output.buffer]), want.floats());
             assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
@@ -56,7 +56,12 @@ fn assembled(kernels: &[String], machine: Machine) -> Module {
 }
 
 /// All launches of a manifest in their order; gives the memory, and where each buffer lies in it.
-fn run(module: &Module, manifest: &Manifest, lengths: &[usize], case: &Case) -> (Gpu, Vec<Ptr>) {
+fn run(
+    module: &Module,
+    manifest: &Manifest,
+    lengths: &[usize],
+    case: &Case,
+) -> Result<(Gpu, Vec<Ptr>), ptx_sim::Error> {
     let sizes = &case.sizes;
     let mut gpu = Gpu::new();
     let place = |b: &Buffer| match content(b, manifest, lengths, &case.args) {
@@ -71,11 +76,10 @@ fn run(module: &Module, manifest: &Manifest, lengths: &[usize], case: &Case) -> 
             let pointers = launch.buffers.iter().map(|&b| Arg::Ptr(buffers[b]));
             let args: Vec<Arg> = pointers.chain(extents).chain([Arg::U64(units)]).collect();
             let blocks = units.div_ceil(WARPS).min(BLOCKS) as u32;
-            let ran = gpu.launch(module, &manifest.kernels[launch.kernel], blocks, (WARP * WARPS) as u32, 0, &args);
-            ran.unwrap_or_else(|e| panic!("{e}"));
+            gpu.launch(module, &manifest.kernels[launch.kernel], blocks, (WARP * WARPS) as u32, 0, &args)?;
         }
     }
-    (gpu, buffers)
+    Ok((gpu, buffers))
 }
 
 #[test]
@@ -113,5 +117,43 @@ fn elements_of_awkward_number() {
     }
     for (chip, _) in Chip::ALL {
         compare(&graphs, chip, 2, CLOSE);
+    }
+}
+
+/// The checks above see something: each of these kernels is broken in one place.
+#[test]
+fn broken_kernels_fault() {
+    let width = Dim::Const(40);
+    let rows = Type::f32([Dim::Tokens, width]);
+    let loss = [rows.clone(), Type::i32([Dim::Tokens]), Type::f32([Dim::Tokens])];
+    type Expected = fn(&FaultKind) -> bool;
+    let cases: [(Op, &[Type], &str, &str, Expected); 4] = [
+        // Lane 0 takes from what another lane stored, without waiting for it.
+        (Op::CrossEntropyVjp { smoothing: 0.0 }, &loss, "nvvm.bar.warp.sync", "//", |kind| {
+            matches!(kind, FaultKind::Race { .. })
+        }),
+        // A lane more than there are elements.
+        (Op::Softmax, std::slice::from_ref(&rows), "arith.cmpi slt", "arith.cmpi sle", |kind| {
+            matches!(kind, FaultKind::OutOfBounds { .. })
+        }),
+        // The powers of which the softmax is made are not stored.
+        (Op::Softmax, std::slice::from_ref(&rows), "llvm.store", "//", |kind| {
+            matches!(kind, FaultKind::Uninitialised { .. })
+        }),
+        // All lanes but the first store what is the first one's to store.
+        (Op::LogSumExp, std::slice::from_ref(&rows), "arith.cmpi eq", "arith.cmpi ne", |kind| {
+            matches!(kind, FaultKind::Race { .. })
+        }),
+    ];
+    for (op, types, sound, broken, expected) in cases {
+        let graphs = [(single(op, types), vec![1])];
+        let machine = Machine::Cuda(Chip::Sm70);
+        let (texts, manifests) = lowered(&graphs, Options { machine, ..Options::default() });
+        let texts: Vec<String> = texts.iter().map(|text| text.replace(sound, broken)).collect();
+        let ran = run(&assembled(&texts, machine), &manifests[0], &graphs[0].1, &Case::new(&graphs[0].0, &[1], 2));
+        match ran.map(|_| ()) {
+            Err(ptx_sim::Error::Fault(fault)) if expected(&fault.kind) => {}
+            other => panic!("{other:?}"),
+        }
     }
 }
