@@ -25,6 +25,7 @@ use super::kernel::{Access, Buf, F32, Kernel, LANES, Order, Title, Val, define, 
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cpu::Registers;
+use crate::machine::Machine;
 
 /// Rows of the result, and vectors along each, that the micro-kernel holds.
 #[derive(Clone, Copy)]
@@ -83,10 +84,19 @@ struct Side {
 }
 
 /// Axes of an operand that are one of the product's.
-struct Axes {
-    batch: Range<usize>,
-    i: Range<usize>,
-    k: Range<usize>,
+pub(super) struct Axes {
+    pub batch: Range<usize>,
+    pub i: Range<usize>,
+    pub k: Range<usize>,
+}
+
+impl Axes {
+    /// Of an operand or a result with `lead` axes of batches.
+    pub fn of(ty: &Type, lead: usize, turned: bool) -> Axes {
+        let (row, column) = (ty.rank() - 2..ty.rank() - 1, ty.rank() - 1..ty.rank());
+        let (i, k) = if turned { (column, row) } else { (row, column) };
+        Axes { batch: 0..lead, i, k }
+    }
 }
 
 impl Side {
@@ -130,17 +140,12 @@ impl Lowering<'_, '_, '_> {
     pub(super) fn matmul(&mut self, at: usize, transpose_x: bool, transpose_y: bool) -> Result<(), String> {
         let node = &self.graph.nodes[at];
         let (x, y, result) = (node.operands[0], node.operands[1], node.result);
-        let axes = |ty: &Type, lead: usize, turned: bool| {
-            let (row, column) = (ty.rank() - 2..ty.rank() - 1, ty.rank() - 1..ty.rank());
-            let (i, k) = if turned { (column, row) } else { (row, column) };
-            Axes { batch: 0..lead, i, k }
-        };
         let (ty_x, ty_y, ty) = (self.ty(x), self.ty(y), self.ty(result));
         // One weight for all leading axes: they are more rows.
         let lead = ty_y.rank() - 2;
         let all_rows = |axes: Axes| if lead + 2 < ty_x.rank() { Axes { i: 0..axes.i.end, ..axes } } else { axes };
-        let (place_a, left) = self.side(x, all_rows(axes(ty_x, lead, transpose_x)));
-        let (place_b, right) = self.side(y, axes(ty_y, lead, !transpose_y));
+        let (place_a, left) = self.side(x, all_rows(Axes::of(ty_x, lead, transpose_x)));
+        let (place_b, right) = self.side(y, Axes::of(ty_y, lead, !transpose_y));
         let n = right.length.clone();
         let packed = place_b.frozen.is_some() || !right.contiguous;
         let form = self.form(&left, &place_b, &n, packed);
@@ -163,7 +168,7 @@ impl Lowering<'_, '_, '_> {
             let (buffer, view) = self.target(self.graph.nodes[root].result);
             self.show(result, buffer, view);
         }
-        let (buffer, line, area, first) = self.product_place(result, all_rows(axes(ty, lead, false)));
+        let (buffer, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let to = Destination { buffer, line, area, first, kept: false };
         let epilogue = self.epilogue(&followers, &[place_a.buffer, from_b, buffer])?;
         self.label = epilogue.label(node.op.name());
@@ -222,6 +227,9 @@ impl Lowering<'_, '_, '_> {
         transpose_y: bool,
         (out, kept): (BufferId, bool),
     ) {
+        if let Machine::Cuda(_) = self.target.machine {
+            return self.tiled_rows((x, m), y, rows, transpose_y, (out, kept));
+        }
         let [all, across] = [0, 1].map(|axis| product(&self.ty(y).shape[axis..axis + 1]));
         let some = Extent::Const(rows.end - rows.start);
         let (whole, n, depth) = match transpose_y {
@@ -250,7 +258,11 @@ impl Lowering<'_, '_, '_> {
     }
 
     /// Where a product goes: buffer, steps from row to row and from batch to batch, and its first element.
-    fn product_place(&mut self, result: Value, Axes { batch, i, .. }: Axes) -> (BufferId, Extent, Extent, Extent) {
+    pub(super) fn product_place(
+        &mut self,
+        result: Value,
+        Axes { batch, i, .. }: Axes,
+    ) -> (BufferId, Extent, Extent, Extent) {
         let (mut out, mut view) = match &self.places[result.0 as usize] {
             Some(place) => (place.buffer, self.view(result)),
             None => self.target(result),

@@ -4,6 +4,7 @@
 //! under a mask, so nothing hangs on the vectoriser's mood and every sum has one fixed order.
 //! Buffers are flat; kernels compute their own addresses. What a vector is, on a processor and on a GPU: `lanes.rs`.
 
+mod blocks;
 mod lanes;
 
 use std::fmt::Write;
@@ -25,7 +26,6 @@ pub enum Scalar {
     I1,
     I32,
     I64,
-    Pointer,
     BF16,
     F32,
 }
@@ -61,7 +61,6 @@ impl std::fmt::Display for Ty {
             Scalar::I1 => "i1",
             Scalar::I32 => "i32",
             Scalar::I64 => "i64",
-            Scalar::Pointer => "!llvm.ptr<1>",
             Scalar::BF16 => "bf16",
             Scalar::F32 => "f32",
         };
@@ -85,11 +84,13 @@ impl std::fmt::Display for Val {
     }
 }
 
-/// A buffer argument.
+/// A buffer argument, or memory of the kernel's own.
 #[derive(Clone, Copy, Debug)]
 pub struct Buf {
     id: u32,
     element: Element,
+    /// By a block's threads.
+    shared: bool,
 }
 
 impl Buf {
@@ -98,6 +99,11 @@ impl Buf {
             Element::F32 => F32,
             Element::I32 => I32,
         }
+    }
+
+    /// Its type on a GPU.
+    fn pointer(self) -> &'static str {
+        if self.shared { "!llvm.ptr<3>" } else { "!llvm.ptr<1>" }
     }
 }
 
@@ -116,6 +122,9 @@ pub struct Title<'a> {
 
 /// The function under construction.
 pub struct Kernel {
+    name: String,
+    /// What stands before the function.
+    globals: String,
     body: String,
     depth: usize,
     next: u32,
@@ -129,7 +138,8 @@ pub fn define(
     sizes: usize,
     body: impl FnOnce(&mut Kernel, &[Buf], &[Val]),
 ) -> String {
-    let buffers: Vec<Buf> = elements.iter().enumerate().map(|(i, &element)| Buf { id: i as u32, element }).collect();
+    let buffer = |(i, &element): (usize, &Element)| Buf { id: i as u32, element, shared: false };
+    let buffers: Vec<Buf> = elements.iter().enumerate().map(buffer).collect();
     let first = buffers.len() as u32;
     let sizes: Vec<Val> = (first..first + sizes as u32).map(|id| Val { id, ty: INDEX }).collect();
     let next = first + sizes.len() as u32;
@@ -137,9 +147,10 @@ pub fn define(
         Machine::Cpu(_) => Form::vectors(next),
         Machine::Cuda(_) => Form::warps(next),
     };
-    let mut kernel = Kernel { body: String::new(), depth: 2, next, form };
+    let (name, globals, text) = (title.name.to_string(), String::new(), String::new());
+    let mut kernel = Kernel { name, globals, body: text, depth: 2, next, form };
     body(&mut kernel, &buffers, &sizes);
-    kernel.form.function(title.name, &buffers, &sizes, &kernel.body)
+    kernel.globals + &kernel.form.function(title.name, &buffers, &sizes, &kernel.body)
 }
 
 /// The first `N` of a kernel's buffers or sizes.
@@ -427,7 +438,7 @@ impl Kernel {
     pub fn scratch(&mut self, n: u64, element: Element) -> Buf {
         assert!(n * element.bytes() <= SCRATCH, "{n} elements are too many for a thread's stack");
         let (room, flat) = (self.fresh(INDEX), self.fresh(INDEX));
-        let buffer = Buf { id: flat.id, element };
+        let buffer = Buf { id: flat.id, element, shared: false };
         let ty = format!("memref<{n}x{}>", buffer.scalar());
         self.line(format_args!("{room} = memref.alloca() {{alignment = 64 : i64}} : {ty}"));
         self.line(format_args!("{flat} = memref.cast {room} : {ty} to {buffer}"));

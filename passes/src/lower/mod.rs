@@ -22,6 +22,7 @@ mod random;
 mod reduce;
 mod rows;
 mod span;
+mod tiles;
 mod view;
 
 use flash::{Form, Part};
@@ -371,7 +372,10 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Permute { axes } => self.permute(x, axes, node.result),
             Op::Slice { axis, start, .. } => self.slice(x, *axis, *start, node.result),
             Op::Concat { axis } => self.concat(operands, *axis, node.result),
-            Op::Matmul { transpose_x, transpose_y } => self.matmul(at, *transpose_x, *transpose_y)?,
+            Op::Matmul { transpose_x, transpose_y } => match self.target.machine {
+                Machine::Cpu(_) => self.matmul(at, *transpose_x, *transpose_y)?,
+                Machine::Cuda(_) => self.tiled(at, *transpose_x, *transpose_y),
+            },
             Op::Attention { causal, scale, p, stream, column } => {
                 let form = Form { causal: *causal, scale: *scale, p: *p };
                 self.flash(Part::Forward, operands, form, (*stream, *column), node.result);
@@ -425,10 +429,10 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
 /// Operations whose kernels have a form for warps.
 fn lowers_to_cuda(op: &Op) -> bool {
     use Op::*;
-    let products = matches!(op, Matmul { .. } | LinearLse | LinearMean);
+    let sweeps = matches!(op, LinearLse | LinearMean);
     let attention = matches!(op, Attention { .. } | AttentionLse { .. } | AttentionVjp { .. });
     let squares = matches!(op, Scores { .. } | Attend { .. } | AttendTransposed { .. });
-    !(products || attention || squares)
+    !(sweeps || attention || squares)
 }
 
 fn element(ty: &Type) -> Element {

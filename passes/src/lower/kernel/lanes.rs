@@ -12,8 +12,9 @@ use crate::machine::Machine;
 pub(super) enum Form {
     /// Vectors; the units `begin..end`.
     Vectors { begin: Val, end: Val },
-    /// Warps, which share `units`: the block's `warp`, and the `lane` in it, as an index and as a number of 32 bits.
-    Warps { units: Val, warp: Val, lane: Val, number: Val, leads: Val },
+    /// Warps, which share `units`: the `thread` of a block, the warp that it is of, and the `lane` in that, as an index
+    /// and as a number of 32 bits; whether that is the first.
+    Warps { units: Val, thread: Val, warp: Val, lane: Val, number: Val, leads: Val },
 }
 
 impl Form {
@@ -23,10 +24,10 @@ impl Form {
     }
 
     pub fn warps(next: u32) -> (Form, u32) {
-        let [units, warp, lane] = [0, 1, 2].map(|i| Val { id: next + i, ty: INDEX });
-        let number = Val { id: next + 3, ty: I32 };
-        let leads = Val { id: next + 4, ty: INDEX.of(Scalar::I1) };
-        (Form::Warps { units, warp, lane, number, leads }, next + 5)
+        let [units, thread, warp, lane] = [0, 1, 2, 3].map(|i| Val { id: next + i, ty: INDEX });
+        let number = Val { id: next + 4, ty: I32 };
+        let leads = Val { id: next + 5, ty: INDEX.of(Scalar::I1) };
+        (Form::Warps { units, thread, warp, lane, number, leads }, next + 6)
     }
 
     /// The function, around what has been written of it.
@@ -43,15 +44,15 @@ impl Form {
                     signature.join(", ")
                 )
             }
-            Form::Warps { units, warp, lane, number, leads } => {
+            Form::Warps { units, thread, warp, lane, number, leads } => {
                 let buffers = buffers.iter().map(|b| format!("%{}: !llvm.ptr<1>", b.id));
                 let signature: Vec<String> = buffers.chain(sizes).chain([format!("{units}: index")]).collect();
                 format!(
                     "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>}} {{
-    %thread = gpu.thread_id x
+    {thread} = gpu.thread_id x
     %width = arith.constant {WARP} : index
-    {warp} = arith.divui %thread, %width : index
-    {lane} = arith.remui %thread, %width : index
+    {warp} = arith.divui {thread}, %width : index
+    {lane} = arith.remui {thread}, %width : index
     {number} = arith.index_cast {lane} : index to i32
     %first = arith.constant 0 : index
     {leads} = arith.cmpi eq, {lane}, %first : index
@@ -306,17 +307,18 @@ impl Kernel {
     }
 
     /// One thread's load.
-    fn load_here(&mut self, from: Buf, at: Val) -> Val {
+    pub fn load_here(&mut self, from: Buf, at: Val) -> Val {
         let place = self.place(from, at);
-        self.emit(from.scalar(), format_args!("llvm.load {place} : !llvm.ptr<1> -> {}", from.scalar()))
+        self.emit(from.scalar(), format_args!("llvm.load {place} : {} -> {}", from.pointer(), from.scalar()))
     }
 
-    fn store_here(&mut self, x: Val, to: Buf, at: Val) {
+    pub fn store_here(&mut self, x: Val, to: Buf, at: Val) {
         let place = self.place(to, at);
-        self.line(format_args!("llvm.store {x}, {place} : {}, !llvm.ptr<1>", x.ty));
+        self.line(format_args!("llvm.store {x}, {place} : {}, {}", x.ty, to.pointer()));
     }
 
-    fn load_if(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
+    /// The same if the condition holds, else `other`.
+    pub fn load_if(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
         let result = self.fresh(other.ty);
         self.line(format_args!("{result} = scf.if {condition} -> ({}) {{", other.ty));
         self.depth += 1;
@@ -329,14 +331,11 @@ impl Kernel {
         result
     }
 
-    /// A thread's pointer to the element at `at`.
-    fn place(&mut self, of: Buf, at: Val) -> Val {
+    /// A thread's pointer to the element at `at`, of the buffer's own type.
+    pub(super) fn place(&mut self, of: Buf, at: Val) -> Val {
         let at = self.emit(INDEX.of(Scalar::I64), format_args!("arith.index_cast {at} : index to i64"));
-        let element = of.scalar();
-        self.emit(
-            INDEX.of(Scalar::Pointer),
-            format_args!("llvm.getelementptr %{}[{at}] : (!llvm.ptr<1>, i64) -> !llvm.ptr<1>, {element}", of.id),
-        )
+        let (pointer, element) = (of.pointer(), of.scalar());
+        self.emit(INDEX, format_args!("llvm.getelementptr %{}[{at}] : ({pointer}, i64) -> {pointer}, {element}", of.id))
     }
 
     // Control.

@@ -1,0 +1,58 @@
+//! What the threads of a block do together, on a GPU: they share memory, and wait for each other.
+
+use std::fmt::Write;
+
+use peft_runtime::artifact::Element;
+
+use super::lanes::Form;
+use super::{Buf, F32, INDEX, Kernel, Val};
+
+impl Kernel {
+    /// The units asked for, a block's threads together on each.
+    pub fn block_units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
+        let Form::Warps { units, .. } = self.form else { unreachable!("a processor has no blocks") };
+        let block = self.emit(INDEX, format_args!("gpu.block_id x"));
+        let blocks = self.emit(INDEX, format_args!("gpu.grid_dim x"));
+        self.fold_by(block, units, blocks, &[], |k, unit, _| {
+            body(k, unit);
+            vec![]
+        });
+    }
+
+    /// The thread's number in its block.
+    pub fn thread(&self) -> Val {
+        match self.form {
+            Form::Warps { thread, .. } => thread,
+            Form::Vectors { .. } => unreachable!("a processor has no blocks"),
+        }
+    }
+
+    /// `n` floats that the block's threads share.
+    pub fn shared(&mut self, n: u64) -> Buf {
+        let name = format!("{}_shared{}", self.name, self.globals.lines().count());
+        let _ = writeln!(
+            self.globals,
+            "  llvm.mlir.global internal @{name}() {{addr_space = 3 : i32, alignment = 16 : i64}} : !llvm.array<{n} x f32>"
+        );
+        let pointer = self.fresh(INDEX);
+        self.line(format_args!("{pointer} = llvm.mlir.addressof @{name} : !llvm.ptr<3>"));
+        Buf { id: pointer.id, element: Element::F32, shared: true }
+    }
+
+    /// What the block's threads have written, others of them may read from here on.
+    pub fn barrier(&mut self) {
+        self.line(format_args!("gpu.barrier"));
+    }
+
+    /// Four neighbours of shared memory, from a multiple of four on.
+    pub fn load_four(&mut self, from: Buf, at: Val) -> [Val; 4] {
+        let place = self.place(from, at);
+        let ty = F32.times(4);
+        let four =
+            self.emit(ty, format_args!("llvm.load {place} {{alignment = 16 : i64}} : {} -> {ty}", from.pointer()));
+        [0, 1, 2, 3].map(|i| {
+            let i = self.int(i, super::I32);
+            self.emit(F32, format_args!("llvm.extractelement {four}[{i} : i32] : {ty}"))
+        })
+    }
+}

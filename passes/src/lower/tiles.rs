@@ -1,0 +1,283 @@
+//! Matmul on a GPU: a block's threads compute a tile of the result, step by step along k.
+//!
+//! ```text
+//! for each 16 steps of k
+//!   A[64 rows, 16] and B[16, 64 columns] ─► shared memory, [16][64] both
+//!   a thread: sums of 8 rows × 4 columns, in registers
+//! ```
+//!
+//! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
+//! fetch what lies side by side.
+
+use std::ops::Range;
+
+use peft_grammar::graph::{Type, Value};
+use peft_runtime::artifact::{BufferId, Element, Extent};
+
+use super::gemm::Axes;
+use super::kernel::{Buf, F32, Kernel, Order, Title, Val, define, first};
+use super::view::{ONE, View};
+use super::{Lowering, product};
+use crate::cuda::{WARP, WARPS};
+
+/// Rows and columns of a tile.
+const TILE: u64 = 64;
+/// Steps along k between two visits of the operands.
+const DEPTH: u64 = 16;
+/// Of a tile, what one thread holds.
+const ROWS: u64 = 8;
+const COLUMNS: u64 = 4;
+/// From one step of k to the next in shared memory: further than a tile, or threads that store along k would all want
+/// the same bank.
+const LINE: u64 = TILE + 4;
+const THREADS: u64 = WARP * WARPS;
+const _: () = assert!(TILE * TILE == THREADS * ROWS * COLUMNS);
+
+/// An operand in memory: element (batch, i, k) at `first + batch · area + i · along + k · deep`.
+struct Side {
+    area: Extent,
+    along: Extent,
+    deep: Extent,
+    first: Extent,
+    /// Elements side by side differ in i.
+    contiguous: bool,
+}
+
+impl Side {
+    /// `None` where axes that should be one are not.
+    fn of(view: &View, Axes { batch, i, k }: &Axes) -> Option<Side> {
+        let [area, along, deep] = [batch, i, k].map(|axes| view.along(axes.clone()));
+        let (area, along, deep) = (area?, along?, deep?);
+        let contiguous = along == ONE && (deep != ONE || i.start > k.start);
+        let [area, along, deep] = [area, along, deep].map(|step| step.extent());
+        Some(Side { area, along, deep, first: view.first.clone(), contiguous })
+    }
+
+    fn sizes(self) -> [Extent; 4] {
+        [self.along, self.deep, self.area, self.first]
+    }
+}
+
+/// How many rows, columns, steps along k and batches.
+struct Shape {
+    m: Extent,
+    n: Extent,
+    depth: Extent,
+    batch: Extent,
+}
+
+impl Lowering<'_, '_, '_> {
+    /// A product on a GPU.
+    pub(super) fn tiled(&mut self, at: usize, transpose_x: bool, transpose_y: bool) {
+        let node = &self.graph.nodes[at];
+        let (x, y, result) = (node.operands[0], node.operands[1], node.result);
+        let (ty_x, ty_y, ty) = (self.ty(x), self.ty(y), self.ty(result));
+        // One weight for all leading axes: they are more rows.
+        let lead = ty_y.rank() - 2;
+        let all_rows = |axes: Axes| if lead + 2 < ty_x.rank() { Axes { i: 0..axes.i.end, ..axes } } else { axes };
+        let axes_x = all_rows(Axes::of(ty_x, lead, transpose_x));
+        let axes_y = Axes::of(ty_y, lead, !transpose_y);
+        let size = |ty: &Type, axes: &Range<usize>| product(&ty.shape[axes.clone()]);
+        let [m, depth, batch] = [&axes_x.i, &axes_x.k, &axes_x.batch].map(|axes| size(ty_x, axes));
+        let shape = Shape { m, n: size(ty_y, &axes_y.i), depth, batch };
+        let (a, left) = self.strided(x, &axes_x);
+        let (b, right) = self.strided(y, &axes_y);
+        let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
+        self.launch_tiles(shape, (a, left), (b, right), (c, [line, area, first], false));
+    }
+
+    /// x @ y[rows]ᵀ, or x @ y[rows]. It fills `out`, or is added to what stands there. All of them are row-major.
+    pub(super) fn tiled_rows(
+        &mut self,
+        (x, m): (BufferId, Extent),
+        y: Value,
+        rows: Range<u64>,
+        transpose_y: bool,
+        (out, kept): (BufferId, bool),
+    ) {
+        let width = product(&self.ty(y).shape[1..]);
+        let some = Extent::Const(rows.end - rows.start);
+        let (one, zero) = (Extent::Const(1), Extent::Const(0));
+        let (n, depth) = if transpose_y { (some, width.clone()) } else { (width.clone(), some) };
+        let side = |contiguous, line: Extent, first| {
+            let (along, deep) = if contiguous { (one.clone(), line) } else { (line, one.clone()) };
+            Side { area: zero.clone(), along, deep, first, contiguous }
+        };
+        let left = side(false, depth.clone(), zero.clone());
+        let right = side(!transpose_y, width.clone(), Extent::Const(rows.start) * width);
+        let y = self.place(y).buffer;
+        let to = [n.clone(), zero.clone(), zero.clone()];
+        self.launch_tiles(Shape { m, n, depth, batch: one.clone() }, (x, left), (y, right), (out, to, kept));
+    }
+
+    fn strided(&mut self, value: Value, axes: &Axes) -> (BufferId, Side) {
+        if Side::of(&self.view(value), axes).is_none() {
+            self.dense(value);
+        }
+        let side = Side::of(&self.view(value), axes).expect("row-major");
+        (self.place(value).buffer, side)
+    }
+
+    fn launch_tiles(
+        &mut self,
+        Shape { m, n, depth, batch }: Shape,
+        (a, left): (BufferId, Side),
+        (b, right): (BufferId, Side),
+        (c, to, kept): (BufferId, [Extent; 3], bool),
+    ) {
+        let tiles = |n: &Extent| Extent::CeilDiv(Box::new(n.clone()), TILE);
+        let (down, across) = (tiles(&m), tiles(&n));
+        let units = batch * down.clone() * across.clone();
+        let [rows_a, rows_b] = [left.contiguous, right.contiguous];
+        let mut sizes = vec![m, n, depth, down, across];
+        sizes.extend(left.sizes());
+        sizes.extend(right.sizes());
+        sizes.extend(to);
+        let side = |contiguous| if contiguous { "columns" } else { "rows" };
+        let more = if kept { "_more" } else { "" };
+        let name = format!("tiles_{}_{}{more}", side(rows_a), side(!rows_b));
+        let kernel = self.target.kernel(&name, |title| tiles_kernel(title, [rows_a, rows_b], kept, sizes.len()));
+        self.launch(kernel, vec![a, b, c], sizes, units);
+    }
+}
+
+/// One tile a unit.
+fn tiles_kernel(title: Title, contiguous: [bool; 2], kept: bool, sizes: usize) -> String {
+    define(title, &[Element::F32; 3], sizes, |k, buffers, sizes| {
+        let [a, b, c] = first(buffers);
+        let [m, n, depth, down, across] = first(sizes);
+        let (left, right, to) = (&sizes[5..9], &sizes[9..13], &sizes[13..16]);
+        let [part_a, part_b] = [0, 1].map(|_| k.shared(DEPTH * LINE));
+        let thread = k.thread();
+        let wide = k.index(TILE / COLUMNS);
+        let (columns, rows) = (k.index(COLUMNS), k.index(ROWS));
+        let (column, row) = (k.rem(thread, wide), k.div(thread, wide));
+        let (column, row) = (k.mul(column, columns), k.mul(row, rows));
+        k.block_units(|k, unit| {
+            let (rest, tile_column) = (k.div(unit, across), k.rem(unit, across));
+            let (batch, tile_row) = (k.div(rest, down), k.rem(rest, down));
+            let tile = k.index(TILE);
+            let (first_row, first_column) = (k.mul(tile_row, tile), k.mul(tile_column, tile));
+            let left = Source::of(k, a, left, batch, first_row, m, contiguous[0]);
+            let right = Source::of(k, b, right, batch, first_column, n, contiguous[1]);
+            let nothing = k.float(0.0, F32);
+            let zero = k.index(0);
+            let sums = k.fold(zero, depth, DEPTH, &[nothing; (ROWS * COLUMNS) as usize], |k, block, sums| {
+                let end = k.sub(depth, block);
+                let [x, y] = [&left, &right].map(|side| side.fetch(k, block, end));
+                // The steps before are done with what they share.
+                k.barrier();
+                left.share(k, part_a, &x);
+                right.share(k, part_b, &y);
+                k.barrier();
+                let depth = k.index(DEPTH);
+                k.fold(zero, depth, 1, sums, |k, step, sums| {
+                    let line = k.index(LINE);
+                    let line = k.mul(step, line);
+                    let (at_a, at_b) = (k.add(line, row), k.add(line, column));
+                    let four = k.index(4);
+                    let after = k.add(at_a, four);
+                    let x = [k.load_four(part_a, at_a), k.load_four(part_a, after)].concat();
+                    let y = k.load_four(part_b, at_b);
+                    let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
+                    pairs.zip(sums).map(|((x, y), &sum)| k.fma(x, y, sum)).collect()
+                })
+            });
+            let [line, area, first] = first(to);
+            let area = k.mul(batch, area);
+            let base = k.add(first, area);
+            let (row, column) = (k.add(first_row, row), k.add(first_column, column));
+            let mut sums = sums.into_iter();
+            for r in 0..ROWS {
+                let r = k.index(r);
+                let row = k.add(row, r);
+                let there = k.compare(row, Order::Lt, m);
+                let start = k.mul(row, line);
+                let start = k.add(base, start);
+                for next in 0..COLUMNS {
+                    let next = k.index(next);
+                    let column = k.add(column, next);
+                    let here = k.compare(column, Order::Lt, n);
+                    let here = k.and(there, here);
+                    let (at, sum) = (k.add(start, column), sums.next().expect("as many as there are elements"));
+                    k.when(here, |k| {
+                        let sum = if kept {
+                            let before = k.load_here(c, at);
+                            k.add(before, sum)
+                        } else {
+                            sum
+                        };
+                        k.store_here(sum, c, at);
+                    });
+                }
+            }
+        });
+    })
+}
+
+/// A tile's rows of A or columns of B, and which of them a thread fetches.
+struct Source {
+    buffer: Buf,
+    /// Where the tile's first one begins, and the steps to the next and along k.
+    base: Val,
+    along: Val,
+    deep: Val,
+    /// How many of the tile's there are.
+    count: Val,
+    /// The thread's first element: of the tile, and along k.
+    i: Val,
+    step: Val,
+    /// From one of its elements to the next.
+    next: (u64, u64),
+}
+
+impl Source {
+    fn of(k: &mut Kernel, buffer: Buf, sizes: &[Val], batch: Val, start: Val, end: Val, contiguous: bool) -> Source {
+        let [along, deep, area, first] = super::kernel::first(sizes);
+        let area = k.mul(batch, area);
+        let base = k.mul(start, along);
+        let base = k.add(base, area);
+        let base = k.add(base, first);
+        let width = if contiguous { TILE } else { DEPTH };
+        let (thread, across) = (k.thread(), k.index(width));
+        let (fast, slow) = (k.rem(thread, across), k.div(thread, across));
+        let ((i, step), next) = match contiguous {
+            true => ((fast, slow), (0, THREADS / width)),
+            false => ((slow, fast), (THREADS / width, 0)),
+        };
+        Source { buffer, base, along, deep, count: k.sub(end, start), i, step, next }
+    }
+
+    /// Place n of the thread's, in the tile and along k.
+    fn place(&self, k: &mut Kernel, n: u64) -> (Val, Val) {
+        let (i, step) = (k.index(n * self.next.0), k.index(n * self.next.1));
+        (k.add(self.i, i), k.add(self.step, step))
+    }
+
+    /// The thread's elements of the steps from `block` on, of which there are `end`; 0 for those that do not exist.
+    fn fetch(&self, k: &mut Kernel, block: Val, end: Val) -> Vec<Val> {
+        let nothing = k.float(0.0, F32);
+        let start = k.mul(block, self.deep);
+        let start = k.add(self.base, start);
+        let element = |n| {
+            let (i, step) = self.place(k, n);
+            let (there, here) = (k.compare(i, Order::Lt, self.count), k.compare(step, Order::Lt, end));
+            let exists = k.and(there, here);
+            let (along, deep) = (k.mul(i, self.along), k.mul(step, self.deep));
+            let at = k.add(along, deep);
+            let at = k.add(start, at);
+            k.load_if(exists, self.buffer, at, nothing)
+        };
+        (0..TILE * DEPTH / THREADS).map(element).collect()
+    }
+
+    fn share(&self, k: &mut Kernel, to: Buf, elements: &[Val]) {
+        for (n, &x) in elements.iter().enumerate() {
+            let (i, step) = self.place(k, n as u64);
+            let line = k.index(LINE);
+            let at = k.mul(step, line);
+            let at = k.add(at, i);
+            k.store_here(x, to, at);
+        }
+    }
+}
