@@ -287,7 +287,7 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Bu
             let x = k.gather_lanes(from.buffer, source, steps, mask);
             let place = k.mul(e, unit.stride);
             let place = k.add(place, target);
-            k.store_vector(x, to, place);
+            k.store_within(x, to, place, (i, 0), unit.segment.length);
         });
     });
 }
@@ -330,7 +330,7 @@ fn product(
                 .map(|v| {
                     let offset = k.index(v * k.lane_count());
                     let place = k.add(place, offset);
-                    k.load_vector(side, place)
+                    k.load_within(side, place, (j, v * k.lane_count()), unit.segment.length)
                 })
                 .collect();
             let x = |k: &mut Kernel, r: usize| {
@@ -347,7 +347,7 @@ fn product(
                 let offset = k.index(v * k.lane_count());
                 let place = k.add(line, j);
                 let place = k.add(place, offset);
-                k.store_vector(sum, unit.rows, place);
+                k.store_within(sum, unit.rows, place, (j, v * k.lane_count()), end);
             }
         }
     });
@@ -422,14 +422,17 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let share = rows::exponentials(k, [unit.rows, unit.rows], Span { base: line, length: limit });
+            k.settle();
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let e = k.load_vector(unit.rows, place);
+                let e = k.load_within(unit.rows, place, (at, 0), end);
                 let w = k.mul(e, share);
                 let w = dropped(k, w);
                 only_below(k, w, at, limit)
             });
         }
+        k.settle();
         weighted(k, unit, i, (zero, end), &values, unit.wide);
+        k.settle();
     });
 }
 
@@ -446,6 +449,7 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         product(k, unit, df, &block, unit.wide, unit.second, (zero, end), (unit.products, 1.0));
+        k.settle();
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let beside = unit.line(k, unit.products, r as u64);
@@ -454,11 +458,11 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
             let (lse, correction) = (k.splat(lse), k.splat(correction));
             let by = k.floats(unit.form.scale);
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let s = k.load_vector(unit.rows, place);
+                let s = k.load_within(unit.rows, place, (at, 0), end);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let offset = k.add(beside, at);
-                let dp = k.load_vector(unit.rows, offset);
+                let dp = k.load_within(unit.rows, offset, (at, 0), end);
                 let dp = dropped(k, dp);
                 let ds = k.add(dp, correction);
                 let ds = k.mul(ds, w);
@@ -466,7 +470,9 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
                 only_below(k, ds, at, limit)
             });
         }
+        k.settle();
         weighted(k, unit, i, (zero, end), &rows, unit.width);
+        k.settle();
     });
 }
 
@@ -486,7 +492,7 @@ fn along(
         k.each(zero, end, k.lane_count(), |k, at| {
             let place = k.add(line, at);
             let y = value(k, place, at, &|_, x| x);
-            k.store_vector(y, unit.rows, place);
+            k.store_within(y, unit.rows, place, (at, 0), end);
         });
         return;
     };
@@ -502,7 +508,7 @@ fn along(
             let at = k.sub(slot, unit.phase);
             let place = k.add(line, at);
             let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.form.p));
-            k.store_vector(y, unit.rows, place);
+            k.store_within(y, unit.rows, place, (at, 0), end);
         }
     });
 }
@@ -575,7 +581,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
             let nothing = k.floats(0.0);
             for (r, &[line, beside]) in lines.iter().enumerate() {
                 let place = k.add(line, i);
-                let s = k.load_vector(unit.rows, place);
+                let s = k.load_within(unit.rows, place, (i, 0), unit.segment.length);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let dropped = |k: &mut Kernel, x: Val| match words {
@@ -586,7 +592,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
                     dropped(k, w)
                 } else {
                     let place = k.add(beside, i);
-                    let dp = k.load_vector(unit.rows, place);
+                    let dp = k.load_within(unit.rows, place, (i, 0), unit.segment.length);
                     let dp = dropped(k, dp);
                     let ds = k.add(dp, correction);
                     let ds = k.mul(ds, w);
@@ -602,11 +608,13 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
                     debug_assert_eq!(query.ty, k.vector(I32));
                     y = k.select(earlier, nothing, y);
                 }
-                k.store_vector(y, unit.rows, place);
+                k.store_within(y, unit.rows, place, (i, 0), unit.segment.length);
             }
         });
+        k.settle();
         let from = if unit.form.causal { j } else { zero };
         let first = k.sub(slot, unit.phase);
         weighted(k, unit, first, (from, unit.segment.length), &side, width);
+        k.settle();
     });
 }

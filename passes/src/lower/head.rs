@@ -78,10 +78,8 @@ impl Lowering<'_, '_, '_> {
                     let [most, total] = state_of(k, row);
                     let (nothing, lowest) = (k.float(0.0, F32), k.float(f64::NEG_INFINITY, F32));
                     // Before the first block nothing is there to be read.
-                    let before = k.load(state, most);
-                    let before = k.select(again, before, lowest);
-                    let sum = k.load(state, total);
-                    let sum = k.select(again, sum, nothing);
+                    let before = k.load_or(again, state, most, lowest);
+                    let sum = k.load_or(again, state, total, nothing);
 
                     let block = rows::largest(k, scores, span);
                     let block = k.lane(block, 0);
@@ -92,6 +90,7 @@ impl Lowering<'_, '_, '_> {
                     let more = rows::powers(k, scores, span, max, mean.map(|_| scores));
                     let sum = k.mul(sum, factor);
                     let sum = k.add(sum, more);
+                    k.settle();
                     k.store(now, state, most);
                     k.store(sum, state, total);
                     if let Some(mean) = mean {

@@ -1,4 +1,4 @@
-//! Lowering to the CPU: every operation becomes a launch of a kernel over flat buffers.
+//! Lowering to a processor or a GPU: every operation becomes a launch of a kernel over flat buffers.
 //!
 //! ```text
 //! graph ─► launches + kernels in scf / vector / memref (this module) ─► LLVM ─► object (crate::codegen)
@@ -339,11 +339,6 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         let node = &self.graph.nodes[at];
         let operands = &node.operands;
         self.label = node.op.name().into();
-        if let Machine::Cuda(_) = self.target.machine
-            && !lowers_to_cuda(&node.op)
-        {
-            return Err("there is no kernel for CUDA yet".into());
-        }
         if let Op::Reshape { .. } = node.op {
             self.reshape(operands[0], node.result);
             return Ok(());
@@ -424,15 +419,6 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         }
         Ok(())
     }
-}
-
-/// Operations whose kernels have a form for warps.
-fn lowers_to_cuda(op: &Op) -> bool {
-    use Op::*;
-    let sweeps = matches!(op, LinearLse | LinearMean);
-    let attention = matches!(op, Attention { .. } | AttentionLse { .. } | AttentionVjp { .. });
-    let squares = matches!(op, Scores { .. } | Attend { .. } | AttendTransposed { .. });
-    !(sweeps || attention || squares)
 }
 
 fn element(ty: &Type) -> Element {

@@ -285,8 +285,7 @@ fn every_level_of_processors() {
 }
 
 /// What has no derivative of its own, or takes only some numbers.
-#[test]
-fn forward_only() {
+fn forward() -> Cases {
     let mut graphs = vec![];
     let heads = Type::f32([Dim::Const(3), Dim::Tokens, Dim::Const(21)]);
     let ragged = Type::f32([Dim::Const(3), Dim::Tokens, Dim::Keys(0)]);
@@ -321,7 +320,12 @@ fn forward_only() {
     graphs.push(graph);
     let lengths = [vec![1], vec![2, 5, 1], vec![37, 3]];
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));
-    compare(&all.collect::<Vec<_>>(), Cpu::Native, 2, CLOSE);
+    all.collect()
+}
+
+#[test]
+fn forward_only() {
+    compare(&forward(), Cpu::Native, 2, CLOSE);
 }
 
 /// Sizes around the tiles, the rows of a unit and the blocks along k; operands lying either way, weights
@@ -518,8 +522,7 @@ fn attention_over_a_long_sequence() {
 }
 
 /// Slices of a fused projection, its heads apart and together again, and the way back: nothing is copied.
-#[test]
-fn heads_stay_where_they_lie() {
+fn heads() -> Cases {
     let mut graphs = vec![];
     for (heads, width, front) in [(2, 3, 0), (3, 16, 5), (1, 20, 1)] {
         let mut graph = Graph::new("heads");
@@ -560,13 +563,17 @@ fn heads_stay_where_they_lie() {
         assert!(!moved, "{labels:?}");
         graphs.extend([vec![1], vec![2, 17, 1], vec![65]].map(|lengths| (graph.clone(), lengths)));
     }
+    graphs
+}
+
+#[test]
+fn heads_stay_where_they_lie() {
     // A chain of sums over tokens.
-    compare(&graphs, Cpu::Native, 2, 10.0 * CLOSE);
+    compare(&heads(), Cpu::Native, 2, 10.0 * CLOSE);
 }
 
 /// What moves elements, one after the other, and then everything that can read where they went.
-#[test]
-fn views_of_views() {
+fn views() -> Cases {
     let mut graphs = vec![];
     let at = Location::default();
     for (h, p) in [(2, 6), (3, 20)] {
@@ -597,7 +604,12 @@ fn views_of_views() {
         }
         graphs.extend([vec![1], vec![3, 18]].map(|lengths| (graph.clone(), lengths)));
     }
-    compare(&graphs, Cpu::Native, 2, CLOSE);
+    graphs
+}
+
+#[test]
+fn views_of_views() {
+    compare(&views(), Cpu::Native, 2, CLOSE);
 }
 
 /// Both results of one sweep.

@@ -222,6 +222,17 @@ impl Kernel {
         }
     }
 
+    /// An element if the condition holds, else `other`.
+    pub fn load_or(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => {
+                let x = self.load(from, at);
+                self.select(condition, x, other)
+            }
+            Form::Warps { .. } => self.load_if(condition, from, at, other),
+        }
+    }
+
     pub fn store(&mut self, x: Val, to: Buf, at: Val) {
         match self.form {
             Form::Vectors { .. } => self.line(format_args!("memref.store {x}, %{}[{at}] : {to}", to.id)),
@@ -251,6 +262,37 @@ impl Kernel {
                 self.store_here(x, to, at);
             }
         }
+    }
+
+    /// A vector from `place` on, whose lanes are elements `at + ahead`, … of a row: those in `0..limit` are there, in
+    /// the others there may be anything.
+    pub fn load_within(&mut self, from: Buf, place: Val, at: (Val, u64), limit: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => self.load_vector(from, place),
+            Form::Warps { .. } => {
+                let mask = self.within(at, limit);
+                self.load_lanes(from, place, mask)
+            }
+        }
+    }
+
+    /// The same way back; the others may be written.
+    pub fn store_within(&mut self, x: Val, to: Buf, place: Val, at: (Val, u64), limit: Val) {
+        match self.form {
+            Form::Vectors { .. } => self.store_vector(x, to, place),
+            Form::Warps { .. } => {
+                let mask = self.within(at, limit);
+                self.store_lanes(x, to, place, mask);
+            }
+        }
+    }
+
+    fn within(&mut self, (at, ahead): (Val, u64), limit: Val) -> Val {
+        let Form::Warps { lane, .. } = self.form else { unreachable!("a vector has other masks") };
+        let ahead = self.index(ahead);
+        let at = self.add(at, ahead);
+        let at = self.add(at, lane);
+        self.emit(INDEX.of(Scalar::I1), format_args!("arith.cmpi ult, {at}, {limit} : index"))
     }
 
     /// The lanes of `mask` from memory, `other` in those it leaves out.
@@ -317,7 +359,7 @@ impl Kernel {
         self.line(format_args!("llvm.store {x}, {place} : {}, {}", x.ty, to.pointer()));
     }
 
-    /// The same if the condition holds, else `other`.
+    /// One thread's load if its condition holds, else `other`.
     pub fn load_if(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
         let result = self.fresh(other.ty);
         self.line(format_args!("{result} = scf.if {condition} -> ({}) {{", other.ty));
