@@ -4,10 +4,12 @@
 //! `inputs.lengths [B]`, `inputs.labels` (`[B,n]` aligned with the ids and −100 where nothing is asked, or
 //! `[B]` classes). Results go out padded the same way.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use peft_grammar::model::{Model, TaskKind};
 use peft_runtime::adapter::{Data, Stored, TensorFile};
+use peft_runtime::artifact::Manifest;
 use peft_runtime::{Inputs, Numbers, RuntimeError, Session};
 
 use crate::data::Batch;
@@ -142,9 +144,34 @@ pub fn inputs(batch: &Batch, rng: [i32; 2]) -> Inputs {
     Inputs { lengths: batch.lengths.clone(), ints, ..Inputs::default() }
 }
 
+/// What runs an artifact's entries.
+pub trait Engine {
+    fn manifest(&self) -> &Manifest;
+    fn run(&mut self, entry: &str, inputs: &Inputs) -> Result<(), RuntimeError>;
+    /// Names of the last run's outputs.
+    fn outputs(&self) -> Vec<String>;
+    /// Shape and content of one of them.
+    fn output(&self, name: &str) -> Option<(Vec<u64>, Cow<'_, [f32]>)>;
+}
+
+impl Engine for Session {
+    fn manifest(&self) -> &Manifest {
+        self.manifest()
+    }
+    fn run(&mut self, entry: &str, inputs: &Inputs) -> Result<(), RuntimeError> {
+        self.run(entry, inputs)
+    }
+    fn outputs(&self) -> Vec<String> {
+        self.outputs()
+    }
+    fn output(&self, name: &str) -> Option<(Vec<u64>, Cow<'_, [f32]>)> {
+        self.output(name).map(|(shape, x)| (shape, x.into()))
+    }
+}
+
 /// Runs `forward` or `grad` and lays the results out as the file's batch was.
 pub fn run(
-    session: &mut Session,
+    session: &mut impl Engine,
     model: &Model,
     entry: &str,
     padded: &Padded,
@@ -157,7 +184,7 @@ pub fn run(
         // Training computes logits only where there is a label; here all are wanted.
         session.run(entry, &padded.everywhere(rng))?;
         let (shape, logits) = session.output("logits").ok_or_else(|| RuntimeError::input("logits", "is no output"))?;
-        put("logits", padded.pad_tokens(logits, shape[1] as usize));
+        put("logits", padded.pad_tokens(&logits, shape[1] as usize));
     }
     session.run(entry, &padded.inputs(rng))?;
     let names = session.outputs();
@@ -167,7 +194,7 @@ pub fn run(
             "loss" => put("loss", Stored::f32(vec![1], x.to_vec())),
             "logits" if generates => {}
             _ if name.starts_with("grad.") => {}
-            _ if name.starts_with("lambda.") => put(name, padded.pad_heads(x)),
+            _ if name.starts_with("lambda.") => put(name, padded.pad_heads(&x)),
             _ => put(name, Stored::f32(shape, x.to_vec())),
         }
     }
@@ -183,7 +210,7 @@ pub fn run(
             // Frozen rows of a table have a gradient of 0.
             let mut full = vec![0.0; param.elements() as usize];
             let from = (start * tensor.row()) as usize;
-            full[from..from + x.len()].copy_from_slice(x);
+            full[from..from + x.len()].copy_from_slice(&x);
             put(&format!("grad.{}", param.name), Stored::f32(param.shape.clone(), full));
         }
     }

@@ -70,7 +70,8 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    fn sizes(&self, values: usize) -> Result<Sizes, RuntimeError> {
+    /// The batch's sizes, with so many trainable values.
+    pub fn sizes(&self, values: usize) -> Result<Sizes, RuntimeError> {
         if let Some(length) = self.lengths.iter().find(|&&n| n <= 0) {
             return Err(RuntimeError::input("lengths", format!("a sequence of {length} tokens")));
         }
@@ -102,7 +103,7 @@ impl Inputs {
     }
 
     /// What kernels want to know of the packed axis, beside what was given.
-    fn derived(&self) -> BTreeMap<&'static str, Vec<i32>> {
+    pub fn derived(&self) -> BTreeMap<&'static str, Vec<i32>> {
         let (mut offsets, mut segments, mut pairs) = (vec![0], vec![], vec![0]);
         let (mut tokens, mut places) = (0, 0);
         for (s, &n) in self.lengths.iter().enumerate() {

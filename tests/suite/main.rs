@@ -5,6 +5,7 @@ mod fixtures;
 mod interop;
 mod pairs;
 mod parity;
+mod ptx;
 mod real;
 mod runs;
 mod stages;

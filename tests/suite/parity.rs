@@ -138,7 +138,7 @@ pub fn fused(all: bool) -> Options {
     Options { without: if all { vec![] } else { vec!["all".into()] }, ..Options::default() }
 }
 
-fn lowered(fixture: &Fixture, model: &Model, options: &Options) -> Lowered {
+pub fn lowered(fixture: &Fixture, model: &Model, options: &Options) -> Lowered {
     let dialect = Dialect::new().expect("a dialect");
     let compiled = pipeline::run(&dialect, model, &[Entry::Grad, Entry::Train], options);
     compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).lowered.expect("the whole way")
@@ -166,7 +166,7 @@ fn start(fixture: &Fixture, model: &Model, program: Program) -> Session {
     session
 }
 
-fn check(prefix: &str, precision: Precision, mut results: impl FnMut(&Fixture, &Model, &Padded) -> TensorFile) {
+pub fn check(prefix: &str, precision: Precision, mut results: impl FnMut(&Fixture, &Model, &Padded) -> TensorFile) {
     let mut wrong = vec![];
     for fixture in fixtures::all(prefix) {
         let mut model = fixture.model();
