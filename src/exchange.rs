@@ -29,13 +29,16 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path) -> Result<Padded, Run
     let get = |name: &str| file.tensors.get(&format!("{prefix}{name}"));
     let ints = |name: &str| match get(name) {
         None => Ok(None),
-        Some(Stored { shape, data: Data::I64(x) }) => Ok(Some((shape.clone(), x.clone()))),
+        Some(Stored { shape, data: Data::I64(x) }) => {
+            let fits = x.iter().map(|&x| i32::try_from(x).map_err(|_| wrong(name, &format!("holds {x}: too large"))));
+            Ok(Some((shape.clone(), fits.collect::<Result<Vec<i32>, _>>()?)))
+        }
         Some(_) => Err(wrong(name, "should hold integers")),
     };
     let (shape, ids) = ints("ids")?.ok_or_else(|| wrong("ids", "is missing"))?;
     let [sequences, width] = shape[..] else { return Err(wrong("ids", "should have two axes, sequences and tokens")) };
     let (sequences, width) = (sequences as usize, width as usize);
-    let fits = |name: &str, found: Option<(Vec<u64>, Vec<i64>)>| match found {
+    let fits = |name: &str, found: Option<(Vec<u64>, Vec<i32>)>| match found {
         Some((own, _)) if own != shape => Err(wrong(name, &format!("is {own:?}, the ids are {shape:?}"))),
         found => Ok(found.map(|(_, x)| x)),
     };
@@ -50,26 +53,29 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path) -> Result<Padded, Run
         return Err(wrong("lengths", &format!("should be {sequences} numbers from 1 to {width}")));
     }
     let labels = ints("labels")?.ok_or_else(|| wrong("labels", "is missing"))?;
+    if labels.0 != shape && labels.0 != shape[..1] {
+        return Err(wrong("labels", &format!("is {:?}, should be {shape:?} or {:?}", labels.0, &shape[..1])));
+    }
     let mut batch = Batch::default();
     for (s, &length) in lengths.iter().enumerate() {
         let start = batch.ids.len() as i32;
         batch.starts.push(start);
         batch.lengths.push(length as i32);
         for i in 0..length {
-            batch.ids.push(ids[s * width + i] as i32);
-            batch.types.push(types.as_ref().map_or(0, |t| t[s * width + i] as i32));
+            batch.ids.push(ids[s * width + i]);
+            batch.types.push(types.as_ref().map_or(0, |t| t[s * width + i]));
             batch.positions.push(i as i32);
             // Position i predicts the label of i + 1.
             if labels.0.len() == 2 && i + 1 < length {
                 let label = labels.1[s * width + i + 1];
                 if label >= 0 {
                     batch.targets.push(start + i as i32);
-                    batch.labels.push(label as i32);
+                    batch.labels.push(label);
                 }
             }
         }
         if labels.0.len() == 1 {
-            batch.labels.push(labels.1[s] as i32);
+            batch.labels.push(labels.1[s]);
         }
     }
     Ok(Padded { sequences, width, batch })
@@ -215,4 +221,28 @@ pub fn run(
         }
     }
     Ok(results)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_that_do_not_fit() {
+        let ints = |shape: &[u64], x: &[i64]| Stored { shape: shape.to_vec(), data: Data::I64(x.to_vec()) };
+        let read = |labels: Stored| {
+            let mut file = TensorFile::default();
+            file.tensors.extend([("ids".into(), ints(&[2, 1], &[7, 8])), ("labels".into(), labels)]);
+            batch(&file, "", Path::new("file")).map(|padded| padded.batch.labels).map_err(|e| e.to_string())
+        };
+        assert_eq!(read(ints(&[2, 1], &[-100, -100])), Ok(vec![]));
+        assert_eq!(read(ints(&[2], &[1, 0])), Ok(vec![1, 0]));
+        for (labels, words) in [
+            (ints(&[2], &[0, 1 << 32]), "`labels` holds 4294967296: too large"),
+            (ints(&[1], &[0]), "`labels` is [1], should be [2, 1] or [2]"),
+        ] {
+            let message = read(labels).expect_err("refused");
+            assert!(message.contains("file") && message.contains(words), "{message}");
+        }
+    }
 }

@@ -242,7 +242,8 @@ pub enum Op {
     /// y[sequences,d] → each token its sequence's row over the sequence's length, [tokens,d]
     SegmentMeanVjp,
 
-    /// logits[T,V], labels[T] → −Σ_v w_v ln softmax(logits)_v; w = (1−e)·onehot(label) + e/V, e = `smoothing`
+    /// x[T,V], labels[T] → ln Σ_v exp x_v − Σ_v w_v x_v; w = (1−e)·onehot(label) + e/V, e = `smoothing`. A label beyond
+    /// the classes is hot nowhere.
     CrossEntropy { smoothing: f64 },
     /// (logits, labels, dy[T]) → dy ⊙ (softmax(logits) − w)
     CrossEntropyVjp { smoothing: f64 },

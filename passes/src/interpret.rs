@@ -506,10 +506,8 @@ impl<'a> Machine<'a> {
                 let (logits, labels) = (self.f(0), self.ids(1));
                 self.build(|i| {
                     let row = logits.row(i[0]);
-                    let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    let lse = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
                     let weight = |v| label_weight(*smoothing, labels[i[0]], v, row.len());
-                    (0..row.len()).map(|v| weight(v) * (lse - row[v])).sum()
+                    log_sum_exp(row) - (0..row.len()).map(|v| weight(v) * row[v]).sum::<f64>()
                 })
             }
             Op::CrossEntropyVjp { smoothing } => {

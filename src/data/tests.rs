@@ -115,6 +115,8 @@ fn bad_sentence_files() {
     insta::assert_snapshot!(error(b"sentence\tlabel\n \t1"), @"`data`, line 2: the sentence is empty");
     insta::assert_snapshot!(error(b"good\tpositve"), @"`data`, line 1: no label `positve` (did you mean `positive`?); the task's labels are `negative`, `positive`, or 0 to 1");
     insta::assert_snapshot!(error(b"good\t2"), @"`data`, line 1: no label `2`; the task's labels are `negative`, `positive`, or 0 to 1");
+    insta::assert_snapshot!(error(b"bad\t0\ngood\t-1"), @"`data`, line 2: no label `-1`; the task's labels are `negative`, `positive`, or 0 to 1");
+    insta::assert_snapshot!(error(b"good\t18446744073709551616"), @"`data`, line 1: no label `18446744073709551616`; the task's labels are `negative`, `positive`, or 0 to 1");
     insta::assert_snapshot!(error(b"good\t1\nb\xffd\t0\n"), @"`data`, line 2: not UTF-8; save the file in that encoding");
     insta::assert_snapshot!(error(b""), @"`data` holds no example: write one `sentence<TAB>label` a line");
     insta::assert_snapshot!(error(b"sentence\tlabel\n"), @"`data` holds no example: write one `sentence<TAB>label` a line");

@@ -136,13 +136,17 @@ struct Case {
 
 impl Case {
     fn new(graph: &Graph, lengths: &[usize], limit: i32) -> Self {
+        Case::of(graph, lengths, |graph, batch| arguments(graph, batch, 11, limit))
+    }
+
+    fn of(graph: &Graph, lengths: &[usize], arguments: impl Fn(&Graph, &Batch) -> HashMap<String, Data>) -> Self {
         let batch = Batch::new(lengths, 3);
         // The compiled graph computes on f32: let both start from the same numbers.
         let round = |data: Data| match data {
             Data::F64(x) => Data::F64(x.into_iter().map(|x| f64::from(x as f32)).collect()),
             ints => ints,
         };
-        let args = arguments(graph, &batch, 11, limit);
+        let args = arguments(graph, &batch);
         let args: HashMap<String, Data> = args.into_iter().map(|(k, v)| (k, round(v))).collect();
         let want = interpret::run(graph, &batch, &args).expect("interpreted");
         Case { sizes: sizes_of(&batch, lengths), batch, args, want }
@@ -162,9 +166,13 @@ impl<'g> Compiled<'g> {
     }
 
     /// Every graph on numbers of its own: what it gives, and what the interpreter says.
-    fn run(&self, limit: i32, mut judge: impl FnMut(Outcome<'_>)) {
+    fn run(&self, limit: i32, judge: impl FnMut(Outcome<'_>)) {
+        self.run_on(|graph, batch| arguments(graph, batch, 11, limit), judge);
+    }
+
+    fn run_on(&self, arguments: impl Fn(&Graph, &Batch) -> HashMap<String, Data>, mut judge: impl FnMut(Outcome<'_>)) {
         for ((graph, lengths), manifest) in self.graphs.iter().zip(&self.manifests) {
-            let Case { batch, sizes, args, want } = Case::new(graph, lengths, limit);
+            let Case { batch, sizes, args, want } = Case::of(graph, lengths, &arguments);
             let guarded = |words: Vec<u32>| [&[UNTOUCHED; GUARD], &words[..], &[UNTOUCHED; GUARD]].concat();
             let poison = |b: &Buffer| vec![f32::NAN.to_bits(); b.elements(&sizes) as usize];
             let words = |b| content(b, manifest, lengths, &args).unwrap_or_else(|| poison(b));
@@ -200,11 +208,14 @@ struct Outcome<'a> {
 
 impl Outcome<'_> {
     fn close(self, machine: Machine, tolerance: f64) {
-        let Outcome { graph, batch, name, found, want, .. } = self;
-        if name == "loss" {
-            // Thousands of either sign added up: rounding is all one would see.
-            return;
+        // Thousands of either sign added up: rounding is all one would see.
+        if self.name != "loss" {
+            self.all_close(machine, tolerance);
         }
+    }
+
+    fn all_close(self, machine: Machine, tolerance: f64) {
+        let Outcome { graph, batch, name, found, want, .. } = self;
         let scale = want.iter().filter(|x| x.is_finite()).fold(1e-3, |m: f64, x| m.max(x.abs()));
         for (i, (found, want)) in found.iter().zip(want).enumerate() {
             let close = (f64::from(*found) - want).abs() <= tolerance * scale || f64::from(*found) == *want;
@@ -673,6 +684,30 @@ fn sweeps_over_large_logits() {
     assert!(graphs.iter().all(|(g, _)| g.nodes.iter().any(|n| n.op == Op::LinearMean)));
     // Logits of a hundred are known to 10⁻⁵, and so is e to them, relatively.
     compare(&graphs, Cpu::Native, 2 * head::BLOCK as i32 + 40, 5e-5);
+}
+
+/// A label beyond the classes is hot nowhere, and nothing is read or written in its place: neither in whole logits nor
+/// in those of a head that is swept in part.
+#[test]
+fn labels_beyond_the_classes() {
+    let mut graphs = vec![];
+    for smoothing in [0.0, 0.1] {
+        let head = language_head(&[(40, Role::Frozen), (3, Role::Trainable)], 3, smoothing, 1.0);
+        let whole = differentiate(&head).expect("differentiable");
+        let limits = Limits { wide: 40, ..Limits::default() };
+        let swept = fuse(&whole, |rule| rule == "head", &limits).expect("fused");
+        assert!(swept.nodes.iter().any(|n| n.op == Op::LinearMean));
+        graphs.extend([whole, swept].map(|graph| (graph, vec![1])));
+    }
+    let compiled = Compiled::new(&graphs, Cpu::Native, Precision::F32);
+    for labels in [[-1, 43, 44], [39, -40, 42], [i32::MIN, 83, i32::MAX]] {
+        let arguments = |graph: &Graph, batch: &Batch| {
+            let mut args = arguments(graph, batch, 5, 2);
+            args.insert("labels".into(), Data::I32(labels.to_vec()));
+            args
+        };
+        compiled.run_on(arguments, |outcome| outcome.all_close(Machine::default(), CLOSE));
+    }
 }
 
 /// The bound `math.rs` names for angles up to 10⁵. Powers of two keep both sides at the same angles.

@@ -125,7 +125,7 @@ fn columns_in_front_of_scores() {
     }
 }
 
-/// Parts of the head that are swept, frozen but narrow, and trained; labels in each of them.
+/// Parts of the head that are swept, frozen but narrow, and trained; labels in each of them and beyond.
 #[test]
 fn a_head_without_whole_logits() {
     for (parts, smoothing) in [
@@ -152,9 +152,10 @@ fn a_head_without_whole_logits() {
                 [&mut before, &mut after].into_iter().for_each(|g| g.outputs.retain(|(name, _)| name != "loss"));
             }
             assert_same_on("head", &before, &after, &batch, &args);
-            let edges = [0, 6, 7, rows - 2, rows - 1];
-            args.insert("labels".into(), Data::I32(edges[..targets].to_vec()));
-            assert_same_on("head, labels at edges", &before, &after, &batch, &args);
+            for edges in [[0, 6, 7, rows - 2, rows - 1], [-1, rows, i32::MIN, rows + 6, i32::MAX]] {
+                args.insert("labels".into(), Data::I32(edges[..targets].to_vec()));
+                assert_same_on("head, labels at edges", &before, &after, &batch, &args);
+            }
         }
     }
 }
