@@ -611,7 +611,7 @@ fn normal_density(x: f64) -> f64 {
 }
 
 /// Φ(x) to about 1e-15: the Taylor series near 0, the continued fraction of the tail elsewhere.
-fn normal_cdf(x: f64) -> f64 {
+pub(crate) fn normal_cdf(x: f64) -> f64 {
     let a = x.abs();
     if a < 3.0 {
         // Φ(x) = ½ + φ(x) Σ x^{2k+1} / (1·3·5…(2k+1))

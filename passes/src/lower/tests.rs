@@ -35,6 +35,39 @@ struct Memory {
 const GUARD: usize = 64;
 const UNTOUCHED: u32 = 0x7fa5_5aa5;
 
+/// Runs a kernel on buffers, each with its length, and then on numbers: its sizes and the range of its units.
+pub(super) fn call(library: &libloading::Library, name: &str, buffers: &[(*mut u32, usize)], numbers: &[i64]) {
+    let symbol = format!("_mlir__mlir_ciface_{name}");
+    // SAFETY: the symbol has the one signature every kernel has.
+    let kernel = unsafe { library.get::<unsafe extern "C" fn(*mut *mut c_void)>(symbol.as_bytes()) };
+    let kernel = kernel.expect("a kernel");
+    let memory = |&(at, size): &(*mut u32, usize)| Memory {
+        allocated: at,
+        aligned: at,
+        offset: 0,
+        size: size as i64,
+        stride: 1,
+    };
+    let mut memory: Vec<Memory> = buffers.iter().map(memory).collect();
+    let mut pointers: Vec<*mut Memory> = memory.iter_mut().map(|m| m as *mut Memory).collect();
+    let mut numbers = numbers.to_vec();
+    let pointers = pointers.iter_mut().map(|p| p as *mut *mut Memory as *mut c_void);
+    let mut args: Vec<*mut c_void> = pointers.chain(numbers.iter_mut().map(|n| n as *mut i64 as *mut c_void)).collect();
+    // SAFETY: arguments as the kernel wants them, all alive.
+    unsafe { kernel(args.as_mut_ptr()) };
+}
+
+/// Every level of processors that this one can stand for.
+pub(super) fn levels() -> Vec<Cpu> {
+    let here = Cpu::Native.features();
+    let missing = |cpu: &Cpu| cpu.features().into_iter().find(|f| !here.contains(f));
+    let levels = Level::ALL.map(|(level, _)| Cpu::Level(level));
+    levels
+        .into_iter()
+        .filter(|cpu| missing(cpu).inspect(|f| eprintln!("skipped: {cpu}, since this machine lacks {f}")).is_none())
+        .collect()
+}
+
 struct Run<'a> {
     manifest: &'a Manifest,
     library: &'a libloading::Library,
@@ -45,29 +78,16 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn launch(&mut self, launch: &Launch) {
-        let name = format!("_mlir__mlir_ciface_{}", self.manifest.kernels[launch.kernel]);
-        // SAFETY: the symbol has the one signature every kernel has.
-        let kernel = unsafe { self.library.get::<unsafe extern "C" fn(*mut *mut c_void)>(name.as_bytes()) };
-        let kernel = kernel.expect("a kernel");
+        let name = &self.manifest.kernels[launch.kernel];
         for unit in 0..launch.units.eval(&self.sizes) as i64 {
-            let mut buffers: Vec<Memory> = launch
-                .buffers
-                .iter()
-                .map(|&b| {
-                    let memory = &mut self.memory[b];
-                    let size = memory.len() - 2 * GUARD;
-                    let at = memory[GUARD..].as_mut_ptr();
-                    Memory { allocated: at, aligned: at, offset: 0, size: size as i64, stride: 1 }
-                })
-                .collect();
-            let mut pointers: Vec<*mut Memory> = buffers.iter_mut().map(|m| m as *mut Memory).collect();
-            let mut numbers: Vec<i64> = launch.extents.iter().map(|e| e.eval(&self.sizes) as i64).collect();
-            numbers.extend([unit, unit + 1]);
-            let pointers = pointers.iter_mut().map(|p| p as *mut *mut Memory as *mut c_void);
-            let mut args: Vec<*mut c_void> =
-                pointers.chain(numbers.iter_mut().map(|n| n as *mut i64 as *mut c_void)).collect();
-            // SAFETY: arguments as the manifest lists them, all alive.
-            unsafe { kernel(args.as_mut_ptr()) };
+            let places = launch.buffers.iter().map(|&b| {
+                let memory = &mut self.memory[b];
+                let size = memory.len() - 2 * GUARD;
+                (memory[GUARD..].as_mut_ptr(), size)
+            });
+            let places: Vec<(*mut u32, usize)> = places.collect();
+            let sizes = launch.extents.iter().map(|e| e.eval(&self.sizes) as i64);
+            call(self.library, name, &places, &sizes.chain([unit, unit + 1]).collect::<Vec<_>>());
             for &buffer in &launch.buffers {
                 let memory = &self.memory[buffer];
                 let mut guards = memory[..GUARD].iter().chain(&memory[memory.len() - GUARD..]);
@@ -281,18 +301,11 @@ fn every_operation_and_its_derivative() {
     compare(&operations(&[(2, 3, 2), (3, 40, 17)]), Cpu::Native, 2, CLOSE);
 }
 
-/// The same for every level of processors that this one can stand for.
+/// The same, and what else is particular to one.
 #[test]
 fn every_level_of_processors() {
     let graphs = [operations(&[(3, 40, 17)]), products(), short_attention(), sweeps()].concat();
-    for (level, name) in Level::ALL {
-        let cpu = Cpu::Level(level);
-        let missing = cpu.features().into_iter().find(|f| !Cpu::Native.features().contains(f));
-        match missing {
-            Some(feature) => eprintln!("skipped: {name}, since this machine lacks {feature}"),
-            None => compare(&graphs, cpu, 2, CLOSE),
-        }
-    }
+    levels().into_iter().for_each(|cpu| compare(&graphs, cpu, 2, CLOSE));
 }
 
 /// What has no derivative of its own, or takes only some numbers.
@@ -708,21 +721,4 @@ fn labels_beyond_the_classes() {
         };
         compiled.run_on(arguments, |outcome| outcome.all_close(Machine::default(), CLOSE));
     }
-}
-
-/// The bound `math.rs` names for angles up to 10⁵. Powers of two keep both sides at the same angles.
-#[test]
-fn sines_of_large_angles() {
-    let mut graph = Graph::new("angles");
-    let at = Location::default();
-    let x = graph.arg("x", Role::Frozen, None, Type::f32([Dim::Const(20_000)]));
-    for power in [0, 4, 10, 16] {
-        let angle = graph.push(Op::Scale { by: f64::from(1 << power) }, &[x], &at).expect("fits");
-        for op in [Op::Sin, Op::Cos] {
-            let name = format!("{}.{power}", op.name());
-            let value = graph.push(op, &[angle], &at).expect("fits");
-            graph.outputs.push((name, value));
-        }
-    }
-    compare(&[(graph, vec![1])], Cpu::Native, 1, 1e-7);
 }

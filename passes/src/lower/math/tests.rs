@@ -1,0 +1,120 @@
+//! Every function against f64, over floats of every size, on every level of processors that this machine has.
+
+use std::f64::consts::SQRT_2;
+
+use peft_runtime::artifact::Element;
+
+use super::super::kernel::{Title, define, first};
+use super::super::tests::{call, levels};
+use super::*;
+use crate::codegen;
+use crate::cpu::Cpu;
+use crate::interpret::normal_cdf;
+use crate::machine::Machine;
+
+const LEAST: f64 = f32::MIN_POSITIVE as f64;
+
+/// How far off a function may be, as its documentation has it.
+#[derive(Clone, Copy)]
+enum Bound {
+    /// In units of the last place. A result below the normal numbers may be 0, or the least of them.
+    Units(f64),
+    Absolute(f64),
+}
+
+struct Function {
+    name: &'static str,
+    write: fn(&mut Kernel, Val) -> Val,
+    exact: fn(f64) -> f64,
+    bound: Bound,
+    /// Of arguments.
+    largest: f64,
+}
+
+const fn function(
+    name: &'static str,
+    write: fn(&mut Kernel, Val) -> Val,
+    exact: fn(f64) -> f64,
+    bound: Bound,
+) -> Function {
+    Function { name, write, exact, bound, largest: f64::INFINITY }
+}
+
+const FUNCTIONS: [Function; 7] = [
+    function("exp", exp, f64::exp, Bound::Units(1.0)),
+    function("log", log, |x| if (0.0..LEAST).contains(&x) { f64::NEG_INFINITY } else { x.ln() }, Bound::Units(1.0)),
+    Function { largest: 1e5, ..function("sin", sin, f64::sin, Bound::Absolute(1e-7)) },
+    Function { largest: 1e5, ..function("cos", cos, f64::cos, Bound::Absolute(1e-7)) },
+    function("tanh", tanh, f64::tanh, Bound::Units(1.5)),
+    function("sigmoid", sigmoid, |x| 1.0 / (1.0 + (-x).exp()), Bound::Units(2.5)),
+    function("erf", erf, |x| 2.0 * normal_cdf(SQRT_2 * x) - 1.0, Bound::Absolute(1.7e-7)),
+];
+
+/// Floats of both signs: many from 2⁻²⁰ to 2¹⁷, where the functions bend, some of every size, every one about where a
+/// function changes its formula, and what is no number.
+fn floats() -> Vec<f32> {
+    let bits = |x: f32| x.to_bits();
+    let middle = (bits(2f32.powi(-20))..bits(2f32.powi(17))).step_by(199);
+    let edges = [87.336_54, 88.722_84, 44.361_42, 0.625, 1.0, 4.0];
+    let edges = edges.into_iter().flat_map(|edge| bits(edge) - 64..bits(edge) + 64);
+    let all = (0..bits(f32::INFINITY)).step_by(65_521).chain(middle).chain(edges);
+    let all = all.chain([f32::INFINITY, f32::NAN].map(bits));
+    all.flat_map(|bits| [bits, bits | 1 << 31]).map(f32::from_bits).collect()
+}
+
+/// In the terms of the bound.
+fn error(found: f32, want: f64, bound: Bound) -> f64 {
+    // An overflow is as far off as the float that would come next.
+    let value = if found == f32::INFINITY { 2f64.powi(128) } else { f64::from(found) };
+    let gap = (value - want).abs();
+    match bound {
+        _ if found == want as f32 || found.is_nan() && want.is_nan() => 0.0,
+        Bound::Absolute(_) => gap,
+        Bound::Units(most) if want.abs() < LEAST => most * gap / LEAST,
+        Bound::Units(_) => gap / 2f64.powi(want.abs().log2().floor() as i32 - 23),
+    }
+}
+
+#[test]
+fn error_bounds() {
+    // A name of C's own would mean C's function to LLVM.
+    let symbol = |function: &Function| format!("all_{}", function.name);
+    let kernels = FUNCTIONS.map(|function| {
+        let title = Title { name: &symbol(&function), machine: Machine::default() };
+        define(title, &[Element::F32, Element::F32], 1, |k, buffers, sizes| {
+            let ([x, out], [length]) = (first(buffers), first(sizes));
+            k.units(|k, _| {
+                k.lanes(length, |k, j, mask| {
+                    let x = k.load_lanes(x, j, mask);
+                    let y = (function.write)(k, x);
+                    k.store_lanes(y, out, j, mask);
+                });
+            });
+        })
+    });
+    let folder = tempfile::tempdir().expect("a directory");
+    let library = |cpu: Cpu| {
+        let path = folder.path().join(format!("{cpu}.so"));
+        codegen::compile(&kernels, Machine::Cpu(cpu), &path).unwrap_or_else(|e| panic!("{e}"));
+        // SAFETY: our own library, without constructors.
+        (cpu, unsafe { libloading::Library::new(&path) }.expect("a library"))
+    };
+    let libraries: Vec<_> = levels().into_iter().map(library).collect();
+    for function in FUNCTIONS {
+        let Function { name, exact, bound, largest, .. } = function;
+        let within = |x: &f32| x.is_nan() || f64::from(x.abs()) <= largest;
+        let x: Vec<f32> = floats().into_iter().filter(within).collect();
+        let want: Vec<f64> = x.iter().map(|&x| exact(x.into())).collect();
+        for (cpu, library) in &libraries {
+            let mut memory = [x.iter().map(|x| x.to_bits()).collect(), vec![0; x.len()]];
+            let places = memory.each_mut().map(|words| (words.as_mut_ptr(), words.len()));
+            call(library, &symbol(&function), &places, &[x.len() as i64, 0, 1]);
+            let found = memory[1].iter().map(|&word| f32::from_bits(word));
+            let errors = found.zip(&want).map(|(found, &want)| error(found, want, bound));
+            let worst = x.iter().zip(errors).max_by(|(_, a), (_, b)| a.total_cmp(b)).expect("a float");
+            let (Bound::Units(most) | Bound::Absolute(most)) = bound;
+            eprintln!("{name} on {cpu}: {:.3e} at {:?}", worst.1, worst.0);
+            assert!(worst.1 <= most, "{name} of {:?} on {cpu} is off by {:.3e}, not {most}", worst.0, worst.1);
+        }
+    }
+}
