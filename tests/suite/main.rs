@@ -6,6 +6,7 @@ mod interop;
 mod pairs;
 mod parity;
 mod ptx;
+mod ptxas;
 mod real;
 mod runs;
 mod stages;
