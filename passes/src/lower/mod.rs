@@ -471,4 +471,4 @@ fn lead_size(extra: u64) -> Extent {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

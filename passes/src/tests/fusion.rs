@@ -37,7 +37,7 @@ fn assert_same(name: &str, before: &Graph, after: &Graph) {
     assert_same_on(name, before, after, &batch, &arguments(before, &batch, 3, 2));
 }
 
-fn assert_same_on(name: &str, before: &Graph, after: &Graph, batch: &Batch, args: &HashMap<String, Data>) {
+pub fn assert_same_on(name: &str, before: &Graph, after: &Graph, batch: &Batch, args: &HashMap<String, Data>) {
     after.verify().unwrap_or_else(|e| panic!("{name}: {e}"));
     let (want, found) = (run(before, batch, args).expect("run"), run(after, batch, args).expect("run"));
     for ((output, want), (other, found)) in want.iter().zip(&found) {

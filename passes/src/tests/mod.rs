@@ -3,4 +3,5 @@
 mod finite_differences;
 mod fusion;
 mod round_trip;
+mod rules;
 pub(crate) mod samples;
