@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use peft_runtime::adapter::{self, Stored, TensorFile};
+use peft_runtime::artifact::FORMAT;
 
 pub struct Ran {
     pub code: i32,
@@ -234,7 +235,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
     run(&|path| fs::remove_file(path.join("kernels.so")).expect("removed"), &["kernels.so"]);
     run(&manifest(|text| text[..text.len() / 2].into()), &["manifest.json", mend]);
     run(&manifest(|text| text.replace("\"x86_64\"", "\"sparc\"")), &["manifest.json", mend]);
-    run(&manifest(|text| text.replace("\"format\":1", "\"format\":99")), &["99", mend]);
+    run(&manifest(|text| text.replace(&format!("\"format\":{FORMAT}"), "\"format\":99")), &["99", mend]);
 }
 
 /// A directory with MiniLM's form in small: four words, two layers.
