@@ -14,7 +14,7 @@ use crate::hub::{self, Tensors};
 pub const ADAPTER: &str = "adapter.safetensors";
 
 /// The trained values under their canonical names; of a table of which rows train, those rows.
-pub fn trained(session: &Session, model: &Model, step: u64) -> TensorFile {
+pub fn trained(session: &Session, model: &Model, step: u64) -> Result<TensorFile, RuntimeError> {
     let mut file = TensorFile::default();
     file.notes.insert("step".into(), step.to_string());
     for (index, param) in model.params.iter().enumerate() {
@@ -22,9 +22,9 @@ pub fn trained(session: &Session, model: &Model, step: u64) -> TensorFile {
         if let Trainable::Rows(start, end) = param.trainable {
             file.notes.insert(format!("rows of {}", param.name), format!("{start}:{end}"));
         }
-        file.tensors.insert(param.name.clone(), Stored::f32(shape, session.values(index).to_vec()));
+        file.tensors.insert(param.name.clone(), Stored::f32(shape, session.values(index)?.into_owned()));
     }
-    signed(file, model)
+    Ok(signed(file, model))
 }
 
 /// With the notes every adapter carries.
@@ -93,15 +93,16 @@ pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
 }
 
 /// Puts an adapter's values, as [`load`] gives them, into the session.
-pub fn apply(session: &mut Session, values: &Tensors) {
+pub fn apply(session: &mut Session, values: &Tensors) -> Result<(), RuntimeError> {
     for index in 0..session.manifest().tensors.len() {
         let tensor = &session.manifest().tensors[index];
         if tensor.trainable.is_some()
             && let Some(Stored { data: Data::F32(x), .. }) = values.get(&tensor.name)
         {
-            session.values_mut(index).copy_from_slice(x);
+            session.set_values(index, x)?;
         }
     }
+    Ok(())
 }
 
 /// What is kept of trained values: what the model `stores`, in place of what that replaces. `program` has the entry
@@ -124,7 +125,7 @@ pub fn kept(model: &Model, program: Program, mut values: Tensors) -> Result<Tens
     }
     let zeros = tensors.iter().map(|t| Numbers::zeros(t.shape.iter().product::<u64>() as usize)).collect();
     let mut session = Session::new(program, zeros, 0)?;
-    apply(&mut session, &values);
+    apply(&mut session, &values)?;
     session.run(STORE, &Inputs::default())?;
     for name in &model.replaced {
         values.remove(name);

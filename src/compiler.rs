@@ -49,7 +49,7 @@ pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> R
                 }
                 Err(error) => {
                     tracing::warn!("the cache takes nothing: {error}");
-                    let library = folder.keep().join("kernels.so");
+                    let library = folder.keep().join(manifest.library_name());
                     Ok(Artifact { manifest, library, timings, cached: false })
                 }
             }
@@ -57,7 +57,8 @@ pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> R
         None => {
             let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
             let (manifest, _, timings) = fresh(model, entries, options, folder.path())?;
-            Ok(Artifact { manifest, library: folder.keep().join("kernels.so"), timings, cached: false })
+            let library = folder.keep().join(manifest.library_name());
+            Ok(Artifact { manifest, library, timings, cached: false })
         }
     }
 }
@@ -74,7 +75,7 @@ fn fresh(
     let lowered = compiled.lowered.expect("the whole way");
     let mut timings = compiled.timings;
     let begun = Instant::now();
-    let library = folder.join("kernels.so");
+    let library = folder.join(lowered.manifest.library_name());
     codegen::compile(&lowered.kernels, lowered.machine, &library)?;
     timings.push(("llvm", begun.elapsed()));
     let manifest = Manifest {

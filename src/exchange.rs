@@ -4,12 +4,10 @@
 //! `inputs.lengths [B]`, `inputs.labels` (`[B,n]` aligned with the ids and −100 where nothing is asked, or
 //! `[B]` classes). Results go out padded the same way.
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use peft_grammar::model::{Model, TaskKind};
 use peft_runtime::adapter::{Data, Stored, TensorFile};
-use peft_runtime::artifact::Manifest;
 use peft_runtime::{Inputs, Numbers, RuntimeError, Session};
 
 use crate::data::Batch;
@@ -150,34 +148,9 @@ pub fn inputs(batch: &Batch, rng: [i32; 2]) -> Inputs {
     Inputs { lengths: batch.lengths.clone(), ints, ..Inputs::default() }
 }
 
-/// What runs an artifact's entries.
-pub trait Engine {
-    fn manifest(&self) -> &Manifest;
-    fn run(&mut self, entry: &str, inputs: &Inputs) -> Result<(), RuntimeError>;
-    /// Names of the last run's outputs.
-    fn outputs(&self) -> Vec<String>;
-    /// Shape and content of one of them.
-    fn output(&self, name: &str) -> Option<(Vec<u64>, Cow<'_, [f32]>)>;
-}
-
-impl Engine for Session {
-    fn manifest(&self) -> &Manifest {
-        self.manifest()
-    }
-    fn run(&mut self, entry: &str, inputs: &Inputs) -> Result<(), RuntimeError> {
-        self.run(entry, inputs)
-    }
-    fn outputs(&self) -> Vec<String> {
-        self.outputs()
-    }
-    fn output(&self, name: &str) -> Option<(Vec<u64>, Cow<'_, [f32]>)> {
-        self.output(name).map(|(shape, x)| (shape, x.into()))
-    }
-}
-
 /// Runs `forward` or `grad` and lays the results out as the file's batch was.
 pub fn run(
-    session: &mut impl Engine,
+    session: &mut Session,
     model: &Model,
     entry: &str,
     padded: &Padded,

@@ -43,7 +43,7 @@ pub fn merge(model: &Model, weights: Vec<Numbers>, values: &Tensors, options: &O
         let artifact = compiler::compile_entries(model, &[Entry::Merge], options)?;
         let program = Program::new(artifact.manifest, &artifact.library)?;
         let mut session = Session::new(program, weights, 0)?;
-        adapters::apply(&mut session, values);
+        adapters::apply(&mut session, values)?;
         session.run("merge", &Inputs::default())?;
         for projection in &model.projections {
             if let Some((shape, folded)) = session.output(&format!("{}.weight", projection.path)) {
@@ -63,7 +63,7 @@ pub fn merge(model: &Model, weights: Vec<Numbers>, values: &Tensors, options: &O
                 (session.output(&format!("{}.bias", projection.path)), &projection.bias)
             {
                 let first = projection.columns.map_or(0, |(start, _)| start as usize);
-                numbers(&mut tensors, bias)?[first..first + folded.len()].copy_from_slice(folded);
+                numbers(&mut tensors, bias)?[first..first + folded.len()].copy_from_slice(&folded);
             }
         }
     }

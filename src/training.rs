@@ -98,7 +98,7 @@ pub fn evaluate(session: &mut Session, model: &Model, data: &Dataset) -> Result<
         let get = |name: &str| session.output(name).ok_or_else(|| RuntimeError::input(name, "is no output"));
         mean.add(f64::from(get("loss")?.1[0]), batch.labels.len() as f64);
         if classifies {
-            right += correct(get("logits")?.1, &batch.labels);
+            right += correct(&get("logits")?.1, &batch.labels);
         }
         seen += batch.labels.len();
     }
@@ -211,8 +211,8 @@ impl Training<'_> {
     }
 
     fn save(&mut self, step: u64) -> Result<(), Failure> {
-        adapter::save(&self.out.join(ADAPTER), &trained(self.session, self.model, step))?;
-        adapter::save(&self.out.join(STATE), &state(self.session, self.model, step))?;
+        adapter::save(&self.out.join(ADAPTER), &trained(self.session, self.model, step)?)?;
+        adapter::save(&self.out.join(STATE), &state(self.session, self.model, step)?)?;
         Ok(())
     }
 }
@@ -231,16 +231,16 @@ fn record(metrics: &mut Metrics, step: u64, figures: &Evaluation) -> Result<(), 
     Ok(metrics.record(step, &all)?)
 }
 
-fn state(session: &Session, model: &Model, step: u64) -> TensorFile {
+fn state(session: &Session, model: &Model, step: u64) -> Result<TensorFile, RuntimeError> {
     let mut file = TensorFile::default();
     file.notes.insert("format".into(), "peftc state 1".into());
     file.notes.insert("spec".into(), model.name.clone());
     file.notes.insert("step".into(), step.to_string());
     for name in ["values", "m", "v"] {
-        let flat = session.flat(name).to_vec();
+        let flat = session.flat(name)?.into_owned();
         file.tensors.insert(name.into(), Stored::f32(vec![flat.len() as u64], flat));
     }
-    file
+    Ok(file)
 }
 
 /// Values, moments and step as a run left them.
@@ -251,7 +251,7 @@ fn restore(session: &mut Session, path: &Path) -> Result<u64, Failure> {
     let step = step.ok_or_else(|| wrong("it names no step: this is no state of a run"))?;
     for name in ["values", "m", "v"] {
         match file.tensors.get(name).map(|t| &t.data) {
-            Some(Data::F32(x)) if x.len() == session.flat(name).len() => session.flat_mut(name).copy_from_slice(x),
+            Some(Data::F32(x)) if x.len() == session.trainable() => session.set_flat(name, x)?,
             _ => return Err(wrong("it is of another spec: the trained values differ in number; use another `--out`")),
         }
     }

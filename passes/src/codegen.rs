@@ -94,9 +94,12 @@ pub fn read(dialect: &Dialect, text: &str) -> Result<String, Error> {
     Ok(dialect.parse(text)?.as_operation().to_string())
 }
 
-/// Compiles the kernels and links them to the library `out`.
+/// Compiles the kernels to the file `out`: a library, or PTX.
 pub fn compile(kernels: &[String], machine: Machine, out: &Path) -> Result<(), Error> {
-    let Machine::Cpu(cpu) = machine else { return Err(Error::Link(format!("there is no library for {machine}"))) };
+    let Machine::Cpu(cpu) = machine else {
+        let text = ptx(&Dialect::new()?, kernels, machine)?;
+        return std::fs::write(out, text).map_err(|e| Error::Link(format!("{}: {e}", out.display())));
+    };
     let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;
     // None without a kernel: LLVM makes no engine of an empty module.
     let parts = std::thread::available_parallelism().map_or(1, |n| n.get()).min(kernels.len()).clamp(1, 8);

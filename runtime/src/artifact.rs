@@ -189,7 +189,7 @@ pub struct Manifest {
     /// `peftc 0.1.0`, and the LLVM it used.
     pub compiler: String,
     pub llvm: String,
-    /// `x86_64` and the processor features the library was compiled for.
+    /// `x86_64` and the processor features the library was compiled for; or `sm_70`, a GPU's.
     pub arch: String,
     pub features: Vec<String>,
     pub kernels: Vec<String>,
@@ -202,4 +202,17 @@ pub struct Manifest {
     pub model: serde_json::Value,
     /// blake3 of the library.
     pub library: String,
+}
+
+impl Manifest {
+    /// The least capability of a GPU that runs the kernels, if they are for one.
+    pub fn gpu(&self) -> Option<(i32, i32)> {
+        let number: i32 = self.arch.strip_prefix("sm_")?.parse().ok()?;
+        Some((number / 10, number % 10))
+    }
+
+    /// What the kernels' file is called.
+    pub fn library_name(&self) -> &'static str {
+        if self.gpu().is_some() { "kernels.ptx" } else { "kernels.so" }
+    }
 }

@@ -3,6 +3,9 @@
 pub mod adapter;
 pub mod arena;
 pub mod artifact;
+pub mod backend;
+mod cpu;
+mod cuda;
 pub mod device;
 mod error;
 mod memory;
@@ -13,6 +16,7 @@ pub mod store;
 mod validate;
 pub mod weights;
 
+pub use backend::Profile;
 pub use error::RuntimeError;
 pub use memory::Numbers;
-pub use session::{Inputs, Profile, Program, Session};
+pub use session::{Inputs, Program, Session};

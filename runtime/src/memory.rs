@@ -43,17 +43,6 @@ impl Numbers {
         Ok(Numbers { map: Some(map), length })
     }
 
-    /// Makes room for `length` numbers; what was there need not stay.
-    pub fn ensure(&mut self, length: usize) -> Result<(), RuntimeError> {
-        if length > self.map.as_ref().map_or(0, |map| map.len() / 4) {
-            // Never both the old and the new one at once.
-            *self = Numbers::default();
-            *self = Numbers::try_zeros(length)?;
-        }
-        self.length = length;
-        Ok(())
-    }
-
     /// For kernels. Writing through it is sound while no slice of these numbers is alive.
     pub fn cells(&self) -> *mut f32 {
         self.map.as_ref().map_or(std::ptr::dangling_mut(), |map| map.as_ptr().cast_mut().cast())
@@ -92,14 +81,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeroed_aligned_and_grown() {
-        let mut numbers = Numbers::zeros(1000);
+    fn zeroed_and_aligned() {
+        let numbers = Numbers::zeros(1000);
         assert!(numbers.iter().all(|&x| x == 0.0));
         assert!((numbers.cells() as usize).is_multiple_of(LINE * 4));
-        numbers.ensure(10).unwrap();
-        assert_eq!((numbers.len(), numbers.bytes()), (10, 4000));
-        numbers.ensure(2000).unwrap();
-        assert_eq!(numbers.len(), 2000);
+        assert_eq!((numbers.len(), numbers.bytes()), (1000, 4000));
         assert!(Numbers::zeros(0).is_empty());
         let error = Numbers::try_zeros(usize::MAX / 8).unwrap_err().to_string();
         assert!(error.contains("make the batch smaller"), "{error}");

@@ -1,60 +1,38 @@
-//! Runs an artifact's entries on the CPU: binds buffers to memory and hands each launch's units to a pool.
+//! Runs an artifact's entries: binds buffers to memory and hands the launches to a backend.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::c_void;
 use std::path::Path;
-use std::time::{Duration, Instant};
-
-use rayon::prelude::*;
 
 use crate::arena::{self, Plan};
-use crate::artifact::{Buffer, Element, Entry, Launch, Manifest, Sizes, Storage};
+use crate::artifact::{Buffer, BufferId, Element, Entry, Launch, Manifest, Output, Sizes, Storage};
+use crate::backend::{Backend, Job, Place, Profile, Words};
+use crate::cpu::{Cpu, Library};
+use crate::cuda::Cuda;
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
 use crate::validate::{FLAT as FLATS, validate};
 
-/// MLIR's descriptor of a `memref<?xf32>` (or `i32`).
-#[repr(C)]
-struct Memory {
-    allocated: *mut c_void,
-    aligned: *mut c_void,
-    offset: i64,
-    size: i64,
-    stride: i64,
-}
-
-// SAFETY: it is a place and a size; who may write there is the launches' affair.
-unsafe impl Sync for Memory {}
-
-/// A kernel takes an array of pointers to its arguments: of a buffer, a pointer to a pointer to its
-/// descriptor (MLIR's packed form of its C interface); of a size or a unit, a pointer to the number.
-type Kernel = unsafe extern "C" fn(*mut *mut c_void);
-
 /// A loaded artifact.
 pub struct Program {
     pub manifest: Manifest,
-    kernels: Vec<Kernel>,
-    /// The kernels live in it.
-    _library: libloading::Library,
+    code: Code,
+}
+
+enum Code {
+    Library(Library),
+    Ptx(String),
 }
 
 impl Program {
-    /// Loads the library `path` with the kernels that `manifest` names.
+    /// Loads the library or the PTX at `path` with the kernels that `manifest` names.
     pub fn new(manifest: Manifest, path: &Path) -> Result<Self, RuntimeError> {
         validate(&manifest).map_err(|why| RuntimeError::artifact(path, why))?;
-        // A bare name would send the loader through its search path.
-        let file = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-        // SAFETY: an artifact's library holds kernels alone: loading it runs no code.
-        let library =
-            unsafe { libloading::Library::new(file.as_path()) }.map_err(|e| RuntimeError::artifact(path, e))?;
-        let kernel = |name: &String| {
-            let symbol = format!("_mlir__mlir_ciface_{name}");
-            // SAFETY: every kernel has this one signature; the manifest's checksum says it is ours.
-            let kernel = unsafe { library.get::<Kernel>(symbol.as_bytes()) };
-            kernel.map(|k| *k).map_err(|_| RuntimeError::artifact(path, format!("it lacks the kernel `{name}`")))
+        let code = match manifest.gpu() {
+            Some(_) => Code::Ptx(std::fs::read_to_string(path).map_err(|e| RuntimeError::artifact(path, e))?),
+            None => Code::Library(Library::load(path, &manifest.kernels)?),
         };
-        let kernels = manifest.kernels.iter().map(kernel).collect::<Result<_, _>>()?;
-        Ok(Program { manifest, kernels, _library: library })
+        Ok(Program { manifest, code })
     }
 }
 
@@ -119,20 +97,11 @@ impl Inputs {
     }
 }
 
-/// How long each operation took in all.
-pub type Profile = BTreeMap<String, (Duration, u64)>;
-
 /// A program with weights, and the memory it runs in.
 pub struct Session {
-    program: Program,
-    pool: rayon::ThreadPool,
-    /// Frozen tensors (and frozen rows' whole tensors) that a launch still reads.
-    tensors: Vec<Option<Numbers>>,
-    /// Where each tensor's trainable values begin in the flat vectors.
-    places: Vec<usize>,
-    flats: BTreeMap<&'static str, Numbers>,
-    prepared: HashMap<usize, Numbers>,
-    arena: Numbers,
+    manifest: Manifest,
+    backend: Box<dyn Backend>,
+    home: Home,
     /// Fills temporaries with NaN where their life begins: what reads what nothing wrote then shows.
     pub poison: bool,
     /// Times launches when it is there.
@@ -142,12 +111,33 @@ pub struct Session {
     peak: u64,
 }
 
+/// Where everything lies.
+struct Home {
+    /// Frozen tensors (and frozen rows' whole tensors) that a launch still reads.
+    tensors: Vec<Option<Place>>,
+    /// Where each tensor's trainable values begin in the flat vectors.
+    places: Vec<usize>,
+    flats: BTreeMap<&'static str, Place>,
+    prepared: HashMap<BufferId, Place>,
+    arena: Place,
+    /// What was given, by name; room for more than that, perhaps.
+    inputs: BTreeMap<String, Place>,
+}
+
 impl Session {
-    /// `weights`: every tensor of the manifest, in its order. `threads` 0: as many as there are cores.
+    /// `weights`: every tensor of the manifest, in its order. `threads` of a processor, 0 for as many as it has cores.
     pub fn new(program: Program, weights: Vec<Numbers>, threads: usize) -> Result<Self, RuntimeError> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kernels {i}"));
-        let pool = pool.build().map_err(|e| RuntimeError::Device(format!("no threads to run on: {e}")))?;
-        let tensors = &program.manifest.tensors;
+        let Program { manifest, code } = program;
+        let backend: Box<dyn Backend> = match code {
+            Code::Library(library) => Box::new(Cpu::new(library, threads)?),
+            Code::Ptx(text) => Box::new(Cuda::new(&text, &manifest.kernels)?),
+        };
+        Session::on(backend, manifest, weights)
+    }
+
+    /// The same on any backend, which knows the manifest's kernels.
+    pub fn on(mut backend: Box<dyn Backend>, manifest: Manifest, weights: Vec<Numbers>) -> Result<Self, RuntimeError> {
+        let tensors = &manifest.tensors;
         if weights.len() != tensors.len() {
             let message = format!("{} tensors where the artifact wants {}", weights.len(), tensors.len());
             return Err(RuntimeError::input("weights", message));
@@ -163,136 +153,112 @@ impl Session {
             places.push(count);
             count += tensor.trainable_elements() as usize;
         }
-        let flats = FLATS.iter().map(|&n| Ok((n, Numbers::try_zeros(count)?)));
-        let mut flats: BTreeMap<&'static str, Numbers> = flats.collect::<Result<_, RuntimeError>>()?;
+        let mut flats = BTreeMap::new();
+        for name in FLATS {
+            flats.insert(name, whole(backend.as_mut(), count)?);
+        }
         for (i, (tensor, data)) in tensors.iter().zip(&weights).enumerate() {
             let Some((start, _)) = tensor.trainable else { continue };
             let (from, length) = ((start * tensor.row()) as usize, tensor.trainable_elements() as usize);
-            let own = places[i]..places[i] + length;
-            flats.get_mut("values").expect("listed")[own.clone()].copy_from_slice(&data[from..from + length]);
+            backend.write(flats["values"].block, places[i], Words::Floats(&data[from..from + length]))?;
             if tensor.decay {
-                flats.get_mut("decay").expect("listed")[own].fill(1.0);
+                backend.write(flats["decay"].block, places[i], Words::Floats(&vec![1.0; length]))?;
             }
         }
         // Tensors that train as a whole live in the flat vector alone.
-        let frozen = |(t, data): (&crate::artifact::Tensor, Numbers)| {
-            (t.trainable_elements() < t.shape.iter().product()).then_some(data)
-        };
-        let tensors = tensors.iter().zip(weights).map(frozen).collect();
-        let mut session = Session {
-            program,
-            pool,
-            tensors,
-            places,
-            flats,
-            prepared: HashMap::new(),
-            arena: Numbers::default(),
-            poison: false,
-            profile: None,
-            last: None,
-            peak: 0,
-        };
+        let mut frozen = vec![];
+        for (tensor, data) in tensors.iter().zip(weights) {
+            let length = data.len();
+            let lives = tensor.trainable_elements() < length as u64;
+            let place = lives.then(|| backend.take(data)).transpose()?;
+            frozen.push(place.map(|block| Place { block, start: 0, length }));
+        }
+        let arena = whole(backend.as_mut(), 0)?;
+        let (prepared, inputs) = (HashMap::new(), BTreeMap::new());
+        let home = Home { tensors: frozen, places, flats, prepared, arena, inputs };
+        let mut session = Session { manifest, backend, home, poison: false, profile: None, last: None, peak: 0 };
         session.prepare()?;
         Ok(session)
     }
 
     pub fn manifest(&self) -> &Manifest {
-        &self.program.manifest
+        &self.manifest
     }
 
     /// Packs frozen weights; what only this reads goes as soon as it was read for the last time.
     fn prepare(&mut self) -> Result<(), RuntimeError> {
-        // Memory comes and goes between launches, so the program is lent to the loop.
-        let launches = std::mem::take(&mut self.program.manifest.prepare);
-        let done = self.prepare_by(&launches);
-        self.program.manifest.prepare = launches;
-        done
-    }
-
-    fn prepare_by(&mut self, launches: &[Launch]) -> Result<(), RuntimeError> {
-        let sizes = Sizes { values: self.flat("values").len() as u64, ..Sizes::default() };
-        let (buffers, tensors) = self.last_reads(launches);
-        let plan = arena::plan(&self.program.manifest, launches, &[], &sizes);
-        self.arena.ensure(plan.size)?;
-        let bound = Bound { ints: BTreeMap::new(), inputs: &Inputs::default(), plan: &plan };
+        let Session { manifest, backend, home, .. } = self;
+        let launches = &manifest.prepare;
+        let sizes = Sizes { values: home.values() as u64, ..Sizes::default() };
+        let (buffers, tensors) = last_reads(manifest, launches);
+        let plan = arena::plan(manifest, launches, &[], &sizes);
+        home.grow_arena(backend.as_mut(), plan.size)?;
         for (at, launch) in launches.iter().enumerate() {
             for &id in &launch.buffers {
-                let buffer = &self.program.manifest.buffers[id];
-                if buffer.storage == Storage::Prepared && !self.prepared.contains_key(&id) {
-                    self.prepared.insert(id, Numbers::try_zeros(buffer.elements(&sizes) as usize)?);
+                let buffer = &manifest.buffers[id];
+                if buffer.storage == Storage::Prepared && !home.prepared.contains_key(&id) {
+                    home.prepared.insert(id, whole(backend.as_mut(), buffer.elements(&sizes) as usize)?);
                 }
             }
-            let memory = self.memory(std::slice::from_ref(launch), &sizes, &bound)?;
-            self.pool.install(|| self.launch(launch, &sizes, &memory, &mut None));
-            self.peak = self.peak.max(self.held());
-            self.prepared.retain(|&id, _| buffers[id] > Some(at));
+            if let Some(job) = home.job(manifest, launch, &sizes, &plan)? {
+                backend.run(&[job], None)?;
+            }
+            self.peak = self.peak.max(backend.held());
+            home.prepared.retain(|&id, place| {
+                let lives = buffers[id] > Some(at);
+                if !lives {
+                    backend.free(place.block);
+                }
+                lives
+            });
             for &id in &launch.buffers {
-                if let Storage::Tensor { index, .. } = self.program.manifest.buffers[id].storage
+                if let Storage::Tensor { index, .. } = manifest.buffers[id].storage
                     && tensors[index] <= Some(at)
+                    && let Some(place) = home.tensors[index].take()
                 {
-                    self.tensors[index] = None;
+                    backend.free(place.block);
                 }
             }
         }
-        for (tensor, last) in self.tensors.iter_mut().zip(tensors) {
-            if last.is_none() {
-                *tensor = None;
+        for (tensor, last) in home.tensors.iter_mut().zip(tensors) {
+            if last.is_none()
+                && let Some(place) = tensor.take()
+            {
+                backend.free(place.block);
             }
         }
-        self.peak = self.peak.max(self.held());
+        self.peak = self.peak.max(backend.held());
         Ok(())
-    }
-
-    /// By buffer and by tensor: the last of the launches that prepare to read it, `usize::MAX` if an entry does.
-    fn last_reads(&self, launches: &[Launch]) -> (Vec<Option<usize>>, Vec<Option<usize>>) {
-        let manifest = &self.program.manifest;
-        let mut buffers = vec![None; manifest.buffers.len()];
-        let mut tensors = vec![None; manifest.tensors.len()];
-        let prepare = launches.iter().enumerate().flat_map(|(at, l)| l.buffers.iter().map(move |&b| (at, b)));
-        let entries = manifest.entries.values();
-        let runs = entries.clone().flat_map(|e| &e.launches).flat_map(|l| &l.buffers);
-        let outputs = entries.flat_map(|e| e.outputs.iter().map(|o| &o.buffer));
-        for (at, id) in prepare.chain(runs.chain(outputs).map(|&id| (usize::MAX, id))) {
-            buffers[id] = Some(at);
-            if let Storage::Tensor { index, .. } = manifest.buffers[id].storage {
-                tensors[index] = Some(at);
-            }
-        }
-        (buffers, tensors)
     }
 
     /// Runs an entry. Its outputs stay until the next run.
     pub fn run(&mut self, entry: &str, inputs: &Inputs) -> Result<(), RuntimeError> {
-        let known = || self.program.manifest.entries.keys().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
-        if !self.program.manifest.entries.contains_key(entry) {
-            return Err(RuntimeError::Entry { entry: entry.into(), known: known() });
-        }
-        let sizes = inputs.sizes(self.flat("values").len())?;
+        let Session { manifest, backend, home, .. } = self;
+        let Some(Entry { launches, outputs }) = manifest.entries.get(entry) else {
+            let known = manifest.entries.keys().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
+            return Err(RuntimeError::Entry { entry: entry.into(), known });
+        };
+        let sizes = inputs.sizes(home.values())?;
         inputs.check(&sizes)?;
         let plan = match self.last.take() {
             Some((last, same, plan)) if last == entry && same == sizes => plan,
-            _ => {
-                let Entry { launches, outputs } = &self.program.manifest.entries[entry];
-                arena::plan(&self.program.manifest, launches, outputs, &sizes)
-            }
+            _ => arena::plan(manifest, launches, outputs, &sizes),
         };
-        self.arena.ensure(plan.size)?;
-        let derived = inputs.derived().into_iter().map(|(k, v)| (k.to_string(), v)).collect();
-        let bound = Bound { ints: derived, inputs, plan: &plan };
-        let launches = &self.program.manifest.entries[entry].launches;
-        let memory = self.memory(launches, &sizes, &bound)?;
-        let mut profile = self.profile.take();
-        self.pool.install(|| {
-            for (launch, born) in launches.iter().zip(&plan.born) {
-                if self.poison {
-                    born.iter().for_each(|id| poison(&memory[id]));
-                }
-                self.launch(launch, &sizes, &memory, &mut profile);
+        home.grow_arena(backend.as_mut(), plan.size)?;
+        home.bind(backend.as_mut(), manifest, launches, &sizes, inputs)?;
+        let mut jobs = vec![];
+        let mut poisoned = vec![];
+        for (launch, born) in launches.iter().zip(&plan.born) {
+            if self.poison {
+                let place = |&id: &BufferId| home.locate(manifest, id, &sizes, &plan);
+                poisoned.extend(born.iter().map(place).collect::<Result<Vec<_>, _>>()?);
             }
-        });
-        self.profile = profile;
-        drop(memory);
-        self.peak = self.peak.max(self.held());
+            if let Some(job) = home.job(manifest, launch, &sizes, &plan)? {
+                jobs.push(Job { poisoned: std::mem::take(&mut poisoned), ..job });
+            }
+        }
+        backend.run(&jobs, self.profile.as_mut())?;
+        self.peak = self.peak.max(backend.held());
         self.last = Some((entry.to_string(), sizes, plan));
         Ok(())
     }
@@ -300,188 +266,208 @@ impl Session {
     /// Gives weights that start from a value of others that value: the entry `init` computes it.
     pub fn initialise(&mut self) -> Result<(), RuntimeError> {
         const INIT: &str = "init";
-        if !self.program.manifest.entries.contains_key(INIT) {
+        if !self.manifest.entries.contains_key(INIT) {
             return Ok(());
         }
         self.run(INIT, &Inputs::default())?;
         for name in self.outputs() {
-            let index = self.program.manifest.tensors.iter().position(|t| t.name == name && t.trainable.is_some());
+            let index = self.manifest.tensors.iter().position(|t| t.name == name && t.trainable.is_some());
             let value = self.output(&name).map(|(_, x)| x.to_vec());
             let (Some(index), Some(value)) = (index, value) else {
                 return Err(RuntimeError::input(name, "has no value to start from"));
             };
-            self.values_mut(index).copy_from_slice(&value);
+            self.set_values(index, &value)?;
         }
         Ok(())
     }
 
     /// Shape and content of an output of the last run.
-    pub fn output(&self, name: &str) -> Option<(Vec<u64>, &[f32])> {
+    pub fn output(&self, name: &str) -> Option<(Vec<u64>, Cow<'_, [f32]>)> {
         let (entry, sizes, plan) = self.last.as_ref()?;
-        let output = self.program.manifest.entries[entry].outputs.iter().find(|o| o.name == name)?;
+        let output = self.manifest.entries[entry].outputs.iter().find(|o| o.name == name)?;
         let shape: Vec<u64> = output.shape.iter().map(|e| e.eval(sizes)).collect();
         let length = shape.iter().product::<u64>() as usize;
-        let data = match self.program.manifest.buffers[output.buffer].storage {
-            Storage::Temporary => &self.arena[plan.offsets.get(&output.buffer).copied()?..],
-            Storage::Gradient { index } => &self.flat("gradients")[self.places[index]..],
-            Storage::Prepared => &self.prepared.get(&output.buffer)?[..],
-            _ => return None,
-        };
-        Some((shape, data.get(..length)?))
+        let place = self.home.locate(&self.manifest, output.buffer, sizes, plan).ok()?;
+        let place = (length <= place.length).then_some(Place { length, ..place })?;
+        Some((shape, self.backend.read(place).ok()?))
     }
 
     /// Names of the last run's outputs.
     pub fn outputs(&self) -> Vec<String> {
-        let entry = self.last.as_ref().map(|(entry, ..)| &self.program.manifest.entries[entry]);
+        let entry = self.last.as_ref().map(|(entry, ..)| &self.manifest.entries[entry]);
         entry.map_or(vec![], |e: &Entry| e.outputs.iter().map(|o| o.name.clone()).collect())
     }
 
-    /// One of the optimizer's vectors: `values`, `gradients`, `m`, `v`, `decay`.
-    pub fn flat(&self, name: &str) -> &[f32] {
-        &self.flats[name]
+    /// How many values train.
+    pub fn trainable(&self) -> usize {
+        self.home.values()
     }
 
-    pub fn flat_mut(&mut self, name: &str) -> &mut [f32] {
-        self.flats.get_mut(name).expect("one of the flat vectors")
+    /// One of the optimizer's vectors: `values`, `gradients`, `m`, `v`, `decay`.
+    pub fn flat(&self, name: &str) -> Result<Cow<'_, [f32]>, RuntimeError> {
+        self.backend.read(self.home.flats[name])
+    }
+
+    /// Gives one of them other numbers, as many as it has.
+    pub fn set_flat(&mut self, name: &str, numbers: &[f32]) -> Result<(), RuntimeError> {
+        let place = self.home.flats[name];
+        assert_eq!(numbers.len(), place.length, "all of `{name}`");
+        self.backend.write(place.block, 0, Words::Floats(numbers))
     }
 
     /// The trainable values of tensor `index`, as they are now.
-    pub fn values(&self, index: usize) -> &[f32] {
-        let length = self.program.manifest.tensors[index].trainable_elements() as usize;
-        &self.flat("values")[self.places[index]..self.places[index] + length]
+    pub fn values(&self, index: usize) -> Result<Cow<'_, [f32]>, RuntimeError> {
+        self.backend.read(self.values_of(index))
     }
 
-    pub fn values_mut(&mut self, index: usize) -> &mut [f32] {
-        let length = self.program.manifest.tensors[index].trainable_elements() as usize;
-        let start = self.places[index];
-        &mut self.flat_mut("values")[start..start + length]
+    /// Gives them others.
+    pub fn set_values(&mut self, index: usize, values: &[f32]) -> Result<(), RuntimeError> {
+        let place = self.values_of(index);
+        assert_eq!(values.len(), place.length, "all that train of `{}`", self.manifest.tensors[index].name);
+        self.backend.write(place.block, place.start, Words::Floats(values))
+    }
+
+    fn values_of(&self, index: usize) -> Place {
+        let length = self.manifest.tensors[index].trainable_elements() as usize;
+        Place { start: self.home.places[index], length, ..self.home.flats["values"] }
     }
 
     /// The most memory weights, packed weights, optimizer and temporaries took at once, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.peak
     }
+}
 
-    fn held(&self) -> u64 {
-        let tensors = self.tensors.iter().flatten().map(Numbers::bytes).sum::<u64>();
-        let prepared = self.prepared.values().map(Numbers::bytes).sum::<u64>();
-        let flats = self.flats.values().map(Numbers::bytes).sum::<u64>();
-        tensors + prepared + flats + self.arena.bytes()
+/// A block of its own.
+fn whole(backend: &mut dyn Backend, length: usize) -> Result<Place, RuntimeError> {
+    Ok(Place { block: backend.alloc(length)?, start: 0, length })
+}
+
+/// By buffer and by tensor: the last of the launches that prepare to read it, `usize::MAX` if an entry does.
+fn last_reads(manifest: &Manifest, launches: &[Launch]) -> (Vec<Option<usize>>, Vec<Option<usize>>) {
+    let mut buffers = vec![None; manifest.buffers.len()];
+    let mut tensors = vec![None; manifest.tensors.len()];
+    let prepare = launches.iter().enumerate().flat_map(|(at, l)| l.buffers.iter().map(move |&b| (at, b)));
+    let entries = manifest.entries.values();
+    let runs = entries.clone().flat_map(|e| &e.launches).flat_map(|l| &l.buffers);
+    let outputs = entries.flat_map(|e| e.outputs.iter().map(|o: &Output| &o.buffer));
+    for (at, id) in prepare.chain(runs.chain(outputs).map(|&id| (usize::MAX, id))) {
+        buffers[id] = Some(at);
+        if let Storage::Tensor { index, .. } = manifest.buffers[id].storage {
+            tensors[index] = Some(at);
+        }
+    }
+    (buffers, tensors)
+}
+
+impl Home {
+    /// How many values train.
+    fn values(&self) -> usize {
+        self.flats["values"].length
     }
 
-    /// Descriptors of all buffers that `launches` name.
-    fn memory(
-        &self,
+    /// Makes room for `size` temporaries; what was there need not stay.
+    fn grow_arena(&mut self, backend: &mut dyn Backend, size: usize) -> Result<(), RuntimeError> {
+        if size > self.arena.length {
+            // Never both the old and the new one at once.
+            backend.free(self.arena.block);
+            self.arena.length = 0;
+            self.arena = whole(backend, size)?;
+        }
+        Ok(())
+    }
+
+    /// Brings what was given to where the launches read it; checks that it has the size they want.
+    fn bind(
+        &mut self,
+        backend: &mut dyn Backend,
+        manifest: &Manifest,
         launches: &[Launch],
         sizes: &Sizes,
-        bound: &Bound,
-    ) -> Result<HashMap<usize, Memory>, RuntimeError> {
-        let mut memory = HashMap::new();
+        inputs: &Inputs,
+    ) -> Result<(), RuntimeError> {
+        let derived = inputs.derived();
+        let mut bound = vec![];
         for &id in launches.iter().flat_map(|l| &l.buffers) {
-            if memory.contains_key(&id) {
+            let buffer = &manifest.buffers[id];
+            let Storage::Input(name) = &buffer.storage else { continue };
+            if bound.contains(&name) {
                 continue;
             }
-            let buffer = &self.program.manifest.buffers[id];
-            let size = buffer.elements(sizes) as usize;
-            let start = self.locate(id, buffer, size, bound)?;
-            memory.insert(id, Memory { allocated: start, aligned: start, offset: 0, size: size as i64, stride: 1 });
+            bound.push(name);
+            let words = match buffer.element {
+                Element::I32 => derived.get(&name[..]).or_else(|| inputs.ints.get(name)).map(|x| Words::Ints(x)),
+                Element::F32 => inputs.floats.get(name).map(|x| Words::Floats(x)),
+            };
+            let words = words.ok_or_else(|| RuntimeError::input(name, "is missing"))?;
+            let (found, size) = (words.len(), buffer.elements(sizes));
+            if found as u64 != size {
+                return Err(RuntimeError::input(name, format!("{found} values where this batch needs {size}")));
+            }
+            let place = match self.inputs.get(name) {
+                Some(place) if place.length >= found => *place,
+                other => {
+                    if let Some(small) = other {
+                        backend.free(small.block);
+                    }
+                    self.inputs.remove(name);
+                    whole(backend, found)?
+                }
+            };
+            self.inputs.insert(name.clone(), place);
+            backend.write(place.block, 0, words)?;
         }
-        Ok(memory)
+        Ok(())
     }
 
-    /// Where a buffer of `size` elements begins; checks that what is bound to it has that size.
-    fn locate(&self, id: usize, buffer: &Buffer, size: usize, bound: &Bound) -> Result<*mut c_void, RuntimeError> {
-        let check = |name: &str, found: Option<usize>| match found {
-            Some(found) if found == size => Ok(()),
-            Some(found) => Err(RuntimeError::input(name, format!("{found} values where this batch needs {size}"))),
-            None => Err(RuntimeError::input(name, "is missing")),
-        };
-        let outside = || RuntimeError::Device(format!("buffer {id} of {size} numbers lies outside its memory"));
-        let (numbers, start) = match &buffer.storage {
-            Storage::Input(name) if buffer.element == Element::I32 => {
-                let data = bound.ints.get(name).or_else(|| bound.inputs.ints.get(name));
-                check(name, data.map(Vec::len))?;
-                return Ok(data.map_or(std::ptr::null(), |d| d.as_ptr()).cast_mut().cast());
-            }
-            Storage::Input(name) => {
-                let data = bound.inputs.floats.get(name);
-                check(name, data.map(Vec::len))?;
-                return Ok(data.map_or(std::ptr::null(), |d| d.as_ptr()).cast_mut().cast());
-            }
+    /// A launch for sizes that are known; `None` when there is nothing to do.
+    fn job<'a>(
+        &self,
+        manifest: &Manifest,
+        launch: &'a Launch,
+        sizes: &Sizes,
+        plan: &Plan,
+    ) -> Result<Option<Job<'a>>, RuntimeError> {
+        let places = launch.buffers.iter().map(|&id| self.locate(manifest, id, sizes, plan));
+        let places = places.collect::<Result<_, _>>()?;
+        let extents = launch.extents.iter().map(|e| e.eval(sizes)).collect();
+        let units = launch.units.eval(sizes);
+        Ok((units > 0).then_some(Job { launch, places, extents, units, poisoned: vec![] }))
+    }
+
+    /// Where a buffer lies, within its block.
+    fn locate(&self, manifest: &Manifest, id: BufferId, sizes: &Sizes, plan: &Plan) -> Result<Place, RuntimeError> {
+        let buffer: &Buffer = &manifest.buffers[id];
+        let length = buffer.elements(sizes) as usize;
+        let outside = || RuntimeError::Device(format!("buffer {id} of {length} numbers lies outside its memory"));
+        let (block, start) = match &buffer.storage {
+            Storage::Input(name) => (*self.inputs.get(name).ok_or_else(outside)?, 0),
             Storage::Tensor { index, rows } => {
-                let tensor = &self.program.manifest.tensors[*index];
+                let tensor = &manifest.tensors[*index];
                 let start = rows.map_or(0, |(start, _)| start);
                 match tensor.trainable {
                     Some((first, _)) if tensor.trains(*rows) => {
-                        (&self.flats["values"], self.places[*index] + ((start - first) * tensor.row()) as usize)
+                        (self.flats["values"], self.places[*index] + ((start - first) * tensor.row()) as usize)
                     }
                     _ => {
                         let missing = || RuntimeError::input(&tensor.name, "its values are gone");
-                        (self.tensors[*index].as_ref().ok_or_else(missing)?, (start * tensor.row()) as usize)
+                        (self.tensors[*index].ok_or_else(missing)?, (start * tensor.row()) as usize)
                     }
                 }
             }
-            Storage::Gradient { index } => (&self.flats["gradients"], self.places[*index]),
+            Storage::Gradient { index } => (self.flats["gradients"], self.places[*index]),
             Storage::Flat(name) => match self.flats.get(name.as_str()) {
-                Some(flat) => (flat, 0),
+                Some(flat) => (*flat, 0),
                 None => return Err(RuntimeError::input(name, "is no vector of the optimizer")),
             },
-            Storage::Prepared => (self.prepared.get(&id).ok_or_else(outside)?, 0),
-            Storage::Temporary => (&self.arena, *bound.plan.offsets.get(&id).ok_or_else(outside)?),
+            Storage::Prepared => (*self.prepared.get(&id).ok_or_else(outside)?, 0),
+            Storage::Temporary => (self.arena, *plan.offsets.get(&id).ok_or_else(outside)?),
         };
-        if start.checked_add(size).is_none_or(|end| end > numbers.len()) {
+        if start.checked_add(length).is_none_or(|end| end > block.length) {
             return Err(outside());
         }
-        // SAFETY: within the numbers, as just checked.
-        Ok(unsafe { numbers.cells().add(start) }.cast())
+        Ok(Place { block: block.block, start, length })
     }
-
-    fn launch(&self, launch: &Launch, sizes: &Sizes, memory: &HashMap<usize, Memory>, profile: &mut Option<Profile>) {
-        let units = launch.units.eval(sizes) as i64;
-        if units == 0 {
-            return;
-        }
-        let begun = profile.as_ref().map(|_| Instant::now());
-        let buffers: Vec<usize> = launch.buffers.iter().map(|id| &memory[id] as *const Memory as usize).collect();
-        let extents: Vec<i64> = launch.extents.iter().map(|e| e.eval(sizes) as i64).collect();
-        let kernel = self.program.kernels[launch.kernel];
-        let run = |begin: i64, end: i64| {
-            let mut buffers = buffers.clone();
-            let mut numbers = extents.clone();
-            numbers.extend([begin, end]);
-            let pointers = buffers.iter_mut().map(|b| (b as *mut usize).cast::<c_void>());
-            let mut arguments: Vec<*mut c_void> =
-                pointers.chain(numbers.iter_mut().map(|n| (n as *mut i64).cast())).collect();
-            // SAFETY: the manifest names the kernel's arguments in order, every buffer has the size the
-            // manifest gives it (checked when it was bound), and ranges of units write apart.
-            unsafe { kernel(arguments.as_mut_ptr()) };
-        };
-        let work: i64 = launch.buffers.iter().map(|id| memory[id].size).max().unwrap_or(0);
-        let parts = (4 * self.pool.current_num_threads() as i64).min(units);
-        if parts == 1 || work < 4096 {
-            run(0, units);
-        } else {
-            (0..parts).into_par_iter().for_each(|part| run(units * part / parts, units * (part + 1) / parts));
-        }
-        if let (Some(profile), Some(begun)) = (profile, begun) {
-            let entry = profile.entry(launch.op.clone()).or_default();
-            entry.0 += begun.elapsed();
-            entry.1 += 1;
-        }
-    }
-}
-
-/// Makes every number of a temporary NaN.
-fn poison(place: &Memory) {
-    // SAFETY: it lies in the arena, which only the session uses, and no launch runs now.
-    unsafe { std::slice::from_raw_parts_mut(place.aligned.cast::<f32>(), place.size as usize) }.fill(f32::NAN);
-}
-
-/// What a run's inputs are bound to.
-struct Bound<'a> {
-    ints: BTreeMap<String, Vec<i32>>,
-    inputs: &'a Inputs,
-    plan: &'a Plan,
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Artifacts on disk: a directory `NAME.peftc` of `manifest.json` and `kernels.so`.
+//! Artifacts on disk: a directory `NAME.peftc` of `manifest.json` and `kernels.so`, or `kernels.ptx` for a GPU.
 //!
 //! Writing is all or nothing: a sibling directory is filled and then renamed. Reading trusts nothing: an
 //! artifact made by another version, for another processor, or damaged on its way is refused with
@@ -9,10 +9,10 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::artifact::{FORMAT, Manifest};
+use crate::device;
 use crate::validate::validate;
 
 pub const MANIFEST: &str = "manifest.json";
-pub const LIBRARY: &str = "kernels.so";
 
 const MEND: &str = "compile it again with `peftc compile SPEC -o ARTIFACT`";
 
@@ -32,6 +32,8 @@ pub enum StoreError {
     Arch { path: PathBuf, found: String, here: &'static str },
     #[error("`{path}` was compiled for a processor with {missing}, which this one lacks; {MEND} on this machine")]
     Features { path: PathBuf, missing: String },
+    #[error("`{path}` was compiled for a GPU of {arch} or later: {why}; compile for this machine with `--target cpu`")]
+    Gpu { path: PathBuf, arch: String, why: String },
 }
 
 /// Writes `manifest` and the library at `library` as the artifact `path`, in place of an older one.
@@ -56,7 +58,7 @@ pub fn save(path: &Path, manifest: &Manifest, library: &Path) -> Result<(), Stor
     let text = sealed(text);
 
     let fresh = sibling(parent).map_err(failed(parent))?;
-    for (name, bytes) in [(LIBRARY, &code), (MANIFEST, &text)] {
+    for (name, bytes) in [(manifest.library_name(), &code), (MANIFEST, &text)] {
         write_synced(&fresh.path().join(name), bytes).map_err(failed(&path.join(name)))?;
     }
     // An older artifact steps aside, so that one of the two stands whatever happens.
@@ -126,6 +128,14 @@ pub fn load(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
 
 /// This machine's processor has what the kernels were compiled for. `path` is for the message.
 pub fn runs_here(path: &Path, manifest: &Manifest) -> Result<(), StoreError> {
+    if let Some(least) = manifest.gpu() {
+        let why = match device::gpus() {
+            Ok(gpus) if gpus.first().is_some_and(|gpu| gpu.capability >= least) => return Ok(()),
+            Ok(gpus) => gpus.first().map_or("there is none here".into(), |gpu| format!("here is {gpu}")),
+            Err(error) => error.to_string(),
+        };
+        return Err(StoreError::Gpu { path: path.to_path_buf(), arch: manifest.arch.clone(), why });
+    }
     let here = std::env::consts::ARCH;
     if manifest.arch != here {
         return Err(StoreError::Arch { path: path.to_path_buf(), found: manifest.arch.clone(), here });
@@ -139,7 +149,7 @@ pub fn runs_here(path: &Path, manifest: &Manifest) -> Result<(), StoreError> {
 
 /// Reads the artifact `path`, whichever machine it is for.
 pub fn open(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
-    let (file, library) = (path.join(MANIFEST), path.join(LIBRARY));
+    let file = path.join(MANIFEST);
     let read = |file: &Path| {
         fs::read(file).map_err(|source| StoreError::Read {
             path: file.to_path_buf(),
@@ -166,6 +176,7 @@ pub fn open(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
     let manifest: Manifest = serde_json::from_value(value).map_err(|e| damaged(&file, e.to_string()))?;
     validate(&manifest).map_err(|why| damaged(&file, why))?;
 
+    let library = path.join(manifest.library_name());
     if blake3::hash(&read(&library)?).to_hex().as_str() != manifest.library {
         return Err(damaged(&library, "it is not the library its manifest was written with".into()));
     }

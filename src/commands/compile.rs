@@ -58,7 +58,6 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
 
 fn compile(arguments: &Arguments) -> Result<(), Failure> {
     let source = &arguments.source;
-    source.check_target()?;
     let begun = Instant::now();
     let model = spec::load(&source.path, &source.set, super::color())?;
     let checked = begun.elapsed();

@@ -34,7 +34,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
     session.initialise()?;
     if let Some(path) = &arguments.adapter {
-        adapters::apply(&mut session, &adapters::load(&model, path)?);
+        adapters::apply(&mut session, &adapters::load(&model, path)?)?;
     }
     let figures = training::evaluate(&mut session, &model, &data)?;
     super::print(&format!("{}: {} examples, {}", arguments.data.display(), data.len(), figures.describe()));

@@ -43,7 +43,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         session.initialise()?;
     }
     if let Some(path) = &arguments.adapter {
-        adapters::apply(&mut session, &adapters::load(&ready.model, path)?);
+        adapters::apply(&mut session, &adapters::load(&ready.model, path)?)?;
     }
     let results = exchange::run(&mut session, &ready.model, &arguments.entry, &padded, [arguments.seed as i32, 0])?;
     adapter::save(&arguments.output, &results)?;

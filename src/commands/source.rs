@@ -22,7 +22,8 @@ pub struct Source {
     /// Set a value of the spec, such as `train.steps=20`
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
     pub set: Vec<(String, String)>,
-    /// What to compile for: `cpu`, a level of processors such as `cpu:x86-64-v3`, or `cuda:sm_70` to look at its stages
+    /// What to compile for: `cpu`, a level of processors such as `cpu:x86-64-v3`, `cuda`, or a GPU
+    /// such as `cuda:sm_80`
     #[arg(long, default_value = "cpu")]
     pub target: String,
     /// Leave out fusion rules, by name; all of them without one
@@ -62,22 +63,23 @@ impl Source {
         self.target.parse().map_err(Failure::Usage)
     }
 
-    /// Refuses targets that nothing runs on.
+    /// Refuses targets that are none, or that nothing here runs.
     pub fn check_target(&self) -> Result<(), Failure> {
         #[cfg(feature = "compiler")]
         self.machine()?;
         match self.target.split_once(':').map_or(&self.target[..], |(kind, _)| kind) {
-            "cpu" => return Ok(()),
-            "cuda" => {}
-            _ => return Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
+            "cpu" => Ok(()),
+            "cuda" => {
+                let why = match peft_runtime::device::gpus() {
+                    Ok(gpus) if !gpus.is_empty() => return Ok(()),
+                    Ok(_) => "the driver shows no GPU".into(),
+                    Err(error) => error.to_string(),
+                };
+                let mend = "leave `--target` out to run on the CPU";
+                Err(Failure::Usage(format!("`{}` cannot run here: {why}; {mend}", self.target)))
+            }
+            _ => Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
         }
-        let here = match peft_runtime::device::gpus() {
-            Ok(gpus) => gpus.iter().map(|gpu| gpu.to_string()).collect::<Vec<_>>().join(", "),
-            Err(error) => error.to_string(),
-        };
-        Err(Failure::Usage(format!(
-            "this peftc runs nothing on CUDA yet; leave `--target` out to run on the CPU (GPUs here: {here})"
-        )))
     }
 
     /// The model and its program, compiled now, found in the cache, or loaded.

@@ -180,7 +180,11 @@ fn compile_run_and_refuse_damaged_artifacts() {
     }
     bench.refuses(&["compile", IR, "--emit", "asm"], 2, &["the stages are ast, model"]);
     bench.refuses(&["compile", IR, "--emit", "ptx"], 2, &["`--target cuda`"]);
-    bench.refuses(&["compile", IR, "--target", "cuda"], 2, &["runs nothing on CUDA yet"]);
+    bench.refuses(
+        &["run", IR, "--target", "cuda", "--entry", "grad", "--inputs", "a", "-o", "b"],
+        2,
+        &["`cuda` cannot run here"],
+    );
     bench.refuses(&["compile", IR, "--target", "cuda:sm_61", "--emit", "loops"], 2, &["sm_70, sm_80, sm_90"]);
     bench.refuses(&["compile", IR, "--target", "gpu"], 2, &["it is `cpu` or `cuda`"]);
     #[cfg(target_arch = "x86_64")]

@@ -2,7 +2,7 @@
 //! checked.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::process::Command;
 
 use peft_grammar::model::{Model, Precision};
 use peft_passes::codegen;
@@ -10,9 +10,10 @@ use peft_passes::cuda::{Chip, WARP, WARPS};
 use peft_passes::dialect::Dialect;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::Options;
-use peft_runtime::artifact::{Buffer, Launch, Manifest, Sizes, Storage};
-use peft_runtime::{Inputs, RuntimeError};
-use peftc::exchange::{self, Engine};
+use peft_runtime::adapter::{self, Data};
+use peft_runtime::backend::{Backend, Block, Job, Place, Words};
+use peft_runtime::{Inputs, Profile, RuntimeError, Session};
+use peftc::exchange;
 use ptx_sim::{Arg, Gpu, Module, Ptr};
 
 use crate::fixtures::{self, Fixture};
@@ -21,143 +22,81 @@ use crate::parity;
 /// Blocks of a launch, at most.
 const BLOCKS: u64 = 4;
 
-/// A program in the interpreter, with its memory: each buffer apart, so that nothing reads or writes beyond it unseen.
+/// A GPU that is none.
 struct Simulated {
-    manifest: Manifest,
     module: Module,
+    kernels: Vec<String>,
     gpu: Gpu,
-    tensors: Vec<Ptr>,
-    /// Where each tensor's trainable values begin in the flat vectors.
-    places: Vec<usize>,
-    flats: BTreeMap<String, Ptr>,
-    values: u64,
-    prepared: HashMap<usize, Ptr>,
-    /// The last run, and where its temporaries lie.
-    last: Option<(String, Sizes, HashMap<usize, Ptr>)>,
+    blocks: Vec<Option<Ptr>>,
 }
 
 impl Simulated {
-    fn new(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Self {
-        let machine = Machine::Cuda(chip);
-        let lowered = parity::lowered(fixture, model, &Options { machine, ..parity::fused(fused) });
-        let dialect = Dialect::new().expect("a dialect");
-        let text = codegen::ptx(&dialect, &lowered.kernels, machine).unwrap_or_else(|e| panic!("{e}"));
-        let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
-        let weights = exchange::weights(&fixture.file, model, &fixture.path).expect("weights");
-        let manifest = lowered.manifest;
-        let mut gpu = Gpu::new();
-        let (mut values, mut decay, mut places) = (vec![], vec![], vec![]);
-        for (tensor, data) in manifest.tensors.iter().zip(&weights) {
-            places.push(values.len());
-            let (from, length) = (tensor.trainable.map_or(0, |(start, _)| start), tensor.trainable_elements() as usize);
-            values.extend_from_slice(&data[(from * tensor.row()) as usize..][..length]);
-            decay.extend(vec![f32::from(u8::from(tensor.decay)); length]);
-        }
-        let count = values.len();
-        let zeros = vec![0.0; count];
-        let flats = [("values", &values), ("decay", &decay), ("m", &zeros), ("v", &zeros)];
-        let mut flats: BTreeMap<String, Ptr> =
-            flats.into_iter().map(|(name, x)| (name.to_string(), gpu.alloc_f32(x))).collect();
-        flats.insert("gradients".into(), gpu.alloc_unwritten(4 * count));
-        let tensors = weights.iter().map(|w| gpu.alloc_f32(w)).collect();
-        let (values, prepared) = (count as u64, HashMap::new());
-        let mut simulated = Simulated { manifest, module, gpu, tensors, places, flats, values, prepared, last: None };
-        let launches = std::mem::take(&mut simulated.manifest.prepare);
-        let sizes = Sizes { values, ..Sizes::default() };
-        simulated.launches(&launches, &sizes, &Inputs::default());
-        simulated
-    }
-
-    /// All of them in their order; gives the temporaries.
-    fn launches(&mut self, launches: &[Launch], sizes: &Sizes, inputs: &Inputs) -> HashMap<usize, Ptr> {
-        let ids: BTreeSet<usize> = launches.iter().flat_map(|l| l.buffers.iter().copied()).collect();
-        let buffers: Vec<(usize, Buffer)> = ids.into_iter().map(|id| (id, self.manifest.buffers[id].clone())).collect();
-        let place = |(id, buffer): (usize, Buffer)| (id, self.locate(id, &buffer, sizes, inputs));
-        let mut bound: HashMap<usize, Ptr> = buffers.into_iter().map(place).collect();
-        for launch in launches {
-            let units = launch.units.eval(sizes);
-            if units > 0 {
-                let pointers = launch.buffers.iter().map(|id| Arg::Ptr(bound[id]));
-                let extents = launch.extents.iter().map(|e| Arg::U64(e.eval(sizes)));
-                let args: Vec<Arg> = pointers.chain(extents).chain([Arg::U64(units)]).collect();
-                let (kernel, blocks) = (&self.manifest.kernels[launch.kernel], units.min(BLOCKS) as u32);
-                let ran = self.gpu.launch(&self.module, kernel, blocks, (WARP * WARPS) as u32, 0, &args);
-                ran.unwrap_or_else(|e| panic!("{}: {e}", launch.op));
-            }
-        }
-        bound.retain(|id, _| self.manifest.buffers[*id].storage == Storage::Temporary);
-        bound
-    }
-
-    fn locate(&mut self, id: usize, buffer: &Buffer, sizes: &Sizes, inputs: &Inputs) -> Ptr {
-        let bytes = 4 * buffer.elements(sizes) as usize;
-        let after = |ptr: Ptr, numbers: u64| ptr.offset(4 * numbers);
-        match &buffer.storage {
-            Storage::Input(name) => {
-                if let Some(x) = inputs.floats.get(name) {
-                    return self.gpu.alloc_f32(x);
-                }
-                let derived = inputs.derived();
-                let ints = derived.get(&name[..]).or_else(|| inputs.ints.get(name));
-                self.gpu.alloc_i32(ints.unwrap_or_else(|| panic!("`{name}` is missing")))
-            }
-            Storage::Tensor { index, rows } => {
-                let tensor = &self.manifest.tensors[*index];
-                let start = rows.map_or(0, |(start, _)| start);
-                match tensor.trainable {
-                    Some((first, _)) if tensor.trains(*rows) => {
-                        after(self.flats["values"], self.places[*index] as u64 + (start - first) * tensor.row())
-                    }
-                    _ => after(self.tensors[*index], start * tensor.row()),
-                }
-            }
-            Storage::Gradient { index } => after(self.flats["gradients"], self.places[*index] as u64),
-            Storage::Flat(name) => self.flats[name],
-            Storage::Prepared => *self.prepared.entry(id).or_insert_with(|| self.gpu.alloc_unwritten(bytes)),
-            Storage::Temporary => self.gpu.alloc_unwritten(bytes),
-        }
+    fn address(&self, place: &Place) -> Ptr {
+        self.blocks[place.block.0].expect("a block in use").offset(4 * place.start as u64)
     }
 }
 
-impl Engine for Simulated {
-    fn manifest(&self) -> &Manifest {
-        &self.manifest
+impl Backend for Simulated {
+    fn alloc(&mut self, length: usize) -> Result<Block, RuntimeError> {
+        self.blocks.push(Some(self.gpu.alloc(vec![0; 4 * length])));
+        Ok(Block(self.blocks.len() - 1))
     }
 
-    fn run(&mut self, entry: &str, inputs: &Inputs) -> Result<(), RuntimeError> {
-        let sizes = inputs.sizes(self.values as usize)?;
-        let launches = self.manifest.entries[entry].launches.clone();
-        let temporaries = self.launches(&launches, &sizes, inputs);
-        if let Some((.., before)) = self.last.replace((entry.into(), sizes, temporaries)) {
-            before.into_values().for_each(|ptr| self.gpu.free(ptr));
+    fn free(&mut self, block: Block) {
+        self.gpu.free(self.blocks[block.0].take().expect("a block in use"));
+    }
+
+    fn write(&mut self, block: Block, start: usize, words: Words) -> Result<(), RuntimeError> {
+        let to = self.address(&Place { block, start, length: words.len() });
+        match words {
+            Words::Floats(x) => self.gpu.write_f32(to, x),
+            Words::Ints(x) => self.gpu.write_i32(to, x),
         }
         Ok(())
     }
 
-    fn outputs(&self) -> Vec<String> {
-        let entry = self.last.as_ref().map(|(entry, ..)| &self.manifest.entries[entry]);
-        entry.map_or(vec![], |e| e.outputs.iter().map(|o| o.name.clone()).collect())
+    fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError> {
+        let bytes = self.gpu.read(self.address(&place), 4 * place.length);
+        Ok(bytes.chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().expect("four"))).collect())
     }
 
-    fn output(&self, name: &str) -> Option<(Vec<u64>, Cow<'_, [f32]>)> {
-        let (entry, sizes, temporaries) = self.last.as_ref()?;
-        let output = self.manifest.entries[entry].outputs.iter().find(|o| o.name == name)?;
-        let shape: Vec<u64> = output.shape.iter().map(|e| e.eval(sizes)).collect();
-        let data = match self.manifest.buffers[output.buffer].storage {
-            Storage::Temporary => self.gpu.read_f32(temporaries[&output.buffer]),
-            Storage::Gradient { index } => self.gpu.read_f32(self.flats["gradients"]).split_off(self.places[index]),
-            Storage::Prepared => self.gpu.read_f32(self.prepared[&output.buffer]),
-            _ => return None,
-        };
-        let length = shape.iter().product::<u64>() as usize;
-        Some((shape, data.get(..length)?.to_vec().into()))
+    fn run(&mut self, jobs: &[Job], _: Option<&mut Profile>) -> Result<(), RuntimeError> {
+        for job in jobs {
+            for place in &job.poisoned {
+                self.gpu.erase(self.address(place), 4 * place.length);
+            }
+            let pointers = job.places.iter().map(|place| Arg::Ptr(self.address(place)));
+            let extents = job.extents.iter().map(|&n| Arg::U64(n));
+            let args: Vec<Arg> = pointers.chain(extents).chain([Arg::U64(job.units)]).collect();
+            let (kernel, blocks) = (&self.kernels[job.launch.kernel], job.units.div_ceil(WARPS).min(BLOCKS) as u32);
+            let ran = self.gpu.launch(&self.module, kernel, blocks, (WARP * WARPS) as u32, 0, &args);
+            ran.unwrap_or_else(|e| panic!("{}: {e}", job.launch.op));
+        }
+        Ok(())
     }
+
+    fn held(&self) -> u64 {
+        0
+    }
+}
+
+fn session(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Session {
+    let machine = Machine::Cuda(chip);
+    let lowered = parity::lowered(fixture, model, &Options { machine, ..parity::fused(fused) });
+    let dialect = Dialect::new().expect("a dialect");
+    let text = codegen::ptx(&dialect, &lowered.kernels, machine).unwrap_or_else(|e| panic!("{e}"));
+    let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
+    let kernels = lowered.manifest.kernels.clone();
+    let simulated = Simulated { module, kernels, gpu: Gpu::new(), blocks: vec![] };
+    let weights = exchange::weights(&fixture.file, model, &fixture.path).expect("weights");
+    let mut session = Session::on(Box::new(simulated), lowered.manifest, weights).expect("a session");
+    session.poison = true;
+    session
 }
 
 fn steps(prefix: &str, chip: Chip, fused: bool) {
     parity::check(prefix, Precision::F32, |fixture, model, padded| {
-        let mut simulated = Simulated::new(fixture, model, chip, fused);
-        exchange::run(&mut simulated, model, "grad", padded, [0, 0]).expect("a run")
+        exchange::run(&mut session(fixture, model, chip, fused), model, "grad", padded, [0, 0]).expect("a run")
     });
 }
 
@@ -194,22 +133,54 @@ fn updates_in_ptx() {
     let fixture = fixtures::all("gpt2_lora_qv").remove(0);
     let model = fixture.model();
     let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
-    let mut session = parity::session(&fixture, &model, &parity::fused(true));
-    let mut simulated = Simulated::new(&fixture, &model, Chip::Sm80, true);
+    let mut sessions =
+        [parity::session(&fixture, &model, &parity::fused(true)), session(&fixture, &model, Chip::Sm80, true)];
     for step in 1..3 {
         let (beta1, beta2) = (0.9_f32, 0.999_f32);
         let biases = [1.0 - beta1, 1.0 - beta2, 1.0 - beta1.powi(step), 1.0 - beta2.powi(step)];
         let hyper = [&[1e-2, beta1, beta2, 1e-8, 0.1, 0.1], &biases[..]].concat();
         let batch = padded.inputs([3, step]);
         let hyper = Inputs { floats: [("hyper".to_string(), hyper)].into(), ..Inputs::default() };
-        for (entry, inputs) in [("train", &batch), ("update", &hyper)] {
-            session.run(entry, inputs).expect("a run");
-            Engine::run(&mut simulated, entry, inputs).expect("a run");
+        for session in &mut sessions {
+            session.run("train", &batch).expect("a run");
+            session.run("update", &hyper).expect("a run");
         }
-        let found = simulated.gpu.read_f32(simulated.flats["values"]);
+        let [want, found] = [0, 1].map(|i| sessions[i].flat("values").expect("read"));
         let close = |(x, y): (&f32, &f32)| (x - y).abs() <= 1e-5 * y.abs().max(1e-2);
-        assert!(found.iter().zip(session.flat("values")).all(close), "step {step}");
-        let norms = [session.output("grad_norm").map(|(_, x)| x[0]), simulated.output("grad_norm").map(|(_, x)| x[0])];
-        assert!(norms[0].zip(norms[1]).is_some_and(|(x, y)| x > 0.1 && (x - y).abs() < 1e-5 * x), "{norms:?}");
+        assert!(found.iter().zip(want.iter()).all(close), "step {step}");
+        let [want, found] = [0, 1].map(|i| sessions[i].output("grad_norm").expect("an output").1[0]);
+        assert!(want > 0.1 && (want - found).abs() < 1e-5 * want, "{found}, not {want}");
+    }
+}
+
+/// The program itself, with a driver in its way that is none: artifacts, the driver's calls, training.
+#[test]
+fn a_gpu_by_its_driver() {
+    let driver = std::env::current_exe().expect("a path").with_file_name("libcuda_sim.so");
+    assert!(driver.is_file(), "{} is built with the tests", driver.display());
+    let fixture = fixtures::all("gpt2_lora_qv").remove(0);
+    let folder = tempfile::tempdir().expect("a directory");
+    // Under the driver's own name, where no other test finds it.
+    std::os::unix::fs::symlink(&driver, folder.path().join("libcuda.so")).expect("linked");
+    let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    std::fs::write(at("f.peft"), fixture.spec()).expect("written");
+    let peftc = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_peftc"));
+        command.env("LD_LIBRARY_PATH", folder.path()).env("PEFTC_CACHE", "");
+        let ran = command.args(arguments).output().expect("it starts");
+        assert!(ran.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&ran.stderr));
+    };
+    peftc(&["compile", &at("f.peft"), "--target", "cuda", "-o", &at("f.peftc")]);
+    let inputs = fixture.path.to_string_lossy();
+    peftc(&["run", &at("f.peftc"), "--entry", "grad", "--inputs", &inputs, "-o", &at("found")]);
+    peftc(&["run", &at("f.peft"), "--entry", "grad", "--inputs", &inputs, "-o", &at("want")]);
+    let [found, want] =
+        ["found", "want"].map(|name| adapter::load(&folder.path().join(name)).expect("tensors").tensors);
+    assert_eq!(found.len(), want.len());
+    for (name, want) in want {
+        let (Data::F32(want), Data::F32(found)) = (want.data, &found[&name].data) else { panic!("`{name}` in f32") };
+        let largest = want.iter().fold(1e-3_f32, |m, x| m.max(x.abs()));
+        let close = |(x, y): (&f32, &f32)| (x - y).abs() <= 1e-4 * largest;
+        assert!(found.len() == want.len() && found.iter().zip(&want).all(close), "`{name}`");
     }
 }

@@ -31,7 +31,7 @@ fn ten_steps() {
         for (index, param) in model.params.iter().enumerate() {
             let Some((start, _)) = session.manifest().tensors[index].trainable else { continue };
             let want = fixture.floats(&format!("final.{}", param.name));
-            let found = session.values(index);
+            let found = session.values(index).expect("read");
             let from = start as usize * session.manifest().tensors[index].row() as usize;
             let want = &want[from..from + found.len()];
             let largest = want.iter().fold(0.0_f64, |m, x| m.max(f64::from(x.abs())));

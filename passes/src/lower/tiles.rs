@@ -127,7 +127,7 @@ impl Lowering<'_, '_, '_> {
     ) {
         let tiles = |n: &Extent| Extent::CeilDiv(Box::new(n.clone()), TILE);
         let (down, across) = (tiles(&m), tiles(&n));
-        let units = batch * down.clone() * across.clone();
+        let units = batch * down.clone() * across.clone() * Extent::Const(WARPS);
         let [rows_a, rows_b] = [left.contiguous, right.contiguous];
         let mut sizes = vec![m, n, depth, down, across];
         sizes.extend(left.sizes());

@@ -95,11 +95,11 @@ fn foreign_artifacts() {
 #[test]
 fn damaged_artifacts() {
     let (_home, path) = stored(&manifest());
-    fs::write(path.join(LIBRARY), b"cod").unwrap();
-    assert!(refusal(&path).contains(LIBRARY));
-    fs::remove_file(path.join(LIBRARY)).unwrap();
-    assert!(refusal(&path).contains(LIBRARY));
-    fs::write(path.join(LIBRARY), b"code").unwrap();
+    fs::write(path.join("kernels.so"), b"cod").unwrap();
+    assert!(refusal(&path).contains("kernels.so"));
+    fs::remove_file(path.join("kernels.so")).unwrap();
+    assert!(refusal(&path).contains("kernels.so"));
+    fs::write(path.join("kernels.so"), b"code").unwrap();
     load(&path).unwrap();
 
     let text = fs::read(path.join(MANIFEST)).unwrap();

@@ -58,6 +58,11 @@ impl Default for Options {
 pub struct Ptr(u64);
 
 impl Ptr {
+    /// What [`Ptr::address`] gave.
+    pub fn at(address: u64) -> Ptr {
+        Ptr(address)
+    }
+
     /// So many bytes on.
     pub fn offset(self, bytes: u64) -> Ptr {
         Ptr(self.0.wrapping_add(bytes))
@@ -144,7 +149,7 @@ macro_rules! typed {
             /// The whole buffer that begins here. Panics where it holds bytes that nothing has written.
             pub fn $read(&self, ptr: Ptr) -> Vec<$type> {
                 const SIZE: usize = size_of::<$type>();
-                let bytes = self.read(ptr);
+                let bytes = self.whole(ptr);
                 bytes.chunks_exact(SIZE).map(|x| <$type>::from_le_bytes(x.try_into().expect("their size"))).collect()
             }
 
@@ -175,6 +180,23 @@ impl Gpu {
         Ptr(self.global.add(vec![0; bytes], false))
     }
 
+    /// Reading these bytes of a buffer is a fault until they are written again.
+    pub fn erase(&mut self, ptr: Ptr, bytes: usize) {
+        let region = self.global.find(ptr.0).unwrap_or_else(|| panic!("{ptr:?} is no buffer"));
+        let start = (ptr.0 % GLOBAL_STRIDE) as usize;
+        region.erase(start..start + bytes);
+    }
+
+    /// Bytes of one buffer from here on. Panics where nothing has written them.
+    pub fn read(&self, ptr: Ptr, bytes: usize) -> &[u8] {
+        let region = self.global.get(ptr.0).unwrap_or_else(|| panic!("{ptr:?} is no buffer"));
+        let start = (ptr.0 % GLOBAL_STRIDE) as usize;
+        if let Some(byte) = region.unwritten(start..start + bytes) {
+            panic!("nothing has written byte {byte} of the {} of {ptr:?}", region.content().len());
+        }
+        &region.content()[start..start + bytes]
+    }
+
     /// Touching the buffer from now on is out of bounds. `ptr`: its beginning, or any address in it.
     pub fn free(&mut self, ptr: Ptr) {
         assert!(self.global.remove(ptr.0), "{ptr:?} is no buffer");
@@ -191,13 +213,10 @@ impl Gpu {
         alloc_f64 read_f64 write_f64 f64;
     }
 
-    fn read(&self, ptr: Ptr) -> &[u8] {
-        let region = self.global.get(ptr.0).unwrap_or_else(|| panic!("{ptr:?} is no buffer"));
+    fn whole(&self, ptr: Ptr) -> &[u8] {
         assert_eq!(ptr.0 % GLOBAL_STRIDE, 0, "{ptr:?} is within a buffer");
-        if let Some(byte) = region.unwritten() {
-            panic!("nothing has written byte {byte} of the {} of {ptr:?}", region.content().len());
-        }
-        region.content()
+        let bytes = self.global.get(ptr.0).map_or(0, |region| region.content().len());
+        self.read(ptr, bytes)
     }
 
     fn write(&mut self, ptr: Ptr, content: &[u8]) {

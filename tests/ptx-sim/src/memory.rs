@@ -113,9 +113,15 @@ impl Region {
         self.flags[offset..offset + bytes.len()].iter_mut().for_each(|flags| *flags |= flag::WRITTEN_EVER);
     }
 
-    /// The first byte of this buffer that nothing has written.
-    pub fn unwritten(&self) -> Option<usize> {
-        self.flags.iter().position(|flags| flags & flag::WRITTEN_EVER == 0)
+    /// As if nothing had written these bytes.
+    pub fn erase(&mut self, range: Range<usize>) {
+        self.flags[range].iter_mut().for_each(|flags| *flags &= !flag::WRITTEN_EVER);
+    }
+
+    /// The first of these bytes that nothing has written.
+    pub fn unwritten(&self, range: Range<usize>) -> Option<usize> {
+        let found = self.flags[range.clone()].iter().position(|flags| flags & flag::WRITTEN_EVER == 0);
+        found.map(|at| range.start + at)
     }
 
     fn place(&self, address: u64, bytes: usize, align: u64) -> Result<Range<usize>, FaultKind> {

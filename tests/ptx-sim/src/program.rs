@@ -313,6 +313,17 @@ impl Module {
         Some(self.declared_shared(kernel))
     }
 
+    /// Threads of a block along each axis, if the kernel is for one size of block alone.
+    pub fn block(&self, kernel: &str) -> Option<[u32; 3]> {
+        self.functions.iter().find(|function| function.entry && function.name == kernel)?.block
+    }
+
+    /// Bytes of each of a kernel's parameters.
+    pub fn parameters(&self, kernel: &str) -> Option<Vec<usize>> {
+        let kernel = self.functions.iter().find(|function| function.entry && function.name == kernel)?;
+        Some(kernel.params.iter().map(|slot| slot.bytes).collect())
+    }
+
     pub(crate) fn declared_shared(&self, function: &Function) -> usize {
         function.shared.iter().fold(0, |end, &v| {
             let variable = &self.shared[v];

@@ -6,11 +6,14 @@ use peft_runtime::artifact::Element;
 
 use super::lanes::Form;
 use super::{Buf, F32, INDEX, Kernel, Val};
+use crate::cuda::WARPS;
 
 impl Kernel {
-    /// The units asked for, a block's threads together on each.
+    /// The units asked for, a block's threads together on [`WARPS`] of them: who launches kernels counts in warps.
     pub fn block_units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
         let Form::Warps { units, .. } = self.form else { unreachable!("a processor has no blocks") };
+        let warps = self.index(WARPS);
+        let units = self.div(units, warps);
         let block = self.emit(INDEX, format_args!("gpu.block_id x"));
         let blocks = self.emit(INDEX, format_args!("gpu.grid_dim x"));
         self.fold_by(block, units, blocks, &[], |k, unit, _| {
