@@ -94,25 +94,32 @@ fn session(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Session
     session
 }
 
-fn steps(prefix: &str, chip: Chip, fused: bool) {
-    parity::check(prefix, Precision::F32, |fixture, model, padded| {
+fn steps(prefix: &str, chip: Chip, fused: bool, precision: Precision) {
+    parity::check(prefix, precision, |fixture, model, padded| {
         exchange::run(&mut session(fixture, model, chip, fused), model, "grad", padded, [0, 0]).expect("a run")
     });
 }
 
 #[test]
 fn gpt2_in_ptx() {
-    steps("gpt2_inducer_lora_strong", Chip::Sm70, true);
+    steps("gpt2_inducer_lora_strong", Chip::Sm70, true, Precision::F32);
+}
+
+/// By tensor cores, in f16 and in bf16.
+#[test]
+fn halves_in_ptx() {
+    steps("gpt2_lora_qv", Chip::Sm70, true, Precision::Bf16);
+    steps("bert_lora_qv", Chip::Sm80, true, Precision::Bf16);
 }
 
 #[test]
 fn bert_in_ptx() {
-    steps("bert_mam_inducer", Chip::Sm70, true);
+    steps("bert_mam_inducer", Chip::Sm70, true, Precision::F32);
 }
 
 #[test]
 fn llama_in_ptx() {
-    steps("llama_lora_qv", Chip::Sm90, true);
+    steps("llama_lora_qv", Chip::Sm90, true, Precision::F32);
 }
 
 #[test]
@@ -122,9 +129,11 @@ fn every_fixture_in_ptx() {
         return;
     }
     for backbone in ["gpt2_", "bert_", "roberta_", "llama_"] {
-        steps(backbone, Chip::Sm70, true);
+        steps(backbone, Chip::Sm70, true, Precision::F32);
+        steps(backbone, Chip::Sm70, true, Precision::Bf16);
+        steps(backbone, Chip::Sm80, true, Precision::Bf16);
     }
-    steps("gpt2_inducer_lora_strong", Chip::Sm90, false);
+    steps("gpt2_inducer_lora_strong", Chip::Sm90, false, Precision::F32);
 }
 
 /// The optimizer's steps, with clipping and weight decay, beside the processor's.

@@ -48,9 +48,11 @@ fn every_kernel_is_assembled() {
     let folder = tempfile::tempdir().expect("a directory");
     let (text, code) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
     let dialect = Dialect::new().expect("a dialect");
-    for spec in ["models/paper/nlg/inducer_lora.peft", "models/demo/sentiment.peft"] {
+    let specs = [("models/paper/nlg/inducer_lora.peft", "bf16"), ("models/demo/sentiment.peft", "f32")];
+    for (spec, precision) in specs {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(spec);
-        let model = peftc::spec::load(&path, &[], false).unwrap_or_else(|e| panic!("{e}"));
+        let set = [("train.precision".to_string(), precision.to_string())];
+        let model = peftc::spec::load(&path, &set, false).unwrap_or_else(|e| panic!("{e}"));
         for (chip, name) in Chip::ALL {
             let machine = Machine::Cuda(chip);
             let options = Options { machine, ..Options::default() };

@@ -6,6 +6,7 @@
 
 mod blocks;
 mod lanes;
+pub mod matrix;
 
 use std::fmt::Write;
 
@@ -26,6 +27,7 @@ pub enum Scalar {
     I1,
     I32,
     I64,
+    F16,
     BF16,
     F32,
 }
@@ -61,6 +63,7 @@ impl std::fmt::Display for Ty {
             Scalar::I1 => "i1",
             Scalar::I32 => "i32",
             Scalar::I64 => "i64",
+            Scalar::F16 => "f16",
             Scalar::BF16 => "bf16",
             Scalar::F32 => "f32",
         };
@@ -99,6 +102,11 @@ impl Buf {
             Element::F32 => F32,
             Element::I32 => I32,
         }
+    }
+
+    /// The same words as floats.
+    pub fn floats(self) -> Buf {
+        Buf { element: Element::F32, ..self }
     }
 
     /// Its type on a GPU.

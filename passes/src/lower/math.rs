@@ -16,7 +16,7 @@ fn polynomial(k: &mut Kernel, x: Val, coefficients: &[f64]) -> Val {
     })
 }
 
-fn magnitude(k: &mut Kernel, x: Val) -> Val {
+pub fn magnitude(k: &mut Kernel, x: Val) -> Val {
     let bits = k.bits(x);
     let rest = k.int(0x7FFF_FFFF, bits.ty);
     let bits = k.and(bits, rest);

@@ -13,6 +13,7 @@ mod copy;
 mod epilogue;
 mod flash;
 mod gemm;
+mod halves;
 mod head;
 mod kernel;
 mod map;

@@ -237,6 +237,33 @@ struct Outcome<'a> {
 }
 
 impl Outcome<'_> {
+    /// Holds a product to a part of what it would be without signs; whether anything was rounded to fewer bits than
+    /// f32 has.
+    fn product(self, share: f64, machine: Machine) -> bool {
+        let Outcome { graph, batch, args, found, want, .. } = self;
+        let absolute =
+            |(name, data): (&String, &Data)| (name.clone(), Data::F64(data.floats().iter().map(|x| x.abs()).collect()));
+        let sizes = interpret::run(graph, batch, &args.iter().map(absolute).collect()).expect("interpreted");
+        let mut rounded = false;
+        for ((found, want), size) in found.iter().zip(want).zip(sizes[0].1.floats()) {
+            let error = (f64::from(*found) - want).abs();
+            assert!(error <= (share + 1e-4) * size, "{found}, not {want}, on {machine}");
+            rounded |= error > 1e-4 * size;
+        }
+        rounded
+    }
+
+    /// What that bound on products makes of a sweep: numbers are below 1.5, and so is what the softmax expects of them.
+    fn sweep(self, machine: Machine) {
+        let Outcome { name, found, want, .. } = self;
+        let share = 1.0 / 128.0 + 1e-4;
+        let score = share * 3.0 * 1.5 * 1.5;
+        let bound = if name == "linear_lse" { score } else { 1.5 * (2.0 * score + share) };
+        for (found, want) in found.iter().zip(want) {
+            assert!((f64::from(*found) - want).abs() <= bound, "{name}: {found}, not {want}, on {machine}");
+        }
+    }
+
     fn close(self, machine: Machine, tolerance: f64) {
         // Thousands of either sign added up: rounding is all one would see.
         if self.name != "loss" {
@@ -467,24 +494,19 @@ fn products_with_what_follows() {
     compare(&graphs, Cpu::Native, 2, LONG);
 }
 
+fn frozen_products() -> Cases {
+    products().into_iter().filter(|(graph, _)| graph.name == "frozen").collect()
+}
+
 /// The bound that `Precision::Bf16` names, with the processor's own instruction and without.
 #[test]
 fn products_in_bf16() {
-    let frozen: Cases = products().into_iter().filter(|(graph, _)| graph.name == "frozen").collect();
+    let frozen = frozen_products();
     let portable = Cpu::Level(Level::V1);
     for cpu in [Cpu::Native, portable] {
         let mut rounded = false;
         Compiled::new(&frozen, cpu, Precision::Bf16).run(2, |outcome| {
-            let Outcome { graph, batch, args, found, want, .. } = outcome;
-            let absolute = |(name, data): (&String, &Data)| {
-                (name.clone(), Data::F64(data.floats().iter().map(|x| x.abs()).collect()))
-            };
-            let sizes = interpret::run(graph, batch, &args.iter().map(absolute).collect()).expect("interpreted");
-            for ((found, want), size) in found.iter().zip(want).zip(sizes[0].1.floats()) {
-                let error = (f64::from(*found) - want).abs();
-                assert!(error <= (1.0 / 128.0 + 1e-4) * size, "{found}, not {want}, on {cpu}");
-                rounded |= error > 1e-4 * size;
-            }
+            rounded |= outcome.product(1.0 / 128.0, Machine::Cpu(cpu));
         });
         assert!(rounded, "nothing was rounded to bf16 on {cpu}");
     }
@@ -668,21 +690,16 @@ fn sweeps_over_blocks() {
     compare(&sweeps(), Cpu::Native, 2, CLOSE);
 }
 
-/// What the bound on products makes of both results: numbers are below 1.5, and so is what the softmax expects of them.
+fn frozen_sweeps() -> Cases {
+    let sizes = [(head::BLOCK, 3), (2 * head::BLOCK + 37, 3)];
+    sizes.map(|(rows, width)| (sweep(rows, width, Role::Frozen), vec![37, 3])).into()
+}
+
 #[test]
 fn sweeps_in_bf16() {
-    let sizes = [(head::BLOCK, 3), (2 * head::BLOCK + 37, 3)];
-    let graphs: Cases = sizes.map(|(rows, width)| (sweep(rows, width, Role::Frozen), vec![37, 3])).into();
+    let graphs = frozen_sweeps();
     for cpu in [Cpu::Native, Cpu::Level(Level::V1)] {
-        Compiled::new(&graphs, cpu, Precision::Bf16).run(2, |outcome| {
-            let Outcome { name, found, want, .. } = outcome;
-            let share = 1.0 / 128.0 + 1e-4;
-            let score = share * 3.0 * 1.5 * 1.5;
-            let bound = if name == "linear_lse" { score } else { 1.5 * (2.0 * score + share) };
-            for (found, want) in found.iter().zip(want) {
-                assert!((f64::from(*found) - want).abs() <= bound, "{name}: {found}, not {want}, on {cpu}");
-            }
-        });
+        Compiled::new(&graphs, cpu, Precision::Bf16).run(2, |outcome| outcome.sweep(Machine::Cpu(cpu)));
     }
 }
 

@@ -12,13 +12,16 @@
 use std::ops::Range;
 
 use peft_grammar::graph::{Type, Value};
+use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::gemm::Axes;
+use super::kernel::matrix::Half;
 use super::kernel::{Buf, F32, Kernel, Order, Title, Val, define, first};
 use super::view::{ONE, View};
-use super::{Lowering, product};
-use crate::cuda::{WARP, WARPS};
+use super::{Lowering, Place, product};
+use crate::cuda::{Chip, WARP, WARPS};
+use crate::machine::Machine;
 
 /// Rows and columns of a tile.
 const TILE: u64 = 64;
@@ -34,11 +37,12 @@ const THREADS: u64 = WARP * WARPS;
 const _: () = assert!(TILE * TILE == THREADS * ROWS * COLUMNS);
 
 /// An operand in memory: element (batch, i, k) at `first + batch · area + i · along + k · deep`.
-struct Side {
-    area: Extent,
-    along: Extent,
-    deep: Extent,
-    first: Extent,
+#[derive(Debug)]
+pub(super) struct Side {
+    pub area: Extent,
+    pub along: Extent,
+    pub deep: Extent,
+    pub first: Extent,
     /// Elements side by side differ in i.
     contiguous: bool,
 }
@@ -59,11 +63,11 @@ impl Side {
 }
 
 /// How many rows, columns, steps along k and batches.
-struct Shape {
-    m: Extent,
-    n: Extent,
-    depth: Extent,
-    batch: Extent,
+pub(super) struct Shape {
+    pub m: Extent,
+    pub n: Extent,
+    pub depth: Extent,
+    pub batch: Extent,
 }
 
 impl Lowering<'_, '_, '_> {
@@ -83,7 +87,23 @@ impl Lowering<'_, '_, '_> {
         let (a, left) = self.strided(x, &axes_x);
         let (b, right) = self.strided(y, &axes_y);
         let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
-        self.launch_tiles(shape, (a, left), (b, right), (c, [line, area, first], false));
+        let to = (c, [line, area, first], false);
+        match self.half(&left, self.place(y)).filter(|_| shape.batch == Extent::Const(1)) {
+            Some(half) => {
+                let place = self.place(y).clone();
+                let packed = self.pack_halves(half, &place, &right, (shape.n.clone(), shape.depth.clone()));
+                self.launch_halves(half, shape, (a, left), packed, to);
+            }
+            None => self.launch_tiles(shape, (a, left), (b, right), to),
+        }
+    }
+
+    /// In what tensor cores compute the product, if they do.
+    fn half(&self, left: &Side, place_b: &Place) -> Option<Half> {
+        let Machine::Cuda(chip) = self.target.machine else { return None };
+        let asked = self.target.precision == Precision::Bf16 && self.frozen.is_none();
+        let half = if chip >= Chip::Sm80 { Half::BF16 } else { Half::F16 };
+        (asked && place_b.frozen.is_some() && !left.contiguous).then_some(half)
     }
 
     /// x @ y[rows]ᵀ, or x @ y[rows]. It fills `out`, or is added to what stands there. All of them are row-major.
@@ -104,10 +124,23 @@ impl Lowering<'_, '_, '_> {
             Side { area: zero.clone(), along, deep, first, contiguous }
         };
         let left = side(false, depth.clone(), zero.clone());
-        let right = side(!transpose_y, width.clone(), Extent::Const(rows.start) * width);
-        let y = self.place(y).buffer;
-        let to = [n.clone(), zero.clone(), zero.clone()];
-        self.launch_tiles(Shape { m, n, depth, batch: one.clone() }, (x, left), (y, right), (out, to, kept));
+        let to = (out, [n.clone(), zero.clone(), zero.clone()], kept);
+        let shape = Shape { m, n, depth, batch: one.clone() };
+        let place = self.place(y).clone();
+        match self.half(&left, &place) {
+            Some(half) => {
+                let all = product(&self.ty(y).shape[..1]);
+                let whole = side(!transpose_y, width.clone(), zero.clone());
+                let size = if transpose_y { (all, width) } else { (width, all) };
+                let packed = self.pack_halves(half, &place, &whole, size);
+                let (column, step) = if transpose_y { (rows.start, 0) } else { (0, rows.start) };
+                self.launch_halves(half, shape, (x, left), packed.from(column, step), to);
+            }
+            None => {
+                let right = side(!transpose_y, width.clone(), Extent::Const(rows.start) * width);
+                self.launch_tiles(shape, (x, left), (place.buffer, right), to);
+            }
+        }
     }
 
     fn strided(&mut self, value: Value, axes: &Axes) -> (BufferId, Side) {

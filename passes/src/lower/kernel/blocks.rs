@@ -5,7 +5,7 @@ use std::fmt::Write;
 use peft_runtime::artifact::Element;
 
 use super::lanes::Form;
-use super::{Buf, F32, INDEX, Kernel, Val};
+use super::{Buf, INDEX, Kernel, Val};
 use crate::cuda::WARPS;
 
 impl Kernel {
@@ -32,14 +32,19 @@ impl Kernel {
 
     /// `n` floats that the block's threads share.
     pub fn shared(&mut self, n: u64) -> Buf {
+        self.shared_words(n).floats()
+    }
+
+    /// The same as words.
+    pub fn shared_words(&mut self, n: u64) -> Buf {
         let name = format!("{}_shared{}", self.name, self.globals.lines().count());
         let _ = writeln!(
             self.globals,
-            "  llvm.mlir.global internal @{name}() {{addr_space = 3 : i32, alignment = 16 : i64}} : !llvm.array<{n} x f32>"
+            "  llvm.mlir.global internal @{name}() {{addr_space = 3 : i32, alignment = 32 : i64}} : !llvm.array<{n} x i32>"
         );
         let pointer = self.fresh(INDEX);
         self.line(format_args!("{pointer} = llvm.mlir.addressof @{name} : !llvm.ptr<3>"));
-        Buf { id: pointer.id, element: Element::F32, shared: true }
+        Buf { id: pointer.id, element: Element::I32, shared: true }
     }
 
     /// What the block's threads have written, others of them may read from here on.
@@ -47,15 +52,31 @@ impl Kernel {
         self.line(format_args!("gpu.barrier"));
     }
 
-    /// Four neighbours of shared memory, from a multiple of four on.
+    /// Four neighbours, from a multiple of four on.
     pub fn load_four(&mut self, from: Buf, at: Val) -> [Val; 4] {
+        let four = self.four(from, at);
+        self.apart_four(four)
+    }
+
+    /// The same if the condition holds, else zeros.
+    pub fn load_four_if(&mut self, condition: Val, from: Buf, at: Val) -> [Val; 4] {
+        let ty = from.scalar().times(4);
+        let nothing = if ty.float() { self.float(0.0, ty) } else { self.int(0, ty) };
+        let four = self.either(condition, nothing, |k| k.four(from, at));
+        self.apart_four(four)
+    }
+
+    fn four(&mut self, from: Buf, at: Val) -> Val {
         let place = self.place(from, at);
-        let ty = F32.times(4);
-        let four =
-            self.emit(ty, format_args!("llvm.load {place} {{alignment = 16 : i64}} : {} -> {ty}", from.pointer()));
+        let ty = from.scalar().times(4);
+        self.emit(ty, format_args!("llvm.load {place} {{alignment = 16 : i64}} : {} -> {ty}", from.pointer()))
+    }
+
+    fn apart_four(&mut self, four: Val) -> [Val; 4] {
+        let (ty, scalar) = (four.ty, super::Ty { lanes: None, ..four.ty });
         [0, 1, 2, 3].map(|i| {
             let i = self.int(i, super::I32);
-            self.emit(F32, format_args!("llvm.extractelement {four}[{i} : i32] : {ty}"))
+            self.emit(scalar, format_args!("llvm.extractelement {four}[{i} : i32] : {ty}"))
         })
     }
 }

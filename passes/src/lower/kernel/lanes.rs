@@ -104,6 +104,14 @@ impl Kernel {
         }
     }
 
+    /// The thread's place in its warp.
+    pub fn lane_index(&self) -> Val {
+        match self.form {
+            Form::Vectors { .. } => unreachable!("a processor has no warps"),
+            Form::Warps { lane, .. } => lane,
+        }
+    }
+
     /// `x` in every lane.
     pub fn splat(&mut self, x: Val) -> Val {
         let ty = self.vector(x.ty);
@@ -361,10 +369,15 @@ impl Kernel {
 
     /// One thread's load if its condition holds, else `other`.
     pub fn load_if(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
+        self.either(condition, other, |k| k.load_here(from, at))
+    }
+
+    /// What is computed if the condition holds, else `other`.
+    pub(super) fn either(&mut self, condition: Val, other: Val, yes: impl FnOnce(&mut Kernel) -> Val) -> Val {
         let result = self.fresh(other.ty);
         self.line(format_args!("{result} = scf.if {condition} -> ({}) {{", other.ty));
         self.depth += 1;
-        let x = self.load_here(from, at);
+        let x = yes(self);
         self.line(format_args!("scf.yield {x} : {}", x.ty));
         self.depth -= 1;
         self.line(format_args!("}} else {{"));

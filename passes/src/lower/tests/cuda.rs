@@ -12,8 +12,18 @@ const BLOCKS: u64 = 3;
 
 /// Every graph on numbers of its own, its outputs held against the interpreter's.
 fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f64) {
+    each(graphs, chip, Precision::F32, limit, |outcome| outcome.close(Machine::Cuda(chip), tolerance));
+}
+
+fn each(
+    graphs: &[(Graph, Vec<usize>)],
+    chip: Chip,
+    precision: Precision,
+    limit: i32,
+    mut judge: impl FnMut(Outcome<'_>),
+) {
     let machine = Machine::Cuda(chip);
-    let (texts, manifests) = lowered(graphs, Options { machine, ..Options::default() });
+    let (texts, manifests) = lowered(graphs, Options { machine, precision, ..Options::default() });
     let module = assembled(&texts, machine);
     for ((graph, lengths), manifest) in graphs.iter().zip(&manifests) {
         let case = Case::new(graph, lengths, limit);
@@ -21,8 +31,7 @@ fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f6
         for (output, (name, want)) in manifest.entries["grad"].outputs.iter().zip(&case.want) {
             let (found, want) = (gpu.read_f32(buffers[output.buffer]), want.floats());
             assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
-            let outcome = Outcome { graph, batch: &case.batch, args: &case.args, name, found: &found, want };
-            outcome.close(machine, tolerance);
+            judge(Outcome { graph, batch: &case.batch, args: &case.args, name, found: &found, want });
         }
     }
 }
@@ -92,6 +101,30 @@ fn sweeps_over_blocks() {
 #[test]
 fn products_of_awkward_sizes() {
     compare(&products(), Chip::Sm70, 2, CLOSE);
+}
+
+/// In f16 before sm_80, in bf16 from there on.
+#[test]
+fn products_by_tensor_cores() {
+    let mut graphs = frozen_products();
+    // Rows as small as adjoints are, and one of nothing.
+    for by in [1e-9, 0.0] {
+        let mut graph = Graph::new("small");
+        let ty = |shape: [u64; 2]| Type::f32(shape.map(Dim::Const));
+        let (x, y) =
+            (graph.arg("x", Role::Input, None, ty([35, 40])), graph.arg("y", Role::Frozen, None, ty([40, 70])));
+        let at = Location::default();
+        let x = graph.push(Op::Scale { by }, &[x], &at).expect("fits");
+        let z = graph.push(Op::Matmul { transpose_x: false, transpose_y: false }, &[x, y], &at).expect("fits");
+        graph.outputs.push(("z".into(), z));
+        graphs.push((graph, vec![1]));
+    }
+    for (chip, share) in [(Chip::Sm70, 1.0 / 1024.0), (Chip::Sm80, 1.0 / 128.0)] {
+        let mut rounded = false;
+        each(&graphs, chip, Precision::Bf16, 2, |outcome| rounded |= outcome.product(share, Machine::Cuda(chip)));
+        assert!(rounded, "tensor cores were not asked on {chip}");
+        each(&frozen_sweeps(), chip, Precision::Bf16, 2, |outcome| outcome.sweep(Machine::Cuda(chip)));
+    }
 }
 
 /// Fewer elements than a warp has lanes, just as many, and more than a unit takes.

@@ -1,0 +1,512 @@
+//! Matmul with frozen weights in half precision, by a GPU's tensor cores; sums are in f32.
+//!
+//! ```text
+//! for each 32 steps of k
+//!   A[128 rows, 32], rounded, and B[32, 64 columns] ─► shared memory; the next ones are on their way meanwhile
+//!   a warp: 2 × 4 fragments of 16 × 16 sums, in registers
+//! ```
+//!
+//! B is packed once, tile after tile [⌈n/64⌉][⌈k/32⌉][32][64], two columns a word.
+//!
+//! Chips before sm_80 have no bf16, and f16 reaches from 6·10⁻⁵ to 65504: adjoints would be nothing in it. There a row
+//! of A is multiplied by a power of two that brings its largest number near 2¹⁰, and its sums are divided by that.
+
+use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
+
+use super::kernel::matrix::{Half, Operand, SIDE, SUMS};
+use super::kernel::{Buf, F32, I32, Kernel, Order, Title, Val, define, first};
+use super::span::Span;
+use super::tiles::{Shape, Side};
+use super::{Lowering, Place, math};
+use crate::cuda::{WARP, WARPS};
+
+/// Rows, columns and steps of k of a tile.
+const ROWS: u64 = 128;
+const COLUMNS: u64 = 64;
+const DEPTH: u64 = 32;
+/// Fragments of a warp's sums, down and across.
+const DOWN: u64 = ROWS / WARPS / SIDE;
+const ACROSS: u64 = COLUMNS / SIDE;
+const THREADS: u64 = WARP * WARPS;
+/// From row to row in shared memory, in words of two numbers: rows that a fragment reads at once lie in banks apart.
+const LINE_A: u64 = DEPTH / 2 + 4;
+const LINE_B: u64 = COLUMNS / 2 + 4;
+/// The same for sums on their way out, in floats.
+const LINE_C: u64 = SIDE + 4;
+/// Words of a packed tile of B.
+const TILE: u64 = DEPTH * COLUMNS / 2;
+/// What a thread fetches: of A in fours along k, of B in fours of words.
+const FOURS_A: u64 = ROWS * DEPTH / 4 / THREADS;
+const FOURS_B: u64 = TILE / 4 / THREADS;
+/// Of the exponent that a row's largest number is brought to.
+const NEAR: i64 = 10;
+const _: () = assert!(WARPS * SIDE * LINE_C <= ROWS * LINE_A && FOURS_A * THREADS * 4 == ROWS * DEPTH);
+
+/// Which kernel.
+#[derive(Clone, Copy)]
+struct Form {
+    half: Half,
+    /// Rows of A are read in fours: they begin at multiples of four, and so do they end.
+    fours: bool,
+    kept: bool,
+}
+
+impl Form {
+    /// f16 wants rows brought into its reach.
+    fn scales(self) -> bool {
+        self.half == Half::F16
+    }
+}
+
+impl Lowering<'_, '_, '_> {
+    /// A product with a packed operand.
+    pub(super) fn launch_halves(
+        &mut self,
+        half: Half,
+        Shape { m, n, depth, .. }: Shape,
+        (a, left): (BufferId, Side),
+        packed: Packed,
+        (c, to, kept): (BufferId, [Extent; 3], bool),
+    ) {
+        let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
+        let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
+        let fours = whole && [&left.along, &left.first, &depth].into_iter().all(multiple);
+        let form = Form { half, fours, kept };
+        let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
+        let (down, across) = (tiles(&m, ROWS), tiles(&n, COLUMNS));
+        let units = down * across.clone() * Extent::Const(WARPS);
+        let mut buffers = vec![a, packed.buffer, c];
+        let mut elements = vec![Element::F32, Element::I32, Element::F32];
+        if form.scales() {
+            buffers.push(self.largest(a, &m, &depth, &left));
+            elements.push(Element::F32);
+        }
+        let mut sizes = vec![m, n, depth, across, left.along, left.first, packed.line, packed.first];
+        let [line, _, first] = to;
+        sizes.extend([line, first]);
+        let name = format!(
+            "halves_{}{}{}",
+            half.name(),
+            if form.fours { "_fours" } else { "" },
+            if kept { "_more" } else { "" }
+        );
+        let kernel = self.target.kernel(&name, |title| halves_kernel(title, form, &elements, sizes.len()));
+        self.launch(kernel, buffers, sizes, units);
+    }
+
+    /// The largest number of each row of A, whatever its sign; the same buffer for all products of those rows.
+    fn largest(&mut self, a: BufferId, m: &Extent, depth: &Extent, left: &Side) -> BufferId {
+        let sizes = vec![depth.clone(), left.along.clone(), left.first.clone()];
+        let key = format!("largest({a}, {m:?}, {sizes:?})");
+        if let Some(&known) = self.packs.get(&key) {
+            return known;
+        }
+        let out = self.scratch(vec![m.clone()]);
+        self.packs.insert(key, out);
+        let kernel = self.target.kernel("largest_of_rows", |title| {
+            define(title, &[Element::F32; 2], 3, |k, buffers, sizes| {
+                let ([x, out], [length, line, start]) = (first(buffers), first(sizes));
+                k.units(|k, row| {
+                    let base = k.mul(row, line);
+                    let span = Span { base: k.add(base, start), length };
+                    let nothing = k.floats(0.0);
+                    let most = k.fold_lanes(span.length, &[nothing], |k, j, mask, most| {
+                        let place = k.add(span.base, j);
+                        let x = k.load_lanes(x, place, mask);
+                        let x = math::magnitude(k, x);
+                        vec![k.max(most[0], x)]
+                    });
+                    let most = k.max_lanes(most[0]);
+                    k.store(most, out, row);
+                });
+            })
+        });
+        let label = std::mem::replace(&mut self.label, "largest".into());
+        self.launch(kernel, vec![a, out], sizes, m.clone());
+        self.label = label;
+        out
+    }
+
+    /// A frozen operand's tiles: the same ones if it has been packed before. `n` and `depth` are all of it.
+    pub(super) fn pack_halves(
+        &mut self,
+        half: Half,
+        place: &Place,
+        side: &Side,
+        (n, depth): (Extent, Extent),
+    ) -> Packed {
+        let source = place.frozen.as_ref().expect("only what is frozen is packed");
+        let key = format!("halves({source}, {} of {side:?}, {n:?} {depth:?})", half.name());
+        let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
+        let deep = tiles(&depth, DEPTH);
+        let units = tiles(&n, COLUMNS) * deep.clone();
+        let line = deep.clone() * Extent::Const(TILE);
+        let known = self.target.bound.get(&key).copied();
+        let buffer = known.unwrap_or_else(|| {
+            let own = self.frozen.replace(key.clone());
+            let shape = vec![units.clone() * Extent::Const(TILE)];
+            let buffer = self.target.bind(&key, Element::I32, shape, Storage::Prepared);
+            let name = format!("pack_{}", half.name());
+            let kernel = self.target.kernel(&name, |title| pack_kernel(title, half));
+            let label = std::mem::replace(&mut self.label, "pack".into());
+            let sizes = vec![n, depth, deep, side.along.clone(), side.deep.clone(), side.first.clone()];
+            self.launch(kernel, vec![place.buffer, buffer], sizes, units);
+            self.label = label;
+            self.frozen = own;
+            buffer
+        });
+        Packed { buffer, line, first: Extent::Const(0) }
+    }
+}
+
+/// A packed operand, of which a product may take some.
+pub(super) struct Packed {
+    buffer: BufferId,
+    /// Words from one row of tiles along k to the next.
+    line: Extent,
+    first: Extent,
+}
+
+impl Packed {
+    /// From a column, or from a step of k on: a multiple of a tile's.
+    pub fn from(self, column: u64, step: u64) -> Packed {
+        assert!(column.is_multiple_of(COLUMNS) && step.is_multiple_of(DEPTH));
+        let first = self.line.clone() * Extent::Const(column / COLUMNS) + Extent::Const(step / DEPTH * TILE);
+        Packed { first, ..self }
+    }
+}
+
+/// One tile a unit; beyond the operand there are zeros.
+fn pack_kernel(title: Title, half: Half) -> String {
+    define(title, &[Element::F32, Element::I32], 6, |k, buffers, sizes| {
+        let ([from, to], [n, depth, tiles, along, deep, start]) = (first(buffers), first(sizes));
+        k.units(|k, unit| {
+            let (column, step) = (k.div(unit, tiles), k.rem(unit, tiles));
+            let (columns, steps, size) = (k.index(COLUMNS), k.index(DEPTH), k.index(TILE));
+            let (column, step, target) = (k.mul(column, columns), k.mul(step, steps), k.mul(unit, size));
+            let lane = k.lane_index();
+            let (one, two) = (k.index(1), k.index(2));
+            let ahead = k.mul(lane, two);
+            let column = k.add(column, ahead);
+            let next = k.add(column, one);
+            let places = [column, next].map(|column| {
+                let there = k.compare(column, Order::Lt, n);
+                let place = k.mul(column, along);
+                (there, k.add(start, place))
+            });
+            let zero = k.index(0);
+            k.each(zero, steps, 1, |k, s| {
+                let step = k.add(step, s);
+                let exists = k.compare(step, Order::Lt, depth);
+                let offset = k.mul(step, deep);
+                let pair = places.map(|(there, place)| {
+                    let here = k.and(there, exists);
+                    let at = k.add(place, offset);
+                    let nothing = k.float(0.0, F32);
+                    k.load_if(here, from, at, nothing)
+                });
+                let word = k.word(half, pair);
+                let line = k.index(COLUMNS / 2);
+                let at = k.mul(s, line);
+                let at = k.add(target, at);
+                k.store_vector(word, to, at);
+            });
+        });
+    })
+}
+
+/// One tile of the result a unit.
+fn halves_kernel(title: Title, form: Form, elements: &[Element], sizes: usize) -> String {
+    define(title, elements, sizes, |k, buffers, sizes| {
+        let [a, b, c] = first(buffers);
+        let [m, n, depth, across, line_a, first_a, line_b, first_b] = first(sizes);
+        let [line_c, first_c] = first(&sizes[8..]);
+        let room_a = k.shared_words(ROWS * LINE_A);
+        let room_b = k.shared_words(DEPTH * LINE_B);
+        let threads = Threads::of(k);
+        k.block_units(|k, unit| {
+            let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
+            let (rows, columns) = (k.index(ROWS), k.index(COLUMNS));
+            let (row, column) = (k.mul(tile_row, rows), k.mul(tile_column, columns));
+            let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form, buffers.get(3).copied());
+            let start_b = k.mul(tile_column, line_b);
+            let start_b = k.add(start_b, first_b);
+            let zero = k.index(0);
+            let mut carried = left.fetch(k, &threads, zero, depth);
+            carried.extend(fetch_b(k, &threads, b, start_b, zero, depth));
+            let nothing = k.float(0.0, F32);
+            let sums = DOWN * ACROSS * SUMS as u64;
+            carried.extend(vec![nothing; sums as usize]);
+            let (of_a, of_b) = ((4 * FOURS_A) as usize, (4 * FOURS_B) as usize);
+            let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
+                let (fetched_a, rest) = carried.split_at(of_a);
+                let (fetched_b, sums) = rest.split_at(of_b);
+                // The steps before are done with what the block shares.
+                k.barrier();
+                left.share(k, &threads, room_a, fetched_a);
+                share_b(k, &threads, room_b, fetched_b);
+                k.barrier();
+                let deep = k.index(DEPTH);
+                let next = k.add(block, deep);
+                let mut carried = left.fetch(k, &threads, next, depth);
+                carried.extend(fetch_b(k, &threads, b, start_b, next, depth));
+                carried.extend(multiply(k, form.half, &threads, room_a, room_b, sums));
+                carried
+            });
+            k.barrier();
+            let to = To { buffer: c, row, column, rows: m, columns: n, line: line_c, first: first_c };
+            to.write(k, form, &threads, room_a, &carried[of_a + of_b..], left.largest);
+        });
+    })
+}
+
+/// Where a thread stands.
+struct Threads {
+    thread: Val,
+    warp: Val,
+    lane: Val,
+}
+
+impl Threads {
+    fn of(k: &mut Kernel) -> Threads {
+        let (thread, width) = (k.thread(), k.index(WARP));
+        Threads { thread, warp: k.div(thread, width), lane: k.lane_index() }
+    }
+}
+
+/// A tile's rows of A: a thread fetches four numbers of every 16th row.
+struct Left {
+    buffer: Buf,
+    /// By row that the thread fetches: where it begins, and whether it exists.
+    rows: Vec<(Val, Val)>,
+    form: Form,
+    /// Of each of the result's rows, and what the thread's rows are multiplied by for it.
+    largest: Option<Buf>,
+    factors: Vec<Val>,
+}
+
+impl Left {
+    fn of(
+        k: &mut Kernel,
+        threads: &Threads,
+        buffer: Buf,
+        (row, m): (Val, Val),
+        (line, start): (Val, Val),
+        form: Form,
+        largest: Option<Buf>,
+    ) -> Left {
+        let (own, _) = Left::own(k, threads);
+        let mut factors = vec![];
+        let mut rows = vec![];
+        for n in 0..FOURS_A {
+            let down = k.index(n * THREADS / (DEPTH / 4));
+            let row = k.add(row, own);
+            let row = k.add(row, down);
+            let there = k.compare(row, Order::Lt, m);
+            let begin = k.mul(row, line);
+            rows.push((k.add(start, begin), there));
+            if let Some(largest) = largest {
+                let nothing = k.float(0.0, F32);
+                let most = k.load_if(there, largest, row, nothing);
+                factors.push(power(k, most, 1));
+            }
+        }
+        Left { buffer, rows, form, largest, factors }
+    }
+
+    /// The thread's first row, and its first step.
+    fn own(k: &mut Kernel, threads: &Threads) -> (Val, Val) {
+        let (fours, four) = (k.index(DEPTH / 4), k.index(4));
+        let step = k.rem(threads.thread, fours);
+        (k.div(threads.thread, fours), k.mul(step, four))
+    }
+
+    fn fetch(&self, k: &mut Kernel, threads: &Threads, block: Val, depth: Val) -> Vec<Val> {
+        let (_, step) = Left::own(k, threads);
+        let step = k.add(block, step);
+        let nothing = k.float(0.0, F32);
+        let mut fetched = vec![];
+        let within: Vec<Val> = (0..4)
+            .map(|i| {
+                let i = k.index(i);
+                let step = k.add(step, i);
+                k.compare(step, Order::Lt, depth)
+            })
+            .collect();
+        for &(begin, there) in &self.rows {
+            let at = k.add(begin, step);
+            if self.form.fours {
+                let here = k.and(there, within[0]);
+                fetched.extend(k.load_four_if(here, self.buffer, at));
+                continue;
+            }
+            for (i, &within) in within.iter().enumerate() {
+                let (i, here) = (k.index(i as u64), k.and(there, within));
+                let at = k.add(at, i);
+                fetched.push(k.load_if(here, self.buffer, at, nothing));
+            }
+        }
+        fetched
+    }
+
+    fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val]) {
+        let (row, step) = Left::own(k, threads);
+        let (line, two) = (k.index(LINE_A), k.index(2));
+        let (begin, half) = (k.mul(row, line), k.div(step, two));
+        let at = k.add(begin, half);
+        for (n, four) in fetched.chunks_exact(4).enumerate() {
+            let down = k.index(n as u64 * THREADS / (DEPTH / 4) * LINE_A);
+            let at = k.add(at, down);
+            for (i, pair) in four.chunks_exact(2).enumerate() {
+                let pair = [pair[0], pair[1]].map(|x| match self.factors.get(n) {
+                    Some(&factor) => k.mul(x, factor),
+                    None => x,
+                });
+                let word = k.word(self.form.half, pair);
+                let i = k.index(i as u64);
+                let at = k.add(at, i);
+                k.store_here(word, to, at);
+            }
+        }
+    }
+}
+
+/// The power of two that brings `most` near 2^NEAR, or the one that takes it back.
+fn power(k: &mut Kernel, most: Val, sign: i64) -> Val {
+    let bits = k.bits(most);
+    let [place, bias, least, greatest] = [23, 127, 127 - 100, 127 + 100].map(|n| k.int(n, I32));
+    let exponent = k.shift_right(bits, place);
+    // So far from the ends that neither power leaves the range of `f32`.
+    let exponent = k.max(exponent, least);
+    let exponent = k.min(exponent, greatest);
+    let away = k.sub(exponent, bias);
+    let near = k.int(NEAR, I32);
+    let power = if sign > 0 { k.sub(near, away) } else { k.sub(away, near) };
+    let power = k.add(power, bias);
+    let bits = k.shift_left(power, place);
+    k.from_bits(bits)
+}
+
+/// A thread's words of B's next tile.
+fn fetch_b(k: &mut Kernel, threads: &Threads, b: Buf, start: Val, block: Val, depth: Val) -> Vec<Val> {
+    let here = k.compare(block, Order::Lt, depth);
+    let (step, size, four) = (k.index(DEPTH), k.index(TILE), k.index(4));
+    let tile = k.div(block, step);
+    let tile = k.mul(tile, size);
+    let at = k.mul(threads.thread, four);
+    let at = k.add(tile, at);
+    let at = k.add(start, at);
+    let mut fetched = vec![];
+    for n in 0..FOURS_B {
+        let ahead = k.index(n * THREADS * 4);
+        let at = k.add(at, ahead);
+        fetched.extend(k.load_four_if(here, b, at));
+    }
+    fetched
+}
+
+fn share_b(k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val]) {
+    let fours = k.index(COLUMNS / 8);
+    let (row, column) = (k.div(threads.thread, fours), k.rem(threads.thread, fours));
+    let (line, four) = (k.index(LINE_B), k.index(4));
+    let (begin, column) = (k.mul(row, line), k.mul(column, four));
+    let at = k.add(begin, column);
+    for (n, words) in fetched.chunks_exact(4).enumerate() {
+        let down = k.index(n as u64 * THREADS / (COLUMNS / 8) * LINE_B);
+        let at = k.add(at, down);
+        for (i, &word) in words.iter().enumerate() {
+            let i = k.index(i as u64);
+            let at = k.add(at, i);
+            k.store_here(word, to, at);
+        }
+    }
+}
+
+/// A warp's fragments of sums with the steps that the block shares.
+fn multiply(k: &mut Kernel, half: Half, threads: &Threads, a: Buf, b: Buf, sums: &[Val]) -> Vec<Val> {
+    let mut sums: Vec<Vec<Val>> = sums.chunks_exact(SUMS).map(<[Val]>::to_vec).collect();
+    let rows = k.index(DOWN * SIDE * LINE_A);
+    let start = k.mul(threads.warp, rows);
+    for step in (0..DEPTH).step_by(SIDE as usize) {
+        let left: Vec<Vec<Val>> = (0..DOWN)
+            .map(|i| {
+                let at = k.index(i * SIDE * LINE_A + step / 2);
+                let at = k.add(start, at);
+                k.load_fragment(half, Operand::A, a, at, 2 * LINE_A)
+            })
+            .collect();
+        for j in 0..ACROSS {
+            let at = k.index(step * LINE_B + j * SIDE / 2);
+            let right = k.load_fragment(half, Operand::B, b, at, 2 * LINE_B);
+            for (i, left) in left.iter().enumerate() {
+                let sum = &mut sums[i * ACROSS as usize + j as usize];
+                *sum = k.multiply_fragments(half, left, &right, sum);
+            }
+        }
+    }
+    sums.concat()
+}
+
+/// Where a tile of the result goes.
+struct To {
+    buffer: Buf,
+    row: Val,
+    column: Val,
+    rows: Val,
+    columns: Val,
+    line: Val,
+    first: Val,
+}
+
+impl To {
+    /// Fragment by fragment, each through a part of shared memory that is the warp's own.
+    fn write(&self, k: &mut Kernel, form: Form, threads: &Threads, room: Buf, sums: &[Val], largest: Option<Buf>) {
+        let room = room.floats();
+        let size = k.index(SIDE * LINE_C);
+        let own = k.mul(threads.warp, size);
+        let side = k.index(SIDE);
+        let (down, across) = (k.div(threads.lane, side), k.rem(threads.lane, side));
+        let warp_rows = k.index(DOWN * SIDE);
+        let first_row = k.mul(threads.warp, warp_rows);
+        let first_row = k.add(self.row, first_row);
+        for (f, sums) in sums.chunks_exact(SUMS).enumerate() {
+            k.store_fragment(sums, room, own, LINE_C);
+            k.settle();
+            let (i, j) = (f as u64 / ACROSS, f as u64 % ACROSS);
+            let column = k.index(j * SIDE);
+            let column = k.add(self.column, column);
+            let column = k.add(column, across);
+            let there = k.compare(column, Order::Lt, self.columns);
+            for r in (0..SIDE).step_by((WARP / SIDE) as usize) {
+                let r = k.index(r);
+                let r = k.add(r, down);
+                let before = k.index(i * SIDE);
+                let row = k.add(first_row, before);
+                let row = k.add(row, r);
+                let here = k.compare(row, Order::Lt, self.rows);
+                let here = k.and(here, there);
+                k.when(here, |k| {
+                    let line = k.index(LINE_C);
+                    let at = k.mul(r, line);
+                    let at = k.add(own, at);
+                    let at = k.add(at, across);
+                    let mut sum = k.load_here(room, at);
+                    if let Some(largest) = largest {
+                        let most = k.load_here(largest, row);
+                        let back = power(k, most, -1);
+                        sum = k.mul(sum, back);
+                    }
+                    let begin = k.mul(row, self.line);
+                    let at = k.add(self.first, begin);
+                    let at = k.add(at, column);
+                    if form.kept {
+                        let before = k.load_here(self.buffer, at);
+                        sum = k.add(before, sum);
+                    }
+                    k.store_here(sum, self.buffer, at);
+                });
+            }
+            k.settle();
+        }
+    }
+}
