@@ -1,11 +1,15 @@
 //! What a step costs, from the graphs and the buffer plan of the program that would run it.
 
-use peft_grammar::graph::{Dim, Graph, Op};
-use peft_grammar::model::{Model, TaskKind};
+use std::collections::{BTreeSet, HashSet};
+
+use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
+use peft_grammar::model::{Model, Precision, TaskKind};
+use peft_passes::cuda::Card;
 use peft_passes::dialect::Dialect;
+use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::arena;
-use peft_runtime::artifact::Sizes;
+use peft_runtime::artifact::{Launch, Manifest, Sizes};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -43,6 +47,30 @@ pub struct Costs {
     /// Of the batch below: what lies in memory between forward and backward pass, and scratch.
     pub activation_bytes_per_token: f64,
     pub batch: Shape,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roofline: Option<Roofline>,
+}
+
+/// What a training step of that batch asks of a GPU, and how long its memory and its arithmetic take for that at their
+/// best.
+#[derive(Clone, Debug, Serialize)]
+pub struct Roofline {
+    pub card: &'static str,
+    pub launches: usize,
+    /// Each launch reads and writes its buffers once.
+    pub bytes: f64,
+    /// Of products, by tensor cores and in f32.
+    pub half_flops: f64,
+    pub flops: f64,
+    pub memory_seconds: f64,
+    pub product_seconds: f64,
+}
+
+impl Roofline {
+    /// No step is faster than the slower of the two.
+    pub fn seconds(&self) -> f64 {
+        self.memory_seconds.max(self.product_seconds)
+    }
 }
 
 /// The batch that memory is counted for.
@@ -51,6 +79,14 @@ pub struct Shape {
     pub sequences: u64,
     pub tokens_each: u64,
     pub targets: u64,
+}
+
+impl Shape {
+    fn sizes(self, values: u64) -> Sizes {
+        let Shape { sequences, tokens_each, targets } = self;
+        let tokens = sequences * tokens_each;
+        Sizes { tokens, sequences, targets, pairs: tokens * tokens_each, values }
+    }
 }
 
 /// Sequences longer than this are not what a plan is made for.
@@ -64,7 +100,8 @@ pub fn costs(model: &Model, options: &Options) -> Result<Costs, Failure> {
     // Logits alone: what the forward pass of training computes.
     let forward = flops(&lowered(&[Entry::Forward], Stage::Fused)?.graphs[0]);
     let trained = lowered(&[Entry::Train], Stage::Loops)?;
-    let both = flops(&trained.graphs[0]);
+    let graph = &trained.graphs[0];
+    let both = flops(graph);
     let tokens_each = model.task.max_tokens.min(TYPICAL);
     let sequences = model.train.batch;
     let tokens = sequences * tokens_each;
@@ -72,22 +109,79 @@ pub fn costs(model: &Model, options: &Options) -> Result<Costs, Failure> {
         TaskKind::Generation { .. } => tokens / 2,
         TaskKind::Classification { .. } => 0,
     };
-    let sizes = Sizes { tokens, sequences, targets, pairs: tokens * tokens_each, values: 0 };
+    let batch = Shape { sequences, tokens_each, targets };
+    let values = model.params.iter().filter_map(|p| p.trained_shape()).map(|s| s.iter().product::<u64>()).sum();
+    let sizes = batch.sizes(values);
     let manifest = trained.lowered.expect("the way led to loops").manifest;
     let entry = &manifest.entries["train"];
     let numbers = arena::plan(&manifest, &entry.launches, &entry.outputs, &sizes).size;
+    let roofline = match options.machine {
+        Machine::Cuda(chip) => Some(roofline(chip.card(), model, graph, &manifest, &sizes)),
+        Machine::Cpu(_) => None,
+    };
     Ok(Costs {
         forward_flops: forward,
         backward_flops: both.minus(forward),
         activation_bytes_per_token: 4.0 * numbers as f64 / tokens as f64,
-        batch: Shape { sequences, tokens_each, targets },
+        batch,
+        roofline,
     })
+}
+
+fn roofline(card: Card, model: &Model, graph: &Graph, manifest: &Manifest, sizes: &Sizes) -> Roofline {
+    let launches = ["train", "update"].iter().filter_map(|name| manifest.entries.get(*name)).flat_map(|e| &e.launches);
+    let bytes = |launch: &Launch| {
+        let buffers: BTreeSet<usize> = launch.buffers.iter().copied().collect();
+        buffers.iter().map(|&b| 4.0 * manifest.buffers[b].elements(sizes) as f64).sum::<f64>()
+    };
+    let bytes = launches.clone().map(bytes).sum::<f64>();
+    let all = flops(graph).of(sizes);
+    let half_flops = match model.train.precision {
+        Precision::Bf16 => frozen_flops(graph).of(sizes),
+        Precision::F32 => 0.0,
+    };
+    let flops = all - half_flops;
+    Roofline {
+        card: card.name,
+        launches: launches.count(),
+        bytes,
+        half_flops,
+        flops,
+        memory_seconds: bytes / card.bandwidth,
+        product_seconds: half_flops / card.half_flops + flops / card.flops,
+    }
+}
+
+/// Of the products with frozen weights alone.
+fn frozen_flops(graph: &Graph) -> Flops {
+    let mut frozen: HashSet<Value> = graph.args.iter().filter(|a| a.role == Role::Frozen).map(|a| a.value).collect();
+    let mut products = Flops::default();
+    for node in &graph.nodes {
+        if node.operands.iter().all(|v| frozen.contains(v)) {
+            frozen.insert(node.result);
+        } else if node.operands.get(1).is_some_and(|v| frozen.contains(v)) {
+            products.add(graph, node);
+        }
+    }
+    products
 }
 
 /// Two for each multiplication of a product.
 pub fn flops(graph: &Graph) -> Flops {
     let mut flops = Flops::default();
-    for node in &graph.nodes {
+    graph.nodes.iter().for_each(|node| flops.add(graph, node));
+    flops
+}
+
+impl Flops {
+    /// All of them, for a batch.
+    fn of(self, sizes: &Sizes) -> f64 {
+        let each = [self.per_token, self.per_target, self.per_sequence, self.per_pair, self.fixed];
+        let counts = [sizes.tokens, sizes.targets, sizes.sequences, sizes.pairs, 1];
+        each.into_iter().zip(counts).map(|(flops, count)| flops * count as f64).sum()
+    }
+
+    fn add(&mut self, graph: &Graph, node: &Node) {
         let shape = |i: usize| &graph.ty(node.operands[i]).shape;
         let result = &graph.ty(node.result).shape;
         let mut axes = result.clone();
@@ -95,6 +189,11 @@ pub fn flops(graph: &Graph) -> Flops {
             Op::Matmul { transpose_x, .. } => {
                 let x = shape(0);
                 axes.push(x[x.len() - if transpose_x { 2 } else { 1 }]);
+                false
+            }
+            // A product with the whole weight, whatever is kept of it.
+            Op::LinearLse | Op::LinearMean => {
+                axes = [shape(0), &shape(1)[..1]].concat();
                 false
             }
             // Tokens of one side by keys of the other are pairs.
@@ -117,18 +216,17 @@ pub fn flops(graph: &Graph) -> Flops {
                 axes.push(Dim::Keys(0));
                 causal
             }
-            _ => continue,
+            _ => return,
         };
         let constants: f64 = axes.iter().filter_map(|d| d.constant()).map(|n| n as f64).product();
         let work = 2.0 * constants;
         let has = |wanted: fn(&Dim) -> bool| axes.iter().any(wanted);
         match () {
-            () if has(|d| matches!(d, Dim::Keys(_))) => flops.per_pair += if causal { work / 2.0 } else { work },
-            () if has(|d| *d == Dim::Tokens) => flops.per_token += work,
-            () if has(|d| *d == Dim::Targets) => flops.per_target += work,
-            () if has(|d| *d == Dim::Sequences) => flops.per_sequence += work,
-            () => flops.fixed += work,
+            () if has(|d| matches!(d, Dim::Keys(_))) => self.per_pair += if causal { work / 2.0 } else { work },
+            () if has(|d| *d == Dim::Tokens) => self.per_token += work,
+            () if has(|d| *d == Dim::Targets) => self.per_target += work,
+            () if has(|d| *d == Dim::Sequences) => self.per_sequence += work,
+            () => self.fixed += work,
         }
     }
-    flops
 }

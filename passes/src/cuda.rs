@@ -27,6 +27,16 @@ impl Chip {
         Chip::ALL.iter().find(|(chip, _)| *chip == self).expect("all are listed").1
     }
 
+    /// The card that is known by it, and what that can do at most.
+    pub fn card(self) -> Card {
+        let card = |name, bandwidth, flops, half_flops| Card { name, bandwidth, flops, half_flops };
+        match self {
+            Chip::Sm70 => card("V100 SXM2", 0.9e12, 15.7e12, 125e12),
+            Chip::Sm80 => card("A100 SXM 40 GB", 1.555e12, 19.5e12, 312e12),
+            Chip::Sm90 => card("H100 SXM", 3.35e12, 67e12, 989e12),
+        }
+    }
+
     /// The oldest version of PTX that knows the chip and all that kernels use, as LLVM's feature: the older it is, the
     /// older the drivers that take it.
     pub fn ptx(self) -> &'static str {
@@ -36,6 +46,18 @@ impl Chip {
             Chip::Sm90 => "+ptx78",
         }
     }
+}
+
+/// By its maker's data sheet.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Card {
+    pub name: &'static str,
+    /// Bytes of memory a second.
+    pub bandwidth: f64,
+    /// Of f32, a second.
+    pub flops: f64,
+    /// Of tensor cores in half precision.
+    pub half_flops: f64,
 }
 
 impl fmt::Display for Chip {

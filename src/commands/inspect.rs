@@ -16,6 +16,10 @@ pub struct Arguments {
     /// Set a value of the spec, such as `model.layers=2`
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
     set: Vec<(String, String)>,
+    /// For a GPU such as `cuda:sm_70`: what a step asks of it, and how long that takes at best
+    #[cfg(feature = "compiler")]
+    #[arg(long, default_value = "cpu")]
+    target: String,
 }
 
 /// What `--json` prints.
@@ -33,7 +37,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let report = Report {
         budget: Budget::of(&model),
         #[cfg(feature = "compiler")]
-        costs: crate::costs::costs(&model, &peft_passes::pipeline::Options::default())?,
+        costs: crate::costs::costs(&model, &options(&arguments)?)?,
     };
     if arguments.json {
         super::print(&serde_json::to_string_pretty(&report).expect("plain data"));
@@ -52,6 +56,12 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
 }
 
 #[cfg(feature = "compiler")]
+fn options(arguments: &Arguments) -> Result<peft_passes::pipeline::Options, Failure> {
+    let machine = arguments.target.parse().map_err(Failure::Usage)?;
+    Ok(peft_passes::pipeline::Options { machine, ..Default::default() })
+}
+
+#[cfg(feature = "compiler")]
 fn costs(costs: &crate::costs::Costs) -> String {
     let line = |what: &str, flops: &crate::costs::Flops| {
         let mut line = format!("{what}: {:.1} MFLOP a token", flops.per_token / 1e6);
@@ -63,7 +73,7 @@ fn costs(costs: &crate::costs::Costs) -> String {
         line + &format!(" + {:.1} kFLOP a query and key", flops.per_pair / 1e3)
     };
     let batch = costs.batch;
-    [
+    let mut lines = vec![
         line("forward ", &costs.forward_flops),
         line("backward", &costs.backward_flops),
         format!(
@@ -73,6 +83,19 @@ fn costs(costs: &crate::costs::Costs) -> String {
             batch.tokens_each,
             costs.activation_bytes_per_token * (batch.sequences * batch.tokens_each) as f64 / 1e9
         ),
-    ]
-    .join("\n")
+    ];
+    if let Some(roofline) = &costs.roofline {
+        let crate::costs::Roofline { card, launches, bytes, half_flops, flops, .. } = roofline;
+        lines.push(format!(
+            "{card}: {launches} launches a step; {:.2} GB in {:.2} ms; {:.2} TFLOP in half precision and {:.2} in f32 in \
+             {:.2} ms; at best {:.0} tokens/s",
+            bytes / 1e9,
+            1e3 * roofline.memory_seconds,
+            half_flops / 1e12,
+            flops / 1e12,
+            1e3 * roofline.product_seconds,
+            (batch.sequences * batch.tokens_each) as f64 / roofline.seconds(),
+        ));
+    }
+    lines.join("\n")
 }

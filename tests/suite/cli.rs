@@ -145,8 +145,17 @@ fn inspect_counts_as_the_paper_does() {
         let ratio = flops("backward_flops") / flops("forward_flops");
         let expected = if row.ends_with("finetune") { 1.9..2.1 } else { 0.9..1.1 };
         assert!(expected.contains(&ratio), "{row}: backward is {ratio} of forward");
+        assert!(json["backward_flops"]["per_target"].as_f64().is_some_and(|flops| flops >= 0.0), "{row}");
         assert!(json["activation_bytes_per_token"].as_f64().expect("a number") > 1e5, "{row}");
+        assert!(json.get("roofline").is_none(), "{row}");
     }
+    // Nearly all of a step's arithmetic is products with frozen weights.
+    let set = ["--set", "train.precision=bf16"];
+    let arguments = ["inspect", "models/paper/nlg/inducer_lora.peft", "--json", "--target", "cuda:sm_70"];
+    let json: serde_json::Value = serde_json::from_str(&bench.peftc(arguments.iter().chain(&set)).out).expect("JSON");
+    let roofline = |key: &str| json["roofline"][key].as_f64().expect("a number");
+    assert!((0.6e12..1.0e12).contains(&roofline("half_flops")) && roofline("flops") < 0.1 * roofline("half_flops"));
+    assert!(roofline("memory_seconds") > 1e-3 && roofline("product_seconds") > roofline("half_flops") / 125e12);
     // Every spec of the tables is among them.
     let there = ["nlg", "nlu"].map(|f| fs::read_dir(format!("models/paper/{f}")).expect("a folder").count());
     assert_eq!(there.iter().sum::<usize>(), ROWS.len());
