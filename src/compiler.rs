@@ -8,6 +8,7 @@ use peft_grammar::model::Model;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::pipeline::{self, Entry, Options, Timings};
+use peft_passes::remat::Remade;
 use peft_runtime::artifact::Manifest;
 use peft_runtime::store;
 
@@ -18,6 +19,8 @@ pub struct Artifact {
     pub manifest: Manifest,
     pub library: PathBuf,
     pub timings: Timings,
+    /// In a training step, if it was compiled now.
+    pub remade: Option<Remade>,
     /// It was there already.
     pub cached: bool,
 }
@@ -36,29 +39,35 @@ pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> R
         && let Ok((manifest, library)) = store::open(path)
     {
         let manifest = Manifest { model: description(model), ..manifest };
-        return Ok(Artifact { manifest, library, timings: vec![("cache", begun.elapsed())], cached: true });
+        return Ok(Artifact {
+            manifest,
+            library,
+            timings: vec![("cache", begun.elapsed())],
+            remade: None,
+            cached: true,
+        });
     }
     match path {
         Some(path) => {
             let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
-            let (manifest, library, timings) = fresh(model, entries, options, folder.path())?;
+            let (manifest, library, timings, remade) = fresh(model, entries, options, folder.path())?;
             match store::save(&path, &manifest, &library) {
                 Ok(()) => {
                     let (manifest, library) = store::open(&path)?;
-                    Ok(Artifact { manifest, library, timings, cached: false })
+                    Ok(Artifact { manifest, library, timings, remade, cached: false })
                 }
                 Err(error) => {
                     tracing::warn!("the cache takes nothing: {error}");
                     let library = folder.keep().join(manifest.library_name());
-                    Ok(Artifact { manifest, library, timings, cached: false })
+                    Ok(Artifact { manifest, library, timings, remade, cached: false })
                 }
             }
         }
         None => {
             let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
-            let (manifest, _, timings) = fresh(model, entries, options, folder.path())?;
+            let (manifest, _, timings, remade) = fresh(model, entries, options, folder.path())?;
             let library = folder.keep().join(manifest.library_name());
-            Ok(Artifact { manifest, library, timings, cached: false })
+            Ok(Artifact { manifest, library, timings, remade, cached: false })
         }
     }
 }
@@ -69,11 +78,13 @@ fn fresh(
     entries: &[Entry],
     options: &Options,
     folder: &Path,
-) -> Result<(Manifest, PathBuf, Timings), Failure> {
+) -> Result<(Manifest, PathBuf, Timings, Option<Remade>), Failure> {
     let dialect = Dialect::new()?;
     let compiled = pipeline::run(&dialect, model, entries, options)?;
     let lowered = compiled.lowered.expect("the whole way");
     let mut timings = compiled.timings;
+    let remade =
+        entries.iter().zip(compiled.remade).find(|(entry, _)| **entry == Entry::Train).map(|(_, remade)| remade);
     let begun = Instant::now();
     let library = folder.join(lowered.manifest.library_name());
     codegen::compile(&lowered.kernels, lowered.machine, &library)?;
@@ -84,7 +95,7 @@ fn fresh(
         model: description(model),
         ..lowered.manifest
     };
-    Ok((manifest, library, timings))
+    Ok((manifest, library, timings, remade))
 }
 
 /// The model as an artifact carries it: without equations. Of its values it knows the types of those it stores.

@@ -14,7 +14,7 @@ use crate::inference::inference;
 use crate::lower::{self, Lowered, lower};
 use crate::machine::Machine;
 use crate::partition::partition;
-use crate::remat::remat;
+use crate::remat::{Remade, remat};
 use crate::rewrite::live;
 use crate::{Error, codegen};
 
@@ -150,6 +150,8 @@ pub type Timings = Vec<(&'static str, Duration)>;
 pub struct Compiled {
     pub graphs: Vec<Graph>,
     pub lowered: Option<Lowered>,
+    /// By graph, if the way went so far.
+    pub remade: Vec<Remade>,
     pub timings: Timings,
 }
 
@@ -164,9 +166,14 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
     way.pass(Stage::Grad, "partition", |_, g| partition(&g))?;
     way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { settle(&g) })?;
     way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule, &options.limits))?;
-    way.pass(Stage::Fused, "remat", |_, g| if rule("remat") { remat(&g, &options.limits) } else { Ok(g) })?;
+    let mut remade = vec![];
+    way.pass(Stage::Fused, "remat", |_, g| {
+        let (graph, saved) = if rule("remat") { remat(&g, &options.limits)? } else { (g, Remade::default()) };
+        remade.push(saved);
+        Ok(graph)
+    })?;
     let (machine, precision, epilogues) = (options.machine, model.train.precision, rule("epilogue"));
-    way.lower(model, lower::Options { machine, precision, epilogues })
+    way.lower(model, remade, lower::Options { machine, precision, epilogues })
 }
 
 /// Entries on their way.
@@ -190,7 +197,7 @@ impl<'d> Way<'d> {
         &mut self,
         stage: Stage,
         name: &'static str,
-        pass: impl Fn(Entry, Graph) -> Result<Graph, String>,
+        mut pass: impl FnMut(Entry, Graph) -> Result<Graph, String>,
     ) -> Result<(), Error> {
         if self.until < stage {
             return Ok(());
@@ -204,7 +211,7 @@ impl<'d> Way<'d> {
         Ok(())
     }
 
-    fn lower(mut self, model: &Model, options: lower::Options) -> Result<Compiled, Error> {
+    fn lower(mut self, model: &Model, remade: Vec<Remade>, options: lower::Options) -> Result<Compiled, Error> {
         let mut lowered = None;
         if self.until >= Stage::Loops {
             let begun = Instant::now();
@@ -216,7 +223,7 @@ impl<'d> Way<'d> {
             lowered = Some(lower(&named, &tensors(model), options).map_err(blame)?);
             self.timings.push(("loops", begun.elapsed()));
         }
-        Ok(Compiled { graphs: self.graphs, lowered, timings: self.timings })
+        Ok(Compiled { graphs: self.graphs, lowered, remade, timings: self.timings })
     }
 }
 

@@ -1,48 +1,213 @@
 //! What is cheap to compute again is not kept from the forward to the backward pass.
 //!
-//! An element-by-element result that is read again far away, while all it is made of is alive there
-//! anyway, is made a second time. Dropout above all: its mask comes from a counter, never from memory.
+//! ```text
+//! v is read, then not for `gap` operations, then again. A chain of operations can make it there from what lies in
+//! memory at that place anyway:
+//!
+//! |v| · gap  ≥  K · (Σ cost(op) |op| + MOVE (|v| + Σ |x|)), x what the chain reads    =>    there v is made again
+//! ```
+//!
+//! |v| is how many elements v has for a token, cost(op) how many operations one of them takes. A chain is made of work
+//! element by element, normalizations and views. Dropout of a normalized input above all: its mask comes from a counter,
+//! never from memory.
 
 use std::collections::HashMap;
+use std::fmt;
 
-use peft_grammar::graph::{Graph, Node, Value};
+use peft_grammar::graph::{Dim, Graph, Node, Op, Type, Value};
 
 use crate::fuse::Limits;
-use crate::lower::maps;
+use crate::rewrite::live;
 
-pub fn remat(graph: &Graph, limits: &Limits) -> Result<Graph, String> {
-    let mut last = vec![0; graph.values()];
-    for (at, node) in graph.nodes.iter().enumerate() {
-        node.operands.iter().for_each(|v| last[v.0 as usize] = at);
+/// Operations that take as long as a float takes on its way from memory or to it.
+const MOVE: f64 = 20.0;
+/// Keys of a token, where it has some: about as many as sequences are long.
+const KEYS: f64 = 128.0;
+
+/// What lies in memory no longer between its reads, and what that costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Remade {
+    pub values: usize,
+    /// For each token.
+    pub bytes: f64,
+    /// For each token.
+    pub flops: f64,
+}
+
+impl fmt::Display for Remade {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Remade { values, bytes, flops } = self;
+        write!(f, "values made again: {values}, {bytes:.0} bytes a token less, {flops:.0} FLOP a token more")
     }
-    graph.outputs.iter().for_each(|(_, v)| last[v.0 as usize] = usize::MAX);
-    graph.args.iter().for_each(|a| last[a.value.0 as usize] = usize::MAX);
-    let maker: HashMap<Value, usize> = graph.nodes.iter().enumerate().map(|(at, n)| (n.result, at)).collect();
-    let output = |v: Value| graph.outputs.iter().any(|(_, o)| *o == v);
+}
 
+pub fn remat(graph: &Graph, limits: &Limits) -> Result<(Graph, Remade), String> {
+    let lives = Lives::of(graph, limits.keep);
     let mut new = Graph::new(graph.name.clone());
-    let mut map: Vec<Value> = vec![Value(0); graph.values()];
-    // Where each value was made last, by operations of the old graph.
-    let mut made = vec![0; graph.values()];
+    let mut map = vec![Value(0); graph.values()];
     for arg in &graph.args {
         map[arg.value.0 as usize] = new.arg(arg.name.clone(), arg.role, arg.rows, graph.ty(arg.value).clone());
     }
-    for (at, Node { op, operands, result, location }) in graph.nodes.iter().enumerate() {
-        for &operand in operands {
-            let Some(source) = maker.get(&operand).map(|&s| &graph.nodes[s]) else { continue };
-            let far = at - made[operand.0 as usize] > limits.far;
-            let alive = |v: &Value| last[v.0 as usize] >= at;
-            let cheap = maps(&source.op) && !source.operands.is_empty() && !output(operand);
-            if far && cheap && source.operands.iter().all(alive) {
-                let again: Vec<Value> = source.operands.iter().map(|v| map[v.0 as usize]).collect();
-                map[operand.0 as usize] = new.push(source.op.clone(), &again, &source.location)?;
-                made[operand.0 as usize] = at;
-            }
-        }
-        let operands: Vec<Value> = operands.iter().map(|v| map[v.0 as usize]).collect();
-        map[result.0 as usize] = new.push(op.clone(), &operands, location)?;
-        made[result.0 as usize] = at;
+    let mut again = Again { lives: &lives, new, map, made: HashMap::new() };
+    for (at, node) in graph.nodes.iter().enumerate() {
+        let value = again.push(node, at)?;
+        again.map[node.result.0 as usize] = value;
     }
+    let Again { mut new, map, .. } = again;
     new.outputs = graph.outputs.iter().map(|(name, v)| (name.clone(), map[v.0 as usize])).collect();
-    Ok(new)
+    Ok((live(&new), lives.remade))
+}
+
+/// Where values lie in memory.
+struct Lives<'g> {
+    graph: &'g Graph,
+    /// Which operation makes a value; none an argument.
+    maker: Vec<Option<usize>>,
+    /// By value, from which operation to which; from the second span on it is made again. A view has none of its own.
+    spans: Vec<Vec<(usize, usize)>>,
+    remade: Remade,
+}
+
+impl<'g> Lives<'g> {
+    fn of(graph: &'g Graph, keep: f64) -> Self {
+        let (mut maker, mut reads) = (vec![None; graph.values()], vec![vec![]; graph.values()]);
+        graph.nodes.iter().enumerate().for_each(|(at, n)| maker[n.result.0 as usize] = Some(at));
+        let mut lives = Lives { graph, maker, spans: vec![vec![]; graph.values()], remade: Remade::default() };
+        let own = || graph.nodes.iter().enumerate().filter(|(_, n)| !view(&n.op));
+        for (at, node) in own() {
+            node.operands.iter().for_each(|&v| reads[lives.root(v).0 as usize].push(at));
+        }
+        graph.outputs.iter().for_each(|(_, v)| reads[lives.root(*v).0 as usize].push(graph.nodes.len()));
+        for (at, Node { result, .. }) in own() {
+            let (size, mut spans) = (lives.elements(*result), vec![(at, at)]);
+            for &read in &reads[result.0 as usize] {
+                let last = spans.last_mut().expect("the first");
+                let mut cost = Cost { flops: 0.0, moves: size, most: size * (read - last.1) as f64 / keep };
+                let given = graph.outputs.iter().any(|(_, v)| lives.root(*v) == *result);
+                if given || !lives.again(*result, read, &mut cost) {
+                    last.1 = read;
+                    continue;
+                }
+                if batched(graph.ty(*result)) {
+                    lives.remade.flops += cost.flops;
+                    lives.remade.bytes += if spans.len() == 1 { 4.0 * size } else { 0.0 };
+                }
+                lives.remade.values += usize::from(spans.len() == 1);
+                spans.push((read, read));
+            }
+            lives.spans[result.0 as usize] = spans;
+        }
+        lives
+    }
+
+    /// What `value` is a view of.
+    fn root(&self, value: Value) -> Value {
+        match self.maker[value.0 as usize].map(|at| &self.graph.nodes[at]) {
+            Some(node) if view(&node.op) => self.root(node.operands[0]),
+            _ => value,
+        }
+    }
+
+    /// When that which lies in memory at `at` was made; an argument always lies there.
+    fn made(&self, root: Value, at: usize) -> Option<usize> {
+        let spans = &self.spans[root.0 as usize];
+        let span = spans.iter().find(|(from, to)| (*from..=*to).contains(&at));
+        span.map(|(from, _)| *from).or(self.maker[root.0 as usize].is_none().then_some(0))
+    }
+
+    /// Whether `value` can be made at `at` for no more than `cost` allows.
+    fn again(&self, value: Value, at: usize, cost: &mut Cost) -> bool {
+        let Some(node) = self.maker[value.0 as usize].map(|at| &self.graph.nodes[at]) else { return false };
+        let Some(each) = each(&node.op) else { return false };
+        cost.flops += each * self.elements(value);
+        cost.allowed() && node.operands.iter().all(|&v| self.there(self.root(v), at, cost))
+    }
+
+    fn there(&self, root: Value, at: usize, cost: &mut Cost) -> bool {
+        if self.made(root, at).is_none() {
+            return self.again(root, at, cost);
+        }
+        cost.moves += if batched(self.graph.ty(root)) { self.elements(root) } else { 0.0 };
+        cost.allowed()
+    }
+
+    fn elements(&self, value: Value) -> f64 {
+        let size = |d: &Dim| match d {
+            Dim::Const(n) => *n as f64,
+            Dim::Keys(_) => KEYS,
+            _ => 1.0,
+        };
+        self.graph.ty(value).shape.iter().map(size).product()
+    }
+}
+
+struct Cost {
+    flops: f64,
+    moves: f64,
+    most: f64,
+}
+
+impl Cost {
+    fn allowed(&self) -> bool {
+        self.flops + MOVE * self.moves <= self.most
+    }
+}
+
+/// Grows with the batch. A weight's vector is in the cache.
+fn batched(ty: &Type) -> bool {
+    ty.elements().is_none()
+}
+
+/// The same memory read in another way.
+fn view(op: &Op) -> bool {
+    matches!(op, Op::Reshape { .. } | Op::Permute { .. } | Op::Slice { .. })
+}
+
+/// Operations for each element of what may be made again.
+fn each(op: &Op) -> Option<f64> {
+    use Op::*;
+    match op {
+        Constant { .. } | Iota { .. } | Broadcast { .. } => Some(0.0),
+        Add | Sub | Mul | Min | Scale { .. } | Shift { .. } | Float | Relu | Step => Some(1.0),
+        Div | Sqrt | Rsqrt => Some(4.0),
+        Normalize { .. } => Some(8.0),
+        Exp | Sin | Cos => Some(16.0),
+        Log | Tanh | Sigmoid | Dropout { .. } => Some(24.0),
+        Gelu | GeluGrad | GeluTanh | GeluTanhGrad => Some(32.0),
+        _ => None,
+    }
+}
+
+/// The new graph under construction.
+struct Again<'a> {
+    lives: &'a Lives<'a>,
+    new: Graph,
+    /// Values as they were made first.
+    map: Vec<Value>,
+    /// Made again, by when.
+    made: HashMap<(Value, usize), Value>,
+}
+
+impl Again<'_> {
+    /// `node` on what lies in memory at `at`.
+    fn push(&mut self, node: &Node, at: usize) -> Result<Value, String> {
+        let operands = node.operands.iter().map(|&v| self.read(v, at)).collect::<Result<Vec<_>, _>>()?;
+        self.new.push(node.op.clone(), &operands, &node.location)
+    }
+
+    fn read(&mut self, value: Value, at: usize) -> Result<Value, String> {
+        let root = self.lives.root(value);
+        let first = self.lives.maker[root.0 as usize].unwrap_or(0);
+        let made = self.lives.made(root, at).unwrap_or(at);
+        if made == first {
+            return Ok(self.map[value.0 as usize]);
+        }
+        if let Some(&again) = self.made.get(&(value, made)) {
+            return Ok(again);
+        }
+        let node = &self.lives.graph.nodes[self.lives.maker[value.0 as usize].expect("no argument")];
+        let again = self.push(node, at)?;
+        self.made.insert((value, made), again);
+        Ok(again)
+    }
 }

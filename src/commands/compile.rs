@@ -65,7 +65,8 @@ fn compile(arguments: &Arguments) -> Result<(), Failure> {
     let out = arguments.output.clone().unwrap_or_else(|| format!("{}.peftc", model.name).into());
     store::save(&out, &artifact.manifest, &artifact.library)?;
     if source.timings {
-        super::say(&source::timings(&[&[("check", checked)], &artifact.timings[..]].concat()));
+        let timings = [&[("check", checked)], &artifact.timings[..]].concat();
+        super::say(&source::timings(&timings, artifact.remade));
     }
     let found = if artifact.cached { " (from the cache)" } else { "" };
     let launches = artifact.manifest.entries.get("train").map_or(0, |e| e.launches.len());
@@ -99,7 +100,7 @@ fn emit(arguments: &Arguments, stage: Stage) -> Result<(), Failure> {
                     let options = Options { until: stage, ..source.options()? };
                     let compiled = pipeline::run(&dialect, &model, &[arguments.entry], &options)?;
                     if source.timings {
-                        super::say(&source::timings(&compiled.timings));
+                        super::say(&source::timings(&compiled.timings, compiled.remade.first().copied()));
                     }
                     pipeline::emit(&dialect, &compiled, stage, arguments.locations)?
                 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use peft_grammar::model::{Model, Origin, TaskKind};
 #[cfg(feature = "compiler")]
-use peft_passes::machine::Machine;
+use peft_passes::{machine::Machine, remat::Remade};
 use peft_runtime::artifact::Manifest;
 use peft_runtime::{Numbers, Program, store, weights};
 
@@ -33,7 +33,7 @@ pub struct Source {
     /// Threads to run on; as many as there are cores if not given
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     pub threads: usize,
-    /// Show how long each stage took
+    /// Show how long each stage took, and what a training step makes again instead of keeping
     #[arg(long)]
     pub timings: bool,
 }
@@ -133,7 +133,7 @@ impl Source {
         let artifact = crate::compiler::compile(&model, &self.options()?)?;
         store::runs_here(&self.path, &artifact.manifest)?;
         if self.timings {
-            super::say(&timings(&[&[("check", checked)], &artifact.timings[..]].concat()));
+            super::say(&timings(&[&[("check", checked)], &artifact.timings[..]].concat(), artifact.remade));
         }
         Ok(Ready { model, program: Program::new(artifact.manifest, &artifact.library)? })
     }
@@ -188,10 +188,13 @@ fn set(model: &mut Model, key: &str, value: &str) -> Result<(), Failure> {
 }
 
 #[cfg(feature = "compiler")]
-pub fn timings(all: &[(&str, std::time::Duration)]) -> String {
+pub fn timings(all: &[(&str, std::time::Duration)], remade: Option<Remade>) -> String {
     let total: std::time::Duration = all.iter().map(|(_, t)| *t).sum();
     let lines = all.iter().map(|(stage, time)| format!("  {stage:<10} {:>8.3} s", time.as_secs_f64()));
-    let lines: Vec<String> = lines.chain([format!("  {:<10} {:>8.3} s", "in all", total.as_secs_f64())]).collect();
+    let lines: Vec<String> = lines
+        .chain([format!("  {:<10} {:>8.3} s", "in all", total.as_secs_f64())])
+        .chain(remade.map(|remade| format!("  {remade}")))
+        .collect();
     lines.join("\n")
 }
 

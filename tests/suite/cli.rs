@@ -202,6 +202,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
     let out = bench.path("a.peftc");
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
+    assert!(ran.err.contains("values made again: "), "{}", ran.err);
     assert!(bench.peftc(["compile", IR, "-o", text(&out)]).out.contains("from the cache"));
 
     // The artifact runs by itself, and gives what the spec gives.

@@ -90,6 +90,21 @@ fn squares(dialect: &Dialect, path: &Path, without: &[&str]) -> usize {
     lowered.manifest.buffers.iter().filter(grows).count()
 }
 
+/// What is made again in the backward pass is not kept for it: the more, the more weights train.
+#[test]
+fn making_values_again_takes_less_memory() {
+    for (spec, share) in [("nlg/finetune", 0.85), ("nlg/lora", 0.9), ("nlg/inducer_lora", 0.93), ("nlu/bitfit", 1.0)] {
+        let model = model(&Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("models/paper/{spec}.peft")));
+        let bytes = |without: &[&str]| {
+            let without = without.iter().map(|name| name.to_string()).collect();
+            let costs = peftc::costs::costs(&model, &Options { without, ..Options::default() });
+            costs.unwrap_or_else(|e| panic!("{spec}: {e}")).activation_bytes_per_token
+        };
+        let (made_again, kept) = (bytes(&[]), bytes(&["remat"]));
+        assert!(made_again <= share * kept, "{spec}: {made_again:.0} bytes a token, {kept:.0} when all is kept");
+    }
+}
+
 /// Law: attention costs memory that grows with the tokens, never with their pairs, whatever a method adds to it.
 #[test]
 fn no_buffer_grows_with_pairs() {

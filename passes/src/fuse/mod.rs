@@ -20,13 +20,13 @@ pub struct Limits {
     /// Rows of a weight from which on `head` sweeps it. Logits of fewer stay in the cache between what reads them, and
     /// a classifier's few columns are one launch.
     pub wide: u64,
-    /// Operations between two reads from which on `remat` counts the second one as far.
-    pub far: usize,
+    /// Floats kept for the length of an operation that `remat` takes one of its own for.
+    pub keep: f64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { wide: 4096, far: 64 }
+        Limits { wide: 4096, keep: 1.0 }
     }
 }
 

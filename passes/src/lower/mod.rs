@@ -28,7 +28,6 @@ mod view;
 
 use flash::{Form, Part};
 use kernel::Title;
-pub use map::maps;
 use view::View;
 
 use std::collections::{HashMap, HashSet};

@@ -15,7 +15,7 @@ use crate::pipeline::rules;
 use crate::remat::remat;
 
 /// Low enough for cases as small as these.
-const LIMITS: Limits = Limits { wide: 8, far: 2 };
+const LIMITS: Limits = Limits { wide: 8, keep: 0.05 };
 
 const LENGTHS: [usize; 3] = [5, 1, 3];
 
@@ -28,7 +28,7 @@ fn forms(dialect: &Dialect, rule: &str, graph: &Graph) -> [String; 2] {
     // Equal parts are one and what no one reads is gone in either.
     let before = fuse(graph, |_| false, &LIMITS).expect("rebuilt");
     let after = match rule {
-        "remat" => remat(&before, &LIMITS),
+        "remat" => remat(&before, &LIMITS).map(|(after, _)| after),
         _ => fuse(graph, |name| name == rule, &LIMITS),
     };
     let (after, batch) = (after.expect("well-formed"), Batch::new(&LENGTHS, 4));

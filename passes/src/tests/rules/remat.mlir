@@ -1,17 +1,26 @@
-// Dropout of a sum is made again where it is read far away; a product is kept.
+// What a dropped-out normalization reads lies in memory to the end: far from its first read it is made again, through
+// the view that is read there. A product is kept, and so is what is read soon.
 !x = tensor<?x4xf32, "tokens,4">
+!pairs = tensor<?x2x2xf32, "tokens,2,2">
 !w = tensor<4x4xf32>
+!g = tensor<4xf32>
 
 func.func @remat(
     %x: !x {peft.name = "x", peft.role = "input"}, %w: !w {peft.name = "w", peft.role = "frozen"},
-    %rng: tensor<2xi32> {peft.name = "rng", peft.role = "input"}
-) -> (!x {peft.name = "z"}) {
+    %g: !g {peft.name = "g", peft.role = "frozen"}, %rng: tensor<2xi32> {peft.name = "rng", peft.role = "input"}
+) -> (!pairs {peft.name = "z"}) {
   %a = "peft.matmul"(%x, %w) {transpose_x = false, transpose_y = false} : (!x, !w) -> !x
-  %b = "peft.dropout"(%a, %rng) {column = 0, p = 0.25, stream = 3} : (!x, tensor<2xi32>) -> !x
+  %n = "peft.normalize"(%a) {eps = 0.0625} : (!x) -> !x
+  %h = "peft.mul"(%n, %g) : (!x, !g) -> !x
+  %b = "peft.dropout"(%h, %rng) {column = 0, p = 0.25, stream = 3} : (!x, tensor<2xi32>) -> !x
   %c = "peft.matmul"(%b, %w) {transpose_x = false, transpose_y = false} : (!x, !w) -> !x
   %d = "peft.softmax"(%c) : (!x) -> !x
   %e = "peft.matmul"(%d, %w) {transpose_x = false, transpose_y = true} : (!x, !w) -> !x
-  %f = "peft.mul"(%e, %b) : (!x, !x) -> !x
-  %z = "peft.add"(%f, %a) : (!x, !x) -> !x
-  return %z : !x
+  %f = "peft.softmax"(%e) : (!x) -> !x
+  %f2 = "peft.reshape"(%f) {shape = "[tokens,2,2]"} : (!x) -> !pairs
+  %b2 = "peft.reshape"(%b) {shape = "[tokens,2,2]"} : (!x) -> !pairs
+  %fb = "peft.mul"(%f2, %b2) : (!pairs, !pairs) -> !pairs
+  %a2 = "peft.reshape"(%a) {shape = "[tokens,2,2]"} : (!x) -> !pairs
+  %z = "peft.add"(%fb, %a2) : (!pairs, !pairs) -> !pairs
+  return %z : !pairs
 }
