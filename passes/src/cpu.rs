@@ -73,6 +73,11 @@ impl Cpu {
         }
     }
 
+    /// Loads and stores of some lanes are instructions like any other.
+    pub fn masks(self) -> bool {
+        self.features().contains(&"avx512f")
+    }
+
     /// One instruction adds both products of two pairs of bf16 to a float, 16 times.
     pub fn multiplies_bf16(self) -> bool {
         self.features().contains(&"avx512bf16")

@@ -4,14 +4,23 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define, first};
+use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define, first};
 use super::view::View;
 use super::{Lowering, dim_extent, extents};
+use crate::machine::Machine;
 
 /// Rows of a block: their sums stay in registers.
 pub(super) const ROWS: u64 = 4;
-/// Vectors of a block.
+/// Vectors of a block's row, at most.
 pub(super) const VECTORS: u64 = 2;
+
+/// Vectors of a block's row: half of the registers hold its sums.
+pub(super) fn across(k: &Kernel) -> u64 {
+    match k.machine {
+        Machine::Cpu(cpu) => (cpu.registers().count * cpu.registers().floats / (2 * ROWS * LANES)).clamp(1, VECTORS),
+        Machine::Cuda(_) => VECTORS,
+    }
+}
 
 impl Lowering<'_, '_, '_> {
     /// s_ij = q_i · k_j. The keys are transposed first, so that lanes run along j.
@@ -121,18 +130,19 @@ impl Head {
 
 pub(super) fn zeros(k: &mut Kernel) -> Vec<Val> {
     let zero = k.floats(0.0);
-    vec![zero; (ROWS * VECTORS) as usize]
+    vec![zero; (ROWS * across(k)) as usize]
 }
 
 /// Offsets and masks of the vectors at `j` of a row of `length`.
 pub(super) fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
+    let across = across(k);
     let vector = |v: u64| {
         let offset = k.index(v * k.lane_count());
         let at = k.add(j, offset);
         let left = k.sub(length, at);
         (at, k.mask(left))
     };
-    (0..VECTORS).map(vector).collect()
+    (0..across).map(vector).collect()
 }
 
 fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, width: Val, causal: bool) {
@@ -146,7 +156,7 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
                 k.mul(row, width)
             })
             .collect();
-        k.each(zero, segment.length, VECTORS * k.lane_count(), |k, j| {
+        k.each(zero, segment.length, across(k) * k.lane_count(), |k, j| {
             let vectors = vectors(k, j, segment.length);
             let start = zeros(k);
             let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
@@ -171,7 +181,7 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
                 let base = k.mul(row, segment.length);
                 let base = k.add(head.square, base);
                 for (v, &(at, mask)) in vectors.iter().enumerate() {
-                    let mut score = sums[r * VECTORS as usize + v];
+                    let mut score = sums[r * vectors.len() + v];
                     if causal {
                         score = unless_later(k, score, at, row);
                     }
@@ -209,7 +219,7 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
             }
             (true, true) => (i, segment.length),
         };
-        k.each(zero, width, VECTORS * k.lane_count(), |k, e| {
+        k.each(zero, width, across(k) * k.lane_count(), |k, e| {
             let vectors = vectors(k, e, width);
             let start = zeros(k);
             let sums = k.fold(from, to, 1, &start, |k, j, sums| {
@@ -242,7 +252,7 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
                 let line = k.mul(line, width);
                 for (c, &(at, mask)) in vectors.iter().enumerate() {
                     let place = k.add(line, at);
-                    k.store_lanes(sums[r * VECTORS as usize + c], out, place, mask);
+                    k.store_lanes(sums[r * vectors.len() + c], out, place, mask);
                 }
             }
         });

@@ -16,13 +16,14 @@
 use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::attention::{ROWS, Segment, VECTORS, vectors, zeros};
+use super::attention::{ROWS, Segment, VECTORS, across, zeros};
 use super::kernel::{Buf, I32, Kernel, Order, Val, define};
 use super::random;
 use super::rows;
 use super::span::Span;
 use super::view::{ONE, Step, View};
 use super::{Lowering, copy, dim_extent, math};
+use crate::machine::Machine;
 
 /// Lengths are rounded up to what one call of the generator decides over, so that vectors need no masks.
 const _: () = assert!(ROWS == 4 && random::EACH.is_multiple_of(VECTORS));
@@ -273,23 +274,60 @@ fn round_up(k: &mut Kernel, n: Val, step: Val) -> Val {
 /// The unit's rows of `from`, turned: element (i, e) goes to `e · stride + i`.
 fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Buf, Val)) {
     let zero = k.index(0);
+    let turned = match k.machine {
+        Machine::Cpu(cpu) => transpose_squares(k, unit, from, width, (to, at), cpu.registers().floats),
+        Machine::Cuda(_) => zero,
+    };
     let numbers = k.lane_numbers();
     let line = k.to_i32(from.line);
     let line = k.splat(line);
     let steps = k.mul(numbers, line);
-    k.each(zero, unit.segment.length, k.lane_count(), |k, i| {
-        let left = k.sub(unit.segment.length, i);
-        let mask = k.mask(left);
-        let row = from.row(k, i);
-        let target = k.add(at, i);
-        k.each(zero, width, 1, |k, e| {
+    k.each(turned, width, 1, |k, e| {
+        let column = k.mul(e, unit.stride);
+        let column = k.add(at, column);
+        k.each(zero, unit.segment.length, k.lane_count(), |k, i| {
+            let left = k.sub(unit.segment.length, i);
+            let mask = k.mask(left);
+            let row = from.row(k, i);
             let source = k.add(row, e);
             let x = k.gather_lanes(from.buffer, source, steps, mask);
-            let place = k.mul(e, unit.stride);
-            let place = k.add(place, target);
+            let place = k.add(column, i);
             k.store_within(x, to, place, (i, 0), unit.segment.length);
         });
     });
+}
+
+/// The same for as many columns as whole squares of `side` take, in registers; gives how many they are.
+fn transpose_squares(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Buf, Val), side: u64) -> Val {
+    let (zero, one, step) = (k.index(0), k.index(1), k.index(side));
+    let squares = k.div(width, step);
+    let whole = k.mul(squares, step);
+    let last = k.sub(unit.segment.length, one);
+    k.each(zero, unit.segment.length, side, |k, i| {
+        let row = |r| {
+            let r = k.index(r);
+            let row = k.add(i, r);
+            let row = k.min(row, last);
+            from.row(k, row)
+        };
+        let rows: Vec<Val> = (0..side).map(row).collect();
+        let first = k.add(at, i);
+        k.each(zero, whole, side, |k, e| {
+            let load = |&row: &Val| {
+                let place = k.add(row, e);
+                k.load_some(from.buffer, place, side)
+            };
+            let square = rows.iter().map(load).collect();
+            for (c, column) in k.turned(square).into_iter().enumerate() {
+                let c = k.index(c as u64);
+                let e = k.add(e, c);
+                let place = k.mul(e, unit.stride);
+                let place = k.add(first, place);
+                k.store_vector(column, to, place);
+            }
+        });
+    });
+    whole
 }
 
 /// The unit's rows of `from` without what lies between them: every block reads them again, and rows that are a wide
@@ -320,13 +358,14 @@ fn product(
     let zero = k.index(0);
     let rows: Vec<Val> = block.iter().map(|&i| from.row(k, i)).collect();
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
-    k.each(begin, end, VECTORS * k.lane_count(), |k, j| {
+    let vectors = across(k);
+    k.each(begin, end, vectors * k.lane_count(), |k, j| {
         let start = zeros(k);
         let column = k.add(at, j);
         let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
             let place = k.mul(e, unit.stride);
             let place = k.add(place, column);
-            let columns: Vec<Val> = (0..VECTORS)
+            let columns: Vec<Val> = (0..vectors)
                 .map(|v| {
                     let offset = k.index(v * k.lane_count());
                     let place = k.add(place, offset);
@@ -341,8 +380,8 @@ fn product(
         });
         let by = k.floats(scale);
         for (r, &line) in lines.iter().enumerate() {
-            for v in 0..VECTORS {
-                let sum = sums[r * VECTORS as usize + v as usize];
+            for v in 0..vectors {
+                let sum = sums[r * vectors as usize + v as usize];
                 let sum = if scale == 1.0 { sum } else { k.mul(sum, by) };
                 let offset = k.index(v * k.lane_count());
                 let place = k.add(line, j);
@@ -357,8 +396,14 @@ fn product(
 fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &Rows, width: Val) {
     let zero = k.index(0);
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
-    k.each(zero, width, VECTORS * k.lane_count(), |k, e| {
-        let vectors = vectors(k, e, width);
+    let across = across(k);
+    k.each_reach((zero, width), across * k.lane_count(), |k, e, reach| {
+        let vector = |v: u64| {
+            let offset = k.index(v * k.lane_count());
+            let at = k.add(e, offset);
+            (at, k.mask_in(reach, at))
+        };
+        let vectors: Vec<(Val, Val)> = (0..across).map(vector).collect();
         let start = zeros(k);
         let sums = k.fold(begin, end, 1, &start, |k, j, sums| {
             let row = y.row(k, j);
@@ -378,16 +423,19 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &R
         for r in 0..ROWS {
             let offset = k.index(r);
             let row = k.add(i, offset);
-            // A row before the first or beyond the last has no lanes.
+            // There is none before the first or beyond the last.
             let missing = k.at_least_unsigned(row, unit.segment.length);
             let row = unit.out.row(k, row);
-            for (v, &(at, _)) in vectors.iter().enumerate() {
-                let left = k.sub(width, at);
-                let here = k.select(missing, zero, left);
-                let mask = k.mask(here);
-                let place = k.add(row, at);
-                k.store_lanes(sums[(r * VECTORS) as usize + v], unit.out.buffer, place, mask);
-            }
+            k.branch(
+                missing,
+                |_| {},
+                |k| {
+                    for (v, &(at, mask)) in vectors.iter().enumerate() {
+                        let place = k.add(row, at);
+                        k.store_lanes(sums[(r * across) as usize + v], unit.out.buffer, place, mask);
+                    }
+                },
+            );
         }
     });
 }
@@ -538,7 +586,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
         let j = block[0];
         // Queries before the first key do not see it; vectors begin where products do.
         let begin = if unit.form.causal {
-            let step = k.index(VECTORS * k.lane_count());
+            let step = k.index(across(k) * k.lane_count());
             let steps = k.div(j, step);
             k.mul(steps, step)
         } else {

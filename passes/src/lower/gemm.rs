@@ -32,15 +32,16 @@ use crate::machine::Machine;
 struct Tile {
     rows: u64,
     vectors: u64,
+    /// Steps along k between two visits of the result: of a column panel 48 KiB, or 16 where the first-level cache is
+    /// to hold them with as many of the tile's rows.
+    depth: u64,
 }
 
 /// Registers that are no sums: for a line of B and a number of A.
 const SPARE: u64 = 4;
 
-/// Rows of a unit: what is read of B serves all of them.
+/// Rows of a unit, at most: what is read of B serves all of them.
 const ROWS: u64 = 112;
-/// Steps along k between two visits of the result: of a column panel 48 KiB.
-const DEPTH: u64 = 384;
 /// Column panels of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state
 /// still has units for many threads.
 const PANELS: u64 = 12;
@@ -51,14 +52,19 @@ impl Tile {
     fn columns(self) -> u64 {
         self.vectors * LANES
     }
+    /// Rows of a unit: whole tiles.
+    fn block(self) -> u64 {
+        ROWS / self.rows * self.rows
+    }
     /// Elements of B's next piece that are fetched at each step along k: all of it while a unit's rows pass.
     fn share(self) -> u64 {
-        (self.rows * self.columns()).div_ceil(ROWS)
+        (self.rows * self.columns()).div_ceil(self.block())
     }
     /// The tile for m × n, of which some may be known: 14 × 32, 28 × 16 or 7 × 64 on AVX-512.
     fn of(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> Tile {
         let vector = LANES / registers.floats;
-        let tile = |vectors| Tile { rows: (registers.count - SPARE) / (vector * vectors), vectors };
+        let depth = if vector == 1 { 384 } else { 256 };
+        let tile = |vectors| Tile { rows: (registers.count - SPARE) / (vector * vectors), vectors, depth };
         let [narrow, usual, short] = if vector == 1 { [1, 2, 4] } else { [1, 1, 2] }.map(tile);
         match (m, n) {
             (_, Extent::Const(n)) if *n <= narrow.columns() => narrow,
@@ -199,9 +205,9 @@ impl Lowering<'_, '_, '_> {
     ) {
         let Side { batch, length: m, depth, .. } = left;
         let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
-        let blocks = Extent::CeilDiv(Box::new(m.clone()), ROWS);
+        let blocks = Extent::CeilDiv(Box::new(m.clone()), form.tile.block());
         let shared = match &m {
-            Extent::Const(m) if *m <= ROWS => PANELS_OF_FEW_ROWS,
+            Extent::Const(m) if *m <= form.tile.block() => PANELS_OF_FEW_ROWS,
             _ => PANELS,
         };
         let groups = Extent::CeilDiv(Box::new(panels.clone()), shared);
@@ -482,7 +488,7 @@ struct Form {
 
 impl Form {
     fn name(self) -> String {
-        let Tile { rows, vectors } = self.tile;
+        let Tile { rows, vectors, .. } = self.tile;
         let a = if self.columns_a { "columns" } else { "rows" };
         let b = if self.packed { "panels" } else { "rows" };
         format!("gemm{rows}x{}_{a}_{b}{}", vectors * LANES, self.factors.suffix())
@@ -491,7 +497,7 @@ impl Form {
     /// Elements between a tile's neighbours in the scratch: its rows, or its steps along k. Rows whose
     /// distance is a power of two would all want the same few lines of the cache.
     fn step(self) -> u64 {
-        if self.columns_a { self.tile.rows.next_multiple_of(self.lanes()) } else { DEPTH + LANES }
+        if self.columns_a { self.tile.rows.next_multiple_of(self.lanes()) } else { self.tile.depth + LANES }
     }
 
     /// Rows that are copied at once if A's lines run along them.
@@ -501,7 +507,7 @@ impl Form {
 
     /// Elements of a tile of rows in the scratch.
     fn room(self) -> u64 {
-        self.step() * if self.columns_a { DEPTH } else { self.tile.rows }
+        self.step() * if self.columns_a { self.tile.depth } else { self.tile.rows }
     }
 }
 
@@ -515,15 +521,15 @@ fn gemm(title: Title, form: Form, epilogue: &Epilogue) -> String {
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b] = first(&sizes[7..]);
         let [width, area_c, first_c, kept] = first(&sizes[14..]);
-        let rows_of_a = k.scratch(form.room() * ROWS.div_ceil(tile.rows), element);
-        let piece = if form.packed { b } else { k.scratch(DEPTH * tile.columns(), element) };
+        let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), element);
+        let piece = if form.packed { b } else { k.scratch(tile.depth * tile.columns(), element) };
         let steps = form.factors.steps_in(k, depth);
         k.units(|k, unit| {
             // Neighbours share their part of B: it is read from memory once.
             let row = k.rem(unit, blocks);
             let rest = k.div(unit, blocks);
             let (batch, group) = (k.div(rest, groups), k.rem(rest, groups));
-            let (zero, one, size) = (k.index(0), k.index(1), k.index(ROWS));
+            let (zero, one, size) = (k.index(0), k.index(1), k.index(tile.block()));
             let row = k.mul(row, size);
             let rows = k.sub(m, row);
             let rows = k.min(rows, size);
@@ -539,9 +545,9 @@ fn gemm(title: Title, form: Form, epilogue: &Epilogue) -> String {
             let base_c = k.add(base_c, first_c);
             let above = k.mul(row, width);
             let base_c = k.add(base_c, above);
-            k.each(zero, steps, DEPTH, |k, block| {
+            k.each(zero, steps, tile.depth, |k, block| {
                 let length = k.sub(steps, block);
-                let most = k.index(DEPTH);
+                let most = k.index(tile.depth);
                 let length = k.min(length, most);
                 let source = Source { buffer: a, base: base_a, line: line_a, row, rows, block, length, depth };
                 if form.columns_a {
@@ -748,7 +754,7 @@ fn tile_sums(
     (b, from, next): (Buf, Val, Option<Val>),
     length: Val,
 ) -> Vec<Val> {
-    let Tile { rows, vectors } = form.tile;
+    let Tile { rows, vectors, .. } = form.tile;
     let place = tile_place(k, form, row);
     let share = k.index(form.tile.share());
     let next = next.map(|next| {

@@ -131,6 +131,7 @@ pub struct Title<'a> {
 /// The function under construction.
 pub struct Kernel {
     name: String,
+    pub machine: Machine,
     /// What stands before the function.
     globals: String,
     body: String,
@@ -155,8 +156,8 @@ pub fn define(
         Machine::Cpu(_) => Form::vectors(next),
         Machine::Cuda(_) => Form::warps(next),
     };
-    let (name, globals, text) = (title.name.to_string(), String::new(), String::new());
-    let mut kernel = Kernel { name, globals, body: text, depth: 2, next, form };
+    let (name, machine) = (title.name.to_string(), title.machine);
+    let mut kernel = Kernel { name, machine, globals: String::new(), body: String::new(), depth: 2, next, form };
     body(&mut kernel, &buffers, &sizes);
     kernel.globals + &kernel.form.function(title.name, &buffers, &sizes, &kernel.body)
 }
@@ -171,6 +172,15 @@ pub fn first<const N: usize, T: Copy>(all: &[T]) -> [T; N] {
 pub enum Access {
     Read,
     Write,
+}
+
+/// Of the vectors that a step takes.
+#[derive(Clone, Copy)]
+pub enum Reach {
+    /// All their lanes exist.
+    Whole,
+    /// Those before an end.
+    To(Val),
 }
 
 #[derive(Clone, Copy)]
@@ -440,7 +450,28 @@ impl Kernel {
         self.emit(ty, format_args!("vector.extract_strided_slice {x} {{{slice}}} : {} to {ty}", x.ty))
     }
 
+    /// The columns of a square whose rows are vectors.
+    pub fn turned(&mut self, mut square: Vec<Val>) -> Vec<Val> {
+        let side = square.len();
+        // Each round turns the bits of a row's number and of a lane's by one: (row, lane) ends as (lane, row).
+        for _ in 0..side.ilog2() {
+            let (upper, lower) = square.split_at(side / 2);
+            let pair = |(&x, &y): (&Val, &Val)| {
+                let both = self.interleave(x, y);
+                [0, side as u64].map(|at| self.part(both, at, side as u64))
+            };
+            square = upper.iter().zip(lower).flat_map(pair).collect();
+        }
+        square
+    }
+
     // Memory.
+
+    /// `n` elements, all of which must exist, in a processor's vector of their own.
+    pub fn load_some(&mut self, from: Buf, at: Val, n: u64) -> Val {
+        let ty = from.scalar().times(n);
+        self.emit(ty, format_args!("vector.load %{}[{at}] : {from}, {ty}", from.id))
+    }
 
     /// `n` elements of the kernel's own, on its stack: to be asked for outside of loops.
     pub fn scratch(&mut self, n: u64, element: Element) -> Buf {
@@ -550,7 +581,7 @@ impl Kernel {
     }
 
     /// A vector a step over `length` elements: the offset and the mask of those that exist.
-    pub fn lanes(&mut self, length: Val, body: impl FnOnce(&mut Kernel, Val, Val)) {
+    pub fn lanes(&mut self, length: Val, mut body: impl FnMut(&mut Kernel, Val, Val)) {
         self.fold_lanes(length, &[], |k, j, mask, _| {
             body(k, j, mask);
             vec![]
@@ -561,14 +592,61 @@ impl Kernel {
         &mut self,
         length: Val,
         start: &[Val],
-        body: impl FnOnce(&mut Kernel, Val, Val, &[Val]) -> Vec<Val>,
+        mut body: impl FnMut(&mut Kernel, Val, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
         let zero = self.index(0);
-        self.fold(zero, length, self.lane_count(), start, |k, j, carried| {
-            let left = k.sub(length, j);
-            let mask = k.mask(left);
+        self.fold_reach((zero, length), self.lane_count(), start, |k, j, reach, carried| {
+            let mask = k.mask_in(reach, j);
             body(k, j, mask, carried)
         })
+    }
+
+    /// For `from`, `from + step`, … below `to`, with how far a step's vectors reach.
+    pub fn each_reach(&mut self, range: (Val, Val), step: u64, mut body: impl FnMut(&mut Kernel, Val, Reach)) {
+        self.fold_reach(range, step, &[], |k, at, reach, _| {
+            body(k, at, reach);
+            vec![]
+        });
+    }
+
+    pub fn fold_reach(
+        &mut self,
+        (from, to): (Val, Val),
+        step: u64,
+        start: &[Val],
+        mut body: impl FnMut(&mut Kernel, Val, Reach, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let masks = match self.machine {
+            Machine::Cpu(cpu) => cpu.masks(),
+            Machine::Cuda(_) => true,
+        };
+        if masks {
+            return self.fold(from, to, step, start, |k, at, carried| body(k, at, Reach::To(to), carried));
+        }
+        // Masks are slow here: steps whose vectors are whole take none.
+        let zero = self.index(0);
+        let by = self.index(step);
+        let count = self.sub(to, from);
+        let count = self.max(count, zero);
+        let steps = self.div(count, by);
+        let whole = self.mul(steps, by);
+        let middle = self.add(from, whole);
+        let carried = self.fold(from, middle, step, start, |k, at, carried| body(k, at, Reach::Whole, carried));
+        self.fold(middle, to, step, &carried, |k, at, carried| body(k, at, Reach::To(to), carried))
+    }
+
+    /// Which lanes of a vector from `at` on exist.
+    pub fn mask_in(&mut self, reach: Reach, at: Val) -> Val {
+        match reach {
+            Reach::Whole => {
+                let ty = self.vector(Ty { scalar: Scalar::I1, lanes: None });
+                self.literal("true", ty)
+            }
+            Reach::To(end) => {
+                let left = self.sub(end, at);
+                self.mask(left)
+            }
+        }
     }
 }
 
