@@ -16,7 +16,7 @@
 use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::attention::{ROWS, Segment, VECTORS, across, zeros};
+use super::attention::{ROWS, Segment, VECTORS, across, vectors, zeros};
 use super::kernel::{Buf, I32, Kernel, Order, Val, define};
 use super::random;
 use super::rows;
@@ -397,13 +397,8 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &R
     let zero = k.index(0);
     let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
     let across = across(k);
-    k.each_reach((zero, width), across * k.lane_count(), |k, e, reach| {
-        let vector = |v: u64| {
-            let offset = k.index(v * k.lane_count());
-            let at = k.add(e, offset);
-            (at, k.mask_in(reach, at))
-        };
-        let vectors: Vec<(Val, Val)> = (0..across).map(vector).collect();
+    k.each(zero, width, across * k.lane_count(), |k, e| {
+        let vectors = vectors(k, e, width);
         let start = zeros(k);
         let sums = k.fold(begin, end, 1, &start, |k, j, sums| {
             let row = y.row(k, j);

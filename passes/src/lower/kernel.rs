@@ -8,6 +8,7 @@ mod blocks;
 mod lanes;
 pub mod matrix;
 
+use std::collections::HashMap;
 use std::fmt::Write;
 
 use peft_runtime::artifact::Element;
@@ -132,6 +133,8 @@ pub struct Title<'a> {
 pub struct Kernel {
     name: String,
     pub machine: Machine,
+    /// By mask: how many lanes it has, if they are the first ones.
+    counts: HashMap<u32, Val>,
     /// What stands before the function.
     globals: String,
     body: String,
@@ -157,7 +160,8 @@ pub fn define(
         Machine::Cuda(_) => Form::warps(next),
     };
     let (name, machine) = (title.name.to_string(), title.machine);
-    let mut kernel = Kernel { name, machine, globals: String::new(), body: String::new(), depth: 2, next, form };
+    let (counts, globals, text) = (HashMap::new(), String::new(), String::new());
+    let mut kernel = Kernel { name, machine, counts, globals, body: text, depth: 2, next, form };
     body(&mut kernel, &buffers, &sizes);
     kernel.globals + &kernel.form.function(title.name, &buffers, &sizes, &kernel.body)
 }
@@ -172,15 +176,6 @@ pub fn first<const N: usize, T: Copy>(all: &[T]) -> [T; N] {
 pub enum Access {
     Read,
     Write,
-}
-
-/// Of the vectors that a step takes.
-#[derive(Clone, Copy)]
-pub enum Reach {
-    /// All their lanes exist.
-    Whole,
-    /// Those before an end.
-    To(Val),
 }
 
 #[derive(Clone, Copy)]
@@ -509,7 +504,9 @@ impl Kernel {
     /// The first `n` of `lanes` lanes, of a processor's vector.
     pub fn mask_of(&mut self, n: Val, lanes: u64) -> Val {
         let ty = Ty { scalar: Scalar::I1, lanes: Some(lanes) };
-        self.emit(ty, format_args!("vector.create_mask {n} : {ty}"))
+        let mask = self.emit(ty, format_args!("vector.create_mask {n} : {ty}"));
+        self.counts.insert(mask.id, n);
+        mask
     }
 
     // Control.
@@ -581,7 +578,7 @@ impl Kernel {
     }
 
     /// A vector a step over `length` elements: the offset and the mask of those that exist.
-    pub fn lanes(&mut self, length: Val, mut body: impl FnMut(&mut Kernel, Val, Val)) {
+    pub fn lanes(&mut self, length: Val, body: impl FnOnce(&mut Kernel, Val, Val)) {
         self.fold_lanes(length, &[], |k, j, mask, _| {
             body(k, j, mask);
             vec![]
@@ -592,61 +589,14 @@ impl Kernel {
         &mut self,
         length: Val,
         start: &[Val],
-        mut body: impl FnMut(&mut Kernel, Val, Val, &[Val]) -> Vec<Val>,
+        body: impl FnOnce(&mut Kernel, Val, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
         let zero = self.index(0);
-        self.fold_reach((zero, length), self.lane_count(), start, |k, j, reach, carried| {
-            let mask = k.mask_in(reach, j);
+        self.fold(zero, length, self.lane_count(), start, |k, j, carried| {
+            let left = k.sub(length, j);
+            let mask = k.mask(left);
             body(k, j, mask, carried)
         })
-    }
-
-    /// For `from`, `from + step`, … below `to`, with how far a step's vectors reach.
-    pub fn each_reach(&mut self, range: (Val, Val), step: u64, mut body: impl FnMut(&mut Kernel, Val, Reach)) {
-        self.fold_reach(range, step, &[], |k, at, reach, _| {
-            body(k, at, reach);
-            vec![]
-        });
-    }
-
-    pub fn fold_reach(
-        &mut self,
-        (from, to): (Val, Val),
-        step: u64,
-        start: &[Val],
-        mut body: impl FnMut(&mut Kernel, Val, Reach, &[Val]) -> Vec<Val>,
-    ) -> Vec<Val> {
-        let masks = match self.machine {
-            Machine::Cpu(cpu) => cpu.masks(),
-            Machine::Cuda(_) => true,
-        };
-        if masks {
-            return self.fold(from, to, step, start, |k, at, carried| body(k, at, Reach::To(to), carried));
-        }
-        // Masks are slow here: steps whose vectors are whole take none.
-        let zero = self.index(0);
-        let by = self.index(step);
-        let count = self.sub(to, from);
-        let count = self.max(count, zero);
-        let steps = self.div(count, by);
-        let whole = self.mul(steps, by);
-        let middle = self.add(from, whole);
-        let carried = self.fold(from, middle, step, start, |k, at, carried| body(k, at, Reach::Whole, carried));
-        self.fold(middle, to, step, &carried, |k, at, carried| body(k, at, Reach::To(to), carried))
-    }
-
-    /// Which lanes of a vector from `at` on exist.
-    pub fn mask_in(&mut self, reach: Reach, at: Val) -> Val {
-        match reach {
-            Reach::Whole => {
-                let ty = self.vector(Ty { scalar: Scalar::I1, lanes: None });
-                self.literal("true", ty)
-            }
-            Reach::To(end) => {
-                let left = self.sub(end, at);
-                self.mask(left)
-            }
-        }
     }
 }
 

@@ -503,8 +503,9 @@ impl Form {
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, total);
-            k.each_reach((start, end), k.lane_count(), |k, at, reach| {
-                let mask = k.mask_in(reach, at);
+            k.each(start, end, k.lane_count(), |k, at| {
+                let left = k.sub(end, at);
+                let mask = k.mask(left);
                 let value = self.evaluate(k, (&sources, &[]), at, mask, &[], sizes);
                 let place = k.add(first, at);
                 k.store_lanes(value, out, place, mask);
@@ -669,12 +670,13 @@ pub(super) fn write_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], lengt
     let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
     let lanes = k.lane_count();
     let step = if stages.iter().any(|s| s.form.draws && !s.form.narrow) { random::drawn(k) } else { lanes };
-    k.each_reach((start, end), step, |k, j, reach| {
+    k.each(start, end, step, |k, j| {
         let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, j)).collect();
         for part in 0..step / lanes {
             let offset = k.index(part * lanes);
             let at = k.add(j, offset);
-            let mask = k.mask_in(reach, at);
+            let left = k.sub(end, at);
+            let mask = k.mask(left);
             let mut made = vec![];
             for (row, words) in rows.iter().zip(&words) {
                 let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();

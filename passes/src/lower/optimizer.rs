@@ -51,8 +51,9 @@ fn sum_of_squares(title: Title) -> String {
             let end = k.add(start, block);
             let end = k.min(end, count);
             let zero = k.floats(0.0);
-            let sums = k.fold_reach((start, end), k.lane_count(), &[zero], |k, at, reach, sums| {
-                let mask = k.mask_in(reach, at);
+            let sums = k.fold(start, end, k.lane_count(), &[zero], |k, at, sums| {
+                let left = k.sub(end, at);
+                let mask = k.mask(left);
                 let x = k.load_lanes(x, at, mask);
                 vec![k.fma(x, x, sums[0])]
             });
@@ -107,8 +108,9 @@ fn adamw(title: Title) -> String {
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, count);
-            k.each_reach((start, end), k.lane_count(), |k, at, reach| {
-                let mask = k.mask_in(reach, at);
+            k.each(start, end, k.lane_count(), |k, at| {
+                let left = k.sub(end, at);
+                let mask = k.mask(left);
                 let x = k.load_lanes(g, at, mask);
                 let x = k.mul(x, factor);
                 let old = k.load_lanes(m, at, mask);

@@ -344,10 +344,22 @@ impl Kernel {
     pub fn store_lanes(&mut self, x: Val, to: Buf, at: Val, mask: Val) {
         match self.form {
             Form::Vectors { .. } => {
-                self.line(format_args!(
-                    "vector.maskedstore %{}[{at}], {mask}, {x} : {to}, {}, {}",
-                    to.id, mask.ty, x.ty
-                ));
+                let some = |k: &mut Kernel| {
+                    k.line(format_args!(
+                        "vector.maskedstore %{}[{at}], {mask}, {x} : {to}, {}, {}",
+                        to.id, mask.ty, x.ty
+                    ));
+                };
+                let Machine::Cpu(cpu) = self.machine else { unreachable!("vectors are a processor's") };
+                match self.counts.get(&mask.id).copied() {
+                    // A store under a mask is many instructions there, and few vectors are not whole.
+                    Some(count) if !cpu.masks() => {
+                        let most = self.index(x.ty.lanes.unwrap_or(1) - 1);
+                        let whole = self.compare(count, Order::Gt, most);
+                        self.branch(whole, |k| k.store_vector(x, to, at), some);
+                    }
+                    _ => some(self),
+                }
             }
             Form::Warps { lane, .. } => self.when(mask, |k| {
                 let at = k.add(at, lane);
