@@ -43,7 +43,8 @@ impl Failure {
             Failure::Compiler(peft_passes::Error::Refused { .. }) => 1,
             Failure::Usage(_) => 2,
             Failure::Data(_) | Failure::Metrics(_) | Failure::Store(_) | Failure::File { .. } => 3,
-            Failure::Runtime(RuntimeError::Device(_) | RuntimeError::Entry { .. }) | Failure::Diverged(_) => 4,
+            Failure::Runtime(RuntimeError::Device(_) | RuntimeError::Memory { .. } | RuntimeError::Entry { .. })
+            | Failure::Diverged(_) => 4,
             Failure::Runtime(_) => 3,
             #[cfg(feature = "compiler")]
             Failure::Compiler(_) => 5,

@@ -46,23 +46,21 @@ fn hyper(recipe: &Recipe, lr: f64, step: u64) -> Vec<f32> {
     all.map(|x| x as f32).to_vec()
 }
 
-/// One step on one batch; gives the loss before it and the gradient's norm before clipping.
-pub fn step(
-    session: &mut Session,
-    recipe: &Recipe,
-    batch: &Batch,
-    step: u64,
-    total: u64,
-) -> Result<(f64, f64), Failure> {
-    session.run("train", &inputs(batch, [recipe.seed as i32, step as i32]))?;
+/// Sends the batch of a step on its way, with all that the step is told. The one before may still run.
+fn stage(session: &mut Session, recipe: &Recipe, batch: &Batch, step: u64, total: u64) -> Result<(), RuntimeError> {
+    let floats = BTreeMap::from([("hyper".to_string(), hyper(recipe, rate(recipe, step, total), step))]);
+    let inputs = Inputs { floats, ..inputs(batch, [recipe.seed as i32, step as i32]) };
+    session.stage(&["train", "update"], &inputs)
+}
+
+/// Waits for the end of a step; gives the loss before it and the gradient's norm before clipping.
+fn finish(session: &mut Session, step: u64) -> Result<(f64, f64), Failure> {
+    session.wait()?;
     let scalar = |session: &Session, name: &str| {
         let found = session.output(name).map(|(_, x)| f64::from(x[0]));
         found.ok_or_else(|| RuntimeError::input(name, "is no output of this artifact"))
     };
-    let loss = scalar(session, "loss")?;
-    let floats = BTreeMap::from([("hyper".to_string(), hyper(recipe, rate(recipe, step, total), step))]);
-    session.run("update", &Inputs { floats, ..Inputs::default() })?;
-    let norm = scalar(session, "grad_norm")?;
+    let (loss, norm) = (scalar(session, "loss")?, scalar(session, "grad_norm")?);
     if !loss.is_finite() || !norm.is_finite() {
         return Err(Failure::Diverged(format!(
             "step {step}: the loss is {loss} and the gradient's norm {norm}; \
@@ -70,6 +68,19 @@ pub fn step(
         )));
     }
     Ok((loss, norm))
+}
+
+/// One step on one batch.
+pub fn step(
+    session: &mut Session,
+    recipe: &Recipe,
+    batch: &Batch,
+    step: u64,
+    total: u64,
+) -> Result<(f64, f64), Failure> {
+    stage(session, recipe, batch, step, total)?;
+    session.start()?;
+    finish(session, step)
 }
 
 /// Figures of a data set under the model as it stands.
@@ -163,10 +174,21 @@ impl Training<'_> {
         while at < total {
             let order = Order::Shuffled { seed: recipe.seed, epoch: at / epoch };
             let batches = Batches::new(self.train, recipe.batch as usize, order).skip((at % epoch) as usize);
+            let mut batches = batches.take((total - at) as usize);
             let mut begun = Instant::now();
-            for batch in batches.take((total - at) as usize) {
+            let mut next = batches.next();
+            if let Some(batch) = &next {
+                stage(self.session, &recipe, batch, at, total)?;
+            }
+            while let Some(batch) = next {
                 let in_kernels = kernels(self.session);
-                let (loss, norm) = step(self.session, &recipe, &batch, at, total)?;
+                self.session.start()?;
+                // While a GPU is at the step, the next batch is made and sent.
+                next = batches.next();
+                if let Some(batch) = &next {
+                    stage(self.session, &recipe, batch, at + 1, total)?;
+                }
+                let (loss, norm) = finish(self.session, at)?;
                 // From batch to batch: making one is a part of it, and writing figures down.
                 let time = begun.elapsed();
                 begun += time;

@@ -39,6 +39,19 @@ pub struct Sizes {
     pub values: u64,
 }
 
+impl Sizes {
+    /// The larger of each.
+    pub fn max(self, other: Sizes) -> Sizes {
+        Sizes {
+            tokens: self.tokens.max(other.tokens),
+            sequences: self.sequences.max(other.sequences),
+            targets: self.targets.max(other.targets),
+            pairs: self.pairs.max(other.pairs),
+            values: self.values.max(other.values),
+        }
+    }
+}
+
 impl Extent {
     /// Saturates, so that a size no memory could hold fails when it is asked for.
     pub fn eval(&self, sizes: &Sizes) -> u64 {

@@ -53,10 +53,20 @@ pub trait Backend: Send {
     /// Puts numbers into a block that reaches so far.
     fn write(&mut self, block: Block, start: usize, words: Words) -> Result<(), RuntimeError>;
 
+    /// Puts numbers into a block that no job reads which runs now; what runs goes on. What is started later finds them.
+    fn send(&mut self, block: Block, words: Words) -> Result<(), RuntimeError> {
+        self.write(block, 0, words)
+    }
+
     fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError>;
 
-    /// Runs the jobs in their order. With a profile it waits for each one.
+    /// Starts the jobs, which run in their order, and may return before they end. With a profile it waits for each one.
     fn run(&mut self, jobs: &[Job], profile: Option<&mut Profile>) -> Result<(), RuntimeError>;
+
+    /// Until all that was started has ended. That it failed shows here at the latest.
+    fn wait(&mut self) -> Result<(), RuntimeError> {
+        Ok(())
+    }
 
     /// Bytes of all blocks.
     fn held(&self) -> u64;

@@ -1,14 +1,23 @@
 //! Kernels in PTX on a GPU, by the driver alone: it compiles them for the GPU at hand, and no toolkit is asked for.
+//!
+//! Jobs go to the null stream, with which every call that is not named asynchronous keeps in order. A batch is copied
+//! on a stream of its own, while the null stream is still at the step before.
+//!
+//! Jobs whose kernels have run in this order before go out as a graph, in one call. The graph is made ready once; where
+//! a batch differs, in addresses, extents or the number of blocks, its nodes are told so, which is cheap and leaves a
+//! run that has begun alone. So one graph serves batches of every size, and nothing is made ready in the middle of a
+//! training.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::ffi::{CString, c_uint, c_void};
 use std::time::Instant;
 
-use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUfunction_attribute_enum, CUjit_option};
+use cudarc::driver::result::{self, DriverError, event, graph, stream};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUfunction_attribute_enum, CUjit_option, CUresult};
 
 use crate::backend::{Backend, Block, Job, Place, Profile, Words, record};
-use crate::device;
+use crate::device::{self, said};
 use crate::error::RuntimeError;
 
 /// Threads that go in step: units are counted in these.
@@ -26,9 +35,14 @@ pub struct Cuda {
     kernels: Vec<Kernel>,
     processors: u64,
     blocks: Vec<Option<Memory>>,
+    /// By their kernels; none yet of what has run once.
+    graphs: HashMap<Vec<usize>, Option<Graph>>,
+    nodes: Nodes,
+    lane: Lane,
 }
 
 struct Kernel {
+    name: String,
     function: sys::CUfunction,
     /// Of a block.
     threads: u64,
@@ -40,26 +54,91 @@ struct Memory {
     length: usize,
 }
 
-// SAFETY: handles of the driver, which any thread may use once the context is its own; every call sees to that.
+/// A launch as the driver gets it.
+#[derive(Clone, Debug, PartialEq)]
+struct Call {
+    kernel: usize,
+    arguments: Vec<u64>,
+    blocks: c_uint,
+}
+
+/// Launches that are ready to run one after the other, and what each was last told.
+struct Graph {
+    graph: sys::CUgraph,
+    ready: sys::CUgraphExec,
+    nodes: Vec<(sys::CUgraphNode, Call)>,
+}
+
+/// Calls by their first form, which drivers from CUDA 10 on have.
+struct Nodes {
+    add: AddNode,
+    set: SetNode,
+}
+
+type NodeParams = sys::CUDA_KERNEL_NODE_PARAMS_v1;
+type AddNode = unsafe extern "C" fn(
+    *mut sys::CUgraphNode,
+    sys::CUgraph,
+    *const sys::CUgraphNode,
+    usize,
+    *const NodeParams,
+) -> CUresult;
+type SetNode = unsafe extern "C" fn(sys::CUgraphExec, sys::CUgraphNode, *const NodeParams) -> CUresult;
+
+/// Where batches are copied, each by the other of two pieces of pinned memory than the one before.
+struct Lane {
+    stream: sys::CUstream,
+    slots: [Slot; 2],
+    turn: usize,
+}
+
+struct Slot {
+    start: *mut i32,
+    length: usize,
+    /// What it held has arrived.
+    arrived: sys::CUevent,
+}
+
+// SAFETY: handles of the driver, which any thread may use once the context is its own; every call sees to that. Pinned
+// memory is the backend's alone.
 unsafe impl Send for Cuda {}
 
 fn failed(error: DriverError) -> RuntimeError {
-    let name = error.error_string().map(|text| text.to_string_lossy().into_owned());
-    RuntimeError::Device(format!("the GPU failed: {}", name.unwrap_or_else(|_| format!("{:?}", error.0))))
+    RuntimeError::Device(format!("the GPU failed: {}", said(error)))
+}
+
+/// Kernels run after the call that starts them: what goes wrong in one shows when the driver is asked next.
+fn late(error: DriverError) -> RuntimeError {
+    RuntimeError::Device(format!(
+        "the GPU failed in a kernel that had been started before: {}; `peftc train --profile` waits for each kernel, and \
+         then names it",
+        said(error)
+    ))
 }
 
 impl Cuda {
     pub fn new(ptx: &str, names: &[String]) -> Result<Self, RuntimeError> {
-        let gpus = device::gpus().map_err(|e| RuntimeError::Device(e.to_string()))?;
-        if gpus.is_empty() {
-            return Err(RuntimeError::Device("there is no GPU here, or `CUDA_VISIBLE_DEVICES` hides it".into()));
-        }
+        device::gpus().map_err(|e| RuntimeError::Device(e.to_string()))?;
+        let nodes = Nodes { add: symbol("cuGraphAddKernelNode")?, set: symbol("cuGraphExecKernelNodeSetParams")? };
         let device = result::device::get(0).map_err(failed)?;
         // SAFETY: the device is there; what is retained here is released once, in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed)?;
-        let module = std::ptr::null_mut();
-        let mut cuda = Cuda { device, context, module, kernels: vec![], processors: 1, blocks: vec![] };
+        let mut cuda = Cuda {
+            device,
+            context,
+            module: std::ptr::null_mut(),
+            kernels: vec![],
+            processors: 1,
+            blocks: vec![],
+            graphs: HashMap::new(),
+            nodes,
+            lane: Lane::default(),
+        };
         cuda.bind()?;
+        cuda.lane.stream = stream::create(stream::StreamKind::NonBlocking).map_err(failed)?;
+        for slot in &mut cuda.lane.slots {
+            slot.arrived = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed)?;
+        }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         // SAFETY: as above.
         cuda.processors = unsafe { result::device::get_attribute(device, count) }.map_err(failed)?.max(1) as u64;
@@ -72,7 +151,7 @@ impl Cuda {
             let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
             // SAFETY: the function is of that module. Kernels name the one size of block that they are written for.
             let threads = unsafe { result::function::get_function_attribute(function, most) }.map_err(failed)?;
-            Ok(Kernel { function, threads: threads as u64 })
+            Ok(Kernel { name: name.clone(), function, threads: threads as u64 })
         };
         cuda.kernels = names.iter().map(kernel).collect::<Result<_, RuntimeError>>()?;
         Ok(cuda)
@@ -94,22 +173,141 @@ impl Cuda {
         memory.start + 4 * start as u64
     }
 
-    fn launch(&self, job: &Job) -> Result<(), RuntimeError> {
-        let kernel = &self.kernels[job.launch.kernel];
+    fn call(&self, job: &Job) -> Call {
+        let threads = self.kernels[job.launch.kernel].threads;
         let addresses = job.places.iter().map(|&place| self.address(place));
-        let mut arguments: Vec<u64> = addresses.chain(job.extents.iter().copied()).chain([job.units]).collect();
-        let mut pointers: Vec<*mut c_void> = arguments.iter_mut().map(|x| (x as *mut u64).cast()).collect();
-        let blocks = job.units.div_ceil(kernel.threads / WARP).min(BLOCKS * self.processors);
-        let (grid, block) = ((blocks as c_uint, 1, 1), (kernel.threads as c_uint, 1, 1));
+        let arguments = addresses.chain(job.extents.iter().copied()).chain([job.units]).collect();
+        let blocks = job.units.div_ceil(threads / WARP).min(BLOCKS * self.processors) as c_uint;
+        Call { kernel: job.launch.kernel, arguments, blocks }
+    }
+
+    fn launch(&self, call: &Call) -> Result<(), RuntimeError> {
+        let kernel = &self.kernels[call.kernel];
+        let mut pointers = pointers(call);
+        let (grid, block) = ((call.blocks, 1, 1), (kernel.threads as c_uint, 1, 1));
         // SAFETY: the manifest names the kernel's arguments in order, all of 64 bits, and the driver copies them;
         // every buffer lies within its block.
         let launched =
             unsafe { result::launch_kernel(kernel.function, grid, block, 0, std::ptr::null_mut(), &mut pointers) };
-        launched.map_err(failed)
+        launched.map_err(|e| self.refused(call, e))
     }
 
-    fn wait(&self) -> Result<(), RuntimeError> {
-        result::ctx::synchronize().map_err(failed)
+    fn refused(&self, call: &Call, error: DriverError) -> RuntimeError {
+        let (name, blocks) = (&self.kernels[call.kernel].name, call.blocks);
+        RuntimeError::Device(format!("the GPU does not start `{name}` in {blocks} blocks: {}", said(error)))
+    }
+
+    /// What a node of a graph is told; `pointers` are to the call's arguments.
+    fn params(&self, call: &Call, pointers: &mut [*mut c_void]) -> NodeParams {
+        let kernel = &self.kernels[call.kernel];
+        NodeParams {
+            func: kernel.function,
+            gridDimX: call.blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: kernel.threads as c_uint,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            kernelParams: pointers.as_mut_ptr(),
+            extra: std::ptr::null_mut(),
+        }
+    }
+
+    /// Calls, ready to run one after the other.
+    fn graph(&self, calls: &[Call]) -> Result<Graph, RuntimeError> {
+        let (null, ready) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let mut graph = Graph { graph: null, ready, nodes: vec![] };
+        // SAFETY: no flags; and what has been made of a graph that is not ready goes with it.
+        unsafe { sys::cuGraphCreate(&mut graph.graph, 0) }.result().map_err(failed)?;
+        for call in calls {
+            let before = graph.nodes.last().map(|(node, _)| *node);
+            let (mut node, mut pointers) = (std::ptr::null_mut(), pointers(call));
+            let params = self.params(call, &mut pointers);
+            // SAFETY: as a launch's; the driver copies the arguments.
+            let added = unsafe {
+                (self.nodes.add)(&mut node, graph.graph, before.as_slice().as_ptr(), before.iter().len(), &params)
+            };
+            added.result().map_err(|e| self.refused(call, e))?;
+            graph.nodes.push((node, call.clone()));
+        }
+        // SAFETY: the graph is whole.
+        graph.ready = unsafe { graph::instantiate(graph.graph, sys::CUgraphInstantiate_flags(0)) }.map_err(failed)?;
+        Ok(graph)
+    }
+
+    /// Runs a graph of such kernels with these arguments.
+    fn replay(&self, graph: &mut Graph, calls: Vec<Call>) -> Result<(), RuntimeError> {
+        for ((node, known), call) in graph.nodes.iter_mut().zip(calls) {
+            if *known != call {
+                let mut pointers = pointers(&call);
+                let params = self.params(&call, &mut pointers);
+                // SAFETY: as a launch's; a run of the graph that has begun keeps what it was told.
+                let told = unsafe { (self.nodes.set)(graph.ready, *node, &params) };
+                told.result().map_err(|e| self.refused(&call, e))?;
+                *known = call;
+            }
+        }
+        // SAFETY: it is ready.
+        unsafe { graph::launch(graph.ready, std::ptr::null_mut()) }.map_err(late)
+    }
+}
+
+/// To each argument.
+fn pointers(call: &Call) -> Vec<*mut c_void> {
+    // The driver reads through them alone.
+    call.arguments.iter().map(|x| (x as *const u64).cast_mut().cast()).collect()
+}
+
+/// A call of the driver that `cudarc` knows in a later form alone.
+fn symbol<T: Copy>(name: &str) -> Result<T, RuntimeError> {
+    // SAFETY: the library has been loaded, and `T` is the call's type.
+    let found = unsafe { sys::culib().get::<T>(name.as_bytes()) };
+    found.map(|call| *call).map_err(|_| RuntimeError::Device(format!("the driver lacks `{name}`: update it")))
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        let slot = || Slot { start: std::ptr::null_mut(), length: 0, arrived: std::ptr::null_mut() };
+        Lane { stream: std::ptr::null_mut(), slots: [slot(), slot()], turn: 0 }
+    }
+}
+
+impl Slot {
+    /// Room for so many words, once what it held has arrived.
+    fn reserve(&mut self, length: usize) -> Result<(), DriverError> {
+        // SAFETY: the event is there; an event that nothing waits for has happened.
+        unsafe { event::synchronize(self.arrived) }?;
+        if self.length < length {
+            // A little more than what is asked for: the next batch may be a little larger.
+            let length = length.next_power_of_two();
+            // SAFETY: nothing is being copied from it, and it is freed once.
+            unsafe {
+                if !self.start.is_null() {
+                    let old = std::mem::replace(&mut self.start, std::ptr::null_mut());
+                    self.length = 0;
+                    result::free_host(old.cast())?;
+                }
+                self.start = result::malloc_host(4 * length, 0)?.cast();
+            }
+            self.length = length;
+        }
+        Ok(())
+    }
+}
+
+/// Why there are not so many bytes.
+fn none(bytes: usize, error: DriverError) -> RuntimeError {
+    if error.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        return late(error);
+    }
+    let Ok((free, all)) = result::mem_get_info() else { return failed(error) };
+    let gigabytes = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+    RuntimeError::Memory {
+        wanted: bytes as u64,
+        free: Some(free as u64),
+        why: format!("of the GPU's {:.2} GiB {:.2} are free", gigabytes(all), gigabytes(free)),
+        mend: "the weights alone need that; take a GPU with more memory, or end what else runs on it".into(),
     }
 }
 
@@ -135,18 +333,14 @@ impl Backend for Cuda {
     fn alloc(&mut self, length: usize) -> Result<Block, RuntimeError> {
         self.bind()?;
         // The driver has no memory of no bytes.
-        let bytes = 4 * length.max(1);
-        let gigabytes = bytes as f64 / f64::from(1 << 30);
-        let none = |_| {
-            RuntimeError::Device(format!(
-                "{gigabytes:.1} GiB of the GPU's memory cannot be had; make the batch smaller"
-            ))
-        };
+        let bytes = length.max(1).saturating_mul(4);
         // SAFETY: it is freed once, in `free` or in `drop`, and is as long as what is written.
-        let start = unsafe { result::malloc_sync(bytes) }.map_err(none)?;
+        let start = unsafe { result::malloc_sync(bytes) }.map_err(|e| none(bytes, e))?;
         self.blocks.push(Some(Memory { start, length }));
         // SAFETY: as above.
         unsafe { result::memset_d8_sync(start, 0, bytes) }.map_err(failed)?;
+        // The host does not wait for zeros; a copy on another stream must.
+        self.wait()?;
         Ok(Block(self.blocks.len() - 1))
     }
 
@@ -171,7 +365,36 @@ impl Backend for Cuda {
             Words::Floats(x) => unsafe { result::memcpy_htod_sync(to, x) },
             Words::Ints(x) => unsafe { result::memcpy_htod_sync(to, x) },
         };
-        copied.map_err(failed)
+        copied.map_err(late)
+    }
+
+    fn send(&mut self, block: Block, words: Words) -> Result<(), RuntimeError> {
+        if words.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        let to = self.address(Place { block, start: 0, length: words.len() });
+        self.lane.turn ^= 1;
+        let Lane { stream, slots, turn } = &mut self.lane;
+        let slot = &mut slots[*turn];
+        slot.reserve(words.len()).map_err(late)?;
+        let from = match words {
+            Words::Floats(x) => x.as_ptr().cast(),
+            Words::Ints(x) => x.as_ptr(),
+        };
+        // SAFETY: both are so long, and what the slot holds stays until it has arrived.
+        let sent = unsafe {
+            slot.start.copy_from_nonoverlapping(from, words.len());
+            let held = std::slice::from_raw_parts(slot.start, words.len());
+            result::memcpy_htod_async(to, held, *stream)
+                .and_then(|()| event::record(slot.arrived, *stream))
+                // What is started from here on waits for it.
+                .and_then(|()| {
+                    let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+                    stream::wait_event(std::ptr::null_mut(), slot.arrived, flags)
+                })
+        };
+        sent.map_err(late)
     }
 
     fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError> {
@@ -179,27 +402,47 @@ impl Backend for Cuda {
         if place.length > 0 {
             self.bind()?;
             // SAFETY: the block reaches so far.
-            unsafe { result::memcpy_dtoh_sync(&mut numbers, self.address(place)) }.map_err(failed)?;
+            unsafe { result::memcpy_dtoh_sync(&mut numbers, self.address(place)) }.map_err(late)?;
         }
         Ok(Cow::Owned(numbers))
     }
 
     fn run(&mut self, jobs: &[Job], mut profile: Option<&mut Profile>) -> Result<(), RuntimeError> {
         self.bind()?;
-        for job in jobs {
+        let calls: Vec<Call> = jobs.iter().map(|job| self.call(job)).collect();
+        if profile.is_none() && jobs.len() > 1 && jobs.iter().all(|job| job.poisoned.is_empty()) {
+            let kernels: Vec<usize> = calls.iter().map(|call| call.kernel).collect();
+            if let Some(known) = self.graphs.remove(&kernels) {
+                let mut graph = known.map_or_else(|| self.graph(&calls), Ok)?;
+                let ran = self.replay(&mut graph, calls);
+                self.graphs.insert(kernels, Some(graph));
+                return ran;
+            }
+            // What runs only once is not worth a graph.
+            self.graphs.insert(kernels, None);
+        }
+        for (job, call) in jobs.iter().zip(&calls) {
             for &place in job.poisoned.iter().filter(|place| place.length > 0) {
                 // SAFETY: within its block.
                 let filled = unsafe { sys::cuMemsetD32_v2(self.address(place), f32::NAN.to_bits(), place.length) };
                 filled.result().map_err(failed)?;
             }
             let begun = Instant::now();
-            self.launch(job)?;
+            self.launch(call)?;
             if let Some(profile) = profile.as_deref_mut() {
-                self.wait()?;
+                result::ctx::synchronize().map_err(|e| {
+                    let (name, op) = (&self.kernels[call.kernel].name, &job.launch.op);
+                    RuntimeError::Device(format!("the GPU failed in `{name}`, which computes `{op}`: {}", said(e)))
+                })?;
                 record(profile, job, begun.elapsed());
             }
         }
-        self.wait()
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<(), RuntimeError> {
+        self.bind()?;
+        result::ctx::synchronize().map_err(late)
     }
 
     fn held(&self) -> u64 {
@@ -212,6 +455,22 @@ impl Drop for Cuda {
         (0..self.blocks.len()).for_each(|block| self.free(Block(block)));
         // SAFETY: nothing uses module or context any more. Failing says only that the GPU has failed before.
         unsafe {
+            let _ = self.bind().and_then(|()| self.wait());
+            for graph in self.graphs.drain().filter_map(|(_, graph)| graph) {
+                let _ = graph::exec_destroy(graph.ready);
+                let _ = graph::destroy(graph.graph);
+            }
+            for slot in &self.lane.slots {
+                if !slot.start.is_null() {
+                    let _ = result::free_host(slot.start.cast());
+                }
+                if !slot.arrived.is_null() {
+                    let _ = event::destroy(slot.arrived);
+                }
+            }
+            if !self.lane.stream.is_null() {
+                let _ = stream::destroy(self.lane.stream);
+            }
             if !self.module.is_null() {
                 let _ = result::module::unload(self.module);
             }

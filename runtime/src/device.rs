@@ -48,27 +48,59 @@ impl fmt::Display for Gpu {
     }
 }
 
+/// The version of CUDA that a driver must know: of what the runtime calls, the youngest is the call that makes a graph
+/// ready to run, of CUDA 11.4. PTX asks for no more: that for sm_90 is of 11.8, as is the first driver for such GPUs.
+pub const LEAST: i32 = 11_040;
+
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CudaError {
-    #[error("no CUDA driver is installed: `libcuda` cannot be loaded")]
+    #[error(
+        "no CUDA driver is installed: `libcuda.so.1` cannot be loaded; install NVIDIA's driver, R470 or later (the \
+         toolkit is not needed), or give the container its GPUs, as by `--gpus all`"
+    )]
     NoDriver,
-    #[error("the CUDA driver refuses to work: {0}")]
+    #[error(
+        "the driver shows no GPU: `nvidia-smi -L` lists what the machine has, and `CUDA_VISIBLE_DEVICES` can hide it"
+    )]
+    NoDevice,
+    #[error(
+        "the driver knows CUDA {}.{} and 11.4 is the least: update NVIDIA's driver to R470 or later", .0 / 1000, .0 % 1000 / 10
+    )]
+    Old(i32),
+    #[error("the CUDA driver refuses to work: {0}; `nvidia-smi` shows whether it and the kernel's module fit")]
     Driver(String),
 }
 
-/// The GPUs of this machine, within `CUDA_VISIBLE_DEVICES`. None, or why none can be seen.
+/// What the driver says of a call that failed.
+pub(crate) fn said(error: result::DriverError) -> String {
+    match error.error_string() {
+        Ok(text) => format!("{} ({:?})", text.to_string_lossy(), error.0),
+        Err(_) => format!("{:?}", error.0),
+    }
+}
+
+/// The GPUs of this machine, within `CUDA_VISIBLE_DEVICES`: at least one, or why none can be had.
 pub fn gpus() -> Result<Vec<Gpu>, CudaError> {
     // SAFETY: loading the driver's library runs its initialisers, which is what asking for it means.
     if !unsafe { sys::is_culib_present() } {
         return Err(CudaError::NoDriver);
     }
-    // Beyond this point the library is there, so no call below panics for want of it.
-    let failed = |e: result::DriverError| CudaError::Driver(format!("{:?}", e.0));
+    // The library is there: what is called is missing from none that is young enough.
+    let failed = |e: result::DriverError| CudaError::Driver(said(e));
+    let mut version = 0;
+    // SAFETY: it may be called before all else.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed)?;
+    if version < LEAST {
+        return Err(CudaError::Old(version));
+    }
     match result::init() {
-        Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Ok(vec![]),
+        Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Err(CudaError::NoDevice),
         other => other.map_err(failed)?,
     }
-    (0..result::device::get_count().map_err(failed)?).map(|ordinal| gpu(ordinal).map_err(failed)).collect()
+    match result::device::get_count().map_err(failed)? {
+        0 => Err(CudaError::NoDevice),
+        count => (0..count).map(|ordinal| gpu(ordinal).map_err(failed)).collect(),
+    }
 }
 
 fn gpu(ordinal: i32) -> Result<Gpu, result::DriverError> {
@@ -92,7 +124,7 @@ mod tests {
         assert!(cpu.cores >= 1 && cpu.to_string().contains(std::env::consts::ARCH));
         match gpus() {
             Ok(gpus) => gpus.iter().for_each(|gpu| println!("{gpu}")),
-            Err(e) => assert!(e.to_string().contains("CUDA driver")),
+            Err(e) => assert!(e.to_string().contains("driver")),
         }
     }
 }

@@ -16,6 +16,9 @@ pub enum RuntimeError {
     Input { name: String, message: String },
     #[error("{0}")]
     Device(String),
+    /// `free`: bytes that could be had, if that is known.
+    #[error("{:.2} GiB of memory cannot be had: {why}; {mend}", *wanted as f64 / f64::from(1 << 30))]
+    Memory { wanted: u64, free: Option<u64>, why: String, mend: String },
 }
 
 impl RuntimeError {

@@ -31,9 +31,11 @@ impl Numbers {
             return Ok(Numbers::default());
         }
         let bytes = length.saturating_mul(4);
-        let map = MmapMut::map_anon(bytes).map_err(|e| {
-            let size = bytes as f64 / f64::from(1 << 30);
-            RuntimeError::Device(format!("{size:.1} GiB of memory cannot be had ({e}); make the batch smaller"))
+        let map = MmapMut::map_anon(bytes).map_err(|e| RuntimeError::Memory {
+            wanted: bytes as u64,
+            free: None,
+            why: e.to_string(),
+            mend: "make the batch smaller".into(),
         })?;
         #[cfg(target_os = "linux")]
         if bytes >= LARGE {

@@ -3,14 +3,15 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::arena::{self, Plan};
-use crate::artifact::{Buffer, BufferId, Element, Entry, Launch, Manifest, Output, Sizes, Storage};
+use crate::artifact::{Buffer, BufferId, Element, Launch, Manifest, Output, Sizes, Storage};
 use crate::backend::{Backend, Job, Place, Profile, Words};
 use crate::cpu::{Cpu, Library};
 use crate::cuda::Cuda;
 use crate::error::RuntimeError;
-use crate::memory::Numbers;
+use crate::memory::{LINE, Numbers};
 use crate::validate::{FLAT as FLATS, validate};
 
 /// A loaded artifact.
@@ -106,9 +107,24 @@ pub struct Session {
     pub poison: bool,
     /// Times launches when it is there.
     pub profile: Option<Profile>,
-    /// The last run: its entry, sizes and where its temporaries lie.
-    last: Option<(String, Sizes, Plan)>,
+    /// By entries, and the largest sizes it serves.
+    plans: BTreeMap<Vec<String>, (Sizes, Arc<Plan>)>,
+    staged: Option<Staged>,
+    last: Option<Run>,
     peak: u64,
+}
+
+/// What is to be run next: entries, one after the other, on a batch that is on its way.
+struct Staged {
+    entries: Vec<String>,
+    sizes: Sizes,
+}
+
+/// The last run, and where its temporaries lie.
+struct Run {
+    entries: Vec<String>,
+    sizes: Sizes,
+    plan: Arc<Plan>,
 }
 
 /// Where everything lies.
@@ -120,8 +136,16 @@ struct Home {
     flats: BTreeMap<&'static str, Place>,
     prepared: HashMap<BufferId, Place>,
     arena: Place,
-    /// What was given, by name; room for more than that, perhaps.
-    inputs: BTreeMap<String, Place>,
+    /// What was given for the last run, and for the one to come.
+    given: [Given; 2],
+    /// The last run's.
+    turn: usize,
+}
+
+/// A batch, all of it in one block: where each input begins, and how long it is.
+struct Given {
+    place: Place,
+    at: BTreeMap<String, (usize, usize)>,
 }
 
 impl Session {
@@ -166,18 +190,17 @@ impl Session {
             }
         }
         // Tensors that train as a whole live in the flat vector alone.
-        let mut frozen = vec![];
-        for (tensor, data) in tensors.iter().zip(weights) {
-            let length = data.len();
-            let lives = tensor.trainable_elements() < length as u64;
-            let place = lives.then(|| backend.take(data)).transpose()?;
-            frozen.push(place.map(|block| Place { block, start: 0, length }));
-        }
+        let frozen = tensors.iter().zip(weights);
+        let frozen = frozen.map(|(t, data)| (t.trainable_elements() < data.len() as u64).then_some(data)).collect();
         let arena = whole(backend.as_mut(), 0)?;
-        let (prepared, inputs) = (HashMap::new(), BTreeMap::new());
-        let home = Home { tensors: frozen, places, flats, prepared, arena, inputs };
-        let mut session = Session { manifest, backend, home, poison: false, profile: None, last: None, peak: 0 };
-        session.prepare()?;
+        let mut given = || Ok(Given { place: whole(backend.as_mut(), 0)?, at: BTreeMap::new() });
+        let given = [given()?, given()?];
+        let (tensors, prepared) = (vec![None; tensors.len()], HashMap::new());
+        let home = Home { tensors, places, flats, prepared, arena, given, turn: 0 };
+        let (plans, poison, profile) = (BTreeMap::new(), false, None);
+        let mut session =
+            Session { manifest, backend, home, poison, profile, plans, staged: None, last: None, peak: 0 };
+        session.prepare(frozen)?;
         Ok(session)
     }
 
@@ -185,8 +208,9 @@ impl Session {
         &self.manifest
     }
 
-    /// Packs frozen weights; what only this reads goes as soon as it was read for the last time.
-    fn prepare(&mut self) -> Result<(), RuntimeError> {
+    /// Packs frozen weights. One comes to the backend when it is read for the first time, and what only this reads goes
+    /// as soon as it was read for the last time: at no time are all there in both forms.
+    fn prepare(&mut self, mut frozen: Vec<Option<Numbers>>) -> Result<(), RuntimeError> {
         let Session { manifest, backend, home, .. } = self;
         let launches = &manifest.prepare;
         let sizes = Sizes { values: home.values() as u64, ..Sizes::default() };
@@ -196,8 +220,12 @@ impl Session {
         for (at, launch) in launches.iter().enumerate() {
             for &id in &launch.buffers {
                 let buffer = &manifest.buffers[id];
-                if buffer.storage == Storage::Prepared && !home.prepared.contains_key(&id) {
-                    home.prepared.insert(id, whole(backend.as_mut(), buffer.elements(&sizes) as usize)?);
+                match buffer.storage {
+                    Storage::Prepared if !home.prepared.contains_key(&id) => {
+                        home.prepared.insert(id, whole(backend.as_mut(), buffer.elements(&sizes) as usize)?);
+                    }
+                    Storage::Tensor { index, .. } => home.settle(backend.as_mut(), index, &mut frozen)?,
+                    _ => {}
                 }
             }
             if let Some(job) = home.job(manifest, launch, &sizes, &plan)? {
@@ -220,35 +248,45 @@ impl Session {
                 }
             }
         }
-        for (tensor, last) in home.tensors.iter_mut().zip(tensors) {
-            if last.is_none()
-                && let Some(place) = tensor.take()
-            {
-                backend.free(place.block);
-            }
+        for (index, _) in tensors.iter().enumerate().filter(|(_, last)| **last == Some(usize::MAX)) {
+            home.settle(backend.as_mut(), index, &mut frozen)?;
         }
         self.peak = self.peak.max(backend.held());
-        Ok(())
+        backend.wait()
     }
 
     /// Runs an entry. Its outputs stay until the next run.
     pub fn run(&mut self, entry: &str, inputs: &Inputs) -> Result<(), RuntimeError> {
+        self.stage(&[entry], inputs)?;
+        self.start()?;
+        self.wait()
+    }
+
+    /// Checks what entries are to run on, one after the other, and sends it on its way. What runs now goes on.
+    pub fn stage(&mut self, entries: &[&str], inputs: &Inputs) -> Result<(), RuntimeError> {
         let Session { manifest, backend, home, .. } = self;
-        let Some(Entry { launches, outputs }) = manifest.entries.get(entry) else {
+        if let Some(entry) = entries.iter().find(|entry| !manifest.entries.contains_key(**entry)) {
             let known = manifest.entries.keys().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
-            return Err(RuntimeError::Entry { entry: entry.into(), known });
-        };
+            return Err(RuntimeError::Entry { entry: entry.to_string(), known });
+        }
+        let entries: Vec<String> = entries.iter().map(|entry| entry.to_string()).collect();
         let sizes = inputs.sizes(home.values())?;
         inputs.check(&sizes)?;
-        let plan = match self.last.take() {
-            Some((last, same, plan)) if last == entry && same == sizes => plan,
-            _ => arena::plan(manifest, launches, outputs, &sizes),
-        };
-        home.grow_arena(backend.as_mut(), plan.size)?;
-        home.bind(backend.as_mut(), manifest, launches, &sizes, inputs)?;
+        home.give(backend.as_mut(), manifest, &entries, &sizes, inputs)?;
+        self.staged = Some(Staged { entries, sizes });
+        Ok(())
+    }
+
+    /// Starts what was staged. It has ended when [`Session::wait`] returns, or an output has been read.
+    pub fn start(&mut self) -> Result<(), RuntimeError> {
+        let Staged { entries, sizes } = self.staged.take().expect("a batch is staged");
+        self.last = None;
+        let plan = self.plan(&entries, &sizes)?;
+        let Session { manifest, backend, home, .. } = self;
+        home.turn ^= 1;
         let mut jobs = vec![];
         let mut poisoned = vec![];
-        for (launch, born) in launches.iter().zip(&plan.born) {
+        for (launch, born) in launches(manifest, &entries).zip(&plan.born) {
             if self.poison {
                 let place = |&id: &BufferId| home.locate(manifest, id, &sizes, &plan);
                 poisoned.extend(born.iter().map(place).collect::<Result<Vec<_>, _>>()?);
@@ -259,8 +297,39 @@ impl Session {
         }
         backend.run(&jobs, self.profile.as_mut())?;
         self.peak = self.peak.max(backend.held());
-        self.last = Some((entry.to_string(), sizes, plan));
+        self.last = Some(Run { entries, sizes, plan });
         Ok(())
+    }
+
+    /// Until what was started has ended.
+    pub fn wait(&mut self) -> Result<(), RuntimeError> {
+        self.backend.wait()
+    }
+
+    /// Where temporaries lie, with room for them. A plan serves every batch that is larger in nothing, so that after a
+    /// few batches none is made any more, and launches find their buffers where they were.
+    fn plan(&mut self, entries: &[String], sizes: &Sizes) -> Result<Arc<Plan>, RuntimeError> {
+        let Session { manifest, backend, home, plans, .. } = self;
+        let known = plans.get(entries);
+        if let Some((most, plan)) = known
+            && *most == most.max(*sizes)
+        {
+            home.grow_arena(backend.as_mut(), plan.size)?;
+            return Ok(plan.clone());
+        }
+        let launches: Vec<Launch> = launches(manifest, entries).cloned().collect();
+        let outputs: Vec<Output> = outputs(manifest, entries).cloned().collect();
+        let mut planned = |of: Sizes| {
+            let plan = arena::plan(manifest, &launches, &outputs, &of);
+            home.grow_arena(backend.as_mut(), plan.size).map(|()| (of, Arc::new(plan)))
+        };
+        let roomy = known.map_or(*sizes, |(most, _)| most.max(*sizes));
+        // Where no room is for what no batch had together, there may be for this one.
+        let (of, plan) = planned(roomy)
+            .or_else(|_| planned(*sizes))
+            .map_err(|error| advised(error, sizes, |part| arena::plan(manifest, &launches, &outputs, part).size))?;
+        plans.insert(entries.to_vec(), (of, plan.clone()));
+        Ok(plan)
     }
 
     /// Gives weights that start from a value of others that value: the entry `init` computes it.
@@ -283,8 +352,8 @@ impl Session {
 
     /// Shape and content of an output of the last run.
     pub fn output(&self, name: &str) -> Option<(Vec<u64>, Cow<'_, [f32]>)> {
-        let (entry, sizes, plan) = self.last.as_ref()?;
-        let output = self.manifest.entries[entry].outputs.iter().find(|o| o.name == name)?;
+        let Run { entries, sizes, plan } = self.last.as_ref()?;
+        let output = outputs(&self.manifest, entries).find(|o| o.name == name)?;
         let shape: Vec<u64> = output.shape.iter().map(|e| e.eval(sizes)).collect();
         let length = shape.iter().product::<u64>() as usize;
         let place = self.home.locate(&self.manifest, output.buffer, sizes, plan).ok()?;
@@ -294,8 +363,8 @@ impl Session {
 
     /// Names of the last run's outputs.
     pub fn outputs(&self) -> Vec<String> {
-        let entry = self.last.as_ref().map(|(entry, ..)| &self.manifest.entries[entry]);
-        entry.map_or(vec![], |e: &Entry| e.outputs.iter().map(|o| o.name.clone()).collect())
+        let entries = self.last.as_ref().map_or(&[][..], |run| &run.entries);
+        outputs(&self.manifest, entries).map(|o| o.name.clone()).collect()
     }
 
     /// How many values train.
@@ -343,6 +412,46 @@ fn whole(backend: &mut dyn Backend, length: usize) -> Result<Place, RuntimeError
     Ok(Place { block: backend.alloc(length)?, start: 0, length })
 }
 
+/// Of entries that run one after the other.
+fn launches<'a>(manifest: &'a Manifest, entries: &'a [String]) -> impl Iterator<Item = &'a Launch> {
+    entries.iter().flat_map(move |entry| &manifest.entries[entry].launches)
+}
+
+fn outputs<'a>(manifest: &'a Manifest, entries: &'a [String]) -> impl Iterator<Item = &'a Output> {
+    entries.iter().flat_map(move |entry| &manifest.entries[entry].outputs)
+}
+
+/// The error with how much of the batch there is room for, where it is known how many bytes there are. `numbers`: how
+/// many temporaries are, of a batch of these sizes.
+fn advised(error: RuntimeError, sizes: &Sizes, numbers: impl Fn(&Sizes) -> usize) -> RuntimeError {
+    let RuntimeError::Memory { wanted, free: Some(free), ref why, .. } = error else { return error };
+    if sizes.sequences == 0 {
+        return error;
+    }
+    let part = |sequences: u64| {
+        let share = |n: u64| (n * sequences).div_ceil(sizes.sequences);
+        Sizes {
+            tokens: share(sizes.tokens),
+            sequences,
+            targets: share(sizes.targets),
+            pairs: share(sizes.pairs),
+            values: sizes.values,
+        }
+    };
+    let counts: Vec<u64> = (1..sizes.sequences).collect();
+    let fit = counts.partition_point(|&count| 4 * numbers(&part(count)) as u64 <= free) as u64;
+    let Sizes { tokens, sequences, .. } = sizes;
+    let mend = match fit {
+        0 => format!("the batch has {tokens} tokens in {sequences} sequences, and no part of it would fit"),
+        _ => format!(
+            "of the batch's {sequences} sequences with {tokens} tokens, {fit} with {} would fit: \
+             `--set train.batch={fit}`",
+            part(fit).tokens
+        ),
+    };
+    RuntimeError::Memory { wanted, free: Some(free), why: why.clone(), mend }
+}
+
 /// By buffer and by tensor: the last of the launches that prepare to read it, `usize::MAX` if an entry does.
 fn last_reads(manifest: &Manifest, launches: &[Launch]) -> (Vec<Option<usize>>, Vec<Option<usize>>) {
     let mut buffers = vec![None; manifest.buffers.len()];
@@ -377,24 +486,39 @@ impl Home {
         Ok(())
     }
 
-    /// Brings what was given to where the launches read it; checks that it has the size they want.
-    fn bind(
+    /// Brings a frozen tensor that is not there yet.
+    fn settle(
+        &mut self,
+        backend: &mut dyn Backend,
+        index: usize,
+        frozen: &mut [Option<Numbers>],
+    ) -> Result<(), RuntimeError> {
+        if let Some(numbers) = frozen[index].take() {
+            let length = numbers.len();
+            self.tensors[index] = Some(Place { block: backend.take(numbers)?, start: 0, length });
+        }
+        Ok(())
+    }
+
+    /// Sends what was given to where the launches of the next run read it; checks that it has the size they want.
+    fn give(
         &mut self,
         backend: &mut dyn Backend,
         manifest: &Manifest,
-        launches: &[Launch],
+        entries: &[String],
         sizes: &Sizes,
         inputs: &Inputs,
     ) -> Result<(), RuntimeError> {
         let derived = inputs.derived();
-        let mut bound = vec![];
-        for &id in launches.iter().flat_map(|l| &l.buffers) {
+        let Given { place, at } = &mut self.given[self.turn ^ 1];
+        at.clear();
+        let mut all: Vec<i32> = vec![];
+        for &id in launches(manifest, entries).flat_map(|l| &l.buffers) {
             let buffer = &manifest.buffers[id];
             let Storage::Input(name) = &buffer.storage else { continue };
-            if bound.contains(&name) {
+            if at.contains_key(name) {
                 continue;
             }
-            bound.push(name);
             let words = match buffer.element {
                 Element::I32 => derived.get(&name[..]).or_else(|| inputs.ints.get(name)).map(|x| Words::Ints(x)),
                 Element::F32 => inputs.floats.get(name).map(|x| Words::Floats(x)),
@@ -404,20 +528,19 @@ impl Home {
             if found as u64 != size {
                 return Err(RuntimeError::input(name, format!("{found} values where this batch needs {size}")));
             }
-            let place = match self.inputs.get(name) {
-                Some(place) if place.length >= found => *place,
-                other => {
-                    if let Some(small) = other {
-                        backend.free(small.block);
-                    }
-                    self.inputs.remove(name);
-                    whole(backend, found)?
-                }
-            };
-            self.inputs.insert(name.clone(), place);
-            backend.write(place.block, 0, words)?;
+            at.insert(name.clone(), (all.len(), found));
+            match words {
+                Words::Ints(x) => all.extend(x),
+                Words::Floats(x) => all.extend(x.iter().map(|x| x.to_bits() as i32)),
+            }
+            all.resize(all.len().next_multiple_of(LINE), 0);
         }
-        Ok(())
+        if place.length < all.len() {
+            backend.free(place.block);
+            place.length = 0;
+            *place = whole(backend, all.len())?;
+        }
+        backend.send(place.block, Words::Ints(&all))
     }
 
     /// A launch for sizes that are known; `None` when there is nothing to do.
@@ -441,7 +564,11 @@ impl Home {
         let length = buffer.elements(sizes) as usize;
         let outside = || RuntimeError::Device(format!("buffer {id} of {length} numbers lies outside its memory"));
         let (block, start) = match &buffer.storage {
-            Storage::Input(name) => (*self.inputs.get(name).ok_or_else(outside)?, 0),
+            Storage::Input(name) => {
+                let Given { place, at } = &self.given[self.turn];
+                let &(start, found) = at.get(name).ok_or_else(outside)?;
+                (Place { length: start + found, ..*place }, start)
+            }
             Storage::Tensor { index, rows } => {
                 let tensor = &manifest.tensors[*index];
                 let start = rows.map_or(0, |(start, _)| start);

@@ -32,7 +32,9 @@ pub enum StoreError {
     Arch { path: PathBuf, found: String, here: &'static str },
     #[error("`{path}` was compiled for a processor with {missing}, which this one lacks; {MEND} on this machine")]
     Features { path: PathBuf, missing: String },
-    #[error("`{path}` was compiled for a GPU of {arch} or later: {why}; compile for this machine with `--target cpu`")]
+    #[error(
+        "`{path}` was compiled for a GPU of {arch} or later: {why}; or compile the spec for this machine's processor, with `--target cpu`"
+    )]
     Gpu { path: PathBuf, arch: String, why: String },
 }
 
@@ -130,8 +132,8 @@ pub fn load(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
 pub fn runs_here(path: &Path, manifest: &Manifest) -> Result<(), StoreError> {
     if let Some(least) = manifest.gpu() {
         let why = match device::gpus() {
-            Ok(gpus) if gpus.first().is_some_and(|gpu| gpu.capability >= least) => return Ok(()),
-            Ok(gpus) => gpus.first().map_or("there is none here".into(), |gpu| format!("here is {gpu}")),
+            Ok(gpus) if gpus[0].capability >= least => return Ok(()),
+            Ok(gpus) => format!("here is {}", gpus[0]),
             Err(error) => error.to_string(),
         };
         return Err(StoreError::Gpu { path: path.to_path_buf(), arch: manifest.arch.clone(), why });

@@ -70,13 +70,10 @@ impl Source {
         match self.target.split_once(':').map_or(&self.target[..], |(kind, _)| kind) {
             "cpu" => Ok(()),
             "cuda" => {
-                let why = match peft_runtime::device::gpus() {
-                    Ok(gpus) if !gpus.is_empty() => return Ok(()),
-                    Ok(_) => "the driver shows no GPU".into(),
-                    Err(error) => error.to_string(),
-                };
-                let mend = "leave `--target` out to run on the CPU";
-                Err(Failure::Usage(format!("`{}` cannot run here: {why}; {mend}", self.target)))
+                let gpus = peft_runtime::device::gpus();
+                let mend = "or leave `--target` out to run on the CPU";
+                gpus.map(drop)
+                    .map_err(|why| Failure::Usage(format!("`{}` cannot run here: {why}; {mend}", self.target)))
             }
             _ => Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
         }

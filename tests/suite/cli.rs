@@ -35,8 +35,18 @@ impl Bench {
     }
 
     pub fn peftc<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Ran {
+        self.with(&[], args)
+    }
+
+    /// With these variables in its environment.
+    pub fn with<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        environment: &[(&str, &str)],
+        args: impl IntoIterator<Item = S>,
+    ) -> Ran {
         let run = Command::new(env!("CARGO_BIN_EXE_peftc"))
             .args(args)
+            .envs(environment.iter().copied())
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .env("PEFTC_CACHE", self.path("cache"))
             .env("NO_COLOR", "1")
@@ -63,7 +73,7 @@ impl Bench {
     }
 }
 
-fn text(path: &Path) -> &str {
+pub fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
@@ -253,7 +263,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
 }
 
 /// A directory with MiniLM's form in small: four words, two layers.
-fn tiny_bert(bench: &Bench, spoil: impl FnOnce(&mut TensorFile)) -> (PathBuf, PathBuf) {
+pub fn tiny_bert(bench: &Bench, spoil: impl FnOnce(&mut TensorFile)) -> (PathBuf, PathBuf) {
     let spec = bench.write(
         "tiny.peft",
         "model = bert(layers: 1, hidden: 8, heads: 2, ffn: 12, vocab: 6, context: 16, pooling: \"mean\")\n\

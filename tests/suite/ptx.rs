@@ -2,7 +2,6 @@
 //! checked.
 
 use std::borrow::Cow;
-use std::process::Command;
 
 use peft_grammar::model::{Model, Precision};
 use peft_passes::codegen;
@@ -10,7 +9,6 @@ use peft_passes::cuda::{Chip, WARP, WARPS};
 use peft_passes::dialect::Dialect;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::Options;
-use peft_runtime::adapter::{self, Data};
 use peft_runtime::backend::{Backend, Block, Job, Place, Words};
 use peft_runtime::{Inputs, Profile, RuntimeError, Session};
 use peftc::exchange;
@@ -159,37 +157,5 @@ fn updates_in_ptx() {
         assert!(found.iter().zip(want.iter()).all(close), "step {step}");
         let [want, found] = [0, 1].map(|i| sessions[i].output("grad_norm").expect("an output").1[0]);
         assert!(want > 0.1 && (want - found).abs() < 1e-5 * want, "{found}, not {want}");
-    }
-}
-
-/// The program itself, with a driver in its way that is none: artifacts, the driver's calls, training.
-#[test]
-fn a_gpu_by_its_driver() {
-    let driver = std::env::current_exe().expect("a path").with_file_name("libcuda_sim.so");
-    assert!(driver.is_file(), "{} is built with the tests", driver.display());
-    let fixture = fixtures::all("gpt2_lora_qv").remove(0);
-    let folder = tempfile::tempdir().expect("a directory");
-    // Under the driver's own name, where no other test finds it.
-    std::os::unix::fs::symlink(&driver, folder.path().join("libcuda.so")).expect("linked");
-    let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
-    std::fs::write(at("f.peft"), fixture.spec()).expect("written");
-    let peftc = |arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_peftc"));
-        command.env("LD_LIBRARY_PATH", folder.path()).env("PEFTC_CACHE", "");
-        let ran = command.args(arguments).output().expect("it starts");
-        assert!(ran.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&ran.stderr));
-    };
-    peftc(&["compile", &at("f.peft"), "--target", "cuda", "-o", &at("f.peftc")]);
-    let inputs = fixture.path.to_string_lossy();
-    peftc(&["run", &at("f.peftc"), "--entry", "grad", "--inputs", &inputs, "-o", &at("found")]);
-    peftc(&["run", &at("f.peft"), "--entry", "grad", "--inputs", &inputs, "-o", &at("want")]);
-    let [found, want] =
-        ["found", "want"].map(|name| adapter::load(&folder.path().join(name)).expect("tensors").tensors);
-    assert_eq!(found.len(), want.len());
-    for (name, want) in want {
-        let (Data::F32(want), Data::F32(found)) = (want.data, &found[&name].data) else { panic!("`{name}` in f32") };
-        let largest = want.iter().fold(1e-3_f32, |m, x| m.max(x.abs()));
-        let close = |(x, y): (&f32, &f32)| (x - y).abs() <= 1e-4 * largest;
-        assert!(found.len() == want.len() && found.iter().zip(&want).all(close), "`{name}`");
     }
 }

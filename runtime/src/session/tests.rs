@@ -1,9 +1,11 @@
 //! Kernels in C, by the same convention as MLIR's.
 
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::artifact::{BufferId, Extent, Output, Tensor};
+use crate::artifact::{BufferId, Entry, Extent, Output, Tensor};
+use crate::backend::Block;
 
 const KERNELS: &str = r"
 #include <stdint.h>
@@ -208,4 +210,132 @@ fn refusals() {
         let message = Session::new(program, weights, 1).err().unwrap().to_string();
         assert!(message.contains(expected), "{message}");
     }
+}
+
+/// A processor with little memory, which counts how much is taken at most.
+struct Small {
+    cpu: Cpu,
+    numbers: usize,
+    most: Arc<AtomicUsize>,
+}
+
+impl Small {
+    fn taken(&self) -> usize {
+        self.cpu.held() as usize / 4
+    }
+}
+
+impl Backend for Small {
+    fn alloc(&mut self, length: usize) -> Result<Block, RuntimeError> {
+        let free = self.numbers - self.taken();
+        if length > free {
+            let (wanted, why, mend) = (4 * length as u64, "there is no more".into(), "take less".into());
+            return Err(RuntimeError::Memory { wanted, free: Some(4 * free as u64), why, mend });
+        }
+        let block = self.cpu.alloc(length);
+        self.most.fetch_max(self.taken(), Ordering::Relaxed);
+        block
+    }
+    fn free(&mut self, block: Block) {
+        self.cpu.free(block);
+    }
+    fn write(&mut self, block: Block, start: usize, words: Words) -> Result<(), RuntimeError> {
+        self.cpu.write(block, start, words)
+    }
+    fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError> {
+        self.cpu.read(place)
+    }
+    fn run(&mut self, jobs: &[Job], profile: Option<&mut Profile>) -> Result<(), RuntimeError> {
+        self.cpu.run(jobs, profile)
+    }
+    fn held(&self) -> u64 {
+        self.cpu.held()
+    }
+}
+
+/// On so much memory: with the most that was taken.
+fn small(manifest: Manifest, weights: Vec<Numbers>, numbers: usize) -> Option<(Session, Arc<AtomicUsize>)> {
+    let (_home, library) = library()?;
+    let library = Library::load(&library, &manifest.kernels).unwrap();
+    let most = Arc::new(AtomicUsize::new(0));
+    let backend = Small { cpu: Cpu::new(library, 1).unwrap(), numbers, most: most.clone() };
+    Some((Session::on(Box::new(backend), manifest, weights).unwrap(), most))
+}
+
+#[test]
+fn says_how_much_of_a_batch_fits() {
+    // Two numbers a token are what `train` is given, and two are temporaries.
+    let Some((mut session, _)) = small(manifest(), weights(), 7000) else { return };
+    let message = session.run("train", &batch(&[100; 20])).unwrap_err().to_string();
+    assert!(message.contains("there is no more; of the batch's 20 sequences with 2000 tokens"), "{message}");
+    let fit: usize = message.split("train.batch=").nth(1).unwrap().trim_end_matches('`').parse().unwrap();
+    let message = session.run("train", &batch(&[1900])).unwrap_err().to_string();
+    assert!(message.contains("1900 tokens in 1 sequences, and no part of it would fit"), "{message}");
+    assert!(fit > 6 && session.run("train", &batch(&vec![100; fit + 2])).is_err());
+    session.run("train", &batch(&vec![100; fit])).unwrap();
+}
+
+/// Two batches, each with more of something than the other, have no room for both at their largest.
+#[test]
+fn a_plan_for_one_batch_alone() {
+    let buffer = |shape| Buffer { element: Element::F32, shape: vec![shape], storage: Storage::Temporary };
+    let by_sequence = Extent::Sequences * Extent::Const(10);
+    let reads = Launch { buffers: vec![0, 1], ..manifest().entries["idle"].launches[0].clone() };
+    let manifest = Manifest {
+        kernels: manifest().kernels,
+        buffers: vec![buffer(Extent::Tokens), buffer(by_sequence)],
+        entries: [("idle".to_string(), Entry { launches: vec![reads], outputs: vec![] })].into(),
+        ..Manifest::default()
+    };
+    let Some((mut session, _)) = small(manifest, vec![], 1500) else { return };
+    for lengths in [vec![1; 100], vec![1000], vec![1; 100]] {
+        session.run("idle", &batch(&lengths)).unwrap();
+    }
+    assert!(session.run("idle", &batch(&[20; 100])).is_err());
+}
+
+#[test]
+fn a_batch_is_staged_while_another_is_there() {
+    let Some((_home, mut session)) = session(1) else { return };
+    session.stage(&["train"], &batch(&[2])).unwrap();
+    session.start().unwrap();
+    session.stage(&["train", "idle"], &batch(&[1, 3])).unwrap();
+    assert_eq!(session.output("logits").unwrap().0, [2]);
+    assert!(session.stage(&["train", "fly"], &batch(&[1])).unwrap_err().to_string().contains("`fly`"));
+    session.start().unwrap();
+    session.wait().unwrap();
+    // Entries that run one after the other keep the outputs of all.
+    assert_eq!(session.outputs(), ["logits", "row", "pooled"]);
+    assert_eq!(session.output("logits").unwrap().1[..], [40.0, 1050.0, 1060.0, 1070.0]);
+}
+
+/// Frozen weights come one after the other, and go when they are packed.
+#[test]
+fn weights_are_not_there_in_both_forms() {
+    const COUNT: usize = 8;
+    let packs = |index: usize| Launch {
+        kernel: 0,
+        buffers: vec![index, COUNT + index],
+        extents: vec![Extent::Const(2)],
+        units: Extent::Const(1000),
+        op: "scale".into(),
+    };
+    let buffer = |storage| Buffer { element: Element::F32, shape: vec![Extent::Const(1000)], storage };
+    let tensors = (0..COUNT).map(|index| buffer(Storage::Tensor { index, rows: None }));
+    let reads = Launch { kernel: 3, buffers: (COUNT..2 * COUNT).collect(), ..packs(0) };
+    let manifest = Manifest {
+        kernels: manifest().kernels,
+        tensors: (0..COUNT)
+            .map(|i| Tensor { name: i.to_string(), shape: vec![1000], trainable: None, decay: false })
+            .collect(),
+        buffers: tensors.chain((0..COUNT).map(|_| buffer(Storage::Prepared))).collect(),
+        prepare: (0..COUNT).map(packs).collect(),
+        entries: [("eval".to_string(), Entry { launches: vec![reads], outputs: vec![] })].into(),
+        ..Manifest::default()
+    };
+    let weights = (0..COUNT).map(|_| Numbers::zeros(1000)).collect();
+    let Some((session, most)) = small(manifest, weights, 1 << 20) else { return };
+    let pages = |numbers: usize| (numbers * 4).next_multiple_of(4096) / 4;
+    assert!(most.load(Ordering::Relaxed) <= (COUNT + 1) * pages(1000), "{most:?}");
+    assert_eq!(session.home.tensors.iter().flatten().count(), 0);
 }

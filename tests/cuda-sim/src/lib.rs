@@ -2,10 +2,16 @@
 //! whose kernels the interpreter of PTX executes. A kernel that does wrong ends the process with the interpreter's words.
 //!
 //! Addresses are the interpreter's. Blocks of memory count as written from the start, for the runtime zeroes them.
+//!
+//! What may be asynchronous is as late as the driver allows: launches and copies wait in their stream until something
+//! waits for them. Who overwrites too early what a copy still reads, or reads too early what it brings, gets other
+//! numbers.
+//!
+//! `CUDA_SIM` makes a driver that is in trouble, and lets it say what it did, see [`Settings`].
 
 #![allow(non_snake_case)] // the driver's names
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
@@ -16,12 +22,17 @@ type Status = c_uint;
 const SUCCESS: Status = 0;
 const INVALID_VALUE: Status = 1;
 const OUT_OF_MEMORY: Status = 2;
+const NO_DEVICE: Status = 100;
 const INVALID_PTX: Status = 218;
 const NOT_FOUND: Status = 500;
+const ILLEGAL_ADDRESS: Status = 700;
+const OUT_OF_RESOURCES: Status = 701;
+const NOT_SUPPORTED: Status = 801;
 
 /// What it says of itself.
 const NAME: &[u8] = b"a GPU that is none\0";
 const CAPABILITY: [c_int; 2] = [9, 0];
+const DRIVER: c_int = 11_040;
 const MEMORY: usize = 1 << 28;
 const PROCESSORS: c_int = 2;
 const MOST_THREADS: c_int = 1024;
@@ -36,6 +47,43 @@ const THREADS_PER_BLOCK: c_uint = 0;
 const ERROR_LOG: c_uint = 5;
 const ERROR_LOG_SIZE: c_uint = 6;
 
+/// From `CUDA_SIM`, such as `memory=4096,fail=matmul`.
+#[derive(Default)]
+struct Settings {
+    /// The version of CUDA that the driver knows: `driver=11020` is 11.2.
+    driver: Option<c_int>,
+    /// `gpus=0`: there is none.
+    gpus: Option<c_int>,
+    /// Bytes.
+    memory: Option<usize>,
+    /// Kernels with this in their name do not start.
+    refuse: Option<String>,
+    /// They start, and fail.
+    fail: Option<String>,
+    /// The file that says at the end what was called how often.
+    report: Option<String>,
+}
+
+static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
+    let mut settings = Settings::default();
+    for (key, value) in std::env::var("CUDA_SIM").unwrap_or_default().split(',').filter_map(|s| s.split_once('=')) {
+        match key {
+            "driver" => settings.driver = value.parse().ok(),
+            "gpus" => settings.gpus = value.parse().ok(),
+            "memory" => settings.memory = value.parse().ok(),
+            "refuse" => settings.refuse = Some(value.into()),
+            "fail" => settings.fail = Some(value.into()),
+            "report" => settings.report = Some(value.into()),
+            _ => panic!("CUDA_SIM knows no `{key}`"),
+        }
+    }
+    settings
+});
+
+fn memory() -> usize {
+    SETTINGS.memory.unwrap_or(MEMORY)
+}
+
 #[derive(Default)]
 struct State {
     gpu: Gpu,
@@ -44,6 +92,157 @@ struct State {
     functions: Vec<(usize, String)>,
     /// Bytes of each block of memory.
     blocks: HashMap<u64, usize>,
+    /// The first is the null stream.
+    streams: Vec<Stream>,
+    /// By handle: the stream, and how many of its tasks were there when the event was recorded last.
+    events: Vec<(usize, u64)>,
+    /// By handle.
+    graphs: Vec<Vec<Call>>,
+    /// By handle: the graph, and the place in it.
+    nodes: Vec<(usize, usize)>,
+    /// By handle: the graph, and its launches.
+    ready: Vec<(usize, Vec<Call>)>,
+    pinned: HashMap<usize, Vec<u64>>,
+    /// Once a kernel has failed, every call does.
+    failed: Option<Status>,
+    /// How often what was done.
+    done: HashMap<&'static str, u64>,
+}
+
+#[derive(Default)]
+struct Stream {
+    tasks: VecDeque<Task>,
+    /// How many tasks it was ever given, and how many of them have ended.
+    given: u64,
+    ended: u64,
+}
+
+enum Task {
+    Launch(Call),
+    Copy {
+        to: u64,
+        from: usize,
+        bytes: usize,
+    },
+    Fill {
+        to: u64,
+        content: Vec<u8>,
+    },
+    /// Until another stream has ended so many tasks.
+    Wait(usize, u64),
+}
+
+#[derive(Clone)]
+struct Call {
+    function: usize,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: usize,
+    args: Vec<Arg>,
+}
+
+impl State {
+    fn count(&mut self, what: &'static str) {
+        *self.done.entry(what).or_default() += 1;
+    }
+
+    fn stream(&mut self, index: usize) -> &mut Stream {
+        while self.streams.len() <= index {
+            self.streams.push(Stream::default());
+        }
+        &mut self.streams[index]
+    }
+
+    fn give(&mut self, stream: usize, task: Task) {
+        let stream = self.stream(stream);
+        stream.tasks.push_back(task);
+        stream.given += 1;
+    }
+
+    /// Until the stream has ended so many tasks.
+    fn reach(&mut self, stream: usize, tasks: u64) {
+        while self.stream(stream).ended < tasks {
+            let task = self.stream(stream).tasks.pop_front().expect("it was given so many");
+            if self.failed.is_none() {
+                self.execute(task);
+            }
+            self.stream(stream).ended += 1;
+        }
+    }
+
+    fn finish(&mut self, stream: usize) {
+        let given = self.stream(stream).given;
+        self.reach(stream, given);
+    }
+
+    fn finish_all(&mut self) -> Status {
+        (0..self.streams.len()).for_each(|stream| self.finish(stream));
+        self.failed.unwrap_or(SUCCESS)
+    }
+
+    fn execute(&mut self, task: Task) {
+        match task {
+            Task::Launch(call) => {
+                let (module, name) = &self.functions[call.function];
+                if SETTINGS.fail.as_ref().is_some_and(|part| name.contains(part)) {
+                    self.failed = Some(ILLEGAL_ADDRESS);
+                    return;
+                }
+                let module = &self.modules[*module];
+                if let Err(error) = self.gpu.launch(module, name, call.grid, call.block, call.shared, &call.args) {
+                    eprintln!("{error}");
+                    std::process::exit(134);
+                }
+            }
+            Task::Copy { to, from, bytes } => {
+                // SAFETY: whoever copies keeps the memory until it has arrived.
+                let content = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
+                self.gpu.write_u8(Ptr::at(to), content);
+            }
+            Task::Fill { to, content } => self.gpu.write_u8(Ptr::at(to), &content),
+            Task::Wait(stream, tasks) => self.reach(stream, tasks),
+        }
+    }
+
+    /// The kernel does not start.
+    fn refuses(&self, function: usize) -> bool {
+        SETTINGS.refuse.as_ref().is_some_and(|part| self.functions[function].1.contains(part))
+    }
+
+    /// # Safety
+    /// `parameters` point to as many arguments as the kernel has.
+    unsafe fn args(&self, function: usize, parameters: *mut *mut c_void) -> Vec<Arg> {
+        let (module, name) = &self.functions[function];
+        let sizes = self.modules[*module].parameters(name).expect("a kernel").into_iter().enumerate();
+        // SAFETY: as promised.
+        let bytes = |(n, size)| unsafe { std::slice::from_raw_parts((*parameters.add(n)).cast::<u8>(), size).to_vec() };
+        sizes.map(bytes).map(Arg::Bytes).collect()
+    }
+
+    /// # Safety
+    /// As of the node's arguments.
+    unsafe fn call(&self, node: &NodeParams) -> Call {
+        let function = index(node.function);
+        // SAFETY: as promised.
+        let args = unsafe { self.args(function, node.parameters) };
+        Call { function, grid: node.grid, block: node.block, shared: node.shared as usize, args }
+    }
+}
+
+/// `CUDA_KERNEL_NODE_PARAMS` in its first form.
+#[repr(C)]
+pub struct NodeParams {
+    function: *mut c_void,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    parameters: *mut *mut c_void,
+    extra: *mut *mut c_void,
+}
+
+/// The null stream, or another.
+fn stream_of(handle: *mut c_void) -> usize {
+    handle.addr()
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
@@ -78,7 +277,17 @@ macro_rules! driver {
 }
 
 driver! {
-    fn cuInit(_flags: c_uint) { SUCCESS }
+    fn cuInit(_flags: c_uint) {
+        match SETTINGS.gpus {
+            Some(0) => NO_DEVICE,
+            _ => SUCCESS,
+        }
+    }
+
+    fn cuDriverGetVersion(version: *mut c_int) {
+        *version = SETTINGS.driver.unwrap_or(DRIVER);
+        SUCCESS
+    }
 
     fn cuGetErrorString(_error: Status, text: *mut *const c_char) {
         *text = c"the simulated driver failed".as_ptr();
@@ -102,7 +311,7 @@ driver! {
     }
 
     fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) {
-        *bytes = MEMORY;
+        *bytes = memory();
         SUCCESS
     }
 
@@ -122,11 +331,18 @@ driver! {
         SUCCESS
     }
 
-    fn cuDevicePrimaryCtxRelease_v2(_device: c_int) { SUCCESS }
+    fn cuDevicePrimaryCtxRelease_v2(_device: c_int) {
+        if let Some(path) = &SETTINGS.report {
+            let mut lines: Vec<String> = state().done.iter().map(|(what, count)| format!("{what} {count}\n")).collect();
+            lines.sort();
+            std::fs::write(path, lines.concat()).expect("written");
+        }
+        SUCCESS
+    }
 
     fn cuCtxSetCurrent(_context: *mut c_void) { SUCCESS }
 
-    fn cuCtxSynchronize() { SUCCESS }
+    fn cuCtxSynchronize() { state().finish_all() }
 
     fn cuModuleLoadDataEx(
         module: *mut *mut c_void,
@@ -179,44 +395,127 @@ driver! {
         SUCCESS
     }
 
+    fn cuMemGetInfo_v2(free: *mut usize, all: *mut usize) {
+        *free = memory() - state().blocks.values().sum::<usize>();
+        *all = memory();
+        SUCCESS
+    }
+
     fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {
         let mut state = state();
-        if bytes == 0 || state.blocks.values().sum::<usize>() + bytes > MEMORY {
+        if bytes == 0 || state.blocks.values().sum::<usize>().saturating_add(bytes) > memory() {
             return OUT_OF_MEMORY;
         }
         *address = state.gpu.alloc(vec![0; bytes]).address();
         state.blocks.insert(*address, bytes);
-        SUCCESS
+        state.failed.unwrap_or(SUCCESS)
     }
 
     fn cuMemFree_v2(address: u64) {
         let mut state = state();
+        let status = state.finish_all();
         match state.blocks.remove(&address) {
             Some(_) => state.gpu.free(Ptr::at(address)),
             None => return INVALID_VALUE,
         }
-        SUCCESS
+        status
     }
 
     fn cuMemsetD8_v2(address: u64, value: u8, count: usize) {
-        state().gpu.write_u8(Ptr::at(address), &vec![value; count]);
+        state().give(0, Task::Fill { to: address, content: vec![value; count] });
         SUCCESS
     }
 
     fn cuMemsetD32_v2(address: u64, value: c_uint, count: usize) {
-        state().gpu.write_u32(Ptr::at(address), &vec![value; count]);
+        let content = std::iter::repeat_n(value.to_le_bytes(), count).flatten().collect();
+        state().give(0, Task::Fill { to: address, content });
+        SUCCESS
+    }
+
+    fn cuMemHostAlloc(start: *mut *mut c_void, bytes: usize, _flags: c_uint) {
+        let mut words = vec![0u64; bytes.div_ceil(8)];
+        *start = words.as_mut_ptr().cast();
+        state().pinned.insert((*start).addr(), words);
+        SUCCESS
+    }
+
+    fn cuMemFreeHost(start: *mut c_void) {
+        let mut state = state();
+        let range = match state.pinned.get(&start.addr()) {
+            Some(words) => start.addr()..start.addr() + 8 * words.len(),
+            None => return INVALID_VALUE,
+        };
+        let reads = |task: &Task| matches!(task, Task::Copy { from, .. } if range.contains(from));
+        if state.streams.iter().flat_map(|stream| &stream.tasks).any(reads) {
+            eprintln!("pinned memory is freed while it is being copied");
+            std::process::exit(134);
+        }
+        state.pinned.remove(&start.addr());
         SUCCESS
     }
 
     fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, bytes: usize) {
-        state().gpu.write_u8(Ptr::at(to), std::slice::from_raw_parts(from.cast(), bytes));
+        let mut state = state();
+        state.finish(0);
+        state.gpu.write_u8(Ptr::at(to), std::slice::from_raw_parts(from.cast(), bytes));
+        state.failed.unwrap_or(SUCCESS)
+    }
+
+    fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: *mut c_void) {
+        let mut state = state();
+        if !state.pinned.iter().any(|(&start, words)| (start..start + 8 * words.len()).contains(&from.addr())) {
+            return INVALID_VALUE;
+        }
+        state.count("copies");
+        state.give(stream_of(stream), Task::Copy { to, from: from.addr(), bytes });
         SUCCESS
     }
 
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, bytes: usize) {
-        let state = state();
+        let mut state = state();
+        state.finish(0);
         to.cast::<u8>().copy_from_nonoverlapping(state.gpu.read(Ptr::at(from), bytes).as_ptr(), bytes);
+        state.failed.unwrap_or(SUCCESS)
+    }
+
+    fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) {
+        let mut state = state();
+        let index = state.streams.len().max(1);
+        state.stream(index);
+        *stream = std::ptr::without_provenance_mut(index);
         SUCCESS
+    }
+
+    fn cuStreamDestroy_v2(_stream: *mut c_void) { SUCCESS }
+
+    fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, _flags: c_uint) {
+        let mut state = state();
+        let (of, tasks) = state.events[index(event)];
+        state.give(stream_of(stream), Task::Wait(of, tasks));
+        SUCCESS
+    }
+
+    fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) {
+        let mut state = state();
+        state.events.push((0, 0));
+        *event = handle(state.events.len() - 1);
+        SUCCESS
+    }
+
+    fn cuEventDestroy_v2(_event: *mut c_void) { SUCCESS }
+
+    fn cuEventRecord(event: *mut c_void, stream: *mut c_void) {
+        let mut state = state();
+        let given = state.stream(stream_of(stream)).given;
+        state.events[index(event)] = (stream_of(stream), given);
+        SUCCESS
+    }
+
+    fn cuEventSynchronize(event: *mut c_void) {
+        let mut state = state();
+        let (of, tasks) = state.events[index(event)];
+        state.reach(of, tasks);
+        state.failed.unwrap_or(SUCCESS)
     }
 
     fn cuLaunchKernel(
@@ -228,21 +527,88 @@ driver! {
         block_y: c_uint,
         block_z: c_uint,
         shared: c_uint,
-        _stream: *mut c_void,
+        stream: *mut c_void,
         parameters: *mut *mut c_void,
         _extra: *mut *mut c_void
     ) {
-        let State { gpu, modules, functions, .. } = &mut *state();
-        let (module, name) = &functions[index(function)];
-        let module = &modules[*module];
-        let sizes = module.parameters(name).expect("a kernel").into_iter().enumerate();
-        let bytes = |(n, size)| std::slice::from_raw_parts((*parameters.add(n)).cast::<u8>(), size).to_vec();
-        let args: Vec<Arg> = sizes.map(bytes).map(Arg::Bytes).collect();
-        let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-        if let Err(error) = gpu.launch(module, name, grid, block, shared as usize, &args) {
-            eprintln!("{error}");
-            std::process::exit(134);
+        let mut state = state();
+        let function = index(function);
+        if state.refuses(function) {
+            return OUT_OF_RESOURCES;
         }
+        let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
+        let call = Call { function, grid, block, shared: shared as usize, args: state.args(function, parameters) };
+        state.count("launches");
+        state.give(stream_of(stream), Task::Launch(call));
+        state.failed.unwrap_or(SUCCESS)
+    }
+
+    fn cuGraphCreate(graph: *mut *mut c_void, _flags: c_uint) {
+        let mut state = state();
+        state.graphs.push(vec![]);
+        *graph = handle(state.graphs.len() - 1);
         SUCCESS
     }
+
+    /// Nodes that wait for the one before alone: no other graph is asked for.
+    fn cuGraphAddKernelNode(
+        node: *mut *mut c_void,
+        graph: *mut c_void,
+        before: *const *mut c_void,
+        count: usize,
+        parameters: *const NodeParams
+    ) {
+        let mut state = state();
+        let (graph, call) = (index(graph), state.call(&*parameters));
+        let place = state.graphs[graph].len();
+        let follows = match count {
+            0 => place == 0,
+            1 => place > 0 && state.nodes[index(*before)] == (graph, place - 1),
+            _ => false,
+        };
+        if !follows {
+            return NOT_SUPPORTED;
+        }
+        if state.refuses(call.function) {
+            return OUT_OF_RESOURCES;
+        }
+        state.graphs[graph].push(call);
+        state.nodes.push((graph, place));
+        *node = handle(state.nodes.len() - 1);
+        SUCCESS
+    }
+
+    fn cuGraphInstantiateWithFlags(ready: *mut *mut c_void, graph: *mut c_void, _flags: u64) {
+        let mut state = state();
+        state.count("graphs made ready");
+        let calls = state.graphs[index(graph)].clone();
+        state.ready.push((index(graph), calls));
+        *ready = handle(state.ready.len() - 1);
+        SUCCESS
+    }
+
+    fn cuGraphExecKernelNodeSetParams(ready: *mut c_void, node: *mut c_void, parameters: *const NodeParams) {
+        let mut state = state();
+        let ((graph, place), call) = (state.nodes[index(node)], state.call(&*parameters));
+        let (of, calls) = &mut state.ready[index(ready)];
+        if *of != graph || calls[place].function != call.function {
+            return INVALID_VALUE;
+        }
+        calls[place] = call;
+        state.count("nodes told anew");
+        SUCCESS
+    }
+
+    fn cuGraphLaunch(ready: *mut c_void, stream: *mut c_void) {
+        let mut state = state();
+        state.count("graphs run");
+        for call in state.ready[index(ready)].1.clone() {
+            state.give(stream_of(stream), Task::Launch(call));
+        }
+        state.failed.unwrap_or(SUCCESS)
+    }
+
+    fn cuGraphExecDestroy(_ready: *mut c_void) { SUCCESS }
+
+    fn cuGraphDestroy(_graph: *mut c_void) { SUCCESS }
 }

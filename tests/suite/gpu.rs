@@ -1,0 +1,187 @@
+//! The program with CUDA's driver in its way, which is `tests/cuda-sim`: artifacts made where no GPU is, whole trainings
+//! by graphs, and drivers that are in trouble. No GPU is needed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peft_runtime::adapter::{self, Data};
+use peft_runtime::{device, store};
+
+use crate::cli::{Bench, Ran, text, tiny_bert};
+use crate::fixtures;
+
+/// A folder with the driver, under the name by which it is found.
+struct Machine {
+    bench: Bench,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let bench = Bench::new();
+        let driver = std::env::current_exe().expect("a path").with_file_name("libcuda_sim.so");
+        assert!(driver.is_file(), "{} is built with the tests", driver.display());
+        fs::create_dir(bench.path("driver")).expect("a folder");
+        // Where no other test finds it.
+        std::os::unix::fs::symlink(&driver, bench.path("driver/libcuda.so")).expect("linked");
+        Machine { bench }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.bench.path(name)
+    }
+
+    /// Runs the program on a driver with these settings.
+    fn peftc(&self, settings: &str, args: &[&str]) -> Ran {
+        let driver = self.path("driver");
+        self.bench.with(&[("LD_LIBRARY_PATH", text(&driver)), ("CUDA_SIM", settings)], args)
+    }
+
+    fn succeeds(&self, settings: &str, args: &[&str]) -> Ran {
+        let ran = self.peftc(settings, args);
+        assert_eq!(ran.code, 0, "{args:?}: {}{}", ran.out, ran.err);
+        ran
+    }
+
+    fn refuses(&self, settings: &str, args: &[&str], code: i32, words: &[&str]) {
+        let ran = self.peftc(settings, args);
+        assert_eq!(ran.code, code, "{settings}, {args:?}: {}{}", ran.out, ran.err);
+        for word in words {
+            assert!(ran.err.contains(word), "{settings}, {args:?} should say `{word}`:\n{}", ran.err);
+        }
+    }
+
+    /// An artifact of a tiny BERT for this GPU, and what training is given beside it.
+    fn trains(&self, target: &str) -> (PathBuf, Vec<String>) {
+        let (spec, weights) = tiny_bert(&self.bench, |_| {});
+        let artifact = self.path("tiny.peftc");
+        self.succeeds("", &["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
+        // Batches of many sizes.
+        let lines = ["good film", "bad", "good good film", "bad bad bad film", "film", "good film good film good"];
+        let lines = lines.iter().map(|l| format!("{l}\t{}\n", u8::from(l.starts_with("good"))));
+        let data = self.bench.write("data.tsv", lines.collect::<String>());
+        let given = ["--weights", text(&weights), "--data", text(&data), "--set", "train.steps=7", "--threads", "1"];
+        (artifact, given.map(String::from).to_vec())
+    }
+}
+
+fn with<'a>(first: &[&'a str], more: &'a [String]) -> Vec<&'a str> {
+    first.iter().copied().chain(more.iter().map(String::as_str)).collect()
+}
+
+fn same(found: &Path, want: &Path) {
+    let [found, want] = [found, want].map(|path| adapter::load(path).expect("tensors").tensors);
+    assert_eq!(found.len(), want.len());
+    for (name, want) in want {
+        let (Data::F32(want), Data::F32(found)) = (want.data, &found[&name].data) else { panic!("`{name}` in f32") };
+        let largest = want.iter().fold(1e-3_f32, |m, x| m.max(x.abs()));
+        let close = |(x, y): (&f32, &f32)| (x - y).abs() <= 1e-4 * largest;
+        assert!(found.len() == want.len() && found.iter().zip(&want).all(close), "`{name}`");
+    }
+}
+
+/// Artifacts, the driver's calls, gradients.
+#[test]
+fn a_gpu_by_its_driver() {
+    let machine = Machine::new();
+    let fixture = fixtures::all("gpt2_lora_qv").remove(0);
+    let spec = machine.bench.write("f.peft", fixture.spec());
+    let [artifact, found, want] = ["f.peftc", "found", "want"].map(|name| machine.path(name));
+    machine.succeeds("", &["compile", text(&spec), "--target", "cuda", "-o", text(&artifact)]);
+    for (from, to) in [(&artifact, &found), (&spec, &want)] {
+        machine.succeeds("", &["run", text(from), "--inputs", text(&fixture.path), "-o", text(to)]);
+    }
+    same(&found, &want);
+}
+
+/// The whole step is one graph, which serves batches of every size; with `--profile` there is none. Both give the same
+/// bits, and what a processor gives.
+#[test]
+fn a_training_by_graphs() {
+    let machine = Machine::new();
+    let (artifact, given) = machine.trains("cuda");
+    let [graphs, plain, processor] = ["graphs", "plain", "processor"].map(|name| machine.path(name));
+    let report = machine.path("report");
+    let settings = format!("report={}", text(&report));
+    let done = |what: &str| {
+        let report = fs::read_to_string(&report).expect("the driver wrote it");
+        report.lines().find_map(|line| line.strip_prefix(what)?.trim().parse::<u64>().ok()).unwrap_or(0)
+    };
+    machine.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&graphs)], &given));
+    // The first step shows what kernels there are. Then each differs from the one before in how many tokens it has.
+    assert_eq!((done("graphs made ready"), done("graphs run"), done("copies")), (1, 6, 7));
+    assert!(done("nodes told anew") > 0);
+    machine.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&plain), "--profile"], &given));
+    assert_eq!((done("graphs made ready"), done("graphs run")), (0, 0));
+    let spec = machine.path("tiny.peft");
+    machine.succeeds("", &with(&["train", text(&spec), "--out", text(&processor)], &given));
+    let values = |run: &Path| run.join("adapter.safetensors");
+    assert_eq!(fs::read(values(&graphs)).expect("read"), fs::read(values(&plain)).expect("read"));
+    same(&values(&graphs), &values(&processor));
+}
+
+/// Written for every chip where none is, and whole.
+#[test]
+fn artifacts_without_a_gpu() {
+    let bench = Bench::new();
+    let (spec, weights) = tiny_bert(&bench, |_| {});
+    let data = bench.write("data.tsv", "good film\t1\n");
+    for (target, arch) in [("cuda", "sm_70"), ("cuda:sm_70", "sm_70"), ("cuda:sm_80", "sm_80"), ("cuda:sm_90", "sm_90")]
+    {
+        let artifact = bench.path("tiny.peftc");
+        let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let (manifest, code) = store::open(&artifact).expect("sound");
+        assert_eq!((&manifest.arch[..], code.file_name().expect("a name").to_str()), (arch, Some("kernels.ptx")));
+        let ptx = fs::read_to_string(code).expect("text");
+        assert!(ptx.contains(&format!(".target {arch}")));
+        assert!(manifest.kernels.iter().all(|kernel| ptx.contains(&format!(".entry {kernel}("))));
+        assert!(["train", "update", "eval"].iter().all(|entry| manifest.entries.contains_key(*entry)));
+        if device::gpus().is_err() {
+            let train = ["train", text(&artifact), "--weights", text(&weights), "--data", text(&data)];
+            bench.refuses(&train, 3, &["tiny.peftc", arch, "libcuda.so.1", "R470", "`--target cpu`"]);
+        }
+    }
+}
+
+#[test]
+fn drivers_in_trouble() {
+    let machine = Machine::new();
+    let (artifact, given) = machine.trains("cuda");
+    let out = machine.path("out");
+    let train = with(&["train", text(&artifact), "--out", text(&out)], &given);
+    let spec = machine.path("tiny.peft");
+    let of_spec = with(&["train", text(&spec), "--target", "cuda", "--out", text(&out)], &given);
+    for (train, code) in [(&train, 3), (&of_spec, 2)] {
+        machine.refuses("gpus=0", train, code, &["shows no GPU", "nvidia-smi -L", "CUDA_VISIBLE_DEVICES"]);
+        machine.refuses("driver=11020", train, code, &["knows CUDA 11.2", "11.4 is the least", "R470"]);
+    }
+    machine.refuses("refuse=cross_entropy", &train, 4, &["does not start `cross_entropy", "LAUNCH_OUT_OF_RESOURCES"]);
+    // It is known that one failed, and which one when each is waited for.
+    let profiled = [&train[..], &["--profile"]].concat();
+    machine.refuses("fail=cross_entropy", &train, 4, &["ILLEGAL_ADDRESS", "started before", "--profile"]);
+    machine.refuses("fail=cross_entropy", &profiled, 4, &["failed in `cross_entropy", "computes `", "ILLEGAL_ADDRESS"]);
+    machine.refuses("memory=2000", &train, 4, &["cannot be had: of the GPU's", "are free", "more memory"]);
+    assert!(!out.join("adapter.safetensors").exists());
+}
+
+/// A batch for which there is no room is told how much of it there is room for, and that is true.
+#[test]
+fn what_would_fit() {
+    let machine = Machine::new();
+    let (artifact, given) = machine.trains("cuda");
+    let lines = "good film good film good film\t1\n".repeat(64);
+    machine.bench.write("data.tsv", lines);
+    let out = machine.path("out");
+    let train = |batch: &str| {
+        let set = format!("train.batch={batch}");
+        let first = ["train", text(&artifact), "--out", text(&out), "--set", &set];
+        machine.peftc("memory=100000", &with(&first, &given))
+    };
+    let ran = train("64");
+    assert_eq!(ran.code, 4, "{}", ran.err);
+    let fit =
+        ran.err.split("train.batch=").nth(1).and_then(|s| s.split('`').next()).unwrap_or_else(|| panic!("{}", ran.err));
+    assert!(ran.err.contains("of the batch's 64 sequences with 512 tokens"), "{}", ran.err);
+    let ran = train(fit);
+    assert_eq!(ran.code, 0, "{fit} of 64: {}", ran.err);
+}
