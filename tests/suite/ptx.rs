@@ -9,6 +9,7 @@ use peft_passes::cuda::{Chip, WARP, WARPS};
 use peft_passes::dialect::Dialect;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::Options;
+use peft_runtime::adapter::{Data, Stored};
 use peft_runtime::backend::{Backend, Block, Job, Place, Words};
 use peft_runtime::{Inputs, Profile, RuntimeError, Session};
 use peftc::exchange;
@@ -108,6 +109,46 @@ fn gpt2_in_ptx() {
 fn halves_in_ptx() {
     steps("gpt2_lora_qv", Chip::Sm70, true, Precision::Bf16);
     steps("bert_lora_qv", Chip::Sm80, true, Precision::Bf16);
+}
+
+/// f16 reaches from 6·10⁻⁵ to 65504, adjoints from anything to anything: their products scale them by powers of two. So
+/// no loss is scaled and no step skipped, and gradients are as close to f32's as f16's 11 bits are.
+#[test]
+fn adjoints_of_any_size_in_f16() {
+    let fixture = fixtures::one("gpt2_lora_qv");
+    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+    let gpt2 = peft_grammar::library::backbones().into_iter().find(|b| b.name == "gpt2").expect("a backbone");
+    let logits = "logits = y[targets] @ transpose(unembedding)";
+    assert!(gpt2.source.contains(logits));
+    for by in ["1e-9", "1", "1e6"] {
+        // The value of y, and an adjoint of another size: all others come of it.
+        let scaled = format!("y = detach(y) + {by} * (y - detach(y))\n{logits}");
+        let backbone = gpt2.source.replace(logits, &scaled).replace("backbone gpt2(", "backbone scaled(");
+        let spec = format!("{backbone}\n{}", fixture.spec().replace("gpt2(", "scaled("));
+        let checked = peft_grammar::check("spec.peft", &spec, &peft_grammar::no_imports);
+        let mut model = checked.unwrap_or_else(|e| panic!("{e}"));
+        let mut processor = parity::session(&fixture, &model, &parity::fused(true));
+        let want = exchange::run(&mut processor, &model, "grad", &padded, [0, 0]).expect("a run");
+        model.train.precision = Precision::Bf16;
+        let mut gpu = session(&fixture, &model, Chip::Sm70, true);
+        let mut gaps = vec![];
+        let found = exchange::run(&mut gpu, &model, "grad", &padded, [0, 0]).expect("a run");
+        for (name, want) in want.tensors.iter().filter(|(name, _)| name.starts_with("grad.")) {
+            let floats = |stored: &Stored| match &stored.data {
+                Data::F32(x) => x.clone(),
+                _ => panic!("`{name}` in f32"),
+            };
+            let (want, found) = (floats(want), floats(&found.tensors[name]));
+            let largest = want.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+            let gap = want.iter().zip(&found).fold(0.0_f32, |m, (x, y)| m.max((x - y).abs()));
+            // A dozen products come together.
+            assert!(largest > 0.0 && gap <= 3e-3 * largest, "{by}, `{name}`: {gap:e} of {largest:e}");
+            gaps.push(gap / largest);
+        }
+        let mean = gaps.iter().sum::<f32>() / gaps.len() as f32;
+        // And something was rounded.
+        assert!(gaps.len() >= 8 && (1e-5..2e-3).contains(&mean), "{by}: {gaps:?}");
+    }
 }
 
 #[test]
