@@ -25,7 +25,7 @@ PTXAS := target/ptxas/nvidia/cuda_nvcc/bin/ptxas
 SMALL := target/small/release/peftc
 SMALL_LIMIT := 25000000
 
-.PHONY: help setup build demo test test-full interop ptxas bench bench-sst2 sst2 small clean
+.PHONY: help setup build demo test test-full interop ptxas bench bench-sst2 sst2 gpu bench-gpu small clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -115,6 +115,14 @@ sst2: build interop $(DEMO)/minilm/model.safetensors ## SST-2 to the end by peft
 
 SST2 = [ -f "$${PEFTC_DATA:-}/data/sst2/train.tsv" ] || { echo "$@: set PEFTC_DATA to a folder with" \
     "data/sst2/{train,dev}.tsv" >&2; exit 2; }
+
+gpu: build small interop ## target/gpu: what a machine with a GPU needs for bench-gpu, under 60 MB
+	@[ -f "$${PEFTC_DATA:-}/data/webnlg/train.json" ] || { echo "gpu: set PEFTC_DATA to a folder with" \
+	    "data/webnlg/train.json and data/tokenizers/gpt2" >&2; exit 2; }
+	target/interop-venv/bin/python benches/gpu.py make --data $$PEFTC_DATA/data --out target/gpu
+
+bench-gpu: gpu ## GPT-2 small on this machine's GPU: parity with the processor, then speed beside PyTorch
+	cd target/gpu && python3 gpu.py run
 
 small: setup ## the runner without the compiler: no LLVM, under 25 MB
 	cargo build --release --locked -p peftc --no-default-features --target-dir target/small

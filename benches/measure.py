@@ -45,8 +45,11 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def output(command):
-    run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+def output(command, seconds=None):
+    try:
+        run = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise Refused(f"it took over {seconds:.0f} s") from None
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
         raise Refused(lines[-1] if lines else f"exit code {run.returncode}")
@@ -65,8 +68,13 @@ def ours(train, batches, write, steps):
             taken = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()][1:]
             line.speeds.append(statistics.median(step["tokens_per_second"] for step in taken))
             line.kernels.append(statistics.median(step["kernel_share"] for step in taken))
-            line.peak = max(line.peak, float(re.search(r"peak ([0-9.]+) GB", printed)[1]))
+            line.peak = max(line.peak, peak(printed))
     return line
+
+
+def peak(printed):
+    """GB, by what a training says at its end."""
+    return float(re.search(r"peak ([0-9.]+) GB", printed)[1])
 
 
 def steps(step, batches, warm_up):

@@ -96,8 +96,12 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The most memory this process held at once, in bytes; of the session alone where the system does not say.
+/// The most memory this process held at once, in bytes; of the session alone where that is a GPU's, or the system does
+/// not say.
 fn peak(session: &Session) -> u64 {
+    if session.manifest().gpu().is_some() {
+        return session.peak_bytes();
+    }
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
     let kilobytes = line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use peft_runtime::adapter::{self, Data};
 use peft_runtime::{device, store};
@@ -184,4 +185,52 @@ fn what_would_fit() {
     assert!(ran.err.contains("of the batch's 64 sequences with 512 tokens"), "{}", ran.err);
     let ran = train(fit);
     assert_eq!(ran.code, 0, "{fit} of 64: {}", ran.err);
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Tables, limits of time and verdicts of `make bench-gpu`.
+#[test]
+fn what_the_benchmark_does_beside_running() {
+    let Ok(ran) = Command::new("python3").arg("benches/gpu_test.py").current_dir(root()).output() else {
+        println!("skipped: there is no `python3` here");
+        return;
+    };
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+}
+
+/// The folder that is carried to a GPU is made, and its parity holds on the driver that is none.
+#[test]
+fn the_folder_for_a_gpu() {
+    let python = root().join("target/interop-venv/bin/python");
+    let data = std::env::var_os("PEFTC_DATA").map(|data| Path::new(&data).join("data"));
+    let Some(data) = data.filter(|data| std::env::var_os("PEFTC_FULL").is_some() && data.is_dir() && python.is_file())
+    else {
+        println!("skipped: PEFTC_FULL and PEFTC_DATA are not set, or `make interop` has not run");
+        return;
+    };
+    let machine = Machine::new();
+    let (peftc, folder) = (env!("CARGO_BIN_EXE_peftc"), machine.path("gpu"));
+    // For the small runner, which this is but for the compiler.
+    let small = machine.bench.write("small", format!("#!/bin/sh\nexec {peftc} \"$@\"\n"));
+    fs::set_permissions(&small, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("set");
+    let mut make = Command::new(python);
+    make.args(["benches/gpu.py", "make", "--peftc", peftc, "--small"]).arg(&small).arg("--data").arg(data);
+    let made = make.arg("--out").arg(&folder).args(["--steps", "3"]).current_dir(root()).output().expect("it starts");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let run = |driver: &Path| {
+        let mut run = Command::new("python3");
+        run.env("LD_LIBRARY_PATH", driver).args(["gpu.py", "run", "--only", "parity"]).current_dir(&folder);
+        let ran = run.output().expect("it starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (ran.status.code(), text(&ran.stdout), text(&ran.stderr))
+    };
+    let (code, out, err) = run(&machine.path("driver"));
+    assert!(code == Some(0) && out.matches("near enough").count() == 6, "{out}{err}");
+    if device::gpus().is_err() {
+        let (code, _, err) = run(Path::new(""));
+        assert!(code == Some(3) && err.contains("libcuda.so.1"), "{err}");
+    }
 }
