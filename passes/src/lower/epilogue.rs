@@ -1,5 +1,5 @@
 //! Work element by element on a product, done by the product's kernel: a unit has its part of the result in the cache
-//! when the last block of k is in, and goes over it row by row.
+//! when the last block of k is in, and goes over it row by row. On a GPU a warp has rows of its tile in shared memory.
 //!
 //! ```text
 //! u = x @ W + b,  a = gelu(u)          one kernel, which writes u and a; x @ W alone is not written
@@ -7,11 +7,12 @@
 //!
 //! A group (see [`super::map`]) joins the last of the products among its leaves.
 
-use peft_grammar::graph::Value;
+use peft_grammar::graph::{Node, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::kernel::{Buf, Kernel, Val};
 use super::{Lowering, map};
+use crate::machine::Machine;
 
 /// Groups of one product, at most.
 const MOST: usize = 3;
@@ -20,6 +21,8 @@ const MOST: usize = 3;
 #[derive(Default)]
 pub(super) struct Epilogue {
     groups: Vec<Group>,
+    /// The product has an axis of batches.
+    batched: bool,
     /// Beyond the product's own.
     pub buffers: Vec<BufferId>,
     pub elements: Vec<Element>,
@@ -32,17 +35,27 @@ struct Group {
     buffers: Vec<usize>,
     sizes: usize,
     result: Value,
-    /// By leaf, which of the groups before makes it.
+    /// By leaf, which of the groups before makes it; on a GPU the product counts as the first.
     made: Vec<Option<usize>>,
+}
+
+/// A row of a tile that a warp writes: where it is among the product's rows, its columns from where to where and how
+/// many at most, and the way to its lanes.
+pub(super) struct TileRow<'a> {
+    pub batch: Val,
+    pub row: Val,
+    pub columns: (Val, Val),
+    pub lanes: map::Given<'a>,
 }
 
 impl Epilogue {
     /// What the kernel's name says of it.
     pub fn suffix(&self) -> String {
         self.groups.iter().fold(String::new(), |name, group| {
-            let made = |i: usize| group.made.get(i).is_some_and(|m| m.is_some());
-            let places = group.buffers.iter().enumerate();
-            let places = places.map(|(i, at)| if made(i) { "made".into() } else { at.to_string() });
+            let places = group.buffers.iter().enumerate().map(|(i, at)| match group.made.get(i) {
+                Some(Some(stage)) => format!("made{stage}"),
+                _ => at.to_string(),
+            });
             format!("{name}_{}_{}", group.form.name(), places.collect::<Vec<_>>().join("_"))
         })
     }
@@ -59,12 +72,35 @@ impl Epilogue {
         k: &mut Kernel,
         when: When,
         (buffers, sizes): (&[Buf], &[Val]),
-        width: Val,
+        (batch, width): (Val, Val),
         part: impl FnOnce(&mut Kernel) -> Part,
     ) {
         self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
-            map::write_row(k, stages, &[row], width, columns);
+            map::write_row(k, stages, &self.indices(batch, row), width, columns, None);
         });
+    }
+
+    /// Of a row.
+    fn indices(&self, batch: Val, row: Val) -> Vec<Val> {
+        if self.batched { vec![batch, row] } else { vec![row] }
+    }
+
+    /// All groups on a row of a GPU's tile.
+    pub fn write_tile(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: TileRow) {
+        let TileRow { batch, row, columns, lanes } = row;
+        let stages = self.stages(buffers, sizes);
+        map::write_row(k, &stages, &self.indices(batch, row), width, columns, Some(lanes));
+    }
+
+    fn stages<'f>(&'f self, buffers: &[Buf], sizes: &'f [Val]) -> Vec<map::Stage<'f>> {
+        let mut rest = sizes;
+        let stages = self.groups.iter().map(|group| {
+            let (own, others) = rest.split_at(group.sizes);
+            rest = others;
+            let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
+            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made }
+        });
+        stages.collect()
     }
 
     /// Fetches what [`Epilogue::write`] will read and write there.
@@ -73,11 +109,11 @@ impl Epilogue {
         k: &mut Kernel,
         when: When,
         (buffers, sizes): (&[Buf], &[Val]),
-        width: Val,
+        (batch, width): (Val, Val),
         part: impl FnOnce(&mut Kernel) -> Part,
     ) {
         self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
-            map::prefetch_row(k, stages, &[row], width, columns);
+            map::prefetch_row(k, stages, &self.indices(batch, row), width, columns);
         });
     }
 
@@ -97,14 +133,7 @@ impl Epilogue {
         if turn.is_empty() {
             return;
         }
-        let mut rest = sizes;
-        let stages = self.groups.iter().map(|group| {
-            let (own, others) = rest.split_at(group.sizes);
-            rest = others;
-            let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made }
-        });
-        let stages: Vec<map::Stage> = stages.collect();
+        let stages = self.stages(buffers, sizes);
         let body = |k: &mut Kernel| {
             let ((first, rows), columns) = part(k);
             let zero = k.index(0);
@@ -137,10 +166,12 @@ pub(super) enum When {
 impl Lowering<'_, '_, '_> {
     /// The groups that the product of node `at` takes along, in their order. What else they read is there already.
     pub(super) fn followers(&self, at: usize) -> Vec<usize> {
-        let product = self.graph.nodes[at].result;
-        let ty = self.ty(product);
+        let Node { operands, result: product, .. } = &self.graph.nodes[at];
+        let (product, ty) = (*product, self.ty(*product));
         let mut roots = vec![];
-        if !self.target.epilogues || self.frozen.is_some() || self.wanted.contains_key(&product) || ty.rank() != 2 {
+        // Leading axes are batches, of which an index has one.
+        let placed = ty.rank() <= 3 && ty.rank() == self.ty(operands[1]).rank();
+        if !self.target.epilogues || self.frozen.is_some() || self.wanted.contains_key(&product) || !placed {
             return roots;
         }
         let mut made = vec![product];
@@ -160,14 +191,27 @@ impl Lowering<'_, '_, '_> {
         roots
     }
 
-    /// The groups of `roots` as a product's kernel takes them, whose own buffers are `own`.
-    pub(super) fn epilogue(&mut self, roots: &[usize], own: &[BufferId]) -> Result<Epilogue, String> {
-        let mut epilogue = Epilogue::default();
+    /// Nothing but the groups of `roots` reads `product`.
+    pub(super) fn serves(&self, product: Value, roots: &[usize]) -> bool {
+        let readers = self.readers[product.0 as usize].iter();
+        readers.filter(|&&node| roots.contains(&self.groups.root(node))).count() == self.uses[product.0 as usize]
+    }
+
+    /// The groups of `roots` as the kernel of `product` takes them, whose own buffers are `own`.
+    pub(super) fn epilogue(&mut self, product: Value, roots: &[usize], own: &[BufferId]) -> Result<Epilogue, String> {
+        let mut epilogue = Epilogue { batched: self.ty(product).rank() == 3, ..Epilogue::default() };
+        let registers = matches!(self.target.machine, Machine::Cuda(_));
         for &root in roots {
             let map = self.expression(root, true)?;
             let early = epilogue.groups.iter().take_while(|g| !g.form.draws()).count();
-            let turn = if epilogue.groups.len() > early || map.form.draws() { early } else { 0 };
-            let maker = |v: &Value| epilogue.groups[turn..].iter().position(|g| g.result == *v);
+            let turn = match registers {
+                false if epilogue.groups.len() > early || map.form.draws() => early,
+                _ => 0,
+            };
+            let maker = |v: &Value| {
+                let results = epilogue.groups[turn..].iter().map(|g| g.result);
+                registers.then_some(product).into_iter().chain(results).position(|made| made == *v)
+            };
             let made = map.arrays.iter().map(maker).collect();
             let result = self.graph.nodes[root].result;
             let mut buffers = vec![];

@@ -176,7 +176,7 @@ impl Lowering<'_, '_, '_> {
         }
         let (buffer, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let to = Destination { buffer, line, area, first, kept: false };
-        let epilogue = self.epilogue(&followers, &[place_a.buffer, from_b, buffer])?;
+        let epilogue = self.epilogue(result, &followers, &[place_a.buffer, from_b, buffer])?;
         self.label = epilogue.label(node.op.name());
         self.multiply(form, (place_a.buffer, left), (from_b, lines_b), n, to, epilogue);
         Ok(())
@@ -597,7 +597,7 @@ fn gemm(title: Title, form: Form, epilogue: &Epilogue) -> String {
                         for place in target.places(k, tile) {
                             k.prefetch(c, place, Access::Write);
                         }
-                        epilogue.prefetch(k, When::Tile { last }, (buffers, &sizes[SIZES..]), n, part);
+                        epilogue.prefetch(k, When::Tile { last }, (buffers, &sizes[SIZES..]), (batch, n), part);
                         let sums = tile_sums(k, form, (rows_of_a, above), (piece, from, next), length);
                         let all_rows = k.index(tile.rows - 1);
                         let all_rows = k.compare(here, Order::Gt, all_rows);
@@ -615,11 +615,11 @@ fn gemm(title: Title, form: Form, epilogue: &Epilogue) -> String {
                             },
                             |k| target.write_some(k, tile, &sums, again, (here, left)),
                         );
-                        epilogue.write(k, When::Tile { last }, (buffers, &sizes[SIZES..]), n, part);
+                        epilogue.write(k, When::Tile { last }, (buffers, &sizes[SIZES..]), (batch, n), part);
                     });
                 });
             });
-            epilogue.write(k, When::Unit, (buffers, &sizes[SIZES..]), n, |k| {
+            epilogue.write(k, When::Unit, (buffers, &sizes[SIZES..]), (batch, n), |k| {
                 let columns = k.index(tile.columns());
                 let (start, end) = (k.mul(panel, columns), k.mul(end_panel, columns));
                 ((row, rows), (start, k.min(end, n)))

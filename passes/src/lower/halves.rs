@@ -8,16 +8,17 @@
 //!
 //! B is packed once, tile after tile [⌈n/64⌉][⌈k/32⌉][32][64], two columns a word.
 //!
-//! Chips before sm_80 have no bf16, and f16 reaches from 6·10⁻⁵ to 65504: adjoints would be nothing in it. There a row
-//! of A is multiplied by a power of two that brings its largest number near 2¹⁰, and its sums are divided by that.
+//! Chips before sm_80 have no bf16, and f16 reaches from 6·10⁻⁵ to 65504: adjoints would be nothing in it. There a
+//! warp's rows of A are multiplied by a power of two that brings the largest number so far near 2¹⁰; where one comes
+//! that this would bring beyond 2¹⁵, the power is a smaller one from there on, and the sums shrink with it.
 
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
+use super::epilogue::Epilogue;
 use super::kernel::matrix::{Half, Operand, SIDE, SUMS};
 use super::kernel::{Buf, F32, I32, Kernel, Order, Title, Val, define, first};
-use super::span::Span;
-use super::tiles::{Shape, Side};
-use super::{Lowering, Place, math};
+use super::tiles::{Fate, Out, Shape, Side, To};
+use super::{Lowering, Place, math, tiles};
 use crate::cuda::{WARP, WARPS};
 
 /// Rows, columns and steps of k of a tile.
@@ -32,15 +33,24 @@ const THREADS: u64 = WARP * WARPS;
 const LINE_A: u64 = DEPTH / 2 + 4;
 const LINE_B: u64 = COLUMNS / 2 + 4;
 /// The same for sums on their way out, in floats.
-const LINE_C: u64 = SIDE + 4;
+const LINE_C: u64 = COLUMNS + 4;
+/// Shared memory, in words: for a tile of either operand, and then for the sums of a warp's row of fragments.
+const ROOM: u64 = {
+    let (operands, sums) = (ROWS * LINE_A + DEPTH * LINE_B, WARPS * SIDE * LINE_C);
+    if operands > sums { operands } else { sums }
+};
 /// Words of a packed tile of B.
 const TILE: u64 = DEPTH * COLUMNS / 2;
 /// What a thread fetches: of A in fours along k, of B in fours of words.
 const FOURS_A: u64 = ROWS * DEPTH / 4 / THREADS;
 const FOURS_B: u64 = TILE / 4 / THREADS;
-/// Of the exponent that a row's largest number is brought to.
+/// Rows of A that a warp fetches at once.
+const ROWS_AT_ONCE: u64 = WARP * 4 / DEPTH;
+/// Exponents: what the largest number is brought to, and what it may reach.
 const NEAR: i64 = 10;
-const _: () = assert!(WARPS * SIDE * LINE_C <= ROWS * LINE_A && FOURS_A * THREADS * 4 == ROWS * DEPTH);
+const FAR: i64 = 15;
+const _: () =
+    assert!(COLUMNS == tiles::TILE && FOURS_A * THREADS * 4 == ROWS * DEPTH && (ROWS * LINE_A).is_multiple_of(8));
 
 /// Which kernel.
 #[derive(Clone, Copy)]
@@ -48,11 +58,11 @@ struct Form {
     half: Half,
     /// Rows of A are read in fours: they begin at multiples of four, and so do they end.
     fours: bool,
-    kept: bool,
+    fate: Fate,
 }
 
 impl Form {
-    /// f16 wants rows brought into its reach.
+    /// f16 wants A brought into its reach.
     fn scales(self) -> bool {
         self.half == Half::F16
     }
@@ -66,65 +76,23 @@ impl Lowering<'_, '_, '_> {
         Shape { m, n, depth, .. }: Shape,
         (a, left): (BufferId, Side),
         packed: Packed,
-        (c, to, kept): (BufferId, [Extent; 3], bool),
+        to: To,
     ) {
         let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
         let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
         let fours = whole && [&left.along, &left.first, &depth].into_iter().all(multiple);
-        let form = Form { half, fours, kept };
+        let form = Form { half, fours, fate: to.fate };
         let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
         let (down, across) = (tiles(&m, ROWS), tiles(&n, COLUMNS));
         let units = down * across.clone() * Extent::Const(WARPS);
-        let mut buffers = vec![a, packed.buffer, c];
-        let mut elements = vec![Element::F32, Element::I32, Element::F32];
-        if form.scales() {
-            buffers.push(self.largest(a, &m, &depth, &left));
-            elements.push(Element::F32);
-        }
         let mut sizes = vec![m, n, depth, across, left.along, left.first, packed.line, packed.first];
-        let [line, _, first] = to;
-        sizes.extend([line, first]);
-        let name = format!(
-            "halves_{}{}{}",
-            half.name(),
-            if form.fours { "_fours" } else { "" },
-            if kept { "_more" } else { "" }
-        );
-        let kernel = self.target.kernel(&name, |title| halves_kernel(title, form, &elements, sizes.len()));
-        self.launch(kernel, buffers, sizes, units);
-    }
-
-    /// The largest number of each row of A, whatever its sign; the same buffer for all products of those rows.
-    fn largest(&mut self, a: BufferId, m: &Extent, depth: &Extent, left: &Side) -> BufferId {
-        let sizes = vec![depth.clone(), left.along.clone(), left.first.clone()];
-        let key = format!("largest({a}, {m:?}, {sizes:?})");
-        if let Some(&known) = self.packs.get(&key) {
-            return known;
-        }
-        let out = self.scratch(vec![m.clone()]);
-        self.packs.insert(key, out);
-        let kernel = self.target.kernel("largest_of_rows", |title| {
-            define(title, &[Element::F32; 2], 3, |k, buffers, sizes| {
-                let ([x, out], [length, line, start]) = (first(buffers), first(sizes));
-                k.units(|k, row| {
-                    let base = k.mul(row, line);
-                    let span = Span { base: k.add(base, start), length };
-                    let nothing = k.floats(0.0);
-                    let most = k.fold_lanes(span.length, &[nothing], |k, j, mask, most| {
-                        let place = k.add(span.base, j);
-                        let x = k.load_lanes(x, place, mask);
-                        let x = math::magnitude(k, x);
-                        vec![k.max(most[0], x)]
-                    });
-                    let most = k.max_lanes(most[0]);
-                    k.store(most, out, row);
-                });
-            })
-        });
-        let label = std::mem::replace(&mut self.label, "largest".into());
-        self.launch(kernel, vec![a, out], sizes, m.clone());
-        self.label = label;
-        out
+        sizes.extend([to.line, to.first]);
+        let epilogue = to.epilogue;
+        let fours = if form.fours { "_fours" } else { "" };
+        let name = format!("halves_{}{fours}{}{}", half.name(), form.fate.suffix(), epilogue.suffix());
+        let kernel = self.target.kernel(&name, |title| halves_kernel(title, form, &epilogue));
+        sizes.extend(epilogue.sizes);
+        self.launch(kernel, [vec![a, packed.buffer, to.buffer], epilogue.buffers].concat(), sizes, units);
     }
 
     /// A frozen operand's tiles: the same ones if it has been packed before. `n` and `depth` are all of it.
@@ -161,7 +129,7 @@ impl Lowering<'_, '_, '_> {
 
 /// A packed operand, of which a product may take some.
 pub(super) struct Packed {
-    buffer: BufferId,
+    pub buffer: BufferId,
     /// Words from one row of tiles along k to the next.
     line: Extent,
     first: Extent,
@@ -215,20 +183,24 @@ fn pack_kernel(title: Title, half: Half) -> String {
     })
 }
 
+/// Sizes of the kernel, without its epilogue's.
+const SIZES: usize = 10;
+
 /// One tile of the result a unit.
-fn halves_kernel(title: Title, form: Form, elements: &[Element], sizes: usize) -> String {
-    define(title, elements, sizes, |k, buffers, sizes| {
+fn halves_kernel(title: Title, form: Form, epilogue: &Epilogue) -> String {
+    let elements = [&[Element::F32, Element::I32, Element::F32], &epilogue.elements[..]].concat();
+    define(title, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, across, line_a, first_a, line_b, first_b] = first(sizes);
         let [line_c, first_c] = first(&sizes[8..]);
-        let room_a = k.shared_words(ROWS * LINE_A);
-        let room_b = k.shared_words(DEPTH * LINE_B);
+        let room_a = k.shared_words(ROOM);
+        let room_b = k.beyond(room_a, ROWS * LINE_A);
         let threads = Threads::of(k);
         k.block_units(|k, unit| {
             let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
             let (rows, columns) = (k.index(ROWS), k.index(COLUMNS));
             let (row, column) = (k.mul(tile_row, rows), k.mul(tile_column, columns));
-            let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form, buffers.get(3).copied());
+            let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form);
             let start_b = k.mul(tile_column, line_b);
             let start_b = k.add(start_b, first_b);
             let zero = k.index(0);
@@ -237,13 +209,22 @@ fn halves_kernel(title: Title, form: Form, elements: &[Element], sizes: usize) -
             let nothing = k.float(0.0, F32);
             let sums = DOWN * ACROSS * SUMS as u64;
             carried.extend(vec![nothing; sums as usize]);
+            if form.scales() {
+                carried.push(power(k, nothing));
+            }
             let (of_a, of_b) = ((4 * FOURS_A) as usize, (4 * FOURS_B) as usize);
             let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
                 let (fetched_a, rest) = carried.split_at(of_a);
-                let (fetched_b, sums) = rest.split_at(of_b);
+                let (fetched_b, rest) = rest.split_at(of_b);
+                let (sums, scale) = rest.split_at(sums as usize);
+                let scaled = scale.first().map(|&scale| within_reach(k, fetched_a, sums, scale));
+                let (sums, scale) = match &scaled {
+                    Some(scaled) => (&scaled[1..], Some(scaled[0])),
+                    None => (sums, None),
+                };
                 // The steps before are done with what the block shares.
                 k.barrier();
-                left.share(k, &threads, room_a, fetched_a);
+                left.share(k, &threads, room_a, fetched_a, scale);
                 share_b(k, &threads, room_b, fetched_b);
                 k.barrier();
                 let deep = k.index(DEPTH);
@@ -251,11 +232,31 @@ fn halves_kernel(title: Title, form: Form, elements: &[Element], sizes: usize) -
                 let mut carried = left.fetch(k, &threads, next, depth);
                 carried.extend(fetch_b(k, &threads, b, start_b, next, depth));
                 carried.extend(multiply(k, form.half, &threads, room_a, room_b, sums));
+                carried.extend(scale);
                 carried
             });
             k.barrier();
-            let to = To { buffer: c, row, column, rows: m, columns: n, line: line_c, first: first_c };
-            to.write(k, form, &threads, room_a, &carried[of_a + of_b..], left.largest);
+            let (_, rest) = carried.split_at(of_a + of_b);
+            let (sums, scale) = rest.split_at(sums as usize);
+            let back = scale.first().map(|&scale| {
+                let one = k.float(1.0, F32);
+                k.div(one, scale)
+            });
+            let out = Out {
+                fate: form.fate,
+                epilogue,
+                buffers,
+                sizes: &sizes[SIZES..],
+                to: c,
+                base: first_c,
+                line: line_c,
+                batch: zero,
+                column,
+                n,
+                room: room_a.floats(),
+                sum: &|k, sum| back.map_or(sum, |back| k.mul(sum, back)),
+            };
+            write(k, &out, &threads, (row, m), sums);
         });
     })
 }
@@ -274,15 +275,12 @@ impl Threads {
     }
 }
 
-/// A tile's rows of A: a thread fetches four numbers of every 16th row.
+/// A warp's own rows of A: a thread fetches four numbers of every fourth row.
 struct Left {
     buffer: Buf,
     /// By row that the thread fetches: where it begins, and whether it exists.
     rows: Vec<(Val, Val)>,
     form: Form,
-    /// Of each of the result's rows, and what the thread's rows are multiplied by for it.
-    largest: Option<Buf>,
-    factors: Vec<Val>,
 }
 
 impl Left {
@@ -293,32 +291,25 @@ impl Left {
         (row, m): (Val, Val),
         (line, start): (Val, Val),
         form: Form,
-        largest: Option<Buf>,
     ) -> Left {
         let (own, _) = Left::own(k, threads);
-        let mut factors = vec![];
-        let mut rows = vec![];
-        for n in 0..FOURS_A {
-            let down = k.index(n * THREADS / (DEPTH / 4));
+        let rows = (0..FOURS_A).map(|n| {
+            let down = k.index(n * ROWS_AT_ONCE);
             let row = k.add(row, own);
             let row = k.add(row, down);
             let there = k.compare(row, Order::Lt, m);
             let begin = k.mul(row, line);
-            rows.push((k.add(start, begin), there));
-            if let Some(largest) = largest {
-                let nothing = k.float(0.0, F32);
-                let most = k.load_if(there, largest, row, nothing);
-                factors.push(power(k, most, 1));
-            }
-        }
-        Left { buffer, rows, form, largest, factors }
+            (k.add(start, begin), there)
+        });
+        Left { buffer, rows: rows.collect(), form }
     }
 
     /// The thread's first row, and its first step.
     fn own(k: &mut Kernel, threads: &Threads) -> (Val, Val) {
-        let (fours, four) = (k.index(DEPTH / 4), k.index(4));
-        let step = k.rem(threads.thread, fours);
-        (k.div(threads.thread, fours), k.mul(step, four))
+        let (fours, four, rows) = (k.index(DEPTH / 4), k.index(4), k.index(ROWS / WARPS));
+        let (down, step) = (k.div(threads.lane, fours), k.rem(threads.lane, fours));
+        let row = k.mul(threads.warp, rows);
+        (k.add(row, down), k.mul(step, four))
     }
 
     fn fetch(&self, k: &mut Kernel, threads: &Threads, block: Val, depth: Val) -> Vec<Val> {
@@ -349,19 +340,16 @@ impl Left {
         fetched
     }
 
-    fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val]) {
+    fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val], scale: Option<Val>) {
         let (row, step) = Left::own(k, threads);
         let (line, two) = (k.index(LINE_A), k.index(2));
         let (begin, half) = (k.mul(row, line), k.div(step, two));
         let at = k.add(begin, half);
         for (n, four) in fetched.chunks_exact(4).enumerate() {
-            let down = k.index(n as u64 * THREADS / (DEPTH / 4) * LINE_A);
+            let down = k.index(n as u64 * ROWS_AT_ONCE * LINE_A);
             let at = k.add(at, down);
             for (i, pair) in four.chunks_exact(2).enumerate() {
-                let pair = [pair[0], pair[1]].map(|x| match self.factors.get(n) {
-                    Some(&factor) => k.mul(x, factor),
-                    None => x,
-                });
+                let pair = [pair[0], pair[1]].map(|x| scale.map_or(x, |scale| k.mul(x, scale)));
                 let word = k.word(self.form.half, pair);
                 let i = k.index(i as u64);
                 let at = k.add(at, i);
@@ -371,18 +359,38 @@ impl Left {
     }
 }
 
-/// The power of two that brings `most` near 2^NEAR, or the one that takes it back.
-fn power(k: &mut Kernel, most: Val, sign: i64) -> Val {
+/// What a warp's numbers are to be multiplied by, and its sums so far as if they had been.
+fn within_reach(k: &mut Kernel, fetched: &[Val], sums: &[Val], scale: Val) -> Vec<Val> {
+    let nothing = k.float(0.0, F32);
+    let most = fetched.iter().fold(nothing, |most, &x| {
+        let x = math::magnitude(k, x);
+        k.greater(most, x)
+    });
+    let most = k.max_lanes(most);
+    let grown = k.mul(most, scale);
+    let limit = k.float((1 << FAR) as f64, F32);
+    let beyond = k.compare(grown, Order::Gt, limit);
+    let same = [&[scale], sums].concat();
+    k.either_of(beyond, &same, |k| {
+        let now = power(k, most);
+        let by = k.div(now, scale);
+        let mut all = vec![now];
+        all.extend(sums.iter().map(|&sum| k.mul(sum, by)));
+        all
+    })
+}
+
+/// The power of two that brings `most` near 2^NEAR.
+fn power(k: &mut Kernel, most: Val) -> Val {
     let bits = k.bits(most);
     let [place, bias, least, greatest] = [23, 127, 127 - 100, 127 + 100].map(|n| k.int(n, I32));
     let exponent = k.shift_right(bits, place);
-    // So far from the ends that neither power leaves the range of `f32`.
+    // So far from the ends that the power does not leave the range of `f32`.
     let exponent = k.max(exponent, least);
     let exponent = k.min(exponent, greatest);
     let away = k.sub(exponent, bias);
-    let near = k.int(NEAR, I32);
-    let power = if sign > 0 { k.sub(near, away) } else { k.sub(away, near) };
-    let power = k.add(power, bias);
+    let near = k.int(NEAR + 127, I32);
+    let power = k.sub(near, away);
     let bits = k.shift_left(power, place);
     k.from_bits(bits)
 }
@@ -447,66 +455,32 @@ fn multiply(k: &mut Kernel, half: Half, threads: &Threads, a: Buf, b: Buf, sums:
     sums.concat()
 }
 
-/// Where a tile of the result goes.
-struct To {
-    buffer: Buf,
-    row: Val,
-    column: Val,
-    rows: Val,
-    columns: Val,
-    line: Val,
-    first: Val,
-}
-
-impl To {
-    /// Fragment by fragment, each through a part of shared memory that is the warp's own.
-    fn write(&self, k: &mut Kernel, form: Form, threads: &Threads, room: Buf, sums: &[Val], largest: Option<Buf>) {
-        let room = room.floats();
-        let size = k.index(SIDE * LINE_C);
-        let own = k.mul(threads.warp, size);
-        let side = k.index(SIDE);
-        let (down, across) = (k.div(threads.lane, side), k.rem(threads.lane, side));
-        let warp_rows = k.index(DOWN * SIDE);
-        let first_row = k.mul(threads.warp, warp_rows);
-        let first_row = k.add(self.row, first_row);
-        for (f, sums) in sums.chunks_exact(SUMS).enumerate() {
-            k.store_fragment(sums, room, own, LINE_C);
-            k.settle();
-            let (i, j) = (f as u64 / ACROSS, f as u64 % ACROSS);
-            let column = k.index(j * SIDE);
-            let column = k.add(self.column, column);
-            let column = k.add(column, across);
-            let there = k.compare(column, Order::Lt, self.columns);
-            for r in (0..SIDE).step_by((WARP / SIDE) as usize) {
-                let r = k.index(r);
-                let r = k.add(r, down);
-                let before = k.index(i * SIDE);
-                let row = k.add(first_row, before);
-                let row = k.add(row, r);
-                let here = k.compare(row, Order::Lt, self.rows);
-                let here = k.and(here, there);
-                k.when(here, |k| {
-                    let line = k.index(LINE_C);
-                    let at = k.mul(r, line);
-                    let at = k.add(own, at);
-                    let at = k.add(at, across);
-                    let mut sum = k.load_here(room, at);
-                    if let Some(largest) = largest {
-                        let most = k.load_here(largest, row);
-                        let back = power(k, most, -1);
-                        sum = k.mul(sum, back);
-                    }
-                    let begin = k.mul(row, self.line);
-                    let at = k.add(self.first, begin);
-                    let at = k.add(at, column);
-                    if form.kept {
-                        let before = k.load_here(self.buffer, at);
-                        sum = k.add(before, sum);
-                    }
-                    k.store_here(sum, self.buffer, at);
-                });
-            }
-            k.settle();
+/// A row of fragments after the other, through a part of shared memory that is the warp's own.
+fn write(k: &mut Kernel, out: &Out, threads: &Threads, (row, m): (Val, Val), sums: &[Val]) {
+    let size = k.index(SIDE * LINE_C);
+    let own = k.mul(threads.warp, size);
+    let warp_rows = k.index(DOWN * SIDE);
+    let first = k.mul(threads.warp, warp_rows);
+    let first = k.add(row, first);
+    for (i, fragments) in sums.chunks_exact(ACROSS as usize * SUMS).enumerate() {
+        for (j, sums) in fragments.chunks_exact(SUMS).enumerate() {
+            let at = k.index(j as u64 * SIDE);
+            let at = k.add(own, at);
+            k.store_fragment(sums, out.room, at, LINE_C);
         }
+        k.settle();
+        let before = k.index(i as u64 * SIDE);
+        let first = k.add(first, before);
+        let (zero, side) = (k.index(0), k.index(SIDE));
+        let left = k.sub(m, first);
+        let rows = k.min(left, side);
+        k.each(zero, rows, 1, |k, r| {
+            let line = k.index(LINE_C);
+            let at = k.mul(r, line);
+            let at = k.add(own, at);
+            let row = k.add(first, r);
+            out.write(k, row, at);
+        });
+        k.settle();
     }
 }

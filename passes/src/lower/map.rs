@@ -454,7 +454,7 @@ impl Form {
             };
             let zero = k.index(0);
             let stage = Stage { form: self, buffers: buffers.to_vec(), sizes, made: &[] };
-            write_row(k, &[stage], &indices, length, (zero, length));
+            write_row(k, &[stage], &indices, length, (zero, length), None);
         });
     }
 
@@ -621,8 +621,15 @@ pub(super) struct Stage<'f> {
     pub form: &'f Form,
     pub buffers: Vec<Buf>,
     pub sizes: &'f [Val],
-    /// By leaf, which of the stages before makes it, if one does.
+    /// By leaf, which of the stages before makes it, if one does; [`Given`] counts as the first.
     pub made: &'f [Option<usize>],
+}
+
+/// What stages find in registers: lanes from a column on.
+pub(super) struct Given<'a> {
+    pub lanes: &'a dyn Fn(&mut Kernel, Val, Val) -> Val,
+    /// How many columns there are at most.
+    pub columns: u64,
 }
 
 /// A stage on one row.
@@ -666,18 +673,26 @@ impl Row<'_> {
 
 /// Elements `start` to `end` of the row at `indices`, which is `length` long: one stage after the other, what one hands
 /// to the next in registers.
-pub(super) fn write_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: Val, (start, end): (Val, Val)) {
+pub(super) fn write_row(
+    k: &mut Kernel,
+    stages: &[Stage],
+    indices: &[Val],
+    length: Val,
+    (start, end): (Val, Val),
+    given: Option<Given>,
+) {
     let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
     let lanes = k.lane_count();
     let step = if stages.iter().any(|s| s.form.draws && !s.form.narrow) { random::drawn(k) } else { lanes };
-    k.each(start, end, step, |k, j| {
+    let given = given.as_ref();
+    let columns = |k: &mut Kernel, j: Val| {
         let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, j)).collect();
-        for part in 0..step / lanes {
+        for part in 0..given.map_or(step, |given| given.columns) / lanes {
             let offset = k.index(part * lanes);
             let at = k.add(j, offset);
             let left = k.sub(end, at);
             let mask = k.mask(left);
-            let mut made = vec![];
+            let mut made: Vec<Val> = given.iter().map(|given| (given.lanes)(k, at, mask)).collect();
             for (row, words) in rows.iter().zip(&words) {
                 let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
                 let value = row.form.evaluate(k, (&row.sources, &made), at, mask, &words, row.sizes);
@@ -686,7 +701,14 @@ pub(super) fn write_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], lengt
                 made.push(value);
             }
         }
-    });
+    };
+    match given {
+        Some(given) => {
+            assert!(given.columns <= random::drawn(k), "one call of the generator decides over them");
+            columns(k, start);
+        }
+        None => k.each(start, end, step, columns),
+    }
 }
 
 /// Fetches what [`write_row`] will read and write.

@@ -73,8 +73,7 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
         tensors,
         machine,
         precision,
-        // Only the processors' products take along what follows them.
-        epilogues: epilogues && matches!(machine, Machine::Cpu(_)),
+        epilogues,
         kernels: vec![],
         texts: HashMap::new(),
         buffers: vec![],
@@ -369,7 +368,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Concat { axis } => self.concat(operands, *axis, node.result),
             Op::Matmul { transpose_x, transpose_y } => match self.target.machine {
                 Machine::Cpu(_) => self.matmul(at, *transpose_x, *transpose_y)?,
-                Machine::Cuda(_) => self.tiled(at, *transpose_x, *transpose_y),
+                Machine::Cuda(_) => self.tiled(at, *transpose_x, *transpose_y)?,
             },
             Op::Attention { causal, scale, p, stream, column } => {
                 let form = Form { causal: *causal, scale: *scale, p: *p };

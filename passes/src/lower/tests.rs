@@ -1,7 +1,7 @@
 //! Every operation compiled, against the interpreter. Launches run one unit at a time over poisoned
 //! buffers, so that a kernel whose units lean on each other, or which reads what nothing wrote, shows.
 
-mod cuda;
+pub(crate) mod cuda;
 
 use std::collections::HashMap;
 use std::ffi::c_void;

@@ -4,6 +4,7 @@
 //! for each 16 steps of k
 //!   A[64 rows, 16] and B[16, 64 columns] ─► shared memory, [16][64] both
 //!   a thread: sums of 8 rows × 4 columns, in registers
+//! sums ─► shared memory, row by row ─► what follows the product
 //! ```
 //!
 //! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
@@ -15,16 +16,18 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
+use super::epilogue::{Epilogue, TileRow};
 use super::gemm::Axes;
 use super::kernel::matrix::Half;
 use super::kernel::{Buf, F32, Kernel, Order, Title, Val, define, first};
+use super::map::Given;
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cuda::{Chip, WARP, WARPS};
 use crate::machine::Machine;
 
 /// Rows and columns of a tile.
-const TILE: u64 = 64;
+pub(super) const TILE: u64 = 64;
 /// Steps along k between two visits of the operands.
 const DEPTH: u64 = 16;
 /// Of a tile, what one thread holds.
@@ -34,7 +37,11 @@ const COLUMNS: u64 = 4;
 /// the same bank.
 const LINE: u64 = TILE + 4;
 const THREADS: u64 = WARP * WARPS;
-const _: () = assert!(TILE * TILE == THREADS * ROWS * COLUMNS);
+/// Rows of a thread that are in shared memory at once, on their way out, and what a warp has there for its two.
+const PART: u64 = 4;
+const ROOM: u64 = 2 * PART * LINE;
+const _: () = assert!(TILE * TILE == THREADS * ROWS * COLUMNS && WARP * COLUMNS == 2 * TILE);
+const _: () = assert!(WARPS * ROOM <= 2 * DEPTH * LINE);
 
 /// An operand in memory: element (batch, i, k) at `first + batch · area + i · along + k · deep`.
 #[derive(Debug)]
@@ -72,7 +79,7 @@ pub(super) struct Shape {
 
 impl Lowering<'_, '_, '_> {
     /// A product on a GPU.
-    pub(super) fn tiled(&mut self, at: usize, transpose_x: bool, transpose_y: bool) {
+    pub(super) fn tiled(&mut self, at: usize, transpose_x: bool, transpose_y: bool) -> Result<(), String> {
         let node = &self.graph.nodes[at];
         let (x, y, result) = (node.operands[0], node.operands[1], node.result);
         let (ty_x, ty_y, ty) = (self.ty(x), self.ty(y), self.ty(result));
@@ -86,16 +93,28 @@ impl Lowering<'_, '_, '_> {
         let shape = Shape { m, n: size(ty_y, &axes_y.i), depth, batch };
         let (a, left) = self.strided(x, &axes_x);
         let (b, right) = self.strided(y, &axes_y);
+        let place = self.place(y).clone();
+        let packed = self.half(&left, &place).filter(|_| shape.batch == Extent::Const(1)).map(|half| {
+            let size = (shape.n.clone(), shape.depth.clone());
+            (half, self.pack_halves(half, &place, &right, size))
+        });
+        let followers = self.followers(at);
+        let stays = !self.serves(result, &followers);
+        if !stays {
+            // What is never written has a place all the same: that of what is made of it.
+            let (buffer, view) = self.target(self.graph.nodes[followers[0]].result);
+            self.show(result, buffer, view);
+        }
         let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
-        let to = (c, [line, area, first], false);
-        match self.half(&left, self.place(y)).filter(|_| shape.batch == Extent::Const(1)) {
-            Some(half) => {
-                let place = self.place(y).clone();
-                let packed = self.pack_halves(half, &place, &right, (shape.n.clone(), shape.depth.clone()));
-                self.launch_halves(half, shape, (a, left), packed, to);
-            }
+        let from = packed.as_ref().map_or(b, |(_, packed)| packed.buffer);
+        let epilogue = self.epilogue(result, &followers, &[a, from, c])?;
+        self.label = epilogue.label(node.op.name());
+        let to = To { buffer: c, line, area, first, fate: if stays { Fate::Written } else { Fate::Passed }, epilogue };
+        match packed {
+            Some((half, packed)) => self.launch_halves(half, shape, (a, left), packed, to),
             None => self.launch_tiles(shape, (a, left), (b, right), to),
         }
+        Ok(())
     }
 
     /// In what tensor cores compute the product, if they do.
@@ -124,7 +143,14 @@ impl Lowering<'_, '_, '_> {
             Side { area: zero.clone(), along, deep, first, contiguous }
         };
         let left = side(false, depth.clone(), zero.clone());
-        let to = (out, [n.clone(), zero.clone(), zero.clone()], kept);
+        let to = To {
+            buffer: out,
+            line: n.clone(),
+            area: zero.clone(),
+            first: zero.clone(),
+            fate: if kept { Fate::Added } else { Fate::Written },
+            epilogue: Epilogue::default(),
+        };
         let shape = Shape { m, n, depth, batch: one.clone() };
         let place = self.place(y).clone();
         match self.half(&left, &place) {
@@ -156,7 +182,7 @@ impl Lowering<'_, '_, '_> {
         Shape { m, n, depth, batch }: Shape,
         (a, left): (BufferId, Side),
         (b, right): (BufferId, Side),
-        (c, to, kept): (BufferId, [Extent; 3], bool),
+        to: To,
     ) {
         let tiles = |n: &Extent| Extent::CeilDiv(Box::new(n.clone()), TILE);
         let (down, across) = (tiles(&m), tiles(&n));
@@ -165,22 +191,114 @@ impl Lowering<'_, '_, '_> {
         let mut sizes = vec![m, n, depth, down, across];
         sizes.extend(left.sizes());
         sizes.extend(right.sizes());
-        sizes.extend(to);
+        sizes.extend([to.line, to.area, to.first]);
         let side = |contiguous| if contiguous { "columns" } else { "rows" };
-        let more = if kept { "_more" } else { "" };
-        let name = format!("tiles_{}_{}{more}", side(rows_a), side(!rows_b));
-        let kernel = self.target.kernel(&name, |title| tiles_kernel(title, [rows_a, rows_b], kept, sizes.len()));
-        self.launch(kernel, vec![a, b, c], sizes, units);
+        let (fate, epilogue) = (to.fate, to.epilogue);
+        let name = format!("tiles_{}_{}{}{}", side(rows_a), side(!rows_b), fate.suffix(), epilogue.suffix());
+        let kernel = self.target.kernel(&name, |title| tiles_kernel(title, [rows_a, rows_b], fate, &epilogue));
+        sizes.extend(epilogue.sizes);
+        self.launch(kernel, [vec![a, b, to.buffer], epilogue.buffers].concat(), sizes, units);
     }
 }
 
+/// Where a product goes, and what else becomes of it.
+pub(super) struct To {
+    pub buffer: BufferId,
+    /// Steps from row to row and from batch to batch, and the first element.
+    pub line: Extent,
+    pub area: Extent,
+    pub first: Extent,
+    pub fate: Fate,
+    pub epilogue: Epilogue,
+}
+
+/// What happens to the product itself.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Fate {
+    Written,
+    /// Added to what stands there.
+    Added,
+    /// Only what follows reads it.
+    Passed,
+}
+
+impl Fate {
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Fate::Written => "",
+            Fate::Added => "_more",
+            Fate::Passed => "_passed",
+        }
+    }
+}
+
+/// Rows of a tile's sums on their way out, which lie in shared memory, a warp's own; `sum` makes of what lies there the
+/// product.
+pub(super) struct Out<'a> {
+    pub fate: Fate,
+    pub epilogue: &'a Epilogue,
+    /// The kernel's, and the epilogue's sizes.
+    pub buffers: &'a [Buf],
+    pub sizes: &'a [Val],
+    /// Where the product goes, its batch's first element there, and from row to row.
+    pub to: Buf,
+    pub base: Val,
+    pub line: Val,
+    pub batch: Val,
+    /// The tile's columns, as many as `n` leaves of them.
+    pub column: Val,
+    pub n: Val,
+    pub room: Buf,
+    pub sum: &'a dyn Fn(&mut Kernel, Val) -> Val,
+}
+
+impl Out<'_> {
+    /// Row `row` of the product, whose sums begin at `at` of the shared memory.
+    pub fn write(&self, k: &mut Kernel, row: Val, at: Val) {
+        let begin = k.mul(row, self.line);
+        let begin = k.add(self.base, begin);
+        let lanes = |k: &mut Kernel, column: Val, mask: Val| {
+            let inside = k.sub(column, self.column);
+            let source = k.add(at, inside);
+            let source = k.add(source, k.lane_index());
+            let sum = k.load_here(self.room, source);
+            let sum = (self.sum)(k, sum);
+            let place = k.add(begin, column);
+            match self.fate {
+                Fate::Passed => sum,
+                Fate::Written => {
+                    k.store_lanes(sum, self.to, place, mask);
+                    sum
+                }
+                Fate::Added => {
+                    let before = k.load_lanes(self.to, place, mask);
+                    let sum = k.add(before, sum);
+                    k.store_lanes(sum, self.to, place, mask);
+                    sum
+                }
+            }
+        };
+        let end = k.index(TILE);
+        let end = k.add(self.column, end);
+        let columns = (self.column, k.min(end, self.n));
+        let lanes = Given { lanes: &lanes, columns: TILE };
+        let row = TileRow { batch: self.batch, row, columns, lanes };
+        self.epilogue.write_tile(k, (self.buffers, self.sizes), self.n, row);
+    }
+}
+
+/// Sizes of the kernel, without its epilogue's.
+const SIZES: usize = 16;
+
 /// One tile a unit.
-fn tiles_kernel(title: Title, contiguous: [bool; 2], kept: bool, sizes: usize) -> String {
-    define(title, &[Element::F32; 3], sizes, |k, buffers, sizes| {
+fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epilogue) -> String {
+    let elements = [&[Element::F32; 3], &epilogue.elements[..]].concat();
+    define(title, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, down, across] = first(sizes);
-        let (left, right, to) = (&sizes[5..9], &sizes[9..13], &sizes[13..16]);
-        let [part_a, part_b] = [0, 1].map(|_| k.shared(DEPTH * LINE));
+        let (left, right, to) = (&sizes[5..9], &sizes[9..13], &sizes[13..SIZES]);
+        let part_a = k.shared(2 * DEPTH * LINE);
+        let part_b = k.beyond(part_a, DEPTH * LINE);
         let thread = k.thread();
         let wide = k.index(TILE / COLUMNS);
         let (columns, rows) = (k.index(COLUMNS), k.index(ROWS));
@@ -219,30 +337,60 @@ fn tiles_kernel(title: Title, contiguous: [bool; 2], kept: bool, sizes: usize) -
             let [line, area, first] = first(to);
             let area = k.mul(batch, area);
             let base = k.add(first, area);
-            let (row, column) = (k.add(first_row, row), k.add(first_column, column));
-            let mut sums = sums.into_iter();
-            for r in 0..ROWS {
-                let r = k.index(r);
-                let row = k.add(row, r);
-                let there = k.compare(row, Order::Lt, m);
-                let start = k.mul(row, line);
-                let start = k.add(base, start);
-                for next in 0..COLUMNS {
-                    let next = k.index(next);
-                    let column = k.add(column, next);
-                    let here = k.compare(column, Order::Lt, n);
-                    let here = k.and(there, here);
-                    let (at, sum) = (k.add(start, column), sums.next().expect("as many as there are elements"));
-                    k.when(here, |k| {
-                        let sum = if kept {
-                            let before = k.load_here(c, at);
-                            k.add(before, sum)
-                        } else {
-                            sum
-                        };
-                        k.store_here(sum, c, at);
-                    });
+            k.barrier();
+            let out = Out {
+                fate,
+                epilogue,
+                buffers,
+                sizes: &sizes[SIZES..],
+                to: c,
+                base,
+                line,
+                batch,
+                column: first_column,
+                n,
+                room: part_a,
+                sum: &|_, sum| sum,
+            };
+            let (lanes, size) = (k.index(WARP), k.index(ROOM));
+            let warp = k.div(thread, lanes);
+            let own = k.mul(warp, size);
+            // The warp's two rows of threads, one below the other.
+            let below = k.div(k.lane_index(), wide);
+            let (line, some) = (k.index(LINE), k.index(PART));
+            let place = k.mul(below, some);
+            let place = k.mul(place, line);
+            let place = k.add(own, place);
+            let place = k.add(place, column);
+            let warp_rows = k.index(2 * ROWS);
+            let first_row = {
+                let before = k.mul(warp, warp_rows);
+                k.add(first_row, before)
+            };
+            for part in (0..ROWS).step_by(PART as usize) {
+                for (i, &sum) in sums[(part * COLUMNS) as usize..][..(PART * COLUMNS) as usize].iter().enumerate() {
+                    let (r, c) = (i as u64 / COLUMNS, i as u64 % COLUMNS);
+                    let at = k.index(r * LINE + c);
+                    let at = k.add(place, at);
+                    k.store_here(sum, part_a, at);
                 }
+                k.settle();
+                let (zero, all) = (k.index(0), k.index(2 * PART));
+                k.each(zero, all, 1, |k, r| {
+                    let (below, rest) = (k.div(r, some), k.rem(r, some));
+                    let row = k.mul(below, rows);
+                    let row = k.add(row, rest);
+                    let before = k.index(part);
+                    let row = k.add(row, before);
+                    let row = k.add(first_row, row);
+                    let there = k.compare(row, Order::Lt, m);
+                    k.when(there, |k| {
+                        let at = k.mul(r, line);
+                        let at = k.add(own, at);
+                        out.write(k, row, at);
+                    });
+                });
+                k.settle();
             }
         });
     })

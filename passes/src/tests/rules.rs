@@ -7,10 +7,11 @@ use super::samples::arguments;
 use peft_grammar::graph::Graph;
 
 use crate::cpu::Cpu;
+use crate::cuda::Chip;
 use crate::dialect::Dialect;
 use crate::fuse::{Limits, fuse};
 use crate::interpret::Batch;
-use crate::lower::tests::{compare, launches};
+use crate::lower::tests::{compare, cuda, launches};
 use crate::pipeline::rules;
 use crate::remat::remat;
 
@@ -23,6 +24,7 @@ const LENGTHS: [usize; 3] = [5, 1, 3];
 fn forms(dialect: &Dialect, rule: &str, graph: &Graph) -> [String; 2] {
     if rule == "epilogue" {
         compare(&[(graph.clone(), LENGTHS.to_vec())], Cpu::Native, 2, 2e-6);
+        cuda::compare(&[(graph.clone(), LENGTHS.to_vec())], Chip::Sm70, 2, 2e-6);
         return [false, true].map(|joined| launches(graph, joined));
     }
     // Equal parts are one and what no one reads is gone in either.

@@ -47,6 +47,12 @@ impl Kernel {
         Buf { id: pointer.id, element: Element::I32, shared: true }
     }
 
+    /// The same memory from `n` elements on.
+    pub fn beyond(&mut self, of: Buf, n: u64) -> Buf {
+        let n = self.index(n);
+        Buf { id: self.place(of, n).id, ..of }
+    }
+
     /// What the block's threads have written, others of them may read from here on.
     pub fn barrier(&mut self) {
         self.line(format_args!("gpu.barrier"));

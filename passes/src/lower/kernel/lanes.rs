@@ -4,7 +4,7 @@
 //!
 //! Lanes that hand something to each other through memory must [`Kernel::settle`] in between.
 
-use super::{Buf, F32, I32, INDEX, Kernel, LANES, Order, Scalar, Ty, Val};
+use super::{Buf, F32, I32, INDEX, Kernel, LANES, Order, Scalar, Ty, Val, list};
 use crate::cuda::{WARP, WARPS};
 use crate::machine::Machine;
 
@@ -149,10 +149,13 @@ impl Kernel {
     pub fn max_lanes(&mut self, x: Val) -> Val {
         match self.form {
             Form::Vectors { .. } => self.emit(F32, format_args!("vector.reduction <maxnumf>, {x} : {} into f32", x.ty)),
-            Form::Warps { .. } => {
-                self.butterfly(x, |k, x, y| k.emit(F32, format_args!("llvm.intr.maxnum({x}, {y}) : (f32, f32) -> f32")))
-            }
+            Form::Warps { .. } => self.butterfly(x, Kernel::greater),
         }
+    }
+
+    /// The greater of two floats, of which one may be no number.
+    pub fn greater(&mut self, x: Val, y: Val) -> Val {
+        self.emit(x.ty, format_args!("llvm.intr.maxnum({x}, {y}) : ({ty}, {ty}) -> {ty}", ty = x.ty))
     }
 
     /// Of four words in every lane those of all lanes in order, x₀ y₀ z₀ w₀ x₁ …, as four vectors.
@@ -386,16 +389,22 @@ impl Kernel {
 
     /// What is computed if the condition holds, else `other`.
     pub(super) fn either(&mut self, condition: Val, other: Val, yes: impl FnOnce(&mut Kernel) -> Val) -> Val {
-        let result = self.fresh(other.ty);
-        self.line(format_args!("{result} = scf.if {condition} -> ({}) {{", other.ty));
+        self.either_of(condition, &[other], |k| vec![yes(k)])[0]
+    }
+
+    /// The same for several.
+    pub fn either_of(&mut self, condition: Val, others: &[Val], yes: impl FnOnce(&mut Kernel) -> Vec<Val>) -> Vec<Val> {
+        let results: Vec<Val> = others.iter().map(|other| self.fresh(other.ty)).collect();
+        let types = list(others.iter().map(|other| other.ty));
+        self.line(format_args!("{} = scf.if {condition} -> ({types}) {{", list(&results)));
         self.depth += 1;
-        let x = yes(self);
-        self.line(format_args!("scf.yield {x} : {}", x.ty));
+        let values = yes(self);
+        self.line(format_args!("scf.yield {} : {types}", list(&values)));
         self.depth -= 1;
         self.line(format_args!("}} else {{"));
-        self.line(format_args!("  scf.yield {other} : {}", other.ty));
+        self.line(format_args!("  scf.yield {} : {types}", list(others)));
         self.line(format_args!("}}"));
-        result
+        results
     }
 
     /// A thread's pointer to the element at `at`, of the buffer's own type.

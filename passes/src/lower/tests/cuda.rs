@@ -11,7 +11,7 @@ use crate::dialect::Dialect;
 const BLOCKS: u64 = 3;
 
 /// Every graph on numbers of its own, its outputs held against the interpreter's.
-fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f64) {
+pub(crate) fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f64) {
     each(graphs, chip, Precision::F32, limit, |outcome| outcome.close(Machine::Cuda(chip), tolerance));
 }
 

@@ -14,3 +14,19 @@ func.func @epilogue(
   %s = "peft.reduce"(%u) {axes = array<i64: 0>, keep = true, mean = false} : (!u) -> tensor<1x6xf32>
   return %a, %s : !u, tensor<1x6xf32>
 }
+
+// Batches are places of their own, and the product itself is nowhere.
+!q = tensor<3x?x4xf32, "3,tokens,4">
+!t = tensor<3x?x5xf32, "3,tokens,5">
+
+func.func @batches(
+    %q: !q {peft.name = "q", peft.role = "input"}, %w: tensor<3x4x5xf32> {peft.name = "w", peft.role = "frozen"},
+    %b: tensor<3x1x5xf32> {peft.name = "b", peft.role = "frozen"}, %rng: tensor<2xi32> {peft.name = "rng", peft.role = "input"}
+) -> (!t {peft.name = "t"}) {
+  %m = "peft.matmul"(%q, %w) {transpose_x = false, transpose_y = false} : (!q, tensor<3x4x5xf32>) -> !t
+  %a = "peft.add"(%m, %b) : (!t, tensor<3x1x5xf32>) -> !t
+  %t = "peft.tanh"(%a) : (!t) -> !t
+  %d = "peft.dropout"(%t, %rng) {p = 0.25 : f64, stream = 3 : i64, column = 0 : i64} : (!t, tensor<2xi32>) -> !t
+  %s = "peft.mul"(%d, %t) : (!t, !t) -> !t
+  return %s : !t
+}
