@@ -1,6 +1,7 @@
 //! Fusion: rules that make a graph cheaper and leave its meaning alone. A rule is a file.
 
 mod attention;
+mod broadcast;
 mod columns;
 mod head;
 mod joint;
@@ -37,6 +38,7 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("joint", "a softmax over scores with columns in front is one of each part", joint::apply),
     ("attention", "scores, softmax and dropout are not written down", attention::apply),
     ("head", "logits of a large vocabulary are not written down", head::apply),
+    ("broadcast", "what operations repeat by themselves is not repeated before", broadcast::apply),
     ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
 ];
 

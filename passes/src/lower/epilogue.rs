@@ -5,14 +5,15 @@
 //! u = x @ W + b,  a = gelu(u)          one kernel, which writes u and a; x @ W alone is not written
 //! ```
 //!
-//! A group (see [`super::map`]) joins the last of the products among its leaves.
+//! A group (see [`super::map`]) joins the last of the products among its leaves. Rows that are normalized or summed up
+//! take along what follows them in the same way, in registers on either machine.
 
-use peft_grammar::graph::{Node, Value};
+use peft_grammar::graph::{Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::kernel::{Buf, Kernel, Val};
+use super::span::Span;
 use super::{Lowering, map};
-use crate::machine::Machine;
 
 /// Groups of one product, at most.
 const MOST: usize = 3;
@@ -35,13 +36,12 @@ struct Group {
     buffers: Vec<usize>,
     sizes: usize,
     result: Value,
-    /// By leaf, which of the groups before makes it; on a GPU the product counts as the first.
+    /// By leaf, which of the groups before makes it; what is in registers itself counts as the first.
     made: Vec<Option<usize>>,
 }
 
-/// A row of a tile that a warp writes: where it is among the product's rows, its columns from where to where and how
-/// many at most, and the way to its lanes.
-pub(super) struct TileRow<'a> {
+/// A row in registers: where it is among all rows, its columns from where to where, and the way to its lanes.
+pub(super) struct HeldRow<'a> {
     pub batch: Val,
     pub row: Val,
     pub columns: (Val, Val),
@@ -85,9 +85,9 @@ impl Epilogue {
         if self.batched { vec![batch, row] } else { vec![row] }
     }
 
-    /// All groups on a row of a GPU's tile.
-    pub fn write_tile(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: TileRow) {
-        let TileRow { batch, row, columns, lanes } = row;
+    /// All groups on a row in registers.
+    pub fn write_row(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: HeldRow) {
+        let HeldRow { batch, row, columns, lanes } = row;
         let stages = self.stages(buffers, sizes);
         map::write_row(k, &stages, &self.indices(batch, row), width, columns, Some(lanes));
     }
@@ -149,6 +149,47 @@ impl Epilogue {
     }
 }
 
+/// Where a kernel's rows go: to memory, if they stay, and to what follows.
+pub(super) struct Follow<'a> {
+    pub epilogue: &'a Epilogue,
+    /// The kernel's, and the epilogue's sizes.
+    pub buffers: &'a [Buf],
+    pub sizes: &'a [Val],
+    pub out: Option<Buf>,
+    pub batch: Val,
+    pub row: Val,
+}
+
+impl<'a> Follow<'a> {
+    /// `rows` are those of a batch.
+    pub fn of(
+        k: &mut Kernel,
+        epilogue: &'a Epilogue,
+        (buffers, sizes): (&'a [Buf], &'a [Val]),
+        out: Option<Buf>,
+        (row, rows): (Val, Val),
+    ) -> Follow<'a> {
+        let (batch, row) = if epilogue.batched { (k.div(row, rows), k.rem(row, rows)) } else { (row, row) };
+        Follow { epilogue, buffers, sizes, out, batch, row }
+    }
+
+    /// The row at `span` of the result, from its lanes at a place.
+    pub fn fill(&self, k: &mut Kernel, span: Span, value: impl Fn(&mut Kernel, Val, Val) -> Val) {
+        let lanes = |k: &mut Kernel, at: Val, mask: Val| {
+            let place = k.add(span.base, at);
+            let y = value(k, place, mask);
+            if let Some(out) = self.out {
+                k.store_lanes(y, out, place, mask);
+            }
+            y
+        };
+        let columns = (k.index(0), span.length);
+        let lanes = map::Given { lanes: &lanes, columns: None };
+        let row = HeldRow { batch: self.batch, row: self.row, columns, lanes };
+        self.epilogue.write_row(k, (self.buffers, self.sizes), span.length, row);
+    }
+}
+
 /// Of a product's result: the first row and how many, and columns from where to where.
 type Part = ((Val, Val), (Val, Val));
 
@@ -164,18 +205,21 @@ pub(super) enum When {
 }
 
 impl Lowering<'_, '_, '_> {
-    /// The groups that the product of node `at` takes along, in their order. What else they read is there already.
+    /// The groups that node `at` takes along, in their order. What else they read is there already.
     pub(super) fn followers(&self, at: usize) -> Vec<usize> {
-        let Node { operands, result: product, .. } = &self.graph.nodes[at];
+        let Node { op, operands, result: product, .. } = &self.graph.nodes[at];
         let (product, ty) = (*product, self.ty(*product));
         let mut roots = vec![];
         // Leading axes are batches, of which an index has one.
-        let placed = ty.rank() <= 3 && ty.rank() == self.ty(operands[1]).rank();
+        let batches = !matches!(op, Op::Matmul { .. }) || ty.rank() == self.ty(operands[1]).rank();
+        let placed = matches!(ty.rank(), 2 | 3) && !ty.ragged() && batches;
         if !self.target.epilogues || self.frozen.is_some() || self.wanted.contains_key(&product) || !placed {
             return roots;
         }
         let mut made = vec![product];
-        let there = |v: &Value, made: &[Value]| made.contains(v) || self.groups.maker(*v).is_none_or(|n| n < at);
+        let there = |v: &Value, made: &[Value]| {
+            made.contains(v) || self.groups.maker(*v).is_none_or(|n| n < at || self.joined.contains(&n))
+        };
         while roots.len() < MOST {
             let readers = made.iter().flat_map(|v| &self.readers[v.0 as usize]);
             let readers = readers.filter(|&&node| map::maps(&self.graph.nodes[node].op));
@@ -197,12 +241,31 @@ impl Lowering<'_, '_, '_> {
         readers.filter(|&&node| roots.contains(&self.groups.root(node))).count() == self.uses[product.0 as usize]
     }
 
-    /// The groups of `roots` as the kernel of `product` takes them, whose own buffers are `own`.
-    pub(super) fn epilogue(&mut self, product: Value, roots: &[usize], own: &[BufferId]) -> Result<Epilogue, String> {
+    /// A place for `result`, which node `at` computes in registers, and the groups that follow; whether it is written.
+    pub(super) fn held(&mut self, at: usize) -> (Vec<usize>, bool) {
+        let result = self.graph.nodes[at].result;
+        let followers = self.followers(at);
+        let stays = !self.serves(result, &followers);
+        if !stays {
+            // What is never written has a place all the same: that of what is made of it.
+            let (buffer, view) = self.target(self.graph.nodes[followers[0]].result);
+            self.show(result, buffer, view);
+        }
+        (followers, stays)
+    }
+
+    /// The groups of `roots` as the kernel of `product` takes them, whose own buffers are `own`; if it has it in
+    /// `registers`, they do not read it.
+    pub(super) fn epilogue(
+        &mut self,
+        product: Value,
+        roots: &[usize],
+        own: &[BufferId],
+        registers: bool,
+    ) -> Result<Epilogue, String> {
         let mut epilogue = Epilogue { batched: self.ty(product).rank() == 3, ..Epilogue::default() };
-        let registers = matches!(self.target.machine, Machine::Cuda(_));
         for &root in roots {
-            let map = self.expression(root, true)?;
+            let map = self.expression(root, true, None)?;
             let early = epilogue.groups.iter().take_while(|g| !g.form.draws()).count();
             let turn = match registers {
                 false if epilogue.groups.len() > early || map.form.draws() => early,

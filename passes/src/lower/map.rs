@@ -70,7 +70,8 @@ pub fn group(graph: &Graph, uses: &[usize]) -> Groups {
         for &operand in &node.operands {
             let Some(source) = maker[operand.0 as usize] else { continue };
             let op = &graph.nodes[source].op;
-            let alike = graph.ty(operand).shape == graph.ty(node.result).shape || matches!(op, Op::Constant { .. });
+            let (own, wide) = (&graph.ty(operand).shape, &graph.ty(node.result).shape);
+            let alike = own == wide || one_column(own, wide) || matches!(op, Op::Constant { .. });
             let once = uses[operand.0 as usize] == 1;
             if maps(op) && alike && once && sizes[at] + sizes[source] <= LARGEST_GROUP {
                 into[source] = Some(at);
@@ -79,6 +80,15 @@ pub fn group(graph: &Graph, uses: &[usize]) -> Groups {
         }
     }
     Groups { into, maker }
+}
+
+/// The same rows of one column each: what is computed of them is computed for every column, which costs less than to
+/// write it down.
+fn one_column(own: &[Dim], wide: &[Dim]) -> bool {
+    match (own, wide) {
+        ([lead @ .., Dim::Const(1)], [rows @ .., Dim::Const(_)]) => lead == rows && !rows.is_empty(),
+        _ => false,
+    }
 }
 
 impl Groups {
@@ -114,6 +124,11 @@ impl Groups {
         let mut seen = std::collections::HashSet::new();
         leaves.retain(|v| seen.insert(*v));
         leaves
+    }
+
+    /// The group drops something.
+    pub fn draws(&self, graph: &Graph, root: usize) -> bool {
+        self.members(graph, root).iter().any(|&at| matches!(graph.nodes[at].op, Op::Dropout { .. }))
     }
 
     /// What the group computes, as text, with its leaves numbered.
@@ -167,12 +182,14 @@ enum Step {
     Op(Op, Vec<usize>),
     /// Divided by how often a value was repeated: two of the kernel's sizes, out and in.
     Mean(usize, usize),
-    /// Of columns from `column` on; the stream is one of the kernel's sizes, so that layers share the kernel.
+    /// Of columns from `column` on, or of rows of that column alone; the stream is one of the kernel's sizes, so that
+    /// layers share the kernel.
     Dropout {
         x: usize,
         p: f64,
         column: u64,
         stream: usize,
+        narrow: bool,
     },
 }
 
@@ -201,7 +218,7 @@ pub(super) struct Map {
 
 impl Lowering<'_, '_, '_> {
     pub(super) fn map(&mut self, root: usize) -> Result<(), String> {
-        let Map { form, buffers, elements, sizes, rows, .. } = self.expression(root, false)?;
+        let Map { form, buffers, elements, sizes, rows, .. } = self.expression(root, false, None)?;
         let name = form.name();
         let count = sizes.len();
         let kernel = self
@@ -214,8 +231,9 @@ impl Lowering<'_, '_, '_> {
         Ok(())
     }
 
-    /// The group of `root`, and a place for its result. With `rows` its last axis keeps apart from those before.
-    pub(super) fn expression(&mut self, root: usize, rows: bool) -> Result<Map, String> {
+    /// The group of `root`, and a place for its result, unless it goes nowhere: then any buffer stands for that. With
+    /// `rows` its last axis keeps apart from those before.
+    pub(super) fn expression(&mut self, root: usize, rows: bool, nowhere: Option<BufferId>) -> Result<Map, String> {
         let (graph, groups) = (self.graph, self.groups.clone());
         let result = graph.nodes[root].result;
         let shape = &self.ty(result).shape;
@@ -238,8 +256,13 @@ impl Lowering<'_, '_, '_> {
                 self.dense(array);
             }
         }
-        let (out, _) = if ragged { (self.result(result), View::dense(shape)) } else { self.target(result) };
-        let views: Vec<Option<View>> = arrays.iter().chain([&result]).map(|&v| self.place(v).view.clone()).collect();
+        let (out, view) = match nowhere {
+            Some(buffer) => (buffer, View::dense(shape)),
+            None if ragged => (self.result(result), View::dense(shape)),
+            None => self.target(result),
+        };
+        let mut views: Vec<Option<View>> = arrays.iter().map(|&v| self.place(v).view.clone()).collect();
+        views.push(Some(view).filter(|view| !view.is_dense()));
         let shapes: Vec<&[Dim]> = arrays.iter().map(|&v| &self.ty(v).shape[..]).collect();
         let narrow = draws && !rows && shape.len() > 1 && shape.last() == Some(&Dim::Const(1));
         let apart = if narrow {
@@ -302,7 +325,9 @@ impl Lowering<'_, '_, '_> {
             steps.push(match node.op {
                 Op::Dropout { p, stream, column } => {
                     sizes.push(Extent::Const(u64::from(stream)));
-                    Step::Dropout { x: operands[0], p, column, stream: sizes.len() - 1 }
+                    let own = &self.ty(node.result).shape;
+                    let narrow = own != shape && one_column(own, shape);
+                    Step::Dropout { x: operands[0], p, column, stream: sizes.len() - 1, narrow }
                 }
                 _ => Step::Op(node.op.clone(), operands),
             });
@@ -396,6 +421,11 @@ fn axis_extent(dims: &[Dim]) -> Extent {
 impl Form {
     pub(super) fn draws(&self) -> bool {
         self.draws
+    }
+
+    /// A call of the generator decides over several columns.
+    fn draws_along(&self) -> bool {
+        !self.narrow && self.steps.iter().any(|step| matches!(step, Step::Dropout { narrow: false, .. }))
     }
 
     /// All leaves lie alike, or are single numbers.
@@ -628,8 +658,8 @@ pub(super) struct Stage<'f> {
 /// What stages find in registers: lanes from a column on.
 pub(super) struct Given<'a> {
     pub lanes: &'a dyn Fn(&mut Kernel, Val, Val) -> Val,
-    /// How many columns there are at most.
-    pub columns: u64,
+    /// How many columns there are at most, where that is a tile's.
+    pub columns: Option<u64>,
 }
 
 /// A stage on one row.
@@ -645,18 +675,32 @@ struct Row<'f> {
     lead: Val,
 }
 
+/// The lanes of a group that goes nowhere, on a row.
+pub(super) fn lanes_of<'f>(
+    k: &mut Kernel,
+    stage: &Stage<'f>,
+    indices: &[Val],
+    length: Val,
+) -> impl Fn(&mut Kernel, Val, Val) -> Val + use<'f> {
+    let row = stage.form.row(k, stage, indices, length);
+    move |k, at, mask| row.form.evaluate(k, (&row.sources, &[]), at, mask, &[], row.sizes)
+}
+
 impl Row<'_> {
     /// The generator's words for the columns from j on that one call draws, for every dropout of the form; of rows of
     /// one column for those from j on.
     fn draw(&self, k: &mut Kernel, j: Val) -> Vec<Vec<Val>> {
         let Some(key) = self.key else { return vec![] };
         let streams = self.form.steps.iter().filter_map(|s| match s {
-            Step::Dropout { column, stream, .. } => Some((self.sizes[*stream], *column)),
+            Step::Dropout { column, stream, narrow, .. } => Some((self.sizes[*stream], *column, *narrow)),
             _ => None,
         });
         let (row, lead) = (random::lanes_of(k, self.row), random::lanes_of(k, self.lead));
-        let words = streams.map(|(stream, column)| {
+        let words = streams.map(|(stream, column, narrow)| {
             let stream = random::lanes_of(k, stream);
+            if narrow {
+                return vec![random::draw_column(k, key, column, [row, lead, stream])];
+            }
             if self.form.narrow {
                 let (first, lanes) = (random::lanes_of(k, j), k.lane_numbers());
                 let rows = k.add(first, lanes);
@@ -683,18 +727,20 @@ pub(super) fn write_row(
 ) {
     let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
     let lanes = k.lane_count();
-    let step = if stages.iter().any(|s| s.form.draws && !s.form.narrow) { random::drawn(k) } else { lanes };
+    let step = if stages.iter().any(|s| s.form.draws_along()) { random::drawn(k) } else { lanes };
     let given = given.as_ref();
+    let most = given.and_then(|given| given.columns);
     let columns = |k: &mut Kernel, j: Val| {
         let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, j)).collect();
-        for part in 0..given.map_or(step, |given| given.columns) / lanes {
+        for part in 0..most.unwrap_or(step) / lanes {
             let offset = k.index(part * lanes);
             let at = k.add(j, offset);
             let left = k.sub(end, at);
             let mask = k.mask(left);
-            let mut made: Vec<Val> = given.iter().map(|given| (given.lanes)(k, at, mask)).collect();
+            let mut made: Vec<Val> = given.into_iter().map(|given| (given.lanes)(k, at, mask)).collect();
             for (row, words) in rows.iter().zip(&words) {
-                let words: Vec<Val> = words.iter().map(|w| w[part as usize]).collect();
+                // A row of one column has one word.
+                let words: Vec<Val> = words.iter().map(|w| *w.get(part as usize).unwrap_or(&w[0])).collect();
                 let value = row.form.evaluate(k, (&row.sources, &made), at, mask, &words, row.sizes);
                 let place = k.add(row.base, at);
                 k.store_lanes(value, row.out, place, mask);
@@ -702,9 +748,9 @@ pub(super) fn write_row(
             }
         }
     };
-    match given {
-        Some(given) => {
-            assert!(given.columns <= random::drawn(k), "one call of the generator decides over them");
+    match most {
+        Some(most) => {
+            assert!(most <= random::drawn(k), "one call of the generator decides over them");
             columns(k, start);
         }
         None => k.each(start, end, step, columns),

@@ -176,7 +176,8 @@ struct Lowering<'t, 'a, 'g> {
     /// Who reads each value.
     readers: Vec<Vec<usize>>,
     groups: Rc<map::Groups>,
-    /// Roots of groups that the kernel of an earlier product has evaluated.
+    /// Nodes whose turn has come early: roots of groups that the kernel of an earlier product has evaluated, and other
+    /// shapes of arguments.
     joined: HashSet<usize>,
     /// Buffers of values that are written part by part, or in another order of axes, before their turn comes.
     wholes: HashMap<Value, BufferId>,
@@ -239,6 +240,15 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             self.places[arg.value.0 as usize] = Some(Place { buffer, frozen, view: None });
         }
         self.claim_gradients()?;
+        for (at, node) in self.graph.nodes.iter().enumerate() {
+            // An argument in another shape is there from the start.
+            if let Op::Reshape { .. } = node.op
+                && self.groups.maker(node.operands[0]).is_none_or(|n| self.joined.contains(&n))
+            {
+                self.node(at)?;
+                self.joined.insert(at);
+            }
+        }
         for at in 0..self.graph.nodes.len() {
             if self.groups.inner(at) || self.joined.contains(&at) {
                 continue;
@@ -343,7 +353,9 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             return Ok(());
         }
         let leaves = if map::maps(&node.op) { groups.leaves(self.graph, at) } else { operands.clone() };
-        let known = leaves.iter().map(|&v| self.place(v).frozen.clone()).collect::<Option<Vec<_>>>();
+        // What is computed on the way to a sum of rows has no place.
+        let frozen = |&v: &Value| self.places[v.0 as usize].as_ref()?.frozen.clone();
+        let known = leaves.iter().map(frozen).collect::<Option<Vec<_>>>();
         let sized = self.ty(node.result).elements().is_some();
         self.frozen = match known {
             Some(parts) if sized && !self.wanted.contains_key(&node.result) => {
@@ -359,7 +371,8 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             return Ok(());
         }
         if map::maps(&node.op) {
-            return self.map(at);
+            // A sum over its rows computes it as it goes.
+            return if self.summed(at) { Ok(()) } else { self.map(at) };
         }
         let x = operands[0];
         match &node.op {
@@ -383,6 +396,8 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
                 self.flash(Part::Adjoint(*of), operands, form, (*stream, *column), node.result);
             }
             Op::LinearLse | Op::LinearMean => self.sweep(node),
+            Op::Reduce { mean, .. } if self.sums_rows(at) => self.row_sums(at, *mean)?,
+            Op::Normalize { eps } | Op::NormalizeVjp { eps } => self.normalization(at, *eps)?,
             _ => {
                 let buffers: Vec<BufferId> = operands.iter().map(|&v| self.dense(v)).collect();
                 self.row_major(node, &buffers)?;
@@ -404,8 +419,6 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
             Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),
             Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, y], ty, node.result),
-            Op::Normalize { eps } => self.row_kernel(rows::Kind::Normalize(*eps), &[x], ty, node.result),
-            Op::NormalizeVjp { eps } => self.row_kernel(rows::Kind::NormalizeVjp(*eps), &[x, y], ty, node.result),
             Op::Gather { start } => self.gather(x, ty, y, *start, node.result),
             Op::Scatter { start, .. } => self.scatter(x, ty, y, *start, node.result),
             Op::SegmentMean => self.segment_mean(x, node.result),

@@ -1,17 +1,116 @@
-//! Sums over axes: one axis at a time, the last one along rows, any other one down columns.
+//! Sums over axes: one axis at a time, the last one along rows, any other one down columns. Sums of rows alone compute
+//! what they sum up on the way, if nothing else reads it.
 
-use peft_grammar::graph::{Dim, Type, Value};
+use peft_grammar::graph::{Dim, Op, Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
+use super::epilogue::Follow;
 use super::kernel::{F32, Kernel, Val, define, first};
 use super::span::{Rows, Span};
 use super::view::View;
-use super::{Lowering, dim_extent, extent, extents};
+use super::{Lowering, dim_extent, extent, extents, map};
 
 /// Columns of a unit.
 const COLUMNS: u64 = 64;
 
 impl Lowering<'_, '_, '_> {
+    /// Node `at` sums rows up and nothing else.
+    pub(super) fn sums_rows(&self, at: usize) -> bool {
+        let node = &self.graph.nodes[at];
+        let ty = self.ty(node.operands[0]);
+        let Op::Reduce { axes, keep: true, .. } = &node.op else { return false };
+        self.target.epilogues && !ty.ragged() && matches!(ty.rank(), 2 | 3) && axes[..] == [ty.rank() - 1]
+    }
+
+    /// The group of `root` goes into nothing but sums over its rows.
+    pub(super) fn summed(&self, root: usize) -> bool {
+        let result = self.graph.nodes[root].result;
+        let once = self.uses[result.0 as usize] == 1 && self.frozen.is_none() && !self.wanted.contains_key(&result);
+        let reader = self.readers[result.0 as usize].first();
+        once && !self.groups.draws(self.graph, root) && reader.is_some_and(|&at| self.sums_rows(at))
+    }
+
+    /// Sums of rows, with what is summed up computed on the way, and what follows.
+    pub(super) fn row_sums(&mut self, at: usize, mean: bool) -> Result<(), String> {
+        let node = &self.graph.nodes[at];
+        let (x, result) = (node.operands[0], node.result);
+        let ty = self.ty(x);
+        let inner = self.places[x.0 as usize].is_none().then(|| self.groups.maker(x).expect("no argument"));
+        let own = if inner.is_none() { vec![self.dense(x)] } else { vec![] };
+        let (followers, stays) = self.held(at);
+        let out = if stays { self.result(result) } else { self.place(result).buffer };
+        let map = inner.map(|root| self.expression(root, true, Some(out))).transpose()?;
+        let (mut buffers, mut elements) = (own, vec![Element::F32; 2]);
+        if let Some(map) = &map {
+            // The last one stands for a result that goes nowhere.
+            (buffers, elements) = (map.buffers.clone(), map.elements.clone());
+        } else {
+            buffers.push(out);
+        }
+        let epilogue = self.epilogue(result, &followers, &buffers, true)?;
+        elements.extend(&epilogue.elements);
+        let [length, rows] =
+            [1, 2].map(|n| ty.shape.len().checked_sub(n).map_or(Extent::Const(1), |i| dim_extent(ty.shape[i])));
+        let mut sizes = vec![length, rows];
+        if mean {
+            sizes.extend([extent(ty), extent(self.ty(result))]);
+        }
+        let (before, first_of_map) = (map.as_ref().map_or(0, |map| map.sizes.len()), sizes.len());
+        sizes.extend(map.iter().flat_map(|map| map.sizes.clone()));
+        let own = sizes.len();
+        sizes.extend(epilogue.sizes.iter().cloned());
+        let of = map.as_ref().map_or(String::new(), |map| format!("_{}", map.form.name()));
+        let kind = if mean { "mean" } else { "sum" };
+        let passed = if stays { "" } else { "_passed" };
+        let name = format!("{kind}_of_rows{of}{passed}{}", epilogue.suffix());
+        let batched = ty.rank() == 3;
+        let count = buffers.len();
+        let kernel = self.target.kernel(&name, |title| {
+            define(title, &elements, sizes.len(), |k, buffers, sizes| {
+                let ([length, rows], out) = (first(sizes), buffers[count - 1]);
+                let map_sizes = &sizes[first_of_map..first_of_map + before];
+                k.units(|k, row| {
+                    let follow = Follow::of(k, &epilogue, (buffers, &sizes[own..]), stays.then_some(out), (row, rows));
+                    let base = k.mul(row, length);
+                    let lanes: Box<dyn Fn(&mut Kernel, Val, Val) -> Val> = match &map {
+                        Some(map) => {
+                            let buffers = buffers[..count].to_vec();
+                            let stage = map::Stage { form: &map.form, buffers, sizes: map_sizes, made: &[] };
+                            let indices = if batched { vec![follow.batch, follow.row] } else { vec![row] };
+                            Box::new(map::lanes_of(k, &stage, &indices, length))
+                        }
+                        None => Box::new(move |k: &mut Kernel, at, mask| {
+                            let place = k.add(base, at);
+                            k.load_lanes(buffers[0], place, mask)
+                        }),
+                    };
+                    let zero = k.floats(0.0);
+                    let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
+                        let x = lanes(k, j, mask);
+                        // Beyond the row anything may have been computed.
+                        let x = if map.is_some() { k.select(mask, x, zero) } else { x };
+                        vec![k.add(sums[0], x)]
+                    });
+                    let mut sum = k.sum_lanes(sums[0]);
+                    if mean {
+                        let share = share(k, &sizes[2..]);
+                        sum = k.mul(sum, share);
+                    }
+                    let sum = k.splat(sum);
+                    let length = k.index(1);
+                    follow.fill(k, Span { base: row, length }, |_, _, _| sum);
+                });
+            })
+        });
+        self.label = epilogue.label(&match &map {
+            Some(map) => format!("{}+{}", map.form.label(), node.op.name()),
+            None => node.op.name().to_string(),
+        });
+        buffers.extend(epilogue.buffers);
+        self.launch(kernel, buffers, sizes, Rows::count(ty));
+        Ok(())
+    }
+
     pub(super) fn reduce(
         &mut self,
         x: BufferId,

@@ -3,6 +3,7 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
+use super::epilogue::Follow;
 use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, math, product};
@@ -13,8 +14,6 @@ pub enum Kind {
     Softmax,
     SoftmaxVjp,
     LogSumExp,
-    Normalize(f64),
-    NormalizeVjp(f64),
 }
 
 /// Columns a unit works on where units split the columns.
@@ -27,8 +26,6 @@ impl Lowering<'_, '_, '_> {
             Kind::Softmax => "softmax".to_string(),
             Kind::SoftmaxVjp => "softmax_vjp".to_string(),
             Kind::LogSumExp => "log_sum_exp".to_string(),
-            Kind::Normalize(eps) => format!("normalize_{:x}", eps.to_bits()),
-            Kind::NormalizeVjp(eps) => format!("normalize_vjp_{:x}", eps.to_bits()),
         };
         let name = format!("{stem}_{}", rows.kind());
         let count = operands.len() + 1;
@@ -48,13 +45,52 @@ impl Lowering<'_, '_, '_> {
                             let lse = logsumexp(k, x, span);
                             k.store(lse, out, row);
                         }
-                        Kind::Normalize(eps) => normalize(k, first(buffers), span, eps),
-                        Kind::NormalizeVjp(eps) => normalize_vjp(k, first(buffers), span, eps),
                     }
                 });
             })
         });
         self.launch(kernel, buffers, rows.sizes().into(), Rows::count(ty));
+    }
+
+    /// A normalization, or with the adjoint of its result that of its operand, and what follows.
+    pub(super) fn normalization(&mut self, at: usize, eps: f64) -> Result<(), String> {
+        let node = &self.graph.nodes[at];
+        let (result, ty) = (node.result, self.ty(node.result));
+        let rows = Rows::of(ty);
+        let mut buffers: Vec<BufferId> = node.operands.iter().map(|&v| self.dense(v)).collect();
+        let operands = buffers.len();
+        let (followers, stays) = self.held(at);
+        let out = if stays { self.result(result) } else { self.place(result).buffer };
+        buffers.push(out);
+        buffers.extend(rows.places(self.target));
+        let epilogue = self.epilogue(result, &followers, &buffers, true)?;
+        let elements = (0..operands + 1).map(|_| Element::F32).chain(rows.elements());
+        let elements: Vec<Element> = elements.chain(epilogue.elements.iter().copied()).collect();
+        let stem = if operands == 1 { "normalize" } else { "normalize_vjp" };
+        let passed = if stays { "" } else { "_passed" };
+        let name = format!("{stem}_{:x}_{}{passed}{}", eps.to_bits(), rows.kind(), epilogue.suffix());
+        let mut sizes: Vec<Extent> = rows.sizes().into();
+        sizes.push(ty.shape.iter().rev().nth(1).map_or(Extent::Const(1), |&d| dim_extent(d)));
+        let own = sizes.len();
+        sizes.extend(epilogue.sizes.iter().cloned());
+        let kernel = self.target.kernel(&name, |title| {
+            define(title, &elements, sizes.len(), |k, buffers, sizes| {
+                k.units(|k, row| {
+                    let span = Rows::span(k, row, sizes, rows.ragged().then(|| buffers[operands + 1]));
+                    let out = stays.then(|| buffers[operands]);
+                    let follow = Follow::of(k, &epilogue, (buffers, &sizes[own..]), out, (row, sizes[3]));
+                    match buffers[..operands] {
+                        [x] => normalize(k, x, &follow, span, eps),
+                        [x, dy] => normalize_vjp(k, [x, dy], &follow, span, eps),
+                        _ => unreachable!("one operand, or two"),
+                    }
+                });
+            })
+        });
+        self.label = epilogue.label(node.op.name());
+        buffers.extend(epilogue.buffers);
+        self.launch(kernel, buffers, sizes, Rows::count(ty));
+        Ok(())
     }
 
     pub(super) fn gather(&mut self, table: BufferId, ty: &Type, ids: BufferId, start: u64, result: Value) {
@@ -359,9 +395,9 @@ fn moments(k: &mut Kernel, x: Buf, span: Span, eps: f64) -> (Val, Val) {
     (mean, k.splat(scale))
 }
 
-fn normalize(k: &mut Kernel, [x, out]: [Buf; 2], span: Span, eps: f64) {
+fn normalize(k: &mut Kernel, x: Buf, follow: &Follow, span: Span, eps: f64) {
     let (mean, scale) = moments(k, x, span, eps);
-    fill(k, span, out, |k, place, mask| {
+    follow.fill(k, span, |k, place, mask| {
         let x = k.load_lanes(x, place, mask);
         let d = k.sub(x, mean);
         k.mul(d, scale)
@@ -369,7 +405,7 @@ fn normalize(k: &mut Kernel, [x, out]: [Buf; 2], span: Span, eps: f64) {
 }
 
 /// dx = (dy − mean(dy) − x̂ mean(dy ⊙ x̂)) / σ
-fn normalize_vjp(k: &mut Kernel, [x, dy, out]: [Buf; 3], span: Span, eps: f64) {
+fn normalize_vjp(k: &mut Kernel, [x, dy]: [Buf; 2], follow: &Follow, span: Span, eps: f64) {
     let (mean, scale) = moments(k, x, span, eps);
     let hat = |k: &mut Kernel, place: Val, mask: Val| {
         let x = k.load_lanes(x, place, mask);
@@ -385,7 +421,7 @@ fn normalize_vjp(k: &mut Kernel, [x, dy, out]: [Buf; 3], span: Span, eps: f64) {
     });
     let (total, along) = (k.div(total, length), k.div(along, length));
     let (total, along) = (k.splat(total), k.splat(along));
-    fill(k, span, out, |k, place, mask| {
+    follow.fill(k, span, |k, place, mask| {
         let hat = hat(k, place, mask);
         let dy = k.load_lanes(dy, place, mask);
         let d = k.sub(dy, total);

@@ -16,7 +16,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::epilogue::{Epilogue, TileRow};
+use super::epilogue::{Epilogue, HeldRow};
 use super::gemm::Axes;
 use super::kernel::matrix::Half;
 use super::kernel::{Buf, F32, Kernel, Order, Title, Val, define, first};
@@ -98,16 +98,10 @@ impl Lowering<'_, '_, '_> {
             let size = (shape.n.clone(), shape.depth.clone());
             (half, self.pack_halves(half, &place, &right, size))
         });
-        let followers = self.followers(at);
-        let stays = !self.serves(result, &followers);
-        if !stays {
-            // What is never written has a place all the same: that of what is made of it.
-            let (buffer, view) = self.target(self.graph.nodes[followers[0]].result);
-            self.show(result, buffer, view);
-        }
+        let (followers, stays) = self.held(at);
         let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let from = packed.as_ref().map_or(b, |(_, packed)| packed.buffer);
-        let epilogue = self.epilogue(result, &followers, &[a, from, c])?;
+        let epilogue = self.epilogue(result, &followers, &[a, from, c], true)?;
         self.label = epilogue.label(node.op.name());
         let to = To { buffer: c, line, area, first, fate: if stays { Fate::Written } else { Fate::Passed }, epilogue };
         match packed {
@@ -281,9 +275,9 @@ impl Out<'_> {
         let end = k.index(TILE);
         let end = k.add(self.column, end);
         let columns = (self.column, k.min(end, self.n));
-        let lanes = Given { lanes: &lanes, columns: TILE };
-        let row = TileRow { batch: self.batch, row, columns, lanes };
-        self.epilogue.write_tile(k, (self.buffers, self.sizes), self.n, row);
+        let lanes = Given { lanes: &lanes, columns: Some(TILE) };
+        let row = HeldRow { batch: self.batch, row, columns, lanes };
+        self.epilogue.write_row(k, (self.buffers, self.sizes), self.n, row);
     }
 }
 
