@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import date
@@ -56,20 +57,27 @@ def output(command, seconds=None):
     return run.stdout
 
 
-def ours(train, batches, write, steps):
-    """Runs the command `train` on each batch by itself, which `write` makes a file of."""
-    line = Line([], 0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        data, out = Path(folder) / "data", Path(folder) / "run"
-        for batch in batches:
-            write(batch, data)
-            printed = output([*train, "--data", data, "--out", out, "--profile", "--set", f"train.steps={steps}"])
+class Ours:
+    """The command `train` on one batch after the other, each in a process of its own; `write` makes a file of one."""
+
+    def __init__(self, train, write, steps):
+        self.train, self.write, self.steps = train, write, steps
+        self.line = Line([], 0.0)
+
+    def take(self, batch):
+        """Real tokens a second on that batch."""
+        with tempfile.TemporaryDirectory() as folder:
+            data, out = Path(folder) / "data", Path(folder) / "run"
+            self.write(batch, data)
+            steps = ["--set", f"train.steps={self.steps}"]
+            printed = output([*self.train, "--data", data, "--out", out, "--profile", *steps])
             # The first step touches memory for the first time.
             taken = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()][1:]
-            line.speeds.append(statistics.median(step["tokens_per_second"] for step in taken))
-            line.kernels.append(statistics.median(step["kernel_share"] for step in taken))
-            line.peak = max(line.peak, peak(printed))
-    return line
+        speed = statistics.median(step["tokens_per_second"] for step in taken)
+        self.line.speeds.append(speed)
+        self.line.kernels.append(statistics.median(step["kernel_share"] for step in taken))
+        self.line.peak = max(self.line.peak, peak(printed))
+        return speed
 
 
 def peak(printed):
@@ -78,35 +86,81 @@ def peak(printed):
 
 
 def steps(step, batches, warm_up):
-    """A peer's side: takes `step` on each of (batch, real tokens), and prints what `peer` reads."""
+    """A peer's side of [`Peer`]: `step` on those of (batch, real tokens) it is asked for."""
     for inputs, _ in batches[:warm_up]:
         step(inputs)
-    speeds = []
-    for inputs, tokens in batches:
+    print(json.dumps({"ready": True}), flush=True)
+    for asked in sys.stdin:
+        inputs, tokens = batches[int(asked)]
         begun = time.perf_counter()
         step(inputs)
-        speeds.append(tokens / (time.perf_counter() - begun))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(json.dumps({"speeds": speeds, "peak": peak}))
+        print(json.dumps({"speed": tokens / (time.perf_counter() - begun)}), flush=True)
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}), flush=True)
 
 
-def peer(name):
-    """This script once more, as the peer `name`."""
-    return Line(**json.loads(output([sys.executable, *sys.argv, "--peer", name]).splitlines()[-1]))
+class Peer:
+    """This script once more, as the peer `name`: in between it waits, so that others can have the machine."""
+
+    def __init__(self, name, seconds):
+        self.until, self.seconds = time.monotonic() + seconds, seconds
+        self.errors = tempfile.TemporaryFile("w+")
+        command = [sys.executable, *sys.argv, "--peer", name]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        self.line = Line([], 0.0)
+
+    def __enter__(self):
+        self.answer("ready")
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def take(self, batch):
+        """Real tokens a second on the batch of that number."""
+        self.process.stdin.write(f"{batch}\n")
+        self.process.stdin.flush()
+        self.line.speeds.append(self.answer("speed"))
+        return self.line.speeds[-1]
+
+    def end(self):
+        self.process.stdin.close()
+        self.line.peak = self.answer("peak")
+
+    def answer(self, key):
+        alarm = threading.Timer(max(0.0, self.until - time.monotonic()), self.process.kill)
+        alarm.start()
+        try:
+            for text in self.process.stdout:
+                if text.startswith(f'{{"{key}"'):
+                    return json.loads(text)[key]
+        finally:
+            alarm.cancel()
+        if time.monotonic() >= self.until:
+            raise Refused(f"it took over {self.seconds:.0f} s")
+        self.errors.seek(0)
+        lines = [line for line in self.errors.read().splitlines() if line.strip()]
+        raise Refused(lines[-1] if lines else f"exit code {self.process.wait()}")
 
 
-def beside(lines, names):
-    """Rows of the peers `names` beside our `lines` of the same precision: speed, ratio, memory, ratio."""
+def beside(mine, names, batches, seconds):
+    """Rows of the peers `names`, each beside ours in turns, batch by batch: the machine may be faster now than in a
+    minute. `mine` makes an [`Ours`] of a precision."""
     rows = []
     for name, title in names.items():
         say(title)
-        mine = lines["bf16" if "bf16" in name else "f32"]
+        side, ratios = mine("bf16" if "bf16" in name else "f32"), []
         try:
-            line = peer(name)
+            with Peer(name, seconds) as them:
+                for number, batch in enumerate(batches):
+                    ratios.append(side.take(batch) / them.take(number))
+                them.end()
         except Refused as why:
             rows.append([title, f"does not run: {why}"[:160], "", "", "", ""])
             continue
-        rows.append([title, *line.figures, f"{mine.speed / line.speed:.1f}×", f"{line.peak / mine.peak:.1f}×", ""])
+        faster, smaller = statistics.median(ratios), them.line.peak / side.line.peak
+        rows.append([title, *them.line.figures, f"{faster:.1f}×", f"{smaller:.1f}×", ""])
     return rows
 
 

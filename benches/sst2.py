@@ -2,7 +2,7 @@
 
     sst2.py --weights MODEL_DIR --data SST2_DIR [--batches N] [--steps N] [--threads N]
 
-Tokens a second count real tokens; medians over the batches. The recipe is that of sst2_pytorch.py, which trains to the
+Tokens a second count real tokens; a peer and peftc take turns, and figures are medians over the batches. The recipe is that of sst2_pytorch.py, which trains to the
 end and gives the accuracy.
 """
 
@@ -31,14 +31,16 @@ def as_file(batch, path):
 
 def speed(options):
     train = [options.peftc, "train", SPEC, "--weights", options.weights, "--threads", options.threads]
-    lines = {}
+    precise = lambda precision: measure.Ours(
+        [*train, "--set", f"train.precision={precision}"], as_file, options.steps
+    )
+    batches, rows = choose(options), []
     for precision in ["f32", "bf16"]:
-        precise = [*train, "--set", f"train.precision={precision}"]
-        lines[precision] = measure.ours(precise, choose(options), as_file, options.steps)
-    rows = []
-    for precision, line in lines.items():
-        rows.append([f"`peftc`, LoRA, {precision}", *line.figures, "", "", f"{line.overhead:.2%}"])
-    rows += measure.beside(lines, PEERS)
+        ours = precise(precision)
+        for batch in batches:
+            ours.take(batch)
+        rows.append([f"`peftc`, LoRA, {precision}", *ours.line.figures, "", "", f"{ours.line.overhead:.2%}"])
+    rows += measure.beside(precise, PEERS, batches, options.seconds)
     head = ["", "tokens/s", "peak memory", "`peftc` is faster", "and smaller", "of a step no kernel"]
     measure.table("MiniLM on SST-2", head, rows)
 
@@ -87,6 +89,7 @@ def main():
     parser.add_argument("--batches", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10, help="on each batch, by peftc; the first does not count")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=600, help="for a peer with ours beside it")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:

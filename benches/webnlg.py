@@ -3,8 +3,8 @@
     webnlg.py --data DIR [--batches N] [--steps N] [--threads N] [--only PART,…] [--peers NAME,…]
 
 Every side takes training steps on the same batches of 16 examples and is given its tokens a second over *real* tokens:
-padding, which the peers compute, does not count. Printed are medians over the batches, and the peak memory of each
-process. DIR holds `webnlg/train.json` and `tokenizers/gpt2`. Weights are random: they change no timing.
+padding, which the peers compute, does not count. A peer and peftc take turns, batch by batch. Printed are medians over
+the batches, ratios and shares of the peak included, and the peak memory of each process. DIR holds `webnlg/train.json` and `tokenizers/gpt2`. Weights are random: they change no timing.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 from pathlib import Path
 
 import measure
-from measure import beside, machine, ours, peaks, say, table
+from measure import Ours, beside, machine, peaks, say, table
 
 SPEC = "models/paper/nlg/inducer_lora.peft"
 BATCH, TEXT_TOKENS = 16, 50257
@@ -67,10 +67,18 @@ def as_file(batch, path):
     path.write_text(json.dumps({"entries": entries}))
 
 
-def train(options, batches, *extra, threads=None):
+def side(options, size, *extra, threads=None):
+    """Our side, on batches of `size`."""
     command = [options.peftc, "train", SPEC, "--weights", "random", "--tokenizer", options.data / "tokenizers/gpt2"]
-    command += ["--set", f"train.batch={len(batches[0])}", "--threads", threads or options.threads, *extra]
-    return ours(command, batches, as_file, options.steps)
+    command += ["--set", f"train.batch={size}", "--threads", threads or options.threads, *extra]
+    return Ours(command, as_file, options.steps)
+
+
+def train(options, batches, *extra, threads=None):
+    ours = side(options, len(batches[0]), *extra, threads=threads)
+    for batch in batches:
+        ours.take(batch)
+    return ours.line
 
 
 # What is measured: each part prints a table.
@@ -87,21 +95,24 @@ def useful(options, batch):
 
 def speed(options):
     batches = choose(options)
-    work = statistics.median(useful(options, batch) for batch in batches)
-    # Other guests of the machine may slow it down for minutes: its peak is that of the time of the steps.
-    found, lines = [peaks(options.threads)], {}
+    work = [useful(options, batch) for batch in batches]
+    precise = lambda precision: side(options, BATCH, "--set", f"train.precision={precision}")
+    rows, limits = [], {}
     for precision in ["f32", "bf16"]:
-        lines[precision] = train(options, batches, "--set", f"train.precision={precision}")
-        found.append(peaks(options.threads))
-    peak = {name: statistics.median(each[name] for each in found) for name in found[0]}
-    rows = []
-    for precision, line in lines.items():
-        share = f"{line.speed * work / 1e9 / peak[precision]:.0%}" if precision in peak else ""
-        rows.append([f"`peftc`, inducer + LoRA, {precision}", *line.figures, "", "", share])
-    rows += beside(lines, {name: PEERS[name] for name in options.peers})
-    limits = ", ".join(f"{name} {gflops:.0f}" for name, gflops in peak.items())
-    head = ["", "tokens/s", "peak memory", "`peftc` is faster", "and smaller", "of the CPU's peak"]
-    table(f"{work / 1e6:.0f} MFLOP a token are useful; peak GFLOP/s in registers: {limits}", head, rows)
+        say(precision)
+        ours, shares = precise(precision), []
+        for batch, each in zip(batches, work):
+            # Other guests of the machine may slow it down: its peak is that of the time of the steps.
+            peak = peaks(options.threads)
+            for name, gflops in peak.items():
+                limits.setdefault(name, []).append(gflops)
+            shares.append(ours.take(batch) * each / 1e9 / peak.get(precision, math.inf))
+        share = f"{statistics.median(shares):.0%}" if precision in limits else ""
+        rows.append([f"`peftc`, inducer + LoRA, {precision}", *ours.line.figures, "", "", share])
+    rows += beside(precise, {name: PEERS[name] for name in options.peers}, batches, options.seconds)
+    found = ", ".join(f"{name} {statistics.median(each):.0f}" for name, each in limits.items())
+    title = f"{statistics.median(work) / 1e6:.0f} MFLOP a token are useful; peak GFLOP/s in registers: {found}"
+    table(title, ["", "tokens/s", "peak memory", "`peftc` is faster", "and smaller", "of the CPU's peak"], rows)
 
 
 def overhead(options):
@@ -307,6 +318,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", type=measure.names(PARTS), default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--peers", type=measure.names(PEERS), default=list(PEERS), help=", ".join(PEERS))
+    parser.add_argument("--seconds", type=float, default=1200, help="for a peer with ours beside it")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
