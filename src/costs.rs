@@ -1,11 +1,12 @@
 //! What a step costs, from the graphs and the buffer plan of the program that would run it.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
 use peft_grammar::model::{Model, Precision, TaskKind};
 use peft_passes::cuda::Card;
 use peft_passes::dialect::Dialect;
+use peft_passes::lower::work::{Work, work};
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::arena;
@@ -64,6 +65,24 @@ pub struct Roofline {
     pub flops: f64,
     pub memory_seconds: f64,
     pub product_seconds: f64,
+    /// By a model of the kernels' tiles, see [`peft_passes::lower::work`].
+    pub modelled_seconds: f64,
+    /// Launches that compute the same, those that take longest first.
+    pub kernels: Vec<Kind>,
+}
+
+/// Launches of a step that compute the same.
+#[derive(Clone, Debug, Serialize)]
+pub struct Kind {
+    pub op: String,
+    pub launches: usize,
+    pub bytes: f64,
+    pub flops: f64,
+    /// Of its memory and its products, the slower at its best.
+    pub best_seconds: f64,
+    pub modelled_seconds: f64,
+    /// `memory`, `products`, or what is slower than either: `tiles`.
+    pub bound: &'static str,
 }
 
 impl Roofline {
@@ -92,7 +111,8 @@ impl Shape {
 /// Sequences longer than this are not what a plan is made for.
 const TYPICAL: u64 = 128;
 
-pub fn costs(model: &Model, options: &Options) -> Result<Costs, Failure> {
+/// For sequences of `tokens_each`, or of typical ones.
+pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Result<Costs, Failure> {
     let dialect = Dialect::new()?;
     let lowered = |entries: &[Entry], until| {
         pipeline::run(&dialect, model, entries, &Options { until, ..options.clone() }).map_err(Failure::from)
@@ -102,7 +122,7 @@ pub fn costs(model: &Model, options: &Options) -> Result<Costs, Failure> {
     let trained = lowered(&[Entry::Train], Stage::Loops)?;
     let graph = &trained.graphs[0];
     let both = flops(graph);
-    let tokens_each = model.task.max_tokens.min(TYPICAL);
+    let tokens_each = tokens_each.unwrap_or(TYPICAL).min(model.task.max_tokens);
     let sequences = model.train.batch;
     let tokens = sequences * tokens_each;
     let targets = match model.task.kind {
@@ -130,11 +150,34 @@ pub fn costs(model: &Model, options: &Options) -> Result<Costs, Failure> {
 
 fn roofline(card: Card, model: &Model, graph: &Graph, manifest: &Manifest, sizes: &Sizes) -> Roofline {
     let launches = ["train", "update"].iter().filter_map(|name| manifest.entries.get(*name)).flat_map(|e| &e.launches);
-    let bytes = |launch: &Launch| {
-        let buffers: BTreeSet<usize> = launch.buffers.iter().copied().collect();
-        buffers.iter().map(|&b| 4.0 * manifest.buffers[b].elements(sizes) as f64).sum::<f64>()
-    };
-    let bytes = launches.clone().map(bytes).sum::<f64>();
+    let mut kernels: Vec<Kind> = vec![];
+    for launch in launches.clone() {
+        let extents: Vec<u64> = launch.extents.iter().map(|e| e.eval(sizes)).collect();
+        let work = work(&manifest.kernels[launch.kernel], &extents, launch.units.eval(sizes), sizes, &card);
+        let bytes = bytes(launch, &work, manifest, sizes);
+        let (memory, products) = (bytes / card.bandwidth, work.arithmetic(&card));
+        let (best, modelled) = (memory.max(products), work.time(&card, bytes));
+        let bound = match () {
+            () if modelled > 1.5 * best => "tiles",
+            () if memory > products => "memory",
+            () => "products",
+        };
+        let alike = |kind: &&mut Kind| kind.op == launch.op && kind.bound == bound;
+        if kernels.iter_mut().find(alike).is_none() {
+            let op = launch.op.clone();
+            let none = (0.0, 0.0, 0.0, 0.0);
+            let (bytes, flops, best_seconds, modelled_seconds) = none;
+            kernels.push(Kind { op, launches: 0, bytes, flops, best_seconds, modelled_seconds, bound });
+        }
+        let kind = kernels.iter_mut().find(alike).expect("it is there");
+        kind.launches += 1;
+        kind.bytes += bytes;
+        kind.flops += work.flops;
+        kind.best_seconds += best;
+        kind.modelled_seconds += modelled;
+    }
+    kernels.sort_by(|x, y| y.modelled_seconds.total_cmp(&x.modelled_seconds));
+    let bytes = kernels.iter().map(|kind| kind.bytes).sum::<f64>();
     let all = flops(graph).of(sizes);
     let half_flops = match model.train.precision {
         Precision::Bf16 => frozen_flops(graph).of(sizes),
@@ -149,7 +192,20 @@ fn roofline(card: Card, model: &Model, graph: &Graph, manifest: &Manifest, sizes
         flops,
         memory_seconds: bytes / card.bandwidth,
         product_seconds: half_flops / card.half_flops + flops / card.flops,
+        modelled_seconds: kernels.iter().map(|kind| kind.modelled_seconds).sum(),
+        kernels,
     }
+}
+
+/// Each buffer once, of operands what the launch reads.
+fn bytes(launch: &Launch, work: &Work, manifest: &Manifest, sizes: &Sizes) -> f64 {
+    let mut buffers: BTreeMap<usize, f64> = BTreeMap::new();
+    for (i, &buffer) in launch.buffers.iter().enumerate() {
+        let whole = 4.0 * manifest.buffers[buffer].elements(sizes) as f64;
+        let some = work.reads.get(i).map_or(whole, |&reads| reads.min(whole));
+        buffers.entry(buffer).and_modify(|bytes| *bytes = bytes.max(some)).or_insert(some);
+    }
+    buffers.values().sum()
 }
 
 /// Of the products with frozen weights alone.

@@ -29,12 +29,12 @@ impl Chip {
 
     /// The card that is known by it, and what that can do at most.
     pub fn card(self) -> Card {
-        let card = |name, bandwidth, flops, half_flops| Card { name, bandwidth, flops, half_flops };
-        match self {
-            Chip::Sm70 => card("V100 SXM2", 0.9e12, 15.7e12, 125e12),
-            Chip::Sm80 => card("A100 SXM 40 GB", 1.555e12, 19.5e12, 312e12),
-            Chip::Sm90 => card("H100 SXM", 3.35e12, 67e12, 989e12),
-        }
+        let (name, bandwidth, flops, half_flops, multiprocessors, clock) = match self {
+            Chip::Sm70 => ("V100 SXM2", 0.9e12, 15.7e12, 125e12, 80, 1.53e9),
+            Chip::Sm80 => ("A100 SXM 40 GB", 1.555e12, 19.5e12, 312e12, 108, 1.41e9),
+            Chip::Sm90 => ("H100 SXM", 3.35e12, 67e12, 989e12, 132, 1.98e9),
+        };
+        Card { name, bandwidth, flops, half_flops, multiprocessors, clock }
     }
 
     /// The oldest version of PTX that knows the chip and all that kernels use, as LLVM's feature: the older it is, the
@@ -58,6 +58,9 @@ pub struct Card {
     pub flops: f64,
     /// Of tensor cores in half precision.
     pub half_flops: f64,
+    pub multiprocessors: u64,
+    /// Cycles a second.
+    pub clock: f64,
 }
 
 impl fmt::Display for Chip {

@@ -20,6 +20,10 @@ pub struct Arguments {
     #[cfg(feature = "compiler")]
     #[arg(long, default_value = "cpu")]
     target: String,
+    /// Tokens of each sequence of the batch that memory and time are counted for, 128 if not given
+    #[cfg(feature = "compiler")]
+    #[arg(long, value_name = "N")]
+    tokens: Option<u64>,
 }
 
 /// What `--json` prints.
@@ -37,7 +41,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let report = Report {
         budget: Budget::of(&model),
         #[cfg(feature = "compiler")]
-        costs: crate::costs::costs(&model, &options(&arguments)?)?,
+        costs: crate::costs::costs(&model, &options(&arguments)?, arguments.tokens)?,
     };
     if arguments.json {
         super::print(&serde_json::to_string_pretty(&report).expect("plain data"));
@@ -96,6 +100,36 @@ fn costs(costs: &crate::costs::Costs) -> String {
             1e3 * roofline.product_seconds,
             (batch.sequences * batch.tokens_each) as f64 / roofline.seconds(),
         ));
+        lines.extend(kernels(roofline));
     }
     lines.join("\n")
+}
+
+/// The kinds of launches that take most of a step, and all together.
+#[cfg(feature = "compiler")]
+fn kernels(roofline: &crate::costs::Roofline) -> Vec<String> {
+    let row = |launches: usize, flops: f64, bytes: f64, best: f64, modelled: f64, what: &str| {
+        let (flops, bytes, best, modelled) = (flops / 1e9, bytes / 1e6, 1e3 * best, 1e3 * modelled);
+        format!("{launches:>8} {flops:>7.1} {bytes:>8.0} {best:>7.2} {modelled:>8.2}  {what}")
+    };
+    let mut lines = vec!["launches  GFLOP       MB best ms model ms  bound by".to_string()];
+    let all = &roofline.kernels;
+    let shown = all.iter().take_while(|kind| kind.modelled_seconds > 0.01 * roofline.modelled_seconds).count();
+    for kind in &all[..shown] {
+        let what = format!("{:<8}  {}", kind.bound, kind.op);
+        lines.push(row(kind.launches, kind.flops, kind.bytes, kind.best_seconds, kind.modelled_seconds, &what));
+    }
+    for (kinds, what) in [(&all[shown..], "          others"), (&all[..], "          all")] {
+        let sum = |of: fn(&crate::costs::Kind) -> f64| kinds.iter().map(of).sum::<f64>();
+        let launches = kinds.iter().map(|kind| kind.launches).sum();
+        let [flops, bytes] = [sum(|k| k.flops), sum(|k| k.bytes)];
+        lines.push(row(launches, flops, bytes, sum(|k| k.best_seconds), sum(|k| k.modelled_seconds), what));
+    }
+    lines.push(format!(
+        "modelled: {:.2} ms a step, in which the roofline's {:.2} ms are {:.0}%",
+        1e3 * roofline.modelled_seconds,
+        1e3 * roofline.seconds(),
+        100.0 * roofline.seconds() / roofline.modelled_seconds
+    ));
+    lines
 }

@@ -97,7 +97,7 @@ fn making_values_again_takes_less_memory() {
         let model = model(&Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("models/paper/{spec}.peft")));
         let bytes = |without: &[&str]| {
             let without = without.iter().map(|name| name.to_string()).collect();
-            let costs = peftc::costs::costs(&model, &Options { without, ..Options::default() });
+            let costs = peftc::costs::costs(&model, &Options { without, ..Options::default() }, None);
             costs.unwrap_or_else(|e| panic!("{spec}: {e}")).activation_bytes_per_token
         };
         let (made_again, kept) = (bytes(&[]), bytes(&["remat"]));

@@ -49,6 +49,10 @@ pub(super) struct HeldRow<'a> {
 }
 
 impl Epilogue {
+    pub fn is_empty(&self) -> bool {
+        self.groups.is_empty()
+    }
+
     /// What the kernel's name says of it.
     pub fn suffix(&self) -> String {
         self.groups.iter().fold(String::new(), |name, group| {

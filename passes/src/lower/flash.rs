@@ -10,14 +10,17 @@
 //! What stands on the lanes' side is transposed first, into a place of the unit's own. Weights are computed again from
 //! the scores and their log-sum-exp.
 //!
+//! On a GPU a block's warps share a unit: what stands on the lanes' side is theirs together, of the blocks of rows each
+//! has its own.
+//!
 //! One call of the generator decides over four neighbouring columns, and keys need not begin at a multiple of four:
 //! they stand in *slots*, key j in slot `phase + j`, so that a slot's block is a call's.
 
-use peft_grammar::graph::Value;
+use peft_grammar::graph::{Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::attention::{ROWS, Segment, VECTORS, across, vectors, zeros};
-use super::kernel::{Buf, I32, Kernel, Order, Val, define};
+use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define};
 use super::random;
 use super::rows;
 use super::span::Span;
@@ -37,6 +40,8 @@ fn slack(lanes: u64) -> u64 {
 #[derive(Clone, Copy, PartialEq)]
 pub enum Part {
     Forward,
+    /// With the log-sum-exp of the scores.
+    Both,
     Lse,
     /// The adjoint of operand 0, 1 or 2.
     Adjoint(usize),
@@ -61,6 +66,8 @@ impl Lowering<'_, '_, '_> {
         (stream, column): (u32, u64),
         result: Value,
     ) {
+        let logs = self.lse_beside(part, operands, form);
+        let part = if logs.is_some() { Part::Both } else { part };
         let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         // Room for every sequence, its length rounded up.
@@ -73,9 +80,10 @@ impl Lowering<'_, '_, '_> {
             Part::Adjoint(0 | 1) => self.scratch(vec![places.clone() * width.clone()]),
             _ => second,
         };
-        let rows = self.scratch(vec![places * Extent::Const(2 * ROWS)]);
+        let rows = self.scratch(vec![places * Extent::Const(2 * ROWS * self.target.machine.team())]);
         let stem = match part {
             Part::Forward => "attention".to_string(),
+            Part::Both => "attention_and_lse".to_string(),
             Part::Lse => "attention_lse".to_string(),
             Part::Adjoint(of) => format!("attention_vjp{of}"),
         };
@@ -102,26 +110,48 @@ impl Lowering<'_, '_, '_> {
             _ => self.target(result),
         };
         lie(&view);
+        let beside = logs.map(|value| (self.result(value), self.view(value)));
+        beside.iter().for_each(|(_, view)| lie(view));
         let mut elements = vec![Element::F32; floats];
         elements.extend(drops.then_some(Element::I32));
-        elements.extend([Element::F32; 5]);
+        elements.extend(vec![Element::F32; 5 + usize::from(beside.is_some())]);
         elements.push(Element::I32);
         let kernel = self.target.kernel(&name, |title| {
             define(title, &elements, sizes.len(), |k, buffers, sizes| {
-                k.units(|k, unit| {
-                    let unit = Unit::of(k, unit, buffers, sizes, form, drops);
+                k.team_units(|k, unit| {
+                    let unit = Unit::of(k, unit, buffers, sizes, (part, form), drops);
                     match part {
-                        Part::Forward => forward(k, &unit),
+                        Part::Forward | Part::Both => forward(k, &unit),
                         Part::Lse => lse(k, &unit),
                         Part::Adjoint(0) => over_keys(k, &unit),
                         Part::Adjoint(of) => over_queries(k, &unit, of == 2),
                     }
+                    // Before another unit takes the places.
+                    k.meet();
                 });
             })
         });
         let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
-        buffers.extend([out, first, second, factor, rows, self.target.derived("offsets")]);
-        self.launch(kernel, buffers, sizes, heads * Extent::Sequences);
+        buffers.push(out);
+        buffers.extend(beside.map(|(buffer, _)| buffer));
+        buffers.extend([first, second, factor, rows, self.target.derived("offsets")]);
+        let team = Extent::Const(self.target.machine.team());
+        self.launch(kernel, buffers, sizes, heads * Extent::Sequences * team);
+    }
+}
+
+impl Lowering<'_, '_, '_> {
+    /// The log-sum-exp of the same scores, if the entry wants it as well: its turn is then over.
+    fn lse_beside(&mut self, part: Part, operands: &[Value], form: Form) -> Option<Value> {
+        let wanted = Op::AttentionLse { causal: form.causal, scale: form.scale };
+        let alike = |node: &Node| node.op == wanted && node.operands == operands[..2];
+        let at = self.graph.nodes.iter().position(alike).filter(|_| part == Part::Forward)?;
+        let lse = self.graph.nodes[at].result;
+        let waits = self.places[lse.0 as usize].is_none() && self.frozen.is_none();
+        waits.then(|| {
+            self.joined.insert(at);
+            lse
+        })
     }
 }
 
@@ -143,6 +173,8 @@ impl Rows {
 struct Unit {
     operands: Vec<Rows>,
     out: Rows,
+    /// Where the log-sum-exp goes beside it.
+    lse: Option<Rows>,
     rng: Option<Buf>,
     /// Transposed operands, `[width][stride]`, and where they begin.
     first: (Buf, Val),
@@ -167,21 +199,24 @@ struct Unit {
 }
 
 impl Unit {
-    fn of(k: &mut Kernel, unit: Val, buffers: &[Buf], sizes: &[Val], form: Form, drops: bool) -> Self {
-        let (floats, rest) = buffers.split_at(buffers.len() - 6 - usize::from(drops));
+    fn of(k: &mut Kernel, unit: Val, buffers: &[Buf], sizes: &[Val], (part, form): (Part, Form), drops: bool) -> Self {
+        let beside = usize::from(part == Part::Both);
+        let (floats, rest) = buffers.split_at(buffers.len() - 6 - beside - usize::from(drops));
         let (rng, rest) = rest.split_at(usize::from(drops));
-        let [out, first, second, factor, rows, offsets] = super::kernel::first(rest);
+        let (outs, rest) = rest.split_at(1 + beside);
+        let [first, second, factor, rows, offsets] = super::kernel::first(rest);
         let [tokens, width, wide, sequences, stream, column] = super::kernel::first(sizes);
         let segment = Segment::of(k, unit, tokens, sequences, offsets);
         let mut lie = sizes[6..].chunks_exact(3);
         let mut operands: Vec<Rows> = vec![];
-        for (&buffer, lie) in floats.iter().chain([&out]).zip(&mut lie) {
+        for (&buffer, lie) in floats.iter().chain(outs).zip(&mut lie) {
             let &[first, head, line] = lie else { unreachable!("three sizes each") };
             let head = k.mul(segment.head, head);
             let start = k.mul(segment.start, line);
             let base = k.add(first, head);
             operands.push(Rows { buffer, base: k.add(base, start), line });
         }
+        let lse = (part == Part::Both).then(|| operands.pop().expect("it stands behind the result"));
         let out = operands.pop().expect("the result is the last");
         let four = k.index(ROWS);
         let phase = k.rem(column, four);
@@ -194,13 +229,19 @@ impl Unit {
         let place = k.add(segment.row, slack);
         let (first_at, second_at) = (k.mul(place, width), k.mul(place, wide));
         let double = k.index(2 * ROWS);
-        let scores = k.mul(place, double);
+        let all = k.index(2 * ROWS * k.team());
+        let scores = k.mul(place, all);
         let scores = k.add(scores, phase);
+        let member = k.member();
+        let before = k.mul(stride, double);
+        let before = k.mul(member, before);
+        let scores = k.add(scores, before);
         let block = k.mul(stride, four);
         let products = k.add(scores, block);
         Unit {
             operands,
             out,
+            lse,
             rng: rng.first().copied(),
             first: (first, first_at),
             second: (second, second_at),
@@ -282,7 +323,7 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Bu
     let line = k.to_i32(from.line);
     let line = k.splat(line);
     let steps = k.mul(numbers, line);
-    k.each(turned, width, 1, |k, e| {
+    k.dealt(turned, width, 1, |k, e| {
         let column = k.mul(e, unit.stride);
         let column = k.add(at, column);
         k.each(zero, unit.segment.length, k.lane_count(), |k, i| {
@@ -336,7 +377,7 @@ fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val) -> Rows {
     let zero = k.index(0);
     let base = k.mul(unit.place, width);
     let rows = Rows { buffer: unit.factor, base, line: width };
-    k.each(zero, unit.segment.length, 1, |k, i| {
+    k.dealt(zero, unit.segment.length, 1, |k, i| {
         let (source, target) = (from.row(k, i), rows.row(k, i));
         copy::move_row(k, (from.buffer, source), (rows.buffer, target), width);
     });
@@ -439,7 +480,8 @@ fn lse(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let [q, keys] = &unit.operands[..] else { unreachable!("two operands") };
     transpose(k, unit, keys, unit.width, unit.first);
-    k.each(zero, unit.segment.length, ROWS, |k, i| {
+    k.meet();
+    k.dealt(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
@@ -458,13 +500,26 @@ fn forward(k: &mut Kernel, unit: &Unit) {
     let generator = unit.generator(k);
     transpose(k, unit, keys, unit.width, unit.first);
     let values = gathered(k, unit, v, unit.wide);
-    k.each(zero, unit.segment.length, ROWS, |k, i| {
+    k.meet();
+    k.dealt(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
-            let share = rows::exponentials(k, [unit.rows, unit.rows], Span { base: line, length: limit });
+            let span = Span { base: line, length: limit };
+            let most = rows::largest(k, unit.rows, span);
+            let total = rows::powers(k, unit.rows, span, most, Some(unit.rows));
+            if let Some(out) = &unit.lse {
+                let most = k.lane(most, 0);
+                let log = math::log(k, total);
+                let lse = k.add(most, log);
+                let place = out.row(k, row);
+                k.store(lse, out.buffer, place);
+            }
+            let one = k.float(1.0, F32);
+            let share = k.div(one, total);
+            let share = k.splat(share);
             k.settle();
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
                 let e = k.load_within(unit.rows, place, (at, 0), end);
@@ -487,7 +542,8 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
     transpose(k, unit, keys, unit.width, unit.first);
     transpose(k, unit, v, unit.wide, unit.second);
     let rows = gathered(k, unit, keys, unit.width);
-    k.each(zero, unit.segment.length, ROWS, |k, i| {
+    k.meet();
+    k.dealt(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
@@ -576,7 +632,8 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
     let (side, width) = if values { (df, unit.wide) } else { (q, unit.width) };
     let side = gathered(k, unit, side, width);
     let slots = k.add(unit.segment.length, unit.phase);
-    k.each(zero, slots, ROWS, |k, slot| {
+    k.meet();
+    k.dealt(zero, slots, ROWS, |k, slot| {
         let block = unit.keys(k, slot);
         let j = block[0];
         // Queries before the first key do not see it; vectors begin where products do.

@@ -22,12 +22,12 @@ use super::{Lowering, Place, math, tiles};
 use crate::cuda::{WARP, WARPS};
 
 /// Rows, columns and steps of k of a tile.
-const ROWS: u64 = 128;
-const COLUMNS: u64 = 64;
-const DEPTH: u64 = 32;
+pub(super) const ROWS: u64 = 128;
+pub(super) const COLUMNS: u64 = 64;
+pub(super) const DEPTH: u64 = 32;
 /// Fragments of a warp's sums, down and across.
-const DOWN: u64 = ROWS / WARPS / SIDE;
-const ACROSS: u64 = COLUMNS / SIDE;
+pub(super) const DOWN: u64 = ROWS / WARPS / SIDE;
+pub(super) const ACROSS: u64 = COLUMNS / SIDE;
 const THREADS: u64 = WARP * WARPS;
 /// From row to row in shared memory, in words of two numbers: rows that a fragment reads at once lie in banks apart.
 const LINE_A: u64 = DEPTH / 2 + 4;

@@ -25,6 +25,7 @@ mod rows;
 mod span;
 mod tiles;
 mod view;
+pub mod work;
 
 use flash::{Form, Part};
 use kernel::Title;

@@ -5,13 +5,16 @@ use peft_grammar::graph::{Dim, Op, Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::epilogue::Follow;
-use super::kernel::{F32, Kernel, Val, define, first};
+use super::kernel::{F32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::view::View;
 use super::{Lowering, dim_extent, extent, extents, map};
+use crate::machine::Machine;
 
 /// Columns of a unit.
 const COLUMNS: u64 = 64;
+/// Rows that a GPU's warp reads at once.
+const AHEAD: u64 = 8;
 
 impl Lowering<'_, '_, '_> {
     /// Node `at` sums rows up and nothing else.
@@ -223,6 +226,13 @@ impl Lowering<'_, '_, '_> {
         out
     }
 
+    /// The sum of `count` arrays in `x`.
+    pub(super) fn add_up(&mut self, x: BufferId, count: Extent, elements: Extent, out: BufferId) {
+        let label = std::mem::replace(&mut self.label, "add_up".into());
+        self.sum_columns_into(x, (Extent::Const(1), count, elements), None, out);
+        self.label = label;
+    }
+
     fn sum_columns(
         &mut self,
         x: BufferId,
@@ -233,24 +243,42 @@ impl Lowering<'_, '_, '_> {
         target: Option<Value>,
     ) -> BufferId {
         let out = self.target_of(outer.clone() * inner.clone(), target);
+        self.sum_columns_into(x, (outer, count, inner), ratio, out);
+        out
+    }
+
+    fn sum_columns_into(
+        &mut self,
+        x: BufferId,
+        (outer, count, inner): (Extent, Extent, Extent),
+        ratio: Option<(Extent, Extent)>,
+        out: BufferId,
+    ) {
         let averages = ratio.is_some();
         let name = if averages { "mean_columns" } else { "sum_columns" };
-        let blocks = Extent::CeilDiv(Box::new(inner.clone()), COLUMNS);
+        let machine = self.target.machine;
+        // A GPU wants more units, and rows on their way: a team shares a unit's rows.
+        let (across, ahead) = match machine {
+            Machine::Cpu(_) => (COLUMNS, 1),
+            Machine::Cuda(_) => (machine.lanes(), AHEAD),
+        };
+        let blocks = Extent::CeilDiv(Box::new(inner.clone()), across);
         let mut sizes = vec![count, inner, blocks.clone()];
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| [all, kept]));
         let kernel = self.target.kernel(name, |title| {
             define(title, &[Element::F32; 2], sizes.len(), |k, buffers, sizes| {
                 let ([x, out], [count, inner, blocks]) = (first(buffers), first(sizes));
-                k.units(|k, unit| {
+                let room = (k.team() > 1).then(|| k.shared(k.team() * k.lane_count()));
+                k.team_units(|k, unit| {
                     let (area, block) = (k.div(unit, blocks), k.rem(unit, blocks));
-                    let width = k.index(COLUMNS);
+                    let width = k.index(across);
                     let start = k.mul(block, width);
                     let size = k.mul(count, inner);
                     let base = k.mul(area, size);
                     let base = k.add(base, start);
                     let zero = k.index(0);
                     let lanes = k.lane_count();
-                    let vectors: Vec<(Val, Val)> = (0..COLUMNS / lanes)
+                    let vectors: Vec<(Val, Val)> = (0..across / lanes)
                         .map(|v| {
                             let offset = k.index(v * lanes);
                             let column = k.add(start, offset);
@@ -259,34 +287,48 @@ impl Lowering<'_, '_, '_> {
                         })
                         .collect();
                     let nothing = k.floats(0.0);
-                    let sums = k.fold(zero, count, 1, &vec![nothing; vectors.len()], |k, row, sums| {
-                        let row = k.mul(row, inner);
-                        let row = k.add(base, row);
+                    let nothings = vec![nothing; vectors.len() * ahead as usize];
+                    let sums = k.dealt_fold(zero, count, ahead, &nothings, |k, row, sums| {
                         let mut next = vec![];
-                        for (&(offset, mask), &sum) in vectors.iter().zip(sums) {
-                            let place = k.add(row, offset);
-                            let x = k.load_lanes(x, place, mask);
-                            next.push(k.add(sum, x));
+                        for (a, sums) in (0..).zip(sums.chunks_exact(vectors.len())) {
+                            let a = k.index(a);
+                            let row = k.add(row, a);
+                            let exists = (ahead > 1).then(|| k.compare(row, Order::Lt, count));
+                            let row = k.mul(row, inner);
+                            let row = k.add(base, row);
+                            for (&(offset, mask), &sum) in vectors.iter().zip(sums) {
+                                let place = k.add(row, offset);
+                                let mask = exists.map_or(mask, |exists| k.and(mask, exists));
+                                let x = k.load_lanes(x, place, mask);
+                                next.push(k.add(sum, x));
+                            }
                         }
                         next
                     });
+                    let (first, others) = sums.split_at(vectors.len());
+                    let mut sums = first.to_vec();
+                    for others in others.chunks_exact(vectors.len()) {
+                        sums = sums.iter().zip(others).map(|(&x, &y)| k.add(x, y)).collect();
+                    }
+                    let sums: Vec<Val> = sums.into_iter().map(|sum| k.sum_team(sum, room)).collect();
                     let target = k.mul(area, inner);
                     let target = k.add(target, start);
-                    for (&(offset, mask), &sum) in vectors.iter().zip(&sums) {
-                        let mut sum = sum;
-                        if averages {
-                            let share = share(k, &sizes[3..]);
-                            let share = k.splat(share);
-                            sum = k.mul(sum, share);
+                    k.first_of_team(|k| {
+                        for (&(offset, mask), &sum) in vectors.iter().zip(&sums) {
+                            let mut sum = sum;
+                            if averages {
+                                let share = share(k, &sizes[3..]);
+                                let share = k.splat(share);
+                                sum = k.mul(sum, share);
+                            }
+                            let place = k.add(target, offset);
+                            k.store_lanes(sum, out, place, mask);
                         }
-                        let place = k.add(target, offset);
-                        k.store_lanes(sum, out, place, mask);
-                    }
+                    });
                 });
             })
         });
-        self.launch(kernel, vec![x, out], sizes, outer * blocks);
-        out
+        self.launch(kernel, vec![x, out], sizes, outer * blocks * Extent::Const(machine.team()));
     }
 }
 

@@ -7,6 +7,8 @@
 //! sums ─► shared memory, row by row ─► what follows the product
 //! ```
 //!
+//! Where the result has few tiles and k is long, blocks share a tile's steps and their sums are added up afterwards.
+//!
 //! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
 //! fetch what lies side by side.
 
@@ -31,8 +33,8 @@ pub(super) const TILE: u64 = 64;
 /// Steps along k between two visits of the operands.
 const DEPTH: u64 = 16;
 /// Of a tile, what one thread holds.
-const ROWS: u64 = 8;
-const COLUMNS: u64 = 4;
+pub(super) const ROWS: u64 = 8;
+pub(super) const COLUMNS: u64 = 4;
 /// From one step of k to the next in shared memory: further than a tile, or threads that store along k would all want
 /// the same bank.
 const LINE: u64 = TILE + 4;
@@ -68,6 +70,10 @@ impl Side {
         [self.along, self.deep, self.area, self.first]
     }
 }
+
+/// Blocks of a product that are worth having, and how many may share a tile for that.
+const BLOCKS: u64 = 96;
+const SHARES: u64 = 8;
 
 /// How many rows, columns, steps along k and batches.
 pub(super) struct Shape {
@@ -171,18 +177,27 @@ impl Lowering<'_, '_, '_> {
         (self.place(value).buffer, side)
     }
 
-    fn launch_tiles(
-        &mut self,
-        Shape { m, n, depth, batch }: Shape,
-        (a, left): (BufferId, Side),
-        (b, right): (BufferId, Side),
-        to: To,
-    ) {
+    fn launch_tiles(&mut self, shape: Shape, (a, left): (BufferId, Side), (b, right): (BufferId, Side), to: To) {
+        let whole = shape.m.clone() * shape.n.clone();
+        let apart = shape.batch != Extent::Const(1) && to.area != whole;
+        let dense = to.line == shape.n && to.first == Extent::Const(0) && !apart;
+        let shares = match to.fate {
+            Fate::Written if dense && to.epilogue.is_empty() => shares(&shape),
+            _ => 1,
+        };
+        let Shape { m, n, depth, batch } = shape;
         let tiles = |n: &Extent| Extent::CeilDiv(Box::new(n.clone()), TILE);
         let (down, across) = (tiles(&m), tiles(&n));
-        let units = batch * down.clone() * across.clone() * Extent::Const(WARPS);
+        let units = Extent::Const(shares) * batch.clone() * down.clone() * across.clone() * Extent::Const(WARPS);
+        let steps = Extent::CeilDiv(Box::new(depth.clone()), DEPTH * shares) * Extent::Const(DEPTH);
         let [rows_a, rows_b] = [left.contiguous, right.contiguous];
-        let mut sizes = vec![m, n, depth, down, across];
+        let elements = batch.clone() * whole.clone();
+        let (result, mut to) = (to.buffer, to);
+        if shares > 1 {
+            to.buffer = self.scratch(vec![Extent::Const(shares), elements.clone()]);
+            to.area = whole;
+        }
+        let mut sizes = vec![m, n, depth, down, across, batch, steps];
         sizes.extend(left.sizes());
         sizes.extend(right.sizes());
         sizes.extend([to.line, to.area, to.first]);
@@ -192,6 +207,19 @@ impl Lowering<'_, '_, '_> {
         let kernel = self.target.kernel(&name, |title| tiles_kernel(title, [rows_a, rows_b], fate, &epilogue));
         sizes.extend(epilogue.sizes);
         self.launch(kernel, [vec![a, b, to.buffer], epilogue.buffers].concat(), sizes, units);
+        if shares > 1 {
+            self.add_up(to.buffer, Extent::Const(shares), elements, result);
+        }
+    }
+}
+
+/// How many blocks share a tile, so that there are some for most of a chip's multiprocessors.
+fn shares(Shape { m, n, depth, batch }: &Shape) -> u64 {
+    let (&Extent::Const(m), &Extent::Const(n), &Extent::Const(batch)) = (m, n, batch) else { return 1 };
+    let tiles = batch * m.div_ceil(TILE) * n.div_ceil(TILE);
+    match depth {
+        Extent::Const(_) => 1,
+        _ => (BLOCKS / tiles.max(1)).clamp(1, SHARES),
     }
 }
 
@@ -282,15 +310,15 @@ impl Out<'_> {
 }
 
 /// Sizes of the kernel, without its epilogue's.
-const SIZES: usize = 16;
+const SIZES: usize = 18;
 
 /// One tile a unit.
 fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epilogue) -> String {
     let elements = [&[Element::F32; 3], &epilogue.elements[..]].concat();
     define(title, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
-        let [m, n, depth, down, across] = first(sizes);
-        let (left, right, to) = (&sizes[5..9], &sizes[9..13], &sizes[13..SIZES]);
+        let [m, n, depth, down, across, batches, steps] = first(sizes);
+        let (left, right, to) = (&sizes[7..11], &sizes[11..15], &sizes[15..SIZES]);
         let part_a = k.shared(2 * DEPTH * LINE);
         let part_b = k.beyond(part_a, DEPTH * LINE);
         let thread = k.thread();
@@ -300,14 +328,20 @@ fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epil
         let (column, row) = (k.mul(column, columns), k.mul(row, rows));
         k.block_units(|k, unit| {
             let (rest, tile_column) = (k.div(unit, across), k.rem(unit, across));
-            let (batch, tile_row) = (k.div(rest, down), k.rem(rest, down));
+            let (lead, tile_row) = (k.div(rest, down), k.rem(rest, down));
+            let (share, batch) = (k.div(lead, batches), k.rem(lead, batches));
+            let begin = k.mul(share, steps);
+            let depth = {
+                let end = k.add(begin, steps);
+                k.min(end, depth)
+            };
             let tile = k.index(TILE);
             let (first_row, first_column) = (k.mul(tile_row, tile), k.mul(tile_column, tile));
             let left = Source::of(k, a, left, batch, first_row, m, contiguous[0]);
             let right = Source::of(k, b, right, batch, first_column, n, contiguous[1]);
             let nothing = k.float(0.0, F32);
             let zero = k.index(0);
-            let sums = k.fold(zero, depth, DEPTH, &[nothing; (ROWS * COLUMNS) as usize], |k, block, sums| {
+            let sums = k.fold(begin, depth, DEPTH, &[nothing; (ROWS * COLUMNS) as usize], |k, block, sums| {
                 let end = k.sub(depth, block);
                 let [x, y] = [&left, &right].map(|side| side.fetch(k, block, end));
                 // The steps before are done with what they share.
@@ -329,7 +363,7 @@ fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epil
                 })
             });
             let [line, area, first] = first(to);
-            let area = k.mul(batch, area);
+            let area = k.mul(lead, area);
             let base = k.add(first, area);
             k.barrier();
             let out = Out {

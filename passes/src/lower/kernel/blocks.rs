@@ -1,12 +1,13 @@
-//! What the threads of a block do together, on a GPU: they share memory, and wait for each other.
+//! What the threads of a block do together, on a GPU: they share memory, and wait for each other. A *team* is a block's
+//! warps, or a processor's thread alone.
 
 use std::fmt::Write;
 
 use peft_runtime::artifact::Element;
 
 use super::lanes::Form;
-use super::{Buf, INDEX, Kernel, Val};
-use crate::cuda::WARPS;
+use super::{Buf, INDEX, Kernel, Order, Val};
+use crate::cuda::{WARP, WARPS};
 
 impl Kernel {
     /// The units asked for, a block's threads together on [`WARPS`] of them: who launches kernels counts in warps.
@@ -20,6 +21,95 @@ impl Kernel {
             body(k, unit);
             vec![]
         });
+    }
+
+    /// Members of a team.
+    pub fn team(&self) -> u64 {
+        self.machine.team()
+    }
+
+    /// The units asked for, each a team's; launched units are members.
+    pub fn team_units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
+        match self.form {
+            Form::Vectors { .. } => self.units(body),
+            Form::Warps { .. } => self.block_units(body),
+        }
+    }
+
+    /// The team's member.
+    pub fn member(&mut self) -> Val {
+        match self.form {
+            Form::Vectors { .. } => self.index(0),
+            Form::Warps { warp, .. } => warp,
+        }
+    }
+
+    /// For `from`, `from + step`, … below `to`, dealt out to the team.
+    pub fn dealt(&mut self, from: Val, to: Val, step: u64, body: impl FnOnce(&mut Kernel, Val)) {
+        self.dealt_fold(from, to, step, &[], |k, i, _| {
+            body(k, i);
+            vec![]
+        });
+    }
+
+    /// The same with values that each member carries.
+    pub fn dealt_fold(
+        &mut self,
+        from: Val,
+        to: Val,
+        step: u64,
+        start: &[Val],
+        body: impl FnOnce(&mut Kernel, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let from = match self.form {
+            Form::Vectors { .. } => from,
+            Form::Warps { warp, .. } => {
+                let step = self.index(step);
+                let ahead = self.mul(warp, step);
+                self.add(from, ahead)
+            }
+        };
+        self.fold(from, to, step * self.team(), start, body)
+    }
+
+    /// What one member has written, the others may read from here on.
+    pub fn meet(&mut self) {
+        if let Form::Warps { .. } = self.form {
+            self.barrier();
+        }
+    }
+
+    /// Sums of every member's lanes, which the first one gets: `room` is a vector for each member, shared.
+    pub fn sum_team(&mut self, x: Val, room: Option<Buf>) -> Val {
+        let (Form::Warps { warp, lane, .. }, Some(room)) = (&self.form, room) else { return x };
+        let (warp, lane) = (*warp, *lane);
+        let width = self.index(WARP);
+        let at = self.mul(warp, width);
+        let at = self.add(at, lane);
+        self.store_here(x, room, at);
+        self.barrier();
+        let mut sum = self.load_here(room, lane);
+        for member in 1..WARPS {
+            let at = self.index(member * WARP);
+            let at = self.add(at, lane);
+            let other = self.load_here(room, at);
+            sum = self.add(sum, other);
+        }
+        // Before the room is used again.
+        self.barrier();
+        sum
+    }
+
+    /// What only the team's first member does.
+    pub fn first_of_team(&mut self, body: impl FnOnce(&mut Kernel)) {
+        match self.form {
+            Form::Vectors { .. } => body(self),
+            Form::Warps { warp, .. } => {
+                let zero = self.index(0);
+                let first = self.compare(warp, Order::Eq, zero);
+                self.when(first, body);
+            }
+        }
     }
 
     /// The thread's number in its block.

@@ -75,6 +75,16 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// Members of a team: units that a kernel counts as one.
+    pub fn team(self) -> u64 {
+        match self {
+            Machine::Cpu(_) => 1,
+            Machine::Cuda(_) => WARPS,
+        }
+    }
+}
+
 impl Kernel {
     /// Elements of a vector: [`Machine::lanes`].
     pub fn lane_count(&self) -> u64 {
