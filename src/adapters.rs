@@ -124,7 +124,7 @@ pub fn kept(model: &Model, program: Program, mut values: Tensors) -> Result<Tens
         return Err(Failure::Usage("what the spec stores is made of weights that do not train".into()));
     }
     let zeros = tensors.iter().map(|t| Numbers::zeros(t.shape.iter().product::<u64>() as usize)).collect();
-    let mut session = Session::new(program, zeros, 0)?;
+    let mut session = Session::new(program.only(&[STORE]), zeros, 0)?;
     apply(&mut session, &values)?;
     session.run(STORE, &Inputs::default())?;
     for name in &model.replaced {

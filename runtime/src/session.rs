@@ -1,7 +1,7 @@
 //! Runs an artifact's entries: binds buffers to memory and hands the launches to a backend.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -34,6 +34,28 @@ impl Program {
             None => Code::Library(Library::load(path, &manifest.kernels)?),
         };
         Ok(Program { manifest, code })
+    }
+
+    /// The program that runs these entries alone: weights are packed for what they read, and for nothing else.
+    pub fn only(mut self, entries: &[&str]) -> Self {
+        let Manifest { entries: known, prepare, buffers, .. } = &mut self.manifest;
+        known.retain(|name, _| entries.contains(&name.as_str()));
+        let runs = known.values().flat_map(|e| &e.launches).flat_map(|l| &l.buffers);
+        let outputs = known.values().flat_map(|e| &e.outputs).map(|o| &o.buffer);
+        let mut read: BTreeSet<BufferId> = runs.chain(outputs).copied().collect();
+        // What prepares for what prepares comes before it.
+        let mut kept: Vec<Launch> = vec![];
+        for launch in prepare.drain(..).rev() {
+            let makes: Vec<BufferId> =
+                launch.buffers.iter().copied().filter(|&b| buffers[b].storage == Storage::Prepared).collect();
+            if makes.iter().any(|b| read.contains(b)) {
+                read.extend(makes);
+                kept.push(launch);
+            }
+        }
+        kept.reverse();
+        *prepare = kept;
+        self
     }
 }
 

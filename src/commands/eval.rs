@@ -31,7 +31,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let tokenizer = source::tokenizer(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
     let weights = source::weights(&arguments.weights, &model)?;
-    let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    let mut session = Session::new(ready.program.only(&["init", "eval"]), weights, arguments.source.threads)?;
     session.initialise()?;
     if let Some(path) = &arguments.adapter {
         adapters::apply(&mut session, &adapters::load(&model, path)?)?;

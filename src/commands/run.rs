@@ -38,7 +38,8 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Some(from) => source::weights(from, &ready.model)?,
         None => exchange::weights(&file, &ready.model, &arguments.inputs)?,
     };
-    let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    let program = ready.program.only(&["init", &arguments.entry]);
+    let mut session = Session::new(program, weights, arguments.source.threads)?;
     if arguments.weights.is_some() {
         session.initialise()?;
     }

@@ -59,7 +59,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let dev = arguments.dev.as_ref().map(read).transpose()?;
 
     let weights = source::weights(&arguments.weights, &model)?;
-    let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    let program = ready.program.only(&["init", "train", "update", "eval"]);
+    let mut session = Session::new(program, weights, arguments.source.threads)?;
     session.initialise()?;
     if arguments.profile {
         session.profile = Some(Default::default());

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use peft_runtime::adapter::{self, Data};
+use peft_runtime::artifact::Storage;
 use peft_runtime::{device, store};
 
 use crate::cli::{Bench, Ran, text, tiny_bert};
@@ -141,6 +142,32 @@ fn artifacts_without_a_gpu() {
             let train = ["train", text(&artifact), "--weights", text(&weights), "--data", text(&data)];
             bench.refuses(&train, 3, &["tiny.peftc", arch, "libcuda.so.1", "R470", "`--target cpu`"]);
         }
+    }
+}
+
+/// In half precision no entry reads a frozen matrix as it was, but for the rows that it gathers: the session lets the
+/// others go when they are packed.
+#[test]
+fn frozen_matrices_are_there_in_half_alone() {
+    let bench = Bench::new();
+    let (spec, _) = tiny_bert(&bench, |_| {});
+    let artifact = bench.path("tiny.peftc");
+    for target in ["cuda:sm_70", "cuda:sm_80"] {
+        let half = ["--set", "train.precision=bf16", "--target", target, "-o", text(&artifact)];
+        assert_eq!(bench.peftc(["compile", text(&spec)].iter().chain(&half)).code, 0);
+        let manifest = store::open(&artifact).expect("sound").0;
+        let mut matrices = 0;
+        for launch in manifest.entries.values().flat_map(|entry| &entry.launches) {
+            for &buffer in &launch.buffers {
+                let Storage::Tensor { index, .. } = manifest.buffers[buffer].storage else { continue };
+                let tensor = &manifest.tensors[index];
+                if tensor.trainable.is_none() && tensor.shape.len() == 2 {
+                    assert!(launch.op == "gather" || tensor.shape[0] == 1, "`{}` reads `{}`", launch.op, tensor.name);
+                    matrices += 1;
+                }
+            }
+        }
+        assert!(matrices > 0);
     }
 }
 

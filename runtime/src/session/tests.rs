@@ -149,6 +149,21 @@ fn a_step() {
     assert!(session.peak_bytes() > 0);
 }
 
+/// What no entry reads that is to run is not packed; what packs on the way to what one reads is.
+#[test]
+fn only_some_entries() {
+    let Some((_home, library)) = library() else { return };
+    let program = |entries: &[&str]| Program::new(manifest(), &library).unwrap().only(entries);
+    let mut session = Session::new(program(&["update", "idle"]), weights(), 1).unwrap();
+    assert!(session.manifest().prepare.is_empty() && session.home.prepared.is_empty());
+    session.run("idle", &batch(&[1])).unwrap();
+    assert!(session.run("train", &batch(&[1])).unwrap_err().to_string().contains("it has `idle`, `update`"));
+    let mut session = Session::new(program(&["train"]), weights(), 1).unwrap();
+    assert_eq!(session.manifest().prepare, manifest().prepare);
+    session.run("train", &batch(&[2, 1])).unwrap();
+    assert_eq!(session.output("logits").unwrap().1[..], [40.0, 50.0, 1060.0]);
+}
+
 #[test]
 fn bits_do_not_depend_on_threads_or_history() {
     let Some((_home, mut one)) = session(1) else { return };
