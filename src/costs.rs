@@ -153,7 +153,8 @@ fn roofline(card: Card, model: &Model, graph: &Graph, manifest: &Manifest, sizes
     let mut kernels: Vec<Kind> = vec![];
     for launch in launches.clone() {
         let extents: Vec<u64> = launch.extents.iter().map(|e| e.eval(sizes)).collect();
-        let work = work(&manifest.kernels[launch.kernel], &extents, launch.units.eval(sizes), sizes, &card);
+        let (kernel, buffers) = (&manifest.kernels[launch.kernel], launch.buffers.len());
+        let work = work(kernel, buffers, &extents, launch.units.eval(sizes), sizes, &card);
         let bytes = bytes(launch, &work, manifest, sizes);
         let (memory, products) = (bytes / card.bandwidth, work.arithmetic(&card));
         let (best, modelled) = (memory.max(products), work.time(&card, bytes));

@@ -37,6 +37,21 @@ impl Chip {
         Card { name, bandwidth, flops, half_flops, multiprocessors, clock }
     }
 
+    /// Warps that a multiprocessor holds at once, in blocks whose threads take so many registers and which take so many
+    /// bytes of shared memory.
+    pub fn warps_held(self, registers: u64, shared: u64) -> u64 {
+        let (most, memory) = match self {
+            Chip::Sm70 => (64, 96 << 10),
+            Chip::Sm80 => (64, 164 << 10),
+            Chip::Sm90 => (64, 228 << 10),
+        };
+        // Registers come in eights for each thread; a block of the later chips takes 1 KiB more.
+        let by_registers = (1 << 16) / (registers.max(1).next_multiple_of(8) * WARP) / WARPS;
+        let reserved = if self == Chip::Sm70 { 0 } else { 1 << 10 };
+        let by_memory = memory / (shared + reserved).max(1);
+        by_registers.min(by_memory).min(most / WARPS).min(32) * WARPS
+    }
+
     /// The oldest version of PTX that knows the chip and all that kernels use, as LLVM's feature: the older it is, the
     /// older the drivers that take it.
     pub fn ptx(self) -> &'static str {

@@ -655,9 +655,12 @@ pub(super) struct Stage<'f> {
     pub made: &'f [Option<usize>],
 }
 
-/// What stages find in registers: lanes from a column on.
+/// Lanes of a row from a column on, of which a mask says what exists.
+pub(super) type Lanes<'a> = dyn Fn(&mut Kernel, Val, Val) -> Val + 'a;
+
+/// What stages find in registers.
 pub(super) struct Given<'a> {
-    pub lanes: &'a dyn Fn(&mut Kernel, Val, Val) -> Val,
+    pub lanes: &'a Lanes<'a>,
     /// How many columns there are at most, where that is a tile's.
     pub columns: Option<u64>,
 }

@@ -75,7 +75,7 @@ impl Lowering<'_, '_, '_> {
                 k.units(|k, row| {
                     let follow = Follow::of(k, &epilogue, (buffers, &sizes[own..]), stays.then_some(out), (row, rows));
                     let base = k.mul(row, length);
-                    let lanes: Box<dyn Fn(&mut Kernel, Val, Val) -> Val> = match &map {
+                    let lanes: Box<map::Lanes> = match &map {
                         Some(map) => {
                             let buffers = buffers[..count].to_vec();
                             let stage = map::Stage { form: &map.form, buffers, sizes: map_sizes, made: &[] };

@@ -121,34 +121,46 @@ impl Lowering<'_, '_, '_> {
         self.launch(kernel, vec![table, ids, out], sizes, units);
     }
 
-    /// Units are blocks of columns: each adds the rows in their order.
+    /// Units are blocks of columns: each adds the rows in their order, of a team each member those of its own.
     pub(super) fn scatter(&mut self, ids: BufferId, ids_ty: &Type, y: BufferId, start: u64, result: Value) {
         let out = self.result(result);
         let kernel = self.target.kernel("scatter", |title| {
             define(title, &[Element::I32, Element::F32, Element::F32], 4, |k, buffers, sizes| {
                 let ([ids, y, out], [count, rows, width, start]) = (first(buffers), first(sizes));
-                k.units(|k, unit| {
+                k.team_units(|k, unit| {
                     let zero = k.index(0);
                     let nothing = k.floats(0.0);
-                    k.each(zero, rows, 1, |k, row| {
+                    k.dealt(zero, rows, 1, |k, row| {
                         let base = k.mul(row, width);
                         columns(k, unit, width, |k, column, mask| {
                             let place = k.add(base, column);
                             k.store_lanes(nothing, out, place, mask);
                         });
                     });
-                    k.each(zero, count, 1, |k, i| {
-                        let (row, inside) = table_row(k, ids, i, start, rows);
-                        k.when(inside, |k| {
-                            let base = k.mul(row, width);
-                            let source = k.mul(i, width);
-                            columns(k, unit, width, |k, column, mask| {
-                                let place = k.add(source, column);
-                                let x = k.load_lanes(y, place, mask);
-                                let place = k.add(base, column);
-                                let sum = k.load_lanes(out, place, mask);
-                                let sum = k.add(sum, x);
-                                k.store_lanes(sum, out, place, mask);
+                    k.each(zero, count, k.lane_count(), |k, block| {
+                        let left = k.sub(count, block);
+                        let some = some_inside(k, ids, (block, left), (start, rows));
+                        // Of a large table's few rows that train, most tokens have none.
+                        k.when(some, |k| {
+                            let end = k.index(k.lane_count());
+                            let end = k.add(block, end);
+                            let end = k.min(end, count);
+                            k.each(block, end, 1, |k, i| {
+                                let (row, inside) = table_row(k, ids, i, start, rows);
+                                let own = k.is_dealt(row);
+                                let own = own.map_or(inside, |own| k.and(own, inside));
+                                k.when(own, |k| {
+                                    let base = k.mul(row, width);
+                                    let source = k.mul(i, width);
+                                    columns(k, unit, width, |k, column, mask| {
+                                        let place = k.add(source, column);
+                                        let x = k.load_lanes(y, place, mask);
+                                        let place = k.add(base, column);
+                                        let sum = k.load_lanes(out, place, mask);
+                                        let sum = k.add(sum, x);
+                                        k.store_lanes(sum, out, place, mask);
+                                    });
+                                });
                             });
                         });
                     });
@@ -157,7 +169,8 @@ impl Lowering<'_, '_, '_> {
         });
         let shape = &self.ty(result).shape;
         let width = dim_extent(shape[1]);
-        let units = Extent::CeilDiv(Box::new(width.clone()), COLUMNS);
+        let team = Extent::Const(self.target.machine.team());
+        let units = Extent::CeilDiv(Box::new(width.clone()), COLUMNS) * team;
         let sizes = vec![product(&ids_ty.shape), dim_extent(shape[0]), width, Extent::Const(start)];
         self.launch(kernel, vec![ids, y, out], sizes, units);
     }
@@ -279,6 +292,24 @@ fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: Val, rows: Val) -> (Val, V
     let flag = k.select(outside, zero, one);
     let inside = k.compare(flag, Order::Gt, zero);
     (row, inside)
+}
+
+/// Some of the ids from `block` on, of which there are `left`, are rows of the table.
+fn some_inside(k: &mut Kernel, ids: Buf, (block, left): (Val, Val), (start, rows): (Val, Val)) -> Val {
+    let mask = k.mask(left);
+    let ids = k.load_lanes(ids, block, mask);
+    let [start, rows] = [start, rows].map(|x| {
+        let x = k.to_i32(x);
+        k.splat(x)
+    });
+    let row = k.sub(ids, start);
+    let outside = k.at_least_unsigned(row, rows);
+    let [none, one] = [0.0, 1.0].map(|x| k.floats(x));
+    let inside = k.select(outside, none, one);
+    let inside = k.select(mask, inside, none);
+    let most = k.max_lanes(inside);
+    let none = k.float(0.0, F32);
+    k.compare(most, Order::Gt, none)
 }
 
 /// The lanes of block `unit` of the columns.

@@ -74,6 +74,8 @@ impl Side {
 /// Blocks of a product that are worth having, and how many may share a tile for that.
 const BLOCKS: u64 = 96;
 const SHARES: u64 = 8;
+/// Steps of k from which on some tokens' few columns are worth sharing.
+const LONG: u64 = 512;
 
 /// How many rows, columns, steps along k and batches.
 pub(super) struct Shape {
@@ -215,11 +217,16 @@ impl Lowering<'_, '_, '_> {
 
 /// How many blocks share a tile, so that there are some for most of a chip's multiprocessors.
 fn shares(Shape { m, n, depth, batch }: &Shape) -> u64 {
-    let (&Extent::Const(m), &Extent::Const(n), &Extent::Const(batch)) = (m, n, batch) else { return 1 };
-    let tiles = batch * m.div_ceil(TILE) * n.div_ceil(TILE);
-    match depth {
-        Extent::Const(_) => 1,
-        _ => (BLOCKS / tiles.max(1)).clamp(1, SHARES),
+    let &Extent::Const(n) = n else { return 1 };
+    let across = n.div_ceil(TILE).max(1);
+    match (m, batch, depth) {
+        // All tokens' share of a weight's gradient.
+        (&Extent::Const(m), &Extent::Const(batch), Extent::Tokens) => {
+            (BLOCKS / (batch * m.div_ceil(TILE) * across).max(1)).clamp(1, SHARES)
+        }
+        // Into a bottleneck.
+        (Extent::Tokens, Extent::Const(1), &Extent::Const(depth)) if depth >= LONG => (4 / across).max(1),
+        _ => 1,
     }
 }
 

@@ -17,8 +17,9 @@ use crate::cuda::{Card, WARP, WARPS};
 const START: f64 = 1.5e-6;
 /// Of memory, in seconds.
 const LATENCY: f64 = 0.5e-6;
-/// Bytes that a warp has on their way: two vectors of floats.
+/// Bytes that a warp has on their way: two vectors of floats, or where it reads many lines at once.
 const UNDER_WAY: f64 = 256.0;
+const MANY_UNDER_WAY: f64 = 1024.0;
 /// Bytes that shared memory gives in a cycle.
 const SHARED: f64 = 128.0;
 /// Cycles of a warp's multiplication whose factors come from the cache.
@@ -55,7 +56,7 @@ impl Work {
 }
 
 /// Of a launch of `kernel` for a batch: kernels are known by their names, and products have their sizes in front.
-pub fn work(kernel: &str, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
+pub fn work(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
     let number = |i: usize| extents[i] as f64;
     let blocks = units.div_ceil(WARPS);
     let a_cycle = |flops: f64| flops / 2.0 / card.multiprocessors as f64 / card.clock;
@@ -97,16 +98,22 @@ pub fn work(kernel: &str, extents: &[u64], units: u64, sizes: &Sizes, card: &Car
         let pairs = sizes.pairs as f64 * half;
         let each = pairs / sequences.max(1.0) * done / (WARP * WARPS) as f64;
         let heads = blocks as f64 / sequences.max(1.0);
-        let under_way = units as f64 * UNDER_WAY;
-        return Work {
-            flops: 2.0 * asked * pairs * heads,
-            blocks,
-            cycles: each * CACHED,
-            under_way,
-            ..Work::default()
-        };
+        let under_way = units as f64 * MANY_UNDER_WAY;
+        // Places of its own, as far as the batch's lengths take them.
+        let place = |width: f64| 4.0 * heads * sizes.tokens as f64 * width;
+        let rows = 4.0 * 2.0 * 4.0 * units as f64 * sizes.tokens as f64 / sequences.max(1.0);
+        let mut reads = vec![f64::INFINITY; buffers - 5];
+        reads.extend([place(width), place(wide), place(width.max(wide)), rows]);
+        let flops = 2.0 * asked * pairs * heads;
+        return Work { flops, blocks, cycles: each * CACHED, reads, under_way, ..Work::default() };
     }
-    // A table is not read whole.
-    let reads = if kernel == "gather" { vec![4.0 * number(1) * units as f64] } else { vec![] };
-    Work { reads, under_way: units as f64 * UNDER_WAY, ..Work::default() }
+    let (reads, each) = match kernel {
+        // A table is not read whole.
+        "gather" => (vec![4.0 * number(1) * units as f64], UNDER_WAY),
+        "sum_columns" | "mean_columns" => (vec![], MANY_UNDER_WAY),
+        // Of the tokens' rows those that train.
+        "scatter" => (vec![4.0 * number(0), 4.0 * number(1) * number(2)], UNDER_WAY),
+        _ => (vec![], UNDER_WAY),
+    };
+    Work { reads, under_way: units as f64 * each, ..Work::default() }
 }

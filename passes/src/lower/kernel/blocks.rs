@@ -72,6 +72,14 @@ impl Kernel {
         self.fold(from, to, step * self.team(), start, body)
     }
 
+    /// Whether the member is dealt `i` of a range by ones; `None` where all are.
+    pub fn is_dealt(&mut self, i: Val) -> Option<Val> {
+        let Form::Warps { warp, .. } = self.form else { return None };
+        let team = self.index(WARPS);
+        let whose = self.rem(i, team);
+        Some(self.compare(whose, Order::Eq, warp))
+    }
+
     /// What one member has written, the others may read from here on.
     pub fn meet(&mut self) {
         if let Form::Warps { .. } = self.form {

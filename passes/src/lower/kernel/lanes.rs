@@ -48,7 +48,7 @@ impl Form {
                 let buffers = buffers.iter().map(|b| format!("%{}: !llvm.ptr<1>", b.id));
                 let signature: Vec<String> = buffers.chain(sizes).chain([format!("{units}: index")]).collect();
                 format!(
-                    "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>}} {{
+                    "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>, nvvm.minctasm = 1 : i32}} {{
     {thread} = gpu.thread_id x
     %width = arith.constant {WARP} : index
     {warp} = arith.divui {thread}, %width : index

@@ -1,7 +1,7 @@
 //! The same kernels in PTX, executed by an interpreter that faults on races between lanes, on accesses beyond a buffer
 //! and on reads of what nothing wrote.
 
-use ptx_sim::{Arg, FaultKind, Gpu, Module, Ptr};
+use ptx_sim::{Arg, FaultKind, Gpu, Module, Ptr, Report};
 
 use super::*;
 use crate::cuda::{Chip, WARP, WARPS};
@@ -27,7 +27,7 @@ fn each(
     let module = assembled(&texts, machine);
     for ((graph, lengths), manifest) in graphs.iter().zip(&manifests) {
         let case = Case::new(graph, lengths, limit);
-        let (gpu, buffers) = run(&module, manifest, lengths, &case).unwrap_or_else(|e| panic!("{e}"));
+        let (gpu, buffers, _) = run(&module, manifest, lengths, &case).unwrap_or_else(|e| panic!("{e}"));
         for (output, (name, want)) in manifest.entries["grad"].outputs.iter().zip(&case.want) {
             let (found, want) = (gpu.read_f32(buffers[output.buffer]), want.floats());
             assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
@@ -42,13 +42,13 @@ fn assembled(kernels: &[String], machine: Machine) -> Module {
     Module::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
 }
 
-/// All launches of a manifest in their order; gives the memory, and where each buffer lies in it.
+/// All launches of a manifest in their order; gives the memory, where each buffer lies in it, and what launches did.
 fn run(
     module: &Module,
     manifest: &Manifest,
     lengths: &[usize],
     case: &Case,
-) -> Result<(Gpu, Vec<Ptr>), ptx_sim::Error> {
+) -> Result<(Gpu, Vec<Ptr>, Vec<Report>), ptx_sim::Error> {
     let sizes = &case.sizes;
     let mut gpu = Gpu::new();
     let place = |b: &Buffer| match content(b, manifest, lengths, &case.args) {
@@ -56,6 +56,7 @@ fn run(
         None => gpu.alloc_unwritten(4 * b.elements(sizes) as usize),
     };
     let buffers: Vec<Ptr> = manifest.buffers.iter().map(place).collect();
+    let mut reports = vec![];
     for launch in manifest.prepare.iter().chain(&manifest.entries["grad"].launches) {
         let units = launch.units.eval(sizes);
         if units > 0 {
@@ -63,10 +64,11 @@ fn run(
             let pointers = launch.buffers.iter().map(|&b| Arg::Ptr(buffers[b]));
             let args: Vec<Arg> = pointers.chain(extents).chain([Arg::U64(units)]).collect();
             let blocks = units.div_ceil(WARPS).min(BLOCKS) as u32;
-            gpu.launch(module, &manifest.kernels[launch.kernel], blocks, (WARP * WARPS) as u32, 0, &args)?;
+            let (kernel, threads) = (&manifest.kernels[launch.kernel], (WARP * WARPS) as u32);
+            reports.push(gpu.launch(module, kernel, blocks, threads, 0, &args)?);
         }
     }
-    Ok((gpu, buffers))
+    Ok((gpu, buffers, reports))
 }
 
 #[test]
@@ -89,6 +91,32 @@ fn operands_lie_anyhow() {
 fn attention_without_its_square() {
     let lengths = [vec![2, 17, 1], vec![33, 3], vec![70]];
     compare(&attention(&[(2, 3, 5), (1, 40, 40)], &forms(), &lengths), Chip::Sm70, 2, CLOSE);
+}
+
+/// Memory that attention touches, each byte once for a read and once for a write: its operands and its result, and
+/// places of its own for what it turns round, which a cache may or may not hold. They grow with the tokens, as those do,
+/// and never with their square.
+#[test]
+fn attention_touches_no_square() {
+    let machine = Machine::Cuda(Chip::Sm70);
+    let touched = |length: usize| -> Vec<f64> {
+        let graphs = attention(&[(1, 64, 64)], &[(true, (0.1, 0))], &[vec![length]]);
+        let (texts, manifests) = lowered(&graphs, Options { machine, ..Options::default() });
+        let module = assembled(&texts, machine);
+        let share = |((graph, lengths), manifest): (&(Graph, Vec<usize>), &Manifest)| {
+            let case = Case::new(graph, lengths, 2);
+            let (.., reports) = run(&module, manifest, lengths, &case).unwrap_or_else(|e| panic!("{e}"));
+            let touched: u64 = reports.iter().map(|r| r.read.unique + r.written.unique).sum();
+            let given = graph.args.iter().map(|arg| arg.value).chain(graph.outputs.iter().map(|(_, value)| *value));
+            let given: u64 = given.map(|value| 4 * super::super::extent(graph.ty(value)).eval(&case.sizes)).sum();
+            touched as f64 / given as f64
+        };
+        graphs.iter().zip(&manifests).map(share).collect()
+    };
+    let (short, long) = (touched(81), touched(243));
+    assert!(short.iter().all(|&share| share < 2.7), "{short:?}");
+    let alike = |(long, short): (&f64, &f64)| (long / short - 1.0).abs() < 0.01;
+    assert!(long.iter().zip(&short).all(alike), "{short:?} {long:?}");
 }
 
 #[test]
