@@ -22,7 +22,7 @@ const MOST: usize = 3;
 #[derive(Default)]
 pub(super) struct Epilogue {
     groups: Vec<Group>,
-    /// The product has an axis of batches.
+    /// The product has an axis of batches, and who works on its rows asks for both indices.
     batched: bool,
     /// Beyond the product's own.
     pub buffers: Vec<BufferId>,
@@ -55,7 +55,8 @@ impl Epilogue {
 
     /// What the kernel's name says of it.
     pub fn suffix(&self) -> String {
-        self.groups.iter().fold(String::new(), |name, group| {
+        let batched = if self.batched { "_batched" } else { "" };
+        self.groups.iter().fold(batched.to_string(), |name, group| {
             let places = group.buffers.iter().enumerate().map(|(i, at)| match group.made.get(i) {
                 Some(Some(stage)) => format!("made{stage}"),
                 _ => at.to_string(),
@@ -267,7 +268,8 @@ impl Lowering<'_, '_, '_> {
         own: &[BufferId],
         registers: bool,
     ) -> Result<Epilogue, String> {
-        let mut epilogue = Epilogue { batched: self.ty(product).rank() == 3, ..Epilogue::default() };
+        let batched = self.ty(product).rank() == 3 && (registers || !roots.is_empty());
+        let mut epilogue = Epilogue { batched, ..Epilogue::default() };
         for &root in roots {
             let map = self.expression(root, true, None)?;
             let early = epilogue.groups.iter().take_while(|g| !g.form.draws()).count();

@@ -128,12 +128,13 @@ impl Target<'_> {
 
     /// The kernel `name`, written by `text` when it is asked for the first time.
     fn kernel(&mut self, name: &str, text: impl FnOnce(Title) -> String) -> usize {
-        if let Some((index, _)) = self.texts.get(name) {
+        let title = Title { name, machine: self.machine };
+        if let Some((index, known)) = self.texts.get(name) {
+            debug_assert!(*known == text(title), "two kernels are named `{name}`");
             return *index;
         }
         let index = self.kernels.len();
         self.kernels.push(name.to_string());
-        let title = Title { name, machine: self.machine };
         self.texts.insert(name.to_string(), (index, text(title)));
         index
     }
