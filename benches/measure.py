@@ -79,6 +79,11 @@ class Ours:
         self.line.peak = max(self.line.peak, peak(printed))
         return speed
 
+    def take_all(self, batches):
+        for batch in batches:
+            self.take(batch)
+        return self.line
+
 
 def peak(printed):
     """GB, by what a training says at its end."""

@@ -36,10 +36,8 @@ def speed(options):
     )
     batches, rows = choose(options), []
     for precision in ["f32", "bf16"]:
-        ours = precise(precision)
-        for batch in batches:
-            ours.take(batch)
-        rows.append([f"`peftc`, LoRA, {precision}", *ours.line.figures, "", "", f"{ours.line.overhead:.2%}"])
+        line = precise(precision).take_all(batches)
+        rows.append([f"`peftc`, LoRA, {precision}", *line.figures, "", "", f"{line.overhead:.2%}"])
     rows += measure.beside(precise, PEERS, batches, options.seconds)
     head = ["", "tokens/s", "peak memory", "`peftc` is faster", "and smaller", "of a step no kernel"]
     measure.table("MiniLM on SST-2", head, rows)

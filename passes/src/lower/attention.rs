@@ -98,8 +98,8 @@ impl Segment {
         Segment { head, start, length, row }
     }
 
-    /// Rows `i ..` of a block; beyond the last row it is the last one again.
-    pub fn rows(&self, k: &mut Kernel, i: Val) -> Vec<Val> {
+    /// `count` rows from `i` on; beyond the last row it is the last one again.
+    pub fn rows(&self, k: &mut Kernel, i: Val, count: u64) -> Vec<Val> {
         let one = k.index(1);
         let last = k.sub(self.length, one);
         let row = |r| {
@@ -107,7 +107,7 @@ impl Segment {
             let row = k.add(i, r);
             k.min(row, last)
         };
-        (0..ROWS).map(row).collect()
+        (0..count).map(row).collect()
     }
 }
 
@@ -148,7 +148,7 @@ pub(super) fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
 fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, width: Val, causal: bool) {
     let (zero, segment) = (k.index(0), &head.segment);
     k.each(zero, segment.length, ROWS, |k, i| {
-        let rows = segment.rows(k, i);
+        let rows = segment.rows(k, i, ROWS);
         let queries: Vec<Val> = rows
             .iter()
             .map(|&row| {
@@ -208,7 +208,7 @@ fn unless_later(k: &mut Kernel, score: Val, at: Val, row: Val) -> Val {
 fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal: bool, transposed: bool) {
     let (zero, segment) = (k.index(0), &head.segment);
     k.each(zero, segment.length, ROWS, |k, i| {
-        let rows = segment.rows(k, i);
+        let rows = segment.rows(k, i, ROWS);
         // Which rows of v this block of results has a weight for.
         let (from, to) = match (causal, transposed) {
             (false, _) => (zero, segment.length),

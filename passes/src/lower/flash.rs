@@ -138,9 +138,7 @@ impl Lowering<'_, '_, '_> {
         let team = Extent::Const(self.target.machine.team());
         self.launch(kernel, buffers, sizes, heads * Extent::Sequences * team);
     }
-}
 
-impl Lowering<'_, '_, '_> {
     /// The log-sum-exp of the same scores, if the entry wants it as well: its turn is then over.
     fn lse_beside(&mut self, part: Part, operands: &[Value], form: Form) -> Option<Value> {
         let wanted = Op::AttentionLse { causal: form.causal, scale: form.scale };
@@ -340,18 +338,12 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Bu
 
 /// The same for as many columns as whole squares of `side` take, in registers; gives how many they are.
 fn transpose_squares(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Buf, Val), side: u64) -> Val {
-    let (zero, one, step) = (k.index(0), k.index(1), k.index(side));
+    let (zero, step) = (k.index(0), k.index(side));
     let squares = k.div(width, step);
     let whole = k.mul(squares, step);
-    let last = k.sub(unit.segment.length, one);
     k.each(zero, unit.segment.length, side, |k, i| {
-        let row = |r| {
-            let r = k.index(r);
-            let row = k.add(i, r);
-            let row = k.min(row, last);
-            from.row(k, row)
-        };
-        let rows: Vec<Val> = (0..side).map(row).collect();
+        let rows = unit.segment.rows(k, i, side);
+        let rows: Vec<Val> = rows.into_iter().map(|row| from.row(k, row)).collect();
         let first = k.add(at, i);
         k.each(zero, whole, side, |k, e| {
             let load = |&row: &Val| {
@@ -482,7 +474,7 @@ fn lse(k: &mut Kernel, unit: &Unit) {
     transpose(k, unit, keys, unit.width, unit.first);
     k.meet();
     k.dealt(zero, unit.segment.length, ROWS, |k, i| {
-        let block = unit.segment.rows(k, i);
+        let block = unit.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         for (r, &row) in block.iter().enumerate() {
@@ -502,7 +494,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
     let values = gathered(k, unit, v, unit.wide);
     k.meet();
     k.dealt(zero, unit.segment.length, ROWS, |k, i| {
-        let block = unit.segment.rows(k, i);
+        let block = unit.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         for (r, &row) in block.iter().enumerate() {
@@ -544,7 +536,7 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
     let rows = gathered(k, unit, keys, unit.width);
     k.meet();
     k.dealt(zero, unit.segment.length, ROWS, |k, i| {
-        let block = unit.segment.rows(k, i);
+        let block = unit.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         product(k, unit, df, &block, unit.wide, unit.second, (zero, end), (unit.products, 1.0));

@@ -264,10 +264,7 @@ impl Kernel {
     /// A vector of elements from `at` on, all of which must exist.
     pub fn load_vector(&mut self, from: Buf, at: Val) -> Val {
         match self.form {
-            Form::Vectors { .. } => {
-                let ty = from.scalar().times(LANES);
-                self.emit(ty, format_args!("vector.load %{}[{at}] : {from}, {ty}", from.id))
-            }
+            Form::Vectors { .. } => self.load_some(from, at, LANES),
             Form::Warps { lane, .. } => {
                 let at = self.add(at, lane);
                 self.load_here(from, at)
