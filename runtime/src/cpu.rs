@@ -2,14 +2,16 @@
 
 use std::borrow::Cow;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::path::Path;
-use std::time::Instant;
-
-use rayon::prelude::*;
 
 use crate::backend::{Backend, Block, Job, Place, Profile, Words, record};
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
+use crate::pool::{Pool, Task};
+
+/// Elements that one thread has read or written before another is at hand.
+const FEW: u64 = 4096;
 
 /// MLIR's descriptor of a `memref<?xf32>` (or `i32`).
 #[repr(C)]
@@ -21,6 +23,10 @@ struct Memory {
     size: i64,
     stride: i64,
 }
+
+// SAFETY: a descriptor is a place and its size; who uses it sees to it that threads write apart.
+unsafe impl Send for Memory {}
+unsafe impl Sync for Memory {}
 
 /// A kernel takes an array of pointers to its arguments: of a buffer, a pointer to a pointer to its
 /// descriptor (MLIR's packed form of its C interface); of a size or a unit, a pointer to the number.
@@ -53,16 +59,14 @@ impl Library {
 
 pub struct Cpu {
     library: Library,
-    pool: rayon::ThreadPool,
+    pool: Pool,
     blocks: Vec<Option<Numbers>>,
 }
 
 impl Cpu {
     /// `threads` 0: as many as there are cores.
     pub fn new(library: Library, threads: usize) -> Result<Self, RuntimeError> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kernels {i}"));
-        let pool = pool.build().map_err(|e| RuntimeError::Device(format!("no threads to run on: {e}")))?;
-        Ok(Cpu { library, pool, blocks: vec![] })
+        Ok(Cpu { library, pool: Pool::new(threads)?, blocks: vec![] })
     }
 
     fn numbers(&self, block: Block) -> &Numbers {
@@ -77,29 +81,35 @@ impl Cpu {
         Memory { allocated: start, aligned: start, offset: 0, size: place.length as i64, stride: 1 }
     }
 
-    fn launch(&self, job: &Job) {
+    fn task<'a>(&'a self, job: &'a Job) -> Task<'a> {
         let memory: Vec<Memory> = job.places.iter().map(|place| self.memory(place)).collect();
-        let buffers: Vec<usize> = memory.iter().map(|m| m as *const Memory as usize).collect();
         let kernel = self.library.kernels[job.launch.kernel];
-        let units = job.units as i64;
-        let run = |begin: i64, end: i64| {
-            let mut buffers = buffers.clone();
+        let (units, elements) = (job.units, memory.iter().map(|m| m.size as u64).max().unwrap_or(0));
+        let least = if elements < FEW { units } else { 1 };
+        let work = move |range: Range<u64>| {
+            let memory = &memory;
+            let mut buffers: Vec<*const Memory> = memory.iter().map(|m| m as *const Memory).collect();
             let mut numbers: Vec<i64> = job.extents.iter().map(|&n| n as i64).collect();
-            numbers.extend([begin, end]);
-            let pointers = buffers.iter_mut().map(|b| (b as *mut usize).cast::<c_void>());
+            numbers.extend([range.start as i64, range.end as i64]);
+            let pointers = buffers.iter_mut().map(|b| (b as *mut *const Memory).cast::<c_void>());
             let mut arguments: Vec<*mut c_void> =
                 pointers.chain(numbers.iter_mut().map(|n| (n as *mut i64).cast())).collect();
             // SAFETY: the manifest names the kernel's arguments in order, every buffer has the size the
             // manifest gives it (checked when it was bound), and ranges of units write apart.
             unsafe { kernel(arguments.as_mut_ptr()) };
         };
-        let work: i64 = memory.iter().map(|m| m.size).max().unwrap_or(0);
-        let parts = (4 * self.pool.current_num_threads() as i64).min(units);
-        if parts == 1 || work < 4096 {
-            run(0, units);
-        } else {
-            (0..parts).into_par_iter().for_each(|part| run(units * part / parts, units * (part + 1) / parts));
-        }
+        Task { units, least, work: Box::new(work) }
+    }
+
+    fn poison<'a>(&'a self, place: &Place) -> Task<'a> {
+        let memory = self.memory(place);
+        let work = move |_: Range<u64>| {
+            let memory = &memory;
+            let (start, length) = (memory.aligned.cast::<f32>(), memory.size as usize);
+            // SAFETY: within its block, and no launch runs now.
+            unsafe { std::slice::from_raw_parts_mut(start, length) }.fill(f32::NAN);
+        };
+        Task { units: 1, least: 1, work: Box::new(work) }
     }
 }
 
@@ -130,22 +140,20 @@ impl Backend for Cpu {
         Ok(Cow::Borrowed(&self.numbers(block)[start..start + length]))
     }
 
-    fn run(&mut self, jobs: &[Job], mut profile: Option<&mut Profile>) -> Result<(), RuntimeError> {
-        let own = &*self;
-        own.pool.install(|| {
+    fn run(&mut self, jobs: &[Job], profile: Option<&mut Profile>) -> Result<(), RuntimeError> {
+        let mut tasks = vec![];
+        for job in jobs {
+            tasks.extend(job.poisoned.iter().map(|place| self.poison(place)));
+            tasks.push(self.task(job));
+        }
+        let times = self.pool.run(&tasks);
+        if let Some(profile) = profile {
+            let mut times = times.into_iter();
             for job in jobs {
-                for place in &job.poisoned {
-                    let start = own.memory(place).aligned.cast::<f32>();
-                    // SAFETY: within its block, and no launch runs now.
-                    unsafe { std::slice::from_raw_parts_mut(start, place.length) }.fill(f32::NAN);
-                }
-                let begun = profile.as_ref().map(|_| Instant::now());
-                own.launch(job);
-                if let (Some(profile), Some(begun)) = (profile.as_deref_mut(), begun) {
-                    record(profile, job, begun.elapsed());
-                }
+                let time = times.nth(job.poisoned.len()).expect("a time for each task");
+                record(profile, job, time);
             }
-        });
+        }
         Ok(())
     }
 

@@ -10,6 +10,7 @@ pub mod device;
 mod error;
 mod memory;
 pub mod philox;
+mod pool;
 pub mod safefile;
 mod session;
 pub mod store;
