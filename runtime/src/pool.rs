@@ -51,19 +51,22 @@ impl Pool {
     pub fn run(&self, tasks: &[Task]) -> Vec<Duration> {
         let progress: Vec<Progress> = tasks.iter().map(|_| Progress::default()).collect();
         let threads = self.0.current_num_threads() as u64;
-        let times = self.0.broadcast(|_| {
+        let mut begun = Instant::now();
+        let ends: Vec<Vec<Instant>> = self.0.broadcast(|_| {
             let through = |(task, progress): (&Task, &Progress)| {
-                let begun = Instant::now();
                 while let Some(units) = progress.take(task, threads) {
                     let _done = Done(progress, units.end - units.start);
                     (task.work)(units);
                 }
                 progress.wait(task.units);
-                begun.elapsed()
+                Instant::now()
             };
             tasks.iter().zip(&progress).map(through).collect()
         });
-        times.into_iter().next().expect("a thread")
+        // Whoever saw it first saw it when it was so: a thread may have come late, or been held up.
+        let end = |task: usize| ends.iter().map(|seen| seen[task]).min().expect("a thread");
+        let time = |task| end(task) - std::mem::replace(&mut begun, end(task));
+        (0..tasks.len()).map(time).collect()
     }
 }
 
