@@ -35,6 +35,9 @@ struct Tile {
     /// Steps along k between two visits of the result: of a column panel 48 KiB, or 16 where the first-level cache is
     /// to hold them with as many of the tile's rows.
     depth: u64,
+    /// Steps along k of one turn of the loop, about a hundred multiplications of vectors: they share what a turn costs
+    /// besides. Where two threads share a core, its decoders have room for little more.
+    steps: u64,
 }
 
 /// Registers that are no sums: for a line of B and a number of A.
@@ -52,7 +55,7 @@ impl Tile {
     fn columns(self) -> u64 {
         self.vectors * LANES
     }
-    /// Rows of a unit: whole tiles.
+    /// Rows of a unit, at most: whole tiles.
     fn block(self) -> u64 {
         ROWS / self.rows * self.rows
     }
@@ -63,8 +66,8 @@ impl Tile {
     /// The tile for m × n, of which some may be known: 14 × 32, 28 × 16 or 7 × 64 on AVX-512.
     fn of(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> Tile {
         let vector = LANES / registers.floats;
-        let depth = if vector == 1 { 384 } else { 256 };
-        let tile = |vectors| Tile { rows: (registers.count - SPARE) / (vector * vectors), vectors, depth };
+        let (depth, steps) = if vector == 1 { (384, 4) } else { (256, 8) };
+        let tile = |vectors| Tile { rows: (registers.count - SPARE) / (vector * vectors), vectors, depth, steps };
         let [narrow, usual, short] = if vector == 1 { [1, 2, 4] } else { [1, 1, 2] }.map(tile);
         match (m, n) {
             (_, Extent::Const(n)) if *n <= narrow.columns() => narrow,
@@ -524,12 +527,19 @@ fn gemm(title: Title, form: Form, epilogue: &Epilogue) -> String {
         let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), element);
         let piece = if form.packed { b } else { k.scratch(tile.depth * tile.columns(), element) };
         let steps = form.factors.steps_in(k, depth);
+        // Units of about as many rows each, but whole tiles.
+        let size = {
+            let tile = k.index(tile.rows);
+            let all = k.mul(blocks, tile);
+            let tiles = k.div_up(m, all);
+            k.mul(tiles, tile)
+        };
         k.units(|k, unit| {
             // Neighbours share their part of B: it is read from memory once.
             let row = k.rem(unit, blocks);
             let rest = k.div(unit, blocks);
             let (batch, group) = (k.div(rest, groups), k.rem(rest, groups));
-            let (zero, one, size) = (k.index(0), k.index(1), k.index(tile.block()));
+            let (zero, one) = (k.index(0), k.index(1));
             let row = k.mul(row, size);
             let rows = k.sub(m, row);
             let rows = k.min(rows, size);
@@ -651,9 +661,7 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
     let left = k.sub(depth, start);
     let base = k.add(base, start);
     let tile = k.index(form.tile.rows);
-    let most = k.add(rows, tile);
-    let most = k.sub(most, one);
-    let tiles = k.div(most, tile);
+    let tiles = k.div_up(rows, tile);
     let filled = k.mul(tiles, tile);
     k.each(zero, filled, 1, |k, r| {
         let from = k.min(r, last);
@@ -754,7 +762,7 @@ fn tile_sums(
     (b, from, next): (Buf, Val, Option<Val>),
     length: Val,
 ) -> Vec<Val> {
-    let Tile { rows, vectors, .. } = form.tile;
+    let Tile { rows, vectors, steps, .. } = form.tile;
     let place = tile_place(k, form, row);
     let share = k.index(form.tile.share());
     let next = next.map(|next| {
@@ -764,34 +772,48 @@ fn tile_sums(
         let before = k.mul(before, share);
         k.add(next, before)
     });
-    let nothing = k.floats(0.0);
-    let zero = k.index(0);
-    k.fold(zero, length, 1, &vec![nothing; (rows * vectors) as usize], |k, step, sums| {
-        if let Some(next) = next {
-            let at = k.mul(step, share);
-            let at = k.add(next, at);
-            k.prefetch(b, at, Access::Read);
-        }
-        let columns = k.index(form.tile.columns());
+    let columns = k.index(form.tile.columns());
+    // Some steps on from `step`.
+    let after = |k: &mut Kernel, step: Val, ahead: u64, sums: &[Val]| {
         let at = k.mul(step, columns);
         let at = k.add(from, at);
         let line: Vec<Val> = (0..vectors)
             .map(|v| {
-                let offset = k.index(v * LANES);
+                let offset = k.index(ahead * form.tile.columns() + v * LANES);
                 let at = k.add(at, offset);
                 k.load_vector(b, at)
             })
             .collect();
         let distance = k.index(form.step());
-        let (step, between) = if form.columns_a { (k.mul(step, distance), 1) } else { (step, form.step()) };
+        let (step, between, ahead) = match form.columns_a {
+            true => (k.mul(step, distance), 1, ahead * form.step()),
+            false => (step, form.step(), ahead),
+        };
         let at = k.add(place, step);
         let x = |k: &mut Kernel, r: usize| {
-            let offset = k.index(r as u64 * between);
+            let offset = k.index(r as u64 * between + ahead);
             let at = k.add(at, offset);
             k.load(a, at)
         };
         k.outer(rows, x, &line, sums, |k, x, y, sum| form.factors.multiply(k, x, y, sum))
-    })
+    };
+    let nothing = k.floats(0.0);
+    let (zero, many) = (k.index(0), k.index(steps));
+    let whole = k.div(length, many);
+    let whole = k.mul(whole, many);
+    let sums = k.fold(zero, whole, steps, &vec![nothing; (rows * vectors) as usize], |k, step, sums| {
+        if let Some(next) = next {
+            let at = k.mul(step, share);
+            let at = k.add(next, at);
+            for line in (0..form.tile.share() * steps).step_by(LANES as usize) {
+                let offset = k.index(line);
+                let at = k.add(at, offset);
+                k.prefetch(b, at, Access::Read);
+            }
+        }
+        (0..steps).fold(sums.to_vec(), |sums, ahead| after(k, step, ahead, &sums))
+    });
+    k.fold(whole, length, 1, &sums, |k, step, sums| after(k, step, 0, sums))
 }
 
 /// A tile of the result.

@@ -258,6 +258,13 @@ impl Kernel {
     pub fn div(&mut self, x: Val, y: Val) -> Val {
         self.binary("arith.divf", "arith.divui", x, y)
     }
+    /// ⌈x / y⌉ of integers.
+    pub fn div_up(&mut self, x: Val, y: Val) -> Val {
+        let one = self.index(1);
+        let most = self.add(x, y);
+        let most = self.sub(most, one);
+        self.div(most, y)
+    }
     pub fn rem(&mut self, x: Val, y: Val) -> Val {
         self.binary("arith.remf", "arith.remui", x, y)
     }
