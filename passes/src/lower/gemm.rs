@@ -45,9 +45,10 @@ const SPARE: u64 = 4;
 
 /// Rows of a unit, at most: what is read of B serves all of them.
 const ROWS: u64 = 112;
-/// Column panels of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state
-/// still has units for many threads.
+/// Column panels of a unit, at least: what is copied of A serves all of them.
 const PANELS: u64 = 12;
+/// Groups of panels before they are larger: so that there are units for many threads.
+const GROUPS: u64 = 4;
 /// The same where all rows are one unit's, so that there are units to share.
 const PANELS_OF_FEW_ROWS: u64 = 2;
 
@@ -209,8 +210,9 @@ impl Lowering<'_, '_, '_> {
         let Side { batch, length: m, depth, .. } = left;
         let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
         let blocks = Extent::CeilDiv(Box::new(m.clone()), form.tile.block());
-        let shared = match &m {
-            Extent::Const(m) if *m <= form.tile.block() => PANELS_OF_FEW_ROWS,
+        let shared = match (&m, &n) {
+            (Extent::Const(m), _) if *m <= form.tile.block() => PANELS_OF_FEW_ROWS,
+            (_, Extent::Const(n)) => (n / form.tile.columns() / GROUPS).clamp(PANELS, 3 * PANELS),
             _ => PANELS,
         };
         let groups = Extent::CeilDiv(Box::new(panels.clone()), shared);
@@ -663,15 +665,21 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
     let tile = k.index(form.tile.rows);
     let tiles = k.div_up(rows, tile);
     let filled = k.mul(tiles, tile);
+    let two = k.index(2);
     k.each(zero, filled, 1, |k, r| {
         let from = k.min(r, last);
         let from = k.add(row, from);
         let from = k.mul(from, line);
         let from = k.add(base, from);
+        // A line is too short for the processor to see where the next one begins.
+        let later = k.mul(two, line);
+        let later = k.add(from, later);
         let step = k.index(form.step());
         let target = k.mul(r, step);
         k.lanes(length, |k, j, mask| {
             let ahead = form.factors.depth_at(k, j);
+            let at = k.add(later, ahead);
+            k.prefetch(buffer, at, Access::Read);
             let at = k.add(from, ahead);
             let x = match form.factors {
                 Factors::F32 => k.load_lanes(buffer, at, mask),
