@@ -45,11 +45,12 @@ const SPARE: u64 = 4;
 
 /// Rows of a unit, at most: what is read of B serves all of them.
 const ROWS: u64 = 112;
-/// Column panels of a unit, at least: what is copied of A serves all of them.
-const PANELS: u64 = 12;
-/// Groups of panels before they are larger: so that there are units for many threads.
+/// Columns of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state still has units
+/// for many threads. Wider ones have more, as there are enough units.
+const COLUMNS: Range<u64> = 384..1152;
+/// Units beside each other in a wide product.
 const GROUPS: u64 = 4;
-/// The same where all rows are one unit's, so that there are units to share.
+/// Column panels of a unit where all rows are one unit's, so that there are units to share.
 const PANELS_OF_FEW_ROWS: u64 = 2;
 
 impl Tile {
@@ -212,8 +213,8 @@ impl Lowering<'_, '_, '_> {
         let blocks = Extent::CeilDiv(Box::new(m.clone()), form.tile.block());
         let shared = match (&m, &n) {
             (Extent::Const(m), _) if *m <= form.tile.block() => PANELS_OF_FEW_ROWS,
-            (_, Extent::Const(n)) => (n / form.tile.columns() / GROUPS).clamp(PANELS, 3 * PANELS),
-            _ => PANELS,
+            (_, Extent::Const(n)) => (n / GROUPS).clamp(COLUMNS.start, COLUMNS.end) / form.tile.columns(),
+            _ => COLUMNS.start / form.tile.columns(),
         };
         let groups = Extent::CeilDiv(Box::new(panels.clone()), shared);
         let units = batch * blocks.clone() * groups.clone();
