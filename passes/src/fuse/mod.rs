@@ -6,6 +6,7 @@ mod columns;
 mod head;
 mod joint;
 mod rows;
+mod scale;
 mod triangle;
 
 use peft_grammar::graph::{Graph, Op, Value};
@@ -39,6 +40,7 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("attention", "scores, softmax and dropout are not written down", attention::apply),
     ("head", "logits of a large vocabulary are not written down", head::apply),
     ("broadcast", "what operations repeat by themselves is not repeated before", broadcast::apply),
+    ("scale", "numbers multiply what is narrow", scale::apply),
     ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
 ];
 

@@ -67,8 +67,8 @@ impl Lowering<'_, '_, '_> {
         }
         let (rows, width, inner) = around(own, axis);
         let (_, narrow, _) = around(ty, axis);
-        let kernel = self.target.kernel("pad", |title| {
-            define(title, &[Element::F32; 2], 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel("pad", |machine| {
+            define(machine, &[Element::F32; 2], 3, |k, buffers, sizes| {
                 let ([from, to], [length, start, width]) = (first(buffers), first(sizes));
                 k.units(|k, row| {
                     let (source, target) = (k.mul(row, length), k.mul(row, width));
@@ -102,8 +102,8 @@ impl Lowering<'_, '_, '_> {
         let name = format!("copy_{}_to_{}_by_{way}{cleared}", source.kind(), target.kind());
         let (ragged, ragged_to) = (source.ragged(), target.ragged());
         let elements = [Element::F32, Element::F32, Element::I32];
-        let kernel = self.target.kernel(&name, |title| {
-            define(title, &elements, 8, |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements, 8, |k, buffers, sizes| {
                 let [from, to, pairs] = first(buffers);
                 k.units(|k, row| {
                     let Span { base, length } = Rows::span(k, row, &sizes[0..3], ragged.then_some(pairs));

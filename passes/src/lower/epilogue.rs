@@ -8,7 +8,7 @@
 //! A group (see [`super::map`]) joins the last of the products among its leaves. Rows that are normalized or summed up
 //! take along what follows them in the same way, in registers on either machine.
 
-use peft_grammar::graph::{Node, Op, Value};
+use peft_grammar::graph::{Graph, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::kernel::{Buf, Kernel, Val};
@@ -207,6 +207,32 @@ pub(super) enum When {
         last: Val,
     },
     Unit,
+}
+
+/// The graph with products put off until what follows them is computed: then more of that joins the last of them.
+pub(super) fn put_off(graph: &Graph) -> Graph {
+    let (mut uses, mut readers) = (vec![0; graph.values()], vec![vec![]; graph.values()]);
+    for (at, node) in graph.nodes.iter().enumerate() {
+        for operand in &node.operands {
+            uses[operand.0 as usize] += 1;
+            readers[operand.0 as usize].push(at);
+        }
+    }
+    graph.outputs.iter().for_each(|(_, v)| uses[v.0 as usize] += 1);
+    let groups = map::group(graph, &uses);
+    // By node, before which one it stands.
+    let place = |at: usize| {
+        let Node { op, result, .. } = &graph.nodes[at];
+        let readers = &readers[result.0 as usize];
+        let follow = readers.iter().all(|&reader| map::maps(&graph.nodes[reader].op));
+        let first = readers.iter().map(|&reader| groups.root(reader)).min();
+        first.filter(|_| matches!(op, Op::Matmul { .. }) && follow).unwrap_or(at)
+    };
+    let mut order: Vec<usize> = (0..graph.nodes.len()).collect();
+    order.sort_by_key(|&at| (place(at), at));
+    let mut graph = graph.clone();
+    graph.nodes = order.into_iter().map(|at| graph.nodes[at].clone()).collect();
+    graph
 }
 
 impl Lowering<'_, '_, '_> {

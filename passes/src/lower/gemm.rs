@@ -21,7 +21,7 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::{Epilogue, When};
-use super::kernel::{Access, Buf, F32, Kernel, LANES, Order, Title, Val, define, first};
+use super::kernel::{Access, Buf, Code, F32, Kernel, LANES, Order, Val, define, first};
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cpu::Registers;
@@ -223,7 +223,7 @@ impl Lowering<'_, '_, '_> {
         sizes.extend(lines_b);
         sizes.extend([to.line, to.area, to.first, Extent::Const(to.kept.into())]);
         let name = format!("{}{}", form.name(), epilogue.suffix());
-        let kernel = self.target.kernel(&name, |title| gemm(title, form, &epilogue));
+        let kernel = self.target.kernel(&name, |machine| gemm(machine, form, &epilogue));
         let buffers = [vec![a, b, to.buffer], epilogue.buffers].concat();
         sizes.extend(epilogue.sizes);
         self.launch(kernel, buffers, sizes, units);
@@ -314,7 +314,7 @@ impl Lowering<'_, '_, '_> {
             }
         };
         let name = format!("pack{width}_{}{}", if contiguous { "columns" } else { "rows" }, factors.suffix());
-        let kernel = self.target.kernel(&name, |title| pack_kernel(title, width, contiguous, factors));
+        let kernel = self.target.kernel(&name, |machine| pack_kernel(machine, width, contiguous, factors));
         let label = std::mem::replace(&mut self.label, "pack".into());
         let sizes = vec![length, depth, panels, line, area, first];
         self.launch(kernel, vec![place.buffer, packed], sizes, units);
@@ -325,8 +325,8 @@ impl Lowering<'_, '_, '_> {
 }
 
 /// One panel a unit. What completes a last pair along k is zero.
-fn pack_kernel(title: Title, width: u64, contiguous: bool, factors: Factors) -> String {
-    define(title, &[Element::F32, factors.element()], 6, |k, buffers, sizes| {
+fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors) -> Code {
+    define(machine, &[Element::F32, factors.element()], 6, |k, buffers, sizes| {
         let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
@@ -518,11 +518,11 @@ impl Form {
 }
 
 /// Some rows against some column panels a unit.
-fn gemm(title: Title, form: Form, epilogue: &Epilogue) -> String {
+fn gemm(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
     let tile = form.tile;
     let element = form.factors.element();
     let elements = [&[Element::F32, element, Element::F32], &epilogue.elements[..]].concat();
-    define(title, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
+    define(machine, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b] = first(&sizes[7..]);

@@ -16,10 +16,11 @@ use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::Epilogue;
 use super::kernel::matrix::{Half, Operand, SIDE, SUMS};
-use super::kernel::{Buf, F32, I32, Kernel, Order, Title, Val, define, first};
+use super::kernel::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
 use super::tiles::{Fate, Out, Shape, Side, To};
 use super::{Lowering, Place, math, tiles};
 use crate::cuda::{WARP, WARPS};
+use crate::machine::Machine;
 
 /// Rows, columns and steps of k of a tile.
 pub(super) const ROWS: u64 = 128;
@@ -88,9 +89,10 @@ impl Lowering<'_, '_, '_> {
         let mut sizes = vec![m, n, depth, across, left.along, left.first, packed.line, packed.first];
         sizes.extend([to.line, to.first]);
         let epilogue = to.epilogue;
+        self.label = epilogue.label(&self.label);
         let fours = if form.fours { "_fours" } else { "" };
         let name = format!("halves_{}{fours}{}{}", half.name(), form.fate.suffix(), epilogue.suffix());
-        let kernel = self.target.kernel(&name, |title| halves_kernel(title, form, &epilogue));
+        let kernel = self.target.kernel(&name, |machine| halves_kernel(machine, form, &epilogue));
         sizes.extend(epilogue.sizes);
         self.launch(kernel, [vec![a, packed.buffer, to.buffer], epilogue.buffers].concat(), sizes, units);
     }
@@ -115,7 +117,7 @@ impl Lowering<'_, '_, '_> {
             let shape = vec![units.clone() * Extent::Const(TILE)];
             let buffer = self.target.bind(&key, Element::I32, shape, Storage::Prepared);
             let name = format!("pack_{}", half.name());
-            let kernel = self.target.kernel(&name, |title| pack_kernel(title, half));
+            let kernel = self.target.kernel(&name, |machine| pack_kernel(machine, half));
             let label = std::mem::replace(&mut self.label, "pack".into());
             let sizes = vec![n, depth, deep, side.along.clone(), side.deep.clone(), side.first.clone()];
             self.launch(kernel, vec![place.buffer, buffer], sizes, units);
@@ -145,8 +147,8 @@ impl Packed {
 }
 
 /// One tile a unit; beyond the operand there are zeros.
-fn pack_kernel(title: Title, half: Half) -> String {
-    define(title, &[Element::F32, Element::I32], 6, |k, buffers, sizes| {
+fn pack_kernel(machine: Machine, half: Half) -> Code {
+    define(machine, &[Element::F32, Element::I32], 6, |k, buffers, sizes| {
         let ([from, to], [n, depth, tiles, along, deep, start]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let (column, step) = (k.div(unit, tiles), k.rem(unit, tiles));
@@ -187,9 +189,9 @@ fn pack_kernel(title: Title, half: Half) -> String {
 const SIZES: usize = 10;
 
 /// One tile of the result a unit.
-fn halves_kernel(title: Title, form: Form, epilogue: &Epilogue) -> String {
+fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
     let elements = [&[Element::F32, Element::I32, Element::F32], &epilogue.elements[..]].concat();
-    define(title, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
+    define(machine, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, across, line_a, first_a, line_b, first_b] = first(sizes);
         let [line_c, first_c] = first(&sizes[8..]);
@@ -253,6 +255,7 @@ fn halves_kernel(title: Title, form: Form, epilogue: &Epilogue) -> String {
                 batch: zero,
                 column,
                 n,
+                width: COLUMNS,
                 room: room_a.floats(),
                 sum: &|k, sum| back.map_or(sum, |back| k.mul(sum, back)),
             };

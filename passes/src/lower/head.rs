@@ -67,8 +67,8 @@ impl Lowering<'_, '_, '_> {
         let name = if mean.is_some() { "linear_mean_block" } else { "linear_lse_block" };
         let buffers: Vec<BufferId> = [sweep.scores, sweep.state].into_iter().chain(mean).collect();
         let elements = vec![Element::F32; buffers.len()];
-        let kernel = self.target.kernel(name, |title| {
-            define(title, &elements, 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |machine| {
+            define(machine, &elements, 3, |k, buffers, sizes| {
                 let ([scores, state], [length, width, again]) = (first(buffers), first(sizes));
                 let mean = buffers.get(2).copied();
                 k.units(|k, row| {
@@ -115,8 +115,8 @@ impl Lowering<'_, '_, '_> {
         };
         let buffers: Vec<BufferId> = [Some(sweep.state), lse, mean].into_iter().flatten().collect();
         let elements = vec![Element::F32; buffers.len()];
-        let kernel = self.target.kernel(name, |title| {
-            define(title, &elements, 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |machine| {
+            define(machine, &elements, 1, |k, buffers, sizes| {
                 let ([state], [width]) = (first(buffers), first(sizes));
                 k.units(|k, row| {
                     let [most, total] = state_of(k, row);

@@ -76,7 +76,7 @@ impl std::fmt::Display for Ty {
 }
 
 /// An SSA value.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Val {
     id: u32,
     pub ty: Ty,
@@ -89,7 +89,7 @@ impl std::fmt::Display for Val {
 }
 
 /// A buffer argument, or memory of the kernel's own.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Buf {
     id: u32,
     element: Element,
@@ -122,16 +122,32 @@ impl std::fmt::Display for Buf {
     }
 }
 
-/// What a kernel is called, and what it is written for.
-#[derive(Clone, Copy)]
-pub struct Title<'a> {
-    pub name: &'a str,
-    pub machine: Machine,
+/// A kernel that is written, but for its head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Code {
+    buffers: Vec<Buf>,
+    sizes: Vec<Val>,
+    form: Form,
+    /// What stands before the function, whose name has a place in it.
+    globals: String,
+    body: String,
+    /// By buffer, whether it is written, if that is a GPU's.
+    pub writes: Vec<bool>,
+}
+
+/// Where memory that a kernel's blocks have for themselves bears its name.
+const NAME: &str = "<kernel>";
+
+impl Code {
+    /// The kernel as a function. On a GPU it may do the work of several `launches` side by side.
+    pub fn function(&self, name: &str, launches: usize) -> String {
+        let function = self.form.function(name, (&self.buffers, &self.sizes), &self.body, launches);
+        (self.globals.clone() + &function).replace(NAME, name)
+    }
 }
 
 /// The function under construction.
 pub struct Kernel {
-    name: String,
     pub machine: Machine,
     /// By mask: how many lanes it has, if they are the first ones.
     counts: HashMap<u32, Val>,
@@ -141,29 +157,32 @@ pub struct Kernel {
     depth: usize,
     next: u32,
     form: Form,
+    /// By buffer, whether it is written.
+    writes: Vec<bool>,
 }
 
 /// The text of a kernel: `body` gets its buffers and its sizes.
 pub fn define(
-    title: Title<'_>,
+    machine: Machine,
     elements: &[Element],
     sizes: usize,
     body: impl FnOnce(&mut Kernel, &[Buf], &[Val]),
-) -> String {
+) -> Code {
     let buffer = |(i, &element): (usize, &Element)| Buf { id: i as u32, element, shared: false };
     let buffers: Vec<Buf> = elements.iter().enumerate().map(buffer).collect();
     let first = buffers.len() as u32;
     let sizes: Vec<Val> = (first..first + sizes as u32).map(|id| Val { id, ty: INDEX }).collect();
     let next = first + sizes.len() as u32;
-    let (form, next) = match title.machine {
+    let (form, next) = match machine {
         Machine::Cpu(_) => Form::vectors(next),
         Machine::Cuda(_) => Form::warps(next),
     };
-    let (name, machine) = (title.name.to_string(), title.machine);
+    let writes = vec![false; buffers.len()];
     let (counts, globals, text) = (HashMap::new(), String::new(), String::new());
-    let mut kernel = Kernel { name, machine, counts, globals, body: text, depth: 2, next, form };
+    let mut kernel = Kernel { machine, counts, globals, body: text, depth: 2, next, form, writes };
     body(&mut kernel, &buffers, &sizes);
-    kernel.globals + &kernel.form.function(title.name, &buffers, &sizes, &kernel.body)
+    let Kernel { form, globals, body, writes, .. } = kernel;
+    Code { buffers, sizes, form, globals, body, writes }
 }
 
 /// The first `N` of a kernel's buffers or sizes.

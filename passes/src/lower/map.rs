@@ -12,8 +12,6 @@ use super::random;
 use super::view::{ONE, View};
 use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
 
-/// Elements a unit of a kernel without rows works on.
-const BLOCK: u64 = 8192;
 /// Operations of one kernel, at most.
 const LARGEST_GROUP: usize = 24;
 
@@ -221,11 +219,12 @@ impl Lowering<'_, '_, '_> {
         let Map { form, buffers, elements, sizes, rows, .. } = self.expression(root, false, None)?;
         let name = form.name();
         let count = sizes.len();
-        let kernel = self
-            .target
-            .kernel(&name, |title| define(title, &elements, count, |k, buffers, sizes| form.write(k, buffers, sizes)));
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements, count, |k, buffers, sizes| form.write(k, buffers, sizes))
+        });
         let all = extent(self.ty(self.graph.nodes[root].result));
-        let units = if form.flat() { Extent::CeilDiv(Box::new(all), BLOCK) } else { rows };
+        let stretch = self.target.machine.stretch();
+        let units = if form.flat() { Extent::CeilDiv(Box::new(all), stretch) } else { rows };
         self.label = form.label();
         self.launch(kernel, buffers, sizes, units);
         Ok(())
@@ -529,7 +528,7 @@ impl Form {
         });
         let sources: Vec<Source> = sources.collect();
         k.units(|k, unit| {
-            let block = k.index(BLOCK);
+            let block = k.index(k.machine.stretch());
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, total);

@@ -9,6 +9,7 @@
 //! matmul above all) goes into [`Manifest::prepare`] and is done once.
 
 mod attention;
+mod beside;
 mod copy;
 mod epilogue;
 mod flash;
@@ -28,10 +29,10 @@ mod view;
 pub mod work;
 
 use flash::{Form, Part};
-use kernel::Title;
+use kernel::Code;
 use view::View;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
 use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Role, Type, Value};
@@ -76,30 +77,41 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
         precision,
         epilogues,
         kernels: vec![],
-        texts: HashMap::new(),
+        codes: HashMap::new(),
         buffers: vec![],
         bound: HashMap::new(),
         prepare: vec![],
     };
-    let mut lowered = std::collections::BTreeMap::new();
+    let mut lowered: BTreeMap<String, Entry> = BTreeMap::new();
     for (name, graph) in entries {
-        lowered.insert(name.to_string(), Lowering::new(&mut target, graph).run()?);
+        let entry = match machine {
+            Machine::Cpu(_) => Lowering::new(&mut target, graph).run()?,
+            Machine::Cuda(_) => Lowering::new(&mut target, &epilogue::put_off(graph)).run()?,
+        };
+        lowered.insert(name.to_string(), entry);
     }
     if tensors.iter().any(|t| t.trainable.is_some()) {
         lowered.insert("update".into(), optimizer::update(&mut target));
     }
-    let kernels = target.kernels.iter().map(|name| target.texts[name].1.clone()).collect();
+    let entries = lowered.values_mut().flat_map(|entry| &mut entry.launches);
+    let mut launches: Vec<&mut Launch> = entries.chain(&mut target.prepare).collect();
+    // What is only launched side by side is written for that alone.
+    let launched: BTreeSet<usize> = launches.iter().map(|launch| launch.kernel).collect();
+    launches.iter_mut().for_each(|launch| launch.kernel = launched.range(..launch.kernel).count());
+    let kernels: Vec<Written> = launched.iter().map(|&kernel| target.kernels[kernel].clone()).collect();
+    let texts = kernels.iter().map(|kernel| target.codes[&kernel.code].1.function(&kernel.name(), kernel.launches));
+    let texts = texts.collect();
     let manifest = Manifest {
         arch: machine.arch().into(),
         features: machine.features().iter().map(|f| f.to_string()).collect(),
-        kernels: target.kernels,
+        kernels: kernels.iter().map(Written::name).collect(),
         tensors: tensors.to_vec(),
         buffers: target.buffers,
         prepare: target.prepare,
         entries: lowered,
         ..Manifest::default()
     };
-    Ok(Lowered { kernels, machine, manifest })
+    Ok(Lowered { kernels: texts, machine, manifest })
 }
 
 /// What all entries share.
@@ -108,9 +120,9 @@ struct Target<'a> {
     machine: Machine,
     precision: Precision,
     epilogues: bool,
-    kernels: Vec<String>,
-    /// Index and text of each kernel, by name.
-    texts: HashMap<String, (usize, String)>,
+    kernels: Vec<Written>,
+    /// Index and text of each, by name, for one launch.
+    codes: HashMap<String, (usize, Code)>,
     buffers: Vec<Buffer>,
     /// Buffers that exist once whoever asks: inputs, tensors, what is prepared from them.
     bound: HashMap<String, BufferId>,
@@ -126,17 +138,25 @@ impl Target<'_> {
         }
     }
 
-    /// The kernel `name`, written by `text` when it is asked for the first time.
-    fn kernel(&mut self, name: &str, text: impl FnOnce(Title) -> String) -> usize {
-        let title = Title { name, machine: self.machine };
-        if let Some((index, known)) = self.texts.get(name) {
-            debug_assert!(*known == text(title), "two kernels are named `{name}`");
+    /// The kernel `name`, written by `code` when it is asked for the first time.
+    fn kernel(&mut self, name: &str, code: impl FnOnce(Machine) -> Code) -> usize {
+        if let Some((index, known)) = self.codes.get(name) {
+            debug_assert!(*known == code(self.machine), "two kernels are named `{name}`");
             return *index;
         }
         let index = self.kernels.len();
-        self.kernels.push(name.to_string());
-        self.texts.insert(name.to_string(), (index, text(title)));
+        self.kernels.push(Written { code: name.into(), launches: 1 });
+        self.codes.insert(name.into(), (index, code(self.machine)));
         index
+    }
+
+    /// That which does the work of so many launches of `kernel`.
+    fn side_by_side(&mut self, kernel: usize, launches: usize) -> usize {
+        let wanted = Written { launches, ..self.kernels[kernel].clone() };
+        self.kernels.iter().position(|kernel| *kernel == wanted).unwrap_or_else(|| {
+            self.kernels.push(wanted);
+            self.kernels.len() - 1
+        })
     }
 
     fn buffer(&mut self, element: Element, shape: Vec<Extent>, storage: Storage) -> BufferId {
@@ -164,6 +184,25 @@ impl Target<'_> {
         self.bind(name, Element::I32, vec![length], Storage::Input(name.into()))
     }
 }
+
+/// A kernel by what is written of it, and how many launches it is for.
+#[derive(Clone, PartialEq)]
+struct Written {
+    code: String,
+    launches: usize,
+}
+
+impl Written {
+    fn name(&self) -> String {
+        match self.launches {
+            1 => self.code.clone(),
+            several => format!("{}{TIMES}{several}", self.code),
+        }
+    }
+}
+
+/// What stands before the number of launches in a kernel's name, if it is for several.
+const TIMES: &str = "_times";
 
 /// One entry on its way.
 struct Lowering<'t, 'a, 'g> {
@@ -281,7 +320,11 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             }
             outputs.push(Output { name: name.clone(), buffer, shape: extents(&ty) });
         }
-        Ok(Entry { launches: self.launches, outputs })
+        let launches = match self.target.machine {
+            Machine::Cpu(_) => self.launches,
+            Machine::Cuda(_) => beside::gather(self.target, self.launches, &outputs),
+        };
+        Ok(Entry { launches, outputs })
     }
 
     /// The storage output `name` has if it is the gradient of a tensor.
@@ -399,6 +442,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             }
             Op::LinearLse | Op::LinearMean => self.sweep(node),
             Op::Reduce { mean, .. } if self.sums_rows(at) => self.row_sums(at, *mean)?,
+            Op::Reduce { .. } if self.sums_columns(at) => self.column_sums(at),
             Op::Normalize { eps } | Op::NormalizeVjp { eps } => self.normalization(at, *eps)?,
             _ => {
                 let buffers: Vec<BufferId> = operands.iter().map(|&v| self.dense(v)).collect();

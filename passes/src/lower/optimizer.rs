@@ -4,10 +4,11 @@
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Launch, Output, Storage};
 
 use super::Target;
-use super::kernel::{F32, Title, Val, define, first};
+use super::kernel::{Code, F32, Val, define, first};
+use crate::machine::Machine;
 
-/// Values of a unit.
-const BLOCK: u64 = 8192;
+/// Partial sums that a GPU's warp reads at once.
+const AHEAD: u64 = 8;
 
 /// What the input `hyper` holds, in this order.
 pub const HYPER: [&str; 10] =
@@ -21,7 +22,7 @@ pub fn update(target: &mut Target) -> Entry {
     let [values, gradients, m, v, decay] = ["values", "gradients", "m", "v", "decay"].map(&mut flat);
     let count = Extent::Const(HYPER.len() as u64);
     let hyper = target.bind("hyper", Element::F32, vec![count], Storage::Input("hyper".into()));
-    let blocks = Extent::CeilDiv(Box::new(Extent::Values), BLOCK);
+    let blocks = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
     let partial = target.buffer(Element::F32, vec![blocks.clone()], Storage::Temporary);
     let norm = target.buffer(Element::F32, vec![], Storage::Temporary);
     let launch = |kernel, buffers: Vec<BufferId>, extents, units, op: &str| Launch {
@@ -36,17 +37,17 @@ pub fn update(target: &mut Target) -> Entry {
     let adamw = target.kernel("adamw", adamw);
     let launches = vec![
         launch(squares, vec![gradients, partial], vec![Extent::Values], blocks.clone(), "norm"),
-        launch(root, vec![partial, norm], vec![blocks.clone()], Extent::Const(1), "norm"),
+        launch(root, vec![partial, norm], vec![blocks.clone()], Extent::Const(target.machine.team()), "norm"),
         launch(adamw, vec![values, gradients, m, v, decay, hyper, norm], vec![Extent::Values], blocks, "adamw"),
     ];
     Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
 }
 
-fn sum_of_squares(title: Title) -> String {
-    define(title, &[Element::F32; 2], 1, |k, buffers, sizes| {
+fn sum_of_squares(machine: Machine) -> Code {
+    define(machine, &[Element::F32; 2], 1, |k, buffers, sizes| {
         let ([x, out], [count]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
-            let block = k.index(BLOCK);
+            let block = k.index(k.machine.stretch());
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, count);
@@ -63,26 +64,38 @@ fn sum_of_squares(title: Title) -> String {
     })
 }
 
-fn root_of_sum(title: Title) -> String {
-    define(title, &[Element::F32; 2], 1, |k, buffers, sizes| {
+fn root_of_sum(machine: Machine) -> Code {
+    define(machine, &[Element::F32; 2], 1, |k, buffers, sizes| {
         let ([x, out], [count]) = (first(buffers), first(sizes));
-        k.units(|k, unit| {
-            let zero = k.floats(0.0);
-            let sums = k.fold_lanes(count, &[zero], |k, at, mask, sums| {
-                let x = k.load_lanes(x, at, mask);
-                vec![k.add(sums[0], x)]
+        let room = (k.team() > 1).then(|| k.shared(k.team() * k.lane_count()));
+        let ahead = if k.team() > 1 { AHEAD } else { 1 };
+        k.team_units(|k, unit| {
+            let (zero, lanes) = (k.index(0), k.lane_count());
+            let nothing = k.floats(0.0);
+            let sums = k.dealt_fold(zero, count, lanes * ahead, &vec![nothing; ahead as usize], |k, at, sums| {
+                let next = (0..).zip(sums).map(|(n, &sum)| {
+                    let offset = k.index(n * lanes);
+                    let at = k.add(at, offset);
+                    let left = k.sub(count, at);
+                    let mask = k.mask(left);
+                    let x = k.load_lanes(x, at, mask);
+                    k.add(sum, x)
+                });
+                next.collect()
             });
-            let sum = k.sum_lanes(sums[0]);
+            let sum = sums[1..].iter().fold(sums[0], |sum, &other| k.add(sum, other));
+            let sum = k.sum_team(sum, room);
+            let sum = k.sum_lanes(sum);
             let root = k.sqrt(sum);
-            k.store(root, out, unit);
+            k.first_of_team(|k| k.store(root, out, unit));
         });
     })
 }
 
 /// p ← p (1 − lr wd);  m, v as usual;  p ← p − lr (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + eps)  (Loshchilov & Hutter, 2019)
-fn adamw(title: Title) -> String {
+fn adamw(machine: Machine) -> Code {
     let elements = [Element::F32; 7];
-    define(title, &elements, 1, |k, buffers, sizes| {
+    define(machine, &elements, 1, |k, buffers, sizes| {
         let ([p, g, m, v, decay, hyper, norm], [count]) = (first(buffers), first(sizes));
         let hyper: Vec<Val> = (0..HYPER.len() as u64)
             .map(|i| {
@@ -104,7 +117,7 @@ fn adamw(title: Title) -> String {
         let [lr, beta1, beta2, eps, weight_decay, _, rest1, rest2, bias1, bias2] = first(&hyper);
         let one = k.floats(1.0);
         k.units(|k, unit| {
-            let block = k.index(BLOCK);
+            let block = k.index(k.machine.stretch());
             let start = k.mul(unit, block);
             let end = k.add(start, block);
             let end = k.min(end, count);

@@ -68,8 +68,8 @@ impl Lowering<'_, '_, '_> {
         let name = format!("{kind}_of_rows{of}{passed}{}", epilogue.suffix());
         let batched = ty.rank() == 3;
         let count = buffers.len();
-        let kernel = self.target.kernel(&name, |title| {
-            define(title, &elements, sizes.len(), |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements, sizes.len(), |k, buffers, sizes| {
                 let ([length, rows], out) = (first(sizes), buffers[count - 1]);
                 let map_sizes = &sizes[first_of_map..first_of_map + before];
                 k.units(|k, row| {
@@ -172,7 +172,10 @@ impl Lowering<'_, '_, '_> {
             from = if inner == Extent::Const(1) {
                 self.sum_rows(from, &Rows::Dense(size), outer, ratio, target)
             } else {
-                self.sum_columns(from, outer, size, inner, ratio, target)
+                let whole = Columns::dense(outer, size, inner);
+                let out = self.target_of(whole.outer.clone() * whole.inner.clone(), target);
+                self.sum_columns((from, whole), ratio, out);
+                out
             };
         }
         debug_assert!(!matches!(self.ty(result).shape.last(), Some(Dim::Values)));
@@ -202,8 +205,8 @@ impl Lowering<'_, '_, '_> {
         let mut sizes: Vec<Extent> = rows.sizes().into();
         let averages = ratio.is_some();
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| [all, kept]));
-        let kernel = self.target.kernel(&name, |title| {
-            define(title, &elements, sizes.len(), |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements, sizes.len(), |k, buffers, sizes| {
                 let [x, out] = first(buffers);
                 k.units(|k, row| {
                     let Span { base, length } = Rows::span(k, row, sizes, buffers.get(2).copied());
@@ -229,31 +232,30 @@ impl Lowering<'_, '_, '_> {
     /// The sum of `count` arrays in `x`.
     pub(super) fn add_up(&mut self, x: BufferId, count: Extent, elements: Extent, out: BufferId) {
         let label = std::mem::replace(&mut self.label, "add_up".into());
-        self.sum_columns_into(x, (Extent::Const(1), count, elements), None, out);
+        self.sum_columns((x, Columns::dense(Extent::Const(1), count, elements)), None, out);
         self.label = label;
     }
 
-    fn sum_columns(
-        &mut self,
-        x: BufferId,
-        outer: Extent,
-        count: Extent,
-        inner: Extent,
-        ratio: Option<(Extent, Extent)>,
-        target: Option<Value>,
-    ) -> BufferId {
-        let out = self.target_of(outer.clone() * inner.clone(), target);
-        self.sum_columns_into(x, (outer, count, inner), ratio, out);
-        out
+    /// Node `at` sums up columns of rows that lie somewhere in others.
+    pub(super) fn sums_columns(&self, at: usize) -> bool {
+        let node = &self.graph.nodes[at];
+        let Op::Reduce { axes, mean: false, .. } = &node.op else { return false };
+        let view = self.place(node.operands[0]).view.as_ref();
+        axes[..] == [0] && view.is_some_and(|view| view.shape.len() == 2 && view.runs())
     }
 
-    fn sum_columns_into(
-        &mut self,
-        x: BufferId,
-        (outer, count, inner): (Extent, Extent, Extent),
-        ratio: Option<(Extent, Extent)>,
-        out: BufferId,
-    ) {
+    /// What [`Lowering::sums_columns`] says of it.
+    pub(super) fn column_sums(&mut self, at: usize) {
+        let node = &self.graph.nodes[at];
+        let (x, view) = (self.place(node.operands[0]).buffer, self.view(node.operands[0]));
+        let [count, inner] = [0, 1].map(|axis| dim_extent(view.shape[axis]));
+        let line = view.steps[0].extent();
+        let out = self.result(node.result);
+        self.sum_columns((x, Columns { outer: Extent::Const(1), count, inner, line, first: view.first }), None, out);
+    }
+
+    fn sum_columns(&mut self, (x, of): (BufferId, Columns), ratio: Option<(Extent, Extent)>, out: BufferId) {
+        let Columns { outer, count, inner, line, first: begin } = of;
         let averages = ratio.is_some();
         let name = if averages { "mean_columns" } else { "sum_columns" };
         let machine = self.target.machine;
@@ -263,19 +265,20 @@ impl Lowering<'_, '_, '_> {
             Machine::Cuda(_) => (machine.lanes(), AHEAD),
         };
         let blocks = Extent::CeilDiv(Box::new(inner.clone()), across);
-        let mut sizes = vec![count, inner, blocks.clone()];
+        let mut sizes = vec![count, inner, blocks.clone(), line, begin];
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| [all, kept]));
-        let kernel = self.target.kernel(name, |title| {
-            define(title, &[Element::F32; 2], sizes.len(), |k, buffers, sizes| {
-                let ([x, out], [count, inner, blocks]) = (first(buffers), first(sizes));
+        let kernel = self.target.kernel(name, |machine| {
+            define(machine, &[Element::F32; 2], sizes.len(), |k, buffers, sizes| {
+                let ([x, out], [count, inner, blocks, line, begin]) = (first(buffers), first(sizes));
                 let room = (k.team() > 1).then(|| k.shared(k.team() * k.lane_count()));
                 k.team_units(|k, unit| {
                     let (area, block) = (k.div(unit, blocks), k.rem(unit, blocks));
                     let width = k.index(across);
                     let start = k.mul(block, width);
-                    let size = k.mul(count, inner);
+                    let size = k.mul(count, line);
                     let base = k.mul(area, size);
                     let base = k.add(base, start);
+                    let base = k.add(base, begin);
                     let zero = k.index(0);
                     let lanes = k.lane_count();
                     let vectors: Vec<(Val, Val)> = (0..across / lanes)
@@ -294,7 +297,7 @@ impl Lowering<'_, '_, '_> {
                             let a = k.index(a);
                             let row = k.add(row, a);
                             let exists = (ahead > 1).then(|| k.compare(row, Order::Lt, count));
-                            let row = k.mul(row, inner);
+                            let row = k.mul(row, line);
                             let row = k.add(base, row);
                             for (&(offset, mask), &sum) in vectors.iter().zip(sums) {
                                 let place = k.add(row, offset);
@@ -317,7 +320,7 @@ impl Lowering<'_, '_, '_> {
                         for (&(offset, mask), &sum) in vectors.iter().zip(&sums) {
                             let mut sum = sum;
                             if averages {
-                                let share = share(k, &sizes[3..]);
+                                let share = share(k, &sizes[5..]);
                                 let share = k.splat(share);
                                 sum = k.mul(sum, share);
                             }
@@ -329,6 +332,22 @@ impl Lowering<'_, '_, '_> {
             })
         });
         self.launch(kernel, vec![x, out], sizes, outer * blocks * Extent::Const(machine.team()));
+    }
+}
+
+/// Areas of rows one below the other.
+struct Columns {
+    outer: Extent,
+    count: Extent,
+    inner: Extent,
+    /// From row to row, and the first element.
+    line: Extent,
+    first: Extent,
+}
+
+impl Columns {
+    fn dense(outer: Extent, count: Extent, inner: Extent) -> Columns {
+        Columns { outer, count, line: inner.clone(), inner, first: Extent::Const(0) }
     }
 }
 

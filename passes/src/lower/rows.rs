@@ -7,6 +7,7 @@ use super::epilogue::Follow;
 use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, math, product};
+use crate::machine::Machine;
 
 /// What a row of the result is of the rows of the operands.
 #[derive(Clone, Copy)]
@@ -18,6 +19,8 @@ pub enum Kind {
 
 /// Columns a unit works on where units split the columns.
 const COLUMNS: u64 = 64;
+/// How many units of a GPU share a table's rows.
+const PARTS: u64 = 32;
 
 impl Lowering<'_, '_, '_> {
     pub(super) fn row_kernel(&mut self, kind: Kind, operands: &[BufferId], ty: &Type, result: Value) {
@@ -33,8 +36,8 @@ impl Lowering<'_, '_, '_> {
         buffers.push(self.result(result));
         buffers.extend(rows.places(self.target));
         let elements: Vec<Element> = (0..count).map(|_| Element::F32).chain(rows.elements()).collect();
-        let kernel = self.target.kernel(&name, |title| {
-            define(title, &elements, 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements, 3, |k, buffers, sizes| {
                 k.units(|k, row| {
                     let span = Rows::span(k, row, sizes, buffers.get(count).copied());
                     match kind {
@@ -73,8 +76,8 @@ impl Lowering<'_, '_, '_> {
         sizes.push(ty.shape.iter().rev().nth(1).map_or(Extent::Const(1), |&d| dim_extent(d)));
         let own = sizes.len();
         sizes.extend(epilogue.sizes.iter().cloned());
-        let kernel = self.target.kernel(&name, |title| {
-            define(title, &elements, sizes.len(), |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements, sizes.len(), |k, buffers, sizes| {
                 k.units(|k, row| {
                     let span = Rows::span(k, row, sizes, rows.ragged().then(|| buffers[operands + 1]));
                     let out = stays.then(|| buffers[operands]);
@@ -95,8 +98,8 @@ impl Lowering<'_, '_, '_> {
 
     pub(super) fn gather(&mut self, table: BufferId, ty: &Type, ids: BufferId, start: u64, result: Value) {
         let out = self.result(result);
-        let kernel = self.target.kernel("gather", |title| {
-            define(title, &[Element::F32, Element::I32, Element::F32], 3, |k, buffers, sizes| {
+        let kernel = self.target.kernel("gather", |machine| {
+            define(machine, &[Element::F32, Element::I32, Element::F32], 3, |k, buffers, sizes| {
                 let ([table, ids, out], [rows, width, start]) = (first(buffers), first(sizes));
                 k.units(|k, i| {
                     let (row, inside) = table_row(k, ids, i, start, rows);
@@ -121,16 +124,27 @@ impl Lowering<'_, '_, '_> {
         self.launch(kernel, vec![table, ids, out], sizes, units);
     }
 
-    /// Units are blocks of columns: each adds the rows in their order, of a team each member those of its own.
+    /// Units are blocks of columns, on a GPU of some of the table's rows: each adds what is theirs, in its order.
     pub(super) fn scatter(&mut self, ids: BufferId, ids_ty: &Type, y: BufferId, start: u64, result: Value) {
         let out = self.result(result);
-        let kernel = self.target.kernel("scatter", |title| {
-            define(title, &[Element::I32, Element::F32, Element::F32], 4, |k, buffers, sizes| {
+        let parts = match self.target.machine {
+            Machine::Cpu(_) => 1,
+            Machine::Cuda(_) => PARTS,
+        };
+        let kernel = self.target.kernel("scatter", |machine| {
+            define(machine, &[Element::I32, Element::F32, Element::F32], 4, |k, buffers, sizes| {
                 let ([ids, y, out], [count, rows, width, start]) = (first(buffers), first(sizes));
-                k.team_units(|k, unit| {
+                k.units(|k, unit| {
                     let zero = k.index(0);
+                    let (unit, part) = match parts {
+                        1 => (unit, None),
+                        _ => {
+                            let parts = k.index(parts);
+                            (k.div(unit, parts), Some((k.rem(unit, parts), parts)))
+                        }
+                    };
                     let nothing = k.floats(0.0);
-                    k.dealt(zero, rows, 1, |k, row| {
+                    k.each(part.map_or(zero, |(part, _)| part), rows, parts, |k, row| {
                         let base = k.mul(row, width);
                         columns(k, unit, width, |k, column, mask| {
                             let place = k.add(base, column);
@@ -147,8 +161,11 @@ impl Lowering<'_, '_, '_> {
                             let end = k.min(end, count);
                             k.each(block, end, 1, |k, i| {
                                 let (row, inside) = table_row(k, ids, i, start, rows);
-                                let own = k.is_dealt(row);
-                                let own = own.map_or(inside, |own| k.and(own, inside));
+                                let own = part.map_or(inside, |(part, parts)| {
+                                    let of = k.rem(row, parts);
+                                    let own = k.compare(of, Order::Eq, part);
+                                    k.and(own, inside)
+                                });
                                 k.when(own, |k| {
                                     let base = k.mul(row, width);
                                     let source = k.mul(i, width);
@@ -169,16 +186,15 @@ impl Lowering<'_, '_, '_> {
         });
         let shape = &self.ty(result).shape;
         let width = dim_extent(shape[1]);
-        let team = Extent::Const(self.target.machine.team());
-        let units = Extent::CeilDiv(Box::new(width.clone()), COLUMNS) * team;
+        let units = Extent::CeilDiv(Box::new(width.clone()), COLUMNS) * Extent::Const(parts);
         let sizes = vec![product(&ids_ty.shape), dim_extent(shape[0]), width, Extent::Const(start)];
         self.launch(kernel, vec![ids, y, out], sizes, units);
     }
 
     pub(super) fn segment_mean(&mut self, x: BufferId, result: Value) {
         let out = self.result(result);
-        let kernel = self.target.kernel("segment_mean", |title| {
-            define(title, &[Element::F32, Element::F32, Element::I32], 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel("segment_mean", |machine| {
+            define(machine, &[Element::F32, Element::F32, Element::I32], 1, |k, buffers, sizes| {
                 let ([x, out, offsets], [width]) = (first(buffers), first(sizes));
                 k.units(|k, s| {
                     let one = k.index(1);
@@ -211,8 +227,8 @@ impl Lowering<'_, '_, '_> {
     pub(super) fn segment_mean_vjp(&mut self, y: BufferId, result: Value) {
         let out = self.result(result);
         let elements = [Element::F32, Element::F32, Element::I32, Element::I32];
-        let kernel = self.target.kernel("segment_mean_vjp", |title| {
-            define(title, &elements, 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel("segment_mean_vjp", |machine| {
+            define(machine, &elements, 1, |k, buffers, sizes| {
                 let ([y, out, offsets, segments], [width]) = (first(buffers), first(sizes));
                 k.units(|k, token| {
                     let s = k.load_index(segments, token);
@@ -254,8 +270,8 @@ impl Lowering<'_, '_, '_> {
         let mut buffers = vec![logits, labels, out];
         buffers.extend(adjoint);
         let elements = [Element::F32, Element::I32, Element::F32, Element::F32];
-        let kernel = self.target.kernel(&name, |title| {
-            define(title, &elements[..buffers.len()], 1, |k, buffers, sizes| {
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements[..buffers.len()], 1, |k, buffers, sizes| {
                 let ([logits, labels, out], [width]) = (first(buffers), first(sizes));
                 k.units(|k, row| {
                     let span = Span { base: k.mul(row, width), length: width };

@@ -7,7 +7,7 @@
 //! sums ─► shared memory, row by row ─► what follows the product
 //! ```
 //!
-//! Where the result has few tiles and k is long, blocks share a tile's steps and their sums are added up afterwards.
+//! A result of no more than 32 columns or rows has tiles of half that width. Where the result has few tiles and k is long, blocks share a tile's steps and their sums are added up afterwards.
 //!
 //! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
 //! fetch what lies side by side.
@@ -18,32 +18,85 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::epilogue::{Epilogue, HeldRow};
+use super::epilogue::{Epilogue, Follow, HeldRow};
 use super::gemm::Axes;
 use super::kernel::matrix::Half;
-use super::kernel::{Buf, F32, Kernel, Order, Title, Val, define, first};
+use super::kernel::{Buf, Code, F32, Kernel, Order, Val, define, first};
 use super::map::Given;
+use super::span::Span;
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cuda::{Chip, WARP, WARPS};
 use crate::machine::Machine;
 
-/// Rows and columns of a tile.
+/// Rows and columns of a tile, and where the product has few.
 pub(super) const TILE: u64 = 64;
+const NARROW: u64 = 32;
 /// Steps along k between two visits of the operands.
 const DEPTH: u64 = 16;
-/// Of a tile, what one thread holds.
-pub(super) const ROWS: u64 = 8;
-pub(super) const COLUMNS: u64 = 4;
-/// From one step of k to the next in shared memory: further than a tile, or threads that store along k would all want
-/// the same bank.
-const LINE: u64 = TILE + 4;
+/// Columns of a tile that one thread holds.
+const COLUMNS: u64 = 4;
+/// From one step of k to the next in shared memory it is so much further than a tile, or threads that store along k
+/// would all want the same bank.
+const APART: u64 = 4;
 const THREADS: u64 = WARP * WARPS;
-/// Rows of a thread that are in shared memory at once, on their way out, and what a warp has there for its two.
+/// Rows of a thread that are in shared memory at once, on their way out.
 const PART: u64 = 4;
-const ROOM: u64 = 2 * PART * LINE;
-const _: () = assert!(TILE * TILE == THREADS * ROWS * COLUMNS && WARP * COLUMNS == 2 * TILE);
-const _: () = assert!(WARPS * ROOM <= 2 * DEPTH * LINE);
+
+/// A tile's rows and columns.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    rows: u64,
+    columns: u64,
+}
+
+impl Tile {
+    /// Of a product of so many rows and columns.
+    fn of(m: &Extent, n: &Extent) -> Tile {
+        let narrow = |size: &Extent| matches!(size, Extent::Const(size) if *size <= NARROW);
+        let (rows, columns) = match (narrow(m), narrow(n)) {
+            (_, true) => (TILE, NARROW),
+            (true, false) => (NARROW, TILE),
+            (false, false) => (TILE, TILE),
+        };
+        Tile { rows, columns }
+    }
+
+    fn name(self) -> String {
+        format!("tiles_{}x{}", self.rows, self.columns)
+    }
+
+    /// That of a kernel so called.
+    pub fn named(kernel: &str) -> Option<Tile> {
+        let (rows, columns) = kernel.strip_prefix("tiles_")?.split('_').next()?.split_once('x')?;
+        Some(Tile { rows: rows.parse().ok()?, columns: columns.parse().ok()? })
+    }
+
+    pub fn elements(self) -> u64 {
+        self.rows * self.columns
+    }
+
+    /// Rows that one thread holds: fours of them.
+    fn held(self) -> u64 {
+        self.elements() / (THREADS * COLUMNS)
+    }
+
+    /// What a step of k takes of shared memory, in floats: threads read for their sums, and a column and a row are put
+    /// there.
+    pub fn moved(self) -> u64 {
+        THREADS * (self.held() + COLUMNS) + self.rows + self.columns
+    }
+
+    /// Rows of threads that a warp is.
+    fn lines(self) -> u64 {
+        WARP * COLUMNS / self.columns
+    }
+
+    /// What a warp has of shared memory for the rows on their way out.
+    fn own(self) -> u64 {
+        self.lines() * PART * (self.columns + APART)
+    }
+}
 
 /// An operand in memory: element (batch, i, k) at `first + batch · area + i · along + k · deep`.
 #[derive(Debug)]
@@ -109,8 +162,10 @@ impl Lowering<'_, '_, '_> {
         let (followers, stays) = self.held(at);
         let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let from = packed.as_ref().map_or(b, |(_, packed)| packed.buffer);
-        let epilogue = self.epilogue(result, &followers, &[a, from, c], true)?;
-        self.label = epilogue.label(node.op.name());
+        let epilogue = match &followers[..] {
+            [] => Epilogue::default(),
+            followers => self.epilogue(result, followers, &[a, from, c], true)?,
+        };
         let to = To { buffer: c, line, area, first, fate: if stays { Fate::Written } else { Fate::Passed }, epilogue };
         match packed {
             Some((half, packed)) => self.launch_halves(half, shape, (a, left), packed, to),
@@ -184,20 +239,25 @@ impl Lowering<'_, '_, '_> {
         let apart = shape.batch != Extent::Const(1) && to.area != whole;
         let dense = to.line == shape.n && to.first == Extent::Const(0) && !apart;
         let shares = match to.fate {
-            Fate::Written if dense && to.epilogue.is_empty() => shares(&shape),
+            Fate::Written if dense => shares(&shape),
+            Fate::Passed => shares(&shape),
             _ => 1,
         };
         let Shape { m, n, depth, batch } = shape;
-        let tiles = |n: &Extent| Extent::CeilDiv(Box::new(n.clone()), TILE);
-        let (down, across) = (tiles(&m), tiles(&n));
+        let tile = Tile::of(&m, &n);
+        let tiles = |n: &Extent, side| Extent::CeilDiv(Box::new(n.clone()), side);
+        let (down, across) = (tiles(&m, tile.rows), tiles(&n, tile.columns));
         let units = Extent::Const(shares) * batch.clone() * down.clone() * across.clone() * Extent::Const(WARPS);
         let steps = Extent::CeilDiv(Box::new(depth.clone()), DEPTH * shares) * Extent::Const(DEPTH);
         let [rows_a, rows_b] = [left.contiguous, right.contiguous];
         let elements = batch.clone() * whole.clone();
-        let (result, mut to) = (to.buffer, to);
+        // What follows a sum of shares.
+        let (mut to, mut sum) = (to, None);
         if shares > 1 {
-            to.buffer = self.scratch(vec![Extent::Const(shares), elements.clone()]);
-            to.area = whole;
+            let buffer = self.scratch(vec![Extent::Const(shares), elements.clone()]);
+            let (line, first) = (n.clone(), Extent::Const(0));
+            let part = To { buffer, line, area: whole, first, fate: Fate::Written, epilogue: Epilogue::default() };
+            sum = Some((std::mem::replace(&mut to, part), [m.clone(), n.clone()], batch.clone()));
         }
         let mut sizes = vec![m, n, depth, down, across, batch, steps];
         sizes.extend(left.sizes());
@@ -205,24 +265,74 @@ impl Lowering<'_, '_, '_> {
         sizes.extend([to.line, to.area, to.first]);
         let side = |contiguous| if contiguous { "columns" } else { "rows" };
         let (fate, epilogue) = (to.fate, to.epilogue);
-        let name = format!("tiles_{}_{}{}{}", side(rows_a), side(!rows_b), fate.suffix(), epilogue.suffix());
-        let kernel = self.target.kernel(&name, |title| tiles_kernel(title, [rows_a, rows_b], fate, &epilogue));
+        self.label = epilogue.label(&self.label);
+        let (x, y) = (side(rows_a), side(!rows_b));
+        let name = format!("{}_{x}_{y}{}{}", tile.name(), fate.suffix(), epilogue.suffix());
+        let code = |machine| tiles_kernel(machine, tile, [rows_a, rows_b], fate, &epilogue);
+        let kernel = self.target.kernel(&name, code);
         sizes.extend(epilogue.sizes);
         self.launch(kernel, [vec![a, b, to.buffer], epilogue.buffers].concat(), sizes, units);
-        if shares > 1 {
-            self.add_up(to.buffer, Extent::Const(shares), elements, result);
+        match sum {
+            Some((sum, ..)) if sum.epilogue.is_empty() => {
+                self.add_up(to.buffer, Extent::Const(shares), elements, sum.buffer);
+            }
+            Some((sum, rows, batch)) => {
+                self.add_up_rows(to.buffer, (Extent::Const(shares), elements), [a, b], sum, rows, batch);
+            }
+            None => {}
         }
+    }
+
+    /// Adds up shares of a product row by row, and goes on with what follows it. `own` are the product's operands.
+    fn add_up_rows(
+        &mut self,
+        x: BufferId,
+        (shares, elements): (Extent, Extent),
+        own: [BufferId; 2],
+        To { buffer, fate, epilogue, .. }: To,
+        [m, n]: [Extent; 2],
+        batch: Extent,
+    ) {
+        let name = format!("add_up{}{}", fate.suffix(), epilogue.suffix());
+        let all = [&[Element::F32; 3], &epilogue.elements[..], &[Element::F32]].concat();
+        let mut sizes = vec![m.clone(), n, shares, elements];
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &all, sizes.len() + epilogue.sizes.len(), |k, buffers, sizes| {
+                let ([m, n, shares, elements], x) = (first(sizes), *buffers.last().expect("the shares"));
+                k.units(|k, row| {
+                    let out = (fate == Fate::Written).then_some(buffers[2]);
+                    let follow = Follow::of(k, &epilogue, (buffers, &sizes[4..]), out, (row, m));
+                    let span = Span { base: k.mul(row, n), length: n };
+                    follow.fill(k, span, |k, place, mask| {
+                        let (zero, nothing) = (k.index(0), k.floats(0.0));
+                        let sums = k.fold(zero, shares, 1, &[nothing], |k, share, sums| {
+                            let before = k.mul(share, elements);
+                            let at = k.add(before, place);
+                            let x = k.load_lanes(x, at, mask);
+                            vec![k.add(sums[0], x)]
+                        });
+                        sums[0]
+                    });
+                });
+            })
+        });
+        sizes.extend(epilogue.sizes.iter().cloned());
+        let label = epilogue.label("add_up");
+        let label = std::mem::replace(&mut self.label, label);
+        self.launch(kernel, [vec![own[0], own[1], buffer], epilogue.buffers, vec![x]].concat(), sizes, batch * m);
+        self.label = label;
     }
 }
 
 /// How many blocks share a tile, so that there are some for most of a chip's multiprocessors.
 fn shares(Shape { m, n, depth, batch }: &Shape) -> u64 {
+    let tile = Tile::of(m, n);
     let &Extent::Const(n) = n else { return 1 };
-    let across = n.div_ceil(TILE).max(1);
+    let across = n.div_ceil(tile.columns).max(1);
     match (m, batch, depth) {
         // All tokens' share of a weight's gradient.
         (&Extent::Const(m), &Extent::Const(batch), Extent::Tokens) => {
-            (BLOCKS / (batch * m.div_ceil(TILE) * across).max(1)).clamp(1, SHARES)
+            (BLOCKS / (batch * m.div_ceil(tile.rows) * across).max(1)).clamp(1, SHARES)
         }
         // Into a bottleneck.
         (Extent::Tokens, Extent::Const(1), &Extent::Const(depth)) if depth >= LONG => (4 / across).max(1),
@@ -274,9 +384,10 @@ pub(super) struct Out<'a> {
     pub base: Val,
     pub line: Val,
     pub batch: Val,
-    /// The tile's columns, as many as `n` leaves of them.
+    /// The tile's columns, as many as `n` leaves of them, and how many it has at most.
     pub column: Val,
     pub n: Val,
+    pub width: u64,
     pub room: Buf,
     pub sum: &'a dyn Fn(&mut Kernel, Val) -> Val,
 }
@@ -307,10 +418,10 @@ impl Out<'_> {
                 }
             }
         };
-        let end = k.index(TILE);
+        let end = k.index(self.width);
         let end = k.add(self.column, end);
         let columns = (self.column, k.min(end, self.n));
-        let lanes = Given { lanes: &lanes, columns: Some(TILE) };
+        let lanes = Given { lanes: &lanes, columns: Some(self.width) };
         let row = HeldRow { batch: self.batch, row, columns, lanes };
         self.epilogue.write_row(k, (self.buffers, self.sizes), self.n, row);
     }
@@ -320,17 +431,18 @@ impl Out<'_> {
 const SIZES: usize = 18;
 
 /// One tile a unit.
-fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epilogue) -> String {
+fn tiles_kernel(machine: Machine, tile: Tile, contiguous: [bool; 2], fate: Fate, epilogue: &Epilogue) -> Code {
+    let (held, (line_a, line_b)) = (tile.held(), (tile.rows + APART, tile.columns + APART));
     let elements = [&[Element::F32; 3], &epilogue.elements[..]].concat();
-    define(title, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
+    define(machine, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, down, across, batches, steps] = first(sizes);
         let (left, right, to) = (&sizes[7..11], &sizes[11..15], &sizes[15..SIZES]);
-        let part_a = k.shared(2 * DEPTH * LINE);
-        let part_b = k.beyond(part_a, DEPTH * LINE);
+        let part_a = k.shared((DEPTH * (line_a + line_b)).max(WARPS * tile.own()));
+        let part_b = k.beyond(part_a, DEPTH * line_a);
         let thread = k.thread();
-        let wide = k.index(TILE / COLUMNS);
-        let (columns, rows) = (k.index(COLUMNS), k.index(ROWS));
+        let wide = k.index(tile.columns / COLUMNS);
+        let (columns, rows) = (k.index(COLUMNS), k.index(held));
         let (column, row) = (k.rem(thread, wide), k.div(thread, wide));
         let (column, row) = (k.mul(column, columns), k.mul(row, rows));
         k.block_units(|k, unit| {
@@ -342,13 +454,13 @@ fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epil
                 let end = k.add(begin, steps);
                 k.min(end, depth)
             };
-            let tile = k.index(TILE);
-            let (first_row, first_column) = (k.mul(tile_row, tile), k.mul(tile_column, tile));
-            let left = Source::of(k, a, left, batch, first_row, m, contiguous[0]);
-            let right = Source::of(k, b, right, batch, first_column, n, contiguous[1]);
+            let (down, across) = (k.index(tile.rows), k.index(tile.columns));
+            let (first_row, first_column) = (k.mul(tile_row, down), k.mul(tile_column, across));
+            let left = Source::of(k, a, left, batch, (first_row, m), tile.rows, contiguous[0]);
+            let right = Source::of(k, b, right, batch, (first_column, n), tile.columns, contiguous[1]);
             let nothing = k.float(0.0, F32);
             let zero = k.index(0);
-            let sums = k.fold(begin, depth, DEPTH, &[nothing; (ROWS * COLUMNS) as usize], |k, block, sums| {
+            let sums = k.fold(begin, depth, DEPTH, &vec![nothing; (held * COLUMNS) as usize], |k, block, sums| {
                 let end = k.sub(depth, block);
                 let [x, y] = [&left, &right].map(|side| side.fetch(k, block, end));
                 // The steps before are done with what they share.
@@ -358,12 +470,15 @@ fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epil
                 k.barrier();
                 let depth = k.index(DEPTH);
                 k.fold(zero, depth, 1, sums, |k, step, sums| {
-                    let line = k.index(LINE);
-                    let line = k.mul(step, line);
-                    let (at_a, at_b) = (k.add(line, row), k.add(line, column));
-                    let four = k.index(4);
-                    let after = k.add(at_a, four);
-                    let x = [k.load_four(part_a, at_a), k.load_four(part_a, after)].concat();
+                    let (line_a, line_b) = (k.index(line_a), k.index(line_b));
+                    let (at_a, at_b) = (k.mul(step, line_a), k.mul(step, line_b));
+                    let (at_a, at_b) = (k.add(at_a, row), k.add(at_b, column));
+                    let fours = (0..held).step_by(4).flat_map(|ahead| {
+                        let ahead = k.index(ahead);
+                        let at = k.add(at_a, ahead);
+                        k.load_four(part_a, at)
+                    });
+                    let x: Vec<Val> = fours.collect();
                     let y = k.load_four(part_b, at_b);
                     let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
                     pairs.zip(sums).map(|((x, y), &sum)| k.fma(x, y, sum)).collect()
@@ -384,33 +499,34 @@ fn tiles_kernel(title: Title, contiguous: [bool; 2], fate: Fate, epilogue: &Epil
                 batch,
                 column: first_column,
                 n,
+                width: tile.columns,
                 room: part_a,
                 sum: &|_, sum| sum,
             };
-            let (lanes, size) = (k.index(WARP), k.index(ROOM));
+            let (lanes, size) = (k.index(WARP), k.index(tile.own()));
             let warp = k.div(thread, lanes);
             let own = k.mul(warp, size);
-            // The warp's two rows of threads, one below the other.
+            // The warp's rows of threads, one below the other.
             let below = k.div(k.lane_index(), wide);
-            let (line, some) = (k.index(LINE), k.index(PART));
+            let (line, some) = (k.index(line_b), k.index(PART));
             let place = k.mul(below, some);
             let place = k.mul(place, line);
             let place = k.add(own, place);
             let place = k.add(place, column);
-            let warp_rows = k.index(2 * ROWS);
+            let warp_rows = k.index(tile.lines() * held);
             let first_row = {
                 let before = k.mul(warp, warp_rows);
                 k.add(first_row, before)
             };
-            for part in (0..ROWS).step_by(PART as usize) {
+            for part in (0..held).step_by(PART as usize) {
                 for (i, &sum) in sums[(part * COLUMNS) as usize..][..(PART * COLUMNS) as usize].iter().enumerate() {
                     let (r, c) = (i as u64 / COLUMNS, i as u64 % COLUMNS);
-                    let at = k.index(r * LINE + c);
+                    let at = k.index(r * line_b + c);
                     let at = k.add(place, at);
                     k.store_here(sum, part_a, at);
                 }
                 k.settle();
-                let (zero, all) = (k.index(0), k.index(2 * PART));
+                let (zero, all) = (k.index(0), k.index(tile.lines() * PART));
                 k.each(zero, all, 1, |k, r| {
                     let (below, rest) = (k.div(r, some), k.rem(r, some));
                     let row = k.mul(below, rows);
@@ -438,8 +554,9 @@ struct Source {
     base: Val,
     along: Val,
     deep: Val,
-    /// How many of the tile's there are.
+    /// How many of the tile's there are, and how many there may be.
     count: Val,
+    side: u64,
     /// The thread's first element: of the tile, and along k.
     i: Val,
     step: Val,
@@ -448,20 +565,28 @@ struct Source {
 }
 
 impl Source {
-    fn of(k: &mut Kernel, buffer: Buf, sizes: &[Val], batch: Val, start: Val, end: Val, contiguous: bool) -> Source {
+    fn of(
+        k: &mut Kernel,
+        buffer: Buf,
+        sizes: &[Val],
+        batch: Val,
+        (start, end): (Val, Val),
+        side: u64,
+        contiguous: bool,
+    ) -> Source {
         let [along, deep, area, first] = super::kernel::first(sizes);
         let area = k.mul(batch, area);
         let base = k.mul(start, along);
         let base = k.add(base, area);
         let base = k.add(base, first);
-        let width = if contiguous { TILE } else { DEPTH };
+        let width = if contiguous { side } else { DEPTH };
         let (thread, across) = (k.thread(), k.index(width));
         let (fast, slow) = (k.rem(thread, across), k.div(thread, across));
         let ((i, step), next) = match contiguous {
             true => ((fast, slow), (0, THREADS / width)),
             false => ((slow, fast), (THREADS / width, 0)),
         };
-        Source { buffer, base, along, deep, count: k.sub(end, start), i, step, next }
+        Source { buffer, base, along, deep, count: k.sub(end, start), side, i, step, next }
     }
 
     /// Place n of the thread's, in the tile and along k.
@@ -484,13 +609,13 @@ impl Source {
             let at = k.add(start, at);
             k.load_if(exists, self.buffer, at, nothing)
         };
-        (0..TILE * DEPTH / THREADS).map(element).collect()
+        (0..self.side * DEPTH / THREADS).map(element).collect()
     }
 
     fn share(&self, k: &mut Kernel, to: Buf, elements: &[Val]) {
         for (n, &x) in elements.iter().enumerate() {
             let (i, step) = self.place(k, n as u64);
-            let line = k.index(LINE);
+            let line = k.index(self.side + APART);
             let at = k.mul(step, line);
             let at = k.add(at, i);
             k.store_here(x, to, at);

@@ -12,8 +12,9 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Kernel, Title, Val, define};
+use super::kernel::{Code, Kernel, Val, define};
 use super::{Lowering, Place, product};
+use crate::machine::Machine;
 
 /// A distance in elements: a number times sizes of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -266,7 +267,7 @@ impl Lowering<'_, '_, '_> {
         let rank = runs.len();
         let gathers = runs.last().is_some_and(|run| source.along(run.clone()) != Some(ONE));
         let name = format!("copy{rank}_{}", if gathers { "gather" } else { "rows" });
-        let kernel = self.target.kernel(&name, |title| copy_kernel(title, rank, gathers));
+        let kernel = self.target.kernel(&name, |machine| copy_kernel(machine, rank, gathers));
         let units = runs[..rank - 1].iter().map(sizes).fold(Extent::Const(1), |n, size| n * size);
         let mut extents: Vec<Extent> = runs.iter().map(sizes).collect();
         extents.extend([steps(source), steps(target)].concat());
@@ -276,8 +277,8 @@ impl Lowering<'_, '_, '_> {
 }
 
 /// Row by row; elements are gathered where another axis runs along the source's rows.
-fn copy_kernel(title: Title, rank: usize, gathers: bool) -> String {
-    define(title, &[Element::F32; 2], 3 * rank + 2, |k, buffers, sizes| {
+fn copy_kernel(machine: Machine, rank: usize, gathers: bool) -> Code {
+    define(machine, &[Element::F32; 2], 3 * rank + 2, |k, buffers, sizes| {
         let &[from, to] = buffers else { unreachable!("two buffers") };
         let (sizes, rest) = sizes.split_at(rank);
         let (steps, rest) = rest.split_at(rank);

@@ -3,14 +3,15 @@
 //! ```text
 //! time    = START + max(memory, arithmetic)
 //! memory  = bytes / min(the card's bandwidth, what the warps have on their way / LATENCY)
-//! arithmetic = ⌈blocks / multiprocessors⌉ · a block's cycles / clock
+//! arithmetic = Σ waves of so many blocks as there are multiprocessors, cycles of the longest block / clock
 //! cycles  = max(multiplications / those of a cycle, bytes of shared memory / 128)    of a tile's steps, and its way out
 //! ```
 
 use peft_runtime::artifact::Sizes;
 
 use super::kernel::matrix::SIDE;
-use super::{halves, tiles};
+use super::tiles::Tile;
+use super::{TIMES, halves};
 use crate::cuda::{Card, WARP, WARPS};
 
 /// From the end of one launch to the first loads of the next in a graph of launches, in seconds.
@@ -32,9 +33,8 @@ pub struct Work {
     pub flops: f64,
     /// Tensor cores compute it.
     pub half: bool,
-    blocks: u64,
-    /// Of a block.
-    cycles: f64,
+    /// How many blocks, and of how many cycles each, in their order.
+    blocks: Vec<(u64, f64)>,
     /// Bytes of the first buffers that it reads at most.
     pub reads: Vec<f64>,
     /// Bytes on their way.
@@ -50,26 +50,51 @@ impl Work {
     /// In seconds, as modelled, with `bytes` of memory.
     pub fn time(&self, card: &Card, bytes: f64) -> f64 {
         let memory = bytes / card.bandwidth.min(self.under_way / LATENCY);
-        let waves = self.blocks.div_ceil(card.multiprocessors);
-        START + memory.max(waves as f64 * self.cycles / card.clock)
+        let blocks = self.blocks.iter().flat_map(|&(blocks, cycles)| std::iter::repeat_n(cycles, blocks as usize));
+        let blocks: Vec<f64> = blocks.collect();
+        let waves = blocks.chunks(card.multiprocessors as usize);
+        let cycles: f64 = waves.map(|wave| wave.iter().copied().fold(0.0, f64::max)).sum();
+        START + memory.max(cycles / card.clock)
+    }
+
+    /// Both in one launch.
+    fn beside(mut self, other: Work) -> Work {
+        self.flops += other.flops;
+        self.blocks.extend(other.blocks);
+        self.reads.extend(other.reads);
+        self.under_way += other.under_way;
+        self
     }
 }
 
 /// Of a launch of `kernel` for a batch: kernels are known by their names, and products have their sizes in front.
 pub fn work(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
+    let times = |(kernel, launches): (&str, &str)| Some((kernel.to_string(), launches.parse::<usize>().ok()?));
+    let Some((kernel, launches)) = kernel.rsplit_once(TIMES).and_then(times) else {
+        return of_one(kernel, buffers, extents, units, sizes, card);
+    };
+    let buffers = buffers / launches;
+    let each = extents.chunks_exact(extents.len() / launches).map(|extents| {
+        let (&units, extents) = extents.split_last().expect("a launch has units");
+        let mut work = of_one(&kernel, buffers, extents, units, sizes, card);
+        work.reads.resize(buffers, f64::INFINITY);
+        work
+    });
+    each.reduce(Work::beside).expect("some launches")
+}
+
+fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
     let number = |i: usize| extents[i] as f64;
     let blocks = units.div_ceil(WARPS);
     let a_cycle = |flops: f64| flops / 2.0 / card.multiprocessors as f64 / card.clock;
-    if kernel.starts_with("tiles_") {
+    if let Some(tile) = Tile::named(kernel) {
         let [m, n, depth, batches, steps] = [0, 1, 2, 5, 6].map(number);
-        let step = (tiles::TILE * tiles::TILE) as f64 / a_cycle(card.flops);
-        // What threads read of it for their sums, and what is put there.
-        let shared = (WARP * WARPS * (tiles::ROWS + tiles::COLUMNS) + 2 * tiles::TILE) * 4;
-        let out = 2.0 * (tiles::TILE * tiles::TILE * 4) as f64 / SHARED;
-        let cycles = steps.min(depth) * step.max(shared as f64 / SHARED) + out;
+        let step = tile.elements() as f64 / a_cycle(card.flops);
+        let out = 2.0 * (tile.elements() * 4) as f64 / SHARED;
+        let cycles = steps.min(depth) * step.max((tile.moved() * 4) as f64 / SHARED) + out;
         let flops = 2.0 * m * n * depth * batches;
         let reads = [m, n].map(|side| 4.0 * side * depth * batches).into();
-        return Work { flops, half: false, blocks, cycles, reads, under_way: f64::INFINITY };
+        return Work { flops, half: false, blocks: vec![(blocks, cycles)], reads, under_way: f64::INFINITY };
     }
     if kernel.starts_with("halves_") {
         let [m, n, depth] = [0, 1, 2].map(number);
@@ -82,7 +107,8 @@ pub fn work(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &S
         let steps = (depth / halves::DEPTH as f64).ceil();
         let cycles = steps * step.max(shared as f64 / SHARED) + out;
         let reads = vec![4.0 * m * depth, 2.0 * n * depth];
-        return Work { flops: 2.0 * m * n * depth, half: true, blocks, cycles, reads, under_way: f64::INFINITY };
+        let (flops, blocks) = (2.0 * m * n * depth, vec![(blocks, cycles)]);
+        return Work { flops, half: true, blocks, reads, under_way: f64::INFINITY };
     }
     if kernel.starts_with("attention") {
         let [width, wide, sequences] = [1, 2, 3].map(number);
@@ -105,12 +131,12 @@ pub fn work(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &S
         let mut reads = vec![f64::INFINITY; buffers - 5];
         reads.extend([place(width), place(wide), place(width.max(wide)), rows]);
         let flops = 2.0 * asked * pairs * heads;
-        return Work { flops, blocks, cycles: each * CACHED, reads, under_way, ..Work::default() };
+        return Work { flops, half: false, blocks: vec![(blocks, each * CACHED)], reads, under_way };
     }
     let (reads, each) = match kernel {
         // A table is not read whole.
         "gather" => (vec![4.0 * number(1) * units as f64], UNDER_WAY),
-        "sum_columns" | "mean_columns" => (vec![], MANY_UNDER_WAY),
+        "sum_columns" | "mean_columns" | "root_of_sum" => (vec![], MANY_UNDER_WAY),
         // Of the tokens' rows those that train.
         "scatter" => (vec![4.0 * number(0), 4.0 * number(1) * number(2)], UNDER_WAY),
         _ => (vec![], UNDER_WAY),

@@ -6,17 +6,15 @@ use std::fmt::Write;
 use peft_runtime::artifact::Element;
 
 use super::lanes::Form;
-use super::{Buf, INDEX, Kernel, Order, Val};
+use super::{Buf, INDEX, Kernel, NAME, Order, Val};
 use crate::cuda::{WARP, WARPS};
 
 impl Kernel {
     /// The units asked for, a block's threads together on [`WARPS`] of them: who launches kernels counts in warps.
     pub fn block_units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
-        let Form::Warps { units, .. } = self.form else { unreachable!("a processor has no blocks") };
+        let Form::Warps { units, block, blocks, .. } = self.form else { unreachable!("a processor has no blocks") };
         let warps = self.index(WARPS);
         let units = self.div(units, warps);
-        let block = self.emit(INDEX, format_args!("gpu.block_id x"));
-        let blocks = self.emit(INDEX, format_args!("gpu.grid_dim x"));
         self.fold_by(block, units, blocks, &[], |k, unit, _| {
             body(k, unit);
             vec![]
@@ -70,14 +68,6 @@ impl Kernel {
             }
         };
         self.fold(from, to, step * self.team(), start, body)
-    }
-
-    /// Whether the member is dealt `i` of a range by ones; `None` where all are.
-    pub fn is_dealt(&mut self, i: Val) -> Option<Val> {
-        let Form::Warps { warp, .. } = self.form else { return None };
-        let team = self.index(WARPS);
-        let whose = self.rem(i, team);
-        Some(self.compare(whose, Order::Eq, warp))
     }
 
     /// What one member has written, the others may read from here on.
@@ -135,7 +125,7 @@ impl Kernel {
 
     /// The same as words.
     pub fn shared_words(&mut self, n: u64) -> Buf {
-        let name = format!("{}_shared{}", self.name, self.globals.lines().count());
+        let name = format!("{NAME}_shared{}", self.globals.lines().count());
         let _ = writeln!(
             self.globals,
             "  llvm.mlir.global internal @{name}() {{addr_space = 3 : i32, alignment = 32 : i64}} : !llvm.array<{n} x i32>"

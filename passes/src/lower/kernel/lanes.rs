@@ -4,17 +4,20 @@
 //!
 //! Lanes that hand something to each other through memory must [`Kernel::settle`] in between.
 
+use std::fmt::Write;
+
 use super::{Buf, F32, I32, INDEX, Kernel, LANES, Order, Scalar, Ty, Val, list};
 use crate::cuda::{WARP, WARPS};
 use crate::machine::Machine;
 
 /// How a kernel works, and what it knows of the thread it runs on.
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Form {
     /// Vectors; the units `begin..end`.
     Vectors { begin: Val, end: Val },
     /// Warps, which share `units`: the `thread` of a block, the warp that it is of, and the `lane` in that, as an index
-    /// and as a number of 32 bits; whether that is the first.
-    Warps { units: Val, thread: Val, warp: Val, lane: Val, number: Val, leads: Val },
+    /// and as a number of 32 bits; whether that is the first. The `block`, of so many.
+    Warps { units: Val, thread: Val, warp: Val, lane: Val, number: Val, leads: Val, block: Val, blocks: Val },
 }
 
 impl Form {
@@ -24,29 +27,38 @@ impl Form {
     }
 
     pub fn warps(next: u32) -> (Form, u32) {
-        let [units, thread, warp, lane] = [0, 1, 2, 3].map(|i| Val { id: next + i, ty: INDEX });
+        let [units, thread, warp, lane, block, blocks] = [0, 1, 2, 3, 6, 7].map(|i| Val { id: next + i, ty: INDEX });
         let number = Val { id: next + 4, ty: I32 };
         let leads = Val { id: next + 5, ty: INDEX.of(Scalar::I1) };
-        (Form::Warps { units, thread, warp, lane, number, leads }, next + 6)
+        (Form::Warps { units, thread, warp, lane, number, leads, block, blocks }, next + 8)
     }
 
-    /// The function, around what has been written of it.
-    pub fn function(&self, name: &str, buffers: &[Buf], sizes: &[Val], body: &str) -> String {
-        let sizes = sizes.iter().map(|v| format!("{v}: index"));
+    /// The function, around what has been written of it, for so many launches.
+    pub fn function(&self, name: &str, (buffers, sizes): (&[Buf], &[Val]), body: &str, launches: usize) -> String {
         match self {
             Form::Vectors { begin, end } => {
+                assert_eq!(launches, 1, "launches go side by side on a GPU alone");
                 let buffers = buffers.iter().map(|b| format!("%{}: {b}", b.id));
-                let range = [begin, end].map(|v| format!("{v}: index"));
-                let signature: Vec<String> = buffers.chain(sizes).chain(range).collect();
+                let sizes = sizes.iter().chain([begin, end]).map(|v| format!("{v}: index"));
+                let signature: Vec<String> = buffers.chain(sizes).collect();
                 format!(
                     "  func.func @{name}({}) attributes {{llvm.emit_c_interface, passthrough = #cpu}} {{\n{body}    \
                      return\n  }}\n",
                     signature.join(", ")
                 )
             }
-            Form::Warps { units, thread, warp, lane, number, leads } => {
-                let buffers = buffers.iter().map(|b| format!("%{}: !llvm.ptr<1>", b.id));
-                let signature: Vec<String> = buffers.chain(sizes).chain([format!("{units}: index")]).collect();
+            Form::Warps { units, thread, warp, lane, number, leads, block, blocks } => {
+                let (pointers, numbers): (Vec<String>, Vec<String>) = (
+                    buffers.iter().map(|b| format!("%{}", b.id)).collect(),
+                    sizes.iter().chain([units]).map(|v| v.to_string()).collect(),
+                );
+                let (signature, body) = match launches {
+                    1 => {
+                        let own = format!("    {block} = gpu.block_id x\n    {blocks} = gpu.grid_dim x\n");
+                        (arguments(&pointers, &numbers), own + body)
+                    }
+                    _ => side_by_side(&pointers, &numbers, [block, blocks], body, launches),
+                };
                 format!(
                     "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>, nvvm.minctasm = 1 : i32}} {{
     {thread} = gpu.thread_id x
@@ -65,6 +77,69 @@ impl Form {
     }
 }
 
+fn arguments(pointers: &[String], numbers: &[String]) -> Vec<String> {
+    let pointers = pointers.iter().map(|name| format!("{name}: !llvm.ptr<1>"));
+    pointers.chain(numbers.iter().map(|name| format!("{name}: index"))).collect()
+}
+
+/// Arguments of several launches, and of all their units; a block takes those of the launch that it is of, and counts
+/// that one's blocks alone. The last of a launch's numbers are its units.
+fn side_by_side(
+    pointers: &[String],
+    numbers: &[String],
+    [block, blocks]: [&Val; 2],
+    body: &str,
+    launches: usize,
+) -> (Vec<String>, String) {
+    let of = |names: &[String], launch: usize| -> Vec<String> {
+        names.iter().map(|name| format!("%of{launch}_{}", name.trim_start_matches('%'))).collect()
+    };
+    let all = |names: &[String]| (0..launches).flat_map(|launch| of(names, launch)).collect::<Vec<_>>();
+    let mut numbers_of_all = all(numbers);
+    numbers_of_all.push("%all".into());
+    let signature = arguments(&all(pointers), &numbers_of_all);
+    let units = numbers.last().expect("a launch has units");
+    let mut text = format!(
+        "    %warps = arith.constant {WARPS} : index
+    %end = arith.divui %all, %warps : index
+    %from = gpu.block_id x
+    %grid = gpu.grid_dim x
+    %begin0 = arith.constant 0 : index
+"
+    );
+    for launch in 0..launches {
+        let units = &of(std::slice::from_ref(units), launch)[0];
+        let _ = writeln!(text, "    %blocks{launch} = arith.ceildivui {units}, %warps : index");
+        let _ = writeln!(text, "    %begin{} = arith.addi %begin{launch}, %blocks{launch} : index", launch + 1);
+    }
+    let _ = writeln!(text, "    scf.for %at = %from to %end step %grid {{");
+    for launch in 1..launches {
+        let _ = writeln!(text, "    %is{launch} = arith.cmpi uge, %at, %begin{launch} : index");
+    }
+    // Of the launches that have begun, the last.
+    let mut choose = |name: &str, each: Vec<String>, ty: &str| {
+        let mut chosen = each[0].clone();
+        for (launch, other) in each.iter().enumerate().skip(1) {
+            let result = match launch + 1 == launches {
+                true => name.into(),
+                false => format!("%to{launch}_{}", name.trim_start_matches('%')),
+            };
+            let _ = writeln!(text, "    {result} = arith.select %is{launch}, {other}, {chosen} : {ty}");
+            chosen = result;
+        }
+    };
+    for name in pointers {
+        choose(name, (0..launches).flat_map(|launch| of(std::slice::from_ref(name), launch)).collect(), "!llvm.ptr<1>");
+    }
+    for name in numbers {
+        choose(name, (0..launches).flat_map(|launch| of(std::slice::from_ref(name), launch)).collect(), "index");
+    }
+    choose("%begin", (0..launches).map(|launch| format!("%begin{launch}")).collect(), "index");
+    choose(&blocks.to_string(), (0..launches).map(|launch| format!("%blocks{launch}")).collect(), "index");
+    let _ = writeln!(text, "    {block} = arith.subi %at, %begin : index");
+    (signature, format!("{text}{body}    }}\n"))
+}
+
 impl Machine {
     /// Elements that a kernel has in hand at once.
     pub fn lanes(self) -> u64 {
@@ -76,6 +151,14 @@ impl Machine {
 }
 
 impl Machine {
+    /// Elements of a unit where all stand in a row: a GPU has warps enough for few each.
+    pub fn stretch(self) -> u64 {
+        match self {
+            Machine::Cpu(_) => 8192,
+            Machine::Cuda(_) => 256,
+        }
+    }
+
     /// Members of a team: units that a kernel counts as one.
     pub fn team(self) -> u64 {
         match self {
@@ -385,6 +468,9 @@ impl Kernel {
     }
 
     pub fn store_here(&mut self, x: Val, to: Buf, at: Val) {
+        if let Some(written) = self.writes.get_mut(to.id as usize) {
+            *written = true;
+        }
         let place = self.place(to, at);
         self.line(format_args!("llvm.store {x}, {place} : {}, {}", x.ty, to.pointer()));
     }
@@ -427,9 +513,7 @@ impl Kernel {
     pub fn units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
         match self.form {
             Form::Vectors { begin, end } => self.each(begin, end, 1, body),
-            Form::Warps { units, warp, .. } => {
-                let block = self.emit(INDEX, format_args!("gpu.block_id x"));
-                let blocks = self.emit(INDEX, format_args!("gpu.grid_dim x"));
+            Form::Warps { units, warp, block, blocks, .. } => {
                 let warps = self.index(WARPS);
                 let first = self.mul(block, warps);
                 let first = self.add(first, warp);

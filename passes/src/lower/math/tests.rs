@@ -4,7 +4,7 @@ use std::f64::consts::SQRT_2;
 
 use peft_runtime::artifact::Element;
 
-use super::super::kernel::{Title, define, first};
+use super::super::kernel::{define, first};
 use super::super::tests::{call, levels};
 use super::*;
 use crate::codegen;
@@ -80,8 +80,7 @@ fn error_bounds() {
     // A name of C's own would mean C's function to LLVM.
     let symbol = |function: &Function| format!("all_{}", function.name);
     let kernels = FUNCTIONS.map(|function| {
-        let title = Title { name: &symbol(&function), machine: Machine::default() };
-        define(title, &[Element::F32, Element::F32], 1, |k, buffers, sizes| {
+        let code = define(Machine::default(), &[Element::F32, Element::F32], 1, |k, buffers, sizes| {
             let ([x, out], [length]) = (first(buffers), first(sizes));
             k.units(|k, _| {
                 k.lanes(length, |k, j, mask| {
@@ -90,7 +89,8 @@ fn error_bounds() {
                     k.store_lanes(y, out, j, mask);
                 });
             });
-        })
+        });
+        code.function(&symbol(&function), 1)
     });
     let folder = tempfile::tempdir().expect("a directory");
     let library = |cpu: Cpu| {
