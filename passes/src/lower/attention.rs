@@ -31,8 +31,8 @@ impl Lowering<'_, '_, '_> {
         self.copy_view((keys, &turned), (flipped, &View::dense(&turned.shape)));
         let name = if causal { "scores_causal" } else { "scores" };
         let elements = [Element::F32, Element::F32, Element::F32, Element::I32, Element::I32];
-        let kernel = self.target.kernel(name, |title| {
-            define(title, &elements, 4, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |machine| {
+            define(machine, &elements, 4, |k, buffers, sizes| {
                 let [q, keys, out, offsets, pairs] = first(buffers);
                 let [tokens, all_pairs, width, sequences] = first(sizes);
                 k.units(|k, unit| {
@@ -55,8 +55,8 @@ impl Lowering<'_, '_, '_> {
             (true, true) => "attend_transposed_causal",
         };
         let elements = [Element::F32, Element::F32, Element::F32, Element::I32, Element::I32];
-        let kernel = self.target.kernel(name, |title| {
-            define(title, &elements, 4, |k, buffers, sizes| {
+        let kernel = self.target.kernel(name, |machine| {
+            define(machine, &elements, 4, |k, buffers, sizes| {
                 let [w, v, out, offsets, pairs] = first(buffers);
                 let [tokens, all_pairs, width, sequences] = first(sizes);
                 k.units(|k, unit| {
@@ -88,7 +88,11 @@ pub(super) struct Segment {
 
 impl Segment {
     pub fn of(k: &mut Kernel, unit: Val, tokens: Val, sequences: Val, offsets: Buf) -> Segment {
-        let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
+        let place = (k.div(unit, sequences), k.rem(unit, sequences));
+        Segment::at(k, place, tokens, offsets)
+    }
+
+    pub fn at(k: &mut Kernel, (head, sequence): (Val, Val), tokens: Val, offsets: Buf) -> Segment {
         let one = k.index(1);
         let next = k.add(sequence, one);
         let (start, end) = (k.load_index(offsets, sequence), k.load_index(offsets, next));

@@ -1,4 +1,4 @@
-//! Attention whose square exists nowhere: a unit is one head of one sequence, and of its square there are never more
+//! Attention whose square exists nowhere, on a processor (a GPU's is in [`super::squares`]): a unit is one head of one sequence, and of its square there are never more
 //! than [`ROWS`] rows.
 //!
 //! ```text
@@ -10,31 +10,27 @@
 //! What stands on the lanes' side is transposed first, into a place of the unit's own. Weights are computed again from
 //! the scores and their log-sum-exp.
 //!
-//! On a GPU a block's warps share a unit: what stands on the lanes' side is theirs together, of the blocks of rows each
-//! has its own.
-//!
 //! One call of the generator decides over four neighbouring columns, and keys need not begin at a multiple of four:
 //! they stand in *slots*, key j in slot `phase + j`, so that a slot's block is a call's.
 
-use peft_grammar::graph::{Node, Op, Value};
-use peft_runtime::artifact::{BufferId, Element, Extent};
+use peft_grammar::graph::{Dim, Node, Op, Value};
+use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::attention::{ROWS, Segment, VECTORS, across, vectors, zeros};
-use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define};
+use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define};
 use super::random;
 use super::rows;
 use super::span::Span;
 use super::view::{ONE, Step, View};
-use super::{Lowering, copy, dim_extent, math};
+use super::{Lowering, copy, dim_extent, math, squares};
+use crate::cuda::{Chip, WARPS};
 use crate::machine::Machine;
 
 /// Lengths are rounded up to what one call of the generator decides over, so that vectors need no masks.
 const _: () = assert!(ROWS == 4 && random::EACH.is_multiple_of(VECTORS));
 
 /// Floats a sequence has room for beyond its length: rounded up with its phase.
-fn slack(lanes: u64) -> u64 {
-    random::EACH * lanes + ROWS
-}
+const SLACK: u64 = random::EACH * LANES + ROWS;
 
 /// What a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
@@ -45,6 +41,23 @@ pub enum Part {
     Lse,
     /// The adjoint of operand 0, 1 or 2.
     Adjoint(usize),
+    /// Those of keys and values.
+    Sides,
+}
+
+impl Part {
+    pub fn forward(self) -> bool {
+        matches!(self, Part::Forward | Part::Both | Part::Lse)
+    }
+
+    /// A block of it has keys for its own.
+    pub fn keys(self) -> bool {
+        matches!(self, Part::Adjoint(1 | 2) | Part::Sides)
+    }
+
+    fn results(self) -> usize {
+        if matches!(self, Part::Both | Part::Sides) { 2 } else { 1 }
+    }
 }
 
 /// What is the same for all of a kernel's units.
@@ -54,6 +67,8 @@ pub struct Form {
     pub scale: f64,
     /// Of dropout.
     pub p: f64,
+    /// Rows are read in fours: they begin at multiples of four, and so do they end.
+    pub fours: bool,
 }
 
 impl Lowering<'_, '_, '_> {
@@ -66,32 +81,19 @@ impl Lowering<'_, '_, '_> {
         (stream, column): (u32, u64),
         result: Value,
     ) {
-        let logs = self.lse_beside(part, operands, form);
-        let part = if logs.is_some() { Part::Both } else { part };
+        let Some((part, beside)) = self.with_another(part, operands, form, result) else { return };
         let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
-        // Room for every sequence, its length rounded up.
-        let places =
-            heads.clone() * (Extent::Tokens + Extent::Const(slack(self.target.machine.lanes())) * Extent::Sequences);
-        let first = self.scratch(vec![places.clone() * width.clone()]);
-        let second = self.scratch(vec![places.clone() * wide.clone()]);
-        // What the weights multiply: the side that is transposed as well, or one that is not.
-        let factor = match part {
-            Part::Adjoint(0 | 1) => self.scratch(vec![places.clone() * width.clone()]),
-            _ => second,
-        };
-        let rows = self.scratch(vec![places * Extent::Const(2 * ROWS * self.target.machine.team())]);
         let stem = match part {
             Part::Forward => "attention".to_string(),
             Part::Both => "attention_and_lse".to_string(),
             Part::Lse => "attention_lse".to_string(),
             Part::Adjoint(of) => format!("attention_vjp{of}"),
+            Part::Sides => "attention_vjp12".to_string(),
         };
-        let causal = if form.causal { "_causal" } else { "" };
-        let name = format!("{stem}{causal}_{:x}_{:x}", form.scale.to_bits(), form.p.to_bits());
         let drops = form.p > 0.0 && part != Part::Lse;
         let floats = operands.len() - usize::from(drops);
-        let mut sizes = vec![Extent::Tokens, width, wide, Extent::Sequences];
+        let mut sizes = vec![Extent::Tokens, width.clone(), wide.clone(), Extent::Sequences];
         sizes.extend([Extent::Const(u64::from(stream)), Extent::Const(column)]);
         let mut lie = |view: &View| {
             sizes.push(view.first.clone());
@@ -105,45 +107,112 @@ impl Lowering<'_, '_, '_> {
             }
             lie(&self.view(operand));
         }
-        let (out, view) = match part {
-            Part::Lse => (self.result(result), self.view(result)),
-            _ => self.target(result),
-        };
-        lie(&view);
-        let beside = logs.map(|value| (self.result(value), self.view(value)));
-        beside.iter().for_each(|(_, view)| lie(view));
+        let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
+        for value in [Some(result), beside].into_iter().flatten() {
+            // The log-sum-exp is a number a row.
+            let (buffer, view) = match self.ty(value).last() {
+                Some(Dim::Const(1)) => (self.result(value), self.view(value)),
+                _ => self.target(value),
+            };
+            buffers.push(buffer);
+            lie(&view);
+        }
+        let form = Form { fours: self.in_fours(operands), ..form };
+        let causal = if form.causal { "_causal" } else { "" };
+        let fours = if form.fours { "_fours" } else { "" };
+        let name = format!("{stem}{causal}{fours}_{:x}_{:x}", form.scale.to_bits(), form.p.to_bits());
         let mut elements = vec![Element::F32; floats];
         elements.extend(drops.then_some(Element::I32));
-        elements.extend(vec![Element::F32; 5 + usize::from(beside.is_some())]);
+        elements.extend(vec![Element::F32; part.results()]);
+        let offsets = self.target.derived("offsets");
+        if let Machine::Cuda(_) = self.target.machine {
+            let [width, wide] = [query[2], value[2]].map(|n| n.constant().expect("of a head"));
+            let columns = match part {
+                Part::Lse => 1,
+                Part::Adjoint(0 | 1) => width,
+                Part::Forward | Part::Both | Part::Adjoint(_) => wide,
+                Part::Sides => width.max(wide),
+            };
+            let panels = Extent::Const(columns.div_ceil(squares::TILE));
+            sizes.extend([squares::blocks(), panels.clone()]);
+            elements.push(Element::I32);
+            buffers.push(offsets);
+            let kernel = self.target.kernel(&name, |machine| {
+                define(machine, &elements, sizes.len(), |k, buffers, sizes| {
+                    let room = squares::Room::of(k, part);
+                    k.block_units(|k, unit| {
+                        let unit = squares::Unit::of(k, unit, room, (buffers, sizes), (part, form), drops);
+                        if part.forward() { squares::forward(k, &unit) } else { squares::adjoint(k, &unit) }
+                    });
+                })
+            });
+            let units = heads * panels * squares::blocks() * Extent::Const(WARPS);
+            self.launch(kernel, buffers, sizes, units);
+            return;
+        }
+        // Room for every sequence, its length rounded up.
+        let places = heads.clone() * (Extent::Tokens + Extent::Const(SLACK) * Extent::Sequences);
+        let place = |width: Extent| vec![places.clone() * width];
+        let first = self.scratch(place(width.clone()));
+        let second = self.scratch(place(wide.clone()));
+        // What the weights multiply: a side that is transposed as well, or one that is not.
+        let factor =
+            if matches!(part, Part::Adjoint(0 | 1) | Part::Sides) { self.scratch(place(width)) } else { first };
+        let other = if part == Part::Sides { self.scratch(place(wide)) } else { second };
+        let rows = self.scratch(place(Extent::Const(2 * ROWS)));
+        elements.extend([Element::F32; 5]);
         elements.push(Element::I32);
-        let kernel = self.target.kernel(&name, |title| {
-            define(title, &elements, sizes.len(), |k, buffers, sizes| {
-                k.team_units(|k, unit| {
-                    let unit = Unit::of(k, unit, buffers, sizes, (part, form), drops);
+        buffers.extend([first, second, factor, other, rows, offsets]);
+        let kernel = self.target.kernel(&name, |machine| {
+            define(machine, &elements, sizes.len(), |k, buffers, sizes| {
+                k.units(|k, unit| {
+                    let unit = Unit::of(k, unit, (buffers, sizes), (part, form), drops);
                     match part {
                         Part::Forward | Part::Both => forward(k, &unit),
                         Part::Lse => lse(k, &unit),
                         Part::Adjoint(0) => over_keys(k, &unit),
-                        Part::Adjoint(of) => over_queries(k, &unit, of == 2),
+                        Part::Adjoint(_) | Part::Sides => over_queries(k, &unit, part),
                     }
-                    // Before another unit takes the places.
-                    k.meet();
                 });
             })
         });
-        let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
-        buffers.push(out);
-        buffers.extend(beside.map(|(buffer, _)| buffer));
-        buffers.extend([first, second, factor, rows, self.target.derived("offsets")]);
-        let team = Extent::Const(self.target.machine.team());
-        self.launch(kernel, buffers, sizes, heads * Extent::Sequences * team);
+        self.launch(kernel, buffers, sizes, heads * Extent::Sequences);
+    }
+
+    /// A GPU may read these rows in fours, as far as they are wide.
+    fn in_fours(&self, operands: &[Value]) -> bool {
+        let mut tensors = operands.iter().enumerate().filter(|(i, _)| matches!(i, 0 | 1 | 2 | 4)).map(|(_, &v)| v);
+        matches!(self.target.machine, Machine::Cuda(_))
+            && tensors.all(|value| {
+                let (view, ty) = (self.view(value), self.ty(value));
+                let own = matches!(self.target.buffers[self.place(value).buffer].storage, Storage::Temporary);
+                let steps = view.steps[..2].iter().map(Step::extent);
+                own && steps.chain([view.first.clone(), dim_extent(ty.shape[2])]).all(|extent| fours(&extent))
+            })
+    }
+
+    /// The part, and what is computed with it as it is made of the same scores; `None` if its own turn is another's.
+    fn with_another(
+        &mut self,
+        part: Part,
+        operands: &[Value],
+        form: Form,
+        result: Value,
+    ) -> Option<(Part, Option<Value>)> {
+        let beside = match part {
+            Part::Forward => self.lse_beside(operands, form).map(|lse| (Part::Both, lse)),
+            Part::Adjoint(1) => self.other_side(result).map(|at| (Part::Sides, self.graph.nodes[at].result)),
+            Part::Adjoint(2) if self.other_side(result).is_some() => return None,
+            _ => None,
+        };
+        Some(beside.map_or((part, None), |(both, value)| (both, Some(value))))
     }
 
     /// The log-sum-exp of the same scores, if the entry wants it as well: its turn is then over.
-    fn lse_beside(&mut self, part: Part, operands: &[Value], form: Form) -> Option<Value> {
+    fn lse_beside(&mut self, operands: &[Value], form: Form) -> Option<Value> {
         let wanted = Op::AttentionLse { causal: form.causal, scale: form.scale };
         let alike = |node: &Node| node.op == wanted && node.operands == operands[..2];
-        let at = self.graph.nodes.iter().position(alike).filter(|_| part == Part::Forward)?;
+        let at = self.graph.nodes.iter().position(alike)?;
         let lse = self.graph.nodes[at].result;
         let waits = self.places[lse.0 as usize].is_none() && self.frozen.is_none();
         waits.then(|| {
@@ -151,19 +220,79 @@ impl Lowering<'_, '_, '_> {
             lse
         })
     }
+
+    /// Of the adjoints of values and of keys, made of the same weights, the one beside that whose result this is: if the
+    /// values' comes first, and no one reads it before the keys'.
+    fn other_side(&self, result: Value) -> Option<usize> {
+        if let Machine::Cuda(Chip::Sm70) = self.target.machine {
+            // Its registers would not hold both.
+            return None;
+        }
+        let nodes = &self.graph.nodes;
+        let beside = |at: usize| {
+            let Op::AttentionVjp { of, causal, scale, p, stream, column } = nodes[at].op else { return None };
+            let wanted = Op::AttentionVjp { of: 3 - of, causal, scale, p, stream, column };
+            // Neither the values nor the corrections have a part in the values' adjoint.
+            let same = |&i: &usize| nodes[at].operands[i];
+            let common: Vec<usize> = (0..nodes[at].operands.len()).filter(|i| !matches!(i, 2 | 5)).collect();
+            let alike = |node: &Node| node.op == wanted && common.iter().all(|i| node.operands[*i] == same(i));
+            nodes.iter().position(alike)
+        };
+        let at = nodes.iter().position(|node| node.result == result)?;
+        let other = beside(at).filter(|&other| beside(other) == Some(at))?;
+        let (values, keys) = if let Op::AttentionVjp { of: 2, .. } = nodes[at].op { (at, other) } else { (other, at) };
+        let later = self.readers[nodes[values].result.0 as usize].iter().all(|&reader| reader > keys);
+        (values < keys && later).then_some(other)
+    }
+}
+
+/// Whether it is a multiple of four, whatever the batch.
+fn fours(extent: &Extent) -> bool {
+    match extent {
+        Extent::Const(n) => n.is_multiple_of(4),
+        Extent::Add(x, y) => fours(x) && fours(y),
+        Extent::Mul(x, y) => fours(x) || fours(y),
+        _ => false,
+    }
 }
 
 /// A unit's rows of an operand or of the result.
-struct Rows {
-    buffer: Buf,
+pub struct Rows {
+    pub buffer: Buf,
     base: Val,
     line: Val,
 }
 
 impl Rows {
-    fn row(&self, k: &mut Kernel, i: Val) -> Val {
+    pub fn row(&self, k: &mut Kernel, i: Val) -> Val {
         let row = k.mul(i, self.line);
         k.add(self.base, row)
+    }
+}
+
+/// What a kernel reads and writes of a unit.
+pub struct Operands {
+    pub floats: Vec<Rows>,
+    pub rng: Option<Buf>,
+    pub results: Vec<Rows>,
+}
+
+impl Operands {
+    /// Of the kernel's buffers the first ones; `lie` has three sizes for each.
+    pub fn of(k: &mut Kernel, segment: &Segment, buffers: &[Buf], lie: &[Val], part: Part, drops: bool) -> Operands {
+        let count = lie.len() / 3;
+        let (floats, rest) = buffers.split_at(count - part.results());
+        let (rng, results) = rest.split_at(usize::from(drops));
+        let mut all: Vec<Rows> = vec![];
+        for (&buffer, lie) in floats.iter().chain(results).zip(lie.chunks_exact(3)) {
+            let [first, head, line] = super::kernel::first(lie);
+            let head = k.mul(segment.head, head);
+            let start = k.mul(segment.start, line);
+            let base = k.add(first, head);
+            all.push(Rows { buffer, base: k.add(base, start), line });
+        }
+        let results = all.split_off(floats.len());
+        Operands { floats: all, rng: rng.first().copied(), results }
     }
 }
 
@@ -171,15 +300,15 @@ impl Rows {
 struct Unit {
     operands: Vec<Rows>,
     out: Rows,
-    /// Where the log-sum-exp goes beside it.
-    lse: Option<Rows>,
+    /// Where what is computed beside it goes.
+    beside: Option<Rows>,
     rng: Option<Buf>,
     /// Transposed operands, `[width][stride]`, and where they begin.
     first: (Buf, Val),
     second: (Buf, Val),
-    /// Room for what the weights multiply, as wide as either, and where the unit's begins by its width.
-    factor: Buf,
-    place: Val,
+    /// Room for what the weights multiply, and where the unit's begins.
+    factor: (Buf, Val),
+    other: (Buf, Val),
     /// Scores, and as many rows behind them for products with df.
     rows: Buf,
     scores: Val,
@@ -197,54 +326,43 @@ struct Unit {
 }
 
 impl Unit {
-    fn of(k: &mut Kernel, unit: Val, buffers: &[Buf], sizes: &[Val], (part, form): (Part, Form), drops: bool) -> Self {
-        let beside = usize::from(part == Part::Both);
-        let (floats, rest) = buffers.split_at(buffers.len() - 6 - beside - usize::from(drops));
-        let (rng, rest) = rest.split_at(usize::from(drops));
-        let (outs, rest) = rest.split_at(1 + beside);
-        let [first, second, factor, rows, offsets] = super::kernel::first(rest);
+    fn of(
+        k: &mut Kernel,
+        unit: Val,
+        (buffers, sizes): (&[Buf], &[Val]),
+        (part, form): (Part, Form),
+        drops: bool,
+    ) -> Unit {
+        let (buffers, rest) = buffers.split_at(buffers.len() - 6);
+        let [first, second, factor, other, rows, offsets] = super::kernel::first(rest);
         let [tokens, width, wide, sequences, stream, column] = super::kernel::first(sizes);
         let segment = Segment::of(k, unit, tokens, sequences, offsets);
-        let mut lie = sizes[6..].chunks_exact(3);
-        let mut operands: Vec<Rows> = vec![];
-        for (&buffer, lie) in floats.iter().chain(outs).zip(&mut lie) {
-            let &[first, head, line] = lie else { unreachable!("three sizes each") };
-            let head = k.mul(segment.head, head);
-            let start = k.mul(segment.start, line);
-            let base = k.add(first, head);
-            operands.push(Rows { buffer, base: k.add(base, start), line });
-        }
-        let lse = (part == Part::Both).then(|| operands.pop().expect("it stands behind the result"));
-        let out = operands.pop().expect("the result is the last");
+        let Operands { floats, rng, results } = Operands::of(k, &segment, buffers, &sizes[6..], part, drops);
+        let mut results = results.into_iter();
         let four = k.index(ROWS);
         let phase = k.rem(column, four);
         let column = k.sub(column, phase);
         let step = k.index(random::drawn(k));
         let slots = k.add(segment.length, phase);
         let stride = round_up(k, slots, step);
-        let slack = k.index(slack(k.lane_count()));
+        let slack = k.index(SLACK);
         let slack = k.mul(unit, slack);
         let place = k.add(segment.row, slack);
-        let (first_at, second_at) = (k.mul(place, width), k.mul(place, wide));
+        let (narrow, broad) = (k.mul(place, width), k.mul(place, wide));
         let double = k.index(2 * ROWS);
-        let all = k.index(2 * ROWS * k.team());
-        let scores = k.mul(place, all);
+        let scores = k.mul(place, double);
         let scores = k.add(scores, phase);
-        let member = k.member();
-        let before = k.mul(stride, double);
-        let before = k.mul(member, before);
-        let scores = k.add(scores, before);
         let block = k.mul(stride, four);
         let products = k.add(scores, block);
         Unit {
-            operands,
-            out,
-            lse,
-            rng: rng.first().copied(),
-            first: (first, first_at),
-            second: (second, second_at),
-            factor,
-            place,
+            operands: floats,
+            out: results.next().expect("there is a result"),
+            beside: results.next(),
+            rng,
+            first: (first, narrow),
+            second: (second, broad),
+            factor: (factor, narrow),
+            other: (other, broad),
             rows,
             scores,
             products,
@@ -313,15 +431,13 @@ fn round_up(k: &mut Kernel, n: Val, step: Val) -> Val {
 /// The unit's rows of `from`, turned: element (i, e) goes to `e · stride + i`.
 fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Buf, Val)) {
     let zero = k.index(0);
-    let turned = match k.machine {
-        Machine::Cpu(cpu) => transpose_squares(k, unit, from, width, (to, at), cpu.registers().floats),
-        Machine::Cuda(_) => zero,
-    };
+    let Machine::Cpu(cpu) = k.machine else { unreachable!("a GPU turns nothing round") };
+    let turned = transpose_squares(k, unit, from, width, (to, at), cpu.registers().floats);
     let numbers = k.lane_numbers();
     let line = k.to_i32(from.line);
     let line = k.splat(line);
     let steps = k.mul(numbers, line);
-    k.dealt(turned, width, 1, |k, e| {
+    k.each(turned, width, 1, |k, e| {
         let column = k.mul(e, unit.stride);
         let column = k.add(at, column);
         k.each(zero, unit.segment.length, k.lane_count(), |k, i| {
@@ -331,7 +447,7 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Bu
             let source = k.add(row, e);
             let x = k.gather_lanes(from.buffer, source, steps, mask);
             let place = k.add(column, i);
-            k.store_within(x, to, place, (i, 0), unit.segment.length);
+            k.store_vector(x, to, place);
         });
     });
 }
@@ -365,11 +481,10 @@ fn transpose_squares(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, 
 
 /// The unit's rows of `from` without what lies between them: every block reads them again, and rows that are a wide
 /// tensor's width apart would want the same few lines of the cache.
-fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val) -> Rows {
+fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (buffer, base): (Buf, Val)) -> Rows {
     let zero = k.index(0);
-    let base = k.mul(unit.place, width);
-    let rows = Rows { buffer: unit.factor, base, line: width };
-    k.dealt(zero, unit.segment.length, 1, |k, i| {
+    let rows = Rows { buffer, base, line: width };
+    k.each(zero, unit.segment.length, 1, |k, i| {
         let (source, target) = (from.row(k, i), rows.row(k, i));
         copy::move_row(k, (from.buffer, source), (rows.buffer, target), width);
     });
@@ -402,7 +517,7 @@ fn product(
                 .map(|v| {
                     let offset = k.index(v * k.lane_count());
                     let place = k.add(place, offset);
-                    k.load_within(side, place, (j, v * k.lane_count()), unit.segment.length)
+                    k.load_vector(side, place)
                 })
                 .collect();
             let x = |k: &mut Kernel, r: usize| {
@@ -419,16 +534,25 @@ fn product(
                 let offset = k.index(v * k.lane_count());
                 let place = k.add(line, j);
                 let place = k.add(place, offset);
-                k.store_within(sum, unit.rows, place, (j, v * k.lane_count()), end);
+                k.store_vector(sum, unit.rows, place);
             }
         }
     });
 }
 
-/// Row `i + r` of the result: the weights in row r of the scores, `begin..end`, times rows of `y`.
-fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &Rows, width: Val) {
+/// Row `i + r` of `out`: the weights in row r from `base` on, `begin..end`, times rows of `y`.
+#[allow(clippy::too_many_arguments)] // both sides of a product and its place
+fn weighted(
+    k: &mut Kernel,
+    unit: &Unit,
+    i: Val,
+    (base, begin, end): (Val, Val, Val),
+    y: &Rows,
+    width: Val,
+    out: &Rows,
+) {
     let zero = k.index(0);
-    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
+    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
     let across = across(k);
     k.each(zero, width, across * k.lane_count(), |k, e| {
         let vectors = vectors(k, e, width);
@@ -453,14 +577,14 @@ fn weighted(k: &mut Kernel, unit: &Unit, i: Val, (begin, end): (Val, Val), y: &R
             let row = k.add(i, offset);
             // There is none before the first or beyond the last.
             let missing = k.at_least_unsigned(row, unit.segment.length);
-            let row = unit.out.row(k, row);
+            let row = out.row(k, row);
             k.branch(
                 missing,
                 |_| {},
                 |k| {
                     for (v, &(at, mask)) in vectors.iter().enumerate() {
                         let place = k.add(row, at);
-                        k.store_lanes(sums[(r * across) as usize + v], unit.out.buffer, place, mask);
+                        k.store_lanes(sums[(r * across) as usize + v], out.buffer, place, mask);
                     }
                 },
             );
@@ -472,8 +596,7 @@ fn lse(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let [q, keys] = &unit.operands[..] else { unreachable!("two operands") };
     transpose(k, unit, keys, unit.width, unit.first);
-    k.meet();
-    k.dealt(zero, unit.segment.length, ROWS, |k, i| {
+    k.each(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
@@ -491,9 +614,8 @@ fn forward(k: &mut Kernel, unit: &Unit) {
     let [q, keys, v] = &unit.operands[..] else { unreachable!("three operands") };
     let generator = unit.generator(k);
     transpose(k, unit, keys, unit.width, unit.first);
-    let values = gathered(k, unit, v, unit.wide);
-    k.meet();
-    k.dealt(zero, unit.segment.length, ROWS, |k, i| {
+    let values = gathered(k, unit, v, unit.wide, unit.other);
+    k.each(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
@@ -502,7 +624,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
             let span = Span { base: line, length: limit };
             let most = rows::largest(k, unit.rows, span);
             let total = rows::powers(k, unit.rows, span, most, Some(unit.rows));
-            if let Some(out) = &unit.lse {
+            if let Some(out) = &unit.beside {
                 let most = k.lane(most, 0);
                 let log = math::log(k, total);
                 let lse = k.add(most, log);
@@ -512,17 +634,14 @@ fn forward(k: &mut Kernel, unit: &Unit) {
             let one = k.float(1.0, F32);
             let share = k.div(one, total);
             let share = k.splat(share);
-            k.settle();
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let e = k.load_within(unit.rows, place, (at, 0), end);
+                let e = k.load_vector(unit.rows, place);
                 let w = k.mul(e, share);
                 let w = dropped(k, w);
                 only_below(k, w, at, limit)
             });
         }
-        k.settle();
-        weighted(k, unit, i, (zero, end), &values, unit.wide);
-        k.settle();
+        weighted(k, unit, i, (unit.scores, zero, end), &values, unit.wide, &unit.out);
     });
 }
 
@@ -533,14 +652,12 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
     let generator = unit.generator(k);
     transpose(k, unit, keys, unit.width, unit.first);
     transpose(k, unit, v, unit.wide, unit.second);
-    let rows = gathered(k, unit, keys, unit.width);
-    k.meet();
-    k.dealt(zero, unit.segment.length, ROWS, |k, i| {
+    let rows = gathered(k, unit, keys, unit.width, unit.factor);
+    k.each(zero, unit.segment.length, ROWS, |k, i| {
         let block = unit.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
         product(k, unit, df, &block, unit.wide, unit.second, (zero, end), (unit.products, 1.0));
-        k.settle();
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let beside = unit.line(k, unit.products, r as u64);
@@ -549,11 +666,11 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
             let (lse, correction) = (k.splat(lse), k.splat(correction));
             let by = k.floats(unit.form.scale);
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let s = k.load_within(unit.rows, place, (at, 0), end);
+                let s = k.load_vector(unit.rows, place);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let offset = k.add(beside, at);
-                let dp = k.load_within(unit.rows, offset, (at, 0), end);
+                let dp = k.load_vector(unit.rows, offset);
                 let dp = dropped(k, dp);
                 let ds = k.add(dp, correction);
                 let ds = k.mul(ds, w);
@@ -561,9 +678,7 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
                 only_below(k, ds, at, limit)
             });
         }
-        k.settle();
-        weighted(k, unit, i, (zero, end), &rows, unit.width);
-        k.settle();
+        weighted(k, unit, i, (unit.scores, zero, end), &rows, unit.width, &unit.out);
     });
 }
 
@@ -583,7 +698,7 @@ fn along(
         k.each(zero, end, k.lane_count(), |k, at| {
             let place = k.add(line, at);
             let y = value(k, place, at, &|_, x| x);
-            k.store_within(y, unit.rows, place, (at, 0), end);
+            k.store_vector(y, unit.rows, place);
         });
         return;
     };
@@ -599,7 +714,7 @@ fn along(
             let at = k.sub(slot, unit.phase);
             let place = k.add(line, at);
             let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.form.p));
-            k.store_within(y, unit.rows, place, (at, 0), end);
+            k.store_vector(y, unit.rows, place);
         }
     });
 }
@@ -612,20 +727,20 @@ fn only_below(k: &mut Kernel, x: Val, at: Val, limit: Val) -> Val {
     k.select(mask, x, zero)
 }
 
-/// The adjoint of keys or values: lanes run over queries.
-fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
+/// The adjoint of keys, of values, or of both: lanes run over queries.
+fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
     let zero = k.index(0);
     let [q, keys, v, lse, df, corrections] = &unit.operands[..] else { unreachable!("six operands") };
     let generator = unit.generator(k);
     transpose(k, unit, q, unit.width, unit.first);
-    if !values {
+    let (of_keys, of_values) = (part != Part::Adjoint(2), part != Part::Adjoint(1));
+    if of_keys {
         transpose(k, unit, df, unit.wide, unit.second);
     }
-    let (side, width) = if values { (df, unit.wide) } else { (q, unit.width) };
-    let side = gathered(k, unit, side, width);
+    let queries = of_keys.then(|| gathered(k, unit, q, unit.width, unit.factor));
+    let adjoints = of_values.then(|| gathered(k, unit, df, unit.wide, unit.other));
     let slots = k.add(unit.segment.length, unit.phase);
-    k.meet();
-    k.dealt(zero, slots, ROWS, |k, slot| {
+    k.each(zero, slots, ROWS, |k, slot| {
         let block = unit.keys(k, slot);
         let j = block[0];
         // Queries before the first key do not see it; vectors begin where products do.
@@ -646,7 +761,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
             (begin, unit.segment.length),
             (unit.scores, unit.form.scale),
         );
-        if !values {
+        if of_keys {
             product(k, unit, v, &block, unit.wide, unit.second, (begin, unit.segment.length), (unit.products, 1.0));
         }
         let lines: Vec<[Val; 2]> =
@@ -673,40 +788,52 @@ fn over_queries(k: &mut Kernel, unit: &Unit, values: bool) {
             let nothing = k.floats(0.0);
             for (r, &[line, beside]) in lines.iter().enumerate() {
                 let place = k.add(line, i);
-                let s = k.load_within(unit.rows, place, (i, 0), unit.segment.length);
+                let s = k.load_vector(unit.rows, place);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let dropped = |k: &mut Kernel, x: Val| match words {
                     Some(words) => random::dropped(k, x, words[r], unit.form.p),
                     None => x,
                 };
-                let mut y = if values {
-                    dropped(k, w)
-                } else {
-                    let place = k.add(beside, i);
-                    let dp = k.load_within(unit.rows, place, (i, 0), unit.segment.length);
-                    let dp = dropped(k, dp);
-                    let ds = k.add(dp, correction);
-                    let ds = k.mul(ds, w);
-                    k.mul(ds, by)
-                };
-                y = k.select(mask, y, nothing);
-                if unit.form.causal {
-                    // Query i + lane sees key j + r from i + lane = j + r on.
+                // Query i + lane sees key j + r from i + lane = j + r on.
+                let earlier = unit.form.causal.then(|| {
                     let (first, key) = (k.to_i32(i), k.to_i32(block[r]));
                     let (first, key) = (k.splat(first), k.splat(key));
                     let query = k.add(numbers, first);
-                    let earlier = k.compare(query, Order::Lt, key);
                     debug_assert_eq!(query.ty, k.vector(I32));
-                    y = k.select(earlier, nothing, y);
+                    k.compare(query, Order::Lt, key)
+                });
+                let store = |k: &mut Kernel, y: Val, place: Val| {
+                    let y = k.select(mask, y, nothing);
+                    let y = earlier.map_or(y, |earlier| k.select(earlier, nothing, y));
+                    k.store_vector(y, unit.rows, place);
+                };
+                let beside = k.add(beside, i);
+                if of_keys {
+                    let dp = k.load_vector(unit.rows, beside);
+                    let dp = dropped(k, dp);
+                    let ds = k.add(dp, correction);
+                    let ds = k.mul(ds, w);
+                    let ds = k.mul(ds, by);
+                    store(k, ds, place);
                 }
-                k.store_within(y, unit.rows, place, (i, 0), unit.segment.length);
+                if of_values {
+                    let w = dropped(k, w);
+                    // With both, in the place of what the keys' adjoint has used.
+                    store(k, w, if of_keys { beside } else { place });
+                }
             }
         });
-        k.settle();
         let from = if unit.form.causal { j } else { zero };
         let first = k.sub(slot, unit.phase);
-        weighted(k, unit, first, (from, unit.segment.length), &side, width);
-        k.settle();
+        let mut out = &unit.out;
+        if let Some(queries) = &queries {
+            weighted(k, unit, first, (unit.scores, from, unit.segment.length), queries, unit.width, out);
+            out = unit.beside.as_ref().unwrap_or(out);
+        }
+        if let Some(adjoints) = &adjoints {
+            let base = if of_keys { unit.products } else { unit.scores };
+            weighted(k, unit, first, (base, from, unit.segment.length), adjoints, unit.wide, out);
+        }
     });
 }

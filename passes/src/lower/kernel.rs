@@ -376,6 +376,10 @@ impl Kernel {
     pub fn at_least_unsigned(&mut self, x: Val, y: Val) -> Val {
         self.emit(x.ty.of(Scalar::I1), format_args!("arith.cmpi uge, {x}, {y} : {}", x.ty))
     }
+    /// x < y as unsigned numbers.
+    pub fn below_unsigned(&mut self, x: Val, y: Val) -> Val {
+        self.emit(x.ty.of(Scalar::I1), format_args!("arith.cmpi ult, {x}, {y} : {}", x.ty))
+    }
     pub fn select(&mut self, condition: Val, yes: Val, no: Val) -> Val {
         let ty = yes.ty;
         self.emit(ty, format_args!("arith.select {condition}, {yes}, {no} : {}, {ty}", condition.ty))

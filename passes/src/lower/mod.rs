@@ -24,6 +24,7 @@ mod random;
 mod reduce;
 mod rows;
 mod span;
+mod squares;
 mod tiles;
 mod view;
 pub mod work;
@@ -429,15 +430,15 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
                 Machine::Cuda(_) => self.tiled(at, *transpose_x, *transpose_y)?,
             },
             Op::Attention { causal, scale, p, stream, column } => {
-                let form = Form { causal: *causal, scale: *scale, p: *p };
+                let form = Form { causal: *causal, scale: *scale, p: *p, fours: false };
                 self.flash(Part::Forward, operands, form, (*stream, *column), node.result);
             }
             Op::AttentionLse { causal, scale } => {
-                let form = Form { causal: *causal, scale: *scale, p: 0.0 };
+                let form = Form { causal: *causal, scale: *scale, p: 0.0, fours: false };
                 self.flash(Part::Lse, operands, form, (0, 0), node.result);
             }
             Op::AttentionVjp { of, causal, scale, p, stream, column } => {
-                let form = Form { causal: *causal, scale: *scale, p: *p };
+                let form = Form { causal: *causal, scale: *scale, p: *p, fours: false };
                 self.flash(Part::Adjoint(*of), operands, form, (*stream, *column), node.result);
             }
             Op::LinearLse | Op::LinearMean => self.sweep(node),

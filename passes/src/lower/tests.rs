@@ -535,6 +535,20 @@ fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &
             for of in 0..3 {
                 graphs.push(single(Op::AttentionVjp { of, causal, scale, p, stream, column }, &with(&all)));
             }
+            // What the values' adjoint does not read need not be what the keys' reads.
+            let mut both = Graph::new("both");
+            let types = with(&all).into_iter().chain([heads(wide), row.clone()]);
+            let arg = |(i, ty)| both.arg(format!("x{i}"), Role::Input, None, ty);
+            let args: Vec<Value> = types.enumerate().map(arg).collect();
+            let (mut args, others) = (args[..args.len() - 2].to_vec(), [args[args.len() - 2], args[args.len() - 1]]);
+            for of in [2, 1] {
+                let op = Op::AttentionVjp { of, causal, scale, p, stream, column };
+                let z = both.push(op, &args, &Location::default()).expect("fits");
+                both.outputs.push((format!("z{of}"), z));
+                [args[2], args[5]] = others;
+            }
+            assert_eq!(launches(&both, false), "attention_vjp", "both at once");
+            graphs.push(both);
         }
     }
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));

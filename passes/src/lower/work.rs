@@ -11,7 +11,7 @@ use peft_runtime::artifact::Sizes;
 
 use super::kernel::matrix::SIDE;
 use super::tiles::Tile;
-use super::{TIMES, halves};
+use super::{TIMES, halves, squares};
 use crate::cuda::{Card, WARP, WARPS};
 
 /// From the end of one launch to the first loads of the next in a graph of launches, in seconds.
@@ -23,8 +23,9 @@ const UNDER_WAY: f64 = 256.0;
 const MANY_UNDER_WAY: f64 = 1024.0;
 /// Bytes that shared memory gives in a cycle.
 const SHARED: f64 = 128.0;
-/// Cycles of a warp's multiplication whose factors come from the cache.
-const CACHED: f64 = 5.0;
+/// Instructions that make a weight of a score, and that decide whether it is dropped.
+const EXPONENTIAL: f64 = 30.0;
+const DRAW: f64 = 30.0;
 
 /// A launch's arithmetic.
 #[derive(Clone, Debug, Default)]
@@ -112,26 +113,45 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
     }
     if kernel.starts_with("attention") {
         let [width, wide, sequences] = [1, 2, 3].map(number);
-        let half = if kernel.contains("_causal") { 0.5 } else { 1.0 };
-        // Numbers of a pair of a query and a key that are asked for, and that are multiplied for it.
-        let (asked, done) = match kernel {
-            _ if kernel.starts_with("attention_vjp0") => (width + wide, 2.0 * width + wide),
-            _ if kernel.starts_with("attention_vjp1") => (width, 2.0 * width + wide),
-            _ if kernel.starts_with("attention_vjp2") => (wide, width + wide),
-            _ if kernel.starts_with("attention_lse") => (0.0, width),
-            _ => (width + wide, width + wide),
+        let [blocks_each, panels] = [2, 1].map(|i| number(extents.len() - i));
+        let causal = kernel.contains("_causal");
+        // Numbers of a pair of a query and a key that are asked for; how long the products are that make its weight, and
+        // how wide those with it.
+        let (asked, scored, weighted) = match kernel {
+            _ if kernel.starts_with("attention_vjp0") => (width + wide, vec![width, wide], vec![width]),
+            _ if kernel.starts_with("attention_vjp12") => (width + wide, vec![width, wide], vec![width, wide]),
+            _ if kernel.starts_with("attention_vjp1") => (width, vec![width, wide], vec![width]),
+            _ if kernel.starts_with("attention_vjp2") => (wide, vec![width], vec![wide]),
+            _ if kernel.starts_with("attention_lse") => (0.0, vec![width], vec![]),
+            _ => (width + wide, vec![width], vec![wide]),
         };
-        let pairs = sizes.pairs as f64 * half;
-        let each = pairs / sequences.max(1.0) * done / (WARP * WARPS) as f64;
-        let heads = blocks as f64 / sequences.max(1.0);
-        let under_way = units as f64 * MANY_UNDER_WAY;
-        // Places of its own, as far as the batch's lengths take them.
-        let place = |width: f64| 4.0 * heads * sizes.tokens as f64 * width;
-        let rows = 4.0 * 2.0 * 4.0 * units as f64 * sizes.tokens as f64 / sequences.max(1.0);
-        let mut reads = vec![f64::INFINITY; buffers - 5];
-        reads.extend([place(width), place(wide), place(width.max(wide)), rows]);
-        let flops = 2.0 * asked * pairs * heads;
-        return Work { flops, half: false, blocks: vec![(blocks, each * CACHED)], reads, under_way };
+        let heads = blocks as f64 / blocks_each / panels;
+        // Of a sequence: tiles, and the warps' parts of them.
+        let [tiles, parts] = [squares::TILE, squares::PART].map(|side| {
+            let along = (sizes.tokens as f64 / sequences.max(1.0) / side as f64).ceil();
+            if causal { along * (along + 1.0) / 2.0 } else { along * along }
+        });
+        let whole = |widths: &[f64], of: u64| widths.iter().map(|n| (n / of as f64).ceil() * of as f64).sum::<f64>();
+        let scored = panels * whole(&scored, squares::DEPTH);
+        let (columns, products) = (whole(&weighted, squares::PART), weighted.len() as f64);
+        let draws = !kernel.ends_with("_0");
+        let weights = panels * (EXPONENTIAL + if draws { DRAW } else { 0.0 });
+        let multiplied = parts * (scored + columns + weights) * (squares::PART * squares::PART) as f64;
+        // What threads read of it for their sums, and what is put there.
+        let read = parts * (scored + columns) * (WARP * (squares::ROWS + squares::COLUMNS) * 4) as f64;
+        let put = tiles * (2.0 * scored + columns) * (squares::TILE * 4) as f64;
+        // Weights pass through it as well, and an adjoint's scores.
+        let passed = if kernel.starts_with("attention_vjp") { 2.0 + products } else { products };
+        let put = put + panels * passed * parts * (squares::PART * squares::PART * 4) as f64;
+        let cycles = (multiplied / a_cycle(card.flops)).max((read + put) / SHARED);
+        let out = 4.0 * heads * sizes.tokens as f64 * weighted.iter().sum::<f64>().max(1.0);
+        let results = if kernel.starts_with("attention_vjp12") || kernel.starts_with("attention_and") { 2 } else { 1 };
+        let mut reads = vec![f64::INFINITY; buffers - 1 - results];
+        reads.extend(vec![out; results]);
+        let half = if causal { 0.5 } else { 1.0 };
+        let flops = 2.0 * asked * sizes.pairs as f64 * half * heads;
+        let (cycles, under_way) = (cycles * sequences / blocks_each / panels, units as f64 * MANY_UNDER_WAY);
+        return Work { flops, half: false, blocks: vec![(blocks, cycles)], reads, under_way };
     }
     let (reads, each) = match kernel {
         // A table is not read whole.

@@ -34,23 +34,7 @@ impl Kernel {
         }
     }
 
-    /// The team's member.
-    pub fn member(&mut self) -> Val {
-        match self.form {
-            Form::Vectors { .. } => self.index(0),
-            Form::Warps { warp, .. } => warp,
-        }
-    }
-
-    /// For `from`, `from + step`, … below `to`, dealt out to the team.
-    pub fn dealt(&mut self, from: Val, to: Val, step: u64, body: impl FnOnce(&mut Kernel, Val)) {
-        self.dealt_fold(from, to, step, &[], |k, i, _| {
-            body(k, i);
-            vec![]
-        });
-    }
-
-    /// The same with values that each member carries.
+    /// For `from`, `from + step`, … below `to`, dealt out to the team, with values that each member carries.
     pub fn dealt_fold(
         &mut self,
         from: Val,
@@ -68,13 +52,6 @@ impl Kernel {
             }
         };
         self.fold(from, to, step * self.team(), start, body)
-    }
-
-    /// What one member has written, the others may read from here on.
-    pub fn meet(&mut self) {
-        if let Form::Warps { .. } = self.form {
-            self.barrier();
-        }
     }
 
     /// Sums of every member's lanes, which the first one gets: `room` is a vector for each member, shared.
@@ -158,6 +135,18 @@ impl Kernel {
         let nothing = if ty.float() { self.float(0.0, ty) } else { self.int(0, ty) };
         let four = self.either(condition, nothing, |k| k.four(from, at));
         self.apart_four(four)
+    }
+
+    /// The other way.
+    pub fn store_four(&mut self, four: [Val; 4], to: Buf, at: Val) {
+        let place = self.place(to, at);
+        let ty = four[0].ty.times(4);
+        let mut vector = self.emit(ty, format_args!("llvm.mlir.poison : {ty}"));
+        for (i, x) in four.into_iter().enumerate() {
+            let i = self.int(i as i64, super::I32);
+            vector = self.emit(ty, format_args!("llvm.insertelement {x}, {vector}[{i} : i32] : {ty}"));
+        }
+        self.line(format_args!("llvm.store {vector}, {place} {{alignment = 16 : i64}} : {ty}, {}", to.pointer()));
     }
 
     fn four(&mut self, from: Buf, at: Val) -> Val {

@@ -235,14 +235,14 @@ impl Kernel {
                 }
                 self.lane(x, 0)
             }
-            Form::Warps { .. } => self.butterfly(x, Kernel::add),
+            Form::Warps { .. } => self.join_neighbours(x, WARP, Kernel::add),
         }
     }
 
     pub fn max_lanes(&mut self, x: Val) -> Val {
         match self.form {
             Form::Vectors { .. } => self.emit(F32, format_args!("vector.reduction <maxnumf>, {x} : {} into f32", x.ty)),
-            Form::Warps { .. } => self.butterfly(x, Kernel::greater),
+            Form::Warps { .. } => self.join_neighbours(x, WARP, Kernel::greater),
         }
     }
 
@@ -291,10 +291,10 @@ impl Kernel {
         }
     }
 
-    /// All lanes of a warp as one, in every lane: halves change places, so that each adds alike.
-    fn butterfly(&mut self, x: Val, mut join: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
+    /// Of a warp's lanes `count` neighbours as one, in each of them: halves change places, so that each adds alike.
+    pub fn join_neighbours(&mut self, x: Val, count: u64, mut join: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
         let mut x = x;
-        let mut distance = WARP / 2;
+        let mut distance = count / 2;
         while distance > 0 {
             let by = self.int(distance as i64, I32);
             let other = self.shuffle("bfly", x, by);
@@ -363,37 +363,6 @@ impl Kernel {
                 self.store_here(x, to, at);
             }
         }
-    }
-
-    /// A vector from `place` on, whose lanes are elements `at + ahead`, … of a row: those in `0..limit` are there, in
-    /// the others there may be anything.
-    pub fn load_within(&mut self, from: Buf, place: Val, at: (Val, u64), limit: Val) -> Val {
-        match self.form {
-            Form::Vectors { .. } => self.load_vector(from, place),
-            Form::Warps { .. } => {
-                let mask = self.within(at, limit);
-                self.load_lanes(from, place, mask)
-            }
-        }
-    }
-
-    /// The same way back; the others may be written.
-    pub fn store_within(&mut self, x: Val, to: Buf, place: Val, at: (Val, u64), limit: Val) {
-        match self.form {
-            Form::Vectors { .. } => self.store_vector(x, to, place),
-            Form::Warps { .. } => {
-                let mask = self.within(at, limit);
-                self.store_lanes(x, to, place, mask);
-            }
-        }
-    }
-
-    fn within(&mut self, (at, ahead): (Val, u64), limit: Val) -> Val {
-        let Form::Warps { lane, .. } = self.form else { unreachable!("a vector has other masks") };
-        let ahead = self.index(ahead);
-        let at = self.add(at, ahead);
-        let at = self.add(at, lane);
-        self.emit(INDEX.of(Scalar::I1), format_args!("arith.cmpi ult, {at}, {limit} : index"))
     }
 
     /// The lanes of `mask` from memory, `other` in those it leaves out.

@@ -1,0 +1,762 @@
+//! Attention on a GPU: a block has 64 rows of one side for its own, and goes over those of the other, 64 at a time. Of
+//! this tile of the square a warp computes a quarter, 32 × 32, or nothing where the quarter has no pair.
+//!
+//! ```text
+//! forward    queries · keysᵀ                   ─► weights ─► · values        own rows are queries
+//! dq         queries · keysᵀ, df · valuesᵀ     ─► ds      ─► · keys
+//! dk, dv     keys · queriesᵀ, values · dfᵀ     ─► ds, w   ─► · queries, df   own rows are keys
+//! ```
+//!
+//! Operands are read where they lie and pass through shared memory as they are, row by row: what a product wants
+//! turned round, its threads read down the columns, each from banks of its own. Weights pass through it on their way
+//! from the one product to the other. The largest score so far and the sum of powers are a thread's own.
+//!
+//! Places on the keys' side are slots ([`super::flash`]): key j at `phase + j`.
+
+use peft_runtime::artifact::Extent;
+
+use super::attention::Segment;
+use super::flash::{Form, Operands, Part, Rows};
+use super::kernel::{Buf, F32, I32, Kernel, Order, Val};
+use super::{math, random};
+use crate::cuda::{WARP, WARPS};
+
+/// Rows and columns of a tile.
+pub(super) const TILE: u64 = 64;
+/// Of a warp's part of it.
+pub(super) const PART: u64 = 32;
+/// And of what a thread holds: its rows are two times four neighbours, its columns are neighbours.
+pub(super) const ROWS: u64 = 8;
+pub(super) const COLUMNS: u64 = 4;
+/// Steps of a product between two visits of the operands.
+pub(super) const DEPTH: u64 = 16;
+/// From row to row of what a product's first kind has in shared memory, in floats: fours of eight rows at a time, and
+/// the halves of two rows 16 apart, lie in banks of their own.
+const LINE: u64 = 20;
+/// Lanes along a warp's columns.
+const ACROSS: u64 = PART / COLUMNS;
+const THREADS: u64 = WARP * WARPS;
+const SUMS: usize = (ROWS * COLUMNS) as usize;
+const _: () =
+    assert!(PART * PART == WARP * ROWS * COLUMNS && TILE * TILE == WARPS * PART * PART && COLUMNS == random::EACH);
+
+/// Rows of one side of the square: the position of the first, and by how much positions are beyond rows' numbers.
+#[derive(Clone, Copy)]
+struct Side {
+    first: Val,
+    shift: Val,
+}
+
+/// A block's rows of one head of one sequence, and the columns of a result that are at hand.
+pub(super) struct Unit {
+    part: Part,
+    form: Form,
+    operands: Vec<Rows>,
+    outs: Vec<Rows>,
+    rng: Option<Buf>,
+    segment: Segment,
+    width: Val,
+    wide: Val,
+    stream: Val,
+    /// The generator's column of slot 0.
+    column: Val,
+    /// The slot of key 0.
+    phase: Val,
+    own: Side,
+    /// By how much the other side's positions are beyond its rows' numbers.
+    shift: Val,
+    /// First column of the result.
+    panel: Val,
+    thread: Thread,
+    room: Room,
+}
+
+/// Where a thread stands.
+struct Thread {
+    /// What it fetches along a product's steps: four from this one on, of this row and the one 32 below, which come to
+    /// this place.
+    step: Val,
+    row: Val,
+    place: Val,
+    /// First row and column of the warp's part of a tile.
+    below: Val,
+    beside: Val,
+    /// The thread's own first ones: of the tile.
+    down: Val,
+    across: Val,
+    /// Among the lanes along a row it is the first.
+    leads: Val,
+}
+
+/// Shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    /// For some steps of a product: rows of either side, or those that weights multiply.
+    left: Buf,
+    right: Buf,
+    /// Weights of a tile, and where there are two kinds the others.
+    weights: [Buf; 2],
+    /// A number for each row, of either column of warps.
+    numbers: Buf,
+}
+
+impl Room {
+    /// What a kernel wants, before its units.
+    pub fn of(k: &mut Kernel, part: Part) -> Room {
+        let left = k.shared(2 * TILE * LINE);
+        let right = k.beyond(left, TILE * LINE);
+        let weights = if part == Part::Lse { left } else { k.shared(TILE * TILE) };
+        let others = if part == Part::Sides { k.shared(TILE * TILE) } else { weights };
+        let numbers = if part.forward() { k.shared(2 * TILE) } else { left };
+        Room { left, right, weights: [weights, others], numbers }
+    }
+}
+
+impl Thread {
+    fn of(k: &mut Kernel) -> Thread {
+        let (thread, lane) = (k.thread(), k.lane_index());
+        let [zero, one, two, four] = [0, 1, 2, 4].map(|n| k.index(n));
+        let [width, part, across, sixteen] = [WARP, PART, ACROSS, 16].map(|n| k.index(n));
+        let warp = k.div(thread, width);
+        let (below, beside) = (k.div(warp, two), k.rem(warp, two));
+        let (below, beside) = (k.mul(below, part), k.mul(beside, part));
+        let (down, across) = (k.div(lane, across), k.rem(lane, across));
+        let leads = k.compare(across, Order::Eq, zero);
+        let (down, across) = (k.mul(down, four), k.mul(across, four));
+        // Lanes by fours have a row each, of two neighbours the second one 16 below.
+        let (fours, step) = (k.div(thread, four), k.rem(thread, four));
+        let (row, half) = (k.div(fours, two), k.and(fours, one));
+        let half = k.mul(half, sixteen);
+        let row = k.add(row, half);
+        let step = k.mul(step, four);
+        let place = place_of(k, row);
+        Thread {
+            step,
+            row,
+            place: k.add(place, step),
+            below,
+            beside,
+            down: k.add(below, down),
+            across: k.add(beside, across),
+            leads,
+        }
+    }
+}
+
+/// Where a row of a tile begins in shared memory: of 32 rows every fourth one stands side by side.
+fn place_of(k: &mut Kernel, row: Val) -> Val {
+    let [four, part, line] = [4, PART, LINE].map(|n| k.index(n));
+    let eight = k.index(PART / 4);
+    let (half, row) = (k.div(row, part), k.rem(row, part));
+    let (before, within) = (k.div(row, four), k.rem(row, four));
+    let (half, within) = (k.mul(half, part), k.mul(within, eight));
+    let at = k.add(half, before);
+    let at = k.add(at, within);
+    k.mul(at, line)
+}
+
+/// Blocks of a head, at most: a sequence has room for its slots.
+pub(super) fn blocks() -> Extent {
+    let slots = Extent::Tokens + Extent::Const(random::EACH) * Extent::Sequences;
+    Extent::CeilDiv(Box::new(slots), TILE) + Extent::Sequences
+}
+
+/// The one among them that is the first of sequence `s`, which begins at token `start`; in lanes, or in all alike.
+fn first_block(k: &mut Kernel, start: Val, s: Val) -> Val {
+    let (each, tile) = (k.int(random::EACH as i64, I32), k.int(TILE as i64, I32));
+    let more = k.mul(s, each);
+    let slot = k.add(start, more);
+    let block = k.div(slot, tile);
+    k.add(block, s)
+}
+
+/// The sequence that a block of a head is of: every lane looks at some.
+fn sequence(k: &mut Kernel, block: Val, sequences: Val, offsets: Buf) -> Val {
+    let (block, zero) = (k.to_i32(block), k.int(0, I32));
+    let number = k.lane_numbers();
+    let begun = k.fold_lanes(sequences, &[zero], |k, s, mask, begun| {
+        let start = k.load_lanes(offsets, s, mask);
+        let s = k.to_i32(s);
+        let s = k.add(s, number);
+        let first = first_block(k, start, s);
+        let (one, zero) = (k.int(1, I32), k.int(0, I32));
+        let later = k.compare(first, Order::Gt, block);
+        let some = k.select(later, zero, one);
+        let some = k.select(mask, some, zero);
+        vec![k.add(begun[0], some)]
+    });
+    let begun = k.sum_lanes(begun[0]);
+    let one = k.int(1, I32);
+    let last = k.sub(begun, one);
+    k.to_index(last)
+}
+
+impl Unit {
+    pub fn of(
+        k: &mut Kernel,
+        unit: Val,
+        room: Room,
+        (buffers, sizes): (&[Buf], &[Val]),
+        (part, form): (Part, Form),
+        drops: bool,
+    ) -> Unit {
+        let [tokens, width, wide, sequences, stream, column] = super::kernel::first(sizes);
+        let (lie, last) = sizes[6..].split_at(sizes.len() - 8);
+        let [blocks, panels] = super::kernel::first(last);
+        let (&offsets, buffers) = buffers.split_last().expect("it is the last");
+        let (rest, block) = (k.div(unit, blocks), k.rem(unit, blocks));
+        let (head, panel) = (k.div(rest, panels), k.rem(rest, panels));
+        let sequence = sequence(k, block, sequences, offsets);
+        let segment = Segment::at(k, (head, sequence), tokens, offsets);
+        let before = {
+            let (start, s) = (k.to_i32(segment.start), k.to_i32(sequence));
+            let first = first_block(k, start, s);
+            k.to_index(first)
+        };
+        let Operands { floats, rng, results } = Operands::of(k, &segment, buffers, lie, part, drops);
+        let tile = k.index(TILE);
+        let block = k.sub(block, before);
+        let first = k.mul(block, tile);
+        let four = k.index(random::EACH);
+        let (zero, phase) = (k.index(0), k.rem(column, four));
+        let column = k.sub(column, phase);
+        let (own, shift) = if part.keys() { (phase, zero) } else { (zero, phase) };
+        Unit {
+            part,
+            form,
+            operands: floats,
+            outs: results,
+            rng,
+            segment,
+            width,
+            wide,
+            stream,
+            column,
+            phase,
+            own: Side { first, shift: own },
+            shift,
+            panel: k.mul(panel, tile),
+            thread: Thread::of(k),
+            room,
+        }
+    }
+
+    /// The row at a position, and whether there is one.
+    fn row(&self, k: &mut Kernel, position: Val, shift: Val) -> (Val, Val) {
+        let row = k.sub(position, shift);
+        (row, k.below_unsigned(row, self.segment.length))
+    }
+
+    /// The positions on the other side that some of `count` own ones from `first` on have a pair with.
+    fn seen(&self, k: &mut Kernel, first: Val, count: u64) -> [Val; 2] {
+        let (zero, length) = (k.index(0), self.segment.length);
+        let count = k.index(count);
+        let (from, to) = match (self.part.keys(), self.form.causal) {
+            (true, true) => {
+                let key = k.max(first, self.phase);
+                (k.sub(key, self.phase), length)
+            }
+            (false, true) => {
+                let end = k.add(first, count);
+                (zero, k.min(end, length))
+            }
+            (_, false) => (zero, length),
+        };
+        let to = k.add(to, self.shift);
+        let end = k.add(length, self.own.shift);
+        let some = k.compare(first, Order::Lt, end);
+        [from, k.select(some, to, zero)]
+    }
+
+    /// Goes over the other side's tiles: `body` gets a tile's first position and what the warp's rows have pairs with.
+    fn over(
+        &self,
+        k: &mut Kernel,
+        start: &[Val],
+        body: impl FnOnce(&mut Kernel, Val, [Val; 2], &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let [from, to] = self.seen(k, self.own.first, TILE);
+        let tile = k.index(TILE);
+        let tiles = k.div(from, tile);
+        let from = k.mul(tiles, tile);
+        let first = k.add(self.own.first, self.thread.below);
+        let seen = self.seen(k, first, PART);
+        k.fold(from, to, TILE, start, |k, at, carried| body(k, at, seen, carried))
+    }
+
+    /// Whether the warp's part of the tile at `at` has a pair.
+    fn active(&self, k: &mut Kernel, at: Val, [from, to]: [Val; 2]) -> Val {
+        let (part, begin) = (k.index(PART), k.add(at, self.thread.beside));
+        let end = k.add(begin, part);
+        let (before, after) = (k.compare(begin, Order::Lt, to), k.compare(from, Order::Lt, end));
+        k.and(before, after)
+    }
+
+    /// Fours of a row from column `e` on, 0 for those that do not exist.
+    fn four(&self, k: &mut Kernel, rows: &Rows, (position, shift): (Val, Val), e: Val, width: Val) -> [Val; 4] {
+        let (row, there) = self.row(k, position, shift);
+        let place = rows.row(k, row);
+        let place = k.add(place, e);
+        if self.form.fours {
+            let inside = k.compare(e, Order::Lt, width);
+            let there = k.and(there, inside);
+            return k.load_four_if(there, rows.buffer, place);
+        }
+        let nothing = k.float(0.0, F32);
+        [0, 1, 2, 3].map(|i| {
+            let i = k.index(i);
+            let (e, place) = (k.add(e, i), k.add(place, i));
+            let inside = k.compare(e, Order::Lt, width);
+            let there = k.and(there, inside);
+            k.load_if(there, rows.buffer, place, nothing)
+        })
+    }
+
+    /// A thread's numbers of a tile's rows, of columns from `e` on.
+    fn fetch(&self, k: &mut Kernel, rows: &Rows, side: Side, e: Val, width: Val) -> [[Val; 4]; 2] {
+        let e = k.add(e, self.thread.step);
+        let first = k.add(side.first, self.thread.row);
+        [0, PART].map(|more| {
+            let more = k.index(more);
+            let position = k.add(first, more);
+            self.four(k, rows, (position, side.shift), e, width)
+        })
+    }
+
+    /// Rows of the own side against those of the other, of the thread's part of a tile.
+    fn product(&self, k: &mut Kernel, own: &Rows, other: &Rows, width: Val, at: Val, active: Val) -> Vec<Val> {
+        let (zero, deep) = (k.index(0), k.index(DEPTH));
+        let end = k.select(active, deep, zero);
+        let nothing = k.float(0.0, F32);
+        let (left, right) = (place_of(k, self.thread.down), place_of(k, self.thread.across));
+        k.fold(zero, width, DEPTH, &[nothing; SUMS], |k, e, sums| {
+            let x = self.fetch(k, own, self.own, e, width);
+            let y = self.fetch(k, other, Side { first: at, shift: self.shift }, e, width);
+            // The steps before are done with what they share.
+            k.barrier();
+            for (to, fours) in [(self.room.left, x), (self.room.right, y)] {
+                for (n, four) in fours.into_iter().enumerate() {
+                    let more = k.index(n as u64 * PART * LINE);
+                    let place = k.add(self.thread.place, more);
+                    k.store_four(four, to, place);
+                }
+            }
+            k.barrier();
+            k.fold(zero, end, 4, sums, |k, step, sums| {
+                let four = |k: &mut Kernel, from: Buf, first: Val, row: u64| {
+                    let more = k.index(row * LINE);
+                    let place = k.add(first, more);
+                    let place = k.add(place, step);
+                    k.load_four(from, place)
+                };
+                // Of eight rows side by side the thread's is one: its neighbours stand eight further.
+                let columns: Vec<[Val; 4]> = (0..COLUMNS).map(|c| four(k, self.room.right, right, 8 * c)).collect();
+                let mut next = vec![];
+                for r in 0..ROWS {
+                    let x = four(k, self.room.left, left, r / 4 * 4 + r % 4 * 8);
+                    for (c, y) in columns.iter().enumerate() {
+                        let sum = sums[(r * COLUMNS) as usize + c];
+                        next.push(x.iter().zip(y).fold(sum, |sum, (&x, &y)| k.fma(x, y, sum)));
+                    }
+                }
+                next
+            })
+        })
+    }
+
+    /// sums + the tile's weights times the other side's rows.
+    fn weighted(
+        &self,
+        k: &mut Kernel,
+        weights: Buf,
+        other: &Rows,
+        width: Val,
+        (at, [from, to]): (Val, [Val; 2]),
+        sums: &[Val],
+    ) -> Vec<Val> {
+        let (zero, tile, four) = (k.index(0), k.index(TILE), k.index(4));
+        // Of the tile's columns those that have rows at all, and those that the warp's have pairs with, by fours.
+        let end = k.add(self.segment.length, self.shift);
+        let left = k.sub(end, at);
+        let steps = k.min(left, tile);
+        let from = {
+            let from = k.max(from, at);
+            let from = k.sub(from, at);
+            let fours = k.div(from, four);
+            k.mul(fours, four)
+        };
+        let to = {
+            let to = k.max(to, at);
+            let to = k.sub(to, at);
+            k.min(to, tile)
+        };
+        let column = k.add(self.panel, self.thread.beside);
+        let wanted = k.compare(column, Order::Lt, width);
+        let to = k.select(wanted, to, zero);
+        // Fetched along the rows.
+        let (thread, fours) = (k.thread(), k.index(TILE / 4));
+        let (row, fast) = (k.div(thread, fours), k.rem(thread, fours));
+        let fast = k.mul(fast, four);
+        let column = k.add(self.panel, fast);
+        let own = k.mul(self.thread.down, tile);
+        k.fold(zero, steps, DEPTH, sums, |k, begin, sums| {
+            let first = k.add(at, begin);
+            let first = k.add(first, row);
+            let fetched = [0, DEPTH / 2].map(|more| {
+                let more = k.index(more);
+                let position = k.add(first, more);
+                self.four(k, other, (position, self.shift), column, width)
+            });
+            k.barrier();
+            for (n, four) in fetched.into_iter().enumerate() {
+                let four_places = k.index(4);
+                let place = k.mul(thread, four_places);
+                let more = k.index(n as u64 * THREADS * 4);
+                let place = k.add(place, more);
+                k.store_four(four, self.room.left, place);
+            }
+            k.barrier();
+            let deep = k.index(DEPTH);
+            let end = k.add(begin, deep);
+            let (from, to) = (k.max(from, begin), k.min(to, end));
+            k.fold(from, to, 4, sums, |k, step, sums| {
+                let line = k.sub(step, begin);
+                let line = k.mul(line, tile);
+                let line = k.add(line, self.thread.across);
+                let rows: Vec<[Val; 4]> = (0..4)
+                    .map(|i| {
+                        let more = k.index(i * TILE);
+                        let place = k.add(line, more);
+                        k.load_four(self.room.left, place)
+                    })
+                    .collect();
+                let mut next = vec![];
+                for r in 0..ROWS {
+                    let more = k.index(further(r as usize) * TILE);
+                    let place = k.add(own, more);
+                    let place = k.add(place, step);
+                    let x = k.load_four(weights, place);
+                    for c in 0..COLUMNS as usize {
+                        let sum = sums[r as usize * COLUMNS as usize + c];
+                        next.push(x.iter().zip(&rows).fold(sum, |sum, (&x, y)| k.fma(x, y[c], sum)));
+                    }
+                }
+                next
+            })
+        })
+    }
+
+    /// Puts one half of what the thread has of a tile into shared memory.
+    fn share(&self, k: &mut Kernel, to: Buf, numbers: &[Val], half: usize) {
+        let tile = k.index(TILE);
+        let first = k.mul(self.thread.down, tile);
+        let first = k.add(first, self.thread.across);
+        for (r, row) in numbers.chunks_exact(COLUMNS as usize).enumerate().skip(4 * half).take(4) {
+            let more = k.index(further(r) * TILE);
+            let place = k.add(first, more);
+            k.store_four([0, 1, 2, 3].map(|c| row[c]), to, place);
+        }
+    }
+
+    /// The other way.
+    fn shared(&self, k: &mut Kernel, from: Buf, half: usize) -> Vec<Val> {
+        let tile = k.index(TILE);
+        let first = k.mul(self.thread.down, tile);
+        let first = k.add(first, self.thread.across);
+        let row = |r| {
+            let more = k.index(further(r) * TILE);
+            let place = k.add(first, more);
+            k.load_four(from, place)
+        };
+        (4 * half..4 * half + 4).flat_map(row).collect()
+    }
+
+    /// The panel's columns of the own rows.
+    fn write(&self, k: &mut Kernel, out: &Rows, width: Val, sums: &[Val]) {
+        let room = self.room.weights[0];
+        // All are done with the weights.
+        k.barrier();
+        (0..2).for_each(|half| self.share(k, room, sums, half));
+        k.settle();
+        let (zero, part, tile) = (k.index(0), k.index(PART), k.index(TILE));
+        let column = k.add(self.thread.beside, k.lane_index());
+        let there = k.add(self.panel, column);
+        let inside = k.compare(there, Order::Lt, width);
+        k.each(zero, part, 1, |k, r| {
+            let r = k.add(self.thread.below, r);
+            let position = k.add(self.own.first, r);
+            let (row, exists) = self.row(k, position, self.own.shift);
+            let exists = k.and(exists, inside);
+            k.when(exists, |k| {
+                let place = k.mul(r, tile);
+                let place = k.add(place, column);
+                let x = k.load_here(room, place);
+                let place = out.row(k, row);
+                let place = k.add(place, there);
+                k.store_here(x, out.buffer, place);
+            });
+        });
+    }
+
+    /// Positions of the thread's own rows, or of its columns in the tile at `at`.
+    fn positions(&self, k: &mut Kernel, at: Option<Val>) -> Vec<Val> {
+        let (first, count) = match at {
+            None => (k.add(self.own.first, self.thread.down), ROWS),
+            Some(at) => (k.add(at, self.thread.across), COLUMNS),
+        };
+        let position = |n| {
+            let more = k.index(further(n));
+            k.add(first, more)
+        };
+        (0..count as usize).map(position).collect()
+    }
+
+    /// Whether the thread's `i`th place in the tile at `at` is a pair.
+    fn pair(&self, k: &mut Kernel, at: Val, i: usize) -> Val {
+        let (own, other) = (self.positions(k, None), self.positions(k, Some(at)));
+        let own = k.sub(own[i / COLUMNS as usize], self.own.shift);
+        let (other, there) = self.row(k, other[i % COLUMNS as usize], self.shift);
+        if !self.form.causal {
+            return there;
+        }
+        let (query, key) = if self.part.keys() { (other, own) } else { (own, other) };
+        let (query, key) = (k.to_i32(query), k.to_i32(key));
+        let one = k.int(1, I32);
+        let next = k.add(query, one);
+        let earlier = k.compare(key, Order::Lt, next);
+        k.and(there, earlier)
+    }
+
+    /// The places of one half of the thread's rows in the tile at `at`, each with what decides whether it is dropped, if
+    /// anything is: in the generator's order, a call of which decides over four neighbouring keys of a query.
+    fn places(&self, k: &mut Kernel, at: Val, half: usize, mut body: impl FnMut(&mut Kernel, usize, Option<Val>)) {
+        let generator = self.rng.map(|rng| random::key(k, rng));
+        for call in 0..4 {
+            let (row, column) = if self.part.keys() { (4 * half, call) } else { (4 * half + call, 0) };
+            let words = generator.map(|generator| {
+                let (own, other) = (self.positions(k, None), self.positions(k, Some(at)));
+                let (own, other) = (own[row], other[column]);
+                let (slot, query) = if self.part.keys() { (own, other) } else { (other, own) };
+                let four = k.index(random::EACH);
+                let column = k.add(self.column, slot);
+                let column = k.div(column, four);
+                let token = k.add(self.segment.start, query);
+                let place = [column, token, self.segment.head, self.stream].map(|x| random::lanes_of(k, x));
+                random::philox(k, place, generator)
+            });
+            for n in 0..4 {
+                let (row, column) = if self.part.keys() { (row + n, column) } else { (row, n) };
+                body(k, row * COLUMNS as usize + column, words.map(|words| words[n]));
+            }
+        }
+    }
+
+    /// x / (1 − p) or nothing.
+    fn dropped(&self, k: &mut Kernel, x: Val, word: Option<Val>) -> Val {
+        word.map_or(x, |word| random::dropped(k, x, word, self.form.p))
+    }
+
+    /// A number for each of the thread's queries, 0 where there is none.
+    fn numbers(&self, k: &mut Kernel, of: &Rows, at: Option<Val>) -> Vec<Val> {
+        let nothing = k.float(0.0, F32);
+        let shift = if at.is_some() { self.shift } else { self.own.shift };
+        let positions = self.positions(k, at);
+        let number = |position| {
+            let (row, there) = self.row(k, position, shift);
+            let place = of.row(k, row);
+            k.load_if(there, of.buffer, place, nothing)
+        };
+        positions.into_iter().map(number).collect()
+    }
+
+    /// Numbers of the thread's rows, joined with those of the same rows in the lanes and the warp beside it.
+    fn joined(&self, k: &mut Kernel, numbers: &[Val], join: fn(&mut Kernel, Val, Val) -> Val) -> Vec<Val> {
+        let room = self.room.numbers;
+        let [part, tile] = [PART, TILE].map(|n| k.index(n));
+        let warp = k.div(self.thread.beside, part);
+        let before = k.mul(warp, tile);
+        let here = k.add(before, self.thread.down);
+        let before = k.sub(tile, before);
+        let other = k.add(before, self.thread.down);
+        let numbers: Vec<Val> = numbers.iter().map(|&x| k.join_neighbours(x, ACROSS, join)).collect();
+        k.when(self.thread.leads, |k| {
+            for (r, &x) in numbers.iter().enumerate() {
+                let more = k.index(further(r));
+                let place = k.add(here, more);
+                k.store_here(x, room, place);
+            }
+        });
+        k.barrier();
+        let joined = numbers.iter().enumerate().map(|(r, &x)| {
+            let more = k.index(further(r));
+            let place = k.add(other, more);
+            let other = k.load_here(room, place);
+            join(k, x, other)
+        });
+        joined.collect()
+    }
+}
+
+/// Rows from a thread's first to its `n`th.
+fn further(n: usize) -> u64 {
+    (n / 4 * 16 + n % 4) as u64
+}
+
+/// Attention's values, the log-sum-exp of its scores, or both.
+pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
+    let (q, keys) = (&unit.operands[0], &unit.operands[1]);
+    let [lowest, nothing] = [f64::NEG_INFINITY, 0.0].map(|x| k.float(x, F32));
+    let rows = ROWS as usize;
+    let mut start = vec![lowest; rows];
+    start.extend(vec![nothing; rows]);
+    if unit.part != Part::Lse {
+        start.extend([nothing; SUMS]);
+    }
+    let carried = unit.over(k, &start, |k, at, seen, carried| {
+        let (most, rest) = carried.split_at(rows);
+        let (totals, sums) = rest.split_at(rows);
+        let active = unit.active(k, at, seen);
+        let scores = unit.product(k, q, keys, unit.width, at, active);
+        let scale = k.float(unit.form.scale, F32);
+        let score = |(i, s)| {
+            let (s, pair) = (k.mul(s, scale), unit.pair(k, at, i));
+            k.select(pair, s, lowest)
+        };
+        let scores: Vec<Val> = scores.into_iter().enumerate().map(score).collect();
+        let of_row = |k: &mut Kernel, row: &[Val]| row.iter().copied().reduce(|x, y| k.greater(x, y)).expect("four");
+        let tops: Vec<Val> = scores.chunks_exact(COLUMNS as usize).map(|row| of_row(k, row)).collect();
+        let tops = unit.joined(k, &tops, Kernel::greater);
+        let tops: Vec<Val> = tops.into_iter().zip(most).map(|(top, &most)| k.greater(most, top)).collect();
+        let shrunk: Vec<Val> = most
+            .iter()
+            .zip(&tops)
+            .map(|(&most, &top)| {
+                let down = k.sub(most, top);
+                math::exp(k, down)
+            })
+            .collect();
+        let totals: Vec<Val> = totals.iter().zip(&shrunk).map(|(&total, &by)| k.mul(total, by)).collect();
+        let totals = k.either_of(active, &totals, |k| {
+            let (mut powers, mut totals) = (scores.clone(), totals.clone());
+            for half in 0..2 {
+                unit.places(k, at, half, |k, i, word| {
+                    let row = i / COLUMNS as usize;
+                    let s = k.sub(scores[i], tops[row]);
+                    let e = math::exp(k, s);
+                    totals[row] = k.add(totals[row], e);
+                    powers[i] = unit.dropped(k, e, word);
+                });
+                if unit.part != Part::Lse {
+                    unit.share(k, unit.room.weights[0], &powers, half);
+                }
+            }
+            totals
+        });
+        let mut next = [tops, totals].concat();
+        if let [_, _, v, ..] = &unit.operands[..] {
+            let by = shrunk.iter().flat_map(|&by| [by; COLUMNS as usize]);
+            let sums: Vec<Val> = sums.iter().zip(by).map(|(&sum, by)| k.mul(sum, by)).collect();
+            next.extend(unit.weighted(k, unit.room.weights[0], v, unit.wide, (at, seen), &sums));
+        }
+        next
+    });
+    let (most, rest) = carried.split_at(rows);
+    let (totals, sums) = rest.split_at(rows);
+    // Before what the last tile's numbers are in is used again.
+    k.barrier();
+    let totals = unit.joined(k, totals, Kernel::add);
+    if unit.part != Part::Lse {
+        let one = k.float(1.0, F32);
+        let shares: Vec<Val> = totals.iter().map(|&total| k.div(one, total)).collect();
+        let by = shares.iter().flat_map(|&share| [share; COLUMNS as usize]);
+        let sums: Vec<Val> = sums.iter().zip(by).map(|(&sum, by)| k.mul(sum, by)).collect();
+        unit.write(k, &unit.outs[0], unit.wide, &sums);
+    }
+    let logs = match unit.part {
+        Part::Forward => return,
+        Part::Lse => &unit.outs[0],
+        _ => &unit.outs[1],
+    };
+    // One thread of a row, where the first columns are.
+    let column = k.add(unit.panel, unit.thread.across);
+    let zero = k.index(0);
+    let first = k.compare(column, Order::Eq, zero);
+    let positions = unit.positions(k, None);
+    for ((&most, total), position) in most.iter().zip(totals).zip(positions) {
+        let (row, there) = unit.row(k, position, unit.own.shift);
+        let there = k.and(there, first);
+        k.when(there, |k| {
+            let log = math::log(k, total);
+            let lse = k.add(most, log);
+            let place = logs.row(k, row);
+            k.store_here(lse, logs.buffer, place);
+        });
+    }
+}
+
+/// The adjoint of queries, of keys, of values, or of the latter two together.
+pub(super) fn adjoint(k: &mut Kernel, unit: &Unit) {
+    let [q, keys, v, lse, df, corrections] = &unit.operands[..] else { unreachable!("six operands") };
+    let (of_keys, of_values) = match unit.part {
+        Part::Adjoint(of) => (of != 2, of == 2),
+        _ => (true, true),
+    };
+    // Own rows and others: of the scores, and of the products with df.
+    let (scored, multiplied) = if unit.part.keys() { ([keys, q], [v, df]) } else { ([q, keys], [df, v]) };
+    let of_queries = (!unit.part.keys()).then(|| [lse, corrections].map(|of| unit.numbers(k, of, None)));
+    let nothing = k.float(0.0, F32);
+    let start = vec![nothing; SUMS * (usize::from(of_keys) + usize::from(of_values))];
+    let [ds_room, w_room] = match (of_keys, of_values) {
+        (true, true) => unit.room.weights,
+        _ => [unit.room.weights[0]; 2],
+    };
+    let sums = unit.over(k, &start, |k, at, seen, sums| {
+        let active = unit.active(k, at, seen);
+        let scores = unit.product(k, scored[0], scored[1], unit.width, at, active);
+        // Until they are used they wait in memory: registers are few.
+        (0..2).for_each(|half| unit.share(k, ds_room, &scores, half));
+        let products = of_keys.then(|| unit.product(k, multiplied[0], multiplied[1], unit.wide, at, active));
+        k.when(active, |k| {
+            let columns = || [lse, corrections].map(|of| unit.numbers(k, of, Some(at)));
+            let [lse, corrections] = of_queries.clone().unwrap_or_else(columns);
+            let query = |i: usize| if unit.part.keys() { i % COLUMNS as usize } else { i / COLUMNS as usize };
+            let (scale, nothing) = (k.float(unit.form.scale, F32), k.float(0.0, F32));
+            let (mut ds, mut weights) = (scores.clone(), scores.clone());
+            for half in 0..2 {
+                let scores = unit.shared(k, ds_room, half);
+                unit.places(k, at, half, |k, i, word| {
+                    let s = k.mul(scores[i % (SUMS / 2)], scale);
+                    let s = k.sub(s, lse[query(i)]);
+                    let (w, pair) = (math::exp(k, s), unit.pair(k, at, i));
+                    let w = k.select(pair, w, nothing);
+                    if let Some(products) = &products {
+                        let dp = unit.dropped(k, products[i], word);
+                        let d = k.add(dp, corrections[query(i)]);
+                        let d = k.mul(d, w);
+                        ds[i] = k.mul(d, scale);
+                    }
+                    if of_values {
+                        weights[i] = unit.dropped(k, w, word);
+                    }
+                });
+                for (there, room, numbers) in [(of_keys, ds_room, &ds), (of_values, w_room, &weights)] {
+                    if there {
+                        unit.share(k, room, numbers, half);
+                    }
+                }
+            }
+        });
+        let mut next = vec![];
+        if of_keys {
+            next.extend(unit.weighted(k, ds_room, scored[1], unit.width, (at, seen), &sums[..SUMS]));
+        }
+        if of_values {
+            next.extend(unit.weighted(k, w_room, df, unit.wide, (at, seen), &sums[sums.len() - SUMS..]));
+        }
+        next
+    });
+    let widths = [of_keys.then_some(unit.width), of_values.then_some(unit.wide)];
+    for ((out, sums), width) in unit.outs.iter().zip(sums.chunks_exact(SUMS)).zip(widths.into_iter().flatten()) {
+        unit.write(k, out, width, sums);
+    }
+}
