@@ -13,7 +13,7 @@ use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::kernel::{Buf, Kernel, Val};
 use super::span::Span;
-use super::{Lowering, map};
+use super::{Lowering, map, usage};
 
 /// Groups of one product, at most.
 const MOST: usize = 3;
@@ -211,14 +211,7 @@ pub(super) enum When {
 
 /// The graph with products put off until what follows them is computed: then more of that joins the last of them.
 pub(super) fn put_off(graph: &Graph) -> Graph {
-    let (mut uses, mut readers) = (vec![0; graph.values()], vec![vec![]; graph.values()]);
-    for (at, node) in graph.nodes.iter().enumerate() {
-        for operand in &node.operands {
-            uses[operand.0 as usize] += 1;
-            readers[operand.0 as usize].push(at);
-        }
-    }
-    graph.outputs.iter().for_each(|(_, v)| uses[v.0 as usize] += 1);
+    let (uses, readers) = usage(graph);
     let groups = map::group(graph, &uses);
     // By node, before which one it stands.
     let place = |at: usize| {

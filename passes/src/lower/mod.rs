@@ -240,15 +240,22 @@ struct Place {
     view: Option<View>,
 }
 
+/// By value, how often it is read, the graph's outputs among the times, and by which nodes.
+fn usage(graph: &Graph) -> (Vec<usize>, Vec<Vec<usize>>) {
+    let (mut uses, mut readers) = (vec![0; graph.values()], vec![vec![]; graph.values()]);
+    for (at, node) in graph.nodes.iter().enumerate() {
+        for operand in &node.operands {
+            uses[operand.0 as usize] += 1;
+            readers[operand.0 as usize].push(at);
+        }
+    }
+    graph.outputs.iter().for_each(|(_, v)| uses[v.0 as usize] += 1);
+    (uses, readers)
+}
+
 impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
     fn new(target: &'t mut Target<'a>, graph: &'g Graph) -> Self {
-        let mut uses = vec![0; graph.values()];
-        let mut readers = vec![vec![]; graph.values()];
-        for (at, node) in graph.nodes.iter().enumerate() {
-            node.operands.iter().for_each(|v| readers[v.0 as usize].push(at));
-        }
-        graph.nodes.iter().flat_map(|n| &n.operands).for_each(|v| uses[v.0 as usize] += 1);
-        graph.outputs.iter().for_each(|(_, v)| uses[v.0 as usize] += 1);
+        let (uses, readers) = usage(graph);
         Lowering {
             target,
             graph,
