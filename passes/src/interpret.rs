@@ -606,7 +606,7 @@ fn label_weight(smoothing: f64, label: i32, class: usize, classes: usize) -> f64
     smoothing / classes as f64 + if label == class as i32 { 1.0 - smoothing } else { 0.0 }
 }
 
-fn normal_density(x: f64) -> f64 {
+pub(crate) fn normal_density(x: f64) -> f64 {
     (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt()
 }
 

@@ -194,113 +194,118 @@ pub fn sigmoid(k: &mut Kernel, x: Val) -> Val {
     k.div(one, e)
 }
 
-/// erf x to 1.7·10⁻⁷.
-pub fn erf(k: &mut Kernel, x: Val) -> Val {
+/// 2ˣ for |x| ≤ 126, to 1.1·10⁻⁷ of it.
+fn power_of_two(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;
+    // x = n + r, |r| ≤ ½: n as in `exp`.
+    let magic = k.float(12_582_912.0, ty);
+    let shifted = k.add(x, magic);
+    let n = k.sub(shifted, magic);
+    let r = k.sub(x, n);
+    let power =
+        polynomial(k, r, &[1.0, 0.693_146_978, 0.240_222_421, 5.550_733_74e-2, 9.671_512_64e-3, 1.326_472_71e-3]);
+    let (bits, shifted) = (k.bits(power), k.bits(shifted));
+    let place = k.int(23, bits.ty);
+    let n = k.shift_left(shifted, place);
+    let bits = k.add(bits, n);
+    k.from_bits(bits)
+}
+
+/// −`most` ≤ x ≤ `most`, or NaN.
+fn bounded(k: &mut Kernel, x: Val, most: f64) -> Val {
+    let (least, most) = (k.float(-most, x.ty), k.float(most, x.ty));
+    let x = k.max(least, x);
+    k.min(most, x)
+}
+
+/// Φ(x) of the normal distribution to 1.7·10⁻⁷, and e^(−x²/2).
+fn normal(k: &mut Kernel, x: Val) -> (Val, Val) {
+    // Beyond 13 the power would leave the normal numbers.
     let a = magnitude(k, x);
-    let square = k.mul(x, x);
-    let q = polynomial(
+    let most = k.float(13.0, x.ty);
+    let a = k.min(most, a);
+    let square = k.mul(a, a);
+    let weight = k.float(-0.5 * std::f64::consts::LOG2_E, x.ty);
+    let exponent = k.mul(weight, square);
+    let bell = power_of_two(k, exponent);
+    // Mills' ratio, (1 − Φ(a)) / e^(−a²/2), is as smooth as the rest is steep.
+    let ratio = polynomial(
         k,
-        square,
+        a,
         &[
-            std::f64::consts::FRAC_2_SQRT_PI,
-            -0.376_126_271,
-            0.112_836_002,
-            -2.685_444_46e-2,
-            5.189_535_34e-3,
-            -8.020_841_28e-4,
-            7.889_119_52e-5,
+            0.5,
+            -0.398_938_354,
+            0.249_931_023,
+            -0.132_562_599,
+            6.124_438_45e-2,
+            -2.441_013_52e-2,
+            8.002_670_74e-3,
+            -2.000_308_4e-3,
+            3.459_868_84e-4,
+            -3.604_039_89e-5,
+            1.678_249_37e-6,
         ],
     );
-    let near = k.mul(q, x);
-    // 1 − erfc, whose logarithm is the polynomial; beyond 4 the result rounds to 1.
-    let (one, four) = (k.float(1.0, ty), k.float(4.0, ty));
-    let bounded = k.min(four, a);
-    let log_erfc = polynomial(
-        k,
-        bounded,
-        &[
-            -1.398_623_45e-4,
-            -1.128_171_92,
-            -0.635_732_543,
-            -0.105_998_597,
-            2.385_251_28e-2,
-            -3.762_914_55e-3,
-            3.638_427_07e-4,
-            -1.603_025_34e-5,
-        ],
-    );
-    let erfc = exp(k, log_erfc);
-    let far = k.sub(one, erfc);
-    let far = with_sign(k, far, x);
-    let is_near = k.compare(a, Order::Lt, one);
-    k.select(is_near, near, far)
+    let tail = k.mul(bell, ratio);
+    let (zero, one) = (k.float(0.0, x.ty), k.float(1.0, x.ty));
+    let rest = k.sub(one, tail);
+    let below = k.compare(x, Order::Lt, zero);
+    (k.select(below, tail, rest), bell)
 }
 
-/// Φ(x), the normal distribution.
-fn normal(k: &mut Kernel, x: Val) -> Val {
-    let (root, half) = (k.float(std::f64::consts::FRAC_1_SQRT_2, x.ty), k.float(0.5, x.ty));
-    let scaled = k.mul(x, root);
-    let e = erf(k, scaled);
-    k.fma(half, e, half)
-}
-
-/// x Φ(x)
+/// x Φ(x) to 1.7·10⁻⁷ of x
 pub fn gelu(k: &mut Kernel, x: Val) -> Val {
-    let phi = normal(k, x);
+    let (phi, _) = normal(k, x);
     k.mul(x, phi)
 }
 
-/// Φ(x) + x φ(x), φ the normal density
+/// Φ(x) + x φ(x) to 2·10⁻⁷, φ the normal density
 pub fn gelu_grad(k: &mut Kernel, x: Val) -> Val {
-    let phi = normal(k, x);
-    let minus_half = k.float(-0.5, x.ty);
-    let square = k.mul(x, x);
-    let exponent = k.mul(minus_half, square);
-    let e = exp(k, exponent);
+    let (phi, bell) = normal(k, x);
+    let x = bounded(k, x, 13.0);
     let factor = k.float(1.0 / (2.0 * std::f64::consts::PI).sqrt(), x.ty);
-    let density = k.mul(e, factor);
+    let density = k.mul(bell, factor);
     k.fma(x, density, phi)
 }
 
-/// √(2/π) and the cube's weight in the approximation of gelu by tanh.
-fn gelu_tanh_constants() -> (f64, f64) {
-    ((2.0 / std::f64::consts::PI).sqrt(), 0.044_715)
-}
-
-/// tanh(√(2/π) (x + 0.044715 x³))
-fn gelu_tanh_core(k: &mut Kernel, x: Val) -> Val {
-    let (root, cubic) = gelu_tanh_constants();
-    let (root, weight) = (k.float(root, x.ty), k.float(root * cubic, x.ty));
+/// Of the approximation of gelu by tanh u = 2σ(2u) − 1: e^(−2u), and 2 du/dx where that is asked for;
+/// u = √(2/π) (x + 0.044715 x³).
+fn gelu_tanh_core(k: &mut Kernel, x: Val) -> (Val, Val) {
+    let twice_root = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
+    let (linear, cubic) = (twice_root, twice_root * 0.044_715);
+    // Beyond 10 the power would leave the normal numbers.
+    let x = bounded(k, x, 10.0);
     let square = k.mul(x, x);
-    let inner = k.fma(weight, square, root);
-    let inner = k.mul(inner, x);
-    tanh(k, inner)
+    let mut line = |constant: f64, slope: f64| {
+        let (constant, slope) = (k.float(constant, x.ty), k.float(slope, x.ty));
+        k.fma(slope, square, constant)
+    };
+    let log2e = std::f64::consts::LOG2_E;
+    let (exponent, slope) = (line(-linear * log2e, -cubic * log2e), line(linear, 3.0 * cubic));
+    let exponent = k.mul(exponent, x);
+    (power_of_two(k, exponent), slope)
 }
 
-/// x/2 · (1 + t), t the core above
+/// x σ(2u) to 1.5·10⁻⁷ of x, u as above
 pub fn gelu_tanh(k: &mut Kernel, x: Val) -> Val {
-    let half = k.float(0.5, x.ty);
-    let t = gelu_tanh_core(k, x);
-    let x = k.mul(half, x);
-    k.fma(x, t, x)
+    let (e, _) = gelu_tanh_core(k, x);
+    let one = k.float(1.0, x.ty);
+    let e = k.add(e, one);
+    k.div(x, e)
 }
 
-/// (1 + t)/2 + x/2 · (1 − t²) · √(2/π) (1 + 3·0.044715 x²)
+/// σ + x σ (1 − σ) 2 du/dx to 2.5·10⁻⁷, σ = σ(2u)
 pub fn gelu_tanh_grad(k: &mut Kernel, x: Val) -> Val {
-    let (root, cubic) = gelu_tanh_constants();
-    let (half, one) = (k.float(0.5, x.ty), k.float(1.0, x.ty));
-    let (root, weight) = (k.float(root, x.ty), k.float(3.0 * root * cubic, x.ty));
-    let t = gelu_tanh_core(k, x);
-    let square = k.mul(x, x);
-    let inner = k.fma(weight, square, root);
-    let t2 = k.mul(t, t);
-    let slope = k.sub(one, t2);
-    let slope = k.mul(slope, inner);
-    let x = k.mul(half, x);
-    let tail = k.mul(x, slope);
-    let tail = k.add(tail, half);
-    k.fma(half, t, tail)
+    let (e, slope) = gelu_tanh_core(k, x);
+    let one = k.float(1.0, x.ty);
+    let whole = k.add(e, one);
+    let sigma = k.div(one, whole);
+    // 1 − σ = e^(−2u) σ, where nothing cancels.
+    let rest = k.mul(e, sigma);
+    let x = bounded(k, x, 10.0);
+    let slope = k.mul(x, slope);
+    let slope = k.mul(slope, rest);
+    k.fma(slope, sigma, sigma)
 }
 
 #[cfg(test)]

@@ -79,16 +79,7 @@ pub fn dropped(k: &mut Kernel, x: Val, word: Val, p: f64) -> Val {
 pub fn philox(k: &mut Kernel, mut counter: [Val; 4], mut key: [Val; 2]) -> [Val; 4] {
     let ty = counter[0].ty;
     for _ in 0..10 {
-        let mut product = |lane: usize, multiplier: u32| {
-            let wide = k.widen(counter[lane]);
-            let factor = k.int(i64::from(multiplier), wide.ty);
-            let wide = k.mul(wide, factor);
-            let half = k.int(32, wide.ty);
-            let high = k.shift_right(wide, half);
-            (k.narrow(high), k.narrow(wide))
-        };
-        let (high0, low0) = product(0, MULTIPLIERS[0]);
-        let (high1, low1) = product(2, MULTIPLIERS[1]);
+        let [(high0, low0), (high1, low1)] = [0, 1].map(|i| k.wide_product(counter[2 * i], MULTIPLIERS[i]));
         let first = k.xor(high1, counter[1]);
         let first = k.xor(first, key[0]);
         let third = k.xor(high0, counter[3]);

@@ -6,7 +6,7 @@
 
 use std::fmt::Write;
 
-use super::{Buf, F32, I32, INDEX, Kernel, LANES, Order, Scalar, Ty, Val, list};
+use super::{Buf, F32, I32, I64, INDEX, Kernel, LANES, Order, Scalar, Ty, Val, list};
 use crate::cuda::{WARP, WARPS};
 use crate::machine::Machine;
 
@@ -273,6 +273,36 @@ impl Kernel {
                         self.select(here, other, x)
                     })
                 })
+            }
+        }
+    }
+
+    /// The upper and the lower 32 bits of x · `factor`, of unsigned words.
+    pub fn wide_product(&mut self, x: Val, factor: u32) -> (Val, Val) {
+        let (ty, factor) = (x.ty, i64::from(factor));
+        match self.form {
+            // A processor multiplies every second word, to twice its width.
+            Form::Vectors { .. } => {
+                let wide = I64.times(LANES / 2);
+                let both = self.emit(wide, format_args!("vector.bitcast {x} : {ty} to {wide}"));
+                let (half, lower, factor) = (self.int(32, wide), self.int(0xFFFF_FFFF, wide), self.int(factor, wide));
+                let [even, odd] = [self.and(both, lower), self.shift_right(both, half)].map(|words| {
+                    let product = self.mul(words, factor);
+                    self.emit(ty, format_args!("vector.bitcast {product} : {wide} to {ty}"))
+                });
+                let [low, high] = [0, 1].map(|first| {
+                    let places = (0..LANES).map(|lane| (lane / 2 * 2 + first + lane % 2 * LANES).to_string());
+                    let places = places.collect::<Vec<_>>().join(", ");
+                    self.emit(ty, format_args!("vector.shuffle {even}, {odd} [{places}] : {ty}, {ty}"))
+                });
+                (high, low)
+            }
+            Form::Warps { .. } => {
+                let wide = self.widen(x);
+                let (half, factor) = (self.int(32, wide.ty), self.int(factor, wide.ty));
+                let wide = self.mul(wide, factor);
+                let high = self.shift_right(wide, half);
+                (self.narrow(high), self.narrow(wide))
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Every function against f64, over floats of every size, on every level of processors that this machine has.
 
-use std::f64::consts::SQRT_2;
+use std::f64::consts::PI;
 
 use peft_runtime::artifact::Element;
 
@@ -9,7 +9,7 @@ use super::super::tests::{call, levels};
 use super::*;
 use crate::codegen;
 use crate::cpu::Cpu;
-use crate::interpret::normal_cdf;
+use crate::interpret::{normal_cdf, normal_density};
 use crate::machine::Machine;
 
 const LEAST: f64 = f32::MIN_POSITIVE as f64;
@@ -20,6 +20,8 @@ enum Bound {
     /// In units of the last place. A result below the normal numbers may be 0, or the least of them.
     Units(f64),
     Absolute(f64),
+    /// Of the argument, if that is more than 1.
+    Relative(f64),
 }
 
 struct Function {
@@ -40,22 +42,42 @@ const fn function(
     Function { name, write, exact, bound, largest: f64::INFINITY }
 }
 
-const FUNCTIONS: [Function; 7] = [
+const FUNCTIONS: [Function; 10] = [
     function("exp", exp, f64::exp, Bound::Units(1.0)),
     function("log", log, |x| if (0.0..LEAST).contains(&x) { f64::NEG_INFINITY } else { x.ln() }, Bound::Units(1.0)),
     Function { largest: 1e5, ..function("sin", sin, f64::sin, Bound::Absolute(1e-7)) },
     Function { largest: 1e5, ..function("cos", cos, f64::cos, Bound::Absolute(1e-7)) },
     function("tanh", tanh, f64::tanh, Bound::Units(1.5)),
     function("sigmoid", sigmoid, |x| 1.0 / (1.0 + (-x).exp()), Bound::Units(2.5)),
-    function("erf", erf, |x| 2.0 * normal_cdf(SQRT_2 * x) - 1.0, Bound::Absolute(1.7e-7)),
+    finite("gelu", gelu, |x| x * normal_cdf(x), Bound::Relative(1.7e-7)),
+    finite("gelu_grad", gelu_grad, |x| normal_cdf(x) + x * normal_density(x), Bound::Absolute(2e-7)),
+    finite("gelu_tanh", gelu_tanh, |x| x * by_tanh(x)[0], Bound::Relative(1.5e-7)),
+    finite("gelu_tanh_grad", gelu_tanh_grad, |x| by_tanh(x)[1], Bound::Absolute(2.5e-7)),
 ];
+
+const fn finite(
+    name: &'static str,
+    write: fn(&mut Kernel, Val) -> Val,
+    exact: fn(f64) -> f64,
+    bound: Bound,
+) -> Function {
+    Function { largest: f32::MAX as f64, ..function(name, write, exact, bound) }
+}
+
+/// σ = ½ (1 + tanh u), and the derivative of x σ.
+fn by_tanh(x: f64) -> [f64; 2] {
+    let root = (2.0 / PI).sqrt();
+    let (u, slope) = (root * (x + 0.044_715 * x * x * x), root * (1.0 + 3.0 * 0.044_715 * x * x));
+    let [sigma, rest] = [u, -u].map(|u| 1.0 / (1.0 + (-2.0 * u).exp()));
+    [sigma, sigma + 2.0 * x * sigma * rest * slope]
+}
 
 /// Floats of both signs: many from 2⁻²⁰ to 2¹⁷, where the functions bend, some of every size, every one about where a
 /// function changes its formula, and what is no number.
 fn floats() -> Vec<f32> {
     let bits = |x: f32| x.to_bits();
     let middle = (bits(2f32.powi(-20))..bits(2f32.powi(17))).step_by(199);
-    let edges = [87.336_54, 88.722_84, 44.361_42, 0.625, 1.0, 4.0];
+    let edges = [87.336_54, 88.722_84, 44.361_42, 0.625, 10.0, 13.0];
     let edges = edges.into_iter().flat_map(|edge| bits(edge) - 64..bits(edge) + 64);
     let all = (0..bits(f32::INFINITY)).step_by(65_521).chain(middle).chain(edges);
     let all = all.chain([f32::INFINITY, f32::NAN].map(bits));
@@ -63,13 +85,14 @@ fn floats() -> Vec<f32> {
 }
 
 /// In the terms of the bound.
-fn error(found: f32, want: f64, bound: Bound) -> f64 {
+fn error(x: f32, found: f32, want: f64, bound: Bound) -> f64 {
     // An overflow is as far off as the float that would come next.
     let value = if found == f32::INFINITY { 2f64.powi(128) } else { f64::from(found) };
     let gap = (value - want).abs();
     match bound {
         _ if found == want as f32 || found.is_nan() && want.is_nan() => 0.0,
         Bound::Absolute(_) => gap,
+        Bound::Relative(_) => gap / f64::from(x.abs()).max(1.0),
         Bound::Units(most) if want.abs() < LEAST => most * gap / LEAST,
         Bound::Units(_) => gap / 2f64.powi(want.abs().log2().floor() as i32 - 23),
     }
@@ -110,9 +133,9 @@ fn error_bounds() {
             let places = memory.each_mut().map(|words| (words.as_mut_ptr(), words.len()));
             call(library, &symbol(&function), &places, &[x.len() as i64, 0, 1]);
             let found = memory[1].iter().map(|&word| f32::from_bits(word));
-            let errors = found.zip(&want).map(|(found, &want)| error(found, want, bound));
+            let errors = x.iter().zip(found).zip(&want).map(|((&x, found), &want)| error(x, found, want, bound));
             let worst = x.iter().zip(errors).max_by(|(_, a), (_, b)| a.total_cmp(b)).expect("a float");
-            let (Bound::Units(most) | Bound::Absolute(most)) = bound;
+            let (Bound::Units(most) | Bound::Absolute(most) | Bound::Relative(most)) = bound;
             eprintln!("{name} on {cpu}: {:.3e} at {:?}", worst.1, worst.0);
             assert!(worst.1 <= most, "{name} of {:?} on {cpu} is off by {:.3e}, not {most}", worst.0, worst.1);
         }
