@@ -210,7 +210,8 @@ impl Lowering<'_, '_, '_> {
     ) {
         let Side { batch, length: m, depth, .. } = left;
         let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
-        let blocks = Extent::CeilDiv(Box::new(m.clone()), form.tile.block());
+        // An even number: a product as narrow as a unit is shared by two threads.
+        let blocks = Extent::Const(2) * Extent::CeilDiv(Box::new(m.clone()), 2 * form.tile.block());
         let shared = match (&m, &n) {
             (Extent::Const(m), _) if *m <= form.tile.block() => PANELS_OF_FEW_ROWS,
             (_, Extent::Const(n)) => (n / GROUPS).clamp(COLUMNS.start, COLUMNS.end) / form.tile.columns(),
@@ -545,6 +546,7 @@ fn gemm(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
             let (zero, one) = (k.index(0), k.index(1));
             let row = k.mul(row, size);
             let rows = k.sub(m, row);
+            let rows = k.max(zero, rows);
             let rows = k.min(rows, size);
             let panel = k.mul(group, shared);
             let end_panel = k.add(panel, shared);
