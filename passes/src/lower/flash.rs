@@ -17,7 +17,7 @@ use peft_grammar::graph::{Dim, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::attention::{ROWS, Segment, VECTORS, across, vectors, zeros};
-use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define};
+use super::kernel::{Buf, I32, Kernel, LANES, Order, Val, define};
 use super::random;
 use super::rows;
 use super::span::Span;
@@ -28,6 +28,9 @@ use crate::machine::Machine;
 
 /// Lengths are rounded up to what one call of the generator decides over, so that vectors need no masks.
 const _: () = assert!(ROWS == 4 && random::EACH.is_multiple_of(VECTORS));
+
+/// Sizes of a kernel before those that say how its operands and results lie.
+const SIZES: usize = 6;
 
 /// Floats a sequence has room for beyond its length: rounded up with its phase.
 const SLACK: u64 = random::EACH * LANES + ROWS;
@@ -270,39 +273,56 @@ impl Rows {
     }
 }
 
-/// What a kernel reads and writes of a unit.
-pub struct Operands {
-    pub floats: Vec<Rows>,
-    pub rng: Option<Buf>,
+/// One head of one sequence, on either machine: what a unit reads and writes of it, and how its places are counted.
+pub struct Head {
+    pub operands: Vec<Rows>,
     pub results: Vec<Rows>,
+    pub rng: Option<Buf>,
+    pub segment: Segment,
+    /// Of queries and keys, and of values.
+    pub width: Val,
+    pub wide: Val,
+    pub stream: Val,
+    /// The generator's column of slot 0.
+    pub column: Val,
+    /// The slot of key 0.
+    pub phase: Val,
+    pub form: Form,
 }
 
-impl Operands {
-    /// Of the kernel's buffers the first ones; `lie` has three sizes for each.
-    pub fn of(k: &mut Kernel, segment: &Segment, buffers: &[Buf], lie: &[Val], part: Part, drops: bool) -> Operands {
-        let count = lie.len() / 3;
-        let (floats, rest) = buffers.split_at(count - part.results());
-        let (rng, results) = rest.split_at(usize::from(drops));
+impl Head {
+    /// Of the kernel's buffers the first ones; of its sizes too, three of which say how each of them lies.
+    pub fn of(
+        k: &mut Kernel,
+        segment: Segment,
+        (buffers, sizes): (&[Buf], &[Val]),
+        (part, form): (Part, Form),
+        drops: bool,
+    ) -> Head {
+        let [_, width, wide, _, stream, column] = super::kernel::first(sizes);
+        let count = buffers.len() - part.results();
+        let (operands, results) = buffers.split_at(count);
+        let (operands, rng) = operands.split_at(count - usize::from(drops));
         let mut all: Vec<Rows> = vec![];
-        for (&buffer, lie) in floats.iter().chain(results).zip(lie.chunks_exact(3)) {
+        for (&buffer, lie) in operands.iter().chain(results).zip(sizes[SIZES..].chunks_exact(3)) {
             let [first, head, line] = super::kernel::first(lie);
             let head = k.mul(segment.head, head);
             let start = k.mul(segment.start, line);
             let base = k.add(first, head);
             all.push(Rows { buffer, base: k.add(base, start), line });
         }
-        let results = all.split_off(floats.len());
-        Operands { floats: all, rng: rng.first().copied(), results }
+        let results = all.split_off(operands.len());
+        let four = k.index(random::EACH);
+        let phase = k.rem(column, four);
+        let column = k.sub(column, phase);
+        let rng = rng.first().copied();
+        Head { operands: all, results, rng, segment, width, wide, stream, column, phase, form }
     }
 }
 
-/// One head of one sequence.
+/// One head of one sequence, and room for what is computed on the way.
 struct Unit {
-    operands: Vec<Rows>,
-    out: Rows,
-    /// Where what is computed beside it goes.
-    beside: Option<Rows>,
-    rng: Option<Buf>,
+    head: Head,
     /// Transposed operands, `[width][stride]`, and where they begin.
     first: (Buf, Val),
     second: (Buf, Val),
@@ -315,14 +335,6 @@ struct Unit {
     products: Val,
     /// Of a transposed operand and of a row: the length, rounded up.
     stride: Val,
-    segment: Segment,
-    width: Val,
-    wide: Val,
-    stream: Val,
-    /// The generator's column of slot 0, and the slot of key 0.
-    column: Val,
-    phase: Val,
-    form: Form,
 }
 
 impl Unit {
@@ -335,30 +347,24 @@ impl Unit {
     ) -> Unit {
         let (buffers, rest) = buffers.split_at(buffers.len() - 6);
         let [first, second, factor, other, rows, offsets] = super::kernel::first(rest);
-        let [tokens, width, wide, sequences, stream, column] = super::kernel::first(sizes);
+        let [tokens, _, _, sequences] = super::kernel::first(sizes);
         let segment = Segment::of(k, unit, tokens, sequences, offsets);
-        let Operands { floats, rng, results } = Operands::of(k, &segment, buffers, &sizes[6..], part, drops);
-        let mut results = results.into_iter();
-        let four = k.index(ROWS);
-        let phase = k.rem(column, four);
-        let column = k.sub(column, phase);
+        let head = Head::of(k, segment, (buffers, sizes), (part, form), drops);
         let step = k.index(random::drawn(k));
-        let slots = k.add(segment.length, phase);
+        let slots = k.add(head.segment.length, head.phase);
         let stride = round_up(k, slots, step);
         let slack = k.index(SLACK);
         let slack = k.mul(unit, slack);
-        let place = k.add(segment.row, slack);
-        let (narrow, broad) = (k.mul(place, width), k.mul(place, wide));
+        let place = k.add(head.segment.row, slack);
+        let (narrow, broad) = (k.mul(place, head.width), k.mul(place, head.wide));
         let double = k.index(2 * ROWS);
         let scores = k.mul(place, double);
-        let scores = k.add(scores, phase);
-        let block = k.mul(stride, four);
+        let scores = k.add(scores, head.phase);
+        let rows_of_block = k.index(ROWS);
+        let block = k.mul(stride, rows_of_block);
         let products = k.add(scores, block);
         Unit {
-            operands: floats,
-            out: results.next().expect("there is a result"),
-            beside: results.next(),
-            rng,
+            head,
             first: (first, narrow),
             second: (second, broad),
             factor: (factor, narrow),
@@ -367,13 +373,6 @@ impl Unit {
             scores,
             products,
             stride,
-            segment,
-            width,
-            wide,
-            stream,
-            column,
-            phase,
-            form,
         }
     }
 
@@ -386,29 +385,29 @@ impl Unit {
 
     /// Up to where a block of queries from `i` on sees keys.
     fn seen(&self, k: &mut Kernel, i: Val) -> Val {
-        if !self.form.causal {
-            return self.segment.length;
+        if !self.head.form.causal {
+            return self.head.segment.length;
         }
         let block = k.index(ROWS);
         let end = k.add(i, block);
-        k.min(end, self.segment.length)
+        k.min(end, self.head.segment.length)
     }
 
     /// How many keys query `i` sees.
     fn limit(&self, k: &mut Kernel, i: Val) -> Val {
         let one = k.index(1);
-        if self.form.causal { k.add(i, one) } else { self.segment.length }
+        if self.head.form.causal { k.add(i, one) } else { self.head.segment.length }
     }
 
     /// The keys in the block of slots from `slot` on; where there is none, the nearest.
     fn keys(&self, k: &mut Kernel, slot: Val) -> Vec<Val> {
         let one = k.index(1);
-        let last = k.sub(self.segment.length, one);
+        let last = k.sub(self.head.segment.length, one);
         let key = |r| {
             let r = k.index(r);
             let slot = k.add(slot, r);
-            let slot = k.max(slot, self.phase);
-            let key = k.sub(slot, self.phase);
+            let slot = k.max(slot, self.head.phase);
+            let key = k.sub(slot, self.head.phase);
             k.min(key, last)
         };
         (0..ROWS).map(key).collect()
@@ -416,7 +415,7 @@ impl Unit {
 
     /// The generator's key, if anything is dropped.
     fn generator(&self, k: &mut Kernel) -> Option<[Val; 2]> {
-        self.rng.map(|rng| random::key(k, rng))
+        self.head.rng.map(|rng| random::key(k, rng))
     }
 }
 
@@ -440,8 +439,8 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Bu
     k.each(turned, width, 1, |k, e| {
         let column = k.mul(e, unit.stride);
         let column = k.add(at, column);
-        k.each(zero, unit.segment.length, k.lane_count(), |k, i| {
-            let left = k.sub(unit.segment.length, i);
+        k.each(zero, unit.head.segment.length, k.lane_count(), |k, i| {
+            let left = k.sub(unit.head.segment.length, i);
             let mask = k.mask(left);
             let row = from.row(k, i);
             let source = k.add(row, e);
@@ -457,8 +456,8 @@ fn transpose_squares(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, 
     let (zero, step) = (k.index(0), k.index(side));
     let squares = k.div(width, step);
     let whole = k.mul(squares, step);
-    k.each(zero, unit.segment.length, side, |k, i| {
-        let rows = unit.segment.rows(k, i, side);
+    k.each(zero, unit.head.segment.length, side, |k, i| {
+        let rows = unit.head.segment.rows(k, i, side);
         let rows: Vec<Val> = rows.into_iter().map(|row| from.row(k, row)).collect();
         let first = k.add(at, i);
         k.each(zero, whole, side, |k, e| {
@@ -484,7 +483,7 @@ fn transpose_squares(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, 
 fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (buffer, base): (Buf, Val)) -> Rows {
     let zero = k.index(0);
     let rows = Rows { buffer, base, line: width };
-    k.each(zero, unit.segment.length, 1, |k, i| {
+    k.each(zero, unit.head.segment.length, 1, |k, i| {
         let (source, target) = (from.row(k, i), rows.row(k, i));
         copy::move_row(k, (from.buffer, source), (rows.buffer, target), width);
     });
@@ -576,7 +575,7 @@ fn weighted(
             let offset = k.index(r);
             let row = k.add(i, offset);
             // There is none before the first or beyond the last.
-            let missing = k.at_least_unsigned(row, unit.segment.length);
+            let missing = k.at_least_unsigned(row, unit.head.segment.length);
             let row = out.row(k, row);
             k.branch(
                 missing,
@@ -594,46 +593,41 @@ fn weighted(
 
 fn lse(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
-    let [q, keys] = &unit.operands[..] else { unreachable!("two operands") };
-    transpose(k, unit, keys, unit.width, unit.first);
-    k.each(zero, unit.segment.length, ROWS, |k, i| {
-        let block = unit.segment.rows(k, i, ROWS);
+    let [q, keys] = &unit.head.operands[..] else { unreachable!("two operands") };
+    transpose(k, unit, keys, unit.head.width, unit.first);
+    k.each(zero, unit.head.segment.length, ROWS, |k, i| {
+        let block = unit.head.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
+        product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let lse = rows::logsumexp(k, unit.rows, Span { base: line, length: limit });
-            let place = unit.out.row(k, row);
-            k.store(lse, unit.out.buffer, place);
+            let place = unit.head.results[0].row(k, row);
+            k.store(lse, unit.head.results[0].buffer, place);
         }
     });
 }
 
 fn forward(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
-    let [q, keys, v] = &unit.operands[..] else { unreachable!("three operands") };
+    let [q, keys, v] = &unit.head.operands[..] else { unreachable!("three operands") };
     let generator = unit.generator(k);
-    transpose(k, unit, keys, unit.width, unit.first);
-    let values = gathered(k, unit, v, unit.wide, unit.other);
-    k.each(zero, unit.segment.length, ROWS, |k, i| {
-        let block = unit.segment.rows(k, i, ROWS);
+    transpose(k, unit, keys, unit.head.width, unit.first);
+    let values = gathered(k, unit, v, unit.head.wide, unit.other);
+    k.each(zero, unit.head.segment.length, ROWS, |k, i| {
+        let block = unit.head.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
+        product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let span = Span { base: line, length: limit };
-            let most = rows::largest(k, unit.rows, span);
-            let total = rows::powers(k, unit.rows, span, most, Some(unit.rows));
-            if let Some(out) = &unit.beside {
-                let most = k.lane(most, 0);
-                let log = math::log(k, total);
-                let lse = k.add(most, log);
+            let (most, total) = rows::exponentials(k, unit.rows, span, Some(unit.rows));
+            if let Some(out) = unit.head.results.get(1) {
+                let lse = rows::log_of(k, (most, total));
                 let place = out.row(k, row);
                 k.store(lse, out.buffer, place);
             }
-            let one = k.float(1.0, F32);
-            let share = k.div(one, total);
-            let share = k.splat(share);
+            let share = rows::share(k, total);
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
                 let e = k.load_vector(unit.rows, place);
                 let w = k.mul(e, share);
@@ -641,30 +635,30 @@ fn forward(k: &mut Kernel, unit: &Unit) {
                 only_below(k, w, at, limit)
             });
         }
-        weighted(k, unit, i, (unit.scores, zero, end), &values, unit.wide, &unit.out);
+        weighted(k, unit, i, (unit.scores, zero, end), &values, unit.head.wide, &unit.head.results[0]);
     });
 }
 
 /// The adjoint of the queries: lanes run over keys.
 fn over_keys(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
-    let [q, keys, v, lse, df, corrections] = &unit.operands[..] else { unreachable!("six operands") };
+    let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
     let generator = unit.generator(k);
-    transpose(k, unit, keys, unit.width, unit.first);
-    transpose(k, unit, v, unit.wide, unit.second);
-    let rows = gathered(k, unit, keys, unit.width, unit.factor);
-    k.each(zero, unit.segment.length, ROWS, |k, i| {
-        let block = unit.segment.rows(k, i, ROWS);
+    transpose(k, unit, keys, unit.head.width, unit.first);
+    transpose(k, unit, v, unit.head.wide, unit.second);
+    let rows = gathered(k, unit, keys, unit.head.width, unit.factor);
+    k.each(zero, unit.head.segment.length, ROWS, |k, i| {
+        let block = unit.head.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.width, unit.first, (zero, end), (unit.scores, unit.form.scale));
-        product(k, unit, df, &block, unit.wide, unit.second, (zero, end), (unit.products, 1.0));
+        product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
+        product(k, unit, df, &block, unit.head.wide, unit.second, (zero, end), (unit.products, 1.0));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let beside = unit.line(k, unit.products, r as u64);
             let (place, place_r) = (lse.row(k, row), corrections.row(k, row));
             let (lse, correction) = (k.load(lse.buffer, place), k.load(corrections.buffer, place_r));
             let (lse, correction) = (k.splat(lse), k.splat(correction));
-            let by = k.floats(unit.form.scale);
+            let by = k.floats(unit.head.form.scale);
             along(k, unit, end, line, generator, row, |k, place, at, dropped| {
                 let s = k.load_vector(unit.rows, place);
                 let s = k.sub(s, lse);
@@ -678,7 +672,7 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
                 only_below(k, ds, at, limit)
             });
         }
-        weighted(k, unit, i, (unit.scores, zero, end), &rows, unit.width, &unit.out);
+        weighted(k, unit, i, (unit.scores, zero, end), &rows, unit.head.width, &unit.head.results[0]);
     });
 }
 
@@ -702,18 +696,18 @@ fn along(
         });
         return;
     };
-    let token = k.add(unit.segment.start, row);
-    let drawn = [token, unit.segment.head, unit.stream].map(|x| random::lanes_of(k, x));
-    let slots = k.add(end, unit.phase);
+    let token = k.add(unit.head.segment.start, row);
+    let drawn = [token, unit.head.segment.head, unit.head.stream].map(|x| random::lanes_of(k, x));
+    let slots = k.add(end, unit.head.phase);
     k.each(zero, slots, random::drawn(k), |k, slot| {
-        let column = k.add(unit.column, slot);
+        let column = k.add(unit.head.column, slot);
         let words = random::draw(k, generator, column, drawn);
         for (part, word) in words.into_iter().enumerate() {
             let offset = k.index(part as u64 * k.lane_count());
             let slot = k.add(slot, offset);
-            let at = k.sub(slot, unit.phase);
+            let at = k.sub(slot, unit.head.phase);
             let place = k.add(line, at);
-            let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.form.p));
+            let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.head.form.p));
             k.store_vector(y, unit.rows, place);
         }
     });
@@ -730,21 +724,21 @@ fn only_below(k: &mut Kernel, x: Val, at: Val, limit: Val) -> Val {
 /// The adjoint of keys, of values, or of both: lanes run over queries.
 fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
     let zero = k.index(0);
-    let [q, keys, v, lse, df, corrections] = &unit.operands[..] else { unreachable!("six operands") };
+    let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
     let generator = unit.generator(k);
-    transpose(k, unit, q, unit.width, unit.first);
+    transpose(k, unit, q, unit.head.width, unit.first);
     let (of_keys, of_values) = (part != Part::Adjoint(2), part != Part::Adjoint(1));
     if of_keys {
-        transpose(k, unit, df, unit.wide, unit.second);
+        transpose(k, unit, df, unit.head.wide, unit.second);
     }
-    let queries = of_keys.then(|| gathered(k, unit, q, unit.width, unit.factor));
-    let adjoints = of_values.then(|| gathered(k, unit, df, unit.wide, unit.other));
-    let slots = k.add(unit.segment.length, unit.phase);
+    let queries = of_keys.then(|| gathered(k, unit, q, unit.head.width, unit.factor));
+    let adjoints = of_values.then(|| gathered(k, unit, df, unit.head.wide, unit.other));
+    let slots = k.add(unit.head.segment.length, unit.head.phase);
     k.each(zero, slots, ROWS, |k, slot| {
         let block = unit.keys(k, slot);
         let j = block[0];
         // Queries before the first key do not see it; vectors begin where products do.
-        let begin = if unit.form.causal {
+        let begin = if unit.head.form.causal {
             let step = k.index(across(k) * k.lane_count());
             let steps = k.div(j, step);
             k.mul(steps, step)
@@ -756,18 +750,27 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
             unit,
             keys,
             &block,
-            unit.width,
+            unit.head.width,
             unit.first,
-            (begin, unit.segment.length),
-            (unit.scores, unit.form.scale),
+            (begin, unit.head.segment.length),
+            (unit.scores, unit.head.form.scale),
         );
         if of_keys {
-            product(k, unit, v, &block, unit.wide, unit.second, (begin, unit.segment.length), (unit.products, 1.0));
+            product(
+                k,
+                unit,
+                v,
+                &block,
+                unit.head.wide,
+                unit.second,
+                (begin, unit.head.segment.length),
+                (unit.products, 1.0),
+            );
         }
         let lines: Vec<[Val; 2]> =
             (0..ROWS).map(|r| [unit.line(k, unit.scores, r), unit.line(k, unit.products, r)]).collect();
-        k.each(begin, unit.segment.length, k.lane_count(), |k, i| {
-            let left = k.sub(unit.segment.length, i);
+        k.each(begin, unit.head.segment.length, k.lane_count(), |k, i| {
+            let left = k.sub(unit.head.segment.length, i);
             let mask = k.mask(left);
             let (place, place_r) = (lse.row(k, i), corrections.row(k, i));
             let lse = k.load_lanes(lse.buffer, place, mask);
@@ -775,16 +778,16 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
             let numbers = k.lane_numbers();
             let words = generator.map(|generator| {
                 // One call for a query decides over the block's four keys.
-                let column = k.add(unit.column, slot);
+                let column = k.add(unit.head.column, slot);
                 let four = k.index(4);
                 let column = k.div(column, four);
-                let token = k.add(unit.segment.start, i);
-                let place = [column, token, unit.segment.head, unit.stream];
+                let token = k.add(unit.head.segment.start, i);
+                let place = [column, token, unit.head.segment.head, unit.head.stream];
                 let [column, token, head, stream] = place.map(|x| random::lanes_of(k, x));
                 let token = k.add(token, numbers);
                 random::philox(k, [column, token, head, stream], generator)
             });
-            let by = k.floats(unit.form.scale);
+            let by = k.floats(unit.head.form.scale);
             let nothing = k.floats(0.0);
             for (r, &[line, beside]) in lines.iter().enumerate() {
                 let place = k.add(line, i);
@@ -792,11 +795,11 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let dropped = |k: &mut Kernel, x: Val| match words {
-                    Some(words) => random::dropped(k, x, words[r], unit.form.p),
+                    Some(words) => random::dropped(k, x, words[r], unit.head.form.p),
                     None => x,
                 };
                 // Query i + lane sees key j + r from i + lane = j + r on.
-                let earlier = unit.form.causal.then(|| {
+                let earlier = unit.head.form.causal.then(|| {
                     let (first, key) = (k.to_i32(i), k.to_i32(block[r]));
                     let (first, key) = (k.splat(first), k.splat(key));
                     let query = k.add(numbers, first);
@@ -824,16 +827,16 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
                 }
             }
         });
-        let from = if unit.form.causal { j } else { zero };
-        let first = k.sub(slot, unit.phase);
-        let mut out = &unit.out;
+        let from = if unit.head.form.causal { j } else { zero };
+        let first = k.sub(slot, unit.head.phase);
+        let mut out = &unit.head.results[0];
         if let Some(queries) = &queries {
-            weighted(k, unit, first, (unit.scores, from, unit.segment.length), queries, unit.width, out);
-            out = unit.beside.as_ref().unwrap_or(out);
+            weighted(k, unit, first, (unit.scores, from, unit.head.segment.length), queries, unit.head.width, out);
+            out = unit.head.results.get(1).unwrap_or(out);
         }
         if let Some(adjoints) = &adjoints {
             let base = if of_keys { unit.products } else { unit.scores };
-            weighted(k, unit, first, (base, from, unit.segment.length), adjoints, unit.wide, out);
+            weighted(k, unit, first, (base, from, unit.head.segment.length), adjoints, unit.head.wide, out);
         }
     });
 }

@@ -378,7 +378,8 @@ fn only(k: &mut Kernel, x: Val, mask: Val) -> Val {
 }
 
 fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
-    let share = exponentials(k, [x, out], span);
+    let (_, total) = exponentials(k, x, span, Some(out));
+    let share = share(k, total);
     fill(k, span, out, |k, place, mask| {
         let e = k.load_lanes(out, place, mask);
         k.mul(e, share)
@@ -399,10 +400,14 @@ pub(super) fn powers(k: &mut Kernel, x: Buf, span: Span, max: Val, out: Option<B
     })
 }
 
-/// out = e^{x − max}; gives the one over their sum, in every lane.
-pub(super) fn exponentials(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) -> Val {
+/// The max, in every lane, and Σ e^{x − max}; the powers themselves go to `out`, if there is one.
+pub(super) fn exponentials(k: &mut Kernel, x: Buf, span: Span, out: Option<Buf>) -> (Val, Val) {
     let max = largest(k, x, span);
-    let total = powers(k, x, span, max, Some(out));
+    (max, powers(k, x, span, max, out))
+}
+
+/// One power's share of such a sum, in every lane.
+pub(super) fn share(k: &mut Kernel, total: Val) -> Val {
     let one = k.float(1.0, F32);
     let share = k.div(one, total);
     k.splat(share)
@@ -480,8 +485,12 @@ fn normalize_vjp(k: &mut Kernel, [x, dy]: [Buf; 2], follow: &Follow, span: Span,
 
 /// ln Σ eˣ of a row.
 pub(super) fn logsumexp(k: &mut Kernel, x: Buf, span: Span) -> Val {
-    let max = largest(k, x, span);
-    let total = powers(k, x, span, max, None);
+    let sum = exponentials(k, x, span, None);
+    log_of(k, sum)
+}
+
+/// ln Σ eˣ of a max and Σ e^{x − max}.
+pub(super) fn log_of(k: &mut Kernel, (max, total): (Val, Val)) -> Val {
     let total = math::log(k, total);
     let max = k.lane(max, 0);
     k.add(max, total)

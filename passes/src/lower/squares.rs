@@ -16,7 +16,7 @@
 use peft_runtime::artifact::Extent;
 
 use super::attention::Segment;
-use super::flash::{Form, Operands, Part, Rows};
+use super::flash::{Form, Head, Part, Rows};
 use super::kernel::{Buf, F32, I32, Kernel, Order, Val};
 use super::{math, random};
 use crate::cuda::{WARP, WARPS};
@@ -50,18 +50,7 @@ struct Side {
 /// A block's rows of one head of one sequence, and the columns of a result that are at hand.
 pub(super) struct Unit {
     part: Part,
-    form: Form,
-    operands: Vec<Rows>,
-    outs: Vec<Rows>,
-    rng: Option<Buf>,
-    segment: Segment,
-    width: Val,
-    wide: Val,
-    stream: Val,
-    /// The generator's column of slot 0.
-    column: Val,
-    /// The slot of key 0.
-    phase: Val,
+    head: Head,
     own: Side,
     /// By how much the other side's positions are beyond its rows' numbers.
     shift: Val,
@@ -161,9 +150,9 @@ pub(super) fn blocks() -> Extent {
     Extent::CeilDiv(Box::new(slots), TILE) + Extent::Sequences
 }
 
-/// The one among them that is the first of sequence `s`, which begins at token `start`; in lanes, or in all alike.
+/// The one among them that is the first of sequence `s`, which begins at token `start`.
 fn first_block(k: &mut Kernel, start: Val, s: Val) -> Val {
-    let (each, tile) = (k.int(random::EACH as i64, I32), k.int(TILE as i64, I32));
+    let (each, tile) = (k.index(random::EACH), k.index(TILE));
     let more = k.mul(s, each);
     let slot = k.add(start, more);
     let block = k.div(slot, tile);
@@ -172,15 +161,13 @@ fn first_block(k: &mut Kernel, start: Val, s: Val) -> Val {
 
 /// The sequence that a block of a head is of: every lane looks at some.
 fn sequence(k: &mut Kernel, block: Val, sequences: Val, offsets: Buf) -> Val {
-    let (block, zero) = (k.to_i32(block), k.int(0, I32));
-    let number = k.lane_numbers();
+    let zero = k.int(0, I32);
     let begun = k.fold_lanes(sequences, &[zero], |k, s, mask, begun| {
         let start = k.load_lanes(offsets, s, mask);
-        let s = k.to_i32(s);
-        let s = k.add(s, number);
+        let (start, s) = (k.to_index(start), k.add(s, k.lane_index()));
         let first = first_block(k, start, s);
-        let (one, zero) = (k.int(1, I32), k.int(0, I32));
         let later = k.compare(first, Order::Gt, block);
+        let (one, zero) = (k.int(1, I32), k.int(0, I32));
         let some = k.select(later, zero, one);
         let some = k.select(mask, some, zero);
         vec![k.add(begun[0], some)]
@@ -200,39 +187,24 @@ impl Unit {
         (part, form): (Part, Form),
         drops: bool,
     ) -> Unit {
-        let [tokens, width, wide, sequences, stream, column] = super::kernel::first(sizes);
-        let (lie, last) = sizes[6..].split_at(sizes.len() - 8);
+        let [tokens, _, _, sequences] = super::kernel::first(sizes);
+        let (sizes, last) = sizes.split_at(sizes.len() - 2);
         let [blocks, panels] = super::kernel::first(last);
         let (&offsets, buffers) = buffers.split_last().expect("it is the last");
         let (rest, block) = (k.div(unit, blocks), k.rem(unit, blocks));
         let (head, panel) = (k.div(rest, panels), k.rem(rest, panels));
         let sequence = sequence(k, block, sequences, offsets);
         let segment = Segment::at(k, (head, sequence), tokens, offsets);
-        let before = {
-            let (start, s) = (k.to_i32(segment.start), k.to_i32(sequence));
-            let first = first_block(k, start, s);
-            k.to_index(first)
-        };
-        let Operands { floats, rng, results } = Operands::of(k, &segment, buffers, lie, part, drops);
+        let before = first_block(k, segment.start, sequence);
+        let head = Head::of(k, segment, (buffers, sizes), (part, form), drops);
         let tile = k.index(TILE);
         let block = k.sub(block, before);
         let first = k.mul(block, tile);
-        let four = k.index(random::EACH);
-        let (zero, phase) = (k.index(0), k.rem(column, four));
-        let column = k.sub(column, phase);
-        let (own, shift) = if part.keys() { (phase, zero) } else { (zero, phase) };
+        let zero = k.index(0);
+        let (own, shift) = if part.keys() { (head.phase, zero) } else { (zero, head.phase) };
         Unit {
             part,
-            form,
-            operands: floats,
-            outs: results,
-            rng,
-            segment,
-            width,
-            wide,
-            stream,
-            column,
-            phase,
+            head,
             own: Side { first, shift: own },
             shift,
             panel: k.mul(panel, tile),
@@ -244,17 +216,17 @@ impl Unit {
     /// The row at a position, and whether there is one.
     fn row(&self, k: &mut Kernel, position: Val, shift: Val) -> (Val, Val) {
         let row = k.sub(position, shift);
-        (row, k.below_unsigned(row, self.segment.length))
+        (row, k.below_unsigned(row, self.head.segment.length))
     }
 
     /// The positions on the other side that some of `count` own ones from `first` on have a pair with.
     fn seen(&self, k: &mut Kernel, first: Val, count: u64) -> [Val; 2] {
-        let (zero, length) = (k.index(0), self.segment.length);
+        let (zero, length) = (k.index(0), self.head.segment.length);
         let count = k.index(count);
-        let (from, to) = match (self.part.keys(), self.form.causal) {
+        let (from, to) = match (self.part.keys(), self.head.form.causal) {
             (true, true) => {
-                let key = k.max(first, self.phase);
-                (k.sub(key, self.phase), length)
+                let key = k.max(first, self.head.phase);
+                (k.sub(key, self.head.phase), length)
             }
             (false, true) => {
                 let end = k.add(first, count);
@@ -297,7 +269,7 @@ impl Unit {
         let (row, there) = self.row(k, position, shift);
         let place = rows.row(k, row);
         let place = k.add(place, e);
-        if self.form.fours {
+        if self.head.form.fours {
             let inside = k.compare(e, Order::Lt, width);
             let there = k.and(there, inside);
             return k.load_four_if(there, rows.buffer, place);
@@ -376,7 +348,7 @@ impl Unit {
     ) -> Vec<Val> {
         let (zero, tile, four) = (k.index(0), k.index(TILE), k.index(4));
         // Of the tile's columns those that have rows at all, and those that the warp's have pairs with, by fours.
-        let end = k.add(self.segment.length, self.shift);
+        let end = k.add(self.head.segment.length, self.shift);
         let left = k.sub(end, at);
         let steps = k.min(left, tile);
         let from = {
@@ -399,6 +371,7 @@ impl Unit {
         let fast = k.mul(fast, four);
         let column = k.add(self.panel, fast);
         let own = k.mul(self.thread.down, tile);
+        let place = k.mul(thread, four);
         k.fold(zero, steps, DEPTH, sums, |k, begin, sums| {
             let first = k.add(at, begin);
             let first = k.add(first, row);
@@ -409,8 +382,6 @@ impl Unit {
             });
             k.barrier();
             for (n, four) in fetched.into_iter().enumerate() {
-                let four_places = k.index(4);
-                let place = k.mul(thread, four_places);
                 let more = k.index(n as u64 * THREADS * 4);
                 let place = k.add(place, more);
                 k.store_four(four, self.room.left, place);
@@ -516,12 +487,11 @@ impl Unit {
         let (own, other) = (self.positions(k, None), self.positions(k, Some(at)));
         let own = k.sub(own[i / COLUMNS as usize], self.own.shift);
         let (other, there) = self.row(k, other[i % COLUMNS as usize], self.shift);
-        if !self.form.causal {
+        if !self.head.form.causal {
             return there;
         }
         let (query, key) = if self.part.keys() { (other, own) } else { (own, other) };
-        let (query, key) = (k.to_i32(query), k.to_i32(key));
-        let one = k.int(1, I32);
+        let one = k.index(1);
         let next = k.add(query, one);
         let earlier = k.compare(key, Order::Lt, next);
         k.and(there, earlier)
@@ -530,7 +500,7 @@ impl Unit {
     /// The places of one half of the thread's rows in the tile at `at`, each with what decides whether it is dropped, if
     /// anything is: in the generator's order, a call of which decides over four neighbouring keys of a query.
     fn places(&self, k: &mut Kernel, at: Val, half: usize, mut body: impl FnMut(&mut Kernel, usize, Option<Val>)) {
-        let generator = self.rng.map(|rng| random::key(k, rng));
+        let generator = self.head.rng.map(|rng| random::key(k, rng));
         for call in 0..4 {
             let (row, column) = if self.part.keys() { (4 * half, call) } else { (4 * half + call, 0) };
             let words = generator.map(|generator| {
@@ -538,10 +508,10 @@ impl Unit {
                 let (own, other) = (own[row], other[column]);
                 let (slot, query) = if self.part.keys() { (own, other) } else { (other, own) };
                 let four = k.index(random::EACH);
-                let column = k.add(self.column, slot);
+                let column = k.add(self.head.column, slot);
                 let column = k.div(column, four);
-                let token = k.add(self.segment.start, query);
-                let place = [column, token, self.segment.head, self.stream].map(|x| random::lanes_of(k, x));
+                let token = k.add(self.head.segment.start, query);
+                let place = [column, token, self.head.segment.head, self.head.stream].map(|x| random::lanes_of(k, x));
                 random::philox(k, place, generator)
             });
             for n in 0..4 {
@@ -553,7 +523,7 @@ impl Unit {
 
     /// x / (1 − p) or nothing.
     fn dropped(&self, k: &mut Kernel, x: Val, word: Option<Val>) -> Val {
-        word.map_or(x, |word| random::dropped(k, x, word, self.form.p))
+        word.map_or(x, |word| random::dropped(k, x, word, self.head.form.p))
     }
 
     /// A number for each of the thread's queries, 0 where there is none.
@@ -604,7 +574,7 @@ fn further(n: usize) -> u64 {
 
 /// Attention's values, the log-sum-exp of its scores, or both.
 pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
-    let (q, keys) = (&unit.operands[0], &unit.operands[1]);
+    let (q, keys) = (&unit.head.operands[0], &unit.head.operands[1]);
     let [lowest, nothing] = [f64::NEG_INFINITY, 0.0].map(|x| k.float(x, F32));
     let rows = ROWS as usize;
     let mut start = vec![lowest; rows];
@@ -616,8 +586,8 @@ pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
         let (most, rest) = carried.split_at(rows);
         let (totals, sums) = rest.split_at(rows);
         let active = unit.active(k, at, seen);
-        let scores = unit.product(k, q, keys, unit.width, at, active);
-        let scale = k.float(unit.form.scale, F32);
+        let scores = unit.product(k, q, keys, unit.head.width, at, active);
+        let scale = k.float(unit.head.form.scale, F32);
         let score = |(i, s)| {
             let (s, pair) = (k.mul(s, scale), unit.pair(k, at, i));
             k.select(pair, s, lowest)
@@ -653,10 +623,10 @@ pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
             totals
         });
         let mut next = [tops, totals].concat();
-        if let [_, _, v, ..] = &unit.operands[..] {
+        if let [_, _, v, ..] = &unit.head.operands[..] {
             let by = shrunk.iter().flat_map(|&by| [by; COLUMNS as usize]);
             let sums: Vec<Val> = sums.iter().zip(by).map(|(&sum, by)| k.mul(sum, by)).collect();
-            next.extend(unit.weighted(k, unit.room.weights[0], v, unit.wide, (at, seen), &sums));
+            next.extend(unit.weighted(k, unit.room.weights[0], v, unit.head.wide, (at, seen), &sums));
         }
         next
     });
@@ -670,12 +640,12 @@ pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
         let shares: Vec<Val> = totals.iter().map(|&total| k.div(one, total)).collect();
         let by = shares.iter().flat_map(|&share| [share; COLUMNS as usize]);
         let sums: Vec<Val> = sums.iter().zip(by).map(|(&sum, by)| k.mul(sum, by)).collect();
-        unit.write(k, &unit.outs[0], unit.wide, &sums);
+        unit.write(k, &unit.head.results[0], unit.head.wide, &sums);
     }
     let logs = match unit.part {
         Part::Forward => return,
-        Part::Lse => &unit.outs[0],
-        _ => &unit.outs[1],
+        Part::Lse => &unit.head.results[0],
+        _ => &unit.head.results[1],
     };
     // One thread of a row, where the first columns are.
     let column = k.add(unit.panel, unit.thread.across);
@@ -696,7 +666,7 @@ pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
 
 /// The adjoint of queries, of keys, of values, or of the latter two together.
 pub(super) fn adjoint(k: &mut Kernel, unit: &Unit) {
-    let [q, keys, v, lse, df, corrections] = &unit.operands[..] else { unreachable!("six operands") };
+    let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
     let (of_keys, of_values) = match unit.part {
         Part::Adjoint(of) => (of != 2, of == 2),
         _ => (true, true),
@@ -712,15 +682,15 @@ pub(super) fn adjoint(k: &mut Kernel, unit: &Unit) {
     };
     let sums = unit.over(k, &start, |k, at, seen, sums| {
         let active = unit.active(k, at, seen);
-        let scores = unit.product(k, scored[0], scored[1], unit.width, at, active);
+        let scores = unit.product(k, scored[0], scored[1], unit.head.width, at, active);
         // Until they are used they wait in memory: registers are few.
         (0..2).for_each(|half| unit.share(k, ds_room, &scores, half));
-        let products = of_keys.then(|| unit.product(k, multiplied[0], multiplied[1], unit.wide, at, active));
+        let products = of_keys.then(|| unit.product(k, multiplied[0], multiplied[1], unit.head.wide, at, active));
         k.when(active, |k| {
             let columns = || [lse, corrections].map(|of| unit.numbers(k, of, Some(at)));
             let [lse, corrections] = of_queries.clone().unwrap_or_else(columns);
             let query = |i: usize| if unit.part.keys() { i % COLUMNS as usize } else { i / COLUMNS as usize };
-            let (scale, nothing) = (k.float(unit.form.scale, F32), k.float(0.0, F32));
+            let (scale, nothing) = (k.float(unit.head.form.scale, F32), k.float(0.0, F32));
             let (mut ds, mut weights) = (scores.clone(), scores.clone());
             for half in 0..2 {
                 let scores = unit.shared(k, ds_room, half);
@@ -748,15 +718,16 @@ pub(super) fn adjoint(k: &mut Kernel, unit: &Unit) {
         });
         let mut next = vec![];
         if of_keys {
-            next.extend(unit.weighted(k, ds_room, scored[1], unit.width, (at, seen), &sums[..SUMS]));
+            next.extend(unit.weighted(k, ds_room, scored[1], unit.head.width, (at, seen), &sums[..SUMS]));
         }
         if of_values {
-            next.extend(unit.weighted(k, w_room, df, unit.wide, (at, seen), &sums[sums.len() - SUMS..]));
+            next.extend(unit.weighted(k, w_room, df, unit.head.wide, (at, seen), &sums[sums.len() - SUMS..]));
         }
         next
     });
-    let widths = [of_keys.then_some(unit.width), of_values.then_some(unit.wide)];
-    for ((out, sums), width) in unit.outs.iter().zip(sums.chunks_exact(SUMS)).zip(widths.into_iter().flatten()) {
+    let widths = [of_keys.then_some(unit.head.width), of_values.then_some(unit.head.wide)];
+    for ((out, sums), width) in unit.head.results.iter().zip(sums.chunks_exact(SUMS)).zip(widths.into_iter().flatten())
+    {
         unit.write(k, out, width, sums);
     }
 }
