@@ -26,14 +26,14 @@ use super::{Lowering, copy, dim_extent, math, squares};
 use crate::cuda::{Chip, WARPS};
 use crate::machine::Machine;
 
-/// Lengths are rounded up to what one call of the generator decides over, so that vectors need no masks.
-const _: () = assert!(ROWS == 4 && random::EACH.is_multiple_of(VECTORS));
+/// One call of the generator decides over a vector of each of a block's rows.
+const _: () = assert!(LANES == ROWS * random::EACH);
 
 /// Sizes of a kernel before those that say how its operands and results lie.
 const SIZES: usize = 6;
 
-/// Floats a sequence has room for beyond its length: rounded up with its phase.
-const SLACK: u64 = random::EACH * LANES + ROWS;
+/// Floats a sequence has room for beyond its length: rounded up with its phase, so that vectors need no masks.
+const SLACK: u64 = VECTORS * LANES + ROWS;
 
 /// What a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
@@ -350,7 +350,7 @@ impl Unit {
         let [tokens, _, _, sequences] = super::kernel::first(sizes);
         let segment = Segment::of(k, unit, tokens, sequences, offsets);
         let head = Head::of(k, segment, (buffers, sizes), (part, form), drops);
-        let step = k.index(random::drawn(k));
+        let step = k.index(across(k) * LANES);
         let slots = k.add(head.segment.length, head.phase);
         let stride = round_up(k, slots, step);
         let slack = k.index(SLACK);
@@ -618,7 +618,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         let block = unit.head.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
-        for (r, &row) in block.iter().enumerate() {
+        let weights = |(r, &row): (usize, &Val)| {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let span = Span { base: line, length: limit };
             let (most, total) = rows::exponentials(k, unit.rows, span, Some(unit.rows));
@@ -627,14 +627,16 @@ fn forward(k: &mut Kernel, unit: &Unit) {
                 let place = out.row(k, row);
                 k.store(lse, out.buffer, place);
             }
-            let share = rows::share(k, total);
-            along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let e = k.load_vector(unit.rows, place);
-                let w = k.mul(e, share);
-                let w = dropped(k, w);
-                only_below(k, w, at, limit)
-            });
-        }
+            (limit, rows::share(k, total))
+        };
+        let weights: Vec<(Val, Val)> = block.iter().enumerate().map(weights).collect();
+        along(k, unit, (i, end), generator, |k, r, place, at, dropped| {
+            let (limit, share) = weights[r];
+            let e = k.load_vector(unit.rows, place);
+            let w = k.mul(e, share);
+            let w = dropped(k, w);
+            only_below(k, w, at, limit)
+        });
         weighted(k, unit, i, (unit.scores, zero, end), &values, unit.head.wide, &unit.head.results[0]);
     });
 }
@@ -652,62 +654,56 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
         let end = unit.seen(k, i);
         product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
         product(k, unit, df, &block, unit.head.wide, unit.second, (zero, end), (unit.products, 1.0));
-        for (r, &row) in block.iter().enumerate() {
-            let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
-            let beside = unit.line(k, unit.products, r as u64);
+        let read = |(r, &row): (usize, &Val)| {
             let (place, place_r) = (lse.row(k, row), corrections.row(k, row));
             let (lse, correction) = (k.load(lse.buffer, place), k.load(corrections.buffer, place_r));
-            let (lse, correction) = (k.splat(lse), k.splat(correction));
-            let by = k.floats(unit.head.form.scale);
-            along(k, unit, end, line, generator, row, |k, place, at, dropped| {
-                let s = k.load_vector(unit.rows, place);
-                let s = k.sub(s, lse);
-                let w = math::exp(k, s);
-                let offset = k.add(beside, at);
-                let dp = k.load_vector(unit.rows, offset);
-                let dp = dropped(k, dp);
-                let ds = k.add(dp, correction);
-                let ds = k.mul(ds, w);
-                let ds = k.mul(ds, by);
-                only_below(k, ds, at, limit)
-            });
-        }
+            (unit.line(k, unit.products, r as u64), unit.limit(k, row), k.splat(lse), k.splat(correction))
+        };
+        let read: Vec<(Val, Val, Val, Val)> = block.iter().enumerate().map(read).collect();
+        let by = k.floats(unit.head.form.scale);
+        along(k, unit, (i, end), generator, |k, r, place, at, dropped| {
+            let (beside, limit, lse, correction) = read[r];
+            let s = k.load_vector(unit.rows, place);
+            let s = k.sub(s, lse);
+            let w = math::exp(k, s);
+            let offset = k.add(beside, at);
+            let dp = k.load_vector(unit.rows, offset);
+            let dp = dropped(k, dp);
+            let ds = k.add(dp, correction);
+            let ds = k.mul(ds, w);
+            let ds = k.mul(ds, by);
+            only_below(k, ds, at, limit)
+        });
         weighted(k, unit, i, (unit.scores, zero, end), &rows, unit.head.width, &unit.head.results[0]);
     });
 }
 
-/// Computes what takes the place of each vector of a row of scores; `value` gets its place, its first column, and a
-/// way to drop what is dropped there.
+/// Computes what takes the place of each vector of the scores of queries from `i` on; `value` gets the row's number in
+/// the block, the vector's place, its first key, and a way to drop what is dropped there.
 fn along(
     k: &mut Kernel,
     unit: &Unit,
-    end: Val,
-    line: Val,
+    (i, end): (Val, Val),
     generator: Option<[Val; 2]>,
-    row: Val,
-    mut value: impl FnMut(&mut Kernel, Val, Val, &dyn Fn(&mut Kernel, Val) -> Val) -> Val,
+    mut value: impl FnMut(&mut Kernel, usize, Val, Val, &dyn Fn(&mut Kernel, Val) -> Val) -> Val,
 ) {
     let zero = k.index(0);
-    let Some(generator) = generator else {
-        k.each(zero, end, k.lane_count(), |k, at| {
-            let place = k.add(line, at);
-            let y = value(k, place, at, &|_, x| x);
-            k.store_vector(y, unit.rows, place);
-        });
-        return;
-    };
-    let token = k.add(unit.head.segment.start, row);
+    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
+    let first = generator.map_or(zero, |_| unit.head.phase);
+    let token = k.add(unit.head.segment.start, i);
     let drawn = [token, unit.head.segment.head, unit.head.stream].map(|x| random::lanes_of(k, x));
-    let slots = k.add(end, unit.head.phase);
-    k.each(zero, slots, random::drawn(k), |k, slot| {
-        let column = k.add(unit.head.column, slot);
-        let words = random::draw(k, generator, column, drawn);
-        for (part, word) in words.into_iter().enumerate() {
-            let offset = k.index(part as u64 * k.lane_count());
-            let slot = k.add(slot, offset);
-            let at = k.sub(slot, unit.head.phase);
+    let slots = k.add(end, first);
+    k.each(zero, slots, LANES, |k, slot| {
+        let words = generator.map(|key| {
+            let column = k.add(unit.head.column, slot);
+            random::draw_rows(k, key, column, drawn)
+        });
+        let at = k.sub(slot, first);
+        for (r, &line) in lines.iter().enumerate() {
             let place = k.add(line, at);
-            let y = value(k, place, at, &|k, x| random::dropped(k, x, word, unit.head.form.p));
+            let dropped =
+                |k: &mut Kernel, x: Val| words.map_or(x, |words| random::dropped(k, x, words[r], unit.head.form.p));
+            let y = value(k, r, place, at, &dropped);
             k.store_vector(y, unit.rows, place);
         }
     });

@@ -58,6 +58,20 @@ pub fn draw_anywhere(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> 
     })
 }
 
+/// The words for a processor's vector of columns from j on, j a multiple of four, of each of four rows from `row` on.
+pub fn draw_rows(k: &mut Kernel, key: [Val; 2], j: Val, [row, lead, stream]: [Val; 3]) -> [Val; 4] {
+    let four = k.index(4);
+    let first = k.div(j, four);
+    let first = lanes_of(k, first);
+    // A row has four neighbouring lanes.
+    let lanes = k.lane_numbers();
+    let [two, three] = [2, 3].map(|n| k.int(n, lanes.ty));
+    let (beside, below) = (k.and(lanes, three), k.shift_right(lanes, two));
+    let (block, row) = (k.add(first, beside), k.add(row, below));
+    let words = philox(k, [block, row, lead, stream], key);
+    k.in_order(words)
+}
+
 /// The words for one column, of a row each.
 pub fn draw_column(k: &mut Kernel, key: [Val; 2], column: u64, place: [Val; 3]) -> Val {
     let [rows, lead, stream] = place;
