@@ -38,13 +38,14 @@ const PIPELINE: &str = "builtin.module(\
     reconcile-unrealized-casts,\
     canonicalize,cse)";
 
-/// The same for a GPU. The target goes with the module, and comes with it to what writes PTX.
+/// The same for a GPU, whose numbers have 32 bits, and places among a buffer's elements with them: what has 64 is two
+/// registers there, and a division of it is a call. The target goes with the module, and comes with it to what writes PTX.
 fn pipeline_to_nvvm(chip: Chip) -> String {
     format!(
         "builtin.module(\
          nvvm-attach-target{{chip={chip} O=3 features={}}},\
-         gpu.module(canonicalize,cse,convert-scf-to-cf,convert-gpu-to-nvvm),\
-         convert-cf-to-llvm,\
+         gpu.module(canonicalize,cse,convert-scf-to-cf,convert-gpu-to-nvvm{{index-bitwidth=32}}),\
+         convert-cf-to-llvm{{index-bitwidth=32}},\
          reconcile-unrealized-casts,\
          canonicalize,cse)",
         chip.ptx()

@@ -24,6 +24,8 @@ use crate::error::RuntimeError;
 const WARP: u64 = 32;
 /// Blocks of a launch for each processor of the GPU: enough to fill it with small ones, and then some to share.
 const BLOCKS: u64 = 64;
+/// Kernels count, and find their way in a buffer, in 32 bits, and now and then a little beyond the end.
+const MOST: u64 = (1 << 31) - (1 << 24);
 /// Room for what the driver says of PTX that it does not take.
 const LOG: usize = 8192;
 
@@ -173,19 +175,27 @@ impl Cuda {
         memory.start + 4 * start as u64
     }
 
-    fn call(&self, job: &Job) -> Call {
+    fn call(&self, job: &Job) -> Result<Call, RuntimeError> {
+        let lengths = job.places.iter().map(|place| place.length as u64);
+        if let Some(n) = lengths.chain(job.extents.iter().copied()).chain([job.units]).find(|&n| n >= MOST) {
+            let op = &job.launch.op;
+            return Err(RuntimeError::Device(format!(
+                "`{op}` counts to {n} for this batch, and kernels on a GPU to {MOST}: take smaller batches"
+            )));
+        }
         let threads = self.kernels[job.launch.kernel].threads;
         let addresses = job.places.iter().map(|&place| self.address(place));
         let arguments = addresses.chain(job.extents.iter().copied()).chain([job.units]).collect();
         let blocks = job.units.div_ceil(threads / WARP).min(BLOCKS * self.processors) as c_uint;
-        Call { kernel: job.launch.kernel, arguments, blocks }
+        Ok(Call { kernel: job.launch.kernel, arguments, blocks })
     }
 
     fn launch(&self, call: &Call) -> Result<(), RuntimeError> {
         let kernel = &self.kernels[call.kernel];
         let mut pointers = pointers(call);
         let (grid, block) = ((call.blocks, 1, 1), (kernel.threads as c_uint, 1, 1));
-        // SAFETY: the manifest names the kernel's arguments in order, all of 64 bits, and the driver copies them;
+        // SAFETY: the manifest names the kernel's arguments in order, and the driver copies them, of a number of 32 bits the
+        // lower half;
         // every buffer lies within its block.
         let launched =
             unsafe { result::launch_kernel(kernel.function, grid, block, 0, std::ptr::null_mut(), &mut pointers) };
@@ -409,7 +419,7 @@ impl Backend for Cuda {
 
     fn run(&mut self, jobs: &[Job], mut profile: Option<&mut Profile>) -> Result<(), RuntimeError> {
         self.bind()?;
-        let calls: Vec<Call> = jobs.iter().map(|job| self.call(job)).collect();
+        let calls: Vec<Call> = jobs.iter().map(|job| self.call(job)).collect::<Result<_, _>>()?;
         if profile.is_none() && jobs.len() > 1 && jobs.iter().all(|job| job.poisoned.is_empty()) {
             let kernels: Vec<usize> = calls.iter().map(|call| call.kernel).collect();
             if let Some(known) = self.graphs.remove(&kernels) {

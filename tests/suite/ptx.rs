@@ -65,8 +65,9 @@ impl Backend for Simulated {
                 self.gpu.erase(self.address(place), 4 * place.length);
             }
             let pointers = job.places.iter().map(|place| Arg::Ptr(self.address(place)));
-            let extents = job.extents.iter().map(|&n| Arg::U64(n));
-            let args: Vec<Arg> = pointers.chain(extents).chain([Arg::U64(job.units)]).collect();
+            let number = |n: u64| Arg::U32(n.try_into().expect("32 bits"));
+            let extents = job.extents.iter().map(|&n| number(n));
+            let args: Vec<Arg> = pointers.chain(extents).chain([number(job.units)]).collect();
             let (kernel, blocks) = (&self.kernels[job.launch.kernel], job.units.div_ceil(WARPS).min(BLOCKS) as u32);
             let ran = self.gpu.launch(&self.module, kernel, blocks, (WARP * WARPS) as u32, 0, &args);
             ran.unwrap_or_else(|e| panic!("{}: {e}", job.launch.op));

@@ -61,6 +61,11 @@ fn every_kernel_is_assembled() {
             let compiled = pipeline::run(&dialect, &model, &[Entry::Forward, Entry::Train], &options);
             let lowered = compiled.unwrap_or_else(|e| panic!("{e}")).lowered.expect("the whole way");
             let ptx = codegen::ptx(&dialect, &lowered.kernels, machine).unwrap_or_else(|e| panic!("{e}"));
+            // Of 64 bits it would be a call, and is a sign that what counts has them.
+            let wide = ptx
+                .lines()
+                .find(|line| ["div.u64", "div.s64", "rem.u64", "rem.s64"].iter().any(|op| line.contains(op)));
+            assert_eq!(wide, None, "{spec} for {name}");
             std::fs::write(&text, ptx).expect("written");
             let mut command = Command::new(&ptxas);
             command.args(["-v", &format!("-arch={name}"), "-o"]).args([&code, &text]);

@@ -23,7 +23,7 @@ use super::rows;
 use super::span::Span;
 use super::view::{ONE, Step, View};
 use super::{Lowering, copy, dim_extent, math, squares};
-use crate::cuda::{Chip, WARPS};
+use crate::cuda::WARPS;
 use crate::machine::Machine;
 
 /// One call of the generator decides over a vector of each of a block's rows.
@@ -227,10 +227,6 @@ impl Lowering<'_, '_, '_> {
     /// Of the adjoints of values and of keys, made of the same weights, the one beside that whose result this is: if the
     /// values' comes first, and no one reads it before the keys'.
     fn other_side(&self, result: Value) -> Option<usize> {
-        if let Machine::Cuda(Chip::Sm70) = self.target.machine {
-            // Its registers would not hold both.
-            return None;
-        }
         let nodes = &self.graph.nodes;
         let beside = |at: usize| {
             let Op::AttentionVjp { of, causal, scale, p, stream, column } = nodes[at].op else { return None };

@@ -227,6 +227,17 @@ impl Kernel {
         self.emit(x.ty, format_args!("{name} {x}, {y} : {}", x.ty))
     }
 
+    /// Of what counts or points there is never too much for its type: what is constant in a place then needs no register.
+    fn without_overflow(&mut self, float: &str, int: &str, x: Val, y: Val) -> Val {
+        match self.form {
+            Form::Warps { .. } if x.ty == INDEX => {
+                assert_eq!(y.ty, INDEX, "operands of one type");
+                self.emit(INDEX, format_args!("{int} {x}, {y} overflow<nsw> : index"))
+            }
+            _ => self.binary(float, int, x, y),
+        }
+    }
+
     // Constants.
 
     pub fn index(&mut self, n: u64) -> Val {
@@ -265,13 +276,13 @@ impl Kernel {
     // Arithmetic.
 
     pub fn add(&mut self, x: Val, y: Val) -> Val {
-        self.binary("arith.addf", "arith.addi", x, y)
+        self.without_overflow("arith.addf", "arith.addi", x, y)
     }
     pub fn sub(&mut self, x: Val, y: Val) -> Val {
-        self.binary("arith.subf", "arith.subi", x, y)
+        self.without_overflow("arith.subf", "arith.subi", x, y)
     }
     pub fn mul(&mut self, x: Val, y: Val) -> Val {
-        self.binary("arith.mulf", "arith.muli", x, y)
+        self.without_overflow("arith.mulf", "arith.muli", x, y)
     }
     /// Of integers: of non-negative ones.
     pub fn div(&mut self, x: Val, y: Val) -> Val {
@@ -422,8 +433,11 @@ impl Kernel {
     }
     /// A whole number as a float.
     pub fn to_float(&mut self, x: Val) -> Val {
-        let x = match x.ty.scalar {
-            Scalar::Index => self.emit(I64, format_args!("arith.index_cast {x} : index to i64")),
+        let x = match (x.ty.scalar, &self.form) {
+            (Scalar::Index, Form::Vectors { .. }) => {
+                self.emit(I64, format_args!("arith.index_cast {x} : index to i64"))
+            }
+            (Scalar::Index, Form::Warps { .. }) => self.to_i32(x),
             _ => x,
         };
         let ty = x.ty.of(Scalar::F32);

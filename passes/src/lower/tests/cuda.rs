@@ -62,9 +62,10 @@ fn run(
     for launch in manifest.prepare.iter().chain(&manifest.entries["grad"].launches) {
         let units = launch.units.eval(sizes);
         if units > 0 {
-            let extents = launch.extents.iter().map(|e| Arg::U64(e.eval(sizes)));
+            let number = |n: u64| Arg::U32(n.try_into().expect("32 bits"));
+            let extents = launch.extents.iter().map(|e| number(e.eval(sizes)));
             let pointers = launch.buffers.iter().map(|&b| Arg::Ptr(buffers[b]));
-            let args: Vec<Arg> = pointers.chain(extents).chain([Arg::U64(units)]).collect();
+            let args: Vec<Arg> = pointers.chain(extents).chain([number(units)]).collect();
             let blocks = units.div_ceil(WARPS).min(BLOCKS) as u32;
             let (kernel, threads) = (&manifest.kernels[launch.kernel], (WARP * WARPS) as u32);
             reports.push(gpu.launch(module, kernel, blocks, threads, 0, &args)?);
