@@ -271,10 +271,10 @@ impl Outcome<'_> {
         }
     }
 
-    fn all_close(self, machine: Machine, tolerance: f64) {
+    fn all_close(&self, machine: Machine, tolerance: f64) {
         let Outcome { graph, batch, name, found, want, .. } = self;
         let scale = want.iter().filter(|x| x.is_finite()).fold(1e-3, |m: f64, x| m.max(x.abs()));
-        for (i, (found, want)) in found.iter().zip(want).enumerate() {
+        for (i, (found, want)) in found.iter().zip(*want).enumerate() {
             let close = (f64::from(*found) - want).abs() <= tolerance * scale || f64::from(*found) == *want;
             let (op, tokens) = (&graph.nodes[0].op, batch.tokens());
             assert!(close, "{name}[{i}] of {op:?} with {tokens} tokens on {machine}: {found}, not {want}");

@@ -100,6 +100,15 @@ fn attention_without_its_square() {
     }
 }
 
+/// Heads as wide as those of the models at hand and as narrow as those of tiny ones: one token, lengths that fill no tile,
+/// and prefixes, behind which the generator's columns begin anywhere.
+#[test]
+fn attention_of_whole_heads() {
+    for chip in [Chip::Sm70, Chip::Sm80] {
+        compare(&attention(&[(2, 8, 8), (1, 64, 64)], &forms()[7..8], &[vec![1], vec![3, 1, 65]]), chip, 2, CLOSE);
+    }
+}
+
 /// Memory that attention touches, each byte once for a read and once for a write, is its operands and its results: they
 /// grow with the tokens, and never with their square.
 #[test]
@@ -157,11 +166,32 @@ fn products_by_tensor_cores() {
         graph.outputs.push(("z".into(), z));
         graphs.push((graph, vec![1]));
     }
-    for (chip, share) in [(Chip::Sm70, 1.0 / 1024.0), (Chip::Sm80, 1.0 / 128.0)] {
+    for ((chip, most), share) in HALVES.into_iter().zip([1.0 / 1024.0, 1.0 / 128.0]) {
         let mut rounded = false;
-        each(&graphs, chip, Precision::Bf16, 2, |outcome| rounded |= outcome.product(share, Machine::Cuda(chip)));
+        each(&graphs, chip, Precision::Bf16, 2, |outcome| {
+            outcome.all_close(Machine::Cuda(chip), most);
+            rounded |= outcome.product(share, Machine::Cuda(chip));
+        });
         assert!(rounded, "tensor cores were not asked on {chip}");
         each(&frozen_sweeps(), chip, Precision::Bf16, 2, |outcome| outcome.sweep(Machine::Cuda(chip)));
+    }
+}
+
+/// How far half precision may be from f32, as a part of the largest result: f16 has 11 bits, bf16 has 8.
+const HALVES: [(Chip, f64); 2] = [(Chip::Sm70, 2e-3), (Chip::Sm80, 8.0 * 2e-3)];
+
+/// In f32 and in half precision.
+#[test]
+fn products_with_what_follows() {
+    let mut graphs = vec![];
+    for (tokens, d, n) in [(1, 64, 64), (35, 520, 24), (71, 8, 70)] {
+        // Sums over tokens are no product's own error.
+        let own = |(graph, _): &(Graph, _)| graph.name != "chain" && graph.name != "late";
+        graphs.extend(followed(d, n).into_iter().filter(own).map(|(graph, _)| (graph, vec![tokens])));
+    }
+    compare(&graphs, Chip::Sm70, 2, LONG);
+    for (chip, most) in HALVES {
+        each(&graphs, chip, Precision::Bf16, 2, |outcome| outcome.all_close(Machine::Cuda(chip), most));
     }
 }
 
