@@ -194,9 +194,8 @@ impl Cuda {
         let kernel = &self.kernels[call.kernel];
         let mut pointers = pointers(call);
         let (grid, block) = ((call.blocks, 1, 1), (kernel.threads as c_uint, 1, 1));
-        // SAFETY: the manifest names the kernel's arguments in order, and the driver copies them, of a number of 32 bits the
-        // lower half;
-        // every buffer lies within its block.
+        // SAFETY: the manifest names the kernel's arguments in order, and the driver copies them, of a number the lower
+        // half; every buffer lies within its block.
         let launched =
             unsafe { result::launch_kernel(kernel.function, grid, block, 0, std::ptr::null_mut(), &mut pointers) };
         launched.map_err(|e| self.refused(call, e))

@@ -7,6 +7,7 @@ use super::epilogue::Follow;
 use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, math, product};
+use crate::cuda::{WARP, WARPS};
 use crate::machine::Machine;
 
 /// What a row of the result is of the rows of the operands.
@@ -17,6 +18,8 @@ pub enum Kind {
     LogSumExp,
 }
 
+/// Vectors of a row that a GPU's registers hold, at most.
+const HELD: u64 = 32;
 /// Columns a unit works on where units split the columns.
 const COLUMNS: u64 = 64;
 /// How many units of a GPU share a table's rows.
@@ -71,22 +74,22 @@ impl Lowering<'_, '_, '_> {
         let elements: Vec<Element> = elements.chain(epilogue.elements.iter().copied()).collect();
         let stem = if operands == 1 { "normalize" } else { "normalize_vjp" };
         let passed = if stays { "" } else { "_passed" };
-        let name = format!("{stem}_{:x}_{}{passed}{}", eps.to_bits(), rows.kind(), epilogue.suffix());
+        let held = vectors(self.target.machine, &rows);
+        let kind = held.map_or(rows.kind().into(), |vectors| format!("held{vectors}"));
+        let name = format!("{stem}_{:x}_{kind}{passed}{}", eps.to_bits(), epilogue.suffix());
         let mut sizes: Vec<Extent> = rows.sizes().into();
         sizes.push(ty.shape.iter().rev().nth(1).map_or(Extent::Const(1), |&d| dim_extent(d)));
         let own = sizes.len();
         sizes.extend(epilogue.sizes.iter().cloned());
         let kernel = self.target.kernel(&name, |machine| {
             define(machine, &elements, sizes.len(), |k, buffers, sizes| {
+                let room = held.map(|vectors| k.shared(vectors * WARP * WARPS));
                 k.units(|k, row| {
                     let span = Rows::span(k, row, sizes, rows.ragged().then(|| buffers[operands + 1]));
                     let out = stays.then(|| buffers[operands]);
                     let follow = Follow::of(k, &epilogue, (buffers, &sizes[own..]), out, (row, sizes[3]));
-                    match buffers[..operands] {
-                        [x] => normalize(k, x, &follow, span, eps),
-                        [x, dy] => normalize_vjp(k, [x, dy], &follow, span, eps),
-                        _ => unreachable!("one operand, or two"),
-                    }
+                    let row = Row::of(k, &buffers[..operands], span, held.zip(room));
+                    if operands == 1 { normalize(k, &row, &follow, eps) } else { normalize_vjp(k, &row, &follow, eps) }
                 });
             })
         });
@@ -426,14 +429,99 @@ fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {
     });
 }
 
+/// How many vectors a row is, if a GPU holds it in registers: then all of it is on its way at once.
+fn vectors(machine: Machine, rows: &Rows) -> Option<u64> {
+    match (machine, rows) {
+        (Machine::Cuda(_), Rows::Dense(Extent::Const(n))) => Some(n.div_ceil(WARP)).filter(|n| (1..=HELD).contains(n)),
+        _ => None,
+    }
+}
+
+/// A row of operands, in memory or in registers.
+struct Row<'a> {
+    operands: &'a [Buf],
+    span: Span,
+    /// By operand its vectors, and by vector which lanes exist; shared memory for one row of a warp.
+    held: Option<(Vec<Vec<Val>>, Vec<Val>, Buf)>,
+}
+
+/// A vector of it, by its place or its number.
+#[derive(Clone, Copy)]
+enum At {
+    Place(Val),
+    Held(usize),
+}
+
+impl<'a> Row<'a> {
+    fn of(k: &mut Kernel, operands: &'a [Buf], span: Span, held: Option<(u64, Buf)>) -> Row<'a> {
+        let held = held.map(|(vectors, room)| {
+            let places: Vec<(Val, Val)> = (0..vectors)
+                .map(|v| {
+                    let before = k.index(v * WARP);
+                    let left = k.sub(span.length, before);
+                    (k.add(span.base, before), k.mask(left))
+                })
+                .collect();
+            let vector = |k: &mut Kernel, x: Buf, v: usize| match places[v] {
+                // Only the last may lack some.
+                (place, mask) if v + 1 == places.len() => k.load_lanes(x, place, mask),
+                (place, _) => k.load_vector(x, place),
+            };
+            let all = operands.iter().map(|&x| (0..places.len()).map(|v| vector(k, x, v)).collect()).collect();
+            let (size, width) = (k.index(vectors * WARP), k.index(WARP));
+            let warp = k.div(k.thread(), width);
+            let own = k.mul(warp, size);
+            (all, places.iter().map(|&(_, mask)| mask).collect(), k.from(room, own))
+        });
+        Row { operands, span, held }
+    }
+
+    /// A vector of an operand.
+    fn load(&self, k: &mut Kernel, operand: usize, at: At, mask: Val) -> Val {
+        match (at, &self.held) {
+            (At::Held(v), Some((vectors, ..))) => vectors[operand][v],
+            (At::Place(place), _) => k.load_lanes(self.operands[operand], place, mask),
+            _ => unreachable!("what is held has numbers"),
+        }
+    }
+
+    /// Σ along the row.
+    fn sum(&self, k: &mut Kernel, term: impl Fn(&mut Kernel, At, Val) -> Val) -> Val {
+        let Some((_, masks, _)) = &self.held else {
+            return sum(k, self.span, |k, place, mask| term(k, At::Place(place), mask));
+        };
+        let terms: Vec<Val> = masks.iter().enumerate().map(|(v, &mask)| term(k, At::Held(v), mask)).collect();
+        let all = terms.into_iter().reduce(|x, y| k.add(x, y)).expect("at least one");
+        k.sum_lanes(all)
+    }
+
+    /// The row of the result.
+    fn fill(&self, k: &mut Kernel, follow: &Follow, value: impl Fn(&mut Kernel, At, Val) -> Val) {
+        let Some((_, masks, room)) = &self.held else {
+            return follow.fill(k, self.span, |k, place, mask| value(k, At::Place(place), mask));
+        };
+        for (v, &mask) in masks.iter().enumerate() {
+            let y = value(k, At::Held(v), mask);
+            let place = k.index(v as u64 * WARP);
+            k.store_vector(y, *room, place);
+        }
+        k.settle();
+        follow.fill(k, self.span, |k, place, mask| {
+            let at = k.sub(place, self.span.base);
+            k.load_lanes(*room, at, mask)
+        });
+        k.settle();
+    }
+}
+
 /// The mean, and 1 / √(var + eps), in every lane.
-fn moments(k: &mut Kernel, x: Buf, span: Span, eps: f64) -> (Val, Val) {
-    let length = k.to_float(span.length);
-    let total = sum(k, span, |k, place, mask| k.load_lanes(x, place, mask));
+fn moments(k: &mut Kernel, row: &Row, eps: f64) -> (Val, Val) {
+    let length = k.to_float(row.span.length);
+    let total = row.sum(k, |k, at, mask| row.load(k, 0, at, mask));
     let mean = k.div(total, length);
     let mean = k.splat(mean);
-    let squares = sum(k, span, |k, place, mask| {
-        let x = k.load_lanes(x, place, mask);
+    let squares = row.sum(k, |k, at, mask| {
+        let x = row.load(k, 0, at, mask);
         let d = k.sub(x, mean);
         let d = only(k, d, mask);
         k.mul(d, d)
@@ -447,35 +535,35 @@ fn moments(k: &mut Kernel, x: Buf, span: Span, eps: f64) -> (Val, Val) {
     (mean, k.splat(scale))
 }
 
-fn normalize(k: &mut Kernel, x: Buf, follow: &Follow, span: Span, eps: f64) {
-    let (mean, scale) = moments(k, x, span, eps);
-    follow.fill(k, span, |k, place, mask| {
-        let x = k.load_lanes(x, place, mask);
+fn normalize(k: &mut Kernel, row: &Row, follow: &Follow, eps: f64) {
+    let (mean, scale) = moments(k, row, eps);
+    row.fill(k, follow, |k, at, mask| {
+        let x = row.load(k, 0, at, mask);
         let d = k.sub(x, mean);
         k.mul(d, scale)
     });
 }
 
 /// dx = (dy − mean(dy) − x̂ mean(dy ⊙ x̂)) / σ
-fn normalize_vjp(k: &mut Kernel, [x, dy]: [Buf; 2], follow: &Follow, span: Span, eps: f64) {
-    let (mean, scale) = moments(k, x, span, eps);
-    let hat = |k: &mut Kernel, place: Val, mask: Val| {
-        let x = k.load_lanes(x, place, mask);
+fn normalize_vjp(k: &mut Kernel, row: &Row, follow: &Follow, eps: f64) {
+    let (mean, scale) = moments(k, row, eps);
+    let hat = |k: &mut Kernel, at: At, mask: Val| {
+        let x = row.load(k, 0, at, mask);
         let d = k.sub(x, mean);
         k.mul(d, scale)
     };
-    let length = k.to_float(span.length);
-    let total = sum(k, span, |k, place, mask| k.load_lanes(dy, place, mask));
-    let along = sum(k, span, |k, place, mask| {
-        let hat = hat(k, place, mask);
-        let dy = k.load_lanes(dy, place, mask);
+    let length = k.to_float(row.span.length);
+    let total = row.sum(k, |k, at, mask| row.load(k, 1, at, mask));
+    let along = row.sum(k, |k, at, mask| {
+        let hat = hat(k, at, mask);
+        let dy = row.load(k, 1, at, mask);
         k.mul(hat, dy)
     });
     let (total, along) = (k.div(total, length), k.div(along, length));
     let (total, along) = (k.splat(total), k.splat(along));
-    follow.fill(k, span, |k, place, mask| {
-        let hat = hat(k, place, mask);
-        let dy = k.load_lanes(dy, place, mask);
+    row.fill(k, follow, |k, at, mask| {
+        let hat = hat(k, at, mask);
+        let dy = row.load(k, 1, at, mask);
         let d = k.sub(dy, total);
         let share = k.mul(hat, along);
         let d = k.sub(d, share);

@@ -157,6 +157,8 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         // A table is not read whole.
         "gather" => (vec![4.0 * number(1) * units as f64], UNDER_WAY),
         "sum_columns" | "mean_columns" | "root_of_sum" => (vec![], MANY_UNDER_WAY),
+        // A whole row of each operand.
+        _ if kernel.starts_with("normalize") && kernel.contains("_held") => (vec![], MANY_UNDER_WAY),
         // Of the tokens' rows those that train.
         "scatter" => (vec![4.0 * number(0), 4.0 * number(1) * number(2)], UNDER_WAY),
         _ => (vec![], UNDER_WAY),

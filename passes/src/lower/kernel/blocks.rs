@@ -115,7 +115,11 @@ impl Kernel {
     /// The same memory from `n` elements on.
     pub fn beyond(&mut self, of: Buf, n: u64) -> Buf {
         let n = self.index(n);
-        Buf { id: self.place(of, n).id, ..of }
+        self.from(of, n)
+    }
+
+    pub fn from(&mut self, of: Buf, at: Val) -> Buf {
+        Buf { id: self.place(of, at).id, ..of }
     }
 
     /// What the block's threads have written, others of them may read from here on.
