@@ -484,7 +484,10 @@ fn last_reads(manifest: &Manifest, launches: &[Launch]) -> (Vec<Option<usize>>, 
     let outputs = entries.flat_map(|e| e.outputs.iter().map(|o: &Output| &o.buffer));
     for (at, id) in prepare.chain(runs.chain(outputs).map(|&id| (usize::MAX, id))) {
         buffers[id] = Some(at);
-        if let Storage::Tensor { index, .. } = manifest.buffers[id].storage {
+        // Rows that train lie elsewhere.
+        if let Storage::Tensor { index, rows } = manifest.buffers[id].storage
+            && !manifest.tensors[index].trains(rows)
+        {
             tensors[index] = Some(at);
         }
     }

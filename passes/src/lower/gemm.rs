@@ -22,6 +22,7 @@ use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::{Epilogue, When};
 use super::kernel::{Access, Buf, Code, F32, Kernel, LANES, Order, Val, define, first};
+use super::tables::Panels;
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cpu::Registers;
@@ -295,7 +296,7 @@ impl Lowering<'_, '_, '_> {
         let layout = format!("{width} of {side:?}, {}", factors.suffix());
         let Side { batch, length, depth, contiguous, line, area, first } = side;
         let panels = Extent::CeilDiv(Box::new(length.clone()), width);
-        let units = batch * panels.clone();
+        let units = batch.clone() * panels.clone();
         let shape = vec![units.clone() * factors.steps(depth.clone()) * Extent::Const(width)];
         let key = match &place.frozen {
             Some(source) => format!("pack({source}, {layout})"),
@@ -307,7 +308,17 @@ impl Lowering<'_, '_, '_> {
         }
         let own = std::mem::replace(&mut self.frozen, place.frozen.as_ref().map(|_| key.clone()));
         let packed = match place.frozen {
-            Some(_) => self.target.bind(&key, factors.element(), shape, Storage::Prepared),
+            Some(_) => {
+                let packed = self.target.bind(&key, factors.element(), shape, Storage::Prepared);
+                // The whole of a matrix, row by row.
+                if let Factors::F32 = factors
+                    && (contiguous, &line, &first, &batch) == (true, &length, &Extent::Const(0), &Extent::Const(1))
+                {
+                    let shape = [depth.clone(), length.clone()];
+                    self.target.panels.insert(place.buffer, Panels { buffer: packed, across: width, shape });
+                }
+                packed
+            }
             None => {
                 let packed = self.target.buffer(factors.element(), shape, Storage::Temporary);
                 self.packs.insert(key, packed);

@@ -25,12 +25,14 @@ mod reduce;
 mod rows;
 mod span;
 mod squares;
+mod tables;
 mod tiles;
 mod view;
 pub mod work;
 
 use flash::{Form, Part};
 use kernel::Code;
+use tables::Panels;
 use view::View;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -81,6 +83,7 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
         codes: HashMap::new(),
         buffers: vec![],
         bound: HashMap::new(),
+        panels: BTreeMap::new(),
         prepare: vec![],
     };
     let mut lowered: BTreeMap<String, Entry> = BTreeMap::new();
@@ -94,6 +97,7 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
     if tensors.iter().any(|t| t.trainable.is_some()) {
         lowered.insert("update".into(), optimizer::update(&mut target));
     }
+    target.gather_from_panels(&mut lowered);
     let entries = lowered.values_mut().flat_map(|entry| &mut entry.launches);
     let mut launches: Vec<&mut Launch> = entries.chain(&mut target.prepare).collect();
     // What is only launched side by side is written for that alone.
@@ -127,6 +131,8 @@ struct Target<'a> {
     buffers: Vec<Buffer>,
     /// Buffers that exist once whoever asks: inputs, tensors, what is prepared from them.
     bound: HashMap<String, BufferId>,
+    /// By the frozen table that is there in panels as well.
+    panels: BTreeMap<BufferId, Panels>,
     prepare: Vec<Launch>,
 }
 

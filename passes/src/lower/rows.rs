@@ -99,34 +99,6 @@ impl Lowering<'_, '_, '_> {
         Ok(())
     }
 
-    pub(super) fn gather(&mut self, table: BufferId, ty: &Type, ids: BufferId, start: u64, result: Value) {
-        let out = self.result(result);
-        let kernel = self.target.kernel("gather", |machine| {
-            define(machine, &[Element::F32, Element::I32, Element::F32], 3, |k, buffers, sizes| {
-                let ([table, ids, out], [rows, width, start]) = (first(buffers), first(sizes));
-                k.units(|k, i| {
-                    let (row, inside) = table_row(k, ids, i, start, rows);
-                    let zero = k.index(0);
-                    let row = k.select(inside, row, zero);
-                    let base = k.mul(row, width);
-                    let target = k.mul(i, width);
-                    k.lanes(width, |k, j, mask| {
-                        let left = k.sub(width, j);
-                        let read = k.select(inside, left, zero);
-                        let read = k.mask(read);
-                        let place = k.add(base, j);
-                        let x = k.load_lanes(table, place, read);
-                        let place = k.add(target, j);
-                        k.store_lanes(x, out, place, mask);
-                    });
-                });
-            })
-        });
-        let sizes = vec![dim_extent(ty.shape[0]), dim_extent(ty.shape[1]), Extent::Const(start)];
-        let units = dim_extent(self.ty(result).shape[0]);
-        self.launch(kernel, vec![table, ids, out], sizes, units);
-    }
-
     /// Units are blocks of columns, on a GPU of some of the table's rows: each adds what is theirs, in its order.
     pub(super) fn scatter(&mut self, ids: BufferId, ids_ty: &Type, y: BufferId, start: u64, result: Value) {
         let out = self.result(result);
@@ -302,7 +274,7 @@ impl Lowering<'_, '_, '_> {
 }
 
 /// Row `ids[i] − start` of a table, and whether it exists.
-fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: Val, rows: Val) -> (Val, Val) {
+pub(super) fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: Val, rows: Val) -> (Val, Val) {
     let id = k.load_index(ids, i);
     let row = k.sub(id, start);
     // A negative row is a huge unsigned one.

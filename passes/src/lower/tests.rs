@@ -6,7 +6,7 @@ pub(crate) mod cuda;
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use peft_grammar::graph::{Arg, Dim, Graph, Location, Op, Role, Type, Value};
+use peft_grammar::graph::{Arg, DType, Dim, Graph, Location, Op, Role, Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Buffer, Element, Launch, Manifest, Sizes, Storage, Tensor};
 use proptest::prelude::*;
@@ -714,6 +714,48 @@ fn sweeps_in_bf16() {
     let graphs = frozen_sweeps();
     for cpu in [Cpu::Native, Cpu::Level(Level::V1)] {
         Compiled::new(&graphs, cpu, Precision::Bf16).run(2, |outcome| outcome.sweep(Machine::Cpu(cpu)));
+    }
+}
+
+/// Rows of a table that products read as well, some of them beyond it; and of one whose numbers something else reads.
+fn tables() -> Cases {
+    let mut graphs = vec![];
+    for (rows, width, other) in [(7, 3, false), (40, 16, false), (head::BLOCK, 41, false), (5, 20, true)] {
+        let mut graph = Graph::new("table");
+        let table = Type::f32([Dim::Const(rows), Dim::Const(width)]);
+        let w = graph.arg("w", Role::Frozen, None, table.clone());
+        let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Tokens, Dim::Const(rows)]));
+        let ids = graph.arg("ids", Role::Input, None, Type { dtype: DType::I32, shape: vec![Dim::Tokens] });
+        let product = Op::Matmul { transpose_x: false, transpose_y: false };
+        let mut push = |name: &str, op: Op, operands: &[_]| {
+            let value = graph.push(op, operands, &Location::default()).expect("fits");
+            graph.outputs.push((name.into(), value));
+        };
+        push("rows", Op::Gather { start: 0 }, &[w, ids]);
+        push("later", Op::Gather { start: 2 }, &[w, ids]);
+        push("product", product, &[x, w]);
+        if other {
+            let y = graph.arg("y", Role::Input, None, table);
+            let sum = graph.push(Op::Add, &[w, y], &Location::default()).expect("fits");
+            graph.outputs.push(("sum".into(), sum));
+        }
+        graphs.push((graph, vec![37, 3]));
+    }
+    graphs
+}
+
+/// A table is kept once: as it was given where something wants it so, else in panels.
+#[test]
+fn rows_out_of_panels() {
+    let graphs = tables();
+    levels().into_iter().for_each(|cpu| compare(&graphs, cpu, 9, CLOSE));
+    for (precision, panels) in [(Precision::F32, [true, true, true, false]), (Precision::Bf16, [false; 4])] {
+        let (_, manifests) = lowered(&graphs, Options { precision, ..Options::default() });
+        for (manifest, panels) in manifests.iter().zip(panels) {
+            let given = |b: &usize| matches!(manifest.buffers[*b].storage, Storage::Tensor { .. });
+            let kept = manifest.entries["grad"].launches.iter().any(|launch| launch.buffers.iter().any(given));
+            assert_eq!(kept, !panels, "{:?}", manifest.kernels);
+        }
     }
 }
 

@@ -164,6 +164,22 @@ fn only_some_entries() {
     assert_eq!(session.output("logits").unwrap().1[..], [40.0, 50.0, 1060.0]);
 }
 
+/// A tensor stays as it was given for rows that an entry reads and that do not train.
+#[test]
+fn only_rows_that_are_read() {
+    let Some((_home, library)) = library() else { return };
+    let session = |manifest: Manifest| Session::new(Program::new(manifest, &library).unwrap(), weights(), 1).unwrap();
+    assert!(session(manifest()).home.tensors[1].is_some());
+    let mut trained = manifest();
+    let train = trained.entries.get_mut("train").unwrap();
+    train.launches.remove(2);
+    train.outputs.pop();
+    let mut session = session(trained);
+    assert!(session.home.tensors[1].is_none());
+    session.run("train", &batch(&[2, 1])).unwrap();
+    assert_eq!(session.flat("gradients").unwrap()[..4], [6.0, 9.0, 12.0, 15.0]);
+}
+
 #[test]
 fn bits_do_not_depend_on_threads_or_history() {
     let Some((_home, mut one)) = session(1) else { return };
