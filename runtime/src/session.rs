@@ -11,7 +11,7 @@ use crate::backend::{Backend, Job, Place, Profile, Words};
 use crate::cpu::{Cpu, Library};
 use crate::cuda::Cuda;
 use crate::error::RuntimeError;
-use crate::memory::{LINE, Numbers};
+use crate::memory::{LINE, Numbers, release};
 use crate::validate::{FLAT as FLATS, validate};
 
 /// A loaded artifact.
@@ -183,6 +183,8 @@ impl Session {
 
     /// The same on any backend, which knows the manifest's kernels.
     pub fn on(mut backend: Box<dyn Backend>, manifest: Manifest, weights: Vec<Numbers>) -> Result<Self, RuntimeError> {
+        // The compiler has been here, perhaps, and does not come back.
+        release();
         let tensors = &manifest.tensors;
         if weights.len() != tensors.len() {
             let message = format!("{} tensors where the artifact wants {}", weights.len(), tensors.len());

@@ -57,6 +57,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     };
     let train = read(&arguments.data)?;
     let dev = arguments.dev.as_ref().map(read).transpose()?;
+    drop(tokenizer);
 
     let weights = source::weights(&arguments.weights, &model)?;
     let program = ready.program.only(&["init", "train", "update", "eval"]);
