@@ -1,5 +1,5 @@
-//! Attention whose square exists nowhere, on a processor (a GPU's is in [`super::squares`]): a unit is one head of one sequence, and of its square there are never more
-//! than [`ROWS`] rows.
+//! Attention whose square exists nowhere, on a processor (a GPU's is in [`super::squares`]): a unit is one head of one
+//! sequence, and of its square there are never more than [`ROWS`] rows.
 //!
 //! ```text
 //! forward     4 queries  · keysᵀ     ─► weights ─► · values
