@@ -16,6 +16,9 @@ fn polynomial(k: &mut Kernel, x: Val, coefficients: &[f64]) -> Val {
     })
 }
 
+/// 1.5·2²³: a float of less than 2²² is rounded to a whole number by adding it, which then stands in the low bits.
+const ROUNDING: f64 = 12_582_912.0;
+
 pub fn magnitude(k: &mut Kernel, x: Val) -> Val {
     let bits = k.bits(x);
     let rest = k.int(0x7FFF_FFFF, bits.ty);
@@ -32,11 +35,20 @@ fn with_sign(k: &mut Kernel, x: Val, sign: Val) -> Val {
     k.from_bits(bits)
 }
 
+/// x · 2ⁿ of n + [`ROUNDING`]: n goes straight into the exponent.
+fn times_power_of_two(k: &mut Kernel, x: Val, shifted: Val) -> Val {
+    let (bits, shifted) = (k.bits(x), k.bits(shifted));
+    let place = k.int(23, bits.ty);
+    let n = k.shift_left(shifted, place);
+    let bits = k.add(bits, n);
+    k.from_bits(bits)
+}
+
 /// eˣ to 1 unit in the last place; 0 below the normal numbers.
 pub fn exp(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;
-    // x = n ln 2 + r, |r| ≤ ln 2 / 2. Adding 1.5·2²³ rounds to the integer n, which then stands in the low bits.
-    let (log2e, magic) = (k.float(std::f64::consts::LOG2_E, ty), k.float(12_582_912.0, ty));
+    // x = n ln 2 + r, |r| ≤ ln 2 / 2.
+    let (log2e, magic) = (k.float(std::f64::consts::LOG2_E, ty), k.float(ROUNDING, ty));
     // Beyond these, adding to the exponent leads out of the normal numbers.
     let (lowest, highest) = (k.float(-87.336_54, ty), k.float(88.722_83, ty));
     let shifted = k.fma(x, log2e, magic);
@@ -50,12 +62,7 @@ pub fn exp(k: &mut Kernel, x: Val) -> Val {
     let tail = k.fma(q, square, r);
     let one = k.float(1.0, ty);
     let power = k.add(one, tail);
-    // Times 2ⁿ: n goes straight into the exponent.
-    let (bits, shifted) = (k.bits(power), k.bits(shifted));
-    let place = k.int(23, bits.ty);
-    let n = k.shift_left(shifted, place);
-    let bits = k.add(bits, n);
-    let value = k.from_bits(bits);
+    let value = times_power_of_two(k, power, shifted);
     let (zero, infinity) = (k.float(0.0, ty), k.float(f64::INFINITY, ty));
     let small = k.compare(x, Order::Lt, lowest);
     let value = k.select(small, zero, value);
@@ -131,7 +138,7 @@ pub fn cos(k: &mut Kernel, x: Val) -> Val {
 fn turn(k: &mut Kernel, x: Val, quarters: i64) -> Val {
     let ty = x.ty;
     // x = n π/2 + r, |r| ≤ π/4: n as in `exp`.
-    let (inverse, magic) = (k.float(std::f64::consts::FRAC_2_PI, ty), k.float(12_582_912.0, ty));
+    let (inverse, magic) = (k.float(std::f64::consts::FRAC_2_PI, ty), k.float(ROUNDING, ty));
     let shifted = k.fma(x, inverse, magic);
     let n = k.sub(shifted, magic);
     // π/2 in three parts, the first two of 8 bits: n < 2¹⁶ times either is exact, and so is what it leaves of x.
@@ -198,17 +205,13 @@ pub fn sigmoid(k: &mut Kernel, x: Val) -> Val {
 fn power_of_two(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;
     // x = n + r, |r| ≤ ½: n as in `exp`.
-    let magic = k.float(12_582_912.0, ty);
+    let magic = k.float(ROUNDING, ty);
     let shifted = k.add(x, magic);
     let n = k.sub(shifted, magic);
     let r = k.sub(x, n);
     let power =
         polynomial(k, r, &[1.0, 0.693_146_978, 0.240_222_421, 5.550_733_74e-2, 9.671_512_64e-3, 1.326_472_71e-3]);
-    let (bits, shifted) = (k.bits(power), k.bits(shifted));
-    let place = k.int(23, bits.ty);
-    let n = k.shift_left(shifted, place);
-    let bits = k.add(bits, n);
-    k.from_bits(bits)
+    times_power_of_two(k, power, shifted)
 }
 
 /// −`most` ≤ x ≤ `most`, or NaN.
@@ -268,7 +271,7 @@ pub fn gelu_grad(k: &mut Kernel, x: Val) -> Val {
     k.fma(x, density, phi)
 }
 
-/// Of the approximation of gelu by tanh u = 2σ(2u) − 1: e^(−2u), and 2 du/dx where that is asked for;
+/// Of the approximation of gelu by tanh u = 2σ(2u) − 1: e^(−2u), and 2x du/dx where that is asked for;
 /// u = √(2/π) (x + 0.044715 x³).
 fn gelu_tanh_core(k: &mut Kernel, x: Val) -> (Val, Val) {
     let twice_root = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
@@ -282,7 +285,7 @@ fn gelu_tanh_core(k: &mut Kernel, x: Val) -> (Val, Val) {
     };
     let log2e = std::f64::consts::LOG2_E;
     let (exponent, slope) = (line(-linear * log2e, -cubic * log2e), line(linear, 3.0 * cubic));
-    let exponent = k.mul(exponent, x);
+    let [exponent, slope] = [exponent, slope].map(|y| k.mul(x, y));
     (power_of_two(k, exponent), slope)
 }
 
@@ -302,8 +305,6 @@ pub fn gelu_tanh_grad(k: &mut Kernel, x: Val) -> Val {
     let sigma = k.div(one, whole);
     // 1 − σ = e^(−2u) σ, where nothing cancels.
     let rest = k.mul(e, sigma);
-    let x = bounded(k, x, 10.0);
-    let slope = k.mul(x, slope);
     let slope = k.mul(slope, rest);
     k.fma(slope, sigma, sigma)
 }

@@ -118,6 +118,7 @@ impl Kernel {
         self.from(of, n)
     }
 
+    /// The same memory from `at` on.
     pub fn from(&mut self, of: Buf, at: Val) -> Buf {
         Buf { id: self.place(of, at).id, ..of }
     }

@@ -42,27 +42,26 @@ const fn function(
     Function { name, write, exact, bound, largest: f64::INFINITY }
 }
 
+impl Function {
+    const fn up_to(self, largest: f64) -> Function {
+        Function { largest, ..self }
+    }
+}
+
+const MOST: f64 = f32::MAX as f64;
+
 const FUNCTIONS: [Function; 10] = [
     function("exp", exp, f64::exp, Bound::Units(1.0)),
     function("log", log, |x| if (0.0..LEAST).contains(&x) { f64::NEG_INFINITY } else { x.ln() }, Bound::Units(1.0)),
-    Function { largest: 1e5, ..function("sin", sin, f64::sin, Bound::Absolute(1e-7)) },
-    Function { largest: 1e5, ..function("cos", cos, f64::cos, Bound::Absolute(1e-7)) },
+    function("sin", sin, f64::sin, Bound::Absolute(1e-7)).up_to(1e5),
+    function("cos", cos, f64::cos, Bound::Absolute(1e-7)).up_to(1e5),
     function("tanh", tanh, f64::tanh, Bound::Units(1.5)),
     function("sigmoid", sigmoid, |x| 1.0 / (1.0 + (-x).exp()), Bound::Units(2.5)),
-    finite("gelu", gelu, |x| x * normal_cdf(x), Bound::Relative(1.7e-7)),
-    finite("gelu_grad", gelu_grad, |x| normal_cdf(x) + x * normal_density(x), Bound::Absolute(2e-7)),
-    finite("gelu_tanh", gelu_tanh, |x| x * by_tanh(x)[0], Bound::Relative(1.5e-7)),
-    finite("gelu_tanh_grad", gelu_tanh_grad, |x| by_tanh(x)[1], Bound::Absolute(2.5e-7)),
+    function("gelu", gelu, |x| x * normal_cdf(x), Bound::Relative(1.7e-7)).up_to(MOST),
+    function("gelu_grad", gelu_grad, |x| normal_cdf(x) + x * normal_density(x), Bound::Absolute(2e-7)).up_to(MOST),
+    function("gelu_tanh", gelu_tanh, |x| x * by_tanh(x)[0], Bound::Relative(1.5e-7)).up_to(MOST),
+    function("gelu_tanh_grad", gelu_tanh_grad, |x| by_tanh(x)[1], Bound::Absolute(2.5e-7)).up_to(MOST),
 ];
-
-const fn finite(
-    name: &'static str,
-    write: fn(&mut Kernel, Val) -> Val,
-    exact: fn(f64) -> f64,
-    bound: Bound,
-) -> Function {
-    Function { largest: f32::MAX as f64, ..function(name, write, exact, bound) }
-}
 
 /// σ = ½ (1 + tanh u), and the derivative of x σ.
 fn by_tanh(x: f64) -> [f64; 2] {
