@@ -172,8 +172,9 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
         remade.push(saved);
         Ok(graph)
     })?;
-    let (machine, precision, epilogues) = (options.machine, model.train.precision, rule("epilogue"));
-    way.lower(model, remade, lower::Options { machine, precision, epilogues })
+    let Options { machine, limits, .. } = *options;
+    let (precision, epilogues) = (model.train.precision, rule("epilogue"));
+    way.lower(model, remade, lower::Options { machine, precision, epilogues, limits })
 }
 
 /// Entries on their way.

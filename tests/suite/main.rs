@@ -5,6 +5,7 @@ mod fixtures;
 mod gpu;
 mod interop;
 mod pairs;
+mod paper;
 mod parity;
 mod ptx;
 mod ptxas;

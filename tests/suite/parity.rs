@@ -145,7 +145,7 @@ pub fn lowered(fixture: &Fixture, model: &Model, options: &Options) -> Lowered {
 }
 
 /// Programs of one library: what they share is compiled once.
-fn programs(all: Vec<Lowered>) -> Vec<Program> {
+pub fn programs(all: Vec<Lowered>) -> Vec<Program> {
     let kernels: BTreeSet<&String> = all.iter().flat_map(|lowered| &lowered.kernels).collect();
     let kernels: Vec<String> = kernels.into_iter().cloned().collect();
     let folder = tempfile::tempdir().expect("a directory");
@@ -237,7 +237,7 @@ const RULED: [&str; 4] = ["gpt2_lora_qv", "gpt2_mam_inducer_smoothing", "llama_t
 /// Without a rule, if one is named; those that wait for large models do not wait here.
 fn small(without: Option<&str>) -> Options {
     let without = without.into_iter().map(String::from).collect();
-    Options { without, limits: Limits { wide: 32, keep: 0.1 }, ..Options::default() }
+    Options { without, limits: Limits { wide: 32, keep: 0.1, ..Limits::default() }, ..Options::default() }
 }
 
 /// The fixture's model. Where it is plain GPT-2, its equations leave to the rules what the library's see to: logits

@@ -2,6 +2,7 @@
 //! checked.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use peft_grammar::model::{Model, Precision};
 use peft_passes::codegen;
@@ -10,6 +11,7 @@ use peft_passes::dialect::Dialect;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::Options;
 use peft_runtime::adapter::{Data, Stored};
+use peft_runtime::artifact::Manifest;
 use peft_runtime::backend::{Backend, Block, Job, Place, Words};
 use peft_runtime::{Inputs, Profile, RuntimeError, Session};
 use peftc::exchange;
@@ -22,14 +24,18 @@ use crate::parity;
 const BLOCKS: u64 = 4;
 
 /// A GPU that is none.
-struct Simulated {
-    module: Module,
+pub struct Simulated {
+    module: Arc<Module>,
     kernels: Vec<String>,
     gpu: Gpu,
     blocks: Vec<Option<Ptr>>,
 }
 
 impl Simulated {
+    pub fn new(module: Arc<Module>, manifest: &Manifest) -> Self {
+        Simulated { module, kernels: manifest.kernels.clone(), gpu: Gpu::new(), blocks: vec![] }
+    }
+
     fn address(&self, place: &Place) -> Ptr {
         self.blocks[place.block.0].expect("a block in use").offset(4 * place.start as u64)
     }
@@ -86,8 +92,7 @@ fn session(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Session
     let dialect = Dialect::new().expect("a dialect");
     let text = codegen::ptx(&dialect, &lowered.kernels, machine).unwrap_or_else(|e| panic!("{e}"));
     let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
-    let kernels = lowered.manifest.kernels.clone();
-    let simulated = Simulated { module, kernels, gpu: Gpu::new(), blocks: vec![] };
+    let simulated = Simulated::new(Arc::new(module), &lowered.manifest);
     let weights = exchange::weights(&fixture.file, model, &fixture.path).expect("weights");
     let mut session = Session::on(Box::new(simulated), lowered.manifest, weights).expect("a session");
     session.poison = true;

@@ -16,7 +16,7 @@ use crate::rewrite::{Rewriter, rewrite};
 /// What a rule looks like: an operation with its operands, and perhaps a better value for it.
 type Rule = fn(&mut Rewriter, &Op, &[Value], &Limits) -> Result<Option<Value>, String>;
 
-/// Sizes from which on a rule pays.
+/// Sizes from which on a rule pays, or another kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Rows of a weight from which on `head` sweeps it. Logits of fewer stay in the cache between what reads them, and
@@ -24,11 +24,15 @@ pub struct Limits {
     pub wide: u64,
     /// Floats kept for the length of an operation that `remat` takes one of its own for.
     pub keep: f64,
+    /// Columns of a vocabulary that `head` sweeps at a time.
+    pub block: u64,
+    /// Steps of a product into a bottleneck from which on a GPU's blocks share them.
+    pub deep: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { wide: 4096, keep: 1.0 }
+        Limits { wide: 4096, keep: 1.0, block: 4096, deep: 512 }
     }
 }
 

@@ -19,9 +19,6 @@ use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::Span;
 use super::{Lowering, dim_extent, math, rows};
 
-/// Columns of a block.
-pub(super) const BLOCK: u64 = 4096;
-
 impl Lowering<'_, '_, '_> {
     /// The result of `node`; of the other operation on the same operands as well, if the entry has it.
     pub(super) fn sweep(&mut self, node: &Node) {
@@ -40,8 +37,9 @@ impl Lowering<'_, '_, '_> {
 
         let rows = dim_extent(self.ty(x).shape[0]);
         let vocabulary = self.ty(w).shape[0].constant().expect("a weight's rows are known");
+        let most = self.target.limits.block;
         let sweep = Sweep {
-            scores: self.scratch(vec![rows.clone(), Extent::Const(vocabulary.min(BLOCK))]),
+            scores: self.scratch(vec![rows.clone(), Extent::Const(vocabulary.min(most))]),
             state: self.scratch(vec![rows.clone(), Extent::Const(2)]),
             lse,
             mean,
@@ -50,8 +48,8 @@ impl Lowering<'_, '_, '_> {
         };
         let x = self.dense(x);
         self.dense(w);
-        for start in (0..vocabulary).step_by(BLOCK as usize) {
-            let (block, again) = (start..vocabulary.min(start + BLOCK), start > 0);
+        for start in (0..vocabulary).step_by(most as usize) {
+            let (block, again) = (start..vocabulary.min(start + most), start > 0);
             self.multiply_rows((x, sweep.rows.clone()), w, block.clone(), true, (sweep.scores, false));
             self.advance(&sweep, block.end - start, again);
             if let Some(mean) = mean {

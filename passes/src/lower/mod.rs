@@ -43,6 +43,7 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
 
 use crate::cpu::Cpu;
+use crate::fuse::Limits;
 use crate::machine::Machine;
 
 /// Kernels, and how the entries run them.
@@ -62,23 +63,25 @@ pub struct Options {
     pub precision: Precision,
     /// Products take along what follows them element by element.
     pub epilogues: bool,
+    pub limits: Limits,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { machine: Machine::default(), precision: Precision::F32, epilogues: true }
+        Options { machine: Machine::default(), precision: Precision::F32, epilogues: true, limits: Limits::default() }
     }
 }
 
 /// Lowers `entries` together, so that they share kernels and prepared weights; the optimizer's step
 /// joins them as `update` if anything trains. `tensors` are the model's, by name.
 pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -> Result<Lowered, String> {
-    let Options { machine, precision, epilogues } = options;
+    let Options { machine, precision, epilogues, limits } = options;
     let mut target = Target {
         tensors,
         machine,
         precision,
         epilogues,
+        limits,
         kernels: vec![],
         codes: HashMap::new(),
         buffers: vec![],
@@ -125,6 +128,7 @@ struct Target<'a> {
     machine: Machine,
     precision: Precision,
     epilogues: bool,
+    limits: Limits,
     kernels: Vec<Written>,
     /// Index and text of each, by name, for one launch.
     codes: HashMap<String, (usize, Code)>,

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use super::{Options, head, lower};
+use super::{Options, lower};
 use crate::codegen;
 use crate::cpu::{Cpu, Level};
 use crate::fuse::{Limits, fuse};
@@ -111,6 +111,11 @@ fn sizes_of(batch: &Batch, lengths: &[usize]) -> Sizes {
 const CLOSE: f64 = 2e-6;
 /// And of some thousand.
 const LONG: f64 = 1e-5;
+
+/// Columns that a sweep over a vocabulary takes at a time.
+fn block() -> u64 {
+    Limits::default().block
+}
 
 /// A graph's weights, as the manifest lists them.
 fn tensors(graph: &Graph) -> Vec<Tensor> {
@@ -688,7 +693,7 @@ fn sweep(rows: u64, width: u64, role: Role) -> Graph {
 /// rows; frozen weights and others.
 fn sweeps() -> Cases {
     let mut graphs = vec![];
-    for (rows, width) in [(1, 3), (40, 17), (head::BLOCK, 40), (2 * head::BLOCK + 37, 3)] {
+    for (rows, width) in [(1, 3), (40, 17), (block(), 40), (2 * block() + 37, 3)] {
         let types = [Type::f32([Dim::Tokens, Dim::Const(width)]), Type::f32([Dim::Const(rows), Dim::Const(width)])];
         let alone = [Op::LinearLse, Op::LinearMean].map(|op| single(op, &types));
         let both = [Role::Frozen, Role::Trainable].map(|role| sweep(rows, width, role));
@@ -705,7 +710,7 @@ fn sweeps_over_blocks() {
 }
 
 fn frozen_sweeps() -> Cases {
-    let sizes = [(head::BLOCK, 3), (2 * head::BLOCK + 37, 3)];
+    let sizes = [(block(), 3), (2 * block() + 37, 3)];
     sizes.map(|(rows, width)| (sweep(rows, width, Role::Frozen), vec![37, 3])).into()
 }
 
@@ -720,7 +725,7 @@ fn sweeps_in_bf16() {
 /// Rows of a table that products read as well, some of them beyond it; and of one whose numbers something else reads.
 fn tables() -> Cases {
     let mut graphs = vec![];
-    for (rows, width, other) in [(7, 3, false), (40, 16, false), (head::BLOCK, 41, false), (5, 20, true)] {
+    for (rows, width, other) in [(7, 3, false), (40, 16, false), (block(), 41, false), (5, 20, true)] {
         let mut graph = Graph::new("table");
         let table = Type::f32([Dim::Const(rows), Dim::Const(width)]);
         let w = graph.arg("w", Role::Frozen, None, table.clone());
@@ -762,14 +767,14 @@ fn rows_out_of_panels() {
 /// Logits beyond ±80: the largest so far grows from block to block, and e to most of them is nothing.
 #[test]
 fn sweeps_over_large_logits() {
-    let parts = [(2 * head::BLOCK + 37, Role::Frozen), (3, Role::Trainable)];
+    let parts = [(2 * block() + 37, Role::Frozen), (3, Role::Trainable)];
     let graphs = [0.0, 0.1].map(|smoothing| {
         let graph = differentiate(&language_head(&parts, 3, smoothing, 32.0)).expect("differentiable");
         (fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused"), vec![1])
     });
     assert!(graphs.iter().all(|(g, _)| g.nodes.iter().any(|n| n.op == Op::LinearMean)));
     // Logits of a hundred are known to 10⁻⁵, and so is e to them, relatively.
-    compare(&graphs, Cpu::Native, 2 * head::BLOCK as i32 + 40, 5e-5);
+    compare(&graphs, Cpu::Native, 2 * block() as i32 + 40, 5e-5);
 }
 
 /// A label beyond the classes is hot nowhere, and nothing is read or written in its place: neither in whole logits nor

@@ -127,8 +127,6 @@ impl Side {
 /// Blocks of a product that are worth having, and how many may share a tile for that.
 const BLOCKS: u64 = 96;
 const SHARES: u64 = 8;
-/// Steps of k from which on some tokens' few columns are worth sharing.
-const LONG: u64 = 512;
 
 /// How many rows, columns, steps along k and batches.
 pub(super) struct Shape {
@@ -239,8 +237,8 @@ impl Lowering<'_, '_, '_> {
         let apart = shape.batch != Extent::Const(1) && to.area != whole;
         let dense = to.line == shape.n && to.first == Extent::Const(0) && !apart;
         let shares = match to.fate {
-            Fate::Written if dense => shares(&shape),
-            Fate::Passed => shares(&shape),
+            Fate::Written if dense => self.shares(&shape),
+            Fate::Passed => self.shares(&shape),
             _ => 1,
         };
         let Shape { m, n, depth, batch } = shape;
@@ -283,6 +281,24 @@ impl Lowering<'_, '_, '_> {
         }
     }
 
+    /// How many blocks share a tile, so that there are some for most of a chip's multiprocessors.
+    fn shares(&self, Shape { m, n, depth, batch }: &Shape) -> u64 {
+        let tile = Tile::of(m, n);
+        let &Extent::Const(n) = n else { return 1 };
+        let across = n.div_ceil(tile.columns).max(1);
+        match (m, batch, depth) {
+            // All tokens' share of a weight's gradient.
+            (&Extent::Const(m), &Extent::Const(batch), Extent::Tokens) => {
+                (BLOCKS / (batch * m.div_ceil(tile.rows) * across).max(1)).clamp(1, SHARES)
+            }
+            // Into a bottleneck.
+            (Extent::Tokens, Extent::Const(1), &Extent::Const(depth)) if depth >= self.target.limits.deep => {
+                (4 / across).max(1)
+            }
+            _ => 1,
+        }
+    }
+
     /// Adds up shares of a product row by row, and goes on with what follows it. `own` are the product's operands.
     fn add_up_rows(
         &mut self,
@@ -321,22 +337,6 @@ impl Lowering<'_, '_, '_> {
         let label = std::mem::replace(&mut self.label, label);
         self.launch(kernel, [vec![own[0], own[1], buffer], epilogue.buffers, vec![x]].concat(), sizes, batch * m);
         self.label = label;
-    }
-}
-
-/// How many blocks share a tile, so that there are some for most of a chip's multiprocessors.
-fn shares(Shape { m, n, depth, batch }: &Shape) -> u64 {
-    let tile = Tile::of(m, n);
-    let &Extent::Const(n) = n else { return 1 };
-    let across = n.div_ceil(tile.columns).max(1);
-    match (m, batch, depth) {
-        // All tokens' share of a weight's gradient.
-        (&Extent::Const(m), &Extent::Const(batch), Extent::Tokens) => {
-            (BLOCKS / (batch * m.div_ceil(tile.rows) * across).max(1)).clamp(1, SHARES)
-        }
-        // Into a bottleneck.
-        (Extent::Tokens, Extent::Const(1), &Extent::Const(depth)) if depth >= LONG => (4 / across).max(1),
-        _ => 1,
     }
 }
 

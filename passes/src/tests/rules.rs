@@ -16,7 +16,9 @@ use crate::pipeline::rules;
 use crate::remat::remat;
 
 /// Low enough for cases as small as these.
-const LIMITS: Limits = Limits { wide: 8, keep: 0.05 };
+fn limits() -> Limits {
+    Limits { wide: 8, keep: 0.05, ..Limits::default() }
+}
 
 const LENGTHS: [usize; 3] = [5, 1, 3];
 
@@ -28,10 +30,10 @@ fn forms(dialect: &Dialect, rule: &str, graph: &Graph) -> [String; 2] {
         return [false, true].map(|joined| launches(graph, joined));
     }
     // Equal parts are one and what no one reads is gone in either.
-    let before = fuse(graph, |_| false, &LIMITS).expect("rebuilt");
+    let before = fuse(graph, |_| false, &limits()).expect("rebuilt");
     let after = match rule {
-        "remat" => remat(&before, &LIMITS).map(|(after, _)| after),
-        _ => fuse(graph, |name| name == rule, &LIMITS),
+        "remat" => remat(&before, &limits()).map(|(after, _)| after),
+        _ => fuse(graph, |name| name == rule, &limits()),
     };
     let (after, batch) = (after.expect("well-formed"), Batch::new(&LENGTHS, 4));
     assert_same_on(rule, &before, &after, &batch, &arguments(&before, &batch, 3, 9));

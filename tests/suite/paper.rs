@@ -1,0 +1,244 @@
+//! Every kernel that the paper's specs need, in PTX beside the processor's. Models of the same methods with fewer layers
+//! and narrower ones run; that they have the kernels of the models as they are is part of what is tested.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use peft_grammar::model::{Model, Param, Precision, TaskKind};
+use peft_passes::codegen;
+use peft_passes::cuda::Chip;
+use peft_passes::dialect::Dialect;
+use peft_passes::fuse::Limits;
+use peft_passes::lower::Lowered;
+use peft_passes::machine::Machine;
+use peft_passes::pipeline::{self, Entry, Options};
+use peft_runtime::artifact::Tensor;
+use peft_runtime::philox::philox4x32;
+use peft_runtime::{Inputs, Numbers, Session};
+use peftc::data::Batch;
+use peftc::exchange;
+use ptx_sim::Module;
+
+use crate::parity;
+use crate::ptx::Simulated;
+
+/// What training and evaluating run.
+const ENTRIES: [Entry; 2] = [Entry::Eval, Entry::Train];
+
+/// A spec, perhaps with some of its text replaced.
+struct Spec {
+    name: String,
+    source: String,
+}
+
+fn specs() -> Vec<Spec> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/paper");
+    let list = |folder: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).expect("a folder");
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry").path()).collect();
+        paths.sort();
+        paths
+    };
+    let spec = |path: PathBuf| Spec {
+        name: path.strip_prefix(&folder).expect("below it").display().to_string(),
+        source: std::fs::read_to_string(&path).expect("readable"),
+    };
+    list(&folder).iter().flat_map(|part| list(part)).map(spec).collect()
+}
+
+impl Spec {
+    fn with(&self, old: &str, new: &str) -> Spec {
+        assert!(self.source.contains(old), "{} without `{old}`", self.name);
+        Spec { name: self.name.clone(), source: self.source.replace(old, new) }
+    }
+
+    /// Layers between the first and the last are alike: of twelve, three have every kernel.
+    fn shallow(&self) -> Spec {
+        self.with("layers: 12", "layers: 3")
+    }
+
+    /// Heads of 64 where text is generated and of 8 where it is classified, and widths that fill no tile, yet take more
+    /// tiles than blocks would share.
+    fn small(&self) -> Spec {
+        const WIDTHS: &str = "layers: 12, hidden: 768, heads: 12, ffn: 3072";
+        if self.source.contains("= gpt2(") {
+            let spec =
+                self.with(WIDTHS, "layers: 2, hidden: 192, heads: 3, ffn: 140").with("vocab: 50273", "vocab: 181");
+            if spec.source.contains("rows 50257") { spec.with("rows 50257..50273", "rows 165..181") } else { spec }
+        } else {
+            self.with(WIDTHS, "layers: 2, hidden: 136, heads: 17, ffn: 148").with("vocab: 50265", "vocab: 165")
+        }
+    }
+
+    fn model(&self) -> Model {
+        let checked = peft_grammar::check(&self.name, &self.source, &peft_grammar::no_imports);
+        checked.unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn lowered(&self, machine: Machine, precision: Precision, limits: Limits) -> Lowered {
+        let mut model = self.model();
+        model.train.precision = precision;
+        let options = Options { machine, limits, ..Options::default() };
+        let compiled = pipeline::run(&Dialect::new().expect("a dialect"), &model, &ENTRIES, &options);
+        compiled.unwrap_or_else(|e| panic!("{}: {e}", self.name)).lowered.expect("the whole way")
+    }
+}
+
+/// Sizes from which on small models are lowered as large ones are.
+fn limits() -> Limits {
+    Limits { wide: 64, block: 64, deep: 136, ..Limits::default() }
+}
+
+/// What a kernel does, without the numbers it is made for.
+fn kind(kernel: &str) -> String {
+    let number = |word: &&str| {
+        let hexadecimal = matches!(word.len(), 8 | 16) && word.chars().all(|c| c.is_ascii_hexdigit());
+        let counted = |name| word.strip_prefix(name).is_some_and(|n| n.chars().all(|c| c.is_ascii_digit()));
+        hexadecimal || counted("held") || counted("times")
+    };
+    kernel.split('_').filter(|word| !number(word)).collect::<Vec<_>>().join("_")
+}
+
+fn kinds<'a>(lowered: impl IntoIterator<Item = &'a Lowered>) -> BTreeSet<String> {
+    lowered.into_iter().flat_map(|lowered| &lowered.manifest.kernels).map(|kernel| kind(kernel)).collect()
+}
+
+/// Sequences that fill no tile, one of them a single token.
+fn batch(model: &Model) -> Batch {
+    let lengths = [9, 1, 13];
+    let each = |number: fn(i32, i32) -> i32| -> Vec<i32> {
+        let sequence = |(s, &length): (i32, &i32)| (0..length).map(move |i| number(s, i));
+        (0..).zip(&lengths).flat_map(sequence).collect()
+    };
+    let batch = Batch {
+        ids: each(|s, i| (37 * s + 11 * i + 5) % 165),
+        positions: each(|_, i| i),
+        starts: vec![0, 9, 10],
+        lengths: lengths.to_vec(),
+        ..Batch::default()
+    };
+    if matches!(model.task.kind, TaskKind::Generation { .. }) {
+        // Among types and labels are special tokens, which train.
+        let types = each(|s, i| 160 + (3 * s + i) % 20);
+        Batch { types, targets: vec![4, 6, 9, 11, 12, 21], labels: vec![7, 180, 0, 164, 165, 33], ..batch }
+    } else {
+        Batch { types: each(|_, _| 0), labels: vec![1, 0, 1], ..batch }
+    }
+}
+
+/// N(0, 0.2) everywhere: what starts at zero counts, too.
+fn weights(model: &Model) -> Vec<Numbers> {
+    let uniform = |word: u32| (f64::from(word) + 0.5) / 4_294_967_296.0;
+    let tensor = |(tensor, param): (u32, &Param)| {
+        let number = |i: u64| {
+            let [a, b, ..] = philox4x32([i as u32, tensor, 0, 0], [7, 0]);
+            (0.2 * (-2.0 * uniform(a).ln()).sqrt() * (std::f64::consts::TAU * uniform(b)).cos()) as f32
+        };
+        Numbers::from(&(0..param.elements()).map(number).collect::<Vec<f32>>()[..])
+    };
+    (0..).zip(&model.params).map(tensor).collect()
+}
+
+/// By the name of its tensor.
+type Gradient = (String, Vec<f32>);
+
+/// Of a step with dropout.
+struct Step {
+    loss: f32,
+    gradients: Vec<Gradient>,
+}
+
+impl Step {
+    fn of(mut session: Session, inputs: &Inputs) -> Step {
+        session.poison = true;
+        for entry in ["eval", "train"] {
+            session.run(entry, inputs).unwrap_or_else(|e| panic!("{e}"));
+        }
+        let loss = session.output("loss").expect("an output").1[0];
+        let all = session.flat("gradients").expect("read");
+        let mut rest = &all[..];
+        let trained = session.manifest().tensors.iter().filter_map(|t| Some((t, t.trainable?)));
+        let gradient = |(tensor, (start, end)): (&Tensor, (u64, u64))| {
+            let own = rest.split_off(..((end - start) * tensor.row()) as usize).expect("as long");
+            (tensor.name.clone(), own.to_vec())
+        };
+        Step { loss, gradients: trained.map(gradient).collect() }
+    }
+
+    /// How far this one is from `other`: in the loss, and in the gradient that lies furthest off. Of a gradient that is
+    /// nothing but rounding, a hundredth of the largest is the measure.
+    fn gaps(&self, other: &Step) -> (f32, (f32, &str)) {
+        // `f32::max` would pass over what is no number.
+        let more = |m: f32, x: &f32| if x.abs() > m || x.is_nan() { x.abs() } else { m };
+        let largest = |x: &[f32]| x.iter().fold(0.0, more);
+        let all = other.gradients.iter().fold(0.0, |m, (_, x)| more(m, &largest(x)));
+        assert!(all > 0.0);
+        let gap = |(i, (_, y)): (usize, &Gradient)| {
+            let (name, x) = &self.gradients[i];
+            let apart: Vec<f32> = x.iter().zip(y).map(|(x, y)| x - y).collect();
+            (largest(&apart) / (largest(y) + 0.01 * all), name.as_str())
+        };
+        let gaps = other.gradients.iter().enumerate().map(gap);
+        ((self.loss - other.loss).abs() / other.loss, gaps.max_by(|a, b| a.0.total_cmp(&b.0)).expect("some train"))
+    }
+}
+
+/// Bounds in f32 and in half precision, of a loss and of a whole step's gradients; what one kernel may be off by is held
+/// in the tests beside the kernels.
+fn every_kernel_runs(chip: Chip, bounds: [(f32, f32); 2]) {
+    let machine = Machine::Cuda(chip);
+    let small: Vec<Spec> = specs().iter().map(Spec::small).collect();
+    let lowered = |machine, precision| -> Vec<Lowered> {
+        small.iter().map(|spec| spec.lowered(machine, precision, limits())).collect()
+    };
+    let gpu = [Precision::F32, Precision::Bf16].map(|precision| {
+        let small = lowered(machine, precision);
+        let large = specs().into_iter().map(|spec| spec.shallow().lowered(machine, precision, Limits::default()));
+        let (ran, wanted) = (kinds(&small), kinds(&large.collect::<Vec<_>>()));
+        let left: Vec<&String> = wanted.difference(&ran).collect();
+        assert!(left.is_empty() && wanted.len() > 150, "in {precision:?} no small model has {left:?}");
+        small
+    });
+    // One text for all, since most kernels are shared.
+    let kernels: BTreeSet<&String> = gpu.iter().flatten().flat_map(|lowered| &lowered.kernels).collect();
+    let kernels: Vec<String> = kernels.into_iter().cloned().collect();
+    let text = codegen::ptx(&Dialect::new().expect("a dialect"), &kernels, machine).unwrap_or_else(|e| panic!("{e}"));
+    let module = Arc::new(Module::parse(&text).unwrap_or_else(|e| panic!("{e}")));
+
+    let mut wrong = vec![];
+    let [single, half] = gpu;
+    let processor = parity::programs(lowered(Machine::default(), Precision::F32));
+    for (((spec, program), single), half) in small.iter().zip(processor).zip(single).zip(half) {
+        let model = spec.model();
+        let inputs = exchange::inputs(&batch(&model), [3, 5]);
+        let want = Step::of(Session::new(program, weights(&model), 2).expect("a session"), &inputs);
+        for (lowered, (loss, gradient)) in [single, half].into_iter().zip(bounds) {
+            let backend = Simulated::new(module.clone(), &lowered.manifest);
+            let session = Session::on(Box::new(backend), lowered.manifest, weights(&model)).expect("a session");
+            let step = Step::of(session, &inputs);
+            let (off, (gap, of)) = step.gaps(&want);
+            let said = format!("{}: the loss is off by {off:.1e}, the gradient of `{of}` by {gap:.1e}", spec.name);
+            println!("{said}");
+            if off.is_nan() || off > loss || gap.is_nan() || gap > gradient {
+                wrong.push(said);
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_kernel_on_sm_70() {
+    every_kernel_runs(Chip::Sm70, [(1e-5, 1e-5), (1e-3, 3e-3)]);
+}
+
+/// Where half precision is bf16, with eight bits.
+#[test]
+fn every_kernel_on_sm_80() {
+    if std::env::var_os("PEFTC_FULL").is_none() {
+        println!("skipped: PEFTC_FULL is not set");
+        return;
+    }
+    every_kernel_runs(Chip::Sm80, [(1e-5, 1e-5), (8e-3, 3e-2)]);
+}
