@@ -166,13 +166,20 @@ fn start(fixture: &Fixture, model: &Model, program: Program) -> Session {
     session
 }
 
-pub fn check(prefix: &str, precision: Precision, mut results: impl FnMut(&Fixture, &Model, &Padded) -> TensorFile) {
-    let mut wrong = vec![];
-    for fixture in fixtures::all(prefix) {
+/// Fixtures with their models.
+fn models(prefix: &str, precision: Precision) -> Vec<(Fixture, Model)> {
+    let model = |fixture: Fixture| {
         let mut model = fixture.model();
         model.train.precision = precision;
-        wrong.extend(faults(&fixture, &model, |padded| results(&fixture, &model, padded)));
-    }
+        (fixture, model)
+    };
+    fixtures::all(prefix).into_iter().map(model).collect()
+}
+
+pub fn check(prefix: &str, precision: Precision, mut results: impl FnMut(&Fixture, &Model, &Padded) -> TensorFile) {
+    let models = models(prefix, precision);
+    let faults = |(fixture, model): &(Fixture, Model)| faults(fixture, model, |padded| results(fixture, model, padded));
+    let wrong: Vec<String> = models.iter().flat_map(faults).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -195,8 +202,10 @@ fn in_the_interpreter(prefix: &str) {
 }
 
 fn compiled(prefix: &str, options: &Options, precision: Precision) {
+    let all = models(prefix, precision).iter().map(|(fixture, model)| lowered(fixture, model, options)).collect();
+    let mut programs = programs(all).into_iter();
     check(prefix, precision, |fixture, model, padded| {
-        let mut session = session(fixture, model, options);
+        let mut session = start(fixture, model, programs.next().expect("one for each fixture"));
         exchange::run(&mut session, model, "grad", padded, [0, 0]).expect("a run")
     });
 }

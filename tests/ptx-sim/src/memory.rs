@@ -160,6 +160,23 @@ impl Region {
         Now { launch: if own { now.block } else { now.launch }, ..*now }
     }
 
+    /// Bytes become what `is` says, if they are what they must be. Else: the first that is not.
+    fn mark(&mut self, range: &Range<usize>, is: u8, must: u8, must_not: u8) -> Option<usize> {
+        let flags = &mut self.flags[range.clone()];
+        let (all, any) = flags.iter().fold((!0, 0), |(all, any), &flags| (all & flags, any | flags));
+        if all & must != must || any & must_not != 0 {
+            let wrong = flags.iter().position(|flags| flags & must != must || flags & must_not != 0);
+            return wrong.map(|at| range.start + at);
+        }
+        if all & is != is {
+            let new = |flag| flags.iter().filter(|&flags| flags & is & flag == 0).count() as u64;
+            self.unique_read += if is & flag::READ != 0 { new(flag::READ) } else { 0 };
+            self.unique_written += if is & flag::WRITTEN != 0 { new(flag::WRITTEN) } else { 0 };
+            flags.iter_mut().for_each(|flags| *flags |= is);
+        }
+        None
+    }
+
     pub fn read(
         &mut self,
         address: u64,
@@ -172,20 +189,16 @@ impl Region {
         let range = self.place(address, bytes, align)?;
         self.touch(&range, checks);
         let now = self.now(now, checks);
-        for at in range.clone() {
-            let flags = self.flags[at];
-            let address = self.base + at as u64;
-            if flags & flag::PENDING != 0 {
-                return Err(FaultKind::PendingCopy { address });
-            }
-            if flags & flag::WRITTEN_EVER == 0 && checks.uninitialised {
-                return Err(FaultKind::Uninitialised { space: self.space, address });
-            }
-            if constant && flags & flag::WRITTEN != 0 {
-                return Err(FaultKind::NotConstant { address });
-            }
-            self.unique_read += u64::from(flags & flag::READ == 0);
-            self.flags[at] = flags | flag::READ | if constant { flag::READ_AS_CONSTANT } else { 0 };
+        let is = flag::READ | if constant { flag::READ_AS_CONSTANT } else { 0 };
+        let must = if checks.uninitialised { flag::WRITTEN_EVER } else { 0 };
+        let must_not = flag::PENDING | if constant { flag::WRITTEN } else { 0 };
+        if let Some(at) = self.mark(&range, is, must, must_not) {
+            let (space, flags, address) = (self.space, self.flags[at], self.base + at as u64);
+            return Err(match flags {
+                _ if flags & flag::PENDING != 0 => FaultKind::PendingCopy { address },
+                _ if flags & must != must => FaultKind::Uninitialised { space, address },
+                _ => FaultKind::NotConstant { address },
+            });
         }
         if checks.races {
             self.ledger.read(range.clone(), &now).map_err(|race| self.race(race))?;
@@ -203,17 +216,10 @@ impl Region {
     fn mark_written(&mut self, range: &Range<usize>, now: &Now, checks: Checks) -> Result<(), FaultKind> {
         self.touch(range, checks);
         let now = self.now(now, checks);
-        for at in range.clone() {
-            let flags = self.flags[at];
-            let address = self.base + at as u64;
-            if flags & flag::PENDING != 0 {
-                return Err(FaultKind::PendingCopy { address });
-            }
-            if flags & flag::READ_AS_CONSTANT != 0 {
-                return Err(FaultKind::NotConstant { address });
-            }
-            self.unique_written += u64::from(flags & flag::WRITTEN == 0);
-            self.flags[at] = flags | flag::WRITTEN | flag::WRITTEN_EVER;
+        let (is, must_not) = (flag::WRITTEN | flag::WRITTEN_EVER, flag::PENDING | flag::READ_AS_CONSTANT);
+        if let Some(at) = self.mark(range, is, 0, must_not) {
+            let (pending, address) = (self.flags[at] & flag::PENDING != 0, self.base + at as u64);
+            return Err(if pending { FaultKind::PendingCopy { address } } else { FaultKind::NotConstant { address } });
         }
         if checks.races {
             self.ledger.write(range.clone(), &now).map_err(|race| self.race(race))?;

@@ -174,6 +174,15 @@ impl Warp {
         }
     }
 
+    /// The value of an operand in each lane; in `room`, unless a register holds it.
+    fn lanes<'a>(&'a self, machine: &Machine, operand: Operand, room: &'a mut Lanes) -> &'a Lanes {
+        if let Operand::Register(slot) = operand {
+            return &self.frames.last().expect("a warp that runs has a frame").registers[slot as usize];
+        }
+        *room = self.value(machine, operand);
+        room
+    }
+
     /// The value of an operand in each lane.
     pub fn value(&self, machine: &Machine, operand: Operand) -> Lanes {
         let frame = self.frames.last().expect("a warp that runs has a frame");
@@ -254,13 +263,13 @@ impl Warp {
     fn execute(&mut self, machine: &mut Machine, action: &Action, here: u32, active: u32) -> Step<()> {
         match action {
             Action::Map { map, result, operands } => {
-                const NONE: Lanes = [0; 32];
-                let value = |n: usize| operands.get(n).map_or(NONE, |&operand| self.value(machine, operand));
-                let out = match operands.len() {
-                    1 => map(&value(0), &NONE, &NONE),
-                    2 => map(&value(0), &value(1), &NONE),
-                    _ => map(&value(0), &value(1), &value(2)),
+                let mut room = [[0; 32]; 3];
+                let [a, b, c] = &mut room;
+                let value = |n: usize, room| match operands.get(n) {
+                    Some(&operand) => self.lanes(machine, operand, room),
+                    None => room,
                 };
+                let out = map(value(0, a), value(1, b), value(2, c));
                 self.set(*result, active, &out);
             }
             Action::Approximate { function, float, pair, flush, result, operands } => {
