@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! for each 32 steps of k
-//!   A[128 rows, 32], rounded, and B[32, 64 columns] ─► shared memory; the next ones are on their way meanwhile
-//!   a warp: 2 × 4 fragments of 16 × 16 sums, in registers
+//!   a warp: 2 × 4 fragments of 16 × 16 sums, in registers, from one stage of shared memory
+//!   the next A[128 rows, 32], rounded, and B[32, 64 columns] ─► the other stage
 //! ```
+//!
+//! A passes through registers, and so does B before sm_80; later chips copy it to its stage themselves.
 //!
 //! B is packed once, tile after tile [⌈n/64⌉][⌈k/32⌉][32][64], two columns a word.
 //!
@@ -19,7 +21,7 @@ use super::kernel::matrix::{Half, Operand, SIDE, SUMS};
 use super::kernel::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
 use super::tiles::{Fate, Out, Shape, Side, To};
 use super::{Lowering, Place, math, tiles};
-use crate::cuda::{WARP, WARPS};
+use crate::cuda::{Chip, WARP, WARPS};
 use crate::machine::Machine;
 
 /// Rows, columns and steps of k of a tile.
@@ -35,9 +37,11 @@ const LINE_A: u64 = DEPTH / 2 + 4;
 const LINE_B: u64 = COLUMNS / 2 + 4;
 /// The same for sums on their way out, in floats.
 const LINE_C: u64 = COLUMNS + 4;
-/// Shared memory, in words: for a tile of either operand, and then for the sums of a warp's row of fragments.
+/// Words of shared memory for a tile of either operand.
+const STAGE: u64 = ROWS * LINE_A + DEPTH * LINE_B;
+/// For two stages, and then for the sums of a warp's row of fragments.
 const ROOM: u64 = {
-    let (operands, sums) = (ROWS * LINE_A + DEPTH * LINE_B, WARPS * SIDE * LINE_C);
+    let (operands, sums) = (2 * STAGE, WARPS * SIDE * LINE_C);
     if operands > sums { operands } else { sums }
 };
 /// Words of a packed tile of B.
@@ -59,6 +63,8 @@ struct Form {
     half: Half,
     /// Rows of A are read in fours: they begin at multiples of four, and so do they end.
     fours: bool,
+    /// The chip copies B by itself.
+    copies: bool,
     fate: Fate,
 }
 
@@ -82,7 +88,8 @@ impl Lowering<'_, '_, '_> {
         let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
         let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
         let fours = whole && [&left.along, &left.first, &depth].into_iter().all(multiple);
-        let form = Form { half, fours, fate: to.fate };
+        let copies = matches!(self.target.machine, Machine::Cuda(chip) if chip >= Chip::Sm80);
+        let form = Form { half, fours, copies, fate: to.fate };
         let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
         let (down, across) = (tiles(&m, ROWS), tiles(&n, COLUMNS));
         let units = down * across.clone() * Extent::Const(WARPS);
@@ -195,8 +202,7 @@ fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
         let [a, b, c] = first(buffers);
         let [m, n, depth, across, line_a, first_a, line_b, first_b] = first(sizes);
         let [line_c, first_c] = first(&sizes[8..]);
-        let room_a = k.shared_words(ROOM);
-        let room_b = k.beyond(room_a, ROWS * LINE_A);
+        let room = k.shared_words(ROOM);
         let threads = Threads::of(k);
         k.block_units(|k, unit| {
             let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
@@ -204,42 +210,47 @@ fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
             let (row, column) = (k.mul(tile_row, rows), k.mul(tile_column, columns));
             let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form);
             let start_b = k.mul(tile_column, line_b);
-            let start_b = k.add(start_b, first_b);
+            let right = Right { buffer: b, start: k.add(start_b, first_b), depth, copies: form.copies };
             let zero = k.index(0);
-            let mut carried = left.fetch(k, &threads, zero, depth);
-            carried.extend(fetch_b(k, &threads, b, start_b, zero, depth));
-            let nothing = k.float(0.0, F32);
-            let sums = DOWN * ACROSS * SUMS as u64;
-            carried.extend(vec![nothing; sums as usize]);
-            if form.scales() {
-                carried.push(power(k, nothing));
-            }
-            let (of_a, of_b) = ((4 * FOURS_A) as usize, (4 * FOURS_B) as usize);
-            let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
-                let (fetched_a, rest) = carried.split_at(of_a);
-                let (fetched_b, rest) = rest.split_at(of_b);
-                let (sums, scale) = rest.split_at(sums as usize);
-                let scaled = scale.first().map(|&scale| within_reach(k, fetched_a, sums, scale));
-                let (sums, scale) = match &scaled {
-                    Some(scaled) => (&scaled[1..], Some(scaled[0])),
-                    None => (sums, None),
-                };
-                // The steps before are done with what the block shares.
-                k.barrier();
-                left.share(k, &threads, room_a, fetched_a, scale);
-                share_b(k, &threads, room_b, fetched_b);
-                k.barrier();
-                let deep = k.index(DEPTH);
-                let next = k.add(block, deep);
-                let mut carried = left.fetch(k, &threads, next, depth);
-                carried.extend(fetch_b(k, &threads, b, start_b, next, depth));
-                carried.extend(multiply(k, form.half, &threads, room_a, room_b, sums));
-                carried.extend(scale);
-                carried
-            });
+            let stage = Stage::at(k, room, zero);
+            // The unit before is on its way out through the same room.
             k.barrier();
-            let (_, rest) = carried.split_at(of_a + of_b);
-            let (sums, scale) = rest.split_at(sums as usize);
+            let fetched_a = left.fetch(k, &threads, zero, depth);
+            let fetched_b = right.fetch(k, &threads, zero, stage);
+            let scale = form.scales().then(|| {
+                let most = largest(k, &fetched_a);
+                power(k, most)
+            });
+            left.share(k, &threads, stage.a, &fetched_a, scale);
+            right.share(k, &threads, stage.b, &fetched_b);
+            let nothing = k.float(0.0, F32);
+            let sums = (DOWN * ACROSS) as usize * SUMS;
+            let carried: Vec<Val> = [zero].into_iter().chain(vec![nothing; sums]).chain(scale).collect();
+            let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
+                let (stage, (sums, scale)) = (carried[0], carried[1..].split_at(sums));
+                right.arrived(k);
+                // This stage is filled, and the steps before are done with the other.
+                k.barrier();
+                let here = Stage::at(k, room, stage);
+                let (size, deep) = (k.index(STAGE), k.index(DEPTH));
+                let other = k.sub(size, stage);
+                let there = Stage::at(k, room, other);
+                let next = k.add(block, deep);
+                let fetched_a = left.fetch(k, &threads, next, depth);
+                let fetched_b = right.fetch(k, &threads, next, there);
+                let sums = multiply(k, form.half, &threads, here, sums);
+                let scaled = match scale {
+                    [scale] => within_reach(k, &fetched_a, &sums, *scale),
+                    _ => sums,
+                };
+                let scale = form.scales().then(|| scaled[0]);
+                left.share(k, &threads, there.a, &fetched_a, scale);
+                right.share(k, &threads, there.b, &fetched_b);
+                [&[other], &scaled[usize::from(form.scales())..], scale.as_slice()].concat()
+            });
+            right.arrived(k);
+            k.barrier();
+            let (sums, scale) = carried[1..].split_at(sums);
             let back = scale.first().map(|&scale| {
                 let one = k.float(1.0, F32);
                 k.div(one, scale)
@@ -256,7 +267,7 @@ fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
                 column,
                 n,
                 width: COLUMNS,
-                room: room_a.floats(),
+                room: room.floats(),
                 sum: &|k, sum| back.map_or(sum, |back| k.mul(sum, back)),
             };
             write(k, &out, &threads, (row, m), sums);
@@ -275,6 +286,20 @@ impl Threads {
     fn of(k: &mut Kernel) -> Threads {
         let (thread, width) = (k.thread(), k.index(WARP));
         Threads { thread, warp: k.div(thread, width), lane: k.lane_index() }
+    }
+}
+
+/// Where the operands' tiles lie of which the sums are made at a time.
+#[derive(Clone, Copy)]
+struct Stage {
+    a: Buf,
+    b: Buf,
+}
+
+impl Stage {
+    fn at(k: &mut Kernel, room: Buf, word: Val) -> Stage {
+        let a = k.from(room, word);
+        Stage { a, b: k.beyond(a, ROWS * LINE_A) }
     }
 }
 
@@ -362,14 +387,19 @@ impl Left {
     }
 }
 
-/// What a warp's numbers are to be multiplied by, and its sums so far as if they had been.
-fn within_reach(k: &mut Kernel, fetched: &[Val], sums: &[Val], scale: Val) -> Vec<Val> {
+/// Of a warp's numbers.
+fn largest(k: &mut Kernel, fetched: &[Val]) -> Val {
     let nothing = k.float(0.0, F32);
     let most = fetched.iter().fold(nothing, |most, &x| {
         let x = math::magnitude(k, x);
         k.greater(most, x)
     });
-    let most = k.max_lanes(most);
+    k.max_lanes(most)
+}
+
+/// What a warp's numbers are to be multiplied by, and its sums so far as if they had been.
+fn within_reach(k: &mut Kernel, fetched: &[Val], sums: &[Val], scale: Val) -> Vec<Val> {
+    let most = largest(k, fetched);
     let grown = k.mul(most, scale);
     let limit = k.float((1 << FAR) as f64, F32);
     let beyond = k.compare(grown, Order::Gt, limit);
@@ -398,43 +428,71 @@ fn power(k: &mut Kernel, most: Val) -> Val {
     k.from_bits(bits)
 }
 
-/// A thread's words of B's next tile.
-fn fetch_b(k: &mut Kernel, threads: &Threads, b: Buf, start: Val, block: Val, depth: Val) -> Vec<Val> {
-    let here = k.compare(block, Order::Lt, depth);
-    let (step, size, four) = (k.index(DEPTH), k.index(TILE), k.index(4));
-    let tile = k.div(block, step);
-    let tile = k.mul(tile, size);
-    let at = k.mul(threads.thread, four);
-    let at = k.add(tile, at);
-    let at = k.add(start, at);
-    let mut fetched = vec![];
-    for n in 0..FOURS_B {
-        let ahead = k.index(n * THREADS * 4);
-        let at = k.add(at, ahead);
-        fetched.extend(k.load_four_if(here, b, at));
-    }
-    fetched
+/// A block's columns of B: a thread sees to every so many'th four of its words, at once or, where the chip copies, in the
+/// end.
+struct Right {
+    buffer: Buf,
+    start: Val,
+    depth: Val,
+    copies: bool,
 }
 
-fn share_b(k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val]) {
-    let fours = k.index(COLUMNS / 8);
-    let (row, column) = (k.div(threads.thread, fours), k.rem(threads.thread, fours));
-    let (line, four) = (k.index(LINE_B), k.index(4));
-    let (begin, column) = (k.mul(row, line), k.mul(column, four));
-    let at = k.add(begin, column);
-    for (n, words) in fetched.chunks_exact(4).enumerate() {
-        let down = k.index(n as u64 * THREADS / (COLUMNS / 8) * LINE_B);
-        let at = k.add(at, down);
-        for (i, &word) in words.iter().enumerate() {
-            let i = k.index(i as u64);
-            let at = k.add(at, i);
-            k.store_here(word, to, at);
+impl Right {
+    /// The words of the tile from a step on; none if they go to their stage by themselves.
+    fn fetch(&self, k: &mut Kernel, threads: &Threads, block: Val, stage: Stage) -> Vec<Val> {
+        let here = k.compare(block, Order::Lt, self.depth);
+        let (step, size, four) = (k.index(DEPTH), k.index(TILE), k.index(4));
+        let tile = k.div(block, step);
+        let tile = k.mul(tile, size);
+        let at = k.mul(threads.thread, four);
+        let at = k.add(tile, at);
+        let at = k.add(self.start, at);
+        let mut fetched = vec![];
+        for n in 0..FOURS_B {
+            let ahead = k.index(n * THREADS * 4);
+            let at = k.add(at, ahead);
+            if self.copies {
+                let to = Right::place(k, threads, n);
+                k.copy_four_if(here, (self.buffer, at), (stage.b, to));
+            } else {
+                fetched.extend(k.load_four_if(here, self.buffer, at));
+            }
+        }
+        fetched
+    }
+
+    fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val]) {
+        for (n, words) in fetched.chunks_exact(4).enumerate() {
+            let at = Right::place(k, threads, n as u64);
+            for (i, &word) in words.iter().enumerate() {
+                let i = k.index(i as u64);
+                let at = k.add(at, i);
+                k.store_here(word, to, at);
+            }
         }
     }
+
+    /// What the thread has on its way is there.
+    fn arrived(&self, k: &mut Kernel) {
+        if self.copies {
+            k.await_copies();
+        }
+    }
+
+    /// Of a thread's `n`th four words in their stage.
+    fn place(k: &mut Kernel, threads: &Threads, n: u64) -> Val {
+        let fours = k.index(COLUMNS / 8);
+        let (row, column) = (k.div(threads.thread, fours), k.rem(threads.thread, fours));
+        let (line, four) = (k.index(LINE_B), k.index(4));
+        let (begin, column) = (k.mul(row, line), k.mul(column, four));
+        let at = k.add(begin, column);
+        let down = k.index(n * THREADS / (COLUMNS / 8) * LINE_B);
+        k.add(at, down)
+    }
 }
 
-/// A warp's fragments of sums with the steps that the block shares.
-fn multiply(k: &mut Kernel, half: Half, threads: &Threads, a: Buf, b: Buf, sums: &[Val]) -> Vec<Val> {
+/// A warp's fragments of sums with the steps of a stage.
+fn multiply(k: &mut Kernel, half: Half, threads: &Threads, stage: Stage, sums: &[Val]) -> Vec<Val> {
     let mut sums: Vec<Vec<Val>> = sums.chunks_exact(SUMS).map(<[Val]>::to_vec).collect();
     let rows = k.index(DOWN * SIDE * LINE_A);
     let start = k.mul(threads.warp, rows);
@@ -443,12 +501,12 @@ fn multiply(k: &mut Kernel, half: Half, threads: &Threads, a: Buf, b: Buf, sums:
             .map(|i| {
                 let at = k.index(i * SIDE * LINE_A + step / 2);
                 let at = k.add(start, at);
-                k.load_fragment(half, Operand::A, a, at, 2 * LINE_A)
+                k.load_fragment(half, Operand::A, stage.a, at, 2 * LINE_A)
             })
             .collect();
         for j in 0..ACROSS {
             let at = k.index(step * LINE_B + j * SIDE / 2);
-            let right = k.load_fragment(half, Operand::B, b, at, 2 * LINE_B);
+            let right = k.load_fragment(half, Operand::B, stage.b, at, 2 * LINE_B);
             for (i, left) in left.iter().enumerate() {
                 let sum = &mut sums[i * ACROSS as usize + j as usize];
                 *sum = k.multiply_fragments(half, left, &right, sum);

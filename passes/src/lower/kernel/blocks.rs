@@ -142,6 +142,23 @@ impl Kernel {
         self.apart_four(four)
     }
 
+    /// Four neighbouring words go to shared memory by themselves, to a multiple of four; zeros unless the condition holds.
+    /// They are there when [`Kernel::await_copies`] is past; for other threads, after a barrier. From sm_80 on.
+    pub fn copy_four_if(&mut self, condition: Val, (from, at): (Buf, Val), (to, place): (Buf, Val)) {
+        let (source, target) = (self.place(from, at), self.place(to, place));
+        let (all, none) = (self.int(16, super::I32), self.int(0, super::I32));
+        let bytes = self.select(condition, all, none);
+        self.line(format_args!(
+            "llvm.call_intrinsic \"llvm.nvvm.cp.async.cg.shared.global.16.s\"({target}, {source}, {bytes}) : ({}, {}, i32) -> ()",
+            to.pointer(),
+            from.pointer()
+        ));
+    }
+
+    pub fn await_copies(&mut self) {
+        self.line(format_args!("llvm.call_intrinsic \"llvm.nvvm.cp.async.wait.all\"() : () -> ()"));
+    }
+
     /// The other way.
     pub fn store_four(&mut self, four: [Val; 4], to: Buf, at: Val) {
         let place = self.place(to, at);

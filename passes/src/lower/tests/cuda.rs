@@ -280,3 +280,65 @@ fn ptx_of_small_kernels() {
         insta::assert_snapshot!(name, codegen::ptx(&dialect, &texts, machine).unwrap_or_else(|e| panic!("{e}")));
     }
 }
+
+/// A large kernel by what it does with memory, its block and tensor cores, and where it branches; arithmetic is counted.
+fn outline(ptx: &str) -> String {
+    let told = ["ld", "st", "cp", "bar", "barrier", "bra", "wmma", "shfl", "atom", "ret"];
+    let mut steps: Vec<(String, usize)> = vec![];
+    let body = ptx.lines().skip_while(|line| *line != "{").map(str::trim);
+    for line in body.filter(|line| !line.is_empty() && !line.starts_with(['.', '{', '}', ')', '/'])) {
+        let (guard, rest) = match line.strip_prefix('@') {
+            Some(guarded) => guarded.split_once(' ').map_or((true, line), |(_, rest)| (true, rest.trim())),
+            None => (false, line),
+        };
+        let mut words = rest.split_whitespace();
+        let opcode = words.next().unwrap_or_default().trim_end_matches(';');
+        let step = match opcode.split('.').next().unwrap_or_default() {
+            "bra" => format!("{}{rest}", if guard { "if … " } else { "" }),
+            family if told.contains(&family) => opcode.to_string(),
+            _ if opcode.ends_with(':') => opcode.to_string(),
+            _ => "arithmetic".to_string(),
+        };
+        match steps.last_mut() {
+            Some((last, count)) if *last == step => *count += 1,
+            _ => steps.push((step, 1)),
+        }
+    }
+    let show = |(step, count): (String, usize)| match count {
+        1 => step,
+        _ => format!("{count} × {step}"),
+    };
+    steps.into_iter().map(show).collect::<Vec<_>>().join("\n")
+}
+
+/// Kernels too large to be read, in outline.
+#[test]
+fn outlines_of_large_kernels() {
+    let frozen = || {
+        let mut graph = Graph::new("frozen");
+        let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Tokens, Dim::Const(64)]));
+        let y = graph.arg("y", Role::Frozen, None, Type::f32([Dim::Const(64), Dim::Const(64)]));
+        // What is the kernels' own begins at multiples of four.
+        let x = graph.push(Op::Relu, &[x], &Location::default()).expect("fits");
+        let z = graph.push(Op::Matmul { transpose_x: false, transpose_y: false }, &[x, y], &Location::default());
+        graph.outputs.push(("z".into(), z.expect("fits")));
+        graph
+    };
+    let attends = |nth| attention(&[(1, 64, 64)], &[(true, (0.1, 0))], &[vec![9]]).remove(nth).0;
+    let cases: [(&str, Chip, Graph, &str); 4] = [
+        ("tensor_cores_sm_70", Chip::Sm70, frozen(), "halves"),
+        ("tensor_cores_sm_80", Chip::Sm80, frozen(), "halves"),
+        ("attention", Chip::Sm70, attends(0), "attention_"),
+        ("attention_backward", Chip::Sm70, attends(5), "attention_vjp12"),
+    ];
+    for (name, chip, graph, kernel) in cases {
+        let machine = Machine::Cuda(chip);
+        let options = Options { machine, precision: Precision::Bf16, ..Options::default() };
+        let (texts, manifests) = lowered(&[(graph, vec![])], options);
+        let kernels = &manifests[0].kernels;
+        let at = kernels.iter().position(|name| name.starts_with(kernel));
+        let at = at.unwrap_or_else(|| panic!("no {kernel} in {kernels:?}"));
+        let ptx = codegen::ptx(&Dialect::new().expect("a dialect"), &texts[at..=at], machine);
+        insta::assert_snapshot!(name, outline(&ptx.unwrap_or_else(|e| panic!("{e}"))));
+    }
+}
