@@ -166,27 +166,46 @@ impl Step {
         Step { loss, gradients: trained.map(gradient).collect() }
     }
 
-    /// How far this one is from `other`: in the loss, and in the gradient that lies furthest off. Of a gradient that is
-    /// nothing but rounding, a hundredth of the largest is the measure.
-    fn gaps(&self, other: &Step) -> (f32, (f32, &str)) {
+    /// How far this one is from `other`: the loss, and each gradient as a part of its largest number. Of one that is
+    /// nothing but rounding, a hundredth of all gradients' largest is the measure.
+    fn gaps<'a>(&'a self, other: &'a Step) -> impl Iterator<Item = (&'a str, f32)> {
         // `f32::max` would pass over what is no number.
         let more = |m: f32, x: &f32| if x.abs() > m || x.is_nan() { x.abs() } else { m };
-        let largest = |x: &[f32]| x.iter().fold(0.0, more);
+        let largest = move |x: &[f32]| x.iter().fold(0.0, more);
         let all = other.gradients.iter().fold(0.0, |m, (_, x)| more(m, &largest(x)));
         assert!(all > 0.0);
-        let gap = |(i, (_, y)): (usize, &Gradient)| {
-            let (name, x) = &self.gradients[i];
+        let gap = move |((name, x), (_, y)): (&'a Gradient, &'a Gradient)| {
             let apart: Vec<f32> = x.iter().zip(y).map(|(x, y)| x - y).collect();
-            (largest(&apart) / (largest(y) + 0.01 * all), name.as_str())
+            (name.as_str(), largest(&apart) / (largest(y) + 0.01 * all))
         };
-        let gaps = other.gradients.iter().enumerate().map(gap);
-        ((self.loss - other.loss).abs() / other.loss, gaps.max_by(|a, b| a.0.total_cmp(&b.0)).expect("some train"))
+        let loss = (self.loss - other.loss).abs() / other.loss;
+        std::iter::once(("loss", loss)).chain(self.gradients.iter().zip(&other.gradients).map(gap))
     }
 }
 
-/// Bounds in f32 and in half precision, of a loss and of a whole step's gradients; what one kernel may be off by is held
-/// in the tests beside the kernels.
-fn every_kernel_runs(chip: Chip, bounds: [(f32, f32); 2]) {
+/// What a step may be off by.
+#[derive(Clone, Copy)]
+struct Bounds {
+    loss: f32,
+    gradient: f32,
+    /// A gradient behind a relu, whose gate a rounding can open or shut.
+    gated: f32,
+}
+
+const SINGLE: Bounds = Bounds { loss: 1e-5, gradient: 1e-5, gated: 1e-5 };
+
+impl Bounds {
+    fn of(&self, name: &str) -> f32 {
+        match name {
+            "loss" => self.loss,
+            _ if name.contains(".adapter.down.") => self.gated,
+            _ => self.gradient,
+        }
+    }
+}
+
+/// `half` is of whole steps; what one kernel may be off by is held in the tests beside the kernels.
+fn every_kernel_runs(chip: Chip, half_bounds: Bounds) {
     let machine = Machine::Cuda(chip);
     let small: Vec<Spec> = specs().iter().map(Spec::small).collect();
     let lowered = |machine, precision| -> Vec<Lowered> {
@@ -213,16 +232,15 @@ fn every_kernel_runs(chip: Chip, bounds: [(f32, f32); 2]) {
         let model = spec.model();
         let inputs = exchange::inputs(&batch(&model), [3, 5]);
         let want = Step::of(Session::new(program, weights(&model), 2).expect("a session"), &inputs);
-        for (lowered, (loss, gradient)) in [single, half].into_iter().zip(bounds) {
+        for (lowered, bounds) in [(single, SINGLE), (half, half_bounds)] {
             let backend = Simulated::new(module.clone(), &lowered.manifest);
             let session = Session::on(Box::new(backend), lowered.manifest, weights(&model)).expect("a session");
             let step = Step::of(session, &inputs);
-            let (off, (gap, of)) = step.gaps(&want);
-            let said = format!("{}: the loss is off by {off:.1e}, the gradient of `{of}` by {gap:.1e}", spec.name);
-            println!("{said}");
-            if off.is_nan() || off > loss || gap.is_nan() || gap > gradient {
-                wrong.push(said);
-            }
+            let beyond = |&(name, gap): &(&str, f32)| gap.is_nan() || gap > bounds.of(name);
+            let all: Vec<(&str, f32)> = step.gaps(&want).collect();
+            println!("{}: {:.1e} at most", spec.name, all.iter().fold(0.0, |m: f32, (_, gap)| m.max(*gap)));
+            let found = all.into_iter().filter(beyond);
+            wrong.extend(found.map(|(name, gap)| format!("{}: `{name}` is off by {gap:.1e}", spec.name)));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -230,7 +248,7 @@ fn every_kernel_runs(chip: Chip, bounds: [(f32, f32); 2]) {
 
 #[test]
 fn every_kernel_on_sm_70() {
-    every_kernel_runs(Chip::Sm70, [(1e-5, 1e-5), (1e-3, 3e-3)]);
+    every_kernel_runs(Chip::Sm70, Bounds { loss: 1e-3, gradient: 3e-3, gated: 5e-2 });
 }
 
 /// Where half precision is bf16, with eight bits.
@@ -240,5 +258,5 @@ fn every_kernel_on_sm_80() {
         println!("skipped: PEFTC_FULL is not set");
         return;
     }
-    every_kernel_runs(Chip::Sm80, [(1e-5, 1e-5), (8e-3, 3e-2)]);
+    every_kernel_runs(Chip::Sm80, Bounds { loss: 8e-3, gradient: 3e-2, gated: 0.4 });
 }
