@@ -489,17 +489,26 @@ impl Kernel {
         self.emit(ty, format_args!("vector.extract_strided_slice {x} {{{slice}}} : {} to {ty}", x.ty))
     }
 
+    /// Of a processor's two vectors the lanes that `which` names, those of `y` after those of `x`.
+    pub fn picked(&mut self, x: Val, y: Val, which: impl Fn(u64) -> u64) -> Val {
+        let lanes = x.ty.lanes.expect("a vector");
+        let places = list((0..lanes).map(which));
+        self.emit(x.ty, format_args!("vector.shuffle {x}, {y} [{places}] : {}, {}", x.ty, x.ty))
+    }
+
     /// The columns of a square whose rows are vectors.
     pub fn turned(&mut self, mut square: Vec<Val>) -> Vec<Val> {
         let side = square.len();
-        // Each round turns the bits of a row's number and of a lane's by one: (row, lane) ends as (lane, row).
-        for _ in 0..side.ilog2() {
-            let (upper, lower) = square.split_at(side / 2);
-            let pair = |(&x, &y): (&Val, &Val)| {
-                let both = self.interleave(x, y);
-                [0, side as u64].map(|at| self.part(both, at, side as u64))
-            };
-            square = upper.iter().zip(lower).flat_map(pair).collect();
+        // Bit by bit, the row's number and the lane's change theirs. Lanes that are near come first: they are the cheap
+        // ones, and what is left to do in halves of a register is what a processor has instructions for.
+        for bit in (0..side.ilog2()).map(|n| 1 << n) {
+            for r in (0..side).filter(|r| r & bit == 0) {
+                let (x, y, bit, side) = (square[r], square[r + bit], bit as u64, side as u64);
+                let without = |lane: u64| lane & bit == 0;
+                let upper = self.picked(x, y, |lane| if without(lane) { lane } else { side + lane - bit });
+                let lower = self.picked(x, y, |lane| if without(lane) { lane + bit } else { side + lane });
+                (square[r], square[r + bit as usize]) = (upper, lower);
+            }
         }
         square
     }

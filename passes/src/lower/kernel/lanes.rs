@@ -290,11 +290,8 @@ impl Kernel {
                     let product = self.mul(words, factor);
                     self.emit(ty, format_args!("vector.bitcast {product} : {wide} to {ty}"))
                 });
-                let [low, high] = [0, 1].map(|first| {
-                    let places = (0..LANES).map(|lane| (lane / 2 * 2 + first + lane % 2 * LANES).to_string());
-                    let places = places.collect::<Vec<_>>().join(", ");
-                    self.emit(ty, format_args!("vector.shuffle {even}, {odd} [{places}] : {ty}, {ty}"))
-                });
+                let [low, high] =
+                    [0, 1].map(|first| self.picked(even, odd, |lane| lane / 2 * 2 + first + lane % 2 * LANES));
                 (high, low)
             }
             Form::Warps { .. } => {
