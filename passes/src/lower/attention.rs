@@ -82,24 +82,14 @@ pub(super) struct Segment {
     /// First token of the sequence, and how many it has.
     pub start: Val,
     pub length: Val,
-    /// Its first row in `[heads, tokens, ·]`.
-    pub row: Val,
 }
 
 impl Segment {
-    pub fn of(k: &mut Kernel, unit: Val, tokens: Val, sequences: Val, offsets: Buf) -> Segment {
-        let place = (k.div(unit, sequences), k.rem(unit, sequences));
-        Segment::at(k, place, tokens, offsets)
-    }
-
-    pub fn at(k: &mut Kernel, (head, sequence): (Val, Val), tokens: Val, offsets: Buf) -> Segment {
+    pub fn of(k: &mut Kernel, (head, sequence): (Val, Val), offsets: Buf) -> Segment {
         let one = k.index(1);
         let next = k.add(sequence, one);
         let (start, end) = (k.load_index(offsets, sequence), k.load_index(offsets, next));
-        let length = k.sub(end, start);
-        let row = k.mul(head, tokens);
-        let row = k.add(row, start);
-        Segment { head, start, length, row }
+        Segment { head, start, length: k.sub(end, start) }
     }
 
     /// `count` rows from `i` on; beyond the last row it is the last one again.
@@ -118,17 +108,22 @@ impl Segment {
 /// A segment with its square.
 struct Head {
     segment: Segment,
+    /// Its first row in `[heads, tokens, ·]`.
+    row: Val,
     /// Its scores in `[heads, tokens, keys]`: `length` rows of `length`.
     square: Val,
 }
 
 impl Head {
     fn of(k: &mut Kernel, unit: Val, tokens: Val, all_pairs: Val, sequences: Val, offsets: Buf, pairs: Buf) -> Head {
-        let segment = Segment::of(k, unit, tokens, sequences, offsets);
+        let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
+        let segment = Segment::of(k, (head, sequence), offsets);
+        let row = k.mul(head, tokens);
+        let row = k.add(row, segment.start);
         let square = k.mul(segment.head, all_pairs);
         let before = k.load_index(pairs, segment.start);
         let square = k.add(square, before);
-        Head { segment, square }
+        Head { segment, row, square }
     }
 }
 
@@ -156,7 +151,7 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
         let queries: Vec<Val> = rows
             .iter()
             .map(|&row| {
-                let row = k.add(segment.row, row);
+                let row = k.add(head.row, row);
                 k.mul(row, width)
             })
             .collect();
@@ -227,7 +222,7 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
             let vectors = vectors(k, e, width);
             let start = zeros(k);
             let sums = k.fold(from, to, 1, &start, |k, j, sums| {
-                let line = k.add(segment.row, j);
+                let line = k.add(head.row, j);
                 let line = k.mul(line, width);
                 let values: Vec<Val> = vectors
                     .iter()
@@ -252,7 +247,7 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
                 k.outer(ROWS, weight, &values, sums, Kernel::fma)
             });
             for (r, &row) in rows.iter().enumerate() {
-                let line = k.add(segment.row, row);
+                let line = k.add(head.row, row);
                 let line = k.mul(line, width);
                 for (c, &(at, mask)) in vectors.iter().enumerate() {
                     let place = k.add(line, at);

@@ -30,7 +30,7 @@ use crate::machine::Machine;
 const _: () = assert!(LANES == ROWS * random::EACH);
 
 /// Sizes of a kernel before those that say how its operands and results lie.
-const SIZES: usize = 6;
+const SIZES: usize = 5;
 
 /// Floats a sequence has room for beyond its length: rounded up with its phase, so that vectors need no masks.
 const SLACK: u64 = VECTORS * LANES + ROWS;
@@ -96,8 +96,13 @@ impl Lowering<'_, '_, '_> {
         };
         let drops = form.p > 0.0 && part != Part::Lse;
         let floats = operands.len() - usize::from(drops);
-        let mut sizes = vec![Extent::Tokens, width.clone(), wide.clone(), Extent::Sequences];
-        sizes.extend([Extent::Const(u64::from(stream)), Extent::Const(column)]);
+        // What counts units: a processor's heads of a sequence are neighbours, as they are in memory.
+        let count = match self.target.machine {
+            Machine::Cpu(_) => heads.clone(),
+            Machine::Cuda(_) => Extent::Sequences,
+        };
+        let mut sizes =
+            vec![width.clone(), wide.clone(), count, Extent::Const(u64::from(stream)), Extent::Const(column)];
         let mut lie = |view: &View| {
             sizes.push(view.first.clone());
             sizes.extend(view.steps[..2].iter().map(Step::extent));
@@ -168,8 +173,9 @@ impl Lowering<'_, '_, '_> {
         buffers.extend([first, second, factor, other, rows, offsets]);
         let kernel = self.target.kernel(&name, |machine| {
             define(machine, &elements, sizes.len(), |k, buffers, sizes| {
+                let room = Room::of(k, buffers, sizes);
                 k.units(|k, unit| {
-                    let unit = Unit::of(k, unit, (buffers, sizes), (part, form), drops);
+                    let unit = Unit::of(k, unit, &room, (buffers, sizes), (part, form), drops);
                     match part {
                         Part::Forward | Part::Both => forward(k, &unit),
                         Part::Lse => lse(k, &unit),
@@ -295,7 +301,7 @@ impl Head {
         (part, form): (Part, Form),
         drops: bool,
     ) -> Head {
-        let [_, width, wide, _, stream, column] = super::kernel::first(sizes);
+        let [width, wide, _, stream, column] = super::kernel::first(sizes);
         let count = buffers.len() - part.results();
         let (operands, results) = buffers.split_at(count);
         let (operands, rng) = operands.split_at(count - usize::from(drops));
@@ -316,60 +322,74 @@ impl Head {
     }
 }
 
-/// One head of one sequence, and room for what is computed on the way.
-struct Unit {
-    head: Head,
+/// Room for what is computed on the way. Of all units that a thread takes in one go there is room for each, side by
+/// side; all of them use the place of the first, so that it stays in the nearest caches.
+struct Room {
     /// Transposed operands, `[width][stride]`, and where they begin.
     first: (Buf, Val),
     second: (Buf, Val),
-    /// Room for what the weights multiply, and where the unit's begins.
+    /// For what the weights multiply.
     factor: (Buf, Val),
     other: (Buf, Val),
     /// Scores, and as many rows behind them for products with df.
-    rows: Buf,
+    rows: (Buf, Val),
+}
+
+impl Room {
+    fn of(k: &mut Kernel, buffers: &[Buf], sizes: &[Val]) -> Room {
+        let [first, second, factor, other, rows, offsets] = super::kernel::first(&buffers[buffers.len() - 6..]);
+        let [width, wide, heads] = super::kernel::first(sizes);
+        let unit = k.first_unit();
+        let segment = segment(k, unit, heads, offsets);
+        // Before it are all heads of earlier sequences, and some of this one.
+        let earlier = k.mul(segment.start, heads);
+        let beside = k.mul(segment.head, segment.length);
+        let place = k.add(earlier, beside);
+        let slack = k.index(SLACK);
+        let slack = k.mul(unit, slack);
+        let place = k.add(place, slack);
+        let double = k.index(2 * ROWS);
+        let [narrow, broad, rows_at] = [width, wide, double].map(|width| k.mul(place, width));
+        Room {
+            first: (first, narrow),
+            second: (second, broad),
+            factor: (factor, narrow),
+            other: (other, broad),
+            rows: (rows, rows_at),
+        }
+    }
+}
+
+/// One head of one sequence, with its room.
+struct Unit<'a> {
+    head: Head,
+    room: &'a Room,
     scores: Val,
     products: Val,
     /// Of a transposed operand and of a row: the length, rounded up.
     stride: Val,
 }
 
-impl Unit {
+impl<'a> Unit<'a> {
     fn of(
         k: &mut Kernel,
         unit: Val,
+        room: &'a Room,
         (buffers, sizes): (&[Buf], &[Val]),
         (part, form): (Part, Form),
         drops: bool,
-    ) -> Unit {
+    ) -> Self {
         let (buffers, rest) = buffers.split_at(buffers.len() - 6);
-        let [first, second, factor, other, rows, offsets] = super::kernel::first(rest);
-        let [tokens, _, _, sequences] = super::kernel::first(sizes);
-        let segment = Segment::of(k, unit, tokens, sequences, offsets);
+        let segment = segment(k, unit, sizes[2], rest[rest.len() - 1]);
         let head = Head::of(k, segment, (buffers, sizes), (part, form), drops);
         let step = k.index(across(k) * LANES);
         let slots = k.add(head.segment.length, head.phase);
         let stride = round_up(k, slots, step);
-        let slack = k.index(SLACK);
-        let slack = k.mul(unit, slack);
-        let place = k.add(head.segment.row, slack);
-        let (narrow, broad) = (k.mul(place, head.width), k.mul(place, head.wide));
-        let double = k.index(2 * ROWS);
-        let scores = k.mul(place, double);
-        let scores = k.add(scores, head.phase);
+        let scores = k.add(room.rows.1, head.phase);
         let rows_of_block = k.index(ROWS);
         let block = k.mul(stride, rows_of_block);
         let products = k.add(scores, block);
-        Unit {
-            head,
-            first: (first, narrow),
-            second: (second, broad),
-            factor: (factor, narrow),
-            other: (other, broad),
-            rows,
-            scores,
-            products,
-            stride,
-        }
+        Unit { head, room, scores, products, stride }
     }
 
     /// Places of row `r` of the block among the scores or products.
@@ -413,6 +433,11 @@ impl Unit {
     fn generator(&self, k: &mut Kernel) -> Option<[Val; 2]> {
         self.head.rng.map(|rng| random::key(k, rng))
     }
+}
+
+fn segment(k: &mut Kernel, unit: Val, heads: Val, offsets: Buf) -> Segment {
+    let (sequence, head) = (k.div(unit, heads), k.rem(unit, heads));
+    Segment::of(k, (head, sequence), offsets)
 }
 
 fn round_up(k: &mut Kernel, n: Val, step: Val) -> Val {
@@ -529,7 +554,7 @@ fn product(
                 let offset = k.index(v * k.lane_count());
                 let place = k.add(line, j);
                 let place = k.add(place, offset);
-                k.store_vector(sum, unit.rows, place);
+                k.store_vector(sum, unit.room.rows.0, place);
             }
         }
     });
@@ -563,7 +588,7 @@ fn weighted(
                 .collect();
             let weight = |k: &mut Kernel, r: usize| {
                 let place = k.add(lines[r], j);
-                k.load(unit.rows, place)
+                k.load(unit.room.rows.0, place)
             };
             k.outer(ROWS, weight, &values, sums, Kernel::fma)
         });
@@ -590,14 +615,14 @@ fn weighted(
 fn lse(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let [q, keys] = &unit.head.operands[..] else { unreachable!("two operands") };
-    transpose(k, unit, keys, unit.head.width, unit.first);
+    transpose(k, unit, keys, unit.head.width, unit.room.first);
     k.each(zero, unit.head.segment.length, ROWS, |k, i| {
         let block = unit.head.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
+        product(k, unit, q, &block, unit.head.width, unit.room.first, (zero, end), (unit.scores, unit.head.form.scale));
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
-            let lse = rows::logsumexp(k, unit.rows, Span { base: line, length: limit });
+            let lse = rows::logsumexp(k, unit.room.rows.0, Span { base: line, length: limit });
             let place = unit.head.results[0].row(k, row);
             k.store(lse, unit.head.results[0].buffer, place);
         }
@@ -608,16 +633,16 @@ fn forward(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let [q, keys, v] = &unit.head.operands[..] else { unreachable!("three operands") };
     let generator = unit.generator(k);
-    transpose(k, unit, keys, unit.head.width, unit.first);
-    let values = gathered(k, unit, v, unit.head.wide, unit.other);
+    transpose(k, unit, keys, unit.head.width, unit.room.first);
+    let values = gathered(k, unit, v, unit.head.wide, unit.room.other);
     k.each(zero, unit.head.segment.length, ROWS, |k, i| {
         let block = unit.head.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
+        product(k, unit, q, &block, unit.head.width, unit.room.first, (zero, end), (unit.scores, unit.head.form.scale));
         let weights = |(r, &row): (usize, &Val)| {
             let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
             let span = Span { base: line, length: limit };
-            let (most, total) = rows::exponentials(k, unit.rows, span, Some(unit.rows));
+            let (most, total) = rows::exponentials(k, unit.room.rows.0, span, Some(unit.room.rows.0));
             if let Some(out) = unit.head.results.get(1) {
                 let lse = rows::log_of(k, (most, total));
                 let place = out.row(k, row);
@@ -628,7 +653,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         let weights: Vec<(Val, Val)> = block.iter().enumerate().map(weights).collect();
         along(k, unit, (i, end), generator, |k, r, place, at, dropped| {
             let (limit, share) = weights[r];
-            let e = k.load_vector(unit.rows, place);
+            let e = k.load_vector(unit.room.rows.0, place);
             let w = k.mul(e, share);
             let w = dropped(k, w);
             only_below(k, w, at, limit)
@@ -642,14 +667,14 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
     let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
     let generator = unit.generator(k);
-    transpose(k, unit, keys, unit.head.width, unit.first);
-    transpose(k, unit, v, unit.head.wide, unit.second);
-    let rows = gathered(k, unit, keys, unit.head.width, unit.factor);
+    transpose(k, unit, keys, unit.head.width, unit.room.first);
+    transpose(k, unit, v, unit.head.wide, unit.room.second);
+    let rows = gathered(k, unit, keys, unit.head.width, unit.room.factor);
     k.each(zero, unit.head.segment.length, ROWS, |k, i| {
         let block = unit.head.segment.rows(k, i, ROWS);
         let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.head.width, unit.first, (zero, end), (unit.scores, unit.head.form.scale));
-        product(k, unit, df, &block, unit.head.wide, unit.second, (zero, end), (unit.products, 1.0));
+        product(k, unit, q, &block, unit.head.width, unit.room.first, (zero, end), (unit.scores, unit.head.form.scale));
+        product(k, unit, df, &block, unit.head.wide, unit.room.second, (zero, end), (unit.products, 1.0));
         let read = |(r, &row): (usize, &Val)| {
             let (place, place_r) = (lse.row(k, row), corrections.row(k, row));
             let (lse, correction) = (k.load(lse.buffer, place), k.load(corrections.buffer, place_r));
@@ -659,11 +684,11 @@ fn over_keys(k: &mut Kernel, unit: &Unit) {
         let by = k.floats(unit.head.form.scale);
         along(k, unit, (i, end), generator, |k, r, place, at, dropped| {
             let (beside, limit, lse, correction) = read[r];
-            let s = k.load_vector(unit.rows, place);
+            let s = k.load_vector(unit.room.rows.0, place);
             let s = k.sub(s, lse);
             let w = math::exp(k, s);
             let offset = k.add(beside, at);
-            let dp = k.load_vector(unit.rows, offset);
+            let dp = k.load_vector(unit.room.rows.0, offset);
             let dp = dropped(k, dp);
             let ds = k.add(dp, correction);
             let ds = k.mul(ds, w);
@@ -700,7 +725,7 @@ fn along(
             let dropped =
                 |k: &mut Kernel, x: Val| words.map_or(x, |words| random::dropped(k, x, words[r], unit.head.form.p));
             let y = value(k, r, place, at, &dropped);
-            k.store_vector(y, unit.rows, place);
+            k.store_vector(y, unit.room.rows.0, place);
         }
     });
 }
@@ -718,13 +743,13 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
     let zero = k.index(0);
     let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
     let generator = unit.generator(k);
-    transpose(k, unit, q, unit.head.width, unit.first);
+    transpose(k, unit, q, unit.head.width, unit.room.first);
     let (of_keys, of_values) = (part != Part::Adjoint(2), part != Part::Adjoint(1));
     if of_keys {
-        transpose(k, unit, df, unit.head.wide, unit.second);
+        transpose(k, unit, df, unit.head.wide, unit.room.second);
     }
-    let queries = of_keys.then(|| gathered(k, unit, q, unit.head.width, unit.factor));
-    let adjoints = of_values.then(|| gathered(k, unit, df, unit.head.wide, unit.other));
+    let queries = of_keys.then(|| gathered(k, unit, q, unit.head.width, unit.room.factor));
+    let adjoints = of_values.then(|| gathered(k, unit, df, unit.head.wide, unit.room.other));
     let slots = k.add(unit.head.segment.length, unit.head.phase);
     k.each(zero, slots, ROWS, |k, slot| {
         let block = unit.keys(k, slot);
@@ -743,7 +768,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
             keys,
             &block,
             unit.head.width,
-            unit.first,
+            unit.room.first,
             (begin, unit.head.segment.length),
             (unit.scores, unit.head.form.scale),
         );
@@ -754,7 +779,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
                 v,
                 &block,
                 unit.head.wide,
-                unit.second,
+                unit.room.second,
                 (begin, unit.head.segment.length),
                 (unit.products, 1.0),
             );
@@ -783,7 +808,7 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
             let nothing = k.floats(0.0);
             for (r, &[line, beside]) in lines.iter().enumerate() {
                 let place = k.add(line, i);
-                let s = k.load_vector(unit.rows, place);
+                let s = k.load_vector(unit.room.rows.0, place);
                 let s = k.sub(s, lse);
                 let w = math::exp(k, s);
                 let dropped = |k: &mut Kernel, x: Val| match words {
@@ -801,11 +826,11 @@ fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
                 let store = |k: &mut Kernel, y: Val, place: Val| {
                     let y = k.select(mask, y, nothing);
                     let y = earlier.map_or(y, |earlier| k.select(earlier, nothing, y));
-                    k.store_vector(y, unit.rows, place);
+                    k.store_vector(y, unit.room.rows.0, place);
                 };
                 let beside = k.add(beside, i);
                 if of_keys {
-                    let dp = k.load_vector(unit.rows, beside);
+                    let dp = k.load_vector(unit.room.rows.0, beside);
                     let dp = dropped(k, dp);
                     let ds = k.add(dp, correction);
                     let ds = k.mul(ds, w);

@@ -187,14 +187,14 @@ impl Unit {
         (part, form): (Part, Form),
         drops: bool,
     ) -> Unit {
-        let [tokens, _, _, sequences] = super::kernel::first(sizes);
+        let [_, _, sequences] = super::kernel::first(sizes);
         let (sizes, last) = sizes.split_at(sizes.len() - 2);
         let [blocks, panels] = super::kernel::first(last);
         let (&offsets, buffers) = buffers.split_last().expect("it is the last");
         let (rest, block) = (k.div(unit, blocks), k.rem(unit, blocks));
         let (head, panel) = (k.div(rest, panels), k.rem(rest, panels));
         let sequence = sequence(k, block, sequences, offsets);
-        let segment = Segment::at(k, (head, sequence), tokens, offsets);
+        let segment = Segment::of(k, (head, sequence), offsets);
         let before = first_block(k, segment.start, sequence);
         let head = Head::of(k, segment, (buffers, sizes), (part, form), drops);
         let tile = k.index(TILE);

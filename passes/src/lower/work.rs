@@ -112,7 +112,7 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         return Work { flops, half: true, blocks, reads, under_way: f64::INFINITY };
     }
     if kernel.starts_with("attention") {
-        let [width, wide, sequences] = [1, 2, 3].map(number);
+        let [width, wide, sequences] = [0, 1, 2].map(number);
         let [blocks_each, panels] = [2, 1].map(|i| number(extents.len() - i));
         let causal = kernel.contains("_causal");
         // Numbers of a pair of a query and a key that are asked for; how long the products are that make its weight, and

@@ -505,6 +505,14 @@ impl Kernel {
 
     // Control.
 
+    /// The first of the units that a processor's thread takes in one go.
+    pub fn first_unit(&self) -> Val {
+        match self.form {
+            Form::Vectors { begin, .. } => begin,
+            Form::Warps { .. } => unreachable!("a warp's units are apart"),
+        }
+    }
+
     /// The units asked for.
     pub fn units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
         match self.form {
