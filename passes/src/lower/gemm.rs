@@ -542,23 +542,23 @@ fn gemm(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
         let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), element);
         let piece = if form.packed { b } else { k.scratch(tile.depth * tile.columns(), element) };
         let steps = form.factors.steps_in(k, depth);
-        // Units of about as many rows each, but whole tiles.
-        let size = {
-            let tile = k.index(tile.rows);
-            let all = k.mul(blocks, tile);
-            let tiles = k.div_up(m, all);
-            k.mul(tiles, tile)
-        };
+        let tile_rows = k.index(tile.rows);
+        let tiles = k.div_up(m, tile_rows);
         k.units(|k, unit| {
             // Neighbours share their part of B: it is read from memory once.
             let row = k.rem(unit, blocks);
             let rest = k.div(unit, blocks);
             let (batch, group) = (k.div(rest, groups), k.rem(rest, groups));
             let (zero, one) = (k.index(0), k.index(1));
-            let row = k.mul(row, size);
-            let rows = k.sub(m, row);
-            let rows = k.max(zero, rows);
-            let rows = k.min(rows, size);
+            // Units of as many tiles each, or one more: a last one of few would leave a thread idle.
+            let after = k.add(row, one);
+            let [row, end] = [row, after].map(|row| {
+                let before = k.mul(row, tiles);
+                let before = k.div(before, blocks);
+                k.mul(before, tile_rows)
+            });
+            let end = k.min(end, m);
+            let rows = k.sub(end, row);
             let panel = k.mul(group, shared);
             let end_panel = k.add(panel, shared);
             let end_panel = k.min(end_panel, panels);
