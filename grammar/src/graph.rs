@@ -251,6 +251,7 @@ pub enum Op {
     /// (x, rng) → x/(1−p) where Philox4x32-10 says keep, else 0. rng = i32[2] (seed, step) is the key;
     /// the counter is (column / 4, row, lead, stream), the lane column % 4, kept iff the word ≥ ⌊p·2³²⌋.
     /// Column is the index on the last axis, counted from `column`, row on the one before, lead on all others flattened.
+    /// (x, rng, rows[n]): row r of the n is taken for row rows_r, so that rows of a tensor are dropped as in the whole.
     Dropout { p: f64, stream: u32, column: u64 },
 }
 
@@ -355,7 +356,7 @@ pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
     ("segment_mean_vjp", Some(1), &[]),
     ("cross_entropy", Some(2), &["smoothing"]),
     ("cross_entropy_vjp", Some(3), &["smoothing"]),
-    ("dropout", Some(2), &["p", "stream", "column"]),
+    ("dropout", None, &["p", "stream", "column"]),
 ];
 
 impl Op {
@@ -532,7 +533,8 @@ impl Op {
             ));
         }
         let ids_at: &[usize] = match self {
-            Op::Gather { .. } | Op::CrossEntropy { .. } | Op::CrossEntropyVjp { .. } | Op::Dropout { .. } => &[1],
+            Op::Gather { .. } | Op::CrossEntropy { .. } | Op::CrossEntropyVjp { .. } => &[1],
+            Op::Dropout { .. } => &[1, 2],
             Op::Float | Op::Scatter { .. } => &[0],
             Op::Attention { .. } => &[3],
             Op::AttentionVjp { .. } => &[6],
@@ -822,10 +824,18 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
             if !(0.0..1.0).contains(p) {
                 return Err(format!("dropout wants a rate of at least 0 and below 1, found {p}"));
             }
+            if !matches!(operands.len(), 2 | 3) {
+                return Err(format!("`{name}` takes 2 or 3 operands, found {}", operands.len()));
+            }
             if operands[1].shape != [Dim::Const(2)] {
                 return Err(format!("dropout wants its key as i32[2], found {}", operands[1]));
             }
-            same()
+            match (operands[0], operands.get(2)) {
+                (x, Some(rows)) if x.ragged() || x.rank() < 2 || rows.shape != x.shape[x.rank() - 2..x.rank() - 1] => {
+                    Err(format!("dropout wants a number for each row, found {x} and {rows}"))
+                }
+                _ => same(),
+            }
         }
     }
 }

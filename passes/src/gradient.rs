@@ -182,7 +182,7 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
         // ℓ = −Σ w ln softmax(x):  dx = dℓ (softmax(x) − w)
         (Op::CrossEntropy { smoothing }, 0) => t.op(Op::CrossEntropyVjp { smoothing: *smoothing }, &[x, y, dz]),
         // The same elements are kept, by the same counter.
-        (Op::Dropout { .. }, 0) => t.op(op.clone(), &[dz, y]),
+        (Op::Dropout { .. }, 0) => t.op(op.clone(), &[&[dz], &operands[1..]].concat()),
 
         (op, _) => Err(format!("`{}` has no derivative for operand {}", op.name(), i + 1)),
     }

@@ -523,8 +523,10 @@ impl<'a> Machine<'a> {
                 let (x, drop) = (self.f(0), self.drop(*p, *stream, *column, 1));
                 let n = x.shape.len();
                 let rows = if n < 2 { 1 } else { batch.dim(x.shape[n - 2]) };
+                let numbers = (self.node.operands.len() > 2).then(|| self.ids(2));
                 self.rows(|r| {
-                    let scaled = |(c, x): (usize, &f64)| x * drop.factor(r / rows, r % rows, c);
+                    let row = numbers.map_or(r % rows, |numbers| numbers[r % rows] as usize);
+                    let scaled = |(c, x): (usize, &f64)| x * drop.factor(r / rows, row, c);
                     x.row(r).iter().enumerate().map(scaled).collect()
                 })
             }

@@ -181,13 +181,14 @@ enum Step {
     /// Divided by how often a value was repeated: two of the kernel's sizes, out and in.
     Mean(usize, usize),
     /// Of columns from `column` on, or of rows of that column alone; the stream is one of the kernel's sizes, so that
-    /// layers share the kernel.
+    /// layers share the kernel. A leaf may number the rows.
     Dropout {
         x: usize,
         p: f64,
         column: u64,
         stream: usize,
         narrow: bool,
+        rows: Option<usize>,
     },
 }
 
@@ -241,8 +242,12 @@ impl Lowering<'_, '_, '_> {
         let draws = members.iter().any(is_draw);
         let leaves = groups.leaves(graph, root);
 
-        // Leaves that are arrays of the shape; the generator's key is not one of them.
-        let keys: Vec<Value> = members.iter().filter(|at| is_draw(at)).map(|&at| graph.nodes[at].operands[1]).collect();
+        // Leaves that are arrays of the shape; the generator's key is not one of them. Numbers of rows are a column.
+        let drawn = |operand: usize| {
+            let draws = members.iter().filter(|at| is_draw(at));
+            draws.filter_map(|&at| graph.nodes[at].operands.get(operand).copied()).collect::<Vec<Value>>()
+        };
+        let (keys, numbers) = (drawn(1), drawn(2));
         let arrays: Vec<Value> = leaves.iter().copied().filter(|v| !keys.contains(v)).collect();
         if keys.windows(2).any(|k| k[0] != k[1]) {
             return Err("two generators in one group".into());
@@ -262,7 +267,11 @@ impl Lowering<'_, '_, '_> {
         };
         let mut views: Vec<Option<View>> = arrays.iter().map(|&v| self.place(v).view.clone()).collect();
         views.push(Some(view).filter(|view| !view.is_dense()));
-        let shapes: Vec<&[Dim]> = arrays.iter().map(|&v| &self.ty(v).shape[..]).collect();
+        let lying = |v: Value| {
+            let column = numbers.contains(&v).then_some(Dim::Const(1));
+            self.ty(v).shape.iter().copied().chain(column).collect::<Vec<_>>()
+        };
+        let shapes: Vec<Vec<Dim>> = arrays.iter().map(|&v| lying(v)).collect();
         let narrow = draws && !rows && shape.len() > 1 && shape.last() == Some(&Dim::Const(1));
         let apart = if narrow {
             Apart::Lead
@@ -272,8 +281,7 @@ impl Lowering<'_, '_, '_> {
             Apart::Nothing
         };
         let axes = merged_axes(shape, &shapes, views.iter().flatten(), apart);
-        let runs = |v: Value| {
-            let own = &self.ty(v).shape;
+        let runs = |own: &[Dim]| {
             let missing = shape.len() - own.len();
             let along = |axis: &Range<usize>| {
                 let differs = |a: usize| a >= missing && own[a - missing] == shape[a];
@@ -297,14 +305,15 @@ impl Lowering<'_, '_, '_> {
             }
             Leaf { runs, view: Some(at) }
         };
-        let forms: Vec<Leaf> = arrays.iter().zip(&views).map(|(&v, view)| lie(runs(v), view)).collect();
+        let forms: Vec<Leaf> = shapes.iter().zip(&views).map(|(own, view)| lie(runs(own), view)).collect();
         let form_out = lie(vec![true; axes.len()], &views[arrays.len()]);
         let mut steps = vec![];
         let mut step_of = std::collections::HashMap::new();
         for &at in &members {
             let node = &graph.nodes[at];
             let mut operands = vec![];
-            for &operand in node.operands.iter().filter(|v| !keys.contains(v)) {
+            let dropped = matches!(node.op, Op::Dropout { .. });
+            for &operand in if dropped { &node.operands[..1] } else { &node.operands[..] } {
                 let step = *step_of.entry(operand).or_insert_with(|| {
                     steps.push(Step::Leaf(arrays.iter().position(|&a| a == operand).expect("a leaf")));
                     steps.len() - 1
@@ -326,7 +335,8 @@ impl Lowering<'_, '_, '_> {
                     sizes.push(Extent::Const(u64::from(stream)));
                     let own = &self.ty(node.result).shape;
                     let narrow = own != shape && one_column(own, shape);
-                    Step::Dropout { x: operands[0], p, column, stream: sizes.len() - 1, narrow }
+                    let rows = node.operands.get(2).and_then(|rows| arrays.iter().position(|a| a == rows));
+                    Step::Dropout { x: operands[0], p, column, stream: sizes.len() - 1, narrow, rows }
                 }
                 _ => Step::Op(node.op.clone(), operands),
             });
@@ -370,7 +380,7 @@ enum Apart {
 /// every view and nothing wants them `apart`: the generator counts rows and columns, and a ragged axis is alone.
 fn merged_axes<'v>(
     shape: &[Dim],
-    leaves: &[&[Dim]],
+    leaves: &[Vec<Dim>],
     views: impl Iterator<Item = &'v View> + Clone,
     apart: Apart,
 ) -> Vec<Range<usize>> {
@@ -689,24 +699,32 @@ pub(super) fn lanes_of<'f>(
 }
 
 impl Row<'_> {
-    /// The generator's words for the columns from j on that one call draws, for every dropout of the form; of rows of
-    /// one column for those from j on.
-    fn draw(&self, k: &mut Kernel, j: Val) -> Vec<Vec<Val>> {
+    /// The generator's words for the columns from j to `end` that one call draws, for every dropout of the form; of rows
+    /// of one column for those from j on.
+    fn draw(&self, k: &mut Kernel, (j, end): (Val, Val)) -> Vec<Vec<Val>> {
         let Some(key) = self.key else { return vec![] };
         let streams = self.form.steps.iter().filter_map(|s| match s {
-            Step::Dropout { column, stream, narrow, .. } => Some((self.sizes[*stream], *column, *narrow)),
+            Step::Dropout { column, stream, narrow, rows, .. } => Some((self.sizes[*stream], *column, *narrow, *rows)),
             _ => None,
         });
         let (row, lead) = (random::lanes_of(k, self.row), random::lanes_of(k, self.lead));
-        let words = streams.map(|(stream, column, narrow)| {
+        let words = streams.map(|(stream, column, narrow, rows)| {
             let stream = random::lanes_of(k, stream);
-            if narrow {
+            let row = match rows.map(|leaf| self.sources[leaf]) {
+                Some(Source::Repeated(number)) => number,
+                Some(Source::Along(numbers, base)) => {
+                    let (place, left) = (k.add(base, j), k.sub(end, j));
+                    let mask = k.mask(left);
+                    k.load_lanes(numbers, place, mask)
+                }
+                None if self.form.narrow => {
+                    let (first, lanes) = (random::lanes_of(k, j), k.lane_numbers());
+                    k.add(first, lanes)
+                }
+                _ => row,
+            };
+            if narrow || self.form.narrow {
                 return vec![random::draw_column(k, key, column, [row, lead, stream])];
-            }
-            if self.form.narrow {
-                let (first, lanes) = (random::lanes_of(k, j), k.lane_numbers());
-                let rows = k.add(first, lanes);
-                return vec![random::draw_column(k, key, column, [rows, lead, stream])];
             }
             let first = k.index(column);
             let first = k.add(first, j);
@@ -733,7 +751,7 @@ pub(super) fn write_row(
     let given = given.as_ref();
     let most = given.and_then(|given| given.columns);
     let columns = |k: &mut Kernel, j: Val| {
-        let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, j)).collect();
+        let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, (j, end))).collect();
         for part in 0..most.unwrap_or(step) / lanes {
             let offset = k.index(part * lanes);
             let at = k.add(j, offset);

@@ -158,6 +158,12 @@ pub fn cases(h: u64, p: u64, r: u64) -> Vec<(Op, Vec<Type>)> {
         (Op::Dropout { p: 0.4, stream: 4, column: r }, vec![ragged(1), Type::i32([Const(2)])]),
         (Op::Dropout { p: 0.4, stream: 5, column: 6 }, vec![f(&[Const(h), Tokens, Const(1)]), Type::i32([Const(2)])]),
         (Op::Dropout { p: 0.4, stream: 6, column: 1 }, vec![f(&[Tokens, Const(1)]), Type::i32([Const(2)])]),
+        (Op::Dropout { p: 0.4, stream: 7, column: 0 }, vec![hidden, Type::i32([Const(2)]), Type::i32([Tokens])]),
+        (
+            Op::Dropout { p: 0.4, stream: 8, column: 2 },
+            vec![f(&[Tokens, Const(1)]), Type::i32([Const(2)]), Type::i32([Tokens])],
+        ),
+        (Op::Dropout { p: 0.4, stream: 9, column: 1 }, vec![heads, Type::i32([Const(2)]), Type::i32([Tokens])]),
     ]);
     all
 }

@@ -13,14 +13,14 @@ func.func @attention(
   %s = "peft.scale"(%raw) {by = 0.5} : (!square) -> !square
   %lse = "peft.log_sum_exp"(%s) : (!square) -> !row
   %w = "peft.softmax"(%s) : (!square) -> !square
-  %d = "peft.dropout"(%w, %rng) {column = 0, p = 0.25, stream = 3} : (!square, tensor<2xi32>) -> !square
+  %d = "peft.dropout"(%w, %rng) {column = 0, p = 0.25, stream = 3, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>} : (!square, tensor<2xi32>) -> !square
   %rd = "peft.mul"(%d, %r) : (!square, !row) -> !square
   %f = "peft.attend"(%rd, %v) {causal = false} : (!square, !heads) -> !heads
 
   %dv = "peft.attend_transposed"(%rd, %df) {causal = false} : (!square, !heads) -> !heads
   %drd = "peft.scores"(%df, %v) {causal = false} : (!heads, !heads) -> !square
   %dd = "peft.mul"(%drd, %r) : (!square, !row) -> !square
-  %dw = "peft.dropout"(%dd, %rng) {column = 0, p = 0.25, stream = 3} : (!square, tensor<2xi32>) -> !square
+  %dw = "peft.dropout"(%dd, %rng) {column = 0, p = 0.25, stream = 3, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>} : (!square, tensor<2xi32>) -> !square
   %ds = "peft.softmax_vjp"(%w, %dw) : (!square, !square) -> !square
   %draw = "peft.scale"(%ds) {by = 0.5} : (!square) -> !square
   %dq = "peft.attend"(%draw, %k) {causal = false} : (!square, !heads) -> !heads

@@ -26,7 +26,22 @@ func.func @batches(
   %m = "peft.matmul"(%q, %w) {transpose_x = false, transpose_y = false} : (!q, tensor<3x4x5xf32>) -> !t
   %a = "peft.add"(%m, %b) : (!t, tensor<3x1x5xf32>) -> !t
   %t = "peft.tanh"(%a) : (!t) -> !t
-  %d = "peft.dropout"(%t, %rng) {p = 0.25 : f64, stream = 3 : i64, column = 0 : i64} : (!t, tensor<2xi32>) -> !t
+  %d = "peft.dropout"(%t, %rng) {p = 0.25 : f64, stream = 3 : i64, column = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>} : (!t, tensor<2xi32>) -> !t
   %s = "peft.mul"(%d, %t) : (!t, !t) -> !t
   return %s : !t
+}
+
+// Some rows of a tensor, dropped as they would be in it, and a column of them.
+func.func @numbered(
+    %x: !x {peft.name = "x", peft.role = "input"}, %w: !w {peft.name = "w", peft.role = "frozen"},
+    %c: tensor<?x1xf32, "tokens,1"> {peft.name = "c", peft.role = "input"}, %u: !u {peft.name = "u", peft.role = "input"},
+    %rng: tensor<2xi32> {peft.name = "rng", peft.role = "input"},
+    %i: tensor<?xi32, "tokens"> {peft.name = "ids", peft.role = "input"}
+) -> (!u {peft.name = "z"}) {
+  %m = "peft.matmul"(%x, %w) {transpose_x = false, transpose_y = false} : (!x, !w) -> !u
+  %d = "peft.dropout"(%m, %rng, %i) {p = 0.25, stream = 3, column = 0, operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 0, 0>} : (!u, tensor<2xi32>, tensor<?xi32, "tokens">) -> !u
+  %e = "peft.dropout"(%c, %rng, %i) {p = 0.25, stream = 4, column = 0, operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 0, 0>} : (tensor<?x1xf32, "tokens,1">, tensor<2xi32>, tensor<?xi32, "tokens">) -> tensor<?x1xf32, "tokens,1">
+  %s = "peft.mul"(%d, %e) : (!u, tensor<?x1xf32, "tokens,1">) -> !u
+  %z = "peft.add"(%s, %u) : (!u, !u) -> !u
+  return %z : !u
 }

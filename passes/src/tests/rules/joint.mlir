@@ -13,7 +13,7 @@ func.func @forward(
   %as = "peft.concat"(%a, %s) {axis = 2, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>}
     : (!front, !square) -> !joint
   %w = "peft.softmax"(%as) : (!joint) -> !joint
-  %d = "peft.dropout"(%w, %rng) {column = 0, p = 0.25, stream = 3} : (!joint, tensor<2xi32>) -> !joint
+  %d = "peft.dropout"(%w, %rng) {column = 0, p = 0.25, stream = 3, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>} : (!joint, tensor<2xi32>) -> !joint
   %x = "peft.slice"(%d) {axis = 2, start = 0, end = 3} : (!joint) -> !front
   %y = "peft.slice"(%d) {axis = 2, start = 3, end = -1} : (!joint) -> !square
   return %x, %y : !front, !square

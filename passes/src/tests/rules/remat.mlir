@@ -12,7 +12,7 @@ func.func @remat(
   %a = "peft.matmul"(%x, %w) {transpose_x = false, transpose_y = false} : (!x, !w) -> !x
   %n = "peft.normalize"(%a) {eps = 0.0625} : (!x) -> !x
   %h = "peft.mul"(%n, %g) : (!x, !g) -> !x
-  %b = "peft.dropout"(%h, %rng) {column = 0, p = 0.25, stream = 3} : (!x, tensor<2xi32>) -> !x
+  %b = "peft.dropout"(%h, %rng) {column = 0, p = 0.25, stream = 3, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>} : (!x, tensor<2xi32>) -> !x
   %c = "peft.matmul"(%b, %w) {transpose_x = false, transpose_y = false} : (!x, !w) -> !x
   %d = "peft.softmax"(%c) : (!x) -> !x
   %e = "peft.matmul"(%d, %w) {transpose_x = false, transpose_y = true} : (!x, !w) -> !x

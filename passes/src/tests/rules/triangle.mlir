@@ -10,7 +10,7 @@ func.func @triangle(
   %raw = "peft.scores"(%q, %k) {causal = true} : (!heads, !heads) -> !square
   %s = "peft.scale"(%raw) {by = 0.5} : (!square) -> !square
   %w = "peft.softmax"(%s) : (!square) -> !square
-  %d = "peft.dropout"(%w, %rng) {column = 0, p = 0.25, stream = 3} : (!square, tensor<2xi32>) -> !square
+  %d = "peft.dropout"(%w, %rng) {column = 0, p = 0.25, stream = 3, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>} : (!square, tensor<2xi32>) -> !square
   %f = "peft.attend"(%d, %v) {causal = false} : (!square, !heads) -> !heads
   %dw = "peft.scores"(%df, %v) {causal = false} : (!heads, !heads) -> !square
   %ds = "peft.softmax_vjp"(%w, %dw) : (!square, !square) -> !square
