@@ -13,8 +13,17 @@ use peft_grammar::graph::{Graph, Op, Value};
 
 use crate::rewrite::{Rewriter, rewrite};
 
-/// What a rule looks like: an operation with its operands, and perhaps a better value for it.
-type Rule = fn(&mut Rewriter, &Op, &[Value], &Limits) -> Result<Option<Value>, String>;
+/// Of an operation with its operands, perhaps a better value.
+type Better = fn(&mut Rewriter, &Op, &[Value], &Limits) -> Result<Option<Value>, String>;
+
+/// What a rule looks at.
+pub enum Rule {
+    Operation(Better),
+    /// Where it matters who reads a value.
+    Graph(fn(&Graph) -> Result<Graph, String>),
+}
+
+use Rule::Operation;
 
 /// Sizes from which on a rule pays, or another kernel.
 #[derive(Clone, Copy, Debug)]
@@ -38,23 +47,32 @@ impl Default for Limits {
 
 /// Every rule by the name that `--no-fuse=NAME` takes, with what it does.
 pub const RULES: &[(&str, &str, Rule)] = &[
-    ("rows", "work on the rows that are read, not on all of them", rows::apply),
-    ("triangle", "attention to earlier tokens does not read later ones", triangle::apply),
-    ("joint", "a softmax over scores with columns in front is one of each part", joint::apply),
-    ("attention", "scores, softmax and dropout are not written down", attention::apply),
-    ("head", "logits of a large vocabulary are not written down", head::apply),
-    ("broadcast", "what operations repeat by themselves is not repeated before", broadcast::apply),
-    ("scale", "numbers multiply what is narrow", scale::apply),
-    ("columns", "gradients of slices are laid side by side instead of added up", columns::apply),
+    ("rows", "work on the rows that are read, not on all of them", Rule::Graph(rows::apply)),
+    ("triangle", "attention to earlier tokens does not read later ones", Operation(triangle::apply)),
+    ("joint", "a softmax over scores with columns in front is one of each part", Operation(joint::apply)),
+    ("attention", "scores, softmax and dropout are not written down", Operation(attention::apply)),
+    ("head", "logits of a large vocabulary are not written down", Operation(head::apply)),
+    ("broadcast", "what operations repeat by themselves is not repeated before", Operation(broadcast::apply)),
+    ("scale", "numbers multiply what is narrow", Operation(scale::apply)),
+    ("columns", "gradients of slices are laid side by side instead of added up", Operation(columns::apply)),
 ];
 
 /// Applies every rule that `enabled` lets through, until nothing changes.
 pub fn fuse(graph: &Graph, enabled: impl Fn(&str) -> bool, limits: &Limits) -> Result<Graph, String> {
     let mut graph = graph.clone();
+    let rules = || RULES.iter().filter(|(name, ..)| enabled(name)).map(|(_, _, rule)| rule);
     for _ in 0..8 {
-        let next = rewrite(&graph, |new, op, operands| {
-            for (_, _, rule) in RULES.iter().filter(|(name, ..)| enabled(name)) {
-                if let Some(value) = rule(new, op, operands, limits)? {
+        let mut next = graph.clone();
+        for rule in rules() {
+            if let Rule::Graph(rule) = rule {
+                next = rule(&next)?;
+            }
+        }
+        next = rewrite(&next, |new, op, operands| {
+            for rule in rules() {
+                if let Operation(rule) = rule
+                    && let Some(value) = rule(new, op, operands, limits)?
+                {
                     return Ok(Some(value));
                 }
             }

@@ -1,7 +1,7 @@
 //! Law: the naive form is the meaning. Every rule, alone and with the others, leaves the interpreter's
 //! results alone, on whole models.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
@@ -75,6 +75,32 @@ fn rules_change_the_work_and_not_the_meaning() {
     let names = RULES.iter().map(|(name, ..)| *name).chain(["remat"]);
     let idle: Vec<&str> = names.zip(fired).filter(|(_, fired)| !fired).map(|(name, _)| name).collect();
     assert!(idle.is_empty(), "no spec shows what {idle:?} does");
+}
+
+/// Behind the last layer's attention rows that are not read are not computed, forward or backward, and a dropout of the
+/// others draws what it would among all.
+#[test]
+fn a_last_layer_of_some_rows() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/ir/inducer.peft");
+    for graph in unfused(&path) {
+        let fused = fuse(&graph, |_| true, &Limits::default()).expect("fused");
+        let whole = |graph: &Graph| {
+            let of_all_rows = graph.nodes.iter().filter(|n| graph.ty(n.result).shape == [Dim::Tokens, Dim::Const(8)]);
+            let streams =
+                of_all_rows.filter_map(|n| if let Op::Dropout { stream, .. } = n.op { Some(stream) } else { None });
+            streams.collect::<BTreeSet<u32>>()
+        };
+        // The embeddings', and those of the two ways back into the residual stream.
+        assert_eq!(whole(&graph), [0, 3, 4].into());
+        assert_eq!(whole(&fused), [0].into());
+        let batch = Batch::new(&[5, 1, 3], 4);
+        let mut args = arguments(&graph, &batch, 3, 2);
+        args.insert("targets".into(), Data::I32(vec![8, 2, 3, 6]));
+        for seed in 0..8 {
+            args.insert("rng".into(), Data::I32(vec![seed, 1]));
+            assert_same_on("rows", &graph, &fused, &batch, &args);
+        }
+    }
 }
 
 /// Keys in front of the tokens' own, in one part or two, dropped or not: with both rules nothing ragged is left.
