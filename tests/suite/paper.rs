@@ -198,7 +198,7 @@ impl Bounds {
     fn of(&self, name: &str) -> f32 {
         match name {
             "loss" => self.loss,
-            _ if name.contains(".adapter.down.") => self.gated,
+            _ if [".adapter.norm.", ".adapter.down."].iter().any(|part| name.contains(part)) => self.gated,
             _ => self.gradient,
         }
     }
