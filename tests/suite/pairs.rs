@@ -93,12 +93,12 @@ fn spec(kind: Kind, rules: &str, first_position: u64) -> Result<Model, String> {
     check("pair.peft", &spec, &peft_grammar::no_imports).map_err(|e| format!("{e}{spec}"))
 }
 
-/// N(0, 0.3), a function of the seed and of which tensor it is.
-fn normal(seed: u32, tensor: usize, n: usize) -> Vec<f64> {
+/// N(0, std), a function of the seed and of which tensor it is.
+pub fn normal(std: f64, seed: u32, tensor: usize, n: usize) -> Vec<f64> {
     let uniform = |word: u32| (f64::from(word) + 0.5) / 4_294_967_296.0;
     let number = |i: usize| {
         let [a, b, ..] = philox4x32([i as u32, tensor as u32, 0, 0], [seed, 0]);
-        0.3 * (-2.0 * uniform(a).ln()).sqrt() * (std::f64::consts::TAU * uniform(b)).cos()
+        std * (-2.0 * uniform(a).ln()).sqrt() * (std::f64::consts::TAU * uniform(b)).cos()
     };
     (0..n).map(number).collect()
 }
@@ -123,7 +123,7 @@ fn arguments(graph: &Graph, kind: Kind, seed: u32) -> (Batch, HashMap<String, Da
         };
         let data = match ty.dtype {
             DType::I32 => Data::I32(ints.to_vec()),
-            DType::F32 => Data::F64(normal(seed, i, batch.elements(&ty.shape))),
+            DType::F32 => Data::F64(normal(0.3, seed, i, batch.elements(&ty.shape))),
         };
         (arg.label(), data)
     };
@@ -178,7 +178,7 @@ impl Surface {
     /// drawn at random is blind to next to no error.
     fn error(&self, tensor: &str, gradient: &[f64]) -> f64 {
         const STEP: f64 = 1e-5;
-        let mut direction = normal(1000, gradient.len(), gradient.len());
+        let mut direction = normal(0.3, 1000, gradient.len(), gradient.len());
         let length = norm(&direction);
         direction.iter_mut().for_each(|d| *d /= length);
         let along: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();

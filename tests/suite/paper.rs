@@ -14,14 +14,13 @@ use peft_passes::lower::Lowered;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_runtime::artifact::Tensor;
-use peft_runtime::philox::philox4x32;
 use peft_runtime::{Inputs, Numbers, Session};
-use peftc::data::Batch;
+use peftc::data::{Batch, Example, Goal};
 use peftc::exchange;
 use ptx_sim::Module;
 
-use crate::parity;
 use crate::ptx::Simulated;
+use crate::{pairs, parity};
 
 /// What training and evaluating run.
 const ENTRIES: [Entry; 2] = [Entry::Eval, Entry::Train];
@@ -106,38 +105,27 @@ fn kinds<'a>(lowered: impl IntoIterator<Item = &'a Lowered>) -> BTreeSet<String>
 
 /// Sequences that fill no tile, one of them a single token.
 fn batch(model: &Model) -> Batch {
-    let lengths = [9, 1, 13];
-    let each = |number: fn(i32, i32) -> i32| -> Vec<i32> {
-        let sequence = |(s, &length): (i32, &i32)| (0..length).map(move |i| number(s, i));
-        (0..).zip(&lengths).flat_map(sequence).collect()
-    };
-    let batch = Batch {
-        ids: each(|s, i| (37 * s + 11 * i + 5) % 165),
-        positions: each(|_, i| i),
-        starts: vec![0, 9, 10],
-        lengths: lengths.to_vec(),
-        ..Batch::default()
-    };
-    if matches!(model.task.kind, TaskKind::Generation { .. }) {
+    let generates = matches!(model.task.kind, TaskKind::Generation { .. });
+    let sequence = |(s, length, class): (i32, i32, i32)| Example {
+        ids: (0..length).map(|i| (37 * s + 11 * i + 5) % 165).collect(),
         // Among types and labels are special tokens, which train.
-        let types = each(|s, i| 160 + (3 * s + i) % 20);
-        Batch { types, targets: vec![4, 6, 9, 11, 12, 21], labels: vec![7, 180, 0, 164, 165, 33], ..batch }
-    } else {
-        Batch { types: each(|_, _| 0), labels: vec![1, 0, 1], ..batch }
+        types: (0..length).map(|i| if generates { 160 + (3 * s + i) % 20 } else { 0 }).collect(),
+        goal: Goal::Class(class),
+    };
+    let batch = Batch::pack(&[(0, 9, 1), (1, 1, 0), (2, 13, 1)].map(sequence));
+    if !generates {
+        return batch;
     }
+    Batch { targets: vec![4, 6, 9, 11, 12, 21], labels: vec![7, 180, 0, 164, 165, 33], ..batch }
 }
 
 /// N(0, 0.2) everywhere: what starts at zero counts, too.
 fn weights(model: &Model) -> Vec<Numbers> {
-    let uniform = |word: u32| (f64::from(word) + 0.5) / 4_294_967_296.0;
-    let tensor = |(tensor, param): (u32, &Param)| {
-        let number = |i: u64| {
-            let [a, b, ..] = philox4x32([i as u32, tensor, 0, 0], [7, 0]);
-            (0.2 * (-2.0 * uniform(a).ln()).sqrt() * (std::f64::consts::TAU * uniform(b)).cos()) as f32
-        };
-        Numbers::from(&(0..param.elements()).map(number).collect::<Vec<f32>>()[..])
+    let tensor = |(tensor, param): (usize, &Param)| {
+        let numbers = pairs::normal(0.2, 7, tensor, param.elements() as usize);
+        Numbers::from(&numbers.into_iter().map(|x| x as f32).collect::<Vec<f32>>()[..])
     };
-    (0..).zip(&model.params).map(tensor).collect()
+    model.params.iter().enumerate().map(tensor).collect()
 }
 
 /// By the name of its tensor.
@@ -204,7 +192,7 @@ impl Bounds {
     }
 }
 
-/// `half` is of whole steps; what one kernel may be off by is held in the tests beside the kernels.
+/// `half_bounds` are of whole steps; what one kernel may be off by is held in the tests beside the kernels.
 fn every_kernel_runs(chip: Chip, half_bounds: Bounds) {
     let machine = Machine::Cuda(chip);
     let small: Vec<Spec> = specs().iter().map(Spec::small).collect();
@@ -220,8 +208,7 @@ fn every_kernel_runs(chip: Chip, half_bounds: Bounds) {
         small
     });
     // One text for all, since most kernels are shared.
-    let kernels: BTreeSet<&String> = gpu.iter().flatten().flat_map(|lowered| &lowered.kernels).collect();
-    let kernels: Vec<String> = kernels.into_iter().cloned().collect();
+    let kernels = parity::kernels(gpu.iter().flatten());
     let text = codegen::ptx(&Dialect::new().expect("a dialect"), &kernels, machine).unwrap_or_else(|e| panic!("{e}"));
     let module = Arc::new(Module::parse(&text).unwrap_or_else(|e| panic!("{e}")));
 

@@ -144,10 +144,15 @@ pub fn lowered(fixture: &Fixture, model: &Model, options: &Options) -> Lowered {
     compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).lowered.expect("the whole way")
 }
 
+/// Each kernel once.
+pub fn kernels<'a>(all: impl IntoIterator<Item = &'a Lowered>) -> Vec<String> {
+    let kernels: BTreeSet<&String> = all.into_iter().flat_map(|lowered| &lowered.kernels).collect();
+    kernels.into_iter().cloned().collect()
+}
+
 /// Programs of one library: what they share is compiled once.
 pub fn programs(all: Vec<Lowered>) -> Vec<Program> {
-    let kernels: BTreeSet<&String> = all.iter().flat_map(|lowered| &lowered.kernels).collect();
-    let kernels: Vec<String> = kernels.into_iter().cloned().collect();
+    let kernels = kernels(&all);
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
     codegen::compile(&kernels, all[0].machine, &library).unwrap_or_else(|e| panic!("{e}"));
@@ -167,7 +172,7 @@ fn start(fixture: &Fixture, model: &Model, program: Program) -> Session {
 }
 
 /// Fixtures with their models.
-fn models(prefix: &str, precision: Precision) -> Vec<(Fixture, Model)> {
+pub fn models(prefix: &str, precision: Precision) -> Vec<(Fixture, Model)> {
     let model = |fixture: Fixture| {
         let mut model = fixture.model();
         model.train.precision = precision;
@@ -176,8 +181,7 @@ fn models(prefix: &str, precision: Precision) -> Vec<(Fixture, Model)> {
     fixtures::all(prefix).into_iter().map(model).collect()
 }
 
-pub fn check(prefix: &str, precision: Precision, mut results: impl FnMut(&Fixture, &Model, &Padded) -> TensorFile) {
-    let models = models(prefix, precision);
+pub fn check(models: &[(Fixture, Model)], mut results: impl FnMut(&Fixture, &Model, &Padded) -> TensorFile) {
     let faults = |(fixture, model): &(Fixture, Model)| faults(fixture, model, |padded| results(fixture, model, padded));
     let wrong: Vec<String> = models.iter().flat_map(faults).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -191,7 +195,7 @@ fn faults(fixture: &Fixture, model: &Model, results: impl FnOnce(&Padded) -> Ten
 }
 
 fn in_the_interpreter(prefix: &str) {
-    check(prefix, Precision::F32, |fixture, model, padded| {
+    check(&models(prefix, Precision::F32), |fixture, model, padded| {
         let dialect = Dialect::new().expect("a dialect");
         // The naive form is the meaning: without fusion.
         let options = Options { until: Stage::Grad, ..Options::default() };
@@ -202,9 +206,10 @@ fn in_the_interpreter(prefix: &str) {
 }
 
 fn compiled(prefix: &str, options: &Options, precision: Precision) {
-    let all = models(prefix, precision).iter().map(|(fixture, model)| lowered(fixture, model, options)).collect();
+    let models = models(prefix, precision);
+    let all = models.iter().map(|(fixture, model)| lowered(fixture, model, options)).collect();
     let mut programs = programs(all).into_iter();
-    check(prefix, precision, |fixture, model, padded| {
+    check(&models, |fixture, model, padded| {
         let mut session = start(fixture, model, programs.next().expect("one for each fixture"));
         exchange::run(&mut session, model, "grad", padded, [0, 0]).expect("a run")
     });

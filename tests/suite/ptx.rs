@@ -100,7 +100,7 @@ fn session(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Session
 }
 
 fn steps(prefix: &str, chip: Chip, fused: bool, precision: Precision) {
-    parity::check(prefix, precision, |fixture, model, padded| {
+    parity::check(&parity::models(prefix, precision), |fixture, model, padded| {
         exchange::run(&mut session(fixture, model, chip, fused), model, "grad", padded, [0, 0]).expect("a run")
     });
 }

@@ -63,8 +63,6 @@ struct Form {
     half: Half,
     /// Rows of A are read in fours: they begin at multiples of four, and so do they end.
     fours: bool,
-    /// The chip copies B by itself.
-    copies: bool,
     fate: Fate,
 }
 
@@ -88,8 +86,7 @@ impl Lowering<'_, '_, '_> {
         let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
         let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
         let fours = whole && [&left.along, &left.first, &depth].into_iter().all(multiple);
-        let copies = matches!(self.target.machine, Machine::Cuda(chip) if chip >= Chip::Sm80);
-        let form = Form { half, fours, copies, fate: to.fate };
+        let form = Form { half, fours, fate: to.fate };
         let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
         let (down, across) = (tiles(&m, ROWS), tiles(&n, COLUMNS));
         let units = down * across.clone() * Extent::Const(WARPS);
@@ -203,6 +200,7 @@ fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
         let [m, n, depth, across, line_a, first_a, line_b, first_b] = first(sizes);
         let [line_c, first_c] = first(&sizes[8..]);
         let room = k.shared_words(ROOM);
+        let copies = matches!(machine, Machine::Cuda(chip) if chip >= Chip::Sm80);
         let threads = Threads::of(k);
         k.block_units(|k, unit| {
             let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
@@ -210,7 +208,7 @@ fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
             let (row, column) = (k.mul(tile_row, rows), k.mul(tile_column, columns));
             let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form);
             let start_b = k.mul(tile_column, line_b);
-            let right = Right { buffer: b, start: k.add(start_b, first_b), depth, copies: form.copies };
+            let right = Right { buffer: b, start: k.add(start_b, first_b), depth, copies };
             let zero = k.index(0);
             let stage = Stage::at(k, room, zero);
             // The unit before is on its way out through the same room.
@@ -434,6 +432,7 @@ struct Right {
     buffer: Buf,
     start: Val,
     depth: Val,
+    /// The chip copies it by itself.
     copies: bool,
 }
 

@@ -175,7 +175,7 @@ impl Warp {
     }
 
     /// The value of an operand in each lane; in `room`, unless a register holds it.
-    fn lanes<'a>(&'a self, machine: &Machine, operand: Operand, room: &'a mut Lanes) -> &'a Lanes {
+    fn held<'a>(&'a self, machine: &Machine, operand: Operand, room: &'a mut Lanes) -> &'a Lanes {
         if let Operand::Register(slot) = operand {
             return &self.frames.last().expect("a warp that runs has a frame").registers[slot as usize];
         }
@@ -266,7 +266,7 @@ impl Warp {
                 let mut room = [[0; 32]; 3];
                 let [a, b, c] = &mut room;
                 let value = |n: usize, room| match operands.get(n) {
-                    Some(&operand) => self.lanes(machine, operand, room),
+                    Some(&operand) => self.held(machine, operand, room),
                     None => room,
                 };
                 let out = map(value(0, a), value(1, b), value(2, c));
