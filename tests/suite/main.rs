@@ -3,6 +3,7 @@
 mod cli;
 mod fixtures;
 mod gpu;
+mod halves;
 mod interop;
 mod pairs;
 mod paper;

@@ -26,12 +26,12 @@ use crate::{pairs, parity};
 const ENTRIES: [Entry; 2] = [Entry::Eval, Entry::Train];
 
 /// A spec, perhaps with some of its text replaced.
-struct Spec {
+pub struct Spec {
     name: String,
     source: String,
 }
 
-fn specs() -> Vec<Spec> {
+pub fn specs() -> Vec<Spec> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/paper");
     let list = |folder: &Path| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(folder).expect("a folder");
@@ -59,7 +59,7 @@ impl Spec {
 
     /// Heads of 64 where text is generated and of 8 where it is classified, and widths that fill no tile, yet take more
     /// tiles than blocks would share.
-    fn small(&self) -> Spec {
+    pub fn small(&self) -> Spec {
         const WIDTHS: &str = "layers: 12, hidden: 768, heads: 12, ffn: 3072";
         if self.source.contains("= gpt2(") {
             let spec =
@@ -70,12 +70,12 @@ impl Spec {
         }
     }
 
-    fn model(&self) -> Model {
+    pub fn model(&self) -> Model {
         let checked = peft_grammar::check(&self.name, &self.source, &peft_grammar::no_imports);
         checked.unwrap_or_else(|e| panic!("{e}"))
     }
 
-    fn lowered(&self, machine: Machine, precision: Precision, limits: Limits) -> Lowered {
+    pub fn lowered(&self, machine: Machine, precision: Precision, limits: Limits) -> Lowered {
         let mut model = self.model();
         model.train.precision = precision;
         let options = Options { machine, limits, ..Options::default() };
@@ -85,7 +85,7 @@ impl Spec {
 }
 
 /// Sizes from which on small models are lowered as large ones are.
-fn limits() -> Limits {
+pub fn limits() -> Limits {
     Limits { wide: 64, block: 64, deep: 136, ..Limits::default() }
 }
 
@@ -104,7 +104,7 @@ fn kinds<'a>(lowered: impl IntoIterator<Item = &'a Lowered>) -> BTreeSet<String>
 }
 
 /// Sequences that fill no tile, one of them a single token.
-fn batch(model: &Model) -> Batch {
+pub fn batch(model: &Model) -> Batch {
     let generates = matches!(model.task.kind, TaskKind::Generation { .. });
     let sequence = |(s, length, class): (i32, i32, i32)| Example {
         ids: (0..length).map(|i| (37 * s + 11 * i + 5) % 165).collect(),
@@ -120,7 +120,7 @@ fn batch(model: &Model) -> Batch {
 }
 
 /// N(0, 0.2) everywhere: what starts at zero counts, too.
-fn weights(model: &Model) -> Vec<Numbers> {
+pub fn weights(model: &Model) -> Vec<Numbers> {
     let tensor = |(tensor, param): (usize, &Param)| {
         let numbers = pairs::normal(0.2, 7, tensor, param.elements() as usize);
         Numbers::from(&numbers.into_iter().map(|x| x as f32).collect::<Vec<f32>>()[..])
@@ -192,7 +192,7 @@ impl Bounds {
     }
 }
 
-/// `half_bounds` are of whole steps; what one kernel may be off by is held in the tests beside the kernels.
+/// `half_bounds` are of whole steps; what one product may be off by is held in `halves.rs`.
 fn every_kernel_runs(chip: Chip, half_bounds: Bounds) {
     let machine = Machine::Cuda(chip);
     let small: Vec<Spec> = specs().iter().map(Spec::small).collect();

@@ -29,11 +29,40 @@ pub struct Simulated {
     kernels: Vec<String>,
     gpu: Gpu,
     blocks: Vec<Option<Ptr>>,
+    around: Option<Around>,
+}
+
+/// Stands around each launch, which it is to start itself.
+pub type Around = Box<dyn FnMut(&mut Gpu, &Job, &Start) + Send>;
+
+/// A kernel with all it gets.
+pub struct Start<'a> {
+    pub module: &'a Module,
+    pub kernel: &'a str,
+    pub buffers: Vec<Ptr>,
+    pub extents: Vec<u64>,
+    pub units: u64,
+}
+
+impl Start<'_> {
+    pub fn run(&self, gpu: &mut Gpu) {
+        let pointers = self.buffers.iter().map(|&ptr| Arg::Ptr(ptr));
+        let number = |n: u64| Arg::U32(n.try_into().expect("32 bits"));
+        let extents = self.extents.iter().map(|&n| number(n));
+        let args: Vec<Arg> = pointers.chain(extents).chain([number(self.units)]).collect();
+        let blocks = self.units.div_ceil(WARPS).min(BLOCKS) as u32;
+        let ran = gpu.launch(self.module, self.kernel, blocks, (WARP * WARPS) as u32, 0, &args);
+        ran.unwrap_or_else(|e| panic!("{e}"));
+    }
 }
 
 impl Simulated {
     pub fn new(module: Arc<Module>, manifest: &Manifest) -> Self {
-        Simulated { module, kernels: manifest.kernels.clone(), gpu: Gpu::new(), blocks: vec![] }
+        Simulated { module, kernels: manifest.kernels.clone(), gpu: Gpu::new(), blocks: vec![], around: None }
+    }
+
+    pub fn with(self, around: Around) -> Self {
+        Simulated { around: Some(around), ..self }
     }
 
     fn address(&self, place: &Place) -> Ptr {
@@ -70,13 +99,17 @@ impl Backend for Simulated {
             for place in &job.poisoned {
                 self.gpu.erase(self.address(place), 4 * place.length);
             }
-            let pointers = job.places.iter().map(|place| Arg::Ptr(self.address(place)));
-            let number = |n: u64| Arg::U32(n.try_into().expect("32 bits"));
-            let extents = job.extents.iter().map(|&n| number(n));
-            let args: Vec<Arg> = pointers.chain(extents).chain([number(job.units)]).collect();
-            let (kernel, blocks) = (&self.kernels[job.launch.kernel], job.units.div_ceil(WARPS).min(BLOCKS) as u32);
-            let ran = self.gpu.launch(&self.module, kernel, blocks, (WARP * WARPS) as u32, 0, &args);
-            ran.unwrap_or_else(|e| panic!("{}: {e}", job.launch.op));
+            let start = Start {
+                module: &self.module,
+                kernel: &self.kernels[job.launch.kernel],
+                buffers: job.places.iter().map(|place| self.address(place)).collect(),
+                extents: job.extents.clone(),
+                units: job.units,
+            };
+            match &mut self.around {
+                Some(around) => around(&mut self.gpu, job, &start),
+                None => start.run(&mut self.gpu),
+            }
         }
         Ok(())
     }

@@ -37,11 +37,13 @@ pub struct Limits {
     pub block: u64,
     /// Steps of a product into a bottleneck from which on a GPU's blocks share them.
     pub deep: u64,
+    /// Launches that a GPU takes side by side in one, at most.
+    pub beside: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { wide: 4096, keep: 1.0, block: 4096, deep: 512 }
+        Limits { wide: 4096, keep: 1.0, block: 4096, deep: 512, beside: 16 }
     }
 }
 

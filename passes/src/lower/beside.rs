@@ -17,8 +17,7 @@ use crate::cuda::WARPS;
 
 /// Launches that wait, at most: about two layers'.
 const WAITING: usize = 36;
-/// Launches of one, at most, and bytes of a kernel's arguments on the oldest driver.
-const MOST: usize = 16;
+/// Bytes of a kernel's arguments on the oldest driver.
 const ARGUMENTS: usize = 4096;
 /// Launches that end in a gradient and may wait: what a product is of, the product, and the sum of its shares.
 const LAST: usize = 3;
@@ -49,7 +48,7 @@ pub(super) fn gather(target: &mut Target, launches: Vec<Launch>, outputs: &[Outp
     let mut done: Vec<(Use, Vec<Launch>)> = vec![];
     for (used, launch) in late(target, launches, outputs) {
         let arguments = 8 * launch.buffers.len() + 4 * (launch.extents.len() + 1);
-        let most = MOST.min((ARGUMENTS - 4) / arguments);
+        let most = target.limits.beside.min((ARGUMENTS - 4) / arguments);
         let mut found = None;
         for (at, (other, row)) in done.iter().enumerate().rev().take(AHEAD) {
             if used.waits(other) {
