@@ -13,7 +13,7 @@ pub enum Cpu {
     Level(Level),
 }
 
-/// The levels of x86-64's psABI that differ in vectors.
+/// The levels of x86-64's psABI that differ in vectors, and one above them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// SSE2: every x86-64.
@@ -22,6 +22,8 @@ pub enum Level {
     V3,
     /// AVX-512.
     V4,
+    /// That and products of bf16: Zen 4, Sapphire Rapids and later.
+    V4Bf16,
 }
 
 /// Vector registers.
@@ -35,9 +37,11 @@ pub struct Registers {
 const V3: &[&str] =
     &["sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe"];
 const V4: &[&str] = &["avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"];
+const BF16: &str = "avx512bf16";
 
 impl Level {
-    pub const ALL: [(Level, &str); 3] = [(Level::V1, "x86-64"), (Level::V3, "x86-64-v3"), (Level::V4, "x86-64-v4")];
+    pub const ALL: [(Level, &str); 4] =
+        [(Level::V1, "x86-64"), (Level::V3, "x86-64-v3"), (Level::V4, "x86-64-v4"), (Level::V4Bf16, "x86-64-v4+bf16")];
 
     fn name(self) -> &'static str {
         Level::ALL.iter().find(|(level, _)| *level == self).expect("all are listed").1
@@ -49,6 +53,7 @@ impl Level {
             Level::V1 => vec![],
             Level::V3 => V3.to_vec(),
             Level::V4 => [V3, V4].concat(),
+            Level::V4Bf16 => [V3, V4, &[BF16]].concat(),
         }
     }
 }
@@ -80,7 +85,7 @@ impl Cpu {
 
     /// One instruction adds both products of two pairs of bf16 to a float, 16 times.
     pub fn multiplies_bf16(self) -> bool {
-        self.features().contains(&"avx512bf16")
+        self.features().contains(&BF16)
     }
 
     /// What LLVM is told about a function, as an MLIR attribute.
@@ -91,7 +96,8 @@ impl Cpu {
             Cpu::Level(level) => {
                 let features: Vec<String> =
                     ["sse2"].into_iter().chain(level.features()).map(|f| format!("+{f}")).collect();
-                format!(r#", ["target-cpu", "{}"], ["target-features", "{}"]"#, level.name(), features.join(","))
+                let (base, _) = level.name().split_once('+').unwrap_or((level.name(), ""));
+                format!(r#", ["target-cpu", "{base}"], ["target-features", "{}"]"#, features.join(","))
             }
         };
         // A kernel is called through two thin wrappers: without `noinline` each would hold a copy.

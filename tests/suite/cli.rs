@@ -229,7 +229,9 @@ fn compile_run_and_refuse_damaged_artifacts() {
     assert_eq!(fs::read(&results[0]).expect("written"), fs::read(&results[1]).expect("written"));
     // One for every x86-64 asks for no feature, and one for another processor is written all the same.
     #[cfg(target_arch = "x86_64")]
-    for (target, features) in [("cpu:x86-64", 0), ("cpu:x86-64-v3", 13), ("cpu:x86-64-v4", 18)] {
+    for (target, features) in
+        [("cpu:x86-64", 0), ("cpu:x86-64-v3", 13), ("cpu:x86-64-v4", 18), ("cpu:x86-64-v4+bf16", 19)]
+    {
         let artifact = bench.path("level.peftc");
         let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
         assert_eq!(ran.code, 0, "{}", ran.err);

@@ -37,12 +37,6 @@ struct Twin {
     packed: Vec<Option<Vec<u8>>>,
 }
 
-impl Twin {
-    fn is_product(&self) -> bool {
-        is_product(&self.kernel)
-    }
-}
-
 fn is_product(kernel: &str) -> bool {
     kernel.starts_with("halves_")
 }
@@ -85,7 +79,7 @@ impl Pair {
             let twin = twins.next().expect("as many launches");
             assert_eq!(twin.op, job.launch.op);
             let mut gaps = gaps.lock().expect("one thread");
-            if !twin.is_product() || gaps.contains_key(&twin.kernel) {
+            if !is_product(&twin.kernel) || gaps.contains_key(&twin.kernel) {
                 return start.run(gpu);
             }
             gaps.insert(twin.kernel.clone(), twin.gap(gpu, job, start));

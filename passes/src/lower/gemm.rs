@@ -11,8 +11,9 @@
 //! tiles of one piece are computed, the next is fetched, a bit at each step: no tile waits for memory. B whose rows run
 //! along n needs no packing: its pieces are copied to scratch as well.
 //!
-//! In bf16 a step along k is a pair, and both copies hold pairs: A's rows are rounded on their way to the scratch,
-//! frozen weights when they are packed.
+//! In bf16, A's rows are rounded on their way to the scratch, frozen weights when they are packed. Where the processor
+//! multiplies pairs of bf16, both copies hold pairs, neighbours along k. Elsewhere B's hold neighbours of a line, which is
+//! widened for all of a tile's rows, and A's copy floats.
 
 use std::ops::Range;
 
@@ -25,7 +26,7 @@ use super::kernel::{Access, Buf, Code, F32, Kernel, LANES, Order, Val, define, f
 use super::tables::Panels;
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
-use crate::cpu::Registers;
+use crate::cpu::{Cpu, Registers};
 use crate::machine::Machine;
 
 /// Rows of the result, and vectors along each, that the micro-kernel holds.
@@ -41,8 +42,10 @@ struct Tile {
     steps: u64,
 }
 
-/// Registers that are no sums: for a line of B and a number of A.
+/// Registers that are no sums: for a line of B and a number of A; where there are many, LLVM fetches the next line early,
+/// if it is of several vectors, and keeps sums in memory when there is no room for it.
 const SPARE: u64 = 4;
+const SPARE_OF_MANY: u64 = 8;
 
 /// Rows of a unit, at most: what is read of B serves all of them.
 const ROWS: u64 = 112;
@@ -62,15 +65,14 @@ impl Tile {
     fn block(self) -> u64 {
         ROWS / self.rows * self.rows
     }
-    /// Elements of B's next piece that are fetched at each step along k: all of it while a unit's rows pass.
-    fn share(self) -> u64 {
-        (self.rows * self.columns()).div_ceil(self.block())
-    }
-    /// The tile for m × n, of which some may be known: 14 × 32, 28 × 16 or 7 × 64 on AVX-512.
+    /// The tile for m × n, of which some may be known: 12 × 32, 28 × 16 or 6 × 64 on AVX-512.
     fn of(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> Tile {
         let vector = LANES / registers.floats;
         let (depth, steps) = if vector == 1 { (384, 4) } else { (256, 8) };
-        let tile = |vectors| Tile { rows: (registers.count - SPARE) / (vector * vectors), vectors, depth, steps };
+        let tile = |vectors| {
+            let spare = if registers.count > 16 && vectors > 1 { SPARE_OF_MANY } else { SPARE };
+            Tile { rows: (registers.count - spare) / (vector * vectors), vectors, depth, steps }
+        };
         let [narrow, usual, short] = if vector == 1 { [1, 2, 4] } else { [1, 1, 2] }.map(tile);
         match (m, n) {
             (_, Extent::Const(n)) if *n <= narrow.columns() => narrow,
@@ -166,8 +168,9 @@ impl Lowering<'_, '_, '_> {
         let (from_b, lines_b) = match packed {
             true => {
                 let panels = Extent::CeilDiv(Box::new(n.clone()), form.tile.columns());
-                let panel = form.factors.steps(left.depth.clone()) * across.clone();
-                let lines = [across, panels.clone() * panel.clone(), Extent::Const(0), panel];
+                let line = Extent::Const(form.line());
+                let panel = form.factors.steps(left.depth.clone()) * line.clone();
+                let lines = [line, panels.clone() * panel.clone(), Extent::Const(0), panel];
                 (self.pack(&place_b, form, right), lines)
             }
             false => (place_b.buffer, [right.line, right.area, right.first, across]),
@@ -191,7 +194,7 @@ impl Lowering<'_, '_, '_> {
     fn form(&self, left: &Side, place_b: &Place, n: &Extent, packed: bool) -> Form {
         let rounds = self.target.precision == Precision::Bf16 && self.frozen.is_none();
         let factors = match place_b.frozen {
-            Some(_) if rounds && !left.contiguous => Factors::Pairs { native: self.target.cpu().multiplies_bf16() },
+            Some(_) if rounds && !left.contiguous => Factors::of_bf16(self.target.cpu()),
             _ => Factors::F32,
         };
         let tile = Tile::of(&left.length, n, packed, self.target.cpu().registers());
@@ -259,14 +262,14 @@ impl Lowering<'_, '_, '_> {
         let right = side(whole, !transpose_y, across);
         let place = self.place(y).clone();
         let form = self.form(&left, &place, &right.length, true);
-        let columns = form.tile.columns();
-        let panel = form.factors.steps(right.depth.clone()) * Extent::Const(columns);
+        let (columns, line) = (form.tile.columns(), Extent::Const(form.line()));
+        let panel = form.factors.steps(right.depth.clone()) * line.clone();
         let before = match transpose_y {
             true => Extent::Const(rows.start / columns) * panel.clone(),
-            false => form.factors.steps(Extent::Const(rows.start)) * Extent::Const(columns),
+            false => form.factors.steps(Extent::Const(rows.start)) * line.clone(),
         };
         let packed = self.pack(&place, form, right);
-        let lines = [Extent::Const(columns), zero.clone(), before, panel];
+        let lines = [line, zero.clone(), before, panel];
         let to = Destination { buffer: out, line: n.clone(), area: zero.clone(), first: zero.clone(), kept };
         self.multiply(form, (x, left), (packed, lines), n, to, Epilogue::default());
     }
@@ -297,7 +300,7 @@ impl Lowering<'_, '_, '_> {
         let Side { batch, length, depth, contiguous, line, area, first } = side;
         let panels = Extent::CeilDiv(Box::new(length.clone()), width);
         let units = batch.clone() * panels.clone();
-        let shape = vec![units.clone() * factors.steps(depth.clone()) * Extent::Const(width)];
+        let shape = vec![units.clone() * factors.steps(depth.clone()) * Extent::Const(form.line())];
         let key = match &place.frozen {
             Some(source) => format!("pack({source}, {layout})"),
             None => format!("pack({}, {layout})", place.buffer),
@@ -309,7 +312,7 @@ impl Lowering<'_, '_, '_> {
         let own = std::mem::replace(&mut self.frozen, place.frozen.as_ref().map(|_| key.clone()));
         let packed = match place.frozen {
             Some(_) => {
-                let packed = self.target.bind(&key, factors.element(), shape, Storage::Prepared);
+                let packed = self.target.bind(&key, factors.elements()[1], shape, Storage::Prepared);
                 // The whole of a matrix, row by row.
                 if let Factors::F32 = factors
                     && (contiguous, &line, &first, &batch) == (true, &length, &Extent::Const(0), &Extent::Const(1))
@@ -320,7 +323,7 @@ impl Lowering<'_, '_, '_> {
                 packed
             }
             None => {
-                let packed = self.target.buffer(factors.element(), shape, Storage::Temporary);
+                let packed = self.target.buffer(factors.elements()[1], shape, Storage::Temporary);
                 self.packs.insert(key, packed);
                 packed
             }
@@ -338,7 +341,7 @@ impl Lowering<'_, '_, '_> {
 
 /// One panel a unit. What completes a last pair along k is zero.
 fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors) -> Code {
-    define(machine, &[Element::F32, factors.element()], 6, |k, buffers, sizes| {
+    define(machine, &[Element::F32, factors.elements()[1]], 6, |k, buffers, sizes| {
         let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
@@ -348,7 +351,8 @@ fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors)
             let start = k.mul(panel, across);
             let left = k.sub(length, start);
             let steps = factors.steps_in(k, depth);
-            let size = k.mul(steps, across);
+            let words = k.index(factors.words(width));
+            let size = k.mul(steps, words);
             let out = k.mul(unit, size);
             let zero = k.index(0);
             if contiguous {
@@ -357,7 +361,7 @@ fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors)
                     let row = k.mul(at, line);
                     let row = k.add(row, start);
                     let row = k.add(row, area);
-                    let target = k.mul(step, across);
+                    let target = k.mul(step, words);
                     let target = k.add(out, target);
                     for lane in (0..width).step_by(LANES as usize) {
                         let offset = k.index(lane);
@@ -367,7 +371,8 @@ fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors)
                         let x = k.load_lanes(from, source, mask);
                         let x = match factors {
                             Factors::F32 => x,
-                            Factors::Pairs { native } => {
+                            Factors::Widened => k.pairs(false, x),
+                            Factors::Pairs => {
                                 let one = k.index(1);
                                 let rest = k.sub(depth, at);
                                 let whole = k.compare(rest, Order::Gt, one);
@@ -376,9 +381,10 @@ fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors)
                                 let below = k.add(source, line);
                                 let below = k.load_lanes(from, below, mask);
                                 let x = k.interleave(x, below);
-                                k.pairs(native, x)
+                                k.pairs(true, x)
                             }
                         };
+                        let offset = k.index(factors.words(lane));
                         let target = k.add(target, offset);
                         k.store_vector(x, to, target);
                     }
@@ -389,32 +395,49 @@ fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors)
                     let end = k.index(LANES);
                     let end = k.add(block, end);
                     let end = k.min(end, steps);
-                    k.each(zero, across, 1, |k, i| {
-                        let exists = k.compare(i, Order::Lt, left);
-                        let row = k.add(start, i);
-                        let row = k.select(exists, row, start);
-                        let row = k.mul(row, line);
-                        let row = k.add(row, area);
-                        let nothing = k.float(0.0, F32);
+                    let each = width / factors.words(width);
+                    k.each(zero, words, 1, |k, word| {
+                        // Of each column in the word, where it begins, and whether there is one.
+                        let columns = (0..each).map(|i| {
+                            let (i, each) = (k.index(i), k.index(each));
+                            let before = k.mul(word, each);
+                            let i = k.add(before, i);
+                            let exists = k.compare(i, Order::Lt, left);
+                            let row = k.add(start, i);
+                            let row = k.select(exists, row, start);
+                            let row = k.mul(row, line);
+                            (k.add(row, area), exists)
+                        });
+                        let columns: Vec<(Val, Val)> = columns.collect();
                         k.each(block, end, 1, |k, step| {
                             let at = factors.depth_at(k, step);
-                            let source = k.add(row, at);
-                            let target = k.mul(step, across);
-                            let target = k.add(target, i);
+                            let target = k.mul(step, words);
+                            let target = k.add(target, word);
                             let target = k.add(target, out);
-                            match factors {
-                                Factors::F32 => {
-                                    let x = k.load(from, source);
-                                    let x = k.select(exists, x, nothing);
+                            let number = |k: &mut Kernel, (row, exists): (Val, Val)| {
+                                let source = k.add(row, at);
+                                let x = k.load(from, source);
+                                let nothing = k.float(0.0, F32);
+                                k.select(exists, x, nothing)
+                            };
+                            match (factors, &columns[..]) {
+                                (Factors::Widened, &[one, other]) => {
+                                    let (x, y) = (number(k, one), number(k, other));
+                                    let x = k.paired(x, y);
                                     k.store(x, to, target);
                                 }
-                                Factors::Pairs { native } => {
+                                (Factors::Pairs, &[(row, exists)]) => {
                                     let rest = k.sub(depth, at);
                                     let here = k.select(exists, rest, zero);
                                     let mask = k.mask_of(here, 2);
+                                    let source = k.add(row, at);
                                     let x = k.load_lanes(from, source, mask);
-                                    let x = k.pairs(native, x);
+                                    let x = k.pairs(true, x);
                                     k.store_vector(x, to, target);
+                                }
+                                (_, columns) => {
+                                    let x = number(k, columns[0]);
+                                    k.store(x, to, target);
                                 }
                             }
                         });
@@ -429,66 +452,64 @@ fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors)
 const SIZES: usize = 18;
 
 /// What is multiplied.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Factors {
     F32,
-    /// Two of bf16 that are neighbours along k, in a word. The processor may know them.
-    Pairs {
-        native: bool,
-    },
+    /// Two of bf16 that are neighbours along k, in a word, on both sides.
+    Pairs,
+    /// Numbers of bf16: in B two neighbours of a line in a word, in A's copy floats.
+    Widened,
 }
 
 impl Factors {
-    fn element(self) -> Element {
+    fn of_bf16(cpu: Cpu) -> Factors {
+        if cpu.multiplies_bf16() { Factors::Pairs } else { Factors::Widened }
+    }
+
+    /// Of A's copy and of B.
+    fn elements(self) -> [Element; 2] {
         match self {
-            Factors::F32 => Element::F32,
-            Factors::Pairs { .. } => Element::I32,
+            Factors::F32 => [Element::F32; 2],
+            Factors::Pairs => [Element::I32; 2],
+            Factors::Widened => [Element::F32, Element::I32],
         }
+    }
+
+    /// Numbers of a step along k.
+    fn deep(self) -> u64 {
+        if self == Factors::Pairs { 2 } else { 1 }
+    }
+
+    /// In which B holds so many columns of a step.
+    fn words(self, columns: u64) -> u64 {
+        if self == Factors::Widened { columns / 2 } else { columns }
     }
 
     /// Of a depth.
     fn steps(self, depth: Extent) -> Extent {
-        match self {
-            Factors::F32 => depth,
-            Factors::Pairs { .. } => Extent::CeilDiv(Box::new(depth), 2),
+        match self.deep() {
+            1 => depth,
+            deep => Extent::CeilDiv(Box::new(depth), deep),
         }
     }
 
     /// The same in a kernel.
     fn steps_in(self, k: &mut Kernel, depth: Val) -> Val {
-        match self {
-            Factors::F32 => depth,
-            Factors::Pairs { .. } => {
-                let (one, two) = (k.index(1), k.index(2));
-                let more = k.add(depth, one);
-                k.div(more, two)
-            }
-        }
+        let deep = k.index(self.deep());
+        k.div_up(depth, deep)
     }
 
     /// Where a step begins along k.
     fn depth_at(self, k: &mut Kernel, step: Val) -> Val {
-        match self {
-            Factors::F32 => step,
-            Factors::Pairs { .. } => {
-                let two = k.index(2);
-                k.mul(step, two)
-            }
-        }
+        let deep = k.index(self.deep());
+        k.mul(step, deep)
     }
 
     fn suffix(self) -> &'static str {
         match self {
             Factors::F32 => "",
-            Factors::Pairs { native: true } => "_bf16",
-            Factors::Pairs { native: false } => "_bf16_widened",
-        }
-    }
-
-    fn multiply(self, k: &mut Kernel, x: Val, y: Val, sum: Val) -> Val {
-        match self {
-            Factors::F32 => k.fma(x, y, sum),
-            Factors::Pairs { native } => k.dot_pairs(native, x, y, sum),
+            Factors::Pairs => "_bf16",
+            Factors::Widened => "_bf16_widened",
         }
     }
 }
@@ -512,6 +533,16 @@ impl Form {
         format!("gemm{rows}x{}_{a}_{b}{}", vectors * LANES, self.factors.suffix())
     }
 
+    /// Elements of a panel of B at each step along k.
+    fn line(self) -> u64 {
+        self.factors.words(self.tile.columns())
+    }
+
+    /// Elements of B's next piece that are fetched at each step along k: all of it while a unit's rows pass.
+    fn share(self) -> u64 {
+        (self.tile.rows * self.line()).div_ceil(self.tile.block())
+    }
+
     /// Elements between a tile's neighbours in the scratch: its rows, or its steps along k. Rows whose
     /// distance is a power of two would all want the same few lines of the cache.
     fn step(self) -> u64 {
@@ -532,14 +563,14 @@ impl Form {
 /// Some rows against some column panels a unit.
 fn gemm(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
     let tile = form.tile;
-    let element = form.factors.element();
+    let [copied, element] = form.factors.elements();
     let elements = [&[Element::F32, element, Element::F32], &epilogue.elements[..]].concat();
     define(machine, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b] = first(&sizes[7..]);
         let [width, area_c, first_c, kept] = first(&sizes[14..]);
-        let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), element);
+        let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), copied);
         let piece = if form.packed { b } else { k.scratch(tile.depth * tile.columns(), element) };
         let steps = form.factors.steps_in(k, depth);
         let tile_rows = k.index(tile.rows);
@@ -697,11 +728,15 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
             let at = k.add(from, ahead);
             let x = match form.factors {
                 Factors::F32 => k.load_lanes(buffer, at, mask),
-                Factors::Pairs { native } => {
+                Factors::Widened => {
+                    let x = k.load_lanes(buffer, at, mask);
+                    k.rounded(x)
+                }
+                Factors::Pairs => {
                     let here = k.sub(left, ahead);
                     let mask = k.mask_of(here, 2 * LANES);
                     let x = k.load_lanes(buffer, at, mask);
-                    k.pairs(native, x)
+                    k.pairs(true, x)
                 }
             };
             let at = k.add(target, j);
@@ -786,7 +821,7 @@ fn tile_sums(
 ) -> Vec<Val> {
     let Tile { rows, vectors, steps, .. } = form.tile;
     let place = tile_place(k, form, row);
-    let share = k.index(form.tile.share());
+    let share = k.index(form.share());
     let next = next.map(|next| {
         let tile = k.index(rows);
         let before = k.div(row, tile);
@@ -794,16 +829,18 @@ fn tile_sums(
         let before = k.mul(before, share);
         k.add(next, before)
     });
-    let columns = k.index(form.tile.columns());
+    let line = k.index(form.line());
     // Some steps on from `step`.
     let after = |k: &mut Kernel, step: Val, ahead: u64, sums: &[Val]| {
-        let at = k.mul(step, columns);
+        let at = k.mul(step, line);
         let at = k.add(from, at);
         let line: Vec<Val> = (0..vectors)
             .map(|v| {
-                let offset = k.index(ahead * form.tile.columns() + v * LANES);
+                let words = form.factors.words(LANES);
+                let offset = k.index(ahead * form.line() + v * words);
                 let at = k.add(at, offset);
-                k.load_vector(b, at)
+                let x = k.load_some(b, at, words);
+                if form.factors == Factors::Widened { k.widened(x) } else { x }
             })
             .collect();
         let distance = k.index(form.step());
@@ -817,7 +854,10 @@ fn tile_sums(
             let at = k.add(at, offset);
             k.load(a, at)
         };
-        k.outer(rows, x, &line, sums, |k, x, y, sum| form.factors.multiply(k, x, y, sum))
+        match form.factors {
+            Factors::Pairs => k.outer(rows, x, &line, sums, Kernel::dot_pairs),
+            Factors::F32 | Factors::Widened => k.outer(rows, x, &line, sums, Kernel::fma),
+        }
     };
     let nothing = k.floats(0.0);
     let (zero, many) = (k.index(0), k.index(steps));
@@ -827,7 +867,7 @@ fn tile_sums(
         if let Some(next) = next {
             let at = k.mul(step, share);
             let at = k.add(next, at);
-            for line in (0..form.tile.share() * steps).step_by(LANES as usize) {
+            for line in (0..form.share() * steps).step_by(LANES as usize) {
                 let offset = k.index(line);
                 let at = k.add(at, offset);
                 k.prefetch(b, at, Access::Read);

@@ -319,27 +319,17 @@ impl Kernel {
         let ty = x.ty;
         self.emit(ty, format_args!("llvm.intr.fmuladd({x}, {y}, {z}) : ({ty}, {ty}, {ty}) -> {ty}"))
     }
-    /// sum + x · y of pairs of bf16, both products of each: in one instruction, or widened for two of f32's.
-    pub fn dot_pairs(&mut self, native: bool, x: Val, y: Val, sum: Val) -> Val {
-        if native {
-            let [x, y] = [x, y].map(|pairs| self.halves(pairs));
-            let (ty, pairs) = (sum.ty, x.ty);
-            return self.emit(
-                ty,
-                format_args!(
-                    "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({sum}, {x}, {y}) : \
-                     ({ty}, {pairs}, {pairs}) -> {ty}"
-                ),
-            );
-        }
-        let (upper, half) = (self.int(-1 << 16, x.ty), self.int(16, x.ty));
-        let widened = [x, y].map(|pairs| {
-            let (first, second) = (self.shift_left(pairs, half), self.and(pairs, upper));
-            [self.from_bits(first), self.from_bits(second)]
-        });
-        let [[x0, x1], [y0, y1]] = widened;
-        let sum = self.fma(x0, y0, sum);
-        self.fma(x1, y1, sum)
+    /// sum + x · y of pairs of bf16, both products of each, where the processor has an instruction for it.
+    pub fn dot_pairs(&mut self, x: Val, y: Val, sum: Val) -> Val {
+        let [x, y] = [x, y].map(|pairs| self.halves(pairs));
+        let (ty, pairs) = (sum.ty, x.ty);
+        self.emit(
+            ty,
+            format_args!(
+                "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({sum}, {x}, {y}) : \
+                 ({ty}, {pairs}, {pairs}) -> {ty}"
+            ),
+        )
     }
     /// A step of an outer product: row by row, `multiply(x, y, sum)` for every vector y; `x` gives a row's number.
     pub fn outer(
@@ -443,7 +433,7 @@ impl Kernel {
         let ty = x.ty.of(Scalar::F32);
         self.emit(ty, format_args!("arith.sitofp {x} : {} to {ty}", x.ty))
     }
-    /// Neighbours among floats, rounded to bf16, as words: the first in the lower half.
+    /// Neighbours among floats, rounded to bf16, as words: the first in the lower half. `native`: the processor rounds.
     pub fn pairs(&mut self, native: bool, x: Val) -> Val {
         let ty = x.ty.of(Scalar::BF16);
         let words = Ty { scalar: Scalar::I32, lanes: ty.lanes.map(|n| n / 2) };
@@ -453,10 +443,27 @@ impl Kernel {
         }
         let (first, second) = (self.fresh(words.of(Scalar::F32)), self.fresh(words.of(Scalar::F32)));
         self.line(format_args!("{first}, {second} = vector.deinterleave {x} : {} -> {}", x.ty, first.ty));
+        self.paired(first, second)
+    }
+    /// The same of floats that are not neighbours.
+    pub fn paired(&mut self, first: Val, second: Val) -> Val {
         let (first, second) = (self.rounded_bits(first), self.rounded_bits(second));
-        let (upper, half) = (self.int(-1 << 16, words), self.int(16, words));
+        let (upper, half) = (self.int(-1 << 16, first.ty), self.int(16, first.ty));
         let (first, second) = (self.shift_right(first, half), self.and(second, upper));
         self.or(first, second)
+    }
+    /// Floats from words of two bf16 each.
+    pub fn widened(&mut self, words: Val) -> Val {
+        let halves = self.halves(words);
+        let ty = halves.ty.of(Scalar::F32);
+        self.emit(ty, format_args!("arith.extf {halves} : {} to {ty}", halves.ty))
+    }
+    /// The nearest bf16, as a float.
+    pub fn rounded(&mut self, x: Val) -> Val {
+        let bits = self.rounded_bits(x);
+        let upper = self.int(-1 << 16, bits.ty);
+        let bits = self.and(bits, upper);
+        self.from_bits(bits)
     }
     /// Bits of a float whose upper half is the nearest bf16, of two as near the even one.
     fn rounded_bits(&mut self, x: Val) -> Val {
