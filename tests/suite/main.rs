@@ -11,6 +11,7 @@ mod parity;
 mod ptx;
 mod ptxas;
 mod real;
+mod registers;
 mod runs;
 mod stages;
 mod traces;

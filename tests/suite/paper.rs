@@ -27,7 +27,7 @@ const ENTRIES: [Entry; 2] = [Entry::Eval, Entry::Train];
 
 /// A spec, perhaps with some of its text replaced.
 pub struct Spec {
-    name: String,
+    pub name: String,
     source: String,
 }
 
@@ -53,7 +53,7 @@ impl Spec {
     }
 
     /// Layers between the first and the last are alike: of twelve, three have every kernel.
-    fn shallow(&self) -> Spec {
+    pub fn shallow(&self) -> Spec {
         self.with("layers: 12", "layers: 3")
     }
 

@@ -1,0 +1,94 @@
+//! What compiled products spend their time on: in the loop along k of one with frozen weights more than half of the
+//! instructions multiply, and sums stay in registers. Read off the machine code, since no test can tell by the clock.
+
+use std::collections::HashMap;
+use std::process::Command;
+
+use peft_grammar::model::Precision;
+use peft_passes::codegen;
+use peft_passes::cpu::{Cpu, Level};
+use peft_passes::fuse::Limits;
+use peft_passes::machine::Machine;
+
+use crate::paper;
+
+const OBJDUMP: &str = "/usr/lib/llvm-22/bin/llvm-objdump";
+
+/// Of a loop without another one in it.
+struct Loop {
+    kernel: String,
+    instructions: Vec<String>,
+}
+
+impl Loop {
+    fn count(&self, matches: impl Fn(&str) -> bool) -> usize {
+        self.instructions.iter().filter(|text| matches(text)).count()
+    }
+}
+
+/// From the text of a disassembler.
+fn loops(text: &str) -> Vec<Loop> {
+    let (mut kernel, mut found) = ("", vec![]);
+    let mut code: Vec<&str> = vec![];
+    let mut places: HashMap<u64, usize> = HashMap::new();
+    let number = |hex: &str| u64::from_str_radix(hex.trim().trim_start_matches("0x"), 16).ok();
+    for line in text.lines() {
+        if let Some((_, name)) = line.strip_suffix(">:").and_then(|line| line.split_once(" <")) {
+            (kernel, code, places) = (name, vec![], HashMap::new());
+        }
+        let Some((address, instruction)) = line.split_once(':') else { continue };
+        let Some(address) = number(address) else { continue };
+        places.insert(address, code.len());
+        code.push(instruction.trim());
+        let mut words = instruction.split_whitespace();
+        if words.next().is_some_and(|name| name.starts_with('j'))
+            && let Some(&start) = words.next().and_then(number).and_then(|target| places.get(&target))
+        {
+            let body = &code[start..];
+            let nested = body[..body.len() - 1].iter().any(|text| text.starts_with('j'));
+            if !nested {
+                let instructions = body.iter().map(|text| text.to_string()).collect();
+                found.push(Loop { kernel: kernel.into(), instructions });
+            }
+        }
+    }
+    found
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn sums_stay_in_registers() {
+    if !std::path::Path::new(OBJDUMP).exists() {
+        println!("skipped: there is no {OBJDUMP}");
+        return;
+    }
+    let spec = paper::specs().into_iter().find(|spec| spec.name == "nlg/inducer_lora.peft").expect("a spec").shallow();
+    for level in [Level::V3, Level::V4, Level::V4Bf16] {
+        let machine = Machine::Cpu(Cpu::Level(level));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let lowered = spec.lowered(machine, precision, Limits::default());
+            let kernels = lowered.manifest.kernels.iter().zip(lowered.kernels);
+            let products = kernels.filter(|(name, _)| name.starts_with("gemm") && name.contains("_rows_panels"));
+            let products: Vec<String> = products.map(|(_, text)| text).collect();
+            let folder = tempfile::tempdir().expect("a directory");
+            let library = folder.path().join("kernels.so");
+            codegen::compile(&products, machine, &library).unwrap_or_else(|e| panic!("{e}"));
+            let ran = Command::new(OBJDUMP).args(["-d", "--no-show-raw-insn"]).arg(&library).output();
+            let text = String::from_utf8(ran.expect("it runs").stdout).expect("a text");
+            let multiplies = |text: &str| text.starts_with("vfmadd") || text.starts_with("vdpbf16ps");
+            let mut seen = 0;
+            for body in loops(&text) {
+                let (all, sums) = (body.instructions.len(), body.count(multiplies));
+                // Turns of several steps.
+                if sums < 90 || all > 300 {
+                    continue;
+                }
+                seen += 1;
+                let stack = body.count(|text| text.contains("(%rsp)") || text.contains("(%rbp)"));
+                let name = &body.kernel;
+                assert!(2 * sums > all && stack <= 2, "{machine}, {name}: {sums} of {all}, {stack} on the stack");
+            }
+            assert!(seen >= 5, "{machine} in {precision:?}: {seen} of {} products", products.len());
+        }
+    }
+}
