@@ -49,10 +49,6 @@ pub(super) struct HeldRow<'a> {
 }
 
 impl Epilogue {
-    pub fn is_empty(&self) -> bool {
-        self.groups.is_empty()
-    }
-
     /// What the kernel's name says of it.
     pub fn suffix(&self) -> String {
         let batched = if self.batched { "_batched" } else { "" };

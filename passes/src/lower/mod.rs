@@ -19,6 +19,7 @@ mod head;
 mod kernel;
 mod map;
 mod math;
+mod narrow;
 mod optimizer;
 mod random;
 mod reduce;

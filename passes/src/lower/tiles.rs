@@ -7,7 +7,9 @@
 //! sums ─► shared memory, row by row ─► what follows the product
 //! ```
 //!
-//! A result of no more than 32 columns or rows has tiles of half that width. Where the result has few tiles and k is long, blocks share a tile's steps and their sums are added up afterwards.
+//! A result of no more than 32 columns or rows has tiles of half that width. Where a weight's gradient has few tiles,
+//! blocks share a tile's steps and their sums are added up afterwards. Other products of few columns and many steps are
+//! [`super::narrow`]'s.
 //!
 //! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
 //! fetch what lies side by side.
@@ -18,12 +20,11 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::epilogue::{Epilogue, Follow, HeldRow};
+use super::epilogue::{Epilogue, HeldRow};
 use super::gemm::Axes;
 use super::kernel::matrix::Half;
 use super::kernel::{Buf, Code, F32, Kernel, Order, Val, define, first};
 use super::map::Given;
-use super::span::Span;
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
 use crate::cuda::{Chip, WARP, WARPS};
@@ -106,7 +107,7 @@ pub(super) struct Side {
     pub deep: Extent,
     pub first: Extent,
     /// Elements side by side differ in i.
-    contiguous: bool,
+    pub contiguous: bool,
 }
 
 impl Side {
@@ -157,7 +158,9 @@ impl Lowering<'_, '_, '_> {
             let size = (shape.n.clone(), shape.depth.clone());
             (half, self.pack_halves(half, &place, &right, size))
         });
-        let (followers, stays) = self.held(at);
+        // What follows a sum of shares has a launch of its own.
+        let alone = packed.is_none() && shares(&shape) > 1;
+        let (followers, stays) = if alone { (vec![], true) } else { self.held(at) };
         let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let from = packed.as_ref().map_or(b, |(_, packed)| packed.buffer);
         let epilogue = match &followers[..] {
@@ -233,14 +236,13 @@ impl Lowering<'_, '_, '_> {
     }
 
     fn launch_tiles(&mut self, shape: Shape, (a, left): (BufferId, Side), (b, right): (BufferId, Side), to: To) {
+        if let Some(narrow) = self.narrow(&shape, &left) {
+            return self.launch_narrow(narrow, shape, (a, left), (b, right), to);
+        }
         let whole = shape.m.clone() * shape.n.clone();
         let apart = shape.batch != Extent::Const(1) && to.area != whole;
         let dense = to.line == shape.n && to.first == Extent::Const(0) && !apart;
-        let shares = match to.fate {
-            Fate::Written if dense => self.shares(&shape),
-            Fate::Passed => self.shares(&shape),
-            _ => 1,
-        };
+        let shares = if to.fate == Fate::Written && dense { shares(&shape) } else { 1 };
         let Shape { m, n, depth, batch } = shape;
         let tile = Tile::of(&m, &n);
         let tiles = |n: &Extent, side| Extent::CeilDiv(Box::new(n.clone()), side);
@@ -249,18 +251,12 @@ impl Lowering<'_, '_, '_> {
         let steps = Extent::CeilDiv(Box::new(depth.clone()), DEPTH * shares) * Extent::Const(DEPTH);
         let [rows_a, rows_b] = [left.contiguous, right.contiguous];
         let elements = batch.clone() * whole.clone();
-        // What follows a sum of shares.
-        let (mut to, mut sum) = (to, None);
-        if shares > 1 {
-            let buffer = self.scratch(vec![Extent::Const(shares), elements.clone()]);
-            let (line, first) = (n.clone(), Extent::Const(0));
-            let part = To { buffer, line, area: whole, first, fate: Fate::Written, epilogue: Epilogue::default() };
-            sum = Some((std::mem::replace(&mut to, part), [m.clone(), n.clone()], batch.clone()));
-        }
+        let c = if shares > 1 { self.scratch(vec![Extent::Const(shares), elements.clone()]) } else { to.buffer };
+        let area = if shares > 1 { whole } else { to.area };
         let mut sizes = vec![m, n, depth, down, across, batch, steps];
         sizes.extend(left.sizes());
         sizes.extend(right.sizes());
-        sizes.extend([to.line, to.area, to.first]);
+        sizes.extend([to.line, area, to.first]);
         let side = |contiguous| if contiguous { "columns" } else { "rows" };
         let (fate, epilogue) = (to.fate, to.epilogue);
         self.label = epilogue.label(&self.label);
@@ -269,74 +265,22 @@ impl Lowering<'_, '_, '_> {
         let code = |machine| tiles_kernel(machine, tile, [rows_a, rows_b], fate, &epilogue);
         let kernel = self.target.kernel(&name, code);
         sizes.extend(epilogue.sizes);
-        self.launch(kernel, [vec![a, b, to.buffer], epilogue.buffers].concat(), sizes, units);
-        match sum {
-            Some((sum, ..)) if sum.epilogue.is_empty() => {
-                self.add_up(to.buffer, Extent::Const(shares), elements, sum.buffer);
-            }
-            Some((sum, rows, batch)) => {
-                self.add_up_rows(to.buffer, (Extent::Const(shares), elements), [a, b], sum, rows, batch);
-            }
-            None => {}
+        self.launch(kernel, [vec![a, b, c], epilogue.buffers].concat(), sizes, units);
+        if shares > 1 {
+            self.add_up(c, Extent::Const(shares), elements, to.buffer);
         }
     }
+}
 
-    /// How many blocks share a tile, so that there are some for most of a chip's multiprocessors.
-    fn shares(&self, Shape { m, n, depth, batch }: &Shape) -> u64 {
-        let tile = Tile::of(m, n);
-        let &Extent::Const(n) = n else { return 1 };
-        let across = n.div_ceil(tile.columns).max(1);
-        match (m, batch, depth) {
-            // All tokens' share of a weight's gradient.
-            (&Extent::Const(m), &Extent::Const(batch), Extent::Tokens) => {
-                (BLOCKS / (batch * m.div_ceil(tile.rows) * across).max(1)).clamp(1, SHARES)
-            }
-            // Into a bottleneck.
-            (Extent::Tokens, Extent::Const(1), &Extent::Const(depth)) if depth >= self.target.limits.deep => {
-                (4 / across).max(1)
-            }
-            _ => 1,
+/// How many blocks share a tile of a weight's gradient, so that there are some for most of a chip's multiprocessors.
+fn shares(shape: &Shape) -> u64 {
+    match *shape {
+        Shape { m: Extent::Const(m), n: Extent::Const(n), depth: Extent::Tokens, batch: Extent::Const(batch) } => {
+            let tile = Tile::of(&shape.m, &shape.n);
+            let tiles = batch * m.div_ceil(tile.rows) * n.div_ceil(tile.columns);
+            (BLOCKS / tiles.max(1)).clamp(1, SHARES)
         }
-    }
-
-    /// Adds up shares of a product row by row, and goes on with what follows it. `own` are the product's operands.
-    fn add_up_rows(
-        &mut self,
-        x: BufferId,
-        (shares, elements): (Extent, Extent),
-        own: [BufferId; 2],
-        To { buffer, fate, epilogue, .. }: To,
-        [m, n]: [Extent; 2],
-        batch: Extent,
-    ) {
-        let name = format!("add_up{}{}", fate.suffix(), epilogue.suffix());
-        let all = [&[Element::F32; 3], &epilogue.elements[..], &[Element::F32]].concat();
-        let mut sizes = vec![m.clone(), n, shares, elements];
-        let kernel = self.target.kernel(&name, |machine| {
-            define(machine, &all, sizes.len() + epilogue.sizes.len(), |k, buffers, sizes| {
-                let ([m, n, shares, elements], x) = (first(sizes), *buffers.last().expect("the shares"));
-                k.units(|k, row| {
-                    let out = (fate == Fate::Written).then_some(buffers[2]);
-                    let follow = Follow::of(k, &epilogue, (buffers, &sizes[4..]), out, (row, m));
-                    let span = Span { base: k.mul(row, n), length: n };
-                    follow.fill(k, span, |k, place, mask| {
-                        let (zero, nothing) = (k.index(0), k.floats(0.0));
-                        let sums = k.fold(zero, shares, 1, &[nothing], |k, share, sums| {
-                            let before = k.mul(share, elements);
-                            let at = k.add(before, place);
-                            let x = k.load_lanes(x, at, mask);
-                            vec![k.add(sums[0], x)]
-                        });
-                        sums[0]
-                    });
-                });
-            })
-        });
-        sizes.extend(epilogue.sizes.iter().cloned());
-        let label = epilogue.label("add_up");
-        let label = std::mem::replace(&mut self.label, label);
-        self.launch(kernel, [vec![own[0], own[1], buffer], epilogue.buffers, vec![x]].concat(), sizes, batch * m);
-        self.label = label;
+        _ => 1,
     }
 }
 
@@ -384,7 +328,8 @@ pub(super) struct Out<'a> {
     pub base: Val,
     pub line: Val,
     pub batch: Val,
-    /// The tile's columns, as many as `n` leaves of them, and how many it has at most.
+    /// The tile's columns, as many as `n` leaves of them, and how many it has at most; those in the room
+    /// are as many as a warp's lanes take.
     pub column: Val,
     pub n: Val,
     pub width: u64,
@@ -421,7 +366,7 @@ impl Out<'_> {
         let end = k.index(self.width);
         let end = k.add(self.column, end);
         let columns = (self.column, k.min(end, self.n));
-        let lanes = Given { lanes: &lanes, columns: Some(self.width) };
+        let lanes = Given { lanes: &lanes, columns: Some(self.width.next_multiple_of(WARP)) };
         let row = HeldRow { batch: self.batch, row, columns, lanes };
         self.epilogue.write_row(k, (self.buffers, self.sizes), self.n, row);
     }

@@ -10,6 +10,7 @@
 use peft_runtime::artifact::Sizes;
 
 use super::kernel::matrix::SIDE;
+use super::narrow::Narrow;
 use super::tiles::Tile;
 use super::{TIMES, halves, squares};
 use crate::cuda::{Card, WARP, WARPS};
@@ -96,6 +97,15 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         let flops = 2.0 * m * n * depth * batches;
         let reads = [m, n].map(|side| 4.0 * side * depth * batches).into();
         return Work { flops, half: false, blocks: vec![(blocks, cycles)], reads, under_way: f64::INFINITY };
+    }
+    if let Some(narrow) = Narrow::named(kernel) {
+        let [m, n, depth] = [0, 1, 2].map(number);
+        let step = narrow.elements() as f64 / a_cycle(card.flops);
+        let shared = |floats: u64| (floats * 4) as f64 / SHARED;
+        let cycles = Narrow::steps(extents[2]) as f64 * step.max(shared(narrow.moved())) + shared(narrow.added());
+        let reads = vec![4.0 * m * depth, 4.0 * n * depth];
+        let under_way = (units * Narrow::under_way()) as f64;
+        return Work { flops: 2.0 * m * n * depth, half: false, blocks: vec![(blocks, cycles)], reads, under_way };
     }
     if kernel.starts_with("halves_") {
         let [m, n, depth] = [0, 1, 2].map(number);
