@@ -2,14 +2,13 @@
 //!
 //! ```text
 //! for each 32 steps of k
-//!   B[32, columns] ─► the other stage of shared memory
+//!   B[32, columns] ─► the next stage of shared memory
 //!   a lane: its step of 5 rows of A × all columns, onto sums in registers
 //! the lanes' sums ─► shared memory, added up row by row ─► what follows the product
 //! ```
 //!
 //! A number of A is multiplied in one lane alone, so it goes there straight from memory, where neighbouring lanes fetch
-//! neighbours, and is on its way for some rounds. B is in shared memory for the block's four warps, each of which has rows
-//! of its own.
+//! neighbours, and is on its way for some rounds. B is in shared memory for the block's warps, each with its own rows.
 
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
@@ -57,8 +56,8 @@ impl Narrow {
         ROWS * self.columns
     }
 
-    /// What a step of k takes of shared memory, in floats: each warp reads the columns that are put there, and A comes the
-    /// same way.
+    /// What a step of k takes of shared memory, in floats: each warp reads the columns that are put there, and A comes
+    /// the same way.
     pub fn moved(self) -> u64 {
         (WARPS + 1) * self.columns + ROWS
     }
@@ -220,8 +219,8 @@ fn narrow_kernel(machine: Machine, narrow: Narrow, contiguous: bool, fate: Fate,
     })
 }
 
-/// What a thread fetches of an operand: how far its steps are ahead of a round's first, and of each where the lines begin,
-/// rows of A or columns of B.
+/// What a thread fetches of an operand: how far its steps are ahead of a round's first, and of each where the lines
+/// begin, rows of A or columns of B.
 struct Operand {
     buffer: Buf,
     fetched: Vec<(Val, Vec<Val>)>,
@@ -236,8 +235,8 @@ impl Operand {
         Operand { buffer, fetched: vec![(k.lane_index(), rows)], deep: side[1], depth }
     }
 
-    /// The block's columns, and where they go: neighbouring threads have neighbouring columns if those are `contiguous`,
-    /// else steps.
+    /// The block's columns, and where they go: neighbouring threads have neighbouring columns if those are
+    /// `contiguous`, else steps.
     fn columns(
         k: &mut Kernel,
         buffer: Buf,
@@ -281,8 +280,8 @@ impl Operand {
         k.add(first, at)
     }
 
-    /// Of the round that begins at step `begin`; 0 for steps that do not exist. Nothing branches, or LLVM would put sums
-    /// off from round to round.
+    /// Of the round that begins at step `begin`; 0 for steps that do not exist. Nothing branches, or LLVM would put off
+    /// sums from round to round.
     fn fetch(&self, k: &mut Kernel, begin: Val) -> Vec<Val> {
         let (one, nothing) = (k.index(1), k.float(0.0, F32));
         let last = k.sub(self.depth, one);
