@@ -6,22 +6,32 @@
 //! ```
 //!
 //! A group (see [`super::map`]) joins the last of the products among its leaves. Rows that are normalized or summed up
-//! take along what follows them in the same way, in registers on either machine.
+//! take along what follows them in the same way, in registers on either machine. Where a tile has a product's rows whole,
+//! their sums are made there as well, and what follows those:
+//!
+//! ```text
+//! λ = σ(Σ q (q + x @ W) − lse)         one kernel, which writes λ
+//! ```
 
 use peft_grammar::graph::{Graph, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, Kernel, Val};
+use super::kernel::{Buf, F32, Kernel, Val};
 use super::span::Span;
-use super::{Lowering, map, usage};
+use super::view::View;
+use super::{Lowering, dim_extent, map, usage};
 
 /// Groups of one product, at most.
 const MOST: usize = 3;
+
+/// What stands before a row's sum in a kernel's name.
+pub(super) const ROW: &str = "_row_";
 
 /// What a product's kernel does with its result, and what it gets for that.
 #[derive(Default)]
 pub(super) struct Epilogue {
     groups: Vec<Group>,
+    sum: Option<Box<Sum>>,
     /// The product has an axis of batches, and who works on its rows asks for both indices.
     batched: bool,
     /// Beyond the product's own.
@@ -38,6 +48,44 @@ struct Group {
     result: Value,
     /// By leaf, which of the groups before makes it; what is in registers itself counts as the first.
     made: Vec<Option<usize>>,
+    /// It is written; else only what comes after it in the kernel reads it.
+    stays: bool,
+}
+
+/// The sum of a row, and what follows that.
+struct Sum {
+    /// Of what among the values made, the product being the first.
+    of: usize,
+    mean: bool,
+    /// Which of the kernel's buffers it goes to, if it is written.
+    out: Option<usize>,
+    then: Epilogue,
+}
+
+/// What the kernel of a node takes along.
+pub(super) struct Taken {
+    at: usize,
+    /// Groups, by their roots.
+    pub followers: Vec<usize>,
+    /// A sum over rows, and what that takes along.
+    sum: Option<Box<Taken>>,
+    /// The node's own result is written.
+    pub stays: bool,
+}
+
+impl Taken {
+    pub fn groups(at: usize, followers: Vec<usize>) -> Taken {
+        Taken { at, followers, sum: None, stays: true }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.all().is_empty()
+    }
+
+    /// The groups and the sum, whose turn is then over.
+    fn all(&self) -> Vec<usize> {
+        self.followers.iter().copied().chain(self.sum.iter().map(|sum| sum.at)).collect()
+    }
 }
 
 /// A row in registers: where it is among all rows, its columns from where to where, and the way to its lanes.
@@ -52,18 +100,27 @@ impl Epilogue {
     /// What the kernel's name says of it.
     pub fn suffix(&self) -> String {
         let batched = if self.batched { "_batched" } else { "" };
-        self.groups.iter().fold(batched.to_string(), |name, group| {
-            let places = group.buffers.iter().enumerate().map(|(i, at)| match group.made.get(i) {
+        let groups = self.groups.iter().fold(batched.to_string(), |name, group| {
+            let (last, read) = group.buffers.split_last().expect("a result");
+            let places = read.iter().enumerate().map(|(i, at)| match group.made.get(i) {
                 Some(Some(stage)) => format!("made{stage}"),
                 _ => at.to_string(),
             });
-            format!("{name}_{}_{}", group.form.name(), places.collect::<Vec<_>>().join("_"))
-        })
+            let out = if group.stays { last.to_string() } else { "passed".into() };
+            let places: Vec<String> = places.chain([out]).collect();
+            format!("{name}_{}_{}", group.form.name(), places.join("_"))
+        });
+        let Some(Sum { of, mean, out, then }) = self.sum.as_deref() else { return groups };
+        let kind = if *mean { "mean" } else { "sum" };
+        let out = out.map_or("passed".into(), |at| at.to_string());
+        format!("{groups}{ROW}{kind}_made{of}_{out}{}", then.suffix())
     }
 
     /// For profiles.
     pub fn label(&self, product: &str) -> String {
-        self.groups.iter().fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()))
+        let groups =
+            self.groups.iter().fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()));
+        self.sum.iter().fold(groups, |label, sum| sum.then.label(&format!("{label}+reduce")))
     }
 
     /// The groups whose turn it is, on the part of the result that `part` gives: its first row and how many, and its
@@ -77,7 +134,7 @@ impl Epilogue {
         part: impl FnOnce(&mut Kernel) -> Part,
     ) {
         self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
-            map::write_row(k, stages, &self.indices(batch, row), width, columns, None);
+            map::write_row(k, stages, &self.indices(batch, row), width, columns, None, None);
         });
     }
 
@@ -89,19 +146,40 @@ impl Epilogue {
     /// All groups on a row in registers.
     pub fn write_row(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: HeldRow) {
         let HeldRow { batch, row, columns, lanes } = row;
-        let stages = self.stages(buffers, sizes);
-        map::write_row(k, &stages, &self.indices(batch, row), width, columns, Some(lanes));
+        let (stages, rest) = self.stages(buffers, sizes);
+        let summed = self.sum.as_ref().map(|sum| sum.of);
+        let lanes = map::write_row(k, &stages, &self.indices(batch, row), width, columns, Some(lanes), summed);
+        let (Some(lanes), Some(Sum { mean, out, then, .. })) = (lanes, self.sum.as_deref()) else { return };
+        let share = mean.then(|| {
+            let (one, width) = (k.float(1.0, F32), k.to_float(width));
+            k.div(one, width)
+        });
+        let place = if self.batched { k.mul(batch, rest[0]) } else { k.index(0) };
+        let place = k.add(place, row);
+        let out = out.map(|at| buffers[at]);
+        Follow { epilogue: then, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
     }
 
-    fn stages<'f>(&'f self, buffers: &[Buf], sizes: &'f [Val]) -> Vec<map::Stage<'f>> {
+    /// With the sizes that are no group's.
+    fn stages<'f>(&'f self, buffers: &[Buf], sizes: &'f [Val]) -> (Vec<map::Stage<'f>>, &'f [Val]) {
         let mut rest = sizes;
         let stages = self.groups.iter().map(|group| {
             let (own, others) = rest.split_at(group.sizes);
             rest = others;
             let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made }
+            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made, stays: group.stays }
         });
-        stages.collect()
+        (stages.collect(), rest)
+    }
+
+    /// Which of the kernel's buffers it is, the first of which are its `own`.
+    fn number(&mut self, own: &[BufferId], buffer: BufferId, element: Element) -> usize {
+        let known = own.iter().chain(&self.buffers).position(|&b| b == buffer);
+        known.unwrap_or_else(|| {
+            self.buffers.push(buffer);
+            self.elements.push(element);
+            own.len() + self.buffers.len() - 1
+        })
     }
 
     /// Fetches what [`Epilogue::write`] will read and write there.
@@ -134,7 +212,7 @@ impl Epilogue {
         if turn.is_empty() {
             return;
         }
-        let stages = self.stages(buffers, sizes);
+        let (stages, _) = self.stages(buffers, sizes);
         let body = |k: &mut Kernel| {
             let ((first, rows), columns) = part(k);
             let zero = k.index(0);
@@ -189,6 +267,18 @@ impl<'a> Follow<'a> {
         let row = HeldRow { batch: self.batch, row: self.row, columns, lanes };
         self.epilogue.write_row(k, (self.buffers, self.sizes), span.length, row);
     }
+
+    /// The row of one column at `place` of the result: what the lanes have of a sum, or of a mean with so large a `share`
+    /// of each.
+    pub fn sum(&self, k: &mut Kernel, place: Val, lanes: Val, share: Option<Val>) {
+        let mut sum = k.sum_lanes(lanes);
+        if let Some(share) = share {
+            sum = k.mul(sum, share);
+        }
+        let sum = k.splat(sum);
+        let length = k.index(1);
+        self.fill(k, Span { base: place, length }, |_, _, _| sum);
+    }
 }
 
 /// Of a product's result: the first row and how many, and columns from where to where.
@@ -225,20 +315,28 @@ pub(super) fn put_off(graph: &Graph) -> Graph {
 }
 
 impl Lowering<'_, '_, '_> {
-    /// The groups that node `at` takes along, in their order. What else they read is there already.
-    pub(super) fn followers(&self, at: usize) -> Vec<usize> {
-        let Node { op, operands, result: product, .. } = &self.graph.nodes[at];
-        let (product, ty) = (*product, self.ty(*product));
-        let mut roots = vec![];
+    /// The kernel of node `at` may take along what follows.
+    fn leads(&self, at: usize) -> bool {
+        let Node { op, operands, result, .. } = &self.graph.nodes[at];
+        let ty = self.ty(*result);
         // Leading axes are batches, of which an index has one.
         let batches = !matches!(op, Op::Matmul { .. }) || ty.rank() == self.ty(operands[1]).rank();
         let placed = matches!(ty.rank(), 2 | 3) && !ty.ragged() && batches;
-        if !self.target.epilogues || self.frozen.is_some() || self.wanted.contains_key(&product) || !placed {
+        self.target.epilogues && self.frozen.is_none() && !self.wanted.contains_key(result) && placed
+    }
+
+    /// The groups that node `at` takes along, in their order, when it is the `turn` of a node. What else they read is there
+    /// by then.
+    pub(super) fn followers(&self, at: usize, turn: usize) -> Vec<usize> {
+        let product = self.graph.nodes[at].result;
+        let ty = self.ty(product);
+        let mut roots = vec![];
+        if !self.leads(at) {
             return roots;
         }
         let mut made = vec![product];
         let there = |v: &Value, made: &[Value]| {
-            made.contains(v) || self.groups.maker(*v).is_none_or(|n| n < at || self.joined.contains(&n))
+            made.contains(v) || self.groups.maker(*v).is_none_or(|n| n < turn || self.joined.contains(&n))
         };
         while roots.len() < MOST {
             let readers = made.iter().flat_map(|v| &self.readers[v.0 as usize]);
@@ -261,32 +359,55 @@ impl Lowering<'_, '_, '_> {
         readers.filter(|&&node| roots.contains(&self.groups.root(node))).count() == self.uses[product.0 as usize]
     }
 
-    /// A place for `result`, which node `at` computes in registers, and the groups that follow; whether it is written.
-    pub(super) fn held(&mut self, at: usize) -> (Vec<usize>, bool) {
+    /// What node `at` takes along when it is the `turn` of a node, if it is computed in registers, and a place for it; if
+    /// those hold `whole` rows, a sum of them as well.
+    pub(super) fn taken(&mut self, at: usize, turn: usize, whole: bool) -> Taken {
         let result = self.graph.nodes[at].result;
-        let followers = self.followers(at);
-        let stays = !self.serves(result, &followers);
-        if !stays {
+        let mut taken = Taken::groups(at, self.followers(at, turn));
+        if whole && self.leads(at) {
+            let made = [result].into_iter().chain(taken.followers.iter().map(|&root| self.graph.nodes[root].result));
+            let readers = made.flat_map(|v| &self.readers[v.0 as usize]).copied();
+            let sum = readers.filter(|at| self.sums_rows(*at) && !self.joined.contains(at)).min();
+            taken.sum = sum.map(|sum| Box::new(self.taken(sum, turn, false)));
+        }
+        if let Some(sum) = taken.sum.as_ref().filter(|sum| sum.stays) {
+            self.result(self.graph.nodes[sum.at].result);
+        }
+        taken.stays = !self.serves(result, &taken.all());
+        if !taken.stays {
             // What is never written has a place all the same: that of what is made of it.
-            let (buffer, view) = self.target(self.graph.nodes[followers[0]].result);
+            let written = taken.followers.iter().find(|&&root| self.written(root, &taken));
+            let (buffer, view) = match (written, &taken.sum) {
+                (Some(&root), _) => self.target(self.graph.nodes[root].result),
+                (None, Some(sum)) => {
+                    (self.place(self.graph.nodes[sum.at].result).buffer, View::dense(&self.ty(result).shape))
+                }
+                (None, None) => unreachable!("something reads it"),
+            };
             self.show(result, buffer, view);
         }
-        (followers, stays)
+        taken
     }
 
-    /// The groups of `roots` as the kernel of `product` takes them, whose own buffers are `own`; if it has it in
-    /// `registers`, they do not read it.
-    pub(super) fn epilogue(
-        &mut self,
-        product: Value,
-        roots: &[usize],
-        own: &[BufferId],
-        registers: bool,
-    ) -> Result<Epilogue, String> {
-        let batched = self.ty(product).rank() == 3 && (registers || !roots.is_empty());
+    /// Whether the group of `root` is written: what a sum is of may be nobody else's.
+    fn written(&self, root: usize, taken: &Taken) -> bool {
+        taken.sum.is_none() || !self.serves(self.graph.nodes[root].result, &taken.all())
+    }
+
+    /// What a kernel takes along, whose own buffers are `own`; if it has its result in `registers`, the groups do not
+    /// read it.
+    pub(super) fn epilogue(&mut self, taken: &Taken, own: &[BufferId], registers: bool) -> Result<Epilogue, String> {
+        let product = self.graph.nodes[taken.at].result;
+        let batched = self.ty(product).rank() == 3 && (registers || !taken.followers.is_empty());
         let mut epilogue = Epilogue { batched, ..Epilogue::default() };
-        for &root in roots {
-            let map = self.expression(root, true, None)?;
+        for &root in &taken.followers {
+            let stays = self.written(root, taken);
+            let result = self.graph.nodes[root].result;
+            let nowhere = (!stays).then(|| self.place(product).buffer);
+            if let Some(buffer) = nowhere {
+                self.show(result, buffer, View::dense(&self.ty(result).shape));
+            }
+            let map = self.expression(root, true, nowhere)?;
             let early = epilogue.groups.iter().take_while(|g| !g.form.draws()).count();
             let turn = match registers {
                 false if epilogue.groups.len() > early || map.form.draws() => early,
@@ -297,19 +418,26 @@ impl Lowering<'_, '_, '_> {
                 registers.then_some(product).into_iter().chain(results).position(|made| made == *v)
             };
             let made = map.arrays.iter().map(maker).collect();
-            let result = self.graph.nodes[root].result;
-            let mut buffers = vec![];
-            for (buffer, element) in map.buffers.into_iter().zip(map.elements) {
-                let known = own.iter().chain(&epilogue.buffers).position(|&b| b == buffer);
-                buffers.push(known.unwrap_or(own.len() + epilogue.buffers.len()));
-                if known.is_none() {
-                    epilogue.buffers.push(buffer);
-                    epilogue.elements.push(element);
-                }
-            }
-            epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len(), result, made });
+            let buffers = map.buffers.into_iter().zip(map.elements);
+            let buffers = buffers.map(|(buffer, element)| epilogue.number(own, buffer, element)).collect();
+            epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len(), result, made, stays });
             epilogue.sizes.extend(map.sizes);
             self.joined.insert(root);
+        }
+        if let Some(sum) = &taken.sum {
+            let graph = self.graph;
+            let Node { op, operands, result, .. } = &graph.nodes[sum.at];
+            let made = [product].into_iter().chain(epilogue.groups.iter().map(|g| g.result));
+            let of = made.into_iter().position(|made| made == operands[0]).expect("what it is of");
+            let out = sum.stays.then(|| epilogue.number(own, self.place(*result).buffer, Element::F32));
+            let mut then = self.epilogue(sum, &[own, &epilogue.buffers].concat(), true)?;
+            epilogue.buffers.append(&mut then.buffers);
+            epilogue.elements.append(&mut then.elements);
+            let rows = self.ty(*result).shape.iter().rev().nth(1);
+            epilogue.sizes.push(dim_extent(*rows.expect("rows of one column")));
+            epilogue.sizes.append(&mut then.sizes);
+            epilogue.sum = Some(Box::new(Sum { of, mean: matches!(op, Op::Reduce { mean: true, .. }), out, then }));
+            self.joined.insert(sum.at);
         }
         Ok(epilogue)
     }

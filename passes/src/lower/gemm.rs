@@ -21,7 +21,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
-use super::epilogue::{Epilogue, When};
+use super::epilogue::{Epilogue, Taken, When};
 use super::kernel::{Access, Buf, Code, F32, Kernel, LANES, Order, Val, define, first};
 use super::tables::Panels;
 use super::view::{ONE, View};
@@ -175,7 +175,7 @@ impl Lowering<'_, '_, '_> {
             }
             false => (place_b.buffer, [right.line, right.area, right.first, across]),
         };
-        let followers = self.followers(at);
+        let followers = self.followers(at, at);
         if let Some(&root) = followers.first()
             && self.uses[result.0 as usize] == 1
         {
@@ -185,7 +185,7 @@ impl Lowering<'_, '_, '_> {
         }
         let (buffer, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let to = Destination { buffer, line, area, first, kept: false };
-        let epilogue = self.epilogue(result, &followers, &[place_a.buffer, from_b, buffer], false)?;
+        let epilogue = self.epilogue(&Taken::groups(at, followers), &[place_a.buffer, from_b, buffer], false)?;
         self.label = epilogue.label(node.op.name());
         self.multiply(form, (place_a.buffer, left), (from_b, lines_b), n, to, epilogue);
         Ok(())

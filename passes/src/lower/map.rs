@@ -492,8 +492,8 @@ impl Form {
                 }
             };
             let zero = k.index(0);
-            let stage = Stage { form: self, buffers: buffers.to_vec(), sizes, made: &[] };
-            write_row(k, &[stage], &indices, length, (zero, length), None);
+            let stage = Stage { form: self, buffers: buffers.to_vec(), sizes, made: &[], stays: true };
+            write_row(k, &[stage], &indices, length, (zero, length), None, None);
         });
     }
 
@@ -662,6 +662,8 @@ pub(super) struct Stage<'f> {
     pub sizes: &'f [Val],
     /// By leaf, which of the stages before makes it, if one does; [`Given`] counts as the first.
     pub made: &'f [Option<usize>],
+    /// What it makes is written.
+    pub stays: bool,
 }
 
 /// Lanes of a row from a column on, of which a mask says what exists.
@@ -736,7 +738,7 @@ impl Row<'_> {
 }
 
 /// Elements `start` to `end` of the row at `indices`, which is `length` long: one stage after the other, what one hands
-/// to the next in registers.
+/// to the next in registers. Gives what lanes have of the sum of what `summed` numbers, [`Given`] being the first.
 pub(super) fn write_row(
     k: &mut Kernel,
     stages: &[Stage],
@@ -744,13 +746,16 @@ pub(super) fn write_row(
     length: Val,
     (start, end): (Val, Val),
     given: Option<Given>,
-) {
+    summed: Option<usize>,
+) -> Option<Val> {
     let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
     let lanes = k.lane_count();
     let step = if stages.iter().any(|s| s.form.draws_along()) { random::drawn(k) } else { lanes };
     let given = given.as_ref();
     let most = given.and_then(|given| given.columns);
-    let columns = |k: &mut Kernel, j: Val| {
+    let nothing: Vec<Val> = summed.iter().map(|_| k.floats(0.0)).collect();
+    let columns = |k: &mut Kernel, j: Val, sums: &[Val]| {
+        let mut sums = sums.to_vec();
         let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, (j, end))).collect();
         for part in 0..most.unwrap_or(step) / lanes {
             let offset = k.index(part * lanes);
@@ -758,23 +763,32 @@ pub(super) fn write_row(
             let left = k.sub(end, at);
             let mask = k.mask(left);
             let mut made: Vec<Val> = given.into_iter().map(|given| (given.lanes)(k, at, mask)).collect();
-            for (row, words) in rows.iter().zip(&words) {
+            for ((row, stage), words) in rows.iter().zip(stages).zip(&words) {
                 // A row of one column has one word.
                 let words: Vec<Val> = words.iter().map(|w| *w.get(part as usize).unwrap_or(&w[0])).collect();
                 let value = row.form.evaluate(k, (&row.sources, &made), at, mask, &words, row.sizes);
-                let place = k.add(row.base, at);
-                k.store_lanes(value, row.out, place, mask);
+                if stage.stays {
+                    let place = k.add(row.base, at);
+                    k.store_lanes(value, row.out, place, mask);
+                }
                 made.push(value);
             }
+            if let Some(of) = summed {
+                // Beyond the row anything may have been computed.
+                let x = k.select(mask, made[of], nothing[0]);
+                sums[0] = k.add(sums[0], x);
+            }
         }
+        sums
     };
-    match most {
+    let sums = match most {
         Some(most) => {
             assert!(most <= random::drawn(k), "one call of the generator decides over them");
-            columns(k, start);
+            columns(k, start, &nothing)
         }
-        None => k.each(start, end, step, columns),
-    }
+        None => k.fold(start, end, step, &nothing, columns),
+    };
+    sums.first().copied()
 }
 
 /// Fetches what [`write_row`] will read and write.

@@ -40,7 +40,8 @@ impl Lowering<'_, '_, '_> {
         let ty = self.ty(x);
         let inner = self.places[x.0 as usize].is_none().then(|| self.groups.maker(x).expect("no argument"));
         let own = if inner.is_none() { vec![self.dense(x)] } else { vec![] };
-        let (followers, stays) = self.held(at);
+        let taken = self.taken(at, at, false);
+        let stays = taken.stays;
         let out = if stays { self.result(result) } else { self.place(result).buffer };
         let map = inner.map(|root| self.expression(root, true, Some(out))).transpose()?;
         let (mut buffers, mut elements) = (own, vec![Element::F32; 2]);
@@ -50,7 +51,7 @@ impl Lowering<'_, '_, '_> {
         } else {
             buffers.push(out);
         }
-        let epilogue = self.epilogue(result, &followers, &buffers, true)?;
+        let epilogue = self.epilogue(&taken, &buffers, true)?;
         elements.extend(&epilogue.elements);
         let [length, rows] =
             [1, 2].map(|n| ty.shape.len().checked_sub(n).map_or(Extent::Const(1), |i| dim_extent(ty.shape[i])));
@@ -78,7 +79,8 @@ impl Lowering<'_, '_, '_> {
                     let lanes: Box<map::Lanes> = match &map {
                         Some(map) => {
                             let buffers = buffers[..count].to_vec();
-                            let stage = map::Stage { form: &map.form, buffers, sizes: map_sizes, made: &[] };
+                            let stage =
+                                map::Stage { form: &map.form, buffers, sizes: map_sizes, made: &[], stays: false };
                             let indices = if batched { vec![follow.batch, follow.row] } else { vec![row] };
                             Box::new(map::lanes_of(k, &stage, &indices, length))
                         }
@@ -94,14 +96,8 @@ impl Lowering<'_, '_, '_> {
                         let x = if map.is_some() { k.select(mask, x, zero) } else { x };
                         vec![k.add(sums[0], x)]
                     });
-                    let mut sum = k.sum_lanes(sums[0]);
-                    if mean {
-                        let share = share(k, &sizes[2..]);
-                        sum = k.mul(sum, share);
-                    }
-                    let sum = k.splat(sum);
-                    let length = k.index(1);
-                    follow.fill(k, Span { base: row, length }, |_, _, _| sum);
+                    let share = mean.then(|| share(k, &sizes[2..]));
+                    follow.sum(k, row, sums[0], share);
                 });
             })
         });

@@ -65,11 +65,12 @@ impl Lowering<'_, '_, '_> {
         let rows = Rows::of(ty);
         let mut buffers: Vec<BufferId> = node.operands.iter().map(|&v| self.dense(v)).collect();
         let operands = buffers.len();
-        let (followers, stays) = self.held(at);
+        let taken = self.taken(at, at, false);
+        let stays = taken.stays;
         let out = if stays { self.result(result) } else { self.place(result).buffer };
         buffers.push(out);
         buffers.extend(rows.places(self.target));
-        let epilogue = self.epilogue(result, &followers, &buffers, true)?;
+        let epilogue = self.epilogue(&taken, &buffers, true)?;
         let elements = (0..operands + 1).map(|_| Element::F32).chain(rows.elements());
         let elements: Vec<Element> = elements.chain(epilogue.elements.iter().copied()).collect();
         let stem = if operands == 1 { "normalize" } else { "normalize_vjp" };

@@ -131,7 +131,11 @@ fn tensors(graph: &Graph) -> Vec<Tensor> {
 
 /// What a graph's launches are called, but for the packing of operands.
 pub(crate) fn launches(graph: &Graph, epilogues: bool) -> String {
-    let options = Options { epilogues, ..Options::default() };
+    launches_on(Machine::default(), graph, epilogues)
+}
+
+fn launches_on(machine: Machine, graph: &Graph, epilogues: bool) -> String {
+    let options = Options { machine, epilogues, ..Options::default() };
     let manifest = lower(&[("grad", graph)], &tensors(graph), options).expect("lowered").manifest;
     let launches = manifest.entries["grad"].launches.iter().map(|l| l.op.clone());
     launches.filter(|op| op != "pack").collect::<Vec<_>>().join(" ")
@@ -481,6 +485,69 @@ fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
         push(Op::Add, &[m, s]);
     });
     all
+}
+
+/// Sums over a product's rows, and what follows them, each with what the launches of a GPU are called where a tile has rows
+/// whole.
+fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
+    let mut all = vec![];
+    let mut graph =
+        |name: &str, heads: &[u64], launches: &'static str, write: &dyn Fn(&mut Push, [Value; 6]) -> Vec<Value>| {
+            let mut graph = Graph::new(name);
+            let lead = || heads.iter().copied().map(Dim::Const);
+            let of = |rows: Dim, width| Type::f32(lead().chain([rows, Dim::Const(width)]).collect::<Vec<_>>());
+            let mut arg = |name: &str, role, ty| graph.arg(name, role, None, ty);
+            let x = arg("x", Role::Input, of(Dim::Tokens, d));
+            let w = arg("w", Role::Frozen, of(Dim::Const(d), n));
+            let b = arg("b", Role::Input, Type::f32([Dim::Const(n)]));
+            let r = arg("r", Role::Input, of(Dim::Tokens, n));
+            let one = arg("one", Role::Input, of(Dim::Tokens, 1));
+            let rng = arg("rng", Role::Input, Type::i32([Dim::Const(2)]));
+            let mut push = |op: Op, x: &[Value]| graph.push(op, x, &Location::default()).expect("fits");
+            let m = push(Op::Matmul { transpose_x: false, transpose_y: false }, &[x, w]);
+            for (i, value) in write(&mut push, [m, b, r, one, rng, x]).into_iter().enumerate() {
+                graph.outputs.push((format!("z{i}"), value));
+            }
+            all.push((graph, launches));
+        };
+    let drop = Op::Dropout { p: 0.3, stream: 2, column: 0 };
+    for heads in [&[][..], &[3]] {
+        let sum = |mean| Op::Reduce { axes: vec![heads.len() + 1], keep: true, mean };
+        // Nothing but the sum is asked for.
+        graph("alone", heads, "matmul+reduce", &|push, [m, ..]| vec![push(sum(false), &[m])]);
+        // What an inducer does: of what is summed up the one part is read again, the other is not.
+        graph("weight", heads, "matmul+add+mul+reduce+sub+sigmoid", &|push, [m, b, r, one, ..]| {
+            let p = push(Op::Add, &[m, b]);
+            let products = push(Op::Mul, &[p, r]);
+            let s = push(sum(false), &[products]);
+            let s = push(Op::Sub, &[s, one]);
+            vec![p, push(Op::Sigmoid, &[s])]
+        });
+        // The product and its mean as well, and the generator on either side of it.
+        graph("drops", heads, "matmul+dropout+add+reduce+dropout+mul", &|push, [m, _, r, one, rng, _]| {
+            let kept = push(drop.clone(), &[m, rng]);
+            let kept = push(Op::Add, &[kept, r]);
+            let s = push(sum(true), &[kept]);
+            let t = push(drop.clone(), &[s, rng]);
+            vec![m, kept, s, push(Op::Mul, &[t, one])]
+        });
+        // Of two sums one has a launch of its own, and so has what is as wide as a row again.
+        graph("two", heads, "matmul+mul+reduce reduce sub", &|push, [m, _, r, ..]| {
+            let s = push(sum(false), &[m]);
+            let products = push(Op::Mul, &[m, r]);
+            let t = push(sum(false), &[products]);
+            vec![push(Op::Sub, &[m, s]), t]
+        });
+    }
+    all
+}
+
+#[test]
+fn products_with_sums_of_their_rows() {
+    let graphs = [(1, 5, 1), (29, 3, 70)]
+        .into_iter()
+        .flat_map(|(tokens, d, n)| summed(d, n).into_iter().map(move |(graph, _)| (graph, vec![tokens])));
+    compare(&graphs.collect::<Vec<_>>(), Cpu::Native, 2, LONG);
 }
 
 #[test]

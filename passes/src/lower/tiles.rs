@@ -20,7 +20,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::epilogue::{Epilogue, HeldRow};
+use super::epilogue::{Epilogue, HeldRow, Taken};
 use super::gemm::Axes;
 use super::kernel::matrix::Half;
 use super::kernel::{Buf, Code, F32, Kernel, Order, Val, define, first};
@@ -47,8 +47,8 @@ const PART: u64 = 4;
 /// A tile's rows and columns.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    rows: u64,
-    columns: u64,
+    pub rows: u64,
+    pub columns: u64,
 }
 
 impl Tile {
@@ -160,14 +160,16 @@ impl Lowering<'_, '_, '_> {
         });
         // What follows a sum of shares has a launch of its own.
         let alone = packed.is_none() && shares(&shape) > 1;
-        let (followers, stays) = if alone { (vec![], true) } else { self.held(at) };
+        let whole = matches!(shape.n, Extent::Const(n) if n <= TILE);
+        let taken = if alone { Taken::groups(at, vec![]) } else { self.taken(at, at, whole) };
         let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let from = packed.as_ref().map_or(b, |(_, packed)| packed.buffer);
-        let epilogue = match &followers[..] {
-            [] => Epilogue::default(),
-            followers => self.epilogue(result, followers, &[a, from, c], true)?,
+        let epilogue = match taken.is_empty() {
+            true => Epilogue::default(),
+            false => self.epilogue(&taken, &[a, from, c], true)?,
         };
-        let to = To { buffer: c, line, area, first, fate: if stays { Fate::Written } else { Fate::Passed }, epilogue };
+        let fate = if taken.stays { Fate::Written } else { Fate::Passed };
+        let to = To { buffer: c, line, area, first, fate, epilogue };
         match packed {
             Some((half, packed)) => self.launch_halves(half, shape, (a, left), packed, to),
             None => self.launch_tiles(shape, (a, left), (b, right), to),

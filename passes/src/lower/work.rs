@@ -9,6 +9,7 @@
 
 use peft_runtime::artifact::Sizes;
 
+use super::epilogue::ROW;
 use super::kernel::matrix::SIDE;
 use super::narrow::Narrow;
 use super::tiles::Tile;
@@ -85,6 +86,13 @@ pub fn work(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &S
     each.reduce(Work::beside).expect("some launches")
 }
 
+/// Cycles that a tile of a product takes on its way out, through shared memory. For the sum of a row its lanes change places,
+/// as wide as that.
+fn way_out(kernel: &str, rows: u64, columns: u64) -> f64 {
+    let changed = if kernel.contains(ROW) { WARP * u64::from(WARP.ilog2()) } else { 0 };
+    (rows * (2 * columns + changed) * 4) as f64 / SHARED
+}
+
 fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
     let number = |i: usize| extents[i] as f64;
     let blocks = units.div_ceil(WARPS);
@@ -92,7 +100,7 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
     if let Some(tile) = Tile::named(kernel) {
         let [m, n, depth, batches, steps] = [0, 1, 2, 5, 6].map(number);
         let step = tile.elements() as f64 / a_cycle(card.flops);
-        let out = 2.0 * (tile.elements() * 4) as f64 / SHARED;
+        let out = way_out(kernel, tile.rows, tile.columns);
         let cycles = steps.min(depth) * step.max((tile.moved() * 4) as f64 / SHARED) + out;
         let flops = 2.0 * m * n * depth * batches;
         let reads = [m, n].map(|side| 4.0 * side * depth * batches).into();
@@ -114,7 +122,7 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         let copies = if kernel.starts_with("halves_f16") { 2 } else { 1 };
         let fragments = WARPS * halves::DEPTH / SIDE * (halves::DOWN + halves::ACROSS) * copies;
         let shared = (fragments * SIDE * SIDE + (halves::ROWS + halves::COLUMNS) * halves::DEPTH) * 2;
-        let out = 2.0 * (halves::ROWS * halves::COLUMNS * 4) as f64 / SHARED;
+        let out = way_out(kernel, halves::ROWS, halves::COLUMNS);
         let steps = (depth / halves::DEPTH as f64).ceil();
         let cycles = steps * step.max(shared as f64 / SHARED) + out;
         let reads = vec![4.0 * m * depth, 2.0 * n * depth];

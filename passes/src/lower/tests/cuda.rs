@@ -195,6 +195,27 @@ fn products_with_what_follows() {
     }
 }
 
+/// Rows that fill no tile, one row, rows of one column, of as many as a tile has and of more, and steps that blocks share.
+#[test]
+fn products_with_sums_of_their_rows() {
+    let mut graphs = vec![];
+    for (tokens, d, n) in [(1, 5, 64), (71, 8, 33), (35, 3, 1), (9, 520, 24), (9, 5, 70)] {
+        for (graph, called) in summed(d, n) {
+            let machine = Machine::Cuda(Chip::Sm70);
+            if n <= 64 && d < 512 {
+                assert_eq!(launches_on(machine, &graph, true), called, "{} of {n}", graph.name);
+            }
+            assert!(!launches_on(machine, &graph, false).contains("matmul+"));
+            graphs.push((graph, vec![tokens]));
+        }
+    }
+    compare(&graphs, Chip::Sm70, 2, LONG);
+    for (chip, most) in HALVES {
+        // What rounding does to a row adds up.
+        each(&graphs, chip, Precision::Bf16, 2, |outcome| outcome.all_close(Machine::Cuda(chip), 4.0 * most));
+    }
+}
+
 /// Fewer elements than a warp has lanes, just as many, and more than a unit takes.
 #[test]
 fn elements_of_awkward_number() {
