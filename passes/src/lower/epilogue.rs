@@ -336,7 +336,8 @@ impl Lowering<'_, '_, '_> {
         }
         let mut made = vec![product];
         let there = |v: &Value, made: &[Value]| {
-            made.contains(v) || self.groups.maker(*v).is_none_or(|n| n < turn || self.joined.contains(&n))
+            let done = self.groups.maker(*v).is_none_or(|n| n < turn || self.joined.contains(&n));
+            made.contains(v) || done && self.places[v.0 as usize].is_some()
         };
         while roots.len() < MOST {
             let readers = made.iter().flat_map(|v| &self.readers[v.0 as usize]);

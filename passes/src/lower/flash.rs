@@ -46,6 +46,8 @@ pub enum Part {
     Adjoint(usize),
     /// Those of keys and values.
     Sides,
+    /// And those of queries, by blocks of their own.
+    All,
 }
 
 impl Part {
@@ -59,7 +61,11 @@ impl Part {
     }
 
     fn results(self) -> usize {
-        if matches!(self, Part::Both | Part::Sides) { 2 } else { 1 }
+        match self {
+            Part::Forward | Part::Lse | Part::Adjoint(_) => 1,
+            Part::Both | Part::Sides => 2,
+            Part::All => 3,
+        }
     }
 }
 
@@ -84,7 +90,7 @@ impl Lowering<'_, '_, '_> {
         (stream, column): (u32, u64),
         result: Value,
     ) {
-        let Some((part, beside)) = self.with_another(part, operands, form, result) else { return };
+        let Some((part, results)) = self.with_others(part, operands, form, result) else { return };
         let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         let stem = match part {
@@ -93,6 +99,7 @@ impl Lowering<'_, '_, '_> {
             Part::Lse => "attention_lse".to_string(),
             Part::Adjoint(of) => format!("attention_vjp{of}"),
             Part::Sides => "attention_vjp12".to_string(),
+            Part::All => "attention_vjp012".to_string(),
         };
         let drops = form.p > 0.0 && part != Part::Lse;
         let floats = operands.len() - usize::from(drops);
@@ -116,7 +123,7 @@ impl Lowering<'_, '_, '_> {
             lie(&self.view(operand));
         }
         let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
-        for value in [Some(result), beside].into_iter().flatten() {
+        for value in results {
             // The log-sum-exp is a number a row.
             let (buffer, view) = match self.ty(value).last() {
                 Some(Dim::Const(1)) => (self.result(value), self.view(value)),
@@ -139,23 +146,21 @@ impl Lowering<'_, '_, '_> {
                 Part::Lse => 1,
                 Part::Adjoint(0 | 1) => width,
                 Part::Forward | Part::Both | Part::Adjoint(_) => wide,
-                Part::Sides => width.max(wide),
+                Part::Sides | Part::All => width.max(wide),
             };
             let panels = Extent::Const(columns.div_ceil(squares::TILE));
-            sizes.extend([squares::blocks(), panels.clone()]);
+            let units = heads * panels.clone() * squares::blocks();
+            sizes.extend((part == Part::All).then(|| units.clone()));
+            sizes.extend([squares::blocks(), panels]);
             elements.push(Element::I32);
             buffers.push(offsets);
             let kernel = self.target.kernel(&name, |machine| {
                 define(machine, &elements, sizes.len(), |k, buffers, sizes| {
-                    let room = squares::Room::of(k, part);
-                    k.block_units(|k, unit| {
-                        let unit = squares::Unit::of(k, unit, room, (buffers, sizes), (part, form), drops);
-                        if part.forward() { squares::forward(k, &unit) } else { squares::adjoint(k, &unit) }
-                    });
+                    squares::write(k, (buffers, sizes), (part, form), drops);
                 })
             });
-            let units = heads * panels * squares::blocks() * Extent::Const(WARPS);
-            self.launch(kernel, buffers, sizes, units);
+            let sides = if part == Part::All { 2 } else { 1 };
+            self.launch(kernel, buffers, sizes, units * Extent::Const(sides * WARPS));
             return;
         }
         // Room for every sequence, its length rounded up.
@@ -181,6 +186,7 @@ impl Lowering<'_, '_, '_> {
                         Part::Lse => lse(k, &unit),
                         Part::Adjoint(0) => over_keys(k, &unit),
                         Part::Adjoint(_) | Part::Sides => over_queries(k, &unit, part),
+                        Part::All => unreachable!("a GPU's alone"),
                     }
                 });
             })
@@ -200,21 +206,25 @@ impl Lowering<'_, '_, '_> {
             })
     }
 
-    /// The part, and what is computed with it as it is made of the same scores; `None` if its own turn is another's.
-    fn with_another(
-        &mut self,
-        part: Part,
-        operands: &[Value],
-        form: Form,
-        result: Value,
-    ) -> Option<(Part, Option<Value>)> {
+    /// The part with what is computed beside it, as it is made of the same scores, and the results of both; `None` if its
+    /// own turn is another's.
+    fn with_others(&mut self, part: Part, operands: &[Value], form: Form, result: Value) -> Option<(Part, Vec<Value>)> {
+        let of = |at: usize| self.graph.nodes[at].result;
+        if let (Part::Adjoint(_), Some(sides)) = (part, self.sides(result)) {
+            let [queries, keys, _] = sides;
+            if result != of(queries.min(keys)) {
+                return None;
+            }
+            self.joined.extend(sides);
+            return Some((Part::All, sides.map(of).into()));
+        }
         let beside = match part {
             Part::Forward => self.lse_beside(operands, form).map(|lse| (Part::Both, lse)),
-            Part::Adjoint(1) => self.other_side(result).map(|at| (Part::Sides, self.graph.nodes[at].result)),
+            Part::Adjoint(1) => self.other_side(result).map(|at| (Part::Sides, of(at))),
             Part::Adjoint(2) if self.other_side(result).is_some() => return None,
             _ => None,
         };
-        Some(beside.map_or((part, None), |(both, value)| (both, Some(value))))
+        Some(beside.map_or((part, vec![result]), |(both, value)| (both, vec![result, value])))
     }
 
     /// The log-sum-exp of the same scores, if the entry wants it as well: its turn is then over.
@@ -230,24 +240,46 @@ impl Lowering<'_, '_, '_> {
         })
     }
 
-    /// Of the adjoints of values and of keys, made of the same weights, the one beside that whose result this is: if the
-    /// values' comes first, and no one reads it before the keys'.
+    /// The adjoint of operand `of` that is made of the same weights as the one at `at`.
+    fn adjoint_beside(&self, at: usize, of: usize) -> Option<usize> {
+        let nodes = &self.graph.nodes;
+        let Op::AttentionVjp { of: own, causal, scale, p, stream, column } = nodes[at].op else { return None };
+        let wanted = Op::AttentionVjp { of, causal, scale, p, stream, column };
+        // Neither the values nor the corrections have a part in the values' adjoint.
+        let apart = |i: usize| matches!(i, 2 | 5) && [own, of].contains(&2);
+        let alike = |node: &Node| {
+            let mut pairs = node.operands.iter().zip(&nodes[at].operands).enumerate();
+            node.op == wanted && pairs.all(|(i, (x, y))| apart(i) || x == y)
+        };
+        nodes.iter().position(alike)
+    }
+
+    /// Of the adjoints of values and of keys the one beside that whose result this is: if the values' comes first, and no
+    /// one reads it before the keys'.
     fn other_side(&self, result: Value) -> Option<usize> {
         let nodes = &self.graph.nodes;
-        let beside = |at: usize| {
-            let Op::AttentionVjp { of, causal, scale, p, stream, column } = nodes[at].op else { return None };
-            let wanted = Op::AttentionVjp { of: 3 - of, causal, scale, p, stream, column };
-            // Neither the values nor the corrections have a part in the values' adjoint.
-            let same = |&i: &usize| nodes[at].operands[i];
-            let common: Vec<usize> = (0..nodes[at].operands.len()).filter(|i| !matches!(i, 2 | 5)).collect();
-            let alike = |node: &Node| node.op == wanted && common.iter().all(|i| node.operands[*i] == same(i));
-            nodes.iter().position(alike)
-        };
         let at = nodes.iter().position(|node| node.result == result)?;
-        let other = beside(at).filter(|&other| beside(other) == Some(at))?;
-        let (values, keys) = if let Op::AttentionVjp { of: 2, .. } = nodes[at].op { (at, other) } else { (other, at) };
-        let later = self.readers[nodes[values].result.0 as usize].iter().all(|&reader| reader > keys);
-        (values < keys && later).then_some(other)
+        let Op::AttentionVjp { of: own, .. } = nodes[at].op else { return None };
+        let other = self.adjoint_beside(at, 3 - own).filter(|&other| self.adjoint_beside(other, own) == Some(at))?;
+        let (values, keys) = if own == 2 { (at, other) } else { (other, at) };
+        (values < keys && self.read_after(values, keys)).then_some(other)
+    }
+
+    /// On a GPU the adjoints of queries, keys and values, one of which has this result: if no one reads the values' before
+    /// the first of the others.
+    fn sides(&self, result: Value) -> Option<[usize; 3]> {
+        let at = self.graph.nodes.iter().position(|node| node.result == result)?;
+        let beside =
+            |at: usize| Some([self.adjoint_beside(at, 0)?, self.adjoint_beside(at, 1)?, self.adjoint_beside(at, 2)?]);
+        let sides = beside(at).filter(|sides| sides.iter().all(|&side| beside(side) == Some(*sides)))?;
+        let [queries, keys, values] = sides;
+        let gpu = matches!(self.target.machine, Machine::Cuda(_));
+        (gpu && self.read_after(values, queries.min(keys))).then_some(sides)
+    }
+
+    /// No one reads the result of node `at` before the `turn` of another.
+    fn read_after(&self, at: usize, turn: usize) -> bool {
+        self.readers[self.graph.nodes[at].result.0 as usize].iter().all(|&reader| reader > turn)
     }
 }
 

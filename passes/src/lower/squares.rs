@@ -13,6 +13,8 @@
 //!
 //! Places on the keys' side are slots ([`super::flash`]): key j at `phase + j`.
 
+use std::ops::Range;
+
 use peft_runtime::artifact::Extent;
 
 use super::attention::Segment;
@@ -48,7 +50,7 @@ struct Side {
 }
 
 /// A block's rows of one head of one sequence, and the columns of a result that are at hand.
-pub(super) struct Unit {
+struct Unit {
     part: Part,
     head: Head,
     own: Side,
@@ -79,7 +81,7 @@ struct Thread {
 
 /// Shared memory.
 #[derive(Clone, Copy)]
-pub(super) struct Room {
+struct Room {
     /// For some steps of a product: rows of either side, or those that weights multiply.
     left: Buf,
     right: Buf,
@@ -91,11 +93,11 @@ pub(super) struct Room {
 
 impl Room {
     /// What a kernel wants, before its units.
-    pub fn of(k: &mut Kernel, part: Part) -> Room {
+    fn of(k: &mut Kernel, part: Part) -> Room {
         let left = k.shared(2 * TILE * LINE);
         let right = k.beyond(left, TILE * LINE);
         let weights = if part == Part::Lse { left } else { k.shared(TILE * TILE) };
-        let others = if part == Part::Sides { k.shared(TILE * TILE) } else { weights };
+        let others = if matches!(part, Part::Sides | Part::All) { k.shared(TILE * TILE) } else { weights };
         let numbers = if part.forward() { k.shared(2 * TILE) } else { left };
         Room { left, right, weights: [weights, others], numbers }
     }
@@ -179,7 +181,7 @@ fn sequence(k: &mut Kernel, block: Val, sequences: Val, offsets: Buf) -> Val {
 }
 
 impl Unit {
-    pub fn of(
+    fn of(
         k: &mut Kernel,
         unit: Val,
         room: Room,
@@ -572,8 +574,33 @@ fn further(n: usize) -> u64 {
     (n / 4 * 16 + n % 4) as u64
 }
 
+/// The blocks of a kernel.
+pub(super) fn write(k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), (part, form): (Part, Form), drops: bool) {
+    let room = Room::of(k, part);
+    if part != Part::All {
+        k.block_units(|k, unit| {
+            let unit = Unit::of(k, unit, room, (buffers, sizes), (part, form), drops);
+            if part.forward() { forward(k, &unit) } else { adjoint(k, &unit) }
+        });
+        return;
+    }
+    let (sizes, last) = sizes.split_at(sizes.len() - 3);
+    let [each, blocks, panels] = super::kernel::first(last);
+    let (inputs, outs) = buffers.split_at(buffers.len() - 4);
+    let (before, lies) = sizes.split_at(sizes.len() - 9);
+    let side = |k: &mut Kernel, unit: Val, part: Part, results: Range<usize>| {
+        let buffers = [inputs, &outs[results.clone()], &outs[3..]].concat();
+        let sizes = [before, &lies[3 * results.start..3 * results.end], &[blocks, panels]].concat();
+        let unit = Unit::of(k, unit, room, (&buffers, &sizes), (part, form), drops);
+        adjoint(k, &unit);
+    };
+    // Those of keys take longer and begin first.
+    let keys = |k: &mut Kernel, unit: Val| side(k, unit, Part::Sides, 1..3);
+    k.block_units_of_two(each, keys, |k, unit| side(k, unit, Part::Adjoint(0), 0..1));
+}
+
 /// Attention's values, the log-sum-exp of its scores, or both.
-pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
+fn forward(k: &mut Kernel, unit: &Unit) {
     let (q, keys) = (&unit.head.operands[0], &unit.head.operands[1]);
     let [lowest, nothing] = [f64::NEG_INFINITY, 0.0].map(|x| k.float(x, F32));
     let rows = ROWS as usize;
@@ -665,7 +692,7 @@ pub(super) fn forward(k: &mut Kernel, unit: &Unit) {
 }
 
 /// The adjoint of queries, of keys, of values, or of the latter two together.
-pub(super) fn adjoint(k: &mut Kernel, unit: &Unit) {
+fn adjoint(k: &mut Kernel, unit: &Unit) {
     let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
     let (of_keys, of_values) = match unit.part {
         Part::Adjoint(of) => (of != 2, of == 2),

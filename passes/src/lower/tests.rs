@@ -16,6 +16,7 @@ use proptest::test_runner::TestRunner;
 use super::{Options, lower};
 use crate::codegen;
 use crate::cpu::{Cpu, Level};
+use crate::cuda::Chip;
 use crate::fuse::{Limits, fuse};
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
@@ -607,20 +608,27 @@ fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &
             for of in 0..3 {
                 graphs.push(single(Op::AttentionVjp { of, causal, scale, p, stream, column }, &with(&all)));
             }
-            // What the values' adjoint does not read need not be what the keys' reads.
-            let mut both = Graph::new("both");
-            let types = with(&all).into_iter().chain([heads(wide), row.clone()]);
-            let arg = |(i, ty)| both.arg(format!("x{i}"), Role::Input, None, ty);
-            let args: Vec<Value> = types.enumerate().map(arg).collect();
-            let (mut args, others) = (args[..args.len() - 2].to_vec(), [args[args.len() - 2], args[args.len() - 1]]);
-            for of in [2, 1] {
-                let op = Op::AttentionVjp { of, causal, scale, p, stream, column };
-                let z = both.push(op, &args, &Location::default()).expect("fits");
-                both.outputs.push((format!("z{of}"), z));
-                [args[2], args[5]] = others;
+            // What the values' adjoint does not read need not be what the others read.
+            for (adjoints, on_gpus, on_processors) in [
+                (&[2, 1][..], "attention_vjp", "attention_vjp"),
+                (&[2, 0, 1], "attention_vjp", "attention_vjp attention_vjp"),
+            ] {
+                let mut together = Graph::new("together");
+                let types = with(&all).into_iter().chain([heads(wide), row.clone()]);
+                let arg = |(i, ty)| together.arg(format!("x{i}"), Role::Input, None, ty);
+                let args: Vec<Value> = types.enumerate().map(arg).collect();
+                let (mut args, others) =
+                    (args[..args.len() - 2].to_vec(), [args[args.len() - 2], args[args.len() - 1]]);
+                for &of in adjoints {
+                    let op = Op::AttentionVjp { of, causal, scale, p, stream, column };
+                    let z = together.push(op, &args, &Location::default()).expect("fits");
+                    together.outputs.push((format!("z{of}"), z));
+                    [args[2], args[5]] = others;
+                }
+                assert_eq!(launches(&together, false), on_processors);
+                assert_eq!(launches_on(Machine::Cuda(Chip::Sm70), &together, false), on_gpus);
+                graphs.push(together);
             }
-            assert_eq!(launches(&both, false), "attention_vjp", "both at once");
-            graphs.push(both);
         }
     }
     let all = graphs.iter().flat_map(|g| lengths.iter().map(|l| (g.clone(), l.clone())));

@@ -133,16 +133,27 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         let [width, wide, sequences] = [0, 1, 2].map(number);
         let [blocks_each, panels] = [2, 1].map(|i| number(extents.len() - i));
         let causal = kernel.contains("_causal");
-        // Numbers of a pair of a query and a key that are asked for; how long the products are that make its weight, and
-        // how wide those with it.
-        let (asked, scored, weighted) = match kernel {
-            _ if kernel.starts_with("attention_vjp0") => (width + wide, vec![width, wide], vec![width]),
-            _ if kernel.starts_with("attention_vjp12") => (width + wide, vec![width, wide], vec![width, wide]),
-            _ if kernel.starts_with("attention_vjp1") => (width, vec![width, wide], vec![width]),
-            _ if kernel.starts_with("attention_vjp2") => (wide, vec![width], vec![wide]),
-            _ if kernel.starts_with("attention_lse") => (0.0, vec![width], vec![]),
-            _ => (width + wide, vec![width], vec![wide]),
+        // Numbers of a pair of a query and a key that are asked for; by kind of block how long the products are that make
+        // its weight, and how wide those with it; and how wide the results are.
+        let queries = (vec![width, wide], vec![width]);
+        let (asked, kinds, results) = match kernel {
+            _ if kernel.starts_with("attention_vjp012") => {
+                let keys = (vec![width, wide], vec![width, wide]);
+                (2.0 * (width + wide), vec![keys, queries], vec![width, width, wide])
+            }
+            _ if kernel.starts_with("attention_vjp0") => (width + wide, vec![queries], vec![width]),
+            _ if kernel.starts_with("attention_vjp12") => {
+                (width + wide, vec![(vec![width, wide], vec![width, wide])], vec![width, wide])
+            }
+            _ if kernel.starts_with("attention_vjp1") => (width, vec![(vec![width, wide], vec![width])], vec![width]),
+            _ if kernel.starts_with("attention_vjp2") => (wide, vec![(vec![width], vec![wide])], vec![wide]),
+            _ if kernel.starts_with("attention_lse") => (0.0, vec![(vec![width], vec![])], vec![1.0]),
+            _ if kernel.starts_with("attention_and") => {
+                (width + wide, vec![(vec![width], vec![wide])], vec![wide, 1.0])
+            }
+            _ => (width + wide, vec![(vec![width], vec![wide])], vec![wide]),
         };
+        let blocks = blocks / kinds.len() as u64;
         let heads = blocks as f64 / blocks_each / panels;
         // Of a sequence: tiles, and the warps' parts of them.
         let [tiles, parts] = [squares::TILE, squares::PART].map(|side| {
@@ -150,26 +161,27 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
             if causal { along * (along + 1.0) / 2.0 } else { along * along }
         });
         let whole = |widths: &[f64], of: u64| widths.iter().map(|n| (n / of as f64).ceil() * of as f64).sum::<f64>();
-        let scored = panels * whole(&scored, squares::DEPTH);
-        let (columns, products) = (whole(&weighted, squares::PART), weighted.len() as f64);
         let draws = !kernel.ends_with("_0");
         let weights = panels * (EXPONENTIAL + if draws { DRAW } else { 0.0 });
-        let multiplied = parts * (scored + columns + weights) * (squares::PART * squares::PART) as f64;
-        // What threads read of it for their sums, and what is put there.
-        let read = parts * (scored + columns) * (WARP * (squares::ROWS + squares::COLUMNS) * 4) as f64;
-        let put = tiles * (2.0 * scored + columns) * (squares::TILE * 4) as f64;
-        // Weights pass through it as well, and an adjoint's scores.
-        let passed = if kernel.starts_with("attention_vjp") { 2.0 + products } else { products };
-        let put = put + panels * passed * parts * (squares::PART * squares::PART * 4) as f64;
-        let cycles = (multiplied / a_cycle(card.flops)).max((read + put) / SHARED);
-        let out = 4.0 * heads * sizes.tokens as f64 * weighted.iter().sum::<f64>().max(1.0);
-        let results = if kernel.starts_with("attention_vjp12") || kernel.starts_with("attention_and") { 2 } else { 1 };
-        let mut reads = vec![f64::INFINITY; buffers - 1 - results];
-        reads.extend(vec![out; results]);
+        let cycles = |(scored, weighted): (Vec<f64>, Vec<f64>)| {
+            let scored = panels * whole(&scored, squares::DEPTH);
+            let (columns, products) = (whole(&weighted, squares::PART), weighted.len() as f64);
+            let multiplied = parts * (scored + columns + weights) * (squares::PART * squares::PART) as f64;
+            // What threads read of it for their sums, and what is put there.
+            let read = parts * (scored + columns) * (WARP * (squares::ROWS + squares::COLUMNS) * 4) as f64;
+            let put = tiles * (2.0 * scored + columns) * (squares::TILE * 4) as f64;
+            // Weights pass through it as well, and an adjoint's scores.
+            let passed = if kernel.starts_with("attention_vjp") { 2.0 + products } else { products };
+            let put = put + panels * passed * parts * (squares::PART * squares::PART * 4) as f64;
+            let cycles = (multiplied / a_cycle(card.flops)).max((read + put) / SHARED);
+            (blocks, cycles * sequences / blocks_each / panels)
+        };
+        let mut reads = vec![f64::INFINITY; buffers - 1 - results.len()];
+        reads.extend(results.iter().map(|columns| 4.0 * heads * sizes.tokens as f64 * columns));
         let half = if causal { 0.5 } else { 1.0 };
         let flops = 2.0 * asked * sizes.pairs as f64 * half * heads;
-        let (cycles, under_way) = (cycles * sequences / blocks_each / panels, units as f64 * MANY_UNDER_WAY);
-        return Work { flops, half: false, blocks: vec![(blocks, cycles)], reads, under_way };
+        let (blocks, under_way) = (kinds.into_iter().map(cycles).collect(), units as f64 * MANY_UNDER_WAY);
+        return Work { flops, half: false, blocks, reads, under_way };
     }
     let (reads, each) = match kernel {
         // A table is not read whole.

@@ -21,6 +21,34 @@ impl Kernel {
         });
     }
 
+    /// The same for units of two kinds, `each` of them: those of the second when a block has no more of the first. Nothing
+    /// of the one is in registers while it works on the other.
+    pub fn block_units_of_two(
+        &mut self,
+        each: Val,
+        first: impl FnOnce(&mut Kernel, Val),
+        second: impl FnOnce(&mut Kernel, Val),
+    ) {
+        let Form::Warps { block, blocks, .. } = self.form else { unreachable!("a processor has no blocks") };
+        self.fold_by(block, each, blocks, &[], |k, unit, _| {
+            first(k, unit);
+            vec![]
+        });
+        let (zero, one) = (self.index(0), self.index(1));
+        let left = self.sub(each, block);
+        let left = self.max(left, zero);
+        let up = self.sub(blocks, one);
+        let left = self.add(left, up);
+        let rounds = self.div(left, blocks);
+        let done = self.mul(rounds, blocks);
+        let unit = self.add(block, done);
+        let unit = self.sub(unit, each);
+        self.fold_by(unit, each, blocks, &[], |k, unit, _| {
+            second(k, unit);
+            vec![]
+        });
+    }
+
     /// Members of a team.
     pub fn team(&self) -> u64 {
         self.machine.team()
