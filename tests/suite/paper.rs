@@ -57,7 +57,7 @@ impl Spec {
         self.with("layers: 12", "layers: 3")
     }
 
-    /// Heads of 64 where text is generated and of 8 where it is classified, and widths that fill no tile, yet take more
+    /// Heads of 64 where text is generated and of 36 where it is classified, and widths that fill no tile, yet take more
     /// tiles than blocks would share.
     pub fn small(&self) -> Spec {
         const WIDTHS: &str = "layers: 12, hidden: 768, heads: 12, ffn: 3072";
@@ -66,7 +66,7 @@ impl Spec {
                 self.with(WIDTHS, "layers: 2, hidden: 192, heads: 3, ffn: 140").with("vocab: 50273", "vocab: 181");
             if spec.source.contains("rows 50257") { spec.with("rows 50257..50273", "rows 165..181") } else { spec }
         } else {
-            self.with(WIDTHS, "layers: 2, hidden: 136, heads: 17, ffn: 148").with("vocab: 50265", "vocab: 165")
+            self.with(WIDTHS, "layers: 2, hidden: 144, heads: 4, ffn: 148").with("vocab: 50265", "vocab: 165")
         }
     }
 

@@ -13,6 +13,8 @@
 //! λ = σ(Σ q (q + x @ W) − lse)         one kernel, which writes λ
 //! ```
 
+use std::collections::BTreeSet;
+
 use peft_grammar::graph::{Graph, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
@@ -20,9 +22,14 @@ use super::kernel::{Buf, F32, Kernel, Val};
 use super::span::Span;
 use super::view::View;
 use super::{Lowering, dim_extent, map, usage};
+use crate::machine::Machine;
 
 /// Groups of one product, at most.
 const MOST: usize = 3;
+
+/// Operations that a group in a sum's kernel may be ahead of its turn: what the backward pass computes anew is not to wait
+/// in memory all the way.
+const AHEAD: usize = 32;
 
 /// What stands before a row's sum in a kernel's name.
 pub(super) const ROW: &str = "_row_";
@@ -32,6 +39,8 @@ pub(super) const ROW: &str = "_row_";
 pub(super) struct Epilogue {
     groups: Vec<Group>,
     sum: Option<Box<Sum>>,
+    /// What a sum's kernel does beside, each with its width in front of its sizes.
+    companions: Vec<Group>,
     /// The product has an axis of batches, and who works on its rows asks for both indices.
     batched: bool,
     /// Beyond the product's own.
@@ -65,6 +74,8 @@ struct Sum {
 /// What the kernel of a node takes along.
 pub(super) struct Taken {
     at: usize,
+    /// That of the node whose kernel it is.
+    turn: usize,
     /// Groups, by their roots.
     pub followers: Vec<usize>,
     /// A sum over rows, and what that takes along.
@@ -74,8 +85,8 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    pub fn groups(at: usize, followers: Vec<usize>) -> Taken {
-        Taken { at, followers, sum: None, stays: true }
+    pub fn groups(at: usize, turn: usize, followers: Vec<usize>) -> Taken {
+        Taken { at, turn, followers, sum: None, stays: true }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -110,6 +121,10 @@ impl Epilogue {
             let places: Vec<String> = places.chain([out]).collect();
             format!("{name}_{}_{}", group.form.name(), places.join("_"))
         });
+        let groups = self.companions.iter().fold(groups, |name, group| {
+            let places: Vec<String> = group.buffers.iter().map(|at| at.to_string()).collect();
+            format!("{name}_beside_{}_{}", group.form.name(), places.join("_"))
+        });
         let Some(Sum { of, mean, out, then }) = self.sum.as_deref() else { return groups };
         let kind = if *mean { "mean" } else { "sum" };
         let out = out.map_or("passed".into(), |at| at.to_string());
@@ -120,6 +135,7 @@ impl Epilogue {
     pub fn label(&self, product: &str) -> String {
         let groups =
             self.groups.iter().fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()));
+        let groups = self.companions.iter().fold(groups, |label, group| format!("{label}+{}", group.form.label()));
         self.sum.iter().fold(groups, |label, sum| sum.then.label(&format!("{label}+reduce")))
     }
 
@@ -158,6 +174,21 @@ impl Epilogue {
         let place = k.add(place, row);
         let out = out.map(|at| buffers[at]);
         Follow { epilogue: then, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
+    }
+
+    /// What a sum's kernel does beside, on a row of which all else is done.
+    fn write_companions(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), (batch, row): (Val, Val)) {
+        let (_, mut rest) = self.stages(buffers, sizes);
+        for group in &self.companions {
+            // Other lanes have written what these read.
+            k.settle();
+            let (width, sizes) = (rest[0], &rest[1..=group.sizes]);
+            rest = &rest[1 + group.sizes..];
+            let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
+            let stage = map::Stage { form: &group.form, buffers, sizes, made: &[], stays: true };
+            let zero = k.index(0);
+            map::write_row(k, &[stage], &self.indices(batch, row), width, (zero, width), None, None);
+        }
     }
 
     /// With the sizes that are no group's.
@@ -268,8 +299,8 @@ impl<'a> Follow<'a> {
         self.epilogue.write_row(k, (self.buffers, self.sizes), span.length, row);
     }
 
-    /// The row of one column at `place` of the result: what the lanes have of a sum, or of a mean with so large a `share`
-    /// of each.
+    /// The row of one column at `place` of the result: what the lanes have of a sum, or of a mean with so large a
+    /// `share` of each.
     pub fn sum(&self, k: &mut Kernel, place: Val, lanes: Val, share: Option<Val>) {
         let mut sum = k.sum_lanes(lanes);
         if let Some(share) = share {
@@ -278,6 +309,7 @@ impl<'a> Follow<'a> {
         let sum = k.splat(sum);
         let length = k.index(1);
         self.fill(k, Span { base: place, length }, |_, _, _| sum);
+        self.epilogue.write_companions(k, (self.buffers, self.sizes), (self.batch, self.row));
     }
 }
 
@@ -325,8 +357,42 @@ impl Lowering<'_, '_, '_> {
         self.target.epilogues && self.frozen.is_none() && !self.wanted.contains_key(result) && placed
     }
 
-    /// The groups that node `at` takes along, in their order, when it is the `turn` of a node. What else they read is there
-    /// by then.
+    /// It is computed before it is the `turn` of a node.
+    fn there(&self, value: Value, turn: usize) -> bool {
+        let done = self.groups.maker(value).is_none_or(|n| n < turn || self.joined.contains(&n));
+        done && self.places[value.0 as usize].is_some()
+    }
+
+    /// Groups that a GPU's kernel of a sum does beside: over the same rows, however wide, if they read some of what goes
+    /// into it or comes of it, and nothing that is not there.
+    fn companions(&self, Taken { at, turn, followers, .. }: &Taken) -> Vec<usize> {
+        let Node { op, operands, result, .. } = &self.graph.nodes[*at];
+        if !matches!(op, Op::Reduce { .. }) || !self.leads(*at) || matches!(self.target.machine, Machine::Cpu(_)) {
+            return vec![];
+        }
+        let lead = |v: Value| self.ty(v).shape.split_last().map(|(_, lead)| lead);
+        let leaves = |root: usize| self.groups.leaves(self.graph, root);
+        let mut known = vec![*result];
+        known.extend(followers.iter().map(|&root| self.graph.nodes[root].result));
+        match self.groups.maker(operands[0]).filter(|&root| map::maps(&self.graph.nodes[root].op)) {
+            Some(root) => known.extend(leaves(root)),
+            None => known.push(operands[0]),
+        }
+        let readers = known.iter().filter(|&&v| lead(v) == lead(*result)).flat_map(|v| &self.readers[v.0 as usize]);
+        let maps = readers.filter(|&&reader| map::maps(&self.graph.nodes[reader].op));
+        let roots = maps.map(|&reader| self.groups.root(reader));
+        let roots: BTreeSet<usize> = roots.filter(|root| (*turn..at + AHEAD).contains(root)).collect();
+        let free = roots.into_iter().filter(|&root| {
+            let own = self.graph.nodes[root].result;
+            let alike = lead(own) == lead(*result) && !self.ty(own).ragged() && !self.summed(root);
+            let there = |v| v == *result || self.there(v, *turn);
+            alike && !self.joined.contains(&root) && leaves(root).into_iter().all(there)
+        });
+        free.take(MOST).collect()
+    }
+
+    /// The groups that node `at` takes along, in their order, when it is the `turn` of a node. What else they read is
+    /// there by then.
     pub(super) fn followers(&self, at: usize, turn: usize) -> Vec<usize> {
         let product = self.graph.nodes[at].result;
         let ty = self.ty(product);
@@ -335,17 +401,16 @@ impl Lowering<'_, '_, '_> {
             return roots;
         }
         let mut made = vec![product];
-        let there = |v: &Value, made: &[Value]| {
-            let done = self.groups.maker(*v).is_none_or(|n| n < turn || self.joined.contains(&n));
-            made.contains(v) || done && self.places[v.0 as usize].is_some()
-        };
         while roots.len() < MOST {
             let readers = made.iter().flat_map(|v| &self.readers[v.0 as usize]);
             let readers = readers.filter(|&&node| map::maps(&self.graph.nodes[node].op));
             let next = readers.map(|&node| self.groups.root(node)).filter(|root| {
                 let alike = self.ty(self.graph.nodes[*root].result) == ty;
                 let leaves = self.groups.leaves(self.graph, *root);
-                alike && !self.joined.contains(root) && !roots.contains(root) && leaves.iter().all(|v| there(v, &made))
+                alike
+                    && !self.joined.contains(root)
+                    && !roots.contains(root)
+                    && leaves.iter().all(|v| made.contains(v) || self.there(*v, turn))
             });
             let Some(root) = next.min() else { break };
             roots.push(root);
@@ -360,11 +425,11 @@ impl Lowering<'_, '_, '_> {
         readers.filter(|&&node| roots.contains(&self.groups.root(node))).count() == self.uses[product.0 as usize]
     }
 
-    /// What node `at` takes along when it is the `turn` of a node, if it is computed in registers, and a place for it; if
-    /// those hold `whole` rows, a sum of them as well.
+    /// What node `at` takes along when it is the `turn` of a node, if it is computed in registers, and a place for it;
+    /// if those hold `whole` rows, a sum of them as well.
     pub(super) fn taken(&mut self, at: usize, turn: usize, whole: bool) -> Taken {
         let result = self.graph.nodes[at].result;
-        let mut taken = Taken::groups(at, self.followers(at, turn));
+        let mut taken = Taken::groups(at, turn, self.followers(at, turn));
         if whole && self.leads(at) {
             let made = [result].into_iter().chain(taken.followers.iter().map(|&root| self.graph.nodes[root].result));
             let readers = made.flat_map(|v| &self.readers[v.0 as usize]).copied();
@@ -439,6 +504,17 @@ impl Lowering<'_, '_, '_> {
             epilogue.sizes.append(&mut then.sizes);
             epilogue.sum = Some(Box::new(Sum { of, mean: matches!(op, Op::Reduce { mean: true, .. }), out, then }));
             self.joined.insert(sum.at);
+        }
+        for root in self.companions(taken) {
+            let result = self.graph.nodes[root].result;
+            let map = self.expression(root, true, None)?;
+            let buffers = map.buffers.into_iter().zip(map.elements);
+            let buffers = buffers.map(|(buffer, element)| epilogue.number(own, buffer, element)).collect();
+            let group = Group { form: map.form, buffers, sizes: map.sizes.len(), result, made: vec![], stays: true };
+            epilogue.companions.push(group);
+            epilogue.sizes.push(dim_extent(*self.ty(result).shape.last().expect("rows")));
+            epilogue.sizes.extend(map.sizes);
+            self.joined.insert(root);
         }
         Ok(epilogue)
     }

@@ -185,7 +185,7 @@ impl Lowering<'_, '_, '_> {
         }
         let (buffer, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let to = Destination { buffer, line, area, first, kept: false };
-        let epilogue = self.epilogue(&Taken::groups(at, followers), &[place_a.buffer, from_b, buffer], false)?;
+        let epilogue = self.epilogue(&Taken::groups(at, at, followers), &[place_a.buffer, from_b, buffer], false)?;
         self.label = epilogue.label(node.op.name());
         self.multiply(form, (place_a.buffer, left), (from_b, lines_b), n, to, epilogue);
         Ok(())

@@ -488,8 +488,8 @@ fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
     all
 }
 
-/// Sums over a product's rows, and what follows them, each with what the launches of a GPU are called where a tile has rows
-/// whole.
+/// Sums over a product's rows, and what follows them, each with what the launches of a GPU are called where a tile has
+/// rows whole.
 fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
     let mut all = vec![];
     let mut graph =
@@ -532,8 +532,18 @@ fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
             let t = push(drop.clone(), &[s, rng]);
             vec![m, kept, s, push(Op::Mul, &[t, one])]
         });
-        // Of two sums one has a launch of its own, and so has what is as wide as a row again.
-        graph("two", heads, "matmul+mul+reduce reduce sub", &|push, [m, _, r, ..]| {
+        // Beside the sum something that it does not wait for, and something wider than what it makes.
+        graph("beside", heads, "matmul+mul+reduce+sub+mul+mul+dropout+scale", &|push, [m, _, r, one, rng, x]| {
+            let products = push(Op::Mul, &[m, r]);
+            let s = push(sum(false), &[products]);
+            let t = push(Op::Sub, &[s, one]);
+            let st = push(Op::Mul, &[s, one]);
+            let wide = push(Op::Mul, &[st, x]);
+            let kept = push(drop.clone(), &[r, rng]);
+            vec![m, t, wide, push(Op::Scale { by: 0.5 }, &[kept])]
+        });
+        // Of two sums one has a launch of its own, with what is as wide as a row again.
+        graph("two", heads, "matmul+mul+reduce reduce+sub", &|push, [m, _, r, ..]| {
             let s = push(sum(false), &[m]);
             let products = push(Op::Mul, &[m, r]);
             let t = push(sum(false), &[products]);

@@ -161,7 +161,7 @@ impl Lowering<'_, '_, '_> {
         // What follows a sum of shares has a launch of its own.
         let alone = packed.is_none() && shares(&shape) > 1;
         let whole = matches!(shape.n, Extent::Const(n) if n <= TILE);
-        let taken = if alone { Taken::groups(at, vec![]) } else { self.taken(at, at, whole) };
+        let taken = if alone { Taken::groups(at, at, vec![]) } else { self.taken(at, at, whole) };
         let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
         let from = packed.as_ref().map_or(b, |(_, packed)| packed.buffer);
         let epilogue = match taken.is_empty() {

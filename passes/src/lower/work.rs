@@ -86,8 +86,8 @@ pub fn work(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &S
     each.reduce(Work::beside).expect("some launches")
 }
 
-/// Cycles that a tile of a product takes on its way out, through shared memory. For the sum of a row its lanes change places,
-/// as wide as that.
+/// Cycles that a tile of a product takes on its way out, through shared memory. Lanes that add up a row change places, as
+/// many at a time as that gives.
 fn way_out(kernel: &str, rows: u64, columns: u64) -> f64 {
     let changed = if kernel.contains(ROW) { WARP * u64::from(WARP.ilog2()) } else { 0 };
     (rows * (2 * columns + changed) * 4) as f64 / SHARED
