@@ -166,8 +166,8 @@ fn every_product(chip: Chip, bound: f32) {
     let machine = Machine::Cuda(chip);
     let mut chosen = vec![];
     let mut wanted = BTreeSet::new();
-    for spec in paper::specs() {
-        let pair = Pair::of(spec.small(), machine);
+    for spec in paper::specs().iter().flat_map(Spec::small) {
+        let pair = Pair::of(spec, machine);
         let products = pair.products();
         if !products.is_subset(&wanted) {
             wanted.extend(products);
