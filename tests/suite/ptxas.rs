@@ -2,14 +2,20 @@
 //! in memory what is meant to be in registers. `make ptxas` fetches it; no GPU is needed.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::Command;
 
+use peft_grammar::model::Precision;
 use peft_passes::codegen;
 use peft_passes::cuda::Chip;
 use peft_passes::dialect::Dialect;
+use peft_passes::fuse::Limits;
+use peft_passes::lower::Lowered;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options};
+
+use crate::{paper, parity};
 
 /// What a kernel takes of a chip.
 #[derive(Default)]
@@ -40,14 +46,40 @@ fn usages(said: &str) -> Vec<Usage> {
     usages
 }
 
-#[test]
-fn every_kernel_is_assembled() {
-    let Some(ptxas) = std::env::var_os("PEFTC_PTXAS").filter(|path| !path.is_empty()) else {
-        println!("skipped: PEFTC_PTXAS is not set");
-        return;
-    };
+/// What each of a module's kernels takes of a chip, by the assembler; none of them may keep registers in memory.
+fn assembled(ptxas: &OsStr, kernels: &[String], (chip, name): (Chip, &str)) -> Vec<Usage> {
     let folder = tempfile::tempdir().expect("a directory");
     let (text, code) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
+    let ptx = codegen::ptx(&Dialect::new().expect("a dialect"), kernels, Machine::Cuda(chip));
+    let ptx = ptx.unwrap_or_else(|e| panic!("{e}"));
+    // Of 64 bits it would be a call, and is a sign that what counts has them.
+    let wide = ptx.lines().find(|line| ["div.u64", "div.s64", "rem.u64", "rem.s64"].iter().any(|op| line.contains(op)));
+    assert_eq!(wide, None, "for {name}");
+    std::fs::write(&text, ptx).expect("written");
+    let mut command = Command::new(ptxas);
+    command.args(["-v", &format!("-arch={name}"), "-o"]).args([&code, &text]);
+    let run = command.output().expect("it starts");
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "for {name}: {said}");
+    let usages = usages(&said);
+    assert_eq!(usages.len(), kernels.len(), "{said}");
+    for Usage { kernel, spilled, .. } in &usages {
+        assert_eq!(*spilled, 0, "`{kernel}` spills {spilled} bytes on {name}");
+    }
+    usages
+}
+
+fn ptxas() -> Option<OsString> {
+    let found = std::env::var_os("PEFTC_PTXAS").filter(|path| !path.is_empty());
+    if found.is_none() {
+        println!("skipped: PEFTC_PTXAS is not set");
+    }
+    found
+}
+
+#[test]
+fn every_kernel_is_assembled() {
+    let Some(ptxas) = ptxas() else { return };
     let dialect = Dialect::new().expect("a dialect");
     let mut shown = String::new();
     let specs = [("models/paper/nlg/inducer_lora.peft", "bf16"), ("models/demo/sentiment.peft", "f32")];
@@ -56,32 +88,43 @@ fn every_kernel_is_assembled() {
         let set = [("train.precision".to_string(), precision.to_string())];
         let model = peftc::spec::load(&path, &set, false).unwrap_or_else(|e| panic!("{e}"));
         for (chip, name) in Chip::ALL {
-            let machine = Machine::Cuda(chip);
-            let options = Options { machine, ..Options::default() };
+            let options = Options { machine: Machine::Cuda(chip), ..Options::default() };
             let compiled = pipeline::run(&dialect, &model, &[Entry::Forward, Entry::Train], &options);
             let lowered = compiled.unwrap_or_else(|e| panic!("{e}")).lowered.expect("the whole way");
-            let ptx = codegen::ptx(&dialect, &lowered.kernels, machine).unwrap_or_else(|e| panic!("{e}"));
-            // Of 64 bits it would be a call, and is a sign that what counts has them.
-            let wide = ptx
-                .lines()
-                .find(|line| ["div.u64", "div.s64", "rem.u64", "rem.s64"].iter().any(|op| line.contains(op)));
-            assert_eq!(wide, None, "{spec} for {name}");
-            std::fs::write(&text, ptx).expect("written");
-            let mut command = Command::new(&ptxas);
-            command.args(["-v", &format!("-arch={name}"), "-o"]).args([&code, &text]);
-            let run = command.output().expect("it starts");
-            let said = String::from_utf8_lossy(&run.stderr);
-            assert!(run.status.success(), "{spec} for {name}: {said}");
-            let usages = usages(&said);
-            assert_eq!(usages.len(), lowered.kernels.len(), "{said}");
-            for Usage { kernel, spilled, .. } in &usages {
-                assert_eq!(*spilled, 0, "`{kernel}` spills {spilled} bytes on {name}");
-            }
+            let usages = assembled(&ptxas, &lowered.kernels, (chip, name));
             let held: Vec<String> = kinds(&usages, chip).iter().map(|kind| format!("  {kind}")).collect();
             shown += &format!("{spec}, {name}\n{}\n", held.join("\n"));
         }
     }
     insta::assert_snapshot!(shown);
+}
+
+/// Of all specs, in f32 and in half precision.
+fn every_kernel_of_the_paper(chip: Chip) {
+    let Some(ptxas) = ptxas() else { return };
+    let lowered = |precision| {
+        let specs = paper::specs().into_iter().map(|spec| spec.shallow());
+        specs.map(move |spec| spec.lowered(Machine::Cuda(chip), precision, Limits::default()))
+    };
+    let all: Vec<Lowered> = [Precision::F32, Precision::Bf16].into_iter().flat_map(lowered).collect();
+    let kernels = parity::kernels(&all);
+    assert!(kernels.len() > 200);
+    assembled(&ptxas, &kernels, (chip, chip.name()));
+}
+
+#[test]
+fn the_paper_on_sm_70() {
+    every_kernel_of_the_paper(Chip::Sm70);
+}
+
+#[test]
+fn the_paper_on_sm_80() {
+    every_kernel_of_the_paper(Chip::Sm80);
+}
+
+#[test]
+fn the_paper_on_sm_90() {
+    every_kernel_of_the_paper(Chip::Sm90);
 }
 
 /// By what kernels are called in front: how many there are, and what the one of them takes that fills a multiprocessor

@@ -126,7 +126,7 @@ impl Side {
 }
 
 /// Blocks of a product that are worth having, and how many may share a tile for that.
-const BLOCKS: u64 = 96;
+const BLOCKS: u64 = 128;
 const SHARES: u64 = 8;
 
 /// How many rows, columns, steps along k and batches.
