@@ -345,8 +345,17 @@ fn outlines_of_large_kernels() {
         graph.outputs.push(("z".into(), z.expect("fits")));
         graph
     };
+    let narrow = || {
+        let mut graph = Graph::new("narrow");
+        let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Tokens, Dim::Const(768)]));
+        let y = graph.arg("y", Role::Trainable, None, Type::f32([Dim::Const(768), Dim::Const(8)]));
+        let z = graph.push(Op::Matmul { transpose_x: false, transpose_y: false }, &[x, y], &Location::default());
+        graph.outputs.push(("z".into(), z.expect("fits")));
+        graph
+    };
     let attends = |nth| attention(&[(1, 64, 64)], &[(true, (0.1, 0))], &[vec![9]]).remove(nth).0;
-    let cases: [(&str, Chip, Graph, &str); 4] = [
+    let cases: [(&str, Chip, Graph, &str); 5] = [
+        ("narrow", Chip::Sm70, narrow(), "narrow"),
         ("tensor_cores_sm_70", Chip::Sm70, frozen(), "halves"),
         ("tensor_cores_sm_80", Chip::Sm80, frozen(), "halves"),
         ("attention", Chip::Sm70, attends(0), "attention_"),
