@@ -11,9 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use peft_grammar::model::Precision;
-use peft_passes::codegen;
 use peft_passes::cuda::Chip;
-use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
 use peft_passes::lower::Lowered;
 use peft_passes::machine::Machine;
@@ -23,9 +21,9 @@ use peft_runtime::{Inputs, Numbers, Session};
 use peftc::exchange;
 use ptx_sim::{Gpu, Module, Ptr};
 
-use crate::paper::{self, Spec};
-use crate::parity;
-use crate::ptx::{Around, Simulated, Start};
+use crate::paper::{self, Spec, largest};
+use crate::ptx::{self, Around, Simulated, Start};
+use crate::{asked, parity};
 
 /// A launch of the step that is not run.
 struct Twin {
@@ -85,7 +83,7 @@ impl Pair {
             gaps.insert(twin.kernel.clone(), twin.gap(gpu, job, start));
         });
         let backend = Simulated::new(module.clone(), &manifest).with(around);
-        run(Session::on(Box::new(backend), manifest, weights()).expect("a session"), &inputs);
+        paper::run(&mut Session::on(Box::new(backend), manifest, weights()).expect("a session"), &inputs);
         *known = std::mem::take(&mut found.lock().expect("one thread"));
     }
 }
@@ -109,14 +107,8 @@ fn twins(module: &Arc<Module>, manifest: Manifest, weights: Vec<Numbers>, inputs
         twins.lock().expect("one thread").push(twin);
     });
     let backend = Simulated::new(module.clone(), &manifest).with(around);
-    run(Session::on(Box::new(backend), manifest, weights).expect("a session"), inputs);
+    paper::run(&mut Session::on(Box::new(backend), manifest, weights).expect("a session"), inputs);
     std::mem::take(&mut found.lock().expect("one thread"))
-}
-
-fn run(mut session: Session, inputs: &Inputs) {
-    for entry in ["eval", "train"] {
-        session.run(entry, inputs).unwrap_or_else(|e| panic!("{e}"));
-    }
 }
 
 impl Twin {
@@ -134,29 +126,19 @@ impl Twin {
                 }),
             })
             .collect();
-        Start {
-            module: start.module,
-            kernel: &self.kernel,
-            buffers: buffers.clone(),
-            extents: self.extents.clone(),
-            units: self.units,
-        }
-        .run(gpu);
+        let (kernel, extents) = (&self.kernel[..], self.extents.clone());
+        let twin = Start { module: start.module, kernel, buffers, extents, units: self.units };
+        twin.run(gpu);
         start.run(gpu);
         let mut worst = 0.0_f32;
         for (i, place) in job.places.iter().enumerate().filter(|(i, _)| self.packed[*i].is_none()) {
-            let floats = |ptr| -> Vec<f32> {
-                let bytes = gpu.read(ptr, 4 * place.length).chunks_exact(4);
-                bytes.map(|x| f32::from_le_bytes(x.try_into().expect("four"))).collect()
-            };
-            let (want, found) = (floats(start.buffers[i]), floats(buffers[i]));
+            let [want, found] = [start, &twin].map(|start| ptx::floats(gpu, start.buffers[i], place.length));
             if want != found {
-                let largest = want.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-                let apart = want.iter().zip(&found).map(|(x, y)| (x - y).abs() / largest);
-                worst = apart.fold(worst, |m, x| if x > m || x.is_nan() { x } else { m });
+                let apart = want.iter().zip(&found).map(|(x, y)| x - y);
+                worst = largest([worst, largest(apart) / largest(want.iter().copied())]);
             }
         }
-        let copies: BTreeSet<u64> = buffers.iter().map(|copy| copy.address()).collect();
+        let copies: BTreeSet<u64> = twin.buffers.iter().map(|copy| copy.address()).collect();
         copies.into_iter().for_each(|copy| gpu.free(Ptr::at(copy)));
         worst
     }
@@ -175,8 +157,7 @@ fn every_product(chip: Chip, bound: f32) {
         }
     }
     let kernels = parity::kernels(chosen.iter().flat_map(|pair| [&pair.single, &pair.half]));
-    let text = codegen::ptx(&Dialect::new().expect("a dialect"), &kernels, machine).unwrap_or_else(|e| panic!("{e}"));
-    let module = Arc::new(Module::parse(&text).unwrap_or_else(|e| panic!("{e}")));
+    let module = ptx::module(&kernels, machine);
     let mut gaps = Gaps::new();
     for pair in chosen {
         pair.gaps(&module, &mut gaps);
@@ -199,8 +180,7 @@ fn every_product_in_f16() {
 /// bf16 has three bits less.
 #[test]
 fn every_product_in_bf16() {
-    if std::env::var_os("PEFTC_FULL").is_none() {
-        println!("skipped: PEFTC_FULL is not set");
+    if asked("PEFTC_FULL").is_none() {
         return;
     }
     every_product(Chip::Sm80, 8e-3);

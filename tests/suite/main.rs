@@ -11,7 +11,17 @@ mod parity;
 mod ptx;
 mod ptxas;
 mod real;
+#[cfg(target_arch = "x86_64")]
 mod registers;
 mod runs;
 mod stages;
 mod traces;
+
+/// What an environment variable says; without it, that a test is skipped.
+fn asked(name: &str) -> Option<std::ffi::OsString> {
+    let found = std::env::var_os(name).filter(|value| !value.is_empty());
+    if found.is_none() {
+        println!("skipped: {name} is not set");
+    }
+    found
+}

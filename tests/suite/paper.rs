@@ -3,10 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use peft_grammar::model::{Model, Param, Precision, TaskKind};
-use peft_passes::codegen;
 use peft_passes::cuda::Chip;
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
@@ -17,10 +15,9 @@ use peft_runtime::artifact::Tensor;
 use peft_runtime::{Inputs, Numbers, Session};
 use peftc::data::{Batch, Example, Goal};
 use peftc::exchange;
-use ptx_sim::Module;
 
-use crate::ptx::Simulated;
-use crate::{pairs, parity};
+use crate::ptx::{self, Simulated};
+use crate::{asked, pairs, parity};
 
 /// What training and evaluating run.
 const ENTRIES: [Entry; 2] = [Entry::Eval, Entry::Train];
@@ -139,6 +136,18 @@ pub fn weights(model: &Model) -> Vec<Numbers> {
     model.params.iter().enumerate().map(tensor).collect()
 }
 
+/// Evaluates, and takes a step.
+pub fn run(session: &mut Session, inputs: &Inputs) {
+    for entry in ["eval", "train"] {
+        session.run(entry, inputs).unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+/// The largest size among numbers, or what is none, which `f32::max` would pass over.
+pub fn largest(numbers: impl IntoIterator<Item = f32>) -> f32 {
+    numbers.into_iter().fold(0.0, |m: f32, x| if x.abs() > m || x.is_nan() { x.abs() } else { m })
+}
+
 /// By the name of its tensor.
 type Gradient = (String, Vec<f32>);
 
@@ -151,9 +160,7 @@ struct Step {
 impl Step {
     fn of(mut session: Session, inputs: &Inputs) -> Step {
         session.poison = true;
-        for entry in ["eval", "train"] {
-            session.run(entry, inputs).unwrap_or_else(|e| panic!("{e}"));
-        }
+        run(&mut session, inputs);
         let loss = session.output("loss").expect("an output").1[0];
         let all = session.flat("gradients").expect("read");
         let mut rest = &all[..];
@@ -168,14 +175,11 @@ impl Step {
     /// How far this one is from `other`: the loss, and each gradient as a part of its largest number. Of one that is
     /// nothing but rounding, a hundredth of all gradients' largest is the measure.
     fn gaps<'a>(&'a self, other: &'a Step) -> impl Iterator<Item = (&'a str, f32)> {
-        // `f32::max` would pass over what is no number.
-        let more = |m: f32, x: &f32| if x.abs() > m || x.is_nan() { x.abs() } else { m };
-        let largest = move |x: &[f32]| x.iter().fold(0.0, more);
-        let all = other.gradients.iter().fold(0.0, |m, (_, x)| more(m, &largest(x)));
+        let all = largest(other.gradients.iter().flat_map(|(_, x)| x).copied());
         assert!(all > 0.0);
         let gap = move |((name, x), (_, y)): (&'a Gradient, &'a Gradient)| {
-            let apart: Vec<f32> = x.iter().zip(y).map(|(x, y)| x - y).collect();
-            (name.as_str(), largest(&apart) / (largest(y) + 0.01 * all))
+            let apart = largest(x.iter().zip(y).map(|(x, y)| x - y));
+            (name.as_str(), apart / (largest(y.iter().copied()) + 0.01 * all))
         };
         let loss = (self.loss - other.loss).abs() / other.loss;
         std::iter::once(("loss", loss)).chain(self.gradients.iter().zip(&other.gradients).map(gap))
@@ -214,8 +218,7 @@ fn every_kernel_runs(chip: Chip, half_bounds: Bounds) {
     });
     // One text for all, since most kernels are shared.
     let kernels = parity::kernels(gpu.iter().flatten());
-    let text = codegen::ptx(&Dialect::new().expect("a dialect"), &kernels, machine).unwrap_or_else(|e| panic!("{e}"));
-    let module = Arc::new(Module::parse(&text).unwrap_or_else(|e| panic!("{e}")));
+    let module = ptx::module(&kernels, machine);
 
     let mut wrong = vec![];
     let [single, half] = gpu;
@@ -246,8 +249,7 @@ fn every_kernel_on_sm_70() {
 /// Where half precision is bf16, with eight bits.
 #[test]
 fn every_kernel_on_sm_80() {
-    if std::env::var_os("PEFTC_FULL").is_none() {
-        println!("skipped: PEFTC_FULL is not set");
+    if asked("PEFTC_FULL").is_none() {
         return;
     }
     every_kernel_runs(Chip::Sm80, Bounds { loss: 8e-3, gradient: 3e-2 });

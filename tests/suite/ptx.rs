@@ -18,7 +18,7 @@ use peftc::exchange;
 use ptx_sim::{Arg, Gpu, Module, Ptr};
 
 use crate::fixtures::{self, Fixture};
-use crate::parity;
+use crate::{asked, parity};
 
 /// Blocks of a launch, at most.
 const BLOCKS: u64 = 4;
@@ -90,8 +90,7 @@ impl Backend for Simulated {
     }
 
     fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError> {
-        let bytes = self.gpu.read(self.address(&place), 4 * place.length);
-        Ok(bytes.chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().expect("four"))).collect())
+        Ok(floats(&self.gpu, self.address(&place), place.length).into())
     }
 
     fn run(&mut self, jobs: &[Job], _: Option<&mut Profile>) -> Result<(), RuntimeError> {
@@ -119,13 +118,22 @@ impl Backend for Simulated {
     }
 }
 
+/// So many from an address on.
+pub fn floats(gpu: &Gpu, from: Ptr, length: usize) -> Vec<f32> {
+    let bytes = gpu.read(from, 4 * length).chunks_exact(4);
+    bytes.map(|x| f32::from_le_bytes(x.try_into().expect("four"))).collect()
+}
+
+/// As the interpreter takes them.
+pub fn module(kernels: &[String], machine: Machine) -> Arc<Module> {
+    let text = codegen::ptx(&Dialect::new().expect("a dialect"), kernels, machine).unwrap_or_else(|e| panic!("{e}"));
+    Arc::new(Module::parse(&text).unwrap_or_else(|e| panic!("{e}")))
+}
+
 fn session(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Session {
     let machine = Machine::Cuda(chip);
     let lowered = parity::lowered(fixture, model, &Options { machine, ..parity::fused(fused) });
-    let dialect = Dialect::new().expect("a dialect");
-    let text = codegen::ptx(&dialect, &lowered.kernels, machine).unwrap_or_else(|e| panic!("{e}"));
-    let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
-    let simulated = Simulated::new(Arc::new(module), &lowered.manifest);
+    let simulated = Simulated::new(module(&lowered.kernels, machine), &lowered.manifest);
     let weights = exchange::weights(&fixture.file, model, &fixture.path).expect("weights");
     let mut session = Session::on(Box::new(simulated), lowered.manifest, weights).expect("a session");
     session.poison = true;
@@ -203,8 +211,7 @@ fn llama_in_ptx() {
 
 #[test]
 fn every_fixture_in_ptx() {
-    if std::env::var_os("PEFTC_FULL").is_none() {
-        println!("skipped: PEFTC_FULL is not set");
+    if asked("PEFTC_FULL").is_none() {
         return;
     }
     for backbone in ["gpt2_", "bert_", "roberta_", "llama_"] {

@@ -2,7 +2,7 @@
 //! in memory what is meant to be in registers. `make ptxas` fetches it; no GPU is needed.
 
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
@@ -15,7 +15,7 @@ use peft_passes::lower::Lowered;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options};
 
-use crate::{paper, parity};
+use crate::{asked, paper, parity};
 
 /// What a kernel takes of a chip.
 #[derive(Default)]
@@ -69,17 +69,9 @@ fn assembled(ptxas: &OsStr, kernels: &[String], (chip, name): (Chip, &str)) -> V
     usages
 }
 
-fn ptxas() -> Option<OsString> {
-    let found = std::env::var_os("PEFTC_PTXAS").filter(|path| !path.is_empty());
-    if found.is_none() {
-        println!("skipped: PEFTC_PTXAS is not set");
-    }
-    found
-}
-
 #[test]
 fn every_kernel_is_assembled() {
-    let Some(ptxas) = ptxas() else { return };
+    let Some(ptxas) = asked("PEFTC_PTXAS") else { return };
     let dialect = Dialect::new().expect("a dialect");
     let mut shown = String::new();
     let specs = [("models/paper/nlg/inducer_lora.peft", "bf16"), ("models/demo/sentiment.peft", "f32")];
@@ -101,7 +93,7 @@ fn every_kernel_is_assembled() {
 
 /// Of all specs, in f32 and in half precision.
 fn every_kernel_of_the_paper(chip: Chip) {
-    let Some(ptxas) = ptxas() else { return };
+    let Some(ptxas) = asked("PEFTC_PTXAS") else { return };
     let lowered = |precision| {
         let specs = paper::specs().into_iter().map(|spec| spec.shallow());
         specs.map(move |spec| spec.lowered(Machine::Cuda(chip), precision, Limits::default()))

@@ -3,18 +3,12 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::asked;
+
 /// The data below `PEFTC_DATA` when the slow tests are asked for; says why not otherwise.
 fn data() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
-    if set("PEFTC_FULL").is_none() {
-        println!("skipped: PEFTC_FULL is not set");
-        return None;
-    }
-    let data = set("PEFTC_DATA").map(|root| PathBuf::from(root).join("data"));
-    if data.is_none() {
-        println!("skipped: PEFTC_DATA is not set");
-    }
-    data
+    asked("PEFTC_FULL")?;
+    asked("PEFTC_DATA").map(|root| PathBuf::from(root).join("data"))
 }
 
 #[test]

@@ -35,7 +35,7 @@ pub struct Limits {
     pub keep: f64,
     /// Columns of a vocabulary that `head` sweeps at a time.
     pub block: u64,
-    /// Steps of a product into a bottleneck from which on a GPU's blocks share them.
+    /// Steps of a product into a bottleneck from which on the lanes of a GPU's warps share them.
     pub deep: u64,
     /// Launches that a GPU takes side by side in one, at most.
     pub beside: usize,

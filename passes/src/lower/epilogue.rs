@@ -133,9 +133,8 @@ impl Epilogue {
 
     /// For profiles.
     pub fn label(&self, product: &str) -> String {
-        let groups =
-            self.groups.iter().fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()));
-        let groups = self.companions.iter().fold(groups, |label, group| format!("{label}+{}", group.form.label()));
+        let groups = self.groups.iter().chain(&self.companions);
+        let groups = groups.fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()));
         self.sum.iter().fold(groups, |label, sum| sum.then.label(&format!("{label}+reduce")))
     }
 
@@ -211,6 +210,10 @@ impl Epilogue {
             self.elements.push(element);
             own.len() + self.buffers.len() - 1
         })
+    }
+
+    fn numbers(&mut self, own: &[BufferId], buffers: impl Iterator<Item = (BufferId, Element)>) -> Vec<usize> {
+        buffers.map(|(buffer, element)| self.number(own, buffer, element)).collect()
     }
 
     /// Fetches what [`Epilogue::write`] will read and write there.
@@ -484,8 +487,7 @@ impl Lowering<'_, '_, '_> {
                 registers.then_some(product).into_iter().chain(results).position(|made| made == *v)
             };
             let made = map.arrays.iter().map(maker).collect();
-            let buffers = map.buffers.into_iter().zip(map.elements);
-            let buffers = buffers.map(|(buffer, element)| epilogue.number(own, buffer, element)).collect();
+            let buffers = epilogue.numbers(own, map.buffers.into_iter().zip(map.elements));
             epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len(), result, made, stays });
             epilogue.sizes.extend(map.sizes);
             self.joined.insert(root);
@@ -508,8 +510,7 @@ impl Lowering<'_, '_, '_> {
         for root in self.companions(taken) {
             let result = self.graph.nodes[root].result;
             let map = self.expression(root, true, None)?;
-            let buffers = map.buffers.into_iter().zip(map.elements);
-            let buffers = buffers.map(|(buffer, element)| epilogue.number(own, buffer, element)).collect();
+            let buffers = epilogue.numbers(own, map.buffers.into_iter().zip(map.elements));
             let group = Group { form: map.form, buffers, sizes: map.sizes.len(), result, made: vec![], stays: true };
             epilogue.companions.push(group);
             epilogue.sizes.push(dim_extent(*self.ty(result).shape.last().expect("rows")));

@@ -312,7 +312,7 @@ impl Lowering<'_, '_, '_> {
         let own = std::mem::replace(&mut self.frozen, place.frozen.as_ref().map(|_| key.clone()));
         let packed = match place.frozen {
             Some(_) => {
-                let packed = self.target.bind(&key, factors.elements()[1], shape, Storage::Prepared);
+                let packed = self.target.bind(&key, factors.element(), shape, Storage::Prepared);
                 // The whole of a matrix, row by row.
                 if let Factors::F32 = factors
                     && (contiguous, &line, &first, &batch) == (true, &length, &Extent::Const(0), &Extent::Const(1))
@@ -323,7 +323,7 @@ impl Lowering<'_, '_, '_> {
                 packed
             }
             None => {
-                let packed = self.target.buffer(factors.elements()[1], shape, Storage::Temporary);
+                let packed = self.target.buffer(factors.element(), shape, Storage::Temporary);
                 self.packs.insert(key, packed);
                 packed
             }
@@ -341,7 +341,7 @@ impl Lowering<'_, '_, '_> {
 
 /// One panel a unit. What completes a last pair along k is zero.
 fn pack_kernel(machine: Machine, width: u64, contiguous: bool, factors: Factors) -> Code {
-    define(machine, &[Element::F32, factors.elements()[1]], 6, |k, buffers, sizes| {
+    define(machine, &[Element::F32, factors.element()], 6, |k, buffers, sizes| {
         let ([from, to], [length, depth, panels, line, area, first_column]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
             let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
@@ -466,13 +466,14 @@ impl Factors {
         if cpu.multiplies_bf16() { Factors::Pairs } else { Factors::Widened }
     }
 
-    /// Of A's copy and of B.
-    fn elements(self) -> [Element; 2] {
-        match self {
-            Factors::F32 => [Element::F32; 2],
-            Factors::Pairs => [Element::I32; 2],
-            Factors::Widened => [Element::F32, Element::I32],
-        }
+    /// Of B.
+    fn element(self) -> Element {
+        if self == Factors::F32 { Element::F32 } else { Element::I32 }
+    }
+
+    /// Of A's copy.
+    fn copied(self) -> Element {
+        if self == Factors::Pairs { Element::I32 } else { Element::F32 }
     }
 
     /// Numbers of a step along k.
@@ -563,14 +564,14 @@ impl Form {
 /// Some rows against some column panels a unit.
 fn gemm(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
     let tile = form.tile;
-    let [copied, element] = form.factors.elements();
+    let element = form.factors.element();
     let elements = [&[Element::F32, element, Element::F32], &epilogue.elements[..]].concat();
     define(machine, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, blocks, groups, shared, panels] = first(sizes);
         let [line_a, area_a, first_a, line_b, area_b, first_b, panel_b] = first(&sizes[7..]);
         let [width, area_c, first_c, kept] = first(&sizes[14..]);
-        let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), copied);
+        let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), form.factors.copied());
         let piece = if form.packed { b } else { k.scratch(tile.depth * tile.columns(), element) };
         let steps = form.factors.steps_in(k, depth);
         let tile_rows = k.index(tile.rows);
