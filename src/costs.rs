@@ -198,12 +198,13 @@ fn roofline(card: Card, model: &Model, graph: &Graph, manifest: &Manifest, sizes
     }
 }
 
-/// Each buffer once, of operands and results what the launch reads and writes.
+/// Each buffer once, or twice where it is written anew; of operands and results what the launch reads and writes.
 fn bytes(launch: &Launch, work: &Work, manifest: &Manifest, sizes: &Sizes) -> f64 {
     let mut buffers: BTreeMap<usize, f64> = BTreeMap::new();
     for (i, &buffer) in launch.buffers.iter().enumerate() {
         let whole = 4.0 * manifest.buffers[buffer].elements(sizes) as f64;
         let some = work.reads.get(i).map_or(whole, |&reads| reads.min(whole));
+        let [whole, some] = [whole, some].map(|bytes| work.passes[i] * bytes);
         buffers.entry(buffer).and_modify(|bytes| *bytes = whole.min(*bytes + some)).or_insert(some);
     }
     buffers.values().sum()

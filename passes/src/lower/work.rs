@@ -12,7 +12,7 @@ use peft_runtime::artifact::Sizes;
 use super::epilogue::ROW;
 use super::kernel::matrix::SIDE;
 use super::narrow::Narrow;
-use super::tiles::Tile;
+use super::tiles::{Fate, Tile};
 use super::{TIMES, halves, squares};
 use crate::cuda::{Card, WARP, WARPS};
 
@@ -40,6 +40,8 @@ pub struct Work {
     blocks: Vec<(u64, f64)>,
     /// Bytes of the first buffers that it reads at most.
     pub reads: Vec<f64>,
+    /// By buffer, how often it goes that way: twice if it is written anew.
+    pub passes: Vec<f64>,
     /// Bytes on their way.
     under_way: f64,
 }
@@ -65,6 +67,7 @@ impl Work {
         self.flops += other.flops;
         self.blocks.extend(other.blocks);
         self.reads.extend(other.reads);
+        self.passes.extend(other.passes);
         self.under_way += other.under_way;
         self
     }
@@ -94,6 +97,17 @@ fn way_out(kernel: &str, rows: u64, columns: u64) -> f64 {
 }
 
 fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
+    let anew: &[usize] = match kernel {
+        "adamw" => &[0, 2, 3],
+        _ if kernel.starts_with("linear_mean_block") => &[0],
+        _ if kernel.contains(Fate::Added.suffix()) => &[2],
+        _ => &[],
+    };
+    let passes = (0..buffers).map(|buffer| if anew.contains(&buffer) { 2.0 } else { 1.0 }).collect();
+    Work { passes, ..counted(kernel, buffers, extents, units, sizes, card) }
+}
+
+fn counted(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
     let number = |i: usize| extents[i] as f64;
     let blocks = units.div_ceil(WARPS);
     let a_cycle = |flops: f64| flops / 2.0 / card.multiprocessors as f64 / card.clock;
@@ -104,7 +118,8 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         let cycles = steps.min(depth) * step.max((tile.moved() * 4) as f64 / SHARED) + out;
         let flops = 2.0 * m * n * depth * batches;
         let reads = [m, n].map(|side| 4.0 * side * depth * batches).into();
-        return Work { flops, half: false, blocks: vec![(blocks, cycles)], reads, under_way: f64::INFINITY };
+        let blocks = vec![(blocks, cycles)];
+        return Work { flops, blocks, reads, under_way: f64::INFINITY, ..Work::default() };
     }
     if let Some(narrow) = Narrow::named(kernel) {
         let [m, n, depth] = [0, 1, 2].map(number);
@@ -113,7 +128,8 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         let cycles = Narrow::steps(extents[2]) as f64 * step.max(shared(narrow.moved())) + shared(narrow.added());
         let reads = vec![4.0 * m * depth, 4.0 * n * depth];
         let under_way = (units * Narrow::under_way()) as f64;
-        return Work { flops: 2.0 * m * n * depth, half: false, blocks: vec![(blocks, cycles)], reads, under_way };
+        let (flops, blocks) = (2.0 * m * n * depth, vec![(blocks, cycles)]);
+        return Work { flops, blocks, reads, under_way, ..Work::default() };
     }
     if kernel.starts_with("halves_") {
         let [m, n, depth] = [0, 1, 2].map(number);
@@ -127,7 +143,7 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         let cycles = steps * step.max(shared as f64 / SHARED) + out;
         let reads = vec![4.0 * m * depth, 2.0 * n * depth];
         let (flops, blocks) = (2.0 * m * n * depth, vec![(blocks, cycles)]);
-        return Work { flops, half: true, blocks, reads, under_way: f64::INFINITY };
+        return Work { flops, half: true, blocks, reads, under_way: f64::INFINITY, ..Work::default() };
     }
     if kernel.starts_with("attention") {
         let [width, wide, sequences] = [0, 1, 2].map(number);
@@ -181,14 +197,14 @@ fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Siz
         let half = if causal { 0.5 } else { 1.0 };
         let flops = 2.0 * asked * sizes.pairs as f64 * half * heads;
         let (blocks, under_way) = (kinds.into_iter().map(cycles).collect(), units as f64 * MANY_UNDER_WAY);
-        return Work { flops, half: false, blocks, reads, under_way };
+        return Work { flops, blocks, reads, under_way, ..Work::default() };
     }
     let (reads, each) = match kernel {
         // A table is not read whole.
         "gather" => (vec![4.0 * number(1) * units as f64], UNDER_WAY),
         "sum_columns" | "mean_columns" | "root_of_sum" => (vec![], MANY_UNDER_WAY),
         // A whole row of each operand.
-        _ if kernel.starts_with("normalize") && kernel.contains("_held") => (vec![], MANY_UNDER_WAY),
+        _ if kernel.contains("_held") => (vec![], MANY_UNDER_WAY),
         // Of the tokens' rows those that train.
         "scatter" => (vec![4.0 * number(0), 4.0 * number(1) * number(2)], UNDER_WAY),
         _ => (vec![], UNDER_WAY),

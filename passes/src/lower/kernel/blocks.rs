@@ -82,8 +82,13 @@ impl Kernel {
         self.fold(from, to, step * self.team(), start, body)
     }
 
-    /// Sums of every member's lanes, which the first one gets: `room` is a vector for each member, shared.
+    /// Sums of every member's lanes, which each of them gets: `room` is a vector for each member, shared.
     pub fn sum_team(&mut self, x: Val, room: Option<Buf>) -> Val {
+        self.join_team(x, room, Kernel::add)
+    }
+
+    /// The same of another operation, which joins two.
+    pub fn join_team(&mut self, x: Val, room: Option<Buf>, mut join: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
         let (Form::Warps { warp, lane, .. }, Some(room)) = (&self.form, room) else { return x };
         let (warp, lane) = (*warp, *lane);
         let width = self.index(WARP);
@@ -91,16 +96,16 @@ impl Kernel {
         let at = self.add(at, lane);
         self.store_here(x, room, at);
         self.barrier();
-        let mut sum = self.load_here(room, lane);
+        let mut all = self.load_here(room, lane);
         for member in 1..WARPS {
             let at = self.index(member * WARP);
             let at = self.add(at, lane);
             let other = self.load_here(room, at);
-            sum = self.add(sum, other);
+            all = join(self, all, other);
         }
         // Before the room is used again.
         self.barrier();
-        sum
+        all
     }
 
     /// What only the team's first member does.
