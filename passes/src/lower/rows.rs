@@ -4,7 +4,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::epilogue::Follow;
-use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
+use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, math, product};
 use crate::cuda::{WARP, WARPS};
@@ -22,8 +22,8 @@ pub enum Kind {
 const HELD: u64 = 32;
 /// Columns a unit works on where units split the columns.
 const COLUMNS: u64 = 64;
-/// How many units of a GPU share a table's rows.
-const PARTS: u64 = 32;
+/// How many units of a GPU share a table's rows, a power of two: so many that few of the tokens are a unit's own.
+const PARTS: u64 = 256;
 
 impl Lowering<'_, '_, '_> {
     pub(super) fn row_kernel(&mut self, kind: Kind, operands: &[BufferId], ty: &Type, result: Value) {
@@ -129,7 +129,7 @@ impl Lowering<'_, '_, '_> {
                     });
                     k.each(zero, count, k.lane_count(), |k, block| {
                         let left = k.sub(count, block);
-                        let some = some_inside(k, ids, (block, left), (start, rows));
+                        let some = some_inside(k, ids, (block, left), (start, rows), part);
                         // Of a large table's few rows that train, most tokens have none.
                         k.when(some, |k| {
                             let end = k.index(k.lane_count());
@@ -286,8 +286,14 @@ pub(super) fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: Val, rows: Val)
     (row, inside)
 }
 
-/// Some of the ids from `block` on, of which there are `left`, are rows of the table.
-fn some_inside(k: &mut Kernel, ids: Buf, (block, left): (Val, Val), (start, rows): (Val, Val)) -> Val {
+/// Some of the ids from `block` on, of which there are `left`, are rows of the table, and of the unit's part of it.
+fn some_inside(
+    k: &mut Kernel,
+    ids: Buf,
+    (block, left): (Val, Val),
+    (start, rows): (Val, Val),
+    part: Option<(Val, Val)>,
+) -> Val {
     let mask = k.mask(left);
     let ids = k.load_lanes(ids, block, mask);
     let [start, rows] = [start, rows].map(|x| {
@@ -298,7 +304,14 @@ fn some_inside(k: &mut Kernel, ids: Buf, (block, left): (Val, Val), (start, rows
     let outside = k.at_least_unsigned(row, rows);
     let [none, one] = [0.0, 1.0].map(|x| k.floats(x));
     let inside = k.select(outside, none, one);
-    let inside = k.select(mask, inside, none);
+    let mut inside = k.select(mask, inside, none);
+    if let Some((part, parts)) = part {
+        let (one, parts) = (k.int(1, I32), k.to_i32(parts));
+        let (part, last) = (k.to_i32(part), k.sub(parts, one));
+        let of = k.and(row, last);
+        let own = k.compare(of, Order::Eq, part);
+        inside = k.select(own, inside, none);
+    }
     let most = k.max_lanes(inside);
     let none = k.float(0.0, F32);
     k.compare(most, Order::Gt, none)

@@ -155,7 +155,7 @@ impl Machine {
     pub fn stretch(self) -> u64 {
         match self {
             Machine::Cpu(_) => 8192,
-            Machine::Cuda(_) => 256,
+            Machine::Cuda(_) => 64,
         }
     }
 
