@@ -10,7 +10,7 @@ use peft_runtime::artifact::Storage;
 use peft_runtime::{device, store};
 
 use crate::cli::{Bench, Ran, text, tiny_bert};
-use crate::fixtures;
+use crate::{fixtures, real};
 
 /// A folder with the driver, under the name by which it is found.
 struct Machine {
@@ -232,12 +232,11 @@ fn what_the_benchmark_does_beside_running() {
 #[test]
 fn the_folder_for_a_gpu() {
     let python = root().join("target/interop-venv/bin/python");
-    let data = std::env::var_os("PEFTC_DATA").map(|data| Path::new(&data).join("data"));
-    let Some(data) = data.filter(|data| std::env::var_os("PEFTC_FULL").is_some() && data.is_dir() && python.is_file())
-    else {
-        println!("skipped: PEFTC_FULL and PEFTC_DATA are not set, or `make interop` has not run");
+    let Some(data) = real::data() else { return };
+    if !data.is_dir() || !python.is_file() {
+        println!("skipped: PEFTC_DATA holds no data, or `make interop` has not run");
         return;
-    };
+    }
     let machine = Machine::new();
     let (peftc, folder) = (env!("CARGO_BIN_EXE_peftc"), machine.path("gpu"));
     // For the small runner, which this is but for the compiler.

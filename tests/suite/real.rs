@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::asked;
 
 /// The data below `PEFTC_DATA` when the slow tests are asked for; says why not otherwise.
-fn data() -> Option<PathBuf> {
+pub fn data() -> Option<PathBuf> {
     asked("PEFTC_FULL")?;
     asked("PEFTC_DATA").map(|root| PathBuf::from(root).join("data"))
 }

@@ -4,7 +4,7 @@ use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::epilogue::Follow;
-use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define, first};
+use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, math, product};
 use crate::cuda::{WARP, WARPS};
@@ -22,7 +22,7 @@ pub enum Kind {
 const HELD: u64 = 32;
 /// Columns a unit works on where units split the columns.
 const COLUMNS: u64 = 64;
-/// How many units of a GPU share a table's rows, a power of two: so many that few of the tokens are a unit's own.
+/// How many units of a GPU share a table's rows: so many that few of the tokens are a unit's own.
 const PARTS: u64 = 256;
 
 impl Lowering<'_, '_, '_> {
@@ -306,9 +306,8 @@ fn some_inside(
     let inside = k.select(outside, none, one);
     let mut inside = k.select(mask, inside, none);
     if let Some((part, parts)) = part {
-        let (one, parts) = (k.int(1, I32), k.to_i32(parts));
-        let (part, last) = (k.to_i32(part), k.sub(parts, one));
-        let of = k.and(row, last);
+        let [part, parts] = [part, parts].map(|x| k.to_i32(x));
+        let of = k.rem(row, parts);
         let own = k.compare(of, Order::Eq, part);
         inside = k.select(own, inside, none);
     }

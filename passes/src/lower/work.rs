@@ -40,7 +40,7 @@ pub struct Work {
     blocks: Vec<(u64, f64)>,
     /// Bytes of the first buffers that it reads at most.
     pub reads: Vec<f64>,
-    /// By buffer, how often it goes that way: twice if it is written anew.
+    /// By buffer, how often its bytes move: twice if they are read and written anew.
     pub passes: Vec<f64>,
     /// Bytes on their way.
     under_way: f64,
