@@ -15,8 +15,8 @@ pub(super) const ROWS: u64 = 4;
 pub(super) const VECTORS: u64 = 2;
 
 /// Vectors of a block's row: half of the registers hold its sums.
-pub(super) fn across(k: &Kernel) -> u64 {
-    match k.machine {
+pub(super) fn across(machine: Machine) -> u64 {
+    match machine {
         Machine::Cpu(cpu) => (cpu.registers().count * cpu.registers().floats / (2 * ROWS * LANES)).clamp(1, VECTORS),
         Machine::Cuda(_) => VECTORS,
     }
@@ -129,12 +129,12 @@ impl Head {
 
 pub(super) fn zeros(k: &mut Kernel) -> Vec<Val> {
     let zero = k.floats(0.0);
-    vec![zero; (ROWS * across(k)) as usize]
+    vec![zero; (ROWS * across(k.machine)) as usize]
 }
 
 /// Offsets and masks of the vectors at `j` of a row of `length`.
 pub(super) fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
-    let across = across(k);
+    let across = across(k.machine);
     let vector = |v: u64| {
         let offset = k.index(v * k.lane_count());
         let at = k.add(j, offset);
@@ -155,7 +155,7 @@ fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, wi
                 k.mul(row, width)
             })
             .collect();
-        k.each(zero, segment.length, across(k) * k.lane_count(), |k, j| {
+        k.each(zero, segment.length, across(k.machine) * k.lane_count(), |k, j| {
             let vectors = vectors(k, j, segment.length);
             let start = zeros(k);
             let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
@@ -218,7 +218,7 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
             }
             (true, true) => (i, segment.length),
         };
-        k.each(zero, width, across(k) * k.lane_count(), |k, e| {
+        k.each(zero, width, across(k.machine) * k.lane_count(), |k, e| {
             let vectors = vectors(k, e, width);
             let start = zeros(k);
             let sums = k.fold(from, to, 1, &start, |k, j, sums| {

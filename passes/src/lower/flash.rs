@@ -1,14 +1,15 @@
 //! Attention whose square exists nowhere, on a processor (a GPU's is in [`super::squares`]): a unit is one head of one
-//! sequence, and of its square there are never more than [`ROWS`] rows.
+//! sequence, and of its square there are never more than [`ROWS`] rows, or the columns of one [`group`].
 //!
 //! ```text
-//! forward     4 queries  · keysᵀ     ─► weights ─► · values
-//! dq          4 queries  · keysᵀ     ─► ds      ─► · keys       lanes run over keys
-//! dk, dv      4 keys     · queriesᵀ  ─► ds, w   ─► · queries, df    lanes run over queries
+//! forward     4 queries · keysᵀ               ─► weights   weights · values        ─► f
+//! backward, group by group of keys:
+//!             4 queries · keysᵀ, df · valuesᵀ ─► ds, w     ds · keys               ─► added to dq
+//!             4 keys, when all queries are done            dsᵀ · queries, wᵀ · df  ─► dk, dv
 //! ```
 //!
-//! What stands on the lanes' side is transposed first, into a place of the unit's own. Weights are computed again from
-//! the scores and their log-sum-exp.
+//! Lanes run over keys; what stands on their side is transposed first, into a place of the unit's own. Backward, weights
+//! are computed again from the scores and their log-sum-exp, once for all the adjoints that are wanted.
 //!
 //! One call of the generator decides over four neighbouring columns, and keys need not begin at a multiple of four:
 //! they stand in *slots*, key j in slot `phase + j`, so that a slot's block is a call's.
@@ -17,12 +18,12 @@ use peft_grammar::graph::{Dim, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::attention::{ROWS, Segment, VECTORS, across, vectors, zeros};
-use super::kernel::{Buf, I32, Kernel, LANES, Order, Val, define};
+use super::kernel::{Access, Buf, Kernel, LANES, Order, Val, define};
 use super::random;
 use super::rows;
 use super::span::Span;
 use super::view::{ONE, Step, View};
-use super::{Lowering, copy, dim_extent, math, squares};
+use super::{Lowering, dim_extent, math, squares};
 use crate::cuda::WARPS;
 use crate::machine::Machine;
 
@@ -34,6 +35,17 @@ const SIZES: usize = 5;
 
 /// Floats a sequence has room for beyond its length: rounded up with its phase, so that vectors need no masks.
 const SLACK: u64 = VECTORS * LANES + ROWS;
+
+/// Steps of a sum that are one turn of its loop.
+const STEPS: u64 = 8;
+
+/// Rows that memory is asked for before they are read: they are too short for the processor to see where the next begins.
+const AHEAD: u64 = 8;
+
+/// Keys of a group, whose scores are computed and used before the next group's.
+fn group(machine: Machine) -> u64 {
+    across(machine) * LANES
+}
 
 /// What a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
@@ -58,6 +70,27 @@ impl Part {
     /// A block of it has keys for its own.
     pub fn keys(self) -> bool {
         matches!(self, Part::Adjoint(1 | 2) | Part::Sides)
+    }
+
+    /// It has the adjoint of an operand among its results.
+    fn gives(self, operand: usize) -> bool {
+        match self {
+            Part::Forward | Part::Both | Part::Lse => false,
+            Part::Adjoint(of) => of == operand,
+            Part::Sides => operand > 0,
+            Part::All => true,
+        }
+    }
+
+    /// The scores' adjoint is needed for it.
+    fn of_scores(self) -> bool {
+        self.gives(0) || self.gives(1)
+    }
+
+    /// Numbers that a processor keeps for each of a sequence's tokens beside rows of the operands: forward scores of a
+    /// block's rows, backward what becomes of those of a group.
+    fn beside(self, machine: Machine) -> u64 {
+        if self.forward() { ROWS } else { 2 * group(machine) }
     }
 
     fn results(self) -> usize {
@@ -169,24 +202,21 @@ impl Lowering<'_, '_, '_> {
         let first = self.scratch(place(width.clone()));
         let second = self.scratch(place(wide.clone()));
         // What the weights multiply: a side that is transposed as well, or one that is not.
-        let factor =
-            if matches!(part, Part::Adjoint(0 | 1) | Part::Sides) { self.scratch(place(width)) } else { first };
-        let other = if part == Part::Sides { self.scratch(place(wide)) } else { second };
-        let rows = self.scratch(place(Extent::Const(2 * ROWS)));
+        let factor = if part.gives(1) { self.scratch(place(width)) } else { first };
+        let other = if part.gives(2) { self.scratch(place(wide)) } else { second };
+        let rows = self.scratch(place(Extent::Const(part.beside(self.target.machine))));
         elements.extend([Element::F32; 5]);
         elements.push(Element::I32);
         buffers.extend([first, second, factor, other, rows, offsets]);
         let kernel = self.target.kernel(&name, |machine| {
             define(machine, &elements, sizes.len(), |k, buffers, sizes| {
-                let room = Room::of(k, buffers, sizes);
+                let room = Room::of(k, buffers, sizes, part);
                 k.units(|k, unit| {
                     let unit = Unit::of(k, unit, &room, (buffers, sizes), (part, form), drops);
                     match part {
                         Part::Forward | Part::Both => forward(k, &unit),
                         Part::Lse => lse(k, &unit),
-                        Part::Adjoint(0) => over_keys(k, &unit),
-                        Part::Adjoint(_) | Part::Sides => over_queries(k, &unit, part),
-                        Part::All => unreachable!("a GPU's alone"),
+                        Part::Adjoint(_) | Part::Sides | Part::All => backward(k, &unit, part),
                     }
                 });
             })
@@ -265,16 +295,15 @@ impl Lowering<'_, '_, '_> {
         (values < keys && self.read_after(values, keys)).then_some(other)
     }
 
-    /// On a GPU the adjoints of queries, keys and values, one of which has this result: if no one reads the values' before
-    /// the first of the others.
+    /// The adjoints of queries, keys and values, one of which has this result: if no one reads the values' before the
+    /// first of the others.
     fn sides(&self, result: Value) -> Option<[usize; 3]> {
         let at = self.graph.nodes.iter().position(|node| node.result == result)?;
         let beside =
             |at: usize| Some([self.adjoint_beside(at, 0)?, self.adjoint_beside(at, 1)?, self.adjoint_beside(at, 2)?]);
         let sides = beside(at).filter(|sides| sides.iter().all(|&side| beside(side) == Some(*sides)))?;
         let [queries, keys, values] = sides;
-        let gpu = matches!(self.target.machine, Machine::Cuda(_));
-        (gpu && self.read_after(values, queries.min(keys))).then_some(sides)
+        self.read_after(values, queries.min(keys)).then_some(sides)
     }
 
     /// No one reads the result of node `at` before the `turn` of another.
@@ -357,18 +386,18 @@ impl Head {
 /// Room for what is computed on the way. Of all units that a thread takes in one go there is room for each, side by
 /// side; all of them use the place of the first, so that it stays in the nearest caches.
 struct Room {
-    /// Transposed operands, `[width][stride]`, and where they begin.
+    /// Transposed operands, and where they begin.
     first: (Buf, Val),
     second: (Buf, Val),
     /// For what the weights multiply.
     factor: (Buf, Val),
     other: (Buf, Val),
-    /// Scores, and as many rows behind them for products with df.
+    /// Scores, or what becomes of a group's.
     rows: (Buf, Val),
 }
 
 impl Room {
-    fn of(k: &mut Kernel, buffers: &[Buf], sizes: &[Val]) -> Room {
+    fn of(k: &mut Kernel, buffers: &[Buf], sizes: &[Val], part: Part) -> Room {
         let [first, second, factor, other, rows, offsets] = super::kernel::first(&buffers[buffers.len() - 6..]);
         let [width, wide, heads] = super::kernel::first(sizes);
         let unit = k.first_unit();
@@ -380,8 +409,8 @@ impl Room {
         let slack = k.index(SLACK);
         let slack = k.mul(unit, slack);
         let place = k.add(place, slack);
-        let double = k.index(2 * ROWS);
-        let [narrow, broad, rows_at] = [width, wide, double].map(|width| k.mul(place, width));
+        let each = k.index(part.beside(k.machine));
+        let [narrow, broad, rows_at] = [width, wide, each].map(|width| k.mul(place, width));
         Room {
             first: (first, narrow),
             second: (second, broad),
@@ -396,10 +425,6 @@ impl Room {
 struct Unit<'a> {
     head: Head,
     room: &'a Room,
-    scores: Val,
-    products: Val,
-    /// Of a transposed operand and of a row: the length, rounded up.
-    stride: Val,
 }
 
 impl<'a> Unit<'a> {
@@ -413,32 +438,7 @@ impl<'a> Unit<'a> {
     ) -> Self {
         let (buffers, rest) = buffers.split_at(buffers.len() - 6);
         let segment = segment(k, unit, sizes[2], rest[rest.len() - 1]);
-        let head = Head::of(k, segment, (buffers, sizes), (part, form), drops);
-        let step = k.index(across(k) * LANES);
-        let slots = k.add(head.segment.length, head.phase);
-        let stride = round_up(k, slots, step);
-        let scores = k.add(room.rows.1, head.phase);
-        let rows_of_block = k.index(ROWS);
-        let block = k.mul(stride, rows_of_block);
-        let products = k.add(scores, block);
-        Unit { head, room, scores, products, stride }
-    }
-
-    /// Places of row `r` of the block among the scores or products.
-    fn line(&self, k: &mut Kernel, base: Val, r: u64) -> Val {
-        let r = k.index(r);
-        let offset = k.mul(self.stride, r);
-        k.add(base, offset)
-    }
-
-    /// Up to where a block of queries from `i` on sees keys.
-    fn seen(&self, k: &mut Kernel, i: Val) -> Val {
-        if !self.head.form.causal {
-            return self.head.segment.length;
-        }
-        let block = k.index(ROWS);
-        let end = k.add(i, block);
-        k.min(end, self.head.segment.length)
+        Unit { head: Head::of(k, segment, (buffers, sizes), (part, form), drops), room }
     }
 
     /// How many keys query `i` sees.
@@ -447,8 +447,8 @@ impl<'a> Unit<'a> {
         if self.head.form.causal { k.add(i, one) } else { self.head.segment.length }
     }
 
-    /// The keys in the block of slots from `slot` on; where there is none, the nearest.
-    fn keys(&self, k: &mut Kernel, slot: Val) -> Vec<Val> {
+    /// The keys in `count` slots from `slot` on; where there is none, the nearest.
+    fn keys(&self, k: &mut Kernel, slot: Val, count: u64) -> Vec<Val> {
         let one = k.index(1);
         let last = k.sub(self.head.segment.length, one);
         let key = |r| {
@@ -458,7 +458,7 @@ impl<'a> Unit<'a> {
             let key = k.sub(slot, self.head.phase);
             k.min(key, last)
         };
-        (0..ROWS).map(key).collect()
+        (0..count).map(key).collect()
     }
 
     /// The generator's key, if anything is dropped.
@@ -480,180 +480,249 @@ fn round_up(k: &mut Kernel, n: Val, step: Val) -> Val {
     k.mul(steps, step)
 }
 
-/// The unit's rows of `from`, turned: element (i, e) goes to `e · stride + i`.
-fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Buf, Val)) {
-    let zero = k.index(0);
+/// Rows of an operand, turned: lanes run over slots, and column e begins at `at + e · stride`.
+struct Turned {
+    buffer: Buf,
+    at: Val,
+    stride: Val,
+}
+
+/// The rows of `from` that stand in `count` slots from `slot` on; where there is none, the nearest.
+fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (slot, count): (Val, Val), to: &Turned) {
     let Machine::Cpu(cpu) = k.machine else { unreachable!("a GPU turns nothing round") };
-    let turned = transpose_squares(k, unit, from, width, (to, at), cpu.registers().floats);
-    let numbers = k.lane_numbers();
-    let line = k.to_i32(from.line);
-    let line = k.splat(line);
-    let steps = k.mul(numbers, line);
+    let (zero, one) = (k.index(0), k.index(1));
+    let turned = transpose_squares(k, unit, from, width, (slot, count), to, cpu.registers().floats);
+    let last = k.sub(unit.head.segment.length, one);
+    let [line, last] = [from.line, last].map(|x| random::lanes_of(k, x));
+    let (numbers, all) = (k.lane_numbers(), k.index(LANES));
+    let all = k.mask(all);
     k.each(turned, width, 1, |k, e| {
-        let column = k.mul(e, unit.stride);
-        let column = k.add(at, column);
-        k.each(zero, unit.head.segment.length, k.lane_count(), |k, i| {
-            let left = k.sub(unit.head.segment.length, i);
-            let mask = k.mask(left);
-            let row = from.row(k, i);
-            let source = k.add(row, e);
-            let x = k.gather_lanes(from.buffer, source, steps, mask);
+        let source = from.row(k, zero);
+        let source = k.add(source, e);
+        let column = k.mul(e, to.stride);
+        let column = k.add(to.at, column);
+        k.each(zero, count, LANES, |k, i| {
+            let key = k.add(slot, i);
+            let key = k.sub(key, unit.head.phase);
+            let key = random::lanes_of(k, key);
+            let key = k.add(key, numbers);
+            let none = k.int(0, key.ty);
+            let key = k.max(key, none);
+            let key = k.min(key, last);
+            let steps = k.mul(key, line);
+            let x = k.gather_lanes(from.buffer, source, steps, all);
             let place = k.add(column, i);
-            k.store_vector(x, to, place);
+            k.store_vector(x, to.buffer, place);
         });
     });
 }
 
 /// The same for as many columns as whole squares of `side` take, in registers; gives how many they are.
-fn transpose_squares(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (to, at): (Buf, Val), side: u64) -> Val {
+fn transpose_squares(
+    k: &mut Kernel,
+    unit: &Unit,
+    from: &Rows,
+    width: Val,
+    (slot, count): (Val, Val),
+    to: &Turned,
+    side: u64,
+) -> Val {
     let (zero, step) = (k.index(0), k.index(side));
     let squares = k.div(width, step);
     let whole = k.mul(squares, step);
-    k.each(zero, unit.head.segment.length, side, |k, i| {
-        let rows = unit.head.segment.rows(k, i, side);
-        let rows: Vec<Val> = rows.into_iter().map(|row| from.row(k, row)).collect();
-        let first = k.add(at, i);
+    let ahead = k.index(AHEAD);
+    let ahead = k.mul(from.line, ahead);
+    k.each(zero, count, side, |k, i| {
+        let slot = k.add(slot, i);
+        let rows: Vec<Val> = unit.keys(k, slot, side).into_iter().map(|key| from.row(k, key)).collect();
+        let first = k.add(to.at, i);
         k.each(zero, whole, side, |k, e| {
             let load = |&row: &Val| {
                 let place = k.add(row, e);
+                let later = k.add(place, ahead);
+                k.prefetch(from.buffer, later, Access::Read);
                 k.load_some(from.buffer, place, side)
             };
             let square = rows.iter().map(load).collect();
             for (c, column) in k.turned(square).into_iter().enumerate() {
                 let c = k.index(c as u64);
                 let e = k.add(e, c);
-                let place = k.mul(e, unit.stride);
+                let place = k.mul(e, to.stride);
                 let place = k.add(first, place);
-                k.store_vector(column, to, place);
+                k.store_vector(column, to.buffer, place);
             }
         });
     });
     whole
 }
 
-/// The unit's rows of `from` without what lies between them: every block reads them again, and rows that are a wide
+/// The unit's rows of `from` without what lies between them: they are read again and again, and rows that are a wide
 /// tensor's width apart would want the same few lines of the cache.
 fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (buffer, base): (Buf, Val)) -> Rows {
-    let zero = k.index(0);
+    let (zero, ahead) = (k.index(0), k.index(AHEAD));
     let rows = Rows { buffer, base, line: width };
     k.each(zero, unit.head.segment.length, 1, |k, i| {
         let (source, target) = (from.row(k, i), rows.row(k, i));
-        copy::move_row(k, (from.buffer, source), (rows.buffer, target), width);
+        let later = k.add(i, ahead);
+        let later = from.row(k, later);
+        k.lanes(width, |k, e, mask| {
+            let [later, source, target] = [later, source, target].map(|row| k.add(row, e));
+            k.prefetch(from.buffer, later, Access::Read);
+            let x = k.load_lanes(from.buffer, source, mask);
+            k.store_lanes(x, rows.buffer, target, mask);
+        });
     });
     rows
 }
 
-/// Rows `i..` of `x` against the transposed side, `begin..end` of its lanes, into rows from `base` on.
-#[allow(clippy::too_many_arguments)] // both sides of a product and its place
-fn product(
-    k: &mut Kernel,
-    unit: &Unit,
-    from: &Rows,
-    block: &[Val],
-    width: Val,
-    (side, at): (Buf, Val),
-    (begin, end): (Val, Val),
-    (base, scale): (Val, f64),
-) {
+/// A tile's sums: rows of `from`, which begin at `rows`, against the turned side's lanes from `j` on.
+fn product(k: &mut Kernel, (from, rows): (Buf, &[Val]), width: Val, side: &Turned, j: Val) -> Vec<Val> {
     let zero = k.index(0);
-    let rows: Vec<Val> = block.iter().map(|&i| from.row(k, i)).collect();
-    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
-    let vectors = across(k);
-    k.each(begin, end, vectors * k.lane_count(), |k, j| {
-        let start = zeros(k);
-        let column = k.add(at, j);
-        let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
-            let place = k.mul(e, unit.stride);
-            let place = k.add(place, column);
-            let columns: Vec<Val> = (0..vectors)
-                .map(|v| {
-                    let offset = k.index(v * k.lane_count());
-                    let place = k.add(place, offset);
-                    k.load_vector(side, place)
-                })
-                .collect();
-            let x = |k: &mut Kernel, r: usize| {
-                let place = k.add(rows[r], e);
-                k.load(from.buffer, place)
-            };
-            k.outer(ROWS, x, &columns, sums, Kernel::fma)
-        });
-        let by = k.floats(scale);
-        for (r, &line) in lines.iter().enumerate() {
-            for v in 0..vectors {
-                let sum = sums[r * vectors as usize + v as usize];
-                let sum = if scale == 1.0 { sum } else { k.mul(sum, by) };
-                let offset = k.index(v * k.lane_count());
-                let place = k.add(line, j);
+    let column = k.add(side.at, j);
+    let (start, vectors) = (zeros(k), across(k.machine));
+    k.fold_in_turns(zero, width, STEPS, &start, |k, e, sums| {
+        let place = k.mul(e, side.stride);
+        let place = k.add(place, column);
+        let columns: Vec<Val> = (0..vectors)
+            .map(|v| {
+                let offset = k.index(v * LANES);
                 let place = k.add(place, offset);
-                k.store_vector(sum, unit.room.rows.0, place);
-            }
-        }
-    });
+                k.load_vector(side.buffer, place)
+            })
+            .collect();
+        let x = |k: &mut Kernel, r: usize| {
+            let place = k.add(rows[r], e);
+            k.load(from, place)
+        };
+        k.outer(ROWS, x, &columns, sums, Kernel::fma)
+    })
 }
 
-/// Row `i + r` of `out`: the weights in row r from `base` on, `begin..end`, times rows of `y`.
-#[allow(clippy::too_many_arguments)] // both sides of a product and its place
-fn weighted(
-    k: &mut Kernel,
-    unit: &Unit,
-    i: Val,
-    (base, begin, end): (Val, Val, Val),
-    y: &Rows,
-    width: Val,
-    out: &Rows,
-) {
-    let zero = k.index(0);
-    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, base, r)).collect();
-    let across = across(k);
-    k.each(zero, width, across * k.lane_count(), |k, e| {
-        let vectors = vectors(k, e, width);
-        let start = zeros(k);
-        let sums = k.fold(begin, end, 1, &start, |k, j, sums| {
-            let row = y.row(k, j);
-            let values: Vec<Val> = vectors
-                .iter()
-                .map(|&(at, mask)| {
-                    let place = k.add(row, at);
-                    k.load_lanes(y.buffer, place, mask)
-                })
-                .collect();
-            let weight = |k: &mut Kernel, r: usize| {
-                let place = k.add(lines[r], j);
-                k.load(unit.room.rows.0, place)
-            };
-            k.outer(ROWS, weight, &values, sums, Kernel::fma)
+/// Where the weights of a tile's rows are.
+struct Weights {
+    buffer: Buf,
+    base: Val,
+    /// From one row's to the next one's, and from what multiplies a row of the factor to what multiplies the next.
+    row: Val,
+    step: Val,
+}
+
+/// A tile's sums: its rows' weights times rows `begin..end` of `y`, of which columns are taken.
+fn weighted(k: &mut Kernel, weights: &Weights, (begin, end): (Val, Val), y: &Rows, columns: &[(Val, Val)]) -> Vec<Val> {
+    let start = zeros(k);
+    let lines: Vec<Val> = (0..ROWS)
+        .map(|r| {
+            let r = k.index(r);
+            let offset = k.mul(r, weights.row);
+            k.add(weights.base, offset)
+        })
+        .collect();
+    k.fold_in_turns(begin, end, STEPS, &start, |k, j, sums| {
+        let row = y.row(k, j);
+        let values: Vec<Val> = columns
+            .iter()
+            .map(|&(at, mask)| {
+                let place = k.add(row, at);
+                k.load_lanes(y.buffer, place, mask)
+            })
+            .collect();
+        let step = k.mul(j, weights.step);
+        let weight = |k: &mut Kernel, r: usize| {
+            let place = k.add(lines[r], step);
+            k.load(weights.buffer, place)
+        };
+        k.outer(ROWS, weight, &values, sums, Kernel::fma)
+    })
+}
+
+/// A tile's sums to rows of `out` from `i` on, as far as there are any; `more` is added to what is there.
+fn put(k: &mut Kernel, unit: &Unit, i: Val, columns: &[(Val, Val)], sums: &[Val], (out, more): (&Rows, bool)) {
+    for (r, sums) in sums.chunks(columns.len()).enumerate() {
+        let offset = k.index(r as u64);
+        let row = k.add(i, offset);
+        // There is none before the first or beyond the last.
+        let exists = k.below_unsigned(row, unit.head.segment.length);
+        let row = out.row(k, row);
+        k.when(exists, |k| {
+            for (&sum, &(at, mask)) in sums.iter().zip(columns) {
+                let place = k.add(row, at);
+                let sum = if more {
+                    let earlier = k.load_lanes(out.buffer, place, mask);
+                    k.add(earlier, sum)
+                } else {
+                    sum
+                };
+                k.store_lanes(sum, out.buffer, place, mask);
+            }
         });
-        for r in 0..ROWS {
-            let offset = k.index(r);
-            let row = k.add(i, offset);
-            // There is none before the first or beyond the last.
-            let missing = k.at_least_unsigned(row, unit.head.segment.length);
-            let row = out.row(k, row);
-            k.branch(
-                missing,
-                |_| {},
-                |k| {
-                    for (v, &(at, mask)) in vectors.iter().enumerate() {
-                        let place = k.add(row, at);
-                        k.store_lanes(sums[(r * across) as usize + v], out.buffer, place, mask);
-                    }
-                },
-            );
-        }
-    });
+    }
+}
+
+/// What queries make of all keys.
+struct Scores {
+    keys: Turned,
+    /// Those of a block's row, and from one row to the next.
+    base: Val,
+    stride: Val,
+}
+
+impl Scores {
+    fn of(k: &mut Kernel, unit: &Unit) -> Scores {
+        let Head { segment, phase, width, .. } = &unit.head;
+        let step = k.index(across(k.machine) * LANES);
+        let slots = k.add(segment.length, *phase);
+        let stride = round_up(k, slots, step);
+        let (buffer, at) = unit.room.first;
+        let keys = Turned { buffer, at, stride };
+        transpose(k, unit, &unit.head.operands[1], *width, (*phase, segment.length), &keys);
+        Scores { keys, base: k.add(unit.room.rows.1, *phase), stride }
+    }
+
+    /// Computes those of a block of queries with the keys that one of them sees; gives up to where that is.
+    fn block(&self, k: &mut Kernel, unit: &Unit, i: Val, block: &[Val]) -> Val {
+        let Head { operands, segment, form, width, .. } = &unit.head;
+        let (zero, q) = (k.index(0), &operands[0]);
+        let rows: Vec<Val> = block.iter().map(|&i| q.row(k, i)).collect();
+        let lines: Vec<Val> = (0..block.len()).map(|r| self.line(k, r)).collect();
+        let end = if form.causal {
+            let block = k.index(ROWS);
+            let end = k.add(i, block);
+            k.min(end, segment.length)
+        } else {
+            segment.length
+        };
+        let vectors = across(k.machine);
+        k.each(zero, end, vectors * LANES, |k, j| {
+            let sums = product(k, (q.buffer, &rows), *width, &self.keys, j);
+            let by = k.floats(form.scale);
+            for (&line, sums) in lines.iter().zip(sums.chunks(vectors as usize)) {
+                for (v, &sum) in sums.iter().enumerate() {
+                    let sum = k.mul(sum, by);
+                    let offset = k.index(v as u64 * LANES);
+                    let place = k.add(line, j);
+                    let place = k.add(place, offset);
+                    k.store_vector(sum, unit.room.rows.0, place);
+                }
+            }
+        });
+        end
+    }
+
+    fn line(&self, k: &mut Kernel, r: usize) -> Val {
+        let r = k.index(r as u64);
+        let offset = k.mul(self.stride, r);
+        k.add(self.base, offset)
+    }
 }
 
 fn lse(k: &mut Kernel, unit: &Unit) {
     let zero = k.index(0);
-    let [q, keys] = &unit.head.operands[..] else { unreachable!("two operands") };
-    transpose(k, unit, keys, unit.head.width, unit.room.first);
+    let scores = Scores::of(k, unit);
     k.each(zero, unit.head.segment.length, ROWS, |k, i| {
         let block = unit.head.segment.rows(k, i, ROWS);
-        let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.head.width, unit.room.first, (zero, end), (unit.scores, unit.head.form.scale));
+        scores.block(k, unit, i, &block);
         for (r, &row) in block.iter().enumerate() {
-            let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
+            let (line, limit) = (scores.line(k, r), unit.limit(k, row));
             let lse = rows::logsumexp(k, unit.room.rows.0, Span { base: line, length: limit });
             let place = unit.head.results[0].row(k, row);
             k.store(lse, unit.head.results[0].buffer, place);
@@ -662,230 +731,192 @@ fn lse(k: &mut Kernel, unit: &Unit) {
 }
 
 fn forward(k: &mut Kernel, unit: &Unit) {
-    let zero = k.index(0);
-    let [q, keys, v] = &unit.head.operands[..] else { unreachable!("three operands") };
+    let Head { operands, results, segment, form, width: _, wide, stream, column, phase, .. } = &unit.head;
+    let (zero, one, rows) = (k.index(0), k.index(1), unit.room.rows.0);
     let generator = unit.generator(k);
-    transpose(k, unit, keys, unit.head.width, unit.room.first);
-    let values = gathered(k, unit, v, unit.head.wide, unit.room.other);
-    k.each(zero, unit.head.segment.length, ROWS, |k, i| {
-        let block = unit.head.segment.rows(k, i, ROWS);
-        let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.head.width, unit.room.first, (zero, end), (unit.scores, unit.head.form.scale));
+    let scores = Scores::of(k, unit);
+    let values = gathered(k, unit, &operands[2], *wide, unit.room.other);
+    k.each(zero, segment.length, ROWS, |k, i| {
+        let block = segment.rows(k, i, ROWS);
+        let end = scores.block(k, unit, i, &block);
         let weights = |(r, &row): (usize, &Val)| {
-            let (line, limit) = (unit.line(k, unit.scores, r as u64), unit.limit(k, row));
-            let span = Span { base: line, length: limit };
-            let (most, total) = rows::exponentials(k, unit.room.rows.0, span, Some(unit.room.rows.0));
-            if let Some(out) = unit.head.results.get(1) {
+            let (line, limit) = (scores.line(k, r), unit.limit(k, row));
+            let (most, total) = rows::exponentials(k, rows, Span { base: line, length: limit }, Some(rows));
+            if let Some(out) = results.get(1) {
                 let lse = rows::log_of(k, (most, total));
                 let place = out.row(k, row);
                 k.store(lse, out.buffer, place);
             }
-            (limit, rows::share(k, total))
+            (line, limit, rows::share(k, total))
         };
-        let weights: Vec<(Val, Val)> = block.iter().enumerate().map(weights).collect();
-        along(k, unit, (i, end), generator, |k, r, place, at, dropped| {
-            let (limit, share) = weights[r];
-            let e = k.load_vector(unit.room.rows.0, place);
-            let w = k.mul(e, share);
-            let w = dropped(k, w);
-            only_below(k, w, at, limit)
-        });
-        weighted(k, unit, i, (unit.scores, zero, end), &values, unit.head.wide, &unit.head.results[0]);
-    });
-}
-
-/// The adjoint of the queries: lanes run over keys.
-fn over_keys(k: &mut Kernel, unit: &Unit) {
-    let zero = k.index(0);
-    let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
-    let generator = unit.generator(k);
-    transpose(k, unit, keys, unit.head.width, unit.room.first);
-    transpose(k, unit, v, unit.head.wide, unit.room.second);
-    let rows = gathered(k, unit, keys, unit.head.width, unit.room.factor);
-    k.each(zero, unit.head.segment.length, ROWS, |k, i| {
-        let block = unit.head.segment.rows(k, i, ROWS);
-        let end = unit.seen(k, i);
-        product(k, unit, q, &block, unit.head.width, unit.room.first, (zero, end), (unit.scores, unit.head.form.scale));
-        product(k, unit, df, &block, unit.head.wide, unit.room.second, (zero, end), (unit.products, 1.0));
-        let read = |(r, &row): (usize, &Val)| {
-            let (place, place_r) = (lse.row(k, row), corrections.row(k, row));
-            let (lse, correction) = (k.load(lse.buffer, place), k.load(corrections.buffer, place_r));
-            (unit.line(k, unit.products, r as u64), unit.limit(k, row), k.splat(lse), k.splat(correction))
-        };
-        let read: Vec<(Val, Val, Val, Val)> = block.iter().enumerate().map(read).collect();
-        let by = k.floats(unit.head.form.scale);
-        along(k, unit, (i, end), generator, |k, r, place, at, dropped| {
-            let (beside, limit, lse, correction) = read[r];
-            let s = k.load_vector(unit.room.rows.0, place);
-            let s = k.sub(s, lse);
-            let w = math::exp(k, s);
-            let offset = k.add(beside, at);
-            let dp = k.load_vector(unit.room.rows.0, offset);
-            let dp = dropped(k, dp);
-            let ds = k.add(dp, correction);
-            let ds = k.mul(ds, w);
-            let ds = k.mul(ds, by);
-            only_below(k, ds, at, limit)
-        });
-        weighted(k, unit, i, (unit.scores, zero, end), &rows, unit.head.width, &unit.head.results[0]);
-    });
-}
-
-/// Computes what takes the place of each vector of the scores of queries from `i` on; `value` gets the row's number in
-/// the block, the vector's place, its first key, and a way to drop what is dropped there.
-fn along(
-    k: &mut Kernel,
-    unit: &Unit,
-    (i, end): (Val, Val),
-    generator: Option<[Val; 2]>,
-    mut value: impl FnMut(&mut Kernel, usize, Val, Val, &dyn Fn(&mut Kernel, Val) -> Val) -> Val,
-) {
-    let zero = k.index(0);
-    let lines: Vec<Val> = (0..ROWS).map(|r| unit.line(k, unit.scores, r)).collect();
-    let first = generator.map_or(zero, |_| unit.head.phase);
-    let token = k.add(unit.head.segment.start, i);
-    let drawn = [token, unit.head.segment.head, unit.head.stream].map(|x| random::lanes_of(k, x));
-    let slots = k.add(end, first);
-    k.each(zero, slots, LANES, |k, slot| {
-        let words = generator.map(|key| {
-            let column = k.add(unit.head.column, slot);
-            random::draw_rows(k, key, column, drawn)
-        });
-        let at = k.sub(slot, first);
-        for (r, &line) in lines.iter().enumerate() {
-            let place = k.add(line, at);
-            let dropped =
-                |k: &mut Kernel, x: Val| words.map_or(x, |words| random::dropped(k, x, words[r], unit.head.form.p));
-            let y = value(k, r, place, at, &dropped);
-            k.store_vector(y, unit.room.rows.0, place);
-        }
-    });
-}
-
-/// 0 in lanes from `limit` on; what stands there may be anything.
-fn only_below(k: &mut Kernel, x: Val, at: Val, limit: Val) -> Val {
-    let left = k.sub(limit, at);
-    let mask = k.mask(left);
-    let zero = k.floats(0.0);
-    k.select(mask, x, zero)
-}
-
-/// The adjoint of keys, of values, or of both: lanes run over queries.
-fn over_queries(k: &mut Kernel, unit: &Unit, part: Part) {
-    let zero = k.index(0);
-    let [q, keys, v, lse, df, corrections] = &unit.head.operands[..] else { unreachable!("six operands") };
-    let generator = unit.generator(k);
-    transpose(k, unit, q, unit.head.width, unit.room.first);
-    let (of_keys, of_values) = (part != Part::Adjoint(2), part != Part::Adjoint(1));
-    if of_keys {
-        transpose(k, unit, df, unit.head.wide, unit.room.second);
-    }
-    let queries = of_keys.then(|| gathered(k, unit, q, unit.head.width, unit.room.factor));
-    let adjoints = of_values.then(|| gathered(k, unit, df, unit.head.wide, unit.room.other));
-    let slots = k.add(unit.head.segment.length, unit.head.phase);
-    k.each(zero, slots, ROWS, |k, slot| {
-        let block = unit.keys(k, slot);
-        let j = block[0];
-        // Queries before the first key do not see it; vectors begin where products do.
-        let begin = if unit.head.form.causal {
-            let step = k.index(across(k) * k.lane_count());
-            let steps = k.div(j, step);
-            k.mul(steps, step)
-        } else {
-            zero
-        };
-        product(
-            k,
-            unit,
-            keys,
-            &block,
-            unit.head.width,
-            unit.room.first,
-            (begin, unit.head.segment.length),
-            (unit.scores, unit.head.form.scale),
-        );
-        if of_keys {
-            product(
-                k,
-                unit,
-                v,
-                &block,
-                unit.head.wide,
-                unit.room.second,
-                (begin, unit.head.segment.length),
-                (unit.products, 1.0),
-            );
-        }
-        let lines: Vec<[Val; 2]> =
-            (0..ROWS).map(|r| [unit.line(k, unit.scores, r), unit.line(k, unit.products, r)]).collect();
-        k.each(begin, unit.head.segment.length, k.lane_count(), |k, i| {
-            let left = k.sub(unit.head.segment.length, i);
-            let mask = k.mask(left);
-            let (place, place_r) = (lse.row(k, i), corrections.row(k, i));
-            let lse = k.load_lanes(lse.buffer, place, mask);
-            let correction = k.load_lanes(corrections.buffer, place_r, mask);
-            let numbers = k.lane_numbers();
-            let words = generator.map(|generator| {
-                // One call for a query decides over the block's four keys.
-                let column = k.add(unit.head.column, slot);
-                let four = k.index(4);
-                let column = k.div(column, four);
-                let token = k.add(unit.head.segment.start, i);
-                let place = [column, token, unit.head.segment.head, unit.head.stream];
-                let [column, token, head, stream] = place.map(|x| random::lanes_of(k, x));
-                let token = k.add(token, numbers);
-                random::philox(k, [column, token, head, stream], generator)
+        let weights: Vec<(Val, Val, Val)> = block.iter().enumerate().map(weights).collect();
+        let first = generator.map_or(zero, |_| *phase);
+        let token = k.add(segment.start, i);
+        let drawn = [token, segment.head, *stream].map(|x| random::lanes_of(k, x));
+        let slots = k.add(end, first);
+        k.each(zero, slots, LANES, |k, slot| {
+            let words = generator.map(|key| {
+                let column = k.add(*column, slot);
+                random::draw_rows(k, key, column, drawn)
             });
-            let by = k.floats(unit.head.form.scale);
-            let nothing = k.floats(0.0);
-            for (r, &[line, beside]) in lines.iter().enumerate() {
-                let place = k.add(line, i);
-                let s = k.load_vector(unit.room.rows.0, place);
-                let s = k.sub(s, lse);
-                let w = math::exp(k, s);
-                let dropped = |k: &mut Kernel, x: Val| match words {
-                    Some(words) => random::dropped(k, x, words[r], unit.head.form.p),
-                    None => x,
-                };
-                // Query i + lane sees key j + r from i + lane = j + r on.
-                let earlier = unit.head.form.causal.then(|| {
-                    let (first, key) = (k.to_i32(i), k.to_i32(block[r]));
-                    let (first, key) = (k.splat(first), k.splat(key));
-                    let query = k.add(numbers, first);
-                    debug_assert_eq!(query.ty, k.vector(I32));
-                    k.compare(query, Order::Lt, key)
-                });
-                let store = |k: &mut Kernel, y: Val, place: Val| {
-                    let y = k.select(mask, y, nothing);
-                    let y = earlier.map_or(y, |earlier| k.select(earlier, nothing, y));
-                    k.store_vector(y, unit.room.rows.0, place);
-                };
-                let beside = k.add(beside, i);
-                if of_keys {
-                    let dp = k.load_vector(unit.room.rows.0, beside);
-                    let dp = dropped(k, dp);
-                    let ds = k.add(dp, correction);
-                    let ds = k.mul(ds, w);
-                    let ds = k.mul(ds, by);
-                    store(k, ds, place);
-                }
-                if of_values {
-                    let w = dropped(k, w);
-                    // With both, in the place of what the keys' adjoint has used.
-                    store(k, w, if of_keys { beside } else { place });
-                }
+            let at = k.sub(slot, first);
+            for (r, &(line, limit, share)) in weights.iter().enumerate() {
+                let place = k.add(line, at);
+                let e = k.load_vector(rows, place);
+                let w = k.mul(e, share);
+                let w = words.map_or(w, |words| random::dropped(k, w, words[r], form.p));
+                // What stands beyond the limit may be anything.
+                let left = k.sub(limit, at);
+                let seen = k.mask(left);
+                let nothing = k.floats(0.0);
+                let w = k.select(seen, w, nothing);
+                k.store_vector(w, rows, place);
             }
         });
-        let from = if unit.head.form.causal { j } else { zero };
-        let first = k.sub(slot, unit.head.phase);
-        let mut out = &unit.head.results[0];
-        if let Some(queries) = &queries {
-            weighted(k, unit, first, (unit.scores, from, unit.head.segment.length), queries, unit.head.width, out);
-            out = unit.head.results.get(1).unwrap_or(out);
+        let weights = Weights { buffer: rows, base: scores.base, row: scores.stride, step: one };
+        k.each(zero, *wide, across(k.machine) * LANES, |k, e| {
+            let columns = vectors(k, e, *wide);
+            let sums = weighted(k, &weights, (zero, end), &values, &columns);
+            put(k, unit, i, &columns, &sums, (&results[0], false));
+        });
+    });
+}
+
+/// Adjoints, group by group of keys, over which lanes run. What a group makes of the queries' adjoint is added to what
+/// earlier ones did.
+fn backward(k: &mut Kernel, unit: &Unit, part: Part) {
+    let Head { operands, results, segment, form, width, wide, phase, .. } = &unit.head;
+    let [q, keys, v, _, df, _] = &operands[..] else { unreachable!("six operands") };
+    let (zero, one, stride) = (k.index(0), k.index(1), k.index(group(k.machine)));
+    let mut results = results.iter();
+    let mut result = |operand| part.gives(operand).then(|| results.next().expect("a result"));
+    let (of_queries, of_keys, of_values) = (result(0), result(1), result(2));
+    let queries = of_keys.map(|out| (out, gathered(k, unit, q, *width, unit.room.factor), *width, zero));
+    let adjoints = of_values.map(|out| (out, gathered(k, unit, df, *wide, unit.room.other), *wide, stride));
+    let [turned_keys, turned_values] =
+        [unit.room.first, unit.room.second].map(|(buffer, at)| Turned { buffer, at, stride });
+    let (scratch, base) = unit.room.rows;
+    let line = k.index(part.beside(k.machine));
+    let generator = unit.generator(k);
+    let slots = k.add(segment.length, *phase);
+    k.each(zero, slots, group(k.machine), |k, slot| {
+        transpose(k, unit, keys, *width, (slot, stride), &turned_keys);
+        let values = part.of_scores().then_some(&turned_values);
+        if let Some(turned) = values {
+            transpose(k, unit, v, *wide, (slot, stride), turned);
         }
-        if let Some(adjoints) = &adjoints {
-            let base = if of_keys { unit.products } else { unit.scores };
-            weighted(k, unit, first, (base, from, unit.head.segment.length), adjoints, unit.head.wide, out);
+        // The key in lane 0, if there is one; the group's first and where it ends.
+        let lane = k.sub(slot, *phase);
+        let from = k.max(lane, zero);
+        let end = k.add(lane, stride);
+        let end = k.min(end, segment.length);
+        // Queries before the first key see none of them.
+        let begin = if form.causal { from } else { zero };
+        k.each(begin, segment.length, ROWS, |k, i| {
+            let at = k.mul(i, line);
+            let at = k.add(base, at);
+            block(k, unit, (slot, lane), (i, at, line), (&turned_keys, values), part, generator);
+            let Some(out) = of_queries else { return };
+            let again = k.compare(slot, Order::Gt, zero);
+            let weights = Weights { buffer: scratch, base: k.sub(at, lane), row: line, step: one };
+            k.each(zero, *width, group(k.machine), |k, e| {
+                let columns = vectors(k, e, *width);
+                let sums = weighted(k, &weights, (from, end), keys, &columns);
+                let write = |k: &mut Kernel, more| put(k, unit, i, &columns, &sums, (out, more));
+                k.branch(again, |k| write(k, true), |k| write(k, false));
+            });
+        });
+        for (out, factor, width, beside) in [&queries, &adjoints].into_iter().flatten() {
+            k.each(zero, *width, group(k.machine), |k, e| {
+                let columns = vectors(k, e, *width);
+                k.each(lane, end, ROWS, |k, key| {
+                    let at = k.sub(key, lane);
+                    let at = k.add(at, *beside);
+                    let weights = Weights { buffer: scratch, base: k.add(base, at), row: one, step: line };
+                    let begin = if form.causal { k.max(key, zero) } else { zero };
+                    let sums = weighted(k, &weights, (begin, segment.length), factor, &columns);
+                    put(k, unit, key, &columns, &sums, (out, false));
+                });
+            });
         }
     });
+}
+
+/// What becomes of the scores of a block of queries from `i` on with a group's keys, to lines from `at` on: ds, and
+/// behind it the weights. One is computed after the other, so that registers last.
+fn block(
+    k: &mut Kernel,
+    unit: &Unit,
+    (slot, lane): (Val, Val),
+    (i, at, line): (Val, Val, Val),
+    (keys, values): (&Turned, Option<&Turned>),
+    part: Part,
+    generator: Option<[Val; 2]>,
+) {
+    let Head { operands, segment, form, width, wide, stream, column, .. } = &unit.head;
+    let [q, _, _, lse, df, corrections] = &operands[..] else { unreachable!("six operands") };
+    let (zero, numbers, across) = (k.index(0), k.lane_numbers(), across(k.machine));
+    let rows = segment.rows(k, i, ROWS);
+    let [of_q, of_df] = [q, df].map(|of| rows.iter().map(|&i| of.row(k, i)).collect::<Vec<Val>>());
+    let number = |k: &mut Kernel, of: &Rows, r: usize| {
+        let place = of.row(k, rows[r]);
+        let x = k.load(of.buffer, place);
+        k.splat(x)
+    };
+    let token = k.add(segment.start, i);
+    let drawn = [token, segment.head, *stream].map(|x| random::lanes_of(k, x));
+    let offsets: Vec<Val> = (0..across).map(|v| k.index(v * LANES)).collect();
+    let words: Option<Vec<[Val; 4]>> = generator.map(|key| {
+        let first = k.add(*column, slot);
+        let draw = |&offset: &Val| {
+            let column = k.add(first, offset);
+            random::draw_rows(k, key, column, drawn)
+        };
+        offsets.iter().map(draw).collect()
+    });
+    let places: Vec<(usize, usize)> = (0..rows.len()).flat_map(|r| (0..offsets.len()).map(move |v| (r, v))).collect();
+    let dropped = |k: &mut Kernel, x: Val, (r, v): (usize, usize)| match &words {
+        Some(words) => random::dropped(k, x, words[v][r], form.p),
+        None => x,
+    };
+    let store = |k: &mut Kernel, x: Val, (r, v): (usize, usize), beside: Val| {
+        let r = k.index(r as u64);
+        let row = k.mul(r, line);
+        let row = k.add(at, row);
+        let place = k.add(row, offsets[v]);
+        let place = k.add(place, beside);
+        k.store_vector(x, unit.room.rows.0, place);
+    };
+    let (by, nothing) = (k.floats(form.scale), k.floats(0.0));
+    let scores = product(k, (q.buffer, &of_q), *width, keys, zero);
+    let weight = |(&s, &(r, v)): (&Val, &(usize, usize))| {
+        let lse = number(k, lse, r);
+        let s = k.mul(s, by);
+        let s = k.sub(s, lse);
+        let w = math::exp(k, s);
+        let first = k.add(lane, offsets[v]);
+        let limit = unit.limit(k, rows[r]);
+        let [first, limit] = [first, limit].map(|x| random::lanes_of(k, x));
+        let key = k.add(first, numbers);
+        // Where there is no key before the first one, its number is below zero.
+        let seen = k.below_unsigned(key, limit);
+        k.select(seen, w, nothing)
+    };
+    let weights: Vec<Val> = scores.iter().zip(&places).map(weight).collect();
+    if part.gives(2) {
+        for (&w, &place) in weights.iter().zip(&places) {
+            let w = dropped(k, w, place);
+            store(k, w, place, keys.stride);
+        }
+    }
+    let Some(values) = values else { return };
+    let products = product(k, (df.buffer, &of_df), *wide, values, zero);
+    for ((&dp, &w), &place) in products.iter().zip(&weights).zip(&places) {
+        let correction = number(k, corrections, place.0);
+        let dp = dropped(k, dp, place);
+        let ds = k.add(dp, correction);
+        let ds = k.mul(ds, w);
+        let ds = k.mul(ds, by);
+        store(k, ds, place, zero);
+    }
 }

@@ -503,17 +503,18 @@ impl Kernel {
         self.emit(x.ty, format_args!("vector.shuffle {x}, {y} [{places}] : {}, {}", x.ty, x.ty))
     }
 
-    /// The columns of a square whose rows are vectors.
+    /// The columns of a square whose rows are vectors, or of each of several squares beside each other.
     pub fn turned(&mut self, mut square: Vec<Val>) -> Vec<Val> {
         let side = square.len();
         // Bit by bit, the row's number and the lane's change theirs. Lanes that are near come first: they are the cheap
         // ones, and what is left to do in halves of a register is what a processor has instructions for.
         for bit in (0..side.ilog2()).map(|n| 1 << n) {
             for r in (0..side).filter(|r| r & bit == 0) {
-                let (x, y, bit, side) = (square[r], square[r + bit], bit as u64, side as u64);
+                let (x, y, bit) = (square[r], square[r + bit], bit as u64);
+                let lanes = x.ty.lanes.expect("a vector");
                 let without = |lane: u64| lane & bit == 0;
-                let upper = self.picked(x, y, |lane| if without(lane) { lane } else { side + lane - bit });
-                let lower = self.picked(x, y, |lane| if without(lane) { lane + bit } else { side + lane });
+                let upper = self.picked(x, y, |lane| if without(lane) { lane } else { lanes + lane - bit });
+                let lower = self.picked(x, y, |lane| if without(lane) { lane + bit } else { lanes + lane });
                 (square[r], square[r + bit as usize]) = (upper, lower);
             }
         }
@@ -590,6 +591,30 @@ impl Kernel {
     ) -> Vec<Val> {
         let step = self.index(step);
         self.fold_by(from, to, step, start, body)
+    }
+
+    /// The same with `many` steps a turn, and one by one what is left of them: what a loop does beside its steps costs.
+    pub fn fold_in_turns(
+        &mut self,
+        from: Val,
+        to: Val,
+        many: u64,
+        start: &[Val],
+        body: impl Fn(&mut Kernel, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let turn = self.index(many);
+        let steps = self.sub(to, from);
+        let turns = self.div(steps, turn);
+        let whole = self.mul(turns, turn);
+        let whole = self.add(from, whole);
+        let sums = self.fold(from, whole, many, start, |k, at, sums| {
+            (0..many).fold(sums.to_vec(), |sums, ahead| {
+                let ahead = k.index(ahead);
+                let at = k.add(at, ahead);
+                body(k, at, &sums)
+            })
+        });
+        self.fold(whole, to, 1, &sums, body)
     }
 
     fn fold_by(

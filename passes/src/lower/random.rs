@@ -63,13 +63,13 @@ pub fn draw_rows(k: &mut Kernel, key: [Val; 2], j: Val, [row, lead, stream]: [Va
     let four = k.index(4);
     let first = k.div(j, four);
     let first = lanes_of(k, first);
-    // A row has four neighbouring lanes.
+    // A block has four neighbouring lanes, one of each row: there a row's words come together.
     let lanes = k.lane_numbers();
     let [two, three] = [2, 3].map(|n| k.int(n, lanes.ty));
-    let (beside, below) = (k.and(lanes, three), k.shift_right(lanes, two));
+    let (beside, below) = (k.shift_right(lanes, two), k.and(lanes, three));
     let (block, row) = (k.add(first, beside), k.add(row, below));
     let words = philox(k, [block, row, lead, stream], key);
-    k.in_order(words)
+    k.turned(words.into()).try_into().expect("four rows")
 }
 
 /// The words for one column, of a row each.
