@@ -731,7 +731,7 @@ fn lse(k: &mut Kernel, unit: &Unit) {
 }
 
 fn forward(k: &mut Kernel, unit: &Unit) {
-    let Head { operands, results, segment, form, width: _, wide, stream, column, phase, .. } = &unit.head;
+    let Head { operands, results, segment, form, wide, stream, column, phase, .. } = &unit.head;
     let (zero, one, rows) = (k.index(0), k.index(1), unit.room.rows.0);
     let generator = unit.generator(k);
     let scores = Scores::of(k, unit);

@@ -37,6 +37,10 @@ struct Tile {
     /// Steps along k between two visits of the result: of a column panel 48 KiB, or 16 where the first-level cache is
     /// to hold them with as many of the tile's rows.
     depth: u64,
+    /// Rows of a unit, at most: what is read of B serves all of them. What it copies of A and what it computes are to stay
+    /// in half of a second-level cache, which may be shared: of 512 KiB, and of 1 MiB and more where there is AVX-512.
+    /// And where others take a thread's time, small units leave less to wait for at the end.
+    most: u64,
     /// Steps along k of one turn of the loop, about a hundred multiplications of vectors: they share what a turn costs
     /// besides. Where two threads share a core, its decoders have room for little more.
     steps: u64,
@@ -47,8 +51,6 @@ struct Tile {
 const SPARE: u64 = 4;
 const SPARE_OF_MANY: u64 = 8;
 
-/// Rows of a unit, at most: what is read of B serves all of them.
-const ROWS: u64 = 112;
 /// Columns of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state still has units
 /// for many threads. Wider ones have more, as there are enough units.
 const COLUMNS: Range<u64> = 384..1152;
@@ -63,15 +65,15 @@ impl Tile {
     }
     /// Rows of a unit, at most: whole tiles.
     fn block(self) -> u64 {
-        ROWS / self.rows * self.rows
+        self.most / self.rows * self.rows
     }
     /// The tile for m × n, of which some may be known: 12 × 32, 28 × 16 or 6 × 64 on AVX-512.
     fn of(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> Tile {
         let vector = LANES / registers.floats;
-        let (depth, steps) = if vector == 1 { (384, 4) } else { (256, 8) };
+        let (depth, most, steps) = if vector == 1 { (384, 112, 4) } else { (256, 48, 8) };
         let tile = |vectors| {
             let spare = if registers.count > 16 && vectors > 1 { SPARE_OF_MANY } else { SPARE };
-            Tile { rows: (registers.count - spare) / (vector * vectors), vectors, depth, steps }
+            Tile { rows: (registers.count - spare) / (vector * vectors), vectors, depth, most, steps }
         };
         let [narrow, usual, short] = if vector == 1 { [1, 2, 4] } else { [1, 1, 2] }.map(tile);
         match (m, n) {
