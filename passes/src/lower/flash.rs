@@ -42,7 +42,7 @@ const STEPS: u64 = 8;
 /// Rows that memory is asked for before they are read: they are too short for the processor to see where the next begins.
 const AHEAD: u64 = 8;
 
-/// Keys of a group, whose scores are computed and used before the next group's.
+/// Columns of a tile. As many keys are a group, whose scores are computed and used before the next group's.
 fn group(machine: Machine) -> u64 {
     across(machine) * LANES
 }
@@ -58,7 +58,7 @@ pub enum Part {
     Adjoint(usize),
     /// Those of keys and values.
     Sides,
-    /// And those of queries, by blocks of their own.
+    /// And those of queries, on a GPU by blocks of their own.
     All,
 }
 
@@ -669,7 +669,7 @@ struct Scores {
 impl Scores {
     fn of(k: &mut Kernel, unit: &Unit) -> Scores {
         let Head { segment, phase, width, .. } = &unit.head;
-        let step = k.index(across(k.machine) * LANES);
+        let step = k.index(group(k.machine));
         let slots = k.add(segment.length, *phase);
         let stride = round_up(k, slots, step);
         let (buffer, at) = unit.room.first;
@@ -692,7 +692,7 @@ impl Scores {
             segment.length
         };
         let vectors = across(k.machine);
-        k.each(zero, end, vectors * LANES, |k, j| {
+        k.each(zero, end, group(k.machine), |k, j| {
             let sums = product(k, (q.buffer, &rows), *width, &self.keys, j);
             let by = k.floats(form.scale);
             for (&line, sums) in lines.iter().zip(sums.chunks(vectors as usize)) {
@@ -774,7 +774,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
             }
         });
         let weights = Weights { buffer: rows, base: scores.base, row: scores.stride, step: one };
-        k.each(zero, *wide, across(k.machine) * LANES, |k, e| {
+        k.each(zero, *wide, group(k.machine), |k, e| {
             let columns = vectors(k, e, *wide);
             let sums = weighted(k, &weights, (zero, end), &values, &columns);
             put(k, unit, i, &columns, &sums, (&results[0], false));
