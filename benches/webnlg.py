@@ -260,7 +260,7 @@ def inducer_lora():
             own = q + torch.tanh(q @ self.key_down + self.key_down_bias) @ self.key_up + self.key_up_bias
             column = (q * own).sum(-1, keepdim=True) / root
             scores = q @ k.transpose(2, 3) / root
-            seen = torch.ones(n, n, dtype=torch.bool).tril()
+            seen = torch.ones(n, n, dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
             joint = torch.cat([column, scores], dim=-1).softmax(-1)
             weight = self.dropout(joint[..., :1])

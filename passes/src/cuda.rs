@@ -3,10 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Threads that go in step.
-pub const WARP: u64 = 32;
-/// Warps of a block.
-pub const WARPS: u64 = 4;
+pub use peft_runtime::artifact::{WARP, WARPS};
 
 /// What kernels are compiled for: a chip runs what is compiled for an earlier one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

@@ -12,6 +12,11 @@ use serde::{Deserialize, Serialize};
 /// Version of the format written here; others are refused.
 pub const FORMAT: u32 = 2;
 
+/// Threads of a GPU that go in step: units there are counted in these.
+pub const WARP: u64 = 32;
+/// Warps of a block, for which every kernel of a GPU is written: in blocks of another size it does not start.
+pub const WARPS: u64 = 4;
+
 /// A size known when a batch arrives.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

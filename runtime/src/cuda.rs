@@ -14,14 +14,15 @@ use std::ffi::{CString, c_uint, c_void};
 use std::time::Instant;
 
 use cudarc::driver::result::{self, DriverError, event, graph, stream};
-use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUfunction_attribute_enum, CUjit_option, CUresult};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUjit_option, CUresult};
 
+use crate::artifact::{WARP, WARPS};
 use crate::backend::{Backend, Block, Job, Place, Profile, Words, record};
 use crate::device::{self, said};
 use crate::error::RuntimeError;
 
-/// Threads that go in step: units are counted in these.
-const WARP: u64 = 32;
+/// Threads of a block.
+const THREADS: u64 = WARP * WARPS;
 /// Blocks of a launch for each processor of the GPU: enough to fill it with small ones, and then some to share.
 const BLOCKS: u64 = 64;
 /// Kernels count, and find their way in a buffer, in 32 bits, and now and then a little beyond the end.
@@ -46,8 +47,6 @@ pub struct Cuda {
 struct Kernel {
     name: String,
     function: sys::CUfunction,
-    /// Of a block.
-    threads: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -150,10 +149,7 @@ impl Cuda {
             // SAFETY: the module has been loaded.
             let function = unsafe { result::module::get_function(cuda.module, symbol) };
             let function = function.map_err(|_| RuntimeError::Device(format!("the PTX lacks the kernel `{name}`")))?;
-            let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
-            // SAFETY: the function is of that module. Kernels name the one size of block that they are written for.
-            let threads = unsafe { result::function::get_function_attribute(function, most) }.map_err(failed)?;
-            Ok(Kernel { name: name.clone(), function, threads: threads as u64 })
+            Ok(Kernel { name: name.clone(), function })
         };
         cuda.kernels = names.iter().map(kernel).collect::<Result<_, RuntimeError>>()?;
         Ok(cuda)
@@ -183,17 +179,16 @@ impl Cuda {
                 "`{op}` counts to {n} for this batch, and kernels on a GPU to {MOST}: take smaller batches"
             )));
         }
-        let threads = self.kernels[job.launch.kernel].threads;
         let addresses = job.places.iter().map(|&place| self.address(place));
         let arguments = addresses.chain(job.extents.iter().copied()).chain([job.units]).collect();
-        let blocks = job.units.div_ceil(threads / WARP).min(BLOCKS * self.processors) as c_uint;
+        let blocks = job.units.div_ceil(WARPS).min(BLOCKS * self.processors) as c_uint;
         Ok(Call { kernel: job.launch.kernel, arguments, blocks })
     }
 
     fn launch(&self, call: &Call) -> Result<(), RuntimeError> {
         let kernel = &self.kernels[call.kernel];
         let mut pointers = pointers(call);
-        let (grid, block) = ((call.blocks, 1, 1), (kernel.threads as c_uint, 1, 1));
+        let (grid, block) = ((call.blocks, 1, 1), (THREADS as c_uint, 1, 1));
         // SAFETY: the manifest names the kernel's arguments in order, and the driver copies them, of a number the lower
         // half; every buffer lies within its block.
         let launched =
@@ -214,7 +209,7 @@ impl Cuda {
             gridDimX: call.blocks,
             gridDimY: 1,
             gridDimZ: 1,
-            blockDimX: kernel.threads as c_uint,
+            blockDimX: THREADS as c_uint,
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: 0,

@@ -35,14 +35,12 @@ const CAPABILITY: [c_int; 2] = [9, 0];
 const DRIVER: c_int = 11_040;
 const MEMORY: usize = 1 << 28;
 const PROCESSORS: c_int = 2;
-const MOST_THREADS: c_int = 1024;
 
-/// Attributes of a device and of a function that someone asks for.
+/// Attributes of a device that someone asks for.
 const PROCESSOR_COUNT: c_uint = 16;
 const CAPABILITY_MAJOR: c_uint = 75;
 const CAPABILITY_MINOR: c_uint = 76;
 const MEMORY_POOLS: c_uint = 115;
-const THREADS_PER_BLOCK: c_uint = 0;
 /// Options of the compiler: where it may write what is wrong, and how much.
 const ERROR_LOG: c_uint = 5;
 const ERROR_LOG_SIZE: c_uint = 6;
@@ -204,9 +202,13 @@ impl State {
         }
     }
 
-    /// The kernel does not start.
-    fn refuses(&self, function: usize) -> bool {
-        SETTINGS.refuse.as_ref().is_some_and(|part| self.functions[function].1.contains(part))
+    /// Why the kernel does not start: blocks of another size than it is for, or the settings.
+    fn refuses(&self, function: usize, block: [c_uint; 3]) -> Option<Status> {
+        let (module, name) = &self.functions[function];
+        if self.modules[*module].block(name).is_some_and(|own| own != block) {
+            return Some(INVALID_VALUE);
+        }
+        SETTINGS.refuse.as_ref().is_some_and(|part| name.contains(part)).then_some(OUT_OF_RESOURCES)
     }
 
     /// # Safety
@@ -384,17 +386,6 @@ driver! {
         SUCCESS
     }
 
-    fn cuFuncGetAttribute(value: *mut c_int, attribute: c_uint, function: *mut c_void) {
-        let state = state();
-        let (module, name) = &state.functions[index(function)];
-        *value = match (attribute, state.modules[*module].block(name)) {
-            (THREADS_PER_BLOCK, Some(block)) => block.iter().product::<u32>() as c_int,
-            (THREADS_PER_BLOCK, None) => MOST_THREADS,
-            _ => return INVALID_VALUE,
-        };
-        SUCCESS
-    }
-
     fn cuMemGetInfo_v2(free: *mut usize, all: *mut usize) {
         *free = memory() - state().blocks.values().sum::<usize>();
         *all = memory();
@@ -533,10 +524,10 @@ driver! {
     ) {
         let mut state = state();
         let function = index(function);
-        if state.refuses(function) {
-            return OUT_OF_RESOURCES;
-        }
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
+        if let Some(why) = state.refuses(function, block) {
+            return why;
+        }
         let call = Call { function, grid, block, shared: shared as usize, args: state.args(function, parameters) };
         state.count("launches");
         state.give(stream_of(stream), Task::Launch(call));
@@ -569,8 +560,8 @@ driver! {
         if !follows {
             return NOT_SUPPORTED;
         }
-        if state.refuses(call.function) {
-            return OUT_OF_RESOURCES;
+        if let Some(why) = state.refuses(call.function, call.block) {
+            return why;
         }
         state.graphs[graph].push(call);
         state.nodes.push((graph, place));
