@@ -87,7 +87,7 @@ def make(options):
 
 
 def kernels_of(chip, precision):
-    """The chip whose artifact is timed: in f32 all have the same kernels."""
+    """The chip whose artifact is taken: in f32 all have the same kernels."""
     return CHIPS[-1] if precision == "f32" else chip
 
 
@@ -125,7 +125,8 @@ def tiny(options, out):
         measure.output([options.peftc, "run", spec, *gradients(out, name), "-o", out / f"{name}.expected"])
         for chip in CHIPS:
             for precision in PRECISIONS:
-                compiled(options, spec, chip, precision, out / f"{name}.{chip}.{precision}.peftc")
+                if kernels_of(chip, precision) == chip:
+                    compiled(options, spec, chip, precision, out / f"{name}.{chip}.{precision}.peftc")
     losses = trained([options.peftc], out / "gpt2.peft", out, options.steps)
     (out / "losses.json").write_text(json.dumps(losses))
 
@@ -206,7 +207,7 @@ def chip(parity):
     why = ""
     for name in CHIPS:
         with tempfile.TemporaryDirectory() as folder:
-            command = [HERE / "peftc", "run", parity / f"gpt2.{name}.f32.peftc", *gradients(parity, "gpt2")]
+            command = [HERE / "peftc", "run", parity / f"gpt2.{name}.bf16.peftc", *gradients(parity, "gpt2")]
             run = subprocess.run([*command, "-o", Path(folder) / "out"], capture_output=True, text=True)
         if run.returncode == 0:
             return name
@@ -228,13 +229,13 @@ def parity(options):
             say(title)
             try:
                 if name:
-                    source = folder / f"{name}.{options.chip}.{precision}.peftc"
+                    source = folder / f"{name}.{kernels_of(options.chip, precision)}.{precision}.peftc"
                     with tempfile.TemporaryDirectory() as out:
                         command = [HERE / "peftc", "run", source, *gradients(folder, name), "-o", Path(out) / "found"]
                         measure.output(command, options.left())
                         apart, where = gap(floats(Path(out) / "found"), floats(folder / f"{name}.expected"))
                 else:
-                    source = folder / f"gpt2.{options.chip}.{precision}.peftc"
+                    source = folder / f"gpt2.{kernels_of(options.chip, precision)}.{precision}.peftc"
                     expected = json.loads((folder / "losses.json").read_text())
                     losses = trained([HERE / "peftc"], source, folder, len(expected), options.left())
                     apart, where = gap({"loss": losses}, {"loss": expected})

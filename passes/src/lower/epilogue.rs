@@ -160,19 +160,30 @@ impl Epilogue {
 
     /// All groups on a row in registers.
     pub fn write_row(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: HeldRow) {
-        let HeldRow { batch, row, columns, lanes } = row;
+        self.write_rows(k, (buffers, sizes), width, vec![row]);
+    }
+
+    /// The same on several, of the same columns.
+    pub fn write_rows(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, rows: Vec<HeldRow>) {
         let (stages, rest) = self.stages(buffers, sizes);
         let summed = self.sum.as_ref().map(|sum| sum.of);
-        let lanes = map::write_row(k, &stages, &self.indices(batch, row), width, columns, Some(lanes), summed);
-        let (Some(lanes), Some(Sum { mean, out, then, .. })) = (lanes, self.sum.as_deref()) else { return };
+        let columns = rows[0].columns;
+        let places: Vec<(Val, Val)> = rows.iter().map(|row| (row.batch, row.row)).collect();
+        let indices: Vec<Vec<Val>> = places.iter().map(|&(batch, row)| self.indices(batch, row)).collect();
+        let rows = indices.iter().zip(rows).map(|(indices, row)| (&indices[..], Some(row.lanes)));
+        let rows: Vec<(&[Val], Option<map::Given>)> = rows.collect();
+        let sums = map::write_rows(k, &stages, &rows, width, columns, summed);
+        let Some(Sum { mean, out, then, .. }) = self.sum.as_deref() else { return };
         let share = mean.then(|| {
             let (one, width) = (k.float(1.0, F32), k.to_float(width));
             k.div(one, width)
         });
-        let place = if self.batched { k.mul(batch, rest[0]) } else { k.index(0) };
-        let place = k.add(place, row);
-        let out = out.map(|at| buffers[at]);
-        Follow { epilogue: then, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
+        for ((batch, row), lanes) in places.into_iter().zip(sums) {
+            let place = if self.batched { k.mul(batch, rest[0]) } else { k.index(0) };
+            let place = k.add(place, row);
+            let out = out.map(|at| buffers[at]);
+            Follow { epilogue: then, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
+        }
     }
 
     /// What a sum's kernel does beside, on a row of which all else is done.
@@ -290,14 +301,10 @@ impl<'a> Follow<'a> {
     pub fn fill(&self, k: &mut Kernel, span: Span, value: impl Fn(&mut Kernel, Val, Val) -> Val) {
         let lanes = |k: &mut Kernel, at: Val, mask: Val| {
             let place = k.add(span.base, at);
-            let y = value(k, place, mask);
-            if let Some(out) = self.out {
-                k.store_lanes(y, out, place, mask);
-            }
-            y
+            value(k, place, mask)
         };
         let columns = (k.index(0), span.length);
-        let lanes = map::Given { lanes: &lanes, columns: None };
+        let lanes = map::Given { lanes: &lanes, to: self.out.map(|out| (out, span.base)), columns: None };
         let row = HeldRow { batch: self.batch, row: self.row, columns, lanes };
         self.epilogue.write_row(k, (self.buffers, self.sizes), span.length, row);
     }

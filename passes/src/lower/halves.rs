@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! for each 32 steps of k
-//!   a warp: 2 × 4 fragments of 16 × 16 sums, in registers, from one stage of shared memory
-//!   the next A[128 rows, 32], rounded, and B[32, 64 columns] ─► the other stage
+//!   a warp: fragments of 16 × 16 sums, in registers, from one stage of shared memory
+//!   A[128 rows, 32] and B[32, 64 columns] of a step to come ─► another stage
 //! ```
 //!
-//! A passes through registers, and so does B before sm_80; later chips copy it to its stage themselves.
-//!
-//! B is packed once, tile after tile [⌈n/64⌉][⌈k/32⌉][32][64], two columns a word.
+//! B is packed once, tile after tile [⌈n/64⌉][⌈k/32⌉][32][64], two columns a word. From sm_80 on A is rounded by a launch
+//! of its own, and chips copy both to their stages themselves, several steps ahead; of a narrow result tiles have 64 rows,
+//! so that there are enough of them. Before, both pass through registers on their way, and A is rounded there.
 //!
 //! Chips before sm_80 have no bf16, and f16 reaches from 6·10⁻⁵ to 65504: adjoints would be nothing in it. There a
 //! warp's rows of A are multiplied by a power of two that brings the largest number so far near 2¹⁰; where one comes
@@ -21,15 +21,17 @@ use super::kernel::matrix::{Half, Operand, SIDE, SUMS};
 use super::kernel::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
 use super::tiles::{Fate, Out, Shape, Side, To};
 use super::{Lowering, Place, math, tiles};
-use crate::cuda::{Chip, WARP, WARPS};
+use crate::cuda::{WARP, WARPS};
 use crate::machine::Machine;
 
 /// Rows, columns and steps of k of a tile.
-pub(super) const ROWS: u64 = 128;
+const ROWS: u64 = 128;
 pub(super) const COLUMNS: u64 = 64;
 pub(super) const DEPTH: u64 = 32;
-/// Fragments of a warp's sums, down and across.
-pub(super) const DOWN: u64 = ROWS / WARPS / SIDE;
+/// Of a result of so many columns at most, tiles have fewer rows.
+const NARROW: u64 = 1024;
+const FEWER: u64 = 64;
+/// Fragments of a warp's sums across.
 pub(super) const ACROSS: u64 = COLUMNS / SIDE;
 const THREADS: u64 = WARP * WARPS;
 /// From row to row in shared memory, in words of two numbers: rows that a fragment reads at once lie in banks apart.
@@ -37,18 +39,16 @@ const LINE_A: u64 = DEPTH / 2 + 4;
 const LINE_B: u64 = COLUMNS / 2 + 4;
 /// The same for sums on their way out, in floats.
 const LINE_C: u64 = COLUMNS + 4;
-/// Words of shared memory for a tile of either operand.
-const STAGE: u64 = ROWS * LINE_A + DEPTH * LINE_B;
-/// For two stages, and then for the sums of a warp's row of fragments.
-const ROOM: u64 = {
-    let (operands, sums) = (2 * STAGE, WARPS * SIDE * LINE_C);
-    if operands > sums { operands } else { sums }
-};
+/// Words of shared memory that a block may have, and stages that are worth having.
+const WORDS: u64 = (48 << 10) / 4;
+const STAGES: u64 = 4;
 /// Words of a packed tile of B.
 const TILE: u64 = DEPTH * COLUMNS / 2;
-/// What a thread fetches: of A in fours along k, of B in fours of words.
+/// What a thread fetches through registers: of A in fours along k, of B in fours of words.
 const FOURS_A: u64 = ROWS * DEPTH / 4 / THREADS;
 const FOURS_B: u64 = TILE / 4 / THREADS;
+/// Fours of words that a row of A has in a stage.
+const FOURS: u64 = DEPTH / 2 / 4;
 /// Rows of A that a warp fetches at once.
 const ROWS_AT_ONCE: u64 = WARP * 4 / DEPTH;
 /// Exponents: what the largest number is brought to, and what it may reach.
@@ -57,24 +57,104 @@ const FAR: i64 = 15;
 const _: () =
     assert!(COLUMNS == tiles::TILE && FOURS_A * THREADS * 4 == ROWS * DEPTH && (ROWS * LINE_A).is_multiple_of(8));
 
-/// Which kernel.
+/// A tile.
 #[derive(Clone, Copy)]
-struct Form {
+pub(super) struct Form {
     half: Half,
-    /// Rows of A are read in fours: they begin at multiples of four, and so do they end.
+    pub rows: u64,
+    /// Rows of A, which pass through registers, are read in fours: they begin at multiples of four, and so do they end.
     fours: bool,
-    fate: Fate,
 }
 
 impl Form {
+    /// Of a result of `n` columns. Before sm_80 there is no bf16.
+    fn of(half: Half, n: &Extent, fours: bool) -> Form {
+        let narrow = matches!(n, Extent::Const(n) if *n <= NARROW);
+        match half {
+            Half::BF16 => Form { half, rows: if narrow { FEWER } else { ROWS }, fours: false },
+            Half::F16 => Form { half, rows: ROWS, fours },
+        }
+    }
+
+    fn name(self) -> String {
+        format!("halves_{}_{}{}", self.half.name(), self.rows, if self.fours { "_fours" } else { "" })
+    }
+
+    /// That of a kernel so called.
+    pub fn named(kernel: &str) -> Option<Form> {
+        let mut parts = kernel.strip_prefix("halves_")?.split('_');
+        let half = if parts.next()? == Half::F16.name() { Half::F16 } else { Half::BF16 };
+        Some(Form { half, rows: parts.next()?.parse().ok()?, fours: false })
+    }
+
+    /// The chip copies operands to their stages by itself.
+    pub fn copies(self) -> bool {
+        self.half == Half::BF16
+    }
+
     /// f16 wants A brought into its reach.
     fn scales(self) -> bool {
         self.half == Half::F16
     }
+
+    /// Fragments of a warp's sums down.
+    pub fn down(self) -> u64 {
+        self.rows / WARPS / SIDE
+    }
+
+    fn sums(self) -> usize {
+        (self.down() * ACROSS) as usize * SUMS
+    }
+
+    /// Words of shared memory for a tile of either operand.
+    fn stage(self) -> u64 {
+        self.rows * LINE_A + DEPTH * LINE_B
+    }
+
+    fn stages(self) -> u64 {
+        if self.copies() { (WORDS / self.stage()).min(STAGES) } else { 2 }
+    }
+
+    /// For the stages, and then for the sums of a warp's row of fragments.
+    fn room(self) -> u64 {
+        (self.stages() * self.stage()).max(WARPS * SIDE * LINE_C)
+    }
 }
 
 impl Lowering<'_, '_, '_> {
-    /// A product with a packed operand.
+    /// The rows of A may be read in fours: they begin at multiples of four, and so do they end.
+    fn rows_in_fours(&self, a: BufferId, left: &Side, depth: &Extent) -> bool {
+        let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
+        let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
+        whole && [&left.along, &left.first, depth].into_iter().all(multiple)
+    }
+
+    /// A as products read it: from sm_80 on rounded, two numbers a word, rows at multiples of four words.
+    pub(super) fn rounded(
+        &mut self,
+        half: Half,
+        Shape { m, depth, .. }: &Shape,
+        (a, left): (BufferId, Side),
+    ) -> (BufferId, Side) {
+        if half == Half::F16 {
+            return (a, left);
+        }
+        let pieces = |size| Extent::CeilDiv(Box::new(depth.clone()), size);
+        let line = pieces(8) * Extent::Const(4);
+        let storage = if self.frozen.is_some() { Storage::Prepared } else { Storage::Temporary };
+        let to = self.target.buffer(Element::I32, vec![m.clone(), line.clone()], storage);
+        let fours = self.rows_in_fours(a, &left, depth);
+        let name = format!("round_{}{}", half.name(), if fours { "_fours" } else { "" });
+        let kernel = self.target.kernel(&name, |machine| round_kernel(machine, half, fours));
+        let label = std::mem::replace(&mut self.label, "round".into());
+        let units = m.clone() * pieces(EACH * WARP);
+        let sizes = vec![depth.clone(), pieces(EACH * WARP), line.clone(), left.along, left.first];
+        self.launch(kernel, vec![a, to], sizes, units);
+        self.label = label;
+        (to, Side { along: line, first: Extent::Const(0), ..left })
+    }
+
+    /// A product with a packed operand, and A as [`Lowering::rounded`] gives it.
     pub(super) fn launch_halves(
         &mut self,
         half: Half,
@@ -83,20 +163,16 @@ impl Lowering<'_, '_, '_> {
         packed: Packed,
         to: To,
     ) {
-        let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
-        let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
-        let fours = whole && [&left.along, &left.first, &depth].into_iter().all(multiple);
-        let form = Form { half, fours, fate: to.fate };
+        let form = Form::of(half, &n, self.rows_in_fours(a, &left, &depth));
         let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
-        let (down, across) = (tiles(&m, ROWS), tiles(&n, COLUMNS));
+        let (down, across) = (tiles(&m, form.rows), tiles(&n, COLUMNS));
         let units = down * across.clone() * Extent::Const(WARPS);
         let mut sizes = vec![m, n, depth, across, left.along, left.first, packed.line, packed.first];
         sizes.extend([to.line, to.first]);
         let epilogue = to.epilogue;
         self.label = epilogue.label(&self.label);
-        let fours = if form.fours { "_fours" } else { "" };
-        let name = format!("halves_{}{fours}{}{}", half.name(), form.fate.suffix(), epilogue.suffix());
-        let kernel = self.target.kernel(&name, |machine| halves_kernel(machine, form, &epilogue));
+        let name = format!("{}{}{}", form.name(), to.fate.suffix(), epilogue.suffix());
+        let kernel = self.target.kernel(&name, |machine| halves_kernel(machine, form, to.fate, &epilogue));
         sizes.extend(epilogue.sizes);
         self.launch(kernel, [vec![a, packed.buffer, to.buffer], epilogue.buffers].concat(), sizes, units);
     }
@@ -189,72 +265,84 @@ fn pack_kernel(machine: Machine, half: Half) -> Code {
     })
 }
 
+/// Numbers of a row that a lane rounds.
+const EACH: u64 = 8;
+
+/// A unit is a piece of a row; beyond the row there are zeros.
+fn round_kernel(machine: Machine, half: Half, fours: bool) -> Code {
+    define(machine, &[Element::F32, Element::I32], 5, |k, buffers, sizes| {
+        let ([from, to], [depth, pieces, line, along, start]) = (first(buffers), first(sizes));
+        k.units(|k, unit| {
+            let (row, piece) = (k.div(unit, pieces), k.rem(unit, pieces));
+            let (each, all) = (k.index(EACH), k.index(EACH * WARP));
+            let (step, ahead) = (k.mul(piece, all), k.mul(k.lane_index(), each));
+            let step = k.add(step, ahead);
+            let begin = k.mul(row, along);
+            let begin = k.add(start, begin);
+            let mut numbers = vec![];
+            for four in (0..EACH).step_by(4) {
+                let steps = [0, 1, 2, 3].map(|i| {
+                    let i = k.index(four + i);
+                    k.add(step, i)
+                });
+                let there = steps.map(|step| k.compare(step, Order::Lt, depth));
+                let at = steps.map(|step| k.add(begin, step));
+                if fours {
+                    numbers.extend(k.load_four_if(there[0], from, at[0]));
+                } else {
+                    let nothing = k.float(0.0, F32);
+                    numbers.extend(at.iter().zip(there).map(|(&at, there)| k.load_if(there, from, at, nothing)));
+                }
+            }
+            let words: Vec<Val> = numbers.chunks_exact(2).map(|pair| k.word(half, [pair[0], pair[1]])).collect();
+            let two = k.index(2);
+            let word = k.div(step, two);
+            let exists = k.compare(word, Order::Lt, line);
+            k.when(exists, |k| {
+                let at = k.mul(row, line);
+                let at = k.add(at, word);
+                k.store_four(words.try_into().expect("half as many"), to, at);
+            });
+        });
+    })
+}
+
 /// Sizes of the kernel, without its epilogue's.
 const SIZES: usize = 10;
 
 /// One tile of the result a unit.
-fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
-    let elements = [&[Element::F32, Element::I32, Element::F32], &epilogue.elements[..]].concat();
+fn halves_kernel(machine: Machine, form: Form, fate: Fate, epilogue: &Epilogue) -> Code {
+    let a = if form.copies() { Element::I32 } else { Element::F32 };
+    let elements = [&[a, Element::I32, Element::F32], &epilogue.elements[..]].concat();
     define(machine, &elements, SIZES + epilogue.sizes.len(), |k, buffers, sizes| {
         let [a, b, c] = first(buffers);
         let [m, n, depth, across, line_a, first_a, line_b, first_b] = first(sizes);
         let [line_c, first_c] = first(&sizes[8..]);
-        let room = k.shared_words(ROOM);
-        let copies = matches!(machine, Machine::Cuda(chip) if chip >= Chip::Sm80);
+        let room = k.shared_words(form.room());
         let threads = Threads::of(k);
         k.block_units(|k, unit| {
             let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
-            let (rows, columns) = (k.index(ROWS), k.index(COLUMNS));
+            let (rows, columns) = (k.index(form.rows), k.index(COLUMNS));
             let (row, column) = (k.mul(tile_row, rows), k.mul(tile_column, columns));
-            let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form);
             let start_b = k.mul(tile_column, line_b);
-            let right = Right { buffer: b, start: k.add(start_b, first_b), depth, copies };
-            let zero = k.index(0);
-            let stage = Stage::at(k, room, zero);
+            let right = Right { buffer: b, start: k.add(start_b, first_b), depth };
             // The unit before is on its way out through the same room.
             k.barrier();
-            let fetched_a = left.fetch(k, &threads, zero, depth);
-            let fetched_b = right.fetch(k, &threads, zero, stage);
-            let scale = form.scales().then(|| {
-                let most = largest(k, &fetched_a);
-                power(k, most)
-            });
-            left.share(k, &threads, stage.a, &fetched_a, scale);
-            right.share(k, &threads, stage.b, &fetched_b);
-            let nothing = k.float(0.0, F32);
-            let sums = (DOWN * ACROSS) as usize * SUMS;
-            let carried: Vec<Val> = [zero].into_iter().chain(vec![nothing; sums]).chain(scale).collect();
-            let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
-                let (stage, (sums, scale)) = (carried[0], carried[1..].split_at(sums));
-                right.arrived(k);
-                // This stage is filled, and the steps before are done with the other.
-                k.barrier();
-                let here = Stage::at(k, room, stage);
-                let (size, deep) = (k.index(STAGE), k.index(DEPTH));
-                let other = k.sub(size, stage);
-                let there = Stage::at(k, room, other);
-                let next = k.add(block, deep);
-                let fetched_a = left.fetch(k, &threads, next, depth);
-                let fetched_b = right.fetch(k, &threads, next, there);
-                let sums = multiply(k, form.half, &threads, here, sums);
-                let scaled = match scale {
-                    [scale] => within_reach(k, &fetched_a, &sums, *scale),
-                    _ => sums,
-                };
-                let scale = form.scales().then(|| scaled[0]);
-                left.share(k, &threads, there.a, &fetched_a, scale);
-                right.share(k, &threads, there.b, &fetched_b);
-                [&[other], &scaled[usize::from(form.scales())..], scale.as_slice()].concat()
-            });
-            right.arrived(k);
+            let (sums, scale) = if form.copies() {
+                let left = Rounded::of(k, &threads, a, (row, m), (line_a, first_a), form.rows);
+                (copied(k, form, &threads, room, (&left, &right)), None)
+            } else {
+                let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form);
+                through_registers(k, form, &threads, room, (&left, &right))
+            };
             k.barrier();
-            let (sums, scale) = carried[1..].split_at(sums);
-            let back = scale.first().map(|&scale| {
+            let back = scale.map(|scale| {
                 let one = k.float(1.0, F32);
                 k.div(one, scale)
             });
+            let zero = k.index(0);
             let out = Out {
-                fate: form.fate,
+                fate,
                 epilogue,
                 buffers,
                 sizes: &sizes[SIZES..],
@@ -268,9 +356,95 @@ fn halves_kernel(machine: Machine, form: Form, epilogue: &Epilogue) -> Code {
                 room: room.floats(),
                 sum: &|k, sum| back.map_or(sum, |back| k.mul(sum, back)),
             };
-            write(k, &out, &threads, (row, m), sums);
+            write(k, &out, &threads, (row, m), &sums, form.down());
         });
     })
+}
+
+/// A tile's sums, of operands that the chip copies, as many steps ahead as there are stages but one.
+fn copied(k: &mut Kernel, form: Form, threads: &Threads, room: Buf, (left, right): (&Rounded, &Right)) -> Vec<Val> {
+    let depth = right.depth;
+    let ahead = form.stages() - 1;
+    let copy = |k: &mut Kernel, block: Val, word: Val| {
+        let stage = Stage::at(k, form, room, word);
+        left.copy(k, threads, (block, depth), stage.a);
+        right.copy(k, threads, block, stage.b);
+        k.commit_copies();
+    };
+    for step in 0..ahead {
+        let (block, word) = (k.index(step * DEPTH), k.index(step * form.stage()));
+        copy(k, block, word);
+    }
+    let nothing = k.float(0.0, F32);
+    let zero = k.index(0);
+    let last = k.index(ahead * form.stage());
+    let carried = [vec![zero, last], vec![nothing; form.sums()]].concat();
+    let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
+        let ([here, there], sums) = (first(carried), &carried[2..]);
+        k.await_copies_but(ahead - 1);
+        // This stage is filled, and the step before is done with the one that is filled next.
+        k.barrier();
+        let steps = k.index(ahead * DEPTH);
+        let next = k.add(block, steps);
+        copy(k, next, there);
+        let stage = Stage::at(k, form, room, here);
+        let sums = multiply(k, form, threads, stage, sums);
+        let after = [here, there].map(|word| {
+            let (size, all) = (k.index(form.stage()), k.index(form.stages() * form.stage()));
+            let after = k.add(word, size);
+            let round = k.compare(after, Order::Eq, all);
+            k.select(round, zero, after)
+        });
+        [&after[..], &sums].concat()
+    });
+    k.await_copies_but(0);
+    carried[2..].to_vec()
+}
+
+/// A tile's sums, of operands that pass through registers, and the scale that they have, if they have one.
+fn through_registers(
+    k: &mut Kernel,
+    form: Form,
+    threads: &Threads,
+    room: Buf,
+    (left, right): (&Left, &Right),
+) -> (Vec<Val>, Option<Val>) {
+    let depth = right.depth;
+    let zero = k.index(0);
+    let stage = Stage::at(k, form, room, zero);
+    let fetched_a = left.fetch(k, threads, zero, depth);
+    let fetched_b = right.fetch(k, threads, zero);
+    let scale = form.scales().then(|| {
+        let most = largest(k, &fetched_a);
+        power(k, most)
+    });
+    left.share(k, threads, stage.a, &fetched_a, scale);
+    right.share(k, threads, stage.b, &fetched_b);
+    let nothing = k.float(0.0, F32);
+    let carried: Vec<Val> = [zero].into_iter().chain(vec![nothing; form.sums()]).chain(scale).collect();
+    let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
+        let (stage, (sums, scale)) = (carried[0], carried[1..].split_at(form.sums()));
+        // This stage is filled, and the steps before are done with the other.
+        k.barrier();
+        let here = Stage::at(k, form, room, stage);
+        let (size, deep) = (k.index(form.stage()), k.index(DEPTH));
+        let other = k.sub(size, stage);
+        let there = Stage::at(k, form, room, other);
+        let next = k.add(block, deep);
+        let fetched_a = left.fetch(k, threads, next, depth);
+        let fetched_b = right.fetch(k, threads, next);
+        let sums = multiply(k, form, threads, here, sums);
+        let scaled = match scale {
+            [scale] => within_reach(k, &fetched_a, &sums, *scale),
+            _ => sums,
+        };
+        let scale = form.scales().then(|| scaled[0]);
+        left.share(k, threads, there.a, &fetched_a, scale);
+        right.share(k, threads, there.b, &fetched_b);
+        [&[other], &scaled[usize::from(form.scales())..], scale.as_slice()].concat()
+    });
+    let (sums, scale) = carried[1..].split_at(form.sums());
+    (sums.to_vec(), scale.first().copied())
 }
 
 /// Where a thread stands.
@@ -295,9 +469,62 @@ struct Stage {
 }
 
 impl Stage {
-    fn at(k: &mut Kernel, room: Buf, word: Val) -> Stage {
+    fn at(k: &mut Kernel, form: Form, room: Buf, word: Val) -> Stage {
         let a = k.from(room, word);
-        Stage { a, b: k.beyond(a, ROWS * LINE_A) }
+        Stage { a, b: k.beyond(a, form.rows * LINE_A) }
+    }
+}
+
+/// A block's rows of A, rounded: of every so many'th row a thread has four words copied.
+struct Rounded {
+    buffer: Buf,
+    /// By row of the thread: its words there, and whether it exists.
+    rows: Vec<(Val, Val)>,
+}
+
+impl Rounded {
+    fn of(
+        k: &mut Kernel,
+        threads: &Threads,
+        buffer: Buf,
+        (row, m): (Val, Val),
+        (line, start): (Val, Val),
+        rows: u64,
+    ) -> Rounded {
+        let (own, word) = Rounded::own(k, threads);
+        let row = k.add(row, own);
+        let start = k.add(start, word);
+        let rows = (0..rows).step_by((THREADS / FOURS) as usize).map(|down| {
+            let down = k.index(down);
+            let row = k.add(row, down);
+            let there = k.compare(row, Order::Lt, m);
+            let begin = k.mul(row, line);
+            (k.add(start, begin), there)
+        });
+        Rounded { buffer, rows: rows.collect() }
+    }
+
+    /// The thread's first row, and its first word there.
+    fn own(k: &mut Kernel, threads: &Threads) -> (Val, Val) {
+        let (fours, four) = (k.index(FOURS), k.index(4));
+        let (row, word) = (k.div(threads.thread, fours), k.rem(threads.thread, fours));
+        (row, k.mul(word, four))
+    }
+
+    fn copy(&self, k: &mut Kernel, threads: &Threads, (block, depth): (Val, Val), to: Buf) {
+        let (row, word) = Rounded::own(k, threads);
+        let (line, two) = (k.index(LINE_A), k.index(2));
+        let place = k.mul(row, line);
+        let place = k.add(place, word);
+        let (step, begin) = (k.mul(word, two), k.div(block, two));
+        let step = k.add(block, step);
+        let within = k.compare(step, Order::Lt, depth);
+        for (n, &(row, there)) in (0..).zip(&self.rows) {
+            let here = k.and(there, within);
+            let (at, down) = (k.add(row, begin), k.index(n * THREADS / FOURS * LINE_A));
+            let place = k.add(place, down);
+            k.copy_four_if(here, (self.buffer, at), (to, place));
+        }
     }
 }
 
@@ -426,19 +653,16 @@ fn power(k: &mut Kernel, most: Val) -> Val {
     k.from_bits(bits)
 }
 
-/// A block's columns of B: a thread sees to every so many'th four of its words, at once or, where the chip copies, in the
-/// end.
+/// A block's columns of B: a thread sees to every so many'th four of its words.
 struct Right {
     buffer: Buf,
     start: Val,
     depth: Val,
-    /// The chip copies it by itself.
-    copies: bool,
 }
 
 impl Right {
-    /// The words of the tile from a step on; none if they go to their stage by themselves.
-    fn fetch(&self, k: &mut Kernel, threads: &Threads, block: Val, stage: Stage) -> Vec<Val> {
+    /// The places of the thread's fours in the tile from a step on, which exists.
+    fn places(&self, k: &mut Kernel, threads: &Threads, block: Val) -> (Val, Vec<Val>) {
         let here = k.compare(block, Order::Lt, self.depth);
         let (step, size, four) = (k.index(DEPTH), k.index(TILE), k.index(4));
         let tile = k.div(block, step);
@@ -446,18 +670,24 @@ impl Right {
         let at = k.mul(threads.thread, four);
         let at = k.add(tile, at);
         let at = k.add(self.start, at);
-        let mut fetched = vec![];
-        for n in 0..FOURS_B {
+        let places = (0..FOURS_B).map(|n| {
             let ahead = k.index(n * THREADS * 4);
-            let at = k.add(at, ahead);
-            if self.copies {
-                let to = Right::place(k, threads, n);
-                k.copy_four_if(here, (self.buffer, at), (stage.b, to));
-            } else {
-                fetched.extend(k.load_four_if(here, self.buffer, at));
-            }
+            k.add(at, ahead)
+        });
+        (here, places.collect())
+    }
+
+    fn fetch(&self, k: &mut Kernel, threads: &Threads, block: Val) -> Vec<Val> {
+        let (here, places) = self.places(k, threads, block);
+        places.into_iter().flat_map(|at| k.load_four_if(here, self.buffer, at)).collect()
+    }
+
+    fn copy(&self, k: &mut Kernel, threads: &Threads, block: Val, to: Buf) {
+        let (here, places) = self.places(k, threads, block);
+        for (n, at) in (0..).zip(places) {
+            let place = Right::place(k, threads, n);
+            k.copy_four_if(here, (self.buffer, at), (to, place));
         }
-        fetched
     }
 
     fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val]) {
@@ -468,13 +698,6 @@ impl Right {
                 let at = k.add(at, i);
                 k.store_here(word, to, at);
             }
-        }
-    }
-
-    /// What the thread has on its way is there.
-    fn arrived(&self, k: &mut Kernel) {
-        if self.copies {
-            k.await_copies();
         }
     }
 
@@ -491,12 +714,13 @@ impl Right {
 }
 
 /// A warp's fragments of sums with the steps of a stage.
-fn multiply(k: &mut Kernel, half: Half, threads: &Threads, stage: Stage, sums: &[Val]) -> Vec<Val> {
+fn multiply(k: &mut Kernel, form: Form, threads: &Threads, stage: Stage, sums: &[Val]) -> Vec<Val> {
+    let Form { half, .. } = form;
     let mut sums: Vec<Vec<Val>> = sums.chunks_exact(SUMS).map(<[Val]>::to_vec).collect();
-    let rows = k.index(DOWN * SIDE * LINE_A);
+    let rows = k.index(form.down() * SIDE * LINE_A);
     let start = k.mul(threads.warp, rows);
     for step in (0..DEPTH).step_by(SIDE as usize) {
-        let left: Vec<Vec<Val>> = (0..DOWN)
+        let left: Vec<Vec<Val>> = (0..form.down())
             .map(|i| {
                 let at = k.index(i * SIDE * LINE_A + step / 2);
                 let at = k.add(start, at);
@@ -516,10 +740,10 @@ fn multiply(k: &mut Kernel, half: Half, threads: &Threads, stage: Stage, sums: &
 }
 
 /// A row of fragments after the other, through a part of shared memory that is the warp's own.
-fn write(k: &mut Kernel, out: &Out, threads: &Threads, (row, m): (Val, Val), sums: &[Val]) {
+fn write(k: &mut Kernel, out: &Out, threads: &Threads, (row, m): (Val, Val), sums: &[Val], down: u64) {
     let size = k.index(SIDE * LINE_C);
     let own = k.mul(threads.warp, size);
-    let warp_rows = k.index(DOWN * SIDE);
+    let warp_rows = k.index(down * SIDE);
     let first = k.mul(threads.warp, warp_rows);
     let first = k.add(row, first);
     for (i, fragments) in sums.chunks_exact(ACROSS as usize * SUMS).enumerate() {
@@ -533,13 +757,12 @@ fn write(k: &mut Kernel, out: &Out, threads: &Threads, (row, m): (Val, Val), sum
         let first = k.add(first, before);
         let (zero, side) = (k.index(0), k.index(SIDE));
         let left = k.sub(m, first);
+        let left = k.max(left, zero);
         let rows = k.min(left, side);
-        k.each(zero, rows, 1, |k, r| {
+        out.write_all(k, rows, |k, r| {
             let line = k.index(LINE_C);
             let at = k.mul(r, line);
-            let at = k.add(own, at);
-            let row = k.add(first, r);
-            out.write(k, row, at);
+            (k.add(first, r), k.add(own, at))
         });
         k.settle();
     }

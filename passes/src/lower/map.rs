@@ -11,6 +11,7 @@ use super::kernel::{Access, Buf, Kernel, Val, define};
 use super::random;
 use super::view::{ONE, View};
 use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
+use crate::machine::Machine;
 
 /// Operations of one kernel, at most.
 const LARGEST_GROUP: usize = 24;
@@ -545,7 +546,8 @@ impl Form {
             k.each(start, end, k.lane_count(), |k, at| {
                 let left = k.sub(end, at);
                 let mask = k.mask(left);
-                let value = self.evaluate(k, (&sources, &[]), at, mask, &[], sizes);
+                let loaded = self.load(k, &sources, at, mask);
+                let value = self.evaluate(k, (&sources, &loaded, &[]), at, &[], sizes);
                 let place = k.add(first, at);
                 k.store_lanes(value, out, place, mask);
             });
@@ -604,13 +606,25 @@ impl Form {
         }
     }
 
-    /// The lanes from `at` on; `made` are the values of earlier stages there.
+    /// The lanes of the leaves from `at` on, but of what earlier stages make.
+    fn load(&self, k: &mut Kernel, sources: &[Source], at: Val, mask: Val) -> Vec<Option<Val>> {
+        let load = |source: &Source| match *source {
+            Source::Repeated(x) => Some(x),
+            Source::Made(_) => None,
+            Source::Along(array, base) => {
+                let place = k.add(base, at);
+                Some(k.load_lanes(array, place, mask))
+            }
+        };
+        sources.iter().map(load).collect()
+    }
+
+    /// The lanes from `at` on, of leaves that have been loaded; `made` are the values of earlier stages there.
     fn evaluate(
         &self,
         k: &mut Kernel,
-        (sources, made): (&[Source], &[Val]),
+        (sources, loaded, made): (&[Source], &[Option<Val>], &[Val]),
         at: Val,
-        mask: Val,
         words: &[Val],
         sizes: &[Val],
     ) -> Val {
@@ -619,12 +633,8 @@ impl Form {
         for step in &self.steps {
             let value = match step {
                 Step::Leaf(leaf) => match sources[*leaf] {
-                    Source::Repeated(x) => x,
                     Source::Made(stage) => made[stage],
-                    Source::Along(array, base) => {
-                        let place = k.add(base, at);
-                        k.load_lanes(array, place, mask)
-                    }
+                    _ => loaded[*leaf].expect("it is loaded"),
                 },
                 Step::Mean(x, size) => {
                     let (wide, narrow) = (k.to_float(sizes[*size]), k.to_float(sizes[*size + 1]));
@@ -672,6 +682,8 @@ pub(super) type Lanes<'a> = dyn Fn(&mut Kernel, Val, Val) -> Val + 'a;
 /// What stages find in registers.
 pub(super) struct Given<'a> {
     pub lanes: &'a Lanes<'a>,
+    /// Where it is written, if it is: the row's first element there.
+    pub to: Option<(Buf, Val)>,
     /// How many columns there are at most, where that is a tile's.
     pub columns: Option<u64>,
 }
@@ -697,7 +709,10 @@ pub(super) fn lanes_of<'f>(
     length: Val,
 ) -> impl Fn(&mut Kernel, Val, Val) -> Val + use<'f> {
     let row = stage.form.row(k, stage, indices, length);
-    move |k, at, mask| row.form.evaluate(k, (&row.sources, &[]), at, mask, &[], row.sizes)
+    move |k, at, mask| {
+        let loaded = row.form.load(k, &row.sources, at, mask);
+        row.form.evaluate(k, (&row.sources, &loaded, &[]), at, &[], row.sizes)
+    }
 }
 
 impl Row<'_> {
@@ -744,51 +759,86 @@ pub(super) fn write_row(
     stages: &[Stage],
     indices: &[Val],
     length: Val,
-    (start, end): (Val, Val),
+    columns: (Val, Val),
     given: Option<Given>,
     summed: Option<usize>,
 ) -> Option<Val> {
-    let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
+    write_rows(k, stages, &[(indices, given)], length, columns, summed).first().copied()
+}
+
+/// The same for several rows of which stages find as many columns in registers. A GPU has all that it reads for them on
+/// its way before it waits for the first.
+pub(super) fn write_rows(
+    k: &mut Kernel,
+    stages: &[Stage],
+    rows: &[(&[Val], Option<Given>)],
+    length: Val,
+    (start, end): (Val, Val),
+    summed: Option<usize>,
+) -> Vec<Val> {
+    let of_row = |k: &mut Kernel, indices: &[Val]| -> Vec<Row> {
+        stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect()
+    };
+    let own: Vec<Vec<Row>> = rows.iter().map(|(indices, _)| of_row(k, indices)).collect();
     let lanes = k.lane_count();
     let step = if stages.iter().any(|s| s.form.draws_along()) { random::drawn(k) } else { lanes };
-    let given = given.as_ref();
-    let most = given.and_then(|given| given.columns);
-    let nothing: Vec<Val> = summed.iter().map(|_| k.floats(0.0)).collect();
+    let most = rows.iter().find_map(|(_, given)| given.as_ref()?.columns);
+    let nothing: Vec<Val> = rows.iter().filter(|_| summed.is_some()).map(|_| k.floats(0.0)).collect();
     let columns = |k: &mut Kernel, j: Val, sums: &[Val]| {
         let mut sums = sums.to_vec();
-        let words: Vec<Vec<Vec<Val>>> = rows.iter().map(|row| row.draw(k, (j, end))).collect();
-        for part in 0..most.unwrap_or(step) / lanes {
-            let offset = k.index(part * lanes);
-            let at = k.add(j, offset);
-            let left = k.sub(end, at);
-            let mask = k.mask(left);
-            let mut made: Vec<Val> = given.into_iter().map(|given| (given.lanes)(k, at, mask)).collect();
-            for ((row, stage), words) in rows.iter().zip(stages).zip(&words) {
-                // A row of one column has one word.
-                let words: Vec<Val> = words.iter().map(|w| *w.get(part as usize).unwrap_or(&w[0])).collect();
-                let value = row.form.evaluate(k, (&row.sources, &made), at, mask, &words, row.sizes);
-                if stage.stays {
-                    let place = k.add(row.base, at);
-                    k.store_lanes(value, row.out, place, mask);
+        let words: Vec<Vec<Vec<Vec<Val>>>> =
+            own.iter().map(|own| own.iter().map(|row| row.draw(k, (j, end))).collect()).collect();
+        let parts: Vec<u64> = (0..most.unwrap_or(step) / lanes).collect();
+        let at_once = if matches!(k.machine, Machine::Cuda(_)) { parts.len() } else { 1 };
+        for parts in parts.chunks(at_once) {
+            let mut loaded = vec![];
+            for (own, (_, given)) in own.iter().zip(rows) {
+                for part in parts {
+                    let offset = k.index(part * lanes);
+                    let at = k.add(j, offset);
+                    let left = k.sub(end, at);
+                    let mask = k.mask(left);
+                    let given = given.as_ref().map(|given| (given.lanes)(k, at, mask));
+                    let leaves: Vec<_> = own.iter().map(|row| row.form.load(k, &row.sources, at, mask)).collect();
+                    loaded.push((at, mask, given, leaves));
                 }
-                made.push(value);
             }
-            if let Some(of) = summed {
-                // Beyond the row anything may have been computed.
-                let x = k.select(mask, made[of], nothing[0]);
-                sums[0] = k.add(sums[0], x);
+            let mut loaded = loaded.into_iter();
+            for (r, (own, (_, given))) in own.iter().zip(rows).enumerate() {
+                for &part in parts {
+                    let (at, mask, first, leaves) = loaded.next().expect("as many");
+                    let mut made: Vec<Val> = first.into_iter().collect();
+                    if let (Some(first), Some((to, base))) = (first, given.as_ref().and_then(|given| given.to)) {
+                        let place = k.add(base, at);
+                        k.store_lanes(first, to, place, mask);
+                    }
+                    for (((row, stage), words), loaded) in own.iter().zip(stages).zip(&words[r]).zip(&leaves) {
+                        // A row of one column has one word.
+                        let words: Vec<Val> = words.iter().map(|w| *w.get(part as usize).unwrap_or(&w[0])).collect();
+                        let value = row.form.evaluate(k, (&row.sources, loaded, &made), at, &words, row.sizes);
+                        if stage.stays {
+                            let place = k.add(row.base, at);
+                            k.store_lanes(value, row.out, place, mask);
+                        }
+                        made.push(value);
+                    }
+                    if let Some(of) = summed {
+                        // Beyond the row anything may have been computed.
+                        let x = k.select(mask, made[of], nothing[r]);
+                        sums[r] = k.add(sums[r], x);
+                    }
+                }
             }
         }
         sums
     };
-    let sums = match most {
+    match most {
         Some(most) => {
             assert!(most <= random::drawn(k), "one call of the generator decides over them");
             columns(k, start, &nothing)
         }
         None => k.fold(start, end, step, &nothing, columns),
-    };
-    sums.first().copied()
+    }
 }
 
 /// Fetches what [`write_row`] will read and write.

@@ -208,12 +208,10 @@ fn narrow_kernel(machine: Machine, narrow: Narrow, contiguous: bool, fate: Fate,
             let some = k.compare(row, Order::Lt, m);
             let left = k.select(some, left, zero);
             let rows = k.min(left, held);
-            k.each(zero, rows, 1, |k, r| {
+            out.write_all(k, rows, |k, r| {
                 let lanes = k.index(WARP);
                 let at = k.mul(r, lanes);
-                let at = k.add(results, at);
-                let row = k.add(row, r);
-                out.write(k, row, at);
+                (k.add(row, r), k.add(results, at))
             });
         });
     })

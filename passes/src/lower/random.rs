@@ -15,7 +15,10 @@ pub fn drawn(k: &Kernel) -> u64 {
 /// The generator's key, `rng`, in every lane.
 pub fn key(k: &mut Kernel, rng: Buf) -> [Val; 2] {
     let (zero, one) = (k.index(0), k.index(1));
-    [k.load(rng, zero), k.load(rng, one)].map(|x| k.splat(x))
+    [zero, one].map(|at| {
+        let word = k.load_input(rng, at);
+        k.splat(word)
+    })
 }
 
 /// An index in every lane.

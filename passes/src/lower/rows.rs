@@ -1,10 +1,10 @@
 //! Operations along rows: softmax and normalization, reading and adding rows, cross entropy.
 
-use peft_grammar::graph::{Type, Value};
+use peft_grammar::graph::{Dim, Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::epilogue::Follow;
-use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
+use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, math, product};
 use crate::cuda::{WARP, WARPS};
@@ -24,6 +24,9 @@ const HELD: u64 = 32;
 const COLUMNS: u64 = 64;
 /// How many units of a GPU share a table's rows: so many that few of the tokens are a unit's own.
 const PARTS: u64 = 256;
+/// Rows of a table that are few, and ids that a warp then looks at together.
+const FEW: u64 = 64;
+const AT_ONCE: u64 = 8;
 
 impl Lowering<'_, '_, '_> {
     pub(super) fn row_kernel(&mut self, kind: Kind, operands: &[BufferId], ty: &Type, result: Value) {
@@ -103,6 +106,11 @@ impl Lowering<'_, '_, '_> {
     /// Units are blocks of columns, on a GPU of some of the table's rows: each adds what is theirs, in its order.
     pub(super) fn scatter(&mut self, ids: BufferId, ids_ty: &Type, y: BufferId, start: u64, result: Value) {
         let out = self.result(result);
+        if matches!(self.target.machine, Machine::Cuda(_))
+            && let Dim::Const(rows @ 0..=FEW) = self.ty(result).shape[0]
+        {
+            return self.scatter_to_few(ids, ids_ty, y, start, (out, rows), dim_extent(self.ty(result).shape[1]));
+        }
         let parts = match self.target.machine {
             Machine::Cpu(_) => 1,
             Machine::Cuda(_) => PARTS,
@@ -164,6 +172,65 @@ impl Lowering<'_, '_, '_> {
         let width = dim_extent(shape[1]);
         let units = Extent::CeilDiv(Box::new(width.clone()), COLUMNS) * Extent::Const(parts);
         let sizes = vec![product(&ids_ty.shape), dim_extent(shape[0]), width, Extent::Const(start)];
+        self.launch(kernel, vec![ids, y, out], sizes, units);
+    }
+
+    /// The same for a table of a few rows, each of which may get much: a team goes through all ids for 32 columns of one,
+    /// many at a time.
+    fn scatter_to_few(
+        &mut self,
+        ids: BufferId,
+        ids_ty: &Type,
+        y: BufferId,
+        start: u64,
+        (out, rows): (BufferId, u64),
+        width: Extent,
+    ) {
+        let machine = self.target.machine;
+        let blocks = Extent::CeilDiv(Box::new(width.clone()), machine.lanes());
+        let kernel = self.target.kernel("scatter_to_few", |machine| {
+            define(machine, &[Element::I32, Element::F32, Element::F32], 4, |k, buffers, sizes| {
+                let ([ids, y, out], [count, width, blocks, start]) = (first(buffers), first(sizes));
+                let room = k.shared(k.team() * k.lane_count());
+                k.team_units(|k, unit| {
+                    let (row, block) = (k.div(unit, blocks), k.rem(unit, blocks));
+                    let lanes = k.index(k.lane_count());
+                    let column = k.mul(block, lanes);
+                    let left = k.sub(width, column);
+                    let mask = k.mask(left);
+                    let id = k.add(start, row);
+                    let id = k.to_i32(id);
+                    let (zero, nothing, nobody) = (k.index(0), k.float(0.0, F32), k.int(-1, I32));
+                    let sums = k.dealt_fold(zero, count, AT_ONCE, &[nothing; AT_ONCE as usize], |k, token, sums| {
+                        let tokens = (0..AT_ONCE).map(|n| {
+                            let n = k.index(n);
+                            let token = k.add(token, n);
+                            let exists = k.compare(token, Order::Lt, count);
+                            (token, k.load_if(exists, ids, token, nobody))
+                        });
+                        let tokens: Vec<(Val, Val)> = tokens.collect();
+                        let added = tokens.into_iter().zip(sums).map(|((token, its), &sum)| {
+                            let own = k.compare(its, Order::Eq, id);
+                            let here = k.and(own, mask);
+                            let place = k.mul(token, width);
+                            let place = k.add(place, column);
+                            let x = k.load_lanes(y, place, here);
+                            k.add(sum, x)
+                        });
+                        added.collect()
+                    });
+                    let sum = sums.into_iter().reduce(|sum, x| k.add(sum, x)).expect("some sums");
+                    let sum = k.sum_team(sum, Some(room));
+                    k.first_of_team(|k| {
+                        let place = k.mul(row, width);
+                        let place = k.add(place, column);
+                        k.store_lanes(sum, out, place, mask);
+                    });
+                });
+            })
+        });
+        let units = Extent::Const(rows * machine.team()) * blocks.clone();
+        let sizes = vec![product(&ids_ty.shape), width, blocks, Extent::Const(start)];
         self.launch(kernel, vec![ids, y, out], sizes, units);
     }
 

@@ -43,6 +43,8 @@ const APART: u64 = 4;
 const THREADS: u64 = WARP * WARPS;
 /// Rows of a thread that are in shared memory at once, on their way out.
 const PART: u64 = 4;
+/// Rows that are written together, for all that follows the product there.
+const TOGETHER: u64 = 4;
 
 /// A tile's rows and columns.
 #[derive(Clone, Copy)]
@@ -154,10 +156,15 @@ impl Lowering<'_, '_, '_> {
         let (a, left) = self.strided(x, &axes_x);
         let (b, right) = self.strided(y, &axes_y);
         let place = self.place(y).clone();
-        let packed = self.half(&left, &place).filter(|_| shape.batch == Extent::Const(1)).map(|half| {
+        let half = self.half(&left, &place).filter(|_| shape.batch == Extent::Const(1));
+        let packed = half.map(|half| {
             let size = (shape.n.clone(), shape.depth.clone());
             (half, self.pack_halves(half, &place, &right, size))
         });
+        let (a, left) = match half {
+            Some(half) => self.rounded(half, &shape, (a, left)),
+            None => (a, left),
+        };
         // What follows a sum of shares has a launch of its own.
         let alone = packed.is_none() && shares(&shape) > 1;
         let whole = matches!(shape.n, Extent::Const(n) if n <= TILE);
@@ -220,7 +227,8 @@ impl Lowering<'_, '_, '_> {
                 let size = if transpose_y { (all, width) } else { (width, all) };
                 let packed = self.pack_halves(half, &place, &whole, size);
                 let (column, step) = if transpose_y { (rows.start, 0) } else { (0, rows.start) };
-                self.launch_halves(half, shape, (x, left), packed.from(column, step), to);
+                let (a, left) = self.rounded(half, &shape, (x, left));
+                self.launch_halves(half, shape, (a, left), packed.from(column, step), to);
             }
             None => {
                 let right = side(!transpose_y, width.clone(), Extent::Const(rows.start) * width);
@@ -340,37 +348,63 @@ pub(super) struct Out<'a> {
 }
 
 impl Out<'_> {
-    /// Row `row` of the product, whose sums begin at `at` of the shared memory.
-    pub fn write(&self, k: &mut Kernel, row: Val, at: Val) {
-        let begin = k.mul(row, self.line);
-        let begin = k.add(self.base, begin);
-        let lanes = |k: &mut Kernel, column: Val, mask: Val| {
-            let inside = k.sub(column, self.column);
-            let source = k.add(at, inside);
-            let source = k.add(source, k.lane_index());
-            let sum = k.load_here(self.room, source);
-            let sum = (self.sum)(k, sum);
-            let place = k.add(begin, column);
-            match self.fate {
-                Fate::Passed => sum,
-                Fate::Written => {
-                    k.store_lanes(sum, self.to, place, mask);
-                    sum
-                }
-                Fate::Added => {
-                    let before = k.load_lanes(self.to, place, mask);
-                    let sum = k.add(before, sum);
-                    k.store_lanes(sum, self.to, place, mask);
-                    sum
-                }
-            }
-        };
+    /// Rows of the product, each with the place in shared memory where its sums begin.
+    pub fn write(&self, k: &mut Kernel, rows: &[(Val, Val)]) {
         let end = k.index(self.width);
         let end = k.add(self.column, end);
         let columns = (self.column, k.min(end, self.n));
-        let lanes = Given { lanes: &lanes, columns: Some(self.width.next_multiple_of(WARP)) };
-        let row = HeldRow { batch: self.batch, row, columns, lanes };
-        self.epilogue.write_row(k, (self.buffers, self.sizes), self.n, row);
+        let lines: Vec<Val> = rows
+            .iter()
+            .map(|&(row, _)| {
+                let begin = k.mul(row, self.line);
+                k.add(self.base, begin)
+            })
+            .collect();
+        let lanes = rows.iter().zip(&lines).map(|(&(_, at), &line)| {
+            move |k: &mut Kernel, column: Val, mask: Val| {
+                let inside = k.sub(column, self.column);
+                let source = k.add(at, inside);
+                let source = k.add(source, k.lane_index());
+                let sum = k.load_here(self.room, source);
+                let sum = (self.sum)(k, sum);
+                if self.fate != Fate::Added {
+                    return sum;
+                }
+                let place = k.add(line, column);
+                let before = k.load_lanes(self.to, place, mask);
+                k.add(before, sum)
+            }
+        });
+        let lanes: Vec<_> = lanes.collect();
+        let held = rows.iter().zip(&lines).zip(&lanes).map(|((&(row, _), &line), lanes)| {
+            let to = (self.fate != Fate::Passed).then_some((self.to, line));
+            let lanes = Given { lanes, to, columns: Some(self.width.next_multiple_of(WARP)) };
+            HeldRow { batch: self.batch, row, columns, lanes }
+        });
+        self.epilogue.write_rows(k, (self.buffers, self.sizes), self.n, held.collect());
+    }
+
+    /// Rows 0 to `count` of some in shared memory, several at a time: `place` says for each which one of the product it
+    /// is and where its sums begin, the later row of the product for the later one.
+    pub fn write_all(&self, k: &mut Kernel, count: Val, place: impl Fn(&mut Kernel, Val) -> (Val, Val)) {
+        let zero = k.index(0);
+        let some = k.index(TOGETHER);
+        let groups = k.div(count, some);
+        let whole = k.mul(groups, some);
+        k.each(zero, whole, TOGETHER, |k, first| {
+            let rows: Vec<(Val, Val)> = (0..TOGETHER)
+                .map(|n| {
+                    let n = k.index(n);
+                    let at = k.add(first, n);
+                    place(k, at)
+                })
+                .collect();
+            self.write(k, &rows);
+        });
+        k.each(whole, count, 1, |k, at| {
+            let row = place(k, at);
+            self.write(k, &[row]);
+        });
     }
 }
 
@@ -473,20 +507,27 @@ fn tiles_kernel(machine: Machine, tile: Tile, contiguous: [bool; 2], fate: Fate,
                     k.store_here(sum, part_a, at);
                 }
                 k.settle();
-                let (zero, all) = (k.index(0), k.index(tile.lines() * PART));
-                k.each(zero, all, 1, |k, r| {
-                    let (below, rest) = (k.div(r, some), k.rem(r, some));
+                // The first of each row of threads, from which on there are as many as one holds.
+                let first_of = |k: &mut Kernel, below: Val| {
                     let row = k.mul(below, rows);
-                    let row = k.add(row, rest);
                     let before = k.index(part);
                     let row = k.add(row, before);
-                    let row = k.add(first_row, row);
-                    let there = k.compare(row, Order::Lt, m);
-                    k.when(there, |k| {
-                        let at = k.mul(r, line);
-                        let at = k.add(own, at);
-                        out.write(k, row, at);
-                    });
+                    k.add(first_row, row)
+                };
+                let zero = k.index(0);
+                let count = (0..tile.lines()).fold(zero, |count, below| {
+                    let below = k.index(below);
+                    let first = first_of(k, below);
+                    let left = k.sub(m, first);
+                    let left = k.max(left, zero);
+                    let left = k.min(left, some);
+                    k.add(count, left)
+                });
+                out.write_all(k, count, |k, r| {
+                    let (below, rest) = (k.div(r, some), k.rem(r, some));
+                    let first = first_of(k, below);
+                    let at = k.mul(r, line);
+                    (k.add(first, rest), k.add(own, at))
                 });
                 k.settle();
             }

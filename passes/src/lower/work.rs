@@ -131,17 +131,17 @@ fn counted(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Si
         let (flops, blocks) = (2.0 * m * n * depth, vec![(blocks, cycles)]);
         return Work { flops, blocks, reads, under_way, ..Work::default() };
     }
-    if kernel.starts_with("halves_") {
+    if let Some(form) = halves::Form::named(kernel) {
         let [m, n, depth] = [0, 1, 2].map(number);
-        let step = (halves::ROWS * halves::COLUMNS * halves::DEPTH) as f64 / a_cycle(card.half_flops);
+        let step = (form.rows * halves::COLUMNS * halves::DEPTH) as f64 / a_cycle(card.half_flops);
         // On sm_70 two threads hold every number of an operand.
-        let copies = if kernel.starts_with("halves_f16") { 2 } else { 1 };
-        let fragments = WARPS * halves::DEPTH / SIDE * (halves::DOWN + halves::ACROSS) * copies;
-        let shared = (fragments * SIDE * SIDE + (halves::ROWS + halves::COLUMNS) * halves::DEPTH) * 2;
-        let out = way_out(kernel, halves::ROWS, halves::COLUMNS);
+        let copies = if form.copies() { 1 } else { 2 };
+        let fragments = WARPS * halves::DEPTH / SIDE * (form.down() + halves::ACROSS) * copies;
+        let shared = (fragments * SIDE * SIDE + (form.rows + halves::COLUMNS) * halves::DEPTH) * 2;
+        let out = way_out(kernel, form.rows, halves::COLUMNS);
         let steps = (depth / halves::DEPTH as f64).ceil();
         let cycles = steps * step.max(shared as f64 / SHARED) + out;
-        let reads = vec![4.0 * m * depth, 2.0 * n * depth];
+        let reads = vec![if form.copies() { 2.0 } else { 4.0 } * m * depth, 2.0 * n * depth];
         let (flops, blocks) = (2.0 * m * n * depth, vec![(blocks, cycles)]);
         return Work { flops, half: true, blocks, reads, under_way: f64::INFINITY, ..Work::default() };
     }
@@ -206,6 +206,7 @@ fn counted(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Si
         // A whole row of each operand.
         _ if kernel.contains("_held") => (vec![], MANY_UNDER_WAY),
         // Of the tokens' rows those that train.
+        "scatter_to_few" => (vec![4.0 * number(0), 4.0 * number(1) * (units / WARPS) as f64], MANY_UNDER_WAY),
         "scatter" => (vec![4.0 * number(0), 4.0 * number(1) * number(2)], UNDER_WAY),
         _ => (vec![], UNDER_WAY),
     };

@@ -176,7 +176,7 @@ impl Kernel {
     }
 
     /// Four neighbouring words go to shared memory by themselves, to a multiple of four; zeros unless the condition holds.
-    /// They are there when [`Kernel::await_copies`] is past; for other threads, after a barrier. From sm_80 on.
+    /// They are there when [`Kernel::await_copies_but`] is past; for other threads, after a barrier. From sm_80 on.
     pub fn copy_four_if(&mut self, condition: Val, (from, at): (Buf, Val), (to, place): (Buf, Val)) {
         let (source, target) = (self.place(from, at), self.place(to, place));
         let (all, none) = (self.int(16, super::I32), self.int(0, super::I32));
@@ -188,12 +188,20 @@ impl Kernel {
         ));
     }
 
-    pub fn await_copies(&mut self) {
-        self.line(format_args!("llvm.call_intrinsic \"llvm.nvvm.cp.async.wait.all\"() : () -> ()"));
+    /// The thread's copies since the last time are a group.
+    pub fn commit_copies(&mut self) {
+        self.line(format_args!("llvm.call_intrinsic \"llvm.nvvm.cp.async.commit.group\"() : () -> ()"));
+    }
+
+    /// Until all of the thread's groups but the last few are there.
+    pub fn await_copies_but(&mut self, groups: u64) {
+        let groups = self.int(groups as i64, super::I32);
+        self.line(format_args!("llvm.call_intrinsic \"llvm.nvvm.cp.async.wait.group\"({groups}) : (i32) -> ()"));
     }
 
     /// The other way.
     pub fn store_four(&mut self, four: [Val; 4], to: Buf, at: Val) {
+        self.written(to);
         let place = self.place(to, at);
         let ty = four[0].ty.times(4);
         let mut vector = self.emit(ty, format_args!("llvm.mlir.poison : {ty}"));

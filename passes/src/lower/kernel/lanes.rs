@@ -353,6 +353,17 @@ impl Kernel {
         }
     }
 
+    /// An element of what no kernel writes: where it is read in a loop, it is read once.
+    pub fn load_input(&mut self, from: Buf, at: Val) -> Val {
+        match self.form {
+            Form::Vectors { .. } => self.load(from, at),
+            Form::Warps { .. } => {
+                let (place, ty) = (self.place(from, at), from.scalar());
+                self.emit(ty, format_args!("llvm.load {place} invariant : {} -> {ty}", from.pointer()))
+            }
+        }
+    }
+
     /// An element if the condition holds, else `other`.
     pub fn load_or(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
         match self.form {
@@ -464,11 +475,16 @@ impl Kernel {
     }
 
     pub fn store_here(&mut self, x: Val, to: Buf, at: Val) {
+        self.written(to);
+        let place = self.place(to, at);
+        self.line(format_args!("llvm.store {x}, {place} : {}, {}", x.ty, to.pointer()));
+    }
+
+    /// Takes down that the kernel writes there, if that is one of its buffers.
+    pub(super) fn written(&mut self, to: Buf) {
         if let Some(written) = self.writes.get_mut(to.id as usize) {
             *written = true;
         }
-        let place = self.place(to, at);
-        self.line(format_args!("llvm.store {x}, {place} : {}, {}", x.ty, to.pointer()));
     }
 
     /// One thread's load if its condition holds, else `other`.
