@@ -105,7 +105,7 @@ class Gpu(unittest.TestCase):
         for name, found in [("gpt2", 1.0), ("bert", 1.01)]:
             (parity / f"{name}.expected").write_bytes(content(1.0))
             for precision in gpu.PRECISIONS:
-                (parity / f"{name}.sm_80.{precision}.peftc").write_bytes(content(found))
+                (parity / f"{name}.{gpu.kernels_of('sm_80', precision)}.{precision}.peftc").write_bytes(content(found))
         (parity / "losses.json").write_text("[7.0, 6.0]")
         # It copies its artifact to where results go, and trains to the losses that are expected.
         self.program(

@@ -1,12 +1,12 @@
 //! Training: a step is a run of `train` and one of `update`; around it rates, batches, figures, files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, Warmup};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
-use peft_runtime::{Inputs, RuntimeError, Session};
+use peft_runtime::{Inputs, Promise, RuntimeError, Session};
 
 use crate::adapters::{ADAPTER, trained};
 use crate::data::{Batch, Batches, Dataset, Order};
@@ -53,14 +53,16 @@ fn stage(session: &mut Session, recipe: &Recipe, batch: &Batch, step: u64, total
     session.stage(&["train", "update"], &inputs)
 }
 
+/// Starts the step that is staged.
+fn start(session: &mut Session) -> Result<Promise, RuntimeError> {
+    session.start()?;
+    session.promise(&["loss", "grad_norm"])
+}
+
 /// Waits for the end of a step; gives the loss before it and the gradient's norm before clipping.
-fn finish(session: &mut Session, step: u64) -> Result<(f64, f64), Failure> {
-    session.wait()?;
-    let scalar = |session: &Session, name: &str| {
-        let found = session.output(name).map(|(_, x)| f64::from(x[0]));
-        found.ok_or_else(|| RuntimeError::input(name, "is no output of this artifact"))
-    };
-    let (loss, norm) = (scalar(session, "loss")?, scalar(session, "grad_norm")?);
+fn finish(session: &mut Session, promise: Promise, step: u64) -> Result<(f64, f64), Failure> {
+    let found = session.redeem(promise)?;
+    let (loss, norm) = (f64::from(found[0]), f64::from(found[1]));
     if !loss.is_finite() || !norm.is_finite() {
         return Err(Failure::Diverged(format!(
             "step {step}: the loss is {loss} and the gradient's norm {norm}; \
@@ -79,8 +81,8 @@ pub fn step(
     total: u64,
 ) -> Result<(f64, f64), Failure> {
     stage(session, recipe, batch, step, total)?;
-    session.start()?;
-    finish(session, step)
+    let promise = start(session)?;
+    finish(session, promise, step)
 }
 
 /// Figures of a data set under the model as it stands.
@@ -176,19 +178,29 @@ impl Training<'_> {
             let batches = Batches::new(self.train, recipe.batch as usize, order).skip((at % epoch) as usize);
             let mut batches = batches.take((total - at) as usize);
             let mut begun = Instant::now();
-            let mut next = batches.next();
-            if let Some(batch) = &next {
-                stage(self.session, &recipe, batch, at, total)?;
-            }
-            while let Some(batch) = next {
-                let in_kernels = kernels(self.session);
-                self.session.start()?;
-                // While a GPU is at the step, the next batch is made and sent.
-                next = batches.next();
-                if let Some(batch) = &next {
-                    stage(self.session, &recipe, batch, at + 1, total)?;
+            let (mut staged, mut running, mut sent) = (None, VecDeque::new(), at);
+            loop {
+                if let Some(batch) = staged.take() {
+                    let in_kernels = kernels(self.session);
+                    let promise = start(self.session)?;
+                    let in_kernels = kernels(self.session).zip(in_kernels).map(|(after, before)| after - before);
+                    running.push_back((batch, promise, in_kernels));
                 }
-                let (loss, norm) = finish(self.session, at)?;
+                // While a GPU is at a step, the next batch is made and sent, to where the step before the one it is at
+                // had its own.
+                if running.len() < 2
+                    && let Some(batch) = batches.next()
+                {
+                    stage(self.session, &recipe, &batch, sent, total)?;
+                    sent += 1;
+                    staged = Some(batch);
+                }
+                // And the next step waits there for the one it is at.
+                if staged.is_some() && (running.is_empty() || self.session.overlaps()) {
+                    continue;
+                }
+                let Some((batch, promise, in_kernels)) = running.pop_front() else { break };
+                let (loss, norm) = finish(self.session, promise, at)?;
                 // From batch to batch: making one is a part of it, and writing figures down.
                 let time = begun.elapsed();
                 begun += time;
@@ -206,9 +218,9 @@ impl Training<'_> {
                     ("tokens", count as f64),
                     ("tokens_per_second", speed),
                 ];
-                if let (Some(before), Some(after)) = (in_kernels, kernels(self.session)) {
-                    figures.push(("kernel_share", (after - before) / time.as_secs_f64()));
-                    kernel_seconds += after - before;
+                if let Some(in_kernels) = in_kernels {
+                    figures.push(("kernel_share", in_kernels / time.as_secs_f64()));
+                    kernel_seconds += in_kernels;
                 }
                 metrics.record(at, &figures)?;
                 progress.step(Step { loss, lr, tokens: count, time });

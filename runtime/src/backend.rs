@@ -33,6 +33,17 @@ pub struct Job<'a> {
     pub poisoned: Vec<Place>,
 }
 
+/// Numbers that a backend was asked to keep.
+#[derive(Debug)]
+pub enum Kept {
+    Here(Vec<f32>),
+    /// So many, to a piece of the host's memory.
+    Coming {
+        slot: usize,
+        length: usize,
+    },
+}
+
 /// How long each operation took in all, and how often it ran.
 pub type Profile = BTreeMap<String, (Duration, u64)>;
 
@@ -59,6 +70,29 @@ pub trait Backend: Send {
     }
 
     fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError>;
+
+    /// Jobs may be started before it is asked how those before them went.
+    fn overlaps(&self) -> bool {
+        false
+    }
+
+    /// Numbers as they are when all that was started has ended, and nothing else has; [`Backend::kept`] gives them. Of
+    /// two runs, at most.
+    fn keep(&mut self, places: &[Place]) -> Result<Kept, RuntimeError> {
+        let mut all = vec![];
+        for &place in places {
+            all.extend_from_slice(&self.read(place)?);
+        }
+        Ok(Kept::Here(all))
+    }
+
+    /// Waits for them.
+    fn kept(&mut self, kept: Kept) -> Result<Vec<f32>, RuntimeError> {
+        match kept {
+            Kept::Here(numbers) => Ok(numbers),
+            Kept::Coming { .. } => unreachable!("another backend's"),
+        }
+    }
 
     /// Starts the jobs, which run in their order, and may return before they end. With a profile it waits for each one.
     fn run(&mut self, jobs: &[Job], profile: Option<&mut Profile>) -> Result<(), RuntimeError>;

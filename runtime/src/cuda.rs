@@ -17,7 +17,7 @@ use cudarc::driver::result::{self, DriverError, event, graph, stream};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUjit_option, CUresult};
 
 use crate::artifact::{WARP, WARPS};
-use crate::backend::{Backend, Block, Job, Place, Profile, Words, record};
+use crate::backend::{Backend, Block, Job, Kept, Place, Profile, Words, record};
 use crate::device::{self, said};
 use crate::error::RuntimeError;
 
@@ -42,6 +42,9 @@ pub struct Cuda {
     graphs: HashMap<Vec<usize>, Option<Graph>>,
     nodes: Nodes,
     lane: Lane,
+    /// What runs are asked for, one and the one before.
+    results: [Slot; 2],
+    result: usize,
 }
 
 struct Kernel {
@@ -93,6 +96,7 @@ struct Lane {
     turn: usize,
 }
 
+#[derive(Debug)]
 struct Slot {
     start: *mut i32,
     length: usize,
@@ -134,10 +138,12 @@ impl Cuda {
             graphs: HashMap::new(),
             nodes,
             lane: Lane::default(),
+            results: Default::default(),
+            result: 0,
         };
         cuda.bind()?;
         cuda.lane.stream = stream::create(stream::StreamKind::NonBlocking).map_err(failed)?;
-        for slot in &mut cuda.lane.slots {
+        for slot in cuda.lane.slots.iter_mut().chain(&mut cuda.results) {
             slot.arrived = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed)?;
         }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
@@ -272,8 +278,13 @@ fn symbol<T: Copy>(name: &str) -> Result<T, RuntimeError> {
 
 impl Default for Lane {
     fn default() -> Self {
-        let slot = || Slot { start: std::ptr::null_mut(), length: 0, arrived: std::ptr::null_mut() };
-        Lane { stream: std::ptr::null_mut(), slots: [slot(), slot()], turn: 0 }
+        Lane { stream: std::ptr::null_mut(), slots: Default::default(), turn: 0 }
+    }
+}
+
+impl Default for Slot {
+    fn default() -> Self {
+        Slot { start: std::ptr::null_mut(), length: 0, arrived: std::ptr::null_mut() }
     }
 }
 
@@ -409,6 +420,42 @@ impl Backend for Cuda {
             unsafe { result::memcpy_dtoh_sync(&mut numbers, self.address(place)) }.map_err(late)?;
         }
         Ok(Cow::Owned(numbers))
+    }
+
+    fn overlaps(&self) -> bool {
+        true
+    }
+
+    fn keep(&mut self, places: &[Place]) -> Result<Kept, RuntimeError> {
+        self.bind()?;
+        let from: Vec<(CUdeviceptr, usize)> = places.iter().map(|&p| (self.address(p), p.length)).collect();
+        let length = from.iter().map(|(_, length)| length).sum();
+        self.result ^= 1;
+        let slot = &mut self.results[self.result];
+        slot.reserve(length).map_err(late)?;
+        let mut at = 0;
+        for (from, length) in from {
+            // SAFETY: the slot is so long, and what is copied there stays until the event has happened; blocks reach so far.
+            let sent = unsafe {
+                let to = std::slice::from_raw_parts_mut(slot.start.add(at), length);
+                result::memcpy_dtoh_async(to, from, std::ptr::null_mut())
+            };
+            sent.map_err(late)?;
+            at += length;
+        }
+        // SAFETY: the event is there.
+        unsafe { event::record(slot.arrived, std::ptr::null_mut()) }.map_err(late)?;
+        Ok(Kept::Coming { slot: self.result, length })
+    }
+
+    fn kept(&mut self, kept: Kept) -> Result<Vec<f32>, RuntimeError> {
+        let Kept::Coming { slot, length } = kept else { unreachable!("another backend's") };
+        self.bind()?;
+        let slot = &self.results[slot];
+        // SAFETY: the event is there, and the slot is so long.
+        unsafe { event::synchronize(slot.arrived) }.map_err(late)?;
+        let words = unsafe { std::slice::from_raw_parts(slot.start, length) };
+        Ok(words.iter().map(|&word| f32::from_bits(word as u32)).collect())
     }
 
     fn run(&mut self, jobs: &[Job], mut profile: Option<&mut Profile>) -> Result<(), RuntimeError> {

@@ -20,4 +20,4 @@ pub mod weights;
 pub use backend::Profile;
 pub use error::RuntimeError;
 pub use memory::Numbers;
-pub use session::{Inputs, Program, Session};
+pub use session::{Inputs, Program, Promise, Session};

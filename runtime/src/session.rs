@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::arena::{self, Plan};
 use crate::artifact::{Buffer, BufferId, Element, Launch, Manifest, Output, Sizes, Storage};
-use crate::backend::{Backend, Job, Place, Profile, Words};
+use crate::backend::{Backend, Job, Kept, Place, Profile, Words};
 use crate::cpu::{Cpu, Library};
 use crate::cuda::Cuda;
 use crate::error::RuntimeError;
@@ -141,6 +141,10 @@ struct Staged {
     entries: Vec<String>,
     sizes: Sizes,
 }
+
+/// What [`Session::promise`] has promised.
+#[derive(Debug)]
+pub struct Promise(Kept);
 
 /// The last run, and where its temporaries lie.
 struct Run {
@@ -323,6 +327,30 @@ impl Session {
         self.peak = self.peak.max(backend.held());
         self.last = Some(Run { entries, sizes, plan });
         Ok(())
+    }
+
+    /// A run may be started, of what is staged, before the one before it has ended.
+    pub fn overlaps(&self) -> bool {
+        self.backend.overlaps() && self.profile.is_none()
+    }
+
+    /// The first number of each of these outputs of the run started last, for when it has ended: another may be started
+    /// until then.
+    pub fn promise(&mut self, names: &[&str]) -> Result<Promise, RuntimeError> {
+        let Run { entries, sizes, plan } = self.last.as_ref().expect("a run has been started");
+        let place = |name: &&str| {
+            let output = outputs(&self.manifest, entries).find(|o| o.name == *name);
+            let output = output.ok_or_else(|| RuntimeError::input(*name, "is no output of this artifact"))?;
+            let place = self.home.locate(&self.manifest, output.buffer, sizes, plan)?;
+            Ok(Place { length: place.length.min(1), ..place })
+        };
+        let places = names.iter().map(place).collect::<Result<Vec<_>, RuntimeError>>()?;
+        Ok(Promise(self.backend.keep(&places)?))
+    }
+
+    /// Waits until the run has ended.
+    pub fn redeem(&mut self, Promise(kept): Promise) -> Result<Vec<f32>, RuntimeError> {
+        self.backend.kept(kept)
     }
 
     /// Until what was started has ended.

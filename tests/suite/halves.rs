@@ -15,7 +15,7 @@ use peft_passes::cuda::Chip;
 use peft_passes::fuse::Limits;
 use peft_passes::lower::Lowered;
 use peft_passes::machine::Machine;
-use peft_runtime::artifact::{Manifest, Storage};
+use peft_runtime::artifact::{Element, Manifest, Storage};
 use peft_runtime::backend::Job;
 use peft_runtime::{Inputs, Numbers, Session};
 use peftc::exchange;
@@ -31,12 +31,60 @@ struct Twin {
     kernel: String,
     extents: Vec<u64>,
     units: u64,
-    /// By buffer, what was prepared for it.
-    packed: Vec<Option<Vec<u8>>>,
+    buffers: Vec<Kind>,
+}
+
+/// What a buffer of a product is to f32's.
+#[derive(PartialEq)]
+enum Kind {
+    /// The same.
+    Same,
+    /// The frozen operand, as it was prepared.
+    Packed(Vec<u8>),
+    /// The other one, rounded.
+    Rounded,
+    /// There is none: a result as a later product reads it.
+    Made,
 }
 
 fn is_product(kernel: &str) -> bool {
     kernel.starts_with("halves_")
+}
+
+/// What the kernel writes in half precision: to which of its buffers, of which result of f32's kernel `single`, and
+/// whether nothing else is written of that.
+fn made(kernel: &str, single: &str) -> Vec<(usize, usize, bool)> {
+    let groups = |name: &str| -> Vec<String> {
+        let words = name.split('_').map(String::from);
+        words.skip_while(|word| word != "map").collect()
+    };
+    let mut single = groups(single).into_iter();
+    let mut last: Option<(String, String)> = None;
+    let mut made = vec![];
+    for word in groups(kernel) {
+        match (word.strip_prefix("bf16").and_then(|at| at.parse().ok()), &last) {
+            (Some(at), Some((own, result))) => {
+                made.push((at, result.parse().expect("a result that is written"), own == "passed"));
+            }
+            _ => last = Some((word, single.next().expect("the same groups"))),
+        }
+    }
+    made
+}
+
+/// Rows of A in bf16, as the product in half precision reads them, from what f32's launch does.
+fn rounded(twin: &Twin, start: &Start, a: &[f32]) -> Vec<u8> {
+    let [m, depth, line] = [0, 2, 4].map(|i| twin.extents[i] as usize);
+    let (along, first) = if start.kernel.starts_with("narrow_") { (4, 6) } else { (7, 10) };
+    let [along, first] = [along, first].map(|i| start.extents[i] as usize);
+    let mut words = vec![0; m * line * 4];
+    for row in 0..m {
+        for k in 0..depth {
+            let x = half::bf16::from_f32(a[first + row * along + k]);
+            words[row * line * 4 + 2 * k..][..2].copy_from_slice(&x.to_le_bytes());
+        }
+    }
+    words
 }
 
 /// How far a product is from f32's, as a part of the largest number of what it writes.
@@ -96,14 +144,22 @@ fn twins(module: &Arc<Module>, manifest: Manifest, weights: Vec<Numbers>, inputs
         if known.prepare.contains(job.launch) {
             return start.run(gpu);
         }
+        if start.kernel.starts_with("round_") {
+            return;
+        }
         let places = job.launch.buffers.iter().zip(&start.buffers).zip(&job.places);
-        let packed = places.map(|((&id, &ptr), place)| {
-            let prepared = known.buffers[id].storage == Storage::Prepared;
-            prepared.then(|| gpu.read(ptr, 4 * place.length).to_vec())
+        let kinds = places.enumerate().map(|(i, ((&id, &ptr), place))| {
+            let buffer = &known.buffers[id];
+            match (&buffer.storage, buffer.element) {
+                (Storage::Prepared, _) => Kind::Packed(gpu.read(ptr, 4 * place.length).to_vec()),
+                (Storage::Temporary, Element::I32) if i == 0 => Kind::Rounded,
+                (Storage::Temporary, Element::I32) => Kind::Made,
+                _ => Kind::Same,
+            }
         });
-        let packed = if is_product(start.kernel) { packed.collect() } else { vec![] };
+        let buffers = if is_product(start.kernel) { kinds.collect() } else { vec![] };
         let (op, kernel) = (job.launch.op.clone(), start.kernel.to_string());
-        let twin = Twin { op, kernel, extents: start.extents.clone(), units: start.units, packed };
+        let twin = Twin { op, kernel, extents: start.extents.clone(), units: start.units, buffers };
         twins.lock().expect("one thread").push(twin);
     });
     let backend = Simulated::new(module.clone(), &manifest).with(around);
@@ -114,25 +170,53 @@ fn twins(module: &Arc<Module>, manifest: Manifest, weights: Vec<Numbers>, inputs
 impl Twin {
     /// Runs the launch, and this one on a copy of its operands.
     fn gap(&self, gpu: &mut Gpu, job: &Job, start: &Start) -> f32 {
-        assert_eq!(self.packed.len(), start.buffers.len());
         // A buffer that is given twice is one.
         let mut copies: HashMap<u64, Ptr> = HashMap::new();
-        let buffers: Vec<Ptr> = (0..self.packed.len())
-            .map(|i| match &self.packed[i] {
-                Some(content) => gpu.alloc(content.clone()),
-                None => *copies.entry(start.buffers[i].address()).or_insert_with(|| {
-                    let content = gpu.read(start.buffers[i], 4 * job.places[i].length).to_vec();
-                    gpu.alloc(content)
-                }),
-            })
-            .collect();
+        // By buffer of this one, which of the launch's it is.
+        let mut of = vec![];
+        let mut next = 0..start.buffers.len();
+        let made = made(&self.kernel, start.kernel);
+        let mut buffers: Vec<Ptr> = vec![];
+        for kind in &self.buffers {
+            if *kind == Kind::Made {
+                let &(_, result, _) = made.iter().find(|(at, ..)| *at == buffers.len()).expect("its name says so");
+                if result == next.start {
+                    next.next();
+                }
+                buffers.push(gpu.alloc(vec![0; 2 * job.places[result].length]));
+                of.push(result);
+                continue;
+            }
+            let at = next.next().expect("as many buffers");
+            of.push(at);
+            let content = gpu.read(start.buffers[at], 4 * job.places[at].length).to_vec();
+            buffers.push(match kind {
+                Kind::Packed(content) => gpu.alloc(content.clone()),
+                Kind::Rounded => {
+                    let a = ptx::floats(gpu, start.buffers[at], job.places[at].length);
+                    gpu.alloc(rounded(self, start, &a))
+                }
+                _ => *copies.entry(start.buffers[at].address()).or_insert_with(|| gpu.alloc(content)),
+            });
+        }
+        assert_eq!(next.len(), 0, "buffers of {} and of {}", start.kernel, self.kernel);
         let (kernel, extents) = (&self.kernel[..], self.extents.clone());
         let twin = Start { module: start.module, kernel, buffers, extents, units: self.units };
         twin.run(gpu);
         start.run(gpu);
         let mut worst = 0.0_f32;
-        for (i, place) in job.places.iter().enumerate().filter(|(i, _)| self.packed[*i].is_none()) {
-            let [want, found] = [start, &twin].map(|start| ptx::floats(gpu, start.buffers[i], place.length));
+        for (i, (kind, &at)) in self.buffers.iter().zip(&of).enumerate() {
+            let length = job.places[at].length;
+            let passed = made.iter().any(|&(_, result, passed)| passed && result == at);
+            let found = match kind {
+                Kind::Same if !passed => ptx::floats(gpu, twin.buffers[i], length),
+                Kind::Made => {
+                    let halves = gpu.read(twin.buffers[i], 2 * length).chunks_exact(2);
+                    halves.map(|x| half::bf16::from_le_bytes([x[0], x[1]]).to_f32()).collect()
+                }
+                _ => continue,
+            };
+            let want = ptx::floats(gpu, start.buffers[at], length);
             if want != found {
                 let apart = want.iter().zip(&found).map(|(x, y)| x - y);
                 worst = largest([worst, largest(apart) / largest(want.iter().copied())]);

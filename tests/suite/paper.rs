@@ -60,13 +60,13 @@ impl Spec {
         const WIDTHS: &str = "layers: 12, hidden: 768, heads: 12, ffn: 3072";
         if self.source.contains("= gpt2(") {
             let spec =
-                self.with(WIDTHS, "layers: 2, hidden: 192, heads: 3, ffn: 164").with("vocab: 50273", "vocab: 181");
+                self.with(WIDTHS, "layers: 2, hidden: 192, heads: 3, ffn: 168").with("vocab: 50273", "vocab: 181");
             return vec![match spec.source.contains("rows 50257") {
                 true => spec.with("rows 50257..50273", "rows 165..181"),
                 false => spec,
             }];
         }
-        let eight = Some("layers: 2, hidden: 168, heads: 21, ffn: 172");
+        let eight = Some("layers: 2, hidden: 168, heads: 21, ffn: 176");
         let wider = self.source.contains("inducer(").then_some("layers: 2, hidden: 180, heads: 5, ffn: 172");
         let widths = [eight, wider].into_iter().flatten();
         widths.map(|widths| self.with(WIDTHS, widths).with("vocab: 50265", "vocab: 165")).collect()
@@ -88,7 +88,7 @@ impl Spec {
 
 /// Sizes from which on small models are lowered as large ones are.
 pub fn limits() -> Limits {
-    Limits { wide: 64, block: 64, deep: 136, ..Limits::default() }
+    Limits { wide: 64, block: 64, deep: 136, many: 65, ..Limits::default() }
 }
 
 /// What a kernel does, without the numbers it is made for.
@@ -98,6 +98,7 @@ fn kind(kernel: &str) -> String {
         let counted = |name| word.strip_prefix(name).is_some_and(|n| n.chars().all(|c| c.is_ascii_digit()));
         hexadecimal || counted("held") || counted("times")
     };
+    let kernel = kernel.replacen("halves_bf16_128", "halves_bf16_64", 1);
     kernel.split('_').filter(|word| !number(word)).collect::<Vec<_>>().join("_")
 }
 

@@ -37,13 +37,15 @@ pub struct Limits {
     pub block: u64,
     /// Steps of a product into a bottleneck from which on the lanes of a GPU's warps share them.
     pub deep: u64,
+    /// Columns of a product from which on its tiles in tensor cores are large.
+    pub many: u64,
     /// Launches that a GPU takes side by side in one, at most.
     pub beside: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { wide: 4096, keep: 1.0, block: 4096, deep: 512, beside: 16 }
+        Limits { wide: 4096, keep: 1.0, block: 4096, deep: 512, many: 1025, beside: 16 }
     }
 }
 

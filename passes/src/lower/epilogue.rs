@@ -18,6 +18,7 @@ use std::collections::BTreeSet;
 use peft_grammar::graph::{Graph, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
+use super::kernel::matrix::Half;
 use super::kernel::{Buf, F32, Kernel, Val};
 use super::span::Span;
 use super::view::View;
@@ -59,6 +60,8 @@ struct Group {
     made: Vec<Option<usize>>,
     /// It is written; else only what comes after it in the kernel reads it.
     stays: bool,
+    /// It is written in half precision, for products: to which of the kernel's buffers.
+    half: Option<(Half, usize)>,
 }
 
 /// The sum of a row, and what follows that.
@@ -118,7 +121,8 @@ impl Epilogue {
                 _ => at.to_string(),
             });
             let out = if group.stays { last.to_string() } else { "passed".into() };
-            let places: Vec<String> = places.chain([out]).collect();
+            let half = group.half.map(|(half, at)| format!("{}{at}", half.name()));
+            let places: Vec<String> = places.chain([out]).chain(half).collect();
             format!("{name}_{}_{}", group.form.name(), places.join("_"))
         });
         let groups = self.companions.iter().fold(groups, |name, group| {
@@ -195,7 +199,7 @@ impl Epilogue {
             let (width, sizes) = (rest[0], &rest[1..=group.sizes]);
             rest = &rest[1 + group.sizes..];
             let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            let stage = map::Stage { form: &group.form, buffers, sizes, made: &[], stays: true };
+            let stage = map::Stage { form: &group.form, buffers, sizes, made: &[], stays: true, half: None };
             let zero = k.index(0);
             map::write_row(k, &[stage], &self.indices(batch, row), width, (zero, width), None, None);
         }
@@ -207,8 +211,9 @@ impl Epilogue {
         let stages = self.groups.iter().map(|group| {
             let (own, others) = rest.split_at(group.sizes);
             rest = others;
+            let half = group.half.map(|(half, at)| (half, buffers[at]));
             let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made, stays: group.stays }
+            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made, stays: group.stays, half }
         });
         (stages.collect(), rest)
     }
@@ -477,8 +482,9 @@ impl Lowering<'_, '_, '_> {
         let batched = self.ty(product).rank() == 3 && (registers || !taken.followers.is_empty());
         let mut epilogue = Epilogue { batched, ..Epilogue::default() };
         for &root in &taken.followers {
-            let stays = self.written(root, taken);
             let result = self.graph.nodes[root].result;
+            let rounds = self.rounds(result).filter(|_| registers);
+            let stays = self.written(root, taken) && !matches!(rounds, Some((_, true)));
             let nowhere = (!stays).then(|| self.place(product).buffer);
             if let Some(buffer) = nowhere {
                 self.show(result, buffer, View::dense(&self.ty(result).shape));
@@ -495,7 +501,11 @@ impl Lowering<'_, '_, '_> {
             };
             let made = map.arrays.iter().map(maker).collect();
             let buffers = epilogue.numbers(own, map.buffers.into_iter().zip(map.elements));
-            epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len(), result, made, stays });
+            let half = rounds.filter(|_| self.place(result).view.is_none() || !stays).map(|(half, _)| {
+                let room = self.room_rounded(result);
+                (half, epilogue.number(own, room, Element::I32))
+            });
+            epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len(), result, made, stays, half });
             epilogue.sizes.extend(map.sizes);
             self.joined.insert(root);
         }
@@ -518,7 +528,8 @@ impl Lowering<'_, '_, '_> {
             let result = self.graph.nodes[root].result;
             let map = self.expression(root, true, None)?;
             let buffers = epilogue.numbers(own, map.buffers.into_iter().zip(map.elements));
-            let group = Group { form: map.form, buffers, sizes: map.sizes.len(), result, made: vec![], stays: true };
+            let (sizes, made) = (map.sizes.len(), vec![]);
+            let group = Group { form: map.form, buffers, sizes, result, made, stays: true, half: None };
             epilogue.companions.push(group);
             epilogue.sizes.push(dim_extent(*self.ty(result).shape.last().expect("rows")));
             epilogue.sizes.extend(map.sizes);

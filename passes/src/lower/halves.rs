@@ -14,22 +14,23 @@
 //! warp's rows of A are multiplied by a power of two that brings the largest number so far near 2¹⁰; where one comes
 //! that this would bring beyond 2¹⁵, the power is a smaller one from there on, and the sums shrink with it.
 
+use peft_grammar::graph::{Dim, Node, Op, Value};
+use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::Epilogue;
 use super::kernel::matrix::{Half, Operand, SIDE, SUMS};
 use super::kernel::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
 use super::tiles::{Fate, Out, Shape, Side, To};
-use super::{Lowering, Place, math, tiles};
-use crate::cuda::{WARP, WARPS};
+use super::{Lowering, Place, extents, math, tiles};
+use crate::cuda::{Chip, WARP, WARPS};
 use crate::machine::Machine;
 
 /// Rows, columns and steps of k of a tile.
 const ROWS: u64 = 128;
 pub(super) const COLUMNS: u64 = 64;
 pub(super) const DEPTH: u64 = 32;
-/// Of a result of so many columns at most, tiles have fewer rows.
-const NARROW: u64 = 1024;
+/// Of a result of not so many columns tiles have fewer rows.
 const FEWER: u64 = 64;
 /// Fragments of a warp's sums across.
 pub(super) const ACROSS: u64 = COLUMNS / SIDE;
@@ -67,11 +68,11 @@ pub(super) struct Form {
 }
 
 impl Form {
-    /// Of a result of `n` columns. Before sm_80 there is no bf16.
-    fn of(half: Half, n: &Extent, fours: bool) -> Form {
-        let narrow = matches!(n, Extent::Const(n) if *n <= NARROW);
+    /// Of a result of `n` columns, of which so many are `many`. Before sm_80 there is no bf16.
+    fn of(half: Half, n: &Extent, many: u64, fours: bool) -> Form {
+        let few = matches!(n, Extent::Const(n) if *n < many);
         match half {
-            Half::BF16 => Form { half, rows: if narrow { FEWER } else { ROWS }, fours: false },
+            Half::BF16 => Form { half, rows: if few { FEWER } else { ROWS }, fours: false },
             Half::F16 => Form { half, rows: ROWS, fours },
         }
     }
@@ -129,15 +130,47 @@ impl Lowering<'_, '_, '_> {
         whole && [&left.along, &left.first, depth].into_iter().all(multiple)
     }
 
-    /// A as products read it: from sm_80 on rounded, two numbers a word, rows at multiples of four words.
+    /// Products with frozen weights will read the value's rows rounded, so that what makes it may round it at once; and
+    /// whether nothing else reads it.
+    pub(super) fn rounds(&self, value: Value) -> Option<(Half, bool)> {
+        let Machine::Cuda(chip) = self.target.machine else { return None };
+        let asked = chip >= Chip::Sm80 && self.target.precision == Precision::Bf16 && self.frozen.is_none();
+        let ty = self.ty(value);
+        let whole = ty.rank() == 2 && matches!(ty.shape[1], Dim::Const(n) if n.is_multiple_of(8));
+        let multiplies = |&&reader: &&usize| {
+            let Node { op, operands, .. } = &self.graph.nodes[reader];
+            let frozen = |y: Value| self.places[y.0 as usize].as_ref().is_some_and(|place| place.frozen.is_some());
+            let product = matches!(op, Op::Matmul { transpose_x: false, .. });
+            product && operands[0] == value && self.ty(operands[1]).rank() == 2 && frozen(operands[1])
+        };
+        let products = self.readers[value.0 as usize].iter().filter(multiplies).count();
+        (asked && whole && products > 0).then_some((Half::BF16, products == self.uses[value.0 as usize]))
+    }
+
+    /// Room for a value of [`Lowering::rounds`].
+    pub(super) fn room_rounded(&mut self, value: Value) -> BufferId {
+        let shape = extents(self.ty(value));
+        let words = Extent::CeilDiv(Box::new(shape[1].clone()), 2);
+        let buffer = self.target.buffer(Element::I32, vec![shape[0].clone(), words], Storage::Temporary);
+        self.rounded.insert(value, buffer);
+        buffer
+    }
+
+    /// A as products read it: from sm_80 on rounded, two numbers a word, rows at multiples of four words. That is there if
+    /// what made `x` has rounded it.
     pub(super) fn rounded(
         &mut self,
         half: Half,
         Shape { m, depth, .. }: &Shape,
         (a, left): (BufferId, Side),
+        x: Option<Value>,
     ) -> (BufferId, Side) {
         if half == Half::F16 {
             return (a, left);
+        }
+        if let Some(&buffer) = x.and_then(|x| self.rounded.get(&x)) {
+            let line = Extent::CeilDiv(Box::new(depth.clone()), 2);
+            return (buffer, Side { along: line, first: Extent::Const(0), ..left });
         }
         let pieces = |size| Extent::CeilDiv(Box::new(depth.clone()), size);
         let line = pieces(8) * Extent::Const(4);
@@ -163,7 +196,7 @@ impl Lowering<'_, '_, '_> {
         packed: Packed,
         to: To,
     ) {
-        let form = Form::of(half, &n, self.rows_in_fours(a, &left, &depth));
+        let form = Form::of(half, &n, self.target.limits.many, self.rows_in_fours(a, &left, &depth));
         let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
         let (down, across) = (tiles(&m, form.rows), tiles(&n, COLUMNS));
         let units = down * across.clone() * Extent::Const(WARPS);

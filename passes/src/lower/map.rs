@@ -7,6 +7,7 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Graph, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
+use super::kernel::matrix::Half;
 use super::kernel::{Access, Buf, Kernel, Val, define};
 use super::random;
 use super::view::{ONE, View};
@@ -493,7 +494,7 @@ impl Form {
                 }
             };
             let zero = k.index(0);
-            let stage = Stage { form: self, buffers: buffers.to_vec(), sizes, made: &[], stays: true };
+            let stage = Stage { form: self, buffers: buffers.to_vec(), sizes, made: &[], stays: true, half: None };
             write_row(k, &[stage], &indices, length, (zero, length), None, None);
         });
     }
@@ -674,6 +675,8 @@ pub(super) struct Stage<'f> {
     pub made: &'f [Option<usize>],
     /// What it makes is written.
     pub stays: bool,
+    /// And in half precision, two numbers a word.
+    pub half: Option<(Half, Buf)>,
 }
 
 /// Lanes of a row from a column on, of which a mask says what exists.
@@ -816,9 +819,12 @@ pub(super) fn write_rows(
                         // A row of one column has one word.
                         let words: Vec<Val> = words.iter().map(|w| *w.get(part as usize).unwrap_or(&w[0])).collect();
                         let value = row.form.evaluate(k, (&row.sources, loaded, &made), at, &words, row.sizes);
+                        let place = k.add(row.base, at);
                         if stage.stays {
-                            let place = k.add(row.base, at);
                             k.store_lanes(value, row.out, place, mask);
+                        }
+                        if let Some((half, to)) = stage.half {
+                            k.store_rounded(half, value, to, place, mask);
                         }
                         made.push(value);
                     }

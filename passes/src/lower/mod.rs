@@ -236,6 +236,8 @@ struct Lowering<'t, 'a, 'g> {
     wholes: HashMap<Value, BufferId>,
     /// Operands packed for the matmul in this entry, by buffer and layout.
     packs: HashMap<String, BufferId>,
+    /// Values in half precision, for products with frozen weights.
+    rounded: HashMap<Value, BufferId>,
     /// The node at hand works on frozen weights alone.
     frozen: Option<String>,
     /// The operation at hand, for the launches' labels.
@@ -279,6 +281,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             readers,
             wholes: HashMap::new(),
             packs: HashMap::new(),
+            rounded: HashMap::new(),
             frozen: None,
             label: String::new(),
         }

@@ -79,8 +79,8 @@ impl Lowering<'_, '_, '_> {
                     let lanes: Box<map::Lanes> = match &map {
                         Some(map) => {
                             let buffers = buffers[..count].to_vec();
-                            let stage =
-                                map::Stage { form: &map.form, buffers, sizes: map_sizes, made: &[], stays: false };
+                            let (form, sizes, made) = (&map.form, map_sizes, &[][..]);
+                            let stage = map::Stage { form, buffers, sizes, made, stays: false, half: None };
                             let indices = if batched { vec![follow.batch, follow.row] } else { vec![row] };
                             Box::new(map::lanes_of(k, &stage, &indices, length))
                         }

@@ -35,6 +35,8 @@ pub(super) const TILE: u64 = 64;
 const NARROW: u64 = 32;
 /// Steps along k between two visits of the operands.
 const DEPTH: u64 = 16;
+/// Those of one turn of the loop, in which what the next ones want is fetched while others are multiplied.
+const TURN: u64 = 4;
 /// Columns of a tile that one thread holds.
 const COLUMNS: u64 = 4;
 /// From one step of k to the next in shared memory it is so much further than a tile, or threads that store along k
@@ -162,7 +164,7 @@ impl Lowering<'_, '_, '_> {
             (half, self.pack_halves(half, &place, &right, size))
         });
         let (a, left) = match half {
-            Some(half) => self.rounded(half, &shape, (a, left)),
+            Some(half) => self.rounded(half, &shape, (a, left), Some(x)),
             None => (a, left),
         };
         // What follows a sum of shares has a launch of its own.
@@ -227,7 +229,7 @@ impl Lowering<'_, '_, '_> {
                 let size = if transpose_y { (all, width) } else { (width, all) };
                 let packed = self.pack_halves(half, &place, &whole, size);
                 let (column, step) = if transpose_y { (rows.start, 0) } else { (0, rows.start) };
-                let (a, left) = self.rounded(half, &shape, (x, left));
+                let (a, left) = self.rounded(half, &shape, (x, left), None);
                 self.launch_halves(half, shape, (a, left), packed.from(column, step), to);
             }
             None => {
@@ -441,30 +443,46 @@ fn tiles_kernel(machine: Machine, tile: Tile, contiguous: [bool; 2], fate: Fate,
             let right = Source::of(k, b, right, batch, (first_column, n), tile.columns, contiguous[1]);
             let nothing = k.float(0.0, F32);
             let zero = k.index(0);
-            let sums = k.fold(begin, depth, DEPTH, &vec![nothing; (held * COLUMNS) as usize], |k, block, sums| {
+            let fetch = |k: &mut Kernel, block: Val| {
                 let end = k.sub(depth, block);
-                let [x, y] = [&left, &right].map(|side| side.fetch(k, block, end));
+                [&left, &right].map(|side| side.fetch(k, block, end))
+            };
+            let fetched = fetch(k, begin);
+            let (count, first_b) = ((held * COLUMNS) as usize, fetched[0].len());
+            let carried = [vec![nothing; count], fetched.concat()].concat();
+            let carried = k.fold(begin, depth, DEPTH, &carried, |k, block, carried| {
+                let (sums, fetched) = carried.split_at(count);
+                let (x, y) = fetched.split_at(first_b);
                 // The steps before are done with what they share.
                 k.barrier();
-                left.share(k, part_a, &x);
-                right.share(k, part_b, &y);
+                left.share(k, part_a, x);
+                right.share(k, part_b, y);
                 k.barrier();
-                let depth = k.index(DEPTH);
-                k.fold(zero, depth, 1, sums, |k, step, sums| {
-                    let (line_a, line_b) = (k.index(line_a), k.index(line_b));
-                    let (at_a, at_b) = (k.mul(step, line_a), k.mul(step, line_b));
-                    let (at_a, at_b) = (k.add(at_a, row), k.add(at_b, column));
-                    let fours = (0..held).step_by(4).flat_map(|ahead| {
+                let steps = k.index(DEPTH);
+                // On their way while these are multiplied.
+                let next = k.add(block, steps);
+                let fetched = fetch(k, next);
+                let sums = k.fold(zero, steps, TURN, sums, |k, step, sums| {
+                    (0..TURN).fold(sums.to_vec(), |sums, ahead| {
                         let ahead = k.index(ahead);
-                        let at = k.add(at_a, ahead);
-                        k.load_four(part_a, at)
-                    });
-                    let x: Vec<Val> = fours.collect();
-                    let y = k.load_four(part_b, at_b);
-                    let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
-                    pairs.zip(sums).map(|((x, y), &sum)| k.fma(x, y, sum)).collect()
-                })
+                        let step = k.add(step, ahead);
+                        let (line_a, line_b) = (k.index(line_a), k.index(line_b));
+                        let (at_a, at_b) = (k.mul(step, line_a), k.mul(step, line_b));
+                        let (at_a, at_b) = (k.add(at_a, row), k.add(at_b, column));
+                        let fours = (0..held).step_by(4).flat_map(|ahead| {
+                            let ahead = k.index(ahead);
+                            let at = k.add(at_a, ahead);
+                            k.load_four(part_a, at)
+                        });
+                        let x: Vec<Val> = fours.collect();
+                        let y = k.load_four(part_b, at_b);
+                        let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
+                        pairs.zip(sums).map(|((x, y), sum)| k.fma(x, y, sum)).collect()
+                    })
+                });
+                [sums, fetched.concat()].concat()
             });
+            let sums = &carried[..count];
             let [line, area, first] = first(to);
             let area = k.mul(lead, area);
             let base = k.add(first, area);

@@ -126,6 +126,12 @@ enum Task {
         to: u64,
         content: Vec<u8>,
     },
+    /// To the host.
+    Bring {
+        to: usize,
+        from: u64,
+        bytes: usize,
+    },
     /// Until another stream has ended so many tasks.
     Wait(usize, u64),
 }
@@ -178,6 +184,11 @@ impl State {
         self.failed.unwrap_or(SUCCESS)
     }
 
+    /// The host's memory there cannot be moved.
+    fn pinned(&self, at: usize) -> bool {
+        self.pinned.iter().any(|(&start, words)| (start..start + 8 * words.len()).contains(&at))
+    }
+
     fn execute(&mut self, task: Task) {
         match task {
             Task::Launch(call) => {
@@ -196,6 +207,11 @@ impl State {
                 // SAFETY: whoever copies keeps the memory until it has arrived.
                 let content = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
                 self.gpu.write_u8(Ptr::at(to), content);
+            }
+            Task::Bring { to, from, bytes } => {
+                let content = self.gpu.read(Ptr::at(from), bytes);
+                // SAFETY: whoever asked for it keeps the memory until it has arrived.
+                unsafe { (to as *mut u8).copy_from_nonoverlapping(content.as_ptr(), bytes) };
             }
             Task::Fill { to, content } => self.gpu.write_u8(Ptr::at(to), &content),
             Task::Wait(stream, tasks) => self.reach(stream, tasks),
@@ -436,8 +452,8 @@ driver! {
             Some(words) => start.addr()..start.addr() + 8 * words.len(),
             None => return INVALID_VALUE,
         };
-        let reads = |task: &Task| matches!(task, Task::Copy { from, .. } if range.contains(from));
-        if state.streams.iter().flat_map(|stream| &stream.tasks).any(reads) {
+        let uses = |task: &Task| matches!(task, Task::Copy { from: at, .. } | Task::Bring { to: at, .. } if range.contains(at));
+        if state.streams.iter().flat_map(|stream| &stream.tasks).any(uses) {
             eprintln!("pinned memory is freed while it is being copied");
             std::process::exit(134);
         }
@@ -454,7 +470,7 @@ driver! {
 
     fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: *mut c_void) {
         let mut state = state();
-        if !state.pinned.iter().any(|(&start, words)| (start..start + 8 * words.len()).contains(&from.addr())) {
+        if !state.pinned(from.addr()) {
             return INVALID_VALUE;
         }
         state.count("copies");
@@ -467,6 +483,15 @@ driver! {
         state.finish(0);
         to.cast::<u8>().copy_from_nonoverlapping(state.gpu.read(Ptr::at(from), bytes).as_ptr(), bytes);
         state.failed.unwrap_or(SUCCESS)
+    }
+
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: *mut c_void) {
+        let mut state = state();
+        if !state.pinned(to.addr()) {
+            return INVALID_VALUE;
+        }
+        state.give(stream_of(stream), Task::Bring { to: to.addr(), from, bytes });
+        SUCCESS
     }
 
     fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) {

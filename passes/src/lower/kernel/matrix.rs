@@ -30,6 +30,13 @@ impl Half {
         }
     }
 
+    fn scalar(self) -> Scalar {
+        match self {
+            Half::F16 => Scalar::F16,
+            Half::BF16 => Scalar::BF16,
+        }
+    }
+
     /// What a thread holds of an operand: registers of two numbers.
     fn registers(self) -> (usize, Ty) {
         match self {
@@ -52,7 +59,7 @@ fn types(count: usize, ty: Ty) -> String {
 impl Kernel {
     /// Two floats rounded, as a word: the first in its lower half.
     pub fn word(&mut self, half: Half, [x, y]: [Val; 2]) -> Val {
-        let scalar = if half == Half::F16 { Scalar::F16 } else { Scalar::BF16 };
+        let scalar = half.scalar();
         let (one, two) = (Ty { scalar, lanes: None }, Ty { scalar, lanes: Some(2) });
         let mut pair = self.emit(two, format_args!("llvm.mlir.poison : {two}"));
         for (i, x) in [x, y].into_iter().enumerate() {
@@ -61,6 +68,21 @@ impl Kernel {
             pair = self.emit(two, format_args!("llvm.insertelement {rounded}, {pair}[{i} : i32] : {two}"));
         }
         self.emit(I32, format_args!("llvm.bitcast {pair} : {two} to i32"))
+    }
+
+    /// A number in every lane, rounded, to the `at`th place and those after it.
+    pub fn store_rounded(&mut self, half: Half, x: Val, to: Buf, at: Val, mask: Val) {
+        self.written(to);
+        let at = self.add(at, self.lane_index());
+        self.when(mask, |k| {
+            let ty = Ty { scalar: half.scalar(), lanes: None };
+            let rounded = k.emit(ty, format_args!("arith.truncf {x} : f32 to {ty}"));
+            let at = k.emit(INDEX.of(Scalar::I64), format_args!("arith.index_cast {at} : index to i64"));
+            let pointer = to.pointer();
+            let place = k
+                .emit(INDEX, format_args!("llvm.getelementptr %{}[{at}] : ({pointer}, i64) -> {pointer}, {ty}", to.id));
+            k.line(format_args!("llvm.store {rounded}, {place} : {ty}, {pointer}"));
+        });
     }
 
     /// The fragment at word `at` of shared memory, whose rows are `line` numbers apart.
