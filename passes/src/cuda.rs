@@ -26,12 +26,12 @@ impl Chip {
 
     /// The card that is known by it, and what that can do at most.
     pub fn card(self) -> Card {
-        let (name, bandwidth, flops, half_flops, multiprocessors, clock) = match self {
-            Chip::Sm70 => ("V100 SXM2", 0.9e12, 15.7e12, 125e12, 80, 1.53e9),
-            Chip::Sm80 => ("A100 SXM 40 GB", 1.555e12, 19.5e12, 312e12, 108, 1.41e9),
-            Chip::Sm90 => ("H100 SXM", 3.35e12, 67e12, 989e12, 132, 1.98e9),
+        let (name, bandwidth, cache, flops, half_flops, multiprocessors, clock) = match self {
+            Chip::Sm70 => ("V100 SXM2", 0.9e12, 2.2e12, 15.7e12, 125e12, 80, 1.53e9),
+            Chip::Sm80 => ("A100 SXM 40 GB", 1.555e12, 4.5e12, 19.5e12, 312e12, 108, 1.41e9),
+            Chip::Sm90 => ("H100 SXM", 3.35e12, 5.5e12, 67e12, 989e12, 132, 1.98e9),
         };
-        Card { name, bandwidth, flops, half_flops, multiprocessors, clock }
+        Card { name, bandwidth, cache, flops, half_flops, multiprocessors, clock }
     }
 
     /// Warps that a multiprocessor holds at once, in blocks whose threads take so many registers and which take so many
@@ -60,12 +60,14 @@ impl Chip {
     }
 }
 
-/// By its maker's data sheet.
+/// By its maker's data sheet, but for the cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Card {
     pub name: &'static str,
     /// Bytes of memory a second.
     pub bandwidth: f64,
+    /// Of its second-level cache, about as much as products get of it.
+    pub cache: f64,
     /// Of f32, a second.
     pub flops: f64,
     /// Of tensor cores in half precision.

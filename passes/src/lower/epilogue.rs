@@ -135,6 +135,11 @@ impl Epilogue {
         format!("{groups}{ROW}{kind}_made{of}_{out}{}", then.suffix())
     }
 
+    /// Something that follows drops numbers.
+    pub fn draws(&self) -> bool {
+        self.groups.iter().any(|group| group.form.draws()) || self.sum.as_ref().is_some_and(|sum| sum.then.draws())
+    }
+
     /// For profiles.
     pub fn label(&self, product: &str) -> String {
         let groups = self.groups.iter().chain(&self.companions);

@@ -40,9 +40,11 @@ const LINE_A: u64 = DEPTH / 2 + 4;
 const LINE_B: u64 = COLUMNS / 2 + 4;
 /// The same for sums on their way out, in floats.
 const LINE_C: u64 = COLUMNS + 4;
+/// Blocks of large tiles that a multiprocessor is to hold at once: with less than 128 registers for each thread.
+const RESIDENT: u64 = 4;
 /// Words of shared memory that a block may have, and stages that are worth having.
 const WORDS: u64 = (48 << 10) / 4;
-const STAGES: u64 = 4;
+const STAGES: u64 = 5;
 /// Words of a packed tile of B.
 const TILE: u64 = DEPTH * COLUMNS / 2;
 /// What a thread fetches through registers: of A in fours along k, of B in fours of words.
@@ -91,11 +93,6 @@ impl Form {
     /// The chip copies operands to their stages by itself.
     pub fn copies(self) -> bool {
         self.half == Half::BF16
-    }
-
-    /// f16 wants A brought into its reach.
-    fn scales(self) -> bool {
-        self.half == Half::F16
     }
 
     /// Fragments of a warp's sums down.
@@ -353,28 +350,17 @@ fn halves_kernel(machine: Machine, form: Form, fate: Fate, epilogue: &Epilogue) 
         let [line_c, first_c] = first(&sizes[8..]);
         let room = k.shared_words(form.room());
         let threads = Threads::of(k);
+        if form.rows == ROWS && form.copies() && !epilogue.draws() {
+            k.hold_blocks(RESIDENT);
+        }
         k.block_units(|k, unit| {
             let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
             let (rows, columns) = (k.index(form.rows), k.index(COLUMNS));
             let (row, column) = (k.mul(tile_row, rows), k.mul(tile_column, columns));
             let start_b = k.mul(tile_column, line_b);
             let right = Right { buffer: b, start: k.add(start_b, first_b), depth };
-            // The unit before is on its way out through the same room.
-            k.barrier();
-            let (sums, scale) = if form.copies() {
-                let left = Rounded::of(k, &threads, a, (row, m), (line_a, first_a), form.rows);
-                (copied(k, form, &threads, room, (&left, &right)), None)
-            } else {
-                let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form);
-                through_registers(k, form, &threads, room, (&left, &right))
-            };
-            k.barrier();
-            let back = scale.map(|scale| {
-                let one = k.float(1.0, F32);
-                k.div(one, scale)
-            });
             let zero = k.index(0);
-            let out = Out {
+            let mut out = Out {
                 fate,
                 epilogue,
                 buffers,
@@ -387,8 +373,21 @@ fn halves_kernel(machine: Machine, form: Form, fate: Fate, epilogue: &Epilogue) 
                 n,
                 width: COLUMNS,
                 room: room.floats(),
-                sum: &|k, sum| back.map_or(sum, |back| k.mul(sum, back)),
+                back: None,
             };
+            // The unit before is on its way out through the same room.
+            k.barrier();
+            let sums = if form.copies() {
+                let left = Rounded::of(k, &threads, a, (row, m), (line_a, first_a), form.rows);
+                copied(k, form, &threads, room, (&left, &right))
+            } else {
+                let left = Left::of(k, &threads, a, (row, m), (line_a, first_a), form);
+                let (sums, scale) = through_registers(k, form, &threads, room, (&left, &right));
+                let one = k.float(1.0, F32);
+                out.back = Some(k.div(one, scale));
+                sums
+            };
+            k.barrier();
             write(k, &out, &threads, (row, m), &sums, form.down());
         });
     })
@@ -434,29 +433,27 @@ fn copied(k: &mut Kernel, form: Form, threads: &Threads, room: Buf, (left, right
     carried[2..].to_vec()
 }
 
-/// A tile's sums, of operands that pass through registers, and the scale that they have, if they have one.
+/// A tile's sums, of operands that pass through registers, and the scale that brings A into the reach of f16.
 fn through_registers(
     k: &mut Kernel,
     form: Form,
     threads: &Threads,
     room: Buf,
     (left, right): (&Left, &Right),
-) -> (Vec<Val>, Option<Val>) {
+) -> (Vec<Val>, Val) {
     let depth = right.depth;
     let zero = k.index(0);
     let stage = Stage::at(k, form, room, zero);
     let fetched_a = left.fetch(k, threads, zero, depth);
     let fetched_b = right.fetch(k, threads, zero);
-    let scale = form.scales().then(|| {
-        let most = largest(k, &fetched_a);
-        power(k, most)
-    });
+    let most = largest(k, &fetched_a);
+    let scale = power(k, most);
     left.share(k, threads, stage.a, &fetched_a, scale);
     right.share(k, threads, stage.b, &fetched_b);
     let nothing = k.float(0.0, F32);
-    let carried: Vec<Val> = [zero].into_iter().chain(vec![nothing; form.sums()]).chain(scale).collect();
+    let carried = [vec![zero, scale], vec![nothing; form.sums()]].concat();
     let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
-        let (stage, (sums, scale)) = (carried[0], carried[1..].split_at(form.sums()));
+        let ([stage, scale], sums) = (first(carried), &carried[2..]);
         // This stage is filled, and the steps before are done with the other.
         k.barrier();
         let here = Stage::at(k, form, room, stage);
@@ -467,17 +464,12 @@ fn through_registers(
         let fetched_a = left.fetch(k, threads, next, depth);
         let fetched_b = right.fetch(k, threads, next);
         let sums = multiply(k, form, threads, here, sums);
-        let scaled = match scale {
-            [scale] => within_reach(k, &fetched_a, &sums, *scale),
-            _ => sums,
-        };
-        let scale = form.scales().then(|| scaled[0]);
-        left.share(k, threads, there.a, &fetched_a, scale);
+        let scaled = within_reach(k, &fetched_a, &sums, scale);
+        left.share(k, threads, there.a, &fetched_a, scaled[0]);
         right.share(k, threads, there.b, &fetched_b);
-        [&[other], &scaled[usize::from(form.scales())..], scale.as_slice()].concat()
+        [&[other], &scaled[..]].concat()
     });
-    let (sums, scale) = carried[1..].split_at(form.sums());
-    (sums.to_vec(), scale.first().copied())
+    (carried[2..].to_vec(), carried[1])
 }
 
 /// Where a thread stands.
@@ -626,7 +618,7 @@ impl Left {
         fetched
     }
 
-    fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val], scale: Option<Val>) {
+    fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val], scale: Val) {
         let (row, step) = Left::own(k, threads);
         let (line, two) = (k.index(LINE_A), k.index(2));
         let (begin, half) = (k.mul(row, line), k.div(step, two));
@@ -635,7 +627,7 @@ impl Left {
             let down = k.index(n as u64 * ROWS_AT_ONCE * LINE_A);
             let at = k.add(at, down);
             for (i, pair) in four.chunks_exact(2).enumerate() {
-                let pair = [pair[0], pair[1]].map(|x| scale.map_or(x, |scale| k.mul(x, scale)));
+                let pair = [pair[0], pair[1]].map(|x| k.mul(x, scale));
                 let word = k.word(self.form.half, pair);
                 let i = k.index(i as u64);
                 let at = k.add(at, i);

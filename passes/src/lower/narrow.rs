@@ -202,7 +202,7 @@ fn narrow_kernel(machine: Machine, narrow: Narrow, contiguous: bool, fate: Fate,
                 n,
                 width: columns,
                 room,
-                sum: &|_, sum| sum,
+                back: None,
             };
             let left = k.sub(m, row);
             let some = k.compare(row, Order::Lt, m);

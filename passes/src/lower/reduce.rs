@@ -14,7 +14,7 @@ use crate::machine::Machine;
 /// Columns of a unit.
 const COLUMNS: u64 = 64;
 /// Rows that a GPU's warp reads at once.
-const AHEAD: u64 = 8;
+const AHEAD: u64 = 16;
 
 impl Lowering<'_, '_, '_> {
     /// Node `at` sums rows up and nothing else.

@@ -327,8 +327,7 @@ impl Fate {
     }
 }
 
-/// Rows of a tile's sums on their way out, which lie in shared memory, a warp's own; `sum` makes of what lies there the
-/// product.
+/// Rows of a tile's sums on their way out, which lie in shared memory, a warp's own.
 pub(super) struct Out<'a> {
     pub fate: Fate,
     pub epilogue: &'a Epilogue,
@@ -346,7 +345,8 @@ pub(super) struct Out<'a> {
     pub n: Val,
     pub width: u64,
     pub room: Buf,
-    pub sum: &'a dyn Fn(&mut Kernel, Val) -> Val,
+    /// What sums there are multiplied by to be the product's.
+    pub back: Option<Val>,
 }
 
 impl Out<'_> {
@@ -368,7 +368,7 @@ impl Out<'_> {
                 let source = k.add(at, inside);
                 let source = k.add(source, k.lane_index());
                 let sum = k.load_here(self.room, source);
-                let sum = (self.sum)(k, sum);
+                let sum = self.back.map_or(sum, |back| k.mul(sum, back));
                 if self.fate != Fate::Added {
                     return sum;
                 }
@@ -443,6 +443,24 @@ fn tiles_kernel(machine: Machine, tile: Tile, contiguous: [bool; 2], fate: Fate,
             let right = Source::of(k, b, right, batch, (first_column, n), tile.columns, contiguous[1]);
             let nothing = k.float(0.0, F32);
             let zero = k.index(0);
+            let [line, area, first] = first(to);
+            let area = k.mul(lead, area);
+            let base = k.add(first, area);
+            let out = Out {
+                fate,
+                epilogue,
+                buffers,
+                sizes: &sizes[SIZES..],
+                to: c,
+                base,
+                line,
+                batch,
+                column: first_column,
+                n,
+                width: tile.columns,
+                room: part_a,
+                back: None,
+            };
             let fetch = |k: &mut Kernel, block: Val| {
                 let end = k.sub(depth, block);
                 [&left, &right].map(|side| side.fetch(k, block, end))
@@ -483,25 +501,7 @@ fn tiles_kernel(machine: Machine, tile: Tile, contiguous: [bool; 2], fate: Fate,
                 [sums, fetched.concat()].concat()
             });
             let sums = &carried[..count];
-            let [line, area, first] = first(to);
-            let area = k.mul(lead, area);
-            let base = k.add(first, area);
             k.barrier();
-            let out = Out {
-                fate,
-                epilogue,
-                buffers,
-                sizes: &sizes[SIZES..],
-                to: c,
-                base,
-                line,
-                batch,
-                column: first_column,
-                n,
-                width: tile.columns,
-                room: part_a,
-                sum: &|_, sum| sum,
-            };
             let (lanes, size) = (k.index(WARP), k.index(tile.own()));
             let warp = k.div(thread, lanes);
             let own = k.mul(warp, size);

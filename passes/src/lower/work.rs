@@ -1,8 +1,9 @@
-//! What a launch asks of a GPU, and how long it takes there by a model: no profiler has seen it.
+//! What a launch asks of a GPU, and how long it takes there by a model, which knows nothing of what a block waits for.
 //!
 //! ```text
-//! time    = START + max(memory, arithmetic)
+//! time    = START + max(memory, cache, arithmetic)
 //! memory  = bytes / min(the card's bandwidth, what the warps have on their way / LATENCY)
+//! cache   = bytes that a product's blocks fetch for their tiles / the bandwidth of the second-level cache
 //! arithmetic = Σ waves of so many blocks as there are multiprocessors, cycles of the longest block / clock
 //! cycles  = max(multiplications / those of a cycle, bytes of shared memory / 128)    of a tile's steps, and its way out
 //! ```
@@ -44,6 +45,8 @@ pub struct Work {
     pub passes: Vec<f64>,
     /// Bytes on their way.
     under_way: f64,
+    /// Bytes that blocks fetch, each for itself.
+    fetched: f64,
 }
 
 impl Work {
@@ -59,7 +62,7 @@ impl Work {
         let blocks: Vec<f64> = blocks.collect();
         let waves = blocks.chunks(card.multiprocessors as usize);
         let cycles: f64 = waves.map(|wave| wave.iter().copied().fold(0.0, f64::max)).sum();
-        START + memory.max(cycles / card.clock)
+        START + memory.max(self.fetched / card.cache).max(cycles / card.clock)
     }
 
     /// Both in one launch.
@@ -69,6 +72,7 @@ impl Work {
         self.reads.extend(other.reads);
         self.passes.extend(other.passes);
         self.under_way += other.under_way;
+        self.fetched += other.fetched;
         self
     }
 }
@@ -118,8 +122,9 @@ fn counted(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Si
         let cycles = steps.min(depth) * step.max((tile.moved() * 4) as f64 / SHARED) + out;
         let flops = 2.0 * m * n * depth * batches;
         let reads = [m, n].map(|side| 4.0 * side * depth * batches).into();
+        let fetched = blocks as f64 * steps.min(depth) * ((tile.rows + tile.columns) * 4) as f64;
         let blocks = vec![(blocks, cycles)];
-        return Work { flops, blocks, reads, under_way: f64::INFINITY, ..Work::default() };
+        return Work { flops, blocks, reads, under_way: f64::INFINITY, fetched, ..Work::default() };
     }
     if let Some(narrow) = Narrow::named(kernel) {
         let [m, n, depth] = [0, 1, 2].map(number);
@@ -141,9 +146,11 @@ fn counted(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Si
         let out = way_out(kernel, form.rows, halves::COLUMNS);
         let steps = (depth / halves::DEPTH as f64).ceil();
         let cycles = steps * step.max(shared as f64 / SHARED) + out;
-        let reads = vec![if form.copies() { 2.0 } else { 4.0 } * m * depth, 2.0 * n * depth];
+        let number_of_a = if form.copies() { 2.0 } else { 4.0 };
+        let reads = vec![number_of_a * m * depth, 2.0 * n * depth];
+        let fetched = blocks as f64 * depth * (number_of_a * form.rows as f64 + 2.0 * halves::COLUMNS as f64);
         let (flops, blocks) = (2.0 * m * n * depth, vec![(blocks, cycles)]);
-        return Work { flops, half: true, blocks, reads, under_way: f64::INFINITY, ..Work::default() };
+        return Work { flops, half: true, blocks, reads, under_way: f64::INFINITY, fetched, ..Work::default() };
     }
     if kernel.starts_with("attention") {
         let [width, wide, sequences] = [0, 1, 2].map(number);

@@ -49,6 +49,12 @@ impl Kernel {
         });
     }
 
+    /// A multiprocessor is to have registers for so many of the kernel's blocks, at least.
+    pub fn hold_blocks(&mut self, count: u64) {
+        let Form::Warps { resident, .. } = &mut self.form else { unreachable!("a processor has no blocks") };
+        *resident = count;
+    }
+
     /// Members of a team.
     pub fn team(&self) -> u64 {
         self.machine.team()

@@ -16,8 +16,19 @@ pub(super) enum Form {
     /// Vectors; the units `begin..end`.
     Vectors { begin: Val, end: Val },
     /// Warps, which share `units`: the `thread` of a block, the warp that it is of, and the `lane` in that, as an index
-    /// and as a number of 32 bits; whether that is the first. The `block`, of so many.
-    Warps { units: Val, thread: Val, warp: Val, lane: Val, number: Val, leads: Val, block: Val, blocks: Val },
+    /// and as a number of 32 bits; whether that is the first. The `block`, of so many; and how many of them a
+    /// multiprocessor is to have registers for, at least.
+    Warps {
+        units: Val,
+        thread: Val,
+        warp: Val,
+        lane: Val,
+        number: Val,
+        leads: Val,
+        block: Val,
+        blocks: Val,
+        resident: u64,
+    },
 }
 
 impl Form {
@@ -30,7 +41,7 @@ impl Form {
         let [units, thread, warp, lane, block, blocks] = [0, 1, 2, 3, 6, 7].map(|i| Val { id: next + i, ty: INDEX });
         let number = Val { id: next + 4, ty: I32 };
         let leads = Val { id: next + 5, ty: INDEX.of(Scalar::I1) };
-        (Form::Warps { units, thread, warp, lane, number, leads, block, blocks }, next + 8)
+        (Form::Warps { units, thread, warp, lane, number, leads, block, blocks, resident: 1 }, next + 8)
     }
 
     /// The function, around what has been written of it, for so many launches.
@@ -47,7 +58,7 @@ impl Form {
                     signature.join(", ")
                 )
             }
-            Form::Warps { units, thread, warp, lane, number, leads, block, blocks } => {
+            Form::Warps { units, thread, warp, lane, number, leads, block, blocks, resident } => {
                 let (pointers, numbers): (Vec<String>, Vec<String>) = (
                     buffers.iter().map(|b| format!("%{}", b.id)).collect(),
                     sizes.iter().chain([units]).map(|v| v.to_string()).collect(),
@@ -60,7 +71,7 @@ impl Form {
                     _ => side_by_side(&pointers, &numbers, [block, blocks], body, launches),
                 };
                 format!(
-                    "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>, nvvm.minctasm = 1 : i32}} {{
+                    "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>, nvvm.minctasm = {resident} : i32}} {{
     {thread} = gpu.thread_id x
     %width = arith.constant {WARP} : index
     {warp} = arith.divui {thread}, %width : index
