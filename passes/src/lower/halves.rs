@@ -6,9 +6,10 @@
 //!   A[128 rows, 32] and B[32, 64 columns] of a step to come ─► another stage
 //! ```
 //!
-//! B is packed once, tile after tile [⌈n/64⌉][⌈k/32⌉][32][64], two columns a word. From sm_80 on A is rounded by a launch
-//! of its own, and chips copy both to their stages themselves, several steps ahead; of a narrow result tiles have 64 rows,
-//! so that there are enough of them. Before, both pass through registers on their way, and A is rounded there.
+//! B is packed once, tile after tile [⌈n/64⌉][⌈k/32⌉][32][64], two columns a word. From sm_80 on A is rounded where it is
+//! made, or by a launch of its own, and chips copy both to their stages themselves, several steps ahead; of a narrow
+//! result tiles have 64 rows, so that there are enough of them. Before, both pass through registers on their way, and A
+//! is rounded there.
 //!
 //! Chips before sm_80 have no bf16, and f16 reaches from 6·10⁻⁵ to 65504: adjoints would be nothing in it. There a
 //! warp's rows of A are multiplied by a power of two that brings the largest number so far near 2¹⁰; where one comes

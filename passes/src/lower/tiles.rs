@@ -165,7 +165,13 @@ impl Lowering<'_, '_, '_> {
         });
         let (a, left) = match half {
             Some(half) => self.rounded(half, &shape, (a, left), Some(x)),
-            None => (a, left),
+            None => {
+                assert!(
+                    !matches!(self.rounds(x), Some((_, true))),
+                    "what only such products read is there for them alone"
+                );
+                (a, left)
+            }
         };
         // What follows a sum of shares has a launch of its own.
         let alone = packed.is_none() && shares(&shape) > 1;
