@@ -787,52 +787,31 @@ pub(super) fn write_rows(
     let step = if stages.iter().any(|s| s.form.draws_along()) { random::drawn(k) } else { lanes };
     let most = rows.iter().find_map(|(_, given)| given.as_ref()?.columns);
     let nothing: Vec<Val> = rows.iter().filter(|_| summed.is_some()).map(|_| k.floats(0.0)).collect();
+    let pieces: Vec<(usize, u64)> =
+        (0..rows.len()).flat_map(|row| (0..most.unwrap_or(step) / lanes).map(move |part| (row, part))).collect();
+    let at_once = if matches!(k.machine, Machine::Cuda(_)) { pieces.len() } else { 1 };
     let columns = |k: &mut Kernel, j: Val, sums: &[Val]| {
         let mut sums = sums.to_vec();
-        let words: Vec<Vec<Vec<Vec<Val>>>> =
-            own.iter().map(|own| own.iter().map(|row| row.draw(k, (j, end))).collect()).collect();
-        let parts: Vec<u64> = (0..most.unwrap_or(step) / lanes).collect();
-        let at_once = if matches!(k.machine, Machine::Cuda(_)) { parts.len() } else { 1 };
-        for parts in parts.chunks(at_once) {
-            let mut loaded = vec![];
-            for (own, (_, given)) in own.iter().zip(rows) {
-                for part in parts {
+        let draw = |k: &mut Kernel, own: &Vec<Row>| -> Vec<_> { own.iter().map(|row| row.draw(k, (j, end))).collect() };
+        let words: Vec<Vec<Vec<Vec<Val>>>> = own.iter().map(|own| draw(k, own)).collect();
+        for pieces in pieces.chunks(at_once) {
+            let read: Vec<Piece> = pieces
+                .iter()
+                .map(|&(row, part)| {
                     let offset = k.index(part * lanes);
                     let at = k.add(j, offset);
-                    let left = k.sub(end, at);
-                    let mask = k.mask(left);
-                    let given = given.as_ref().map(|given| (given.lanes)(k, at, mask));
-                    let leaves: Vec<_> = own.iter().map(|row| row.form.load(k, &row.sources, at, mask)).collect();
-                    loaded.push((at, mask, given, leaves));
-                }
-            }
-            let mut loaded = loaded.into_iter();
-            for (r, (own, (_, given))) in own.iter().zip(rows).enumerate() {
-                for &part in parts {
-                    let (at, mask, first, leaves) = loaded.next().expect("as many");
-                    let mut made: Vec<Val> = first.into_iter().collect();
-                    if let (Some(first), Some((to, base))) = (first, given.as_ref().and_then(|given| given.to)) {
-                        let place = k.add(base, at);
-                        k.store_lanes(first, to, place, mask);
-                    }
-                    for (((row, stage), words), loaded) in own.iter().zip(stages).zip(&words[r]).zip(&leaves) {
-                        // A row of one column has one word.
-                        let words: Vec<Val> = words.iter().map(|w| *w.get(part as usize).unwrap_or(&w[0])).collect();
-                        let value = row.form.evaluate(k, (&row.sources, loaded, &made), at, &words, row.sizes);
-                        let place = k.add(row.base, at);
-                        if stage.stays {
-                            k.store_lanes(value, row.out, place, mask);
-                        }
-                        if let Some((half, to)) = stage.half {
-                            k.store_rounded(half, value, to, place, mask);
-                        }
-                        made.push(value);
-                    }
-                    if let Some(of) = summed {
-                        // Beyond the row anything may have been computed.
-                        let x = k.select(mask, made[of], nothing[r]);
-                        sums[r] = k.add(sums[r], x);
-                    }
+                    Piece::read(k, &own[row], rows[row].1.as_ref(), at, end)
+                })
+                .collect();
+            for (&(row, part), piece) in pieces.iter().zip(&read) {
+                // A row of one column has one word.
+                let word = |words: &Vec<Val>| *words.get(part as usize).unwrap_or(&words[0]);
+                let words = words[row].iter().map(|words| words.iter().map(word).collect());
+                let made = piece.write(k, stages, &own[row], rows[row].1.as_ref(), words);
+                if let Some(of) = summed {
+                    // Beyond the row anything may have been computed.
+                    let x = k.select(piece.mask, made[of], nothing[row]);
+                    sums[row] = k.add(sums[row], x);
                 }
             }
         }
@@ -844,6 +823,55 @@ pub(super) fn write_rows(
             columns(k, start, &nothing)
         }
         None => k.fold(start, end, step, &nothing, columns),
+    }
+}
+
+/// A vector of a row's columns, and what stages read for them.
+struct Piece {
+    at: Val,
+    mask: Val,
+    given: Option<Val>,
+    /// By stage and leaf, but for what earlier stages make.
+    leaves: Vec<Vec<Option<Val>>>,
+}
+
+impl Piece {
+    /// The columns from `at` on, of which the last is before `end`.
+    fn read(k: &mut Kernel, row: &[Row], given: Option<&Given>, at: Val, end: Val) -> Piece {
+        let left = k.sub(end, at);
+        let mask = k.mask(left);
+        let given = given.map(|given| (given.lanes)(k, at, mask));
+        let leaves = row.iter().map(|row| row.form.load(k, &row.sources, at, mask)).collect();
+        Piece { at, mask, given, leaves }
+    }
+
+    /// Gives what was given and what the stages make of it; of each there are the generator's words.
+    fn write(
+        &self,
+        k: &mut Kernel,
+        stages: &[Stage],
+        row: &[Row],
+        given: Option<&Given>,
+        words: impl Iterator<Item = Vec<Val>>,
+    ) -> Vec<Val> {
+        let Piece { at, mask, .. } = *self;
+        let mut made: Vec<Val> = self.given.into_iter().collect();
+        if let (Some(first), Some((to, base))) = (self.given, given.and_then(|given| given.to)) {
+            let place = k.add(base, at);
+            k.store_lanes(first, to, place, mask);
+        }
+        for (((row, stage), words), leaves) in row.iter().zip(stages).zip(words).zip(&self.leaves) {
+            let value = row.form.evaluate(k, (&row.sources, leaves, &made), at, &words, row.sizes);
+            let place = k.add(row.base, at);
+            if stage.stays {
+                k.store_lanes(value, row.out, place, mask);
+            }
+            if let Some((half, to)) = stage.half {
+                k.store_rounded(half, value, to, place, mask);
+            }
+            made.push(value);
+        }
+        made
     }
 }
 
