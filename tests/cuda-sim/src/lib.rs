@@ -618,6 +618,9 @@ driver! {
     fn cuGraphLaunch(ready: *mut c_void, stream: *mut c_void) {
         let mut state = state();
         state.count("graphs run");
+        if state.stream(stream_of(stream)).tasks.iter().any(|task| matches!(task, Task::Launch(_))) {
+            state.count("graphs before others ended");
+        }
         for call in state.ready[index(ready)].1.clone() {
             state.give(stream_of(stream), Task::Launch(call));
         }
