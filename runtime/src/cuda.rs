@@ -96,7 +96,6 @@ struct Lane {
     turn: usize,
 }
 
-#[derive(Debug)]
 struct Slot {
     start: *mut i32,
     length: usize,

@@ -189,14 +189,16 @@ impl Twin {
             }
             let at = next.next().expect("as many buffers");
             of.push(at);
-            let content = gpu.read(start.buffers[at], 4 * job.places[at].length).to_vec();
             buffers.push(match kind {
                 Kind::Packed(content) => gpu.alloc(content.clone()),
                 Kind::Rounded => {
                     let a = ptx::floats(gpu, start.buffers[at], job.places[at].length);
                     gpu.alloc(rounded(self, start, &a))
                 }
-                _ => *copies.entry(start.buffers[at].address()).or_insert_with(|| gpu.alloc(content)),
+                _ => *copies.entry(start.buffers[at].address()).or_insert_with(|| {
+                    let content = gpu.read(start.buffers[at], 4 * job.places[at].length).to_vec();
+                    gpu.alloc(content)
+                }),
             });
         }
         assert_eq!(next.len(), 0, "buffers of {} and of {}", start.kernel, self.kernel);

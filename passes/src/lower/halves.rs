@@ -145,17 +145,21 @@ impl Lowering<'_, '_, '_> {
         (asked && whole && products > 0).then_some((Half::BF16, products == self.uses[value.0 as usize]))
     }
 
+    /// Room for rows in half precision, two numbers a word, and from row to row: rows are at multiples of four words.
+    fn room_for_halves(&mut self, m: &Extent, depth: &Extent) -> (BufferId, Extent) {
+        let line = Extent::CeilDiv(Box::new(depth.clone()), 8) * Extent::Const(4);
+        (self.target.buffer(Element::I32, vec![m.clone(), line.clone()], Storage::Temporary), line)
+    }
+
     /// Room for a value of [`Lowering::rounds`].
     pub(super) fn room_rounded(&mut self, value: Value) -> BufferId {
         let shape = extents(self.ty(value));
-        let words = Extent::CeilDiv(Box::new(shape[1].clone()), 2);
-        let buffer = self.target.buffer(Element::I32, vec![shape[0].clone(), words], Storage::Temporary);
-        self.rounded.insert(value, buffer);
+        let (buffer, line) = self.room_for_halves(&shape[0], &shape[1]);
+        self.rounded.insert(value, (buffer, line));
         buffer
     }
 
-    /// A as products read it: from sm_80 on rounded, two numbers a word, rows at multiples of four words. That is there if
-    /// what made `x` has rounded it.
+    /// A as products read it: from sm_80 on rounded, which is there if what made `x` has rounded it.
     pub(super) fn rounded(
         &mut self,
         half: Half,
@@ -166,23 +170,21 @@ impl Lowering<'_, '_, '_> {
         if half == Half::F16 {
             return (a, left);
         }
-        if let Some(&buffer) = x.and_then(|x| self.rounded.get(&x)) {
-            let line = Extent::CeilDiv(Box::new(depth.clone()), 2);
-            return (buffer, Side { along: line, first: Extent::Const(0), ..left });
-        }
-        let pieces = |size| Extent::CeilDiv(Box::new(depth.clone()), size);
-        let line = pieces(8) * Extent::Const(4);
-        let storage = if self.frozen.is_some() { Storage::Prepared } else { Storage::Temporary };
-        let to = self.target.buffer(Element::I32, vec![m.clone(), line.clone()], storage);
-        let fours = self.rows_in_fours(a, &left, depth);
-        let name = format!("round_{}{}", half.name(), if fours { "_fours" } else { "" });
-        let kernel = self.target.kernel(&name, |machine| round_kernel(machine, half, fours));
-        let label = std::mem::replace(&mut self.label, "round".into());
-        let units = m.clone() * pieces(EACH * WARP);
-        let sizes = vec![depth.clone(), pieces(EACH * WARP), line.clone(), left.along, left.first];
-        self.launch(kernel, vec![a, to], sizes, units);
-        self.label = label;
-        (to, Side { along: line, first: Extent::Const(0), ..left })
+        let known = x.and_then(|x| self.rounded.get(&x)).cloned();
+        let (buffer, line) = known.unwrap_or_else(|| {
+            let (to, line) = self.room_for_halves(m, depth);
+            let fours = self.rows_in_fours(a, &left, depth);
+            let name = format!("round_{}{}", half.name(), if fours { "_fours" } else { "" });
+            let kernel = self.target.kernel(&name, |machine| round_kernel(machine, half, fours));
+            let label = std::mem::replace(&mut self.label, "round".into());
+            let pieces = Extent::CeilDiv(Box::new(depth.clone()), EACH * WARP);
+            let units = m.clone() * pieces.clone();
+            let sizes = vec![depth.clone(), pieces, line.clone(), left.along.clone(), left.first.clone()];
+            self.launch(kernel, vec![a, to], sizes, units);
+            self.label = label;
+            (to, line)
+        });
+        (buffer, Side { along: line, first: Extent::Const(0), ..left })
     }
 
     /// A product with a packed operand, and A as [`Lowering::rounded`] gives it.
@@ -501,6 +503,23 @@ impl Stage {
     }
 }
 
+/// Of rows so far below `row`: where each begins, and whether it exists.
+fn rows_below(
+    k: &mut Kernel,
+    (row, m): (Val, Val),
+    (line, start): (Val, Val),
+    below: impl Iterator<Item = u64>,
+) -> Vec<(Val, Val)> {
+    let rows = below.map(|down| {
+        let down = k.index(down);
+        let row = k.add(row, down);
+        let there = k.compare(row, Order::Lt, m);
+        let begin = k.mul(row, line);
+        (k.add(start, begin), there)
+    });
+    rows.collect()
+}
+
 /// A block's rows of A, rounded: of every so many'th row a thread has four words copied.
 struct Rounded {
     buffer: Buf,
@@ -520,14 +539,8 @@ impl Rounded {
         let (own, word) = Rounded::own(k, threads);
         let row = k.add(row, own);
         let start = k.add(start, word);
-        let rows = (0..rows).step_by((THREADS / FOURS) as usize).map(|down| {
-            let down = k.index(down);
-            let row = k.add(row, down);
-            let there = k.compare(row, Order::Lt, m);
-            let begin = k.mul(row, line);
-            (k.add(start, begin), there)
-        });
-        Rounded { buffer, rows: rows.collect() }
+        let below = (0..rows).step_by((THREADS / FOURS) as usize);
+        Rounded { buffer, rows: rows_below(k, (row, m), (line, start), below) }
     }
 
     /// The thread's first row, and its first word there.
@@ -572,15 +585,9 @@ impl Left {
         form: Form,
     ) -> Left {
         let (own, _) = Left::own(k, threads);
-        let rows = (0..FOURS_A).map(|n| {
-            let down = k.index(n * ROWS_AT_ONCE);
-            let row = k.add(row, own);
-            let row = k.add(row, down);
-            let there = k.compare(row, Order::Lt, m);
-            let begin = k.mul(row, line);
-            (k.add(start, begin), there)
-        });
-        Left { buffer, rows: rows.collect(), form }
+        let row = k.add(row, own);
+        let below = (0..FOURS_A).map(|n| n * ROWS_AT_ONCE);
+        Left { buffer, rows: rows_below(k, (row, m), (line, start), below), form }
     }
 
     /// The thread's first row, and its first step.
@@ -781,10 +788,8 @@ fn write(k: &mut Kernel, out: &Out, threads: &Threads, (row, m): (Val, Val), sum
         k.settle();
         let before = k.index(i as u64 * SIDE);
         let first = k.add(first, before);
-        let (zero, side) = (k.index(0), k.index(SIDE));
-        let left = k.sub(m, first);
-        let left = k.max(left, zero);
-        let rows = k.min(left, side);
+        let side = k.index(SIDE);
+        let rows = tiles::rows_left(k, (first, m), side);
         out.write_all(k, rows, |k, r| {
             let line = k.index(LINE_C);
             let at = k.mul(r, line);

@@ -236,8 +236,8 @@ struct Lowering<'t, 'a, 'g> {
     wholes: HashMap<Value, BufferId>,
     /// Operands packed for the matmul in this entry, by buffer and layout.
     packs: HashMap<String, BufferId>,
-    /// Values in half precision, for products with frozen weights.
-    rounded: HashMap<Value, BufferId>,
+    /// Values in half precision, for products with frozen weights, and from row to row there.
+    rounded: HashMap<Value, (BufferId, Extent)>,
     /// The node at hand works on frozen weights alone.
     frozen: Option<String>,
     /// The operation at hand, for the launches' labels.

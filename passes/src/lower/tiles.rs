@@ -159,18 +159,15 @@ impl Lowering<'_, '_, '_> {
         let (b, right) = self.strided(y, &axes_y);
         let place = self.place(y).clone();
         let half = self.half(&left, &place).filter(|_| shape.batch == Extent::Const(1));
-        let packed = half.map(|half| {
-            let size = (shape.n.clone(), shape.depth.clone());
-            (half, self.pack_halves(half, &place, &right, size))
-        });
-        let (a, left) = match half {
-            Some(half) => self.rounded(half, &shape, (a, left), Some(x)),
+        let (packed, (a, left)) = match half {
+            Some(half) => {
+                let packed = self.pack_halves(half, &place, &right, (shape.n.clone(), shape.depth.clone()));
+                (Some((half, packed)), self.rounded(half, &shape, (a, left), Some(x)))
+            }
             None => {
-                assert!(
-                    !matches!(self.rounds(x), Some((_, true))),
-                    "what only such products read is there for them alone"
-                );
-                (a, left)
+                let alone = matches!(self.rounds(x), Some((_, true)));
+                assert!(!alone, "what only such products read is there for them alone");
+                (None, (a, left))
             }
         };
         // What follows a sum of shares has a launch of its own.
@@ -416,6 +413,13 @@ impl Out<'_> {
     }
 }
 
+/// How many rows there are from `row` on, of `most` at most.
+pub(super) fn rows_left(k: &mut Kernel, (row, m): (Val, Val), most: Val) -> Val {
+    let (left, zero) = (k.sub(m, row), k.index(0));
+    let left = k.max(left, zero);
+    k.min(left, most)
+}
+
 /// Sizes of the kernel, without its epilogue's.
 const SIZES: usize = 18;
 
@@ -542,9 +546,7 @@ fn tiles_kernel(machine: Machine, tile: Tile, contiguous: [bool; 2], fate: Fate,
                 let count = (0..tile.lines()).fold(zero, |count, below| {
                     let below = k.index(below);
                     let first = first_of(k, below);
-                    let left = k.sub(m, first);
-                    let left = k.max(left, zero);
-                    let left = k.min(left, some);
+                    let left = rows_left(k, (first, m), some);
                     k.add(count, left)
                 });
                 out.write_all(k, count, |k, r| {

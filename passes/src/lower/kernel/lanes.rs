@@ -525,8 +525,13 @@ impl Kernel {
 
     /// A thread's pointer to the element at `at`, of the buffer's own type.
     pub(super) fn place(&mut self, of: Buf, at: Val) -> Val {
+        self.place_of(of, at, of.scalar())
+    }
+
+    /// The same in memory that holds such elements.
+    pub(super) fn place_of(&mut self, of: Buf, at: Val, element: Ty) -> Val {
         let at = self.emit(INDEX.of(Scalar::I64), format_args!("arith.index_cast {at} : index to i64"));
-        let (pointer, element) = (of.pointer(), of.scalar());
+        let pointer = of.pointer();
         self.emit(INDEX, format_args!("llvm.getelementptr %{}[{at}] : ({pointer}, i64) -> {pointer}, {element}", of.id))
     }
 

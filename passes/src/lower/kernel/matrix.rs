@@ -77,10 +77,7 @@ impl Kernel {
         self.when(mask, |k| {
             let ty = Ty { scalar: half.scalar(), lanes: None };
             let rounded = k.emit(ty, format_args!("arith.truncf {x} : f32 to {ty}"));
-            let at = k.emit(INDEX.of(Scalar::I64), format_args!("arith.index_cast {at} : index to i64"));
-            let pointer = to.pointer();
-            let place = k
-                .emit(INDEX, format_args!("llvm.getelementptr %{}[{at}] : ({pointer}, i64) -> {pointer}, {ty}", to.id));
+            let (place, pointer) = (k.place_of(to, at, ty), to.pointer());
             k.line(format_args!("llvm.store {rounded}, {place} : {ty}, {pointer}"));
         });
     }
