@@ -8,7 +8,7 @@ use peft_runtime::artifact::{Entry, Manifest, Storage};
 use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 
 use crate::failure::Failure;
-use crate::hub::{self, Tensors};
+use crate::hub::peft::{self, Tensors};
 
 /// What the trained values of a run (or an export) are kept in.
 pub const ADAPTER: &str = "adapter.safetensors";
@@ -62,9 +62,9 @@ fn check_seed(model: &Model, file: &TensorFile, path: &Path) -> Result<(), Runti
 /// Reads an adapter for `model`: exactly the tensors it trains, in their shapes.
 pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
     let file = match path {
-        folder if folder.join(hub::CONFIG).is_file() => {
-            let adapter = hub::Adapter::load(folder)?;
-            hub::import(model, &adapter).map_err(|why| RuntimeError::weights(folder, format!("  {why}")))?
+        folder if folder.join(peft::CONFIG).is_file() => {
+            let adapter = peft::Adapter::load(folder)?;
+            peft::import(model, &adapter).map_err(|why| RuntimeError::weights(folder, format!("  {why}")))?
         }
         own => {
             let own = if own.is_dir() { own.join(ADAPTER) } else { own.to_path_buf() };

@@ -11,7 +11,7 @@ use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 use serde_json::{Map, Value, json};
 
 use crate::failure::Failure;
-use crate::hub::Tensors;
+use crate::hub::peft::Tensors;
 use crate::{adapters, compiler};
 
 /// What a tokenizer is read from.

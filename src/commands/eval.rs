@@ -2,9 +2,10 @@ use std::path::PathBuf;
 
 use peft_runtime::Session;
 
-use super::source::{self, Source};
+use super::source::Source;
 use crate::data::Dataset;
 use crate::failure::Failure;
+use crate::hub::{checkpoint, tokenizer};
 use crate::{adapters, training};
 
 #[derive(Debug, clap::Args)]
@@ -28,9 +29,9 @@ pub struct Arguments {
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let ready = arguments.source.open()?;
     let model = ready.model;
-    let tokenizer = source::tokenizer(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
+    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
-    let weights = source::weights(&arguments.weights, &model)?;
+    let weights = checkpoint::weights(&arguments.weights, &model)?;
     let mut session = Session::new(ready.program.only(&["init", "eval"]), weights, arguments.source.threads)?;
     session.initialise()?;
     if let Some(path) = &arguments.adapter {

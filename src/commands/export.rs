@@ -4,10 +4,11 @@ use clap::ValueEnum;
 use peft_grammar::model::{Model, Origin, Trainable};
 use peft_runtime::adapter::{self, Stored, TensorFile};
 
-use super::source::{self, Source};
+use super::source::Source;
 use crate::adapters::{self, ADAPTER};
 use crate::failure::Failure;
-use crate::hub::{self, Tensors};
+use crate::hub::checkpoint;
+use crate::hub::peft::{self, Tensors};
 use crate::spec;
 
 /// The spec beside an adapter in our own format.
@@ -44,7 +45,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let (model, kept) = kept(&arguments)?;
     let out = &arguments.output;
     if arguments.format != Format::Own {
-        match hub::export(&model, &with_head(&arguments, &model, &kept)?) {
+        match peft::export(&model, &with_head(&arguments, &model, &kept)?) {
             Ok(adapter) => {
                 adapter.save(out)?;
                 return report(out, "PEFT's format", &adapter.tensors);
@@ -86,7 +87,7 @@ fn with_head(arguments: &Arguments, model: &Model, kept: &Tensors) -> Result<Ten
     let mut values = kept.clone();
     let frozen = |p: &peft_grammar::model::Param| p.origin == Origin::Head && p.trainable == Trainable::No;
     if let (Some(from), true) = (&arguments.weights, model.params.iter().any(frozen)) {
-        let weights = source::weights(from, model)?;
+        let weights = checkpoint::weights(from, model)?;
         for (param, numbers) in model.params.iter().zip(weights).filter(|(p, _)| frozen(p)) {
             values.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers.to_vec()));
         }

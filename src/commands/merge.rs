@@ -1,7 +1,8 @@
 use std::path::PathBuf;
 
-use super::source::{self, Source};
+use super::source::Source;
 use crate::failure::Failure;
+use crate::hub::checkpoint;
 use crate::{adapters, merge, spec};
 
 #[derive(Debug, clap::Args)]
@@ -29,7 +30,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     let model = spec::load(&source.path, &source.set, super::color())?;
     let values = adapters::load(&model, &arguments.adapter)?;
-    let weights = source::weights(&arguments.weights, &model)?;
+    let weights = checkpoint::weights(&arguments.weights, &model)?;
     let merged = merge::merge(&model, weights, &values, &source.options()?)?;
     merge::save(&model, &merged, &arguments.weights, &arguments.output)?;
     for note in merge::notes(&model) {

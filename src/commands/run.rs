@@ -2,8 +2,9 @@ use std::path::PathBuf;
 
 use peft_runtime::{Session, adapter};
 
-use super::source::{self, Source};
+use super::source::Source;
 use crate::failure::Failure;
+use crate::hub::checkpoint;
 use crate::{adapters, exchange};
 
 #[derive(Debug, clap::Args)]
@@ -35,7 +36,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs)?;
     let weights = match &arguments.weights {
-        Some(from) => source::weights(from, &ready.model)?,
+        Some(from) => checkpoint::weights(from, &ready.model)?,
         None => exchange::weights(&file, &ready.model, &arguments.inputs)?,
     };
     let program = ready.program.only(&["init", &arguments.entry]);

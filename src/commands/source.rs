@@ -3,13 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use peft_grammar::model::{Model, Origin, TaskKind};
+use peft_grammar::model::Model;
 #[cfg(feature = "compiler")]
 use peft_passes::{machine::Machine, remat::Remade};
 use peft_runtime::artifact::Manifest;
-use peft_runtime::{Numbers, Program, store, weights};
+use peft_runtime::{Program, store};
 
-use crate::data::Tokenizer;
 use crate::failure::Failure;
 use crate::spec;
 
@@ -193,69 +192,4 @@ pub fn timings(all: &[(&str, std::time::Duration)], remade: Option<Remade>) -> S
         .chain(remade.map(|remade| format!("  {remade}")))
         .collect();
     lines.join("\n")
-}
-
-/// Every tensor of the model: `random`, or from a Hugging Face directory.
-pub fn weights(from: &Path, model: &Model) -> Result<Vec<Numbers>, Failure> {
-    if from == Path::new("random") {
-        return Ok(weights::random(&model.params, model.train.seed));
-    }
-    let appended = match &model.task.kind {
-        TaskKind::Generation { special, .. } => special.len() as u64,
-        TaskKind::Classification { .. } => 0,
-    };
-    let loaded = weights::load(from, &model.backbone, &model.params, appended, model.train.seed)?;
-    let heads: Vec<&str> = model
-        .params
-        .iter()
-        .filter(|p| p.origin == Origin::Head && loaded.drawn.contains(&p.name))
-        .map(|p| p.name.as_str())
-        .collect();
-    if !heads.is_empty() {
-        super::say(&format!("new here, drawn at random: {}", heads.join(", ")));
-    }
-    if !loaded.left_over.is_empty() {
-        super::say(&format!("in the files but not of the model: {}", loaded.left_over.join(", ")));
-    }
-    Ok(loaded.tensors)
-}
-
-/// The tokenizer named, or the one beside the weights, or near the data, or in Hugging Face's cache.
-pub fn tokenizer(named: Option<&Path>, weights: &Path, data: &Path, model: &Model) -> Result<Tokenizer, Failure> {
-    let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
-    if let Some(path) = named {
-        return Ok(Tokenizer::load(path, &model.task, vocab)?);
-    }
-    let mut places = vec![];
-    if weights != Path::new("random") {
-        places.push(weights.to_path_buf());
-    }
-    let backbone = &model.backbone.name;
-    let folder = data.parent().map(Path::to_path_buf).unwrap_or_default();
-    places.push(folder.clone());
-    places.push(folder.join("../tokenizers").join(backbone));
-    places.extend(hub(backbone));
-    let holds = |place: &&PathBuf| place.join("tokenizer.json").is_file() || place.join("vocab.json").is_file();
-    match places.iter().find(holds) {
-        Some(place) => Ok(Tokenizer::load(place, &model.task, vocab)?),
-        None => {
-            let places: Vec<String> = places.iter().map(|p| format!("  {}", p.display())).collect();
-            Err(Failure::Usage(format!(
-                "no tokenizer found; name one with `--tokenizer`. Looked in\n{}",
-                places.join("\n")
-            )))
-        }
-    }
-}
-
-/// Snapshots of a model in Hugging Face's cache.
-fn hub(model: &str) -> Vec<PathBuf> {
-    let home = std::env::var_os("HF_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")));
-    let Some(home) = home else { return vec![] };
-    let snapshots = home.join("hub").join(format!("models--{model}")).join("snapshots");
-    let Ok(entries) = std::fs::read_dir(snapshots) else { return vec![] };
-    let mut found: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
-    found.sort();
-    found
 }

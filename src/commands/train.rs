@@ -3,10 +3,11 @@ use std::time::Duration;
 
 use peft_runtime::Session;
 
-use super::source::{self, Source};
+use super::source::Source;
 use crate::budget::Budget;
 use crate::data::Dataset;
 use crate::failure::Failure;
+use crate::hub::{checkpoint, tokenizer};
 use crate::training::Training;
 
 #[derive(Debug, clap::Args)]
@@ -47,7 +48,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let model = ready.model;
     super::say(&Budget::of(&model).table());
 
-    let tokenizer = source::tokenizer(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
+    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     let read = |path: &PathBuf| -> Result<Dataset, Failure> {
         let data = Dataset::load(path, &model.task, &tokenizer)?;
         let cut = if data.cut > 0 { format!(", {} cut", data.cut) } else { String::new() };
@@ -59,7 +60,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let dev = arguments.dev.as_ref().map(read).transpose()?;
     drop(tokenizer);
 
-    let weights = source::weights(&arguments.weights, &model)?;
+    let weights = checkpoint::weights(&arguments.weights, &model)?;
     let program = ready.program.only(&["init", "train", "update", "eval"]);
     let mut session = Session::new(program, weights, arguments.source.threads)?;
     session.initialise()?;

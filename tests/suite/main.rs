@@ -13,6 +13,7 @@ mod ptxas;
 mod real;
 #[cfg(target_arch = "x86_64")]
 mod registers;
+mod reports;
 mod runs;
 mod stages;
 mod traces;
