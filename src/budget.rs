@@ -1,7 +1,7 @@
 //! What a model trains and stores, by module.
 
 use peft_grammar::grouped;
-use peft_grammar::model::{Applied, ConfigValue, Model, Origin, Param, TaskKind, Trainable};
+use peft_grammar::model::{Applied, ConfigValue, Model, Origin, Param, Trainable};
 use serde::Serialize;
 
 #[derive(Debug, Serialize)]
@@ -32,7 +32,9 @@ pub struct Module {
 }
 
 impl Budget {
-    pub fn of(model: &Model) -> Self {
+    /// `appended` rows of the vocabulary are new tokens of the task: what `Tokenizer::appended` counts, or all of the
+    /// task's special tokens where no tokenizer is at hand.
+    pub fn of(model: &Model, appended: u64) -> Self {
         let mut budget = Budget {
             trainable_parameters: 0,
             stored_parameters: 0,
@@ -47,7 +49,7 @@ impl Budget {
         };
         for param in &model.params {
             let trains = param.trainable_elements();
-            let special = special_elements(model, param);
+            let special = special_elements(model, param, appended);
             if param.origin == Origin::Backbone {
                 budget.backbone_parameters += param.elements() - special;
             }
@@ -118,13 +120,12 @@ impl Budget {
     }
 }
 
-/// Rows that the task's special tokens were given in a table over the vocabulary: no checkpoint has them, and
+/// Rows that the task's new tokens were given in a table over the vocabulary: no checkpoint has them, and
 /// parameter counts leave them out.
-fn special_elements(model: &Model, param: &Param) -> u64 {
-    let TaskKind::Generation { special, .. } = &model.task.kind else { return 0 };
+fn special_elements(model: &Model, param: &Param, appended: u64) -> u64 {
     let vocabulary = model.backbone.config.get("vocab_size");
     match param.shape[..] {
-        [rows, width] if vocabulary == Some(&ConfigValue::Int(rows as i64)) => special.len() as u64 * width,
+        [rows, width] if vocabulary == Some(&ConfigValue::Int(rows as i64)) => appended * width,
         _ => 0,
     }
 }

@@ -104,6 +104,7 @@ impl Evaluation {
 
 /// Runs `eval` over a data set.
 pub fn evaluate(session: &mut Session, model: &Model, data: &Dataset) -> Result<Evaluation, Failure> {
+    data.not_empty()?;
     let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
     let (mut mean, mut right, mut seen) = (Mean::default(), 0, 0);
     for batch in Batches::new(data, model.train.batch.max(32) as usize, Order::AsStored) {
@@ -154,6 +155,7 @@ impl Training<'_> {
     }
 
     pub fn run(mut self) -> Result<Outcome, Failure> {
+        self.train.not_empty()?;
         let recipe = self.model.train.clone();
         let total = self.total();
         let epoch = self.train.steps_per_epoch(recipe.batch as usize) as u64;

@@ -177,13 +177,25 @@ pub struct Task {
     pub kind: TaskKind,
 }
 
+impl Task {
+    /// Tokens that the task uses by name; at most as many rows of a vocabulary are its own.
+    pub fn special(&self) -> &[String] {
+        match &self.kind {
+            TaskKind::Generation { special, .. } => special,
+            TaskKind::Classification { .. } => &[],
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum TaskKind {
     /// Text from records: `template` is laid out as ids and token types, loss on what follows `target`.
     Generation {
-        /// Special tokens in the order of their ids, which follow the tokenizer's own.
+        /// Tokens that the template uses. One that the tokenizer has keeps its id; the others are new, and have the ids
+        /// behind the tokenizer's own, in this order.
         special: Vec<String>,
         template: Vec<Piece>,
+        /// The piece of the template, as it is written there, after which the loss begins.
         target: String,
     },
     /// One label a text; `labels[i]` is class i.
@@ -195,9 +207,26 @@ pub enum TaskKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Piece {
     Special(String),
+    /// Text that stands in every example, `'Question: '`, tokenised by itself.
+    Literal(String),
     Field(String),
     /// Once for each triple of the record.
     Repeat(Vec<Piece>),
+}
+
+impl Piece {
+    /// A special token or a literal text as a template writes it: what the task's `target` names.
+    pub fn written(&self) -> Option<String> {
+        match self {
+            Piece::Special(token) => Some(token.clone()),
+            Piece::Literal(text) => {
+                let escapes = [("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\t", "\\t")];
+                let text = escapes.iter().fold(text.clone(), |text, (plain, escaped)| text.replace(plain, escaped));
+                Some(format!("'{text}'"))
+            }
+            Piece::Field(_) | Piece::Repeat(_) => None,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

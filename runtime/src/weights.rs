@@ -27,8 +27,8 @@ pub fn random(params: &[Param], seed: u64) -> Vec<Numbers> {
     params.iter().map(|p| draw(p, seed)).collect()
 }
 
-/// Reads `config.json` and `model.safetensors` (or its shards). `appended` rows of the token embedding
-/// are the task's own special tokens: a checkpoint that lacks them gets them from the initialisation.
+/// Reads `config.json` and `model.safetensors` (or its shards). Up to `appended` rows of the token embedding
+/// are new tokens of the task: a checkpoint that lacks them gets them from the initialisation.
 pub fn load(
     dir: &Path,
     backbone: &Backbone,
@@ -60,7 +60,7 @@ pub fn load(
             && param.shape.len() == 2
             && shape[1] == param.shape[1]
             && param.shape[0] > shape[0]
-            && param.shape[0] - shape[0] == appended;
+            && param.shape[0] - shape[0] <= appended;
         if shape != param.shape && !grows {
             let turned = if shape.iter().eq(param.shape.iter().rev()) { " (it looks transposed)" } else { "" };
             misshaped.push(format!("  `{name}` is {shape:?} in the file, the spec wants {:?}{turned}", param.shape));
@@ -173,7 +173,7 @@ fn check_config(dir: &Path, backbone: &Backbone, appended: u64) -> Result<(), Ru
         let fits = match want {
             ConfigValue::Bool(b) => found.as_bool() == Some(*b),
             ConfigValue::Int(n) => {
-                found.as_i64().is_some_and(|f| f == *n || (key == "vocab_size" && f + appended as i64 == *n))
+                found.as_i64().is_some_and(|f| f == *n || (key == "vocab_size" && f < *n && *n - f <= appended as i64))
             }
             ConfigValue::Float(x) => found.as_f64().is_some_and(|f| (f - x).abs() <= 1e-6 * x.abs()),
             ConfigValue::Str(s) => found.as_str() == Some(s),

@@ -31,6 +31,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let model = ready.model;
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
+    super::say(&data.describe());
     let weights = checkpoint::weights(&arguments.weights, &model)?;
     let mut session = Session::new(ready.program.only(&["init", "eval"]), weights, arguments.source.threads)?;
     session.initialise()?;

@@ -39,7 +39,7 @@ struct Report {
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let model = spec::load(&arguments.spec, &arguments.set, super::color())?;
     let report = Report {
-        budget: Budget::of(&model),
+        budget: Budget::of(&model, model.task.special().len() as u64),
         #[cfg(feature = "compiler")]
         costs: crate::costs::costs(&model, &options(&arguments)?, arguments.tokens)?,
     };

@@ -46,14 +46,11 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     }
     let ready = arguments.source.open()?;
     let model = ready.model;
-    super::say(&Budget::of(&model).table());
-
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
+    super::say(&Budget::of(&model, tokenizer.appended()).table());
     let read = |path: &PathBuf| -> Result<Dataset, Failure> {
         let data = Dataset::load(path, &model.task, &tokenizer)?;
-        let cut = if data.cut > 0 { format!(", {} cut", data.cut) } else { String::new() };
-        let (examples, tokens, longest) = (data.len(), data.tokens(), data.longest());
-        super::say(&format!("{}: {examples} examples, {tokens} tokens, the longest {longest}{cut}", path.display()));
+        super::say(&data.describe());
         Ok(data)
     };
     let train = read(&arguments.data)?;
@@ -90,7 +87,9 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         outcome.tokens as f64 / outcome.seconds.max(1e-9),
         peak(&session) as f64 / 1e9
     ));
-    super::print(&format!("loss {:.4} at first, {:.4} at last", outcome.first, outcome.last));
+    if outcome.steps > 0 {
+        super::print(&format!("loss {:.4} at first, {:.4} at last", outcome.first, outcome.last));
+    }
     if let (Some(before), Some(after)) = (&outcome.before, &outcome.after) {
         super::print(&format!("held out: {} before\n          {} after", before.describe(), after.describe()));
     }

@@ -28,8 +28,8 @@ pub enum DataError {
     #[error("the task's template: {0}")]
     Template(String),
 
-    #[error("no tokenizer in `{0}`: neither `tokenizer.json` nor `vocab.json` with `merges.txt` is there")]
-    NoTokenizer(PathBuf),
+    #[error("no tokenizer in `{path}`: {message}")]
+    NoTokenizer { path: PathBuf, message: String },
 
     #[error("`{path}` is no tokenizer that can be used: {message}")]
     Tokenizer { path: PathBuf, message: String },
@@ -41,11 +41,22 @@ pub enum DataError {
     )]
     Vocabulary { path: PathBuf, found: u64, special: u64, wanted: u64 },
 
+    /// Every example is too long for anything to be left of it to learn from.
     #[error(
-        "`{token}` is already token {id} of the tokenizer `{path}`; special tokens are added behind its \
-         vocabulary, so leave it out of the task's `special` or rename it"
+        "`{path}`: no example is left: `task.max_tokens` is {limit}, and the cut to it leaves {left} in any of the \
+         {count} examples; the first, {place}, has {length} tokens{from}; raise it with `--set task.max_tokens={length}`"
     )]
-    SpecialTaken { path: PathBuf, token: String, id: u32 },
+    TooLong {
+        path: PathBuf,
+        count: usize,
+        limit: usize,
+        /// What the cut leaves.
+        left: &'static str,
+        place: String,
+        length: usize,
+        /// From which token on there is something to learn.
+        from: String,
+    },
 }
 
 /// ` (did you mean …?)` when one of the candidates is close to what was found, else nothing.

@@ -29,6 +29,19 @@ pub struct Example {
     pub goal: Goal,
 }
 
+impl Example {
+    /// How many things it asks for.
+    fn targets(&self) -> usize {
+        match self.goal {
+            Goal::Continuation { from } => self.ids.len() - (from + 1).min(self.ids.len()),
+            Goal::Class(_) => 1,
+        }
+    }
+}
+
+/// An example with its place in the file, `line 3`.
+type Placed = (String, Example);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Goal {
     /// Every token after position `from` is predicted by the one before it.
@@ -36,6 +49,9 @@ pub enum Goal {
     /// The sequence is of this class.
     Class(i32),
 }
+
+/// Marks around a classifier's sentence.
+const MARKS: usize = 2;
 
 #[derive(Clone, Debug)]
 pub struct Dataset {
@@ -57,29 +73,59 @@ impl Dataset {
             }
             TaskKind::Classification { labels } => tsv::read(&text, path, labels, tokenizer)?,
         };
-        Ok(Dataset::fit(path, examples, task.max_tokens as usize))
+        Dataset::fit(path, examples, task.max_tokens as usize)
     }
 
-    /// Cuts what is too long. A classifier's sequence keeps its last token, the closing mark.
-    fn fit(path: &Path, mut examples: Vec<Example>, max_tokens: usize) -> Self {
-        let (mut cut, read) = (0, examples.len());
-        examples.retain_mut(|example| {
+    /// Cuts what is too long. A classifier's sequence keeps its last token, the closing mark. What the cut leaves
+    /// nothing to learn from is dropped, a continuation without a token to predict or marks without a sentence; if that
+    /// is everything, it is an error.
+    fn fit(path: &Path, read: Vec<Placed>, max_tokens: usize) -> Result<Self, DataError> {
+        let mut data =
+            Dataset { source: path.to_owned(), examples: Vec::with_capacity(read.len()), cut: 0, dropped: 0 };
+        let mut first = None;
+        for (place, mut example) in read {
             let length = example.ids.len();
-            if length <= max_tokens {
-                return true;
+            if length > max_tokens {
+                data.cut += 1;
+                if let Goal::Class(_) = example.goal {
+                    example.ids.swap(max_tokens.saturating_sub(1), length - 1);
+                }
+                example.ids.truncate(max_tokens);
+                example.types.truncate(max_tokens);
+                let left = match example.goal {
+                    Goal::Continuation { .. } => example.targets() > 0,
+                    Goal::Class(_) => max_tokens > MARKS,
+                };
+                if !left {
+                    data.dropped += 1;
+                    first.get_or_insert((place, length, example.goal));
+                    continue;
+                }
             }
-            cut += 1;
-            if let Goal::Class(_) = example.goal {
-                example.ids.swap(max_tokens - 1, length - 1);
+            data.examples.push(example);
+        }
+        match first {
+            Some((place, length, goal)) if data.examples.is_empty() => {
+                let (left, from) = match goal {
+                    Goal::Continuation { from } => ("no target", format!(", its first target is number {}", from + 2)),
+                    Goal::Class(_) => ("no sentence", String::new()),
+                };
+                let (count, limit) = (data.dropped, max_tokens);
+                Err(DataError::TooLong { path: data.source, count, limit, left, place, length, from })
             }
-            example.ids.truncate(max_tokens);
-            example.types.truncate(max_tokens);
-            match example.goal {
-                Goal::Continuation { from } => from + 1 < max_tokens,
-                Goal::Class(_) => true,
-            }
-        });
-        Dataset { source: path.to_owned(), dropped: read - examples.len(), examples, cut }
+            _ => Ok(data),
+        }
+    }
+
+    /// One line on what was read: `FILE: 104 examples, 2,000 tokens, the longest 40, 28 cut`.
+    pub fn describe(&self) -> String {
+        let cut = match (self.cut, self.dropped) {
+            (0, _) => String::new(),
+            (cut, 0) => format!(", {cut} cut"),
+            (cut, dropped) => format!(", {cut} cut, {dropped} of them dropped: no target is left"),
+        };
+        let (examples, tokens, longest) = (self.len(), self.tokens(), self.longest());
+        format!("{}: {examples} examples, {tokens} tokens, the longest {longest}{cut}", self.source.display())
     }
 
     pub fn len(&self) -> usize {
@@ -88,6 +134,14 @@ impl Dataset {
 
     pub fn is_empty(&self) -> bool {
         self.examples.is_empty()
+    }
+
+    /// A mean over nothing is no number: what computes one asks for an example.
+    pub fn not_empty(&self) -> Result<(), DataError> {
+        match self.is_empty() {
+            true => Err(DataError::Empty { path: self.source.clone(), message: "there is nothing to run on".into() }),
+            false => Ok(()),
+        }
     }
 
     pub fn tokens(&self) -> usize {

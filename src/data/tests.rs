@@ -76,8 +76,7 @@ impl Case {
     }
 
     fn load(&self, task: &Task) -> Result<Dataset, DataError> {
-        let special = if let TaskKind::Generation { special, .. } = &task.kind { special.len() } else { 0 };
-        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + special) as u64)?;
+        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + task.special().len()) as u64)?;
         Dataset::load(&self.file, task, &tokenizer)
     }
 
@@ -157,11 +156,97 @@ fn triples_and_their_text() {
 fn cutting_may_leave_nothing_to_predict() {
     let case = Case::new(entry("good", TRIPLE, "good tea"));
     let (mut task, whole) = (plain_generation(), 11);
-    for (max_tokens, kept) in [(whole, 1), (9, 1), (8, 0)] {
+    for (max_tokens, cut) in [(whole, 0), (9, 1)] {
         task.max_tokens = max_tokens;
         let data = case.load(&task).unwrap();
-        assert_eq!((data.len(), data.dropped, data.cut), (kept, 1 - kept, usize::from(max_tokens < whole)));
+        assert_eq!((data.len(), data.dropped, data.cut), (1, 0, cut));
     }
+    // 8 tokens and the target's own leave nothing to predict; 9 is the number of the first target.
+    for max_tokens in [8, 2, 1] {
+        task.max_tokens = max_tokens;
+        let limit = format!("`task.max_tokens` is {max_tokens},");
+        let message = case.error(&task);
+        assert!(message.contains(&limit), "{message}");
+        insta::allow_duplicates! { insta::assert_snapshot!(message.replace(&limit, "LIMIT"), @"`data`: no example is left: LIMIT and the cut to it leaves no target in any of the 1 examples; the first, entry 1, has 11 tokens, its first target is number 9; raise it with `--set task.max_tokens=11`"); }
+    }
+    // Where something is left, the line on the data counts.
+    let long = format!("{TRIPLE}, {TRIPLE}");
+    let both = entry("good", TRIPLE, "tea").replace("]}}]}", &format!("]}}}}, {}", &entry("good", &long, "tea")[13..]));
+    task.max_tokens = 10;
+    let data = Case::new(both).load(&task).unwrap();
+    assert_eq!((data.len(), data.dropped, data.cut), (1, 1, 1));
+    assert!(
+        data.describe().ends_with("1 examples, 10 tokens, the longest 10, 1 cut, 1 of them dropped: no target is left")
+    );
+}
+
+/// Marks without a sentence are nothing to learn from.
+#[test]
+fn cutting_may_leave_no_sentence() {
+    let case = Case::new("good tea good\t1\ntea\t0\n");
+    assert_eq!(case.load(&classification(3)).unwrap().examples, [class(&[1, 3, 2], 1), class(&[1, 5, 2], 0)]);
+    for max_tokens in [2, 1] {
+        let message = case.error(&classification(max_tokens));
+        assert!(
+            message.contains("no sentence in any of the 2 examples; the first, line 1, has 5 tokens;"),
+            "{message}"
+        );
+    }
+}
+
+/// Blanks at a sentence's ends stay; only the line's end goes. What stands in the label's column is trimmed.
+#[test]
+fn sentences_are_not_trimmed() {
+    let read = |line: &str| {
+        let labels = ["negative".to_owned(), "positive".to_owned()];
+        let case = Case::new("");
+        let json = std::fs::read_to_string(case.dir.path().join("tokenizer.json")).unwrap();
+        // Every character is a token, a blank too.
+        let chars: serde_json::Map<_, _> = ["[UNK]", "[CLS]", "[SEP]", " ", "a", "\u{a0}"]
+            .iter()
+            .enumerate()
+            .map(|(i, w)| (w.to_string(), i.into()))
+            .collect();
+        let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        json["model"]["vocab"] = chars.into();
+        json["pre_tokenizer"] = serde_json::json!({
+            "type": "Split", "pattern": {"Regex": "(?s)."}, "behavior": "Isolated", "invert": false,
+        });
+        std::fs::write(case.dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let tokenizer = Tokenizer::load(case.dir.path(), &classification(64), 6).unwrap();
+        let read = tsv::read(line, &case.file, &labels, &tokenizer).unwrap();
+        read.into_iter().map(|(_, example)| example.ids).collect::<Vec<_>>()
+    };
+    assert_eq!(read(" a \t0\r\na\t 1 \n\u{a0}a\tnegative"), [vec![1, 3, 4, 3, 2], vec![1, 4, 2], vec![1, 5, 4, 2]]);
+}
+
+/// Where names are numbers, indices would be second names.
+#[test]
+fn labels_by_name_and_by_index() {
+    let case = Case::new("");
+    let class = |labels: &[&str], label: &str| {
+        let labels = labels.iter().map(|l| l.to_string()).collect();
+        let task = Task { name: "t".into(), max_tokens: 8, kind: TaskKind::Classification { labels } };
+        std::fs::write(&case.file, format!("tea\t{label}\n")).unwrap();
+        case.load(&task).map(|data| data.examples[0].goal).map_err(|e| e.to_string())
+    };
+    let words = ["bad", "fair", "good"];
+    assert_eq!(class(&words, "good"), Ok(Goal::Class(2)));
+    assert_eq!(class(&words, "1"), Ok(Goal::Class(1)));
+    for wrong in ["3", "-1", "+1", "01", "1.0", ""] {
+        let message = class(&words, wrong).unwrap_err();
+        assert!(message.contains("line 1: no label") && message.contains("or 0 to 2"), "{wrong}: {message}");
+    }
+    let stars = ["1", "2", "3", "4", "5"];
+    assert_eq!(class(&stars, "1"), Ok(Goal::Class(0)));
+    assert_eq!(class(&stars, "5"), Ok(Goal::Class(4)));
+    for (labels, wrong) in [(&stars[..], "0"), (&["-1", "1"], "0"), (&["0.5", "bad"], "1"), (&["none", "2"], "0")] {
+        let message = class(labels, wrong).unwrap_err();
+        assert!(message.contains("line 1: no label") && message.contains(&format!("`{}`", labels[0])), "{message}");
+        assert!(!message.contains("or 0 to"), "{message}");
+    }
+    // Numerals within a name are no number.
+    assert_eq!(class(&["1 star", "2 stars"], "0"), Ok(Goal::Class(0)));
 }
 
 #[test]
@@ -200,18 +285,65 @@ fn wrong_tokenizers() {
         let message = Tokenizer::load(dir.path(), task, vocab).err().unwrap().to_string();
         message.replace(&dir.path().display().to_string(), "DIR")
     };
-    let (sentences, mut triples) = (classification(8), plain_generation());
-    insta::assert_snapshot!(error(&sentences, 8), @"no tokenizer in `DIR`: neither `tokenizer.json` nor `vocab.json` with `merges.txt` is there");
+    let (sentences, triples) = (classification(8), plain_generation());
+    insta::assert_snapshot!(error(&sentences, 8), @"no tokenizer in `DIR`: it holds nothing, and a tokenizer is `tokenizer.json`, `vocab.json` with `merges.txt`, or `vocab.txt`; copy the model's own there, or name its folder with `--tokenizer`");
     std::fs::write(&path, "{\"version\"").unwrap();
     insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: EOF while parsing an object at line 1 column 10");
     std::fs::write(&path, tokenizer_json(false)).unwrap();
     insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: its `post_processor` is missing or of another model");
-    insta::assert_snapshot!(error(&sentences, 30522), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens, but the spec's `vocab` is 30522");
+    insta::assert_snapshot!(error(&sentences, 7), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens, but the spec's `vocab` is 7");
     insta::assert_snapshot!(error(&triples, 8), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens (14 with the task's 6 special ones), but the spec's `vocab` is 8");
-    if let TaskKind::Generation { special, .. } = &mut triples.kind {
-        special[2] = "tea".into();
+}
+
+/// Tokens that the tokenizer has keep their ids and take no row; the others follow in the task's order.
+#[test]
+fn special_tokens_old_and_new() {
+    let case = Case::new("");
+    let mut task = plain_generation();
+    let TaskKind::Generation { special, .. } = &mut task.kind else { panic!("it generates") };
+    (special[2], special[4]) = ("tea".into(), "[SEP]".into());
+    let names = special.clone();
+    let tokenizer = Tokenizer::load(case.dir.path(), &task, 12).unwrap();
+    assert_eq!(names.iter().map(|t| tokenizer.special(t).unwrap()).collect::<Vec<_>>(), [8, 9, 5, 10, 2, 11]);
+    assert_eq!((tokenizer.appended(), tokenizer.vocabulary(), tokenizer.special("<x>")), (4, 12, None));
+    let message = Tokenizer::load(case.dir.path(), &task, 11).err().unwrap().to_string();
+    assert!(
+        message.contains("8 tokens (12 with the task's 4 special ones), but the spec's `vocab` is 11"),
+        "{message}"
+    );
+    // Rows beyond both are padding, and said.
+    let line = Tokenizer::load(case.dir.path(), &task, 16).unwrap().describe();
+    let line = line.replace(&case.dir.path().display().to_string(), "DIR");
+    insta::assert_snapshot!(line, @"tokenizer: DIR/tokenizer.json, 8 tokens; the task's 4 new ones have the ids 8 to 11; the model's own in the task: `tea` (5), `[SEP]` (2); 4 rows of the model's 16 are left over");
+}
+
+#[test]
+fn literal_text() {
+    let case = Case::new(entry("good", TRIPLE, "good tea"));
+    let literal = |text: &str| Piece::Literal(text.into());
+    let field = |name: &str| Piece::Field(name.into());
+    let template = vec![
+        literal("bad"),
+        Piece::Repeat(vec![field("subject"), literal("likes "), field("object")]),
+        Piece::Special("<t>".into()),
+        literal("good bad"),
+        field("text"),
+    ];
+    let task = |target: &str| {
+        let (special, target) = (vec!["<t>".into()], target.into());
+        let kind = TaskKind::Generation { special, template: template.clone(), target };
+        Task { name: "t".into(), max_tokens: 64, kind }
+    };
+    // The loss begins behind the target's last token; literals have the type of what is before them.
+    for (target, from) in [("<t>", 4), ("'good bad'", 6)] {
+        let expected = Example {
+            ids: vec![4, 6, 7, 5, 8, 3, 4, 3, 5],
+            types: vec![0, 0, 0, 0, 8, 8, 8, 8, 8],
+            goal: Goal::Continuation { from },
+        };
+        assert_eq!(case.load(&task(target)).unwrap().examples, [expected], "{target}");
     }
-    insta::assert_snapshot!(error(&triples, 14), @"`tea` is already token 5 of the tokenizer `DIR/tokenizer.json`; special tokens are added behind its vocabulary, so leave it out of the task's `special` or rename it");
+    assert!(case.error(&task("'good'")).contains("its target `'good'` does not stand in it"));
 }
 
 #[test]

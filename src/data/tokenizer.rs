@@ -1,48 +1,55 @@
-//! A Hugging Face tokenizer and the special tokens a task adds behind its vocabulary.
+//! A tokenizer with a task's special tokens: those that it has keep their ids, others follow behind its own.
 
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Task, TaskKind};
-use tokenizers::models::bpe::BPE;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{PreTokenizerWrapper, Tokenizer as Library};
+use rayon::prelude::*;
+use tokenizers::Tokenizer as Library;
 
 use super::DataError;
+use crate::hub::tokenizer::{Opened, contained, open};
 
 pub struct Tokenizer {
     library: Library,
     source: PathBuf,
-    /// Ids from here on are the task's special tokens, in their order.
-    own: u32,
-    special: Vec<String>,
+    /// Behind the largest id of the tokenizer itself; the task's new tokens have the ids from here on.
+    own: u64,
+    /// Rows of the model's token embedding.
+    rows: u64,
+    /// The task's special tokens with their ids.
+    special: Vec<(String, u64)>,
+    notes: Vec<String>,
 }
 
 impl Tokenizer {
-    /// From a `tokenizer.json`, or a directory that holds one (or `vocab.json` and `merges.txt`).
-    /// `vocab` is the number of rows of the model's token embedding: its own tokens and the task's.
-    pub fn load(path: &Path, task: &Task, vocab: u64) -> Result<Self, DataError> {
-        let (mut library, source) = open(path)?;
-        // Files often hold the padding and the cut of their last user; sequences here have neither.
-        library.with_padding(None);
-        library.with_truncation(None).map_err(|e| broken(&source, e))?;
-        if let Some(PreTokenizerWrapper::ByteLevel(level)) = library.get_pre_tokenizer() {
-            let raw = level.add_prefix_space(false);
-            library.with_pre_tokenizer(Some(raw));
+    /// Reads a tokenizer as [`open`] does. `rows` is the number of rows of the model's token embedding, for the
+    /// tokenizer's own tokens and the task's new ones; rows beyond both are padding.
+    ///
+    /// New tokens have ids from the tokenizer's length on, in the order of the task, as transformers' `add_tokens` gives
+    /// them. They stand only where the template writes them: the same characters within a text are text.
+    pub fn load(path: &Path, task: &Task, rows: u64) -> Result<Self, DataError> {
+        let Opened { library, source, max_length, mut notes } = open(path)?;
+        let ids = library.get_vocab(true);
+        let own = ids.values().max().map_or(0, |&id| u64::from(id) + 1);
+        let mut next = own..;
+        let special: Vec<(String, u64)> = task
+            .special()
+            .iter()
+            .filter_map(|token| {
+                let id = library.token_to_id(token).map(u64::from).or_else(|| next.next())?;
+                Some((token.clone(), id))
+            })
+            .collect();
+        if next.start > rows {
+            return Err(DataError::Vocabulary { path: source, found: own, special: next.start - own, wanted: rows });
         }
-
-        let special = match &task.kind {
-            TaskKind::Generation { special, .. } => special.clone(),
-            TaskKind::Classification { .. } => Vec::new(),
-        };
-        let own = library.get_vocab_size(true);
-        if (own + special.len()) as u64 != vocab {
-            let (found, special) = (own as u64, special.len() as u64);
-            return Err(DataError::Vocabulary { path: source, found, special, wanted: vocab });
+        if let Some(limit) = max_length.filter(|&limit| limit < task.max_tokens) {
+            notes.push(format!(
+                "its `model_max_length` is {limit}, less than the {} of `task.max_tokens`",
+                task.max_tokens
+            ));
         }
-        if let Some((token, id)) = special.iter().find_map(|t| Some((t.clone(), library.token_to_id(t)?))) {
-            return Err(DataError::SpecialTaken { path: source, token, id });
-        }
-        let tokenizer = Tokenizer { library, source, own: own as u32, special };
+        let tokenizer = Tokenizer { library, source, own, rows, special, notes };
         if let TaskKind::Classification { .. } = task.kind {
             tokenizer.check_marks()?;
         }
@@ -53,63 +60,71 @@ impl Tokenizer {
     fn check_marks(&self) -> Result<(), DataError> {
         let length = |marks| Ok(self.encode(vec!["a"], marks)?.remove(0).len());
         if length(true)? != length(false)? + 2 {
-            let message = "it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: \
-                           its `post_processor` is missing or of another model";
-            return Err(DataError::Tokenizer { path: self.source.clone(), message: message.into() });
+            return Err(self.unusable(
+                "it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: \
+                 its `post_processor` is missing or of another model",
+            ));
         }
         Ok(())
     }
 
-    /// Ids of each text, computed in parallel; `marks` adds the model's own sentence marks.
+    /// Ids of each text, computed in parallel; `marks` adds the model's own sentence marks. Text is taken as it stands,
+    /// blanks at its ends included. The settings `add_bos_token` and `add_eos_token` are of the marks.
     pub fn encode(&self, texts: Vec<&str>, marks: bool) -> Result<Vec<Vec<i32>>, DataError> {
-        let mut ids = Vec::with_capacity(texts.len());
-        // In parts: an encoding holds far more than the ids.
-        for part in texts.chunks(1024) {
-            let part = self.library.encode_batch_fast(part.to_vec(), marks).map_err(|e| broken(&self.source, e))?;
-            ids.extend(part.iter().map(|e| e.get_ids().iter().map(|&id| id as i32).collect()));
-        }
-        Ok(ids)
+        let one = |text: &&str| {
+            let encoding = self.library.encode_fast(*text, marks).map_err(|e| e.to_string())?;
+            match encoding.get_ids().iter().find(|&&id| u64::from(id) >= self.rows) {
+                Some(id) => Err(format!("it gives the id {id}, and the model has {} tokens", self.rows)),
+                None => Ok(encoding.get_ids().iter().map(|&id| id as i32).collect()),
+            }
+        };
+        let part = |texts: &[&str]| contained(|| texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r);
+        let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(64).map(part).collect();
+        Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
+    }
+
+    fn unusable(&self, message: &str) -> DataError {
+        DataError::Tokenizer { path: self.source.clone(), message: message.into() }
     }
 
     /// The id of one of the task's special tokens.
     pub fn special(&self, token: &str) -> Option<i32> {
-        let index = self.special.iter().position(|s| s == token)?;
-        Some((self.own as usize + index) as i32)
+        self.special.iter().find(|(t, _)| t == token).map(|(_, id)| *id as i32)
     }
 
-    /// Tokens altogether, special ones included.
+    /// How many of the task's special tokens the tokenizer did not have: rows that no checkpoint holds.
+    pub fn appended(&self) -> u64 {
+        self.special.iter().filter(|(_, id)| *id >= self.own).count() as u64
+    }
+
+    /// Tokens altogether, the task's included.
     pub fn vocabulary(&self) -> usize {
-        self.own as usize + self.special.len()
+        (self.own + self.appended()) as usize
     }
 
+    /// The file that holds the vocabulary.
     pub fn source(&self) -> &Path {
         &self.source
     }
-}
 
-fn open(path: &Path) -> Result<(Library, PathBuf), DataError> {
-    if !path.is_dir() {
-        return Ok((from_json(path)?, path.to_owned()));
+    /// One line for the person on the file, its size and the task's tokens, and one on each setting to know about.
+    pub fn describe(&self) -> String {
+        let mut line = format!("tokenizer: {}, {} tokens", self.source.display(), self.own);
+        match self.appended() {
+            0 => {}
+            1 => line += &format!("; the task's new one has the id {}", self.own),
+            new => line += &format!("; the task's {new} new ones have the ids {} to {}", self.own, self.own + new - 1),
+        }
+        let known = self.special.iter().filter(|(_, id)| *id < self.own);
+        let known: Vec<String> = known.map(|(token, id)| format!("`{token}` ({id})")).collect();
+        if !known.is_empty() {
+            line += &format!("; the model's own in the task: {}", known.join(", "));
+        }
+        let spare = self.rows - self.vocabulary() as u64;
+        if spare > 0 {
+            line += &format!("; {spare} rows of the model's {} are left over", self.rows);
+        }
+        let notes = self.notes.iter().map(|note| format!("\ntokenizer: {note}"));
+        line + &notes.collect::<String>()
     }
-    let (json, vocab, merges) = (path.join("tokenizer.json"), path.join("vocab.json"), path.join("merges.txt"));
-    if json.is_file() {
-        Ok((from_json(&json)?, json))
-    } else if vocab.is_file() && merges.is_file() {
-        let name = |path: &Path| path.to_string_lossy().into_owned();
-        let bpe = BPE::from_file(&name(&vocab), &name(&merges)).build().map_err(|e| broken(&vocab, e))?;
-        let mut library = Library::new(bpe);
-        library.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-        Ok((library, vocab))
-    } else {
-        Err(DataError::NoTokenizer(path.to_owned()))
-    }
-}
-
-fn from_json(path: &Path) -> Result<Library, DataError> {
-    let bytes = std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
-    Library::from_bytes(bytes).map_err(|e| broken(path, e))
-}
-
-fn broken(path: &Path, error: impl std::fmt::Display) -> DataError {
-    DataError::Tokenizer { path: path.to_owned(), message: error.to_string() }
 }

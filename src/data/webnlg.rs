@@ -7,7 +7,7 @@ use peft_grammar::model::Piece;
 use serde::Deserialize;
 
 use super::error::did_you_mean;
-use super::{DataError, Example, Goal, Tokenizer};
+use super::{DataError, Example, Goal, Placed, Tokenizer};
 
 #[derive(Deserialize)]
 struct File {
@@ -39,6 +39,8 @@ struct Triple {
 /// A place in a record's template.
 enum Slot {
     Special(i32),
+    /// The tokens of a text that stands in every example.
+    Literal(Vec<i32>),
     Category,
     Text,
     Triples(Vec<TripleSlot>),
@@ -47,6 +49,7 @@ enum Slot {
 /// A place in what is repeated for each triple.
 enum TripleSlot {
     Special(i32),
+    Literal(Vec<i32>),
     Subject,
     Property,
     Object,
@@ -55,19 +58,20 @@ enum TripleSlot {
 /// A task's template with its tokens and fields resolved.
 pub struct Layout {
     before: Vec<Slot>,
-    target: i32,
+    /// A special token, or a literal text: the loss is on what follows its last token.
+    target: Slot,
     after: Vec<Slot>,
 }
 
 impl Layout {
     pub fn new(template: &[Piece], target: &str, tokenizer: &Tokenizer) -> Result<Self, DataError> {
         let resolve = |pieces: &[Piece]| pieces.iter().map(|p| record_slot(p, tokenizer)).collect::<Result<_, _>>();
-        let Some(at) = template.iter().position(|p| matches!(p, Piece::Special(token) if token == target)) else {
+        let Some(at) = template.iter().position(|p| p.written().as_deref() == Some(target)) else {
             return Err(DataError::Template(format!("its target `{target}` does not stand in it outside `( … )*`")));
         };
         let layout = Layout {
             before: resolve(&template[..at])?,
-            target: special(target, tokenizer)?,
+            target: record_slot(&template[at], tokenizer)?,
             after: resolve(&template[at + 1..])?,
         };
         if !layout.after.iter().any(|s| matches!(s, Slot::Text)) {
@@ -82,9 +86,20 @@ fn special(token: &str, tokenizer: &Tokenizer) -> Result<i32, DataError> {
     tokenizer.special(token).ok_or_else(unknown)
 }
 
+fn literal(text: &str, tokenizer: &Tokenizer) -> Result<Vec<i32>, DataError> {
+    match tokenizer.encode(vec![text], false)?.pop() {
+        Some(ids) if !ids.is_empty() => Ok(ids),
+        _ => Err(DataError::Template(format!(
+            "the tokenizer `{}` makes no token of its text {text:?}",
+            tokenizer.source().display()
+        ))),
+    }
+}
+
 fn record_slot(piece: &Piece, tokenizer: &Tokenizer) -> Result<Slot, DataError> {
     match piece {
         Piece::Special(token) => Ok(Slot::Special(special(token, tokenizer)?)),
+        Piece::Literal(text) => Ok(Slot::Literal(literal(text, tokenizer)?)),
         Piece::Field(name) => match name.as_str() {
             "category" => Ok(Slot::Category),
             "text" => Ok(Slot::Text),
@@ -99,6 +114,7 @@ fn record_slot(piece: &Piece, tokenizer: &Tokenizer) -> Result<Slot, DataError> 
 fn triple_slot(piece: &Piece, tokenizer: &Tokenizer) -> Result<TripleSlot, DataError> {
     match piece {
         Piece::Special(token) => Ok(TripleSlot::Special(special(token, tokenizer)?)),
+        Piece::Literal(text) => Ok(TripleSlot::Literal(literal(text, tokenizer)?)),
         Piece::Field(name) => match name.as_str() {
             "subject" => Ok(TripleSlot::Subject),
             "property" => Ok(TripleSlot::Property),
@@ -114,13 +130,18 @@ fn unknown_field(of: &str, name: &str, known: &[&str]) -> DataError {
     DataError::Template(format!("{of} has no field `{name}`{hint}; it has `{}`", known.join("`, `")))
 }
 
-pub fn read(text: &str, path: &Path, layout: &Layout, tokenizer: &Tokenizer) -> Result<Vec<Example>, DataError> {
+pub fn read(text: &str, path: &Path, layout: &Layout, tokenizer: &Tokenizer) -> Result<Vec<Placed>, DataError> {
     let entries = parse(text, path)?;
     let ids = Encoded::new(&entries, tokenizer)?;
     let mut examples = Vec::new();
-    for (_, entry) in &entries {
+    for (number, entry) in &entries {
         for text in good(entry) {
-            examples.push(lay_out(layout, entry, text, &ids));
+            let example = lay_out(layout, entry, text, &ids);
+            if example.targets() == 0 {
+                let message = format!("the tokenizer makes no token of the `lex` {text:?}");
+                return Err(DataError::Entry { path: path.to_owned(), entry: number.clone(), message });
+            }
+            examples.push((format!("entry {number}"), example));
         }
     }
     if examples.is_empty() {
@@ -204,13 +225,14 @@ impl Sheet {
 }
 
 /// Ids and types in template order. A token's type is the special token last seen, but the target
-/// keeps its type to the end, over the closing mark too.
+/// keeps its type to the end, over the closing mark too. Literal text opens no type.
 fn lay_out(layout: &Layout, entry: &Entry, text: &str, encoded: &Encoded) -> Example {
     let mut sheet = Sheet::default();
     let fill = |sheet: &mut Sheet, slots: &[Slot], mark: fn(&mut Sheet, i32)| {
         for slot in slots {
             match slot {
                 Slot::Special(token) => mark(sheet, *token),
+                Slot::Literal(ids) => sheet.write(ids),
                 Slot::Category => sheet.write(encoded.ids(&entry.category)),
                 Slot::Text => sheet.write(encoded.ids(text)),
                 Slot::Triples(slots) => {
@@ -218,6 +240,7 @@ fn lay_out(layout: &Layout, entry: &Entry, text: &str, encoded: &Encoded) -> Exa
                     {
                         match slot {
                             TripleSlot::Special(token) => mark(sheet, *token),
+                            TripleSlot::Literal(ids) => sheet.write(ids),
                             TripleSlot::Subject => sheet.write(encoded.ids(&triple.subject)),
                             TripleSlot::Property => sheet.write(encoded.ids(&triple.property)),
                             TripleSlot::Object => sheet.write(encoded.ids(&triple.object)),
@@ -228,8 +251,8 @@ fn lay_out(layout: &Layout, entry: &Entry, text: &str, encoded: &Encoded) -> Exa
         }
     };
     fill(&mut sheet, &layout.before, Sheet::open);
-    let from = sheet.ids.len();
-    sheet.open(layout.target);
+    fill(&mut sheet, std::slice::from_ref(&layout.target), Sheet::open);
+    let from = sheet.ids.len() - 1;
     fill(&mut sheet, &layout.after, |sheet, token| sheet.write(&[token]));
     Example { ids: sheet.ids, types: sheet.types, goal: Goal::Continuation { from } }
 }

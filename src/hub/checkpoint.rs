@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use peft_grammar::model::{Model, Origin, TaskKind};
+use peft_grammar::model::{Model, Origin};
 use peft_runtime::{Numbers, weights};
 
 use crate::failure::Failure;
@@ -12,10 +12,7 @@ pub fn weights(from: &Path, model: &Model) -> Result<Vec<Numbers>, Failure> {
     if from == Path::new("random") {
         return Ok(weights::random(&model.params, model.train.seed));
     }
-    let appended = match &model.task.kind {
-        TaskKind::Generation { special, .. } => special.len() as u64,
-        TaskKind::Classification { .. } => 0,
-    };
+    let appended = model.task.special().len() as u64;
     let loaded = weights::load(from, &model.backbone, &model.params, appended, model.train.seed)?;
     let heads: Vec<&str> = model
         .params

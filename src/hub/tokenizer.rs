@@ -1,38 +1,62 @@
-//! Where a model's tokenizer is found.
+//! A model's tokenizer: where it is, and how its files are read.
+
+mod classes;
+mod contained;
+mod files;
+mod settings;
 
 use std::path::{Path, PathBuf};
 
-use peft_grammar::model::Model;
+use peft_grammar::model::{ConfigValue, Model};
 
-use crate::data::Tokenizer;
+use crate::commands::say;
+use crate::data::{DataError, Tokenizer};
 use crate::failure::Failure;
 
-/// The tokenizer named, or the one beside the weights, or near the data, or in Hugging Face's cache.
+pub use contained::contained;
+pub use files::{Opened, open};
+
+/// The tokenizer that is named, or the weights' own. Random weights have none: then it is taken from beside the data or
+/// from Hugging Face's cache. Which one it is, is said.
 pub fn find(named: Option<&Path>, weights: &Path, data: &Path, model: &Model) -> Result<Tokenizer, Failure> {
-    let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
-    if let Some(path) = named {
-        return Ok(Tokenizer::load(path, &model.task, vocab)?);
-    }
-    let mut places = vec![];
-    if weights != Path::new("random") {
-        places.push(weights.to_path_buf());
-    }
-    let backbone = &model.backbone.name;
-    let folder = data.parent().map(Path::to_path_buf).unwrap_or_default();
-    places.push(folder.clone());
-    places.push(folder.join("../tokenizers").join(backbone));
-    places.extend(cached(backbone));
-    let holds = |place: &&PathBuf| place.join("tokenizer.json").is_file() || place.join("vocab.json").is_file();
-    match places.iter().find(holds) {
-        Some(place) => Ok(Tokenizer::load(place, &model.task, vocab)?),
+    let place = match named {
+        Some(path) => path.to_owned(),
+        None if weights == Path::new("random") => near(data, &model.backbone.name)?,
+        None if weights.is_dir() => weights.to_owned(),
         None => {
-            let places: Vec<String> = places.iter().map(|p| format!("  {}", p.display())).collect();
-            Err(Failure::Usage(format!(
-                "no tokenizer found; name one with `--tokenizer`. Looked in\n{}",
-                places.join("\n")
-            )))
+            let message = "no such directory; `--weights` takes a Hugging Face model directory, or `random`";
+            let source = std::io::Error::new(std::io::ErrorKind::NotFound, message);
+            return Err(DataError::Read { path: weights.to_owned(), source }.into());
         }
+    };
+    let tokenizer = Tokenizer::load(&place, &model.task, rows(model))?;
+    say(&tokenizer.describe());
+    Ok(tokenizer)
+}
+
+/// Rows of the token embedding.
+fn rows(model: &Model) -> u64 {
+    match model.backbone.config.get("vocab_size") {
+        Some(ConfigValue::Int(rows)) => *rows as u64,
+        _ => model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]),
     }
+}
+
+/// The first place near the data that holds a tokenizer.
+fn near(data: &Path, backbone: &str) -> Result<PathBuf, Failure> {
+    let folder = data.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
+    let mut places = vec![folder.clone(), folder.join("../tokenizers").join(backbone)];
+    places.extend(cached(backbone));
+    let holds =
+        |place: &&PathBuf| ["tokenizer.json", "vocab.json", "vocab.txt"].iter().any(|f| place.join(f).is_file());
+    if let Some(place) = places.iter().find(holds) {
+        return Ok(place.clone());
+    }
+    let places: Vec<String> = places.iter().map(|p| format!("  {}", p.display())).collect();
+    Err(Failure::Usage(format!(
+        "random weights have no tokenizer of their own; name one with `--tokenizer`. Looked in\n{}",
+        places.join("\n")
+    )))
 }
 
 /// Snapshots of a model in Hugging Face's cache.
@@ -46,3 +70,6 @@ fn cached(model: &str) -> Vec<PathBuf> {
     found.sort();
     found
 }
+
+#[cfg(test)]
+mod tests;

@@ -107,6 +107,9 @@ impl<'a> Checker<'a> {
                 ExprKind::String(text) if texts.contains(text) => {
                     self.report(Diagnostic::error(item.span, format!("`{text}` is listed twice")));
                 }
+                ExprKind::String(text) if text.is_empty() => {
+                    self.report(Diagnostic::error(item.span, "this string is empty"));
+                }
                 ExprKind::String(text) => texts.push(text.clone()),
                 _ => self.report(Diagnostic::error(item.span, "a string should stand here").hint("in double quotes")),
             }
@@ -172,7 +175,7 @@ impl<'a> Checker<'a> {
         }
         let (template, target) = (template?, target?);
         match template::parse(&template, &special, &target) {
-            Ok(pieces) => Some(TaskKind::Generation { special, template: pieces, target: target.text }),
+            Ok(template) => Some(TaskKind::Generation { special, template: template.pieces, target: template.target }),
             Err(error) => {
                 self.report(*error);
                 None

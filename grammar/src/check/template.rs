@@ -1,4 +1,4 @@
-//! A generation task's template: special tokens, fields, and a part for each triple of a record.
+//! A generation task's template: special tokens, literal text, fields, and a part for each triple of a record.
 
 use crate::ast::Text;
 use crate::diagnostic::Diagnostic;
@@ -11,22 +11,33 @@ const TRIPLE: &[&str] = &["subject", "property", "object"];
 
 type Error = Box<Diagnostic>;
 
-/// Reads `<bos> (<subject> {subject} …)* <target> {text} <eos>`.
-pub(super) fn parse(template: &Text, special: &[String], target: &Text) -> Result<Vec<Piece>, Error> {
-    let mut reader = Reader { text: &template.text, span: template.span, special, at: 0 };
-    let pieces = reader.pieces(false)?;
-    let is_target = |p: &Piece| matches!(p, Piece::Special(token) if *token == target.text);
-    let Some(at) = pieces.iter().position(is_target) else {
+/// A checked template.
+pub(super) struct Template {
+    pub pieces: Vec<Piece>,
+    /// The piece after which the loss begins, as [`Piece::written`] gives it.
+    pub target: String,
+}
+
+/// Reads `<bos> (<subject> {subject} …)* 'Answer: ' {text} <eos>`.
+pub(super) fn parse(template: &Text, special: &[String], target: &Text) -> Result<Template, Error> {
+    let pieces = Reader { text: &template.text, span: template.span, special, at: 0 }.pieces(false)?;
+    // A literal is compared by what it says, not by how it is escaped.
+    let wanted = match target.text.starts_with('\'') {
+        true => Reader { text: &target.text, span: target.span, special, at: 0 }.literal()?.written(),
+        false => Some(target.text.clone()),
+    };
+    let Some(at) = pieces.iter().position(|p| p.written().is_some_and(|p| Some(p) == wanted)) else {
         let error =
             Diagnostic::error(target.span, format!("the target `{}` does not stand in the template", target.text));
-        let tokens = pieces.iter().filter_map(|p| if let Piece::Special(token) = p { Some(&**token) } else { None });
-        return Err(Box::new(error.related(template.span, "outside of `( … )*`").suggest(&target.text, tokens)));
+        let known: Vec<String> = pieces.iter().filter_map(Piece::written).collect();
+        let error = error.related(template.span, "outside of `( … )*`");
+        return Err(Box::new(error.suggest(&target.text, known.iter().map(String::as_str))));
     };
     if !pieces[at..].contains(&Piece::Field("text".into())) {
         let title = format!("no `{{text}}` follows the target `{}`: there is nothing to learn", target.text);
         return Err(Box::new(Diagnostic::error(template.span, title)));
     }
-    Ok(pieces)
+    Ok(Template { target: wanted.unwrap_or_default(), pieces })
 }
 
 struct Reader<'a> {
@@ -48,6 +59,7 @@ impl Reader<'_> {
             let start = self.at;
             match next {
                 ' ' => self.at += 1,
+                '\'' => pieces.push(self.literal()?),
                 '{' => pieces.push(self.field(inside)?),
                 '<' => pieces.push(self.special()?),
                 '(' if inside => return Err(Box::new(self.error(start, start + 1, "`( … )*` stands inside another"))),
@@ -62,10 +74,12 @@ impl Reader<'_> {
                     pieces.push(Piece::Repeat(repeated));
                 }
                 ')' if inside => return Ok(pieces),
+                // `[SEP]` and other tokens that do not look like `<tokens>`.
+                _ if self.declared().is_some() => pieces.push(self.special()?),
                 other => {
                     let error =
                         self.error(start, start + other.len_utf8(), format!("`{other}` has no place in a template"));
-                    return Err(Box::new(error.hint("it holds `<tokens>`, `{fields}` and `( … )*`")));
+                    return Err(Box::new(error.hint("it holds `<tokens>`, `'text'`, `{fields}` and `( … )*`")));
                 }
             }
         }
@@ -98,14 +112,57 @@ impl Reader<'_> {
         Ok(Piece::Field(name))
     }
 
+    /// The longest of the task's special tokens that stands here.
+    fn declared(&self) -> Option<&String> {
+        let rest = &self.text[self.at..];
+        self.special.iter().filter(|t| !t.is_empty() && rest.starts_with(t.as_str())).max_by_key(|t| t.len())
+    }
+
     fn special(&mut self) -> Result<Piece, Error> {
+        if let Some(token) = self.declared().cloned() {
+            self.at += token.len();
+            return Ok(Piece::Special(token));
+        }
         let special = self.special;
         let (token, from, to) = self.until('>', "token")?;
         let token = token.to_owned();
-        if !special.contains(&token) {
-            let error = self.error(from, to, format!("`{token}` is not among the task's special tokens"));
-            return Err(Box::new(error.suggest(&token, special.iter().map(String::as_str))));
+        let error = self.error(from, to, format!("`{token}` is not among the task's special tokens"));
+        let error = error.suggest(&token, special.iter().map(String::as_str));
+        Err(Box::new(error.note(format!(
+            "tokens are listed, `special: [\"{token}\"]`, new ones and those that the model's tokenizer has; text stands \
+             in single quotes"
+        ))))
+    }
+
+    /// `'text'`, with `\n`, `\t`, `\'` and `\\` for what cannot stand there.
+    fn literal(&mut self) -> Result<Piece, Error> {
+        let start = self.at;
+        let mut text = String::new();
+        let mut chars = self.text[start + 1..].char_indices().map(|(i, c)| (start + 1 + i, c));
+        while let Some((at, next)) = chars.next() {
+            let written = match next {
+                '\'' if text.is_empty() => {
+                    let error = self.error(start, at + 1, "this text is empty");
+                    return Err(Box::new(error.hint("leave it out")));
+                }
+                '\'' => {
+                    self.at = at + 1;
+                    return Ok(Piece::Literal(text));
+                }
+                '\\' => match chars.next() {
+                    Some((_, 'n')) => '\n',
+                    Some((_, 't')) => '\t',
+                    Some((_, same @ ('\'' | '\\'))) => same,
+                    other => {
+                        let end = other.map_or(at + 1, |(i, c)| i + c.len_utf8());
+                        let error = self.error(at, end, format!("`{}` is no escape", &self.text[at..end]));
+                        return Err(Box::new(error.hint("known here: `\\n`, `\\t`, `\\'`, `\\\\`")));
+                    }
+                },
+                plain => plain,
+            };
+            text.push(written);
         }
-        Ok(Piece::Special(token))
+        Err(Box::new(self.error(start, start + 1, "this text has no closing `'`")))
     }
 }

@@ -1,0 +1,276 @@
+//! Files that hold a tokenizer, each brought to the form of `tokenizer.json`.
+
+use std::fmt::Display;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use tokenizers::Tokenizer as Library;
+
+use super::classes::{self, Class};
+use super::contained::contained;
+use super::settings::{Declared, Settings, entries};
+use crate::data::DataError;
+
+/// Arrays and objects inside each other beyond which a file is refused: the library reads them by recursion.
+const DEPTH: usize = 32;
+
+/// A tokenizer, and what stands beside it.
+pub struct Opened {
+    pub library: Library,
+    /// The file of its vocabulary.
+    pub source: PathBuf,
+    /// `model_max_length`
+    pub max_length: Option<u64>,
+    /// Settings that are understood and not followed, as lines for the person.
+    pub notes: Vec<String>,
+}
+
+/// Files of formats that are not read, what they are, and how they become one that is.
+const FOREIGN: [(&str, &str); 6] = [
+    ("tokenizer.model", "a sentencepiece model"),
+    ("spiece.model", "a sentencepiece model"),
+    ("sentencepiece.bpe.model", "a sentencepiece model"),
+    ("spm.model", "a sentencepiece model"),
+    ("tiktoken.model", "a tiktoken vocabulary"),
+    ("tekken.json", "Mistral's tekken vocabulary"),
+];
+
+/// Reads a `tokenizer.json`, or the tokenizer of a folder as transformers would: `tokenizer.json`, else `vocab.json` with
+/// `merges.txt`, else `vocab.txt`, each with `tokenizer_config.json` and what else stands beside it.
+pub fn open(path: &Path) -> Result<Opened, DataError> {
+    let (mut json, source, settings) = describe(path)?;
+    // Files often hold the padding and the cut of their last user; sequences here have neither.
+    json.retain(|key, _| key != "padding" && key != "truncation");
+    classes::apply(&mut json, &settings)?;
+    sound(&json).map_err(|message| malformed(&source, message))?;
+    let notes = notes(&settings)?;
+    let split = settings.flag("split_special_tokens")?.unwrap_or(false);
+    let library = contained(|| {
+        let mut library: Library = serde_json::from_value(Value::Object(json.clone())).map_err(|e| e.to_string())?;
+        library.set_encode_special_tokens(split);
+        Ok::<_, String>(library)
+    });
+    let library = library.and_then(|loaded| loaded).map_err(|message| malformed(&source, message))?;
+    added_as_said(&json, &library).map_err(|message| malformed(&source, message))?;
+    Ok(Opened { library, source, max_length: settings.max_length(), notes })
+}
+
+/// The tokenizer in the form of `tokenizer.json`, the file that it is from, and the settings beside it.
+fn describe(path: &Path) -> Result<(Map<String, Value>, PathBuf, Settings), DataError> {
+    if !path.is_dir() {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if let Some((_, what)) = FOREIGN.iter().find(|(foreign, _)| *foreign == name) {
+            return Err(foreign(path, what));
+        }
+        // A part of a folder stands for it.
+        let part = ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].contains(&&*name);
+        let folder = path.parent().map(|f| if f.as_os_str().is_empty() { Path::new(".") } else { f });
+        return match folder {
+            Some(folder) if part && path.is_file() => describe(folder),
+            _ => Ok((object(path)?, path.to_owned(), Settings::none(path))),
+        };
+    }
+    let [json, vocabulary, merges, pieces] =
+        ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].map(|name| path.join(name));
+    if json.is_file() {
+        return Ok((object(&json)?, json, Settings::read(path)?));
+    }
+    let (model, source) = if vocabulary.is_file() && merges.is_file() {
+        (bytes(&vocabulary, &merges)?, vocabulary)
+    } else if pieces.is_file() {
+        (word_pieces(&pieces)?, pieces)
+    } else {
+        return Err(nothing(path));
+    };
+    let mut settings = Settings::read(path)?;
+    if settings.declared == Declared::Nothing {
+        settings.declared = Declared::ByModel(implied(&model));
+    }
+    // Parts of the model's own kind, which the class then sets as it wants them.
+    let (normalizer, pre_tokenizer) = match model["type"] == "BPE" {
+        true => (Value::Null, json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true})),
+        false => (json!({"type": "BertNormalizer"}), json!({"type": "BertPreTokenizer"})),
+    };
+    let fits = settings
+        .declared
+        .class()
+        .is_some_and(|class| (class.form == classes::Form::WordPiece) == (model["type"] == "WordPiece"));
+    if !fits {
+        match &settings.declared {
+            // A `model_type` says less than the file that is there.
+            Declared::ByModel(_) | Declared::Nothing => settings.declared = Declared::ByModel(implied(&model)),
+            Declared::ByName(class) => return Err(unread(&source, class)),
+        }
+    }
+    let json = json!({
+        "version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "post_processor": null, "decoder": null, "model": model,
+    });
+    let Value::Object(json) = json else { unreachable!("it was just made as an object") };
+    Ok((json, source, settings))
+}
+
+/// The class whose files these are, where nothing names one.
+fn implied(model: &Value) -> &'static Class {
+    match model.get("merges").and(model["vocab"].as_object()) {
+        Some(vocabulary) => Class::of_bytes(vocabulary),
+        None => Class::of_pieces(),
+    }
+}
+
+/// BPE over bytes: `vocab.json`, `{"token": id}`, and `merges.txt`, two tokens a line.
+fn bytes(vocabulary: &Path, merges: &Path) -> Result<Value, DataError> {
+    let text = text(merges)?;
+    let mut pairs = vec![];
+    for (number, line) in (1..).zip(text.lines()) {
+        if line.is_empty() || line.starts_with("#version") {
+            continue;
+        }
+        match line.split_once(' ').filter(|(_, second)| !second.contains(' ')) {
+            Some((first, second)) => pairs.push(json!([first, second])),
+            None => return Err(malformed(merges, format!("line {number}, `{line}`, is not two tokens and a space"))),
+        }
+    }
+    Ok(json!({
+        "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+        "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+        "vocab": object(vocabulary)?, "merges": pairs,
+    }))
+}
+
+/// WordPiece: `vocab.txt`, a token a line, its id the line's number from 0.
+fn word_pieces(path: &Path) -> Result<Value, DataError> {
+    let text = text(path)?;
+    let ids: Map<String, Value> = text.lines().zip(0u32..).map(|(token, id)| (token.to_owned(), id.into())).collect();
+    Ok(json!({
+        "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+        "vocab": ids,
+    }))
+}
+
+/// What the library must not be given, or would read silently otherwise than people mean it.
+fn sound(json: &Map<String, Value>) -> Result<(), String> {
+    fn depth(value: &Value) -> usize {
+        match value {
+            Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+            Value::Object(items) => 1 + items.values().map(depth).max().unwrap_or(0),
+            _ => 0,
+        }
+    }
+    if let Some((key, _)) = json.iter().find(|(_, value)| depth(value) > DEPTH) {
+        return Err(format!("`{key}` holds more than {DEPTH} lists and objects inside each other"));
+    }
+    match json.get("model").and_then(|model| model.get("dropout")) {
+        Some(Value::Number(dropout)) if dropout.as_f64() != Some(0.0) => Err(format!(
+            "its `model.dropout` is {dropout}: merges would be left out at random, and ids differ from run to run; \
+             set it to null"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Every added token has the id that the file gives it. The library counts them up instead of reading it.
+fn added_as_said(json: &Map<String, Value>, library: &Library) -> Result<(), String> {
+    for token in json.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
+        let content = token["content"].as_str().unwrap_or_default();
+        let (said, found) = (token["id"].as_u64(), library.token_to_id(content).map(u64::from));
+        if said != found && !content.is_empty() {
+            let shown = |id: Option<u64>| id.map_or("none".into(), |id| id.to_string());
+            return Err(format!(
+                "the id of its added token `{content}` should be {}, and behind the vocabulary it is {}",
+                shown(said),
+                shown(found)
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Settings that transformers follows and that do not apply here.
+fn notes(settings: &Settings) -> Result<Vec<String>, DataError> {
+    let mut notes = vec![];
+    if settings.flag("fix_mistral_regex")? == Some(true) {
+        let message = "`fix_mistral_regex` is true: transformers then splits text otherwise than `tokenizer.json` says; \
+                       save the tokenizer once more with transformers, and leave the key out";
+        return Err(malformed(&settings.path, message));
+    }
+    if settings.text("truncation_side") == Some("left") {
+        notes.push("`truncation_side` is left in its settings; long examples are cut on the right here".into());
+    }
+    Ok(notes)
+}
+
+/// Why a folder holds no tokenizer: what is there instead.
+fn nothing(folder: &Path) -> DataError {
+    if !folder.is_dir() {
+        let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such directory");
+        return DataError::Read { path: folder.to_owned(), source };
+    }
+    let names = entries(folder);
+    let has = |name: &str| names.iter().any(|n| n == name);
+    if let Some((name, what)) = FOREIGN.iter().find(|(name, _)| has(name)) {
+        return foreign(&folder.join(name), what);
+    }
+    let incomplete = |message: &str| DataError::NoTokenizer { path: folder.to_owned(), message: message.into() };
+    if has("encoder.json") && has("vocab.bpe") {
+        return incomplete(
+            "`encoder.json` and `vocab.bpe` are the first names of `vocab.json` and `merges.txt`: rename both",
+        );
+    }
+    if has("vocab.json") {
+        return incomplete("`vocab.json` is there, but the `merges.txt` that belongs to it is not: fetch it, too");
+    }
+    if has("merges.txt") {
+        return incomplete("`merges.txt` is there, but the `vocab.json` that belongs to it is not: fetch it, too");
+    }
+    let shown: Vec<String> = names.iter().take(8).map(|name| format!("`{name}`")).collect();
+    let held = match &shown[..] {
+        [] => "nothing".to_owned(),
+        _ => shown.join(", ") + if names.len() > shown.len() { ", …" } else { "" },
+    };
+    DataError::NoTokenizer {
+        path: folder.to_owned(),
+        message: format!(
+            "it holds {held}, and a tokenizer is `tokenizer.json`, `vocab.json` with `merges.txt`, or `vocab.txt`; \
+             copy the model's own there, or name its folder with `--tokenizer`"
+        ),
+    }
+}
+
+fn foreign(path: &Path, what: &str) -> DataError {
+    let folder = path.parent().unwrap_or(path).display();
+    let message = format!(
+        "it is {what}, which is not read here; transformers writes it as `tokenizer.json`: \
+         python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    );
+    malformed(path, message)
+}
+
+fn unread(source: &Path, class: &str) -> DataError {
+    let folder = source.parent().unwrap_or(source).display();
+    let message = format!(
+        "the folder's `tokenizer_class` is `{class}`, which is not read from this file; transformers writes it as \
+         `tokenizer.json`: \
+         python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    );
+    malformed(source, message)
+}
+
+fn text(path: &Path) -> Result<String, DataError> {
+    let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+    String::from_utf8(bytes).map_err(|_| malformed(path, "it is not UTF-8"))
+}
+
+/// A file that holds one JSON object.
+pub fn object(path: &Path) -> Result<Map<String, Value>, DataError> {
+    match serde_json::from_str(&text(path)?) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Err(malformed(path, "it holds JSON, but no object")),
+        Err(error) => Err(malformed(path, error)),
+    }
+}
+
+pub fn malformed(path: &Path, message: impl Display) -> DataError {
+    DataError::Tokenizer { path: path.to_owned(), message: message.to_string() }
+}

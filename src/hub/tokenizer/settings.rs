@@ -1,0 +1,232 @@
+//! What stands beside a tokenizer's vocabulary: `tokenizer_config.json`, `special_tokens_map.json`,
+//! `added_tokens.json`, and of `config.json` the class.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::classes::Class;
+use super::files::{malformed, object};
+use crate::data::DataError;
+
+/// The keys that name special tokens, in the order in which transformers adds them.
+const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// Lists of further special tokens.
+const EXTRA: [&str; 2] = ["extra_special_tokens", "additional_special_tokens"];
+
+/// Which class of transformers would read the folder.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Declared {
+    /// `tokenizer_class` of `tokenizer_config.json` or of `config.json`, without `Fast`.
+    ByName(String),
+    /// The class that belongs to the `model_type` of `config.json`.
+    ByModel(&'static Class),
+    Nothing,
+}
+
+impl Declared {
+    /// The class, if it is one whose parts are known here.
+    pub fn class(&self) -> Option<&'static Class> {
+        match self {
+            Declared::ByName(name) => Class::named(name),
+            Declared::ByModel(class) => Some(class),
+            Declared::Nothing => None,
+        }
+    }
+}
+
+pub struct Settings {
+    /// `tokenizer_config.json`, where it is or would be.
+    pub path: PathBuf,
+    pub declared: Declared,
+    /// The keys of `tokenizer_config.json`; those of `special_tokens_map.json` too, where transformers reads it.
+    keys: Map<String, Value>,
+    /// Tokens with the ids that the folder gives them, as objects of `added_tokens` in `tokenizer.json`.
+    added: Vec<Value>,
+}
+
+impl Settings {
+    pub fn read(folder: &Path) -> Result<Self, DataError> {
+        let optional = |name: &str| match folder.join(name) {
+            path if path.is_file() => object(&path),
+            _ => Ok(Map::new()),
+        };
+        let path = folder.join("tokenizer_config.json");
+        let mut keys = optional("tokenizer_config.json")?;
+        let mut added = vec![];
+        // As transformers does, which reads the two older files only where `added_tokens_decoder` is absent.
+        if let Some(decoder) = keys.get("added_tokens_decoder") {
+            let entries = decoder.as_object().ok_or_else(|| malformed(&path, "`added_tokens_decoder` is no object"))?;
+            for (id, token) in entries {
+                let parsed = id.parse::<u32>().ok().zip(token_of(token, false));
+                let (id, token) =
+                    parsed.ok_or_else(|| malformed(&path, format!("`added_tokens_decoder` has no token at `{id}`")))?;
+                added.push(with_id(token, id));
+            }
+        } else {
+            keys.extend(optional("special_tokens_map.json")?);
+            for (token, id) in optional("added_tokens.json")? {
+                let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+                let file = folder.join("added_tokens.json");
+                let number = number.ok_or_else(|| malformed(&file, format!("`{token}` has {id} for an id")))?;
+                added.push(with_id(plain(&token, false), number));
+            }
+        }
+        added.sort_by_key(|token| token["id"].as_u64());
+        // A damaged config.json is reported with the weights.
+        let config = object(&folder.join("config.json")).unwrap_or_default();
+        let class = [&keys, &config].into_iter().find_map(|keys| keys.get("tokenizer_class")?.as_str());
+        let declared = match (class, config.get("model_type").and_then(Value::as_str)) {
+            (Some(class), _) => Declared::ByName(class.strip_suffix("Fast").unwrap_or(class).to_owned()),
+            (None, Some(model)) => Class::of_model(model).map_or(Declared::Nothing, Declared::ByModel),
+            (None, None) => Declared::Nothing,
+        };
+        Ok(Settings { path, declared, keys, added })
+    }
+
+    /// Nothing stands beside the file at `path`.
+    pub fn none(path: &Path) -> Self {
+        Settings { path: path.to_owned(), declared: Declared::Nothing, keys: Map::new(), added: vec![] }
+    }
+
+    /// A key that is true or false; `null` is as if it were absent.
+    pub fn flag(&self, key: &str) -> Result<Option<bool>, DataError> {
+        match self.keys.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
+            Some(other) => Err(malformed(&self.path, format!("`{key}` is {other}, and should be true or false"))),
+        }
+    }
+
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.keys.get(key)?.as_str()
+    }
+
+    /// `model_max_length`, where it is a length: transformers writes 10³⁰ for none.
+    pub fn max_length(&self) -> Option<u64> {
+        let length = self.keys.get("model_max_length")?.as_f64()?;
+        (0.0..1e15).contains(&length).then_some(length as u64)
+    }
+
+    /// The content of the token that `key` names; the class's own where the settings are silent.
+    pub fn named(&self, key: &str, class: Option<&Class>) -> Option<String> {
+        match self.keys.get(key) {
+            Some(value) => token_of(value, true)?["content"].as_str().map(str::to_owned),
+            None => class?.tokens.iter().find(|(name, _)| *name == key).map(|(_, token)| token.to_string()),
+        }
+    }
+
+    /// Puts every token that the settings know into `added_tokens` of a `tokenizer.json`, which the vocabulary or the
+    /// order of adding gives their ids. The class's own tokens count only where the vocabulary has them.
+    pub fn add_tokens(&self, json: &mut Map<String, Value>, class: Option<&Class>) -> Result<(), DataError> {
+        let mut tokens = match json.remove("added_tokens") {
+            Some(Value::Array(tokens)) => tokens,
+            _ => vec![],
+        };
+        let vocabulary = Vocabulary(json.get("model").and_then(|model| model.get("vocab")));
+        let same = |a: &Value, b: &Value| a["content"] == b["content"];
+        for token in &self.added {
+            match tokens.iter().find(|t| same(t, token)) {
+                Some(there) if there["id"] == token["id"] => {}
+                Some(there) => {
+                    let (content, ours, theirs) = (&token["content"], &token["id"], &there["id"]);
+                    let message = format!("it gives {content} the id {ours}, and `tokenizer.json` {theirs}");
+                    return Err(malformed(&self.path, message));
+                }
+                None => tokens.push(token.clone()),
+            }
+        }
+        let values = NAMED.iter().filter_map(|key| self.keys.get(*key));
+        let extra = EXTRA.iter().filter_map(|key| self.keys.get(*key)).flat_map(|list| match list {
+            Value::Array(tokens) => tokens.iter().collect(),
+            Value::Object(tokens) => tokens.values().collect::<Vec<_>>(),
+            _ => vec![],
+        });
+        let configured = values.chain(extra).filter_map(|value| token_of(value, true));
+        let silent = |key: &str| !self.keys.contains_key(key);
+        let own =
+            class.iter().flat_map(|c| c.tokens).filter(|(key, token)| silent(key) && vocabulary.id(token).is_some());
+        let own = own.map(|(_, token)| plain(token, true));
+        for token in configured.chain(own) {
+            if tokens.iter().any(|t| same(t, &token)) {
+                continue;
+            }
+            let content = token["content"].as_str().unwrap_or_default();
+            let id = vocabulary.id(content).unwrap_or_else(|| {
+                let last = tokens.iter().filter_map(|t| t["id"].as_u64()).max();
+                last.map_or(0, |id| id + 1).max(vocabulary.len() as u64)
+            });
+            tokens.push(with_id(token, id as u32));
+        }
+        tokens.sort_by_key(|token| token["id"].as_u64());
+        json.insert("added_tokens".into(), Value::Array(tokens));
+        Ok(())
+    }
+}
+
+/// The vocabulary of a model in a `tokenizer.json`: an object of ids, or a list of tokens and scores.
+struct Vocabulary<'a>(Option<&'a Value>);
+
+impl Vocabulary<'_> {
+    fn id(&self, token: &str) -> Option<u64> {
+        match self.0? {
+            Value::Object(ids) => ids.get(token)?.as_u64(),
+            Value::Array(tokens) => tokens.iter().position(|t| t[0] == token).map(|i| i as u64),
+            _ => None,
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self.0 {
+            Some(Value::Object(ids)) => ids.len(),
+            Some(Value::Array(tokens)) => tokens.len(),
+            _ => 0,
+        }
+    }
+}
+
+/// The id of a token in a `tokenizer.json`, added or of the vocabulary.
+pub fn id_of(json: &Map<String, Value>, token: &str) -> Option<u64> {
+    let added = json.get("added_tokens").and_then(Value::as_array);
+    let added = added.and_then(|tokens| tokens.iter().find(|t| t["content"] == token)?["id"].as_u64());
+    added.or_else(|| Vocabulary(json.get("model")?.get("vocab")).id(token))
+}
+
+/// A token without options.
+fn plain(content: &str, special: bool) -> Value {
+    json!({
+        "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": !special, "special": special,
+    })
+}
+
+/// A token as settings write it: a string, or an object with its content and options.
+fn token_of(value: &Value, special: bool) -> Option<Value> {
+    let content = value.as_str().or_else(|| value.get("content")?.as_str())?;
+    if content.is_empty() {
+        return None;
+    }
+    let mut token = plain(content, special || value.get("special").and_then(Value::as_bool).unwrap_or(false));
+    for key in ["single_word", "lstrip", "rstrip", "normalized"] {
+        if let Some(flag) = value.get(key).and_then(Value::as_bool) {
+            token[key] = flag.into();
+        }
+    }
+    Some(token)
+}
+
+fn with_id(mut token: Value, id: u32) -> Value {
+    token["id"] = id.into();
+    token
+}
+
+/// Whether the folder says which tokenizer it has, although it may hold none.
+pub fn entries(folder: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(folder) else { return vec![] };
+    let mut names: Vec<String> =
+        entries.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned())).collect();
+    names.sort();
+    names
+}
