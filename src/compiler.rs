@@ -1,5 +1,6 @@
 //! From a checked model to a program, through the cache.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -11,6 +12,8 @@ use peft_passes::pipeline::{self, Entry, Options, Timings};
 use peft_passes::remat::Remade;
 use peft_runtime::artifact::Manifest;
 use peft_runtime::store;
+use peft_runtime::trust::{TrustError, What, trusted};
+use tempfile::TempDir;
 
 use crate::failure::Failure;
 
@@ -23,6 +26,8 @@ pub struct Artifact {
     pub remade: Option<Remade>,
     /// It was there already.
     pub cached: bool,
+    /// Where the library was linked. It goes with this; a library that has been loaded stays.
+    _folder: TempDir,
 }
 
 /// Compiles `model` with every entry an artifact has, or finds it in the cache.
@@ -33,43 +38,21 @@ pub fn compile(model: &Model, options: &Options) -> Result<Artifact, Failure> {
 /// Compiles some entries of `model`, or finds them in the cache.
 pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> Result<Artifact, Failure> {
     let begun = Instant::now();
-    let path = cache().map(|cache| cache.join(format!("{}.peftc", key(model, entries, options))));
-    if let Some(path) = &path
-        && path.is_dir()
-        && let Ok((manifest, library)) = store::open(path)
-    {
-        let manifest = Manifest { model: description(model), ..manifest };
-        return Ok(Artifact {
-            manifest,
-            library,
-            timings: vec![("cache", begun.elapsed())],
-            remade: None,
-            cached: true,
-        });
-    }
-    match path {
-        Some(path) => {
-            let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
-            let (manifest, library, timings, remade) = fresh(model, entries, options, folder.path())?;
-            match store::save(&path, &manifest, &library) {
-                Ok(()) => {
-                    let (manifest, library) = store::open(&path)?;
-                    Ok(Artifact { manifest, library, timings, remade, cached: false })
-                }
-                Err(error) => {
-                    tracing::warn!("the cache takes nothing: {error}");
-                    let library = folder.keep().join(manifest.library_name());
-                    Ok(Artifact { manifest, library, timings, remade, cached: false })
-                }
-            }
-        }
-        None => {
-            let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
-            let (manifest, _, timings, remade) = fresh(model, entries, options, folder.path())?;
-            let library = folder.keep().join(manifest.library_name());
-            Ok(Artifact { manifest, library, timings, remade, cached: false })
-        }
-    }
+    let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
+    let mut compiled = None;
+    let mut make = || {
+        let (manifest, library, timings, remade) = fresh(model, entries, options, folder.path())?;
+        compiled = Some((timings, remade));
+        Ok::<_, Failure>((manifest, library))
+    };
+    let (manifest, library) = match cache()? {
+        Some(cache) => store::cached(&cache.join(format!("{}.peftc", key(model, entries, options))), make)?,
+        None => make()?,
+    };
+    let manifest = Manifest { model: description(model), ..manifest };
+    let cached = compiled.is_none();
+    let (timings, remade) = compiled.unwrap_or_else(|| (vec![("cache", begun.elapsed())], None));
+    Ok(Artifact { manifest, library, timings, remade, cached, _folder: folder })
 }
 
 /// The pipeline, then LLVM.
@@ -116,9 +99,11 @@ fn compiler() -> String {
 /// LLVM, the target and its features.
 fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     let mut hash = blake3::Hasher::new();
-    let graph =
-        serde_json::to_vec(&(&model.graph, &model.params, &model.stored, &model.projections, model.train.precision))
-            .expect("a model is plain data");
+    let graph = serde_json::to_vec(&(
+        (&model.graph, &model.params, &model.stored, &model.projections, model.train.precision),
+        (model.backbone.longest, model.backbone.skipped),
+    ))
+    .expect("a model is plain data");
     hash.update(&graph);
     let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
     let build = build.map(|b| format!("{b:?}")).unwrap_or_default();
@@ -133,12 +118,29 @@ fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     hash.finalize().to_hex()[..32].to_string()
 }
 
-/// `PEFTC_CACHE`, else the user's cache directory; none when `PEFTC_CACHE` is empty.
-fn cache() -> Option<PathBuf> {
-    if let Some(set) = std::env::var_os("PEFTC_CACHE") {
-        return (!set.is_empty()).then(|| set.into());
+/// The cache's folder, made if it is not there, for its owner alone: `PEFTC_CACHE`, else the user's cache directory. None
+/// when `PEFTC_CACHE` is empty, or nothing can be made there. One that strangers may write to is refused.
+fn cache() -> Result<Option<PathBuf>, Failure> {
+    let path = match std::env::var_os("PEFTC_CACHE") {
+        Some(set) => (!set.is_empty()).then(|| set.into()),
+        None => {
+            let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+            let base = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from).or_else(home);
+            base.map(|base| base.join("peftc"))
+        }
+    };
+    let Some(path) = path else { return Ok(None) };
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    let made = builder.create(&path).map_err(TrustError::from);
+    match made.and_then(|()| trusted(&path, What::Cache)) {
+        Ok(path) => Ok(Some(path)),
+        Err(TrustError::Stranger(stranger)) => Err(store::StoreError::from(stranger).into()),
+        Err(TrustError::Unreadable(error)) => {
+            tracing::warn!("the cache takes nothing: {}: {error}", path.display());
+            Ok(None)
+        }
     }
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let base = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from).or_else(home);
-    base.map(|base| base.join("peftc"))
 }

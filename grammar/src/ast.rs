@@ -154,6 +154,10 @@ pub enum StmtKind {
         message: Text,
         hint: Option<Text>,
     },
+    /// `longest n`: a sequence has at most n tokens.
+    Longest(Expr),
+    /// `positions skip id`: tokens of this id are not counted.
+    Skip(Expr),
     Train(Text),
     /// A rule of a method that is a mixture of others.
     Tune(TuneRule),

@@ -109,7 +109,7 @@ struct Token<'a> {
 /// Words between operands, or before one.
 const OPERATOR_WORDS: &[&str] = &[
     "and", "or", "not", "if", "else", "in", "of", "as", "on", "return", "require", "expose", "store", "rows", "layers",
-    "only", "except",
+    "only", "except", "longest", "skip",
 ];
 
 impl Token<'_> {

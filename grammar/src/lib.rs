@@ -4,6 +4,7 @@
 //! the canonical text. What is wrong with a text is a [`Diagnostics`], which renders itself.
 
 pub mod ast;
+pub mod bounds;
 mod check;
 pub mod diagnostic;
 mod format;

@@ -37,13 +37,19 @@ impl Model {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Backbone {
     pub name: String,
     /// `config.json` keys with the values this spec wants there, from `from "…"` in the backbone's file.
     pub config: BTreeMap<String, ConfigValue>,
     /// What base-model checkpoints leave out in front of a tensor's name: `transformer.`, `bert.`.
     pub prefix: String,
+    /// The most tokens a sequence may have; without it, as many as memory holds.
+    #[serde(default)]
+    pub longest: Option<u64>,
+    /// The token id that positions do not count, from `positions skip id`: RoBERTa's padding.
+    #[serde(default)]
+    pub skipped: Option<u64>,
     /// Arguments that `config.json` has no key for and that are not at their defaults.
     pub beyond: BTreeMap<String, ConfigValue>,
 }

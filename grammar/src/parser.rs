@@ -121,6 +121,9 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_after
             | kw_return
             | kw_require
+            | kw_longest
+            | kw_positions
+            | kw_skip
             | kw_as
             | kw_of
             | kw_on
@@ -307,6 +310,8 @@ impl Builder {
                 let (condition, message) = (self.expr(c.next()), self.text(c.next()));
                 StmtKind::Require { condition, message, hint: c.next_if(Rule::string).map(|p| self.text(p)) }
             }
+            Rule::longest => StmtKind::Longest(self.expr(c.next())),
+            Rule::skip => StmtKind::Skip(self.expr(c.next())),
             Rule::train_glob => StmtKind::Train(self.text(c.next())),
             _ => {
                 let (name, value) = (self.name(c.next()), self.expr(c.next()));

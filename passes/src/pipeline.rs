@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use peft_grammar::bounds::Bound;
 use peft_grammar::graph::Graph;
-use peft_grammar::model::{Init, Model, Param, TaskKind, Trainable};
-use peft_runtime::artifact::Tensor;
+use peft_grammar::model::{Backbone, Init, Model, Param, TaskKind, Trainable};
+use peft_runtime::artifact::{Extent, Limit, Tensor};
 
 use crate::dialect::Dialect;
 use crate::fold::fold;
@@ -221,7 +222,9 @@ impl<'d> Way<'d> {
                 Machine::Cpu(_) => Error::Invalid { stage: "loops".into(), message },
                 Machine::Cuda(_) => Error::Refused { entry: self.entries[0].name(), message },
             };
-            lowered = Some(lower(&named, &tensors(model), options).map_err(blame)?);
+            let mut made = lower(&named, &tensors(model), options).map_err(blame)?;
+            made.manifest.limits = limits(model);
+            lowered = Some(made);
             self.timings.push(("loops", begun.elapsed()));
         }
         Ok(Compiled { graphs: self.graphs, lowered, remade, timings: self.timings })
@@ -238,6 +241,23 @@ pub fn emit(dialect: &Dialect, compiled: &Compiled, stage: Stage, locations: boo
         _ if locations => dialect.print_with_locations(&graphs),
         _ => dialect.print(&graphs),
     }
+}
+
+/// What a batch's integers must be: within the tables that they index, and no position beyond the longest sequence.
+pub fn limits(model: &Model) -> Vec<Limit> {
+    let Backbone { longest, skipped, .. } = &model.backbone;
+    let mut limits: Vec<Limit> = vec![];
+    for Bound { input, rows, table } in model.graph.bounds() {
+        let except = skipped.filter(|_| input == "ids");
+        limits.push(Limit { input, below: lower::dim_extent(rows), of: table, except });
+    }
+    limits.extend(longest.map(|most| Limit {
+        input: "positions".into(),
+        below: Extent::Const(most),
+        of: "positions of this model's longest sequence".into(),
+        except: None,
+    }));
+    limits
 }
 
 /// The model's tensors as the artifact wants them.

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// Version of the format written here; others are refused.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// Threads of a GPU that go in step: units there are counted in these.
 pub const WARP: u64 = 32;
@@ -200,6 +200,20 @@ impl Tensor {
     }
 }
 
+/// What the values of an input must be for kernels to find what they index.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Limit {
+    /// `ids`, `types`, `positions`, `starts`, `targets` or `labels`.
+    pub input: String,
+    /// Its values lie in `0..below`.
+    pub below: Extent,
+    /// What it indexes, to follow a number: "rows of `transformer.wpe.weight`".
+    pub of: String,
+    /// A value that the input must not have, although it is below: an id that positions do not count.
+    #[serde(default)]
+    pub except: Option<u64>,
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version of this format.
@@ -213,6 +227,8 @@ pub struct Manifest {
     pub kernels: Vec<String>,
     pub tensors: Vec<Tensor>,
     pub buffers: Vec<Buffer>,
+    /// What batches are checked against before a kernel reads them.
+    pub limits: Vec<Limit>,
     /// Run once when weights are there.
     pub prepare: Vec<Launch>,
     pub entries: BTreeMap<String, Entry>,

@@ -1,6 +1,10 @@
 //! What can go wrong while an artifact runs. Messages name the place and the mend.
 
+use std::fmt;
 use std::path::PathBuf;
+
+use crate::artifact::Limit;
+use crate::trust::Stranger;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
@@ -14,11 +18,62 @@ pub enum RuntimeError {
     Entry { entry: String, known: String },
     #[error("input `{name}`: {message}")]
     Input { name: String, message: String },
+    #[error(transparent)]
+    Stranger(#[from] Stranger),
+    #[error(transparent)]
+    Beyond(#[from] Box<Beyond>),
     #[error("{0}")]
     Device(String),
     /// `free`: bytes that could be had, if that is known.
     #[error("{:.2} GiB of memory cannot be had: {why}; {mend}", *wanted as f64 / f64::from(1 << 30))]
     Memory { wanted: u64, free: Option<u64>, why: String, mend: String },
+}
+
+/// A value of a batch that indexes what is not there.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("input `{}`: {place} is {value}: {}", limit.input, self.why())]
+pub struct Beyond {
+    pub value: i32,
+    pub place: BatchPlace,
+    /// How many there are.
+    pub below: u64,
+    pub limit: Limit,
+}
+
+impl Beyond {
+    /// What the value should have been, to follow it.
+    pub fn why(&self) -> String {
+        let Limit { of, except, .. } = &self.limit;
+        match except {
+            Some(id) if i64::from(self.value) == *id as i64 => {
+                format!("tokens of this id are padding, which the model's positions do not count; leave them out")
+            }
+            _ => format!("it indexes the {} {of}, so it lies in 0..{}", self.below, self.below),
+        }
+    }
+}
+
+impl From<Beyond> for RuntimeError {
+    fn from(beyond: Beyond) -> Self {
+        RuntimeError::Beyond(Box::new(beyond))
+    }
+}
+
+/// A place in a packed batch, counted from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchPlace {
+    pub sequence: usize,
+    /// Within the sequence; `None` where a sequence has one value.
+    pub token: Option<usize>,
+}
+
+impl fmt::Display for BatchPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.token {
+            Some(token) => write!(f, "token {token} of sequence {}", self.sequence),
+            None => write!(f, "that of sequence {}", self.sequence),
+        }
+    }
 }
 
 impl RuntimeError {

@@ -14,10 +14,11 @@ mod pool;
 pub mod safefile;
 mod session;
 pub mod store;
+pub mod trust;
 mod validate;
 pub mod weights;
 
 pub use backend::Profile;
-pub use error::RuntimeError;
+pub use error::{BatchPlace, Beyond, RuntimeError};
 pub use memory::Numbers;
 pub use session::{Inputs, Program, Promise, Session};

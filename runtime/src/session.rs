@@ -6,12 +6,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::arena::{self, Plan};
-use crate::artifact::{Buffer, BufferId, Element, Launch, Manifest, Output, Sizes, Storage};
+use crate::artifact::{Buffer, BufferId, Element, Launch, Limit, Manifest, Output, Sizes, Storage};
 use crate::backend::{Backend, Job, Kept, Place, Profile, Words};
 use crate::cpu::{Cpu, Library};
 use crate::cuda::Cuda;
-use crate::error::RuntimeError;
+use crate::error::{BatchPlace, Beyond, RuntimeError};
 use crate::memory::{LINE, Numbers, release};
+use crate::trust::{TrustError, What, trusted};
 use crate::validate::{FLAT as FLATS, validate};
 
 /// A loaded artifact.
@@ -26,9 +27,13 @@ enum Code {
 }
 
 impl Program {
-    /// Loads the library or the PTX at `path` with the kernels that `manifest` names.
+    /// Loads the library or the PTX at `path` with the kernels that `manifest` names, if no stranger can have written it.
     pub fn new(manifest: Manifest, path: &Path) -> Result<Self, RuntimeError> {
         validate(&manifest).map_err(|why| RuntimeError::artifact(path, why))?;
+        let path = &trusted(path, What::Artifact).map_err(|error| match error {
+            TrustError::Stranger(stranger) => RuntimeError::Stranger(stranger),
+            TrustError::Unreadable(error) => RuntimeError::artifact(path, error),
+        })?;
         let code = match manifest.gpu() {
             Some(_) => Code::Ptx(std::fs::read_to_string(path).map_err(|e| RuntimeError::artifact(path, e))?),
             None => Code::Library(Library::load(path, &manifest.kernels)?),
@@ -91,16 +96,41 @@ impl Inputs {
         })
     }
 
-    /// Checks values whose range is known here; the vocabulary is the tokenizer's matter.
-    fn check(&self, sizes: &Sizes) -> Result<(), RuntimeError> {
-        for (name, values) in self.ints.iter().filter(|(name, _)| *name != "rng") {
-            let limit = if matches!(name.as_str(), "targets" | "starts") { sizes.tokens } else { 1 << 31 };
-            if let Some(at) = values.iter().position(|&x| x < 0 || x as u64 >= limit) {
-                let message = format!("value {at} is {}; it must lie in 0..{limit}", values[at]);
-                return Err(RuntimeError::input(name, message));
+    /// Checks every integer that indexes something against what the manifest says of it.
+    pub fn check(&self, limits: &[Limit], sizes: &Sizes) -> Result<(), RuntimeError> {
+        for limit in limits {
+            let Some(values) = self.ints.get(&limit.input) else { continue };
+            let below = limit.below.eval(sizes);
+            let fits = |x: i32| u64::try_from(x).is_ok_and(|x| x < below && limit.except != Some(x));
+            // Two passes: the first, which nearly always is the only one, has no early end and goes by whole vectors.
+            if values.iter().fold(true, |fit, &x| fit & fits(x)) {
+                continue;
             }
+            let at = values.iter().position(|&x| !fits(x)).unwrap_or_default();
+            let place = self.place(&limit.input, at);
+            return Err(Beyond { value: values[at], place, below, limit: limit.clone() }.into());
         }
         Ok(())
+    }
+
+    /// Where value `at` of an input belongs.
+    fn place(&self, input: &str, at: usize) -> BatchPlace {
+        let target = |at: usize| self.ints.get("targets").and_then(|t| t.get(at)).map(|&t| t as usize);
+        let token = match input {
+            "ids" | "types" | "positions" => Some(at),
+            "targets" | "labels" => target(at),
+            _ => None,
+        };
+        let Some(token) = token else { return BatchPlace { sequence: at, token: None } };
+        let mut start = 0;
+        for (sequence, &length) in self.lengths.iter().enumerate() {
+            let end = start + length as usize;
+            if token < end {
+                return BatchPlace { sequence, token: Some(token - start) };
+            }
+            start = end;
+        }
+        BatchPlace { sequence: self.lengths.len(), token: None }
     }
 
     /// What kernels want to know of the packed axis, beside what was given.
@@ -221,7 +251,7 @@ impl Session {
         let frozen = tensors.iter().zip(weights);
         let frozen = frozen.map(|(t, data)| (t.trainable_elements() < data.len() as u64).then_some(data)).collect();
         let arena = whole(backend.as_mut(), 0)?;
-        let mut given = || Ok(Given { place: whole(backend.as_mut(), 0)?, at: BTreeMap::new() });
+        let mut given = || Ok::<_, RuntimeError>(Given { place: whole(backend.as_mut(), 0)?, at: BTreeMap::new() });
         let given = [given()?, given()?];
         let (tensors, prepared) = (vec![None; tensors.len()], HashMap::new());
         let home = Home { tensors, places, flats, prepared, arena, given, turn: 0 };
@@ -299,7 +329,7 @@ impl Session {
         }
         let entries: Vec<String> = entries.iter().map(|entry| entry.to_string()).collect();
         let sizes = inputs.sizes(home.values())?;
-        inputs.check(&sizes)?;
+        inputs.check(&manifest.limits, &sizes)?;
         home.give(backend.as_mut(), manifest, &entries, &sizes, inputs)?;
         self.staged = Some(Staged { entries, sizes });
         Ok(())

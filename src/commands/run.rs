@@ -34,7 +34,7 @@ pub struct Arguments {
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let ready = arguments.source.open()?;
     let file = adapter::load(&arguments.inputs)?;
-    let padded = exchange::batch(&file, "inputs.", &arguments.inputs)?;
+    let padded = exchange::batch(&file, "inputs.", &arguments.inputs, &ready.model)?;
     let weights = match &arguments.weights {
         Some(from) => checkpoint::weights(from, &ready.model)?,
         None => exchange::weights(&file, &ready.model, &arguments.inputs)?,
@@ -49,8 +49,11 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     let results = exchange::run(&mut session, &ready.model, &arguments.entry, &padded, [arguments.seed as i32, 0])?;
     adapter::save(&arguments.output, &results)?;
-    if let Some((_, loss)) = session.output("loss") {
-        super::print(&format!("loss {}, {} tensors in {}", loss[0], results.tensors.len(), arguments.output.display()));
+    let written = format!("{} tensors in {}", results.tensors.len(), arguments.output.display());
+    match (padded.without_loss(), session.output("loss")) {
+        (Some(why), _) => super::print(&format!("{written}; no loss: {why}")),
+        (None, Some((_, loss))) => super::print(&format!("loss {}, {written}", loss[0])),
+        (None, None) => super::print(&written),
     }
     Ok(())
 }

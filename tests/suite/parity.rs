@@ -189,7 +189,7 @@ pub fn check(models: &[(Fixture, Model)], mut results: impl FnMut(&Fixture, &Mod
 
 /// What is wrong with the results for a fixture's batch.
 fn faults(fixture: &Fixture, model: &Model, results: impl FnOnce(&Padded) -> TensorFile) -> Vec<String> {
-    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path, model).expect("a batch");
     let found = differences(fixture, model.train.precision, &padded, &results(&padded));
     found.into_iter().map(|d| format!("{}: {d}", fixture.name)).collect()
 }
@@ -361,7 +361,7 @@ fn methods_on_shared_heads() {
             let stored = Stored::f32(param.shape.clone(), numbers.to_vec());
             fixture.file.tensors.insert(format!("weights.{}", param.name), stored);
         }
-        let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+        let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path, &model).expect("a batch");
         let dialect = Dialect::new().expect("a dialect");
         let options = Options { until: Stage::Grad, ..Options::default() };
         let graph = pipeline::run(&dialect, &model, &[Entry::Grad], &options).expect("compiled").graphs.remove(0);

@@ -163,7 +163,7 @@ fn halves_in_ptx() {
 #[test]
 fn adjoints_of_any_size_in_f16() {
     let fixture = fixtures::one("gpt2_lora_qv");
-    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path, &fixture.model()).expect("a batch");
     let gpt2 = peft_grammar::library::backbones().into_iter().find(|b| b.name == "gpt2").expect("a backbone");
     let logits = "logits = y[targets] @ transpose(unembedding)";
     assert!(gpt2.source.contains(logits));
@@ -227,7 +227,7 @@ fn every_fixture_in_ptx() {
 fn updates_in_ptx() {
     let fixture = fixtures::all("gpt2_lora_qv").remove(0);
     let model = fixture.model();
-    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path).expect("a batch");
+    let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path, &model).expect("a batch");
     let mut sessions =
         [parity::session(&fixture, &model, &parity::fused(true)), session(&fixture, &model, Chip::Sm80, true)];
     for step in 1..3 {

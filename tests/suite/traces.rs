@@ -21,7 +21,7 @@ fn ten_steps() {
         for (s, lr) in rates.iter().enumerate() {
             assert!((training::rate(&model.train, s as u64, total) - lr).abs() < 1e-12, "{}: rate {s}", fixture.name);
             let prefix = format!("inputs.{}.", order[s].as_u64().expect("a batch"));
-            let padded = exchange::batch(&fixture.file, &prefix, &fixture.path).expect("a batch");
+            let padded = exchange::batch(&fixture.file, &prefix, &fixture.path, &model).expect("a batch");
             let (loss, norm) =
                 training::step(&mut session, &model.train, &padded.batch, s as u64, total).expect("a step");
             let close = |found: f64, want: f32| (found - f64::from(want)).abs() <= TOLERANCE * f64::from(want.abs());

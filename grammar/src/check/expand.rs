@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::site::Owner;
 use super::value::Val;
-use super::{Call, Checker, Declared, Glob, Stored};
+use super::{Call, Checker, Declared, Glob, Said, Stored};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{Dim, Role, Type};
@@ -147,6 +147,14 @@ impl<'a> Checker<'a> {
                     self.unmet(frame, condition.span, message, hint.as_ref());
                 }
             }
+            StmtKind::Longest(value) => {
+                let said = self.once(frame, value, 1, "how many tokens a sequence may have", self.longest);
+                self.longest = said.or(self.longest);
+            }
+            StmtKind::Skip(value) => {
+                let said = self.once(frame, value, 0, "which token positions skip", self.skipped);
+                self.skipped = said.or(self.skipped);
+            }
             StmtKind::Train(pattern) => match frame.body {
                 Body::Method(method) if method.kind.text == "model" => {
                     let (pattern, method) = (pattern.clone(), method.name.text.clone());
@@ -177,6 +185,29 @@ impl<'a> Checker<'a> {
                 }
             }
         }
+    }
+
+    /// A whole number of at least `least` that a backbone says once.
+    fn once(
+        &mut self,
+        frame: &Frame<'a>,
+        value: &'a Expr,
+        least: i64,
+        what: &str,
+        first: Option<Said>,
+    ) -> Option<Said> {
+        let number = self.whole(frame, value)?;
+        let error = match first {
+            _ if frame.body != Body::Backbone => Diagnostic::error(value.span, format!("only a backbone says {what}")),
+            Some(first) => Diagnostic::error(value.span, format!("the backbone says twice {what}"))
+                .related(first.span, "the first is here"),
+            None if number < least => {
+                Diagnostic::error(value.span, format!("{what} is at least {least}, found {number}"))
+            }
+            None => return Some(Said { number: number as u64, span: value.span }),
+        };
+        self.report(error);
+        None
     }
 
     /// A `require` that does not hold is the caller's to mend, and is shown there.

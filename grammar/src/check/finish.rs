@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::expand::Frame;
 use super::value::Val;
-use super::{Checker, Glob, Purpose};
+use super::{Checker, Glob, Purpose, Said};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{DType, Dim, Role, Value};
@@ -66,6 +66,8 @@ impl<'a> Checker<'a> {
             self.errors.push(Diagnostic::error(model.span, format!("the graph does not hold: {why}")));
             return None;
         }
+        let (longest, task) = (self.longest_sequence(&backbone.name.text), task);
+        let task = Task { max_tokens: self.max_tokens(&backbone.name.text, longest, &task)?, ..task };
         let replaced = self.replaced();
         Some(Model {
             name: stem.to_owned(),
@@ -73,6 +75,8 @@ impl<'a> Checker<'a> {
                 name: backbone.name.text.clone(),
                 config,
                 prefix: backbone.prefix.as_ref().map(|p| p.text.clone()).unwrap_or_default(),
+                longest,
+                skipped: self.skipped.map(|said| said.number),
                 beyond,
             },
             params: std::mem::take(&mut self.params),
@@ -84,6 +88,40 @@ impl<'a> Checker<'a> {
             task,
             train,
         })
+    }
+
+    /// How many tokens a sequence may have: what the backbone says, else the rows of the table of positions.
+    fn longest_sequence(&mut self, backbone: &str) -> Option<u64> {
+        let tables = self.graph.bounds().into_iter().filter(|b| b.input == "positions");
+        let table = tables.filter_map(|b| Some((b.rows.constant()?, b.table))).min();
+        match (self.longest, table) {
+            (Some(Said { number, span }), Some((rows, table))) if number > rows => {
+                let title = format!("`{backbone}` takes {number} tokens, and its positions have the {rows} {table}");
+                self.report(Diagnostic::error(span, title).hint("let `longest` be no more than that"));
+                None
+            }
+            (Some(said), _) => Some(said.number),
+            (None, table) => table.map(|(rows, _)| rows),
+        }
+    }
+
+    /// The task's `max_tokens`, which fits into the backbone's longest sequence.
+    fn max_tokens(&mut self, backbone: &str, longest: Option<u64>, task: &Task) -> Option<u64> {
+        match (self.max_tokens, longest) {
+            (Some(Said { number, span }), Some(most)) if number > most => {
+                let title = format!("`max_tokens` is {number}, and a sequence of this `{backbone}` has at most {most}");
+                let hint = format!("set `max_tokens` to {most} or less: longer examples are cut to it");
+                let error = Diagnostic::error(span, title).hint(hint);
+                let error = match self.longest.filter(|said| !self.sources.get(said.span.file).library) {
+                    Some(said) => error.related(said.span, "the backbone says so here"),
+                    None => error,
+                };
+                self.errors.push(error);
+                None
+            }
+            (None, Some(most)) => Some(task.max_tokens.min(most)),
+            _ => Some(task.max_tokens),
+        }
     }
 
     /// Rules of the tune block whose sites do not exist.

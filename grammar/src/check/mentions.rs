@@ -78,7 +78,7 @@ fn statement(kind: &StmtKind, name: &str) -> bool {
         StmtKind::Output { value, name: output } => value.as_ref().map_or(output.text == name, e),
         StmtKind::Expose { value, name: path } | StmtKind::Store { value, name: path } => e(value) || t(path),
         StmtKind::After { variable, body } => variable.text == name || block(body, name),
-        StmtKind::Return(value) => e(value),
+        StmtKind::Return(value) | StmtKind::Longest(value) | StmtKind::Skip(value) => e(value),
         StmtKind::Require { condition, message, hint } => e(condition) || t(message) || hint.as_ref().is_some_and(t),
         StmtKind::Train(pattern) => t(pattern),
         StmtKind::Tune(TuneRule::Sites { select, apply, .. }) => {

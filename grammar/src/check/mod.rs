@@ -90,6 +90,19 @@ struct Checker<'a> {
     applied: Vec<Applied>,
     projections: Vec<Projection>,
     stored: Vec<Stored>,
+    /// The task's `max_tokens`.
+    max_tokens: Option<Said>,
+    /// The backbone's `longest`.
+    longest: Option<Said>,
+    /// The backbone's `positions skip`.
+    skipped: Option<Said>,
+}
+
+/// A whole number, and where it is said.
+#[derive(Clone, Copy)]
+struct Said {
+    number: u64,
+    span: Span,
 }
 
 /// Where a tensor is declared, and where the spec applies the method it is of.
@@ -157,6 +170,9 @@ pub(crate) fn check(
         applied: Vec::new(),
         projections: Vec::new(),
         stored: Vec::new(),
+        max_tokens: None,
+        longest: None,
+        skipped: None,
     };
     let model = checker.spec(&files.asts[0]);
     let errors = checker.errors;

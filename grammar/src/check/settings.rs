@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::expand::Frame;
 use super::value::Val;
-use super::{Checker, Purpose, template};
+use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::{Precision, Recipe, Schedule, Task, TaskKind, Warmup};
@@ -27,6 +27,9 @@ const RECIPE: &[&str] = &[
     "seed",
     "precision",
 ];
+
+/// Of a task that does not say its `max_tokens`, where the backbone takes as many.
+const DEFAULT_MAX_TOKENS: u64 = 512;
 
 /// The entries of a block by key.
 type Entries<'a> = HashMap<&'a str, &'a Expr>;
@@ -132,7 +135,7 @@ impl<'a> Checker<'a> {
                 }
                 Purpose::Classification => TaskKind::Classification { labels: vec!["0".into(), "1".into()] },
             };
-            return Some(Task { name: "none".into(), max_tokens: 512, kind });
+            return Some(Task { name: "none".into(), max_tokens: DEFAULT_MAX_TOKENS, kind });
         };
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
         let given = kind_entry.map(|e| Entries::from([("kind", &e.value)])).unwrap_or_default();
@@ -156,7 +159,9 @@ impl<'a> Checker<'a> {
         let what = format!("task `{}`", block.name.text);
         let known = if purpose == Purpose::Generation { GENERATION } else { CLASSIFICATION };
         let entries = self.entries(block, &what, known);
-        let max_tokens = self.count(&entries, "max_tokens", 1).unwrap_or(512);
+        let max_tokens = self.count(&entries, "max_tokens", 1);
+        self.max_tokens = max_tokens.map(|number| Said { number, span: entries["max_tokens"].span });
+        let max_tokens = max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let kind = match purpose {
             Purpose::Generation => self.generation(block, &entries),
             Purpose::Classification => self.classification(block, &entries),

@@ -510,7 +510,7 @@ fn element(ty: &Type) -> Element {
 
 // Shapes as extents.
 
-fn dim_extent(dim: Dim) -> Extent {
+pub(crate) fn dim_extent(dim: Dim) -> Extent {
     match dim {
         Dim::Const(n) => Extent::Const(n),
         Dim::Tokens => Extent::Tokens,

@@ -19,7 +19,7 @@ fn params() -> Vec<Param> {
 }
 
 fn backbone() -> Backbone {
-    Backbone { name: "tiny".into(), config: BTreeMap::new(), prefix: "t.".into(), beyond: BTreeMap::new() }
+    Backbone { name: "tiny".into(), config: BTreeMap::new(), prefix: "t.".into(), ..Backbone::default() }
 }
 
 fn write_model(path: &Path, tensors: &[(&str, &[u64])]) {
