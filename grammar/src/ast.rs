@@ -72,8 +72,54 @@ pub struct BackboneDef {
     pub params: Vec<ParamDef>,
     /// `for generation`, `for classification`.
     pub purpose: Option<Name>,
-    pub prefix: Option<Text>,
+    /// What it says of the checkpoints that it reads.
+    pub checkpoint: Vec<Entry>,
     pub body: Vec<Stmt>,
+}
+
+/// A line of a `checkpoint` block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Entry {
+    /// `model_type "bert"`
+    ModelType(Vec<Text>),
+    /// `prefix "bert."`
+    Prefix(Text),
+    /// `key "hidden_act" is "gelu", "the activation is gelu"`
+    Key {
+        names: Vec<Text>,
+        rule: EntryRule,
+        note: Option<Text>,
+    },
+    /// `tensor "cls.*" unused`
+    Tensor {
+        names: Vec<Text>,
+        rule: EntryRule,
+        note: Option<Text>,
+    },
+    If {
+        condition: Expr,
+        then: Vec<Entry>,
+        otherwise: Vec<Entry>,
+    },
+}
+
+/// What an entry says of a key of `config.json`, or of a tensor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EntryRule {
+    /// One of these values.
+    Is(Vec<Expr>),
+    /// Another name of this key or tensor.
+    Same(Text),
+    /// A key without influence.
+    Free,
+    /// A tensor that the files or the graph may lack.
+    Optional,
+    /// A tensor of other models.
+    Unused,
+    /// A tensor of which the note says what to do when the files lack it.
+    Required,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,6 +149,8 @@ pub struct ParamDef {
     pub default: Option<Expr>,
     /// The key of Hugging Face's `config.json`.
     pub from: Option<Text>,
+    /// What it counts as where the key is absent; the default where this is.
+    pub absent: Option<Expr>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -109,7 +109,7 @@ struct Token<'a> {
 /// Words between operands, or before one.
 const OPERATOR_WORDS: &[&str] = &[
     "and", "or", "not", "if", "else", "in", "of", "as", "on", "return", "require", "expose", "store", "rows", "layers",
-    "only", "except", "longest", "skip",
+    "only", "except", "longest", "skip", "is",
 ];
 
 impl Token<'_> {
@@ -139,8 +139,7 @@ impl Token<'_> {
 /// The line goes on with what the line before began.
 fn continues(previous: &[Token], line: &[Token]) -> bool {
     let first = &line[0];
-    let goes_on =
-        first.binary() || first.kind == Kind::Word && matches!(first.text, "on" | "as" | "of" | "prefix" | "from");
+    let goes_on = first.binary() || first.kind == Kind::Word && matches!(first.text, "on" | "as" | "of" | "from");
     goes_on && !previous.is_empty() || previous.last().is_some_and(Token::binary)
 }
 

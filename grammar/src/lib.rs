@@ -13,6 +13,7 @@ pub mod library;
 pub mod model;
 mod overrides;
 mod parser;
+pub mod pattern;
 mod show;
 pub mod source;
 

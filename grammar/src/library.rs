@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::ast::{Item, ParamDef};
+use crate::ast::{Entry, Item, ParamDef};
 use crate::source::{FileId, Span};
 
 /// Modules by path below `models/`, with their texts: every file there is one.
@@ -34,6 +34,17 @@ pub fn methods() -> Vec<Described> {
 /// Every backbone, by file.
 pub fn backbones() -> Vec<Described> {
     described("backbones/")
+}
+
+/// The backbone whose checkpoints have this `model_type` in their `config.json`.
+pub fn backbone_of(model_type: &str) -> Option<String> {
+    let files = MODULES.iter().filter(|(path, _)| path.starts_with("backbones/"));
+    let asts = files.filter_map(|(_, source)| crate::parser::parse(FileId(0), source).ok());
+    let reads = |entry: &Entry| matches!(entry, Entry::ModelType(all) if all.iter().any(|t| t.text == model_type));
+    asts.flat_map(|ast| ast.items).find_map(|item| match item {
+        Item::Backbone(def) if def.checkpoint.iter().any(reads) => Some(def.name.text),
+        _ => None,
+    })
 }
 
 fn described(folder: &str) -> Vec<Described> {

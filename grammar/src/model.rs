@@ -42,8 +42,7 @@ pub struct Backbone {
     pub name: String,
     /// `config.json` keys with the values this spec wants there, from `from "…"` in the backbone's file.
     pub config: BTreeMap<String, ConfigValue>,
-    /// What base-model checkpoints leave out in front of a tensor's name: `transformer.`, `bert.`.
-    pub prefix: String,
+    pub checkpoint: Checkpoint,
     /// The most tokens a sequence may have; without it, as many as memory holds.
     #[serde(default)]
     pub longest: Option<u64>,
@@ -52,6 +51,75 @@ pub struct Backbone {
     pub skipped: Option<u64>,
     /// Arguments that `config.json` has no key for and that are not at their defaults.
     pub beyond: BTreeMap<String, ConfigValue>,
+}
+
+/// What a backbone's file says of the checkpoints that it reads, arguments filled in.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Values of `model_type` in `config.json`; none where the backbone does not say.
+    pub model_types: Vec<String>,
+    /// What base-model checkpoints leave out in front of a tensor's name: `transformer.`, `bert.`.
+    pub prefix: String,
+    /// Keys of `config.json`. A key inside an object is written with a dot: `rope_parameters.rope_theta`.
+    pub keys: BTreeMap<String, Key>,
+    pub tensors: Vec<TensorRule>,
+}
+
+/// What a key of `config.json` has to be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Key {
+    /// It is an argument of the backbone, whose value is in [`Backbone::config`].
+    Argument {
+        name: String,
+        /// What it counts as where the key is absent.
+        absent: Option<ConfigValue>,
+    },
+    /// One of these values; the first where the key is absent.
+    Is {
+        values: Vec<serde_json::Value>,
+        /// What the backbone computes.
+        note: Option<String>,
+    },
+    /// Without influence on what the backbone computes.
+    Free,
+    /// Another name of this key.
+    Same(String),
+}
+
+/// What tensors are whose name fits the pattern.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TensorRule {
+    /// A full name, `*` for any part of it.
+    pub pattern: String,
+    pub is: Kind,
+    /// What they are, or what to do about them.
+    pub note: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Kind {
+    /// The files may lack them, and then they are drawn; the graph may not read them.
+    Optional,
+    /// Parts of other models.
+    Unused,
+    /// The graph reads them.
+    Required,
+    /// Another name of the tensor that the pattern stands for.
+    Same(String),
+    Buffer(Buffer),
+}
+
+/// A tensor that does not train and whose values are known.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Buffer {
+    /// [1,1,n,n], or [n,n]: 1 where a column is not behind its row, else 0.
+    CausalMask,
+    /// 0, 1, 2, …
+    Positions,
+    /// theta^(−2j/width), j = 0 to width/2 − 1: the angles by which rotary positions turn.
+    Frequencies { theta: f64, width: u64 },
+    /// One of these numbers everywhere.
+    Numbers(Vec<f64>),
 }
 
 /// A method at work at one site.

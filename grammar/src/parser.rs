@@ -1,5 +1,6 @@
 //! Text to syntax tree: items and statements. Expressions are in [`expr`].
 
+mod checkpoint;
 mod expr;
 mod syntax_error;
 
@@ -105,6 +106,11 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_train
             | kw_prefix
             | kw_from
+            | kw_is
+            | kw_key
+            | kw_tensor
+            | kw_checkpoint
+            | kw_model_type
             | kw_weight
             | kw_head
             | kw_shared
@@ -168,8 +174,10 @@ impl Builder {
                 let name = self.name(c.next());
                 let params = self.params(c.next());
                 let purpose = c.next_if(Rule::purpose).map(|p| self.name(Children::of(p).next()));
-                let prefix = c.next_if(Rule::prefix).map(|p| self.text(Children::of(p).next()));
-                Item::Backbone(BackboneDef { name, params, purpose, prefix, body: self.block(c.next()) })
+                let mut body = Children::of(c.next());
+                let checkpoint = body.next_if(Rule::checkpoint).map_or(vec![], |p| self.checkpoint(p));
+                let body = body.0.map(|p| self.statement(p)).collect();
+                Item::Backbone(BackboneDef { name, params, purpose, checkpoint, body })
             }
             Rule::method => {
                 let name = self.name(c.next());
@@ -201,7 +209,8 @@ impl Builder {
             let (name, ty) = (b.name(c.next()), b.name(c.next()));
             let default = c.next_if(Rule::expr).map(|p| b.expr(p));
             let from = c.next_if(Rule::string).map(|p| b.text(p));
-            ParamDef { name, ty, default, from }
+            let absent = c.next_if(Rule::absent).map(|p| b.expr(Children::of(p).next()));
+            ParamDef { name, ty, default, from, absent }
         };
         pair.into_inner().map(|p| param(self, p)).collect()
     }

@@ -106,6 +106,47 @@ impl SafeFile {
             other => Err(RuntimeError::file(&self.path, format!("tensor `{name}` holds {other:?}, no integers"))),
         }
     }
+
+    /// A tensor of any type, as numbers; booleans are 0 and 1.
+    pub fn numbers(&self, name: &str) -> Result<Vec<f64>, RuntimeError> {
+        fn all<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f64) -> Vec<f64> {
+            bytes.as_chunks::<N>().0.iter().map(|&b| read(b)).collect()
+        }
+        let (place, bytes) = self.place(name)?;
+        Ok(match place.dtype {
+            Dtype::BOOL | Dtype::U8 => all(bytes, |[b]| f64::from(b)),
+            Dtype::I8 => all(bytes, |b| f64::from(i8::from_le_bytes(b))),
+            Dtype::I16 => all(bytes, |b| f64::from(i16::from_le_bytes(b))),
+            Dtype::I32 => all(bytes, |b| f64::from(i32::from_le_bytes(b))),
+            Dtype::I64 => all(bytes, |b| i64::from_le_bytes(b) as f64),
+            Dtype::F16 => all(bytes, |b| f16::from_le_bytes(b).to_f64()),
+            Dtype::BF16 => all(bytes, |b| bf16::from_le_bytes(b).to_f64()),
+            Dtype::F32 => all(bytes, |b| f32::from_le_bytes(b).into()),
+            Dtype::F64 => all(bytes, f64::from_le_bytes),
+            other => {
+                return Err(RuntimeError::file(&self.path, format!("tensor `{name}` holds {other:?}, no numbers")));
+            }
+        })
+    }
+
+    /// How far a number of the tensor may be off for having been rounded to its type, relative to itself.
+    pub fn rounding(&self, name: &str) -> f64 {
+        match self.tensors.get(name).map(|place| place.dtype) {
+            Some(Dtype::F16) => f64::powi(2.0, -11),
+            Some(Dtype::BF16) => f64::powi(2.0, -8),
+            Some(Dtype::F32) => f64::powi(2.0, -24),
+            _ => 0.0,
+        }
+    }
+
+    /// Both tensors have one shape and the same numbers.
+    pub fn equal(&self, name: &str, other: &SafeFile, of_other: &str) -> Result<bool, RuntimeError> {
+        let ((a, x), (b, y)) = (self.place(name)?, other.place(of_other)?);
+        if a.shape != b.shape {
+            return Ok(false);
+        }
+        Ok(if a.dtype == b.dtype { x == y } else { self.numbers(name)? == other.numbers(of_other)? })
+    }
 }
 
 type Header = (BTreeMap<String, Place>, BTreeMap<String, String>);

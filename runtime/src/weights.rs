@@ -1,16 +1,20 @@
 //! Weights: from a Hugging Face directory, or drawn from each tensor's initialisation.
 
-use std::collections::BTreeMap;
+mod buffers;
+mod names;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use peft_grammar::model::{Backbone, ConfigValue, Init, Origin, Param};
+use peft_grammar::model::{Backbone, Init, Origin, Param};
 use rayon::prelude::*;
 
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
 use crate::philox::philox4x32;
 use crate::safefile::SafeFile;
+use names::{Names, Role};
 
 /// What a directory gave.
 pub struct Loaded {
@@ -18,8 +22,16 @@ pub struct Loaded {
     pub tensors: Vec<Numbers>,
     /// Drawn from their initialisation, since the files do not hold them.
     pub drawn: Vec<String>,
-    /// In the files, but not of the model.
-    pub left_over: Vec<String>,
+    /// In the files and not read, for the model computes what it does without them.
+    pub unread: Vec<Unread>,
+}
+
+/// A tensor that the model has no part for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unread {
+    pub name: String,
+    /// What it is, where the backbone's file says so.
+    pub note: Option<String>,
 }
 
 /// Every tensor from its initialisation: the same numbers for the same seed, whatever the others are.
@@ -27,8 +39,11 @@ pub fn random(params: &[Param], seed: u64) -> Vec<Numbers> {
     params.iter().map(|p| draw(p, seed)).collect()
 }
 
-/// Reads `config.json` and `model.safetensors` (or its shards). Up to `appended` rows of the token embedding
-/// are new tokens of the task: a checkpoint that lacks them gets them from the initialisation.
+/// Reads `model.safetensors` (or its shards) by the rules of the backbone's `checkpoint` block. At most `appended` rows
+/// of the token embedding are the task's own special tokens: where a checkpoint lacks them they are drawn.
+///
+/// Refused are tensors that are missing or of another shape, those inside the model that nothing reads, buffers whose
+/// values are not those that the equations mean, and two tensors for one parameter that differ.
 pub fn load(
     dir: &Path,
     backbone: &Backbone,
@@ -36,77 +51,116 @@ pub fn load(
     appended: u64,
     seed: u64,
 ) -> Result<Loaded, RuntimeError> {
-    check_config(dir, backbone, appended)?;
     let files = open(dir)?;
     let stored: BTreeMap<&str, &SafeFile> = files.iter().flat_map(|f| f.names().map(move |n| (n, f))).collect();
+    let names = Names::new(&backbone.checkpoint, params);
+    let spellings = |param: &Param| -> Vec<String> {
+        let own = matches!(param.origin, Origin::Backbone | Origin::Head);
+        let all = if own { names.spellings(&param.name) } else { vec![] };
+        all.into_iter().filter(|n| stored.contains_key(n.as_str())).collect()
+    };
+    let has_head = params.iter().any(|p| p.origin == Origin::Head && !spellings(p).is_empty());
 
-    let (mut tensors, mut drawn, mut missing, mut misshaped) = (vec![], vec![], vec![], vec![]);
-    let mut used = std::collections::BTreeSet::new();
+    let (mut tensors, mut drawn, mut missing, mut wrong) = (vec![], vec![], vec![], vec![]);
+    let mut used = BTreeSet::new();
     for param in params {
-        let Some(name) = spellings(&param.name, &backbone.prefix).into_iter().find(|n| stored.contains_key(&n[..]))
-        else {
-            // Not every pretraining leaves a pooler behind.
-            if param.origin == Origin::Backbone && !param.name.contains(".pooler.") {
-                missing.push(param.name.as_str());
-            } else {
+        let found = spellings(param);
+        used.extend(found.iter().cloned());
+        let Some((name, others)) = found.split_first() else {
+            let may_lack = match param.origin {
+                Origin::Backbone => names.optional(&param.name),
+                Origin::Head => !has_head,
+                Origin::Method(_) => true,
+            };
+            if may_lack {
                 drawn.push(param.name.clone());
                 tensors.push(draw(param, seed));
+            } else {
+                missing.push(param.name.as_str());
             }
             continue;
         };
-        let file = stored[&name[..]];
-        let shape = file.shape(&name).unwrap_or_default().to_vec();
+        let file = stored[name.as_str()];
+        for other in others {
+            if !file.equal(name, stored[other.as_str()], other)? {
+                let note = names.note(other).map_or(String::new(), |note| format!(": {note}"));
+                wrong.push(format!("  `{other}` and `{name}` should be one tensor, and differ{note}"));
+            }
+        }
+        let shape = file.shape(name).unwrap_or_default().to_vec();
         let grows = shape.len() == 2
             && param.shape.len() == 2
             && shape[1] == param.shape[1]
             && param.shape[0] > shape[0]
             && param.shape[0] - shape[0] <= appended;
         if shape != param.shape && !grows {
-            let turned = if shape.iter().eq(param.shape.iter().rev()) { " (it looks transposed)" } else { "" };
-            misshaped.push(format!("  `{name}` is {shape:?} in the file, the spec wants {:?}{turned}", param.shape));
-            used.insert(name);
+            wrong.push(misshapen(name, &shape, param));
             continue;
         }
         let mut numbers = if grows { draw(param, seed) } else { Numbers::zeros(param.elements() as usize) };
         let count = shape.iter().product::<u64>() as usize;
         // Once something does not fit, numbers are not read any more: only the message is left to make.
-        if missing.is_empty() && misshaped.is_empty() {
-            file.floats(&name, &mut numbers[..count])?;
+        if missing.is_empty() && wrong.is_empty() {
+            file.floats(name, &mut numbers[..count])?;
         }
         tensors.push(numbers);
-        used.insert(name);
     }
-    let left_over: Vec<String> =
-        stored.keys().filter(|n| !used.contains(**n) && !known_extra(n)).map(|n| n.to_string()).collect();
-    if missing.is_empty() && misshaped.is_empty() {
-        return Ok(Loaded { tensors, drawn, left_over });
-    }
-    let mut message = misshaped;
-    message.extend(missing.iter().map(|name| {
-        let near = left_over.iter().map(|n| (strsim::normalized_levenshtein(n, name), n));
-        match near.filter(|(score, _)| *score > 0.8).max_by(|a, b| a.0.total_cmp(&b.0)) {
-            Some((_, near)) => format!("  `{name}` is missing; the file has `{near}`"),
-            None => format!("  `{name}` is missing"),
+
+    let (mut unread, mut strangers) = (vec![], vec![]);
+    for (name, file) in stored.iter().filter(|(name, _)| !used.contains(**name)) {
+        match names.role(name) {
+            Role::Buffer(buffer, note) => wrong.extend(buffers::differs(buffer, name, file)?.map(|why| match note {
+                Some(note) => format!("  {why}: {note}"),
+                None => format!("  {why}"),
+            })),
+            Role::Unread(note) => unread.push(Unread { name: name.to_string(), note: note.map(String::from) }),
+            Role::Stranger => strangers.push(name.to_string()),
         }
-    }));
-    if !left_over.is_empty() {
-        let first: Vec<&str> = left_over.iter().take(8).map(String::as_str).collect();
-        let more = if left_over.len() > 8 { format!(" and {} more", left_over.len() - 8) } else { String::new() };
-        message.push(format!("  left over: {}{more}", first.join(", ")));
     }
-    message.push(format!("  is this a `{}` of the shape the spec gives?", backbone.name));
-    Err(RuntimeError::weights(dir, message.join("\n")))
+    if !missing.is_empty() {
+        let left_over: Vec<&String> = strangers.iter().chain(unread.iter().map(|u| &u.name)).collect();
+        wrong.extend(missing.iter().map(|name| lacking(name, names.note(name), &left_over)));
+        if !left_over.is_empty() {
+            wrong.push(format!("  left over: {}", some(&left_over)));
+        }
+        wrong.push(format!("  is this a `{}` of the shape the spec gives?", backbone.name));
+    } else if !strangers.is_empty() {
+        let strangers = some(&strangers.iter().collect::<Vec<_>>());
+        wrong.push(format!("  inside the model, and not read by `{}`: {strangers}", backbone.name));
+        wrong.push("  the file computes something else than the spec".into());
+    }
+    if wrong.is_empty() {
+        return Ok(Loaded { tensors, drawn, unread });
+    }
+    Err(RuntimeError::weights(dir, wrong.join("\n")))
 }
 
-/// How checkpoints write a canonical name: in full or without the prefix, norms also in BERT's first spelling.
-fn spellings(name: &str, prefix: &str) -> Vec<String> {
-    let mut all = vec![name.to_string()];
-    all.extend(name.strip_prefix(prefix).filter(|_| !prefix.is_empty()).map(String::from));
-    for (new, old) in [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")] {
-        let older: Vec<String> = all.iter().filter_map(|n| Some(format!("{}{old}", n.strip_suffix(new)?))).collect();
-        all.extend(older);
+fn misshapen(name: &str, shape: &[u64], param: &Param) -> String {
+    let wants = format!("`{name}` is {shape:?} in the file, the spec wants {:?}", param.shape);
+    if param.origin == Origin::Head && shape.len() == param.shape.len() && shape[1..] == param.shape[1..] {
+        let (found, labels) = (shape[0], param.shape[0]);
+        return format!(
+            "  {wants}: a head for {found} classes, and the task has {labels} labels; write {found} `labels`"
+        );
     }
-    all
+    let turned = if shape.iter().eq(param.shape.iter().rev()) { " (it looks transposed)" } else { "" };
+    format!("  {wants}{turned}")
+}
+
+/// A tensor that is missing, and the name that it may have instead.
+fn lacking(name: &str, note: Option<&str>, left_over: &[&String]) -> String {
+    let near = left_over.iter().map(|n| (strsim::normalized_levenshtein(n, name), n));
+    let near = near.filter(|(score, _)| *score > 0.8).max_by(|a, b| a.0.total_cmp(&b.0));
+    let near = near.map_or(String::new(), |(_, near)| format!("; the file has `{near}`"));
+    let note = note.map_or(String::new(), |note| format!("; {note}"));
+    format!("  `{name}` is missing{near}{note}")
+}
+
+/// The first eight of them.
+fn some(names: &[&String]) -> String {
+    let first: Vec<&str> = names.iter().take(8).map(|n| n.as_str()).collect();
+    let more = if names.len() > 8 { format!(" and {} more", names.len() - 8) } else { String::new() };
+    first.join(", ") + &more
 }
 
 /// The files of a checkpoint.
@@ -128,62 +182,9 @@ fn open(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
         }
         names.into_iter().map(|n| dir.join(n)).collect()
     } else {
-        let hint = match dir.is_dir() {
-            true if dir.join("pytorch_model.bin").is_file() => {
-                "it holds `pytorch_model.bin`, which is not read here: save it once more with `safe_serialization=True`"
-            }
-            true => "it holds no `model.safetensors`",
-            false => "no such directory; `--weights` takes a Hugging Face model directory, or `random`",
-        };
-        return Err(RuntimeError::file(dir, hint));
+        return Err(RuntimeError::file(dir, "it holds no `model.safetensors`"));
     };
     paths.iter().map(|path| SafeFile::open(path)).collect()
-}
-
-/// What checkpoints carry beside weights: masks, positions, and heads of the pretraining.
-fn known_extra(name: &str) -> bool {
-    name.ends_with(".attn.bias")
-        || name.ends_with(".attn.masked_bias")
-        || name.ends_with("position_ids")
-        || name == "lm_head.weight"
-        || name.starts_with("cls.")
-        || name.contains("pooler.")
-}
-
-/// A key of config.json. What belongs to rotary positions may stand in an object of its own, by an older name.
-fn configured<'a>(json: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
-    let older = if key == "rope_type" { "type" } else { key };
-    let rotary = ["rope_parameters", "rope_scaling"].iter().filter_map(|object| json.get(object));
-    json.get(key).or_else(|| rotary.flat_map(|o| [o.get(key), o.get(older)]).flatten().next())
-}
-
-/// The spec's sizes against the checkpoint's own.
-fn check_config(dir: &Path, backbone: &Backbone, appended: u64) -> Result<(), RuntimeError> {
-    let path = dir.join("config.json");
-    let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| RuntimeError::file(&path, format!("no JSON ({e}); fetch it again")))?;
-    let mut wrong = vec![];
-    for (key, want) in &backbone.config {
-        // Rates of dropout are the recipe's business.
-        if key.contains("drop") {
-            continue;
-        }
-        let Some(found) = configured(&json, key).filter(|v| !v.is_null()) else { continue };
-        let fits = match want {
-            ConfigValue::Bool(b) => found.as_bool() == Some(*b),
-            ConfigValue::Int(n) => {
-                found.as_i64().is_some_and(|f| f == *n || (key == "vocab_size" && f < *n && *n - f <= appended as i64))
-            }
-            ConfigValue::Float(x) => found.as_f64().is_some_and(|f| (f - x).abs() <= 1e-6 * x.abs()),
-            ConfigValue::Str(s) => found.as_str() == Some(s),
-        };
-        if !fits {
-            let want = serde_json::to_string(want).unwrap_or_default();
-            wrong.push(format!("  `{key}` is {found} in config.json, the spec wants {want}"));
-        }
-    }
-    if wrong.is_empty() { Ok(()) } else { Err(RuntimeError::weights(dir, wrong.join("\n"))) }
 }
 
 /// One tensor from its initialisation, by a generator keyed on seed and name.

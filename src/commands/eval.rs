@@ -26,7 +26,8 @@ pub struct Arguments {
     tokenizer: Option<PathBuf>,
 }
 
-pub fn run(arguments: Arguments) -> Result<(), Failure> {
+pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
+    arguments.weights = checkpoint::resolve(&arguments.weights)?;
     let ready = arguments.source.open()?;
     let model = ready.model;
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;

@@ -41,7 +41,8 @@ enum Format {
     Own,
 }
 
-pub fn run(arguments: Arguments) -> Result<(), Failure> {
+pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
+    arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
     let (model, kept) = kept(&arguments)?;
     let out = &arguments.output;
     if arguments.format != Format::Own {

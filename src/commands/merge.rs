@@ -20,7 +20,8 @@ pub struct Arguments {
     output: PathBuf,
 }
 
-pub fn run(arguments: Arguments) -> Result<(), Failure> {
+pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
+    arguments.weights = checkpoint::resolve(&arguments.weights)?;
     let source = &arguments.source;
     if source.is_artifact() {
         let path = source.path.display();

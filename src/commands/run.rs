@@ -31,7 +31,8 @@ pub struct Arguments {
     seed: u64,
 }
 
-pub fn run(arguments: Arguments) -> Result<(), Failure> {
+pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
+    arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
     let ready = arguments.source.open()?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs, &ready.model)?;

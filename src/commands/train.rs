@@ -44,6 +44,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if let Some(seed) = arguments.seed {
         arguments.source.set.push(("train.seed".into(), seed.to_string()));
     }
+    arguments.weights = checkpoint::resolve(&arguments.weights)?;
     let ready = arguments.source.open()?;
     let model = ready.model;
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;

@@ -1,30 +1,79 @@
 //! Checkpoints in Hugging Face's form: `config.json` beside `model.safetensors`.
+//!
+//! What a checkpoint means is compared with the model before its numbers are read: the keys of `config.json` in
+//! [`config`], the names of labels in [`labels`], tensors by the rules of the backbone's file in
+//! [`peft_runtime::weights`].
+
+pub mod config;
+mod folder;
+pub mod labels;
 
 use std::path::Path;
 
 use peft_grammar::model::{Model, Origin};
-use peft_runtime::{Numbers, weights};
+use peft_runtime::weights::Unread;
+use peft_runtime::{Numbers, RuntimeError, weights};
 
+use crate::commands::say;
 use crate::failure::Failure;
 
-/// Every tensor of the model: `random`, or from a Hugging Face directory.
+pub use folder::resolve;
+
+/// What stands for weights that are drawn from each tensor's initialisation.
+pub const RANDOM: &str = "random";
+
+/// Every tensor of the model: `random`, or from a Hugging Face directory, whose meaning is that of the model.
 pub fn weights(from: &Path, model: &Model) -> Result<Vec<Numbers>, Failure> {
-    if from == Path::new("random") {
+    if from == Path::new(RANDOM) {
         return Ok(weights::random(&model.params, model.train.seed));
     }
-    let appended = model.task.special().len() as u64;
-    let loaded = weights::load(from, &model.backbone, &model.params, appended, model.train.seed)?;
-    let heads: Vec<&str> = model
-        .params
-        .iter()
-        .filter(|p| p.origin == Origin::Head && loaded.drawn.contains(&p.name))
-        .map(|p| p.name.as_str())
-        .collect();
-    if !heads.is_empty() {
-        crate::commands::say(&format!("new here, drawn at random: {}", heads.join(", ")));
+    let config = config::read(from)?;
+    let refused = |wrong: Vec<String>| match wrong.is_empty() {
+        true => Ok(()),
+        false => Err(RuntimeError::weights(from, wrong.join("\n"))),
+    };
+    match &config {
+        Some(config) => {
+            let found = config::compare(config, model);
+            refused(found.wrong)?;
+            found.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+        }
+        None => say(&format!(
+            "warning: {} has no `config.json`: whether the model computes what its weights are made for was not checked",
+            from.display()
+        )),
     }
-    if !loaded.left_over.is_empty() {
-        crate::commands::say(&format!("in the files but not of the model: {}", loaded.left_over.join(", ")));
+    let loaded =
+        weights::load(from, &model.backbone, &model.params, model.task.special().len() as u64, model.train.seed)?;
+    let drawn = model.params.iter().filter(|p| loaded.drawn.contains(&p.name));
+    let drawn = drawn.filter(|p| !matches!(p.origin, Origin::Method(_)));
+    let (heads, others): (Vec<_>, Vec<_>) = drawn.partition(|p| p.origin == Origin::Head);
+    let has_head = heads.is_empty() && model.params.iter().any(|p| p.origin == Origin::Head);
+    if let (Some(config), true) = (&config, has_head) {
+        refused(labels::compare(config, model))?;
     }
+    let names: Vec<&str> = heads.into_iter().chain(others).map(|p| p.name.as_str()).collect();
+    if !names.is_empty() {
+        say(&format!("new here, drawn at random: {}", names.join(", ")));
+    }
+    notes(&loaded.unread).iter().for_each(|note| say(note));
     Ok(loaded.tensors)
+}
+
+/// A line for tensors of one kind that are in the files, and that the model does without.
+fn notes(unread: &[Unread]) -> Vec<String> {
+    let mut kinds: Vec<(&Option<String>, Vec<&str>)> = vec![];
+    for tensor in unread {
+        match kinds.iter_mut().find(|(note, _)| *note == &tensor.note) {
+            Some((_, names)) => names.push(&tensor.name),
+            None => kinds.push((&tensor.note, vec![&tensor.name])),
+        }
+    }
+    let line = |(note, names): (&Option<String>, Vec<&str>)| {
+        let what = note.as_deref().unwrap_or("they lie outside of the model");
+        let shown = names.iter().take(4).copied().collect::<Vec<_>>().join(", ");
+        let more = if names.len() > 4 { format!(" and {} more", names.len() - 4) } else { String::new() };
+        format!("note: in the files and not read: {shown}{more} ({what})")
+    };
+    kinds.into_iter().map(line).collect()
 }

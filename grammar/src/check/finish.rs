@@ -10,6 +10,7 @@ use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{DType, Dim, Role, Value};
 use crate::model::{Backbone, ConfigValue, Model, Origin, Recipe, Task, Trainable};
+use crate::pattern;
 use crate::source::Span;
 
 impl<'a> Checker<'a> {
@@ -49,6 +50,10 @@ impl<'a> Checker<'a> {
         // `loss` and `logits` first, then what methods expose.
         let rank = |name: &str| ["loss", "logits"].iter().position(|n| *n == name).unwrap_or(2);
         self.graph.outputs.sort_by_key(|(name, _)| rank(name));
+        let checkpoint = self.checkpoint(backbone, &args);
+        if !self.errors.is_empty() {
+            return None;
+        }
         let config = backbone
             .params
             .iter()
@@ -74,7 +79,7 @@ impl<'a> Checker<'a> {
             backbone: Backbone {
                 name: backbone.name.text.clone(),
                 config,
-                prefix: backbone.prefix.as_ref().map(|p| p.text.clone()).unwrap_or_default(),
+                checkpoint,
                 longest,
                 skipped: self.skipped.map(|said| said.number),
                 beyond,
@@ -169,7 +174,7 @@ impl<'a> Checker<'a> {
         for Glob { pattern, method, used } in std::mem::take(&mut self.globs) {
             let (mut any, mut new) = (false, false);
             for param in self.params.iter_mut().filter(|p| p.origin == Origin::Backbone) {
-                if glob(&pattern.text, &param.name) {
+                if pattern::fits(&pattern.text, &param.name) {
                     any = true;
                     if let Trainable::Rows(..) = param.trainable {
                         let rows = self.plan.rows.iter().find(|r| r.tensor.text == param.name);
@@ -297,43 +302,6 @@ impl<'a> Checker<'a> {
                 let title = format!("the task has {} labels, the logits are {ty}", self.classes);
                 self.report(Diagnostic::error(span(self, "logits"), title).hint("`classes` is the number of labels"));
             }
-        }
-    }
-}
-
-/// `*` stands for anything.
-fn glob(pattern: &str, name: &str) -> bool {
-    let mut parts = pattern.split('*');
-    let Some(mut rest) = name.strip_prefix(parts.next().unwrap_or("")) else { return false };
-    let mut parts: Vec<&str> = parts.collect();
-    let Some(last) = parts.pop() else { return rest.is_empty() };
-    for part in parts {
-        match rest.find(part) {
-            Some(at) => rest = &rest[at + part.len()..],
-            None => return false,
-        }
-    }
-    rest.ends_with(last)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::glob;
-
-    #[test]
-    fn patterns_match_names() {
-        for (pattern, name, matches) in [
-            ("*", "a.b", true),
-            ("*.bias", "h.0.ln_1.bias", true),
-            ("*.bias", "h.0.ln_1.weight", false),
-            ("h.*.ln_*.bias", "h.0.ln_1.bias", true),
-            ("h.*.ln_*.bias", "h.0.attn.bias", false),
-            ("h.0", "h.0", true),
-            ("h.0", "h.01", false),
-            ("ab*b", "ab", false),
-            ("", "a", false),
-        ] {
-            assert_eq!(glob(pattern, name), matches, "{pattern} on {name}");
         }
     }
 }

@@ -1,4 +1,4 @@
-use peft_grammar::model::Trainable;
+use peft_grammar::model::{Buffer, Checkpoint, Kind, TensorRule, Trainable};
 
 use super::*;
 use crate::adapter::{self, Stored, TensorFile};
@@ -19,7 +19,36 @@ fn params() -> Vec<Param> {
 }
 
 fn backbone() -> Backbone {
-    Backbone { name: "tiny".into(), config: BTreeMap::new(), prefix: "t.".into(), ..Backbone::default() }
+    let rule = |pattern: &str, is: Kind, note: Option<&str>| TensorRule {
+        pattern: pattern.into(),
+        is,
+        note: note.map(String::from),
+    };
+    let tensors = vec![
+        rule("*.LayerNorm.gamma", Kind::Same("*.LayerNorm.weight".into()), None),
+        rule("lm_head.weight", Kind::Same("t.wte.weight".into()), Some("untie them")),
+        rule("t.pooler.*", Kind::Optional, None),
+        rule("cls.*", Kind::Unused, Some("a head of the pretraining")),
+        rule("*.attn.bias", Kind::Buffer(Buffer::CausalMask), None),
+        rule("t.position_ids", Kind::Buffer(Buffer::Positions), None),
+        rule("*.inv_freq", Kind::Buffer(Buffer::Frequencies { theta: 100.0, width: 4 }), Some("turns")),
+        rule("*.masked_bias", Kind::Buffer(Buffer::Numbers(vec![-1e4, -1e9])), None),
+    ];
+    let checkpoint = Checkpoint { prefix: "t.".into(), tensors, ..Checkpoint::default() };
+    Backbone { name: "tiny".into(), config: BTreeMap::new(), checkpoint, ..Backbone::default() }
+}
+
+/// A directory with the tensors that fit, and these besides.
+fn with(more: &[(&str, &[u64], &[f32])]) -> tempfile::TempDir {
+    let home = checkpoint(&FITTING);
+    let path = home.path().join("model.safetensors");
+    let mut file = adapter::load(&path).unwrap();
+    let stored = |(name, shape, numbers): &(&str, &[u64], &[f32])| {
+        (name.to_string(), Stored::f32(shape.to_vec(), numbers.to_vec()))
+    };
+    file.tensors.extend(more.iter().map(stored));
+    adapter::save(&path, &file).unwrap();
+    home
 }
 
 fn write_model(path: &Path, tensors: &[(&str, &[u64])]) {
@@ -58,12 +87,13 @@ fn names_with_and_without_prefix_and_in_old_spelling() {
         ["wte.weight", "h.0.LayerNorm.gamma", "pooler.dense.bias"],
     ] {
         let [a, b, c] = names;
-        let home = checkpoint(&[(a, &[3, 2]), (b, &[2]), (c, &[2]), ("h.0.attn.bias", &[4]), ("extra", &[1])]);
+        let home = checkpoint(&[(a, &[3, 2]), (b, &[2]), (c, &[2]), ("cls.bias", &[4]), ("extra", &[1])]);
         let loaded = read(home.path(), 0).unwrap();
         assert_eq!(loaded.tensors[0][..], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         assert_eq!(loaded.tensors[1][..], [1.0, 2.0]);
         assert_eq!(loaded.drawn, ["classifier.weight", "layers.0.attention.q.lora.a"]);
-        assert_eq!(loaded.left_over, ["extra"]);
+        let unread: Vec<_> = loaded.unread.iter().map(|u| (u.name.as_str(), u.note.as_deref())).collect();
+        assert_eq!(unread, [("cls.bias", Some("a head of the pretraining")), ("extra", None)]);
     }
 }
 
@@ -117,7 +147,8 @@ fn appended_rows_are_drawn() {
     assert_eq!(wte[..4], [1.0, 2.0, 3.0, 4.0]);
     assert_eq!(wte[4..], random(&params(), 7)[0][4..]);
     assert!(read(home.path(), 0).err().unwrap().contains("`t.wte.weight` is [2, 2]"));
-    assert!(read(home.path(), 2).err().unwrap().contains("`t.wte.weight` is [2, 2]"));
+    // Some of a task's special tokens may be the checkpoint's own.
+    assert_eq!(read(home.path(), 2).unwrap().tensors[0][..], wte[..]);
 }
 
 #[test]
@@ -156,68 +187,91 @@ fn moments() {
     assert!(uniform.iter().all(|x| x.abs() < 0.5) && (std(&uniform) - 0.5 / 3f64.sqrt()).abs() < 2e-3);
 }
 
+/// What lies inside the model and is not read changes what it computes; what lies outside does not.
 #[test]
-fn configurations() {
-    let home = tempfile::tempdir().unwrap();
-    let config = serde_json::json!({
-        "n_layer": 24, "n_embd": 768, "n_inner": null, "vocab_size": 50257, "attn_pdrop": 0.1, "eps": 1e-5
-    });
-    fs::write(home.path().join("config.json"), config.to_string()).unwrap();
-    let check = |config: serde_json::Value, appended| {
-        let backbone = Backbone { config: serde_json::from_value(config).unwrap(), ..backbone() };
-        check_config(home.path(), &backbone, appended).map_err(|e| e.to_string())
-    };
-    let fitting = serde_json::json!({
-        "n_layer": 24, "n_inner": 3072, "vocab_size": 50273, "attn_pdrop": 0.0, "eps": 0.00001, "unheard": 1
-    });
-    check(fitting.clone(), 16).unwrap();
-    assert!(check(fitting, 0).unwrap_err().contains("`vocab_size` is 50257"));
-    check(serde_json::json!({ "tie_word_embeddings": false }), 0).unwrap();
-    let message = check(serde_json::json!({ "n_layer": 12, "n_embd": 768 }), 0).unwrap_err();
-    assert!(message.contains("`n_layer` is 24 in config.json, the spec wants 12") && !message.contains("n_embd"));
+fn tensors_that_nothing_reads() {
+    for inside in ["t.h.0.mlp.bias", "h.1.LayerNorm.weight", "wte.bias", "classifier.dense.weight", "t.odd"] {
+        let message = read(with(&[(inside, &[1], &[0.0])]).path(), 0).err().unwrap();
+        assert!(message.contains(&format!("not read by `tiny`: {inside}")), "{message}");
+    }
+    let unread = read(with(&[("score.weight", &[1], &[0.0])]).path(), 0).unwrap().unread;
+    assert_eq!(unread, [Unread { name: "score.weight".into(), note: None }]);
+    // A pooler that the graph does not read.
+    let without: Vec<Param> = params().into_iter().filter(|p| !p.name.contains("pooler")).collect();
+    assert_eq!(load(with(&[]).path(), &backbone(), &without, 0, 7).unwrap().unread.len(), 1);
 }
 
 #[test]
-fn configurations_of_rotary_positions() {
-    let home = tempfile::tempdir().unwrap();
-    let wanted = serde_json::json!({ "rope_theta": 10000.0, "rope_type": "default" });
-    let backbone = Backbone { config: serde_json::from_value(wanted).unwrap(), ..backbone() };
-    let check = |config: serde_json::Value| {
-        fs::write(home.path().join("config.json"), config.to_string()).unwrap();
-        check_config(home.path(), &backbone, 0).map_err(|e| e.to_string())
-    };
-    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
-    for fitting in [
-        "{}",
-        r#"{ "rope_theta": 10000, "rope_scaling": null }"#,
-        r#"{ "rope_scaling": { "rope_type": "default" } }"#,
-        r#"{ "rope_parameters": { "rope_theta": 10000.0, "rope_type": "default" } }"#,
-    ] {
-        check(json(fitting)).unwrap();
-    }
-    for (other, message) in [
-        (r#"{ "rope_theta": 500000.0 }"#, "`rope_theta` is 500000.0 in config.json, the spec wants 10000.0"),
-        (r#"{ "rope_parameters": { "rope_theta": 500000.0 } }"#, "`rope_theta` is 500000.0"),
-        (r#"{ "rope_parameters": { "rope_type": "yarn", "factor": 2.0 } }"#, "`rope_type` is \"yarn\" in config.json"),
-        (r#"{ "rope_scaling": { "rope_type": "llama3", "factor": 8.0 } }"#, "`rope_type` is \"llama3\" in config.json"),
-        (r#"{ "rope_scaling": { "type": "linear", "factor": 2.0 } }"#, "the spec wants \"default\""),
-    ] {
-        let found = check(json(other)).unwrap_err();
-        assert!(found.contains(message), "{found}");
+fn buffers_hold_what_the_equations_mean() {
+    let mask = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0];
+    // 100^(−2j/4): 1 and 0.1.
+    let fine: [(&str, &[u64], &[f32]); 6] = [
+        ("h.0.attn.bias", &[1, 1, 3, 3], &mask),
+        ("t.h.1.attn.bias", &[3, 3], &mask),
+        ("position_ids", &[1, 3], &[0.0, 1.0, 2.0]),
+        ("t.h.0.inv_freq", &[2], &[1.0, 0.1]),
+        ("h.0.masked_bias", &[], &[-1e9]),
+        ("h.1.masked_bias", &[], &[-1e4]),
+    ];
+    let loaded = read(with(&fine).path(), 0).unwrap();
+    assert!(loaded.unread.is_empty());
+    let other: [(&str, &[u64], &[f32], &str); 7] = [
+        ("h.0.attn.bias", &[3, 3], &[1.0; 9], "is 1 at [0, 1], 0 in a causal mask"),
+        ("h.0.attn.bias", &[9], &mask, "is [9], not a causal mask"),
+        ("position_ids", &[1, 3], &[0.0, 2.0, 1.0], "is 2 at [0, 1], 1 in a row of positions"),
+        ("h.0.inv_freq", &[2], &[1.0, 0.2], "base 100: turns"),
+        ("h.0.inv_freq", &[3], &[1.0, 0.1, 0.01], "is [3], not a list of 2"),
+        ("h.0.masked_bias", &[], &[-1.0], "is -1 at [0], -10000 in"),
+        ("h.0.masked_bias", &[], &[f32::NAN], "is NaN"),
+    ];
+    for (name, shape, numbers, words) in other {
+        let message = read(with(&[(name, shape, numbers)]).path(), 0).err().unwrap();
+        assert!(message.contains(words) && message.contains(name), "{message}");
     }
 }
 
-/// Untied logits have a matrix of their own; tied ones leave a checkpoint's copy alone.
+#[test]
+fn two_tensors_for_one_parameter_agree() {
+    let table = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+    let other = [1.0, 2.0, 3.0, 4.0, 5.0, 7.0];
+    for (name, note) in [("wte.weight", "differ"), ("lm_head.weight", "differ: untie them")] {
+        read(with(&[(name, &[3, 2], &table)]).path(), 0).unwrap();
+        let message = read(with(&[(name, &[3, 2], &other)]).path(), 0).err().unwrap();
+        assert!(message.contains(&format!("`{name}` and `t.wte.weight`")) && message.contains(note), "{message}");
+    }
+    // One of them is enough.
+    let home = checkpoint(&[("lm_head.weight", &[3, 2]), FITTING[1]]);
+    assert_eq!(read(home.path(), 0).unwrap().tensors[0][..], table);
+}
+
+/// A head is read whole, or drawn whole.
+#[test]
+fn half_a_head_is_missing() {
+    let mut params = params();
+    params.push(param("classifier.bias", &[2], Origin::Head));
+    let load = |home: &Path| load(home, &backbone(), &params, 0, 7).map_err(|e| e.to_string());
+    assert_eq!(load(with(&[]).path()).unwrap().drawn.len(), 3);
+    let home = with(&[("classifier.weight", &[2, 2], &[0.0; 4])]);
+    assert!(load(home.path()).err().unwrap().contains("`classifier.bias` is missing"));
+    let home = with(&[("classifier.weight", &[3, 2], &[0.0; 6]), ("classifier.bias", &[3], &[0.0; 3])]);
+    assert!(load(home.path()).err().unwrap().contains("a head for 3 classes, and the task has 2 labels"));
+}
+
+/// Untied logits have a matrix of their own; for tied ones a checkpoint's copy is the same.
 #[test]
 fn an_output_matrix_is_read_when_the_model_has_one() {
     let home = checkpoint(&[("t.wte.weight", &[3, 2]), ("lm_head.weight", &[3, 2])]);
     let mut params = vec![param("t.wte.weight", &[3, 2], Origin::Backbone)];
     let tied = load(home.path(), &backbone(), &params, 0, 7).unwrap();
-    assert!(tied.left_over.is_empty() && tied.tensors.len() == 1);
+    assert!(tied.unread.is_empty() && tied.tensors.len() == 1);
     params.push(param("lm_head.weight", &[3, 2], Origin::Backbone));
-    let untied = load(home.path(), &backbone(), &params, 0, 7).unwrap();
+    let mut backbone = backbone();
+    for rule in backbone.checkpoint.tensors.iter_mut().filter(|rule| rule.pattern == "lm_head.weight") {
+        (rule.is, rule.note) = (Kind::Required, Some("tie them".into()));
+    }
+    let untied = load(home.path(), &backbone, &params, 0, 7).unwrap();
     assert_eq!(untied.tensors[1][..], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     let bare = checkpoint(&FITTING[..1]);
-    let message = load(bare.path(), &backbone(), &params, 0, 7).err().unwrap().to_string();
-    assert!(message.contains("`lm_head.weight` is missing"), "{message}");
+    let message = load(bare.path(), &backbone, &params, 0, 7).err().unwrap().to_string();
+    assert!(message.contains("`lm_head.weight` is missing; tie them"), "{message}");
 }

@@ -1,0 +1,195 @@
+//! The `checkpoint` block: arguments filled in, and every key and pattern said once.
+
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
+
+use super::Checker;
+use super::expand::Frame;
+use super::value::Val;
+use crate::ast::*;
+use crate::diagnostic::Diagnostic;
+use crate::model::{Buffer, Checkpoint, Key, Kind, TensorRule};
+use crate::source::Span;
+
+/// Buffers by name, and what they are made of.
+const BUFFERS: &[&str] = &["causal_mask", "positions", "frequencies"];
+
+impl<'a> Checker<'a> {
+    /// What the backbone says of its checkpoints. `args` are all its arguments.
+    pub(super) fn checkpoint(&mut self, backbone: &'a BackboneDef, args: &HashMap<String, Val>) -> Checkpoint {
+        let frame = Frame::with(args.clone());
+        let mut found = Checkpoint::default();
+        let mut said: HashMap<String, Span> = HashMap::new();
+        for param in &backbone.params {
+            let Some(from) = &param.from else { continue };
+            let absent = param.absent.as_ref().or(param.default.as_ref());
+            let absent = absent.and_then(|e| self.eval(&frame, e).config());
+            self.declared_once(&mut said, from);
+            found.keys.insert(from.text.clone(), Key::Argument { name: param.name.text.clone(), absent });
+        }
+        // A key that is an argument may be declared free all the same: it says so once more.
+        said.clear();
+        self.checkpoint_entries(&mut found, &mut said, &frame, &backbone.checkpoint);
+        self.names_lead_somewhere(&found, &said);
+        found
+    }
+
+    fn checkpoint_entries(
+        &mut self,
+        found: &mut Checkpoint,
+        said: &mut HashMap<String, Span>,
+        frame: &Frame<'a>,
+        entries: &'a [Entry],
+    ) {
+        for entry in entries {
+            match entry {
+                Entry::ModelType(types) => found.model_types.extend(types.iter().map(|t| t.text.clone())),
+                Entry::Prefix(prefix) => found.prefix.clone_from(&prefix.text),
+                Entry::If { condition, then, otherwise } => {
+                    let Some(holds) = self.condition(frame, condition) else { continue };
+                    self.checkpoint_entries(found, said, frame, if holds { then } else { otherwise });
+                }
+                Entry::Key { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                    for name in names {
+                        let Some(key) = self.key_rule(frame, name, rule, note.clone()) else { continue };
+                        let argument = matches!(found.keys.get(&name.text), Some(Key::Argument { .. }));
+                        if argument && key != Key::Free {
+                            let title = format!("`{}` is the key of an argument", name.text);
+                            let error = Diagnostic::error(name.span, title);
+                            self.report(error.hint("leave it out here; it may only be declared `free` besides"));
+                            continue;
+                        }
+                        if self.declared_once(said, name) {
+                            found.keys.insert(name.text.clone(), key);
+                        }
+                    }
+                }
+                Entry::Tensor { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                    for name in names {
+                        let Some(is) = self.tensor_rule(frame, name, rule) else { continue };
+                        if self.declared_once(said, name) {
+                            found.tensors.push(TensorRule { pattern: name.text.clone(), is, note: note.clone() });
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Nothing was said of it before.
+    fn declared_once(&mut self, said: &mut HashMap<String, Span>, name: &Text) -> bool {
+        let Some(&first) = said.get(&name.text) else {
+            said.insert(name.text.clone(), name.span);
+            return true;
+        };
+        let error = Diagnostic::error(name.span, format!("`{}` is declared twice", name.text));
+        self.report(error.related(first, "first here"));
+        false
+    }
+
+    fn key_rule(&mut self, frame: &Frame<'a>, name: &Text, rule: &'a EntryRule, note: Option<String>) -> Option<Key> {
+        match rule {
+            EntryRule::Free => Some(Key::Free),
+            EntryRule::Same(other) => Some(Key::Same(other.text.clone())),
+            EntryRule::Is(values) => {
+                let values = values.iter().map(|e| self.json(frame, e)).collect::<Option<_>>()?;
+                Some(Key::Is { values, note })
+            }
+            EntryRule::Optional | EntryRule::Unused | EntryRule::Required => {
+                let error = Diagnostic::error(name.span, "a key is a value, another key, or `free`");
+                self.report(error);
+                None
+            }
+        }
+    }
+
+    fn tensor_rule(&mut self, frame: &Frame<'a>, name: &Text, rule: &'a EntryRule) -> Option<Kind> {
+        Some(match rule {
+            EntryRule::Optional => Kind::Optional,
+            EntryRule::Unused => Kind::Unused,
+            EntryRule::Required => Kind::Required,
+            EntryRule::Same(other) => {
+                let stars = |text: &Text| text.text.matches('*').count();
+                if stars(name) != stars(other) {
+                    let error = Diagnostic::error(other.span, "the two patterns have not as many `*`");
+                    self.report(error.hint("each `*` stands for the same part of both names"));
+                    return None;
+                }
+                Kind::Same(other.text.clone())
+            }
+            EntryRule::Is(values) => Kind::Buffer(self.buffer(frame, values)?),
+            EntryRule::Free => {
+                let error = Diagnostic::error(name.span, "a tensor is not `free`");
+                self.report(error.hint("write `unused` for what other models have, `optional` for what may be absent"));
+                return None;
+            }
+        })
+    }
+
+    fn buffer(&mut self, frame: &Frame<'a>, values: &'a [Expr]) -> Option<Buffer> {
+        if let [value] = values {
+            match &value.kind {
+                ExprKind::Name(name) if name == "causal_mask" => return Some(Buffer::CausalMask),
+                ExprKind::Name(name) if name == "positions" => return Some(Buffer::Positions),
+                ExprKind::Call { function, args } if function.text == "frequencies" => {
+                    let [theta, width] = &args[..] else {
+                        let error = Diagnostic::error(value.span, "`frequencies` wants a base and a width");
+                        self.report(error.hint("write `frequencies(rope_theta, head_dim)`"));
+                        return None;
+                    };
+                    let (theta, width) = (self.number(frame, &theta.value)?, self.whole(frame, &width.value)?);
+                    return Some(Buffer::Frequencies { theta, width: u64::try_from(width).unwrap_or(0) });
+                }
+                ExprKind::Name(name) if frame.get(name).is_none() => {
+                    let error = Diagnostic::error(value.span, format!("there is no buffer `{name}`"));
+                    self.report(error.suggest(name, BUFFERS.iter().copied()));
+                    return None;
+                }
+                _ => {}
+            }
+        }
+        let numbers = values.iter().map(|e| self.number(frame, e)).collect::<Option<_>>()?;
+        Some(Buffer::Numbers(numbers))
+    }
+
+    /// A value as `config.json` has it; `null` is one here.
+    fn json(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<Value> {
+        match &expr.kind {
+            ExprKind::Name(name) if name == "null" => return Some(Value::Null),
+            ExprKind::List(items) => {
+                let items = items.iter().map(|e| self.json(frame, e)).collect::<Option<_>>()?;
+                return Some(Value::Array(items));
+            }
+            _ => {}
+        }
+        match self.eval(frame, expr) {
+            Val::Int(n) => Some(json!(n)),
+            Val::Float(x) => Some(json!(x)),
+            Val::Bool(b) => Some(json!(b)),
+            Val::Str(s) => Some(json!(s)),
+            Val::Unknown => None,
+            other => {
+                let found = other.describe(&self.graph);
+                let title = format!("a key is a number, a word, `true`, `false`, `null` or a list, found {found}");
+                self.report(Diagnostic::error(expr.span, title));
+                None
+            }
+        }
+    }
+
+    /// Another name of a key is that of one which is declared, and no other name itself.
+    fn names_lead_somewhere(&mut self, found: &Checkpoint, said: &HashMap<String, Span>) {
+        for (name, key) in &found.keys {
+            let Key::Same(other) = key else { continue };
+            let known = found.keys.iter().filter(|(_, k)| !matches!(k, Key::Same(_))).map(|(n, _)| n.as_str());
+            if found.keys.get(other).is_none_or(|k| matches!(k, Key::Same(_))) {
+                let span = said.get(name).copied().unwrap_or_default();
+                let error = Diagnostic::error(span, format!("`{name}` is another name of `{other}`, which is no key"));
+                self.report(error.suggest(other, known));
+            }
+        }
+    }
+}

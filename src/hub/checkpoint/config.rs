@@ -1,0 +1,361 @@
+//! The keys of `config.json` against the model. What each means to a family stands in its backbone's file; what is the
+//! same for all families stands here.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use peft_grammar::library;
+use peft_grammar::model::{ConfigValue, Key, Model};
+use peft_runtime::RuntimeError;
+use serde_json::{Map, Value, json};
+
+/// Keys that change nothing of what a model computes from its weights, whatever its family: where it comes from, with
+/// what it was written, in which type, what its outputs hold besides, how text is drawn from it.
+pub const WITHOUT_INFLUENCE: &[&str] = &[
+    // Where from, and with what.
+    "_name_or_path",
+    "name_or_path",
+    "_commit_hash",
+    "transformers_version",
+    "model_type",
+    "architectures",
+    "finetuning_task",
+    "tokenizer_class",
+    "task_specific_params",
+    "language",
+    "license",
+    "custom_pipelines",
+    "transformers.js_config",
+    "unsloth_version",
+    "unsloth_fixed",
+    "_auto_class",
+    "base_model_fsdp_plan",
+    "base_model_tp_plan",
+    "base_model_pp_plan",
+    "base_model_ep_plan",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+    "_experts_implementation",
+    "experts_implementation",
+    // In which type, and by what.
+    "dtype",
+    "torch_dtype",
+    "use_bfloat16",
+    "torchscript",
+    "tf_legacy_loss",
+    "gradient_checkpointing",
+    // Initialisation.
+    "initializer_range",
+    "initializer_factor",
+    // Outputs.
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "return_dict",
+    "use_return_dict",
+    "tie_last_hidden_states",
+    "use_cache",
+    "chunk_size_feed_forward",
+    "is_composition",
+    "keys_to_ignore_at_inference",
+    // Tokens by their role.
+    "bos_token_id",
+    "eos_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "unk_token_id",
+    "decoder_start_token_id",
+    "prefix",
+    // Generation.
+    "assistant_confidence_threshold",
+    "assistant_early_exit",
+    "assistant_lookbehind",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "cache_config",
+    "cache_implementation",
+    "compile_config",
+    "constraints",
+    "continuous_batching_config",
+    "disable_compile",
+    "diversity_penalty",
+    "do_sample",
+    "dola_layers",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "force_words_ids",
+    "forced_bos_token_id",
+    "forced_decoder_ids",
+    "forced_eos_token_id",
+    "generation_kwargs",
+    "guidance_scale",
+    "is_assistant",
+    "length_penalty",
+    "low_memory",
+    "max_length",
+    "max_matching_ngram_size",
+    "max_new_tokens",
+    "max_time",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_logits",
+    "output_scores",
+    "penalty_alpha",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+    "target_lookbehind",
+    "temperature",
+    "token_healing",
+    "top_h",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "watermarking_config",
+];
+
+/// Keys about labels; [`super::labels`] compares them where the files hold a head.
+pub const LABELS: &[&str] = &["id2label", "label2id", "num_labels", "_num_labels", "problem_type"];
+
+/// Keys that mean the same to all families and that no backbone computes: what they may be, what else they say, and
+/// the mend.
+const REFUSED: &[(&str, &[&str], &str)] = &[
+    (
+        "quantization_config",
+        &["null", "{}"],
+        "the weights are quantised; save them once as floating-point numbers (transformers: `model.dequantize()`, then `save_pretrained`)",
+    ),
+    ("pruned_heads", &["null", "{}"], "heads of its layers were taken out"),
+    ("per_layer_config", &["null", "{}"], "its layers are not alike"),
+    (
+        "auto_map",
+        &["null", "{}"],
+        "it brings Python code of its own, which is not read; take the key out if transformers' own class computes the same",
+    ),
+    ("is_encoder_decoder", &["null", "false"], "it is an encoder with a decoder"),
+    ("tie_encoder_decoder", &["null", "false"], "it is an encoder with a decoder"),
+    ("cross_attention_hidden_size", &["null"], "it attends to another sequence"),
+    ("text_config", &["null"], "it is a model of several parts; take the folder of the text model"),
+    ("vision_config", &["null"], "it is a model of several parts; take the folder of the text model"),
+    ("audio_config", &["null"], "it is a model of several parts; take the folder of the text model"),
+    ("encoder", &["null"], "it is a model of several parts"),
+    ("decoder", &["null"], "it is a model of several parts"),
+];
+
+/// The key that counts the token embedding's rows: a task's own special tokens may follow them.
+const VOCABULARY: &str = "vocab_size";
+
+/// What a comparison found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Comparison {
+    /// Lines of a refusal.
+    pub wrong: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+/// `config.json` of a folder, where it has one.
+pub fn read(dir: &Path) -> Result<Option<Map<String, Value>>, RuntimeError> {
+    let path = dir.join("config.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read(&path).map_err(|e| RuntimeError::file(&path, format!("cannot be read: {e}")))?;
+    let broken = |why: String| RuntimeError::file(&path, format!("{why}; fetch it again"));
+    match serde_json::from_slice(&text) {
+        Ok(Value::Object(config)) => Ok(Some(config)),
+        Ok(_) => Err(broken("no JSON object".into())),
+        Err(e) => Err(broken(format!("no JSON ({e})"))),
+    }
+}
+
+/// Compares every key with what the model computes. A key that is absent counts as transformers' own default, which
+/// the backbone's file knows.
+pub fn compare(config: &Map<String, Value>, model: &Model) -> Comparison {
+    let mut found = Comparison::default();
+    if let Some(wrong) = other_family(config, model, &mut found.warnings) {
+        found.wrong.push(wrong);
+        return found;
+    }
+    let keys = &model.backbone.checkpoint.keys;
+    let (mut present, mut unknown) = (BTreeSet::new(), vec![]);
+    for (path, value) in leaves(config, model) {
+        let name = match keys.get(&path) {
+            Some(Key::Same(other)) => other,
+            _ => &path,
+        };
+        match keys.get(name) {
+            Some(Key::Argument { name: argument, .. }) if !value.is_null() => {
+                present.insert(name.clone());
+                found.wrong.extend(argument_differs(name, &path, argument, value, model));
+            }
+            Some(Key::Argument { .. } | Key::Free | Key::Same(_)) => {}
+            Some(Key::Is { values, note }) => {
+                if !values.iter().any(|wanted| same(wanted, value)) {
+                    let wanted: Vec<String> = values.iter().map(Value::to_string).collect();
+                    let note = note.as_ref().map_or(String::new(), |note| format!(": {note}"));
+                    let backbone = &model.backbone.name;
+                    let wanted = wanted.join(" or ");
+                    found.wrong.push(format!(
+                        "  `{path}` is {value} in config.json, and `{backbone}` computes {wanted}{note}"
+                    ));
+                }
+            }
+            None if WITHOUT_INFLUENCE.contains(&name.as_str()) || LABELS.contains(&name.as_str()) => {}
+            None => match REFUSED.iter().find(|(key, ..)| key == name) {
+                Some((_, fine, why)) => {
+                    if !fine.contains(&value.to_string().as_str()) {
+                        found.wrong.push(format!("  `{path}` is {} in config.json: {why}", short(value)));
+                    }
+                }
+                // Objects that are read are understood key by key.
+                None if path.contains('.') && !value.is_null() => {
+                    let backbone = &model.backbone.name;
+                    found.wrong.push(format!(
+                        "  `{path}` is {} in config.json, and `{backbone}` does not know it",
+                        short(value)
+                    ));
+                }
+                None => unknown.push(format!("`{path}`: {}", short(value))),
+            },
+        }
+    }
+    for (key, rule) in keys {
+        if let Key::Argument { name, absent: Some(absent) } = rule
+            && !present.contains(key)
+            && let Some(wants) = model.backbone.config.get(key)
+            && !fits(key, &plain(absent), wants, model)
+        {
+            let (absent, wants) = (text(absent), text(wants));
+            found.wrong.push(format!(
+                "  `{key}` is absent from config.json and counts as {absent} there, the spec wants {wants}; \
+                 `--set model.{name}={absent}` follows the file"
+            ));
+        }
+    }
+    if !unknown.is_empty() {
+        found.warnings.push(format!(
+            "config.json has keys that `{}` does not know, so whether they matter was not checked: {}",
+            model.backbone.name,
+            unknown.join(", ")
+        ));
+    }
+    found
+}
+
+/// Refuses the checkpoint of another family, by the backbone that reads it.
+fn other_family(config: &Map<String, Value>, model: &Model, warnings: &mut Vec<String>) -> Option<String> {
+    let (types, backbone) = (&model.backbone.checkpoint.model_types, &model.backbone.name);
+    match config.get("model_type") {
+        _ if types.is_empty() => {
+            warnings.push(format!("`{backbone}` does not say which `model_type` it reads, so it was not checked"));
+            None
+        }
+        None | Some(Value::Null) => {
+            warnings.push(format!("config.json has no `model_type`: that it is a `{backbone}` was taken for granted"));
+            None
+        }
+        Some(Value::String(found)) if types.contains(found) => None,
+        Some(found) => {
+            let reader = found.as_str().and_then(library::backbone_of);
+            let mend = match reader {
+                Some(reader) => format!("`model = {reader}(…)` reads it"),
+                None => "the library has no backbone that reads it".into(),
+            };
+            let types = types.join(" or ");
+            Some(format!("  `model_type` is {found} in config.json, `{backbone}` reads {types}; {mend}"))
+        }
+    }
+}
+
+/// Every key with its value; of objects of which the backbone knows a key, that of each entry.
+fn leaves<'c>(config: &'c Map<String, Value>, model: &Model) -> Vec<(String, &'c Value)> {
+    let mut all = vec![];
+    for (key, value) in config {
+        let inside = format!("{key}.");
+        let understood = model.backbone.checkpoint.keys.keys().any(|k| k.starts_with(&inside));
+        match value {
+            Value::Object(entries) if understood => {
+                all.extend(entries.iter().map(|(k, v)| (format!("{inside}{k}"), v)));
+            }
+            // There is nothing in it.
+            Value::Null if understood => {}
+            _ => all.push((key.clone(), value)),
+        }
+    }
+    all
+}
+
+fn argument_differs(key: &str, path: &str, argument: &str, found: &Value, model: &Model) -> Option<String> {
+    let wants = model.backbone.config.get(key)?;
+    if fits(key, found, wants, model) {
+        return None;
+    }
+    let mend = match found {
+        Value::Bool(_) | Value::Number(_) => format!("; `--set model.{argument}={found}` follows the file"),
+        _ => String::new(),
+    };
+    Some(format!("  `{path}` is {} in config.json, the spec wants {}{mend}", short(found), text(wants)))
+}
+
+fn fits(key: &str, found: &Value, wants: &ConfigValue, model: &Model) -> bool {
+    let rows = if key == VOCABULARY { model.task.special().len() as i64 } else { 0 };
+    match wants {
+        ConfigValue::Int(n) => {
+            found.as_i64().is_some_and(|f| f <= *n && n.checked_sub(f).is_some_and(|more| more <= rows))
+        }
+        ConfigValue::Float(x) => found.as_f64().is_some_and(|f| (f - x).abs() <= 1e-6 * x.abs()),
+        ConfigValue::Bool(b) => found.as_bool() == Some(*b),
+        ConfigValue::Str(s) => found.as_str() == Some(s),
+    }
+}
+
+/// Values are the same, numbers whether they are written with a fraction or not.
+fn same(wanted: &Value, found: &Value) -> bool {
+    match (wanted, found) {
+        (Value::Number(_), Value::Number(_)) => wanted.as_f64() == found.as_f64(),
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
+        _ => wanted == found,
+    }
+}
+
+fn plain(value: &ConfigValue) -> Value {
+    match value {
+        ConfigValue::Bool(b) => json!(b),
+        ConfigValue::Int(n) => json!(n),
+        ConfigValue::Float(x) => json!(x),
+        ConfigValue::Str(s) => json!(s),
+    }
+}
+
+fn text(value: &ConfigValue) -> String {
+    plain(value).to_string()
+}
+
+/// A value for a message: not all of a long one.
+fn short(value: &Value) -> String {
+    const LONGEST: usize = 120;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text,
+    }
+}
