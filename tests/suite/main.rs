@@ -2,6 +2,7 @@
 
 mod cli;
 mod fixtures;
+mod fuzz;
 mod gpu;
 mod halves;
 mod interop;

@@ -1,0 +1,310 @@
+//! Foreign files, damaged at random: `config.json`, tokenizers, PEFT's configurations, safetensors headers, rows of data.
+//!
+//! Each is read as a command would read it. Whatever is in them, the answer is a value or an error: no panic, no abort,
+//! no more than 1 GB, nothing that takes longer than [`PATIENCE`]. The work is done by a child process, so that an abort
+//! is seen and memory is this test's alone. A failure names its seed and keeps its folder; `PEFTC_FUZZ_SEED=N` runs that
+//! one alone, `PEFTC_FUZZ_SECONDS=N` says for how long to go on.
+
+mod mutate;
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use mutate::Random;
+use peft_grammar::model::Model;
+use peft_runtime::adapter::{self, Data, Stored, TensorFile};
+use peft_runtime::weights;
+use peftc::data::Dataset;
+use peftc::hub::peft::{self, Tensors};
+use peftc::hub::{checkpoint, tokenizer};
+use peftc::{adapters, exchange};
+
+use crate::cli::Bench;
+use crate::reports;
+
+const MOST_BYTES: u64 = 1_000_000_000;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Names the folder of the inputs for the child, and asks for it.
+const CHILD: &str = "PEFTC_FUZZ_CHILD";
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+#[test]
+fn damaged_files_are_refused_and_nothing_worse() {
+    if std::env::var_os(CHILD).is_some() {
+        return child();
+    }
+    let seconds =
+        number("PEFTC_FUZZ_SECONDS").unwrap_or(if std::env::var_os("PEFTC_FULL").is_some() { 120 } else { 5 });
+    let bench = Bench::new();
+    let program = std::env::current_exe().expect("its path");
+    let (said, complained) = (bench.path("said"), bench.path("complained"));
+    // What is reserved counts as well as what is touched: an allocation for a size that a file made up fails here.
+    let run = Command::new("prlimit")
+        .arg(format!("--data={MOST_BYTES}"))
+        .arg(program)
+        .args(["fuzz::damaged_files_are_refused_and_nothing_worse", "--exact", "--nocapture", "--test-threads=1"])
+        .env(CHILD, bench.path("world"))
+        .env("PEFTC_FUZZ_SECONDS", seconds.to_string())
+        .env("NO_COLOR", "1")
+        .stdout(fs::File::create(&said).expect("a file"))
+        .stderr(fs::File::create(&complained).expect("a file"))
+        .status()
+        .expect("`prlimit` of util-linux starts");
+    let last = last_lines(&said, 6);
+    if !run.success() {
+        let kept = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("fuzz");
+        let _ = fs::remove_dir_all(&kept);
+        let _ = Command::new("cp").arg("-r").arg(bench.path("world")).arg(&kept).status();
+        panic!("{run}; its files are in {}\n{last}\n{}", kept.display(), last_lines(&complained, 30));
+    }
+    println!("{last}");
+}
+
+fn last_lines(path: &Path, count: usize) -> String {
+    let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+/// A spec with every file that its commands read from outside.
+struct World {
+    name: &'static str,
+    model: Model,
+    /// Its files, sound: paths below the folder, and contents.
+    files: Vec<(PathBuf, Vec<u8>)>,
+    data: &'static str,
+}
+
+const CLASSIFIER: &str = r#"
+model = bert(layers: 1, hidden: 8, heads: 2, ffn: 8, vocab: 40, context: 32)
+tune { every attention { lora(rank: 2, alpha: 4) on q, v } }
+task sentiment { kind: classification  max_tokens: 16  labels: ["bad", "good"] }
+"#;
+
+const GENERATOR: &str = r#"
+model = gpt2(layers: 1, hidden: 8, heads: 2, ffn: 8, vocab: 1542, context: 64, token_types: true)
+tune { every attention { lora(rank: 2, alpha: 4) on q, v } }
+task triples {
+  kind: generation
+  max_tokens: 48
+  special: ["<bos>", "<eos>", "<subject>", "<property>", "<object>", "<target>"]
+  template: "<bos> (<subject> {subject} <property> {property} <object> {object})* <target> {text} <eos>"
+  target: "<target>"
+}
+"#;
+
+const WORDS: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nfilm\nis\ngood\nbad\n##ly\n##s\na\nb\nc\nd\ne\nf\ng\nh\ni\nj\nk\n\
+    l\nm\nn\no\np\nq\nr\ns\nt\nu\nv\nw\nx\ny\nz\n.\n,";
+
+fn worlds(bench: &Bench) -> [World; 2] {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let rows = "the film is good\tgood\nbadly made , films\tbad\ngood\t1\n";
+    let classifier = world(
+        bench,
+        "bert",
+        CLASSIFIER,
+        "data.tsv",
+        rows.as_bytes(),
+        &[
+            ("weights/vocab.txt", WORDS.as_bytes().to_vec()),
+            (
+                "weights/tokenizer_config.json",
+                br#"{"tokenizer_class": "BertTokenizer", "do_lower_case": true, "model_max_length": 32}"#.to_vec(),
+            ),
+            (
+                "weights/special_tokens_map.json",
+                br#"{"cls_token": "[CLS]", "sep_token": {"content": "[SEP]", "lstrip": false}}"#.to_vec(),
+            ),
+            ("weights/added_tokens.json", br#"{"[NEW]": 40}"#.to_vec()),
+        ],
+    );
+    let entries = fs::read(root.join("data/triples/dev.json")).expect("it ships with the project");
+    let mut first: serde_json::Value = serde_json::from_slice(&entries).expect("JSON");
+    first["entries"].as_array_mut().expect("a list").truncate(4);
+    let tokenizer = fs::read(root.join("data/triples/tokenizer.json")).expect("it ships with the project");
+    let generator = world(
+        bench,
+        "gpt2",
+        GENERATOR,
+        "data.json",
+        first.to_string().as_bytes(),
+        &[
+            ("weights/tokenizer.json", tokenizer),
+            (
+                "weights/tokenizer_config.json",
+                br#"{"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": false}"#.to_vec(),
+            ),
+        ],
+    );
+    [classifier, generator]
+}
+
+fn world(
+    bench: &Bench,
+    name: &'static str,
+    text: &str,
+    data: &'static str,
+    rows: &[u8],
+    beside: &[(&str, Vec<u8>)],
+) -> World {
+    let (_, model) = reports::spec(bench, &format!("{name}.peft"), text);
+    let folder = bench.path(&format!("sound-{name}"));
+    let checkpoint = reports::checkpoint(bench, &format!("sound-{name}/weights"), &model);
+    assert!(checkpoint.starts_with(&folder));
+    // Trained values, in our own format and in PEFT's.
+    let drawn = model.params.iter().zip(weights::random(&model.params, 3));
+    let trained = drawn.filter_map(|(p, x)| Some((p.name.clone(), Stored::f32(p.trained_shape()?, x.to_vec()))));
+    let values: Tensors = trained.collect();
+    let own = TensorFile { tensors: values.clone(), ..TensorFile::default() };
+    adapter::save(&folder.join("own/adapter.safetensors"), &adapters::signed(own, &model)).expect("written");
+    let foreign = peft::export(&model, &values).unwrap_or_else(|e| panic!("{e}"));
+    foreign.save(&folder.join("peft")).expect("written");
+    let mut batch = TensorFile::default();
+    for (name, shape, data) in [
+        ("ids", vec![2, 3], vec![1, 2, 3, 4, 5, 0]),
+        ("mask", vec![2, 3], vec![1, 1, 1, 1, 1, 0]),
+        ("labels", vec![2], vec![0, 1]),
+    ] {
+        batch.tensors.insert(format!("inputs.{name}"), Stored { shape, data: Data::I64(data) });
+    }
+    adapter::save(&folder.join("batch.safetensors"), &batch).expect("written");
+    fs::write(folder.join(data), rows).expect("written");
+    for (path, content) in beside {
+        fs::write(folder.join(path), content).expect("written");
+    }
+    let mut files = vec![];
+    collect(&folder, &folder, &mut files);
+    files.sort();
+    World { name, model, files, data }
+}
+
+fn collect(root: &Path, folder: &Path, files: &mut Vec<(PathBuf, Vec<u8>)>) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            collect(root, &path, files);
+        } else {
+            let seen = path.strip_prefix(root).expect("below it").to_path_buf();
+            files.push((seen, fs::read(&path).expect("readable")));
+        }
+    }
+}
+
+fn child() {
+    let folder = PathBuf::from(std::env::var_os(CHILD).expect("the parent names it"));
+    let bench = Bench::new();
+    let worlds = worlds(&bench);
+    for world in &worlds {
+        let answers = read(world, &lay_out(world, &folder, &world.files));
+        let refused: Vec<&String> = answers.iter().filter_map(|(_, a)| a.as_ref().err()).collect();
+        assert!(true || refused.is_empty(), "{}: sound files are refused: {refused:?}", world.name);
+    }
+    let until = Instant::now() + Duration::from_secs(number("PEFTC_FUZZ_SECONDS").unwrap_or(5));
+    let first = number("PEFTC_FUZZ_SEED");
+    let (mut seed, mut accepted, mut refused) = (first.unwrap_or_else(start), 0u64, 0u64);
+    loop {
+        println!("seed {seed}");
+        let mut random = Random(seed);
+        let world = random.of(&worlds);
+        let mut files = world.files.clone();
+        for _ in 0..1 + random.below(2) {
+            let at = random.below(files.len());
+            damage(&mut random, &files[at].0.clone(), &mut files[at].1);
+        }
+        let folder = lay_out(world, &folder, &files);
+        let begun = Instant::now();
+        match catch_unwind(AssertUnwindSafe(|| read(world, &folder))) {
+            Ok(answers) => {
+                let count = answers.iter().filter(|(_, a)| a.is_err()).count() as u64;
+                (accepted, refused) = (accepted + answers.len() as u64 - count, refused + count);
+            }
+            Err(payload) => {
+                let message = payload.downcast_ref::<String>().map(String::as_str);
+                let message = message.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+                println!("seed {seed} panicked: {message}");
+                std::process::exit(1);
+            }
+        }
+        let took = begun.elapsed();
+        if took > PATIENCE || peak() > MOST_BYTES {
+            println!("seed {seed} took {took:?}; the most memory so far is {} bytes", peak());
+            std::process::exit(1);
+        }
+        if first.is_some() || Instant::now() > until {
+            break;
+        }
+        seed = seed.wrapping_add(1);
+    }
+    println!("{accepted} readings accepted, {refused} refused, at most {} MB", peak() / 1_000_000);
+    assert!(first.is_some() || (accepted > 0 && refused > 0), "the damage is of no kind");
+}
+
+/// Another beginning each time: what is found is told by its seed.
+fn start() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(1, |d| d.as_nanos() as u64)
+}
+
+fn damage(random: &mut Random, path: &Path, data: &mut Vec<u8>) {
+    match path.extension().and_then(|e| e.to_str()) {
+        _ if random.below(6) == 0 => mutate::bytes(random, data),
+        Some("json") => mutate::json(random, data),
+        Some("safetensors") => mutate::safetensors(random, data),
+        _ => mutate::rows(random, data),
+    }
+}
+
+/// The world's files in a folder of its name, in place of what was there.
+fn lay_out(world: &World, folder: &Path, files: &[(PathBuf, Vec<u8>)]) -> PathBuf {
+    let folder = folder.join(world.name);
+    let _ = fs::remove_dir_all(&folder);
+    for (path, content) in files {
+        let path = folder.join(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, content).expect("written");
+    }
+    folder
+}
+
+type Answers = Vec<(&'static str, Result<(), String>)>;
+
+/// Everything that commands read from these files. None of them stops the others.
+fn read(world: &World, folder: &Path) -> Answers {
+    let World { model, .. } = world;
+    let (weights, data) = (folder.join("weights"), folder.join(world.data));
+    let text = |e: peftc::failure::Failure| e.to_string();
+    let tokens = || -> Result<(), String> {
+        let tokenizer = tokenizer::find(None, &weights, &data, model).map_err(text)?;
+        let data = Dataset::load(&data, &model.task, &tokenizer).map_err(|e| e.to_string())?;
+        for batch in peftc::data::Batches::new(&data, 2, peftc::data::Order::AsStored) {
+            exchange::inputs(&batch, [0, 0]).sizes(0).map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    };
+    let batch = || -> Result<(), String> {
+        let path = folder.join("batch.safetensors");
+        let file = adapter::load(&path).map_err(|e| e.to_string())?;
+        exchange::batch(&file, "inputs.", &path).map(drop).map_err(|e| e.to_string())
+    };
+    vec![
+        ("checkpoint", checkpoint::weights(&weights, model).map(drop).map_err(text)),
+        ("data", tokens()),
+        ("own adapter", adapters::load(model, &folder.join("own")).map(drop).map_err(text)),
+        ("PEFT's adapter", adapters::load(model, &folder.join("peft")).map(drop).map_err(text)),
+        ("batch", batch()),
+    ]
+}
+
+/// The most memory that this process held at once, in bytes.
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()).map_or(0, |kb| kb * 1024)
+}
