@@ -214,11 +214,24 @@ fn a_template_is_taken_apart() {
 fn the_examples_of_the_page_check() {
     let page = include_str!("../../models/README.md");
     let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
-    let [spec, method] = blocks[..] else { panic!("the page has a spec and a method") };
+    let [spec, method, ..] = blocks[..] else { panic!("the page has a spec and a method") };
     check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
     let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
+    let checkpoint = blocks.iter().find(|b| b.starts_with("\ncheckpoint")).expect("a backbone's block");
+    let backbone = format!(
+        "backbone page(width: int = 8 from \"n_embd\", tied: bool = true) for generation {{ {checkpoint}
+           weight e \"embed\": [10, width] ~ normal(0.02)
+           x = e[ids]
+           y = x[targets]
+           logits = y @ transpose(e)
+           output logits
+           output loss = mean(cross_entropy(logits, labels)) }}
+         model = page()"
+    );
+    let model = check("page.peft", &backbone, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(model.backbone.checkpoint.tensors.len(), 5);
 }
 
 #[test]
