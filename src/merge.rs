@@ -112,8 +112,9 @@ pub fn save(model: &Model, merged: &Merged, from: &Path, out: &Path) -> Result<(
 fn configured(model: &Model, mut config: Map<String, Value>) -> Map<String, Value> {
     let new = config.len() == 1;
     for (key, value) in &model.backbone.config {
-        // The vocabulary may have grown; all else agreed when the weights were read.
-        if new || key == "vocab_size" {
+        // The vocabulary may have grown, and whether weights are tied the files decided; all else agreed when the
+        // weights were read.
+        if new || key == "vocab_size" || matches!(value, ConfigValue::Bool(_)) {
             let value = match value {
                 ConfigValue::Bool(b) => json!(b),
                 ConfigValue::Int(n) => json!(n),

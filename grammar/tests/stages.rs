@@ -2,7 +2,9 @@
 
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
-use peft_grammar::model::{Model, Origin, Piece, Schedule, TaskKind, Trainable, Warmup};
+use peft_grammar::model::{
+    Buffer, ConfigValue, Key, Kind, Model, Origin, Piece, Schedule, TaskKind, Trainable, Warmup,
+};
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
 const TINY: &str = include_str!("../../tests/specs/good/inducer_lora.peft");
@@ -212,11 +214,24 @@ fn a_template_is_taken_apart() {
 fn the_examples_of_the_page_check() {
     let page = include_str!("../../models/README.md");
     let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
-    let [spec, method] = blocks[..] else { panic!("the page has a spec and a method") };
+    let [spec, method, ..] = blocks[..] else { panic!("the page has a spec and a method") };
     check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
     let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
+    let checkpoint = blocks.iter().find(|b| b.starts_with("\ncheckpoint")).expect("a backbone's block");
+    let backbone = format!(
+        "backbone page(width: int = 8 from \"n_embd\", tied: bool = true) for generation {{ {checkpoint}
+           weight e \"embed\": [10, width] ~ normal(0.02)
+           x = e[ids]
+           y = x[targets]
+           logits = y @ transpose(e)
+           output logits
+           output loss = mean(cross_entropy(logits, labels)) }}
+         model = page()"
+    );
+    let model = check("page.peft", &backbone, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(model.backbone.checkpoint.tensors.len(), 5);
 }
 
 #[test]
@@ -225,4 +240,47 @@ fn errors_of_several_blocks_come_in_one_run() {
     let Err(errors) = check("spec.peft", source, &no_imports) else { panic!("it has three errors") };
     let hints: Vec<&str> = errors.list.iter().filter_map(|e| e.hint.as_deref()).collect();
     assert_eq!(hints, ["did you mean `layers`?", "did you mean `lora`?", "did you mean `batch`?"]);
+}
+
+/// The `checkpoint` block of a spec of one's own, with its arguments filled in.
+#[test]
+fn what_a_backbone_says_of_its_checkpoints() {
+    let source = include_str!("../../tests/specs/good/own_backbone.peft");
+    let model = check("own.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let found = &model.backbone.checkpoint;
+    assert_eq!((&found.model_types[..], &found.prefix[..]), (&["bag".to_string()][..], "bag."));
+    let is = |values: serde_json::Value, note: &str| Key::Is {
+        values: values.as_array().expect("a list").clone(),
+        note: Some(note.into()),
+    };
+    let argument =
+        |name: &str, absent: i64| Key::Argument { name: name.into(), absent: Some(ConfigValue::Int(absent)) };
+    let keys = [
+        ("vocab_size", argument("vocab", 100)),
+        ("hidden_size", argument("width", 16)),
+        ("hidden_act", is(serde_json::json!(["relu", null]), "residual blocks end in relu")),
+        ("num_layers", is(serde_json::json!([3]), "there are 3 blocks")),
+        ("d_model", Key::Same("hidden_size".into())),
+        ("drop", Key::Free),
+        ("droppath", Key::Free),
+    ];
+    assert_eq!(found.keys, keys.map(|(name, key)| (name.to_string(), key)).into());
+    let tensors: Vec<(&str, &Kind)> = found.tensors.iter().map(|t| (&t.pattern[..], &t.is)).collect();
+    let expected = [
+        ("bag.*.kernel", &Kind::Same("bag.*.weight".into())),
+        ("bag.extra.*", &Kind::Unused),
+        ("bag.scale", &Kind::Buffer(Buffer::Numbers(vec![-0.5, 0.5]))),
+    ];
+    assert_eq!(tensors, expected);
+    let shallow = compile_with("own.peft", source, &[("model.layers".into(), "1".into())], &no_imports);
+    let shallow = shallow.unwrap_or_else(|e| panic!("{e}")).backbone.checkpoint.tensors;
+    assert_eq!(shallow[1].is, Kind::Buffer(Buffer::Positions));
+}
+
+#[test]
+fn the_library_knows_whose_checkpoints_it_reads() {
+    for backbone in library::backbones() {
+        assert_eq!(library::backbone_of(&backbone.name), Some(backbone.name));
+    }
+    assert_eq!(library::backbone_of("mistral"), None);
 }

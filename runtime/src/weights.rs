@@ -119,7 +119,7 @@ pub fn load(
     }
     if !missing.is_empty() {
         let left_over: Vec<&String> = strangers.iter().chain(unread.iter().map(|u| &u.name)).collect();
-        wrong.extend(missing.iter().map(|name| lacking(name, names.note(name), &left_over)));
+        wrong.extend(missing.iter().map(|name| lacking(name, names.note(name), &names.spellings(name), &left_over)));
         if !left_over.is_empty() {
             wrong.push(format!("  left over: {}", some(&left_over)));
         }
@@ -147,11 +147,16 @@ fn misshapen(name: &str, shape: &[u64], param: &Param) -> String {
     format!("  {wants}{turned}")
 }
 
-/// A tensor that is missing, and the name that it may have instead.
-fn lacking(name: &str, note: Option<&str>, left_over: &[&String]) -> String {
-    let near = left_over.iter().map(|n| (strsim::normalized_levenshtein(n, name), n));
-    let near = near.filter(|(score, _)| *score > 0.8).max_by(|a, b| a.0.total_cmp(&b.0));
-    let near = near.map_or(String::new(), |(_, near)| format!("; the file has `{near}`"));
+/// A tensor that is missing, and the name that it has instead: one of its own with something before it, or nearly so.
+fn lacking(name: &str, note: Option<&str>, spellings: &[String], left_over: &[&String]) -> String {
+    let prefixed =
+        |n: &&&String| spellings.iter().any(|own| n.strip_suffix(own).is_some_and(|rest| rest.ends_with('.')));
+    let alike = || {
+        let scores = left_over.iter().map(|n| (strsim::normalized_levenshtein(n, name), n));
+        scores.filter(|(score, _)| *score > 0.8).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, n)| n)
+    };
+    let near = left_over.iter().find(prefixed).or_else(alike);
+    let near = near.map_or(String::new(), |near| format!("; the file has `{near}`"));
     let note = note.map_or(String::new(), |note| format!("; {note}"));
     format!("  `{name}` is missing{near}{note}")
 }

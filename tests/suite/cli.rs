@@ -282,7 +282,11 @@ pub fn tiny_bert(bench: &Bench, spoil: impl FnOnce(&mut TensorFile)) -> (PathBuf
     spoil(&mut file);
     let weights = bench.path("weights");
     adapter::save(&weights.join("model.safetensors"), &file).expect("saved");
-    bench.write("weights/config.json", r#"{"hidden_size": 8, "num_hidden_layers": 1}"#);
+    bench.write(
+        "weights/config.json",
+        r#"{"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 12, "vocab_size": 6, "max_position_embeddings": 16}"#,
+    );
     bench.write(
         "weights/tokenizer.json",
         r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,

@@ -89,6 +89,9 @@ fn hint(text: &str, at: usize, found: &str) -> Option<String> {
     if found == "on" && line.starts_with("method") && !line.contains('(') {
         return Some(format!("parameters come first, if only `()`: `{line}() on …`"));
     }
+    if found == "checkpoint" {
+        return Some("a backbone begins with its `checkpoint` block".into());
+    }
     if found == "'" {
         return Some("strings stand in double quotes".into());
     }

@@ -135,6 +135,8 @@ fn what_does_not_fit() {
         "{message}"
     );
     assert!(message.contains("`t.wte.weight` is [2, 3] in the file, the spec wants [3, 2] (it looks transposed)"));
+    let message = refusal(&[("_orig_mod.t.wte.weight", &[3, 2]), FITTING[1]]);
+    assert!(message.contains("`t.wte.weight` is missing; the file has `_orig_mod.t.wte.weight`"), "{message}");
     let message = refusal(&[FITTING[0], FITTING[1], ("classifier.weight", &[3, 2])]);
     assert!(message.contains("`classifier.weight` is [3, 2]") && !message.contains("left over"), "{message}");
     assert!(refusal(&[("t.wte.weight", &[]), FITTING[1]]).contains("is [] in the file"));

@@ -16,6 +16,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "_name_or_path",
     "name_or_path",
     "_commit_hash",
+    "_from_model_config",
     "transformers_version",
     "model_type",
     "architectures",
@@ -28,11 +29,6 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "transformers.js_config",
     "unsloth_version",
     "unsloth_fixed",
-    "_auto_class",
-    "base_model_fsdp_plan",
-    "base_model_tp_plan",
-    "base_model_pp_plan",
-    "base_model_ep_plan",
     "_attn_implementation",
     "_attn_implementation_autoset",
     "attn_implementation",
@@ -53,12 +49,10 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "output_hidden_states",
     "output_past",
     "return_dict",
-    "use_return_dict",
     "tie_last_hidden_states",
     "use_cache",
     "chunk_size_feed_forward",
     "is_composition",
-    "keys_to_ignore_at_inference",
     // Tokens by their role.
     "bos_token_id",
     "eos_token_id",
@@ -71,6 +65,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     // Generation.
     "assistant_confidence_threshold",
     "assistant_early_exit",
+    "assistant_ensemble_weight",
     "assistant_lookbehind",
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -98,6 +93,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "is_assistant",
     "length_penalty",
     "low_memory",
+    "max_cache_len",
     "max_length",
     "max_matching_ngram_size",
     "max_new_tokens",
@@ -121,6 +117,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "repetition_penalty",
     "return_dict_in_generate",
     "sequence_bias",
+    "speculation_type",
     "stop_strings",
     "suppress_tokens",
     "target_lookbehind",
@@ -130,6 +127,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "top_k",
     "top_p",
     "typical_p",
+    "use_mtp",
     "watermarking_config",
 ];
 
@@ -234,6 +232,12 @@ pub fn compare(config: &Map<String, Value>, model: &Model) -> Comparison {
                         short(value)
                     ));
                 }
+                // An object that is read, and none here.
+                None if inside(&path, model) => {
+                    found
+                        .wrong
+                        .push(format!("  `{path}` is {} in config.json, where an object was expected", short(value)));
+                }
                 None => unknown.push(format!("`{path}`: {}", short(value))),
             },
         }
@@ -290,18 +294,22 @@ fn other_family(config: &Map<String, Value>, model: &Model, warnings: &mut Vec<S
 fn leaves<'c>(config: &'c Map<String, Value>, model: &Model) -> Vec<(String, &'c Value)> {
     let mut all = vec![];
     for (key, value) in config {
-        let inside = format!("{key}.");
-        let understood = model.backbone.checkpoint.keys.keys().any(|k| k.starts_with(&inside));
         match value {
-            Value::Object(entries) if understood => {
-                all.extend(entries.iter().map(|(k, v)| (format!("{inside}{k}"), v)));
+            Value::Object(entries) if inside(key, model) => {
+                all.extend(entries.iter().map(|(k, v)| (format!("{key}.{k}"), v)));
             }
             // There is nothing in it.
-            Value::Null if understood => {}
+            Value::Null if inside(key, model) => {}
             _ => all.push((key.clone(), value)),
         }
     }
     all
+}
+
+/// The backbone knows keys of this object.
+fn inside(object: &str, model: &Model) -> bool {
+    let keys = model.backbone.checkpoint.keys.keys();
+    keys.filter_map(|key| key.strip_prefix(object)).any(|rest| rest.starts_with('.'))
 }
 
 fn argument_differs(key: &str, path: &str, argument: &str, found: &Value, model: &Model) -> Option<String> {
@@ -309,10 +317,13 @@ fn argument_differs(key: &str, path: &str, argument: &str, found: &Value, model:
     if fits(key, found, wants, model) {
         return None;
     }
-    let mend = match found {
-        Value::Bool(_) | Value::Number(_) => format!("; `--set model.{argument}={found}` follows the file"),
-        _ => String::new(),
+    let settable = match wants {
+        ConfigValue::Bool(_) => found.is_boolean(),
+        ConfigValue::Int(_) => found.is_i64(),
+        ConfigValue::Float(_) => found.is_number(),
+        ConfigValue::Str(_) => false,
     };
+    let mend = if settable { format!("; `--set model.{argument}={found}` follows the file") } else { String::new() };
     Some(format!("  `{path}` is {} in config.json, the spec wants {}{mend}", short(found), text(wants)))
 }
 

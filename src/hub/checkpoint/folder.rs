@@ -76,16 +76,21 @@ fn otherwise(folder: &Path) -> Option<String> {
     let mut names: Vec<String> =
         std::fs::read_dir(folder).ok()?.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
     names.sort();
-    if let Some(name) = names.iter().find(|n| n.starts_with("adapter_") || n.as_str() == "adapters.safetensors") {
+    if let Some(name) = names.iter().find(|n| n.starts_with("adapter")) {
         let path = folder.display();
         return Some(format!(
             "it holds an adapter (`{name}`), not a model: `--adapter {path}`, and the model by `--weights`"
         ));
     }
     if let Some(name) = names.iter().find(|n| n.ends_with(".safetensors")) {
-        return Some(format!(
-            "it holds `{name}`, and weights are read from `model.safetensors`: rename it if it is the model's"
-        ));
+        return Some(match name.contains("-of-") {
+            true => format!(
+                "it holds `{name}` without `model.safetensors.index.json`, which lists all files: fetch it, too"
+            ),
+            false => {
+                format!("it holds `{name}`; weights are read from `model.safetensors`: rename it if it is the model's")
+            }
+        });
     }
     let other = |(ending, what): &(&str, &str)| {
         let name = names.iter().find(|n| n.ends_with(ending))?;

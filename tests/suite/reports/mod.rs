@@ -15,6 +15,9 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::Bench;
 
+mod checkpoint;
+mod config_keys;
+
 /// Tiny models: width 32, 2 layers, 4 heads, a context of 64, 50 tokens.
 pub const GPT2: &str = "model = gpt2(layers: 2, hidden: 32, heads: 4, ffn: 64, vocab: 50, context: 64)\n";
 pub const LLAMA: &str =
