@@ -303,13 +303,12 @@ impl Padded {
         Stored::f32(vec![self.sequences as u64, heads as u64, self.width as u64], out)
     }
 
+    /// Visits each packed token with its row and its column.
     fn each_token(&self, mut visit: impl FnMut(usize, usize, usize)) {
-        let mut token = 0;
-        for (s, &length) in self.batch.lengths.iter().enumerate() {
-            for i in 0..length as usize {
-                visit(token, s, i);
-                token += 1;
-            }
+        let rows = self.batch.lengths.iter().enumerate();
+        let rows = rows.flat_map(|(row, &length)| std::iter::repeat_n(row, length as usize));
+        for (token, (row, &column)) in rows.zip(&self.columns).enumerate() {
+            visit(token, row, column);
         }
     }
 }

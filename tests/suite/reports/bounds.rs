@@ -14,17 +14,21 @@ fn classifies(more: &str) -> String {
 
 fn generates(more: &str) -> String {
     format!(
-        "task t {{ kind: generation special: [\"<t>\"] template: \"{{subject}} <t> {{text}}\" target: \"<t>\" {more} }}\n"
+        "task t {{ kind: generation special: [\"<t>\"] template: \"({{subject}})* <t> {{text}}\" target: \"<t>\" {more} }}\n"
     )
 }
 
-/// A batch file of tensors `inputs.NAME`, of shape `[rows, width]` or `[rows]`.
-fn batch(bench: &Bench, name: &str, tensors: &[(&str, &[&[i64]])]) -> PathBuf {
+/// A batch's tensors by name. `classes` are labels of which each row has one.
+type Tensors<'a> = [(&'a str, &'a [&'a [i64]])];
+
+/// A batch file of tensors `inputs.NAME`.
+fn batch(bench: &Bench, name: &str, tensors: &Tensors) -> PathBuf {
     let mut file = TensorFile::default();
     for (tensor, rows) in tensors {
-        let flat = ["labels", "lengths"].contains(tensor) && rows.len() == 1;
-        let shape = if flat { vec![rows[0].len()] } else { vec![rows.len(), rows[0].len()] };
-        let shape = shape.into_iter().map(|n| n as u64).collect();
+        let (tensor, shape) = match *tensor {
+            "classes" => ("labels", vec![rows[0].len() as u64]),
+            tensor => (tensor, vec![rows.len() as u64, rows[0].len() as u64]),
+        };
         file.tensors.insert(format!("inputs.{tensor}"), Stored { shape, data: Data::I64(rows.concat()) });
     }
     let path = bench.path(name);
@@ -46,7 +50,7 @@ impl<'a> Runs<'a> {
         Runs { bench, source, weights: checkpoint(bench, "weights", &model), entry: "forward" }
     }
 
-    fn on(&self, tensors: &[(&str, &[&[i64]])]) -> Ran {
+    fn on(&self, tensors: &Tensors) -> Ran {
         let inputs = batch(self.bench, "in.safetensors", tensors);
         let out = self.out();
         let _ = std::fs::remove_file(&out);
@@ -68,13 +72,13 @@ impl<'a> Runs<'a> {
         self.bench.path("out.safetensors")
     }
 
-    fn results(&self, tensors: &[(&str, &[&[i64]])]) -> (TensorFile, Ran) {
+    fn results(&self, tensors: &Tensors) -> (TensorFile, Ran) {
         let ran = self.on(tensors);
         assert_eq!(ran.code, 0, "{}", ran.err);
         (adapter::load(&self.out()).expect("sound"), ran)
     }
 
-    fn refuses(&self, tensors: &[(&str, &[&[i64]])], words: &[&str]) {
+    fn refuses(&self, tensors: &Tensors, words: &[&str]) {
         let ran = self.on(tensors);
         assert_eq!(ran.code, 3, "{words:?}: {}{}", ran.out, ran.err);
         for word in words.iter().chain(&["in.safetensors"]) {
@@ -135,10 +139,11 @@ fn a_task_of_2000_tokens_for_minilm() {
     let set = ["--set", "task.max_tokens=2000"];
     let words = ["2000", "at most 512", "task.max_tokens=2000", "set `max_tokens` to 512 or less"];
     bench.refuses(&[&["check", sentiment], &set[..]].concat(), 1, &words);
+    let run = bench.path("run");
     let data = bench.write("long.tsv", format!("{}\t1\n", "film ".repeat(1500)));
-    let train = ["train", sentiment, "--weights", "random", "--data", text(&data), "--out", text(&bench.path("run"))];
+    let train = ["train", sentiment, "--weights", "random", "--data", text(&data), "--out", text(&run)];
     bench.refuses(&[&train[..], &set].concat(), 1, &words);
-    assert!(!bench.path("run").exists());
+    assert!(!run.exists());
 }
 
 #[test]
@@ -177,7 +182,7 @@ const ZEROS: [i64; 65] = [0; 65];
 fn roberta_reads_no_row_that_is_not_there() {
     let bench = Bench::new();
     let runs = Runs::new(&bench, &format!("{ROBERTA}{}", classifies("")));
-    let labels: (&str, &[&[i64]]) = ("labels", &[&[0, 1]]);
+    let labels: (&str, &[&[i64]]) = ("classes", &[&[0, 1]]);
     let row = |last: i64| [4, 5, last];
     runs.results(&[("ids", &[&row(49), &row(0)]), labels]);
     let ids = |id: i64| {
@@ -198,18 +203,18 @@ fn roberta_reads_no_row_that_is_not_there() {
     runs.refuses(&[("ids", &[&row(4), &row(5)]), types, labels], &words);
     // Two classes.
     let words = ["`inputs.labels` is 2 in row 1", "the 2 classes of the loss"];
-    runs.refuses(&[("ids", &[&row(4), &row(5)]), ("labels", &[&[1, 2]])], &words);
+    runs.refuses(&[("ids", &[&row(4), &row(5)]), ("classes", &[&[1, 2]])], &words);
     // A padding id that is no padding: its position would be the padding's.
     let words = ["`inputs.ids` is 1 in row 0, column 2", "padding, which the model's positions do not count"];
     runs.refuses(&[("ids", &[&row(1), &row(4)]), labels], &words);
     // 64 of 66 positions are tokens'. The mask leaves none out.
     let long = |n: usize| ZEROS[..n].iter().map(|_| 7).collect::<Vec<i64>>();
-    runs.results(&[("ids", &[&long(64)]), ("labels", &[&[0]])]);
+    runs.results(&[("ids", &[&long(64)]), ("classes", &[&[0]])]);
     let words = [
         "`inputs.ids` has a token of position 64 in row 0, column 64",
         "64 rows of `roberta.embeddings.position_embeddings.weight` from row 2 on",
     ];
-    runs.refuses(&[("ids", &[&long(65)]), ("labels", &[&[0]])], &words);
+    runs.refuses(&[("ids", &[&long(65)]), ("classes", &[&[0]])], &words);
 }
 
 /// A prefix of ten positions leaves 54; llama has no table, and the same limit.
@@ -238,12 +243,12 @@ fn labels_beyond_the_vocabulary() {
     let bench = Bench::new();
     let runs = Runs::new(&bench, GPT2);
     let ids: (&str, &[&[i64]]) = ("ids", &[&[1, 2, 3]]);
-    runs.results(&[ids, ("labels", &[&[-100, 49, 0], &[-100, 2, -100]][..1])]);
+    runs.results(&[ids, ("labels", &[&[-100, 49, 0]])]);
     for (labels, words) in [
         ([-100, -100, 50], "`inputs.labels` is 50 in row 0, column 2: it indexes the 50 classes of the loss"),
         ([-100, -1, 3], "`inputs.labels` is -1 in row 0, column 1; where nothing is asked it is -100"),
     ] {
-        runs.refuses(&[ids, ("labels", &[&labels, &labels][..1])], &[words]);
+        runs.refuses(&[ids, ("labels", &[&labels])], &[words]);
     }
     // It has no token types to look up.
     runs.refuses(&[ids, ("types", &[&[0, 1, 0]])], &["`inputs.types` is 1 in row 0, column 1", "has no token types"]);
@@ -300,7 +305,7 @@ fn run_without_labels() {
     let no = [-100; 3];
     let ids: (&str, &[&[i64]]) = ("ids", &[&[3, 4, 5], &[6, 7, 8]]);
     for (model, given, nothing) in [
-        (BERT, ("labels", &[&[0, 1][..]][..]), ("labels", &[&[-100, -100][..]][..])),
+        (BERT, ("classes", &[&[0, 1][..]][..]), ("classes", &[&[-100, -100][..]][..])),
         (GPT2, ("labels", &[&[3, 4, 5][..], &[-100, 7, 8]][..]), ("labels", &[&no[..], &no][..])),
     ] {
         let mut runs = Runs::new(&bench, &format!("{model}tune {{ every attention {{ lora(rank: 2) on q }} }}\n"));

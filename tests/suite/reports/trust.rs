@@ -1,1 +1,284 @@
+//! An artifact is code: it is loaded from where only its user and root can have written it. Many processes, one cache.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::cli::{Bench, Ran, text, tiny_bert};
+
+/// A user who is neither root nor who runs the tests.
+const STRANGER: u32 = 65534;
+
+fn root() -> bool {
+    let root = fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0);
+    if !root {
+        println!("skipped: only root can give files to other users");
+    }
+    root
+}
+
+fn mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, Permissions::from_mode(mode)).expect("its mode");
+}
+
+fn permissions(path: &Path) -> u32 {
+    fs::metadata(path).expect("there").permissions().mode() & 0o7777
+}
+
+/// Runs the command that a message names between backquotes, from its first to its last.
+fn mended(ran: &Ran, home: &Path) -> String {
+    let command = ran.err.rsplit('`').nth(1).expect("a command").to_string();
+    let status = Command::new("sh").args(["-c", &command]).env("HOME", home).status().expect("a shell");
+    assert!(status.success(), "{command}");
+    command
+}
+
+/// A tiny model, its artifact, and what evaluates it.
+struct Tiny {
+    bench: Bench,
+    spec: PathBuf,
+    artifact: PathBuf,
+    given: Vec<String>,
+}
+
+impl Tiny {
+    fn new(target: &str) -> Self {
+        let bench = Bench::new();
+        let (spec, weights) = tiny_bert(&bench, |_| {});
+        let data = bench.write("data.tsv", "good film\t1\nbad film\t0\n");
+        let artifact = bench.path("folder/tiny.peftc");
+        let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let given = ["--weights", text(&weights), "--data", text(&data), "--threads", "1"].map(String::from).to_vec();
+        Tiny { bench, spec, artifact, given }
+    }
+
+    fn eval(&self, source: &Path) -> Ran {
+        self.bench.peftc(["eval", text(source)].map(String::from).iter().chain(&self.given))
+    }
+
+    fn evaluates(&self, source: &Path) {
+        let ran = self.eval(source);
+        assert_eq!(ran.code, 0, "{}: {}", source.display(), ran.err);
+    }
+
+    /// Refused at `place`, for this reason; what the message names mends it.
+    fn refused(&self, source: &Path, place: &Path, why: &str) -> String {
+        let ran = self.eval(source);
+        assert_eq!(ran.code, 3, "{}: {}{}", place.display(), ran.out, ran.err);
+        let place = place.canonicalize().expect("there");
+        for word in [&format!("`{}` {why}", place.display())[..], "is code, which runs with your rights"] {
+            assert!(ran.err.contains(word), "it should say `{word}`:\n{}", ran.err);
+        }
+        let command = mended(&ran, &self.bench.path("home"));
+        self.evaluates(source);
+        command
+    }
+}
+
+#[test]
+fn what_strangers_may_write_is_not_loaded() {
+    let tiny = Tiny::new("cpu");
+    tiny.evaluates(&tiny.artifact);
+    let [folder, artifact] = [tiny.bench.path("folder"), tiny.artifact.clone()];
+    for part in ["", "manifest.json", "kernels.so"] {
+        let place = artifact.join(part);
+        let place = if part.is_empty() { artifact.clone() } else { place };
+        let open = if part.is_empty() { 0o777 } else { 0o666 };
+        mode(&place, open);
+        let command = tiny.refused(&artifact, &place, "may be written by everyone");
+        assert_eq!(command, format!("chmod -R go-w {}", artifact.canonicalize().expect("there").display()));
+    }
+    // The folder that it lies in, where another might be put in its place. A sticky one keeps what is there.
+    mode(&folder, 0o777);
+    tiny.refused(&artifact, &folder, "may be written by everyone");
+    mode(&folder, 0o1777);
+    tiny.evaluates(&artifact);
+    // What is opened counts, not the link to it.
+    let link = tiny.bench.path("link.peftc");
+    std::os::unix::fs::symlink(&artifact, &link).expect("linked");
+    tiny.evaluates(&link);
+    mode(&artifact.join("kernels.so"), 0o666);
+    tiny.refused(&link, &artifact.join("kernels.so"), "may be written by everyone");
+    // A space in its name does not break the command.
+    let spaced = tiny.bench.path("it's a folder/tiny.peftc");
+    fs::create_dir(spaced.parent().expect("a parent")).expect("made");
+    fs::rename(&artifact, &spaced).expect("moved");
+    mode(&spaced, 0o777);
+    tiny.refused(&spaced, &spaced, "may be written by everyone");
+}
+
+#[test]
+fn what_belongs_to_a_stranger_is_not_loaded() {
+    if !root() {
+        return;
+    }
+    let tiny = Tiny::new("cpu");
+    let artifact = &tiny.artifact;
+    let owner = "belongs to user 65534";
+    for place in [&artifact.join("kernels.so"), &artifact.join("manifest.json"), artifact, &tiny.bench.path("folder")] {
+        chown(place, Some(STRANGER), None).expect("given away");
+        tiny.refused(artifact, place, owner);
+    }
+    // Another user's group is none of root's.
+    let file = artifact.join("kernels.so");
+    chown(&file, None, Some(STRANGER)).expect("given away");
+    mode(&file, 0o664);
+    tiny.refused(artifact, &file, "may be written by the group 65534");
+    // Root's own group is private, if it has no other member.
+    chown(&file, None, Some(0)).expect("given back");
+    mode(&file, 0o664);
+    let group = fs::read_to_string("/etc/group").unwrap_or_default();
+    if group.lines().any(|line| line.starts_with("root:") && line.ends_with(':')) {
+        tiny.evaluates(artifact);
+    }
+}
+
+/// PTX is as much code as a library is.
+#[test]
+fn what_runs_on_a_gpu_is_code_as_well() {
+    let tiny = Tiny::new("cuda:sm_80");
+    let file = tiny.artifact.join("kernels.ptx");
+    mode(&file, 0o666);
+    let ran = tiny.eval(&tiny.artifact);
+    assert_eq!(ran.code, 3, "{}", ran.err);
+    assert!(ran.err.contains("kernels.ptx` may be written by everyone"), "{}", ran.err);
+    mended(&ran, &tiny.bench.path("home"));
+    assert!(!tiny.eval(&tiny.artifact).err.contains("may be written"));
+}
+
+#[test]
+fn the_cache_is_its_users_alone() {
+    let tiny = Tiny::new("cpu");
+    let cache = tiny.bench.path("cache");
+    assert_eq!(permissions(&cache), 0o700);
+    tiny.evaluates(&tiny.spec);
+    let entries = || fs::read_dir(&cache).expect("there").map(|e| e.expect("an entry").path()).collect::<Vec<_>>();
+    let before = entries();
+    assert_eq!(before.len(), 1, "{before:?}");
+    mode(&cache, 0o777);
+    let command = tiny.refused(&tiny.spec, &cache, "may be written by everyone");
+    assert!(command.starts_with("chmod -R go-w "), "{command}");
+    // Here no sticky bit helps: strangers may add entries.
+    mode(&cache, 0o1777);
+    tiny.refused(&tiny.spec, &cache, "may be written by everyone");
+    mode(&before[0].join("kernels.so"), 0o646);
+    tiny.refused(&tiny.spec, &before[0].join("kernels.so"), "may be written by everyone");
+    // What is open to read stays as it is.
+    mode(&cache, 0o755);
+    tiny.evaluates(&tiny.spec);
+    assert_eq!((permissions(&cache), entries()), (0o755, before));
+    if root() {
+        chown(&cache, Some(STRANGER), None).expect("given away");
+        let command = tiny.refused(&tiny.spec, &cache, "belongs to user 65534");
+        assert!(command.starts_with("rm -r "), "{command}");
+        assert_eq!(permissions(&cache), 0o700);
+    }
+}
+
+/// The program as another user, to whom what another user wrote is a stranger's, and what root wrote is not.
+#[test]
+fn as_another_user() {
+    if !root() {
+        return;
+    }
+    let tiny = Tiny::new("cpu");
+    mode(tiny.bench.path("").as_path(), 0o755);
+    let home = tiny.bench.path("home");
+    fs::create_dir(&home).expect("made");
+    chown(&home, Some(STRANGER), Some(STRANGER)).expect("given away");
+    // The program lies in a folder that others may not read, perhaps.
+    let program = tiny.bench.path("peftc");
+    fs::copy(env!("CARGO_BIN_EXE_peftc"), &program).expect("copied");
+    mode(&program, 0o755);
+    let run = |source: &Path| {
+        let mut command = Command::new(&program);
+        command.args(["eval", text(source)]).args(&tiny.given).uid(STRANGER).gid(STRANGER);
+        command.current_dir(&home).env("HOME", &home).env_remove("XDG_CACHE_HOME").env_remove("PEFTC_CACHE");
+        let ran = command.env("NO_COLOR", "1").output().expect("it starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ran { code: ran.status.code().expect("no signal"), out: text(&ran.stdout), err: text(&ran.stderr) }
+    };
+    let fine = |source: &Path| {
+        let ran = run(source);
+        assert_eq!(ran.code, 0, "{}: {}", source.display(), ran.err);
+    };
+    fine(&tiny.artifact);
+    fine(&tiny.spec);
+    assert_eq!(permissions(&home.join(".cache/peftc")), 0o700);
+    // Someone else's: he takes a copy, which is his.
+    let other = 65533;
+    for place in [tiny.artifact.clone(), tiny.artifact.join("kernels.so")] {
+        chown(&place, Some(other), None).expect("given away");
+        let ran = run(&tiny.artifact);
+        assert_eq!(ran.code, 3, "{}", ran.err);
+        assert!(ran.err.contains("belongs to user 65533"), "{}", ran.err);
+        let command = ran.err.rsplit('`').nth(1).expect("a command");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", command]).env("HOME", &home).uid(STRANGER).gid(STRANGER);
+        assert!(shell.status().expect("a shell").success(), "{command}");
+        fine(&home.join("tiny.peftc"));
+        fs::remove_dir_all(home.join("tiny.peftc")).expect("removed");
+    }
+    // Someone else's cache.
+    let cache = home.join(".cache/peftc");
+    chown(&cache, Some(other), None).expect("given away");
+    mode(&cache, 0o755);
+    let ran = run(&tiny.spec);
+    assert_eq!(ran.code, 3, "{}", ran.err);
+    assert!(ran.err.contains("belongs to user 65533") && ran.err.contains("PEFTC_CACHE"), "{}", ran.err);
+}
+
+/// What was written under a careless umask is the user's own nevertheless, and nothing stays in the folder for
+/// temporary files.
+#[test]
+fn what_is_written_is_for_its_user_to_change() {
+    let bench = Bench::new();
+    let (spec, _) = tiny_bert(&bench, |_| {});
+    let [artifact, cache, temporary] = ["made/tiny.peftc", "made/cache", "made/tmp"].map(|name| bench.path(name));
+    fs::create_dir_all(&temporary).expect("made");
+    for cache in ["", text(&cache)] {
+        let program = env!("CARGO_BIN_EXE_peftc");
+        let script = format!("umask 000; exec {program} compile {} -o {}", text(&spec), text(&artifact));
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).env("PEFTC_CACHE", cache).env("TMPDIR", &temporary);
+        let ran = shell.output().expect("it starts");
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        // LLVM looks for a place for what `perf` might read.
+        let left = fs::read_dir(&temporary).expect("there").map(|entry| entry.expect("an entry").file_name());
+        assert_eq!(left.filter(|name| name != ".debug").count(), 0);
+    }
+    assert_eq!((permissions(&artifact), permissions(&cache)), (0o755, 0o700));
+    for file in ["manifest.json", "kernels.so"] {
+        assert_eq!(permissions(&artifact.join(file)), 0o644);
+    }
+}
+
+/// Eight at once on an empty cache: one of them compiles, all train, to the same values, and nothing else is left.
+#[test]
+fn eight_processes_on_an_empty_cache() {
+    let bench = Bench::new();
+    let cache = bench.path("cache");
+    let start = |at: usize| {
+        let out = bench.path(&format!("run{at}"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_peftc"));
+        let arguments = ["train", "models/demo/triples.peft", "--weights", "random", "--tokenizer", "data/triples"];
+        let data = ["--data", "data/triples/train.json", "--set", "train.steps=2", "--set", "train.batch=2"];
+        command.args(arguments).args(data).args(["--threads", "1", "--out", text(&out)]);
+        command.current_dir(env!("CARGO_MANIFEST_DIR")).env("PEFTC_CACHE", &cache).env("NO_COLOR", "1");
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        (child, out)
+    };
+    let started: Vec<_> = (0..8).map(start).collect();
+    let mut adapters = vec![];
+    for (child, out) in started {
+        let ran = child.wait_with_output().expect("it ends");
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        adapters.push(fs::read(out.join("adapter.safetensors")).expect("written"));
+    }
+    assert!(adapters.iter().all(|adapter| *adapter == adapters[0]));
+    let left: Vec<_> = fs::read_dir(&cache).expect("there").map(|entry| entry.expect("an entry").path()).collect();
+    assert!(left.len() == 1 && left[0].extension().is_some_and(|e| e == "peftc"), "{left:?}");
+}
