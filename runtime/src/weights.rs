@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use peft_grammar::model::{Backbone, ConfigValue, Init, Origin, Param};
 use rayon::prelude::*;
 
+use crate::adapter::Float;
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
 use crate::philox::philox4x32;
@@ -20,6 +21,29 @@ pub struct Loaded {
     pub drawn: Vec<String>,
     /// In the files, but not of the model.
     pub left_over: Vec<String>,
+    /// What the files hold of each parameter, in the same order; nothing of one that was drawn.
+    pub held: Vec<Option<Held>>,
+}
+
+/// What files hold of a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Held {
+    /// Its first rows; those behind them were drawn.
+    pub rows: u64,
+    /// In which type, if it is one that is written, too.
+    pub dtype: Option<Float>,
+}
+
+impl Loaded {
+    /// Every tensor from its initialisation.
+    pub fn random(params: &[Param], seed: u64) -> Self {
+        Loaded {
+            tensors: random(params, seed),
+            drawn: params.iter().map(|p| p.name.clone()).collect(),
+            left_over: vec![],
+            held: vec![None; params.len()],
+        }
+    }
 }
 
 /// Every tensor from its initialisation: the same numbers for the same seed, whatever the others are.
@@ -41,6 +65,7 @@ pub fn load(
     let stored: BTreeMap<&str, &SafeFile> = files.iter().flat_map(|f| f.names().map(move |n| (n, f))).collect();
 
     let (mut tensors, mut drawn, mut missing, mut misshaped) = (vec![], vec![], vec![], vec![]);
+    let mut held = vec![];
     let mut used = std::collections::BTreeSet::new();
     for param in params {
         let Some(name) = spellings(&param.name, &backbone.prefix).into_iter().find(|n| stored.contains_key(&n[..]))
@@ -51,6 +76,7 @@ pub fn load(
             } else {
                 drawn.push(param.name.clone());
                 tensors.push(draw(param, seed));
+                held.push(None);
             }
             continue;
         };
@@ -74,12 +100,13 @@ pub fn load(
             file.floats(&name, &mut numbers[..count])?;
         }
         tensors.push(numbers);
+        held.push(Some(Held { rows: shape.first().copied().unwrap_or(1), dtype: file.float(&name) }));
         used.insert(name);
     }
     let left_over: Vec<String> =
         stored.keys().filter(|n| !used.contains(**n) && !known_extra(n)).map(|n| n.to_string()).collect();
     if missing.is_empty() && misshaped.is_empty() {
-        return Ok(Loaded { tensors, drawn, left_over });
+        return Ok(Loaded { tensors, drawn, left_over, held });
     }
     let mut message = misshaped;
     message.extend(missing.iter().map(|name| {

@@ -2,32 +2,23 @@
 
 use std::path::Path;
 
-use peft_grammar::model::{Model, Origin, TaskKind};
-use peft_runtime::{Numbers, weights};
+use peft_grammar::model::{Model, TaskKind};
+use peft_runtime::weights::{self, Loaded};
 
 use crate::failure::Failure;
 
 /// Every tensor of the model: `random`, or from a Hugging Face directory.
-pub fn weights(from: &Path, model: &Model) -> Result<Vec<Numbers>, Failure> {
+pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
     if from == Path::new("random") {
-        return Ok(weights::random(&model.params, model.train.seed));
+        return Ok(Loaded::random(&model.params, model.train.seed));
     }
     let appended = match &model.task.kind {
         TaskKind::Generation { special, .. } => special.len() as u64,
         TaskKind::Classification { .. } => 0,
     };
     let loaded = weights::load(from, &model.backbone, &model.params, appended, model.train.seed)?;
-    let heads: Vec<&str> = model
-        .params
-        .iter()
-        .filter(|p| p.origin == Origin::Head && loaded.drawn.contains(&p.name))
-        .map(|p| p.name.as_str())
-        .collect();
-    if !heads.is_empty() {
-        crate::commands::say(&format!("new here, drawn at random: {}", heads.join(", ")));
-    }
     if !loaded.left_over.is_empty() {
         crate::commands::say(&format!("in the files but not of the model: {}", loaded.left_over.join(", ")));
     }
-    Ok(loaded.tensors)
+    Ok(loaded)
 }
