@@ -205,7 +205,9 @@ impl Adapter {
         match (there.starts_with(RANDOM), here.starts_with(RANDOM), seed) {
             (true, true, Some(seed)) if *seed != now.to_string() => Err(RuntimeError::weights(
                 &self.path,
-                format!("  all weights were drawn from the seed, which was {seed} in training; use `--set train.seed={seed}`"),
+                format!(
+                    "  all weights were drawn from the seed, which was {seed} in training; use `--set train.seed={seed}`"
+                ),
             )),
             (true, true, _) => Err(RuntimeError::weights(
                 &self.path,

@@ -164,7 +164,9 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
     for Tensor { name, shape, numbers, dtype } in merged.tensors {
         let stored = Stored::rounded(shape, numbers, dtype).map_err(|x| {
             let dtype = dtype.name();
-            Failure::Usage(format!("`{name}` holds {x:e}, for which {dtype} is too small; choose `--dtype f32` or bf16"))
+            Failure::Usage(format!(
+                "`{name}` holds {x:e}, for which {dtype} is too small; choose `--dtype f32` or bf16"
+            ))
         })?;
         file.tensors.insert(name, stored);
     }

@@ -140,10 +140,25 @@ pub fn earlier(out: &Path) -> Vec<PathBuf> {
             || metrics::is_file(name)
             || name.starts_with(adapter::BESIDE)
     };
-    let mut files: Vec<PathBuf> =
-        entries.filter(|e| e.file_name().to_str().is_some_and(ours)).map(|e| e.path()).filter(|p| p.is_file()).collect();
+    let mut files: Vec<PathBuf> = entries
+        .filter(|e| e.file_name().to_str().is_some_and(ours))
+        .map(|e| e.path())
+        .filter(|p| p.is_file())
+        .collect();
     // What makes a folder a run goes first: a folder that was cleared in part is not taken for one.
     files.sort_by_key(|path| (!path.ends_with(STATE), !path.ends_with(ADAPTER), path.clone()));
+    files
+}
+
+/// The files of an earlier run in `out` that hold something: trained values, a state or figures.
+pub fn in_the_way(out: &Path) -> Vec<PathBuf> {
+    let mut files = earlier(out);
+    let empty = |path: &PathBuf| path.metadata().is_ok_and(|found| found.len() == 0);
+    files.retain(|path| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| {
+            name == metrics::LINES && !empty(path) || !metrics::is_file(name) && !name.starts_with(adapter::BESIDE)
+        })
+    });
     files
 }
 

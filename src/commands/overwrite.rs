@@ -51,7 +51,9 @@ impl Overwrite {
             ));
         }
         if !ours(path) {
-            return refuse("it holds other things than this command writes, so it is not replaced; name another folder");
+            return refuse(
+                "it holds other things than this command writes, so it is not replaced; name another folder",
+            );
         }
         if !self.overwrite {
             return refuse("it exists; replace it with `--overwrite`, or name another folder");

@@ -55,7 +55,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let state = match arguments.resume {
         true => Some(State::open(&out)?),
         false => {
-            arguments.overwrite.files(&out, &training::earlier(&out), "go on with a run there by `--resume`, ")?;
+            arguments.overwrite.files(&out, &training::in_the_way(&out), "go on with a run there by `--resume`, ")?;
             None
         }
     };

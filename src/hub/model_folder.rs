@@ -55,7 +55,10 @@ impl SideFiles {
     fn look(&mut self, folder: &Path, inside: &Path) -> Result<(), Failure> {
         for name in names(&folder.join(inside))? {
             let path = inside.join(&name);
-            if name.starts_with('.') || (inside == Path::new("") && NOT_COPIED.contains(&&name[..])) || is_weights(&name) {
+            if name.starts_with('.')
+                || (inside == Path::new("") && NOT_COPIED.contains(&&name[..]))
+                || is_weights(&name)
+            {
                 continue;
             }
             if !folder.join(&path).is_dir() {

@@ -2,6 +2,10 @@
 //!
 //! A class of fault is a file. Tests make their inputs themselves; nothing is fetched.
 
+mod merge;
+mod random;
+mod resume;
+
 use std::fs;
 use std::path::PathBuf;
 
