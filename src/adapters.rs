@@ -277,17 +277,20 @@ pub fn signed(mut file: TensorFile, model: &Model, base: &Base) -> TensorFile {
         note(note::DRAWN, serde_json::to_string(&keys).expect("plain data"));
     }
     // What a method draws and freezes, VeRA's projections, is the same on every base: the seed brings it back.
-    if base.random() || pinned(model, &base.drawn).is_some() {
+    let of_method = |p: &Param| p.trainable == Trainable::No && matches!(p.origin, Origin::Method(_));
+    if base.random() || model.params.iter().any(of_method) {
         note(note::SEED, base.seed.unwrap_or(model.train.seed).to_string());
     }
     file.tensors.extend(base.drawn.clone());
     file
 }
 
-/// A tensor that no backbone has, that does not train and that is not in the file.
+/// A tensor that no backbone has, that does not train and that is not in the file: a method's, or in older files a head.
 fn pinned<'a>(model: &'a Model, drawn: &Tensors) -> Option<&'a str> {
     let frozen = |p: &&Param| p.origin != Origin::Backbone && p.trainable == Trainable::No;
-    model.params.iter().filter(frozen).map(|p| p.name.as_str()).find(|name| !drawn.contains_key(*name))
+    let mut names: Vec<_> = model.params.iter().filter(frozen).collect();
+    names.sort_by_key(|p| p.origin == Origin::Head);
+    names.into_iter().map(|p| p.name.as_str()).find(|name| !drawn.contains_key(*name))
 }
 
 /// The seed must be the one the adapter was trained beside.

@@ -108,22 +108,22 @@ pub fn merge(
         (count, 0) => format!("{count} projections"),
         (count, trained) => format!("{count} projections and {trained} trained tensors"),
     };
-    let types = types(&tensors, dtype.is_some(), held.iter().any(Option::is_some));
+    let why = match (dtype.is_some(), held.iter().flatten().all(|held| held.dtype.is_some())) {
+        (true, _) => "as asked for",
+        (false, false) => "as in the files, but for those in f64 there",
+        _ if held.iter().all(Option::is_none) => "as it was drawn",
+        (false, true) => "as in the files",
+    };
+    let types = format!("written in {}, {why}", types(&tensors));
     Ok(Merged { tensors, folded, types })
 }
 
-/// `written in bf16, as in the files`.
-fn types(tensors: &[Tensor], chosen: bool, files: bool) -> String {
+/// `f32 and bf16`.
+fn types(tensors: &[Tensor]) -> String {
     let mut all: Vec<Float> = tensors.iter().map(|t| t.dtype).collect();
     all.sort_unstable();
     all.dedup();
-    let names: Vec<&str> = all.into_iter().map(Float::name).collect();
-    let why = match (chosen, files) {
-        (true, _) => "as asked for",
-        (false, true) => "as in the files",
-        (false, false) => "as it was drawn",
-    };
-    format!("written in {}, {why}", names.join(" and "))
+    all.into_iter().map(Float::name).collect::<Vec<_>>().join(" and ")
 }
 
 fn numbers<'a>(tensors: &'a mut [Tensor], name: &str) -> Result<&'a mut Vec<f32>, RuntimeError> {
@@ -190,10 +190,14 @@ fn new_tokens(model: &Model, from: &Sources) -> Result<(Vec<(String, i32)>, Vec<
     let TaskKind::Generation { special, .. } = &model.task.kind else { return Ok(Default::default()) };
     let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
     let folder = from.tokenizer.unwrap_or(from.weights);
-    if special.is_empty() || (from.tokenizer.is_none() && !folder.is_dir()) {
+    if special.is_empty() {
         return Ok(Default::default());
     }
-    match Tokenizer::load(folder, &model.task, vocab) {
+    let found = match folder.exists() {
+        true => Tokenizer::load(folder, &model.task, vocab),
+        false => Err(DataError::NoTokenizer(folder.to_path_buf())),
+    };
+    match found {
         Ok(tokenizer) => {
             let ids = special.iter().filter_map(|token| Some((token.clone(), tokenizer.special(token)?)));
             Ok((ids.collect(), vec![]))

@@ -114,18 +114,18 @@ struct Difference<'a> {
 }
 
 impl Difference<'_> {
-    /// What of a run it concerns; `None` of what a run may change.
+    /// What of a run it concerns, as a message names it; `None` of what a run may change.
     fn concerns(&self) -> Option<&'static str> {
         match self.key {
             DEV => None,
             STEPS => match (self.was.as_u64(), self.is.as_u64()) {
                 (Some(was), Some(is)) if is > was => None,
-                _ => Some("recipe"),
+                _ => Some("another recipe"),
             },
-            BASE => Some("base weights"),
-            DATA => Some("data"),
-            key if key.starts_with(RECIPE) => Some("recipe"),
-            _ => Some("spec"),
+            BASE => Some("other base weights"),
+            DATA => Some("other data"),
+            key if key.starts_with(RECIPE) => Some("another recipe"),
+            _ => Some("another spec"),
         }
     }
 
@@ -196,8 +196,8 @@ impl State {
                 lines.push(format!("  and {} more", refused.len() - SHOWN));
             }
             let message = format!(
-                "it is of another {}:\n{}\nresume with what it is of, or begin anew with `--overwrite` or another `--out`",
-                concerned.join(", of another "),
+                "it is of {}:\n{}\nresume with what it is of, or begin anew with `--overwrite` or another `--out`",
+                concerned.join(", "),
                 lines.join("\n")
             );
             return Err(RuntimeError::file(&self.path, message).into());

@@ -135,31 +135,35 @@ pub struct Training<'a> {
 /// The files of an earlier run in `out`, and of an adapter in PEFT's format, which would be taken for a run's own.
 pub fn earlier(out: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(out).into_iter().flatten().filter_map(|entry| entry.ok());
-    let ours = |name: &str| {
-        [STATE, ADAPTER, peft::CONFIG, peft::MODEL].contains(&name)
-            || metrics::is_file(name)
-            || name.starts_with(adapter::BESIDE)
-    };
-    let mut files: Vec<PathBuf> = entries
-        .filter(|e| e.file_name().to_str().is_some_and(ours))
-        .map(|e| e.path())
-        .filter(|p| p.is_file())
-        .collect();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_file()).collect();
+    files.retain(|path| KEPT.contains(&name(path)) || metrics::is_file(name(path)) || unfinished(path));
     // What makes a folder a run goes first: a folder that was cleared in part is not taken for one.
-    files.sort_by_key(|path| (!path.ends_with(STATE), !path.ends_with(ADAPTER), path.clone()));
+    files.sort_by_key(|path| (KEPT.iter().position(|kept| *kept == name(path)).unwrap_or(KEPT.len()), path.clone()));
     files
 }
 
-/// The files of an earlier run in `out` that hold something: trained values, a state or figures.
+/// What a run keeps, and PEFT of an adapter.
+const KEPT: [&str; 4] = [STATE, ADAPTER, peft::CONFIG, peft::MODEL];
+
+/// Those of [`earlier`] that hold something: trained values, a state or figures.
 pub fn in_the_way(out: &Path) -> Vec<PathBuf> {
+    let figures = |path: &Path| name(path) == metrics::LINES && path.metadata().is_ok_and(|found| found.len() > 0);
     let mut files = earlier(out);
-    let empty = |path: &PathBuf| path.metadata().is_ok_and(|found| found.len() == 0);
-    files.retain(|path| {
-        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| {
-            name == metrics::LINES && !empty(path) || !metrics::is_file(name) && !name.starts_with(adapter::BESIDE)
-        })
-    });
+    files.retain(|path| KEPT.contains(&name(path)) || figures(path));
     files
+}
+
+/// It was being written when a run was killed.
+fn unfinished(path: &Path) -> bool {
+    name(path).starts_with(adapter::BESIDE)
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+fn remove(files: &[PathBuf], which: impl Fn(&Path) -> bool) -> Result<(), Failure> {
+    files.iter().filter(|path| which(path)).try_for_each(|path| fs::remove_file(path).map_err(Failure::file(path)))
 }
 
 /// Steps of a whole run.
@@ -196,13 +200,12 @@ impl Training<'_> {
         let mut metrics = match &self.state {
             Some(state) => {
                 state.restore(self.session)?;
+                remove(&earlier(&self.out), unfinished)?;
                 done = state.step;
                 Metrics::resume(&self.out, done)?
             }
             None => {
-                for path in earlier(&self.out) {
-                    fs::remove_file(&path).map_err(Failure::file(&path))?;
-                }
+                remove(&earlier(&self.out), |_| true)?;
                 Metrics::create(&self.out)?
             }
         };

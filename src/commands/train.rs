@@ -32,7 +32,7 @@ pub struct Arguments {
     /// Where adapter, state and metrics go; `runs/NAME` if not given
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Go on where the run in `--out` stopped
+    /// Go on where the run in `--out` stopped, with the same spec, recipe, weights and data
     #[arg(long, conflicts_with = "overwrite")]
     resume: bool,
     #[command(flatten)]

@@ -133,14 +133,21 @@ pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> 
             "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,
         })
     };
+    let vocab = folder.join("vocab.json");
+    let tokenizer = if whole.is_file() { read_object(&whole)? } else { Map::new() };
+    let plain = if vocab.is_file() { read_object(&vocab)? } else { Map::new() };
+    let new = |token: &str| !plain.contains_key(token) && !knows(&tokenizer, token);
+    let tokens: Vec<&(&str, i32)> = tokens.iter().filter(|(token, _)| new(token)).collect();
+    if tokens.is_empty() {
+        return Ok(());
+    }
     if whole.is_file() {
-        let mut tokenizer = read_object(&whole)?;
+        let mut tokenizer = tokenizer;
         let added = tokenizer.entry("added_tokens").or_insert_with(|| json!([]));
         let Value::Array(added) = added else {
             return Err(RuntimeError::file(&whole, "`added_tokens` is no list; fetch it again").into());
         };
-        for (token, id) in tokens {
-            added.retain(|old| old["content"] != *token);
+        for (token, id) in &tokens {
             let Value::Object(rest) = described(token) else { continue };
             let mut entry = Map::from_iter([("id".to_string(), json!(id))]);
             entry.extend(rest);
@@ -159,4 +166,15 @@ pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> 
         write_object(&list, &all)?;
     }
     Ok(())
+}
+
+/// A `tokenizer.json` has the token, among those of its model or those that were added.
+fn knows(tokenizer: &Map<String, Value>, token: &str) -> bool {
+    let added = tokenizer.get("added_tokens").and_then(Value::as_array);
+    let in_vocab = match tokenizer.get("model").and_then(|model| model.get("vocab")) {
+        Some(Value::Object(vocab)) => vocab.contains_key(token),
+        Some(Value::Array(pieces)) => pieces.iter().any(|piece| piece[0] == token),
+        _ => false,
+    };
+    in_vocab || added.is_some_and(|added| added.iter().any(|old| old["content"] == token))
 }

@@ -29,7 +29,6 @@ def main():
     found = {
         "ids": tokenizer.convert_tokens_to_ids(tokens),
         "in_text": [tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"] for token in tokens],
-        "length": len(tokenizer),
         "rows": model.get_input_embeddings().weight.shape[0],
         "vocab_size": model.config.vocab_size,
         "dtype": str(model.dtype).removeprefix("torch."),
