@@ -110,7 +110,7 @@ bench-sst2: build interop $(DEMO)/minilm/model.safetensors ## MiniLM on SST-2 be
 sst2: build interop $(DEMO)/minilm/model.safetensors ## SST-2 to the end by peftc and by PyTorch, with the same recipe
 	@$(SST2)
 	target/release/peftc train models/demo/sst2_lora.peft --weights $(DEMO)/minilm \
-	    --data $$PEFTC_DATA/data/sst2/train.tsv --dev $$PEFTC_DATA/data/sst2/dev.tsv --out target/bench/sst2
+	    --data $$PEFTC_DATA/data/sst2/train.tsv --dev $$PEFTC_DATA/data/sst2/dev.tsv --out target/bench/sst2 --overwrite
 	target/interop-venv/bin/python benches/sst2_pytorch.py --weights $(DEMO)/minilm --data $$PEFTC_DATA/data/sst2
 
 SST2 = [ -f "$${PEFTC_DATA:-}/data/sst2/train.tsv" ] || { echo "$@: set PEFTC_DATA to a folder with" \

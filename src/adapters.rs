@@ -1,20 +1,256 @@
 //! Trained values on disk: our own file, a run's or an export's folder, or a folder that PEFT wrote.
+//!
+//! An adapter means something only on the weights that it was trained on. It carries what of them lies in no file,
+//! since it was drawn at random and does not train, and the fingerprint of the rest.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use peft_grammar::model::{Model, Origin, Trainable};
+use peft_grammar::model::{Model, Origin, Param, Trainable};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::artifact::{Entry, Manifest, Storage};
+use peft_runtime::fingerprint::fingerprint;
+use peft_runtime::weights::Loaded;
 use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 
 use crate::failure::Failure;
+use crate::hub::checkpoint;
 use crate::hub::peft::{self, Tensors};
 
 /// What the trained values of a run (or an export) are kept in.
 pub const ADAPTER: &str = "adapter.safetensors";
 
+/// Notes in an adapter's file.
+mod note {
+    /// The seed that brings back what is drawn and neither trains nor lies in the file.
+    pub const SEED: &str = "seed";
+    /// [`super::Base`]'s fingerprint.
+    pub const BASE: &str = "base";
+    /// The keys of tensors that were drawn and do not train: a list in JSON.
+    pub const DRAWN: &str = "drawn";
+}
+
+/// The weights that something is trained on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Base {
+    /// `files HASH` or `random HASH`; empty if nothing is known of them.
+    pub fingerprint: String,
+    /// What stands in the place of weights that the checkpoint lacks: drawn at random, and it does not train. A
+    /// tensor has its name; some rows of it have `NAME[start:end]`.
+    pub drawn: Tensors,
+    /// The seed of what was drawn.
+    pub seed: Option<u64>,
+}
+
+impl Base {
+    /// Of weights as they were loaded.
+    pub fn of(model: &Model, loaded: &Loaded) -> Self {
+        let mut drawn = Tensors::new();
+        for (index, param, rows) in drawn_parts(model, loaded) {
+            // The seed gives a base that is all random again.
+            if !is_random(loaded) && !trains(param, rows) {
+                let (key, shape, numbers) = part(param, &loaded.tensors[index], rows);
+                drawn.insert(key, Stored::f32(shape, numbers.to_vec()));
+            }
+        }
+        Base { fingerprint: print(model, loaded, &drawn), drawn, seed: Some(model.train.seed) }
+    }
+
+    fn random(&self) -> bool {
+        self.fingerprint.starts_with(RANDOM)
+    }
+}
+
+const RANDOM: &str = "random ";
+const FILES: &str = "files ";
+
+/// No file gave anything.
+fn is_random(loaded: &Loaded) -> bool {
+    loaded.held.iter().all(Option::is_none)
+}
+
+/// What a checkpoint could hold and this one does not: the index of each parameter, and its rows `start..end`.
+fn drawn_parts<'a>(model: &'a Model, loaded: &'a Loaded) -> impl Iterator<Item = (usize, &'a Param, (u64, u64))> {
+    let all = model.params.iter().zip(&loaded.held).enumerate();
+    all.filter(|(_, (param, _))| !matches!(param.origin, Origin::Method(_))).filter_map(|(index, (param, held))| {
+        let (start, end) = (held.map_or(0, |held| held.rows), rows(param));
+        (start < end).then_some((index, param, (start, end)))
+    })
+}
+
+/// All of these rows train.
+fn trains(param: &Param, rows: (u64, u64)) -> bool {
+    param.trained_rows().is_some_and(|(start, end)| start <= rows.0 && rows.1 <= end)
+}
+
+fn rows(param: &Param) -> u64 {
+    param.shape.first().copied().unwrap_or(1)
+}
+
+/// The key, the shape and the numbers of some rows.
+fn part<'a>(param: &Param, numbers: &'a [f32], (start, end): (u64, u64)) -> (String, Vec<u64>, &'a [f32]) {
+    let mut shape = param.shape.clone();
+    shape.iter_mut().take(1).for_each(|rows| *rows = end - start);
+    let row = numbers.len() / rows(param).max(1) as usize;
+    let key = match (start, end) == (0, rows(param)) {
+        true => param.name.clone(),
+        false => format!("{}[{start}:{end}]", param.name),
+    };
+    (key, shape, &numbers[start as usize * row..end as usize * row])
+}
+
+/// The parameter and the rows that a key of [`Base::drawn`] names.
+fn place<'a>(model: &'a Model, key: &str) -> Option<(usize, &'a Param, (u64, u64))> {
+    let find = |name: &str| model.params.iter().enumerate().find(|(_, p)| p.name == name);
+    if let Some((index, param)) = find(key) {
+        return Some((index, param, (0, rows(param))));
+    }
+    let (name, range) = key.strip_suffix(']')?.rsplit_once('[')?;
+    let (start, end) = range.split_once(':')?;
+    let (start, end) = (start.parse().ok()?, end.parse().ok()?);
+    let (index, param) = find(name)?;
+    (start < end && end <= rows(param)).then_some((index, param, (start, end)))
+}
+
+/// The fingerprint of the weights below an adapter, but for what is `drawn`: of those that files hold, or of all when
+/// none do.
+fn print(model: &Model, loaded: &Loaded, drawn: &Tensors) -> String {
+    let random = is_random(loaded);
+    let mut own = BTreeMap::new();
+    for key in drawn.keys() {
+        if let Some((index, _, (start, _))) = place(model, key) {
+            own.insert(index, start);
+        }
+    }
+    let below = |p: &Param| match p.origin {
+        Origin::Backbone => true,
+        Origin::Head => p.trainable == Trainable::No,
+        Origin::Method(_) => false,
+    };
+    let all = model.params.iter().enumerate().filter(|(_, p)| below(p));
+    let parts: Vec<_> = all
+        .filter_map(|(index, param)| {
+            let held = if random { rows(param) } else { loaded.held[index]?.rows };
+            let end = own.get(&index).map_or(held, |&start| held.min(start));
+            let (_, shape, numbers) = part(param, &loaded.tensors[index], (0, end));
+            (end > 0).then_some((param.name.as_str(), shape, numbers))
+        })
+        .collect();
+    format!("{}{}", if random { RANDOM } else { FILES }, fingerprint(&parts))
+}
+
+/// Every tensor of the model with what `adapter` brings along; says what of them was drawn at random.
+pub fn weights(from: &Path, model: &Model, adapter: Option<&Adapter>) -> Result<Loaded, Failure> {
+    let mut loaded = checkpoint::weights(from, model)?;
+    if let Some(adapter) = adapter {
+        adapter.settle(model, &mut loaded)?;
+    }
+    tell_drawn(model, &loaded, adapter);
+    Ok(loaded)
+}
+
+/// Says which weights no file holds, so that they were drawn at random; not of those that `adapter` brings along.
+fn tell_drawn(model: &Model, loaded: &Loaded, adapter: Option<&Adapter>) {
+    if is_random(loaded) {
+        return;
+    }
+    let name = |(index, param, rows): (usize, &Param, (u64, u64))| {
+        let key = part(param, &loaded.tensors[index], rows).0;
+        let brought = adapter.is_some_and(|a| a.drawn.contains_key(&key) || trains(param, rows));
+        (!brought).then_some(key)
+    };
+    let all: Vec<String> = drawn_parts(model, loaded).filter_map(name).collect();
+    if !all.is_empty() {
+        crate::commands::say(&format!("new here, drawn at random: {}", all.join(", ")));
+    }
+}
+
+/// Trained values, and what they were trained on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Adapter {
+    path: PathBuf,
+    /// Exactly the tensors that the model trains.
+    pub values: Tensors,
+    /// As [`Base::drawn`].
+    pub drawn: Tensors,
+    notes: BTreeMap<String, String>,
+}
+
+impl Adapter {
+    /// Puts what the adapter brings along into the weights, which are to be those that it was trained on; others are
+    /// told of, or refused where nothing good can come of them.
+    fn settle(&self, model: &Model, loaded: &mut Loaded) -> Result<(), Failure> {
+        for key in self.drawn.keys() {
+            if let Some((index, _, (start, end))) = place(model, key)
+                && loaded.held[index].is_some_and(|held| held.rows > start && end > start)
+            {
+                crate::commands::say(&format!(
+                    "note: these weights hold `{key}`; the adapter was trained beside one drawn at random, which is used"
+                ));
+            }
+        }
+        self.check_base(model, loaded)?;
+        self.put_drawn(model, &mut loaded.tensors);
+        Ok(())
+    }
+
+    fn check_base(&self, model: &Model, loaded: &Loaded) -> Result<(), RuntimeError> {
+        let Some(there) = self.notes.get(note::BASE) else { return Ok(()) };
+        let here = print(model, loaded, &self.drawn);
+        if here == *there {
+            return Ok(());
+        }
+        let path = self.path.display();
+        let (seed, now) = (self.notes.get(note::SEED), model.train.seed);
+        match (there.starts_with(RANDOM), here.starts_with(RANDOM), seed) {
+            (true, true, Some(seed)) if *seed != now.to_string() => Err(RuntimeError::weights(
+                &self.path,
+                format!(
+                    "  all weights were drawn from the seed, which was {seed} in training; use `--set train.seed={seed}`"
+                ),
+            )),
+            (true, true, _) => Err(RuntimeError::weights(
+                &self.path,
+                "  it was trained on weights drawn at random, and the backbone of this spec draws others: its shape or its \
+                 initialisation has changed",
+            )),
+            (true, false, seed) => Err(RuntimeError::weights(
+                &self.path,
+                format!(
+                    "  it was trained on weights drawn at random; use `--weights random --set train.seed={}`",
+                    seed.map_or("1", String::as_str)
+                ),
+            )),
+            (false, _, _) => {
+                crate::commands::say(&format!(
+                    "warning: {path} was trained on other base weights than these ({there} there, {here} here); results \
+                     are those of training only if these are the same numbers, rounded"
+                ));
+                Ok(())
+            }
+        }
+    }
+
+    /// Puts what the adapter brings along into all tensors of the model, in their order.
+    pub fn put_drawn(&self, model: &Model, tensors: &mut [Numbers]) {
+        for (key, value) in &self.drawn {
+            if let (Some((index, param, (start, _))), Data::F32(numbers)) = (place(model, key), &value.data) {
+                let row = tensors[index].len() / rows(param).max(1) as usize;
+                tensors[index][start as usize * row..][..numbers.len()].copy_from_slice(numbers);
+            }
+        }
+    }
+
+    /// What the adapter was trained on.
+    pub fn base(&self) -> Base {
+        let fingerprint = self.notes.get(note::BASE).cloned().unwrap_or_default();
+        let seed = self.notes.get(note::SEED).and_then(|seed| seed.parse().ok());
+        Base { fingerprint, drawn: self.drawn.clone(), seed }
+    }
+}
+
 /// The trained values under their canonical names; of a table of which rows train, those rows.
-pub fn trained(session: &Session, model: &Model, step: u64) -> Result<TensorFile, RuntimeError> {
+pub fn trained(session: &Session, model: &Model, base: &Base, step: u64) -> Result<TensorFile, RuntimeError> {
     let mut file = TensorFile::default();
     file.notes.insert("step".into(), step.to_string());
     for (index, param) in model.params.iter().enumerate() {
@@ -24,75 +260,112 @@ pub fn trained(session: &Session, model: &Model, step: u64) -> Result<TensorFile
         }
         file.tensors.insert(param.name.clone(), Stored::f32(shape, session.values(index)?.into_owned()));
     }
-    Ok(signed(file, model))
+    Ok(signed(file, model, base))
 }
 
-/// With the notes every adapter carries.
-pub fn signed(mut file: TensorFile, model: &Model) -> TensorFile {
-    file.notes.insert("format".into(), "peftc adapter 1".into());
-    file.notes.insert("spec".into(), model.name.clone());
-    file.notes.insert("backbone".into(), model.backbone.name.clone());
-    // What is frozen and drawn, VeRA's projections or a head, is not in the file: the seed brings it back.
-    if drawn(model).is_some() {
-        file.notes.insert(SEED.into(), model.train.seed.to_string());
+/// With what was drawn, and the notes every adapter carries.
+pub fn signed(mut file: TensorFile, model: &Model, base: &Base) -> TensorFile {
+    let mut note = |key: &str, value: String| drop(file.notes.insert(key.into(), value));
+    note("format", "peftc adapter 1".into());
+    note("spec", model.name.clone());
+    note("backbone", model.backbone.name.clone());
+    if !base.fingerprint.is_empty() {
+        note(note::BASE, base.fingerprint.clone());
     }
+    if !base.drawn.is_empty() {
+        let keys: Vec<&String> = base.drawn.keys().collect();
+        note(note::DRAWN, serde_json::to_string(&keys).expect("plain data"));
+    }
+    // What a method draws and freezes, VeRA's projections, is the same on every base: the seed brings it back.
+    let of_method = |p: &Param| p.trainable == Trainable::No && matches!(p.origin, Origin::Method(_));
+    if base.random() || model.params.iter().any(of_method) {
+        note(note::SEED, base.seed.unwrap_or(model.train.seed).to_string());
+    }
+    file.tensors.extend(base.drawn.clone());
     file
 }
 
-const SEED: &str = "seed";
-
-/// A tensor that no checkpoint has and that does not train.
-fn drawn(model: &Model) -> Option<&str> {
-    let frozen = model.params.iter().find(|p| p.origin != Origin::Backbone && p.trainable == Trainable::No);
-    frozen.map(|p| p.name.as_str())
+/// A tensor that no backbone has, that does not train and that is not in the file: a method's, or in older files a head.
+fn pinned<'a>(model: &'a Model, drawn: &Tensors) -> Option<&'a str> {
+    let frozen = |p: &&Param| p.origin != Origin::Backbone && p.trainable == Trainable::No;
+    let mut names: Vec<_> = model.params.iter().filter(frozen).collect();
+    names.sort_by_key(|p| p.origin == Origin::Head);
+    names.into_iter().map(|p| p.name.as_str()).find(|name| !drawn.contains_key(*name))
 }
 
 /// The seed must be the one the adapter was trained beside.
-fn check_seed(model: &Model, file: &TensorFile, path: &Path) -> Result<(), RuntimeError> {
-    let (Some(tensor), Some(seed)) = (drawn(model), file.notes.get(SEED)) else { return Ok(()) };
+fn check_seed(model: &Model, adapter: &Adapter) -> Result<(), RuntimeError> {
+    let (Some(tensor), Some(seed)) = (pinned(model, &adapter.drawn), adapter.notes.get(note::SEED)) else {
+        return Ok(());
+    };
     match *seed == model.train.seed.to_string() {
         true => Ok(()),
         false => Err(RuntimeError::weights(
-            path,
+            &adapter.path,
             format!("  `{tensor}` is drawn from the seed, which was {seed} in training; use `--set train.seed={seed}`"),
         )),
     }
 }
 
 /// Reads an adapter for `model`: exactly the tensors it trains, in their shapes.
-pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
-    let file = match path {
-        folder if folder.join(peft::CONFIG).is_file() => {
-            let adapter = peft::Adapter::load(folder)?;
-            peft::import(model, &adapter).map_err(|why| RuntimeError::weights(folder, format!("  {why}")))?
-        }
-        own => {
-            let own = if own.is_dir() { own.join(ADAPTER) } else { own.to_path_buf() };
-            let file = adapter::load(&own)?;
-            check_seed(model, &file, &own)?;
-            file.tensors
-        }
+pub fn load(model: &Model, path: &Path) -> Result<Adapter, Failure> {
+    if path.join(peft::CONFIG).is_file() {
+        let adapter = peft::Adapter::load(path)?;
+        let values = peft::import(model, &adapter).map_err(|why| RuntimeError::weights(path, format!("  {why}")))?;
+        let adapter = Adapter { path: path.to_path_buf(), values, ..Adapter::default() };
+        return fits(model, adapter).map_err(Failure::from);
+    }
+    let path = if path.is_dir() { path.join(ADAPTER) } else { path.to_path_buf() };
+    let TensorFile { mut tensors, notes } = adapter::load(&path)?;
+    let damaged = |_| RuntimeError::file(&path, "its note `drawn` is no list of names; it is damaged");
+    let keys: Vec<String> = match notes.get(note::DRAWN) {
+        Some(keys) => serde_json::from_str(keys).map_err(damaged)?,
+        None => vec![],
     };
+    let drawn = keys.into_iter().filter_map(|key| tensors.remove_entry(&key)).collect();
+    let adapter = Adapter { path, values: tensors, drawn, notes };
+    check_seed(model, &adapter)?;
+    Ok(fits(model, adapter)?)
+}
+
+/// An adapter with the tensors that the model trains, and none beside them but those of its own that were drawn.
+fn fits(model: &Model, adapter: Adapter) -> Result<Adapter, RuntimeError> {
+    let Adapter { path, values, drawn, .. } = &adapter;
     let wanted: Vec<(&str, Vec<u64>)> =
         model.params.iter().filter_map(|p| Some((p.name.as_str(), p.trained_shape()?))).collect();
     let mut wrong = vec![];
     for (name, shape) in &wanted {
-        match file.get(*name) {
+        match values.get(*name) {
             Some(Stored { shape: found, data: Data::F32(_) }) if found == shape => {}
             Some(found) => wrong.push(format!("  `{name}` is {:?}, the spec wants {shape:?}", found.shape)),
+            None if drawn.contains_key(*name) => wrong.push(format!(
+                "  `{name}` was drawn at random and did not train, in the spec it trains; use the spec of the training"
+            )),
             None => wrong.push(format!("  `{name}` is missing")),
         }
     }
     let known = |name: &String| wanted.iter().any(|(n, _)| n == name);
-    wrong.extend(file.keys().filter(|n| !known(n)).map(|n| format!("  `{n}` is no tensor the spec trains")));
+    wrong.extend(values.keys().filter(|n| !known(n)).map(|n| format!("  `{n}` is no tensor the spec trains")));
+    for (key, value) in drawn {
+        let shape = place(model, key).map(|(_, param, rows)| {
+            let mut shape = param.shape.clone();
+            shape.iter_mut().take(1).for_each(|n| *n = rows.1 - rows.0);
+            shape
+        });
+        match shape {
+            Some(shape) if shape == value.shape && matches!(value.data, Data::F32(_)) => {}
+            Some(shape) => wrong.push(format!("  `{key}` is {:?}, the spec wants {shape:?}", value.shape)),
+            None => wrong.push(format!("  `{key}` was drawn in training and is no tensor of the spec")),
+        }
+    }
     if wrong.is_empty() {
-        return Ok(file);
+        return Ok(adapter);
     }
     wrong.truncate(12);
-    Err(RuntimeError::weights(path, wrong.join("\n")).into())
+    Err(RuntimeError::weights(path, wrong.join("\n")))
 }
 
-/// Puts an adapter's values, as [`load`] gives them, into the session.
+/// Puts trained values, as [`load`] gives them, into the session.
 pub fn apply(session: &mut Session, values: &Tensors) -> Result<(), RuntimeError> {
     for index in 0..session.manifest().tensors.len() {
         let tensor = &session.manifest().tensors[index];

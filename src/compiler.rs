@@ -88,7 +88,8 @@ fn description(model: &Model) -> serde_json::Value {
         (name.clone(), graph.arg(name, Role::Trainable, None, model.graph.ty(*value).clone()))
     };
     let stored = model.stored.iter().map(known).collect();
-    serde_json::to_value(Model { graph, stored, ..model.clone() }).expect("a model is plain data")
+    let equations = crate::state::equations(model);
+    serde_json::to_value(Model { graph, stored, equations, ..model.clone() }).expect("a model is plain data")
 }
 
 fn compiler() -> String {

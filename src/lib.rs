@@ -16,4 +16,5 @@ pub mod merge;
 pub mod metrics;
 pub mod progress;
 pub mod spec;
+pub mod state;
 pub mod training;

@@ -2,40 +2,75 @@
 //!
 //! What can be folded is found by [`peft_passes::fold`]; here its result is computed and put in place.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{ConfigValue, Model, Origin, TaskKind};
 use peft_passes::pipeline::{Entry, Options};
-use peft_runtime::adapter::{self, Data, Stored, TensorFile};
-use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
+use peft_runtime::adapter::{self, Float, Stored, TensorFile};
+use peft_runtime::weights::Loaded;
+use peft_runtime::{Inputs, Program, RuntimeError, Session};
 use serde_json::{Map, Value, json};
 
+use crate::data::{DataError, Tokenizer};
 use crate::failure::Failure;
+use crate::hub::model_folder::{self, CONFIG, MODEL, SideFiles};
 use crate::hub::peft::Tensors;
 use crate::{adapters, compiler};
 
-/// What a tokenizer is read from.
-const TOKENIZER: &[&str] =
-    &["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt"];
+/// A tensor that is written: its name, its shape, its numbers and the type they are rounded to.
+struct Tensor {
+    name: String,
+    shape: Vec<u64>,
+    numbers: Vec<f32>,
+    dtype: Float,
+}
 
 pub struct Merged {
     /// Backbone and head, in the order of the model.
-    tensors: Vec<(String, Stored)>,
+    tensors: Vec<Tensor>,
     /// How many matrices and biases methods have changed.
     pub folded: String,
+    /// In which types the tensors are written, and why.
+    pub types: String,
 }
 
-/// The backbone with everything trained folded in. `weights` are all tensors of the model, as a session takes them.
-pub fn merge(model: &Model, weights: Vec<Numbers>, values: &Tensors, options: &Options) -> Result<Merged, Failure> {
+/// The backbone with everything trained folded in. `loaded` are all tensors of the model, as a session takes them; each
+/// keeps the type it has in the files unless `dtype` is given.
+pub fn merge(
+    model: &Model,
+    loaded: Loaded,
+    values: &Tensors,
+    dtype: Option<Float>,
+    options: &Options,
+) -> Result<Merged, Failure> {
+    let Loaded { tensors: weights, held, .. } = loaded;
     let own = |origin: &Origin| matches!(origin, Origin::Backbone | Origin::Head);
-    let plain = model.params.iter().zip(&weights).filter(|(p, _)| own(&p.origin));
-    let mut tensors: Vec<(String, Stored)> =
-        plain.map(|(p, x)| (p.name.clone(), Stored::f32(p.shape.clone(), x.to_vec()))).collect();
+    let kept: Vec<Option<Float>> = held.iter().map(|held| held.and_then(|held| held.dtype)).collect();
+    // Of most values: for what the files do not hold, too.
+    let values_in = |dtype: Float| {
+        let of = model.params.iter().zip(&kept).filter(|(_, kept)| **kept == Some(dtype));
+        of.map(|(p, _)| p.elements()).sum::<u64>()
+    };
+    let usual = Float::ALL.into_iter().max_by_key(|&dtype| (values_in(dtype), dtype == Float::F32));
+    let usual = usual.unwrap_or(Float::F32);
+    let written = |index: usize| {
+        let foreign = held[index].is_some_and(|held| held.dtype.is_none());
+        dtype.or(kept[index]).unwrap_or(if foreign { Float::F32 } else { usual })
+    };
+    let plain = model.params.iter().zip(&weights).enumerate().filter(|(_, (p, _))| own(&p.origin));
+    let mut tensors: Vec<Tensor> = plain
+        .map(|(index, (p, x))| Tensor {
+            name: p.name.clone(),
+            shape: p.shape.clone(),
+            numbers: x.to_vec(),
+            dtype: written(index),
+        })
+        .collect();
     // What trains of backbone and head takes its place.
     for param in model.params.iter().filter(|p| own(&p.origin)) {
         let (Some((start, _)), Some(value)) = (param.trained_rows(), values.get(&param.name)) else { continue };
         let row = param.shape.iter().skip(1).product::<u64>();
-        let (to, Data::F32(from)) = (numbers(&mut tensors, &param.name)?, &value.data) else { continue };
+        let (to, adapter::Data::F32(from)) = (numbers(&mut tensors, &param.name)?, &value.data) else { continue };
         to[(start * row) as usize..][..from.len()].copy_from_slice(from);
     }
     let mut count = 0;
@@ -73,43 +108,112 @@ pub fn merge(model: &Model, weights: Vec<Numbers>, values: &Tensors, options: &O
         (count, 0) => format!("{count} projections"),
         (count, trained) => format!("{count} projections and {trained} trained tensors"),
     };
-    Ok(Merged { tensors, folded })
-}
-
-fn numbers<'a>(tensors: &'a mut [(String, Stored)], name: &str) -> Result<&'a mut Vec<f32>, RuntimeError> {
-    let found = tensors.iter_mut().find(|(n, _)| n == name).map(|(_, t)| &mut t.data);
-    match found {
-        Some(Data::F32(x)) => Ok(x),
-        _ => Err(RuntimeError::input(name, "is no tensor of the backbone")),
-    }
-}
-
-/// Writes weights, `config.json` and, where `from` has one, the tokenizer.
-pub fn save(model: &Model, merged: &Merged, from: &Path, out: &Path) -> Result<(), Failure> {
-    let mut file = TensorFile::default();
-    file.tensors.extend(merged.tensors.iter().cloned());
-    file.notes.insert("format".into(), "pt".into());
-    let path = from.join("config.json");
-    let config = match std::fs::read_to_string(&path) {
-        Ok(text) => serde_json::from_str(&text).map_err(|e| RuntimeError::file(&path, e))?,
-        // Drawn at random: there is nothing to go by but the spec.
-        Err(_) => Map::from_iter([("model_type".to_string(), json!(model.backbone.name))]),
+    let why = match (dtype.is_some(), held.iter().flatten().all(|held| held.dtype.is_some())) {
+        (true, _) => "as asked for",
+        (false, false) => "as in the files, but for those in f64 there",
+        _ if held.iter().all(Option::is_none) => "as it was drawn",
+        (false, true) => "as in the files",
     };
-    let mut text = serde_json::to_string_pretty(&configured(model, config)).expect("plain data");
-    text.push('\n');
-    for name in TOKENIZER {
-        let source = from.join(name);
-        if source.is_file() {
-            let bytes = std::fs::read(&source).map_err(Failure::file(&source))?;
-            adapter::write_whole(&out.join(name), &bytes)?;
-        }
-    }
-    adapter::save(&out.join("model.safetensors"), &file)?;
-    Ok(adapter::write_whole(&out.join("config.json"), text.as_bytes())?)
+    let types = format!("written in {}, {why}", types(&tensors));
+    Ok(Merged { tensors, folded, types })
 }
 
-/// The checkpoint's configuration with what the spec says of the model's form.
-fn configured(model: &Model, mut config: Map<String, Value>) -> Map<String, Value> {
+/// `f32 and bf16`.
+fn types(tensors: &[Tensor]) -> String {
+    let mut all: Vec<Float> = tensors.iter().map(|t| t.dtype).collect();
+    all.sort_unstable();
+    all.dedup();
+    all.into_iter().map(Float::name).collect::<Vec<_>>().join(" and ")
+}
+
+fn numbers<'a>(tensors: &'a mut [Tensor], name: &str) -> Result<&'a mut Vec<f32>, RuntimeError> {
+    let found = tensors.iter_mut().find(|t| t.name == name);
+    found.map(|t| &mut t.numbers).ok_or_else(|| RuntimeError::input(name, "is no tensor of the backbone"))
+}
+
+/// Where a merged model's files come from.
+pub struct Sources<'a> {
+    /// The base model's folder, or `random`.
+    pub weights: &'a Path,
+    /// Another folder with its tokenizer.
+    pub tokenizer: Option<&'a Path>,
+}
+
+/// Writes the folder `out`, all of it or nothing: weights, `config.json`, and what lies beside them in the base model's
+/// folder, with the task's own tokens in the tokenizer. Gives what is to be said of it.
+pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result<Vec<String>, Failure> {
+    let path = from.weights.join(CONFIG);
+    let config = match path.is_file() {
+        true => model_folder::read_object(&path)?,
+        // Drawn at random: there is nothing to go by but the spec.
+        false => Map::from_iter([("model_type".to_string(), json!(model.backbone.name))]),
+    };
+    let config = configured(model, config, &merged.tensors);
+    let mut copied = vec![];
+    for folder in [from.weights.is_dir().then_some(from.weights), from.tokenizer].into_iter().flatten() {
+        copied.push((folder, SideFiles::of(folder)?));
+    }
+    let (tokens, mut notes) = new_tokens(model, from)?;
+    let skipped: Vec<&PathBuf> = copied.iter().flat_map(|(_, side)| &side.skipped).collect();
+    if !skipped.is_empty() {
+        let names: Vec<String> = skipped.iter().map(|path| path.display().to_string()).collect();
+        notes.push(format!("note: not copied, since weights lie there: {}", names.join(", ")));
+    }
+    let mut file = TensorFile::default();
+    file.notes.insert("format".into(), "pt".into());
+    for Tensor { name, shape, numbers, dtype } in merged.tensors {
+        let stored = Stored::rounded(shape, numbers, dtype).map_err(|x| {
+            let dtype = dtype.name();
+            Failure::Usage(format!(
+                "`{name}` holds {x:e}, for which {dtype} is too small; choose `--dtype f32` or bf16"
+            ))
+        })?;
+        file.tensors.insert(name, stored);
+    }
+    adapter::write_folder(out, |fresh| {
+        for (folder, side) in &copied {
+            side.copy(folder, fresh)?;
+        }
+        if !tokens.is_empty() {
+            let tokens: Vec<(&str, i32)> = tokens.iter().map(|(token, id)| (token.as_str(), *id)).collect();
+            model_folder::add_tokens(fresh, &tokens)?;
+        }
+        adapter::save(&fresh.join(MODEL), &file)?;
+        model_folder::write_object(&fresh.join(CONFIG), &config)
+    })?;
+    Ok(notes)
+}
+
+/// The task's tokens that the base model's tokenizer lacks, with the ids they have here; what is to be said when there is
+/// no tokenizer.
+fn new_tokens(model: &Model, from: &Sources) -> Result<(Vec<(String, i32)>, Vec<String>), Failure> {
+    let TaskKind::Generation { special, .. } = &model.task.kind else { return Ok(Default::default()) };
+    let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
+    let folder = from.tokenizer.unwrap_or(from.weights);
+    if special.is_empty() {
+        return Ok(Default::default());
+    }
+    // Random weights have no folder.
+    let found = folder.exists().then(|| Tokenizer::load(folder, &model.task, vocab));
+    match found {
+        Some(Ok(tokenizer)) => {
+            let ids = special.iter().filter_map(|token| Some((token.clone(), tokenizer.special(token)?)));
+            Ok((ids.collect(), vec![]))
+        }
+        None | Some(Err(DataError::NoTokenizer { .. })) => {
+            let note = format!(
+                "note: {} holds no tokenizer to write the task's tokens {} into; `--tokenizer DIR` takes one from elsewhere",
+                folder.display(),
+                special.join(" ")
+            );
+            Ok((vec![], vec![note]))
+        }
+        Some(Err(error)) => Err(error.into()),
+    }
+}
+
+/// The checkpoint's configuration with what the spec says of the model's form, and with the type of its weights.
+fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor]) -> Map<String, Value> {
     let new = config.len() == 1;
     for (key, value) in &model.backbone.config {
         // The vocabulary may have grown, and whether weights are tied the files decided; all else agreed when the
@@ -130,9 +234,13 @@ fn configured(model: &Model, mut config: Map<String, Value>) -> Map<String, Valu
         config.insert("id2label".into(), Value::Object(names));
         config.insert("label2id".into(), Value::Object(ids));
     }
-    // Values are written in full precision, whatever the checkpoint had.
-    for key in ["torch_dtype", "dtype"] {
-        config.remove(key);
+    let values_in = |dtype: Float| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.numbers.len()).sum::<usize>();
+    if let Some(usual) = Float::ALL.into_iter().max_by_key(|&dtype| values_in(dtype)) {
+        // The key was renamed; whichever is there says what is written.
+        let there: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| config.contains_key(*key)).collect();
+        for key in if there.is_empty() { vec!["torch_dtype"] } else { there } {
+            config.insert(key.into(), json!(usual.torch()));
+        }
     }
     config
 }

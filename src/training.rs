@@ -1,22 +1,21 @@
 //! Training: a step is a run of `train` and one of `update`; around it rates, batches, figures, files.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, Warmup};
-use peft_runtime::adapter::{self, Data, Stored, TensorFile};
-use peft_runtime::{Inputs, Promise, RuntimeError, Session};
+use peft_runtime::{Inputs, Promise, RuntimeError, Session, adapter};
 
-use crate::adapters::{ADAPTER, trained};
+use crate::adapters::{ADAPTER, Base, trained};
 use crate::data::{Batch, Batches, Dataset, Order};
 use crate::exchange::inputs;
 use crate::failure::Failure;
-use crate::metrics::{Mean, Metrics, correct};
+use crate::hub::peft;
+use crate::metrics::{self, Mean, Metrics, correct};
 use crate::progress::{Progress, Step};
-
-/// What a run is resumed from: values, moments and the step.
-pub const STATE: &str = "state.safetensors";
+use crate::state::{self, Identity, STATE, State};
 
 /// The rate of step `step` (from 0) of `total`: a linear warm-up from 0, then linear to 0, or constant.
 pub fn rate(recipe: &Recipe, step: u64, total: u64) -> f64 {
@@ -127,7 +126,51 @@ pub struct Training<'a> {
     pub train: &'a Dataset,
     pub dev: Option<&'a Dataset>,
     pub out: PathBuf,
-    pub resume: bool,
+    /// What it trains on.
+    pub base: &'a Base,
+    pub identity: Identity,
+    /// Where it goes on.
+    pub state: Option<State>,
+}
+
+/// The files of an earlier run in `out`, and of an adapter in PEFT's format, which would be taken for a run's own.
+pub fn earlier(out: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(out).into_iter().flatten().filter_map(|entry| entry.ok());
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_file()).collect();
+    files.retain(|path| KEPT.contains(&name(path)) || metrics::is_file(name(path)) || unfinished(path));
+    // What makes a folder a run goes first: a folder that was cleared in part is not taken for one.
+    files.sort_by_key(|path| (KEPT.iter().position(|kept| *kept == name(path)).unwrap_or(KEPT.len()), path.clone()));
+    files
+}
+
+/// What a run keeps, and PEFT of an adapter.
+const KEPT: [&str; 4] = [STATE, ADAPTER, peft::CONFIG, peft::MODEL];
+
+/// Those of [`earlier`] that hold something: trained values, a state or figures.
+pub fn in_the_way(out: &Path) -> Vec<PathBuf> {
+    let figures = |path: &Path| name(path) == metrics::LINES && path.metadata().is_ok_and(|found| found.len() > 0);
+    let mut files = earlier(out);
+    files.retain(|path| KEPT.contains(&name(path)) || figures(path));
+    files
+}
+
+/// It was being written when a run was killed.
+fn unfinished(path: &Path) -> bool {
+    name(path).starts_with(adapter::BESIDE)
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+fn remove(files: &[PathBuf], which: impl Fn(&Path) -> bool) -> Result<(), Failure> {
+    files.iter().filter(|path| which(path)).try_for_each(|path| fs::remove_file(path).map_err(Failure::file(path)))
+}
+
+/// Steps of a whole run.
+pub fn total(recipe: &Recipe, train: &Dataset) -> u64 {
+    let epoch = train.steps_per_epoch(recipe.batch as usize) as u64;
+    recipe.steps.unwrap_or((recipe.epochs * epoch as f64).ceil() as u64)
 }
 
 /// What a run came to.
@@ -148,20 +191,26 @@ pub struct Outcome {
 }
 
 impl Training<'_> {
-    pub fn total(&self) -> u64 {
-        let recipe = &self.model.train;
-        let epoch = self.train.steps_per_epoch(recipe.batch as usize) as u64;
-        recipe.steps.unwrap_or((recipe.epochs * epoch as f64).ceil() as u64)
-    }
-
+    /// Trains to the end. A new run's folder is rid of what an earlier one left there.
     pub fn run(mut self) -> Result<Outcome, Failure> {
         self.train.not_empty()?;
         let recipe = self.model.train.clone();
-        let total = self.total();
+        let total = total(&recipe, self.train);
         let epoch = self.train.steps_per_epoch(recipe.batch as usize) as u64;
-        std::fs::create_dir_all(&self.out).map_err(Failure::file(&self.out))?;
-        let done = if self.resume { restore(self.session, &self.out.join(STATE))? } else { 0 };
-        let mut metrics = if self.resume { Metrics::resume(&self.out, done)? } else { Metrics::create(&self.out)? };
+        fs::create_dir_all(&self.out).map_err(Failure::file(&self.out))?;
+        let mut done = 0;
+        let mut metrics = match &self.state {
+            Some(state) => {
+                state.restore(self.session)?;
+                remove(&earlier(&self.out), unfinished)?;
+                done = state.step;
+                Metrics::resume(&self.out, done)?
+            }
+            None => {
+                remove(&earlier(&self.out), |_| true)?;
+                Metrics::create(&self.out)?
+            }
+        };
         let before = match self.dev {
             Some(dev) if done == 0 => Some(evaluate(self.session, self.model, dev)?),
             _ => None,
@@ -247,9 +296,8 @@ impl Training<'_> {
     }
 
     fn save(&mut self, step: u64) -> Result<(), Failure> {
-        adapter::save(&self.out.join(ADAPTER), &trained(self.session, self.model, step)?)?;
-        adapter::save(&self.out.join(STATE), &state(self.session, self.model, step)?)?;
-        Ok(())
+        adapter::save(&self.out.join(ADAPTER), &trained(self.session, self.model, self.base, step)?)?;
+        Ok(state::save(&self.out, self.session, self.model, &self.identity, step)?)
     }
 }
 
@@ -265,31 +313,4 @@ fn record(metrics: &mut Metrics, step: u64, figures: &Evaluation) -> Result<(), 
         None => all.push(("dev/perplexity", figures.loss.exp())),
     }
     Ok(metrics.record(step, &all)?)
-}
-
-fn state(session: &Session, model: &Model, step: u64) -> Result<TensorFile, RuntimeError> {
-    let mut file = TensorFile::default();
-    file.notes.insert("format".into(), "peftc state 1".into());
-    file.notes.insert("spec".into(), model.name.clone());
-    file.notes.insert("step".into(), step.to_string());
-    for name in ["values", "m", "v"] {
-        let flat = session.flat(name)?.into_owned();
-        file.tensors.insert(name.into(), Stored::f32(vec![flat.len() as u64], flat));
-    }
-    Ok(file)
-}
-
-/// Values, moments and step as a run left them.
-fn restore(session: &mut Session, path: &Path) -> Result<u64, Failure> {
-    let file = adapter::load(path)?;
-    let wrong = |message: &str| Failure::from(RuntimeError::File { path: path.into(), message: message.into() });
-    let step = file.notes.get("step").and_then(|s| s.parse().ok());
-    let step = step.ok_or_else(|| wrong("it names no step: this is no state of a run"))?;
-    for name in ["values", "m", "v"] {
-        match file.tensors.get(name).map(|t| &t.data) {
-            Some(Data::F32(x)) if x.len() == session.trainable() => session.set_flat(name, x)?,
-            _ => return Err(wrong("it is of another spec: the trained values differ in number; use another `--out`")),
-        }
-    }
-    Ok(step)
 }

@@ -28,6 +28,9 @@ pub struct Model {
     pub replaced: Vec<String>,
     pub task: Task,
     pub train: Recipe,
+    /// A hash of the equations. Only a model whose `graph` was left out has it: that of an artifact.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub equations: String,
 }
 
 impl Model {

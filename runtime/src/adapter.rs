@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
+use half::{bf16, f16};
+
 use crate::error::RuntimeError;
 use crate::safefile::{self, SafeFile};
 
@@ -12,7 +14,39 @@ use crate::safefile::{self, SafeFile};
 #[derive(Clone, Debug, PartialEq)]
 pub enum Data {
     F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
     I64(Vec<i64>),
+}
+
+/// A floating-point type that tensors are written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Float {
+    F32,
+    F16,
+    BF16,
+}
+
+impl Float {
+    pub const ALL: [Float; 3] = [Float::F32, Float::F16, Float::BF16];
+
+    /// As the command line and messages write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Float::F32 => "f32",
+            Float::F16 => "f16",
+            Float::BF16 => "bf16",
+        }
+    }
+
+    /// As PyTorch and `config.json` write it.
+    pub fn torch(self) -> &'static str {
+        match self {
+            Float::F32 => "float32",
+            Float::F16 => "float16",
+            Float::BF16 => "bfloat16",
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +59,28 @@ impl Stored {
     pub fn f32(shape: Vec<u64>, data: Vec<f32>) -> Self {
         Stored { shape, data: Data::F32(data) }
     }
+
+    /// The numbers rounded to the nearest that `dtype` has, ties to even. `Err` holds a finite number that becomes
+    /// infinite there.
+    pub fn rounded(shape: Vec<u64>, data: Vec<f32>, dtype: Float) -> Result<Self, f32> {
+        let data = match dtype {
+            Float::F32 => Data::F32(data),
+            Float::F16 => Data::F16(narrowed(&data, f16::from_f32, f16::is_finite)?),
+            Float::BF16 => Data::BF16(narrowed(&data, bf16::from_f32, bf16::is_finite)?),
+        };
+        Ok(Stored { shape, data })
+    }
+}
+
+fn narrowed<T>(data: &[f32], round: fn(f32) -> T, finite: fn(T) -> bool) -> Result<Vec<T>, f32>
+where
+    T: Copy,
+{
+    let one = |&x: &f32| {
+        let narrow = round(x);
+        if finite(narrow) || !x.is_finite() { Ok(narrow) } else { Err(x) }
+    };
+    data.iter().map(one).collect()
 }
 
 /// Named tensors and what is noted beside them.
@@ -45,6 +101,9 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), RuntimeError> {
     replace(path, |mut to| to.write_all(bytes))
 }
 
+/// What the names of files begin with that are being written.
+pub const BESIDE: &str = ".peftc-";
+
 fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(), RuntimeError> {
     let failed = |e: io::Error| {
         let hint = match e.kind() {
@@ -56,7 +115,7 @@ fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(failed)?;
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".peftc-");
+    builder.prefix(BESIDE);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let beside = builder.tempfile_in(folder).map_err(failed)?;
@@ -64,6 +123,39 @@ fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(
     beside.as_file().sync_all().map_err(failed)?;
     beside.persist(path).map_err(|e| failed(e.error))?;
     crate::store::sync_directory(folder);
+    Ok(())
+}
+
+/// Writes the folder `path`: `fill` is given a folder beside it, which then takes its place, and an older one's with all
+/// that it holds. When writing fails or is interrupted, what was there before stands.
+pub fn write_folder<E: From<RuntimeError>>(path: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
+    let failed = |e: io::Error| E::from(RuntimeError::file(path, format!("cannot be written: {e}")));
+    // A folder given as `.` or by a link is replaced where it lies.
+    let path = &path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(failed)?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(BESIDE);
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    let fresh = builder.tempdir_in(parent).map_err(failed)?;
+    fill(fresh.path())?;
+    crate::store::sync_directory(fresh.path());
+    let aside = builder.tempdir_in(parent).map_err(failed)?;
+    let old = aside.path().join("old");
+    let replaces = path.exists();
+    if replaces {
+        fs::rename(path, &old).map_err(failed)?;
+    }
+    if let Err(error) = fs::rename(fresh.path(), path) {
+        if replaces {
+            fs::rename(&old, path).map_err(failed)?;
+        }
+        return Err(failed(error));
+    }
+    // It has moved: there is nothing left to remove.
+    let _ = fresh.keep();
+    crate::store::sync_directory(parent);
     Ok(())
 }
 

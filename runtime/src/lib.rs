@@ -8,6 +8,7 @@ mod cpu;
 mod cuda;
 pub mod device;
 mod error;
+pub mod fingerprint;
 mod memory;
 pub mod philox;
 mod pool;

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use crate::adapter::{Data, TensorFile};
+use crate::adapter::{Data, Float, TensorFile};
 use crate::error::RuntimeError;
 
 /// Bytes of the header's length.
@@ -67,6 +67,16 @@ impl SafeFile {
     /// Holds integers, so that [`SafeFile::integers`] reads it.
     pub fn integral(&self, name: &str) -> bool {
         self.tensors.get(name).is_some_and(|place| matches!(place.dtype, Dtype::I32 | Dtype::I64))
+    }
+
+    /// The type of a tensor's numbers, if it is one that is written here.
+    pub fn float(&self, name: &str) -> Option<Float> {
+        match self.tensors.get(name)?.dtype {
+            Dtype::F32 => Some(Float::F32),
+            Dtype::F16 => Some(Float::F16),
+            Dtype::BF16 => Some(Float::BF16),
+            _ => None,
+        }
     }
 
     fn place(&self, name: &str) -> Result<(&Place, &[u8]), RuntimeError> {
@@ -212,6 +222,8 @@ pub fn encode(to: impl Write, file: &TensorFile) -> io::Result<()> {
     for (name, stored) in &file.tensors {
         let (dtype, width, length) = match &stored.data {
             Data::F32(x) => ("F32", 4, x.len()),
+            Data::F16(x) => ("F16", 2, x.len()),
+            Data::BF16(x) => ("BF16", 2, x.len()),
             Data::I64(x) => ("I64", 8, x.len()),
         };
         if stored.shape.iter().product::<u64>() != length as u64 {
@@ -231,6 +243,8 @@ pub fn encode(to: impl Write, file: &TensorFile) -> io::Result<()> {
     for stored in file.tensors.values() {
         match &stored.data {
             Data::F32(x) => x.iter().try_for_each(|x| to.write_all(&x.to_le_bytes()))?,
+            Data::F16(x) => x.iter().try_for_each(|x| to.write_all(&x.to_le_bytes()))?,
+            Data::BF16(x) => x.iter().try_for_each(|x| to.write_all(&x.to_le_bytes()))?,
             Data::I64(x) => x.iter().try_for_each(|x| to.write_all(&x.to_le_bytes()))?,
         }
     }

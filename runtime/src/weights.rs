@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use peft_grammar::model::{Backbone, Init, Origin, Param};
 use rayon::prelude::*;
 
+use crate::adapter::Float;
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
 use crate::philox::philox4x32;
@@ -24,6 +25,8 @@ pub struct Loaded {
     pub drawn: Vec<String>,
     /// In the files and not read, for the model computes what it does without them.
     pub unread: Vec<Unread>,
+    /// What the files hold of each parameter, in the same order; nothing of one that was drawn.
+    pub held: Vec<Option<Held>>,
 }
 
 /// A tensor that the model has no part for.
@@ -32,6 +35,27 @@ pub struct Unread {
     pub name: String,
     /// What it is, where the backbone's file says so.
     pub note: Option<String>,
+}
+
+/// What files hold of a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Held {
+    /// Its first rows; those behind them were drawn.
+    pub rows: u64,
+    /// In which type, if it is one that is written, too.
+    pub dtype: Option<Float>,
+}
+
+impl Loaded {
+    /// Every tensor from its initialisation.
+    pub fn random(params: &[Param], seed: u64) -> Self {
+        Loaded {
+            tensors: random(params, seed),
+            drawn: params.iter().map(|p| p.name.clone()).collect(),
+            unread: vec![],
+            held: vec![None; params.len()],
+        }
+    }
 }
 
 /// Every tensor from its initialisation: the same numbers for the same seed, whatever the others are.
@@ -63,6 +87,7 @@ pub fn load(
 
     let (mut tensors, mut drawn, mut missing, mut wrong) = (vec![], vec![], vec![], vec![]);
     let mut used = BTreeSet::new();
+    let mut held = vec![];
     for param in params {
         let found = spellings(param);
         used.extend(found.iter().cloned());
@@ -75,6 +100,7 @@ pub fn load(
             if may_lack {
                 drawn.push(param.name.clone());
                 tensors.push(draw(param, seed));
+                held.push(None);
             } else {
                 missing.push(param.name.as_str());
             }
@@ -104,6 +130,7 @@ pub fn load(
             file.floats(name, &mut numbers[..count])?;
         }
         tensors.push(numbers);
+        held.push(Some(Held { rows: shape.first().copied().unwrap_or(1), dtype: file.float(name) }));
     }
 
     let (mut unread, mut strangers) = (vec![], vec![]);
@@ -130,7 +157,7 @@ pub fn load(
         wrong.push("  the file computes something else than the spec".into());
     }
     if wrong.is_empty() {
-        return Ok(Loaded { tensors, drawn, unread });
+        return Ok(Loaded { tensors, drawn, unread, held });
     }
     Err(RuntimeError::weights(dir, wrong.join("\n")))
 }

@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use peft_passes::dialect::Dialect;
@@ -6,6 +6,7 @@ use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::store;
 
+use super::overwrite::Overwrite;
 use super::source::{self, Source};
 use crate::failure::Failure;
 use crate::{compiler, spec};
@@ -23,6 +24,8 @@ pub struct Arguments {
     /// Where the artifact (or the stage) goes; `NAME.peftc` here if not given
     #[arg(short, long)]
     output: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: Overwrite,
     /// Show model and syntax as JSON, which reads back
     #[arg(long)]
     json: bool,
@@ -61,8 +64,10 @@ fn compile(arguments: &Arguments) -> Result<(), Failure> {
     let begun = Instant::now();
     let model = spec::load(&source.path, &source.set, super::color())?;
     let checked = begun.elapsed();
-    let artifact = compiler::compile(&model, &source.options()?)?;
     let out = arguments.output.clone().unwrap_or_else(|| format!("{}.peftc", model.name).into());
+    let artifact = |path: &Path| path.join(store::MANIFEST).is_file();
+    arguments.overwrite.folder(&out, &[&source.path], artifact)?;
+    let artifact = compiler::compile(&model, &source.options()?)?;
     store::save(&out, &artifact.manifest, &artifact.library)?;
     if source.timings {
         let timings = [&[("check", checked)], &artifact.timings[..]].concat();
@@ -80,6 +85,9 @@ fn compile(arguments: &Arguments) -> Result<(), Failure> {
 
 fn emit(arguments: &Arguments, stage: Stage) -> Result<(), Failure> {
     let source = &arguments.source;
+    if let Some(path) = &arguments.output {
+        arguments.overwrite.file(path, &[&source.path])?;
+    }
     if stage == Stage::Ptx && matches!(source.machine()?, Machine::Cpu(_)) {
         return Err(Failure::Usage("a processor has no PTX; ask for that of `--target cuda`".into()));
     }

@@ -33,11 +33,12 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
     super::say(&data.describe());
-    let weights = checkpoint::weights(&arguments.weights, &model)?;
-    let mut session = Session::new(ready.program.only(&["init", "eval"]), weights, arguments.source.threads)?;
+    let adapter = arguments.adapter.as_deref().map(|path| adapters::load(&model, path)).transpose()?;
+    let loaded = adapters::weights(&arguments.weights, &model, adapter.as_ref())?;
+    let mut session = Session::new(ready.program.only(&["init", "eval"]), loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
-    if let Some(path) = &arguments.adapter {
-        adapters::apply(&mut session, &adapters::load(&model, path)?)?;
+    if let Some(adapter) = &adapter {
+        adapters::apply(&mut session, &adapter.values)?;
     }
     let figures = training::evaluate(&mut session, &model, &data)?;
     super::print(&format!("{}: {} examples, {}", arguments.data.display(), data.len(), figures.describe()));

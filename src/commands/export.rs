@@ -4,12 +4,14 @@ use clap::ValueEnum;
 use peft_grammar::model::{Model, Origin, Trainable};
 use peft_runtime::adapter::{self, Stored, TensorFile};
 
+use super::overwrite::Overwrite;
 use super::source::Source;
-use crate::adapters::{self, ADAPTER};
+use crate::adapters::{self, ADAPTER, Base};
 use crate::failure::Failure;
 use crate::hub::checkpoint;
 use crate::hub::peft::{self, Tensors};
 use crate::spec;
+use crate::state::STATE;
 
 /// The spec beside an adapter in our own format.
 const SPEC: &str = "spec.peft";
@@ -27,6 +29,8 @@ pub struct Arguments {
     /// The folder to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+    #[command(flatten)]
+    overwrite: Overwrite,
     /// `peft` or nothing; `own`; or, by default, `peft` where PEFT has the method
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     format: Format,
@@ -43,11 +47,15 @@ enum Format {
 
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
-    let (model, kept) = kept(&arguments)?;
     let out = &arguments.output;
+    let inputs = [&arguments.adapter, &arguments.source.path];
+    arguments.overwrite.folder(out, &inputs.map(PathBuf::as_path), exported)?;
+    let (model, kept, base) = kept(&arguments)?;
     if arguments.format != Format::Own {
-        match peft::export(&model, &with_head(&arguments, &model, &kept)?) {
+        let values = with_head(&arguments, &model, &kept, &base)?;
+        match holds_all(&model, &base).and_then(|()| peft::export(&model, &values)) {
             Ok(adapter) => {
+                clear(out)?;
                 adapter.save(out)?;
                 return report(out, "PEFT's format", &adapter.tensors);
             }
@@ -58,7 +66,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             Err(why) => super::say(&format!("not in PEFT's format: {why}")),
         }
     }
-    let file = adapters::signed(TensorFile { tensors: kept, ..TensorFile::default() }, &model);
+    let file = adapters::signed(TensorFile { tensors: kept, ..TensorFile::default() }, &model, &base);
+    clear(out)?;
     adapter::save(&out.join(ADAPTER), &file)?;
     if !arguments.source.is_artifact() {
         write_spec(&arguments.source, out, &model)?;
@@ -72,27 +81,57 @@ fn report(out: &Path, format: &str, tensors: &Tensors) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The model, and what is kept of its trained values.
-fn kept(arguments: &Arguments) -> Result<(Model, Tensors), Failure> {
+/// A folder that an export wrote, and not a run.
+fn exported(folder: &Path) -> bool {
+    let holds = |name: &str| folder.join(name).is_file();
+    (holds(ADAPTER) || holds(peft::CONFIG)) && !holds(STATE)
+}
+
+/// Removes what an earlier export wrote: the other format's files would be taken for a part of this one.
+fn clear(folder: &Path) -> Result<(), Failure> {
+    for path in [ADAPTER, SPEC, peft::CONFIG, peft::MODEL].map(|name| folder.join(name)) {
+        if path.is_file() {
+            std::fs::remove_file(&path).map_err(Failure::file(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// PEFT's format has a place for a head that was drawn at random, and for nothing else of the base model.
+fn holds_all(model: &Model, base: &Base) -> Result<(), String> {
+    let head = |key: &str| model.params.iter().any(|p| p.name == key && p.origin == Origin::Head);
+    match base.drawn.keys().find(|key| !head(key)) {
+        None => Ok(()),
+        Some(key) => Err(format!(
+            "`{key}` was drawn at random in training, lies in no checkpoint, and PEFT's adapters would leave it out"
+        )),
+    }
+}
+
+/// The model, what is kept of its trained values, and what they were trained on.
+fn kept(arguments: &Arguments) -> Result<(Model, Tensors, Base), Failure> {
     let model = arguments.source.model()?;
-    let values = adapters::load(&model, &arguments.adapter)?;
+    let adapter = adapters::load(&model, &arguments.adapter)?;
+    let (base, values) = (adapter.base(), adapter.values);
     let kept = match model.stored.is_empty() {
         true => values,
         false => adapters::kept(&model, arguments.source.store(&model)?, values)?,
     };
-    Ok((model, kept))
+    Ok((model, kept, base))
 }
 
 /// PEFT wants a head beside the adapter, whether it was trained or drawn once.
-fn with_head(arguments: &Arguments, model: &Model, kept: &Tensors) -> Result<Tensors, Failure> {
+fn with_head(arguments: &Arguments, model: &Model, kept: &Tensors, base: &Base) -> Result<Tensors, Failure> {
     let mut values = kept.clone();
     let frozen = |p: &peft_grammar::model::Param| p.origin == Origin::Head && p.trainable == Trainable::No;
     if let (Some(from), true) = (&arguments.weights, model.params.iter().any(frozen)) {
         let weights = checkpoint::weights(from, model)?;
-        for (param, numbers) in model.params.iter().zip(weights).filter(|(p, _)| frozen(p)) {
+        for (param, numbers) in model.params.iter().zip(weights.tensors).filter(|(p, _)| frozen(p)) {
             values.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers.to_vec()));
         }
     }
+    // What the adapter brings along was there in training, whatever the seed.
+    values.extend(base.drawn.clone());
     Ok(values)
 }
 

@@ -2,9 +2,11 @@ use std::path::PathBuf;
 
 use peft_runtime::adapter::{self, TensorFile};
 
+use super::overwrite::Overwrite;
 use super::source::Source;
 use crate::adapters;
 use crate::failure::Failure;
+use crate::hub::peft::MODEL;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -16,13 +18,18 @@ pub struct Arguments {
     /// The adapter to write, such as `adapter.safetensors`
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
+    #[command(flatten)]
+    overwrite: Overwrite,
 }
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    let read = arguments.folder.join(MODEL);
+    arguments.overwrite.file(&arguments.output, &[&read, &arguments.source.path])?;
     let model = arguments.source.model()?;
-    let tensors = adapters::load(&model, &arguments.folder)?;
+    let adapter = adapters::load(&model, &arguments.folder)?;
+    let (base, tensors) = (adapter.base(), adapter.values);
     let count = tensors.len();
-    let file = adapters::signed(TensorFile { tensors, ..TensorFile::default() }, &model);
+    let file = adapters::signed(TensorFile { tensors, ..TensorFile::default() }, &model, &base);
     adapter::save(&arguments.output, &file)?;
     super::print(&format!("{}: {count} tensors", arguments.output.display()));
     Ok(())

@@ -1,8 +1,12 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use peft_runtime::adapter::Float;
+
+use super::overwrite::{self, Overwrite};
 use super::source::Source;
 use crate::failure::Failure;
 use crate::hub::checkpoint;
+use crate::hub::model_folder::CONFIG;
 use crate::{adapters, merge, spec};
 
 #[derive(Debug, clap::Args)]
@@ -15,28 +19,50 @@ pub struct Arguments {
     /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote
     #[arg(long)]
     adapter: PathBuf,
+    /// A directory with the tokenizer, if the weights' own has none
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// f32, f16 or bf16; that of the weights if not given
+    #[arg(long, value_name = "TYPE", value_parser = float)]
+    dtype: Option<Float>,
     /// The model directory to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+    #[command(flatten)]
+    overwrite: Overwrite,
+}
+
+fn float(text: &str) -> Result<Float, String> {
+    let names = Float::ALL.map(Float::name).join(", ");
+    Float::ALL.into_iter().find(|dtype| dtype.name() == text).ok_or_else(|| format!("the types are {names}"))
+}
+
+/// A model's folder, and no working copy of a repository.
+fn is_model(folder: &Path) -> bool {
+    folder.join(CONFIG).is_file() && !overwrite::names(folder).iter().any(|name| name.starts_with('.'))
 }
 
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = checkpoint::resolve(&arguments.weights)?;
-    let source = &arguments.source;
+    let Arguments { source, weights, adapter, tokenizer, dtype, output, overwrite } = &arguments;
     if source.is_artifact() {
         let path = source.path.display();
         return Err(Failure::Usage(format!(
             "{path}: an artifact has no equations to fold; name the spec it is made of"
         )));
     }
+    let read = [Some(weights), Some(adapter), tokenizer.as_ref(), Some(&source.path)];
+    let read: Vec<&Path> = read.into_iter().flatten().map(PathBuf::as_path).collect();
+    overwrite.folder(output, &read, is_model)?;
     let model = spec::load(&source.path, &source.set, super::color())?;
-    let values = adapters::load(&model, &arguments.adapter)?;
-    let weights = checkpoint::weights(&arguments.weights, &model)?;
-    let merged = merge::merge(&model, weights, &values, &source.options()?)?;
-    merge::save(&model, &merged, &arguments.weights, &arguments.output)?;
-    for note in merge::notes(&model) {
-        super::say(&note);
+    let adapter = adapters::load(&model, adapter)?;
+    let loaded = adapters::weights(weights, &model, Some(&adapter))?;
+    let merged = merge::merge(&model, loaded, &adapter.values, *dtype, &source.options()?)?;
+    let said = format!("{} folded into {}, {}", merged.folded, model.backbone.name, merged.types);
+    let notes = merge::save(&model, merged, &merge::Sources { weights, tokenizer: tokenizer.as_deref() }, output)?;
+    for note in merge::notes(&model).iter().chain(&notes) {
+        super::say(note);
     }
-    super::print(&format!("{}: {} folded into {}", arguments.output.display(), merged.folded, model.backbone.name));
+    super::print(&format!("{}: {said}", output.display()));
     Ok(())
 }

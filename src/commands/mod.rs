@@ -11,6 +11,7 @@ mod inspect;
 mod library;
 #[cfg(feature = "compiler")]
 mod merge;
+mod overwrite;
 mod run;
 mod source;
 mod train;

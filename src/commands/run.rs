@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use peft_runtime::{Session, adapter};
 
+use super::overwrite::Overwrite;
 use super::source::Source;
 use crate::failure::Failure;
 use crate::hub::checkpoint;
@@ -26,6 +27,8 @@ pub struct Arguments {
     /// Where `loss`, `logits`, `lambda.*` and `grad.*` go
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
+    #[command(flatten)]
+    overwrite: Overwrite,
     /// Of dropout
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -33,20 +36,29 @@ pub struct Arguments {
 
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
+    let inputs = [&arguments.inputs, &arguments.source.path].map(PathBuf::as_path);
+    arguments.overwrite.file(&arguments.output, &inputs)?;
     let ready = arguments.source.open()?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs, &ready.model)?;
+    let adapter = arguments.adapter.as_deref().map(|path| adapters::load(&ready.model, path)).transpose()?;
     let weights = match &arguments.weights {
-        Some(from) => checkpoint::weights(from, &ready.model)?,
-        None => exchange::weights(&file, &ready.model, &arguments.inputs)?,
+        Some(from) => adapters::weights(from, &ready.model, adapter.as_ref())?.tensors,
+        None => {
+            let mut given = exchange::weights(&file, &ready.model, &arguments.inputs)?;
+            if let Some(adapter) = &adapter {
+                adapter.put_drawn(&ready.model, &mut given);
+            }
+            given
+        }
     };
     let program = ready.program.only(&["init", &arguments.entry]);
     let mut session = Session::new(program, weights, arguments.source.threads)?;
     if arguments.weights.is_some() {
         session.initialise()?;
     }
-    if let Some(path) = &arguments.adapter {
-        adapters::apply(&mut session, &adapters::load(&ready.model, path)?)?;
+    if let Some(adapter) = &adapter {
+        adapters::apply(&mut session, &adapter.values)?;
     }
     let results = exchange::run(&mut session, &ready.model, &arguments.entry, &padded, [arguments.seed as i32, 0])?;
     adapter::save(&arguments.output, &results)?;

@@ -3,12 +3,15 @@ use std::time::Duration;
 
 use peft_runtime::Session;
 
+use super::overwrite::Overwrite;
 use super::source::Source;
+use crate::adapters::{self, Base};
 use crate::budget::Budget;
 use crate::data::Dataset;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
-use crate::training::Training;
+use crate::state::{Identity, State};
+use crate::training::{self, Training};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -29,9 +32,11 @@ pub struct Arguments {
     /// Where adapter, state and metrics go; `runs/NAME` if not given
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Go on where the run in `--out` stopped
-    #[arg(long)]
+    /// Go on where the run in `--out` stopped, with the same spec, recipe, weights and data
+    #[arg(long, conflicts_with = "overwrite")]
     resume: bool,
+    #[command(flatten)]
+    overwrite: Overwrite,
     /// Of weights, order and dropout
     #[arg(long)]
     seed: Option<u64>,
@@ -47,6 +52,14 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = checkpoint::resolve(&arguments.weights)?;
     let ready = arguments.source.open()?;
     let model = ready.model;
+    let out = arguments.out.unwrap_or_else(|| PathBuf::from("runs").join(&model.name));
+    let state = match arguments.resume {
+        true => Some(State::open(&out)?),
+        false => {
+            arguments.overwrite.files(&out, &training::in_the_way(&out), "go on with a run there by `--resume`, ")?;
+            None
+        }
+    };
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     super::say(&Budget::of(&model, tokenizer.appended()).table());
     let read = |path: &PathBuf| -> Result<Dataset, Failure> {
@@ -58,21 +71,37 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let dev = arguments.dev.as_ref().map(read).transpose()?;
     drop(tokenizer);
 
-    let weights = checkpoint::weights(&arguments.weights, &model)?;
+    let loaded = adapters::weights(&arguments.weights, &model, None)?;
+    let base = Base::of(&model, &loaded);
+    let total = training::total(&model.train, &train);
+    let identity = Identity::of(&model, &base, &train, dev.as_ref(), total);
+    if let Some(state) = &state {
+        state.check(&model, &identity)?.iter().for_each(|note| super::say(note));
+        if state.step >= total {
+            super::print(&format!(
+                "{} is finished: {} of {total} steps are done, and nothing was changed; \
+                 `--set train.steps=N` or `--set train.epochs=N` makes the run longer",
+                out.display(),
+                state.step
+            ));
+            return Ok(());
+        }
+    }
     let program = ready.program.only(&["init", "train", "update", "eval"]);
-    let mut session = Session::new(program, weights, arguments.source.threads)?;
+    let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if arguments.profile {
         session.profile = Some(Default::default());
     }
-    let out = arguments.out.unwrap_or_else(|| PathBuf::from("runs").join(&model.name));
     let training = Training {
         model: &model,
         session: &mut session,
         train: &train,
         dev: dev.as_ref(),
         out,
-        resume: arguments.resume,
+        base: &base,
+        identity,
+        state,
     };
     let outcome = training.run()?;
 

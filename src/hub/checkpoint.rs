@@ -11,8 +11,8 @@ pub mod labels;
 use std::path::Path;
 
 use peft_grammar::model::{Model, Origin};
-use peft_runtime::weights::Unread;
-use peft_runtime::{Numbers, RuntimeError, weights};
+use peft_runtime::RuntimeError;
+use peft_runtime::weights::{self, Loaded, Unread};
 
 use crate::commands::say;
 use crate::failure::Failure;
@@ -23,9 +23,9 @@ pub use folder::resolve;
 pub const RANDOM: &str = "random";
 
 /// Every tensor of the model: `random`, or from a Hugging Face directory, whose meaning is that of the model.
-pub fn weights(from: &Path, model: &Model) -> Result<Vec<Numbers>, Failure> {
+pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
     if from == Path::new(RANDOM) {
-        return Ok(weights::random(&model.params, model.train.seed));
+        return Ok(Loaded::random(&model.params, model.train.seed));
     }
     let config = config::read(from)?;
     let refused = |wrong: Vec<String>| match wrong.is_empty() {
@@ -45,19 +45,13 @@ pub fn weights(from: &Path, model: &Model) -> Result<Vec<Numbers>, Failure> {
     }
     let loaded =
         weights::load(from, &model.backbone, &model.params, model.task.special().len() as u64, model.train.seed)?;
-    let drawn = model.params.iter().filter(|p| loaded.drawn.contains(&p.name));
-    let drawn = drawn.filter(|p| !matches!(p.origin, Origin::Method(_)));
-    let (heads, others): (Vec<_>, Vec<_>) = drawn.partition(|p| p.origin == Origin::Head);
-    let has_head = heads.is_empty() && model.params.iter().any(|p| p.origin == Origin::Head);
+    let head = model.params.iter().zip(&loaded.held).find(|(p, _)| p.origin == Origin::Head);
+    let has_head = head.is_some_and(|(_, held)| held.is_some());
     if let (Some(config), true) = (&config, has_head) {
         refused(labels::compare(config, model))?;
     }
-    let names: Vec<&str> = heads.into_iter().chain(others).map(|p| p.name.as_str()).collect();
-    if !names.is_empty() {
-        say(&format!("new here, drawn at random: {}", names.join(", ")));
-    }
     notes(&loaded.unread).iter().for_each(|note| say(note));
-    Ok(loaded.tensors)
+    Ok(loaded)
 }
 
 /// A line for tensors of one kind that are in the files, and that the model does without.

@@ -41,6 +41,16 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> MetricsError + '_ {
     |source| MetricsError { path: path.to_owned(), source }
 }
 
+/// The figures, one object a line.
+pub const LINES: &str = "metrics.jsonl";
+const FRESH_LINES: &str = "metrics.jsonl.new";
+const EVENTS: &str = "events.out.tfevents.";
+
+/// A file of this name in a run's folder is one of metrics.
+pub fn is_file(name: &str) -> bool {
+    [LINES, FRESH_LINES].contains(&name) || (name.starts_with(EVENTS) && name.contains(".peftc."))
+}
+
 impl Metrics {
     /// Starts anew in the directory `dir`, which must exist.
     pub fn create(dir: &Path) -> Result<Self, MetricsError> {
@@ -49,7 +59,7 @@ impl Metrics {
 
     /// Goes on after `step`: what was written of later steps is taken back.
     pub fn resume(dir: &Path, step: u64) -> Result<Self, MetricsError> {
-        let path = dir.join("metrics.jsonl");
+        let path = dir.join(LINES);
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             text => text.map_err(failed(&path))?,
@@ -60,14 +70,14 @@ impl Metrics {
 
     fn open(dir: &Path, kept: String, resumed: Option<u64>) -> Result<Self, MetricsError> {
         // Written beside and renamed: a crash here loses nothing of an earlier run.
-        let (path, fresh) = (dir.join("metrics.jsonl"), dir.join("metrics.jsonl.new"));
+        let (path, fresh) = (dir.join(LINES), dir.join(FRESH_LINES));
         let mut file = File::create(&fresh).map_err(failed(&fresh))?;
         file.write_all(kept.as_bytes()).map_err(failed(&fresh))?;
         fs::rename(&fresh, &path).map_err(failed(&path))?;
         let lines = Sink { path, file };
 
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let name = format!("events.out.tfevents.{}.peftc.{}", now.as_secs(), std::process::id());
+        let name = format!("{EVENTS}{}.peftc.{}", now.as_secs(), std::process::id());
         let path = dir.join(name);
         let file = File::create(&path).map_err(failed(&path))?;
         let mut events = Sink { path, file };

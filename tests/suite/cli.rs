@@ -213,7 +213,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
     assert!(ran.err.contains("values made again: "), "{}", ran.err);
-    assert!(bench.peftc(["compile", IR, "-o", text(&out)]).out.contains("from the cache"));
+    assert!(bench.peftc(["compile", IR, "-o", text(&out), "--overwrite"]).out.contains("from the cache"));
 
     // The artifact runs by itself, and gives what the spec gives.
     let fixture = crate::fixtures::all("gpt2_inducer_lora_strong").remove(0);
@@ -233,7 +233,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
         [("cpu:x86-64", 0), ("cpu:x86-64-v3", 13), ("cpu:x86-64-v4", 18), ("cpu:x86-64-v4+bf16", 19)]
     {
         let artifact = bench.path("level.peftc");
-        let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
+        let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact), "--overwrite"]);
         assert_eq!(ran.code, 0, "{}", ran.err);
         let manifest = peft_runtime::store::open(&artifact).expect("sound").0;
         assert_eq!(manifest.features.len(), features);
@@ -243,7 +243,7 @@ fn compile_run_and_refuse_damaged_artifacts() {
     assert_eq!(found.keys().filter(|n| n.starts_with("grad.")).count(), grads);
 
     let run = |damage: &dyn Fn(&Path), words: &[&str]| {
-        assert_eq!(bench.peftc(["compile", text(&spec), "-o", text(&artifact)]).code, 0);
+        assert_eq!(bench.peftc(["compile", text(&spec), "-o", text(&artifact), "--overwrite"]).code, 0);
         damage(&artifact);
         let to = bench.path("never.safetensors");
         bench.refuses(&["run", text(&artifact), "--inputs", inputs, "-o", text(&to)], 3, words);
@@ -371,15 +371,16 @@ fn what_is_stored_is_made_of_what_trains() {
              after y {{\n    scale = {made}\n    y = y * scale\n    store scale as \"scale\"\n  }}\n}}\n"
         );
         bench.write("mine.peft", method);
-        let ran = bench.peftc(["compile", text(&spec), "-o", text(&artifact)]);
+        let ran = bench.peftc(["compile", text(&spec), "-o", text(&artifact), "--overwrite"]);
         assert_eq!(ran.code, 0, "{}", ran.err);
         let mut kept = vec![];
         for source in [&spec, &artifact] {
             let train =
                 ["train", text(source), "--weights", text(&weights), "--data", text(&data), "--out", text(&run)];
-            let ran = bench.peftc(train);
+            let ran = bench.peftc(train.iter().chain(&["--overwrite"]));
             assert_eq!(ran.code, 0, "{}", ran.err);
             let export = ["export", text(source), "--adapter", text(&run), "--format", "own", "-o", text(&out)];
+            let export = [&export[..], &["--overwrite"]].concat();
             if !fine {
                 bench.refuses(&export, 2, &["made of weights that do not train"]);
                 continue;
@@ -438,11 +439,11 @@ fn merge_takes_up_backbone_tensors() {
     {
         fs::write(&spec, source.replace("every attention { lora(rank: 2) on q }", tune)).expect("written");
         let given = ["--weights", text(&weights), "--data", text(&data)];
-        let train = ["train", text(&spec), "--set", "train.lr=0.05", "--out", text(&run)];
+        let train = ["train", text(&spec), "--set", "train.lr=0.05", "--out", text(&run), "--overwrite"];
         let ran = bench.peftc(train.iter().chain(&given));
         assert_eq!(ran.code, 0, "{tune}: {}", ran.err);
         let merge = ["merge", text(&spec), "--weights", text(&weights), "--adapter", text(&run), "-o", text(&out)];
-        let ran = bench.peftc(merge);
+        let ran = bench.peftc(merge.iter().chain(&["--overwrite"]));
         assert_eq!(ran.code, 0, "{tune}: {}", ran.err);
         assert!(ran.out.contains("trained tensors"), "{tune}: {}", ran.out);
         assert_eq!(ran.out.contains(folded), !folded.starts_with('0'), "{tune}: {}", ran.out);
@@ -468,7 +469,11 @@ fn train_eval_and_bad_input() {
         plain.iter().chain(more).map(|s| s.to_string()).collect()
     };
     let refuses = |args: Vec<String>, code: i32, words: &[&str]| {
-        bench.refuses(&args.iter().map(String::as_str).collect::<Vec<_>>(), code, words);
+        let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+        if !args.contains(&"--resume") {
+            args.push("--overwrite");
+        }
+        bench.refuses(&args, code, words);
     };
     let ran = bench.peftc(args(&spec, &weights, &data, &["--dev", text(&data), "--profile"]));
     assert_eq!(ran.code, 0, "{}", ran.err);
@@ -525,7 +530,9 @@ fn train_eval_and_bad_input() {
     tiny_bert(&bench, |file| {
         file.tensors.insert(word.into(), Stored::f32(vec![6, 8], (0..48).map(|i| i as f32 * 1e36).collect()));
     });
-    refuses(args(&spec, &weights, &data, &[]), 4, &["step 0", "train.lr"]);
+    let away = bench.path("away");
+    let away = ["train", text(&spec), "--weights", text(&weights), "--data", text(&data), "--out", text(&away)];
+    bench.refuses(&away, 4, &["step 0", "train.lr"]);
     tiny_bert(&bench, |_| {});
     // Where nothing can be written.
     let file = bench.write("file", "");

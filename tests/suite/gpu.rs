@@ -132,7 +132,7 @@ fn artifacts_without_a_gpu() {
     for (target, arch) in [("cuda", "sm_70"), ("cuda:sm_70", "sm_70"), ("cuda:sm_80", "sm_80"), ("cuda:sm_90", "sm_90")]
     {
         let artifact = bench.path("tiny.peftc");
-        let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
+        let ran = bench.peftc(["compile", text(&spec), "--target", target, "-o", text(&artifact), "--overwrite"]);
         assert_eq!(ran.code, 0, "{}", ran.err);
         let (manifest, code) = store::open(&artifact).expect("sound");
         assert_eq!((&manifest.arch[..], code.file_name().expect("a name").to_str()), (arch, Some("kernels.ptx")));
@@ -155,7 +155,7 @@ fn frozen_matrices_are_there_in_half_alone() {
     let (spec, _) = tiny_bert(&bench, |_| {});
     let artifact = bench.path("tiny.peftc");
     for target in ["cuda:sm_70", "cuda:sm_80"] {
-        let half = ["--set", "train.precision=bf16", "--target", target, "-o", text(&artifact)];
+        let half = ["--set", "train.precision=bf16", "--target", target, "-o", text(&artifact), "--overwrite"];
         assert_eq!(bench.peftc(["compile", text(&spec)].iter().chain(&half)).code, 0);
         let manifest = store::open(&artifact).expect("sound").0;
         let mut matrices = 0;

@@ -8,10 +8,12 @@ use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_runtime::artifact::Manifest;
-use peft_runtime::{Program, Session, adapter, store, weights};
-use peftc::adapters::ADAPTER;
+use peft_runtime::weights::{self, Loaded};
+use peft_runtime::{Program, Session, adapter, store};
+use peftc::adapters::{ADAPTER, Base};
 use peftc::data::{Dataset, Tokenizer};
-use peftc::training::{Outcome, Training};
+use peftc::state::{Identity, State};
+use peftc::training::{self, Outcome, Training};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -46,7 +48,14 @@ fn train(model: &Model, artifact: &Path, out: &Path, threads: usize, resume: boo
     let read =
         |name: &str| Dataset::load(&root().join("data/triples").join(name), &model.task, &tokenizer).expect("data");
     let (train, dev) = (read("train.json"), read("dev.json"));
-    let training = Training { model, session: &mut session, train: &train, dev: Some(&dev), out: out.into(), resume };
+    let base = Base::of(model, &Loaded::random(&model.params, model.train.seed));
+    let identity = Identity::of(model, &base, &train, Some(&dev), training::total(&model.train, &train));
+    let state = resume.then(|| State::open(out).expect("a state"));
+    if let Some(state) = &state {
+        state.check(model, &identity).unwrap_or_else(|e| panic!("{e}"));
+    }
+    let (session, dev, out) = (&mut session, Some(&dev), out.to_path_buf());
+    let training = Training { model, session, train: &train, dev, out, base: &base, identity, state };
     training.run().unwrap_or_else(|e| panic!("{e}"))
 }
 

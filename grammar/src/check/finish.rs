@@ -92,6 +92,7 @@ impl<'a> Checker<'a> {
             stored: std::mem::take(&mut self.stored).into_iter().map(|s| (s.name, s.value)).collect(),
             task,
             train,
+            equations: String::new(),
         })
     }
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::safefile::SafeFile;
 
 fn sample(x: f32) -> TensorFile {
     let tensors = [
@@ -52,4 +53,42 @@ fn a_full_disk() {
     };
     let error = safefile::encode(&full, &sample(1.0)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+}
+
+#[test]
+fn a_folder_is_written_whole_or_not_at_all() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("model");
+    let write = |name: &'static str| {
+        move |to: &Path| std::fs::write(to.join(name), name).map_err(|e| RuntimeError::file(to, e))
+    };
+    write_folder(&path, write("old")).unwrap();
+    let failed = |to: &Path| {
+        write("half")(to)?;
+        Err(RuntimeError::file(to, "no space"))
+    };
+    write_folder::<RuntimeError>(&path, failed).unwrap_err();
+    assert!(path.join("old").is_file() && !path.join("half").exists());
+    write_folder(&path, write("new")).unwrap();
+    assert!(path.join("new").is_file() && !path.join("old").exists());
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
+}
+
+/// 1 + 2⁻⁸ lies in the middle between two numbers of bf16, 1 + 3·2⁻⁸ too; ties go to the even one.
+#[test]
+fn numbers_are_rounded_to_the_nearest_even() {
+    let eighth = 2f32.powi(-8);
+    let given = vec![1.0 + eighth, 1.0 + 3.0 * eighth, -(1.0 + 1.01 * eighth), 65519.0];
+    let want = [1.0, 1.0 + 4.0 * eighth, -(1.0 + 2.0 * eighth), 65536.0];
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("x.safetensors");
+    let mut file = TensorFile::default();
+    file.tensors.insert("x".into(), Stored::rounded(vec![4], given.clone(), Float::BF16).unwrap());
+    save(&path, &file).unwrap();
+    assert_eq!(load(&path).unwrap().tensors["x"].data, Data::F32(want.to_vec()));
+    assert_eq!(SafeFile::open(&path).unwrap().float("x"), Some(Float::BF16));
+    // The largest of f16 is 65504; from 65520 on numbers are rounded to infinity.
+    let Data::F16(halves) = Stored::rounded(vec![4], given, Float::F16).unwrap().data else { panic!("f16") };
+    assert_eq!(halves[3].to_f32(), 65504.0);
+    assert_eq!(Stored::rounded(vec![1], vec![65520.0], Float::F16), Err(65520.0));
 }

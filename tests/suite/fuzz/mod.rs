@@ -163,7 +163,8 @@ fn world(
     let trained = drawn.filter_map(|(p, x)| Some((p.name.clone(), Stored::f32(p.trained_shape()?, x.to_vec()))));
     let values: Tensors = trained.collect();
     let own = TensorFile { tensors: values.clone(), ..TensorFile::default() };
-    adapter::save(&folder.join("own/adapter.safetensors"), &adapters::signed(own, &model)).expect("written");
+    adapter::save(&folder.join("own/adapter.safetensors"), &adapters::signed(own, &model, &adapters::Base::default()))
+        .expect("written");
     let foreign = peft::export(&model, &values).unwrap_or_else(|e| panic!("{e}"));
     foreign.save(&folder.join("peft")).expect("written");
     let mut batch = TensorFile::default();
@@ -291,7 +292,7 @@ fn read(world: &World, folder: &Path) -> Answers {
     let batch = || -> Result<(), String> {
         let path = folder.join("batch.safetensors");
         let file = adapter::load(&path).map_err(|e| e.to_string())?;
-        exchange::batch(&file, "inputs.", &path).map(drop).map_err(|e| e.to_string())
+        exchange::batch(&file, "inputs.", &path, model).map(drop).map_err(|e| e.to_string())
     };
     vec![
         ("checkpoint", checkpoint::weights(&weights, model).map(drop).map_err(text)),

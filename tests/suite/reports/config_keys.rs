@@ -108,7 +108,7 @@ fn logits(
     match ran.code {
         0 => match &adapter::load(&out).expect("sound").tensors["logits"].data {
             Data::F32(x) => Ok(x.iter().map(|&x| f64::from(x)).collect()),
-            Data::I64(_) => panic!("logits are floats"),
+            _ => panic!("logits are floats"),
         },
         3 => Err(ran.err),
         code => panic!("exit code {code}: {}", ran.err),

@@ -3,6 +3,11 @@
 //! A class of fault is a file. Tests make their inputs themselves; nothing is fetched.
 
 mod bounds;
+mod checkpoint;
+mod config_keys;
+mod merge;
+mod random;
+mod resume;
 mod trust;
 
 use std::fs;
@@ -14,9 +19,6 @@ use peft_runtime::weights;
 use serde_json::{Map, Value, json};
 
 use crate::cli::Bench;
-
-mod checkpoint;
-mod config_keys;
 
 /// Tiny models: width 32, 2 layers, 4 heads, a context of 64, 50 tokens.
 pub const GPT2: &str = "model = gpt2(layers: 2, hidden: 32, heads: 4, ffn: 64, vocab: 50, context: 64)\n";

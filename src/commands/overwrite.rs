@@ -1,0 +1,92 @@
+//! Nothing that exists is overwritten unasked, and nothing that a command reads is overwritten at all.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::failure::Failure;
+
+/// The flag of every command that writes.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Overwrite {
+    /// Replace what is there already
+    #[arg(long)]
+    overwrite: bool,
+}
+
+impl Overwrite {
+    /// The file `path` may be written: it does not exist or is to be replaced, and is none of `inputs`.
+    pub fn file(self, path: &Path, inputs: &[&Path]) -> Result<(), Failure> {
+        let Ok(found) = fs::metadata(path) else { return Ok(()) };
+        let refuse = |why: &str| Err(Failure::Usage(format!("{}: {why}", path.display())));
+        if found.is_dir() {
+            return refuse("a folder, and a file is to be written; name one inside it");
+        }
+        if !found.is_file() {
+            return refuse("no plain file, so it cannot be replaced; name another");
+        }
+        if inputs.iter().any(|input| same(input, path)) {
+            return refuse("it is read by this command, so it is not written over; name another file");
+        }
+        if !self.overwrite {
+            return refuse("it exists; replace it with `--overwrite`, or name another file");
+        }
+        Ok(())
+    }
+
+    /// The folder `path` may be replaced with all that it holds: it is not there, or empty, or is to be replaced, and
+    /// none of `inputs` lies in it. `ours` tells a folder that such a command wrote; another one is not replaced.
+    pub fn folder(self, path: &Path, inputs: &[&Path], ours: impl Fn(&Path) -> bool) -> Result<(), Failure> {
+        let Ok(found) = fs::metadata(path) else { return Ok(()) };
+        let refuse = |why: &str| Err(Failure::Usage(format!("{}: {why}", path.display())));
+        if !found.is_dir() {
+            return refuse("a file, and a folder is to be written; name another");
+        }
+        if names(path).is_empty() {
+            return Ok(());
+        }
+        if let Some(input) = inputs.iter().find(|input| within(input, path)) {
+            return refuse(&format!(
+                "it holds {}, which this command reads, so it is not written over; name another folder",
+                input.display()
+            ));
+        }
+        if !ours(path) {
+            return refuse(
+                "it holds other things than this command writes, so it is not replaced; name another folder",
+            );
+        }
+        if !self.overwrite {
+            return refuse("it exists; replace it with `--overwrite`, or name another folder");
+        }
+        Ok(())
+    }
+
+    /// The files `there`, which are in the way in the folder `path`, may be replaced. `mend` is another way out.
+    pub fn files(self, path: &Path, there: &[PathBuf], mend: &str) -> Result<(), Failure> {
+        if there.is_empty() || self.overwrite {
+            return Ok(());
+        }
+        let names: Vec<String> =
+            there.iter().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned())).collect();
+        Err(Failure::Usage(format!(
+            "{}: it holds {} already; {mend}replace them with `--overwrite`, or name another folder",
+            path.display(),
+            names.join(", ")
+        )))
+    }
+}
+
+/// The names of what a folder holds.
+pub fn names(path: &Path) -> Vec<String> {
+    let entries = fs::read_dir(path).into_iter().flatten().filter_map(|entry| entry.ok());
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// `inner` is `outer`, or lies in it.
+fn within(inner: &Path, outer: &Path) -> bool {
+    matches!((inner.canonicalize(), outer.canonicalize()), (Ok(inner), Ok(outer)) if inner.starts_with(&outer))
+}

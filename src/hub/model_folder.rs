@@ -1,0 +1,180 @@
+//! What lies in a model's folder beside its weights: tokenizer, configurations, templates, cards.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peft_runtime::{RuntimeError, adapter};
+use serde_json::{Map, Value, json};
+
+use crate::failure::Failure;
+
+pub const CONFIG: &str = "config.json";
+pub const MODEL: &str = "model.safetensors";
+
+/// What the names of files with weights end with, in any framework's format.
+const WEIGHTS: &[&str] = &[
+    ".safetensors",
+    ".index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".ckpt.index",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".tflite",
+    ".ot",
+    ".mlmodel",
+];
+
+/// An adapter's configuration makes transformers look for its base model in the same folder.
+const NOT_COPIED: &[&str] = &[CONFIG, "adapter_config.json"];
+
+/// The files beside a folder's weights.
+#[derive(Debug, Default)]
+pub struct SideFiles {
+    /// By their paths from the folder.
+    pub files: Vec<PathBuf>,
+    /// Folders inside that hold weights of their own (`onnx`, a run's), of which nothing is among the files.
+    pub skipped: Vec<PathBuf>,
+}
+
+impl SideFiles {
+    /// Those of `folder`. Hidden ones (`.git`, `.cache`) do not count.
+    pub fn of(folder: &Path) -> Result<Self, Failure> {
+        let mut found = SideFiles::default();
+        found.look(folder, Path::new(""))?;
+        Ok(found)
+    }
+
+    fn look(&mut self, folder: &Path, inside: &Path) -> Result<(), Failure> {
+        for name in names(&folder.join(inside))? {
+            let path = inside.join(&name);
+            if name.starts_with('.')
+                || (inside == Path::new("") && NOT_COPIED.contains(&&name[..]))
+                || is_weights(&name)
+            {
+                continue;
+            }
+            if !folder.join(&path).is_dir() {
+                self.files.push(path);
+            } else if holds_weights(&folder.join(&path))? {
+                self.skipped.push(path);
+            } else {
+                self.look(folder, &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies them from one folder into another.
+    pub fn copy(&self, from: &Path, to: &Path) -> Result<(), Failure> {
+        for file in &self.files {
+            let (source, copy) = (from.join(file), to.join(file));
+            let parent = copy.parent().unwrap_or(to);
+            fs::create_dir_all(parent).map_err(Failure::file(parent))?;
+            let bytes = fs::read(&source).map_err(Failure::file(&source))?;
+            adapter::write_whole(&copy, &bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// The names in a folder, in order.
+fn names(folder: &Path) -> Result<Vec<String>, Failure> {
+    let entries = fs::read_dir(folder).map_err(Failure::file(folder))?;
+    let names: Result<Vec<_>, _> = entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect();
+    let mut names = names.map_err(Failure::file(folder))?;
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn is_weights(name: &str) -> bool {
+    WEIGHTS.iter().any(|end| name.ends_with(end))
+}
+
+fn holds_weights(folder: &Path) -> Result<bool, Failure> {
+    for name in names(folder)? {
+        let path = folder.join(&name);
+        if is_weights(&name) || (path.is_dir() && holds_weights(&path)?) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// An object of JSON in a file.
+pub fn read_object(path: &Path) -> Result<Map<String, Value>, Failure> {
+    let text = fs::read_to_string(path).map_err(Failure::file(path))?;
+    serde_json::from_str(&text)
+        .map_err(|e| RuntimeError::file(path, format!("no object of JSON ({e}); fetch it again")).into())
+}
+
+pub fn write_object(path: &Path, object: &Map<String, Value>) -> Result<(), Failure> {
+    let mut text = serde_json::to_string_pretty(object).expect("plain data");
+    text.push('\n');
+    Ok(adapter::write_whole(path, text.as_bytes())?)
+}
+
+/// Writes new tokens with their ids into the tokenizer's files in `folder`, so that transformers gives them these ids.
+///
+/// `tokenizer.json` has them in `added_tokens`, `tokenizer_config.json` in `added_tokens_decoder`. A tokenizer without
+/// either reads them from `added_tokens.json`.
+pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> {
+    let [whole, config, list] =
+        ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"].map(|name| folder.join(name));
+    let described = |token: &str| {
+        json!({
+            "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,
+        })
+    };
+    let vocab = folder.join("vocab.json");
+    let tokenizer = if whole.is_file() { read_object(&whole)? } else { Map::new() };
+    let plain = if vocab.is_file() { read_object(&vocab)? } else { Map::new() };
+    let new = |token: &str| !plain.contains_key(token) && !knows(&tokenizer, token);
+    let tokens: Vec<&(&str, i32)> = tokens.iter().filter(|(token, _)| new(token)).collect();
+    if tokens.is_empty() {
+        return Ok(());
+    }
+    if whole.is_file() {
+        let mut tokenizer = tokenizer;
+        let added = tokenizer.entry("added_tokens").or_insert_with(|| json!([]));
+        let Value::Array(added) = added else {
+            return Err(RuntimeError::file(&whole, "`added_tokens` is no list; fetch it again").into());
+        };
+        for (token, id) in &tokens {
+            let Value::Object(rest) = described(token) else { continue };
+            let mut entry = Map::from_iter([("id".to_string(), json!(id))]);
+            entry.extend(rest);
+            added.push(Value::Object(entry));
+        }
+        write_object(&whole, &tokenizer)?;
+    }
+    let mut settings = if config.is_file() { read_object(&config)? } else { Map::new() };
+    if let Some(Value::Object(decoder)) = settings.get_mut("added_tokens_decoder") {
+        decoder.extend(tokens.iter().map(|(token, id)| (id.to_string(), described(token))));
+        write_object(&config, &settings)?;
+    }
+    if list.is_file() || !whole.is_file() {
+        let mut all = if list.is_file() { read_object(&list)? } else { Map::new() };
+        all.extend(tokens.iter().map(|(token, id)| (token.to_string(), json!(id))));
+        write_object(&list, &all)?;
+    }
+    Ok(())
+}
+
+/// A `tokenizer.json` has the token, among those of its model or those that were added.
+fn knows(tokenizer: &Map<String, Value>, token: &str) -> bool {
+    let added = tokenizer.get("added_tokens").and_then(Value::as_array);
+    let in_vocab = match tokenizer.get("model").and_then(|model| model.get("vocab")) {
+        Some(Value::Object(vocab)) => vocab.contains_key(token),
+        Some(Value::Array(pieces)) => pieces.iter().any(|piece| piece[0] == token),
+        _ => false,
+    };
+    in_vocab || added.is_some_and(|added| added.iter().any(|old| old["content"] == token))
+}

@@ -1,0 +1,252 @@
+//! What a run is resumed from: the trained values, Adam's moments, the step, and what all of it is of.
+//!
+//! A resumed run gives the bits of one that was never stopped only if nothing else has changed, so that a state knows
+//! its spec, recipe, base weights and data, and is refused with others.
+
+use std::path::{Path, PathBuf};
+
+use peft_grammar::model::{Model, Schedule};
+use peft_runtime::adapter::{self, Stored, TensorFile};
+use peft_runtime::safefile::SafeFile;
+use peft_runtime::{RuntimeError, Session};
+use serde_json::{Map, Value, json};
+
+use crate::adapters::Base;
+use crate::data::{Dataset, Goal};
+use crate::failure::Failure;
+use crate::training::rate;
+
+/// A run's state, in its folder.
+pub const STATE: &str = "state.safetensors";
+
+const FORMAT: &str = "peftc state 2";
+/// The format before: it says of what it is by its spec's name alone.
+const OLD_FORMAT: &str = "peftc state 1";
+
+/// The flat vectors of a session that a step changes.
+const VECTORS: [&str; 3] = ["values", "m", "v"];
+
+/// A hash of the equations, whatever the file and the lines they stand in.
+pub fn equations(model: &Model) -> String {
+    if !model.equations.is_empty() {
+        return model.equations.clone();
+    }
+    let mut graph = model.graph.clone();
+    graph.name.clear();
+    graph.nodes.iter_mut().for_each(|node| node.location = Default::default());
+    let text = serde_json::to_vec(&(graph, &model.stored)).expect("a model is plain data");
+    blake3::hash(&text).to_hex()[..32].to_string()
+}
+
+/// What a run is of: each thing that its values depend on by a name that a person knows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Identity(Map<String, Value>);
+
+/// The keys that are no setting of the spec.
+const BASE: &str = "base weights";
+const DATA: &str = "training data";
+const DEV: &str = "held-out data";
+const STEPS: &str = "steps in all";
+const EQUATIONS: &str = "the equations' hash";
+/// What the recipe's keys begin with.
+const RECIPE: &str = "train.";
+
+impl Identity {
+    /// `total`: steps of the whole run.
+    pub fn of(model: &Model, base: &Base, train: &Dataset, dev: Option<&Dataset>, total: u64) -> Self {
+        let mut all = Map::new();
+        let mut put = |key: String, value: Value| drop(all.insert(key, value));
+        put("the backbone".into(), json!(model.backbone.name));
+        for (key, value) in model.backbone.config.iter().chain(&model.backbone.beyond) {
+            put(format!("{}'s `{key}`", model.backbone.name), json!(value));
+        }
+        for applied in &model.applied {
+            put(applied.path(), json!("applied"));
+            for (key, value) in &applied.args {
+                put(format!("{}'s `{key}`", applied.path()), json!(value));
+            }
+        }
+        put("task".into(), json!(model.task.kind));
+        put("task.max_tokens".into(), json!(model.task.max_tokens));
+        for param in &model.params {
+            put(param.name.clone(), json!([param.shape, param.trainable, param.init, param.decay]));
+        }
+        put(EQUATIONS.into(), json!(equations(model)));
+        if let Value::Object(recipe) = json!(model.train) {
+            // Both say how many steps there are.
+            let recipe = recipe.into_iter().filter(|(key, _)| !["epochs", "steps"].contains(&key.as_str()));
+            recipe.for_each(|(key, value)| put(format!("{RECIPE}{key}"), value));
+        }
+        put(STEPS.into(), json!(total));
+        put(BASE.into(), json!(base.fingerprint));
+        put(DATA.into(), json!(content(train)));
+        put(DEV.into(), json!(dev.map(content)));
+        Identity(all)
+    }
+
+    /// What differs: the key, what it was, what it is.
+    fn differences<'a>(&'a self, now: &'a Identity) -> Vec<Difference<'a>> {
+        let was = self.0.iter().map(|(key, was)| Difference { key, was, is: now.0.get(key).unwrap_or(&Value::Null) });
+        let new = now.0.iter().filter(|(key, _)| !self.0.contains_key(*key));
+        let new = new.map(|(key, is)| Difference { key, was: &Value::Null, is });
+        was.chain(new).filter(|d| d.was != d.is).collect()
+    }
+}
+
+/// The examples as the model sees them: how many, and their hash.
+fn content(data: &Dataset) -> String {
+    let mut hash = blake3::Hasher::new();
+    for example in &data.examples {
+        let goal = match example.goal {
+            Goal::Continuation { from } => [0, from as i32],
+            Goal::Class(class) => [1, class],
+        };
+        let numbers = [&[example.ids.len() as i32], &goal[..], &example.ids, &example.types].concat();
+        hash.update(&numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>());
+    }
+    format!("{} examples, {}", data.len(), &hash.finalize().to_hex()[..16])
+}
+
+struct Difference<'a> {
+    key: &'a str,
+    was: &'a Value,
+    is: &'a Value,
+}
+
+impl Difference<'_> {
+    /// What of a run it concerns, as a message names it; `None` of what a run may change.
+    fn concerns(&self) -> Option<&'static str> {
+        match self.key {
+            DEV => None,
+            STEPS => match (self.was.as_u64(), self.is.as_u64()) {
+                (Some(was), Some(is)) if is > was => None,
+                _ => Some("another recipe"),
+            },
+            BASE => Some("other base weights"),
+            DATA => Some("other data"),
+            key if key.starts_with(RECIPE) => Some("another recipe"),
+            _ => Some("another spec"),
+        }
+    }
+
+    fn say(&self) -> String {
+        let value = |value: &Value| match value {
+            Value::Null => "none".to_string(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        format!("  {}: {} in the state, {} now", self.key, value(self.was), value(self.is))
+    }
+}
+
+/// A state on disk. Its vectors are read when a session takes them.
+pub struct State {
+    path: PathBuf,
+    file: SafeFile,
+    /// Steps that are done.
+    pub step: u64,
+    /// `None`: in the format before.
+    of: Option<Identity>,
+}
+
+impl State {
+    /// The state of the run in the folder `out`.
+    pub fn open(out: &Path) -> Result<Self, Failure> {
+        let path = out.join(STATE);
+        if !path.is_file() {
+            let why = match out.join(crate::metrics::LINES).is_file() {
+                true => "the run there was stopped before its first epoch ended; begin anew with `--overwrite`",
+                false => "no run was stopped there; begin one without `--resume`, or name its folder with `--out`",
+            };
+            return Err(RuntimeError::file(out, format!("`--resume` finds no `{STATE}`: {why}")).into());
+        }
+        let file = SafeFile::open(&path)?;
+        let wrong = |message: &str| Failure::from(RuntimeError::file(&path, message));
+        let note = |key: &str| file.notes.get(key).map(String::as_str);
+        let step = note("step").and_then(|s| s.parse().ok());
+        let step = step.ok_or_else(|| wrong("it names no step: this is no state of a run"))?;
+        let of = match note("format") {
+            Some(OLD_FORMAT) => None,
+            Some(FORMAT) => {
+                let of = note("of").and_then(|of| serde_json::from_str(of).ok());
+                Some(Identity(of.ok_or_else(|| wrong("it does not say what it is of: it is damaged"))?))
+            }
+            _ => return Err(wrong("it is of a format that this peftc does not know; use the one that wrote it")),
+        };
+        Ok(State { path, file, step, of })
+    }
+
+    /// Refuses a state of another spec, recipe, base or data than `now`'s. Gives what is to be said of what may change.
+    pub fn check(&self, model: &Model, now: &Identity) -> Result<Vec<String>, Failure> {
+        let Some(of) = &self.of else {
+            return Ok(vec![format!(
+                "warning: {}: an older peftc wrote it, without what it is of: spec, recipe, weights and data are taken on \
+                 trust",
+                self.path.display()
+            )]);
+        };
+        let differences = of.differences(now);
+        let mut concerned: Vec<&str> = differences.iter().filter_map(Difference::concerns).collect();
+        concerned.dedup();
+        let refused: Vec<&Difference> = differences.iter().filter(|d| d.concerns().is_some()).collect();
+        if !refused.is_empty() {
+            const SHOWN: usize = 8;
+            let mut lines: Vec<String> = refused.iter().take(SHOWN).map(|d| d.say()).collect();
+            if refused.len() > SHOWN {
+                lines.push(format!("  and {} more", refused.len() - SHOWN));
+            }
+            let message = format!(
+                "it is of {}:\n{}\nresume with what it is of, or begin anew with `--overwrite` or another `--out`",
+                concerned.join(", "),
+                lines.join("\n")
+            );
+            return Err(RuntimeError::file(&self.path, message).into());
+        }
+        Ok(differences.iter().map(|d| self.allowed(model, d)).collect())
+    }
+
+    /// What is said of a difference that is allowed.
+    fn allowed(&self, model: &Model, Difference { key, was, is }: &Difference) -> String {
+        let (Some(was), Some(is)) = (was.as_u64(), is.as_u64()) else {
+            return format!("note: {key}: other examples than before; figures on them do not compare");
+        };
+        let next = rate(&model.train, self.step, is);
+        let schedule = match model.train.schedule {
+            Schedule::Constant => format!("the rate is constant, {next:.2e} at step {}", self.step + 1),
+            Schedule::Linear => {
+                format!("the rate goes on as in a run of {is} steps, with {next:.2e} at step {}", self.step + 1)
+            }
+        };
+        format!("note: the run grows from {was} steps to {is}: {schedule}")
+    }
+
+    /// Puts values and moments into the session.
+    pub fn restore(&self, session: &mut Session) -> Result<(), Failure> {
+        let count = session.trainable();
+        let mut numbers = vec![0.0; count];
+        for name in VECTORS {
+            if self.file.shape(name) != Some(&[count as u64]) {
+                let message = "it is of another spec: the trained values differ in number; use another `--out`";
+                return Err(RuntimeError::file(&self.path, message).into());
+            }
+            self.file.floats(name, &mut numbers)?;
+            session.set_flat(name, &numbers)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the state of a session after `step` steps.
+pub fn save(out: &Path, session: &Session, model: &Model, of: &Identity, step: u64) -> Result<(), RuntimeError> {
+    let mut file = TensorFile::default();
+    let mut note = |key: &str, value: String| drop(file.notes.insert(key.into(), value));
+    note("format", FORMAT.into());
+    note("spec", model.name.clone());
+    note("step", step.to_string());
+    note("of", Value::Object(of.0.clone()).to_string());
+    for name in VECTORS {
+        let flat = session.flat(name)?.into_owned();
+        file.tensors.insert(name.into(), Stored::f32(vec![flat.len() as u64], flat));
+    }
+    adapter::save(&out.join(STATE), &file)
+}

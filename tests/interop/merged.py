@@ -1,0 +1,42 @@
+"""What transformers makes of a merged model's folder.
+
+    merged.py FOLDER TOKEN…
+
+Prints JSON: the ids of the tokens, how each is split when it stands in a text, rows of the embedding, the type of the
+weights, what is missing or left over, and whether the logits of a text with the tokens are finite.
+"""
+
+import json
+import os
+import sys
+import warnings
+
+# Set before the libraries are imported. Nothing here may ask a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main():
+    folder, tokens = sys.argv[1], sys.argv[2:]
+    warnings.simplefilter("ignore")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    ids = tokenizer(" ".join(tokens), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits
+    found = {
+        "ids": tokenizer.convert_tokens_to_ids(tokens),
+        "in_text": [tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"] for token in tokens],
+        "rows": model.get_input_embeddings().weight.shape[0],
+        "vocab_size": model.config.vocab_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "complaints": sorted(name for names in info.values() for name in names),
+        "finite": bool(torch.isfinite(logits).all()),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+//! A merged folder is whole: weights in their types, the tokenizer with new tokens, everything that lies beside them.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use peft_runtime::adapter::{self, Data, Float, Stored, TensorFile};
+use peft_runtime::safefile::SafeFile;
+use serde_json::{Value, json};
+
+use super::random::{CLASSIFIER, Case, classifier, generator};
+use crate::cli::{Ran, text};
+
+/// A case with an adapter, trained for a step.
+fn trained(case: Case) -> Case {
+    let ran = case.with("train", &["--set", "train.steps=1", "--out", text(&case.path("run"))]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    case
+}
+
+fn merge(case: &Case, out: &Path, more: &[&str]) -> Ran {
+    let run = case.path("run");
+    let given = ["merge", text(&case.spec), "--weights", text(&case.weights), "--adapter", text(&run), "-o", text(out)];
+    case.bench.peftc(given.iter().chain(more))
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).expect("readable")).expect("JSON")
+}
+
+/// Writes the weights again, each tensor in the type that `of` gives.
+fn retyped(case: &Case, of: impl Fn(&str) -> Float) {
+    let path = case.weights.join("model.safetensors");
+    let mut file = adapter::load(&path).expect("sound");
+    for (name, stored) in &mut file.tensors {
+        let Data::F32(numbers) = stored.data.clone() else { panic!("f32") };
+        *stored = Stored::rounded(stored.shape.clone(), numbers, of(name)).expect("in range");
+    }
+    adapter::save(&path, &file).expect("written");
+}
+
+const VALUE: &str = "bert.encoder.layer.0.attention.self.value.weight";
+const QUERY: &str = "bert.encoder.layer.0.attention.self.query.weight";
+
+#[test]
+fn types_are_kept_or_chosen() {
+    let case = trained(classifier(CLASSIFIER, |_| {}));
+    let out = case.path("merged");
+    let types = |name: &str| SafeFile::open(&out.join("model.safetensors")).expect("sound").float(name);
+    let configured = |key: &str| json(&out.join("config.json"))[key].clone();
+    let ran = merge(&case, &out, &[]);
+    assert!(ran.code == 0 && ran.out.contains("written in f32, as in the files"), "{}{}", ran.out, ran.err);
+    assert_eq!(configured("torch_dtype"), "float32");
+
+    for dtype in [Float::BF16, Float::F16] {
+        retyped(&case, |_| dtype);
+        let ran = merge(&case, &out, &["--overwrite"]);
+        let said = format!("written in {}, as in the files", dtype.name());
+        assert!(ran.code == 0 && ran.out.contains(&said), "{}{}", ran.out, ran.err);
+        // What no method changed has the bits of the file; the head, which is new, has the type of the rest.
+        assert_eq!([VALUE, QUERY, "classifier.weight"].map(types), [Some(dtype); 3]);
+        let read = |folder: &Path| adapter::load(&folder.join("model.safetensors")).expect("sound").tensors;
+        assert_eq!(read(&out)[VALUE], read(&case.weights)[VALUE]);
+        assert_eq!(configured("torch_dtype"), dtype.torch());
+    }
+    // Norms in f32 beside matrices in bf16.
+    let norm = |name: &str| name.contains("LayerNorm");
+    retyped(&case, |name| if norm(name) { Float::F32 } else { Float::BF16 });
+    let mut config = json(&case.weights.join("config.json"));
+    config["dtype"] = json!("bfloat16");
+    fs::write(case.weights.join("config.json"), config.to_string()).expect("written");
+    let ran = merge(&case, &out, &["--overwrite"]);
+    assert!(ran.out.contains("written in f32 and bf16, as in the files"), "{}{}", ran.out, ran.err);
+    let file = SafeFile::open(&out.join("model.safetensors")).expect("sound");
+    for name in file.names() {
+        assert_eq!(file.float(name), Some(if norm(name) { Float::F32 } else { Float::BF16 }), "{name}");
+    }
+    assert_eq!((configured("dtype"), configured("torch_dtype")), (json!("bfloat16"), Value::Null));
+
+    let ran = merge(&case, &out, &["--overwrite", "--dtype", "f16"]);
+    assert!(ran.out.contains("written in f16, as asked for"), "{}{}", ran.out, ran.err);
+    let file = SafeFile::open(&out.join("model.safetensors")).expect("sound");
+    assert!(file.names().all(|name| file.float(name) == Some(Float::F16)));
+    assert_eq!(configured("dtype"), "float16");
+    let ran = merge(&case, &out, &["--dtype", "int8"]);
+    assert!(ran.code == 2 && ran.err.contains("f32, f16, bf16"), "{}", ran.err);
+
+    // A number for which the type is too small: refused, and what was there stands.
+    retyped(&case, |_| Float::F32);
+    let path = case.weights.join("model.safetensors");
+    let mut file = adapter::load(&path).expect("sound");
+    let Data::F32(numbers) = &mut file.tensors.get_mut(VALUE).expect("there").data else { panic!("f32") };
+    numbers[5] = 1e5;
+    adapter::save(&path, &file).expect("written");
+    let before = fs::read(out.join("model.safetensors")).expect("there");
+    let ran = merge(&case, &out, &["--overwrite", "--dtype", "f16"]);
+    assert!(
+        ran.code == 2 && ran.err.contains(VALUE) && ran.err.contains("1e5, for which f16 is too small"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(fs::read(out.join("model.safetensors")).expect("there"), before);
+    assert_eq!(merge(&case, &out, &["--overwrite", "--dtype", "bf16"]).code, 0);
+}
+
+#[test]
+fn what_lies_beside_the_weights_is_copied() {
+    let case = trained(classifier(CLASSIFIER, |_| {}));
+    let write = |name: &str| drop(case.bench.write(&format!("weights/{name}"), name));
+    let copied = [
+        "tokenizer.model",
+        "chat_template.jinja",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+        "README.md",
+        "LICENSE",
+        "1_Pooling/config.json",
+        "spiece.vocab",
+    ];
+    let left = [
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.gguf",
+        ".cache/huggingface/x",
+        ".gitattributes",
+        "adapter_config.json",
+        "onnx/model.onnx",
+        "onnx/config.json",
+    ];
+    copied.iter().chain(&left).for_each(|name| write(name));
+    let out = case.path("merged");
+    let ran = merge(&case, &out, &[]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.contains("not copied, since weights lie there: onnx"), "{}", ran.err);
+    for name in copied {
+        assert_eq!(fs::read_to_string(out.join(name)).unwrap_or_else(|e| panic!("{name}: {e}")), name);
+    }
+    for name in left {
+        assert!(!out.join(name).exists(), "{name}");
+    }
+    assert_eq!(
+        fs::read(out.join("tokenizer.json")).expect("there"),
+        fs::read(case.weights.join("tokenizer.json")).expect("there")
+    );
+    assert_eq!(
+        fs::metadata(&out).expect("there").permissions(),
+        fs::metadata(&case.weights).expect("there").permissions()
+    );
+}
+
+#[test]
+fn a_base_is_never_written_over_and_a_model_only_when_asked() {
+    let case = trained(classifier(CLASSIFIER, |_| {}));
+    let out = case.path("merged");
+    let before = fs::read(case.weights.join("model.safetensors")).expect("there");
+    for more in [&[][..], &["--overwrite"]] {
+        let ran = merge(&case, &case.weights, more);
+        assert!(ran.code == 2 && ran.err.contains("which this command reads"), "{}", ran.err);
+        // By another name, and a folder that holds it.
+        let ran = merge(&case, &case.weights.join("../weights"), more);
+        assert!(ran.code == 2 && ran.err.contains("which this command reads"), "{}", ran.err);
+        let ran = merge(&case, case.weights.parent().expect("a parent"), more);
+        assert!(ran.code == 2 && ran.err.contains("which this command reads"), "{}", ran.err);
+    }
+    assert_eq!(fs::read(case.weights.join("model.safetensors")).expect("there"), before);
+    assert_eq!(merge(&case, &out, &[]).code, 0);
+    let ran = merge(&case, &out, &[]);
+    assert!(ran.code == 2 && ran.err.contains("it exists; replace it with `--overwrite`"), "{}", ran.err);
+    // An older model goes with all that lies beside it.
+    fs::write(out.join("model-00001-of-00002.safetensors"), "old").expect("written");
+    fs::write(out.join("chat_template.jinja"), "old").expect("written");
+    assert_eq!(merge(&case, &out, &["--overwrite"]).code, 0);
+    assert!(!out.join("model-00001-of-00002.safetensors").exists() && !out.join("chat_template.jinja").exists());
+    // What is no model is not replaced, and a repository neither.
+    let notes = case.bench.write("notes/todo.txt", "mine");
+    let ran = merge(&case, notes.parent().expect("a folder"), &["--overwrite"]);
+    assert!(ran.code == 2 && ran.err.contains("other things than this command writes"), "{}", ran.err);
+    case.bench.write("merged/.git/HEAD", "ref");
+    let ran = merge(&case, &out, &["--overwrite"]);
+    assert!(ran.code == 2 && out.join(".git/HEAD").is_file(), "{}", ran.err);
+    // An empty folder is as good as none; nothing is left beside what was written.
+    let empty = case.path("empty");
+    fs::create_dir(&empty).expect("a folder");
+    assert_eq!(merge(&case, &empty, &[]).code, 0);
+    let beside = fs::read_dir(case.path("")).expect("a folder").map(|e| e.expect("an entry").file_name());
+    assert!(!beside.into_iter().any(|name| name.to_string_lossy().starts_with(".peftc-")));
+}
+
+/// What transformers makes of a folder, if it is there to be asked.
+fn asked(folder: &Path, tokens: &[&str]) -> Option<Value> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let venv = root.join("target/interop-venv");
+    if !venv.join("ready").is_file() {
+        println!("skipped: no virtual environment with transformers; `make interop` makes one");
+        return None;
+    }
+    let mut ask = Command::new(venv.join("bin/python"));
+    let said = ask.arg(root.join("tests/interop/merged.py")).arg(folder).args(tokens).output().expect("it starts");
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    Some(serde_json::from_slice(&said.stdout).expect("JSON"))
+}
+
+const TOKENS: [&str; 6] = ["<bos>", "<eos>", "<subject>", "<property>", "<object>", "<target>"];
+
+#[test]
+fn new_tokens_are_in_the_tokenizer() {
+    let case = trained(generator(""));
+    let first = json(&case.weights.join("tokenizer.json"));
+    let whole = |folder: &Path| {
+        let found = json(&folder.join("tokenizer.json"));
+        let added: Vec<(&str, i64)> = found["added_tokens"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .map(|token| (token["content"].as_str().expect("a text"), token["id"].as_i64().expect("an id")))
+            .collect();
+        assert_eq!(added, TOKENS.into_iter().zip(1536..).collect::<Vec<_>>());
+        assert_eq!((&found["model"], &found["pre_tokenizer"]), (&first["model"], &first["pre_tokenizer"]));
+        assert_eq!(json(&folder.join("config.json"))["vocab_size"], 1542);
+        if let Some(found) = asked(folder, &TOKENS) {
+            let ids: Vec<i64> = (1536..1542).collect();
+            assert_eq!(found["ids"], json!(ids), "{found}");
+            for (id, split) in ids.iter().zip(found["in_text"].as_array().expect("a list")) {
+                assert_eq!(split.as_array().map(|ids| (ids.len(), &ids[1])), Some((3, &json!(id))), "{found}");
+            }
+            let rest = ["rows", "vocab_size", "finite", "complaints"].map(|key| found[key].clone());
+            assert_eq!(rest, [json!(1542), json!(1542), json!(true), json!([])], "{found}");
+        }
+    };
+    let out = case.path("merged");
+    assert_eq!(merge(&case, &out, &[]).code, 0);
+    whole(&out);
+    // The merged model is a base like any other: its tokenizer has the tokens, so that none is new.
+    let types = json!({"added_tokens_decoder": {}, "tokenizer_class": "PreTrainedTokenizerFast"});
+    fs::write(case.weights.join("tokenizer_config.json"), types.to_string()).expect("written");
+    assert_eq!(merge(&case, &out, &["--overwrite"]).code, 0);
+    whole(&out);
+    let decoder = json(&out.join("tokenizer_config.json"))["added_tokens_decoder"].clone();
+    assert_eq!(decoder["1541"]["content"], "<target>");
+    assert_eq!(decoder["1536"]["special"], true);
+
+    // Without a tokenizer the tokens have no place, and that is said; one from elsewhere takes them.
+    let elsewhere = case.path("elsewhere");
+    fs::create_dir(&elsewhere).expect("a folder");
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::rename(case.weights.join(name), elsewhere.join(name)).expect("moved");
+    }
+    let ran = merge(&case, &out, &["--overwrite"]);
+    assert!(
+        ran.code == 0 && ran.err.contains("holds no tokenizer to write the task's tokens <bos> <eos>"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+    assert_eq!(merge(&case, &out, &["--overwrite", "--tokenizer", text(&elsewhere)]).code, 0);
+    whole(&out);
+}
+
+/// Shards become one file, with no index of what is not there.
+#[test]
+fn a_base_in_shards_is_merged_into_one_file() {
+    let case = trained(generator(""));
+    let path = case.weights.join("model.safetensors");
+    let whole = adapter::load(&path).expect("sound");
+    fs::remove_file(&path).expect("removed");
+    let mut map = serde_json::Map::new();
+    let mut shards = [TensorFile::default(), TensorFile::default()];
+    for (at, (name, stored)) in whole.tensors.into_iter().enumerate() {
+        let shard = at % 2;
+        map.insert(name.clone(), json!(format!("model-0000{}-of-00002.safetensors", shard + 1)));
+        shards[shard].tensors.insert(name, stored);
+    }
+    for (at, shard) in shards.iter().enumerate() {
+        adapter::save(&case.weights.join(format!("model-0000{}-of-00002.safetensors", at + 1)), shard)
+            .expect("written");
+    }
+    fs::write(case.weights.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string())
+        .expect("written");
+    let out = case.path("merged");
+    let ran = merge(&case, &out, &["--dtype", "bf16"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let weights: Vec<String> = fs::read_dir(&out)
+        .expect("a folder")
+        .map(|e| e.expect("an entry").file_name().to_string_lossy().into_owned())
+        .filter(|name| name.contains("model"))
+        .collect();
+    assert_eq!(weights, ["model.safetensors"]);
+    if let Some(found) = asked(&out, &["<bos>"]) {
+        assert_eq!((&found["dtype"], &found["complaints"]), (&json!("bfloat16"), &json!([])), "{found}");
+    }
+}

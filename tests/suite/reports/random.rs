@@ -1,0 +1,259 @@
+//! What a run drew at random and does not train: it lies in the adapter's file, or is pinned by the seed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peft_grammar::model::Model;
+use peft_runtime::adapter::{self, Data, Float, Stored, TensorFile};
+
+use super::{config, folder, spec, tensors};
+use crate::cli::{Bench, Ran, text};
+
+/// A spec with a checkpoint's folder and data.
+pub struct Case {
+    pub bench: Bench,
+    pub spec: PathBuf,
+    pub model: Model,
+    pub weights: PathBuf,
+    pub data: PathBuf,
+}
+
+/// Six words, of which a sentence's first and last token are marks.
+pub const TOKENIZER: &str = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+    "pre_tokenizer":{"type":"Whitespace"},
+    "post_processor":{"type":"BertProcessing","sep":["[SEP]",2],"cls":["[CLS]",1]},"decoder":null,
+    "model":{"type":"WordLevel","vocab":{"[UNK]":0,"[CLS]":1,"[SEP]":2,"good":3,"bad":4,"film":5},"unk_token":"[UNK]"}}"#;
+
+pub const CLASSIFIER: &str = "model = bert(layers: 1, hidden: 8, heads: 2, ffn: 12, vocab: 6, context: 16)\n\
+    tune { every attention { lora(rank: 2) on q } }\n\
+    task t { kind: classification\n max_tokens: 16\n labels: [\"0\", \"1\"] }\n\
+    train { lr: 5e-2\n batch: 2\n epochs: 20 }\n";
+
+/// A classifier, and a checkpoint of its backbone from which `spoil` may take tensors.
+pub fn classifier(text: &str, spoil: impl FnOnce(&mut TensorFile)) -> Case {
+    let bench = Bench::new();
+    let (spec, model) = spec(&bench, "tiny.peft", text);
+    let mut file = tensors(&model, false);
+    spoil(&mut file);
+    let weights = folder(&bench, "weights", &config(&model), &file);
+    fs::write(weights.join("tokenizer.json"), TOKENIZER).expect("written");
+    let data = bench.write("data.tsv", "good film\t1\nbad film\t0\ngood good\t1\nbad\t0\n");
+    Case { bench, spec, model, weights, data }
+}
+
+fn without_pooler(file: &mut TensorFile) {
+    file.tensors.retain(|name, _| !name.contains("pooler"));
+}
+
+/// A GPT-2 for `data/triples`, whose six special tokens its checkpoint lacks. `rows` is a rule of the tune block.
+pub fn generator(rows: &str) -> Case {
+    let bench = Bench::new();
+    let demo = fs::read_to_string("models/demo/triples.peft").expect("readable");
+    let (start, end) = (demo.find("task").expect("a task"), demo.find("train {").expect("a recipe"));
+    let text = format!(
+        "model = gpt2(layers: 1, hidden: 8, heads: 2, ffn: 16, vocab: 1542, context: 128)\n\
+         tune {{ every attention {{ lora(rank: 2) on q, v }} {rows} }}\n{}\
+         train {{ lr: 5e-2\n batch: 8\n steps: 6 }}\n",
+        &demo[start..end]
+    );
+    let (spec, model) = spec(&bench, "tiny.peft", &text);
+    let mut file = tensors(&model, false);
+    let table = file.tensors.get_mut("transformer.wte.weight").expect("a table");
+    let Data::F32(numbers) = &table.data else { panic!("f32") };
+    *table = Stored::f32(vec![1536, 8], numbers[..1536 * 8].to_vec());
+    let mut config = config(&model);
+    config.insert("vocab_size".into(), 1536.into());
+    let weights = folder(&bench, "weights", &config, &file);
+    fs::copy("data/triples/tokenizer.json", weights.join("tokenizer.json")).expect("copied");
+    Case { bench, spec, model, weights, data: PathBuf::from("data/triples/dev.json") }
+}
+
+impl Case {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.bench.path(name)
+    }
+
+    /// Runs a command on the case's spec, weights and data.
+    pub fn with(&self, command: &str, more: &[&str]) -> Ran {
+        let given = [command, text(&self.spec), "--weights", text(&self.weights), "--data", text(&self.data)];
+        self.bench.peftc(given.iter().chain(more))
+    }
+
+    /// Trains into `out`; gives the figures on the training data after it.
+    pub fn train(&self, out: &Path, more: &[&str]) -> (Ran, String) {
+        let ran = self.with("train", &[&["--dev", text(&self.data), "--out", text(out)], more].concat());
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let after = ran.out.lines().find_map(|line| line.trim().strip_suffix(" after")).expect("judged").to_string();
+        (ran, after)
+    }
+
+    /// The figures of `eval`, and what it says.
+    pub fn eval(&self, adapter: &Path, more: &[&str]) -> (String, String) {
+        let ran = self.with("eval", &[&["--adapter", text(adapter)], more].concat());
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        (ran.out.trim().split_once("examples, ").expect("figures").1.to_string(), ran.err)
+    }
+}
+
+/// The file of an adapter without what was drawn, as one was written that did not know of it.
+fn forgetful(run: &Path, to: &Path) {
+    let mut file = adapter::load(&run.join("adapter.safetensors")).expect("sound");
+    let keys: Vec<String> = serde_json::from_str(&file.notes["drawn"]).expect("a list");
+    assert!(!keys.is_empty() && keys.iter().all(|key| file.tensors.remove(key).is_some()));
+    for note in ["drawn", "base", "seed"] {
+        file.notes.remove(note);
+    }
+    adapter::save(to, &file).expect("written");
+}
+
+#[test]
+fn a_pooler_that_no_file_holds_goes_with_the_adapter() {
+    let case = classifier(CLASSIFIER, without_pooler);
+    let run = case.path("run");
+    let (ran, after) = case.train(&run, &["--seed", "7"]);
+    let new = "new here, drawn at random: bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias";
+    assert!(ran.err.contains(new), "{}", ran.err);
+    let (figures, said) = case.eval(&run, &[]);
+    assert_eq!(figures, after);
+    assert!(!said.contains("drawn at random") && !said.contains("warning"), "{said}");
+    // Drawn anew it is another model, and that is said.
+    let forgot = case.path("forgot.safetensors");
+    forgetful(&run, &forgot);
+    let (figures, said) = case.eval(&forgot, &[]);
+    assert!(figures != after && said.contains("drawn at random: bert.pooler.dense.weight"), "{figures} {said}");
+
+    // A checkpoint that holds one: the adapter's is used, and that is said.
+    let mut whole = tensors(&case.model, false);
+    let other = folder(&case.bench, "other", &config(&case.model), &whole);
+    fs::write(other.join("tokenizer.json"), TOKENIZER).expect("written");
+    let elsewhere = |weights: &Path| {
+        let args = ["eval", text(&case.spec), "--weights", text(weights), "--data", text(&case.data), "--adapter"];
+        let ran = case.bench.peftc(args.iter().copied().chain([text(&run)]));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        (ran.out.trim().split_once("examples, ").expect("figures").1.to_string(), ran.err)
+    };
+    let (figures, said) = elsewhere(&other);
+    assert_eq!(figures, after);
+    assert!(said.contains("these weights hold `bert.pooler.dense.weight`") && !said.contains("warning"), "{said}");
+
+    // Other numbers below the adapter.
+    let Data::F32(numbers) = &mut whole.tensors.get_mut("bert.encoder.layer.0.output.dense.bias").expect("there").data
+    else {
+        panic!("f32")
+    };
+    numbers[3] += 0.5;
+    let other = folder(&case.bench, "moved", &config(&case.model), &whole);
+    fs::write(other.join("tokenizer.json"), TOKENIZER).expect("written");
+    assert!(elsewhere(&other).1.contains("was trained on other base weights than these"));
+
+    // Exported and merged, it is there as well.
+    let own = case.path("own");
+    let export = ["export", text(&case.spec), "--adapter", text(&run), "-o", text(&own)];
+    case.bench.refuses(
+        &[&export[..], &["--format", "peft"]].concat(),
+        2,
+        &["`bert.pooler.dense.bias` was drawn at random"],
+    );
+    let ran = case.bench.peftc(export);
+    assert!(ran.code == 0 && ran.err.contains("`bert.pooler.dense.bias` was drawn at random"), "{}", ran.err);
+    assert_eq!(case.eval(&own, &[]).0, after);
+    let merged = case.path("merged");
+    let merge =
+        ["merge", text(&case.spec), "--weights", text(&case.weights), "--adapter", text(&run), "-o", text(&merged)];
+    let ran = case.bench.peftc(merge);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let plain = CLASSIFIER.replace("tune { every attention { lora(rank: 2) on q } }\n", "");
+    let plain = case.bench.write("plain.peft", plain);
+    let args = ["eval", text(&plain), "--weights", text(&merged), "--data", text(&case.data)];
+    let ran = case.bench.peftc(args);
+    assert!(ran.out.contains(&after), "{}{}", ran.out, ran.err);
+}
+
+/// The same numbers in bf16 are the same base; a frozen head that was drawn is a part of the model, too.
+#[test]
+fn a_frozen_head_goes_with_the_adapter_and_types_do_not_matter() {
+    let text_of = CLASSIFIER.replace("on q }", "on q } head frozen");
+    let rounded = |file: &mut TensorFile| {
+        for stored in file.tensors.values_mut() {
+            let Data::F32(numbers) = &mut stored.data else { panic!("f32") };
+            // bf16 keeps the upper half of a number.
+            numbers.iter_mut().for_each(|x| *x = f32::from_bits(x.to_bits() & 0xFFFF_0000));
+        }
+    };
+    let case = classifier(&text_of, rounded);
+    let run = case.path("run");
+    let (ran, after) = case.train(&run, &["--seed", "5"]);
+    assert!(ran.err.contains("drawn at random: classifier.weight, classifier.bias\n"), "{}", ran.err);
+    assert_eq!(case.eval(&run, &[]).0, after);
+    let mut file = adapter::load(&case.weights.join("model.safetensors")).expect("sound");
+    for stored in file.tensors.values_mut() {
+        let Data::F32(numbers) = stored.data.clone() else { panic!("f32") };
+        *stored = Stored::rounded(stored.shape.clone(), numbers, Float::BF16).expect("in range");
+    }
+    adapter::save(&case.weights.join("model.safetensors"), &file).expect("written");
+    let (figures, said) = case.eval(&run, &[]);
+    assert_eq!(figures, after);
+    assert!(!said.contains("warning"), "{said}");
+    // A spec in which the head trains is another one.
+    let trains = case.bench.write("trains.peft", CLASSIFIER);
+    let eval =
+        ["eval", text(&trains), "--weights", text(&case.weights), "--data", text(&case.data), "--adapter", text(&run)];
+    case.bench.refuses(
+        &eval,
+        3,
+        &["`classifier.weight` was drawn at random and did not train", "in the spec it trains"],
+    );
+}
+
+#[test]
+fn rows_of_new_tokens_go_with_the_adapter() {
+    for rows in ["", "rows 1536..1538 of \"transformer.wte.weight\""] {
+        let case = generator(rows);
+        let run = case.path("run");
+        let (ran, after) = case.train(&run, &["--seed", "7"]);
+        assert!(ran.err.contains("drawn at random: transformer.wte.weight[1536:1542]"), "{}", ran.err);
+        let (figures, said) = case.eval(&run, &[]);
+        assert_eq!(figures, after);
+        assert!(!said.contains("drawn at random") && !said.contains("warning"), "{said}");
+        let file = adapter::load(&run.join("adapter.safetensors")).expect("sound");
+        assert_eq!(file.tensors["transformer.wte.weight[1536:1542]"].shape, [6, 8]);
+        let forgot = case.path("forgot.safetensors");
+        forgetful(&run, &forgot);
+        let (figures, said) = case.eval(&forgot, &[]);
+        assert!(figures != after && said.contains("drawn at random"), "{figures} {said}");
+        let own = case.path("own");
+        let ran = case.bench.peftc(["export", text(&case.spec), "--adapter", text(&run), "-o", text(&own)]);
+        assert!(ran.code == 0 && ran.out.contains("our own format"), "{}{}", ran.out, ran.err);
+        assert_eq!(case.eval(&own, &[]).0, after);
+    }
+}
+
+/// A base that is all random is pinned by its seed.
+#[test]
+fn random_weights_want_their_seed() {
+    let case = classifier(CLASSIFIER, |_| {});
+    let run = case.path("run");
+    let tokenizer = ["--tokenizer", text(&case.weights)];
+    let on = |command: &str, weights: &str, more: &[&str]| {
+        let given = [command, text(&case.spec), "--weights", weights, "--data", text(&case.data)];
+        case.bench.peftc(given.iter().chain(&tokenizer).chain(more))
+    };
+    let ran = on("train", "random", &["--seed", "7", "--dev", text(&case.data), "--out", text(&run)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(!ran.err.contains("drawn at random"), "{}", ran.err);
+    let after = ran.out.lines().find_map(|line| line.trim().strip_suffix(" after")).expect("judged");
+    let adapter = ["--adapter", text(&run)];
+    let ran = on("eval", "random", &adapter);
+    assert!(ran.code == 3 && ran.err.contains("use `--set train.seed=7`"), "{}{}", ran.out, ran.err);
+    let ran = on("eval", "random", &["--adapter", text(&run), "--set", "train.seed=7"]);
+    assert!(ran.code == 0 && ran.out.contains(after), "{}{}", ran.out, ran.err);
+    let ran = on("eval", text(&case.weights), &adapter);
+    assert!(ran.code == 3 && ran.err.contains("use `--weights random --set train.seed=7`"), "{}{}", ran.out, ran.err);
+    // An export keeps the seed that the run had.
+    let own = case.path("own");
+    let ran =
+        case.bench.peftc(["export", text(&case.spec), "--format", "own", "--adapter", text(&run), "-o", text(&own)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let ran = on("eval", "random", &["--adapter", text(&own)]);
+    assert!(ran.code == 3 && ran.err.contains("use `--set train.seed=7`"), "{}{}", ran.out, ran.err);
+}

@@ -1,0 +1,298 @@
+//! A state knows what it is of, and nothing that exists is overwritten unasked.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use peft_grammar::model::Model;
+use peft_runtime::adapter::{self, Data};
+
+use super::random::{CLASSIFIER, Case, TOKENIZER, classifier};
+use super::{config, folder, tensors};
+use crate::cli::{Bench, text};
+
+/// Two steps an epoch.
+fn case() -> Case {
+    classifier(&CLASSIFIER.replace("epochs: 20", "epochs: 2"), |_| {})
+}
+
+/// Every file of a folder.
+fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let files = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    files.map(|path| (path.clone(), fs::read(path).expect("readable"))).collect()
+}
+
+/// Two checkpoints of the same form.
+fn other_weights(case: &Case, model: &Model) -> PathBuf {
+    let mut file = tensors(model, false);
+    let Data::F32(numbers) = &mut file.tensors.get_mut("bert.encoder.layer.0.output.dense.bias").expect("there").data
+    else {
+        panic!("f32")
+    };
+    numbers[0] += 1e-3;
+    let other = folder(&case.bench, "other", &config(model), &file);
+    fs::write(other.join("tokenizer.json"), TOKENIZER).expect("written");
+    other
+}
+
+#[test]
+fn a_state_is_refused_with_what_it_is_not_of() {
+    let case = case();
+    let out = case.path("run");
+    let (_, _) = case.train(&out, &[]);
+    let before = content(&out);
+    let args = |spec: &Path, weights: &Path, data: &Path, more: &[&str]| {
+        let given =
+            ["train", text(spec), "--weights", text(weights), "--data", text(data), "--out", text(&out), "--resume"];
+        let longer = ["--dev", text(&case.data), "--set", "train.epochs=3"];
+        case.bench.peftc(given.iter().chain(&longer).chain(more))
+    };
+    let refuses = |spec: &Path, weights: &Path, data: &Path, more: &[&str], words: &[&str]| {
+        let ran = args(spec, weights, data, more);
+        assert_eq!(ran.code, 3, "{more:?}: {}{}", ran.out, ran.err);
+        for word in words {
+            assert!(ran.err.contains(word), "{more:?} should say `{word}`:\n{}", ran.err);
+        }
+        assert!(content(&out) == before, "{more:?} changed the run");
+    };
+    let (spec, weights, data) = (&case.spec, &case.weights, &case.data);
+    // As many values train in each of these.
+    let source = CLASSIFIER.replace("epochs: 20", "epochs: 2");
+    let of = |name: &str, from: &str, to: &str| case.bench.write(name, source.replace(from, to));
+    let moved = of("moved.peft", "on q", "on k");
+    refuses(
+        &moved,
+        weights,
+        data,
+        &[],
+        &["of another spec", "layers.0.attention.q.lora: applied in the state, none now"],
+    );
+    let scaled = of("scaled.peft", "rank: 2", "rank: 2, alpha: 8");
+    refuses(
+        &scaled,
+        weights,
+        data,
+        &[],
+        &["another spec", "layers.0.attention.q.lora's `alpha`: 2.0 in the state, 8.0 now"],
+    );
+    let own = "method lora(rank: int) on projection(x, y) {\n  weight A \"a\": [rank, width(x)] ~ uniform(1 / sqrt(width(x)))\n  \
+               weight B \"b\": [width(y), rank] ~ zeros\n  after y { y = y + 3 * (x @ transpose(A) @ transpose(B)) }\n}\n";
+    case.bench.write("own.peft", own.replace("method lora", "method mine"));
+    let mine = of("mine.peft", "model =", "import \"own.peft\"\nmodel =");
+    fs::write(&mine, fs::read_to_string(&mine).expect("readable").replace("lora(", "mine(")).expect("written");
+    refuses(&mine, weights, data, &[], &["another spec"]);
+    let labels = of("labels.peft", "[\"0\", \"1\"]", "[\"1\", \"0\"]");
+    refuses(&labels, weights, data, &[], &["task"]);
+    // The recipe.
+    refuses(spec, weights, data, &["--seed", "9"], &["another recipe", "train.seed: 1 in the state, 9 now"]);
+    refuses(spec, weights, data, &["--set", "train.batch=4"], &["train.batch: 2 in the state, 4 now"]);
+    refuses(spec, weights, data, &["--set", "train.lr=1e-3"], &["train.lr: 0.05 in the state, 0.001 now"]);
+    refuses(spec, weights, data, &["--set", "train.schedule=constant"], &["train.schedule"]);
+    refuses(spec, weights, data, &["--set", "train.epochs=1"], &["steps in all: 4 in the state, 2 now"]);
+    // Base weights and data.
+    let other = other_weights(&case, &case.model);
+    refuses(spec, &other, data, &[], &["of other base weights", "base weights: files "]);
+    let fewer = case.bench.write("fewer.tsv", "good film\t1\nbad film\t0\ngood good\t1\n");
+    refuses(spec, weights, &fewer, &[], &["training data: 4 examples, ", " in the state, 3 examples, "]);
+    let turned = case.bench.write("turned.tsv", "good film\t0\nbad film\t0\ngood good\t1\nbad\t0\n");
+    refuses(spec, weights, &turned, &[], &["of other data"]);
+    // A word of several at once.
+    refuses(spec, &other, &turned, &["--seed", "3"], &["it is of another recipe, other base weights, other data"]);
+
+    // Comments, lines and the file's name are no part of it; more epochs are said, and other held-out data.
+    let commented = case.bench.write("commented.peft", format!("// the same\n\n{source}"));
+    let ran = case.bench.peftc([
+        "train",
+        text(&commented),
+        "--weights",
+        text(weights),
+        "--data",
+        text(data),
+        "--out",
+        text(&out),
+        "--resume",
+        "--set",
+        "train.epochs=3",
+    ]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(
+        ran.err.contains(
+            "note: the run grows from 4 steps to 6: the rate goes on as in a run of 6 steps, with 1.67e-2 at step 5"
+        ),
+        "{}",
+        ran.err
+    );
+    assert!(ran.err.contains("held-out data: other examples than before"), "{}", ran.err);
+    assert!(ran.out.starts_with("2 steps"), "{}", ran.out);
+}
+
+#[test]
+fn what_is_finished_or_not_there_is_said() {
+    let case = case();
+    let out = case.path("run");
+    let resume = |more: &[&str]| case.with("train", &[&["--out", text(&out), "--resume"], more].concat());
+    let ran = resume(&[]);
+    assert!(ran.code == 3 && ran.err.contains("finds no `state.safetensors`: no run was stopped there"), "{}", ran.err);
+    assert!(!out.exists());
+    case.bench.write("run/metrics.jsonl", "{\"step\":1,\"loss\":0.7}\n");
+    let ran = resume(&[]);
+    assert!(
+        ran.code == 3 && ran.err.contains("stopped before its first epoch ended; begin anew with `--overwrite`"),
+        "{}",
+        ran.err
+    );
+    let ran = case.with("train", &["--out", text(&out), "--overwrite"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+
+    let before = content(&out);
+    let ran = resume(&[]);
+    assert!(
+        ran.code == 0 && ran.out.contains("is finished: 4 of 4 steps are done, and nothing was changed"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+    assert!(content(&out) == before);
+    // From an artifact of the same spec.
+    let artifact = case.path("tiny.peftc");
+    assert_eq!(case.bench.peftc(["compile", text(&case.spec), "-o", text(&artifact)]).code, 0);
+    let of_artifact = |more: &[&str]| {
+        let given = ["train", text(&artifact), "--weights", text(&case.weights), "--data", text(&case.data)];
+        case.bench.peftc(given.iter().chain(&["--out", text(&out), "--resume"]).chain(more))
+    };
+    let ran = of_artifact(&[]);
+    assert!(ran.code == 0 && ran.out.contains("is finished"), "{}{}", ran.out, ran.err);
+    let ran = of_artifact(&["--set", "train.epochs=3"]);
+    assert!(ran.code == 0 && ran.out.starts_with("2 steps"), "{}{}", ran.out, ran.err);
+
+    // A state of before says nothing of what it is of.
+    let path = out.join("state.safetensors");
+    let mut state = adapter::load(&path).expect("sound");
+    state.notes.remove("of");
+    state.notes.insert("format".into(), "peftc state 1".into());
+    adapter::save(&path, &state).expect("written");
+    let ran = resume(&["--set", "train.epochs=4"]);
+    assert!(ran.code == 0 && ran.err.contains("an older peftc wrote it"), "{}{}", ran.out, ran.err);
+    state.notes.insert("format".into(), "peftc state 9".into());
+    adapter::save(&path, &state).expect("written");
+    let ran = resume(&["--set", "train.epochs=5"]);
+    assert!(ran.code == 3 && ran.err.contains("a format that this peftc does not know"), "{}", ran.err);
+}
+
+#[test]
+fn nothing_is_overwritten_unasked() {
+    let case = case();
+    let out = case.path("run");
+    case.train(&out, &[]);
+    let before = content(&out);
+    let train = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
+    let onto = [&train[..], &[text(&out)]].concat();
+    case.bench.refuses(&onto, 2, &["it holds state.safetensors, adapter.safetensors", "`--resume`", "`--overwrite`"]);
+    assert!(content(&out) == before);
+    // Before weights, data or tokenizer are looked at.
+    case.bench.refuses(
+        &["train", text(&case.spec), "--weights", "none", "--data", "none", "--out", text(&out)],
+        2,
+        &["--overwrite"],
+    );
+    case.bench.refuses(&[&onto[..], &["--resume", "--overwrite"]].concat(), 2, &["cannot be used with"]);
+    // Nothing of the old run is left beside the new one.
+    fs::write(out.join("notes.txt"), "mine").expect("written");
+    fs::write(out.join("adapter_config.json"), "{}").expect("written");
+    let ran = case.bench.peftc(onto.iter().chain(&["--overwrite", "--set", "train.steps=1"]));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let names: Vec<String> =
+        content(&out).keys().map(|path| path.file_name().expect("a name").to_string_lossy().into_owned()).collect();
+    assert_eq!(names.iter().filter(|name| name.contains("tfevents")).count(), 1, "{names:?}");
+    assert_eq!(names.len(), 5, "{names:?}");
+    assert!(names.contains(&"notes.txt".into()), "{names:?}");
+    assert_eq!(fs::read_to_string(out.join("metrics.jsonl")).expect("there").lines().count(), 1);
+
+    // The other commands that write.
+    let twice = |args: &[&str], out: &Path| {
+        let args = [args, &["-o", text(out)]].concat();
+        let ran = case.bench.peftc(&args);
+        assert_eq!(ran.code, 0, "{args:?}: {}", ran.err);
+        case.bench.refuses(&args, 2, &[text(out), "it exists; replace it with `--overwrite`"]);
+        let ran = case.bench.peftc(args.iter().chain(&["--overwrite"]));
+        assert_eq!(ran.code, 0, "{args:?}: {}", ran.err);
+    };
+    let (spec, adapter) = (text(&case.spec), ["--adapter", text(&out)]);
+    let [artifact, stage, exported, imported, own] =
+        ["a.peftc", "stage", "exported", "imported.safetensors", "own"].map(|name| case.path(name));
+    twice(&["compile", spec], &artifact);
+    twice(&["compile", spec, "--emit", "model"], &stage);
+    twice(&[&["export", spec], &adapter[..]].concat(), &exported);
+    twice(&["import", spec, text(&exported)], &imported);
+    let batch = super::inputs(&case.bench, "in.safetensors", &[&[1, 3, 2]], &[0]);
+    let run = ["run", spec, "--entry", "forward", "--weights", text(&case.weights), "--inputs", text(&batch)];
+    twice(&run, &case.path("logits.safetensors"));
+    // Never what is read.
+    let over = |args: &[&str], path: &Path, words: &[&str]| {
+        let before = fs::metadata(path).expect("there").modified().expect("a time");
+        case.bench.refuses(&[args, &["-o", text(path), "--overwrite"]].concat(), 2, words);
+        assert_eq!(fs::metadata(path).expect("there").modified().expect("a time"), before);
+    };
+    over(&run, &batch, &["it is read by this command"]);
+    over(&["compile", spec, "--emit", "model"], &case.spec, &["it is read by this command"]);
+    over(
+        &["import", spec, text(&exported)],
+        &exported.join("adapter_model.safetensors"),
+        &["it is read by this command"],
+    );
+    over(&[&["export", spec, "--format", "own"], &adapter[..]].concat(), &out, &["which this command reads"]);
+    over(&["export", spec, "--adapter", text(&imported)], &out, &["other things than this command writes"]);
+    over(&["compile", spec], &case.weights, &["other things than this command writes"]);
+    over(&run, Path::new("/dev/null"), &["no plain file"]);
+    // One format after the other: nothing of the first is left.
+    twice(&[&["export", spec, "--format", "own"], &adapter[..]].concat(), &own);
+    let ran = case.bench.peftc(["export", spec, "--adapter", text(&out), "-o", text(&own), "--overwrite"]);
+    assert!(ran.code == 0 && !own.join("adapter.safetensors").exists() && own.join("adapter_config.json").is_file());
+}
+
+/// Killed in the middle, a run's files are whole, and it goes on to the bits of one that was left alone.
+#[test]
+fn a_run_that_is_killed_goes_on() {
+    let case = classifier(&CLASSIFIER.replace("epochs: 20", "epochs: 120"), |_| {});
+    let args = |out: &Path| {
+        let given = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
+        given.iter().copied().chain([text(out)]).map(String::from).collect::<Vec<_>>()
+    };
+    let (alone, killed) = (case.path("alone"), case.path("killed"));
+    let ran = case.bench.peftc(args(&alone));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_peftc"))
+        .args(args(&killed))
+        .env("PEFTC_CACHE", case.path("cache"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it starts");
+    let begun = Instant::now();
+    while !killed.join("state.safetensors").is_file() && begun.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().expect("killed");
+    child.wait().expect("it ended");
+    let state = adapter::load(&killed.join("state.safetensors")).expect("whole");
+    adapter::load(&killed.join("adapter.safetensors")).expect("whole");
+    let step: u64 = state.notes["step"].parse().expect("a number");
+    assert!((2..240).contains(&step), "it was killed at step {step}");
+    let ran = case.bench.peftc(args(&killed).iter().map(String::as_str).chain(["--resume"]));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    for name in ["adapter.safetensors", "state.safetensors"] {
+        assert!(fs::read(alone.join(name)).expect("there") == fs::read(killed.join(name)).expect("there"), "{name}");
+    }
+}
+
+/// A run that failed before it had anything to keep is in no one's way.
+#[test]
+fn a_run_that_left_nothing_may_be_begun_again() {
+    let bench = Bench::new();
+    bench.write("run/metrics.jsonl", "");
+    bench.write("run/events.out.tfevents.1.peftc.2", "");
+    assert!(peftc::training::in_the_way(&bench.path("run")).is_empty());
+    assert_eq!(peftc::training::earlier(&bench.path("run")).len(), 2);
+}
