@@ -31,6 +31,10 @@ pub enum DataError {
     #[error("no tokenizer in `{path}`: {message}")]
     NoTokenizer { path: PathBuf, message: String },
 
+    /// What stands beside a tokenizer's vocabulary.
+    #[error("`{path}`: {message}")]
+    Settings { path: PathBuf, message: String },
+
     #[error("`{path}` is no tokenizer that can be used: {message}")]
     Tokenizer { path: PathBuf, message: String },
 

@@ -1,13 +1,14 @@
 //! What stands beside a tokenizer's vocabulary: `tokenizer_config.json`, `special_tokens_map.json`,
 //! `added_tokens.json`, and of `config.json` the class.
 
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::classes::Class;
-use super::files::{malformed, object};
+use super::files::object;
 use crate::data::DataError;
 
 /// The keys that name special tokens, in the order in which transformers adds them.
@@ -50,7 +51,10 @@ pub struct Settings {
 impl Settings {
     pub fn read(folder: &Path) -> Result<Self, DataError> {
         let optional = |name: &str| match folder.join(name) {
-            path if path.is_file() => object(&path),
+            path if path.is_file() => object(&path).map_err(|error| match error {
+                DataError::Tokenizer { path, message } => DataError::Settings { path, message },
+                other => other,
+            }),
             _ => Ok(Map::new()),
         };
         let path = folder.join("tokenizer_config.json");
@@ -58,11 +62,11 @@ impl Settings {
         let mut added = vec![];
         // As transformers does, which reads the two older files only where `added_tokens_decoder` is absent.
         if let Some(decoder) = keys.get("added_tokens_decoder") {
-            let entries = decoder.as_object().ok_or_else(|| malformed(&path, "`added_tokens_decoder` is no object"))?;
+            let entries = decoder.as_object().ok_or_else(|| refused(&path, "`added_tokens_decoder` is no object"))?;
             for (id, token) in entries {
                 let parsed = id.parse::<u32>().ok().zip(token_of(token, false));
                 let (id, token) =
-                    parsed.ok_or_else(|| malformed(&path, format!("`added_tokens_decoder` has no token at `{id}`")))?;
+                    parsed.ok_or_else(|| refused(&path, format!("`added_tokens_decoder` has no token at `{id}`")))?;
                 added.push(with_id(token, id));
             }
         } else {
@@ -70,7 +74,7 @@ impl Settings {
             for (token, id) in optional("added_tokens.json")? {
                 let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
                 let file = folder.join("added_tokens.json");
-                let number = number.ok_or_else(|| malformed(&file, format!("`{token}` has {id} for an id")))?;
+                let number = number.ok_or_else(|| refused(&file, format!("`{token}` has {id} for an id")))?;
                 added.push(with_id(plain(&token, false), number));
             }
         }
@@ -96,7 +100,7 @@ impl Settings {
         match self.keys.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Bool(flag)) => Ok(Some(*flag)),
-            Some(other) => Err(malformed(&self.path, format!("`{key}` is {other}, and should be true or false"))),
+            Some(other) => Err(refused(&self.path, format!("`{key}` is {other}, and should be true or false"))),
         }
     }
 
@@ -133,7 +137,7 @@ impl Settings {
                 Some(there) => {
                     let (content, ours, theirs) = (&token["content"], &token["id"], &there["id"]);
                     let message = format!("it gives {content} the id {ours}, and `tokenizer.json` {theirs}");
-                    return Err(malformed(&self.path, message));
+                    return Err(refused(&self.path, message));
                 }
                 None => tokens.push(token.clone()),
             }
@@ -194,6 +198,10 @@ pub fn id_of(json: &Map<String, Value>, token: &str) -> Option<u64> {
     added.or_else(|| Vocabulary(json.get("model")?.get("vocab")).id(token))
 }
 
+pub fn refused(path: &Path, message: impl Display) -> DataError {
+    DataError::Settings { path: path.to_owned(), message: message.to_string() }
+}
+
 /// A token without options.
 fn plain(content: &str, special: bool) -> Value {
     json!({
@@ -222,7 +230,7 @@ fn with_id(mut token: Value, id: u32) -> Value {
     token
 }
 
-/// Whether the folder says which tokenizer it has, although it may hold none.
+/// The names of what a folder holds, in order.
 pub fn entries(folder: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(folder) else { return vec![] };
     let mut names: Vec<String> =

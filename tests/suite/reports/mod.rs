@@ -2,6 +2,9 @@
 //!
 //! A class of fault is a file. Tests make their inputs themselves; nothing is fetched.
 
+mod labels;
+mod tokenizer;
+
 use std::fs;
 use std::path::PathBuf;
 
