@@ -117,7 +117,8 @@ fn appended_rows_are_drawn() {
     assert_eq!(wte[..4], [1.0, 2.0, 3.0, 4.0]);
     assert_eq!(wte[4..], random(&params(), 7)[0][4..]);
     assert!(read(home.path(), 0).err().unwrap().contains("`t.wte.weight` is [2, 2]"));
-    assert!(read(home.path(), 2).err().unwrap().contains("`t.wte.weight` is [2, 2]"));
+    // Of two tokens one may be the checkpoint's own.
+    assert_eq!(read(home.path(), 2).unwrap().tensors[0][..], wte[..]);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What stands beside a tokenizer's vocabulary: `tokenizer_config.json`, `special_tokens_map.json`,
 //! `added_tokens.json`, and of `config.json` the class.
 
+use std::collections::HashMap;
 use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -130,16 +131,24 @@ impl Settings {
             _ => vec![],
         };
         let vocabulary = Vocabulary(json.get("model").and_then(|model| model.get("vocab")));
-        let same = |a: &Value, b: &Value| a["content"] == b["content"];
+        let id = |token: &Value| token["id"].as_u64();
+        let content = |token: &Value| token["content"].as_str().unwrap_or_default().to_owned();
+        let mut ids: HashMap<String, Option<u64>> = tokens.iter().map(|token| (content(token), id(token))).collect();
+        let mut next = tokens.iter().filter_map(id).map(|id| id.saturating_add(1)).max().unwrap_or(0);
+        next = next.max(vocabulary.len() as u64);
         for token in &self.added {
-            match tokens.iter().find(|t| same(t, token)) {
-                Some(there) if there["id"] == token["id"] => {}
+            match ids.insert(content(token), id(token)) {
+                None => {
+                    next = next.max(id(token).unwrap_or(0) + 1);
+                    tokens.push(token.clone());
+                }
+                Some(there) if there == id(token) => {}
                 Some(there) => {
-                    let (content, ours, theirs) = (&token["content"], &token["id"], &there["id"]);
-                    let message = format!("it gives {content} the id {ours}, and `tokenizer.json` {theirs}");
+                    let there = there.map_or("no id".into(), |id| id.to_string());
+                    let message =
+                        format!("it gives {} the id {}, and `tokenizer.json` {there}", token["content"], token["id"]);
                     return Err(refused(&self.path, message));
                 }
-                None => tokens.push(token.clone()),
             }
         }
         let values = NAMED.iter().filter_map(|key| self.keys.get(*key));
@@ -149,22 +158,19 @@ impl Settings {
             _ => vec![],
         });
         let configured = values.chain(extra).filter_map(|value| token_of(value, true));
-        let silent = |key: &str| !self.keys.contains_key(key);
-        let own =
-            class.iter().flat_map(|c| c.tokens).filter(|(key, token)| silent(key) && vocabulary.id(token).is_some());
-        let own = own.map(|(_, token)| plain(token, true));
-        for token in configured.chain(own) {
-            if tokens.iter().any(|t| same(t, &token)) {
+        let own = class.iter().flat_map(|class| class.tokens);
+        let own = own.filter(|(key, token)| !self.keys.contains_key(*key) && vocabulary.id(token).is_some());
+        for token in configured.chain(own.map(|(_, token)| plain(token, true))) {
+            let content = content(&token);
+            if ids.contains_key(&content) {
                 continue;
             }
-            let content = token["content"].as_str().unwrap_or_default();
-            let id = vocabulary.id(content).unwrap_or_else(|| {
-                let last = tokens.iter().filter_map(|t| t["id"].as_u64()).max();
-                last.map_or(0, |id| id + 1).max(vocabulary.len() as u64)
-            });
+            let id = vocabulary.id(&content).unwrap_or(next);
+            next = next.max(id.saturating_add(1));
+            ids.insert(content, Some(id));
             tokens.push(with_id(token, id as u32));
         }
-        tokens.sort_by_key(|token| token["id"].as_u64());
+        tokens.sort_by_key(id);
         json.insert("added_tokens".into(), Value::Array(tokens));
         Ok(())
     }

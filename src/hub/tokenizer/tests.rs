@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use peft_grammar::model::{Task, TaskKind};
 use serde_json::Value;
@@ -109,6 +110,10 @@ fn the_real_vocabularies() {
         let tokenizer = load(&path).unwrap();
         let wrong = differences(name, &tokenizer, &texts, &fixtures["real"][name], name == "roberta");
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        if name == "roberta" {
+            // A blank at the end is a token of its own.
+            assert_eq!(tokenizer.encode(vec!["film "], true).unwrap()[0][2..], [1437, 2]);
+        }
     }
 }
 
@@ -317,6 +322,27 @@ fn nesting_has_a_limit() {
             Err(error) => assert!(depth > 16 && error.to_string().contains("tokenizer.json"), "{depth}: {error}"),
         }
     }
+}
+
+/// Patterns that nest, that grow, and that take long to match.
+#[test]
+fn patterns_have_limits() {
+    let begun = Instant::now();
+    let patterns = [
+        "(".repeat(100_000),
+        "(a".repeat(5_000) + &")".repeat(5_000),
+        "(?:a{1000}){1000}".into(),
+        "[".into(),
+        "(?:(a|a|b?)*)*\\1(?=c)".into(),
+    ];
+    for (pattern, fine) in patterns.iter().zip([false, false, false, false, true]) {
+        let mut json: Value = serde_json::from_str(PARTS).unwrap();
+        json["pre_tokenizer"] = serde_json::json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let folder = folder(&[("tokenizer.json".into(), json.to_string())]);
+        let read = load(folder.path()).and_then(|tokenizer| tokenizer.encode(vec![&"ab".repeat(40)], false));
+        assert_eq!(read.is_ok(), fine, "{}", &pattern[..pattern.len().min(20)]);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
 }
 
 const VOCAB: &str = r#"{"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}"#;

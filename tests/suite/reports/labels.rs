@@ -42,7 +42,7 @@ fn sentences_of_which_marks_are_left() {
             "no example is left",
             "no sentence in any of the 2 examples",
             "line 1, has 4 tokens",
-            "--set task.max_tokens=4",
+            "raise `task.max_tokens` to 4",
         ];
         bench.refuses(&[&train[..], &["--set", limit]].concat(), 3, &words);
     }
@@ -73,7 +73,7 @@ fn records_of_which_no_target_is_left() {
         "no target in any of the 1 examples",
         "entry 17, has ",
         "its first target is number ",
-        "raise it with `--set task.max_tokens=",
+        "raise `task.max_tokens` to ",
     ];
     let train = ["train", text(&spec), "--data", text(&data), "--out", text(&out)];
     for more in [&["--set", "train.steps=2"][..], &[]] {
