@@ -31,6 +31,10 @@ pub enum DataError {
     #[error("no tokenizer in `{path}`: {message}")]
     NoTokenizer { path: PathBuf, message: String },
 
+    /// What stands beside a tokenizer's vocabulary.
+    #[error("`{path}`: {message}")]
+    Settings { path: PathBuf, message: String },
+
     #[error("`{path}` is no tokenizer that can be used: {message}")]
     Tokenizer { path: PathBuf, message: String },
 
@@ -44,7 +48,7 @@ pub enum DataError {
     /// Every example is too long for anything to be left of it to learn from.
     #[error(
         "`{path}`: no example is left: `task.max_tokens` is {limit}, and the cut to it leaves {left} in any of the \
-         {count} examples; the first, {place}, has {length} tokens{from}; raise it with `--set task.max_tokens={length}`"
+         {count} examples; the first, {place}, has {length} tokens{from}; raise `task.max_tokens` to {length}, or leave such examples out"
     )]
     TooLong {
         path: PathBuf,

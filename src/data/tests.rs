@@ -167,7 +167,7 @@ fn cutting_may_leave_nothing_to_predict() {
         let limit = format!("`task.max_tokens` is {max_tokens},");
         let message = case.error(&task);
         assert!(message.contains(&limit), "{message}");
-        insta::allow_duplicates! { insta::assert_snapshot!(message.replace(&limit, "LIMIT"), @"`data`: no example is left: LIMIT and the cut to it leaves no target in any of the 1 examples; the first, entry 1, has 11 tokens, its first target is number 9; raise it with `--set task.max_tokens=11`"); }
+        insta::allow_duplicates! { insta::assert_snapshot!(message.replace(&limit, "LIMIT"), @"`data`: no example is left: LIMIT and the cut to it leaves no target in any of the 1 examples; the first, entry 1, has 11 tokens, its first target is number 9; raise `task.max_tokens` to 11, or leave such examples out"); }
     }
     // Where something is left, the line on the data counts.
     let long = format!("{TRIPLE}, {TRIPLE}");

@@ -1,8 +1,8 @@
 """Writes tokenizers.json: small tokenizers in every form that is read, and the ids that transformers gives.
 
-    python tests/interop/tokenizer_fixtures.py
+    PEFTC_DATA=DIR python tests/interop/tokenizer_fixtures.py
 
-A case is a folder: names of files with a key of `contents`, or with the content itself. `marked` are the ids with the
+`DIR/data/tokenizers` holds the vocabularies of GPT-2 and RoBERTa, of which only ids are kept: `real`. A case is a folder: names of files with a key of `contents`, or with the content itself. `marked` are the ids with the
 model's sentence marks, `plain` those without; `length` is len(tokenizer).
 """
 
@@ -164,10 +164,17 @@ def ids(files, load):
     return {"length": len(tokenizer), "marked": encode(True), "plain": encode(False)}
 
 
+def real(folder, load):
+    tokenizer = load(str(Path(os.environ["PEFTC_DATA"]) / "data/tokenizers" / folder))
+    encode = lambda marks: [tokenizer(text, add_special_tokens=marks)["input_ids"] for text in TEXTS]
+    return {"length": len(tokenizer), "marked": encode(True), "plain": encode(False)}
+
+
 if __name__ == "__main__":
     cases = {name: {"files": files, **ids(files, AutoTokenizer.from_pretrained)} for name, files in CASES.items()}
     cases |= {name: {"files": files, **ids(files, load)} for name, (files, load) in UNNAMED.items()}
     body = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
     contents, texts = json.dumps(CONTENTS, ensure_ascii=False), json.dumps(TEXTS)
-    OUT.write_text(f'{{"contents": {contents},\n"texts": {texts},\n"cases": {{\n{body}\n}}}}\n')
+    whole = {"gpt2": real("gpt2", AutoTokenizer.from_pretrained), "roberta": real("roberta", RobertaTokenizer.from_pretrained)}
+    OUT.write_text(f'{{"contents": {contents},\n"texts": {texts},\n"real": {json.dumps(whole)},\n"cases": {{\n{body}\n}}}}\n')
     print(f"{OUT}: {len(cases)} cases, {OUT.stat().st_size} bytes")

@@ -1,9 +1,11 @@
 //! Classes of transformers that build a tokenizer of a vocabulary and options, whatever else `tokenizer.json` says.
 
+use std::path::Path;
+
 use serde_json::{Map, Value, json};
 
 use super::files::malformed;
-use super::settings::{Declared, Settings, id_of};
+use super::settings::{Declared, Settings, id_of, refused};
 use crate::data::DataError;
 
 #[derive(Debug, PartialEq)]
@@ -84,19 +86,20 @@ const OPTIONS: [(&str, &str, &str, &str); 4] = [
 ];
 
 /// Brings a `tokenizer.json` to what transformers would make of it. A class that is known builds the parts around the
-/// vocabulary itself, by the settings and else by its own defaults. Any other leaves the file as it stands.
-pub fn apply(json: &mut Map<String, Value>, settings: &Settings) -> Result<(), DataError> {
+/// vocabulary itself, by the settings and else by its own defaults. Any other leaves the file as it stands. `source` is
+/// the vocabulary's file.
+pub fn apply(json: &mut Map<String, Value>, settings: &Settings, source: &Path) -> Result<(), DataError> {
     let class = match settings.declared.class() {
         Some(class) => match misfit(json, class.form) {
             None => Some(class),
             Some(part) if matches!(settings.declared, Declared::ByName(_)) => {
                 let message = format!(
-                    "its `tokenizer_class` is `{}`, whose {part} of `tokenizer.json` is of another kind, and versions \
-                     of transformers differ in which of the two counts; if `tokenizer.json` is right as it stands, \
-                     write `\"tokenizer_class\": \"PreTrainedTokenizerFast\"`",
+                    "its `tokenizer_class` is `{}`, but the {part} of `tokenizer.json` is not that class's; versions of \
+                     transformers differ in which of the two counts. If `tokenizer.json` is right as it stands, write \
+                     `\"tokenizer_class\": \"PreTrainedTokenizerFast\"`",
                     class.name
                 );
-                return Err(malformed(&settings.path, message));
+                return Err(refused(&settings.path, message));
             }
             Some(_) => None,
         },
@@ -104,7 +107,7 @@ pub fn apply(json: &mut Map<String, Value>, settings: &Settings) -> Result<(), D
     };
     settings.add_tokens(json, class)?;
     match class {
-        Some(class) => build(json, class, settings),
+        Some(class) => build(json, class, settings, source),
         None => agree(json, settings),
     }
 }
@@ -125,12 +128,12 @@ fn misfit(json: &Map<String, Value>, form: Form) -> Option<&'static str> {
     }
 }
 
-fn build(json: &mut Map<String, Value>, class: &Class, settings: &Settings) -> Result<(), DataError> {
+fn build(json: &mut Map<String, Value>, class: &Class, settings: &Settings, source: &Path) -> Result<(), DataError> {
     let mark = |json: &Map<String, Value>, key: &str| {
         let token = settings.named(key, Some(class)).unwrap_or_default();
         match id_of(json, &token) {
             Some(id) => Ok((token, id)),
-            None => Err(malformed(&settings.path, format!("the vocabulary lacks its `{key}`, `{token}`"))),
+            None => Err(malformed(source, format!("it lacks the `{key}` of `{}`, `{token}`", class.name))),
         }
     };
     let flag = |key: &str, default: bool| Ok::<bool, DataError>(settings.flag(key)?.unwrap_or(default));
@@ -178,7 +181,7 @@ fn agree(json: &Map<String, Value>, settings: &Settings) -> Result<(), DataError
                     "`{key}` is {set}, and `tokenizer.json` has {file} for it; versions of transformers differ in \
                      which of the two counts, so make them agree"
                 );
-                return Err(malformed(&settings.path, message));
+                return Err(refused(&settings.path, message));
             }
             _ => {}
         }

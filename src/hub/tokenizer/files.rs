@@ -9,7 +9,7 @@ use tokenizers::Tokenizer as Library;
 
 use super::classes::{self, Class};
 use super::contained::contained;
-use super::settings::{Declared, Settings, entries};
+use super::settings::{Declared, Settings, entries, refused};
 use crate::data::DataError;
 
 /// Arrays and objects inside each other beyond which a file is refused: the library reads them by recursion.
@@ -42,7 +42,7 @@ pub fn open(path: &Path) -> Result<Opened, DataError> {
     let (mut json, source, settings) = describe(path)?;
     // Files often hold the padding and the cut of their last user; sequences here have neither.
     json.retain(|key, _| key != "padding" && key != "truncation");
-    classes::apply(&mut json, &settings)?;
+    classes::apply(&mut json, &settings, &source)?;
     sound(&json).map_err(|message| malformed(&source, message))?;
     let notes = notes(&settings)?;
     let split = settings.flag("split_special_tokens")?.unwrap_or(false);
@@ -178,7 +178,8 @@ fn added_as_said(json: &Map<String, Value>, library: &Library) -> Result<(), Str
         if said != found && !content.is_empty() {
             let shown = |id: Option<u64>| id.map_or("none".into(), |id| id.to_string());
             return Err(format!(
-                "the id of its added token `{content}` should be {}, and behind the vocabulary it is {}",
+                "its added token `{content}` is said to have the id {}, and has {}: added tokens keep the vocabulary's \
+                 id, or count on from its end",
                 shown(said),
                 shown(found)
             ));
@@ -193,7 +194,7 @@ fn notes(settings: &Settings) -> Result<Vec<String>, DataError> {
     if settings.flag("fix_mistral_regex")? == Some(true) {
         let message = "`fix_mistral_regex` is true: transformers then splits text otherwise than `tokenizer.json` says; \
                        save the tokenizer once more with transformers, and leave the key out";
-        return Err(malformed(&settings.path, message));
+        return Err(refused(&settings.path, message));
     }
     if settings.text("truncation_side") == Some("left") {
         notes.push("`truncation_side` is left in its settings; long examples are cut on the right here".into());

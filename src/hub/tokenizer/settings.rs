@@ -1,13 +1,15 @@
 //! What stands beside a tokenizer's vocabulary: `tokenizer_config.json`, `special_tokens_map.json`,
 //! `added_tokens.json`, and of `config.json` the class.
 
+use std::collections::HashMap;
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::classes::Class;
-use super::files::{malformed, object};
+use super::files::object;
 use crate::data::DataError;
 
 /// The keys that name special tokens, in the order in which transformers adds them.
@@ -50,7 +52,10 @@ pub struct Settings {
 impl Settings {
     pub fn read(folder: &Path) -> Result<Self, DataError> {
         let optional = |name: &str| match folder.join(name) {
-            path if path.is_file() => object(&path),
+            path if path.is_file() => object(&path).map_err(|error| match error {
+                DataError::Tokenizer { path, message } => DataError::Settings { path, message },
+                other => other,
+            }),
             _ => Ok(Map::new()),
         };
         let path = folder.join("tokenizer_config.json");
@@ -58,11 +63,11 @@ impl Settings {
         let mut added = vec![];
         // As transformers does, which reads the two older files only where `added_tokens_decoder` is absent.
         if let Some(decoder) = keys.get("added_tokens_decoder") {
-            let entries = decoder.as_object().ok_or_else(|| malformed(&path, "`added_tokens_decoder` is no object"))?;
+            let entries = decoder.as_object().ok_or_else(|| refused(&path, "`added_tokens_decoder` is no object"))?;
             for (id, token) in entries {
                 let parsed = id.parse::<u32>().ok().zip(token_of(token, false));
                 let (id, token) =
-                    parsed.ok_or_else(|| malformed(&path, format!("`added_tokens_decoder` has no token at `{id}`")))?;
+                    parsed.ok_or_else(|| refused(&path, format!("`added_tokens_decoder` has no token at `{id}`")))?;
                 added.push(with_id(token, id));
             }
         } else {
@@ -70,7 +75,7 @@ impl Settings {
             for (token, id) in optional("added_tokens.json")? {
                 let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
                 let file = folder.join("added_tokens.json");
-                let number = number.ok_or_else(|| malformed(&file, format!("`{token}` has {id} for an id")))?;
+                let number = number.ok_or_else(|| refused(&file, format!("`{token}` has {id} for an id")))?;
                 added.push(with_id(plain(&token, false), number));
             }
         }
@@ -96,7 +101,7 @@ impl Settings {
         match self.keys.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Bool(flag)) => Ok(Some(*flag)),
-            Some(other) => Err(malformed(&self.path, format!("`{key}` is {other}, and should be true or false"))),
+            Some(other) => Err(refused(&self.path, format!("`{key}` is {other}, and should be true or false"))),
         }
     }
 
@@ -126,16 +131,24 @@ impl Settings {
             _ => vec![],
         };
         let vocabulary = Vocabulary(json.get("model").and_then(|model| model.get("vocab")));
-        let same = |a: &Value, b: &Value| a["content"] == b["content"];
+        let id = |token: &Value| token["id"].as_u64();
+        let content = |token: &Value| token["content"].as_str().unwrap_or_default().to_owned();
+        let mut ids: HashMap<String, Option<u64>> = tokens.iter().map(|token| (content(token), id(token))).collect();
+        let mut next = tokens.iter().filter_map(id).map(|id| id.saturating_add(1)).max().unwrap_or(0);
+        next = next.max(vocabulary.len() as u64);
         for token in &self.added {
-            match tokens.iter().find(|t| same(t, token)) {
-                Some(there) if there["id"] == token["id"] => {}
-                Some(there) => {
-                    let (content, ours, theirs) = (&token["content"], &token["id"], &there["id"]);
-                    let message = format!("it gives {content} the id {ours}, and `tokenizer.json` {theirs}");
-                    return Err(malformed(&self.path, message));
+            match ids.insert(content(token), id(token)) {
+                None => {
+                    next = next.max(id(token).unwrap_or(0) + 1);
+                    tokens.push(token.clone());
                 }
-                None => tokens.push(token.clone()),
+                Some(there) if there == id(token) => {}
+                Some(there) => {
+                    let there = there.map_or("no id".into(), |id| id.to_string());
+                    let message =
+                        format!("it gives {} the id {}, and `tokenizer.json` {there}", token["content"], token["id"]);
+                    return Err(refused(&self.path, message));
+                }
             }
         }
         let values = NAMED.iter().filter_map(|key| self.keys.get(*key));
@@ -145,22 +158,19 @@ impl Settings {
             _ => vec![],
         });
         let configured = values.chain(extra).filter_map(|value| token_of(value, true));
-        let silent = |key: &str| !self.keys.contains_key(key);
-        let own =
-            class.iter().flat_map(|c| c.tokens).filter(|(key, token)| silent(key) && vocabulary.id(token).is_some());
-        let own = own.map(|(_, token)| plain(token, true));
-        for token in configured.chain(own) {
-            if tokens.iter().any(|t| same(t, &token)) {
+        let own = class.iter().flat_map(|class| class.tokens);
+        let own = own.filter(|(key, token)| !self.keys.contains_key(*key) && vocabulary.id(token).is_some());
+        for token in configured.chain(own.map(|(_, token)| plain(token, true))) {
+            let content = content(&token);
+            if ids.contains_key(&content) {
                 continue;
             }
-            let content = token["content"].as_str().unwrap_or_default();
-            let id = vocabulary.id(content).unwrap_or_else(|| {
-                let last = tokens.iter().filter_map(|t| t["id"].as_u64()).max();
-                last.map_or(0, |id| id + 1).max(vocabulary.len() as u64)
-            });
+            let id = vocabulary.id(&content).unwrap_or(next);
+            next = next.max(id.saturating_add(1));
+            ids.insert(content, Some(id));
             tokens.push(with_id(token, id as u32));
         }
-        tokens.sort_by_key(|token| token["id"].as_u64());
+        tokens.sort_by_key(id);
         json.insert("added_tokens".into(), Value::Array(tokens));
         Ok(())
     }
@@ -194,6 +204,10 @@ pub fn id_of(json: &Map<String, Value>, token: &str) -> Option<u64> {
     added.or_else(|| Vocabulary(json.get("model")?.get("vocab")).id(token))
 }
 
+pub fn refused(path: &Path, message: impl Display) -> DataError {
+    DataError::Settings { path: path.to_owned(), message: message.to_string() }
+}
+
 /// A token without options.
 fn plain(content: &str, special: bool) -> Value {
     json!({
@@ -222,7 +236,7 @@ fn with_id(mut token: Value, id: u32) -> Value {
     token
 }
 
-/// Whether the folder says which tokenizer it has, although it may hold none.
+/// The names of what a folder holds, in order.
 pub fn entries(folder: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(folder) else { return vec![] };
     let mut names: Vec<String> =

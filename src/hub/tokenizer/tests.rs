@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use peft_grammar::model::{Task, TaskKind};
 use serde_json::Value;
@@ -15,7 +16,7 @@ fn fixtures() -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn folder(files: &[(&str, &str)]) -> TempDir {
+fn folder(files: &[(String, String)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for (name, text) in files {
         fs::write(folder.path().join(name), text).unwrap();
@@ -36,54 +37,367 @@ fn load(path: &Path) -> Result<Tokenizer, DataError> {
 
 /// Why a folder with these files is refused, without its path.
 fn refusal(files: &[(&str, &str)]) -> String {
-    let folder = folder(files);
+    let files: Vec<_> = files.iter().map(|(name, text)| (name.to_string(), text.to_string())).collect();
+    let folder = folder(&files);
     let error = load(folder.path()).err().expect("it is refused").to_string();
     error.replace(&folder.path().display().to_string(), "DIR")
 }
 
-fn ids(value: &Value) -> Vec<Vec<i32>> {
-    serde_json::from_value(value.clone()).unwrap()
+/// Texts whose ids differ from those of transformers, and a length that does.
+fn differences(name: &str, tokenizer: &Tokenizer, texts: &[&str], expected: &Value, marked: bool) -> Vec<String> {
+    let mut wrong = vec![];
+    for (kind, marks) in [("plain", false), ("marked", true)] {
+        // GPT-2's tokenizers have no marks here: a template states its own.
+        if marks && !marked {
+            continue;
+        }
+        let found = tokenizer.encode(texts.to_vec(), marks).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let expected: Vec<Vec<i32>> = serde_json::from_value(expected[kind].clone()).unwrap();
+        for ((text, found), expected) in texts.iter().zip(found).zip(expected) {
+            if found != expected {
+                wrong.push(format!("{name}, {kind}: {text:?} is {found:?}, in transformers {expected:?}"));
+            }
+        }
+    }
+    if tokenizer.vocabulary() as u64 != expected["length"] {
+        wrong.push(format!("{name}: {} tokens, in transformers {}", tokenizer.vocabulary(), expected["length"]));
+    }
+    wrong
+}
+
+fn texts(fixtures: &Value) -> Vec<&str> {
+    fixtures["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect()
+}
+
+/// The files of a case.
+fn files(fixtures: &Value, case: &Value) -> Vec<(String, String)> {
+    let content = |content: &Value| match content.as_str() {
+        Some(key) => fixtures["contents"][key].as_str().unwrap().to_owned(),
+        None => content.to_string(),
+    };
+    case["files"].as_object().unwrap().iter().map(|(name, text)| (name.clone(), content(text))).collect()
 }
 
 #[test]
 fn every_form_gives_the_ids_of_transformers() {
     let fixtures = fixtures();
-    let texts: Vec<&str> = fixtures["texts"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    let texts = texts(&fixtures);
     let mut wrong = vec![];
     for (name, case) in fixtures["cases"].as_object().unwrap() {
-        let files: Vec<(&str, String)> = case["files"]
-            .as_object()
-            .unwrap()
-            .iter()
-            .map(|(file, content)| {
-                let shared = content.as_str().map(|key| fixtures["contents"][key].as_str().unwrap().to_owned());
-                (file.as_str(), shared.unwrap_or_else(|| content.to_string()))
-            })
-            .collect();
-        let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (*name, text.as_str())).collect();
-        let folder = folder(&files);
-        let tokenizer = match load(folder.path()) {
-            Ok(tokenizer) => tokenizer,
-            Err(error) => {
-                wrong.push(format!("{name}: {error}"));
-                continue;
-            }
-        };
-        let mut compare = |what: &str, found: Vec<Vec<i32>>| {
-            for ((text, found), expected) in texts.iter().zip(found).zip(ids(&case[what])) {
-                if found != expected {
-                    wrong.push(format!("{name}, {what}: {text:?} is {found:?}, in transformers {expected:?}"));
-                }
-            }
-        };
-        compare("plain", tokenizer.encode(texts.clone(), false).unwrap());
-        // GPT-2's tokenizers have no marks here: a template states its own.
-        if name.contains("piece") || name.contains("marked") {
-            compare("marked", tokenizer.encode(texts.clone(), true).unwrap());
-        }
-        if tokenizer.vocabulary() as u64 != case["length"] {
-            wrong.push(format!("{name}: {} tokens, in transformers {}", tokenizer.vocabulary(), case["length"]));
+        let folder = folder(&files(&fixtures, case));
+        let marked = name.contains("piece") || name.contains("marked");
+        match load(folder.path()) {
+            Ok(tokenizer) => wrong.extend(differences(name, &tokenizer, &texts, case, marked)),
+            Err(error) => wrong.push(format!("{name}: {error}")),
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// GPT-2's and RoBERTa's own vocabularies, the first in both of its forms.
+#[test]
+fn the_real_vocabularies() {
+    let Some(root) = std::env::var_os("PEFTC_DATA").filter(|root| !root.is_empty()) else {
+        println!("skipped: PEFTC_DATA is not set");
+        return;
+    };
+    let fixtures = fixtures();
+    let texts = texts(&fixtures);
+    let real = Path::new(&root).join("data/tokenizers");
+    let read = |name: &str| fs::read_to_string(real.join("gpt2").join(name)).unwrap();
+    let old = folder(&[("vocab.json".into(), read("vocab.json")), ("merges.txt".into(), read("merges.txt"))]);
+    for (name, path) in [("gpt2", real.join("gpt2")), ("gpt2", old.path().into()), ("roberta", real.join("roberta"))] {
+        let tokenizer = load(&path).unwrap();
+        let wrong = differences(name, &tokenizer, &texts, &fixtures["real"][name], name == "roberta");
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        if name == "roberta" {
+            // A blank at the end is a token of its own.
+            assert_eq!(tokenizer.encode(vec!["film "], true).unwrap()[0][2..], [1437, 2]);
+        }
+    }
+}
+
+/// A small tokenizer.json with a part of most kinds.
+const PARTS: &str = r###"{
+    "version": "1.0", "truncation": {"max_length": 512, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+    "padding": {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"},
+    "added_tokens": [{"id": 0, "content": "<unk>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+    "normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "NFKC"}, {"type": "Replace", "pattern": {"String": "``"}, "content": "\""},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}, {"type": "StripAccents"}, {"type": "Lowercase"},
+        {"type": "Strip", "strip_left": true, "strip_right": false}, {"type": "Prepend", "prepend": "▁"}]},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "WhitespaceSplit"}, {"type": "Digits", "individual_digits": true},
+        {"type": "Split", "pattern": {"Regex": "[^\\p{L}]+"}, "behavior": "MergedWithPrevious", "invert": false},
+        {"type": "Punctuation", "behavior": "Isolated"},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}]},
+    "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<unk>": {"id": "<unk>", "ids": [0], "tokens": ["<unk>"]}}},
+    "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+        {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "WordPiece", "prefix": "##", "cleanup": true},
+        {"type": "CTC", "pad_token": "[PAD]", "word_delimiter_token": "|", "cleanup": true}]},
+    "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": false,
+        "vocab": [["<unk>", 0.0], ["▁", -2.5], ["▁the", -3.0], ["film", -4.25], ["e", -5.0], ["s", -5.5]]}
+}"###;
+
+/// SplitMix64.
+struct Draws(u64);
+
+impl Draws {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % n.max(1) as u64) as usize
+    }
+
+    /// Changes some bytes.
+    fn bytes(&mut self, text: &str) -> Vec<u8> {
+        const PUT: [&str; 14] = [
+            "0",
+            "-1",
+            "1e99",
+            "18446744073709551615",
+            "null",
+            "\"\"",
+            "{}",
+            "[",
+            "]",
+            ",",
+            "\n",
+            "\\u0000",
+            "\\ud800",
+            "\u{fffd}",
+        ];
+        let mut bytes = text.as_bytes().to_vec();
+        for _ in 0..=self.below(3) {
+            let at = self.below(bytes.len());
+            let end = (at + self.below(24)).min(bytes.len());
+            match self.below(4) {
+                0 if at < bytes.len() => bytes[at] = self.below(256) as u8,
+                1 => drop(bytes.drain(at..end)),
+                2 => drop(bytes.splice(at..end.min(at + 4), PUT[self.below(PUT.len())].bytes())),
+                _ => {
+                    let part = bytes[at..end].to_vec();
+                    bytes.splice(at..at, part);
+                }
+            }
+        }
+        bytes
+    }
+
+    /// Changes a value of a JSON file, a key of it, or leaves one out.
+    fn json(&mut self, text: &str) -> Vec<u8> {
+        let mut whole: Value = serde_json::from_str(text).unwrap();
+        let mut at = &mut whole;
+        loop {
+            let inner = match at {
+                Value::Array(items) => !items.is_empty(),
+                Value::Object(items) => !items.is_empty(),
+                _ => false,
+            };
+            if !inner || self.below(8) == 0 {
+                break;
+            }
+            at = match at {
+                Value::Array(items) => {
+                    let index = self.below(items.len());
+                    &mut items[index]
+                }
+                Value::Object(items) => {
+                    let index = self.below(items.len());
+                    let key = items.keys().nth(index).unwrap().clone();
+                    match self.below(16) {
+                        0 => drop(items.shift_remove(&key)),
+                        1 => {
+                            let value = items.shift_remove(&key).unwrap();
+                            items.insert(format!("{key}x"), value);
+                        }
+                        _ => {}
+                    }
+                    match items.get_mut(&key) {
+                        Some(value) => value,
+                        None => return whole.to_string().into_bytes(),
+                    }
+                }
+                other => other,
+            };
+        }
+        *at = match self.below(12) {
+            0 => Value::Null,
+            1 => true.into(),
+            2 => 0.into(),
+            3 => (-1).into(),
+            4 => u64::MAX.into(),
+            5 => u32::MAX.into(),
+            6 => 1e300.into(),
+            7 => "".into(),
+            8 => "(".into(),
+            9 => "a".into(),
+            10 => Value::Array(vec![]),
+            _ => Value::Object(Default::default()),
+        };
+        whole.to_string().into_bytes()
+    }
+}
+
+/// Damaged files are read, or refused with their folder named; nothing panics, on any thread.
+#[test]
+fn damaged_files_are_contained() {
+    let fixtures = fixtures();
+    let mut all: Vec<Vec<(String, String)>> =
+        fixtures["cases"].as_object().unwrap().values().map(|case| files(&fixtures, case)).collect();
+    all.push(vec![("tokenizer.json".into(), PARTS.into())]);
+    assert!(load(folder(&all[all.len() - 1]).path()).is_ok(), "before it is damaged it is read");
+    let texts = texts(&fixtures);
+    let mut draws = Draws(22);
+    let (mut read, mut refused) = (0, 0);
+    for number in 0..MUTATIONS {
+        // Every other one is of the file with most parts.
+        let sound = if number % 2 == 0 { &all[all.len() - 1] } else { &all[draws.below(all.len())] };
+        let folder = folder(sound);
+        let (name, text) = &sound[draws.below(sound.len())];
+        let damaged = match name.ends_with(".json") && draws.below(3) > 0 {
+            true => draws.json(text),
+            false => draws.bytes(text),
+        };
+        fs::write(folder.path().join(name), &damaged).unwrap();
+        let result = load(folder.path()).and_then(|tokenizer| tokenizer.encode(texts.clone(), true));
+        match result {
+            Ok(_) => read += 1,
+            Err(error) => {
+                refused += 1;
+                let message = error.to_string();
+                assert!(message.contains(folder.path().to_str().unwrap()), "{number}, {name}: {message}");
+            }
+        }
+    }
+    // Either would mean that the damage misses its aim.
+    assert!(read > MUTATIONS / 10 && refused > MUTATIONS / 10, "{read} read, {refused} refused");
+}
+
+const MUTATIONS: usize = 750;
+
+/// Files on which the library panics: at reading, and when text comes.
+#[test]
+fn a_panic_of_the_library_is_a_refusal() {
+    let damaged = [
+        ("normalizer", serde_json::json!({"type": "Precompiled", "precompiled_charsmap": "AQAAAA=="})),
+        ("pre_tokenizer", serde_json::json!({"type": "FixedLength", "length": 0})),
+        (
+            "post_processor",
+            serde_json::json!({
+                "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {},
+            }),
+        ),
+    ];
+    for (part, value) in damaged {
+        let mut json: Value = serde_json::from_str(PARTS).unwrap();
+        json[part] = value;
+        let folder = folder(&[("tokenizer.json".into(), json.to_string())]);
+        let error = load(folder.path()).and_then(|tokenizer| tokenizer.encode(vec!["film"], true)).unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.contains("tokenizer.json") && message.contains("crate `tokenizers` panics on it: "),
+            "{part}: {message}"
+        );
+    }
+}
+
+/// Recursion has an end before the stack has.
+#[test]
+fn nesting_has_a_limit() {
+    for depth in [14, 15, 50, 100, 5000] {
+        let open = r#"{"type": "Sequence", "normalizers": ["#.repeat(depth);
+        let nested = format!("{open}{}", "]}".repeat(depth));
+        let mut json: Value = serde_json::from_str(PARTS).unwrap();
+        json["normalizer"] = "HERE".into();
+        let text = json.to_string().replace("\"HERE\"", &nested);
+        let folder = folder(&[("tokenizer.json".into(), text)]);
+        match load(folder.path()) {
+            Ok(_) => assert!(depth <= 16, "{depth}"),
+            Err(error) => assert!(depth > 16 && error.to_string().contains("tokenizer.json"), "{depth}: {error}"),
+        }
+    }
+}
+
+/// Patterns that nest, that grow, and that take long to match.
+#[test]
+fn patterns_have_limits() {
+    let begun = Instant::now();
+    let patterns = [
+        "(".repeat(100_000),
+        "(a".repeat(5_000) + &")".repeat(5_000),
+        "(?:a{1000}){1000}".into(),
+        "[".into(),
+        "(?:(a|a|b?)*)*\\1(?=c)".into(),
+    ];
+    for (pattern, fine) in patterns.iter().zip([false, false, false, false, true]) {
+        let mut json: Value = serde_json::from_str(PARTS).unwrap();
+        json["pre_tokenizer"] = serde_json::json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let folder = folder(&[("tokenizer.json".into(), json.to_string())]);
+        let read = load(folder.path()).and_then(|tokenizer| tokenizer.encode(vec![&"ab".repeat(40)], false));
+        assert_eq!(read.is_ok(), fine, "{}", &pattern[..pattern.len().min(20)]);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+}
+
+const VOCAB: &str = r#"{"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}"#;
+const MERGES: &str = "#version: 0.2\na b\n";
+const WORDS: &str = "[UNK]\n[CLS]\n[SEP]\nfilm\n##s\n";
+
+/// What a folder holds is named as what it is, with a mend.
+#[test]
+fn what_is_no_tokenizer() {
+    insta::assert_snapshot!(refusal(&[("config.json", "{}"), ("model.safetensors", "")]), @"no tokenizer in `DIR`: it holds `config.json`, `model.safetensors`, and a tokenizer is `tokenizer.json`, `vocab.json` with `merges.txt`, or `vocab.txt`; copy the model's own there, or name its folder with `--tokenizer`");
+    insta::assert_snapshot!(refusal(&[("sentencepiece.bpe.model", "")]), @r#"`DIR/sentencepiece.bpe.model` is no tokenizer that can be used: it is a sentencepiece model, which is not read here; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
+    insta::assert_snapshot!(refusal(&[("tiktoken.model", "")]), @r#"`DIR/tiktoken.model` is no tokenizer that can be used: it is a tiktoken vocabulary, which is not read here; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
+    insta::assert_snapshot!(refusal(&[("vocab.json", VOCAB)]), @"no tokenizer in `DIR`: `vocab.json` is there, but the `merges.txt` that belongs to it is not: fetch it, too");
+    insta::assert_snapshot!(refusal(&[("merges.txt", MERGES)]), @"no tokenizer in `DIR`: `merges.txt` is there, but the `vocab.json` that belongs to it is not: fetch it, too");
+    insta::assert_snapshot!(refusal(&[("encoder.json", VOCAB), ("vocab.bpe", MERGES)]), @"no tokenizer in `DIR`: `encoder.json` and `vocab.bpe` are the first names of `vocab.json` and `merges.txt`: rename both");
+    let other = ("tokenizer_config.json", r#"{"tokenizer_class": "MPNetTokenizer"}"#);
+    insta::assert_snapshot!(refusal(&[("vocab.txt", WORDS), other]), @r#"`DIR/vocab.txt` is no tokenizer that can be used: the folder's `tokenizer_class` is `MPNetTokenizer`, which is not read from this file; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
+    // By the file's own path, too.
+    let folder = folder(&[("tokenizer.model".into(), "".into()), ("vocab.txt".into(), WORDS.into())]);
+    let message = load(&folder.path().join("tokenizer.model")).err().unwrap().to_string();
+    assert!(message.contains("tokenizer.model") && message.contains("a sentencepiece model"), "{message}");
+    assert_eq!(load(&folder.path().join("vocab.txt")).unwrap().vocabulary(), 5);
+}
+
+/// Settings that contradict a file, or that nothing here follows.
+#[test]
+fn settings_that_are_refused() {
+    let pieces = |keys: &str| refusal(&[("vocab.txt", WORDS), ("tokenizer_config.json", keys)]);
+    insta::assert_snapshot!(pieces("{"), @"`DIR/tokenizer_config.json`: EOF while parsing an object at line 1 column 1");
+    insta::assert_snapshot!(pieces(r#"{"do_lower_case": "no"}"#), @r#"`DIR/tokenizer_config.json`: `do_lower_case` is "no", and should be true or false"#);
+    insta::assert_snapshot!(pieces(r#"{"sep_token": "</s>", "added_tokens_decoder": {"x": {"content": "y"}}}"#), @"`DIR/tokenizer_config.json`: `added_tokens_decoder` has no token at `x`");
+    insta::assert_snapshot!(pieces(r#"{"added_tokens_decoder": {"9": {"content": "film"}}}"#), @"`DIR/vocab.txt` is no tokenizer that can be used: its added token `film` is said to have the id 9, and has 3: added tokens keep the vocabulary's id, or count on from its end");
+    insta::assert_snapshot!(pieces(r#"{"added_tokens_decoder": {"9": {"content": "<new>"}}}"#), @"`DIR/vocab.txt` is no tokenizer that can be used: its added token `<new>` is said to have the id 9, and has 5: added tokens keep the vocabulary's id, or count on from its end");
+    insta::assert_snapshot!(refusal(&[("vocab.txt", "film\n[UNK]\n")]), @"`DIR/vocab.txt` is no tokenizer that can be used: it lacks the `sep_token` of `BertTokenizer`, `[SEP]`");
+    insta::assert_snapshot!(refusal(&[("vocab.json", VOCAB), ("merges.txt", "a b c\n")]), @"`DIR/merges.txt` is no tokenizer that can be used: line 1, `a b c`, is not two tokens and a space");
+    let file = |json: &str, keys: &str| refusal(&[("tokenizer.json", json), ("tokenizer_config.json", keys)]);
+    let level = r#"{"version": "1.0", "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true},
+        "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1}, "merges": []}}"#;
+    insta::assert_snapshot!(file(level, r#"{"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": false}"#), @"`DIR/tokenizer_config.json`: `add_prefix_space` is false, and `tokenizer.json` has true for it; versions of transformers differ in which of the two counts, so make them agree");
+    insta::assert_snapshot!(file(level, r#"{"tokenizer_class": "BertTokenizer"}"#), @r#"`DIR/tokenizer_config.json`: its `tokenizer_class` is `BertTokenizer`, but the model of `tokenizer.json` is not that class's; versions of transformers differ in which of the two counts. If `tokenizer.json` is right as it stands, write `"tokenizer_class": "PreTrainedTokenizerFast"`"#);
+    insta::assert_snapshot!(file(level, r#"{"fix_mistral_regex": true}"#), @"`DIR/tokenizer_config.json`: `fix_mistral_regex` is true: transformers then splits text otherwise than `tokenizer.json` says; save the tokenizer once more with transformers, and leave the key out");
+    insta::assert_snapshot!(file(level, r#"{"added_tokens_decoder": {"5": {"content": "<s>"}}}"#), @r#"`DIR/tokenizer_config.json`: it gives "<s>" the id 5, and `tokenizer.json` 0"#);
+    insta::assert_snapshot!(file(&level.replace("\"BPE\"", "\"BPE\", \"dropout\": 0.1"), "{}"), @"`DIR/tokenizer.json` is no tokenizer that can be used: its `model.dropout` is 0.1: merges would be left out at random, and ids differ from run to run; set it to null");
+}
+
+/// Settings that are understood and only told of.
+#[test]
+fn settings_to_know_about() {
+    let keys = r#"{"model_max_length": 32, "truncation_side": "left"}"#;
+    let folder = folder(&[("vocab.txt".into(), WORDS.into()), ("tokenizer_config.json".into(), keys.into())]);
+    let line = Tokenizer::load(folder.path(), &task(&[]), 5).unwrap().describe();
+    insta::assert_snapshot!(line.replace(&folder.path().display().to_string(), "DIR"), @r#"
+    tokenizer: DIR/vocab.txt, 5 tokens
+    tokenizer: `truncation_side` is left in its settings; long examples are cut on the right here
+    tokenizer: its `model_max_length` is 32, less than the 64 of `task.max_tokens`
+    "#);
 }

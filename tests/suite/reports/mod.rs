@@ -5,9 +5,11 @@
 mod bounds;
 mod checkpoint;
 mod config_keys;
+mod labels;
 mod merge;
 mod random;
 mod resume;
+mod tokenizer;
 mod trust;
 
 use std::fs;

@@ -1,0 +1,249 @@
+//! The tokenizer is the checkpoint's own, read as transformers reads it, or refused as what it is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{BERT, GPT2, ROBERTA, checkpoint, spec};
+use crate::cli::{Bench, Ran, text};
+
+/// WordPiece of 45 tokens, fewer than the 50 rows of the models' tables.
+fn word_pieces() -> String {
+    let letters = ('a'..='t').flat_map(|c| [c.to_string(), format!("##{c}")]);
+    let tokens = ["[UNK]", "[CLS]", "[SEP]", "film", "##s"].map(str::to_owned).into_iter().chain(letters);
+    tokens.map(|token| token + "\n").collect()
+}
+
+/// Another model's tokenizer, of as many tokens.
+fn stranger() -> String {
+    let mut vocab = serde_json::Map::new();
+    for (id, token) in
+        ["[UNK]", "[CLS]", "[SEP]"].iter().map(|t| t.to_string()).chain((3..45).map(|i| format!("w{i}"))).enumerate()
+    {
+        vocab.insert(token, id.into());
+    }
+    serde_json::json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 2], "cls": ["[CLS]", 1]},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
+    })
+    .to_string()
+}
+
+/// Files that transformers wrote, of byte-level BPE with 340 tokens: `gpt2_vocab` and the like.
+fn content(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/tokenizers.json");
+    let all: Value = serde_json::from_str(&fs::read_to_string(path).expect("readable")).expect("JSON");
+    all["contents"][name].as_str().expect("there").to_owned()
+}
+
+/// A bench with a checkpoint of the spec, in whose folder no tokenizer is.
+fn model(source: &str) -> (Bench, PathBuf, PathBuf) {
+    let bench = Bench::new();
+    let (path, model) = spec(&bench, "spec.peft", source);
+    let weights = checkpoint(&bench, "weights", &model);
+    (bench, path, weights)
+}
+
+fn eval(bench: &Bench, spec: &Path, weights: &Path, data: &Path, more: &[&str]) -> Ran {
+    let all = ["eval", text(spec), "--weights", text(weights), "--data", text(data)];
+    bench.peftc(all.iter().chain(more))
+}
+
+/// What `eval` prints without the data's name.
+fn figures(ran: &Ran) -> &str {
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    ran.out.split_once(": ").expect("a name and figures").1
+}
+
+#[test]
+fn the_checkpoints_own_and_no_other() {
+    let (bench, spec, weights) = model(BERT);
+    let beside = bench.write("set/data.tsv", "films\t1\na film\t0\n");
+    bench.write("set/tokenizer.json", stranger());
+    let apart = bench.write("apart/data.tsv", "films\t1\na film\t0\n");
+
+    // Nothing in the weights' folder: the one beside the data is not taken.
+    let lacking = eval(&bench, &spec, &weights, &beside, &[]);
+    assert_eq!(lacking.code, 3, "{}", lacking.err);
+    for word in
+        ["no tokenizer in", text(&weights), "`config.json`, `model.safetensors`", "copy the model's own", "--tokenizer"]
+    {
+        assert!(lacking.err.contains(word), "{word}: {}", lacking.err);
+    }
+    // Both mends work.
+    let named = eval(&bench, &spec, &weights, &beside, &["--tokenizer", text(&bench.path("set"))]);
+    assert!(named.err.contains("tokenizer: ") && named.err.contains("set/tokenizer.json, 45 tokens"), "{}", named.err);
+    bench.write("weights/vocab.txt", word_pieces());
+    let own = eval(&bench, &spec, &weights, &beside, &[]);
+    assert!(own.err.contains("weights/vocab.txt, 45 tokens; 5 rows of the model's 50 are left over"), "{}", own.err);
+    assert_ne!(figures(&own), figures(&named), "the two give other ids");
+    assert_eq!(figures(&own), figures(&eval(&bench, &spec, &weights, &apart, &[])));
+
+    // Random weights have none: the data's is taken, and said.
+    let random = Path::new("random");
+    let drawn = eval(&bench, &spec, random, &beside, &[]);
+    assert!(drawn.code == 0 && drawn.err.contains("set/tokenizer.json"), "{}", drawn.err);
+    let drawn = eval(&bench, &spec, random, &apart, &[]);
+    assert!(drawn.code == 2 && drawn.err.contains("no tokenizer of their own"), "{}", drawn.err);
+
+    // Options are as the folder says: cased, `Films` is unknown.
+    let cased = bench.write("cased.tsv", "Films\t1\na film\t0\n");
+    assert_eq!(figures(&eval(&bench, &spec, &weights, &cased, &[])), figures(&own));
+    bench.write("weights/tokenizer_config.json", r#"{"do_lower_case": false, "model_max_length": 64}"#);
+    let cased = eval(&bench, &spec, &weights, &cased, &[]);
+    assert_ne!(figures(&cased), figures(&own));
+    assert!(
+        cased.err.contains("its `model_max_length` is 64, less than the 512 of `task.max_tokens`"),
+        "{}",
+        cased.err
+    );
+}
+
+/// More rows than tokens are padding; fewer are another model's.
+#[test]
+fn rows_and_tokens() {
+    let (bench, spec, weights) = model(BERT);
+    let data = bench.write("data.tsv", "films\t1\n");
+    for (tokens, fits) in [(50, true), (51, false)] {
+        let more: String = (45..tokens).map(|i| format!("word{i}\n")).collect();
+        bench.write("weights/vocab.txt", word_pieces() + &more);
+        let ran = eval(&bench, &spec, &weights, &data, &[]);
+        assert_eq!(ran.code, if fits { 0 } else { 3 }, "{}", ran.err);
+        assert!(fits || ran.err.contains("its vocabulary has 51 tokens, but the spec's `vocab` is 50"), "{}", ran.err);
+        assert!(!ran.err.contains("left over"), "{}", ran.err);
+    }
+}
+
+#[test]
+fn what_is_not_read_is_named() {
+    let (bench, spec, weights) = model(BERT);
+    let data = bench.write("data.tsv", "films\t1\n");
+    let refused = |words: &[&str]| {
+        let ran = eval(&bench, &spec, &weights, &data, &[]);
+        assert_eq!(ran.code, 3, "{}", ran.err);
+        for word in words {
+            assert!(ran.err.contains(word), "{word}: {}", ran.err);
+        }
+    };
+    let sentencepiece = bench.write("weights/tokenizer.model", "\n\u{e}\n");
+    refused(&["weights/tokenizer.model", "a sentencepiece model", "AutoTokenizer", "save_pretrained"]);
+    fs::remove_file(sentencepiece).expect("there");
+    // The decoder is damaged: a number too large, a key that is no string, and what the library panics on.
+    let sound = stranger();
+    let damaged = |decoder: &str| format!(r#"{{"decoder": {decoder}, {}"#, &sound[1..]);
+    for decoder in [
+        r#"{"type": "Strip", "content": " ", "start": 1e999, "stop": 0}"#,
+        r#"{"type": "Fuse", 1: 2}"#,
+        "7",
+        r#"{"type": 3}"#,
+    ] {
+        bench.write("weights/tokenizer.json", damaged(decoder));
+        refused(&["weights/tokenizer.json", "is no tokenizer that can be used"]);
+    }
+    bench.write("weights/tokenizer.json", sound.replace("Whitespace\"", "FixedLength\", \"length\": 0"));
+    refused(&["weights/tokenizer.json", "crate `tokenizers` panics on it"]);
+    // A folder that is not there.
+    let ran = eval(&bench, &spec, Path::new("no-such-model"), &data, &[]);
+    assert!(ran.code == 3 && ran.err.contains("no-such-model"), "{}", ran.err);
+    assert!(!ran.err.contains("no tokenizer"), "{}", ran.err);
+}
+
+/// `vocab.json` and `merges.txt` are RoBERTa's or GPT-2's; a blank before the tab is a token.
+#[test]
+fn bytes_with_marks_and_blanks() {
+    let (bench, spec, weights) = model(&ROBERTA.replace("vocab: 50", "vocab: 340"));
+    bench.write("weights/vocab.json", content("roberta_vocab"));
+    bench.write("weights/merges.txt", content("roberta_merges"));
+    let figures = |row: &str| {
+        let ran = eval(&bench, &spec, &weights, &bench.write("data.tsv", row), &[]);
+        assert!(ran.err.contains("weights/vocab.json, 340 tokens\n"), "{}", ran.err);
+        (figures(&ran).to_owned(), ran.err.contains("1 examples, 4 tokens"))
+    };
+    let (plain, four) = figures("the film\t0\n");
+    assert!(four, "two words between two marks");
+    for row in ["the film \t0\n", " the film\t0\n", "the  film\t0\n"] {
+        assert_ne!(figures(row).0, plain, "{row:?}");
+    }
+    assert_eq!(figures("the film\t 0 \r\n").0, plain, "the line's end and blanks around a label are no text");
+    assert_eq!(eval(&bench, &spec, &weights, &bench.write("data.tsv", " \u{a0} \t0\n"), &[]).code, 3);
+    // The same by tokenizer.json, which counts before the older files.
+    bench.write("weights/tokenizer.json", content("roberta.json"));
+    let ran = eval(&bench, &spec, &weights, &bench.write("data.tsv", "the film\t0\n"), &[]);
+    assert!(ran.err.contains("weights/tokenizer.json"), "{}", ran.err);
+    assert_eq!(self::figures(&ran), plain);
+    // GPT-2's has no marks for a classifier.
+    fs::remove_file(bench.path("weights/tokenizer.json")).expect("there");
+    bench.write("weights/tokenizer_config.json", r#"{"tokenizer_class": "GPT2Tokenizer"}"#);
+    let ran = eval(&bench, &spec, &weights, &bench.write("data.tsv", "the film\t0\n"), &[]);
+    assert!(ran.code == 3 && ran.err.contains("no opening and closing mark"), "{}", ran.err);
+}
+
+/// A task's template holds tokens that the model has, new ones, and text.
+#[test]
+fn the_models_own_tokens_and_literal_text() {
+    let (bench, plain, weights) = model(&GPT2.replace("vocab: 50", "vocab: 340"));
+    bench.write("weights/vocab.json", content("gpt2_vocab"));
+    bench.write("weights/merges.txt", content("gpt2_merges"));
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/triples/dev.json");
+    let task = |vocabulary: u64, special: &str, template: &str, target: &str| {
+        let text = format!(
+            "{}tune {{ full() }}\ntask t {{ kind: generation max_tokens: 64 special: [{special}] template: \"{template}\" target: \"{target}\" }}\n",
+            GPT2.replace("vocab: 50", &format!("vocab: {vocabulary}"))
+        );
+        bench.write("task.peft", text)
+    };
+    // An end that the model has, and text before and as the target: no row is new.
+    let spec = task(
+        340,
+        "\"<|endoftext|>\"",
+        "'Facts:' ({subject} ' / ' {object} '\\n')* 'Text:' {text} <|endoftext|>",
+        "'Text:'",
+    );
+    let own = eval(&bench, &spec, &weights, &data, &[]);
+    assert!(
+        own.code == 0 && own.err.contains("vocab.json, 340 tokens; the model's own in the task: `<|endoftext|>` (0)\n"),
+        "{}",
+        own.err
+    );
+    // One new token besides: the checkpoint's table grows by one row, although two are listed.
+    let spec = task(341, "\"<|endoftext|>\", \"<t>\"", "'Facts:' ({subject})* <t> {text} <|endoftext|>", "<t>");
+    let out = bench.path("run");
+    let train = [
+        "train",
+        text(&spec),
+        "--weights",
+        text(&weights),
+        "--data",
+        text(&data),
+        "--out",
+        text(&out),
+        "--set",
+        "train.steps=2",
+    ];
+    let ran = bench.peftc(train);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let said = "340 tokens; the task's new one has the id 340; the model's own in the task: `<|endoftext|>` (0)\n";
+    // 32 values of one row, not of two.
+    assert!(ran.err.contains(said) && ran.err.contains("+ 32 special tokens"), "{}", ran.err);
+    // Two new ones have no room in 341 rows.
+    let spec = task(341, "\"<a>\", \"<t>\"", "<a> ({subject})* <t> {text}", "<t>");
+    let ran = eval(&bench, &spec, &weights, &data, &[]);
+    assert!(
+        ran.code == 3
+            && ran.err.contains("340 tokens (342 with the task's 2 special ones), but the spec's `vocab` is 341"),
+        "{}",
+        ran.err
+    );
+    // What is not declared is an error of the spec, with the way to declare it.
+    let spec = task(341, "\"<t>\"", "<|endoftext|> <t> {text}", "<t>");
+    let ran = bench.peftc(["check", text(&spec)]);
+    assert_eq!(ran.code, 1, "{}", ran.err);
+    for word in
+        ["`<|endoftext|>` is not among the task's special tokens", "special: [\"<|endoftext|>\"]", "single quotes"]
+    {
+        assert!(ran.err.contains(word), "{word}: {}", ran.err);
+    }
+    let _ = plain;
+}
