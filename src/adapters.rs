@@ -1,7 +1,7 @@
 //! Trained values on disk: our own file, a run's or an export's folder, or a folder that PEFT wrote.
 //!
-//! An adapter means something only on the weights that it was trained on. It carries what of them lies in no file,
-//! since it was drawn at random and does not train, and the fingerprint of the rest.
+//! An adapter is valid only on the weights it was trained on. It holds those of them that no file has, because they were
+//! drawn at random and do not train, and the fingerprint of the others.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,38 +22,38 @@ pub const ADAPTER: &str = "adapter.safetensors";
 
 /// Notes in an adapter's file.
 mod note {
-    /// The seed that brings back what is drawn and neither trains nor lies in the file.
+    /// The seed from which frozen tensors that are not in the file are drawn again.
     pub const SEED: &str = "seed";
-    /// [`super::Base`]'s fingerprint.
+    /// [`super::Base::fingerprint`].
     pub const BASE: &str = "base";
-    /// The keys of tensors that were drawn and do not train: a list in JSON.
+    /// The keys of [`super::Base::drawn`], as a list in JSON.
     pub const DRAWN: &str = "drawn";
 }
 
-/// The weights that something is trained on.
+/// The weights below an adapter.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Base {
-    /// `files HASH` or `random HASH`; empty if nothing is known of them.
+    /// `files HASH` or `random HASH`; empty if it is not known.
     pub fingerprint: String,
-    /// What stands in the place of weights that the checkpoint lacks: drawn at random, and it does not train. A
-    /// tensor has its name; some rows of it have `NAME[start:end]`.
+    /// Frozen tensors that the checkpoint lacks, as they were drawn at random. The key is the tensor's name, or
+    /// `NAME[start:end]` if only these rows are missing there.
     pub drawn: Tensors,
-    /// The seed of what was drawn.
+    /// The seed that tensors were drawn from.
     pub seed: Option<u64>,
 }
 
 impl Base {
-    /// Of weights as they were loaded.
+    /// The base that these weights are.
     pub fn of(model: &Model, loaded: &Loaded) -> Self {
         let mut drawn = Tensors::new();
         for (index, param, rows) in drawn_parts(model, loaded) {
-            // The seed gives a base that is all random again.
+            // A base that is random as a whole is determined by the seed.
             if !is_random(loaded) && !trains(param, rows) {
-                let (key, shape, numbers) = part(param, &loaded.tensors[index], rows);
+                let (key, shape, numbers) = rows_of(param, &loaded.tensors[index], rows);
                 drawn.insert(key, Stored::f32(shape, numbers.to_vec()));
             }
         }
-        Base { fingerprint: print(model, loaded, &drawn), drawn, seed: Some(model.train.seed) }
+        Base { fingerprint: base_fingerprint(model, loaded, &drawn), drawn, seed: Some(model.train.seed) }
     }
 
     fn random(&self) -> bool {
@@ -64,12 +64,13 @@ impl Base {
 const RANDOM: &str = "random ";
 const FILES: &str = "files ";
 
-/// No file gave anything.
+/// Whether every tensor was drawn at random.
 fn is_random(loaded: &Loaded) -> bool {
     loaded.held.iter().all(Option::is_none)
 }
 
-/// What a checkpoint could hold and this one does not: the index of each parameter, and its rows `start..end`.
+/// The backbone's and head's tensors that the checkpoint lacks: the index of each parameter and the rows `start..end`
+/// that are missing.
 fn drawn_parts<'a>(model: &'a Model, loaded: &'a Loaded) -> impl Iterator<Item = (usize, &'a Param, (u64, u64))> {
     let all = model.params.iter().zip(&loaded.held).enumerate();
     all.filter(|(_, (param, _))| !matches!(param.origin, Origin::Method(_))).filter_map(|(index, (param, held))| {
@@ -78,7 +79,7 @@ fn drawn_parts<'a>(model: &'a Model, loaded: &'a Loaded) -> impl Iterator<Item =
     })
 }
 
-/// All of these rows train.
+/// Whether all of these rows train.
 fn trains(param: &Param, rows: (u64, u64)) -> bool {
     param.trained_rows().is_some_and(|(start, end)| start <= rows.0 && rows.1 <= end)
 }
@@ -87,8 +88,8 @@ fn rows(param: &Param) -> u64 {
     param.shape.first().copied().unwrap_or(1)
 }
 
-/// The key, the shape and the numbers of some rows.
-fn part<'a>(param: &Param, numbers: &'a [f32], (start, end): (u64, u64)) -> (String, Vec<u64>, &'a [f32]) {
+/// The key in [`Base::drawn`], the shape and the numbers of some rows of a parameter.
+fn rows_of<'a>(param: &Param, numbers: &'a [f32], (start, end): (u64, u64)) -> (String, Vec<u64>, &'a [f32]) {
     let mut shape = param.shape.clone();
     shape.iter_mut().take(1).for_each(|rows| *rows = end - start);
     let row = numbers.len() / rows(param).max(1) as usize;
@@ -99,8 +100,8 @@ fn part<'a>(param: &Param, numbers: &'a [f32], (start, end): (u64, u64)) -> (Str
     (key, shape, &numbers[start as usize * row..end as usize * row])
 }
 
-/// The parameter and the rows that a key of [`Base::drawn`] names.
-fn place<'a>(model: &'a Model, key: &str) -> Option<(usize, &'a Param, (u64, u64))> {
+/// The parameter, with its index, and the rows that a key of [`Base::drawn`] names.
+fn locate<'a>(model: &'a Model, key: &str) -> Option<(usize, &'a Param, (u64, u64))> {
     let find = |name: &str| model.params.iter().enumerate().find(|(_, p)| p.name == name);
     if let Some((index, param)) = find(key) {
         return Some((index, param, (0, rows(param))));
@@ -112,13 +113,13 @@ fn place<'a>(model: &'a Model, key: &str) -> Option<(usize, &'a Param, (u64, u64
     (start < end && end <= rows(param)).then_some((index, param, (start, end)))
 }
 
-/// The fingerprint of the weights below an adapter, but for what is `drawn`: of those that files hold, or of all when
-/// none do.
-fn print(model: &Model, loaded: &Loaded, drawn: &Tensors) -> String {
+/// The fingerprint of the base weights without those in `drawn`: of what the files hold, or of all tensors if everything
+/// is random.
+fn base_fingerprint(model: &Model, loaded: &Loaded, drawn: &Tensors) -> String {
     let random = is_random(loaded);
     let mut own = BTreeMap::new();
     for key in drawn.keys() {
-        if let Some((index, _, (start, _))) = place(model, key) {
+        if let Some((index, _, (start, _))) = locate(model, key) {
             own.insert(index, start);
         }
     }
@@ -132,14 +133,15 @@ fn print(model: &Model, loaded: &Loaded, drawn: &Tensors) -> String {
         .filter_map(|(index, param)| {
             let held = if random { rows(param) } else { loaded.held[index]?.rows };
             let end = own.get(&index).map_or(held, |&start| held.min(start));
-            let (_, shape, numbers) = part(param, &loaded.tensors[index], (0, end));
+            let (_, shape, numbers) = rows_of(param, &loaded.tensors[index], (0, end));
             (end > 0).then_some((param.name.as_str(), shape, numbers))
         })
         .collect();
     format!("{}{}", if random { RANDOM } else { FILES }, fingerprint(&parts))
 }
 
-/// Every tensor of the model with what `adapter` brings along; says what of them was drawn at random.
+/// Loads every tensor of the model, with those that `adapter` holds in place of missing ones. Tensors that are drawn at
+/// random are listed on standard error.
 pub fn weights(from: &Path, model: &Model, adapter: Option<&Adapter>) -> Result<Loaded, Failure> {
     let mut loaded = checkpoint::weights(from, model)?;
     if let Some(adapter) = adapter {
@@ -149,13 +151,13 @@ pub fn weights(from: &Path, model: &Model, adapter: Option<&Adapter>) -> Result<
     Ok(loaded)
 }
 
-/// Says which weights no file holds, so that they were drawn at random; not of those that `adapter` brings along.
+/// Lists on standard error the tensors that neither the checkpoint nor `adapter` holds, so that they are random.
 fn tell_drawn(model: &Model, loaded: &Loaded, adapter: Option<&Adapter>) {
     if is_random(loaded) {
         return;
     }
     let name = |(index, param, rows): (usize, &Param, (u64, u64))| {
-        let key = part(param, &loaded.tensors[index], rows).0;
+        let key = rows_of(param, &loaded.tensors[index], rows).0;
         let brought = adapter.is_some_and(|a| a.drawn.contains_key(&key) || trains(param, rows));
         (!brought).then_some(key)
     };
@@ -165,7 +167,7 @@ fn tell_drawn(model: &Model, loaded: &Loaded, adapter: Option<&Adapter>) {
     }
 }
 
-/// Trained values, and what they were trained on.
+/// Trained values with what they were trained on.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Adapter {
     path: PathBuf,
@@ -177,11 +179,11 @@ pub struct Adapter {
 }
 
 impl Adapter {
-    /// Puts what the adapter brings along into the weights, which are to be those that it was trained on; others are
-    /// told of, or refused where nothing good can come of them.
+    /// Copies the adapter's drawn tensors into the weights and compares the others with those it was trained on: a
+    /// difference is a warning, or an error if either is random.
     fn settle(&self, model: &Model, loaded: &mut Loaded) -> Result<(), Failure> {
         for key in self.drawn.keys() {
-            if let Some((index, _, (start, end))) = place(model, key)
+            if let Some((index, _, (start, end))) = locate(model, key)
                 && loaded.held[index].is_some_and(|held| held.rows > start && end > start)
             {
                 crate::commands::say(&format!(
@@ -196,7 +198,7 @@ impl Adapter {
 
     fn check_base(&self, model: &Model, loaded: &Loaded) -> Result<(), RuntimeError> {
         let Some(there) = self.notes.get(note::BASE) else { return Ok(()) };
-        let here = print(model, loaded, &self.drawn);
+        let here = base_fingerprint(model, loaded, &self.drawn);
         if here == *there {
             return Ok(());
         }
@@ -231,17 +233,17 @@ impl Adapter {
         }
     }
 
-    /// Puts what the adapter brings along into all tensors of the model, in their order.
+    /// Copies the adapter's drawn tensors into `tensors`, which are all of the model's in their order.
     pub fn put_drawn(&self, model: &Model, tensors: &mut [Numbers]) {
         for (key, value) in &self.drawn {
-            if let (Some((index, param, (start, _))), Data::F32(numbers)) = (place(model, key), &value.data) {
+            if let (Some((index, param, (start, _))), Data::F32(numbers)) = (locate(model, key), &value.data) {
                 let row = tensors[index].len() / rows(param).max(1) as usize;
                 tensors[index][start as usize * row..][..numbers.len()].copy_from_slice(numbers);
             }
         }
     }
 
-    /// What the adapter was trained on.
+    /// The base that the adapter was trained on.
     pub fn base(&self) -> Base {
         let fingerprint = self.notes.get(note::BASE).cloned().unwrap_or_default();
         let seed = self.notes.get(note::SEED).and_then(|seed| seed.parse().ok());
@@ -263,7 +265,7 @@ pub fn trained(session: &Session, model: &Model, base: &Base, step: u64) -> Resu
     Ok(signed(file, model, base))
 }
 
-/// With what was drawn, and the notes every adapter carries.
+/// Adds the base's drawn tensors, and the notes that every adapter has.
 pub fn signed(mut file: TensorFile, model: &Model, base: &Base) -> TensorFile {
     let mut note = |key: &str, value: String| drop(file.notes.insert(key.into(), value));
     note("format", "peftc adapter 1".into());
@@ -276,7 +278,7 @@ pub fn signed(mut file: TensorFile, model: &Model, base: &Base) -> TensorFile {
         let keys: Vec<&String> = base.drawn.keys().collect();
         note(note::DRAWN, serde_json::to_string(&keys).expect("plain data"));
     }
-    // What a method draws and freezes, VeRA's projections, is the same on every base: the seed brings it back.
+    // Frozen tensors of a method, such as VeRA's projections, are the same on every base: the seed determines them.
     let of_method = |p: &Param| p.trainable == Trainable::No && matches!(p.origin, Origin::Method(_));
     if base.random() || model.params.iter().any(of_method) {
         note(note::SEED, base.seed.unwrap_or(model.train.seed).to_string());
@@ -285,7 +287,7 @@ pub fn signed(mut file: TensorFile, model: &Model, base: &Base) -> TensorFile {
     file
 }
 
-/// A tensor that no backbone has, that does not train and that is not in the file: a method's, or in older files a head.
+/// A frozen tensor that is drawn from the seed: a method's, or a head's in files that do not hold it.
 fn pinned<'a>(model: &'a Model, drawn: &Tensors) -> Option<&'a str> {
     let frozen = |p: &&Param| p.origin != Origin::Backbone && p.trainable == Trainable::No;
     let mut names: Vec<_> = model.params.iter().filter(frozen).collect();
@@ -328,7 +330,7 @@ pub fn load(model: &Model, path: &Path) -> Result<Adapter, Failure> {
     Ok(fits(model, adapter)?)
 }
 
-/// An adapter with the tensors that the model trains, and none beside them but those of its own that were drawn.
+/// Checks that an adapter holds the tensors that the model trains and, beside its drawn ones, no others.
 fn fits(model: &Model, adapter: Adapter) -> Result<Adapter, RuntimeError> {
     let Adapter { path, values, drawn, .. } = &adapter;
     let wanted: Vec<(&str, Vec<u64>)> =
@@ -347,7 +349,7 @@ fn fits(model: &Model, adapter: Adapter) -> Result<Adapter, RuntimeError> {
     let known = |name: &String| wanted.iter().any(|(n, _)| n == name);
     wrong.extend(values.keys().filter(|n| !known(n)).map(|n| format!("  `{n}` is no tensor the spec trains")));
     for (key, value) in drawn {
-        let shape = place(model, key).map(|(_, param, rows)| {
+        let shape = locate(model, key).map(|(_, param, rows)| {
             let mut shape = param.shape.clone();
             shape.iter_mut().take(1).for_each(|n| *n = rows.1 - rows.0);
             shape

@@ -153,7 +153,15 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
     for folder in [from.weights.is_dir().then_some(from.weights), from.tokenizer].into_iter().flatten() {
         copied.push((folder, SideFiles::of(folder)?));
     }
-    let (tokens, mut notes) = new_tokens(model, from)?;
+    let mut notes = vec![];
+    let folder = from.tokenizer.unwrap_or(from.weights);
+    let tokens = special_tokens(model, folder)?;
+    if tokens.is_none() {
+        notes.push(format!(
+            "note: {} holds no tokenizer to write the task's tokens into; `--tokenizer DIR` takes one from elsewhere",
+            folder.display()
+        ));
+    }
     let skipped: Vec<&PathBuf> = copied.iter().flat_map(|(_, side)| &side.skipped).collect();
     if !skipped.is_empty() {
         let names: Vec<String> = skipped.iter().map(|path| path.display().to_string()).collect();
@@ -174,8 +182,8 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
         for (folder, side) in &copied {
             side.copy(folder, fresh)?;
         }
+        let tokens: Vec<(&str, i32)> = tokens.iter().flatten().map(|(token, id)| (token.as_str(), *id)).collect();
         if !tokens.is_empty() {
-            let tokens: Vec<(&str, i32)> = tokens.iter().map(|(token, id)| (token.as_str(), *id)).collect();
             model_folder::add_tokens(fresh, &tokens)?;
         }
         adapter::save(&fresh.join(MODEL), &file)?;
@@ -184,31 +192,22 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
     Ok(notes)
 }
 
-/// The task's tokens that the base model's tokenizer lacks, with the ids they have here; what is to be said when there is
-/// no tokenizer.
-fn new_tokens(model: &Model, from: &Sources) -> Result<(Vec<(String, i32)>, Vec<String>), Failure> {
-    let TaskKind::Generation { special, .. } = &model.task.kind else { return Ok(Default::default()) };
-    let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
-    let folder = from.tokenizer.unwrap_or(from.weights);
+/// The task's special tokens with their ids; nothing if there is no tokenizer that could have them.
+fn special_tokens(model: &Model, folder: &Path) -> Result<Option<Vec<(String, i32)>>, Failure> {
+    let TaskKind::Generation { special, .. } = &model.task.kind else { return Ok(Some(vec![])) };
     if special.is_empty() {
-        return Ok(Default::default());
+        return Ok(Some(vec![]));
     }
-    // Random weights have no folder.
-    let found = folder.exists().then(|| Tokenizer::load(folder, &model.task, vocab));
-    match found {
-        Some(Ok(tokenizer)) => {
-            let ids = special.iter().filter_map(|token| Some((token.clone(), tokenizer.special(token)?)));
-            Ok((ids.collect(), vec![]))
+    if !folder.exists() {
+        return Ok(None);
+    }
+    let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
+    match Tokenizer::load(folder, &model.task, vocab) {
+        Ok(tokenizer) => {
+            Ok(Some(special.iter().filter_map(|token| Some((token.clone(), tokenizer.special(token)?))).collect()))
         }
-        None | Some(Err(DataError::NoTokenizer { .. })) => {
-            let note = format!(
-                "note: {} holds no tokenizer to write the task's tokens {} into; `--tokenizer DIR` takes one from elsewhere",
-                folder.display(),
-                special.join(" ")
-            );
-            Ok((vec![], vec![note]))
-        }
-        Some(Err(error)) => Err(error.into()),
+        Err(DataError::NoTokenizer { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,7 +1,7 @@
-//! What a run is resumed from: the trained values, Adam's moments, the step, and what all of it is of.
+//! The state of a run, from which it is resumed: trained values, Adam's moments, the step, and what they belong to.
 //!
-//! A resumed run gives the bits of one that was never stopped only if nothing else has changed, so that a state knows
-//! its spec, recipe, base weights and data, and is refused with others.
+//! A resumed run gives the bits of one that was never stopped only if its spec, recipe, base weights and data are the
+//! same. The state records them, and is refused with others.
 
 use std::path::{Path, PathBuf};
 
@@ -20,13 +20,13 @@ use crate::training::rate;
 pub const STATE: &str = "state.safetensors";
 
 const FORMAT: &str = "peftc state 2";
-/// The format before: it says of what it is by its spec's name alone.
+/// The format before this one, which records the name of the spec and nothing else.
 const OLD_FORMAT: &str = "peftc state 1";
 
-/// The flat vectors of a session that a step changes.
+/// The flat vectors of a session that a training step changes.
 const VECTORS: [&str; 3] = ["values", "m", "v"];
 
-/// A hash of the equations, whatever the file and the lines they stand in.
+/// A hash of the equations. It does not depend on the file and the lines in which they stand.
 pub fn equations(model: &Model) -> String {
     if !model.equations.is_empty() {
         return model.equations.clone();
@@ -38,21 +38,21 @@ pub fn equations(model: &Model) -> String {
     blake3::hash(&text).to_hex()[..32].to_string()
 }
 
-/// What a run is of: each thing that its values depend on by a name that a person knows.
+/// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Identity(Map<String, Value>);
 
-/// The keys that are no setting of the spec.
+// Keys that stand for something else than a setting or a tensor of the spec.
 const BASE: &str = "base weights";
 const DATA: &str = "training data";
 const DEV: &str = "held-out data";
 const STEPS: &str = "steps in all";
 const EQUATIONS: &str = "the equations' hash";
-/// What the recipe's keys begin with.
+/// The prefix of the recipe's keys.
 const RECIPE: &str = "train.";
 
 impl Identity {
-    /// `total`: steps of the whole run.
+    /// `total` is the number of steps of the whole run.
     pub fn of(model: &Model, base: &Base, train: &Dataset, dev: Option<&Dataset>, total: u64) -> Self {
         let mut all = Map::new();
         let mut put = |key: String, value: Value| drop(all.insert(key, value));
@@ -84,7 +84,7 @@ impl Identity {
         Identity(all)
     }
 
-    /// What differs: the key, what it was, what it is.
+    /// Every key whose values differ.
     fn differences<'a>(&'a self, now: &'a Identity) -> Vec<Difference<'a>> {
         let was = self.0.iter().map(|(key, was)| Difference { key, was, is: now.0.get(key).unwrap_or(&Value::Null) });
         let new = now.0.iter().filter(|(key, _)| !self.0.contains_key(*key));
@@ -93,7 +93,7 @@ impl Identity {
     }
 }
 
-/// The examples as the model sees them: how many, and their hash.
+/// The number of examples, and the hash of their tokens and labels as the model sees them.
 fn content(data: &Dataset) -> String {
     let mut hash = blake3::Hasher::new();
     for example in &data.examples {
@@ -107,6 +107,7 @@ fn content(data: &Dataset) -> String {
     format!("{} examples, {}", data.len(), &hash.finalize().to_hex()[..16])
 }
 
+/// A key whose value was one thing in the state and is another now; null where there is none.
 struct Difference<'a> {
     key: &'a str,
     was: &'a Value,
@@ -114,7 +115,7 @@ struct Difference<'a> {
 }
 
 impl Difference<'_> {
-    /// What of a run it concerns, as a message names it; `None` of what a run may change.
+    /// What the state belongs to instead, as a message names it; `None` if a run may change this key.
     fn concerns(&self) -> Option<&'static str> {
         match self.key {
             DEV => None,
@@ -139,18 +140,18 @@ impl Difference<'_> {
     }
 }
 
-/// A state on disk. Its vectors are read when a session takes them.
+/// A state on disk. Its vectors are read by [`State::restore`].
 pub struct State {
     path: PathBuf,
     file: SafeFile,
     /// Steps that are done.
     pub step: u64,
-    /// `None`: in the format before.
+    /// `None` in a file of the older format.
     of: Option<Identity>,
 }
 
 impl State {
-    /// The state of the run in the folder `out`.
+    /// Opens the state of the run in the folder `out`. Fails with exit code 3 if there is none.
     pub fn open(out: &Path) -> Result<Self, Failure> {
         let path = out.join(STATE);
         if !path.is_file() {
@@ -176,7 +177,8 @@ impl State {
         Ok(State { path, file, step, of })
     }
 
-    /// Refuses a state of another spec, recipe, base or data than `now`'s. Gives what is to be said of what may change.
+    /// Refuses a state whose spec, recipe, base weights or data differ from `now`. Returns a line for each difference
+    /// that is allowed.
     pub fn check(&self, model: &Model, now: &Identity) -> Result<Vec<String>, Failure> {
         let Some(of) = &self.of else {
             return Ok(vec![format!(
@@ -205,22 +207,23 @@ impl State {
         Ok(differences.iter().map(|d| self.allowed(model, d)).collect())
     }
 
-    /// What is said of a difference that is allowed.
+    /// The line for a difference that is allowed.
     fn allowed(&self, model: &Model, Difference { key, was, is }: &Difference) -> String {
         let (Some(was), Some(is)) = (was.as_u64(), is.as_u64()) else {
             return format!("note: {key}: other examples than before; figures on them do not compare");
         };
         let next = rate(&model.train, self.step, is);
+        let step = self.step.saturating_add(1);
         let schedule = match model.train.schedule {
-            Schedule::Constant => format!("the rate is constant, {next:.2e} at step {}", self.step + 1),
+            Schedule::Constant => format!("the rate is constant, {next:.2e} at step {step}"),
             Schedule::Linear => {
-                format!("the rate goes on as in a run of {is} steps, with {next:.2e} at step {}", self.step + 1)
+                format!("the rate goes on as in a run of {is} steps, with {next:.2e} at step {step}")
             }
         };
         format!("note: the run grows from {was} steps to {is}: {schedule}")
     }
 
-    /// Puts values and moments into the session.
+    /// Copies values and moments into the session.
     pub fn restore(&self, session: &mut Session) -> Result<(), Failure> {
         let count = session.trainable();
         let mut numbers = vec![0.0; count];

@@ -50,9 +50,11 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         arguments.source.set.push(("train.seed".into(), seed.to_string()));
     }
     arguments.weights = checkpoint::resolve(&arguments.weights)?;
-    let ready = arguments.source.open()?;
-    let model = ready.model;
-    let out = arguments.out.unwrap_or_else(|| PathBuf::from("runs").join(&model.name));
+    // Before anything is compiled or read.
+    let out = match &arguments.out {
+        Some(out) => out.clone(),
+        None => PathBuf::from("runs").join(arguments.source.model()?.name),
+    };
     let state = match arguments.resume {
         true => Some(State::open(&out)?),
         false => {
@@ -60,6 +62,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             None
         }
     };
+    let ready = arguments.source.open()?;
+    let model = ready.model;
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     super::say(&Budget::of(&model, tokenizer.appended()).table());
     let read = |path: &PathBuf| -> Result<Dataset, Failure> {

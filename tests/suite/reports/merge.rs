@@ -6,10 +6,11 @@ use std::process::Command;
 
 use peft_runtime::adapter::{self, Data, Float, Stored, TensorFile};
 use peft_runtime::safefile::SafeFile;
+use peftc::hub::model_folder::add_tokens;
 use serde_json::{Value, json};
 
 use super::random::{CLASSIFIER, Case, classifier, generator};
-use crate::cli::{Ran, text};
+use crate::cli::{Bench, Ran, text};
 
 /// A case with an adapter, trained for a step.
 fn trained(case: Case) -> Case {
@@ -221,6 +222,8 @@ fn new_tokens_are_in_the_tokenizer() {
         assert_eq!(added, TOKENS.into_iter().zip(1536..).collect::<Vec<_>>());
         assert_eq!((&found["model"], &found["pre_tokenizer"]), (&first["model"], &first["pre_tokenizer"]));
         assert_eq!(json(&folder.join("config.json"))["vocab_size"], 1542);
+    };
+    let transformers = |folder: &Path| {
         if let Some(found) = asked(folder, &TOKENS) {
             let ids: Vec<i64> = (1536..1542).collect();
             assert_eq!(found["ids"], json!(ids), "{found}");
@@ -234,7 +237,8 @@ fn new_tokens_are_in_the_tokenizer() {
     let out = case.path("merged");
     assert_eq!(merge(&case, &out, &[]).code, 0);
     whole(&out);
-    // The merged model is a base like any other: its tokenizer has the tokens, so that none is new.
+    transformers(&out);
+    // A configuration beside it that lists added tokens lists these as well.
     let types = json!({"added_tokens_decoder": {}, "tokenizer_class": "PreTrainedTokenizerFast"});
     fs::write(case.weights.join("tokenizer_config.json"), types.to_string()).expect("written");
     assert_eq!(merge(&case, &out, &["--overwrite"]).code, 0);
@@ -251,7 +255,7 @@ fn new_tokens_are_in_the_tokenizer() {
     }
     let ran = merge(&case, &out, &["--overwrite"]);
     assert!(
-        ran.code == 0 && ran.err.contains("holds no tokenizer to write the task's tokens <bos> <eos>"),
+        ran.code == 0 && ran.err.contains("holds no tokenizer to write the task's tokens into"),
         "{}{}",
         ran.out,
         ran.err
@@ -292,4 +296,28 @@ fn a_base_in_shards_is_merged_into_one_file() {
     if let Some(found) = asked(&out, &["<bos>"]) {
         assert_eq!((&found["dtype"], &found["complaints"]), (&json!("bfloat16"), &json!([])), "{found}");
     }
+}
+
+/// A tokenizer of `vocab.json` and `merges.txt` reads new tokens from `added_tokens.json`; what it knows stays as it is.
+#[test]
+fn tokens_of_a_tokenizer_without_its_own_file() {
+    let bench = Bench::new();
+    bench.write("vocab.json", r#"{"a":0,"<eos>":1}"#);
+    let folder = bench.path("");
+    add_tokens(&folder, &[("<eos>", 1), ("<bos>", 2)]).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(json(&folder.join("added_tokens.json")), json!({"<bos>": 2}));
+    assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 2);
+    add_tokens(&folder, &[("<eos>", 1), ("<sep>", 3)]).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(json(&folder.join("added_tokens.json")), json!({"<bos>": 2, "<sep>": 3}));
+    // In one file, the token of the model itself is not listed once more.
+    bench.write("tokenizer.json", r#"{"added_tokens":[{"id":1,"content":"<eos>"}],"model":{"vocab":{"a":0}}}"#);
+    add_tokens(&folder, &[("<eos>", 1), ("a", 0), ("<new>", 4)]).unwrap_or_else(|e| panic!("{e}"));
+    let added = json(&folder.join("tokenizer.json"))["added_tokens"].clone();
+    assert_eq!(
+        (added[0].clone(), &added[1]["content"], added.as_array().map(Vec::len)),
+        (json!({"id":1,"content":"<eos>"}), &json!("<new>"), Some(2))
+    );
+    bench.write("tokenizer.json", "[]");
+    let error = add_tokens(&folder, &[("<x>", 5)]).expect_err("refused").to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("no object of JSON"), "{error}");
 }
