@@ -5,6 +5,7 @@
 
 pub mod ast;
 mod check;
+pub mod counterpart;
 pub mod diagnostic;
 mod format;
 pub mod graph;

@@ -1,5 +1,6 @@
 //! Text to syntax tree: items and statements. Expressions are in [`expr`].
 
+mod counterpart;
 mod expr;
 mod syntax_error;
 
@@ -15,6 +16,7 @@ use crate::source::{FileId, Span};
 
 #[derive(Parser)]
 #[grammar = "peft.pest"]
+#[grammar = "counterpart.pest"]
 struct Grammar;
 
 type Node<'a> = Pair<'a, Rule>;
@@ -129,6 +131,15 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_only
             | kw_except
             | kw_rows
+            | kw_counterpart
+            | kw_key
+            | kw_is
+            | kw_free
+            | kw_when
+            | kw_tensor
+            | kw_elsewhere
+            | kw_table
+            | kw_modules
     )
 }
 
@@ -174,7 +185,8 @@ impl Builder {
                 let mut on = Children::of(c.next());
                 let kind = self.name(on.next());
                 let variables = on.0.map(|p| self.name(p)).collect();
-                Item::Method(MethodDef { name, params, kind, variables, body: self.block(c.next()) })
+                let (body, counterpart) = self.method_body(c.next());
+                Item::Method(MethodDef { name, params, kind, variables, body, counterpart })
             }
             Rule::function => {
                 let name = self.name(c.next());
@@ -243,6 +255,7 @@ impl Builder {
                 TuneRule::Rows { start, end, tensor: self.text(c.next()), span }
             }
             Rule::head => TuneRule::Head(self.name(Children::of(pair).next())),
+            Rule::train_glob => TuneRule::Train(self.text(Children::of(pair).next())),
             _ => TuneRule::Model(self.apply(pair)),
         }
     }

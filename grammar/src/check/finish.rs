@@ -67,6 +67,7 @@ impl<'a> Checker<'a> {
             return None;
         }
         let replaced = self.replaced();
+        let counterparts = self.counterparts();
         Some(Model {
             name: stem.to_owned(),
             backbone: Backbone {
@@ -78,6 +79,7 @@ impl<'a> Checker<'a> {
             params: std::mem::take(&mut self.params),
             graph: std::mem::take(&mut self.graph),
             applied: std::mem::take(&mut self.applied),
+            counterparts,
             projections: std::mem::take(&mut self.projections),
             replaced,
             stored: std::mem::take(&mut self.stored).into_iter().map(|s| (s.name, s.value)).collect(),

@@ -6,6 +6,7 @@
 
 mod bind;
 mod builtins;
+mod counterpart;
 mod definitions;
 mod eval;
 mod expand;
