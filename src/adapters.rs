@@ -59,16 +59,27 @@ fn check_seed(model: &Model, file: &TensorFile, path: &Path) -> Result<(), Runti
     }
 }
 
-/// Reads an adapter for `model`: exactly the tensors it trains, in their shapes.
-pub fn load(model: &Model, path: &Path) -> Result<Tensors, Failure> {
+/// Reads an adapter for `model`: exactly the tensors it trains, in their shapes. Some adapters of PEFT's take their
+/// beginning out of the base model: of `base`, all weights of the model; without them such an adapter is refused.
+pub fn load(model: &Model, path: &Path, base: Option<&mut [Numbers]>) -> Result<Tensors, Failure> {
     let file = match path {
         folder if folder.join(peft::CONFIG).is_file() => {
             let adapter = peft::Adapter::load(folder)?;
-            peft::import(model, &adapter).map_err(|why| RuntimeError::weights(folder, format!("  {why}")))?
+            let unfit = |why: String| RuntimeError::weights(folder, format!("  {why}"));
+            let imported = peft::import(model, &adapter).map_err(unfit)?;
+            peft::take_out(model, &imported.residuals, base).map_err(unfit)?;
+            imported.values
         }
         own => {
             let own = if own.is_dir() { own.join(ADAPTER) } else { own.to_path_buf() };
+            if let (false, Some(other)) = (own.is_file(), peft::foreign::recognised(path)) {
+                return Err(other.into());
+            }
             let file = adapter::load(&own)?;
+            if !file.notes.contains_key("spec") {
+                let frozen = |name: &str| model.params.iter().any(|p| p.name == name && p.trainable == Trainable::No);
+                peft::foreign::check_own(&own, &file.tensors.keys().collect::<Vec<_>>(), frozen)?;
+            }
             check_seed(model, &file, &own)?;
             file.tensors
         }

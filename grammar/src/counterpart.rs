@@ -47,8 +47,9 @@ pub struct Key {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
-    /// One of these; the first is written. `patterns` names the key that holds other values by module.
-    Is { values: Vec<Constant>, patterns: Option<String> },
+    /// One of these; the first is written. `patterns` names the key that holds other values by module; `hint` is the
+    /// mend of a value that is none of them.
+    Is { values: Vec<Constant>, patterns: Option<String>, hint: Option<String> },
     /// Any value: the adapter computes the same. `written` is what an export writes.
     Free { written: Option<Constant> },
 }

@@ -31,11 +31,13 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let model = ready.model;
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
-    let weights = checkpoint::weights(&arguments.weights, &model)?;
+    let mut weights = checkpoint::weights(&arguments.weights, &model)?;
+    let adapter =
+        arguments.adapter.as_ref().map(|path| adapters::load(&model, path, Some(&mut weights))).transpose()?;
     let mut session = Session::new(ready.program.only(&["init", "eval"]), weights, arguments.source.threads)?;
     session.initialise()?;
-    if let Some(path) = &arguments.adapter {
-        adapters::apply(&mut session, &adapters::load(&model, path)?)?;
+    if let Some(values) = &adapter {
+        adapters::apply(&mut session, values)?;
     }
     let figures = training::evaluate(&mut session, &model, &data)?;
     super::print(&format!("{}: {} examples, {}", arguments.data.display(), data.len(), figures.describe()));

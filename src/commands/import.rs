@@ -20,7 +20,7 @@ pub struct Arguments {
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let model = arguments.source.model()?;
-    let tensors = adapters::load(&model, &arguments.folder)?;
+    let tensors = adapters::load(&model, &arguments.folder, None)?;
     let count = tensors.len();
     let file = adapters::signed(TensorFile { tensors, ..TensorFile::default() }, &model);
     adapter::save(&arguments.output, &file)?;

@@ -29,8 +29,8 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         )));
     }
     let model = spec::load(&source.path, &source.set, super::color())?;
-    let values = adapters::load(&model, &arguments.adapter)?;
-    let weights = checkpoint::weights(&arguments.weights, &model)?;
+    let mut weights = checkpoint::weights(&arguments.weights, &model)?;
+    let values = adapters::load(&model, &arguments.adapter, Some(&mut weights))?;
     let merged = merge::merge(&model, weights, &values, &source.options()?)?;
     merge::save(&model, &merged, &arguments.weights, &arguments.output)?;
     for note in merge::notes(&model) {

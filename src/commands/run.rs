@@ -35,17 +35,19 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let ready = arguments.source.open()?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs)?;
-    let weights = match &arguments.weights {
+    let mut weights = match &arguments.weights {
         Some(from) => checkpoint::weights(from, &ready.model)?,
         None => exchange::weights(&file, &ready.model, &arguments.inputs)?,
     };
+    let adapter = arguments.adapter.as_ref();
+    let adapter = adapter.map(|path| adapters::load(&ready.model, path, Some(&mut weights))).transpose()?;
     let program = ready.program.only(&["init", &arguments.entry]);
     let mut session = Session::new(program, weights, arguments.source.threads)?;
     if arguments.weights.is_some() {
         session.initialise()?;
     }
-    if let Some(path) = &arguments.adapter {
-        adapters::apply(&mut session, &adapters::load(&ready.model, path)?)?;
+    if let Some(values) = &adapter {
+        adapters::apply(&mut session, values)?;
     }
     let results = exchange::run(&mut session, &ready.model, &arguments.entry, &padded, [arguments.seed as i32, 0])?;
     adapter::save(&arguments.output, &results)?;

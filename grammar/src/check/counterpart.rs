@@ -76,8 +76,10 @@ impl<'a> Checker<'a> {
             }
             counterpart.sites = self.kinds.iter().find(|(k, _)| *k == counterpart.kind).map_or(0, |(_, count)| *count);
             let others = self.definitions.methods.values().flatten().filter(|m| !std::ptr::eq(**m, method));
-            let others: Vec<Counterpart> = others.filter_map(|m| Some(declared(m)?.0)).collect();
-            inherit(method, &mut counterpart, others.iter().filter(|o| o.peft_type == counterpart.peft_type));
+            let mut others: Vec<Counterpart> = others.filter_map(|m| Some(declared(m)?.0)).collect();
+            others.sort_by(|a, b| (&a.method, &a.kind).cmp(&(&b.method, &b.kind)));
+            let kind = counterpart.peft_type.clone();
+            inherit(method, &mut counterpart, others.iter().filter(|o| o.peft_type == kind));
             all.push(counterpart);
         }
         all
@@ -103,7 +105,7 @@ fn declared(method: &MethodDef) -> Option<(Counterpart, Vec<Diagnostic>)> {
 }
 
 /// A type's keys need to be declared once: of other methods of its type a method has the keys that it does not speak
-/// of itself, if they agree on them and it has the parameters that they name.
+/// of itself, if it has the parameters that they name. Where the others do not agree the key is off.
 fn inherit<'c>(method: &MethodDef, to: &mut Counterpart, others: impl Iterator<Item = &'c Counterpart> + Clone) {
     let has = |name: &str| method.params.iter().any(|p| p.name.text == name);
     let own: Vec<String> = to.keys.iter().map(|k| k.name.clone()).collect();
@@ -120,7 +122,13 @@ fn inherit<'c>(method: &MethodDef, to: &mut Counterpart, others: impl Iterator<I
             Some(found) => found == key && conditions(o, &key.name) == conditions(other, &key.name),
             None => true,
         };
-        if fits && !known && others.clone().all(alike) {
+        let off = match &key.rule {
+            Rule::Is { values, .. } => {
+                matches!(values.first(), Some(Constant::Null | Constant::Value(ConfigValue::Bool(false))))
+            }
+            Rule::Free { .. } => false,
+        };
+        if fits && !known && (off || others.clone().all(alike)) {
             inherited.push(key.clone());
             to.conditions.extend(conditions(other, &key.name).into_iter().cloned());
         }
@@ -135,10 +143,11 @@ const NULL: &str = "null";
 
 fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lowered<()> {
     match line {
-        CounterpartLine::Is { key, values, patterns } => {
+        CounterpartLine::Is { key, values, patterns, hint } => {
             let values = values.iter().map(constant).collect::<Lowered<_>>()?;
             let patterns = patterns.as_ref().map(|p| p.text.clone());
-            to.keys.push(Key { name: key.text.clone(), rule: Rule::Is { values, patterns } });
+            let hint = hint.as_ref().map(|h| h.text.clone());
+            to.keys.push(Key { name: key.text.clone(), rule: Rule::Is { values, patterns, hint } });
         }
         CounterpartLine::Free { key, written } => {
             let written = written.as_ref().map(constant).transpose()?;
@@ -157,6 +166,9 @@ fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lo
             }
         }
         CounterpartLine::Tensor { name, axes, projection, value, condition, elsewhere } => {
+            if axes.iter().filter(|a| a.kind != ExprKind::Int(1)).count() > 2 {
+                return Err(Diagnostic::error(name.span, "a tensor in PEFT has two axes at most, but for those of 1"));
+            }
             let (scale, weight) = match &value.kind {
                 ExprKind::Binary { op: BinaryOp::Mul, left, right } => (Some(scalar(left)?), &**right),
                 _ => (None, value),
@@ -259,9 +271,7 @@ fn axis(method: &MethodDef, expr: &Expr) -> Lowered<Axis> {
         ExprKind::Int(1) => Ok(Axis::One),
         ExprKind::Name(name) if name == "inputs" => Ok(Axis::Inputs),
         ExprKind::Name(name) if name == "outputs" => Ok(Axis::Outputs),
-        ExprKind::Name(text) => {
-            Ok(Axis::Param(parameter(method, &Name { text: text.clone(), span: expr.span })?))
-        }
+        ExprKind::Name(text) => Ok(Axis::Param(parameter(method, &Name { text: text.clone(), span: expr.span })?)),
         _ => {
             let error = Diagnostic::error(expr.span, "this is no axis of a tensor in PEFT");
             Err(error.hint("an axis is `inputs`, `outputs`, a parameter of the method, or 1"))

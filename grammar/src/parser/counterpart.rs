@@ -47,7 +47,8 @@ impl Builder {
                     values.push(self.expr(value));
                 }
                 let patterns = c.next_if(Rule::overriding).map(|p| self.text(Children::of(p).next()));
-                CounterpartLine::Is { key, values, patterns }
+                let hint = c.next_if(Rule::otherwise).map(|p| self.text(Children::of(p).next()));
+                CounterpartLine::Is { key, values, patterns, hint }
             }
             Rule::key_free => CounterpartLine::Free { key, written: c.next_if(Rule::expr).map(|p| self.expr(p)) },
             Rule::when => {

@@ -2,6 +2,8 @@
 //!
 //! A class of fault is a file. Tests make their inputs themselves; nothing is fetched.
 
+mod adapters;
+
 use std::fs;
 use std::path::PathBuf;
 
