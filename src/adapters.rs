@@ -15,7 +15,7 @@ use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 
 use crate::failure::Failure;
 use crate::hub::checkpoint;
-use crate::hub::peft::{self, Tensors};
+use crate::hub::peft::{self, Imported, Residual, Tensors};
 
 /// What the trained values of a run (or an export) are kept in.
 pub const ADAPTER: &str = "adapter.safetensors";
@@ -175,6 +175,8 @@ pub struct Adapter {
     pub values: Tensors,
     /// As [`Base::drawn`].
     pub drawn: Tensors,
+    /// What it takes out of the base's matrices.
+    residuals: Vec<Residual>,
     notes: BTreeMap<String, String>,
 }
 
@@ -192,8 +194,7 @@ impl Adapter {
             }
         }
         self.check_base(model, loaded)?;
-        self.put_drawn(model, &mut loaded.tensors);
-        Ok(())
+        Ok(self.change_base(model, &mut loaded.tensors)?)
     }
 
     fn check_base(&self, model: &Model, loaded: &Loaded) -> Result<(), RuntimeError> {
@@ -233,14 +234,26 @@ impl Adapter {
         }
     }
 
-    /// Copies the adapter's drawn tensors into `tensors`, which are all of the model's in their order.
-    pub fn put_drawn(&self, model: &Model, tensors: &mut [Numbers]) {
+    /// Copies the adapter's drawn tensors into `tensors`, which are all of the model's in their order, and takes its
+    /// residuals out of them.
+    pub fn change_base(&self, model: &Model, tensors: &mut [Numbers]) -> Result<(), RuntimeError> {
         for (key, value) in &self.drawn {
             if let (Some((index, param, (start, _))), Data::F32(numbers)) = (locate(model, key), &value.data) {
                 let row = tensors[index].len() / rows(param).max(1) as usize;
                 tensors[index][start as usize * row..][..numbers.len()].copy_from_slice(numbers);
             }
         }
+        self.take_out(model, Some(tensors))
+    }
+
+    /// Its values mean what they do without the base at hand: refuses an adapter that takes something out of it.
+    pub fn stands_alone(&self, model: &Model) -> Result<(), RuntimeError> {
+        self.take_out(model, None)
+    }
+
+    fn take_out(&self, model: &Model, base: Option<&mut [Numbers]>) -> Result<(), RuntimeError> {
+        let unfit = |why| RuntimeError::weights(&self.path, format!("  {why}"));
+        peft::take_out(model, &self.residuals, base).map_err(unfit)
     }
 
     /// The base that the adapter was trained on.
@@ -312,20 +325,28 @@ fn check_seed(model: &Model, adapter: &Adapter) -> Result<(), RuntimeError> {
 /// Reads an adapter for `model`: exactly the tensors it trains, in their shapes.
 pub fn load(model: &Model, path: &Path) -> Result<Adapter, Failure> {
     if path.join(peft::CONFIG).is_file() {
-        let adapter = peft::Adapter::load(path)?;
-        let values = peft::import(model, &adapter).map_err(|why| RuntimeError::weights(path, format!("  {why}")))?;
-        let adapter = Adapter { path: path.to_path_buf(), values, ..Adapter::default() };
+        let unfit = |why: String| RuntimeError::weights(path, format!("  {why}"));
+        let Imported { values, residuals } = peft::import(model, &peft::Adapter::load(path)?).map_err(unfit)?;
+        let adapter = Adapter { path: path.to_path_buf(), values, residuals, ..Adapter::default() };
         return fits(model, adapter).map_err(Failure::from);
     }
-    let path = if path.is_dir() { path.join(ADAPTER) } else { path.to_path_buf() };
+    let own = if path.is_dir() { path.join(ADAPTER) } else { path.to_path_buf() };
+    if let (false, Some(other)) = (own.is_file(), peft::foreign::recognised(path)) {
+        return Err(other.into());
+    }
+    let path = own;
     let TensorFile { mut tensors, notes } = adapter::load(&path)?;
+    if !notes.contains_key("spec") {
+        let frozen = |name: &str| model.params.iter().any(|p| p.name == name && p.trainable == Trainable::No);
+        peft::foreign::check_own(&path, &tensors.keys().collect::<Vec<_>>(), frozen)?;
+    }
     let damaged = |_| RuntimeError::file(&path, "its note `drawn` is no list of names; it is damaged");
     let keys: Vec<String> = match notes.get(note::DRAWN) {
         Some(keys) => serde_json::from_str(keys).map_err(damaged)?,
         None => vec![],
     };
     let drawn = keys.into_iter().filter_map(|key| tensors.remove_entry(&key)).collect();
-    let adapter = Adapter { path, values: tensors, drawn, notes };
+    let adapter = Adapter { path, values: tensors, drawn, notes, residuals: vec![] };
     check_seed(model, &adapter)?;
     Ok(fits(model, adapter)?)
 }

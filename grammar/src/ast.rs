@@ -131,6 +131,45 @@ pub struct MethodDef {
     /// The variables of the site it reads or rebinds.
     pub variables: Vec<Name>,
     pub body: Vec<Stmt>,
+    /// What Hugging Face PEFT calls it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counterpart: Option<CounterpartDef>,
+}
+
+/// `counterpart "LORA" { … }`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CounterpartDef {
+    pub peft_type: Text,
+    pub lines: Vec<CounterpartLine>,
+    pub span: Span,
+}
+
+/// A line of a counterpart; `key`, where it is a text, is one of `adapter_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CounterpartLine {
+    /// `key "r" is rank except "rank_pattern" else "…"`: one of these values; `patterns` is the key of values by
+    /// module, `hint` the mend of a value that is none of them.
+    Is { key: Text, values: Vec<Expr>, patterns: Option<Text>, hint: Option<Text> },
+    /// `key "lora_dropout" free as dropout`: any value; an export writes `written`.
+    Free { key: Text, written: Option<Expr> },
+    /// `when "use_rslora" is true { alpha = alpha * sqrt(rank) }`
+    When { key: Text, value: Expr, set: Vec<(Name, Expr)> },
+    /// `tensor "lora_B.bias" [outputs] of k is alpha / rank * c if bias elsewhere 0`
+    Tensor {
+        name: Text,
+        axes: Vec<Expr>,
+        projection: Option<Name>,
+        value: Expr,
+        condition: Option<Name>,
+        elsewhere: Option<Expr>,
+    },
+    /// `table "prompt_embeddings" is past_key, past_value`: the weights of all sites side by side.
+    Table { name: Text, weights: Vec<Name> },
+    /// `modules "feedforward_modules"`: this key lists the method's modules, too.
+    Modules(Text),
+    /// What must hold for PEFT to have the method.
+    Require { condition: Expr, message: Text, hint: Option<Text> },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -277,6 +316,8 @@ pub enum TuneRule {
     },
     /// `head trainable`, `head frozen`.
     Head(Name),
+    /// `train "*.query.bias"`: tensors of the backbone by name.
+    Train(Text),
 }
 
 impl TuneRule {
@@ -285,6 +326,7 @@ impl TuneRule {
             TuneRule::Sites { span, .. } | TuneRule::Rows { span, .. } => *span,
             TuneRule::Model(apply) => apply.span,
             TuneRule::Head(word) => word.span,
+            TuneRule::Train(pattern) => pattern.span,
         }
     }
 }

@@ -6,6 +6,7 @@
 pub mod ast;
 pub mod bounds;
 mod check;
+pub mod counterpart;
 pub mod diagnostic;
 mod format;
 pub mod graph;

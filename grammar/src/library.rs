@@ -47,6 +47,21 @@ pub fn backbone_of(model_type: &str) -> Option<String> {
     })
 }
 
+/// Methods that have a counterpart in PEFT, with its `peft_type`, by name.
+pub fn counterparts() -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    for &(_, source) in MODULES.iter().filter(|(path, _)| path.starts_with("methods/")) {
+        let Ok(ast) = crate::parser::parse(FileId(0), source) else { continue };
+        all.extend(ast.items.into_iter().filter_map(|item| match item {
+            Item::Method(def) => Some((def.name.text, def.counterpart?.peft_type.text)),
+            _ => None,
+        }));
+    }
+    all.sort();
+    all.dedup();
+    all
+}
+
 fn described(folder: &str) -> Vec<Described> {
     let mut all = Vec::new();
     for &(file, source) in MODULES.iter().filter(|(path, _)| path.starts_with(folder)) {

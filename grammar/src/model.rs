@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::counterpart::Counterpart;
 use crate::graph::{Graph, Value};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,6 +20,9 @@ pub struct Model {
     pub graph: Graph,
     /// Every method at every site, in the order in which the backbone has the sites.
     pub applied: Vec<Applied>,
+    /// What the methods at work are in Hugging Face PEFT, those that are something there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub counterparts: Vec<Counterpart>,
     /// Every projection `y = x W + b` of the backbone.
     pub projections: Vec<Projection>,
     /// What is kept in place of some trained tensors when training is over: values of the graph that depend on
@@ -133,6 +137,15 @@ pub struct Applied {
     pub site: String,
     /// Its arguments, defaults filled in.
     pub args: BTreeMap<String, ConfigValue>,
+    /// The kind of site that it is written for.
+    #[serde(default)]
+    pub kind: String,
+    /// What else its counterpart in PEFT speaks of: numbers of the model, such as how many layers there are.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub known: BTreeMap<String, ConfigValue>,
+    /// Why PEFT cannot hold it at this site.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unlike: Option<String>,
 }
 
 impl Applied {

@@ -1,6 +1,7 @@
 //! Text to syntax tree: items and statements. Expressions are in [`expr`].
 
 mod checkpoint;
+mod counterpart;
 mod expr;
 mod syntax_error;
 
@@ -16,6 +17,7 @@ use crate::source::{FileId, Span};
 
 #[derive(Parser)]
 #[grammar = "peft.pest"]
+#[grammar = "counterpart.pest"]
 struct Grammar;
 
 type Node<'a> = Pair<'a, Rule>;
@@ -138,6 +140,12 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_only
             | kw_except
             | kw_rows
+            | kw_counterpart
+            | kw_free
+            | kw_when
+            | kw_elsewhere
+            | kw_table
+            | kw_modules
     )
 }
 
@@ -185,7 +193,8 @@ impl Builder {
                 let mut on = Children::of(c.next());
                 let kind = self.name(on.next());
                 let variables = on.0.map(|p| self.name(p)).collect();
-                Item::Method(MethodDef { name, params, kind, variables, body: self.block(c.next()) })
+                let (body, counterpart) = self.method_body(c.next());
+                Item::Method(MethodDef { name, params, kind, variables, body, counterpart })
             }
             Rule::function => {
                 let name = self.name(c.next());
@@ -255,6 +264,7 @@ impl Builder {
                 TuneRule::Rows { start, end, tensor: self.text(c.next()), span }
             }
             Rule::head => TuneRule::Head(self.name(Children::of(pair).next())),
+            Rule::train_glob => TuneRule::Train(self.text(Children::of(pair).next())),
             _ => TuneRule::Model(self.apply(pair)),
         }
     }

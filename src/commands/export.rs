@@ -1,8 +1,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use peft_grammar::model::{Model, Origin, Trainable};
+use peft_grammar::model::{Model, Origin, Param, Trainable};
 use peft_runtime::adapter::{self, Stored, TensorFile};
+use serde_json::json;
 
 use super::overwrite::Overwrite;
 use super::source::Source;
@@ -23,9 +24,13 @@ pub struct Arguments {
     /// Trained values: `adapter.safetensors`, or a folder that a run wrote
     #[arg(long)]
     adapter: PathBuf,
-    /// Where a head that does not train comes from: a Hugging Face model directory, or `random` as in training
+    /// The base model, a Hugging Face model directory, or `random` as in training: a head that does not train comes
+    /// from it, and its name
     #[arg(long)]
     weights: Option<PathBuf>,
+    /// What PEFT is to load as the base model, such as `meta-llama/Llama-2-7b-hf`
+    #[arg(long, value_name = "NAME")]
+    base: Option<String>,
     /// The folder to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -52,11 +57,21 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.overwrite.folder(out, &inputs.map(PathBuf::as_path), exported)?;
     let (model, kept, base) = kept(&arguments)?;
     if arguments.format != Format::Own {
-        let values = with_head(&arguments, &model, &kept, &base)?;
-        match holds_all(&model, &base).and_then(|()| peft::export(&model, &values)) {
-            Ok(adapter) => {
+        let frozen = frozen(&arguments, &model, &base)?;
+        match holds_all(&model, &base).and_then(|()| peft::export(&model, &kept, &frozen)) {
+            Ok(mut adapter) => {
                 clear(out)?;
+                let name = base_name(&arguments);
+                adapter.config.insert("base_model_name_or_path".into(), json!(name));
                 adapter.save(out)?;
+                for note in peft::notes(&model) {
+                    super::say(&note);
+                }
+                if name.is_none() {
+                    super::say(
+                        "note: `base_model_name_or_path` is null, so that PEFT has to be told the base; name it by `--base`",
+                    );
+                }
                 return report(out, "PEFT's format", &adapter.tensors);
             }
             Err(why) if arguments.format == Format::Peft => {
@@ -112,6 +127,7 @@ fn holds_all(model: &Model, base: &Base) -> Result<(), String> {
 fn kept(arguments: &Arguments) -> Result<(Model, Tensors, Base), Failure> {
     let model = arguments.source.model()?;
     let adapter = adapters::load(&model, &arguments.adapter)?;
+    adapter.stands_alone(&model)?;
     let (base, values) = (adapter.base(), adapter.values);
     let kept = match model.stored.is_empty() {
         true => values,
@@ -120,19 +136,42 @@ fn kept(arguments: &Arguments) -> Result<(Model, Tensors, Base), Failure> {
     Ok((model, kept, base))
 }
 
-/// PEFT wants a head beside the adapter, whether it was trained or drawn once.
-fn with_head(arguments: &Arguments, model: &Model, kept: &Tensors, base: &Base) -> Result<Tensors, Failure> {
-    let mut values = kept.clone();
-    let frozen = |p: &peft_grammar::model::Param| p.origin == Origin::Head && p.trainable == Trainable::No;
-    if let (Some(from), true) = (&arguments.weights, model.params.iter().any(frozen)) {
+/// What does not train, from `--weights`: PEFT wants a head beside the adapter, whether it was trained or drawn once,
+/// and all of a module of which a part trains.
+fn frozen(arguments: &Arguments, model: &Model, base: &Base) -> Result<Tensors, Failure> {
+    let mut tensors = Tensors::new();
+    let wanted = |p: &Param| match p.origin {
+        Origin::Head => p.trainable == Trainable::No,
+        Origin::Backbone => p.trainable == Trainable::No && model.params.iter().any(|o| beside(o, p)),
+        Origin::Method(_) => false,
+    };
+    if let (Some(from), true) = (&arguments.weights, model.params.iter().any(wanted)) {
         let weights = checkpoint::weights(from, model)?;
-        for (param, numbers) in model.params.iter().zip(weights.tensors).filter(|(p, _)| frozen(p)) {
-            values.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers.to_vec()));
+        for (param, numbers) in model.params.iter().zip(weights.tensors).filter(|(p, _)| wanted(p)) {
+            tensors.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers.to_vec()));
         }
     }
     // What the adapter brings along was there in training, whatever the seed.
-    values.extend(base.drawn.clone());
-    Ok(values)
+    tensors.extend(base.drawn.clone());
+    Ok(tensors)
+}
+
+/// `one` trains and lies in the module of `other`.
+fn beside(one: &Param, other: &Param) -> bool {
+    let module = |p: &Param| p.name.rsplit_once('.').map(|(module, _)| module.to_owned());
+    one.trainable != Trainable::No && module(one) == module(other)
+}
+
+/// What the base model is called: as `--base` says, else as its own files say, else by its folder.
+fn base_name(arguments: &Arguments) -> Option<String> {
+    if arguments.base.is_some() {
+        return arguments.base.clone();
+    }
+    let from = arguments.weights.as_ref().filter(|w| w.as_path() != Path::new("random"))?;
+    let config = std::fs::read_to_string(from.join("config.json")).ok();
+    let config: Option<serde_json::Value> = config.and_then(|text| serde_json::from_str(&text).ok());
+    let name = config.and_then(|c| Some(c.get("_name_or_path")?.as_str()?.to_owned()));
+    name.filter(|name| !name.is_empty()).or_else(|| Some(from.to_string_lossy().into_owned()))
 }
 
 /// The spec and what it imports. What was set from outside stands in a comment at its head.

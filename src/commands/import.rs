@@ -27,6 +27,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     arguments.overwrite.file(&arguments.output, &[&read, &arguments.source.path])?;
     let model = arguments.source.model()?;
     let adapter = adapters::load(&model, &arguments.folder)?;
+    adapter.stands_alone(&model)?;
     let (base, tensors) = (adapter.base(), adapter.values);
     let count = tensors.len();
     let file = adapters::signed(TensorFile { tensors, ..TensorFile::default() }, &model, &base);

@@ -47,7 +47,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         None => {
             let mut given = exchange::weights(&file, &ready.model, &arguments.inputs)?;
             if let Some(adapter) = &adapter {
-                adapter.put_drawn(&ready.model, &mut given);
+                adapter.change_base(&ready.model, &mut given)?;
             }
             given
         }

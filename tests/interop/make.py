@@ -7,12 +7,13 @@ the libraries save them, and the logits they give together:
     cases/NAME/adapter/adapter_config.json, adapter_model.safetensors
     cases/NAME/case.safetensors   inputs.ids, inputs.mask, inputs.labels, expect.logits
 
-Run it in the environment that venv.sh makes.
+Run it in the environment that venv.sh makes, for all cases or those named.
 """
 
 import contextlib
 import json
 import shutil
+import sys
 import warnings
 import zlib
 
@@ -85,6 +86,7 @@ def cases():
     query_value = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
     c_attn = {"r": 4, "lora_alpha": 8, "fan_in_fan_out": True, "target_modules": ["c_attn"]}
     wide = {"r": 3, "target_modules": ["c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], "use_rslora": True}
+    q_v = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     gpt2_ia3 = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
     llama_ia3 = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     return {
@@ -114,6 +116,28 @@ def cases():
         ),
         "llama_lora": (llama, language_model(LoraConfig, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
         "llama_ia3": (lambda: llama(tied=True), language_model(IA3Config, **llama_ia3)),
+        # What an adapter carries beside a method's tensors.
+        "bert_lora_bias": (bert, classifier(LoraConfig, **query_value, bias="all")),
+        "gpt2_lora_bias": (gpt2, language_model(LoraConfig, **c_attn, bias="lora_only")),
+        "gpt2_lora_tokens": (gpt2, language_model(LoraConfig, **c_attn, trainable_token_indices=[5, 6, 7, 8])),
+        "gpt2_lora_saved": (
+            gpt2,
+            language_model(LoraConfig, **c_attn, modules_to_save=["wte", "ln_f"], ensure_weight_tying=True),
+        ),
+        "llama_lora_saved": (
+            llama,
+            language_model(LoraConfig, **q_v, modules_to_save=["embed_tokens", "lm_head", "input_layernorm"]),
+        ),
+        # Beginnings that are taken out of the base model's matrices.
+        "gpt2_residual_pissa": (
+            gpt2,
+            language_model(LoraConfig, **c_attn | {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": "pissa"}),
+        ),
+        "gpt2_residual_olora": (
+            gpt2,
+            language_model(LoraConfig, **c_attn | {"target_modules": ["attn.c_proj"], "init_lora_weights": "olora"}),
+        ),
+        "llama_residual_olora": (llama, language_model(LoraConfig, **q_v, init_lora_weights="olora", use_rslora=True)),
     }
 
 
@@ -200,7 +224,8 @@ def make(name, base, config):
 def main():
     warnings.simplefilter("ignore", FutureWarning)
     for name, (base, config) in cases().items():
-        make(name, base, config)
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            make(name, base, config)
 
 
 if __name__ == "__main__":

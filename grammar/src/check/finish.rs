@@ -74,6 +74,7 @@ impl<'a> Checker<'a> {
         let (longest, task) = (self.longest_sequence(&backbone.name.text), task);
         let task = Task { max_tokens: self.max_tokens(&backbone.name.text, longest, &task)?, ..task };
         let replaced = self.replaced();
+        let counterparts = self.counterparts();
         Some(Model {
             name: stem.to_owned(),
             backbone: Backbone {
@@ -87,6 +88,7 @@ impl<'a> Checker<'a> {
             params: std::mem::take(&mut self.params),
             graph: std::mem::take(&mut self.graph),
             applied: std::mem::take(&mut self.applied),
+            counterparts,
             projections: std::mem::take(&mut self.projections),
             replaced,
             stored: std::mem::take(&mut self.stored).into_iter().map(|s| (s.name, s.value)).collect(),

@@ -35,6 +35,19 @@ pub(super) fn assignment(body: &[Stmt], variable: &str) -> Option<Span> {
     last
 }
 
+/// The name in files of the weight that a body declares as `name`, or of what it stores under this name.
+pub(super) fn named_weight<'a>(body: &'a [Stmt], name: &str) -> Option<&'a str> {
+    let mut found = None;
+    walk(body, &mut |s| match &s.kind {
+        StmtKind::Weight(weight) if weight.name.text == name => found = Some(&*weight.path.text),
+        StmtKind::Store { value, name: path } if matches!(&value.kind, ExprKind::Name(n) if n == name) => {
+            found = Some(&*path.text);
+        }
+        _ => {}
+    });
+    found
+}
+
 /// Kinds of the sites in a backbone's body.
 pub(super) fn site_kinds(body: &[Stmt]) -> Vec<&str> {
     let mut kinds = Vec::new();
@@ -92,6 +105,7 @@ fn statement(kind: &StmtKind, name: &str) -> bool {
         StmtKind::Tune(TuneRule::Rows { start, end, tensor, .. }) => e(start) || e(end) || t(tensor),
         StmtKind::Tune(TuneRule::Model(apply)) => args(&apply.args, name),
         StmtKind::Tune(TuneRule::Head(_)) => false,
+        StmtKind::Tune(TuneRule::Train(pattern)) => t(pattern),
         StmtKind::Assign { value, nested, .. } => e(value) || nested.as_ref().is_some_and(|n| e(&n.of)),
     }
 }

@@ -7,6 +7,7 @@
 mod bind;
 mod builtins;
 mod checkpoint;
+mod counterpart;
 mod definitions;
 mod eval;
 mod expand;

@@ -54,18 +54,19 @@ impl Use<'_> {
     pub fn at(&self, site: &str) -> Applied {
         let args: BTreeMap<_, _> =
             self.args.iter().filter_map(|(name, value)| Some((name.clone(), value.config()?))).collect();
-        Applied { method: self.method.name.text.clone(), site: site.to_owned(), args }
+        let (method, kind) = (self.method.name.text.clone(), self.method.kind.text.clone());
+        Applied { method, site: site.to_owned(), args, kind, known: BTreeMap::new(), unlike: None }
     }
 }
 
 /// A method at one site.
-struct Instance<'a> {
-    applied: Use<'a>,
-    owner: Owner,
+pub(super) struct Instance<'a> {
+    pub(super) applied: Use<'a>,
+    pub(super) owner: Owner,
     /// What the site's statements set.
     names: Vec<&'a str>,
     /// Its own variables, parameters among them.
-    locals: HashMap<String, Val>,
+    pub(super) locals: HashMap<String, Val>,
     begun: bool,
     /// Which variables' `after` blocks have run.
     fired: HashSet<&'a str>,
@@ -325,12 +326,12 @@ impl<'a> Checker<'a> {
         self.leave_method(applied);
     }
 
-    fn enter_method(&mut self, applied: &Use<'a>) {
+    pub(super) fn enter_method(&mut self, applied: &Use<'a>) {
         self.calls.extend(applied.mixture.map(|(mixture, span)| Call::applied(mixture, span)));
         self.calls.push(Call::applied(&applied.method.name.text, applied.span));
     }
 
-    fn leave_method(&mut self, applied: &Use<'a>) {
+    pub(super) fn leave_method(&mut self, applied: &Use<'a>) {
         let calls = self.calls.len() - 1 - usize::from(applied.mixture.is_some());
         self.calls.truncate(calls);
     }
@@ -393,6 +394,7 @@ impl<'a> Checker<'a> {
         if !instance.begun {
             self.run_method(frame, instance, None, None);
         }
+        self.in_peft(frame, instance);
         let method = instance.applied.method;
         for statement in &method.body {
             let StmtKind::After { variable, .. } = &statement.kind else { continue };

@@ -3,7 +3,7 @@
 use super::expand::{Body, Frame};
 use super::mentions::mentions;
 use super::site::Use;
-use super::{Call, Checker};
+use super::{Call, Checker, Glob};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::Trainable;
@@ -97,6 +97,9 @@ impl<'a> Checker<'a> {
                     } else if let (Some(start), Some(end)) = (start, end) {
                         plan.rows.push(Rows { tensor: tensor.clone(), start, end, span: *span, found: false });
                     }
+                }
+                TuneRule::Train(pattern) => {
+                    self.globs.push(Glob { pattern: pattern.clone(), method: "train".to_owned(), used: None });
                 }
                 TuneRule::Head(what) => {
                     if let Some(first) = head {

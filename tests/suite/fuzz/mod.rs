@@ -14,7 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use mutate::Random;
-use peft_grammar::model::Model;
+use peft_grammar::model::{Model, Origin};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::weights;
 use peftc::data::Dataset;
@@ -165,7 +165,9 @@ fn world(
     let own = TensorFile { tensors: values.clone(), ..TensorFile::default() };
     adapter::save(&folder.join("own/adapter.safetensors"), &adapters::signed(own, &model, &adapters::Base::default()))
         .expect("written");
-    let foreign = peft::export(&model, &values).unwrap_or_else(|e| panic!("{e}"));
+    let head = model.params.iter().zip(weights::random(&model.params, 3)).filter(|(p, _)| p.origin == Origin::Head);
+    let drawn_head = head.map(|(p, x)| (p.name.clone(), Stored::f32(p.shape.clone(), x.to_vec()))).collect();
+    let foreign = peft::export(&model, &values, &drawn_head).unwrap_or_else(|e| panic!("{e}"));
     foreign.save(&folder.join("peft")).expect("written");
     let mut batch = TensorFile::default();
     for (name, shape, data) in [

@@ -2,6 +2,7 @@
 //!
 //! A class of fault is a file. Tests make their inputs themselves; nothing is fetched.
 
+mod adapters;
 mod bounds;
 mod checkpoint;
 mod config_keys;

@@ -1,0 +1,376 @@
+//! `adapter_config.json`: keys that any adapter has, and those that a method's file declares.
+
+use std::collections::BTreeMap;
+
+use fancy_regex::Regex;
+use peft_grammar::counterpart::{Condition, Consequence, Constant, Counterpart, Part, Rule};
+use peft_grammar::model::{Applied, ConfigValue};
+use serde_json::{Map, Value};
+
+use super::CONFIG;
+use super::modules::{Module, Piece, number};
+
+/// Keys of any adapter. What does not say how it is computed is read by no one: where it was made and by what. PEFT
+/// itself sets `fan_in_fan_out` right, module by module.
+const ANY: &[&str] = &[
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+    "trainable_token_indices",
+];
+
+/// An adapter's settings.
+pub struct Config<'a> {
+    pub map: &'a Map<String, Value>,
+}
+
+/// `null`, and what is as much as that: an empty object or list.
+pub fn unset(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Object(map) => map.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        _ => false,
+    }
+}
+
+fn same(found: &Value, wanted: &ConfigValue) -> bool {
+    match wanted {
+        ConfigValue::Bool(b) => found.as_bool() == Some(*b),
+        ConfigValue::Int(n) => found.as_f64() == Some(*n as f64),
+        ConfigValue::Float(x) => found.as_f64() == Some(*x),
+        ConfigValue::Str(s) => found.as_str() == Some(s),
+    }
+}
+
+fn text(value: &ConfigValue) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+impl<'a> Config<'a> {
+    /// The key's value, if it is set.
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map.get(key).filter(|v| !unset(v))
+    }
+
+    pub fn flag(&self, key: &str) -> bool {
+        self.get(key).and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    /// The strings of a list, or the one string.
+    pub fn strings(&self, key: &str) -> Result<Vec<&'a str>, String> {
+        match self.get(key) {
+            None => Ok(vec![]),
+            Some(Value::String(one)) => Ok(vec![one]),
+            Some(Value::Array(all)) => {
+                let all: Option<Vec<&str>> = all.iter().map(Value::as_str).collect();
+                all.ok_or_else(|| format!("`{key}` of {CONFIG} is no list of strings"))
+            }
+            Some(other) => Err(format!("`{key}` of {CONFIG} is {other}, a list of strings was expected")),
+        }
+    }
+
+    /// Refuses keys that are set and that nothing here knows.
+    pub fn check_keys(&self, counterparts: &[&Counterpart]) -> Result<(), String> {
+        let declared = |key: &str| {
+            counterparts.iter().any(|c| {
+                let patterns = |k: &Rule| matches!(k, Rule::Is { patterns: Some(p), .. } if p == key);
+                c.keys.iter().any(|k| k.name == key || patterns(&k.rule)) || c.modules.iter().any(|m| m == key)
+            })
+        };
+        let unknown = |(key, value): &(&String, &Value)| !unset(value) && !ANY.contains(&&***key) && !declared(key);
+        match self.map.iter().find(unknown) {
+            None => Ok(()),
+            Some((key, value)) => {
+                let known =
+                    counterparts.iter().flat_map(|c| &c.keys).map(|k| k.name.as_str()).chain(ANY.iter().copied());
+                let near = known
+                    .map(|k| (strsim::normalized_levenshtein(k, key), k))
+                    .filter(|(score, _)| *score > 0.8)
+                    .max_by(|a, b| a.0.total_cmp(&b.0));
+                let near = near.map(|(_, k)| format!(" (is `{k}` meant?)")).unwrap_or_default();
+                Err(format!(
+                    "`{key}` of {CONFIG} is {value}, and nothing is known here of such a key{near}; if the adapter \
+                     computes the same without it, take the key out"
+                ))
+            }
+        }
+    }
+
+    /// Refuses values that a method's counterpart cannot be.
+    pub fn check_values(&self, counterpart: &Counterpart, applied: &Applied) -> Result<(), String> {
+        let method = &counterpart.method;
+        let known: BTreeMap<String, ConfigValue> =
+            applied.known.iter().chain(&applied.args).map(|(k, v)| (k.clone(), v.clone())).collect();
+        for key in &counterpart.keys {
+            let Rule::Is { values, hint, .. } = &key.rule else { continue };
+            let found = self.map.get(&key.name).unwrap_or(&Value::Null);
+            let conditional = counterpart.conditions.iter().any(|c| c.key == key.name && same(found, &c.value));
+            let fits = |value: &Constant| match value {
+                Constant::Null => unset(found),
+                Constant::Value(value) => same(found, value),
+                Constant::Name(name) => match known.get(name) {
+                    // A number that a tensor's shape or scale depends on is compared where that is read.
+                    Some(ConfigValue::Int(_) | ConfigValue::Float(_)) if self.measured(counterpart, name) => true,
+                    Some(value) => same(found, value),
+                    None => true,
+                },
+            };
+            let missing = unset(found) && !values.iter().any(|v| matches!(v, Constant::Null));
+            if conditional || missing && self.off(values, &known) || values.iter().any(fits) {
+                continue;
+            }
+            let words = values.iter().map(|v| match v {
+                Constant::Null => "null".to_owned(),
+                Constant::Value(value) => text(value),
+                Constant::Name(name) => known.get(name).map(text).unwrap_or_default(),
+            });
+            let conditions = counterpart.conditions.iter().filter(|c| c.key == key.name);
+            let wanted: Vec<String> = words.chain(conditions.map(|c| text(&c.value))).collect();
+            let found = &*found.to_string();
+            let here = format!("`{}` is {found} in {CONFIG}", key.name);
+            let hint = hint.as_ref().map(|h| format!("; {h}")).unwrap_or_default();
+            return Err(match &values[..] {
+                [Constant::Name(name)] if applied.args.contains_key(name) => {
+                    format!("{here}, `{method}` here has `{name}: {}`; write `{name}: {found}`", wanted[0])
+                }
+                [Constant::Name(_)] => format!("{here}, the spec's model has {}", wanted[0]),
+                _ => format!("{here}, which `{method}` does not compute; it is {}{hint}", wanted.join(" or ")),
+            });
+        }
+        Ok(())
+    }
+
+    /// What is left out is PEFT's default: off, where a key is `true` or `false`.
+    fn off(&self, values: &[Constant], known: &BTreeMap<String, ConfigValue>) -> bool {
+        values.iter().all(|v| match v {
+            Constant::Name(name) => !matches!(known.get(name), Some(ConfigValue::Bool(true))),
+            Constant::Value(value) => *value != ConfigValue::Bool(true) || values.len() > 1,
+            Constant::Null => true,
+        })
+    }
+
+    fn measured(&self, counterpart: &Counterpart, name: &str) -> bool {
+        use peft_grammar::counterpart::Axis;
+        let axis = |a: &Axis| matches!(a, Axis::Param(n) if n == name);
+        counterpart.scale().is_some_and(|s| s.names().contains(&name))
+            || counterpart.tensors.iter().flat_map(|t| &t.axes).any(axis)
+    }
+
+    /// The numbers of PEFT's side at a module: what the keys say of it, then what follows from other keys' values.
+    pub fn numbers(&self, counterpart: &Counterpart, module: &str) -> Result<BTreeMap<String, f64>, String> {
+        let mut known = BTreeMap::new();
+        for key in &counterpart.keys {
+            let Rule::Is { values, patterns, .. } = &key.rule else { continue };
+            let [Constant::Name(name)] = &values[..] else { continue };
+            if let Some(x) = self.of_module(&key.name, patterns.as_deref(), module)? {
+                known.insert(name.clone(), x);
+            } else if self.measured(counterpart, name) {
+                return Err(format!("{CONFIG} has no `{}`", key.name));
+            }
+        }
+        for condition in self.conditions(counterpart) {
+            if let Consequence::Set { name, value } = &condition.then {
+                let x = value.value(&known).map_err(|unknown| format!("{CONFIG} says nothing of `{unknown}`"))?;
+                known.insert(name.clone(), x);
+            }
+        }
+        Ok(known)
+    }
+
+    /// The key that says what a parameter is at a module.
+    pub fn key_of<'c>(&self, counterpart: &'c Counterpart, name: &str, module: &str) -> Result<&'c str, String> {
+        for key in &counterpart.keys {
+            let Rule::Is { values, patterns, .. } = &key.rule else { continue };
+            if matches!(&values[..], [Constant::Name(n)] if n == name) {
+                let patterns = patterns.as_deref();
+                let by_pattern = patterns.is_some() && self.of_module("", patterns, module)?.is_some();
+                return Ok(if by_pattern { patterns.unwrap_or_default() } else { &key.name });
+            }
+        }
+        Ok("")
+    }
+
+    fn conditions<'c>(&self, counterpart: &'c Counterpart) -> Vec<&'c Condition> {
+        let holds = |c: &&Condition| self.get(&c.key).is_some_and(|found| same(found, &c.value));
+        counterpart.conditions.iter().filter(holds).collect()
+    }
+
+    /// What of the base model's matrix is the adapter's at the start: the part, its rank and its factor.
+    pub fn residual(&self, counterpart: &Counterpart, module: &str) -> Result<Option<(Part, usize, f64)>, String> {
+        for condition in self.conditions(counterpart) {
+            let Consequence::Residual { scale, part, rank } = &condition.then else { continue };
+            let known = self.numbers(counterpart, module)?;
+            let value = |s: &peft_grammar::counterpart::Scalar| {
+                s.value(&known).map_err(|unknown| format!("{CONFIG} says nothing of `{unknown}`"))
+            };
+            return Ok(Some((*part, value(rank)? as usize, value(scale)?)));
+        }
+        Ok(None)
+    }
+
+    /// A number for a module: what a pattern says of it, else the value for all.
+    fn of_module(&self, key: &str, patterns: Option<&str>, module: &str) -> Result<Option<f64>, String> {
+        let pattern = patterns.and_then(|p| Some((p, self.get(p)?)));
+        if let Some((name, value)) = pattern {
+            let map = value.as_object().ok_or_else(|| format!("`{name}` of {CONFIG} is {value}, no object"))?;
+            for (expression, value) in map {
+                // As PEFT matches them: the end of a module's name, from a dot on.
+                if matches(name, &format!(r"^(?:(.*\.)?({expression})$)"), module)? {
+                    let x = value.as_f64().ok_or_else(|| format!("`{name}` gives `{expression}` no number"))?;
+                    return Ok(Some(x));
+                }
+            }
+        }
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(x) => Ok(Some(x)),
+                None if value.is_boolean() || value.is_string() => Ok(None),
+                None => Err(format!("`{key}` of {CONFIG} is {value}, a number was expected")),
+            },
+        }
+    }
+
+    /// The key by which PEFT does not put the adapter at this module; none if it does.
+    pub fn leaves_out(&self, module: &str) -> Result<Option<&'static str>, String> {
+        const TARGETS: &str = "target_modules";
+        let ends = |name: &str| module == name || module.ends_with(&format!(".{name}"));
+        let excluded = match self.get("exclude_modules") {
+            Some(Value::String(expression)) => matches("exclude_modules", &format!("^(?:{expression})$"), module)?,
+            _ => self.strings("exclude_modules")?.iter().any(|name| ends(name)),
+        };
+        let mut saved = false;
+        for name in self.strings("modules_to_save")? {
+            saved |= matches("modules_to_save", &format!(r"^(?:(^|.*\.){name}($|\..*))"), module)?;
+        }
+        if excluded || saved {
+            return Ok(Some(if excluded { "exclude_modules" } else { "modules_to_save" }));
+        }
+        let names = match self.get("target_modules") {
+            None => return Ok(None),
+            Some(Value::String(all)) if all.eq_ignore_ascii_case("all-linear") => return Ok(None),
+            Some(Value::String(expression)) => {
+                let found = matches(TARGETS, &format!("^(?:{expression})$"), module)?;
+                return Ok((!found).then_some(TARGETS));
+            }
+            Some(_) => self.strings(TARGETS)?,
+        };
+        if names.contains(&module) {
+            return Ok(None);
+        }
+        if !names.iter().any(|name| ends(name)) {
+            return Ok(Some(TARGETS));
+        }
+        let layers = self.layers()?;
+        if layers.is_empty() {
+            return Ok(None);
+        }
+        let patterns = self.strings("layers_pattern")?;
+        let expressions = match patterns.is_empty() {
+            true => vec![r"^(?:.*?\.[^.]*\.(\d+)\.)".to_owned()],
+            false => patterns.iter().map(|p| format!(r"^(?:(?:^|.*?\.){p}\.(\d+)\.)")).collect(),
+        };
+        for expression in expressions {
+            let found =
+                regex("layers_pattern", &expression)?.captures(module).map_err(|e| broken("layers_pattern", &e))?;
+            if let Some(found) = found {
+                let last = found.iter().flatten().last().and_then(|m| m.as_str().parse::<u64>().ok());
+                let here = last.is_some_and(|layer| layers.contains(&layer));
+                return Ok((!here).then_some("layers_to_transform"));
+            }
+        }
+        Ok(Some(if patterns.is_empty() { "layers_to_transform" } else { "layers_pattern" }))
+    }
+
+    fn layers(&self) -> Result<Vec<u64>, String> {
+        let wrong = || format!("`layers_to_transform` of {CONFIG} is no number of a layer and no list of such");
+        match self.get("layers_to_transform") {
+            None => Ok(vec![]),
+            Some(Value::Array(all)) => all.iter().map(|v| v.as_u64().ok_or_else(wrong)).collect(),
+            Some(one) => Ok(vec![one.as_u64().ok_or_else(wrong)?]),
+        }
+    }
+}
+
+fn broken(key: &str, why: &dyn std::fmt::Display) -> String {
+    format!("`{key}` of {CONFIG} holds an expression that cannot be matched: {why}")
+}
+
+fn regex(key: &str, expression: &str) -> Result<Regex, String> {
+    // Python's end of a text.
+    Regex::new(&expression.replace(r"\Z", r"\z")).map_err(|e| broken(key, &e))
+}
+
+fn matches(key: &str, expression: &str, module: &str) -> Result<bool, String> {
+    regex(key, expression)?.is_match(module).map_err(|e| broken(key, &e))
+}
+
+/// A parameter's value for all modules, and those of modules that have another.
+pub fn by_module<'m>(modules: &[(&'m str, Value)]) -> (Value, BTreeMap<&'m str, Value>) {
+    let count = |value: &Value| modules.iter().filter(|(_, v)| v == value).count();
+    let mut best = (0, Value::Null);
+    for (_, value) in modules {
+        if count(value) > best.0 {
+            best = (count(value), value.clone());
+        }
+    }
+    let others = modules.iter().filter(|(_, v)| *v != best.1).map(|(name, v)| (*name, v.clone())).collect();
+    (best.1, others)
+}
+
+/// 32, not 32.0: PEFT writes whole numbers so.
+pub fn plain(x: f64) -> Value {
+    if x.fract() == 0.0 && x.abs() < 1e15 { Value::from(x as i64) } else { Value::from(x) }
+}
+
+pub fn json(value: &ConfigValue) -> Value {
+    match (value, number(value)) {
+        (_, Some(x)) => plain(x),
+        (ConfigValue::Bool(b), _) => Value::from(*b),
+        (ConfigValue::Str(s), _) => Value::from(s.as_str()),
+        _ => Value::Null,
+    }
+}
+
+/// The numbers of PEFT's side at a module that an export writes: totals along axes, and of what the scale is made of
+/// a value at which it is the first piece's.
+pub fn settings(module: &Module) -> Result<BTreeMap<String, f64>, String> {
+    let piece: &Piece = &module.pieces[0];
+    let mut known = piece.numbers();
+    let Some(scale) = piece.counterpart.scale() else { return Ok(known) };
+    let no = |name: String| format!("`{}` has no number `{name}`", piece.applied.method);
+    let wanted = scale.value(&known).map_err(no)?;
+    let axes: Vec<&str> = piece
+        .counterpart
+        .tensors
+        .iter()
+        .flat_map(|t| &t.axes)
+        .filter_map(|a| match a {
+            peft_grammar::counterpart::Axis::Param(name) => Some(name.as_str()),
+            _ => None,
+        })
+        .collect();
+    for axis in &axes {
+        known.insert(axis.to_string(), module.total(axis) as f64);
+    }
+    let free = scale.names().into_iter().find(|n| !axes.contains(n)).map(str::to_owned);
+    let found = scale.value(&known).map_err(no)?;
+    if let (Some(free), true) = (free, found != wanted && found != 0.0) {
+        // To nine digits: what two divisions leave behind is no part of a setting.
+        let x = known[&free] * wanted / found;
+        known.insert(free, (x * 1e9).round() / 1e9);
+    }
+    Ok(known)
+}

@@ -1,0 +1,322 @@
+//! Trained values in PEFT's format.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use peft_grammar::counterpart::{Constant, Counterpart, Rule, Tensor};
+use peft_grammar::model::{ConfigValue, Model, Origin, Param, TaskKind, Trainable};
+use peft_runtime::adapter::{Data, Stored};
+use serde_json::{Map, Value, json};
+
+use super::config::{by_module, json as value, plain, settings};
+use super::modules::{self, Module, Piece};
+use super::tables;
+use super::{Adapter, Tensors, list, tied};
+
+/// What stands before the base model's own names, and before them beside a prefix.
+const BASE: &str = "base_model.model.";
+const BASE_OF_TABLES: &str = "base_model.";
+
+/// The model's trained values in PEFT's format. `values` are what is kept (with [`Model::stored`] in place of what
+/// it replaces), `base` tensors of the base model, for what PEFT wants beside them: a head, the rest of a module that
+/// is saved whole. The error says why PEFT cannot hold them.
+pub fn export(model: &Model, values: &Tensors, base: &Tensors) -> Result<Adapter, String> {
+    let methods: BTreeSet<&str> =
+        model.applied.iter().filter(|a| a.kind != "model").map(|a| a.method.as_str()).collect();
+    let methods: Vec<&str> = methods.into_iter().collect();
+    let method = match methods[..] {
+        [] => return Err("the spec applies no method of PEFT's".into()),
+        [one] => one,
+        _ => return Err(format!("PEFT holds one method in an adapter, and the spec mixes {}", list(&methods))),
+    };
+    let at_work = model.applied.iter().filter(|a| a.kind != "model");
+    let counterparts: Vec<&Counterpart> = model.counterparts.iter().filter(|c| c.method == method).collect();
+    if at_work.clone().any(|a| modules::of(model, a).is_none()) {
+        return Err(format!("PEFT has no `{method}` as this project defines it"));
+    }
+    if let Some(why) = at_work.clone().find_map(|a| a.unlike.as_ref()) {
+        return Err(why.clone());
+    }
+    let mut adapter = Adapter { config: Map::new(), tensors: Tensors::new() };
+    adapter.config.insert("peft_type".into(), json!(counterparts[0].peft_type));
+    let mut written = BTreeSet::new();
+    let modules = modules::modules(model)?;
+    for module in &modules {
+        let settings = settings(module)?;
+        for tensor in module.tensors() {
+            let active =
+                |m: &Module| m.pieces.iter().any(|p| p.has(&tensor.name).is_some() && p.holds(&tensor.condition));
+            if modules.iter().any(active) {
+                let stored = tensor_of(module, tensor, values, &settings, &mut written)?;
+                adapter.tensors.insert(format!("{BASE}{}.{}", module.name, tensor.name), stored);
+            }
+        }
+    }
+    for counterpart in &counterparts {
+        tables::export(model, counterpart, values, &mut adapter.tensors, &mut written)?;
+    }
+    let lost = |p: &&Param| {
+        matches!(p.origin, Origin::Method(_)) && !written.contains(&p.name) && !model.replaced.contains(&p.name)
+    };
+    if let Some(param) = model.params.iter().find(lost) {
+        return Err(format!("PEFT's format has no place for `{}`", param.name));
+    }
+    let at: Vec<&peft_grammar::model::Applied> = at_work.collect();
+    keys(&counterparts, &modules, &at, &mut adapter.config)?;
+    if !modules.is_empty() {
+        let names: Vec<&str> = modules.iter().map(|m| m.name).collect();
+        adapter.config.insert("target_modules".into(), json!(names));
+        adapter.config.insert("fan_in_fan_out".into(), json!(modules.iter().any(|m| m.conv)));
+    }
+    let before = if modules.is_empty() { BASE_OF_TABLES } else { BASE };
+    carried(model, (values, base), &modules, before, &mut adapter)?;
+    let task = match model.task.kind {
+        TaskKind::Generation { .. } => "CAUSAL_LM",
+        TaskKind::Classification { .. } => "SEQ_CLS",
+    };
+    adapter.config.insert("task_type".into(), json!(task));
+    adapter.config.insert("inference_mode".into(), json!(true));
+    Ok(adapter)
+}
+
+/// The numbers of a tensor that must be there.
+pub fn numbers<'a>(values: &'a Tensors, name: &str) -> Result<&'a [f32], String> {
+    match values.get(name).map(|t| &t.data) {
+        Some(Data::F32(x)) => Ok(x),
+        _ => Err(format!("the trained values lack `{name}`")),
+    }
+}
+
+/// A tensor of a module, put together from its pieces.
+fn tensor_of(
+    module: &Module,
+    tensor: &Tensor,
+    values: &Tensors,
+    settings: &BTreeMap<String, f64>,
+    written: &mut BTreeSet<String>,
+) -> Result<Stored, String> {
+    let names = || module.projections.iter().map(|p| Module::short(p)).collect::<Vec<_>>().join(", ");
+    let peft = |piece: &Piece| format!("PEFT's {}", piece.counterpart.peft_type);
+    let shape = module.shape(tensor, |name| module.total(name));
+    let untouched = module.untouched(&tensor.name);
+    if let (None, false, true) = (tensor.elsewhere, untouched.is_empty(), Module::spans(tensor)) {
+        let piece = &module.pieces[0];
+        return Err(format!(
+            "{} has a `{}` for all of `{}`, and the spec applies `{}` to a part of it; apply it to {}",
+            peft(piece),
+            tensor.name,
+            module.name,
+            piece.applied.method,
+            names()
+        ));
+    }
+    if module.pieces.len() > 1 && !Module::apart(tensor) {
+        return Err(format!("PEFT has one `{}` for `{}`, which computes {}", tensor.name, module.name, names()));
+    }
+    let length = shape.iter().product::<u64>() as usize;
+    let mut numbers_of_module = vec![tensor.elsewhere.unwrap_or(0.0) as f32; length];
+    for (at, piece) in module.pieces.iter().enumerate() {
+        let Some(own) = piece.has(&tensor.name).filter(|t| piece.holds(&t.condition)) else { continue };
+        let name = piece.weight(own);
+        let from = numbers(values, &name)?;
+        let block = module.block(own, at, false);
+        let ratio = match &own.scale {
+            None => 1.0,
+            Some(scale) => {
+                let no = |name: String| format!("`{}` has no number `{name}`", piece.applied.method);
+                let (ours, theirs) = (scale.value(&piece.numbers()).map_err(no)?, scale.value(settings).map_err(no)?);
+                if ours == theirs { 1.0 } else { (ours / theirs) as f32 }
+            }
+        };
+        for (to, from) in block.rows().zip(from.chunks(block.length[1])) {
+            let to = &mut numbers_of_module[to..][..block.length[1]];
+            to.iter_mut().zip(from).for_each(|(to, x)| *to = x * ratio);
+        }
+        written.insert(name);
+    }
+    Ok(Stored::f32(shape, numbers_of_module))
+}
+
+/// The keys that the method declares.
+fn keys(
+    counterparts: &[&Counterpart],
+    modules: &[Module],
+    at: &[&peft_grammar::model::Applied],
+    config: &mut Map<String, Value>,
+) -> Result<(), String> {
+    let of_modules = modules.iter().map(|m| Ok((m, settings(m)?))).collect::<Result<Vec<_>, String>>()?;
+    for counterpart in counterparts {
+        let here = |m: &&Module| m.pieces.iter().any(|p| std::ptr::eq(p.counterpart, *counterpart));
+        for list in &counterpart.modules {
+            let names: Vec<&str> = modules.iter().filter(here).map(|m| m.name).collect();
+            config.insert(list.clone(), json!(names));
+        }
+        let known = |name: &str| {
+            let of = at.iter().filter(|a| a.method == counterpart.method && a.kind == counterpart.kind);
+            of.filter_map(|a| a.args.get(name).or(a.known.get(name))).collect::<Vec<&ConfigValue>>()
+        };
+        for key in &counterpart.keys {
+            let (constant, patterns) = match &key.rule {
+                Rule::Is { values, patterns, .. } => (values.first(), patterns.as_ref()),
+                Rule::Free { written } => (written.as_ref(), None),
+            };
+            let free = matches!(key.rule, Rule::Free { .. });
+            let written = match constant {
+                // PEFT's defaults go without saying.
+                None | Some(Constant::Null | Constant::Value(ConfigValue::Bool(false))) => continue,
+                Some(Constant::Value(constant)) => value(constant),
+                Some(Constant::Name(name)) => {
+                    let mut all: Vec<&ConfigValue> = known(name);
+                    all.dedup();
+                    let numbers = of_modules.iter().filter(|(m, _)| m.pieces[0].counterpart == *counterpart);
+                    let numbers = numbers.filter_map(|(m, s)| Some((m.name, plain(*s.get(name)?))));
+                    let numbers: Vec<(&str, Value)> = numbers.collect();
+                    match (&all[..], patterns) {
+                        ([], _) => continue,
+                        (_, Some(patterns)) if !numbers.is_empty() => {
+                            let (most, others) = by_module(&numbers);
+                            config.insert(patterns.clone(), json!(others));
+                            most
+                        }
+                        ([first @ ConfigValue::Bool(_), ..], _) => {
+                            let any = all.contains(&&ConfigValue::Bool(true));
+                            if any { json!(true) } else { value(first) }
+                        }
+                        ([first, ..], _) if free => value(first),
+                        ([one], _) => value(one),
+                        ([first, second, ..], _) => {
+                            return Err(format!(
+                                "PEFT has one `{}` for all layers, and the spec has `{name}: {}` and `{name}: {}`",
+                                key.name,
+                                value(first),
+                                value(second)
+                            ));
+                        }
+                    }
+                }
+            };
+            config.insert(key.name.clone(), written);
+        }
+    }
+    Ok(())
+}
+
+/// What an adapter carries besides the method's tensors: heads, tensors of the backbone that train, and rows of its
+/// tables.
+fn carried(
+    model: &Model,
+    (values, base): (&Tensors, &Tensors),
+    modules: &[Module],
+    before: &str,
+    adapter: &mut Adapter,
+) -> Result<(), String> {
+    let adapted = |module: &str| modules.iter().any(|m| m.name == module);
+    let mut whole: Vec<String> = vec![];
+    let (mut biases, mut rows) = (vec![], Map::new());
+    for param in &model.params {
+        let (module, last) = param.name.rsplit_once('.').unwrap_or(("", &param.name));
+        let trains = param.trainable != Trainable::No;
+        match (&param.origin, &param.trainable) {
+            (Origin::Method(_), _) => {}
+            (Origin::Backbone, Trainable::No) if !values.contains_key(&param.name) => {}
+            (Origin::Backbone, Trainable::Rows(start, end)) => {
+                let stored =
+                    values.get(&param.name).ok_or_else(|| format!("the trained values lack `{}`", param.name))?;
+                adapter.tensors.insert(format!("{before}{module}.{}", super::names::ROWS), stored.clone());
+                rows.insert(module.to_owned(), json!((*start..*end).collect::<Vec<u64>>()));
+            }
+            (Origin::Backbone, _) if last == "bias" && trains && !modules.is_empty() => {
+                let stored = Stored::f32(param.shape.clone(), numbers(values, &param.name)?.to_vec());
+                let layer = if adapted(module) { ".base_layer" } else { "" };
+                adapter.tensors.insert(format!("{before}{module}{layer}.bias"), stored);
+                biases.push(module);
+            }
+            (Origin::Backbone, _) if adapted(module) => {
+                return Err(format!(
+                    "PEFT trains `{}` by its adapter alone, and the spec trains all of it, too",
+                    param.name
+                ));
+            }
+            (origin, _) => {
+                let stored = values.get(&param.name).or(base.get(&param.name)).ok_or_else(|| match origin {
+                    Origin::Head => format!(
+                        "the head `{}` does not train, so the trained values do not hold it; name `--weights`",
+                        param.name
+                    ),
+                    _ => format!("the trained values lack `{}`", param.name),
+                })?;
+                adapter.tensors.insert(format!("{before}{}", param.name), stored.clone());
+                // A head goes by the name of its outermost module.
+                let name =
+                    if *origin == Origin::Head { param.name.split('.').next().unwrap_or(module) } else { module };
+                if !whole.iter().any(|w| w == name) {
+                    whole.push(name.to_owned());
+                }
+            }
+        }
+    }
+    // A module is saved whole: what of it does not train is wanted, too.
+    for module in &whole {
+        for param in model.params.iter().filter(|p| p.origin == Origin::Backbone) {
+            let key = format!("{before}{}", param.name);
+            if param.name.rsplit_once('.').is_some_and(|(m, _)| m == module) && !adapter.tensors.contains_key(&key) {
+                let stored = base.get(&param.name).ok_or_else(|| {
+                    format!("PEFT saves `{module}` whole, and `{}` does not train; name `--weights`", param.name)
+                })?;
+                adapter.tensors.insert(key, stored.clone());
+            }
+        }
+    }
+    let tie =
+        |name: &str| model.params.iter().any(|p| p.name.strip_suffix(".weight") == Some(name) && tied(model, &p.name));
+    if whole.iter().any(|w| tie(w)) {
+        adapter.config.insert("ensure_weight_tying".into(), json!(true));
+    }
+    // Those of a module that is saved whole come with it.
+    biases.retain(|b: &&str| !whole.iter().any(|w| w == b));
+    if let (false, Some(which)) = (biases.is_empty(), which_biases(model, modules, &biases)) {
+        adapter.config.insert(BIAS.into(), json!(which));
+    }
+    if !rows.is_empty() {
+        adapter.config.insert("trainable_token_indices".into(), Value::Object(rows));
+    }
+    let saved = if whole.is_empty() { Value::Null } else { json!(whole) };
+    adapter.config.insert("modules_to_save".into(), saved);
+    Ok(())
+}
+
+/// The key that says which biases of the base model train.
+const BIAS: &str = "bias";
+
+/// Its value: those of adapted modules alone, or some of all; none if the method has no such key.
+fn which_biases<'a>(model: &'a Model, modules: &[Module], biases: &[&str]) -> Option<&'a str> {
+    let own = modules.iter().filter(|m| m.projections.iter().any(|p| p.bias.is_some()));
+    let own: BTreeSet<&str> = own.map(|m| m.name).collect();
+    let keys = model.counterparts.iter().flat_map(|c| &c.keys).filter(|k| k.name == BIAS);
+    let values = keys.filter_map(|k| if let Rule::Is { values, .. } = &k.rule { Some(values) } else { None }).flatten();
+    let words = values.filter_map(|v| if let Constant::Value(ConfigValue::Str(word)) = v { Some(word) } else { None });
+    let mut words = words.filter(|word| word.ends_with("_only") == (own == biases.iter().copied().collect()));
+    words.find(|word| *word != "none").map(String::as_str)
+}
+
+/// What an adapter in PEFT's format does not say of the model, and what it computes depends on.
+pub fn notes(model: &Model) -> Vec<String> {
+    let beyond = |(key, value): (&String, &ConfigValue)| {
+        let value = serde_json::to_string(value).unwrap_or_default();
+        format!("note: `{key}: {value}` has no place in PEFT's format; its reader computes something else without it")
+    };
+    let mut notes: Vec<String> = model.backbone.beyond.iter().map(beyond).collect();
+    if let TaskKind::Generation { special, .. } = &model.task.kind {
+        let trains = model
+            .params
+            .iter()
+            .any(|p| p.origin == Origin::Backbone && p.shape.len() == 2 && p.trainable != Trainable::No);
+        if !special.is_empty() && !trains {
+            notes.push(format!(
+                "note: the rows of {} in the token table do not train, so the adapter does not hold them: PEFT's reader \
+                 needs a base model that has them",
+                list(&special.iter().map(String::as_str).collect::<Vec<_>>())
+            ));
+        }
+    }
+    notes
+}
