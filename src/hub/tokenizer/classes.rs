@@ -64,15 +64,11 @@ impl Class {
         CLASSES.iter().find(|class| class.name.eq_ignore_ascii_case(&name))
     }
 
-    /// Of a `vocab.txt`.
-    pub fn of_pieces() -> &'static Class {
-        &CLASSES[0]
-    }
-
-    /// Of a `vocab.json` with `merges.txt` that says no more: RoBERTa's marks its sentences, GPT-2's has no token for it.
-    pub fn of_bytes(vocabulary: &Map<String, Value>) -> &'static Class {
-        let marked = ["<s>", "</s>"].iter().all(|mark| vocabulary.contains_key(*mark));
-        let form = if marked { Form::MarkedBytes } else { Form::Bytes };
+    /// The class whose files these are, where nothing names one. Of those over bytes RoBERTa's marks its sentences, and
+    /// GPT-2's has no token for it.
+    pub fn of_files(form: Form, model: &Value) -> &'static Class {
+        let marked = ["<s>", "</s>"].iter().all(|mark| model["vocab"].get(mark).is_some());
+        let form = if form == Form::Bytes && marked { Form::MarkedBytes } else { form };
         CLASSES.iter().find(|class| class.form == form).unwrap_or(&CLASSES[0])
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
 
-use super::classes::{self, Class};
+use super::classes::{self, Class, Form};
 use super::contained::contained;
 use super::settings::{Declared, Settings, entries, refused};
 use crate::data::DataError;
@@ -46,77 +46,70 @@ pub fn open(path: &Path) -> Result<Opened, DataError> {
     sound(&json).map_err(|message| malformed(&source, message))?;
     let notes = notes(&settings)?;
     let split = settings.flag("split_special_tokens")?.unwrap_or(false);
+    let added = json.get("added_tokens").cloned().unwrap_or_default();
     let library = contained(|| {
-        let mut library: Library = serde_json::from_value(Value::Object(json.clone())).map_err(|e| e.to_string())?;
+        let mut library: Library = serde_json::from_value(Value::Object(json)).map_err(|e| e.to_string())?;
         library.set_encode_special_tokens(split);
-        Ok::<_, String>(library)
+        Ok(library)
     });
     let library = library.and_then(|loaded| loaded).map_err(|message| malformed(&source, message))?;
-    added_as_said(&json, &library).map_err(|message| malformed(&source, message))?;
+    added_as_said(&added, &library).map_err(|message| malformed(&source, message))?;
     Ok(Opened { library, source, max_length: settings.max_length(), notes })
 }
 
-/// The tokenizer in the form of `tokenizer.json`, the file that it is from, and the settings beside it.
-fn describe(path: &Path) -> Result<(Map<String, Value>, PathBuf, Settings), DataError> {
-    if !path.is_dir() {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if let Some((_, what)) = FOREIGN.iter().find(|(foreign, _)| *foreign == name) {
-            return Err(foreign(path, what));
-        }
-        // A part of a folder stands for it.
-        let part = ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].contains(&&*name);
-        let folder = path.parent().map(|f| if f.as_os_str().is_empty() { Path::new(".") } else { f });
-        return match folder {
-            Some(folder) if part && path.is_file() => describe(folder),
-            _ => Ok((object(path)?, path.to_owned(), Settings::none(path))),
-        };
+/// A tokenizer in the form of `tokenizer.json`, the file that it is from, and the settings beside it.
+type Description = (Map<String, Value>, PathBuf, Settings);
+
+fn describe(path: &Path) -> Result<Description, DataError> {
+    if path.is_dir() {
+        return describe_folder(path);
     }
-    let [json, vocabulary, merges, pieces] =
-        ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].map(|name| path.join(name));
-    if json.is_file() {
-        return Ok((object(&json)?, json, Settings::read(path)?));
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    if let Some((_, what)) = FOREIGN.iter().find(|(foreign, _)| *foreign == name) {
+        return Err(foreign(path, what));
     }
-    let (model, source) = if vocabulary.is_file() && merges.is_file() {
-        (bytes(&vocabulary, &merges)?, vocabulary)
-    } else if pieces.is_file() {
-        (word_pieces(&pieces)?, pieces)
-    } else {
-        return Err(nothing(path));
-    };
-    let mut settings = Settings::read(path)?;
-    if settings.declared == Declared::Nothing {
-        settings.declared = Declared::ByModel(implied(&model));
+    // A part of a folder stands for it.
+    let part = ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].contains(&&*name) && path.is_file();
+    match path.parent() {
+        Some(folder) if part && folder.as_os_str().is_empty() => describe_folder(Path::new(".")),
+        Some(folder) if part => describe_folder(folder),
+        _ => Ok((object(path)?, path.to_owned(), Settings::none(path))),
     }
-    // Parts of the model's own kind, which the class then sets as it wants them.
-    let (normalizer, pre_tokenizer) = match model["type"] == "BPE" {
-        true => (Value::Null, json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true})),
-        false => (json!({"type": "BertNormalizer"}), json!({"type": "BertPreTokenizer"})),
-    };
-    let fits = settings
-        .declared
-        .class()
-        .is_some_and(|class| (class.form == classes::Form::WordPiece) == (model["type"] == "WordPiece"));
-    if !fits {
-        match &settings.declared {
-            // A `model_type` says less than the file that is there.
-            Declared::ByModel(_) | Declared::Nothing => settings.declared = Declared::ByModel(implied(&model)),
-            Declared::ByName(class) => return Err(unread(&source, class)),
-        }
-    }
-    let json = json!({
-        "version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
-        "post_processor": null, "decoder": null, "model": model,
-    });
-    let Value::Object(json) = json else { unreachable!("it was just made as an object") };
-    Ok((json, source, settings))
 }
 
-/// The class whose files these are, where nothing names one.
-fn implied(model: &Value) -> &'static Class {
-    match model.get("merges").and(model["vocab"].as_object()) {
-        Some(vocabulary) => Class::of_bytes(vocabulary),
-        None => Class::of_pieces(),
+fn describe_folder(folder: &Path) -> Result<Description, DataError> {
+    let [json, vocabulary, merges, pieces] =
+        ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].map(|name| folder.join(name));
+    if json.is_file() {
+        return Ok((object(&json)?, json, Settings::read(folder)?));
     }
+    // A class sets the parts around the model as it wants them; here they are only of its kind.
+    let (source, form, normalizer, pre_tokenizer, model) = if vocabulary.is_file() && merges.is_file() {
+        let model = bytes(&vocabulary, &merges)?;
+        (vocabulary, Form::Bytes, Value::Null, json!({"type": "ByteLevel"}), model)
+    } else if pieces.is_file() {
+        let model = word_pieces(&pieces)?;
+        (pieces, Form::WordPiece, json!({"type": "BertNormalizer"}), json!({"type": "BertPreTokenizer"}), model)
+    } else {
+        return Err(nothing(folder));
+    };
+    let mut settings = Settings::read(folder)?;
+    let fits = |class: &Class| (class.form == Form::WordPiece) == (form == Form::WordPiece);
+    match (&settings.declared, settings.declared.class()) {
+        (_, Some(class)) if fits(class) => {}
+        (Declared::ByName(class), _) => return Err(unread(&source, class)),
+        // The files say more than a `model_type`.
+        _ => settings.declared = Declared::ByModel(Class::of_files(form, &model)),
+    }
+    let parts = [
+        ("version", "1.0".into()),
+        ("normalizer", normalizer),
+        ("pre_tokenizer", pre_tokenizer),
+        ("post_processor", Value::Null),
+        ("decoder", Value::Null),
+        ("model", model),
+    ];
+    Ok((parts.map(|(key, part)| (key.to_owned(), part)).into_iter().collect(), source, settings))
 }
 
 /// BPE over bytes: `vocab.json`, `{"token": id}`, and `merges.txt`, two tokens a line.
@@ -171,8 +164,8 @@ fn sound(json: &Map<String, Value>) -> Result<(), String> {
 }
 
 /// Every added token has the id that the file gives it. The library counts them up instead of reading it.
-fn added_as_said(json: &Map<String, Value>, library: &Library) -> Result<(), String> {
-    for token in json.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
+fn added_as_said(added: &Value, library: &Library) -> Result<(), String> {
+    for token in added.as_array().into_iter().flatten() {
         let content = token["content"].as_str().unwrap_or_default();
         let (said, found) = (token["id"].as_u64(), library.token_to_id(content).map(u64::from));
         if said != found && !content.is_empty() {
@@ -204,10 +197,6 @@ fn notes(settings: &Settings) -> Result<Vec<String>, DataError> {
 
 /// Why a folder holds no tokenizer: what is there instead.
 fn nothing(folder: &Path) -> DataError {
-    if !folder.is_dir() {
-        let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such directory");
-        return DataError::Read { path: folder.to_owned(), source };
-    }
     let names = entries(folder);
     let has = |name: &str| names.iter().any(|n| n == name);
     if let Some((name, what)) = FOREIGN.iter().find(|(name, _)| has(name)) {
@@ -240,22 +229,21 @@ fn nothing(folder: &Path) -> DataError {
 }
 
 fn foreign(path: &Path, what: &str) -> DataError {
-    let folder = path.parent().unwrap_or(path).display();
-    let message = format!(
-        "it is {what}, which is not read here; transformers writes it as `tokenizer.json`: \
-         python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-    );
-    malformed(path, message)
+    malformed(path, format!("it is {what}, which is not read here; {}", resave(path)))
 }
 
 fn unread(source: &Path, class: &str) -> DataError {
-    let folder = source.parent().unwrap_or(source).display();
-    let message = format!(
-        "the folder's `tokenizer_class` is `{class}`, which is not read from this file; transformers writes it as \
-         `tokenizer.json`: \
-         python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-    );
-    malformed(source, message)
+    let message = format!("the folder's `tokenizer_class` is `{class}`, which is not read from this file");
+    malformed(source, format!("{message}; {}", resave(source)))
+}
+
+/// How the tokenizer that a file is part of becomes a `tokenizer.json`.
+fn resave(file: &Path) -> String {
+    let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new(".")).display();
+    format!(
+        "transformers writes it as `tokenizer.json`: python -c \"from transformers import AutoTokenizer as T; \
+         T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    )
 }
 
 fn text(path: &Path) -> Result<String, DataError> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{BERT, GPT2, ROBERTA, checkpoint, spec};
+use super::{BERT, GPT2, LLAMA, ROBERTA, checkpoint, spec};
 use crate::cli::{Bench, Ran, text};
 
 /// WordPiece of 45 tokens, fewer than the 50 rows of the models' tables.
@@ -178,6 +178,23 @@ fn bytes_with_marks_and_blanks() {
     bench.write("weights/tokenizer_config.json", r#"{"tokenizer_class": "GPT2Tokenizer"}"#);
     let ran = eval(&bench, &spec, &weights, &bench.write("data.tsv", "the film\t0\n"), &[]);
     assert!(ran.code == 3 && ran.err.contains("no opening and closing mark"), "{}", ran.err);
+}
+
+/// A `model_type` that no class is called after: the vocabulary's own tokens tell whose files they are.
+#[test]
+fn files_of_no_named_class() {
+    let bench = Bench::new();
+    let (_, model) = spec(&bench, "spec.peft", &LLAMA.replace("vocab: 50", "vocab: 340"));
+    let weights = checkpoint(&bench, "weights", &model);
+    for (files, marks) in [("gpt2", 0), ("roberta", 2)] {
+        for (name, kind) in [("vocab.json", "vocab"), ("merges.txt", "merges")] {
+            bench.write(&format!("weights/{name}"), content(&format!("{files}_{kind}")));
+        }
+        let found = peftc::hub::tokenizer::find(None, &weights, Path::new("data.json"), &model);
+        let tokenizer = found.unwrap_or_else(|e| panic!("{e}"));
+        let length = |marked| tokenizer.encode(vec!["the film"], marked).expect("ids")[0].len();
+        assert_eq!((tokenizer.vocabulary(), length(true) - length(false)), (340, marks), "{files}");
+    }
 }
 
 /// A task's template holds tokens that the model has, new ones, and text.
