@@ -83,7 +83,7 @@ fn there_and_back(prefix: &str) {
             let mut paths = vec![spec, Path::new("--inputs"), &inputs, Path::new("--weights"), weights];
             paths.extend(adapter.map(|a| [Path::new("--adapter"), a]).into_iter().flatten());
             paths.extend([Path::new("-o"), &out]);
-            done(&bench, &["run", "--entry", "forward"], &paths);
+            done(&bench, &["run", "--entry", "forward", "--overwrite"], &paths);
         };
         run(&spec, &base, Some(&case.join("adapter")));
         compare(&case, &out, "PEFT's adapter");
