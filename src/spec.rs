@@ -1,6 +1,7 @@
 //! Specs on disk: the file, the files it imports, and values set from the command line.
 
 use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::Model;
@@ -19,12 +20,27 @@ pub fn read(path: &Path) -> Result<String, Failure> {
     if path.is_dir() {
         return Err(Failure::Usage(format!("{}: a directory, where a `.peft` file belongs", path.display())));
     }
-    fs::read_to_string(path).map_err(Failure::file(path))
+    text(fs::File::open(path)).map_err(Failure::file(path))
 }
 
-/// Reads an imported file. The checker has put the importing file's folder in front of the path.
+/// Reads an imported file. The checker has put the importing file's folder in front of the path. It is a spec's word
+/// that it is read, so it may be nothing that waits or acts when it is opened.
 fn import(path: &str) -> Result<String, String> {
-    fs::read_to_string(path).map_err(|e| e.to_string())
+    match fs::metadata(path) {
+        Ok(found) if !found.is_file() => Err("it is no file".into()),
+        _ => text(fs::File::open(path)).map_err(|e| e.to_string()),
+    }
+}
+
+/// No spec is longer, in bytes.
+const LONGEST: u64 = 4 << 20;
+
+fn text(file: io::Result<fs::File>) -> io::Result<String> {
+    let mut text = String::new();
+    if file?.take(LONGEST + 1).read_to_string(&mut text)? as u64 > LONGEST {
+        return Err(io::Error::other(format!("it is longer than {LONGEST} bytes, which no spec is")));
+    }
+    Ok(text)
 }
 
 /// The files a spec imports, each with its path seen from the spec's folder.

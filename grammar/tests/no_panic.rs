@@ -87,6 +87,22 @@ fn what_is_nested_beyond_reason_is_refused() {
     assert_eq!(title_of(&format!("return x{}", "[0:1]".repeat(50_000))), "too many indices in a row");
 }
 
+/// The title of the first error of a backbone with these statements.
+fn title_in(statements: &str) -> String {
+    let spec = format!("backbone tiny() for generation {{ {statements} }}\nmodel = tiny()\n");
+    check("spec.peft", &spec, &no_imports).expect_err("it is beyond reason").list[0].title.clone()
+}
+
+/// What doubles with each statement is stopped long before it fills a memory.
+#[test]
+fn what_grows_beyond_reason_is_refused() {
+    let text = "this text grows beyond 4096 bytes when it is filled in";
+    assert_eq!(title_in(&format!("s = \"ab\" {}", "s = \"{s}{s}\" ".repeat(60))), text);
+    assert_eq!(title_in("s = \"ab\" for i in 0..60 { s = \"{s}{s}\" }"), text);
+    let list = "a list holds no lists, found ";
+    assert!(title_in(&format!("l = [1, 2] {}", "l = [l, l] ".repeat(60))).starts_with(list));
+}
+
 #[test]
 fn imports_without_end_are_refused() {
     let count = std::cell::Cell::new(0);

@@ -31,8 +31,10 @@ pub enum RuntimeError {
 
 /// A value of a batch that indexes what is not there.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("input `{}`: {place} is {value}: {}", limit.input, self.why())]
+#[error("input `{}`: value {at} is {value} ({place}): {}", limit.input, self.why())]
 pub struct Beyond {
+    /// Which of the input's values.
+    pub at: usize,
     pub value: i32,
     pub place: BatchPlace,
     /// How many there are.
@@ -46,9 +48,9 @@ impl Beyond {
         let Limit { of, except, .. } = &self.limit;
         match except {
             Some(id) if i64::from(self.value) == *id as i64 => {
-                format!("tokens of this id are padding, which the model's positions do not count; leave them out")
+                "tokens of this id are padding, which the model's positions do not count; leave them out".into()
             }
-            _ => format!("it indexes the {} {of}, so it lies in 0..{}", self.below, self.below),
+            _ => format!("it indexes the {0} {of}, so it must lie in 0..{0}", self.below),
         }
     }
 }
@@ -71,7 +73,7 @@ impl fmt::Display for BatchPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.token {
             Some(token) => write!(f, "token {token} of sequence {}", self.sequence),
-            None => write!(f, "that of sequence {}", self.sequence),
+            None => write!(f, "sequence {}", self.sequence),
         }
     }
 }

@@ -101,14 +101,17 @@ impl Inputs {
         for limit in limits {
             let Some(values) = self.ints.get(&limit.input) else { continue };
             let below = limit.below.eval(sizes);
-            let fits = |x: i32| u64::try_from(x).is_ok_and(|x| x < below && limit.except != Some(x));
+            let most = below.min(1 << 31) as u32;
+            let except = limit.except.and_then(|x| u32::try_from(x).ok()).unwrap_or(u32::MAX);
+            // As an unsigned number a negative one is beyond all of them.
+            let fits = |x: i32| (x as u32) < most && x as u32 != except;
             // Two passes: the first, which nearly always is the only one, has no early end and goes by whole vectors.
             if values.iter().fold(true, |fit, &x| fit & fits(x)) {
                 continue;
             }
             let at = values.iter().position(|&x| !fits(x)).unwrap_or_default();
             let place = self.place(&limit.input, at);
-            return Err(Beyond { value: values[at], place, below, limit: limit.clone() }.into());
+            return Err(Beyond { at, value: values[at], place, below, limit: limit.clone() }.into());
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use peft_grammar::model::Model;
 #[cfg(feature = "compiler")]
 use peft_passes::{machine::Machine, remat::Remade};
 use peft_runtime::artifact::Manifest;
-use peft_runtime::{Program, store};
+use peft_runtime::{Numbers, Program, RuntimeError, store};
 
 use crate::failure::Failure;
 use crate::spec;
@@ -112,12 +112,25 @@ impl Source {
         Ok(self.open()?.program)
     }
 
+    /// Weights that no memory here could hold are refused before anything is done for them.
+    fn fits(model: &Model) -> Result<(), Failure> {
+        let numbers = model.params.iter().map(|p| p.elements()).fold(0, u64::saturating_add);
+        Numbers::try_zeros(usize::try_from(numbers).unwrap_or(usize::MAX)).map(drop).map_err(|error| match error {
+            RuntimeError::Memory { wanted, free, why, .. } => {
+                let mend = "the model's weights alone take that much: choose a smaller one".into();
+                RuntimeError::Memory { wanted, free, why, mend }.into()
+            }
+            other => other.into(),
+        })
+    }
+
     fn load(&self) -> Result<Ready, Failure> {
         let (manifest, library) = store::load(&self.path)?;
         let mut model = described(&self.path, &manifest)?;
         for (key, value) in &self.set {
             set(&mut model, key, value)?;
         }
+        Source::fits(&model)?;
         Ok(Ready { model, program: Program::new(manifest, &library)? })
     }
 
@@ -125,6 +138,7 @@ impl Source {
     fn compile(&self) -> Result<Ready, Failure> {
         let begun = Instant::now();
         let model = spec::load(&self.path, &self.set, super::color())?;
+        Source::fits(&model)?;
         let checked = begun.elapsed();
         let artifact = crate::compiler::compile(&model, &self.options()?)?;
         store::runs_here(&self.path, &artifact.manifest)?;

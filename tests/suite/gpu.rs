@@ -262,3 +262,23 @@ fn the_folder_for_a_gpu() {
         assert!(code == Some(3) && err.contains("libcuda.so.1"), "{err}");
     }
 }
+
+/// A batch's integers are held to their tables before anything is started, on a GPU as on a processor.
+#[test]
+fn indices_beyond_a_table() {
+    let machine = Machine::new();
+    let (artifact, given) = machine.trains("cuda:sm_80");
+    let (inputs, out) = (machine.path("in.safetensors"), machine.path("out.safetensors"));
+    let mut file = adapter::TensorFile::default();
+    for (name, shape, data) in
+        [("ids", vec![1, 2], vec![3, 2_000_000_000]), ("types", vec![1, 2], vec![0, 0]), ("labels", vec![1], vec![1])]
+    {
+        file.tensors.insert(format!("inputs.{name}"), adapter::Stored { shape, data: Data::I64(data) });
+    }
+    adapter::save(&inputs, &file).expect("written");
+    let run = ["run", text(&artifact), "--entry", "forward", "--inputs", text(&inputs), "-o", text(&out)];
+    let words =
+        ["`inputs.ids` is 2000000000 in row 0, column 1", "the 6 rows of `bert.embeddings.word_embeddings.weight`"];
+    machine.refuses("", &with(&[&run[..], &["--weights", &given[1], "--threads", "1"]].concat(), &[]), 3, &words);
+    assert!(!out.exists());
+}

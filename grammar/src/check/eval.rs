@@ -12,6 +12,8 @@ use crate::source::Span;
 const DEEPEST: usize = 160;
 /// The longest axis a spec may write.
 const LONGEST_AXIS: i64 = 1 << 31;
+/// The longest text with its variables filled in, in bytes: one that holds itself twice doubles with each statement.
+const LONGEST_TEXT: usize = 4096;
 
 impl<'a> Checker<'a> {
     pub(super) fn eval(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Val {
@@ -37,7 +39,17 @@ impl<'a> Checker<'a> {
                 self.fill(frame, &text).map_or(Val::Unknown, Val::Str)
             }
             ExprKind::Name(name) => self.variable(frame, name, expr.span),
-            ExprKind::List(items) => Val::List(items.iter().map(|e| self.eval(frame, e)).collect()),
+            ExprKind::List(items) => {
+                let mut values = vec![];
+                for item in items {
+                    values.push(match self.eval(frame, item) {
+                        // One that held itself twice would double with each statement.
+                        list @ Val::List(_) => self.misuse(list, "a list holds no lists", item.span),
+                        value => value,
+                    });
+                }
+                Val::List(values)
+            }
             ExprKind::Call { function, args } => self.eval_call(frame, function, args, expr.span),
             ExprKind::Index { base, subscripts } => self.index(frame, base, subscripts, expr.span),
             ExprKind::Negate(inner) => match self.eval(frame, inner) {
@@ -125,6 +137,11 @@ impl<'a> Checker<'a> {
                 }
             }
             at = open + length + 1;
+            if out.len() > LONGEST_TEXT {
+                let title = format!("this text grows beyond {LONGEST_TEXT} bytes when it is filled in");
+                self.report(Diagnostic::error(text.span, title));
+                return None;
+            }
         }
         out.push_str(&text.text[at..]);
         Some(out)

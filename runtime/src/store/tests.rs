@@ -141,3 +141,50 @@ fn inconsistent_manifests() {
         assert!(message.contains(expected), "{expected}: {message}");
     }
 }
+
+/// A cache's entry for threads that all want it at once: one makes it, whatever was there, and no one sees a part of one.
+#[test]
+fn many_at_one_entry() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    let home = tempfile::tempdir().unwrap();
+    let entry = home.path().join("key.peftc");
+    let race = || {
+        let made = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let folder = tempfile::tempdir().unwrap();
+                    let (found, library) = cached(&entry, || {
+                        made.fetch_add(1, Ordering::Relaxed);
+                        std::thread::sleep(std::time::Duration::from_millis(30));
+                        let library = folder.path().join("built.so");
+                        fs::write(&library, b"code").unwrap();
+                        Ok::<_, StoreError>((manifest(), library))
+                    })
+                    .unwrap();
+                    assert_eq!((found.kernels, fs::read(library).unwrap()), (manifest().kernels, b"code".to_vec()));
+                });
+            }
+        });
+        // What is left is the entry alone.
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1);
+        made.into_inner()
+    };
+    let damages: [&dyn Fn(); 5] = [
+        &|| {},
+        &|| fs::write(entry.join("kernels.so"), b"cod").unwrap(),
+        &|| fs::write(entry.join(MANIFEST), b"{").unwrap(),
+        &|| fs::remove_file(entry.join(MANIFEST)).unwrap(),
+        &|| edit(&entry, |m| m["format"] = 2.into()),
+    ];
+    for damage in damages {
+        damage();
+        assert_eq!((race(), race()), (1, 0));
+    }
+    // Without a lock each may make it; who comes later takes what is there, and it is not replaced.
+    let library = home.path().join("built.so");
+    fs::write(&library, b"other code").unwrap();
+    publish(&entry, &manifest(), &library).unwrap();
+    assert_eq!(fs::read(open(&entry).unwrap().1).unwrap(), b"code");
+}

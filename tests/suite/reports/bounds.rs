@@ -190,7 +190,7 @@ fn roberta_reads_no_row_that_is_not_there() {
             &[("ids", &[&row(4), &row(id)]), labels],
             &[
                 &format!("`inputs.ids` is {id} in row 1, column 2"),
-                "the 50 rows of `roberta.embeddings.word_embeddings.weight`, so it lies in 0..50",
+                "the 50 rows of `roberta.embeddings.word_embeddings.weight`, so it must lie in 0..50",
             ],
         )
     };
