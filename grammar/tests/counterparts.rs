@@ -57,7 +57,9 @@ fn a_method_of_ones_own_has_a_counterpart() {
     let off = |rule: &Rule| matches!(rule, Rule::Is { values, .. } if values[..] == [Constant::Value(ConfigValue::Bool(false))]);
     assert!(key(own, "use_dora").is_some_and(off) && key(own, "r").is_some());
     // Numbers of the model that keys speak of are known at each site.
-    let model = self::model("every attention { prefix(length: 3, direct: true) }", "");
+    let spec = "model = bert(layers: 2, hidden: 8, heads: 2, ffn: 16, vocab: 10)\n\
+        tune { every attention { prefix(length: 3, direct: true) } }\n";
+    let model = check("spec.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let prefix = &model.applied[0];
     assert_eq!(prefix.known.get("layers"), Some(&ConfigValue::Int(2)));
     let why = prefix.unlike.as_deref().unwrap_or_default();
@@ -66,7 +68,7 @@ fn a_method_of_ones_own_has_a_counterpart() {
 
 #[test]
 fn lines_that_make_no_sense() {
-    refused(&mine("key \"r\" is ran"), "there is no `ran`");
+    refused(&mine("key \"r\" is ran"), "there is no variable `ran`");
     refused(&mine("tensor \"t\" [rank, input] is A"), "no parameter `input`");
     refused(&mine("tensor \"t\" [rank, inputs] is C"), "declares no weight `C`");
     refused(&mine("tensor \"t\" [rank, inputs, outputs] is A"), "two axes at most");

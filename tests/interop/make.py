@@ -122,7 +122,13 @@ def cases():
         "gpt2_lora_tokens": (gpt2, language_model(LoraConfig, **c_attn, trainable_token_indices=[5, 6, 7, 8])),
         "gpt2_lora_saved": (
             gpt2,
-            language_model(LoraConfig, **c_attn, modules_to_save=["wte", "ln_f"], ensure_weight_tying=True),
+            language_model(
+                LoraConfig, **c_attn, modules_to_save=["ln_f"], trainable_token_indices=list(range(VOCAB))
+            ),
+        ),
+        "llama_lora_tied": (
+            lambda: llama(tied=True),
+            language_model(LoraConfig, **q_v, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
         ),
         "llama_lora_saved": (
             llama,

@@ -10,9 +10,16 @@ use crate::ast::*;
 use crate::counterpart::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::ConfigValue;
+use crate::source::Span;
 
 /// What is wrong with a line, and the words for it.
-type Lowered<T> = Result<T, Diagnostic>;
+type Lowered<T> = Result<T, Box<Diagnostic>>;
+
+/// A line that is wrong, in words and with a mend.
+fn wrong<T>(span: Span, title: impl Into<String>, hint: &str) -> Lowered<T> {
+    let error = Diagnostic::error(span, title.into());
+    Err(Box::new(if hint.is_empty() { error } else { error.hint(hint) }))
+}
 
 impl<'a> Checker<'a> {
     /// At the end of a site: what the method's counterpart says of this site, in numbers.
@@ -100,7 +107,7 @@ fn declared(method: &MethodDef) -> Option<(Counterpart, Vec<Diagnostic>)> {
         tables: vec![],
         modules: vec![],
     };
-    let errors = def.lines.iter().filter_map(|line| lower(method, line, &mut counterpart).err()).collect();
+    let errors = def.lines.iter().filter_map(|line| Some(*lower(method, line, &mut counterpart).err()?)).collect();
     Some((counterpart, errors))
 }
 
@@ -155,7 +162,7 @@ fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lo
         }
         CounterpartLine::When { key, value, set } => {
             let Constant::Value(value) = constant(value)? else {
-                return Err(Diagnostic::error(value.span, "a condition is on a number, a string, `true` or `false`"));
+                return wrong(value.span, "a condition is on a number, a string, `true` or `false`", "");
             };
             for (name, expr) in set {
                 let then = match &*name.text {
@@ -167,7 +174,7 @@ fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lo
         }
         CounterpartLine::Tensor { name, axes, projection, value, condition, elsewhere } => {
             if axes.iter().filter(|a| a.kind != ExprKind::Int(1)).count() > 2 {
-                return Err(Diagnostic::error(name.span, "a tensor in PEFT has two axes at most, but for those of 1"));
+                return wrong(name.span, "a tensor in PEFT has two axes at most, but for those of 1", "");
             }
             let (scale, weight) = match &value.kind {
                 ExprKind::Binary { op: BinaryOp::Mul, left, right } => (Some(scalar(left)?), &**right),
@@ -186,7 +193,7 @@ fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lo
         CounterpartLine::Table { name, weights } => {
             let named = |w: &Name| {
                 let found = named_weight(&method.body, &w.text).filter(|text| !text.contains('{'));
-                found.map(str::to_owned).ok_or_else(|| no_weight(method, &w.text, w.span))
+                found.map_or_else(|| no_weight(method, &w.text, w.span), |path| Ok(path.to_owned()))
             };
             let weights = weights.iter().map(named).collect::<Lowered<_>>()?;
             to.tables.push(Table { name: name.text.clone(), weights });
@@ -207,7 +214,7 @@ fn constant(expr: &Expr) -> Lowered<Constant> {
         ExprKind::Name(name) => Constant::Name(name.clone()),
         _ => {
             let title = "a key's value is a number, a string, `true`, `false`, `null` or a name";
-            return Err(Diagnostic::error(expr.span, title));
+            return wrong(expr.span, title, "");
         }
     })
 }
@@ -216,7 +223,7 @@ fn number(expr: &Expr) -> Lowered<f64> {
     match constant(expr)? {
         Constant::Value(ConfigValue::Int(n)) => Ok(n as f64),
         Constant::Value(ConfigValue::Float(x)) => Ok(x),
-        _ => Err(Diagnostic::error(expr.span, "a number should stand here")),
+        _ => wrong(expr.span, "a number should stand here", ""),
     }
 }
 
@@ -234,35 +241,35 @@ fn scalar(expr: &Expr) -> Lowered<Scalar> {
             Scalar::Binary(*op, Box::new(scalar(left)?), Box::new(scalar(right)?))
         }
         _ => {
-            let error = Diagnostic::error(expr.span, "this is no number made of parameters");
-            return Err(error.hint("numbers, names of parameters, `+ - * /` and `sqrt(…)` may stand here"));
+            let hint = "numbers, names of parameters, `+ - * /` and `sqrt(…)` may stand here";
+            return wrong(expr.span, "this is no number made of parameters", hint);
         }
     })
 }
 
 /// `W - scale * svd(W, rank)`
 fn residual(expr: &Expr) -> Lowered<Consequence> {
-    let wrong = || {
-        let error = Diagnostic::error(expr.span, "this is no residual of `W`");
-        error.hint("write `W - svd(W, rank)` or `W - alpha / rank * qr(W, rank)`")
+    let none = || {
+        let hint = "write `W - svd(W, rank)` or `W - alpha / rank * qr(W, rank)`";
+        wrong(expr.span, "this is no residual of `W`", hint)
     };
     let is_matrix = |e: &Expr| matches!(&e.kind, ExprKind::Name(name) if name == "W");
-    let ExprKind::Binary { op: BinaryOp::Sub, left, right } = &expr.kind else { return Err(wrong()) };
+    let ExprKind::Binary { op: BinaryOp::Sub, left, right } = &expr.kind else { return none() };
     let (scale, call) = match &right.kind {
         ExprKind::Binary { op: BinaryOp::Mul, left, right } => (scalar(left)?, right),
         _ => (Scalar::Number(1.0), right),
     };
-    let ExprKind::Call { function, args } = &call.kind else { return Err(wrong()) };
+    let ExprKind::Call { function, args } = &call.kind else { return none() };
     let part = match &*function.text {
         "svd" => Part::Svd,
         "qr" => Part::Qr,
-        _ => return Err(wrong()),
+        _ => return none(),
     };
     match &args[..] {
         [matrix, rank] if is_matrix(left) && is_matrix(&matrix.value) => {
             Ok(Consequence::Residual { scale, part, rank: scalar(&rank.value)? })
         }
-        _ => Err(wrong()),
+        _ => none(),
     }
 }
 
@@ -273,8 +280,8 @@ fn axis(method: &MethodDef, expr: &Expr) -> Lowered<Axis> {
         ExprKind::Name(name) if name == "outputs" => Ok(Axis::Outputs),
         ExprKind::Name(text) => Ok(Axis::Param(parameter(method, &Name { text: text.clone(), span: expr.span })?)),
         _ => {
-            let error = Diagnostic::error(expr.span, "this is no axis of a tensor in PEFT");
-            Err(error.hint("an axis is `inputs`, `outputs`, a parameter of the method, or 1"))
+            let hint = "an axis is `inputs`, `outputs`, a parameter of the method, or 1";
+            wrong(expr.span, "this is no axis of a tensor in PEFT", hint)
         }
     }
 }
@@ -285,7 +292,7 @@ fn parameter(method: &MethodDef, name: &Name) -> Lowered<String> {
         false => {
             let title = format!("`{}` has no parameter `{}`", method.name.text, name.text);
             let known = method.params.iter().map(|p| &*p.name.text);
-            Err(Diagnostic::error(name.span, title).suggest(&name.text, known))
+            Err(Box::new(Diagnostic::error(name.span, title).suggest(&name.text, known)))
         }
     }
 }
@@ -293,14 +300,13 @@ fn parameter(method: &MethodDef, name: &Name) -> Lowered<String> {
 /// The name in files of a weight of the method.
 fn weight_of(method: &MethodDef, expr: &Expr) -> Lowered<String> {
     let ExprKind::Name(name) = &expr.kind else {
-        let error = Diagnostic::error(expr.span, "a tensor is a weight, or a weight times a number");
-        return Err(error.hint("such as `alpha / rank * B`"));
+        return wrong(expr.span, "a tensor is a weight, or a weight times a number", "such as `alpha / rank * B`");
     };
     let found = named_weight(&method.body, name).filter(|text| !text.contains('{'));
-    found.map(str::to_owned).ok_or_else(|| no_weight(method, name, expr.span))
+    found.map_or_else(|| no_weight(method, name, expr.span), |path| Ok(path.to_owned()))
 }
 
-fn no_weight(method: &MethodDef, name: &str, span: crate::source::Span) -> Diagnostic {
+fn no_weight<T>(method: &MethodDef, name: &str, span: Span) -> Lowered<T> {
     let title = format!("`{}` declares no weight `{name}` under a fixed name", method.name.text);
-    Diagnostic::error(span, title).hint("name a `weight`, or what the method stores")
+    wrong(span, title, "name a `weight`, or what the method stores")
 }

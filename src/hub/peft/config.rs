@@ -27,7 +27,6 @@ const ANY: &[&str] = &[
     "revision",
     "target_modules",
     "task_type",
-    "trainable_token_indices",
 ];
 
 /// An adapter's settings.

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::config::{by_module, json as value, plain, settings};
 use super::modules::{self, Module, Piece};
+use super::names::{INDICES, ROWS};
 use super::tables;
 use super::{Adapter, Tensors, list, tied};
 
@@ -215,14 +216,17 @@ fn carried(
     for param in &model.params {
         let (module, last) = param.name.rsplit_once('.').unwrap_or(("", &param.name));
         let trains = param.trainable != Trainable::No;
+        let in_part = |p: &Param| matches!(p.trainable, Trainable::Rows(..));
         match (&param.origin, &param.trainable) {
             (Origin::Method(_), _) => {}
             (Origin::Backbone, Trainable::No) if !values.contains_key(&param.name) => {}
-            (Origin::Backbone, Trainable::Rows(start, end)) => {
+            // Where logits go through the table that tokens are looked up in, PEFT changes both by rows alone.
+            (Origin::Backbone, _) if in_part(param) || trains && tied(model, &param.name) => {
                 let stored =
                     values.get(&param.name).ok_or_else(|| format!("the trained values lack `{}`", param.name))?;
-                adapter.tensors.insert(format!("{before}{module}.{}", super::names::ROWS), stored.clone());
-                rows.insert(module.to_owned(), json!((*start..*end).collect::<Vec<u64>>()));
+                let (start, end) = param.trained_rows().unwrap_or_default();
+                adapter.tensors.insert(format!("{before}{module}.{ROWS}"), stored.clone());
+                rows.insert(module.to_owned(), json!((start..end).collect::<Vec<u64>>()));
             }
             (Origin::Backbone, _) if last == "bias" && trains && !modules.is_empty() => {
                 let stored = Stored::f32(param.shape.clone(), numbers(values, &param.name)?.to_vec());
@@ -266,18 +270,22 @@ fn carried(
             }
         }
     }
-    let tie =
-        |name: &str| model.params.iter().any(|p| p.name.strip_suffix(".weight") == Some(name) && tied(model, &p.name));
-    if whole.iter().any(|w| tie(w)) {
-        adapter.config.insert("ensure_weight_tying".into(), json!(true));
-    }
     // Those of a module that is saved whole come with it.
     biases.retain(|b: &&str| !whole.iter().any(|w| w == b));
-    if let (false, Some(which)) = (biases.is_empty(), which_biases(model, modules, &biases)) {
+    let lacks = |key: &str, what: &str| {
+        let kind = model.counterparts.first().map_or("", |c| &c.peft_type);
+        format!("{what}, and PEFT's {kind} has no `{key}`")
+    };
+    if let Some(first) = biases.first() {
+        let which = which_biases(model, modules, &biases);
+        let which = which.ok_or_else(|| lacks(BIAS, &format!("the bias of `{first}` trains")))?;
         adapter.config.insert(BIAS.into(), json!(which));
     }
-    if !rows.is_empty() {
-        adapter.config.insert("trainable_token_indices".into(), Value::Object(rows));
+    if let Some(first) = rows.keys().next() {
+        if !model.counterparts.iter().flat_map(|c| &c.keys).any(|k| k.name == INDICES) {
+            return Err(lacks(INDICES, &format!("rows of `{first}` train")));
+        }
+        adapter.config.insert(INDICES.into(), Value::Object(rows));
     }
     let saved = if whole.is_empty() { Value::Null } else { json!(whole) };
     adapter.config.insert("modules_to_save".into(), saved);

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::config::Config;
 use super::modules::{self, Module};
-use super::names::{ROWS, Rest};
+use super::names::{INDICES, ROWS, Rest};
 use super::residual::Residual;
 use super::{Adapter, CONFIG, Tensors, list, tables, tied};
 
@@ -239,40 +239,25 @@ fn carried(model: &Model, config: &Config, rest: &mut Rest, values: &mut Tensors
         match param.trainable {
             Trainable::No => {}
             Trainable::Rows(start, end) => {
-                let order = indices(config, param)?;
-                let wanted: Vec<u64> = (start..end).collect();
-                let mut sorted = order.clone();
-                sorted.sort_unstable();
-                if sorted != wanted {
-                    return Err(format!(
-                        "`trainable_token_indices` of {CONFIG} are {}, the spec trains rows {start}..{end} of `{}`; {}",
-                        ranges(&sorted),
-                        param.name,
-                        rows_to_write(&sorted, &param.name)
-                    ));
-                }
-                let shape = param.trained_shape().unwrap_or_default();
-                let rows = rest.take(&format!("{module}.{ROWS}"), &shape)?;
-                let width = shape[1..].iter().product::<u64>() as usize;
-                let mut own = vec![0.0; rows.len()];
-                for (row, index) in rows.chunks(width).zip(&order) {
-                    own[(index - start) as usize * width..][..width].copy_from_slice(row);
-                }
-                values.insert(param.name.clone(), Stored::f32(shape, own));
+                let rows = rows_of(config, param, (start, end), rest)?;
+                values.insert(param.name.clone(), rows);
+            }
+            Trainable::All if rest.has(&format!("{module}.{ROWS}")) => {
+                let rows = rows_of(config, param, (0, param.shape[0]), rest)?;
+                values.insert(param.name.clone(), rows);
             }
             Trainable::All if !rest.has(&param.name) && param.origin == Origin::Backbone => {}
             Trainable::All => {
                 let numbers = rest.take(&param.name, &param.shape)?.to_vec();
-                if tied(model, &param.name) && !config.flag("ensure_weight_tying") {
-                    // The logits go through this table: their copy of it must be the same.
-                    let copy = |s: &Stored| s.shape == param.shape && s.data == Data::F32(numbers.clone());
-                    let before = rest.left().len();
-                    rest.drop(copy);
-                    if rest.left().len() == before {
+                if tied(model, &param.name) {
+                    // What the logits go through, if it is in the file, must be the same.
+                    let copies = rest.drop(|s| s.shape == param.shape && s.data == Data::F32(numbers.clone()));
+                    let ties = config.flag("ensure_weight_tying") && TABLES.iter().any(|t| module.ends_with(t));
+                    if copies == 0 && !ties {
                         return Err(format!(
-                            "PEFT changes `{}` where tokens are looked up, and not where logits are computed from it, \
-                             unless `ensure_weight_tying` of {CONFIG} is true; a model whose tables differ is \
-                             written `tied: false`",
+                            "PEFT changes `{}` where tokens are looked up, and not where logits are computed from it: \
+                             `ensure_weight_tying` of {CONFIG} is not true, or of no meaning for a table of this name; \
+                             train it by `{INDICES}`, which are tied, or untie the model",
                             param.name
                         ));
                     }
@@ -284,16 +269,40 @@ fn carried(model: &Model, config: &Config, rest: &mut Rest, values: &mut Tensors
     Ok(())
 }
 
+/// Tables that PEFT's `ensure_weight_tying` knows.
+const TABLES: &[&str] = &["embed_tokens", "lm_head"];
+
+/// The rows `start..end` of a table, wherever the file has each.
+fn rows_of(config: &Config, table: &Param, (start, end): (u64, u64), rest: &mut Rest) -> Result<Stored, String> {
+    let name = &table.name;
+    let order = indices(config, table)?;
+    let mut sorted = order.clone();
+    sorted.sort_unstable();
+    if !sorted.iter().copied().eq(start..end) {
+        return Err(format!(
+            "`{INDICES}` of {CONFIG} are {}, the spec trains rows {start}..{end} of `{name}`; {}",
+            ranges(&sorted),
+            rows_to_write(&sorted, name)
+        ));
+    }
+    let mut shape = table.shape.clone();
+    shape[0] = end - start;
+    let rows = rest.take(&format!("{}.{ROWS}", name.strip_suffix(".weight").unwrap_or(name)), &shape)?;
+    let width = shape[1..].iter().product::<u64>() as usize;
+    let mut own = vec![0.0; rows.len()];
+    for (row, index) in rows.chunks(width).zip(&order) {
+        own[(index - start) as usize * width..][..width].copy_from_slice(row);
+    }
+    Ok(Stored::f32(shape, own))
+}
+
 /// The rows of a table that PEFT trains, in the order of the file.
 fn indices(config: &Config, table: &Param) -> Result<Vec<u64>, String> {
     let module = table.name.strip_suffix(".weight").unwrap_or(&table.name);
-    let wrong = || format!("`trainable_token_indices` of {CONFIG} is no list of indices");
-    let found = match config.get("trainable_token_indices") {
+    let wrong = || format!("`{INDICES}` of {CONFIG} is no list of indices");
+    let found = match config.get(INDICES) {
         None => {
-            return Err(format!(
-                "the spec trains rows of `{}`, and {CONFIG} has no `trainable_token_indices`",
-                table.name
-            ));
+            return Err(format!("the spec trains rows of `{}`, and {CONFIG} has no `{INDICES}`", table.name));
         }
         // Of the table that tokens are looked up in.
         Some(list @ Value::Array(_)) => list,
@@ -301,10 +310,7 @@ fn indices(config: &Config, table: &Param) -> Result<Vec<u64>, String> {
             Some((_, list)) => list,
             None => {
                 let names: Vec<&str> = of.keys().map(String::as_str).collect();
-                return Err(format!(
-                    "`trainable_token_indices` of {CONFIG} are of {}, not of `{module}`",
-                    list(&names)
-                ));
+                return Err(format!("`{INDICES}` of {CONFIG} are of {}, not of `{module}`", list(&names)));
             }
         },
         Some(_) => return Err(wrong()),

@@ -12,7 +12,8 @@ use super::Tensors;
 const WRAPPERS: &[&str] = &["base_model", "model", "module", "auto_model", "_orig_mod", "_forward_module", "0"];
 /// Those that may stand anywhere in it.
 const INSIDE: &[&str] = &["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"];
-/// PEFT's rows of a table that train.
+/// The key that names rows of a table that train, and what their tensor is called.
+pub const INDICES: &str = "trainable_token_indices";
 pub const ROWS: &str = "token_adapter.trainable_tokens_delta";
 
 /// A tensor as its file calls it.
@@ -121,9 +122,11 @@ impl<'a> Rest<'a> {
         }
     }
 
-    /// Drops tensors that say nothing beyond what has been read.
-    pub fn drop(&mut self, said: impl Fn(&Stored) -> bool) {
+    /// Drops tensors that say nothing beyond what has been read, and counts them.
+    pub fn drop(&mut self, said: impl Fn(&Stored) -> bool) -> usize {
+        let before = self.entries.len();
         self.entries.retain(|_, entry| !said(entry.stored));
+        before - self.entries.len()
     }
 
     /// What is left: names without prefixes, as written, and shapes.
