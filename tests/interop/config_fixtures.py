@@ -12,11 +12,12 @@ that a difference of more than a millionth is one of the function. Every key is 
 which knows what a type allows and lists by hand what a name has to be; files of older versions are tried without the
 keys that have taken their place.
 
-Run it in the environment that venv.sh makes.
+Run it in the environment that venv.sh makes; it takes the names of families, or writes all of them.
 """
 
 import dataclasses
 import json
+import sys
 import tempfile
 import warnings
 import zlib
@@ -28,6 +29,7 @@ from llama_fixtures import rms_norm
 from make import draw_base
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GenerationConfig,
@@ -75,7 +77,7 @@ ACTIVATIONS += ["silu", "swish", "tanh"]
 # By key: values where the type does not say what is allowed, and keys that files carry though the class has none of
 # that name, from older and newer versions and from other families.
 BY_HAND = {
-    "model_type": [],  # of another class, so nothing is compared
+    "model_type": ["xlm-roberta", "camembert"],  # classes that say that they are RoBERTa's
     "hidden_act": ACTIVATIONS,
     "activation_function": ACTIVATIONS,
     "num_attention_heads": [1, 4, 8],
@@ -96,6 +98,7 @@ BY_HAND = {
     "_name_or_path": ["somewhere/else"],
     "name_or_path": ["somewhere/else"],
     "eos_token_id": [1, [1, 2], None],
+    "pad_token_id": [0, 1, None],  # none of the batch's tokens
     "rope_parameters": [
         None,
         {},
@@ -185,7 +188,9 @@ def keys(config):
 
 def values(key, base, config):
     """Other values of a key."""
-    if key in BY_HAND:
+    if key == "model_type" and base[key] != "roberta":
+        others = []
+    elif key in BY_HAND:
         others = BY_HAND[key]
     else:
         value = base.get(key, getattr(config, key, None))
@@ -212,7 +217,7 @@ def load(config, weights):
         folder = Path(folder)
         (folder / "config.json").write_text(json.dumps(config))
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        family, _ = FAMILIES[config["model_type"]]
+        family, _ = FAMILIES.get(config["model_type"], (AutoModelForSequenceClassification, None))
         model, info = family.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if info["mismatched_keys"] or info["error_msgs"]:
         raise ValueError("shapes that do not fit")
@@ -279,7 +284,7 @@ def write(family):
 
 def main():
     warnings.simplefilter("ignore")
-    for family in FAMILIES:
+    for family in sys.argv[1:] or FAMILIES:
         with mock.patch.object(modeling_llama.LlamaRMSNorm, "forward", rms_norm):
             write(family)
 

@@ -193,68 +193,18 @@ pub fn compare(config: &Map<String, Value>, model: &Model) -> Comparison {
         found.wrong.push(wrong);
         return found;
     }
-    let keys = &model.backbone.checkpoint.keys;
     let (mut present, mut unknown) = (BTreeSet::new(), vec![]);
-    for (path, value) in leaves(config, model) {
-        let name = match keys.get(&path) {
-            Some(Key::Same(other)) => other,
-            _ => &path,
-        };
-        match keys.get(name) {
-            Some(Key::Argument { name: argument, .. }) if !value.is_null() => {
-                present.insert(name.clone());
-                found.wrong.extend(argument_differs(name, &path, argument, value, model));
-            }
-            Some(Key::Argument { .. } | Key::Free | Key::Same(_)) => {}
-            Some(Key::Is { values, note }) => {
-                if !values.iter().any(|wanted| same(wanted, value)) {
-                    let wanted: Vec<String> = values.iter().map(Value::to_string).collect();
-                    let note = note.as_ref().map_or(String::new(), |note| format!(": {note}"));
-                    let backbone = &model.backbone.name;
-                    let wanted = wanted.join(" or ");
-                    found.wrong.push(format!(
-                        "  `{path}` is {value} in config.json, and `{backbone}` computes {wanted}{note}"
-                    ));
-                }
-            }
-            None if WITHOUT_INFLUENCE.contains(&name.as_str()) || LABELS.contains(&name.as_str()) => {}
-            None => match REFUSED.iter().find(|(key, ..)| key == name) {
-                Some((_, fine, why)) => {
-                    if !fine.contains(&value.to_string().as_str()) {
-                        found.wrong.push(format!("  `{path}` is {} in config.json: {why}", short(value)));
-                    }
-                }
-                // Objects that are read are understood key by key.
-                None if path.contains('.') && !value.is_null() => {
-                    let backbone = &model.backbone.name;
-                    found.wrong.push(format!(
-                        "  `{path}` is {} in config.json, and `{backbone}` does not know it",
-                        short(value)
-                    ));
-                }
-                // An object that is read, and none here.
-                None if inside(&path, model) => {
-                    found
-                        .wrong
-                        .push(format!("  `{path}` is {} in config.json, where an object was expected", short(value)));
-                }
-                None => unknown.push(format!("`{path}`: {}", short(value))),
-            },
+    for leaf in leaves(config, model) {
+        if !leaf.value.is_null() {
+            present.insert(canonical(&leaf.path, model).to_owned());
+        }
+        match judge(&leaf, model) {
+            Verdict::Fits => {}
+            Verdict::Differs(why) => found.wrong.push(format!("  `{}` is {} {why}", leaf.path, short(leaf.value))),
+            Verdict::Unknown => unknown.push(format!("`{}`: {}", leaf.path, short(leaf.value))),
         }
     }
-    for (key, rule) in keys {
-        if let Key::Argument { name, absent: Some(absent) } = rule
-            && !present.contains(key)
-            && let Some(wants) = model.backbone.config.get(key)
-            && !fits(key, &plain(absent), wants, model)
-        {
-            let (absent, wants) = (text(absent), text(wants));
-            found.wrong.push(format!(
-                "  `{key}` is absent from config.json and counts as {absent} there, the spec wants {wants}; \
-                 `--set model.{name}={absent}` follows the file"
-            ));
-        }
-    }
+    found.wrong.extend(absent_keys_differ(&present, model));
     if !unknown.is_empty() {
         found.warnings.push(format!(
             "config.json has keys that `{}` does not know, so whether they matter was not checked: {}",
@@ -263,6 +213,79 @@ pub fn compare(config: &Map<String, Value>, model: &Model) -> Comparison {
         ));
     }
     found
+}
+
+/// A key and its value. The path of one inside an object has a dot.
+struct Leaf<'c> {
+    path: String,
+    value: &'c Value,
+    nested: bool,
+}
+
+enum Verdict {
+    Fits,
+    /// Why it is refused, after "`key` is value".
+    Differs(String),
+    Unknown,
+}
+
+fn judge(leaf: &Leaf, model: &Model) -> Verdict {
+    let name = canonical(&leaf.path, model);
+    let backbone = &model.backbone.name;
+    match model.backbone.checkpoint.keys.get(name) {
+        // Null is what an absent key is.
+        Some(Key::Argument { .. }) if leaf.value.is_null() => Verdict::Fits,
+        Some(Key::Argument { name: argument, .. }) => match model.backbone.config.get(name) {
+            Some(wants) if !fits(name, leaf.value, wants, model) => {
+                let mend = mend(argument, leaf.value, wants).map_or(String::new(), |mend| format!("; {mend}"));
+                Verdict::Differs(format!("in config.json, the spec wants {}{mend}", text(wants)))
+            }
+            _ => Verdict::Fits,
+        },
+        Some(Key::Is { values, .. }) if values.iter().any(|wanted| same(wanted, leaf.value)) => Verdict::Fits,
+        Some(Key::Is { values, note }) => {
+            let values: Vec<String> = values.iter().map(Value::to_string).collect();
+            let note = note.as_ref().map_or(String::new(), |note| format!(": {note}"));
+            Verdict::Differs(format!("in config.json, and `{backbone}` computes {}{note}", values.join(" or ")))
+        }
+        Some(Key::Free | Key::Same(_)) => Verdict::Fits,
+        // Objects that the backbone knows are understood key by key.
+        None if leaf.nested && !leaf.value.is_null() => {
+            Verdict::Differs(format!("in config.json, and `{backbone}` does not know it"))
+        }
+        None if inside(name, model) => Verdict::Differs("in config.json, where an object was expected".into()),
+        None if WITHOUT_INFLUENCE.contains(&name) || LABELS.contains(&name) => Verdict::Fits,
+        None => match REFUSED.iter().find(|(key, ..)| *key == name) {
+            Some((_, fine, _)) if fine.contains(&leaf.value.to_string().as_str()) => Verdict::Fits,
+            Some((.., why)) => Verdict::Differs(format!("in config.json: {why}")),
+            None => Verdict::Unknown,
+        },
+    }
+}
+
+/// The key that a path is a name of.
+fn canonical<'a>(path: &'a str, model: &'a Model) -> &'a str {
+    match model.backbone.checkpoint.keys.get(path) {
+        Some(Key::Same(other)) => other,
+        _ => path,
+    }
+}
+
+/// A line for each argument whose key the file lacks and whose default there is another than the spec's value.
+fn absent_keys_differ(present: &BTreeSet<String>, model: &Model) -> Vec<String> {
+    let lacking = model.backbone.checkpoint.keys.iter().filter(|(key, _)| !present.contains(*key));
+    let differs = |(key, rule): (&String, &Key)| {
+        let Key::Argument { name, absent: Some(absent) } = rule else { return None };
+        let wants = model.backbone.config.get(key)?;
+        let absent = plain(absent);
+        let mend = mend(name, &absent, wants).map_or(String::new(), |mend| format!("; {mend}"));
+        let line = format!(
+            "  `{key}` is absent from config.json and counts as {absent} there, the spec wants {}{mend}",
+            text(wants)
+        );
+        (!fits(key, &absent, wants, model)).then_some(line)
+    };
+    lacking.filter_map(differs).collect()
 }
 
 /// Refuses the checkpoint of another family, by the backbone that reads it.
@@ -291,16 +314,16 @@ fn other_family(config: &Map<String, Value>, model: &Model, warnings: &mut Vec<S
 }
 
 /// Every key with its value; of objects of which the backbone knows a key, that of each entry.
-fn leaves<'c>(config: &'c Map<String, Value>, model: &Model) -> Vec<(String, &'c Value)> {
+fn leaves<'c>(config: &'c Map<String, Value>, model: &Model) -> Vec<Leaf<'c>> {
     let mut all = vec![];
     for (key, value) in config {
         match value {
             Value::Object(entries) if inside(key, model) => {
-                all.extend(entries.iter().map(|(k, v)| (format!("{key}.{k}"), v)));
+                all.extend(entries.iter().map(|(k, value)| Leaf { path: format!("{key}.{k}"), value, nested: true }));
             }
             // There is nothing in it.
             Value::Null if inside(key, model) => {}
-            _ => all.push((key.clone(), value)),
+            _ => all.push(Leaf { path: key.clone(), value, nested: false }),
         }
     }
     all
@@ -312,21 +335,18 @@ fn inside(object: &str, model: &Model) -> bool {
     keys.filter_map(|key| key.strip_prefix(object)).any(|rest| rest.starts_with('.'))
 }
 
-fn argument_differs(key: &str, path: &str, argument: &str, found: &Value, model: &Model) -> Option<String> {
-    let wants = model.backbone.config.get(key)?;
-    if fits(key, found, wants, model) {
-        return None;
-    }
+/// What makes the spec have the file's value, if it is one of the argument's type.
+fn mend(argument: &str, found: &Value, wants: &ConfigValue) -> Option<String> {
     let settable = match wants {
         ConfigValue::Bool(_) => found.is_boolean(),
         ConfigValue::Int(_) => found.is_i64(),
         ConfigValue::Float(_) => found.is_number(),
         ConfigValue::Str(_) => false,
     };
-    let mend = if settable { format!("; `--set model.{argument}={found}` follows the file") } else { String::new() };
-    Some(format!("  `{path}` is {} in config.json, the spec wants {}{mend}", short(found), text(wants)))
+    settable.then(|| format!("`--set model.{argument}={found}` follows the file"))
 }
 
+/// The value is the spec's; of the vocabulary, but for the task's own tokens.
 fn fits(key: &str, found: &Value, wants: &ConfigValue, model: &Model) -> bool {
     let rows = if key == VOCABULARY { model.task.special().len() as i64 } else { 0 };
     match wants {

@@ -15,8 +15,8 @@ const SAFETENSORS: &[&str] = &["model.safetensors", "model.safetensors.index.jso
 const OTHERS: &[(&str, &str)] = &[
     (
         ".bin",
-        "PyTorch's pickled weights, which may run code and are not read here; save them once with transformers: \
-         `AutoModel.from_pretrained(DIR).save_pretrained(DIR)` writes `model.safetensors`",
+        "PyTorch's pickled weights, which may run code and are not read here; transformers writes \
+         `model.safetensors` where it loads the model and saves it once more by `save_pretrained`",
     ),
     (".bin.index.json", "an index of PyTorch's pickled weights, which may run code and are not read here"),
     (".pt", "PyTorch's pickled weights, which may run code and are not read here"),

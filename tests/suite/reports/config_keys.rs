@@ -136,6 +136,11 @@ fn every_key(family: &'static str, source: &str) {
         "the base",
     );
 
+    // Other families are read only where transformers computes the same for them.
+    for other in model.backbone.checkpoint.model_types.iter().filter(|t| *t != family) {
+        let mut same = fixture.entries().filter(|e| e.key() == "model_type" && e.0["value"] == **other);
+        assert_eq!(same.next().and_then(|e| e.changes()), Some(false), "{other}");
+    }
     let own = fixture.keys();
     let (mut honoured, mut tried) = (0, BTreeSet::new());
     for entry in fixture.entries() {
