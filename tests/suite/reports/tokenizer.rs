@@ -200,7 +200,7 @@ fn files_of_no_named_class() {
 /// A task's template holds tokens that the model has, new ones, and text.
 #[test]
 fn the_models_own_tokens_and_literal_text() {
-    let (bench, plain, weights) = model(&GPT2.replace("vocab: 50", "vocab: 340"));
+    let (bench, _, weights) = model(&GPT2.replace("vocab: 50", "vocab: 340"));
     bench.write("weights/vocab.json", content("gpt2_vocab"));
     bench.write("weights/merges.txt", content("gpt2_merges"));
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/triples/dev.json");
@@ -262,5 +262,4 @@ fn the_models_own_tokens_and_literal_text() {
     {
         assert!(ran.err.contains(word), "{word}: {}", ran.err);
     }
-    let _ = plain;
 }
