@@ -140,15 +140,16 @@ fn base_fingerprint(model: &Model, loaded: &Loaded, drawn: &Tensors) -> String {
     format!("{}{}", if random { RANDOM } else { FILES }, fingerprint(&parts))
 }
 
-/// Loads every tensor of the model, with those that `adapter` holds in place of missing ones. Tensors that are drawn at
-/// random are listed on standard error.
-pub fn weights(from: &Path, model: &Model, adapter: Option<&Adapter>) -> Result<Loaded, Failure> {
+/// Loads every tensor of the model and the adapter at `path`, whose drawn tensors take the place of missing ones. Tensors
+/// that are drawn at random are listed on standard error.
+pub fn weights(from: &Path, model: &Model, path: Option<&Path>) -> Result<(Loaded, Option<Adapter>), Failure> {
     let mut loaded = checkpoint::weights(from, model)?;
-    if let Some(adapter) = adapter {
+    let adapter = path.map(|path| load(model, path)).transpose()?;
+    if let Some(adapter) = &adapter {
         adapter.settle(model, &mut loaded)?;
     }
-    tell_drawn(model, &loaded, adapter);
-    Ok(loaded)
+    tell_drawn(model, &loaded, adapter.as_ref());
+    Ok((loaded, adapter))
 }
 
 /// Lists on standard error the tensors that neither the checkpoint nor `adapter` holds, so that they are random.

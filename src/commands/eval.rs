@@ -33,8 +33,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
     super::say(&data.describe());
-    let adapter = arguments.adapter.as_deref().map(|path| adapters::load(&model, path)).transpose()?;
-    let loaded = adapters::weights(&arguments.weights, &model, adapter.as_ref())?;
+    let (loaded, adapter) = adapters::weights(&arguments.weights, &model, arguments.adapter.as_deref())?;
     let mut session = Session::new(ready.program.only(&["init", "eval"]), loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if let Some(adapter) = &adapter {

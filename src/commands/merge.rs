@@ -55,9 +55,9 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let read: Vec<&Path> = read.into_iter().flatten().map(PathBuf::as_path).collect();
     overwrite.folder(output, &read, is_model)?;
     let model = spec::load(&source.path, &source.set, super::color())?;
-    let adapter = adapters::load(&model, adapter)?;
-    let loaded = adapters::weights(weights, &model, Some(&adapter))?;
-    let merged = merge::merge(&model, loaded, &adapter.values, *dtype, &source.options()?)?;
+    let (loaded, adapter) = adapters::weights(weights, &model, Some(adapter))?;
+    let values = adapter.unwrap_or_default().values;
+    let merged = merge::merge(&model, loaded, &values, *dtype, &source.options()?)?;
     let said = format!("{} folded into {}, {}", merged.folded, model.backbone.name, merged.types);
     let notes = merge::save(&model, merged, &merge::Sources { weights, tokenizer: tokenizer.as_deref() }, output)?;
     for note in merge::notes(&model).iter().chain(&notes) {

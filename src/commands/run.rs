@@ -41,15 +41,19 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let ready = arguments.source.open()?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs, &ready.model)?;
-    let adapter = arguments.adapter.as_deref().map(|path| adapters::load(&ready.model, path)).transpose()?;
-    let weights = match &arguments.weights {
-        Some(from) => adapters::weights(from, &ready.model, adapter.as_ref())?.tensors,
+    let path = arguments.adapter.as_deref();
+    let (weights, adapter) = match &arguments.weights {
+        Some(from) => {
+            let (loaded, adapter) = adapters::weights(from, &ready.model, path)?;
+            (loaded.tensors, adapter)
+        }
         None => {
             let mut given = exchange::weights(&file, &ready.model, &arguments.inputs)?;
+            let adapter = path.map(|path| adapters::load(&ready.model, path)).transpose()?;
             if let Some(adapter) = &adapter {
                 adapter.change_base(&ready.model, &mut given)?;
             }
-            given
+            (given, adapter)
         }
     };
     let program = ready.program.only(&["init", &arguments.entry]);

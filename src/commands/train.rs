@@ -75,7 +75,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let dev = arguments.dev.as_ref().map(read).transpose()?;
     drop(tokenizer);
 
-    let loaded = adapters::weights(&arguments.weights, &model, None)?;
+    let (loaded, _) = adapters::weights(&arguments.weights, &model, None)?;
     let base = Base::of(&model, &loaded);
     let total = training::total(&model.train, &train);
     let identity = Identity::of(&model, &base, &train, dev.as_ref(), total);
