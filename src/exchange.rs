@@ -46,6 +46,9 @@ pub struct Padded {
     prefix: String,
 }
 
+/// A tensor's shape and its integers.
+type Shaped = (Vec<u64>, Vec<i32>);
+
 /// The integers of a batch under their prefix.
 struct Reader<'a> {
     file: &'a TensorFile,
@@ -59,7 +62,7 @@ impl Reader<'_> {
     }
 
     /// A tensor's shape and values.
-    fn ints(&self, name: &str) -> Result<Option<(Vec<u64>, Vec<i32>)>, RuntimeError> {
+    fn ints(&self, name: &str) -> Result<Option<Shaped>, RuntimeError> {
         let Some(stored) = self.file.tensors.get(&format!("{}{name}", self.prefix)) else { return Ok(None) };
         let Data::I64(x) = &stored.data else { return Err(self.wrong(name, "should hold integers")) };
         let large = |x: &i64| self.wrong(name, format!("holds {x}: too large"));
