@@ -46,6 +46,9 @@ pub struct Padded {
     prefix: String,
 }
 
+/// A tensor's shape and its integers.
+type Shaped = (Vec<u64>, Vec<i32>);
+
 /// The integers of a batch under their prefix.
 struct Reader<'a> {
     file: &'a TensorFile,
@@ -59,7 +62,7 @@ impl Reader<'_> {
     }
 
     /// A tensor's shape and values.
-    fn ints(&self, name: &str) -> Result<Option<(Vec<u64>, Vec<i32>)>, RuntimeError> {
+    fn ints(&self, name: &str) -> Result<Option<Shaped>, RuntimeError> {
         let Some(stored) = self.file.tensors.get(&format!("{}{name}", self.prefix)) else { return Ok(None) };
         let Data::I64(x) = &stored.data else { return Err(self.wrong(name, "should hold integers")) };
         let large = |x: &i64| self.wrong(name, format!("holds {x}: too large"));
@@ -135,7 +138,11 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
     let reader = Reader { file, prefix, path };
     let wrong = |name: &str, message: &str| reader.wrong(name, message);
     reader.all_known()?;
-    let (shape, ids) = reader.ints("ids")?.ok_or_else(|| wrong("ids", "is missing"))?;
+    let (shape, ids) = reader.ints("ids")?.ok_or_else(|| {
+        let bare = ["ids", "input_ids"].into_iter().find(|name| file.tensors.contains_key(*name));
+        let mend = bare.map(|name| format!("; the file has `{name}`, which should be called that"));
+        wrong("ids", &format!("is missing{}", mend.unwrap_or_default()))
+    })?;
     let [sequences, width] = shape[..] else { return Err(wrong("ids", "should have two axes, sequences and tokens")) };
     if sequences == 0 || width == 0 {
         return Err(wrong("ids", &format!("is {shape:?}: there is no token in it")));
@@ -153,7 +160,7 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
     let labelled = labels.is_some();
     for (row, kept) in rows.iter().enumerate() {
         let at = |column: usize| row * width + column;
-        let skips = |column: &usize| model.backbone.skipped == u64::try_from(ids[at(*column)]).ok();
+        let skips = |column: usize| model.backbone.skipped.is_some_and(|id| i64::from(ids[at(column)]) == id as i64);
         let start = batch.ids.len() as i32;
         batch.starts.push(start);
         batch.lengths.push(kept.len() as i32);
@@ -162,7 +169,7 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         batch.types.extend(kept.iter().map(|&column| types.as_ref().map_or(0, |types| types[at(column)])));
         let counted = (0..width).scan(0, |next, column| {
             let position = *next;
-            *next += i32::from(!skips(&column));
+            *next += i32::from(!skips(column));
             Some(position)
         });
         let counted: Vec<i32> = counted.collect();
@@ -202,7 +209,12 @@ pub fn weights(file: &TensorFile, model: &Model, path: &Path) -> Result<Vec<Numb
             let message = format!("`weights.{}` is {:?}, the spec wants f32 {:?}", p.name, stored.shape, p.shape);
             Err(RuntimeError::weights(path, message))
         }
-        None => Err(RuntimeError::weights(path, format!("`weights.{}` is missing", p.name))),
+        None => {
+            let none = !file.tensors.keys().any(|name| name.starts_with("weights."));
+            let mend =
+                if none { ", and so is every other; `--weights DIR` takes those of a model's folder" } else { "" };
+            Err(RuntimeError::weights(path, format!("`weights.{}` is missing{mend}", p.name)))
+        }
     };
     model.params.iter().map(one).collect()
 }

@@ -172,7 +172,7 @@ impl Fixture {
         let lr = self.json["optimizer"]["base_lr"].as_f64().unwrap_or(1e-3);
         let smoothing = self.json["loss"]["label_smoothing"].as_f64().unwrap_or(0.0);
         format!(
-            "model = {model}\ntune {{\n{tune}}}\ntask t {{ {task}\n max_tokens: 64 }}\ntrain {{ lr: {lr:?}\n label_smoothing: {smoothing:?}\n{optimizer} }}\n"
+            "model = {model}\ntune {{\n{tune}}}\ntask t {{ {task} }}\ntrain {{ lr: {lr:?}\n label_smoothing: {smoothing:?}\n{optimizer} }}\n"
         )
     }
 

@@ -93,7 +93,8 @@ fn manifest() -> Manifest {
         ],
         outputs: vec![output("logits", logits, vec![Tokens]), output("row", row, vec![Const(2)])],
     };
-    let limit = |input: &str, below| Limit { input: input.into(), below, of: "rows of `a`".into(), except: Some(999) };
+    let limit =
+        |input: &str, below| Limit { input: input.into(), below, of: "rows of `a`".into(), except: Some(999_999) };
     let update = Entry { launches: vec![launch(2, &[values, gradients, hyper], &[], Values)], outputs: vec![] };
     let idle = Entry {
         launches: vec![launch(3, &[pooled], &[], Sequences)],
@@ -106,7 +107,7 @@ fn manifest() -> Manifest {
             tensor("b", &[4, 2], Some((1, 3)), false),
             tensor("c", &[5], Some((0, 5)), true),
         ],
-        limits: vec![limit("ids", Const(1000)), limit("targets", Tokens)],
+        limits: vec![limit("ids", Const(1 << 20)), limit("targets", Tokens)],
         prepare: vec![launch(0, &[a, scratch], &[2], Const(3)), launch(0, &[scratch, packed], &[2], Const(3))],
         buffers,
         entries: [("train", train), ("update", update), ("idle", idle)].map(|(n, e)| (n.to_string(), e)).into(),
@@ -228,11 +229,11 @@ fn refusals() {
     beyond.ints.insert("targets".into(), vec![3]);
     refuse("train", &beyond, "0..3");
     // A value that means something else; and a label's place is that of its target.
-    beyond.ints.extend([("targets".into(), vec![2]), ("ids".into(), vec![1, 2, 999])]);
-    refuse("train", &beyond, "`ids`: value 2 is 999 (token 2 of sequence 0): tokens of this id are padding");
+    beyond.ints.extend([("targets".into(), vec![2]), ("ids".into(), vec![1, 2, 999_999])]);
+    refuse("train", &beyond, "`ids`: value 2 is 999999 (token 2 of sequence 0): tokens of this id are padding");
     let mut two = batch(&[2, 3]);
-    two.ints.insert("ids".into(), vec![1, 2, 3, 1000, 4]);
-    refuse("train", &two, "`ids`: value 3 is 1000 (token 1 of sequence 1): it indexes the 1000 rows of `a`");
+    two.ints.insert("ids".into(), vec![1, 2, 3, 1 << 20, 4]);
+    refuse("train", &two, "`ids`: value 3 is 1048576 (token 1 of sequence 1): it indexes the 1048576 rows of `a`");
 
     let (home, library) = library().unwrap();
     let message = |program: Result<Program, RuntimeError>| program.err().unwrap().to_string();

@@ -282,3 +282,27 @@ fn eight_processes_on_an_empty_cache() {
     let left: Vec<_> = fs::read_dir(&cache).expect("there").map(|entry| entry.expect("an entry").path()).collect();
     assert!(left.len() == 1 && left[0].extension().is_some_and(|e| e == "peftc"), "{left:?}");
 }
+
+/// A spec may come from anyone: it reads files alone, and takes no more memory than there is.
+#[test]
+fn a_hostile_spec() {
+    let bench = Bench::new();
+    let model = "backbone b() for generation {\n  weight w \"w\": [9, 4] ~ zeros\n  x = w[ids]\n  \
+                 logits = x[targets] @ transpose(w)\n  output logits\n  \
+                 output loss = mean(cross_entropy(logits, labels, smoothing))\n}\nmodel = b()\n";
+    let fifo = bench.path("fifo.peft");
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo").success());
+    for import in ["/dev/zero", "fifo.peft", "."] {
+        let spec = bench.write("spec.peft", format!("import \"{import}\"\n{model}"));
+        bench.refuses(&["check", text(&spec)], 1, &["cannot be read: it is no file", "spec.peft:1"]);
+    }
+    bench.write("long.peft", " ".repeat(5 << 20));
+    let spec = bench.write("spec.peft", format!("import \"long.peft\"\n{model}"));
+    bench.refuses(&["check", text(&spec)], 1, &["longer than 4194304 bytes"]);
+    bench.refuses(&["check", text(&bench.path("long.peft"))], 3, &["longer than 4194304 bytes"]);
+    // More than an address space: 40 matrices of 4 TiB.
+    let weights: String = (0..40).map(|i| format!("weight a{i} \"a{i}\": [1048576, 1048576] ~ zeros\n")).collect();
+    let huge = bench.write("huge.peft", model.replacen("weight w", &format!("{weights}weight w"), 1));
+    let run = ["run", text(&huge), "--weights", "random", "--entry", "forward", "--inputs", "no", "-o", "none"];
+    bench.refuses(&run, 4, &["GiB of memory cannot be had", "the model's weights alone take that much"]);
+}
