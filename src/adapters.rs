@@ -72,7 +72,8 @@ pub fn load(model: &Model, path: &Path, base: Option<&mut [Numbers]>) -> Result<
         }
         own => {
             let own = if own.is_dir() { own.join(ADAPTER) } else { own.to_path_buf() };
-            if let (false, Some(other)) = (own.is_file(), peft::foreign::recognised(path)) {
+            let ours = own.is_file() && path.is_dir();
+            if let (false, Some(other)) = (ours, peft::foreign::recognised(path)) {
                 return Err(other.into());
             }
             let file = adapter::load(&own)?;
