@@ -332,7 +332,8 @@ pub fn load(model: &Model, path: &Path) -> Result<Adapter, Failure> {
         return fits(model, adapter).map_err(Failure::from);
     }
     let own = if path.is_dir() { path.join(ADAPTER) } else { path.to_path_buf() };
-    if let (false, Some(other)) = (own.is_file(), peft::foreign::recognised(path)) {
+    let ours = own.is_file() && path.is_dir();
+    if let (false, Some(other)) = (ours, peft::foreign::recognised(path)) {
         return Err(other.into());
     }
     let path = own;

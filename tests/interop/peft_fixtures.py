@@ -113,7 +113,6 @@ METHODS = {
 # Beside a key's value, where PEFT wants it.
 BESIDE = {
     "layers_pattern": {"layers_to_transform": [0, 1]},
-    "exclude_modules": {"target_modules": ["query", "value"]},
     "loftq": {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
 }
 

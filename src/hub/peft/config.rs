@@ -96,7 +96,7 @@ impl<'a> Config<'a> {
                     counterparts.iter().flat_map(|c| &c.keys).map(|k| k.name.as_str()).chain(ANY.iter().copied());
                 let near = known
                     .map(|k| (strsim::normalized_levenshtein(k, key), k))
-                    .filter(|(score, _)| *score > 0.8)
+                    .filter(|(score, _)| *score > 0.7)
                     .max_by(|a, b| a.0.total_cmp(&b.0));
                 let near = near.map(|(_, k)| format!(" (is `{k}` meant?)")).unwrap_or_default();
                 Err(format!(

@@ -358,8 +358,8 @@ fn nothing_left(model: &Model, counterparts: &[&Counterpart], config: &Config, r
     if let Some(param) = base(name) {
         let mend = match param.origin {
             Origin::Head => "write `head trainable`".to_owned(),
-            _ if config.get("bias").and_then(Value::as_str) == Some("all") && param.name.ends_with(".bias") => {
-                "all biases of its base model train: write `bitfit()` beside the method".to_owned()
+            _ if every_bias(model, rest) => {
+                "these are all biases of its base model: write `bitfit()` beside the method".to_owned()
             }
             _ => {
                 let mut patterns: Vec<String> =
@@ -405,6 +405,14 @@ fn nothing_left(model: &Model, counterparts: &[&Counterpart], config: &Config, r
         }
         None => head,
     })
+}
+
+/// All biases of the backbone are left, and nothing else of it.
+fn every_bias(model: &Model, rest: &Rest) -> bool {
+    let frozen = model.params.iter().filter(|p| p.origin == Origin::Backbone && p.trainable == Trainable::No);
+    let mut biases: Vec<String> = frozen.filter(|p| p.name.ends_with(".bias")).map(|p| rest.plain(&p.name)).collect();
+    biases.sort();
+    !biases.is_empty() && rest.left().iter().map(|(name, ..)| *name).eq(biases.iter().map(String::as_str))
 }
 
 /// What may be done about a module at which a backbone lets no method work.

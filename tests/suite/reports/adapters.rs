@@ -30,7 +30,10 @@ fn case(backbone: &str, more: &str) -> Case {
     let bench = Bench::new();
     let (path, model) = spec(&bench, "spec.peft", &tuned(backbone, more));
     let weights = checkpoint(&bench, "weights", &model);
-    let inputs = inputs(&bench, "in.safetensors", &[&[1, 2, 3, 40], &[4, 5]], &[0, 1]);
+    let inputs = match backbone {
+        BERT => inputs(&bench, "in.safetensors", &[&[1, 2, 3, 40], &[4, 5]], &[0, 1]),
+        _ => tokens(&bench, &[1, 40, 31, 3]),
+    };
     let own = drawn(&model);
     let file = bench.path("own.safetensors");
     adapter::save(&file, &own).expect("written");
@@ -87,8 +90,14 @@ impl Case {
         to
     }
 
+    /// What every command that takes an adapter says; `import` compiles nothing.
     fn refuses(&self, adapter: &Path, words: &[&str]) {
-        let ran = self.run(&self.spec, adapter);
+        self.refuses_for(&self.spec, adapter, words);
+    }
+
+    fn refuses_for(&self, spec: &Path, adapter: &Path, words: &[&str]) {
+        let out = self.bench.path("imported.safetensors");
+        let ran = self.bench.peftc(["import", text(spec), text(adapter), "-o", text(&out)]);
         assert_eq!(ran.code, 3, "{}: {}", adapter.display(), ran.err);
         for word in words {
             assert!(ran.err.contains(word), "{} should say `{word}`:\n{}", adapter.display(), ran.err);
@@ -175,7 +184,8 @@ fn keys_that_are_set_and_unknown() {
     case.refuses(&with("other", "peft_type", json!("IA3")), &["type IA3, which is `ia3`", "applies `lora`"]);
     case.refuses(&with("dora", "use_dora", json!(true)), &["`use_dora` is true", "`lora`"]);
     // What is not set says nothing.
-    assert_eq!(case.run(&case.spec, &with("unset", "lora_nudge", Value::Null)).code, 0);
+    let (unset, out) = (with("unset", "lora_nudge", Value::Null), case.bench.path("imported.safetensors"));
+    assert_eq!(case.bench.peftc(["import", text(&case.spec), text(&unset), "-o", text(&out)]).code, 0);
     let start = with("start", "init_lora_weights", json!("pissa_niter_16"));
     case.refuses(&start, &["`init_lora_weights` is \"pissa_niter_16\"", "path_initial_model_for_weight_conversion"]);
     let regex = case.changed("regex", |config, _| drop(config.insert("alpha_pattern".into(), json!({ "que(": 3 }))));
@@ -187,30 +197,17 @@ fn keys_that_are_set_and_unknown() {
 /// The line that a refusal names makes the spec fit.
 #[test]
 fn what_trains_in_the_base_model_is_asked_for() {
-    let cases = [
-        ("bitfit()", "", &["`bitfit()`"][..]),
-        ("train \"*.query.bias\"", "", &["`train \"bert.encoder.layer.*.attention.self.query.bias\"`"]),
-        (
-            "rows 3..6 of \"bert.embeddings.word_embeddings.weight\"",
-            "",
-            &["`rows 3..6 of \"bert.embeddings.word_embeddings.weight\"`"],
-        ),
-        (
-            "train \"bert.embeddings.word_embeddings.weight\"",
-            "",
-            &["`train \"bert.embeddings.word_embeddings.weight\"`"],
-        ),
-    ];
-    for (line, _, words) in cases {
+    let table = "\"bert.embeddings.word_embeddings.weight\"";
+    let (rows, whole) = (format!("rows 3..6 of {table}"), format!("train {table}"));
+    let query = "train \"bert.encoder.layer.*.attention.self.query.bias\"";
+    for line in ["bitfit()", query, &rows, &whole] {
+        let word = format!("write `{line}`");
+        let word = &*word;
         let case = case(BERT, line);
         let want = case.logits(&case.spec, &case.bench.path("own.safetensors"));
         assert_eq!(case.logits(&case.spec, &case.peft), want, "{line}");
         let (without, _) = spec(&case.bench, "without.peft", &tuned(BERT, ""));
-        let ran = case.run(&without, &case.peft);
-        assert_eq!(ran.code, 3, "{}", ran.err);
-        for word in words {
-            assert!(ran.err.contains(word), "{line} should say {word}:\n{}", ran.err);
-        }
+        case.refuses_for(&without, &case.peft, &[word]);
     }
 }
 
@@ -274,10 +271,10 @@ fn tables_that_have_grown_are_saved_whole() {
     let (_, small) = spec(&bench, "small.peft", LLAMA);
     let weights = checkpoint(&bench, "weights", &small);
     let grown = LLAMA.replace("vocab: 50", "vocab: 52");
-    let task = "task t { kind: generation special: [\"<a>\", \"<b>\"] template: \"<a> {text} <b>\" target: \"<b>\" }\n";
+    let task = "task t { kind: generation special: [\"<a>\", \"<b>\"] template: \"<a> <b> {text}\" target: \"<b>\" }\n";
     let lines = "train \"model.embed_tokens.weight\"\n  train \"lm_head.weight\"";
     let (path, model) = spec(&bench, "grown.peft", &(tuned(&grown, lines) + task));
-    let inputs = inputs_of_tokens(&bench);
+    let inputs = tokens(&bench, &[1, 50, 51, 3]);
     let file = bench.path("own.safetensors");
     adapter::save(&file, &drawn(&model)).expect("written");
     let peft = bench.path("peft");
@@ -292,11 +289,13 @@ fn tables_that_have_grown_are_saved_whole() {
     assert_eq!(want.len() % 52, 0);
 }
 
-fn inputs_of_tokens(bench: &Bench) -> PathBuf {
+/// A batch of one sequence, each of whose tokens follows from those before.
+fn tokens(bench: &Bench, ids: &[i64]) -> PathBuf {
     let mut file = TensorFile::default();
-    let ints = |x: &[i64]| Stored { shape: vec![1, x.len() as u64], data: Data::I64(x.to_vec()) };
-    file.tensors.insert("inputs.ids".into(), ints(&[1, 50, 51, 3]));
-    file.tensors.insert("inputs.labels".into(), ints(&[-100, 50, 51, 3]));
+    for name in ["inputs.ids", "inputs.labels"] {
+        let stored = Stored { shape: vec![1, ids.len() as u64], data: Data::I64(ids.to_vec()) };
+        file.tensors.insert(name.into(), stored);
+    }
     let path = bench.path("tokens.safetensors");
     adapter::save(&path, &file).expect("written");
     path
