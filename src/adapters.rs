@@ -204,7 +204,8 @@ impl Adapter {
     fn check_base(&self, model: &Model, loaded: &Loaded) -> Result<(), RuntimeError> {
         let Some(there) = self.notes.get(note::BASE) else { return Ok(()) };
         let here = base_fingerprint(model, loaded, &self.drawn);
-        if here == *there {
+        let hash = |fingerprint: &str| fingerprint.rsplit(' ').next().map(String::from);
+        if hash(&here) == hash(there) {
             return Ok(());
         }
         let path = self.path.display();
