@@ -113,8 +113,8 @@ fn locate<'a>(model: &'a Model, key: &str) -> Option<(usize, &'a Param, (u64, u6
     (start < end && end <= rows(param)).then_some((index, param, (start, end)))
 }
 
-/// The fingerprint of the base weights without those in `drawn`: of what the files hold, or of all tensors if everything
-/// is random.
+/// The fingerprint of the frozen base weights without those in `drawn`: of what the files hold, or of all tensors if
+/// everything is random.
 fn base_fingerprint(model: &Model, loaded: &Loaded, drawn: &Tensors) -> String {
     let random = is_random(loaded);
     let mut own = BTreeMap::new();
@@ -123,20 +123,24 @@ fn base_fingerprint(model: &Model, loaded: &Loaded, drawn: &Tensors) -> String {
             own.insert(index, start);
         }
     }
-    let below = |p: &Param| match p.origin {
-        Origin::Backbone => true,
-        Origin::Head => p.trainable == Trainable::No,
-        Origin::Method(_) => false,
-    };
-    let all = model.params.iter().enumerate().filter(|(_, p)| below(p));
-    let parts: Vec<_> = all
-        .filter_map(|(index, param)| {
-            let held = if random { rows(param) } else { loaded.held[index]?.rows };
-            let end = own.get(&index).map_or(held, |&start| held.min(start));
-            let (_, shape, numbers) = rows_of(param, &loaded.tensors[index], (0, end));
-            (end > 0).then_some((param.name.as_str(), shape, numbers))
-        })
-        .collect();
+    let mut parts = vec![];
+    for (index, param) in model.params.iter().enumerate() {
+        let Some(held) = (if random { Some(rows(param)) } else { loaded.held[index].map(|held| held.rows) }) else {
+            continue;
+        };
+        if matches!(param.origin, Origin::Method(_)) {
+            continue;
+        }
+        let end = own.get(&index).map_or(held, |&start| held.min(start));
+        // The adapter has its own values for rows that train.
+        let (from, to) = param.trained_rows().unwrap_or((end, end));
+        for (start, end) in [(0, end.min(from)), (to, end)] {
+            if start < end {
+                parts.push(rows_of(param, &loaded.tensors[index], (start, end)));
+            }
+        }
+    }
+    let parts: Vec<_> = parts.iter().map(|(key, shape, numbers)| (key.as_str(), shape.clone(), *numbers)).collect();
     format!("{}{}", if random { RANDOM } else { FILES }, fingerprint(&parts))
 }
 
@@ -201,7 +205,8 @@ impl Adapter {
     fn check_base(&self, model: &Model, loaded: &Loaded) -> Result<(), RuntimeError> {
         let Some(there) = self.notes.get(note::BASE) else { return Ok(()) };
         let here = base_fingerprint(model, loaded, &self.drawn);
-        if here == *there {
+        let hash = |fingerprint: &str| fingerprint.rsplit(' ').next().map(String::from);
+        if hash(&here) == hash(there) {
             return Ok(());
         }
         let path = self.path.display();

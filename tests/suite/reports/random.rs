@@ -249,6 +249,16 @@ fn random_weights_want_their_seed() {
     assert!(ran.code == 0 && ran.out.contains(after), "{}{}", ran.out, ran.err);
     let ran = on("eval", text(&case.weights), &adapter);
     assert!(ran.code == 3 && ran.err.contains("use `--weights random --set train.seed=7`"), "{}{}", ran.out, ran.err);
+    // Where everything trains, nothing is left of the base, so that its seed does not matter.
+    let all = case.bench.write("full.peft", CLASSIFIER.replace("every attention { lora(rank: 2) on q }", "full()"));
+    let given = [text(&all), "--weights", "random", "--data", text(&case.data), "--tokenizer", text(&case.weights)];
+    let full = case.path("full");
+    let train = ["train", "--seed", "7", "--dev", text(&case.data), "--out", text(&full)];
+    let ran = case.bench.peftc(train.iter().chain(&given));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let after = ran.out.lines().find_map(|line| line.trim().strip_suffix(" after")).expect("judged");
+    let ran = case.bench.peftc(["eval", "--adapter", text(&full)].iter().chain(&given));
+    assert!(ran.code == 0 && ran.out.contains(after), "{}{}", ran.out, ran.err);
     // An export keeps the seed that the run had.
     let own = case.path("own");
     let ran =
