@@ -40,7 +40,7 @@ fn wrong(name: &str, found: &[u64], wanted: &[u64]) -> String {
 }
 
 impl<'a> Rest<'a> {
-    /// The error is two tensors of one name: adapters of several names in a file.
+    /// Reads names; nothing is taken yet. The error is two tensors of one name, such as those of two adapters.
     pub fn new(model: &Model, counterparts: &[&Counterpart], tensors: &'a Tensors) -> Result<Self, String> {
         let mut known: Vec<&str> = counterparts.iter().flat_map(|c| &c.tensors).map(|t| t.name.as_str()).collect();
         known.push(ROWS);
@@ -54,21 +54,19 @@ impl<'a> Rest<'a> {
             let name = rest.plain(&without_adapter(written, &known));
             let (name, copy) = saved(&name, &own);
             if let Some(first) = rest.entries.get(&name) {
-                if copy || first.written.contains("modules_to_save") {
-                    let (plain, other) =
-                        if copy { (first.written, written) } else { (&**written, &first.written.to_owned()) };
-                    if tensors[plain] != tensors[other] {
-                        return Err(format!("`{plain}` and `{other}` are one tensor, and differ"));
+                let of_one = copy || first.written.contains(".modules_to_save.");
+                match (of_one, stored == first.stored) {
+                    (true, true) => continue,
+                    (true, false) => {
+                        return Err(format!("`{}` and `{written}` are one tensor, and differ", first.written));
                     }
-                    if copy {
-                        continue;
+                    (false, _) => {
+                        return Err(format!(
+                            "`{}` and `{written}` are one tensor of two adapters; save one of them by itself: PEFT's \
+                             `save_pretrained(…, selected_adapters=[…])`",
+                            first.written
+                        ));
                     }
-                } else {
-                    return Err(format!(
-                        "`{}` and `{written}` are one tensor of two adapters; save one of them by itself: PEFT's \
-                         `save_pretrained(…, selected_adapters=[…])`",
-                        first.written
-                    ));
                 }
             }
             rest.entries.insert(name, Entry { written, stored });
