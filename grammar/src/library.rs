@@ -62,6 +62,29 @@ pub fn counterparts() -> Vec<(String, String)> {
     all
 }
 
+/// Methods of a `peft_type` that declare `key` to be `value`, as it is written there.
+pub fn methods_where(peft_type: &str, key: &str, value: &str) -> Vec<String> {
+    use crate::ast::CounterpartLine::Is;
+    let mut all = Vec::new();
+    for &(_, source) in MODULES.iter().filter(|(path, _)| path.starts_with("methods/")) {
+        let Ok(ast) = crate::parser::parse(FileId(0), source) else { continue };
+        for item in ast.items {
+            let Item::Method(def) = item else { continue };
+            let Some(counterpart) = def.counterpart.filter(|c| c.peft_type.text == peft_type) else { continue };
+            let is = |line: &_| {
+                matches!(line, Is { key: k, values, .. } if k.text == key
+                && values.iter().any(|v| slice(source, v.span) == value))
+            };
+            if counterpart.lines.iter().any(is) {
+                all.push(def.name.text);
+            }
+        }
+    }
+    all.sort();
+    all.dedup();
+    all
+}
+
 fn described(folder: &str) -> Vec<Described> {
     let mut all = Vec::new();
     for &(file, source) in MODULES.iter().filter(|(path, _)| path.starts_with(folder)) {

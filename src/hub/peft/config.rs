@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use fancy_regex::Regex;
 use peft_grammar::counterpart::{Condition, Consequence, Constant, Counterpart, Part, Rule};
+use peft_grammar::library;
 use peft_grammar::model::{Applied, ConfigValue};
 use serde_json::{Map, Value};
 
@@ -145,7 +146,11 @@ impl<'a> Config<'a> {
                     format!("{here}, `{method}` here has `{name}: {}`; write `{name}: {found}`", wanted[0])
                 }
                 [Constant::Name(_)] => format!("{here}, the spec's model has {}", wanted[0]),
-                _ => format!("{here}, which `{method}` does not compute; it is {}{hint}", wanted.join(" or ")),
+                _ => {
+                    let others = library::methods_where(&counterpart.peft_type, &key.name, found);
+                    let others = others.iter().map(|o| format!("; apply `{o}`")).collect::<String>();
+                    format!("{here}, which `{method}` does not compute; it is {}{hint}{others}", wanted.join(" or "))
+                }
             });
         }
         Ok(())

@@ -181,8 +181,11 @@ fn keys_that_are_set_and_unknown() {
         &with("kind", "peft_type", json!("LOHA")),
         &["type LOHA are not read here", "IA3, LORA, PREFIX_TUNING"],
     );
-    case.refuses(&with("other", "peft_type", json!("IA3")), &["type IA3, which is `ia3`", "applies `lora`"]);
-    case.refuses(&with("dora", "use_dora", json!(true)), &["`use_dora` is true", "`lora`"]);
+    case.refuses(
+        &with("other", "peft_type", json!("IA3")),
+        &["type IA3 (`peft_type`), which is `ia3`", "applies `lora`"],
+    );
+    case.refuses(&with("dora", "use_dora", json!(true)), &["`use_dora` is true", "apply `dora`"]);
     // What is not set says nothing.
     let (unset, out) = (with("unset", "lora_nudge", Value::Null), case.bench.path("imported.safetensors"));
     assert_eq!(case.bench.peftc(["import", text(&case.spec), text(&unset), "-o", text(&out)]).code, 0);
