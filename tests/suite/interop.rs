@@ -123,7 +123,7 @@ fn residuals() {
     for case in cases("").into_iter().filter(|case| residual(case)) {
         let (spec, base, adapter) = (case.join("spec.peft"), case.join("base"), case.join("adapter"));
         let (inputs, out) = (case.join("case.safetensors"), bench.path("out.safetensors"));
-        let run = ["run", "--entry", "forward"];
+        let run = ["run", "--entry", "forward", "--overwrite"];
         let given = [&spec, Path::new("--inputs"), &inputs, Path::new("-o"), &out, Path::new("--weights")];
         done(&bench, &run, &[&given[..], &[&base, Path::new("--adapter"), &adapter]].concat());
         compare(&case, &out, "PEFT's adapter");

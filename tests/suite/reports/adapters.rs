@@ -68,7 +68,7 @@ impl Case {
         let out = self.bench.path("out.safetensors");
         let _ = fs::remove_file(&out);
         let args = ["run", text(spec), "--entry", "forward", "--inputs", text(&self.inputs), "--weights"];
-        let more = [text(&self.weights), "--adapter", text(adapter), "-o", text(&out)];
+        let more = [text(&self.weights), "--adapter", text(adapter), "-o", text(&out), "--overwrite"];
         self.bench.peftc(args.iter().chain(&more))
     }
 
@@ -97,7 +97,7 @@ impl Case {
 
     fn refuses_for(&self, spec: &Path, adapter: &Path, words: &[&str]) {
         let out = self.bench.path("imported.safetensors");
-        let ran = self.bench.peftc(["import", text(spec), text(adapter), "-o", text(&out)]);
+        let ran = self.bench.peftc(["import", text(spec), text(adapter), "-o", text(&out), "--overwrite"]);
         assert_eq!(ran.code, 3, "{}: {}", adapter.display(), ran.err);
         for word in words {
             assert!(ran.err.contains(word), "{} should say `{word}`:\n{}", adapter.display(), ran.err);
@@ -281,7 +281,8 @@ fn tables_that_have_grown_are_saved_whole() {
     let file = bench.path("own.safetensors");
     adapter::save(&file, &drawn(&model)).expect("written");
     let peft = bench.path("peft");
-    let export = ["export", text(&path), "--format", "peft", "--adapter", text(&file), "-o", text(&peft)];
+    let export =
+        ["export", text(&path), "--format", "peft", "--adapter", text(&file), "-o", text(&peft), "--overwrite"];
     let ran = bench.peftc(export);
     assert_eq!(ran.code, 0, "{}", ran.err);
     let config = fs::read_to_string(peft.join(CONFIG)).expect("readable");
@@ -364,7 +365,8 @@ fn an_export_names_its_base() {
     let case = case(BERT, "");
     let base = |more: &[&str]| {
         let (file, out) = (case.bench.path("own.safetensors"), case.bench.path("again"));
-        let args = ["export", text(&case.spec), "--format", "peft", "--adapter", text(&file), "-o", text(&out)];
+        let args =
+            ["export", text(&case.spec), "--format", "peft", "--adapter", text(&file), "-o", text(&out), "--overwrite"];
         let ran = case.bench.peftc(args.iter().chain(more));
         assert_eq!(ran.code, 0, "{}", ran.err);
         let config = fs::read_to_string(out.join(CONFIG)).expect("readable");
@@ -390,14 +392,14 @@ fn an_export_says_what_the_format_cannot() {
     let file = bench.path("own.safetensors");
     adapter::save(&file, &drawn(&model)).expect("written");
     let out = bench.path("out");
-    let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out)]);
+    let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out), "--overwrite"]);
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(ran.err.contains("`pooling: \"mean\"` has no place in PEFT's format"), "{}", ran.err);
 
     let task = "task t { kind: generation special: [\"<a>\"] template: \"<a> {text}\" target: \"<a>\" }\n";
     let (path, model) = spec(&bench, "special.peft", &(tuned(LLAMA, "") + task));
     adapter::save(&file, &drawn(&model)).expect("written");
-    let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out)]);
+    let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out), "--overwrite"]);
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(ran.err.contains("rows of `<a>`"), "{}", ran.err);
 }
@@ -445,7 +447,7 @@ mod keys {
             let spec = bench.write("spec.peft", text_of);
             let (inputs, base, out) = (case.join("case.safetensors"), case.join("base"), bench.path("out.safetensors"));
             let args = ["run", text(&spec), "--entry", "forward", "--inputs", text(&inputs), "--weights", text(&base)];
-            let ran = bench.peftc(args.iter().chain(&["--adapter", text(&adapter), "-o", text(&out)]));
+            let ran = bench.peftc(args.iter().chain(&["--adapter", text(&adapter), "-o", text(&out), "--overwrite"]));
             assert!(!ran.err.contains("nothing is known here"), "{what} is unknown:\n{}", ran.err);
             let logits = entry.get("logits").and_then(Value::as_array);
             match (ran.code, logits) {
