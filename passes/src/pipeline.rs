@@ -91,7 +91,7 @@ impl Entry {
         entries
     }
 
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         Entry::ALL.iter().find(|(e, _)| *e == self).expect("all are listed").1
     }
 

@@ -38,7 +38,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
     let inputs = [&arguments.inputs, &arguments.source.path].map(PathBuf::as_path);
     arguments.overwrite.file(&arguments.output, &inputs)?;
-    let ready = arguments.source.open()?;
+    let ready = arguments.source.open(&["init", &arguments.entry])?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs, &ready.model)?;
     let path = arguments.adapter.as_deref();
@@ -56,8 +56,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             (given, adapter)
         }
     };
-    let program = ready.program.only(&["init", &arguments.entry]);
-    let mut session = Session::new(program, weights, arguments.source.threads)?;
+    let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
     if arguments.weights.is_some() {
         session.initialise()?;
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use peft_grammar::model::Model;
 #[cfg(feature = "compiler")]
-use peft_passes::{machine::Machine, remat::Remade};
+use peft_passes::{machine::Machine, pipeline::Entry, remat::Remade};
 use peft_runtime::artifact::Manifest;
 use peft_runtime::{Numbers, Program, RuntimeError, store};
 
@@ -78,13 +78,11 @@ impl Source {
         }
     }
 
-    /// The model and its program, compiled now, found in the cache, or loaded.
-    pub fn open(&self) -> Result<Ready, Failure> {
+    /// The model and a program with these of its entries: compiled now, found in the cache, or loaded.
+    pub fn open(&self, entries: &[&str]) -> Result<Ready, Failure> {
         self.check_target()?;
-        if self.is_artifact() {
-            return self.load();
-        }
-        self.compile()
+        let Ready { model, program } = if self.is_artifact() { self.load()? } else { self.compile(entries)? };
+        Ok(Ready { model, program: program.only(entries) })
     }
 
     /// The model alone, without a program to run it.
@@ -101,7 +99,7 @@ impl Source {
         if self.is_artifact() {
             return Ok(self.load()?.program);
         }
-        let entries = [peft_passes::pipeline::Entry::Store];
+        let entries = [Entry::Store];
         let artifact = crate::compiler::compile_entries(model, &entries, &self.options()?)?;
         store::runs_here(&self.path, &artifact.manifest)?;
         Ok(Program::new(artifact.manifest, &artifact.library)?)
@@ -109,7 +107,7 @@ impl Source {
 
     #[cfg(not(feature = "compiler"))]
     pub fn store(&self, _: &Model) -> Result<Program, Failure> {
-        Ok(self.open()?.program)
+        Ok(self.open(&["store"])?.program)
     }
 
     /// Weights that no memory here could hold are refused before anything is done for them.
@@ -135,12 +133,13 @@ impl Source {
     }
 
     #[cfg(feature = "compiler")]
-    fn compile(&self) -> Result<Ready, Failure> {
+    fn compile(&self, entries: &[&str]) -> Result<Ready, Failure> {
         let begun = Instant::now();
         let model = spec::load(&self.path, &self.set, super::color())?;
         Source::fits(&model)?;
         let checked = begun.elapsed();
-        let artifact = crate::compiler::compile(&model, &self.options()?)?;
+        let wanted = Entry::of_artifact(&model).into_iter().filter(|entry| entries.contains(&entry.name()));
+        let artifact = crate::compiler::compile_entries(&model, &wanted.collect::<Vec<_>>(), &self.options()?)?;
         store::runs_here(&self.path, &artifact.manifest)?;
         if self.timings {
             super::say(&timings(&[&[("check", checked)], &artifact.timings[..]].concat(), artifact.remade));
@@ -158,7 +157,7 @@ impl Source {
     }
 
     #[cfg(not(feature = "compiler"))]
-    fn compile(&self) -> Result<Ready, Failure> {
+    fn compile(&self, _: &[&str]) -> Result<Ready, Failure> {
         let _ = (Instant::now(), &self.no_fuse, self.timings);
         Err(Failure::Usage(format!(
             "{}: this peftc runs artifacts and compiles nothing; make one elsewhere with `peftc compile SPEC -o NAME.peftc`",

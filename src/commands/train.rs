@@ -49,7 +49,6 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if let Some(seed) = arguments.seed {
         arguments.source.set.push(("train.seed".into(), seed.to_string()));
     }
-    arguments.weights = checkpoint::resolve(&arguments.weights)?;
     // Before anything is compiled or read.
     let out = match &arguments.out {
         Some(out) => out.clone(),
@@ -62,7 +61,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             None
         }
     };
-    let ready = arguments.source.open()?;
+    arguments.weights = checkpoint::resolve(&arguments.weights)?;
+    let ready = arguments.source.open(&["init", "train", "update", "eval"])?;
     let model = ready.model;
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
     super::say(&Budget::of(&model, tokenizer.appended()).table());
@@ -91,8 +91,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    let program = ready.program.only(&["init", "train", "update", "eval"]);
-    let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
+    let mut session = Session::new(ready.program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if arguments.profile {
         session.profile = Some(Default::default());

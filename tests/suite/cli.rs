@@ -6,6 +6,7 @@ use std::process::Command;
 
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use peft_runtime::artifact::FORMAT;
+use peft_runtime::trust::{What, trusted};
 
 pub struct Ran {
     pub code: i32,
@@ -16,11 +17,41 @@ pub struct Ran {
 /// A folder of its own, and the program run beside it.
 pub struct Bench {
     folder: tempfile::TempDir,
+    pub cache: PathBuf,
+}
+
+/// Where all tests of one build keep compiled models: a process a test, and many of them run the same specs.
+fn shared_cache() -> PathBuf {
+    let program = Path::new(env!("CARGO_BIN_EXE_peftc"));
+    let built = fs::metadata(program).and_then(|m| Ok((m.len(), m.modified()?))).expect("it is built");
+    let name = format!("cache-{}", &blake3::hash(format!("{built:?}").as_bytes()).to_hex()[..16]);
+    let all = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    // Those of older builds serve no one.
+    for entry in fs::read_dir(all).into_iter().flatten().flatten() {
+        let old = entry.file_name();
+        if old != *name && old.to_string_lossy().starts_with("cache-") {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    all.join(name)
 }
 
 impl Bench {
     pub fn new() -> Self {
-        Bench { folder: tempfile::tempdir().expect("a directory") }
+        let folder = tempfile::tempdir().expect("a directory");
+        // A checkout that others may write to is no place for code.
+        let cache = match trusted(Path::new(env!("CARGO_TARGET_TMPDIR")), What::Cache) {
+            Ok(_) => shared_cache(),
+            Err(_) => folder.path().join("cache"),
+        };
+        Bench { folder, cache }
+    }
+
+    /// With a cache that is empty and no other test's.
+    pub fn with_own_cache() -> Self {
+        let folder = tempfile::tempdir().expect("a directory");
+        let cache = folder.path().join("cache");
+        Bench { folder, cache }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -48,7 +79,7 @@ impl Bench {
             .args(args)
             .envs(environment.iter().copied())
             .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .env("PEFTC_CACHE", self.path("cache"))
+            .env("PEFTC_CACHE", &self.cache)
             .env("NO_COLOR", "1")
             .env_remove("RUST_LOG")
             .output()
@@ -192,7 +223,7 @@ fn the_library_describes_itself() {
 
 #[test]
 fn compile_run_and_refuse_damaged_artifacts() {
-    let bench = Bench::new();
+    let bench = Bench::with_own_cache();
     for stage in ["ast", "model", "peft", "grad", "fused", "loops", "llvm"] {
         let ran = bench.peftc(["compile", IR, "--emit", stage]);
         assert_eq!((ran.code, ran.out.is_empty()), (0, false), "{stage}: {}", ran.err);

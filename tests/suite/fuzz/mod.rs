@@ -83,7 +83,7 @@ struct World {
 }
 
 const CLASSIFIER: &str = r#"
-model = bert(layers: 1, hidden: 8, heads: 2, ffn: 8, vocab: 40, context: 32)
+model = bert(layers: 1, hidden: 8, heads: 2, ffn: 8, vocab: 41, context: 32)
 tune { every attention { lora(rank: 2, alpha: 4) on q, v } }
 task sentiment { kind: classification  max_tokens: 16  labels: ["bad", "good"] }
 "#;

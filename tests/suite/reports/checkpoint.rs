@@ -23,7 +23,18 @@ fn forward(bench: &Bench, spec: &Path, weights: &Path) -> Ran {
     };
     let out = bench.path("out.safetensors");
     let _ = fs::remove_file(&out);
-    let args = ["run", text(spec), "--entry", "forward", "--weights", text(weights), "--inputs", text(&batch), "-o"];
+    let args = [
+        "run",
+        text(spec),
+        "--overwrite",
+        "--entry",
+        "forward",
+        "--weights",
+        text(weights),
+        "--inputs",
+        text(&batch),
+        "-o",
+    ];
     bench.peftc(args.iter().copied().chain([text(&out)]))
 }
 
@@ -468,7 +479,18 @@ fn what_weights_may_name() {
     let batch = inputs(&bench, "in.safetensors", &[&[2, 3, 4], &[5, 6]], &[0, 1]);
     let out = bench.path("out.safetensors");
     let run = |environment: &[(&str, &str)], name: &str| {
-        let args = ["run", text(&path), "--entry", "forward", "--inputs", text(&batch), "-o", text(&out), "--weights"];
+        let args = [
+            "run",
+            text(&path),
+            "--overwrite",
+            "--entry",
+            "forward",
+            "--inputs",
+            text(&batch),
+            "-o",
+            text(&out),
+            "--weights",
+        ];
         bench.with(environment, args.iter().copied().chain([name]))
     };
     let in_cache = [("HF_HUB_CACHE", text(&hub))];

@@ -102,7 +102,18 @@ fn logits(
     fs::copy(tensors, weights.join("model.safetensors")).expect("copied");
     let causal = fixture.family == "gpt2" || fixture.family == "llama";
     let (batch, out) = (inputs(bench, fixture, causal), bench.path("out.safetensors"));
-    let args = ["run", text(spec), "--entry", "forward", "--weights", text(&weights), "--inputs", text(&batch), "-o"];
+    let args = [
+        "run",
+        text(spec),
+        "--entry",
+        "forward",
+        "--weights",
+        text(&weights),
+        "--inputs",
+        text(&batch),
+        "--overwrite",
+        "-o",
+    ];
     let set = set.map(|set| ["--set", set]);
     let ran = bench.peftc(args.iter().copied().chain([text(&out)]).chain(set.into_iter().flatten()));
     match ran.code {

@@ -265,7 +265,7 @@ fn a_run_that_is_killed_goes_on() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     let mut child = Command::new(env!("CARGO_BIN_EXE_peftc"))
         .args(args(&killed))
-        .env("PEFTC_CACHE", case.path("cache"))
+        .env("PEFTC_CACHE", &case.bench.cache)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

@@ -45,7 +45,7 @@ struct Tiny {
 
 impl Tiny {
     fn new(target: &str) -> Self {
-        let bench = Bench::new();
+        let bench = Bench::with_own_cache();
         let (spec, weights) = tiny_bert(&bench, |_| {});
         let data = bench.write("data.tsv", "good film\t1\nbad film\t0\n");
         let artifact = bench.path("folder/tiny.peftc");
@@ -235,7 +235,7 @@ fn as_another_user() {
 /// temporary files.
 #[test]
 fn what_is_written_is_for_its_user_to_change() {
-    let bench = Bench::new();
+    let bench = Bench::with_own_cache();
     let (spec, _) = tiny_bert(&bench, |_| {});
     let [artifact, cache, temporary] = ["made/tiny.peftc", "made/cache", "made/tmp"].map(|name| bench.path(name));
     fs::create_dir_all(&temporary).expect("made");
@@ -259,7 +259,7 @@ fn what_is_written_is_for_its_user_to_change() {
 /// Eight at once on an empty cache: one of them compiles, all train, to the same values, and nothing else is left.
 #[test]
 fn eight_processes_on_an_empty_cache() {
-    let bench = Bench::new();
+    let bench = Bench::with_own_cache();
     let cache = bench.path("cache");
     let start = |at: usize| {
         let out = bench.path(&format!("run{at}"));
@@ -286,7 +286,7 @@ fn eight_processes_on_an_empty_cache() {
 /// A spec may come from anyone: it reads files alone, and takes no more memory than there is.
 #[test]
 fn a_hostile_spec() {
-    let bench = Bench::new();
+    let bench = Bench::with_own_cache();
     let model = "backbone b() for generation {\n  weight w \"w\": [9, 4] ~ zeros\n  x = w[ids]\n  \
                  logits = x[targets] @ transpose(w)\n  output logits\n  \
                  output loss = mean(cross_entropy(logits, labels, smoothing))\n}\nmodel = b()\n";
