@@ -16,12 +16,17 @@ use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 use crate::failure::Failure;
 use crate::hub::checkpoint;
 use crate::hub::peft::{self, Imported, Residual, Tensors};
+use crate::meaning;
 
 /// What the trained values of a run (or an export) are kept in.
 pub const ADAPTER: &str = "adapter.safetensors";
 
+const FORMAT: &str = "peftc adapter 1";
+
 /// Notes in an adapter's file.
 mod note {
+    /// What the values mean: [`crate::meaning::record`].
+    pub const OF: &str = "of";
     /// The seed from which frozen tensors that are not in the file are drawn again.
     pub const SEED: &str = "seed";
     /// [`super::Base::fingerprint`].
@@ -152,14 +157,15 @@ pub fn weights(from: &Path, model: &Model, path: Option<&Path>) -> Result<(Loade
     if let Some(adapter) = &adapter {
         adapter.settle(model, &mut loaded)?;
     }
-    tell_drawn(model, &loaded, adapter.as_ref());
+    tell_drawn(model, &loaded, adapter.as_ref())?;
     Ok((loaded, adapter))
 }
 
-/// Lists on standard error the tensors that neither the checkpoint nor `adapter` holds, so that they are random.
-fn tell_drawn(model: &Model, loaded: &Loaded, adapter: Option<&Adapter>) {
+/// Lists on standard error the tensors that neither the checkpoint nor `adapter` holds, so that they are random. With an
+/// adapter, which was trained beside others, that is an error; one of an older peftc may have been trained beside these.
+fn tell_drawn(model: &Model, loaded: &Loaded, adapter: Option<&Adapter>) -> Result<(), RuntimeError> {
     if is_random(loaded) {
-        return;
+        return Ok(());
     }
     let name = |(index, param, rows): (usize, &Param, (u64, u64))| {
         let key = rows_of(param, &loaded.tensors[index], rows).0;
@@ -167,9 +173,19 @@ fn tell_drawn(model: &Model, loaded: &Loaded, adapter: Option<&Adapter>) {
         (!brought).then_some(key)
     };
     let all: Vec<String> = drawn_parts(model, loaded).filter_map(name).collect();
-    if !all.is_empty() {
-        crate::commands::say(&format!("new here, drawn at random: {}", all.join(", ")));
+    if all.is_empty() {
+        return Ok(());
     }
+    if let Some(Adapter { path, .. }) = adapter.filter(|a| a.notes.is_empty() || a.notes.contains_key(note::OF)) {
+        let message = format!(
+            "  neither the weights nor the adapter hold {}, so that the adapter would be used beside random numbers; use \
+             the weights that it was trained on",
+            all.join(", ")
+        );
+        return Err(RuntimeError::weights(path, message));
+    }
+    crate::commands::say(&format!("new here, drawn at random: {}", all.join(", ")));
+    Ok(())
 }
 
 /// Trained values with what they were trained on.
@@ -287,9 +303,14 @@ pub fn trained(session: &Session, model: &Model, base: &Base, step: u64) -> Resu
 /// Adds the base's drawn tensors, and the notes that every adapter has.
 pub fn signed(mut file: TensorFile, model: &Model, base: &Base) -> TensorFile {
     let mut note = |key: &str, value: String| drop(file.notes.insert(key.into(), value));
-    note("format", "peftc adapter 1".into());
+    note("format", FORMAT.into());
     note("spec", model.name.clone());
     note("backbone", model.backbone.name.clone());
+    // What is kept in place of trained tensors is of another spec, which holds it itself.
+    if model.params.iter().all(|p| p.trainable == Trainable::No || file.tensors.contains_key(&p.name)) {
+        file.notes.insert(note::OF.into(), meaning::record(model));
+    }
+    let mut note = |key: &str, value: String| drop(file.notes.insert(key.into(), value));
     if !base.fingerprint.is_empty() {
         note(note::BASE, base.fingerprint.clone());
     }
@@ -355,7 +376,37 @@ pub fn load(model: &Model, path: &Path) -> Result<Adapter, Failure> {
     let drawn = keys.into_iter().filter_map(|key| tensors.remove_entry(&key)).collect();
     let adapter = Adapter { path, values: tensors, drawn, notes, residuals: vec![] };
     check_seed(model, &adapter)?;
-    Ok(fits(model, adapter)?)
+    let adapter = fits(model, adapter)?;
+    check_meaning(model, &adapter)?;
+    Ok(adapter)
+}
+
+/// The model must compute with the values what the one did in which they were trained.
+fn check_meaning(model: &Model, Adapter { path, notes, .. }: &Adapter) -> Result<(), RuntimeError> {
+    if let Some(format) = notes.get("format").filter(|format| *format != FORMAT) {
+        let message = format!("its format is `{format}`, and this peftc reads `{FORMAT}`; use the peftc that wrote it");
+        return Err(RuntimeError::file(path, message));
+    }
+    if let Some(backbone) = notes.get("backbone").filter(|backbone| **backbone != model.backbone.name) {
+        let here = &model.backbone.name;
+        return Err(RuntimeError::weights(
+            path,
+            format!("  it was trained on `{backbone}`, and the spec's model is `{here}`"),
+        ));
+    }
+    let Some(record) = notes.get(note::OF) else { return Ok(()) };
+    let damaged = |_| RuntimeError::file(path, "its note `of` cannot be read; it is damaged");
+    let mut lines = meaning::differences(record, model).map_err(damaged)?;
+    if lines.is_empty() {
+        return Ok(());
+    }
+    if lines.len() > 8 {
+        let more = lines.split_off(8).len();
+        lines.push(format!("  and {more} more"));
+    }
+    lines.insert(0, "  it was trained as a part of another function:".into());
+    lines.push("  use the spec of the training".into());
+    Err(RuntimeError::weights(path, lines.join("\n")))
 }
 
 /// Checks that an adapter holds the tensors that the model trains and, beside its drawn ones, no others.

@@ -16,6 +16,7 @@ use peft_runtime::trust::{TrustError, What, trusted};
 use tempfile::TempDir;
 
 use crate::failure::Failure;
+use crate::meaning;
 
 /// A compiled model and where its library lies.
 pub struct Artifact {
@@ -88,8 +89,8 @@ fn description(model: &Model) -> serde_json::Value {
         (name.clone(), graph.arg(name, Role::Trainable, None, model.graph.ty(*value).clone()))
     };
     let stored = model.stored.iter().map(known).collect();
-    let equations = crate::state::equations(model);
-    serde_json::to_value(Model { graph, stored, equations, ..model.clone() }).expect("a model is plain data")
+    let (equations, function) = (meaning::equations(model), meaning::function(model));
+    serde_json::to_value(Model { graph, stored, equations, function, ..model.clone() }).expect("a model is plain data")
 }
 
 fn compiler() -> String {

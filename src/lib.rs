@@ -11,6 +11,7 @@ pub mod data;
 pub mod exchange;
 pub mod failure;
 pub mod hub;
+pub mod meaning;
 #[cfg(feature = "compiler")]
 pub mod merge;
 pub mod metrics;

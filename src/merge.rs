@@ -232,6 +232,16 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
         let ids = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect::<Map<_, _>>();
         config.insert("id2label".into(), Value::Object(names));
         config.insert("label2id".into(), Value::Object(ids));
+        // The folder has a head for sequences now, whatever the base model was.
+        const HEAD: &str = "ForSequenceClassification";
+        let class = config.get("architectures").and_then(|all| all.get(0)?.as_str().map(String::from));
+        match class
+            .as_deref()
+            .and_then(|class| class.find("For").or_else(|| class.rfind("Model")).map(|at| &class[..at]))
+        {
+            Some(family) => drop(config.insert("architectures".into(), json!([format!("{family}{HEAD}")]))),
+            None => drop(config.remove("architectures")),
+        }
     }
     let values_in = |dtype: Float| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.numbers.len()).sum::<usize>();
     if let Some(usual) = Float::ALL.into_iter().max_by_key(|&dtype| values_in(dtype)) {

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::adapters::Base;
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
+use crate::meaning::equations;
 use crate::training::rate;
 
 /// A run's state, in its folder.
@@ -25,18 +26,6 @@ const OLD_FORMAT: &str = "peftc state 1";
 
 /// The flat vectors of a session that a training step changes.
 const VECTORS: [&str; 3] = ["values", "m", "v"];
-
-/// A hash of the equations. It does not depend on the file and the lines in which they stand.
-pub fn equations(model: &Model) -> String {
-    if !model.equations.is_empty() {
-        return model.equations.clone();
-    }
-    let mut graph = model.graph.clone();
-    graph.name.clear();
-    graph.nodes.iter_mut().for_each(|node| node.location = Default::default());
-    let text = serde_json::to_vec(&(graph, &model.stored)).expect("a model is plain data");
-    blake3::hash(&text).to_hex()[..32].to_string()
-}
 
 /// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
 #[derive(Clone, Debug, PartialEq)]

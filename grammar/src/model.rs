@@ -35,6 +35,9 @@ pub struct Model {
     /// A hash of the equations. Only a model whose `graph` was left out has it: that of an artifact.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub equations: String,
+    /// The same of the function that they compute when nothing trains: without dropout and smoothing.
+    #[serde(default)]
+    pub function: String,
 }
 
 impl Model {

@@ -6,7 +6,7 @@ use super::overwrite::Overwrite;
 use super::source::Source;
 use crate::adapters;
 use crate::failure::Failure;
-use crate::hub::peft::MODEL;
+use crate::hub::peft::{CONFIG, MODEL};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -23,8 +23,8 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
-    let read = arguments.folder.join(MODEL);
-    arguments.overwrite.file(&arguments.output, &[&read, &arguments.source.path])?;
+    let [config, tensors] = [CONFIG, MODEL].map(|name| arguments.folder.join(name));
+    arguments.overwrite.file(&arguments.output, &[&config, &tensors, &arguments.source.path])?;
     let model = arguments.source.model()?;
     let adapter = adapters::load(&model, &arguments.folder)?;
     adapter.stands_alone(&model)?;

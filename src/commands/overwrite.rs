@@ -14,7 +14,8 @@ pub struct Overwrite {
 }
 
 impl Overwrite {
-    /// The file `path` may be written: it does not exist or is to be replaced, and is none of `inputs`.
+    /// The file `path` may be written: it does not exist or is to be replaced, and neither is one of `inputs` nor lies
+    /// in one that is a folder.
     pub fn file(self, path: &Path, inputs: &[&Path]) -> Result<(), Failure> {
         let Ok(found) = fs::metadata(path) else { return Ok(()) };
         let refuse = |why: &str| Err(Failure::Usage(format!("{}: {why}", path.display())));
@@ -24,8 +25,14 @@ impl Overwrite {
         if !found.is_file() {
             return refuse("no plain file, so it cannot be replaced; name another");
         }
-        if inputs.iter().any(|input| same(input, path)) {
-            return refuse("it is read by this command, so it is not written over; name another file");
+        if let Some(input) = inputs.iter().find(|input| within(path, input)) {
+            return refuse(&match input.is_dir() {
+                false => "it is read by this command, so it is not written over; name another file".into(),
+                true => format!(
+                    "it lies in {}, which this command reads, so it is not written over; name another file",
+                    input.display()
+                ),
+            });
         }
         if !self.overwrite {
             return refuse("it exists; replace it with `--overwrite`, or name another file");
@@ -80,10 +87,6 @@ impl Overwrite {
 pub fn names(path: &Path) -> Vec<String> {
     let entries = fs::read_dir(path).into_iter().flatten().filter_map(|entry| entry.ok());
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
-}
-
-fn same(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// `inner` is `outer`, or lies in it.

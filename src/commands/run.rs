@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use peft_runtime::{Session, adapter};
 
@@ -36,8 +36,10 @@ pub struct Arguments {
 
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
-    let inputs = [&arguments.inputs, &arguments.source.path].map(PathBuf::as_path);
-    arguments.overwrite.file(&arguments.output, &inputs)?;
+    let read =
+        [Some(&arguments.inputs), Some(&arguments.source.path), arguments.weights.as_ref(), arguments.adapter.as_ref()];
+    let read: Vec<&Path> = read.into_iter().flatten().map(PathBuf::as_path).collect();
+    arguments.overwrite.file(&arguments.output, &read)?;
     let ready = arguments.source.open(&["init", &arguments.entry])?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs, &ready.model)?;

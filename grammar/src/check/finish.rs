@@ -95,6 +95,7 @@ impl<'a> Checker<'a> {
             task,
             train,
             equations: String::new(),
+            function: String::new(),
         })
     }
 

@@ -14,7 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use mutate::Random;
-use peft_grammar::model::{Model, Origin};
+use peft_grammar::model::{Model, Origin, TaskKind};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::weights;
 use peftc::data::Dataset;
@@ -173,7 +173,10 @@ fn world(
     for (name, shape, data) in [
         ("ids", vec![2, 3], vec![1, 2, 3, 4, 5, 0]),
         ("mask", vec![2, 3], vec![1, 1, 1, 1, 1, 0]),
-        ("labels", vec![2], vec![0, 1]),
+        match model.task.kind {
+            TaskKind::Classification { .. } => ("labels", vec![2], vec![0, 1]),
+            TaskKind::Generation { .. } => ("labels", vec![2, 3], vec![-100, 2, 3, -100, 5, -100]),
+        },
     ] {
         batch.tensors.insert(format!("inputs.{name}"), Stored { shape, data: Data::I64(data) });
     }

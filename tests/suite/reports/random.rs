@@ -35,7 +35,9 @@ pub fn classifier(text: &str, spoil: impl FnOnce(&mut TensorFile)) -> Case {
     let (spec, model) = spec(&bench, "tiny.peft", text);
     let mut file = tensors(&model, false);
     spoil(&mut file);
-    let weights = folder(&bench, "weights", &config(&model), &file);
+    let mut config = config(&model);
+    config.insert("architectures".into(), vec!["BertModel"].into());
+    let weights = folder(&bench, "weights", &config, &file);
     fs::write(weights.join("tokenizer.json"), TOKENIZER).expect("written");
     let data = bench.write("data.tsv", "good film\t1\nbad film\t0\ngood good\t1\nbad\t0\n");
     Case { bench, spec, model, weights, data }
@@ -100,7 +102,7 @@ fn forgetful(run: &Path, to: &Path) {
     let mut file = adapter::load(&run.join("adapter.safetensors")).expect("sound");
     let keys: Vec<String> = serde_json::from_str(&file.notes["drawn"]).expect("a list");
     assert!(!keys.is_empty() && keys.iter().all(|key| file.tensors.remove(key).is_some()));
-    for note in ["drawn", "base", "seed"] {
+    for note in ["drawn", "base", "seed", "of"] {
         file.notes.remove(note);
     }
     adapter::save(to, &file).expect("written");
@@ -266,4 +268,77 @@ fn random_weights_want_their_seed() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     let ran = on("eval", "random", &["--adapter", text(&own)]);
     assert!(ran.code == 3 && ran.err.contains("use `--set train.seed=7`"), "{}{}", ran.out, ran.err);
+}
+
+/// Tensors of the right shapes are not enough: an adapter is used only as a part of the function it was trained in.
+#[test]
+fn an_adapter_is_of_one_function() {
+    let case = classifier(CLASSIFIER, |_| {});
+    let run = case.path("run");
+    let (_, after) = case.train(&run, &[]);
+    // What matters in training alone may differ.
+    assert_eq!(case.eval(&run, &["--set", "lora.dropout=0.3", "--set", "train.label_smoothing=0.1"]).0, after);
+    let refused = |spec: &str, more: &[&str], words: &[&str]| {
+        let given = ["--weights", text(&case.weights), "--data", text(&case.data), "--adapter", text(&run)];
+        case.bench.refuses(&[&["eval", spec], &given[..], more].concat(), 3, words);
+    };
+    let written = |name: &str, from: &str, to: &str| {
+        assert!(CLASSIFIER.contains(from));
+        case.bench.write(name, CLASSIFIER.replace(from, to))
+    };
+    refused(
+        text(&case.spec),
+        &["--set", "lora.alpha=20"],
+        &["part of another function", "`alpha` was 2", "is 20.0 here"],
+    );
+    let mean = written("mean.peft", "context: 16", "context: 16, pooling: \"mean\"");
+    refused(text(&mean), &[], &["bert's `pooling` was not set, and is \"mean\" here"]);
+    let swapped = written("swapped.peft", "[\"0\", \"1\"]", "[\"1\", \"0\"]");
+    refused(text(&swapped), &[], &["`labels` was [\"0\",\"1\"], and is [\"1\",\"0\"] here"]);
+    let out = case.path("merged");
+    let merge = ["merge", text(&swapped), "--weights", text(&case.weights), "--adapter", text(&run), "-o", text(&out)];
+    case.bench.refuses(&merge, 3, &["`labels` was"]);
+    let export = ["export", text(&swapped), "--adapter", text(&run), "-o", text(&out)];
+    case.bench.refuses(&export, 3, &["`labels` was"]);
+    // Notes that say what the file is are read.
+    let mut file = adapter::load(&run.join("adapter.safetensors")).expect("sound");
+    for (note, value, words) in
+        [("format", "peftc adapter 9", "use the peftc that wrote it"), ("backbone", "gpt2", "it was trained on `gpt2`")]
+    {
+        let before = file.notes.insert(note.into(), value.into()).expect("it is there");
+        let other = case.path("other.safetensors");
+        adapter::save(&other, &file).expect("written");
+        let given = ["eval", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data)];
+        case.bench.refuses(&[&given[..], &["--adapter", text(&other)]].concat(), 3, &[words]);
+        file.notes.insert(note.into(), before);
+    }
+
+    // A task's tokens are rows by number, and the number is given by the list.
+    let case = generator("rows 1536..1542 of \"transformer.wte.weight\"");
+    let run = case.path("run");
+    case.train(&run, &[]);
+    let text_of = fs::read_to_string(&case.spec).expect("readable");
+    let swapped = text_of.replacen("\"<bos>\", \"<eos>\"", "\"<eos>\", \"<bos>\"", 1);
+    assert!(swapped != text_of);
+    let swapped = case.bench.write("swapped.peft", swapped);
+    let given = ["--weights", text(&case.weights), "--data", text(&case.data), "--adapter", text(&run)];
+    case.bench.refuses(&[&["eval", text(&swapped)], &given[..]].concat(), 3, &["`special` was [\"<bos>\",\"<eos>\""]);
+}
+
+/// An adapter that PEFT wrote holds nothing that was drawn beside it.
+#[test]
+fn an_adapter_of_pefts_beside_random_numbers() {
+    let case = classifier(CLASSIFIER, |_| {});
+    let (run, peft) = (case.path("run"), case.path("peft"));
+    case.train(&run, &[]);
+    let ran = case.bench.peftc(["export", text(&case.spec), "--adapter", text(&run), "-o", text(&peft)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let mut file = tensors(&case.model, false);
+    without_pooler(&mut file);
+    let bare = folder(&case.bench, "bare", &config(&case.model), &file);
+    fs::write(bare.join("tokenizer.json"), TOKENIZER).expect("written");
+    let given = ["eval", text(&case.spec), "--weights", text(&bare), "--data", text(&case.data), "--adapter"];
+    let words =
+        ["neither the weights nor the adapter hold bert.pooler.dense.weight", "the weights that it was trained on"];
+    case.bench.refuses(&[&given[..], &[text(&peft)]].concat(), 3, &words);
 }

@@ -236,6 +236,9 @@ fn nothing_is_overwritten_unasked() {
         assert_eq!(fs::metadata(path).expect("there").modified().expect("a time"), before);
     };
     over(&run, &batch, &["it is read by this command"]);
+    over(&run, &case.weights.join("model.safetensors"), &["weights, which this command reads"]);
+    let tuned = [&run[..], &adapter[..]].concat();
+    over(&tuned, &out.join("adapter.safetensors"), &["run, which this command reads"]);
     over(&["compile", spec, "--emit", "model"], &case.spec, &["it is read by this command"]);
     over(
         &["import", spec, text(&exported)],
