@@ -21,6 +21,28 @@ const PREFIX: usize = 8;
 /// Data begins at a multiple of this many bytes.
 const ALIGNMENT: usize = 64;
 
+/// How a file begins that stands for one in the large-file storage of git.
+pub const POINTER: &[u8] = b"version https://git-lfs";
+
+/// What such a file is, in words.
+pub const POINTS: &str =
+    "it is a pointer of git's large-file storage (LFS); `git lfs pull` in its folder fetches the file";
+
+/// Something of this name is in the folder. A link whose target is gone is an error, for it is no file that was left
+/// out, and so is all else whose being there cannot be told.
+pub fn there(path: &Path) -> Result<bool, RuntimeError> {
+    match std::fs::metadata(path) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => match std::fs::read_link(path) {
+            Ok(to) => {
+                Err(RuntimeError::file(path, format!("a link to {}, which is not there; fetch it again", to.display())))
+            }
+            Err(_) => Ok(false),
+        },
+        Err(e) => Err(RuntimeError::file(path, format!("cannot be read: {e}"))),
+    }
+}
+
 /// Where a tensor lies in its file.
 #[derive(Clone, Debug)]
 struct Place {
@@ -51,9 +73,14 @@ impl SafeFile {
         // program that maps its weights.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         let (tensors, notes) = header(&map).map_err(|why| {
-            RuntimeError::file(path, format!("no sound safetensors file: {why}; write or fetch it again"))
+            let mend = if why == POINTS { "" } else { "; write or fetch it again" };
+            RuntimeError::file(path, format!("no sound safetensors file: {why}{mend}"))
         })?;
         Ok(SafeFile { path: path.to_path_buf(), map, tensors, notes })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {
@@ -66,7 +93,12 @@ impl SafeFile {
 
     /// Holds integers, so that [`SafeFile::integers`] reads it.
     pub fn integral(&self, name: &str) -> bool {
-        self.tensors.get(name).is_some_and(|place| matches!(place.dtype, Dtype::I32 | Dtype::I64))
+        self.tensors.get(name).is_some_and(|place| {
+            matches!(
+                place.dtype,
+                Dtype::BOOL | Dtype::U8 | Dtype::I8 | Dtype::I16 | Dtype::U16 | Dtype::I32 | Dtype::U32 | Dtype::I64
+            )
+        })
     }
 
     /// The type of a tensor's numbers, if it is one that is written here.
@@ -109,12 +141,25 @@ impl SafeFile {
     }
 
     pub fn integers(&self, name: &str) -> Result<Vec<i64>, RuntimeError> {
-        let (place, bytes) = self.place(name)?;
-        match place.dtype {
-            Dtype::I64 => Ok(bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b)).collect()),
-            Dtype::I32 => Ok(bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b).into()).collect()),
-            other => Err(RuntimeError::file(&self.path, format!("tensor `{name}` holds {other:?}, no integers"))),
+        fn all<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> i64) -> Vec<i64> {
+            bytes.as_chunks::<N>().0.iter().map(|&b| read(b)).collect()
         }
+        let (place, bytes) = self.place(name)?;
+        Ok(match place.dtype {
+            Dtype::BOOL | Dtype::U8 => all(bytes, |[b]| b.into()),
+            Dtype::I8 => all(bytes, |b| i8::from_le_bytes(b).into()),
+            Dtype::I16 => all(bytes, |b| i16::from_le_bytes(b).into()),
+            Dtype::U16 => all(bytes, |b| u16::from_le_bytes(b).into()),
+            Dtype::I32 => all(bytes, |b| i32::from_le_bytes(b).into()),
+            Dtype::U32 => all(bytes, |b| u32::from_le_bytes(b).into()),
+            Dtype::I64 => all(bytes, i64::from_le_bytes),
+            other => {
+                let message = format!(
+                    "tensor `{name}` holds {other:?}; integers are read from i8, i16, i32, i64, u8, u16, u32 or bool"
+                );
+                return Err(RuntimeError::file(&self.path, message));
+            }
+        })
     }
 
     /// A tensor of any type, as numbers; booleans are 0 and 1.
@@ -127,7 +172,9 @@ impl SafeFile {
             Dtype::BOOL | Dtype::U8 => all(bytes, |[b]| f64::from(b)),
             Dtype::I8 => all(bytes, |b| f64::from(i8::from_le_bytes(b))),
             Dtype::I16 => all(bytes, |b| f64::from(i16::from_le_bytes(b))),
+            Dtype::U16 => all(bytes, |b| f64::from(u16::from_le_bytes(b))),
             Dtype::I32 => all(bytes, |b| f64::from(i32::from_le_bytes(b))),
+            Dtype::U32 => all(bytes, |b| f64::from(u32::from_le_bytes(b))),
             Dtype::I64 => all(bytes, |b| i64::from_le_bytes(b) as f64),
             Dtype::F16 => all(bytes, |b| f16::from_le_bytes(b).to_f64()),
             Dtype::BF16 => all(bytes, |b| bf16::from_le_bytes(b).to_f64()),
@@ -163,6 +210,9 @@ type Header = (BTreeMap<String, Place>, BTreeMap<String, String>);
 
 /// Reads the header and checks that every tensor lies within the file and has the size of its shape.
 fn header(file: &[u8]) -> Result<Header, String> {
+    if file.starts_with(POINTER) {
+        return Err(POINTS.into());
+    }
     let length = file.first_chunk::<PREFIX>().ok_or("it is too short for a header")?;
     let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|e| e.to_string())?;
     let base = length.checked_add(PREFIX).filter(|&end| end <= file.len());

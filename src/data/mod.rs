@@ -61,27 +61,37 @@ pub struct Dataset {
     pub cut: usize,
     /// Examples of which the cut left nothing to predict; they are not among `examples`.
     pub dropped: usize,
+    pub left_out: LeftOut,
+}
+
+/// What of a file makes no example.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Texts whose `comment` is not `good`.
+    pub texts: usize,
+    /// Entries without a text.
+    pub entries: usize,
 }
 
 impl Dataset {
     /// Reads a file in the form its task calls for.
     pub fn load(path: &Path, task: &Task, tokenizer: &Tokenizer) -> Result<Self, DataError> {
         let text = read_text(path)?;
-        let examples = match &task.kind {
+        let (examples, left_out) = match &task.kind {
             TaskKind::Generation { template, target, .. } => {
                 webnlg::read(&text, path, &webnlg::Layout::new(template, target, tokenizer)?, tokenizer)?
             }
-            TaskKind::Classification { labels } => tsv::read(&text, path, labels, tokenizer)?,
+            TaskKind::Classification { labels } => (tsv::read(&text, path, labels, tokenizer)?, LeftOut::default()),
         };
-        Dataset::fit(path, examples, task.max_tokens as usize)
+        Ok(Dataset { left_out, ..Dataset::fit(path, examples, task.max_tokens as usize)? })
     }
 
     /// Cuts what is too long. A classifier's sequence keeps its last token, the closing mark. What the cut leaves
     /// nothing to learn from is dropped, a continuation without a token to predict or marks without a sentence; if that
     /// is everything, it is an error.
     fn fit(path: &Path, read: Vec<Placed>, max_tokens: usize) -> Result<Self, DataError> {
-        let mut data =
-            Dataset { source: path.to_owned(), examples: Vec::with_capacity(read.len()), cut: 0, dropped: 0 };
+        let examples = Vec::with_capacity(read.len());
+        let mut data = Dataset { source: path.to_owned(), examples, cut: 0, dropped: 0, left_out: LeftOut::default() };
         let mut first = None;
         for (place, mut example) in read {
             let length = example.ids.len();
@@ -125,7 +135,15 @@ impl Dataset {
             (cut, dropped) => format!(", {cut} cut, {dropped} of them dropped: no target is left"),
         };
         let (examples, tokens, longest) = (self.len(), self.tokens(), self.longest());
-        format!("{}: {examples} examples, {tokens} tokens, the longest {longest}{cut}", self.source.display())
+        let mut line =
+            format!("{}: {examples} examples, {tokens} tokens, the longest {longest}{cut}", self.source.display());
+        if self.left_out.texts > 0 {
+            line += &format!(", {} texts left out: their `comment` is not `good`", self.left_out.texts);
+        }
+        if self.left_out.entries > 0 {
+            line += &format!(", {} entries left out: they have no text", self.left_out.entries);
+        }
+        line
     }
 
     pub fn len(&self) -> usize {

@@ -107,6 +107,16 @@ fn long_sentences_keep_their_closing_mark() {
 }
 
 #[test]
+fn sentences_without_a_token() {
+    let case = Case::new("good\t1\n\u{200b} \u{200b}\t0");
+    let nothing = r#""normalizer":{"type":"Replace","pattern":{"String":"\u200b"},"content":""}"#;
+    let json = tokenizer_json(true).replace(r#""normalizer":null"#, nothing);
+    assert!(json.contains("Replace"));
+    std::fs::write(case.dir.path().join("tokenizer.json"), json).unwrap();
+    assert_eq!(case.error(&classification(64)), "`data`, line 2: the tokenizer makes no token of the sentence");
+}
+
+#[test]
 fn bad_sentence_files() {
     let error = |content: &[u8]| Case::new(content).error(&classification(64));
     insta::assert_snapshot!(error(b"good tea\t1\nno tab here\n"), @"`data`, line 2: no tab; write `sentence<TAB>label`");
@@ -240,13 +250,36 @@ fn labels_by_name_and_by_index() {
     let stars = ["1", "2", "3", "4", "5"];
     assert_eq!(class(&stars, "1"), Ok(Goal::Class(0)));
     assert_eq!(class(&stars, "5"), Ok(Goal::Class(4)));
-    for (labels, wrong) in [(&stars[..], "0"), (&["-1", "1"], "0"), (&["0.5", "bad"], "1"), (&["none", "2"], "0")] {
+    for (labels, wrong) in [
+        (&stars[..], "0"),
+        (&["-1", "1"], "0"),
+        (&["0.5", "bad"], "1"),
+        (&["none", "2"], "0"),
+        (&["\u{661}", "\u{662}"], "0"),
+        (&["0x10", "bad"], "1"),
+        (&["1/2", "\u{bd}"], "0"),
+    ] {
         let message = class(labels, wrong).unwrap_err();
         assert!(message.contains("line 1: no label") && message.contains(&format!("`{}`", labels[0])), "{message}");
         assert!(!message.contains("or 0 to"), "{message}");
     }
     // Numerals within a name are no number.
     assert_eq!(class(&["1 star", "2 stars"], "0"), Ok(Goal::Class(0)));
+}
+
+#[test]
+fn texts_that_are_left_out_are_counted() {
+    let text = |comment: &str| format!(r#"{{"comment": "{comment}", "lex": "tea"}}"#);
+    let one = |number: u32, texts: &[String]| {
+        format!(r#""{number}": {{"lexicalisations": [{}], "modifiedtripleset": [{TRIPLE}]}}"#, texts.join(", "))
+    };
+    let (good, bad) = (text("good"), text("toFix"));
+    // A number that recurs is read twice.
+    let all = [one(1, &[good.clone(), bad.clone(), bad.clone()]), one(1, &[good]), one(2, &[]), one(3, &[bad])];
+    let data = Case::new(format!(r#"{{"entries": [{{{}}}]}}"#, all.join(", "))).load(&plain_generation()).unwrap();
+    assert_eq!((data.len(), data.left_out), (2, LeftOut { texts: 3, entries: 1 }));
+    let words = ", 3 texts left out: their `comment` is not `good`, 1 entries left out: they have no text";
+    assert!(data.describe().ends_with(words), "{}", data.describe());
 }
 
 #[test]
@@ -356,7 +389,7 @@ fn missing_file() {
 #[test]
 fn epochs() {
     let examples: Vec<_> = (0..10).map(|i| class(&[i], i % 2)).collect();
-    let data = Dataset { source: PathBuf::new(), examples, cut: 0, dropped: 0 };
+    let data = Dataset { source: PathBuf::new(), examples, cut: 0, dropped: 0, left_out: LeftOut::default() };
     let ids = |order| Batches::new(&data, 4, order).map(|b| b.ids).collect::<Vec<_>>();
     assert_eq!(ids(Order::AsStored), [vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![8, 9]]);
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::error::did_you_mean;
-use super::{DataError, Example, Goal, Placed, Tokenizer};
+use super::{DataError, Example, Goal, MARKS, Placed, Tokenizer};
 
 const HEADER: &str = "sentence\tlabel";
 
@@ -25,6 +25,11 @@ pub fn read(text: &str, path: &Path, labels: &[String], tokenizer: &Tokenizer) -
         return Err(DataError::Empty { path: path.to_owned(), message });
     }
     let ids = tokenizer.encode(sentences, true)?;
+    // What a tokenizer leaves out altogether, such as characters of no width, would train as marks alone.
+    if let Some((_, (number, _))) = ids.iter().zip(&rows).find(|(ids, _)| ids.len() <= MARKS) {
+        let message = "the tokenizer makes no token of the sentence".into();
+        return Err(DataError::Line { path: path.to_owned(), line: *number, message });
+    }
     let placed = |(ids, (number, class)): (Vec<i32>, (usize, i32))| {
         (format!("line {number}"), Example { types: vec![0; ids.len()], ids, goal: Goal::Class(class) })
     };
@@ -61,6 +66,14 @@ fn index(label: &str, labels: &[String]) -> Option<usize> {
     counts.then(|| (0..labels.len()).find(|i| i.to_string() == label)).flatten()
 }
 
+/// A name that a person may read as a number: digits of any script with signs but no letters, an exponent, or
+/// hexadecimal digits.
 fn is_number(name: &str) -> bool {
-    name.contains(|c: char| c.is_ascii_digit()) && name.trim().parse::<f64>().is_ok()
+    let name = name.trim();
+    let digits = name.contains(char::is_numeric);
+    let unsigned = name.trim_start_matches(['+', '-']);
+    let hexadecimal = ["0x", "0X"].iter().find_map(|prefix| unsigned.strip_prefix(prefix));
+    (digits && !name.contains(|c: char| c.is_alphabetic() && !c.is_numeric()))
+        || (digits && name.parse::<f64>().is_ok())
+        || hexadecimal.is_some_and(|rest| !rest.is_empty() && rest.chars().all(|c| c.is_ascii_hexdigit()))
 }

@@ -1,18 +1,45 @@
 //! WebNLG's JSON: sets of triples, each with texts that say them. One example for each text marked `good`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+use std::fmt;
 use std::path::Path;
 
 use peft_grammar::model::Piece;
-use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::error::did_you_mean;
-use super::{DataError, Example, Goal, Placed, Tokenizer};
+use super::{DataError, Example, Goal, LeftOut, Placed, Tokenizer};
 
 #[derive(Deserialize)]
 struct File {
     /// Each a map of one key, the entry's number.
-    entries: Vec<BTreeMap<String, Entry>>,
+    entries: Vec<Numbered>,
+}
+
+/// Entries with their numbers. A number that recurs is read as often as it stands.
+struct Numbered(Vec<(String, Entry)>);
+
+impl<'de> Deserialize<'de> for Numbered {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct All;
+        impl<'de> Visitor<'de> for All {
+            type Value = Numbered;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a map")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Numbered, A::Error> {
+                let mut all = vec![];
+                while let Some(entry) = map.next_entry()? {
+                    all.push(entry);
+                }
+                Ok(Numbered(all))
+            }
+        }
+        from.deserialize_map(All)
+    }
 }
 
 #[derive(Deserialize)]
@@ -130,7 +157,12 @@ fn unknown_field(of: &str, name: &str, known: &[&str]) -> DataError {
     DataError::Template(format!("{of} has no field `{name}`{hint}; it has `{}`", known.join("`, `")))
 }
 
-pub fn read(text: &str, path: &Path, layout: &Layout, tokenizer: &Tokenizer) -> Result<Vec<Placed>, DataError> {
+pub fn read(
+    text: &str,
+    path: &Path,
+    layout: &Layout,
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<Placed>, LeftOut), DataError> {
     let entries = parse(text, path)?;
     let ids = Encoded::new(&entries, tokenizer)?;
     let mut examples = Vec::new();
@@ -148,7 +180,9 @@ pub fn read(text: &str, path: &Path, layout: &Layout, tokenizer: &Tokenizer) -> 
         let message = "no entry has a lexicalisation whose `comment` is `good`".into();
         return Err(DataError::Empty { path: path.to_owned(), message });
     }
-    Ok(examples)
+    let all = || entries.iter().map(|(_, entry)| entry.lexicalisations.len());
+    let left_out = LeftOut { texts: all().sum::<usize>() - examples.len(), entries: all().filter(|&n| n == 0).count() };
+    Ok((examples, left_out))
 }
 
 fn good(entry: &Entry) -> impl Iterator<Item = &str> {
@@ -163,7 +197,7 @@ fn parse(text: &str, path: &Path) -> Result<Vec<(String, Entry)>, DataError> {
         let message = message.split(" at line ").next().unwrap_or_default().to_owned();
         DataError::Json { path: path.to_owned(), line, column, message }
     })?;
-    let entries: Vec<_> = file.entries.into_iter().flatten().collect();
+    let entries: Vec<_> = file.entries.into_iter().flat_map(|numbered| numbered.0).collect();
     for (number, entry) in &entries {
         let fault = |message: &str| {
             Err(DataError::Entry { path: path.to_owned(), entry: number.clone(), message: message.into() })

@@ -13,11 +13,12 @@ use std::path::Path;
 use peft_grammar::model::{Model, Origin};
 use peft_runtime::RuntimeError;
 use peft_runtime::weights::{self, Loaded, Unread};
+use serde_json::{Map, Value};
 
 use crate::commands::say;
 use crate::failure::Failure;
 
-pub use folder::resolve;
+pub use folder::{named, resolve};
 
 /// What stands for weights that are drawn from each tensor's initialisation.
 pub const RANDOM: &str = "random";
@@ -44,7 +45,8 @@ pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
         )),
     }
     let loaded =
-        weights::load(from, &model.backbone, &model.params, model.task.special().len() as u64, model.train.seed)?;
+        weights::load(from, &model.backbone, &model.params, model.task.special().len() as u64, model.train.seed)
+            .map_err(|error| about_the_head(error, config.as_ref(), model))?;
     let head = model.params.iter().zip(&loaded.held).find(|(p, _)| p.origin == Origin::Head);
     let has_head = head.is_some_and(|(_, held)| held.is_some());
     if let (Some(config), true) = (&config, has_head) {
@@ -52,6 +54,18 @@ pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
     }
     notes(&loaded.unread).iter().for_each(|note| say(note));
     Ok(loaded)
+}
+
+/// What is said of a head's tensors is that they are of another head, where `config.json` says so.
+fn about_the_head(error: RuntimeError, config: Option<&Map<String, Value>>, model: &Model) -> RuntimeError {
+    match (error, config.and_then(|config| labels::other_head(config, model))) {
+        (RuntimeError::Weights { path, message }, Some(line)) => {
+            let mut heads = model.params.iter().filter(|p| p.origin == Origin::Head);
+            let told = heads.any(|p| message.contains(p.name.split('.').next().unwrap_or(&p.name)));
+            RuntimeError::Weights { path, message: if told { format!("{line}\n{message}") } else { message } }
+        }
+        (error, _) => error,
+    }
 }
 
 /// A line for tensors of one kind that are in the files, and that the model does without.

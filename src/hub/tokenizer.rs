@@ -12,6 +12,7 @@ use peft_grammar::model::{ConfigValue, Model};
 use crate::commands::say;
 use crate::data::{DataError, Tokenizer};
 use crate::failure::Failure;
+use crate::hub::checkpoint;
 
 pub use contained::contained;
 pub use files::{Opened, open};
@@ -20,7 +21,7 @@ pub use files::{Opened, open};
 /// from Hugging Face's cache. Which one it is, is said.
 pub fn find(named: Option<&Path>, weights: &Path, data: &Path, model: &Model) -> Result<Tokenizer, Failure> {
     let place = match named {
-        Some(path) => path.to_owned(),
+        Some(path) => checkpoint::named(path).unwrap_or_else(|| path.to_owned()),
         None if weights == Path::new("random") => near(data, &model.backbone.name)?,
         None if weights.is_dir() => weights.to_owned(),
         None => {

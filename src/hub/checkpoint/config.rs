@@ -6,7 +6,7 @@ use std::path::Path;
 
 use peft_grammar::library;
 use peft_grammar::model::{ConfigValue, Key, Model};
-use peft_runtime::RuntimeError;
+use peft_runtime::{RuntimeError, safefile};
 use serde_json::{Map, Value, json};
 
 /// Keys that change nothing of what a model computes from its weights, whatever its family: where it comes from, with
@@ -173,12 +173,16 @@ pub struct Comparison {
 /// `config.json` of a folder, where it has one.
 pub fn read(dir: &Path) -> Result<Option<Map<String, Value>>, RuntimeError> {
     let path = dir.join("config.json");
-    if !path.exists() {
+    if !safefile::there(&path)? {
         return Ok(None);
     }
     let text = std::fs::read(&path).map_err(|e| RuntimeError::file(&path, format!("cannot be read: {e}")))?;
     let broken = |why: String| RuntimeError::file(&path, format!("{why}; fetch it again"));
-    match serde_json::from_slice(&text) {
+    if text.starts_with(safefile::POINTER) {
+        return Err(RuntimeError::file(&path, safefile::POINTS));
+    }
+    // Some editors put a byte order mark before what they save.
+    match serde_json::from_slice(text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text)) {
         Ok(Value::Object(config)) => Ok(Some(config)),
         Ok(_) => Err(broken("no JSON object".into())),
         Err(e) => Err(broken(format!("no JSON ({e})"))),

@@ -68,9 +68,18 @@ pub fn resolve(from: &Path) -> Result<PathBuf, Failure> {
     }
 }
 
+/// The folder of a model's name in the Hugging Face cache, where the path is no file or folder and the cache has it.
+pub fn named(path: &Path) -> Option<PathBuf> {
+    if path.symlink_metadata().is_ok() {
+        return None;
+    }
+    snapshot(&cache()?, &hub_name(path)?).ok().flatten()
+}
+
 /// What a folder is that holds no weights in safetensors; `None` where it does, or where nothing is known of it.
 fn otherwise(folder: &Path) -> Option<String> {
-    if SAFETENSORS.iter().any(|name| folder.join(name).is_file()) {
+    // What is wrong with one that is there is told where it is read.
+    if SAFETENSORS.iter().any(|name| folder.join(name).symlink_metadata().is_ok()) {
         return None;
     }
     let mut names: Vec<String> =

@@ -16,15 +16,7 @@ pub fn compare(config: &Map<String, Value>, model: &Model) -> Vec<String> {
             "  `problem_type` is {kind} in config.json, and a classification task takes the one class with the largest logit"
         ));
     }
-    let all: Vec<&str> =
-        config.get("architectures").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
-    if !all.is_empty() && !all.iter().any(|a| a.ends_with("ForSequenceClassification")) {
-        wrong.push(format!(
-            "  `architectures` is {} in config.json, so the head in the files is not one for sequences; \
-             take the folder of the pretrained model, and the head is drawn anew",
-            all.join(", ")
-        ));
-    }
+    wrong.extend(other_head(config, model));
     for key in ["num_labels", "_num_labels"] {
         if let Some(count) = config.get(key).filter(|v| !v.is_null() && v.as_u64() != Some(labels.len() as u64)) {
             wrong.push(format!("  `{key}` is {count} in config.json, the task has {} labels", labels.len()));
@@ -35,7 +27,65 @@ pub fn compare(config: &Map<String, Value>, model: &Model) -> Vec<String> {
         Some(Value::Object(names)) => wrong.extend(names_differ(names, labels)),
         Some(other) => wrong.push(format!("  `id2label` is {other} in config.json, and no object of names")),
     }
+    match config.get("label2id") {
+        None | Some(Value::Null) => {}
+        Some(Value::Object(ids)) => wrong.extend(ids_differ(ids, config.get("id2label"), labels)),
+        Some(other) => wrong.push(format!("  `label2id` is {other} in config.json, and no object of numbers")),
+    }
     wrong
+}
+
+/// Where `label2id` gives a name another class than `id2label` does or, where that is absent, than the task.
+fn ids_differ(ids: &Map<String, Value>, names: Option<&Value>, labels: &[String]) -> Option<String> {
+    let class = |id: &Value| id.as_u64().or_else(|| id.as_str()?.parse().ok());
+    let unnamed = ids.iter().all(|(name, id)| class(id).is_some_and(|id| *name == format!("LABEL_{id}")));
+    for (name, id) in ids {
+        let Some(class) = class(id) else {
+            return Some(format!("  `label2id` has {id} for \"{name}\" in config.json, and no class's number"));
+        };
+        match names {
+            Some(Value::Object(names)) => match names.get(&class.to_string()) {
+                Some(other) if *other != *name => {
+                    return Some(format!(
+                        "  \"{name}\" is class {class} by `label2id` of config.json, and `id2label` names that class {other}; \
+                         make them agree"
+                    ));
+                }
+                _ => {}
+            },
+            _ if unnamed => {}
+            _ => match labels.get(class as usize) {
+                Some(label) if label == name => {}
+                Some(label) => {
+                    return Some(format!(
+                        "  \"{name}\" is class {class} by `label2id` of config.json, and the task's class {class} is \
+                         \"{label}\"; the names and their order have to be the head's"
+                    ));
+                }
+                None => {
+                    return Some(format!(
+                        "  \"{name}\" is class {class} by `label2id` of config.json, the task has {} labels",
+                        labels.len()
+                    ));
+                }
+            },
+        }
+    }
+    None
+}
+
+/// A line where the files' head is not one for sequences, by `architectures`.
+pub fn other_head(config: &Map<String, Value>, model: &Model) -> Option<String> {
+    let TaskKind::Classification { .. } = &model.task.kind else { return None };
+    let all: Vec<&str> =
+        config.get("architectures").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+    (!all.is_empty() && !all.iter().any(|a| a.ends_with("ForSequenceClassification"))).then(|| {
+        format!(
+            "  `architectures` is {} in config.json, so the head in the files is not one for sequences; \
+             take the folder of the pretrained model, and the head is drawn anew",
+            all.join(", ")
+        )
+    })
 }
 
 fn names_differ(names: &Map<String, Value>, labels: &[String]) -> Option<String> {
@@ -56,4 +106,29 @@ fn names_differ(names: &Map<String, Value>, labels: &[String]) -> Option<String>
         ));
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn numbers_of_names_agree_with_names_of_numbers() {
+        let labels = ["bad", "good"].map(String::from);
+        let differ = |ids: Value, names: Option<Value>| ids_differ(ids.as_object().unwrap(), names.as_ref(), &labels);
+        let names = || Some(json!({"0": "bad", "1": "good"}));
+        let none = || None;
+        for names in [names(), none()] {
+            assert_eq!(differ(json!({"bad": 0, "good": 1}), names.clone()), None);
+            assert_eq!(differ(json!({"good": "1"}), names.clone()), None);
+            for wrong in [json!({"bad": 1, "good": 0}), json!({"bad": 0, "good": 0}), json!({"bad": 1.5})] {
+                let line = differ(wrong, names.clone()).expect("it is refused");
+                assert!(line.contains("`label2id`"), "{line}");
+            }
+        }
+        assert_eq!(differ(json!({"LABEL_0": 0, "LABEL_1": 1}), None), None);
+        assert!(differ(json!({"neutral": 2}), None).expect("a third class").contains("the task has 2 labels"));
+    }
 }

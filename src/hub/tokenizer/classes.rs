@@ -24,6 +24,14 @@ pub enum Form {
     Bytes,
     /// BPE over bytes; a sentence stands between `cls_token` and `sep_token`.
     MarkedBytes,
+    /// BPE over bytes behind NFC and a pattern that splits digits and contractions.
+    SplitBytes,
+    /// BPE over a whole text whose blanks are `▁`, with one before its first word; unknown characters as bytes.
+    Blanks,
+    /// As [`Form::Blanks`], without a blank before the first word.
+    InnerBlanks,
+    /// Unigram over words that begin with `▁`; a sentence stands between `cls_token` and `sep_token`.
+    Unigram,
 }
 
 const BERT: &[(&str, &str)] = &[
@@ -45,12 +53,75 @@ const ROBERTA: &[(&str, &str)] = &[
     ("mask_token", "<mask>"),
 ];
 
+const QWEN2: &[(&str, &str)] =
+    &[("eos_token", "<|endoftext|>"), ("unk_token", "<|endoftext|>"), ("pad_token", "<|endoftext|>")];
+const LLAMA: &[(&str, &str)] = &[("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")];
+const GEMMA: &[(&str, &str)] = &[
+    ("bos_token", "<bos>"),
+    ("eos_token", "<eos>"),
+    ("unk_token", "<unk>"),
+    ("pad_token", "<pad>"),
+    ("mask_token", "<mask>"),
+];
+
+/// Names that stand for no class of their own: `tokenizer.json` counts as it stands.
+const AS_IT_STANDS: [&str; 2] = ["PreTrainedTokenizer", "TokenizersBackend"];
+
+/// Classes that transformers 5 has in Python alone: none of them writes a `tokenizer.json`.
+pub const WITHOUT_FILE: &[&str] = &[
+    "BartphoTokenizer",
+    "BertGenerationTokenizer",
+    "BertJapaneseTokenizer",
+    "BertweetTokenizer",
+    "BioGptTokenizer",
+    "BlenderbotSmallTokenizer",
+    "ByT5Tokenizer",
+    "CTRLTokenizer",
+    "CanineTokenizer",
+    "ClvpTokenizer",
+    "CpmAntTokenizer",
+    "CpmTokenizer",
+    "DiaTokenizer",
+    "EsmTokenizer",
+    "FSMTTokenizer",
+    "FastSpeech2ConformerTokenizer",
+    "FlaubertTokenizer",
+    "GPTNeoXJapaneseTokenizer",
+    "GPTSw3Tokenizer",
+    "M2M100Tokenizer",
+    "MarianTokenizer",
+    "MgpstrTokenizer",
+    "MyT5Tokenizer",
+    "PLBartTokenizer",
+    "PerceiverTokenizer",
+    "PhobertTokenizer",
+    "Pop2PianoTokenizer",
+    "ProphetNetTokenizer",
+    "RoCBertTokenizer",
+    "SiglipTokenizer",
+    "Speech2TextTokenizer",
+    "SpeechT5Tokenizer",
+    "TapasTokenizer",
+    "VitsTokenizer",
+    "Wav2Vec2CTCTokenizer",
+    "Wav2Vec2PhonemeCTCTokenizer",
+    "XLMTokenizer",
+];
+
+/// Qwen2's pattern, of transformers' `tokenization_qwen2.py`.
+const QWEN2_SPLIT: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 const CLASSES: &[Class] = &[
     Class { name: "BertTokenizer", form: Form::WordPiece, tokens: BERT },
     Class { name: "DistilBertTokenizer", form: Form::WordPiece, tokens: BERT },
     Class { name: "ElectraTokenizer", form: Form::WordPiece, tokens: BERT },
     Class { name: "GPT2Tokenizer", form: Form::Bytes, tokens: GPT2 },
     Class { name: "RobertaTokenizer", form: Form::MarkedBytes, tokens: ROBERTA },
+    Class { name: "Qwen2Tokenizer", form: Form::SplitBytes, tokens: QWEN2 },
+    Class { name: "LlamaTokenizer", form: Form::Blanks, tokens: LLAMA },
+    Class { name: "GemmaTokenizer", form: Form::InnerBlanks, tokens: GEMMA },
+    Class { name: "XLMRobertaTokenizer", form: Form::Unigram, tokens: ROBERTA },
 ];
 
 impl Class {
@@ -83,45 +154,182 @@ const OPTIONS: [(&str, &str, &str, &str); 4] = [
 
 /// Brings a `tokenizer.json` to what transformers would make of it. A class that is known builds the parts around the
 /// vocabulary itself, by the settings and else by its own defaults. Any other leaves the file as it stands. `source` is
-/// the vocabulary's file.
-pub fn apply(json: &mut Map<String, Value>, settings: &Settings, source: &Path) -> Result<(), DataError> {
-    let class = match settings.declared.class() {
-        Some(class) => match misfit(json, class.form) {
-            None => Some(class),
-            Some(part) if matches!(settings.declared, Declared::ByName(_)) => {
-                let message = format!(
-                    "its `tokenizer_class` is `{}`, but the {part} of `tokenizer.json` is not that class's; versions of \
-                     transformers differ in which of the two counts. If `tokenizer.json` is right as it stands, write \
-                     `\"tokenizer_class\": \"PreTrainedTokenizerFast\"`",
-                    class.name
-                );
-                return Err(refused(&settings.path, message));
+/// the vocabulary's file. Lines for the person tell where versions of transformers may differ.
+pub fn apply(json: &mut Map<String, Value>, settings: &Settings, source: &Path) -> Result<Vec<String>, DataError> {
+    let mut notes = vec![];
+    let mut class = settings.declared.class().filter(|class| !(class.form == Form::Blanks && over_bytes(json)));
+    if let Some(known) = class
+        && let Some(part) = misfit(json, known.form)
+    {
+        let named = matches!(settings.declared, Declared::ByName(_));
+        let said = match named {
+            true => format!("its `tokenizer_class` is `{}`", known.name),
+            false => {
+                format!("it names no `tokenizer_class`, and the `model_type` of `config.json` has `{}`", known.name)
             }
-            Some(_) => None,
-        },
-        None => None,
-    };
+        };
+        let message = format!(
+            "{said}, but the {part} of `tokenizer.json` is not that class's; versions of transformers differ in which of \
+             the two counts. If `tokenizer.json` is right as it stands, write \
+             `\"tokenizer_class\": \"PreTrainedTokenizerFast\"`"
+        );
+        // A model of another kind is no slip of a class that nobody named.
+        if named || part != MODEL {
+            return Err(refused(&settings.path, message));
+        }
+        notes.push(format!("warning: {message}; until then it is read as it stands"));
+        class = None;
+    }
+    if let Declared::ByName(name) = &settings.declared
+        && Class::named(name).is_none()
+        && !AS_IT_STANDS.contains(&name.as_str())
+    {
+        notes.push(format!(
+            "warning: its `tokenizer_class` is `{name}`, which is not known here; `tokenizer.json` is read as it stands, \
+             and versions of transformers whose `{name}` builds parts of its own may give other ids"
+        ));
+    }
     settings.add_tokens(json, class)?;
     match class {
-        Some(class) => build(json, class, settings, source),
-        None => agree(json, settings),
+        Some(class) => {
+            let before = (plain(json.get("normalizer")), plain(json.get("pre_tokenizer")));
+            build(json, class, settings, source)?;
+            let after = (plain(json.get("normalizer")), plain(json.get("pre_tokenizer")));
+            if matches!(class.form, Form::Blanks | Form::Unigram) && before != after {
+                notes.push(format!(
+                    "warning: `{}` of transformers 5 builds its own normalizer and pre-tokenizer, and they are followed; \
+                     those of `tokenizer.json`, which older versions follow, differ from them in blanks",
+                    class.name
+                ));
+            }
+        }
+        None => agree(json, settings)?,
+    }
+    Ok(notes)
+}
+
+const MODEL: &str = "model";
+
+/// Transformers takes a file over bytes as it stands where it names Llama's class.
+fn over_bytes(json: &Map<String, Value>) -> bool {
+    fn any(part: &Value) -> bool {
+        part["type"] == "ByteLevel" || part["pretokenizers"].as_array().is_some_and(|parts| parts.iter().any(any))
+    }
+    json.get("pre_tokenizer").is_some_and(any)
+}
+
+/// Options of a model that change ids, with what the classes of a form have. Null is an option's empty text, or false.
+fn options(form: Form) -> &'static [(&'static str, &'static str)] {
+    match form {
+        Form::WordPiece => &[("max_input_chars_per_word", "100"), ("continuing_subword_prefix", "\"##\"")],
+        Form::Unigram => &[("unk_id", "3"), ("byte_fallback", "false")],
+        Form::Blanks | Form::InnerBlanks => &[
+            ("continuing_subword_prefix", "\"\""),
+            ("end_of_word_suffix", "\"\""),
+            ("byte_fallback", "true"),
+            ("ignore_merges", "false"),
+        ],
+        Form::Bytes | Form::MarkedBytes | Form::SplitBytes => &[
+            ("continuing_subword_prefix", "\"\""),
+            ("end_of_word_suffix", "\"\""),
+            ("byte_fallback", "false"),
+            ("ignore_merges", "false"),
+        ],
     }
 }
 
 /// The part of a `tokenizer.json` that a class of this form would not have.
 fn misfit(json: &Map<String, Value>, form: Form) -> Option<&'static str> {
     let kind = |part: &str| json.get(part).and_then(|p| p.get("type")).and_then(Value::as_str);
+    let wanted = match form {
+        Form::WordPiece => "WordPiece",
+        Form::Unigram => "Unigram",
+        _ => "BPE",
+    };
     // Older files do not name the model's type.
-    let model = kind("model");
-    match form {
-        Form::WordPiece if model.is_some_and(|m| m != "WordPiece") => Some("model"),
-        Form::WordPiece if kind("normalizer") != Some("BertNormalizer") => Some("normalizer"),
-        Form::WordPiece => None,
-        _ if model.is_some_and(|m| m != "BPE") => Some("model"),
-        _ if json.get("normalizer").is_some_and(|n| !n.is_null()) => Some("normalizer"),
-        _ if kind("pre_tokenizer") != Some("ByteLevel") => Some("pre-tokenizer"),
+    if kind("model").is_some_and(|found| found != wanted) {
+        return Some(MODEL);
+    }
+    let other = |(key, wanted): &&(&str, &str)| {
+        let found = json.get("model").and_then(|model| model.get(key)).filter(|found| !found.is_null());
+        let empty = matches!(*wanted, "false" | "\"\"");
+        found.map_or(form != Form::WordPiece && !empty, |found| found.to_string() != *wanted)
+    };
+    if let Some((key, _)) = options(form).iter().find(other) {
+        return Some(match *key {
+            "max_input_chars_per_word" => "model's `max_input_chars_per_word`",
+            "continuing_subword_prefix" => "model's `continuing_subword_prefix`",
+            "end_of_word_suffix" => "model's `end_of_word_suffix`",
+            "byte_fallback" => "model's `byte_fallback`",
+            "ignore_merges" => "model's `ignore_merges`",
+            _ => "model's `unk_id`",
+        });
+    }
+    let (normalizer, pre_tokenizer) = (plain(json.get("normalizer")), plain(json.get("pre_tokenizer")));
+    let blanks = |part: &Value| *part == replaced() || *part == json!({"type": "Prepend", "prepend": "▁"});
+    let (fits, splits) = match form {
+        Form::WordPiece => (kind("normalizer") == Some("BertNormalizer"), true),
+        Form::Bytes | Form::MarkedBytes => (normalizer.is_empty(), kind("pre_tokenizer") == Some("ByteLevel")),
+        Form::SplitBytes => (normalizer == [json!({"type": "NFC"})], pre_tokenizer == split_bytes(false)),
+        Form::Blanks => (normalizer.iter().all(blanks), matches!(&pre_tokenizer[..], [] | [Value::String(_)])),
+        Form::InnerBlanks => {
+            (normalizer == [replaced()], pre_tokenizer.is_empty() || pre_tokenizer == [split_blanks()])
+        }
+        Form::Unigram => (
+            normalizer.iter().all(|part| part["type"] == "Precompiled") && normalizer.len() <= 1,
+            matches!(&pre_tokenizer[..], [words @ Value::Object(_), Value::String(_)] if words["type"] == "WhitespaceSplit"),
+        ),
+    };
+    match (fits, splits) {
+        (false, _) => Some("normalizer"),
+        (_, false) => Some("pre-tokenizer"),
         _ => None,
     }
+}
+
+/// The parts that a normalizer or pre-tokenizer consists of, without what changes no ids; Metaspace by its scheme.
+fn plain(part: Option<&Value>) -> Vec<Value> {
+    let Some(part) = part.filter(|part| !part.is_null()) else { return vec![] };
+    for list in ["normalizers", "pretokenizers"] {
+        if let Some(parts) = part[list].as_array() {
+            return parts.iter().flat_map(|part| plain(Some(part))).collect();
+        }
+    }
+    let mut part = part.clone();
+    match part["type"].as_str() {
+        // Older files have a flag in the scheme's place.
+        Some("Metaspace") => {
+            let always = part["add_prefix_space"] != false;
+            let scheme = part["prepend_scheme"].as_str().unwrap_or(if always { "always" } else { "never" });
+            let split = if part["split"] == false { "whole" } else { "words" };
+            vec![format!("{} {scheme} {split}", part["replacement"].as_str().unwrap_or("▁")).into()]
+        }
+        Some("ByteLevel") => {
+            if let Some(part) = part.as_object_mut() {
+                part.retain(|key, _| key != "trim_offsets" && key != "add_prefix_space");
+            }
+            vec![part]
+        }
+        _ => vec![part],
+    }
+}
+
+fn replaced() -> Value {
+    json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+}
+
+fn split_blanks() -> Value {
+    json!({"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": false})
+}
+
+/// What Qwen2 splits text with, as [`plain`] gives it, or with its blank before the first word.
+fn split_bytes(space: bool) -> Vec<Value> {
+    let mut bytes = json!({"type": "ByteLevel", "use_regex": false});
+    if space {
+        bytes["add_prefix_space"] = true.into();
+    }
+    let split = json!({"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": false});
+    vec![split, bytes]
 }
 
 fn build(json: &mut Map<String, Value>, class: &Class, settings: &Settings, source: &Path) -> Result<(), DataError> {
@@ -149,6 +357,34 @@ fn build(json: &mut Map<String, Value>, class: &Class, settings: &Settings, sour
             let (sep, cls) = (mark(json, "sep_token")?, mark(json, "cls_token")?);
             json.insert("post_processor".into(), json!({"type": "BertProcessing", "sep": sep, "cls": cls}));
         }
+        Form::SplitBytes => {
+            let mut parts = split_bytes(flag("add_prefix_space", false)?);
+            for part in parts.iter_mut().filter(|part| part["type"] == "ByteLevel") {
+                part["trim_offsets"] = true.into();
+                part["add_prefix_space"] = (part["add_prefix_space"] == true).into();
+            }
+            json.insert("pre_tokenizer".into(), json!({"type": "Sequence", "pretokenizers": parts}));
+        }
+        Form::Blanks => {
+            let scheme = match (flag("add_prefix_space", true)?, flag("legacy", false)?) {
+                (false, _) => "never",
+                (true, false) => "first",
+                (true, true) => "always",
+            };
+            json.insert("normalizer".into(), Value::Null);
+            json.insert("pre_tokenizer".into(), metaspace(scheme, false));
+        }
+        Form::InnerBlanks => {
+            json.insert("normalizer".into(), replaced());
+            json.insert("pre_tokenizer".into(), split_blanks());
+        }
+        Form::Unigram => {
+            let scheme = if flag("add_prefix_space", true)? { "always" } else { "never" };
+            let parts = json!([{"type": "WhitespaceSplit"}, metaspace(scheme, true)]);
+            json.insert("pre_tokenizer".into(), json!({"type": "Sequence", "pretokenizers": parts}));
+            let (sep, cls) = (mark(json, "eos_token")?, mark(json, "bos_token")?);
+            json.insert("post_processor".into(), json!({"type": "BertProcessing", "sep": sep, "cls": cls}));
+        }
         Form::Bytes | Form::MarkedBytes => {
             let space = flag("add_prefix_space", false)?;
             let level =
@@ -164,6 +400,11 @@ fn build(json: &mut Map<String, Value>, class: &Class, settings: &Settings, sour
         }
     }
     Ok(())
+}
+
+/// Blanks as `▁`, and one before the first word of all texts (`always`), of a text's own beginning (`first`) or none.
+fn metaspace(scheme: &str, split: bool) -> Value {
+    json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split})
 }
 
 /// Where no known class decides, options that differ from the file's are an error: some versions of transformers take

@@ -2,8 +2,10 @@
 
 use std::fmt::Display;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use peft_runtime::safefile;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
 
@@ -42,9 +44,9 @@ pub fn open(path: &Path) -> Result<Opened, DataError> {
     let (mut json, source, settings) = describe(path)?;
     // Files often hold the padding and the cut of their last user; sequences here have neither.
     json.retain(|key, _| key != "padding" && key != "truncation");
-    classes::apply(&mut json, &settings, &source)?;
+    let mut notes = classes::apply(&mut json, &settings, &source)?;
     sound(&json).map_err(|message| malformed(&source, message))?;
-    let notes = notes(&settings)?;
+    notes.extend(settings_to_tell(&settings)?);
     let split = settings.flag("split_special_tokens")?.unwrap_or(false);
     let added = json.get("added_tokens").cloned().unwrap_or_default();
     let library = contained(|| {
@@ -80,24 +82,32 @@ fn describe(path: &Path) -> Result<Description, DataError> {
 fn describe_folder(folder: &Path) -> Result<Description, DataError> {
     let [json, vocabulary, merges, pieces] =
         ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].map(|name| folder.join(name));
-    if json.is_file() {
+    if there(&json) {
         return Ok((object(&json)?, json, Settings::read(folder)?));
     }
     // A class sets the parts around the model as it wants them; here they are only of its kind.
-    let (source, form, normalizer, pre_tokenizer, model) = if vocabulary.is_file() && merges.is_file() {
+    let (source, form, normalizer, pre_tokenizer, model) = if there(&vocabulary) && there(&merges) {
         let model = bytes(&vocabulary, &merges)?;
         (vocabulary, Form::Bytes, Value::Null, json!({"type": "ByteLevel"}), model)
-    } else if pieces.is_file() {
+    } else if there(&pieces) {
         let model = word_pieces(&pieces)?;
         (pieces, Form::WordPiece, json!({"type": "BertNormalizer"}), json!({"type": "BertPreTokenizer"}), model)
     } else {
         return Err(nothing(folder));
     };
     let mut settings = Settings::read(folder)?;
-    let fits = |class: &Class| (class.form == Form::WordPiece) == (form == Form::WordPiece);
+    let fits = |class: &Class| match class.form {
+        Form::WordPiece | Form::Bytes => class.form == form,
+        Form::MarkedBytes => form == Form::Bytes,
+        _ => false,
+    };
     match (&settings.declared, settings.declared.class()) {
         (_, Some(class)) if fits(class) => {}
         (Declared::ByName(class), _) => return Err(unread(&source, class)),
+        // Their parts are not those that the older classes build of the same files.
+        (_, Some(class)) if !matches!(class.form, Form::WordPiece | Form::Bytes | Form::MarkedBytes) => {
+            return Err(unread(&source, class.name));
+        }
         // The files say more than a `model_type`.
         _ => settings.declared = Declared::ByModel(Class::of_files(form, &model)),
     }
@@ -135,7 +145,9 @@ fn bytes(vocabulary: &Path, merges: &Path) -> Result<Value, DataError> {
 /// WordPiece: `vocab.txt`, a token a line, its id the line's number from 0.
 fn word_pieces(path: &Path) -> Result<Value, DataError> {
     let text = text(path)?;
-    let ids: Map<String, Value> = text.lines().zip(0u32..).map(|(token, id)| (token.to_owned(), id.into())).collect();
+    // Blanks at a line's end are no part of its token.
+    let ids = text.lines().zip(0u32..).map(|(token, id)| (token.trim_end().to_owned(), id.into()));
+    let ids: Map<String, Value> = ids.collect();
     Ok(json!({
         "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
         "vocab": ids,
@@ -182,7 +194,7 @@ fn added_as_said(added: &Value, library: &Library) -> Result<(), String> {
 }
 
 /// Settings that transformers follows and that do not apply here.
-fn notes(settings: &Settings) -> Result<Vec<String>, DataError> {
+fn settings_to_tell(settings: &Settings) -> Result<Vec<String>, DataError> {
     let mut notes = vec![];
     if settings.flag("fix_mistral_regex")? == Some(true) {
         let message = "`fix_mistral_regex` is true: transformers then splits text otherwise than `tokenizer.json` says; \
@@ -237,18 +249,44 @@ fn unread(source: &Path, class: &str) -> DataError {
     malformed(source, format!("{message}; {}", resave(source)))
 }
 
-/// How the tokenizer that a file is part of becomes a `tokenizer.json`.
+/// How the tokenizer that a file is part of becomes a `tokenizer.json`, where its class can be one.
 fn resave(file: &Path) -> String {
-    let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new(".")).display();
+    let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let Ok(Settings { declared: Declared::ByName(class), .. }) = Settings::read(folder)
+        && classes::WITHOUT_FILE.contains(&class.as_str())
+    {
+        return format!(
+            "transformers has `{class}` in Python alone, so it cannot be written as `tokenizer.json` either"
+        );
+    }
+    let folder = folder.display();
     format!(
         "transformers writes it as `tokenizer.json`: python -c \"from transformers import AutoTokenizer as T; \
          T.from_pretrained('{folder}').save_pretrained('{folder}')\""
     )
 }
 
+/// Something of this name is in the folder, if only a link to nothing: reading it says what is wrong.
+pub fn there(path: &Path) -> bool {
+    match path.symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => error.kind() != ErrorKind::NotFound,
+    }
+}
+
+/// A file's text, without a byte order mark.
 fn text(path: &Path) -> Result<String, DataError> {
-    let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
-    String::from_utf8(bytes).map_err(|_| malformed(path, "it is not UTF-8"))
+    let bytes = fs::read(path).map_err(|source| match fs::read_link(path) {
+        Ok(to) if source.kind() == ErrorKind::NotFound => {
+            malformed(path, format!("it is a link to {}, which is not there; fetch it again", to.display()))
+        }
+        _ => DataError::Read { path: path.to_owned(), source },
+    })?;
+    if bytes.starts_with(safefile::POINTER) {
+        return Err(malformed(path, safefile::POINTS));
+    }
+    let text = String::from_utf8(bytes).map_err(|_| malformed(path, "it is not UTF-8"))?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
 /// A file that holds one JSON object.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::classes::Class;
-use super::files::object;
+use super::files::{object, there};
 use crate::data::DataError;
 
 /// The keys that name special tokens, in the order in which transformers adds them.
@@ -52,7 +52,7 @@ pub struct Settings {
 impl Settings {
     pub fn read(folder: &Path) -> Result<Self, DataError> {
         let optional = |name: &str| match folder.join(name) {
-            path if path.is_file() => object(&path).map_err(|error| match error {
+            path if there(&path) => object(&path).map_err(|error| match error {
                 DataError::Tokenizer { path, message } => DataError::Settings { path, message },
                 other => other,
             }),
@@ -117,7 +117,7 @@ impl Settings {
 
     /// The content of the token that `key` names; the class's own where the settings are silent.
     pub fn named(&self, key: &str, class: Option<&Class>) -> Option<String> {
-        match self.keys.get(key) {
+        match self.keys.get(key).filter(|value| !value.is_null()) {
             Some(value) => token_of(value, true)?["content"].as_str().map(str::to_owned),
             None => class?.tokens.iter().find(|(name, _)| *name == key).map(|(_, token)| token.to_string()),
         }
@@ -159,7 +159,9 @@ impl Settings {
         });
         let configured = values.chain(extra).filter_map(|value| token_of(value, true));
         let own = class.iter().flat_map(|class| class.tokens);
-        let own = own.filter(|(key, token)| !self.keys.contains_key(*key) && vocabulary.id(token).is_some());
+        let own = own.filter(|(key, token)| {
+            !self.keys.get(*key).is_some_and(|value| !value.is_null()) && vocabulary.id(token).is_some()
+        });
         for token in configured.chain(own.map(|(_, token)| plain(token, true))) {
             let content = content(&token);
             if ids.contains_key(&content) {

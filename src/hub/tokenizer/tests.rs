@@ -401,3 +401,183 @@ fn settings_to_know_about() {
     tokenizer: its `model_max_length` is 32, less than the 64 of `task.max_tokens`
     "#);
 }
+
+/// Added tokens, a vocabulary of BPE with all bytes, and the merges that make `▁film` of its letters.
+fn blanks() -> Value {
+    let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
+    vocab.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+    vocab.extend(["▁", "f", "i", "l", "m", "a", "fi", "lm", "film", "▁film", "▁a", "▁f"].map(String::from));
+    let vocab: serde_json::Map<_, _> = vocab.into_iter().zip(0..).map(|(token, id)| (token, Value::from(id))).collect();
+    serde_json::json!({
+        "version": "1.0", "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true, "vocab": vocab,
+            "merges": [["f", "i"], ["l", "m"], ["fi", "lm"], ["▁", "film"], ["▁", "a"]]},
+    })
+}
+
+fn unigram() -> Value {
+    serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null, "decoder": null,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "WhitespaceSplit"}, {"type": "Metaspace", "replacement": "▁", "add_prefix_space": true}]},
+        "model": {"type": "Unigram", "unk_id": 3, "vocab": [["<s>", 0.0], ["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0],
+            ["▁", -2.5], ["▁film", -3.0], ["film", -4.0], ["a", -5.0], ["▁a", -4.5], ["<mask>", 0.0]]},
+    })
+}
+
+fn with_settings(json: &Value, name: &str, keys: &str) -> TempDir {
+    folder(&[("tokenizer.json".into(), json.to_string()), (name.into(), keys.into())])
+}
+
+/// Classes that build their parts anew: ids of transformers 5.23 on the same files.
+#[test]
+fn classes_that_build_their_own_parts() {
+    let (blanks, unigram) = (blanks(), unigram());
+    let mut inner = blanks.clone();
+    inner["normalizer"] = serde_json::json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let cases: [(&Value, &str, [&[i32]; 3], bool); 7] = [
+        (&blanks, r#""LlamaTokenizer""#, [&[268], &[268], &[269, 259, 268]], true),
+        (&blanks, r#""LlamaTokenizerFast", "legacy": true"#, [&[268], &[268], &[269, 259, 268]], true),
+        (&blanks, r#""LlamaTokenizer", "add_prefix_space": false"#, [&[267], &[268], &[264, 259, 268]], true),
+        (&blanks, r#""PreTrainedTokenizerFast""#, [&[268], &[259, 268], &[269, 259, 268]], false),
+        (&inner, r#""GemmaTokenizer", "bos_token": null"#, [&[267], &[268], &[264, 259, 268]], false),
+        (&unigram, r#""XLMRobertaTokenizer""#, [&[5], &[5], &[8, 5]], false),
+        (&unigram, r#""XLMRobertaTokenizer", "add_prefix_space": false"#, [&[6], &[6], &[7, 6]], true),
+    ];
+    for (json, class, expected, warned) in cases {
+        let folder = with_settings(json, "tokenizer_config.json", &format!(r#"{{"tokenizer_class": {class}}}"#));
+        let tokenizer = load(folder.path()).unwrap();
+        let found = tokenizer.encode(vec!["film", " film", "a  film"], false).unwrap();
+        assert_eq!(found, expected.map(<[i32]>::to_vec), "{class}");
+        assert_eq!(tokenizer.describe().contains("builds its own normalizer"), warned, "{class}");
+    }
+    let folder = with_settings(&unigram, "config.json", r#"{"model_type": "xlm-roberta"}"#);
+    assert_eq!(load(folder.path()).unwrap().encode(vec!["film"], true).unwrap(), [[0, 5, 2]]);
+}
+
+/// Parts that are not the class's, whether the class is named or follows from the model.
+#[test]
+fn parts_of_another_class() {
+    let change = |json: &Value, pointer: &str, value: Value| {
+        let mut json = json.clone();
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        json.pointer_mut(parent).unwrap()[key] = value;
+        json
+    };
+    let nfkc = || serde_json::json!({"type": "NFKC"});
+    let words: Value = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null, "lowercase": true},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+            "vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "film": 3, "[PAD]": 4, "[MASK]": 5}},
+    });
+    let bytes = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true},
+        "model": {"type": "BPE", "vocab": {"a": 0, "<|endoftext|>": 1}, "merges": []},
+    });
+    let sound = [
+        (&words, "BertTokenizer", "bert"),
+        (&bytes, "GPT2Tokenizer", "gpt2"),
+        (&blanks(), "LlamaTokenizer", "llama"),
+        (&unigram(), "XLMRobertaTokenizer", "xlm-roberta"),
+    ];
+    for (json, class, model) in sound {
+        let named = format!(r#"{{"tokenizer_class": "{class}"}}"#);
+        load(with_settings(json, "tokenizer_config.json", &named).path()).unwrap();
+        load(with_settings(json, "config.json", &format!(r#"{{"model_type": "{model}"}}"#)).path()).unwrap();
+    }
+    let cases = [
+        (change(&words, "/normalizer", nfkc()), "BertTokenizer", "bert", "normalizer"),
+        (
+            change(&words, "/model/max_input_chars_per_word", 3.into()),
+            "BertTokenizer",
+            "bert",
+            "max_input_chars_per_word",
+        ),
+        (
+            change(&words, "/model/continuing_subword_prefix", "@@".into()),
+            "BertTokenizer",
+            "bert",
+            "continuing_subword_prefix",
+        ),
+        (change(&bytes, "/model/end_of_word_suffix", "</w>".into()), "GPT2Tokenizer", "gpt2", "end_of_word_suffix"),
+        (change(&bytes, "/model/byte_fallback", true.into()), "GPT2Tokenizer", "gpt2", "byte_fallback"),
+        (change(&blanks(), "/normalizer", nfkc()), "LlamaTokenizer", "llama", "normalizer"),
+        (change(&blanks(), "/normalizer", Value::Null), "Qwen2Tokenizer", "qwen2", "byte_fallback"),
+        (bytes, "Qwen2Tokenizer", "qwen2", "normalizer"),
+        (change(&unigram(), "/normalizer", nfkc()), "XLMRobertaTokenizer", "xlm-roberta", "normalizer"),
+        (
+            change(
+                &unigram(),
+                "/pre_tokenizer",
+                serde_json::json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}),
+            ),
+            "XLMRobertaTokenizer",
+            "xlm-roberta",
+            "pre-tokenizer",
+        ),
+    ];
+    for (json, class, model, part) in cases {
+        let named = format!(r#"{{"tokenizer_class": "{class}"}}"#);
+        let by_name = with_settings(&json, "tokenizer_config.json", &named);
+        let by_model = with_settings(&json, "config.json", &format!(r#"{{"model_type": "{model}"}}"#));
+        for folder in [&by_name, &by_model] {
+            let message = load(folder.path()).err().expect(part).to_string();
+            assert!(message.contains(part) && message.contains(class), "{part}: {message}");
+        }
+        // The mend works.
+        let mend = r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
+        load(with_settings(&json, "tokenizer_config.json", mend).path()).unwrap();
+    }
+    let other = with_settings(&blanks(), "tokenizer_config.json", r#"{"tokenizer_class": "T5Tokenizer"}"#);
+    let line = load(other.path()).unwrap().describe();
+    assert!(line.contains("warning: its `tokenizer_class` is `T5Tokenizer`, which is not known here"), "{line}");
+}
+
+/// Files that are there and cannot be used do not count as absent.
+#[test]
+fn files_that_are_there_and_are_none() {
+    for name in ["tokenizer.json", "vocab.txt", "tokenizer_config.json"] {
+        let sound = [("vocab.txt".to_owned(), WORDS.to_owned())];
+        let folder = folder(&sound);
+        let path = folder.path().join(name);
+        fs::remove_file(&path).ok();
+        std::os::unix::fs::symlink("nowhere", &path).unwrap();
+        let message = load(folder.path()).err().unwrap().to_string();
+        assert!(message.contains(name) && message.contains("a link to nowhere, which is not there"), "{message}");
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        let message = load(folder.path()).err().unwrap().to_string();
+        assert!(message.contains(name) && message.contains("directory"), "{message}");
+        fs::remove_dir(&path).unwrap();
+        fs::write(&path, "version https://git-lfs.github.com/spec/v1\n").unwrap();
+        let message = load(folder.path()).err().unwrap().to_string();
+        assert!(message.contains(name) && message.contains("`git lfs pull`"), "{message}");
+    }
+}
+
+/// A byte order mark before settings, blanks behind a piece, and a mark that is null.
+#[test]
+fn harmless_differences_of_spelling() {
+    let keys = "\u{feff}{\"do_lower_case\": false, \"cls_token\": null}";
+    let pieces = WORDS.replace('\n', " \r\n");
+    let folder = folder(&[("vocab.txt".into(), pieces), ("tokenizer_config.json".into(), keys.into())]);
+    assert_eq!(
+        load(folder.path()).unwrap().encode(vec!["films", "Films"], true).unwrap(),
+        [vec![1, 3, 4, 2], vec![1, 0, 2]]
+    );
+}
+
+/// The mend of a class that has no other form is none.
+#[test]
+fn classes_in_python_alone() {
+    for (file, class) in [("vocab.txt", "TapasTokenizer"), ("tokenizer.model", "SiglipTokenizer")] {
+        let keys = format!(r#"{{"tokenizer_class": "{class}"}}"#);
+        let message = refusal(&[(file, WORDS), ("tokenizer_config.json", &keys)]);
+        assert!(message.contains(&format!("has `{class}` in Python alone")), "{message}");
+        assert!(!message.contains("save_pretrained"), "{message}");
+    }
+}
