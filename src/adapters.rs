@@ -353,8 +353,8 @@ fn check_seed(model: &Model, adapter: &Adapter) -> Result<(), RuntimeError> {
 pub fn load(model: &Model, path: &Path) -> Result<Adapter, Failure> {
     if path.join(peft::CONFIG).is_file() {
         let unfit = |why: String| RuntimeError::weights(path, format!("  {why}"));
-        let Imported { values, residuals } = peft::import(model, &peft::Adapter::load(path)?).map_err(unfit)?;
-        let adapter = Adapter { path: path.to_path_buf(), values, residuals, ..Adapter::default() };
+        let Imported { values, residuals, drawn } = peft::import(model, &peft::Adapter::load(path)?).map_err(unfit)?;
+        let adapter = Adapter { path: path.to_path_buf(), values, residuals, drawn, ..Adapter::default() };
         return fits(model, adapter).map_err(Failure::from);
     }
     let own = if path.is_dir() { path.join(ADAPTER) } else { path.to_path_buf() };

@@ -181,7 +181,10 @@ impl<'a> Config<'a> {
             if let Some(x) = self.of_module(&key.name, patterns.as_deref(), module)? {
                 known.insert(name.clone(), x);
             } else if self.measured(counterpart, name) {
-                return Err(format!("{CONFIG} has no `{}`", key.name));
+                return Err(match self.get(&key.name) {
+                    Some(other) => format!("`{}` of {CONFIG} is {other}, a number was expected", key.name),
+                    None => format!("{CONFIG} has no `{}`", key.name),
+                });
             }
         }
         for condition in self.conditions(counterpart) {
@@ -232,7 +235,9 @@ impl<'a> Config<'a> {
             for (expression, value) in map {
                 // As PEFT matches them: the end of a module's name, from a dot on.
                 if matches(name, &format!(r"^(?:(.*\.)?({expression})$)"), module)? {
-                    let x = value.as_f64().ok_or_else(|| format!("`{name}` gives `{expression}` no number"))?;
+                    let x = value.as_f64().ok_or_else(|| {
+                        format!("`{name}` of {CONFIG} gives `{expression}` {value}, a number was expected")
+                    })?;
                     return Ok(Some(x));
                 }
             }

@@ -22,6 +22,9 @@ const FILES: &[(&str, &str)] = &[
     ("pytorch_lora_weights.bin", DIFFUSERS),
 ];
 
+/// Names the files of an adapter that is in several.
+const INDEX: &str = "adapter_model.safetensors.index.json";
+
 const MLX: &str = "is an adapter of mlx-lm, whose `lora_a` and `lora_b` are PEFT's transposed: fuse it into its base model \
      by `mlx_lm.fuse` and use that as `--weights`";
 const HUB: &str = "is an adapter of the library `adapters` (AdapterHub), whose modules PEFT does not have: merge it into its \
@@ -49,7 +52,24 @@ pub fn check_folder(dir: &Path, config: &Map<String, Value>) -> Result<(), Runti
     }
     match dir.join(MODEL).is_file() {
         true => Ok(()),
+        false if dir.join(INDEX).is_file() => Err(said(
+            dir,
+            &format!(
+                "holds an adapter in several files (`{INDEX}`), which are not read here: let PEFT save it once more in \
+                 one, by `save_pretrained(DIR)`"
+            ),
+        )),
         false => Err(by_files(dir).unwrap_or_else(|| said(dir, &format!("holds `{CONFIG}`, but no `{MODEL}`")))),
+    }
+}
+
+/// Refuses what git leaves in a file's place where its large files were not fetched.
+pub fn check_pointer(path: &Path) -> Result<(), RuntimeError> {
+    let mut start = [0; 23];
+    let read = std::fs::File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut start));
+    match read.is_ok() && start == *b"version https://git-lfs" {
+        true => Err(said(path, "is a git-lfs pointer and holds no tensors: run `git lfs pull` in its folder")),
+        false => Ok(()),
     }
 }
 

@@ -18,6 +18,8 @@ pub struct Imported {
     pub values: Tensors,
     /// What it takes out of the base model's matrices.
     pub residuals: Vec<Residual>,
+    /// Heads that do not train in the spec, and that the adapter brings.
+    pub drawn: Tensors,
 }
 
 /// The values of the model's own tensors in an adapter that PEFT (or [`super::export`]) wrote. The error says what
@@ -41,7 +43,7 @@ pub fn import(model: &Model, adapter: &Adapter) -> Result<Imported, String> {
     for counterpart in &counterparts {
         tables::import(model, counterpart, &mut rest, &mut imported.values)?;
     }
-    carried(model, &config, &mut rest, &mut imported.values)?;
+    carried(model, &config, &mut rest, &mut imported)?;
     nothing_left(model, &counterparts, &config, &rest)?;
     let values = &imported.values;
     let missing = model.params.iter().filter(|p| p.trainable != Trainable::No && !values.contains_key(&p.name));
@@ -93,13 +95,16 @@ fn counterparts<'a>(model: &'a Model, config: &Config) -> Result<Vec<&'a Counter
 /// What a module's tensors hold for each of its pieces.
 fn of_module(module: &Module, config: &Config, rest: &mut Rest, imported: &mut Imported) -> Result<(), String> {
     let counterpart = module.pieces[0].counterpart;
-    if let Some(key) = config.leaves_out(module.name)? {
+    // Expressions are of names in the model that PEFT trained.
+    let held = module.tensors().into_iter().find_map(|t| rest.trained_as(module.name, &t.name));
+    let trained_as = held.as_deref().unwrap_or(module.name);
+    if let Some(key) = config.leaves_out(trained_as)? {
         return Err(format!(
             "the spec applies `{}` to `{}`, which `{key}` of {CONFIG} leaves out",
-            counterpart.method, module.name
+            counterpart.method, trained_as
         ));
     }
-    let theirs = config.numbers(counterpart, module.name)?;
+    let theirs = config.numbers(counterpart, trained_as)?;
     let present = |t: &Tensor| module.pieces.iter().any(|p| p.has(&t.name).is_some() && p.holds(&t.condition));
     let tensors: Vec<&Tensor> = module.tensors().into_iter().filter(|t| present(t)).collect();
     let key = |tensor: &Tensor| format!("{}.{}", module.name, tensor.name);
@@ -107,7 +112,7 @@ fn of_module(module: &Module, config: &Config, rest: &mut Rest, imported: &mut I
     let lengths = lengths(&tensors, rest, &key)?;
     for (name, found, at) in &lengths {
         if let Some(declared) = theirs.get(name).filter(|d| **d != *found as f64) {
-            let key = config.key_of(counterpart, name, module.name)?;
+            let key = config.key_of(counterpart, name, trained_as)?;
             return Err(format!("`{at}` has {name} {found}, {CONFIG} says {declared} (`{key}`)"));
         }
     }
@@ -163,7 +168,7 @@ fn of_module(module: &Module, config: &Config, rest: &mut Rest, imported: &mut I
             imported.values.insert(piece.weight(own), Stored::f32(shape, of_rows.collect()));
         }
     }
-    if let Some((part, rank, factor)) = config.residual(counterpart, module.name)? {
+    if let Some((part, rank, factor)) = config.residual(counterpart, trained_as)? {
         let tensor = module.pieces[0].projection.weight.clone();
         imported.residuals.push(Residual { tensor, part, rank, factor });
     }
@@ -233,10 +238,15 @@ fn side_by_side(module: &Module, read: &[(&Tensor, &[f32])], length: impl Fn(&st
 }
 
 /// Heads, tensors of the backbone that train, and rows of its tables.
-fn carried(model: &Model, config: &Config, rest: &mut Rest, values: &mut Tensors) -> Result<(), String> {
+fn carried(model: &Model, config: &Config, rest: &mut Rest, imported: &mut Imported) -> Result<(), String> {
+    let Imported { values, drawn, .. } = imported;
     for param in model.params.iter().filter(|p| !matches!(p.origin, Origin::Method(_))) {
         let module = param.name.strip_suffix(".weight").unwrap_or(&param.name);
         match param.trainable {
+            Trainable::No if param.origin == Origin::Head && rest.has(&param.name) => {
+                let numbers = rest.take(&param.name, &param.shape)?.to_vec();
+                drawn.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers));
+            }
             Trainable::No => {}
             Trainable::Rows(start, end) => {
                 let rows = rows_of(config, param, (start, end), rest)?;
@@ -338,7 +348,7 @@ fn rows_to_write(sorted: &[u64], name: &str) -> String {
         (Some(first), Some(last)) if last - first + 1 == sorted.len() as u64 => {
             format!("write `rows {first}..{} of \"{name}\"`", last + 1)
         }
-        _ => format!("a spec trains one range of rows, or all of them by `train \"{name}\"`"),
+        _ => format!("a spec trains one range of rows: {MERGED}"),
     }
 }
 
@@ -388,19 +398,21 @@ fn nothing_left(model: &Model, counterparts: &[&Counterpart], config: &Config, r
             Some(projection) => {
                 format!("{head}; write `on …, {}` for `{}`", Module::short(projection), projection.path)
             }
-            None => format!("{head}; {}", no_site(model, module)),
+            None => format!("{head}; {}", no_site(model, rest, module)),
         });
     }
     // A table that has an adapter of its own form, and one that the spec's model does without.
     if let Some((module, _)) = name.split_once("_embedding_").and_then(|(start, _)| start.rsplit_once('.')) {
-        return Err(format!("{head}; {}", no_site(model, module)));
+        return Err(format!("{head}; {}", no_site(model, rest, module)));
     }
     let table = model.params.iter().find(|p| p.shape == shape && tied(model, &p.name));
     Err(match table {
         Some(table) => {
             let name = &table.name;
             format!(
-                "{head}; logits go through `{name}` in this spec: `tied: false` among the model's arguments gives them a table of their own"
+                "{head}; logits go through `{name}` in this spec: merge the adapter into its base model by PEFT's \
+                 `merge_and_unload()`, save that with `tie_word_embeddings` false, and use it as `--weights`, with \
+                 `tied: false` among the model's arguments"
             )
         }
         None => head,
@@ -416,13 +428,23 @@ fn every_bias(model: &Model, rest: &Rest) -> bool {
 }
 
 /// What may be done about a module at which a backbone lets no method work.
-fn no_site(model: &Model, module: &str) -> String {
+fn no_site(model: &Model, rest: &Rest, module: &str) -> String {
     let backbone = &model.backbone.name;
-    format!(
-        "`{backbone}` has no site at `{module}`: merge the adapter into its base model by PEFT's `merge_and_unload()` \
-         and use that as `--weights`, or train the table itself, by `train \"…{module}.weight\"`"
-    )
+    let name = |p: &peft_grammar::model::Projection| {
+        let plain = rest.plain(&p.weight);
+        plain.strip_suffix(".weight").unwrap_or(&plain).to_owned()
+    };
+    let mut alike: Vec<String> = model.projections.iter().map(name).filter(|n| pattern(n) == pattern(module)).collect();
+    alike.sort();
+    alike.dedup();
+    if !alike.is_empty() {
+        return format!("the spec's model has {} layers, none of which is that of `{module}`", alike.len());
+    }
+    format!("`{backbone}` has no site at `{module}`: {MERGED}")
 }
+
+/// What may be done with any adapter.
+const MERGED: &str = "merge the adapter into its base model by PEFT's `merge_and_unload()` and use that as `--weights`";
 
 /// A name with `*` for the numbers of layers.
 fn pattern(name: &str) -> String {

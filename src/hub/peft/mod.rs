@@ -47,6 +47,7 @@ impl Adapter {
         let config = serde_json::from_str(&text)
             .map_err(|e| RuntimeError::file(&path, format!("is no adapter's configuration: {e}")))?;
         foreign::check_folder(dir, &config)?;
+        foreign::check_pointer(&dir.join(MODEL))?;
         let tensors = adapter::load(&dir.join(MODEL))?.tensors;
         foreign::check_names(&dir.join(MODEL), tensors.keys())?;
         Ok(Adapter { config, tensors })

@@ -105,10 +105,22 @@ impl<'a> Rest<'a> {
     fn lacks(&self, name: &str) -> String {
         let plain = self.plain(name);
         let near = self.entries.iter().map(|(n, e)| (strsim::normalized_levenshtein(n, &plain), e.written));
-        match near.filter(|(score, _)| *score > 0.7).max_by(|a, b| a.0.total_cmp(&b.0)) {
+        match near.max_by(|a, b| a.0.total_cmp(&b.0)) {
             Some((_, near)) => format!("the adapter lacks `{name}`; the nearest that it holds is `{near}`"),
-            None => format!("the adapter lacks `{name}`"),
+            None => format!("the adapter lacks `{name}`, and holds nothing that has not been read"),
         }
+    }
+
+    /// The name of a module in the model that PEFT trained, whose expressions are of such names: `layers.0.…` for
+    /// `model.layers.0.…` where that model had no head. None if the file does not hold the tensor, or not under PEFT's
+    /// own name.
+    pub fn trained_as(&self, module: &str, tensor: &str) -> Option<String> {
+        let written = self.entries.get(&self.plain(&format!("{module}.{tensor}")))?.written;
+        let (_, name) = written.split_once("base_model.model.")?;
+        let first = tensor.split('.').next().unwrap_or(tensor);
+        let (name, _) = name.rsplit_once(&format!(".{first}"))?;
+        let parts: Vec<&str> = name.split('.').filter(|p| !INSIDE.contains(p)).collect();
+        Some(parts.join("."))
     }
 
     /// Takes a tensor of this shape.

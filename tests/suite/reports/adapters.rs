@@ -156,6 +156,31 @@ fn names_as_writers_leave_them() {
     case.refuses(&two, &["two adapters", "selected_adapters"]);
 }
 
+/// Expressions are of names in the model that PEFT trained, which has no prefix where it has no head.
+#[test]
+fn expressions_are_of_the_trained_model() {
+    let cases = [
+        (LLAMA, "model.", "layers.0.self_attn.q_proj", r"layers\.\d\.self_attn\.[qv]_proj"),
+        (BERT, "bert.", "encoder.layer.0.*query", r"encoder\.layer\.\d\.attention\.self\.(query|value)"),
+    ];
+    for (backbone, prefix, module, targets) in cases {
+        let case = case(backbone, "");
+        let plain = case.logits(&case.spec, &case.peft);
+        let expressions = |config: &mut Map<String, Value>, prefix: &str| {
+            config.insert("alpha_pattern".into(), json!({ format!("^{prefix}{module}"): 60 }));
+            config.insert("target_modules".into(), json!(format!("{prefix}{targets}")));
+        };
+        let whole = case.changed("whole", |config, _| expressions(config, prefix));
+        let headless = case.changed("headless", |config, file| {
+            expressions(config, "");
+            renamed(file, |n| n.replacen(&format!("base_model.model.{prefix}"), "base_model.model.", 1));
+        });
+        let want = case.logits(&case.spec, &whole);
+        assert_ne!(want, plain, "{module}");
+        assert_eq!(case.logits(&case.spec, &headless), want, "{module}");
+    }
+}
+
 #[test]
 fn tensors_that_no_rank_gathered() {
     let case = case(BERT, "");
@@ -191,6 +216,7 @@ fn keys_that_are_set_and_unknown() {
     assert_eq!(case.bench.peftc(["import", text(&case.spec), text(&unset), "-o", text(&out)]).code, 0);
     let start = with("start", "init_lora_weights", json!("pissa_niter_16"));
     case.refuses(&start, &["`init_lora_weights` is \"pissa_niter_16\"", "path_initial_model_for_weight_conversion"]);
+    case.refuses(&with("text", "lora_alpha", json!("16")), &["`lora_alpha`", "is \"16\", a number was expected"]);
     let regex = case.changed("regex", |config, _| drop(config.insert("alpha_pattern".into(), json!({ "que(": 3 }))));
     case.refuses(&regex, &["`alpha_pattern`", "cannot be matched"]);
     let rank = case.changed("rank", |config, _| drop(config.insert("r".into(), json!(4))));
@@ -214,6 +240,28 @@ fn what_trains_in_the_base_model_is_asked_for() {
     }
 }
 
+/// PEFT's file holds a head that does not train, too, and the spec that wrote it reads it.
+#[test]
+fn a_frozen_head_comes_back() {
+    let case = case(BERT, "");
+    let (frozen, model) = spec(&case.bench, "frozen.peft", &tuned(BERT, "head frozen"));
+    let (file, peft) = (case.bench.path("frozen.safetensors"), case.bench.path("frozen"));
+    adapter::save(&file, &drawn(&model)).expect("written");
+    let args = ["export", text(&frozen), "--format", "peft", "--adapter", text(&file), "-o", text(&peft)];
+    let ran = case.bench.peftc(args.iter().chain(&["--weights", text(&case.weights)]));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let want = case.logits(&frozen, &file);
+    assert_eq!(case.logits(&frozen, &peft), want);
+    // A head of the adapter's own is the one that is used.
+    let mut other = adapter::load(&peft.join(MODEL)).expect("sound");
+    for (_, stored) in other.tensors.iter_mut().filter(|(name, _)| name.contains("classifier")) {
+        let count = stored.shape.iter().product::<u64>();
+        *stored = Stored::f32(stored.shape.clone(), (0..count).map(|i| (i % 7) as f32 * 0.1).collect());
+    }
+    adapter::save(&peft.join(MODEL), &other).expect("written");
+    assert_ne!(case.logits(&frozen, &peft), want);
+}
+
 #[test]
 fn token_indices_are_a_range() {
     let case = case(BERT, "rows 3..6 of \"bert.embeddings.word_embeddings.weight\"");
@@ -233,7 +281,7 @@ fn token_indices_are_a_range() {
     assert_eq!(case.logits(&case.spec, &turned), want);
     let gaps =
         case.changed("gaps", |config, _| drop(config.insert("trainable_token_indices".into(), json!([3, 5, 9]))));
-    case.refuses(&gaps, &["are 3, 5, 9, the spec trains rows 3..6", "one range of rows"]);
+    case.refuses(&gaps, &["are 3, 5, 9, the spec trains rows 3..6", "one range of rows", "merge_and_unload()"]);
     let other =
         case.changed("other", |config, _| drop(config.insert("trainable_token_indices".into(), json!([7, 8, 9]))));
     case.refuses(&other, &["are 7..10", "write `rows 7..10 of"]);
@@ -257,6 +305,14 @@ fn lora_where_a_backbone_has_no_site() {
         &[("model.embed_tokens.lora_embedding_A", [3, 50]), ("model.embed_tokens.lora_embedding_B", [32, 3])],
     );
     case.refuses(&table, &["`llama` has no site at `embed_tokens`", "merge_and_unload()"]);
+    let far = with(
+        "far",
+        &[
+            ("model.layers.7.self_attn.q_proj.lora_A.weight", [3, 32]),
+            ("model.layers.7.self_attn.q_proj.lora_B.weight", [32, 3]),
+        ],
+    );
+    case.refuses(&far, &["the spec's model has 2 layers"]);
     let key = with(
         "key",
         &[
@@ -326,6 +382,13 @@ fn folders_of_others_are_named() {
     bench.write("run/checkpoint-100/adapter_config.json", &config);
     bench.write("empty/readme.txt", "");
     bench.write("weights.bin", "x");
+    bench.write("pointer/adapter_config.json", &config);
+    bench.write(
+        "pointer/adapter_model.safetensors",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    );
+    bench.write("shards/adapter_config.json", &config);
+    bench.write("shards/adapter_model.safetensors.index.json", "{}");
     bench.write("typeless/adapter_config.json", r#"{"r": 8}"#);
     let cases: &[(&str, &[&str])] = &[
         ("bin", &["`adapter_model.bin`", "pickle", "save_pretrained"]),
@@ -339,6 +402,8 @@ fn folders_of_others_are_named() {
         ("weights", &["a whole model", "`--weights`"]),
         ("empty", &["holds no adapter", "readme.txt"]),
         ("weights.bin", &["pickle"]),
+        ("pointer", &["git-lfs pointer", "`git lfs pull`"]),
+        ("shards", &["in several files", "save_pretrained"]),
         ("typeless", &["no `peft_type`"]),
         ("no/such/folder", &["no such file or directory"]),
     ];
