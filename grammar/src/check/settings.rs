@@ -113,6 +113,11 @@ impl<'a> Checker<'a> {
                 ExprKind::String(text) if text.is_empty() => {
                     self.report(Diagnostic::error(item.span, "this string is empty"));
                 }
+                // Blanks around a label do not count in the data, so two names could be one.
+                ExprKind::String(text) if key == "labels" && text.trim() != text => {
+                    let error = Diagnostic::error(item.span, "this label begins or ends with a blank");
+                    self.report(error.hint(format!("write it as `{:?}`", text.trim())));
+                }
                 ExprKind::String(text) => texts.push(text.clone()),
                 _ => self.report(Diagnostic::error(item.span, "a string should stand here").hint("in double quotes")),
             }
