@@ -14,7 +14,7 @@ use crate::adapter::Float;
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
 use crate::philox::philox4x32;
-use crate::safefile::SafeFile;
+use crate::safefile::{self, SafeFile};
 use names::{Names, Role};
 
 /// What a directory gave.
@@ -76,7 +76,16 @@ pub fn load(
     seed: u64,
 ) -> Result<Loaded, RuntimeError> {
     let files = open(dir)?;
-    let stored: BTreeMap<&str, &SafeFile> = files.iter().flat_map(|f| f.names().map(move |n| (n, f))).collect();
+    let mut stored: BTreeMap<&str, &SafeFile> = BTreeMap::new();
+    for (name, file) in files.iter().flat_map(|f| f.names().map(move |n| (n, f))) {
+        if let Some(first) = stored.insert(name, file)
+            && !first.equal(name, file, name)?
+        {
+            let (one, other) = (first.path().display(), file.path().display());
+            let message = format!("  `{name}` is in {one} and in {other}, and differs; fetch the files again");
+            return Err(RuntimeError::weights(dir, message));
+        }
+    }
     let names = Names::new(&backbone.checkpoint, params);
     let spellings = |param: &Param| -> Vec<String> {
         let own = matches!(param.origin, Origin::Backbone | Origin::Head);
@@ -199,9 +208,9 @@ fn some(names: &[&String]) -> String {
 fn open(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
-    let paths: Vec<PathBuf> = if single.is_file() {
+    let paths: Vec<PathBuf> = if safefile::there(&single)? {
         vec![single]
-    } else if index.is_file() {
+    } else if safefile::there(&index)? {
         let text = fs::read_to_string(&index).map_err(|e| RuntimeError::file(&index, e))?;
         let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| RuntimeError::file(&index, e))?;
         let map = json.get("weight_map").and_then(|m| m.as_object());

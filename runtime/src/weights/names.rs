@@ -26,7 +26,11 @@ impl<'a> Names<'a> {
     pub fn new(rules: &'a Checkpoint, params: &'a [Param]) -> Self {
         let own = params.iter().filter(|p| matches!(p.origin, Origin::Backbone | Origin::Head));
         let names = own.flat_map(|p| [Some(p.name.as_str()), bare(&p.name, &rules.prefix)]).flatten();
-        Names { rules, roots: names.map(root).collect() }
+        // Other names of its tensors lie inside it, too: a bias beside `lm_head.weight`.
+        let same =
+            rules.tensors.iter().filter(|rule| matches!(rule.is, Kind::Same(_))).map(|rule| rule.pattern.as_str());
+        let roots = names.chain(same).map(root).filter(|root| !root.contains('*')).collect();
+        Names { rules, roots }
     }
 
     /// How checkpoints write a canonical name: in full or without the prefix, as it is or by another name.

@@ -277,3 +277,45 @@ fn an_output_matrix_is_read_when_the_model_has_one() {
     let message = load(bare.path(), &backbone, &params, 0, 7).err().unwrap().to_string();
     assert!(message.contains("`lm_head.weight` is missing; tie them"), "{message}");
 }
+
+/// A tensor that two shards hold is one tensor, or the files are not of one model.
+#[test]
+fn shards_agree() {
+    let home = tempfile::tempdir().unwrap();
+    let map = serde_json::json!({ "weight_map": { "a": "1.safetensors", "b": "2.safetensors" } });
+    fs::write(home.path().join("model.safetensors.index.json"), map.to_string()).unwrap();
+    write_model(&home.path().join("1.safetensors"), &FITTING[..2]);
+    write_model(&home.path().join("2.safetensors"), &FITTING[1..]);
+    read(home.path(), 0).unwrap();
+    let other = Stored::f32(vec![2], vec![9.0, 2.0]);
+    let mut file = adapter::load(&home.path().join("2.safetensors")).unwrap();
+    file.tensors.insert(FITTING[1].0.into(), other);
+    adapter::save(&home.path().join("2.safetensors"), &file).unwrap();
+    let message = read(home.path(), 0).err().unwrap();
+    assert!(message.contains("`t.h.0.LayerNorm.weight` is in") && message.contains("and differs"), "{message}");
+}
+
+/// A bias beside a matrix that the model has by another name changes what it computes.
+#[test]
+fn strangers_beside_other_names() {
+    let message = read(with(&[("lm_head.bias", &[3], &[0.5; 3])]).path(), 0).err().unwrap();
+    assert!(message.contains("inside the model") && message.contains("lm_head.bias"), "{message}");
+}
+
+#[test]
+fn files_that_are_there_and_are_none() {
+    let home = checkpoint(&FITTING);
+    let path = home.path().join("model.safetensors");
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("nowhere", &path).unwrap();
+    let message = read(home.path(), 0).err().unwrap();
+    assert!(message.contains("a link to nowhere, which is not there; fetch it again"), "{message}");
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    let message = read(home.path(), 0).err().unwrap();
+    assert!(message.contains("is a directory"), "{message}");
+    fs::remove_dir(&path).unwrap();
+    fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n").unwrap();
+    let message = read(home.path(), 0).err().unwrap();
+    assert!(message.contains("`git lfs pull`") && !message.contains("write or fetch"), "{message}");
+}

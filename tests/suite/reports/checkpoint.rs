@@ -439,6 +439,7 @@ fn labels_are_those_of_the_head() {
         (json!({ "id2label": { "0": "a", "1": "b", "2": "c" } }), &["[\"a\", \"b\", \"c\"]"]),
         (json!({ "id2label": { "1": "no", "2": "yes" } }), &["0, 1, …"]),
         (json!({ "num_labels": 3 }), &["`num_labels` is 3", "2 labels"]),
+        (json!({ "label2id": { "no": 1, "yes": 0 } }), &["`label2id`", "\"no\" is class 1"]),
         (json!({ "problem_type": "regression" }), &["`problem_type` is \"regression\""]),
         (json!({ "problem_type": "multi_label_classification" }), &["multi_label"]),
         (json!({ "architectures": ["BertForTokenClassification"] }), &["BertForTokenClassification"]),
@@ -460,10 +461,44 @@ fn labels_are_those_of_the_head() {
     refused(&bench, &path, &weights, &["`id2label`", "`labels: [\"yes\", \"no\"]`", "problem_type"]);
     let said = runs(&bench, &path, &folder(&bench, "bare", &other, &tensors(&bert, false))).err;
     assert!(said.contains("drawn at random: classifier.weight, classifier.bias"), "{said}");
+    // Another task's head, whose tensors are called otherwise.
+    let (robertas, roberta) = spec(&bench, "roberta.peft", &format!("{ROBERTA}{LABELLED}"));
+    let mut file = tensors(&roberta, false);
+    file.tensors.insert("classifier.weight".into(), Stored::f32(vec![3, 32], vec![0.0; 96]));
+    let mut other = config(&roberta);
+    other.insert("architectures".into(), json!(["RobertaForTokenClassification"]));
+    let weights = folder(&bench, "tokens", &other, &file);
+    refused(&bench, &robertas, &weights, &["`architectures` is RobertaForTokenClassification", "classifier.weight"]);
     // Another number of classes.
     let three = model(&bench, &format!("{BERT}task t {{ kind: classification  labels: [\"a\", \"b\", \"c\"] }}\n"));
     let weights = folder(&bench, "three", &base, &tensors(&three, true));
     refused(&bench, &path, &weights, &["`classifier.weight` is [3, 32]", "3 classes", "2 labels"]);
+}
+
+/// A `config.json` that is there and cannot be used does not count as absent; a byte order mark is no fault.
+#[test]
+fn a_config_that_is_there() {
+    let bench = Bench::new();
+    let (path, bert) = spec(&bench, "bert.peft", BERT);
+    let weights = checkpoint(&bench, "weights", &bert);
+    let config = weights.join("config.json");
+    let text = fs::read_to_string(&config).expect("readable");
+    fs::write(&config, format!("\u{feff}{text}")).expect("written");
+    runs(&bench, &path, &weights);
+    fs::write(&config, "version https://git-lfs.github.com/spec/v1\n").expect("written");
+    refused(&bench, &path, &weights, &["config.json", "`git lfs pull`"]);
+    fs::remove_file(&config).expect("there");
+    std::os::unix::fs::symlink("nowhere", &config).expect("a link");
+    refused(&bench, &path, &weights, &["config.json", "a link to nowhere, which is not there; fetch it again"]);
+    fs::remove_file(&config).expect("there");
+    fs::create_dir(&config).expect("a folder");
+    refused(&bench, &path, &weights, &["config.json", "cannot be read"]);
+    fs::remove_dir(&config).expect("there");
+    fs::write(&config, text).expect("written");
+    let model = weights.join("model.safetensors");
+    fs::remove_file(&model).expect("there");
+    std::os::unix::fs::symlink("nowhere", &model).expect("a link");
+    refused(&bench, &path, &weights, &["model.safetensors", "a link to nowhere, which is not there"]);
 }
 
 /// What `--weights` names, and what it is taken for.
