@@ -73,7 +73,6 @@ fn is_number(name: &str) -> bool {
     let digits = name.contains(char::is_numeric);
     let unsigned = name.trim_start_matches(['+', '-']);
     let hexadecimal = ["0x", "0X"].iter().find_map(|prefix| unsigned.strip_prefix(prefix));
-    (digits && !name.contains(|c: char| c.is_alphabetic() && !c.is_numeric()))
-        || (digits && name.parse::<f64>().is_ok())
+    digits && (!name.contains(|c: char| c.is_alphabetic() && !c.is_numeric()) || name.parse::<f64>().is_ok())
         || hexadecimal.is_some_and(|rest| !rest.is_empty() && rest.chars().all(|c| c.is_ascii_hexdigit()))
 }

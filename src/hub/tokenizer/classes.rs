@@ -253,7 +253,8 @@ fn misfit(json: &Map<String, Value>, form: Form) -> Option<&'static str> {
     let other = |(key, wanted): &&(&str, &str)| {
         let found = json.get("model").and_then(|model| model.get(key)).filter(|found| !found.is_null());
         let empty = matches!(*wanted, "false" | "\"\"");
-        found.map_or(form != Form::WordPiece && !empty, |found| found.to_string() != *wanted)
+        let differs = |found| serde_json::from_str::<Value>(wanted).ok().as_ref() != Some(found);
+        found.map_or(form != Form::WordPiece && !empty, differs)
     };
     if let Some((key, _)) = options(form).iter().find(other) {
         return Some(match *key {

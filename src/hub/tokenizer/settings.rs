@@ -160,7 +160,7 @@ impl Settings {
         let configured = values.chain(extra).filter_map(|value| token_of(value, true));
         let own = class.iter().flat_map(|class| class.tokens);
         let own = own.filter(|(key, token)| {
-            !self.keys.get(*key).is_some_and(|value| !value.is_null()) && vocabulary.id(token).is_some()
+            self.keys.get(*key).is_none_or(|value| value.is_null()) && vocabulary.id(token).is_some()
         });
         for token in configured.chain(own.map(|(_, token)| plain(token, true))) {
             let content = content(&token);
