@@ -104,10 +104,6 @@ fn describe_folder(folder: &Path) -> Result<Description, DataError> {
     match (&settings.declared, settings.declared.class()) {
         (_, Some(class)) if fits(class) => {}
         (Declared::ByName(class), _) => return Err(unread(&source, class)),
-        // Their parts are not those that the older classes build of the same files.
-        (_, Some(class)) if !matches!(class.form, Form::WordPiece | Form::Bytes | Form::MarkedBytes) => {
-            return Err(unread(&source, class.name));
-        }
         // The files say more than a `model_type`.
         _ => settings.declared = Declared::ByModel(Class::of_files(form, &model)),
     }

@@ -38,9 +38,16 @@ pub fn classifier(text: &str, spoil: impl FnOnce(&mut TensorFile)) -> Case {
     let mut config = config(&model);
     config.insert("architectures".into(), vec!["BertModel"].into());
     let weights = folder(&bench, "weights", &config, &file);
-    fs::write(weights.join("tokenizer.json"), TOKENIZER).expect("written");
+    words(&weights);
     let data = bench.write("data.tsv", "good film\t1\nbad film\t0\ngood good\t1\nbad\t0\n");
     Case { bench, spec, model, weights, data }
+}
+
+/// Puts the six words' tokenizer into a folder; its parts are those of the file.
+pub fn words(folder: &Path) {
+    fs::write(folder.join("tokenizer.json"), TOKENIZER).expect("written");
+    let class = r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
+    fs::write(folder.join("tokenizer_config.json"), class).expect("written");
 }
 
 fn without_pooler(file: &mut TensorFile) {
@@ -127,7 +134,7 @@ fn a_pooler_that_no_file_holds_goes_with_the_adapter() {
     // A checkpoint that holds one: the adapter's is used, and that is said.
     let mut whole = tensors(&case.model, false);
     let other = folder(&case.bench, "other", &config(&case.model), &whole);
-    fs::write(other.join("tokenizer.json"), TOKENIZER).expect("written");
+    words(&other);
     let elsewhere = |weights: &Path| {
         let args = ["eval", text(&case.spec), "--weights", text(weights), "--data", text(&case.data), "--adapter"];
         let ran = case.bench.peftc(args.iter().copied().chain([text(&run)]));
@@ -145,7 +152,7 @@ fn a_pooler_that_no_file_holds_goes_with_the_adapter() {
     };
     numbers[3] += 0.5;
     let other = folder(&case.bench, "moved", &config(&case.model), &whole);
-    fs::write(other.join("tokenizer.json"), TOKENIZER).expect("written");
+    words(&other);
     assert!(elsewhere(&other).1.contains("was trained on other base weights than these"));
 
     // Exported and merged, it is there as well.
@@ -336,7 +343,7 @@ fn an_adapter_of_pefts_beside_random_numbers() {
     let mut file = tensors(&case.model, false);
     without_pooler(&mut file);
     let bare = folder(&case.bench, "bare", &config(&case.model), &file);
-    fs::write(bare.join("tokenizer.json"), TOKENIZER).expect("written");
+    words(&bare);
     let given = ["eval", text(&case.spec), "--weights", text(&bare), "--data", text(&case.data), "--adapter"];
     let words =
         ["neither the weights nor the adapter hold bert.pooler.dense.weight", "the weights that it was trained on"];

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use peft_grammar::model::Model;
 use peft_runtime::adapter::{self, Data};
 
-use super::random::{CLASSIFIER, Case, TOKENIZER, classifier};
+use super::random::{CLASSIFIER, Case, classifier, words};
 use super::{config, folder, tensors};
 use crate::cli::{Bench, text};
 
@@ -33,7 +33,7 @@ fn other_weights(case: &Case, model: &Model) -> PathBuf {
     };
     numbers[0] += 1e-3;
     let other = folder(&case.bench, "other", &config(model), &file);
-    fs::write(other.join("tokenizer.json"), TOKENIZER).expect("written");
+    words(&other);
     other
 }
 
