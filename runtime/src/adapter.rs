@@ -9,6 +9,7 @@ use half::{bf16, f16};
 
 use crate::error::RuntimeError;
 use crate::safefile::{self, SafeFile};
+use crate::store;
 
 /// A tensor as files hold it.
 #[derive(Clone, Debug, PartialEq)]
@@ -112,7 +113,7 @@ fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(
         };
         RuntimeError::file(path, format!("cannot be written: {e}{hint}"))
     };
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = store::parent_of(path);
     fs::create_dir_all(folder).map_err(failed)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(BESIDE);
@@ -122,7 +123,7 @@ fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(
     write(beside.as_file()).map_err(failed)?;
     beside.as_file().sync_all().map_err(failed)?;
     beside.persist(path).map_err(|e| failed(e.error))?;
-    crate::store::sync_directory(folder);
+    store::sync_directory(folder);
     Ok(())
 }
 
@@ -132,7 +133,7 @@ pub fn write_folder<E: From<RuntimeError>>(path: &Path, fill: impl FnOnce(&Path)
     let failed = |e: io::Error| E::from(RuntimeError::file(path, format!("cannot be written: {e}")));
     // A folder given as `.` or by a link is replaced where it lies.
     let path = &path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = store::parent_of(path);
     fs::create_dir_all(parent).map_err(failed)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(BESIDE);
@@ -140,23 +141,9 @@ pub fn write_folder<E: From<RuntimeError>>(path: &Path, fill: impl FnOnce(&Path)
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
     let fresh = builder.tempdir_in(parent).map_err(failed)?;
     fill(fresh.path())?;
-    crate::store::sync_directory(fresh.path());
+    store::sync_directory(fresh.path());
     let aside = builder.tempdir_in(parent).map_err(failed)?;
-    let old = aside.path().join("old");
-    let replaces = path.exists();
-    if replaces {
-        fs::rename(path, &old).map_err(failed)?;
-    }
-    if let Err(error) = fs::rename(fresh.path(), path) {
-        if replaces {
-            fs::rename(&old, path).map_err(failed)?;
-        }
-        return Err(failed(error));
-    }
-    // It has moved: there is nothing left to remove.
-    let _ = fresh.keep();
-    crate::store::sync_directory(parent);
-    Ok(())
+    store::swap(path, fresh, &aside).map_err(failed)
 }
 
 /// Reads a file of tensors; what is not finite is refused.

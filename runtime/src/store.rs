@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use crate::adapter::BESIDE;
 use crate::artifact::{FORMAT, Manifest};
 use crate::device;
 use crate::trust::{Stranger, TrustError, What, trusted, trusted_file};
@@ -54,30 +55,33 @@ pub fn save(path: &Path, manifest: &Manifest, library: &Path) -> Result<(), Stor
     replace(path, filled(path, manifest, library)?)
 }
 
-/// Puts what a folder holds in the place of what is at `path`, if anything.
+/// Puts the artifact in `fresh` in the place of what is at `path`, if anything.
 fn replace(path: &Path, fresh: TempDir) -> Result<(), StoreError> {
-    let parent = parent_of(path);
-    // An older artifact steps aside, so that one of the two stands whatever happens.
-    let aside = sibling(parent).map_err(failed(parent))?;
+    let aside = sibling(parent_of(path)).map_err(failed(path))?;
+    swap(path, fresh, &aside).map_err(failed(path))
+}
+
+/// Renames the folder `fresh` to `path`. What is there already is first renamed into `aside`, a folder beside it, and
+/// comes back if the renaming of `fresh` fails.
+pub(crate) fn swap(path: &Path, fresh: TempDir, aside: &TempDir) -> io::Result<()> {
     let old = aside.path().join("old");
     let replaces = path.exists();
     if replaces {
-        fs::rename(path, &old).map_err(failed(path))?;
+        fs::rename(path, &old)?;
     }
-    if let Err(source) = fs::rename(fresh.path(), path) {
+    if let Err(error) = fs::rename(fresh.path(), path) {
         if replaces {
-            fs::rename(&old, path).map_err(failed(path))?;
+            fs::rename(&old, path)?;
         }
-        return Err(failed(path)(source));
+        return Err(error);
     }
     // It has moved: there is nothing left to remove.
     let _ = fresh.keep();
-    sync_directory(parent);
+    sync_directory(parent_of(path));
     Ok(())
 }
 
-/// A cache's entry at `path`: what `make` compiles (into the folder that it is given, where it leaves the library), unless a
-/// sound one is there. Of processes that want the same entry one compiles it and the others wait for it; an entry that
+/// A cache's entry at `path`: what `make` compiles, unless a sound one is there. Of processes that want the same entry one compiles it and the others wait for it; an entry that
 /// was found to be sound is never replaced.
 pub fn cached<E: From<StoreError>>(
     path: &Path,
@@ -144,7 +148,7 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
     move |source| StoreError::Write { path, source }
 }
 
-fn parent_of(path: &Path) -> &Path {
+pub(crate) fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -188,7 +192,7 @@ fn intact(text: &[u8]) -> bool {
 /// to become an artifact.
 fn sibling(parent: &Path) -> io::Result<TempDir> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".peftc-");
+    builder.prefix(BESIDE);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755));
     builder.tempdir_in(parent)
