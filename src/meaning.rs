@@ -82,7 +82,7 @@ pub fn record(model: &Model) -> String {
 }
 
 /// Arguments of the backbone and of the methods, by the names that messages give them.
-fn settings(model: &Model) -> Map<String, Json> {
+pub fn settings(model: &Model) -> Map<String, Json> {
     let mut all = Map::new();
     for (key, value) in model.backbone.config.iter().chain(&model.backbone.beyond) {
         all.insert(format!("{}'s `{key}`", model.backbone.name), json!(value));

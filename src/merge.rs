@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use peft_grammar::model::{ConfigValue, Model, Origin, TaskKind};
 use peft_passes::pipeline::{Entry, Options};
 use peft_runtime::adapter::{self, Float, Stored, TensorFile};
+use peft_runtime::json::object;
 use peft_runtime::weights::Loaded;
 use peft_runtime::{Inputs, Program, RuntimeError, Session};
 use serde_json::{Map, Value, json};
@@ -144,7 +145,7 @@ pub struct Sources<'a> {
 pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result<Vec<String>, Failure> {
     let path = from.weights.join(CONFIG);
     let config = match path.is_file() {
-        true => model_folder::read_object(&path)?,
+        true => object(&path)?,
         // Drawn at random: there is nothing to go by but the spec.
         false => Map::from_iter([("model_type".to_string(), json!(model.backbone.name))]),
     };

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use peft_grammar::model::{Model, Schedule};
+use peft_grammar::model::{Model, Schedule, TaskKind, written};
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use peft_runtime::safefile::SafeFile;
 use peft_runtime::{RuntimeError, Session};
@@ -14,14 +14,14 @@ use serde_json::{Map, Value, json};
 use crate::adapters::Base;
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
-use crate::meaning::equations;
+use crate::meaning::{equations, settings};
 use crate::training::rate;
 
 /// A run's state, in its folder.
 pub const STATE: &str = "state.safetensors";
 
-const FORMAT: &str = "peftc state 2";
-/// The format before this one, which records the name of the spec and nothing else.
+const FORMAT: &str = "peftc state 3";
+/// The first format, which records the name of the spec and nothing else.
 const OLD_FORMAT: &str = "peftc state 1";
 
 /// The flat vectors of a session that a training step changes.
@@ -46,16 +46,20 @@ impl Identity {
         let mut all = Map::new();
         let mut put = |key: String, value: Value| drop(all.insert(key, value));
         put("the backbone".into(), json!(model.backbone.name));
-        for (key, value) in model.backbone.config.iter().chain(&model.backbone.beyond) {
-            put(format!("{}'s `{key}`", model.backbone.name), json!(value));
-        }
-        for applied in &model.applied {
-            put(applied.path(), json!("applied"));
-            for (key, value) in &applied.args {
-                put(format!("{}'s `{key}`", applied.path()), json!(value));
+        settings(model).into_iter().for_each(|(key, value)| put(key, value));
+        model.applied.iter().for_each(|applied| put(applied.path(), json!("applied")));
+        match &model.task.kind {
+            TaskKind::Generation { special, template, target } => {
+                put("task".into(), json!("generation"));
+                put("task.special".into(), json!(special));
+                put("task.template".into(), json!(written(template)));
+                put("task.target".into(), json!(target));
+            }
+            TaskKind::Classification { labels } => {
+                put("task".into(), json!("classification"));
+                put("task.labels".into(), json!(labels));
             }
         }
-        put("task".into(), json!(model.task.kind));
         put("task.max_tokens".into(), json!(model.task.max_tokens));
         for param in &model.params {
             put(param.name.clone(), json!([param.shape, param.trainable, param.init, param.decay]));

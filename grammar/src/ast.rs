@@ -148,7 +148,7 @@ pub struct CounterpartDef {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CounterpartLine {
-    /// `key "r" is rank except "rank_pattern" else "…"`: one of these values; `patterns` is the key of values by
+    /// `key "r" is rank or null except "rank_pattern", "…"`: one of these values; `patterns` is the key of values by
     /// module, `hint` the mend of a value that is none of them.
     Is { key: Text, values: Vec<Expr>, patterns: Option<Text>, hint: Option<Text> },
     /// `key "lora_dropout" free as dropout`: any value; an export writes `written`.

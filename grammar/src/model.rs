@@ -2,6 +2,7 @@
 //! trainable set decided. It is what `--emit model` shows and what every later stage starts from.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -310,16 +311,29 @@ pub enum Piece {
 impl Piece {
     /// A special token or a literal text as a template writes it: what the task's `target` names.
     pub fn written(&self) -> Option<String> {
+        matches!(self, Piece::Special(_) | Piece::Literal(_)).then(|| self.to_string())
+    }
+}
+
+/// As a template writes it.
+impl fmt::Display for Piece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Piece::Special(token) => Some(token.clone()),
+            Piece::Special(token) => f.write_str(token),
             Piece::Literal(text) => {
                 let escapes = [("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\t", "\\t")];
                 let text = escapes.iter().fold(text.clone(), |text, (plain, escaped)| text.replace(plain, escaped));
-                Some(format!("'{text}'"))
+                write!(f, "'{text}'")
             }
-            Piece::Field(_) | Piece::Repeat(_) => None,
+            Piece::Field(name) => write!(f, "{{{name}}}"),
+            Piece::Repeat(pieces) => write!(f, "({})*", written(pieces)),
         }
     }
+}
+
+/// A template as it is written.
+pub fn written(template: &[Piece]) -> String {
+    template.iter().map(Piece::to_string).collect::<Vec<_>>().join(" ")
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,6 +9,7 @@ mod cuda;
 pub mod device;
 mod error;
 pub mod fingerprint;
+pub mod json;
 mod memory;
 pub mod philox;
 mod pool;

@@ -14,34 +14,13 @@ use safetensors::tensor::Metadata;
 
 use crate::adapter::{Data, Float, TensorFile};
 use crate::error::RuntimeError;
+use crate::json::{POINTER, POINTS};
 
 /// Bytes of the header's length.
 const PREFIX: usize = 8;
 
 /// Data begins at a multiple of this many bytes.
 const ALIGNMENT: usize = 64;
-
-/// How a file begins that stands for one in the large-file storage of git.
-pub const POINTER: &[u8] = b"version https://git-lfs";
-
-/// What such a file is, in words.
-pub const POINTS: &str =
-    "it is a pointer of git's large-file storage (LFS); `git lfs pull` in its folder fetches the file";
-
-/// Something of this name is in the folder. A link whose target is gone is an error, for it is no file that was left
-/// out, and so is all else whose being there cannot be told.
-pub fn there(path: &Path) -> Result<bool, RuntimeError> {
-    match std::fs::metadata(path) {
-        Ok(_) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => match std::fs::read_link(path) {
-            Ok(to) => {
-                Err(RuntimeError::file(path, format!("a link to {}, which is not there; fetch it again", to.display())))
-            }
-            Err(_) => Ok(false),
-        },
-        Err(e) => Err(RuntimeError::file(path, format!("cannot be read: {e}"))),
-    }
-}
 
 /// Where a tensor lies in its file.
 #[derive(Clone, Debug)]

@@ -4,7 +4,6 @@ mod buffers;
 mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Backbone, Init, Origin, Param};
@@ -12,9 +11,10 @@ use rayon::prelude::*;
 
 use crate::adapter::Float;
 use crate::error::RuntimeError;
+use crate::json;
 use crate::memory::Numbers;
 use crate::philox::philox4x32;
-use crate::safefile::{self, SafeFile};
+use crate::safefile::SafeFile;
 use names::{Names, Role};
 
 /// What a directory gave.
@@ -208,12 +208,11 @@ fn some(names: &[&String]) -> String {
 fn open(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
-    let paths: Vec<PathBuf> = if safefile::there(&single)? {
+    let paths: Vec<PathBuf> = if json::there(&single)? {
         vec![single]
-    } else if safefile::there(&index)? {
-        let text = fs::read_to_string(&index).map_err(|e| RuntimeError::file(&index, e))?;
-        let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| RuntimeError::file(&index, e))?;
-        let map = json.get("weight_map").and_then(|m| m.as_object());
+    } else if json::there(&index)? {
+        let index_of = json::object(&index)?;
+        let map = index_of.get("weight_map").and_then(|m| m.as_object());
         let map = map.ok_or_else(|| RuntimeError::file(&index, "it has no `weight_map`"))?;
         let mut names: Vec<&str> = map.values().filter_map(|v| v.as_str()).collect();
         names.sort_unstable();

@@ -28,18 +28,19 @@ pub struct Arguments {
 
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = checkpoint::resolve(&arguments.weights)?;
-    let ready = arguments.source.open(&["init", "eval"])?;
-    let model = ready.model;
-    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
+    let mut ready = arguments.source.open()?;
+    let model = &ready.model;
+    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, model)?;
     let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
     super::say(&data.describe());
-    let (loaded, adapter) = adapters::weights(&arguments.weights, &model, arguments.adapter.as_deref())?;
-    let mut session = Session::new(ready.program, loaded.tensors, arguments.source.threads)?;
+    let (loaded, adapter) = adapters::weights(&arguments.weights, model, arguments.adapter.as_deref())?;
+    let program = ready.program(&["init", "eval"])?;
+    let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if let Some(adapter) = &adapter {
         adapters::apply(&mut session, &adapter.values)?;
     }
-    let figures = training::evaluate(&mut session, &model, &data)?;
+    let figures = training::evaluate(&mut session, &ready.model, &data)?;
     super::print(&format!("{}: {} examples, {}", arguments.data.display(), data.len(), figures.describe()));
     Ok(())
 }

@@ -168,8 +168,7 @@ fn base_name(arguments: &Arguments) -> Option<String> {
         return arguments.base.clone();
     }
     let from = arguments.weights.as_ref().filter(|w| w.as_path() != Path::new("random"))?;
-    let config = std::fs::read_to_string(from.join("config.json")).ok();
-    let config: Option<serde_json::Value> = config.and_then(|text| serde_json::from_str(&text).ok());
+    let config = peft_runtime::json::object(&from.join("config.json")).ok();
     let name = config.and_then(|c| Some(c.get("_name_or_path")?.as_str()?.to_owned()));
     name.filter(|name| !name.is_empty()).or_else(|| Some(from.to_string_lossy().into_owned()))
 }

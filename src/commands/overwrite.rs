@@ -43,11 +43,8 @@ impl Overwrite {
     /// The folder `path` may be replaced with all that it holds: it is not there, or empty, or is to be replaced, and
     /// none of `inputs` lies in it. `ours` tells a folder that such a command wrote; another one is not replaced.
     pub fn folder(self, path: &Path, inputs: &[&Path], ours: impl Fn(&Path) -> bool) -> Result<(), Failure> {
-        let Ok(found) = fs::metadata(path) else { return Ok(()) };
         let refuse = |why: &str| Err(Failure::Usage(format!("{}: {why}", path.display())));
-        if !found.is_dir() {
-            return refuse("a file, and a folder is to be written; name another");
-        }
+        no_file(path)?;
         if names(path).is_empty() {
             return Ok(());
         }
@@ -70,6 +67,7 @@ impl Overwrite {
 
     /// The files `there`, which are in the way in the folder `path`, may be replaced. `mend` is another way out.
     pub fn files(self, path: &Path, there: &[PathBuf], mend: &str) -> Result<(), Failure> {
+        no_file(path)?;
         if there.is_empty() || self.overwrite {
             return Ok(());
         }
@@ -80,6 +78,16 @@ impl Overwrite {
             path.display(),
             names.join(", ")
         )))
+    }
+}
+
+/// A folder can be at `path`: nothing else is there.
+fn no_file(path: &Path) -> Result<(), Failure> {
+    match fs::metadata(path) {
+        Ok(found) if !found.is_dir() => {
+            Err(Failure::Usage(format!("{}: a file, and a folder is to be written; name another", path.display())))
+        }
+        _ => Ok(()),
     }
 }
 

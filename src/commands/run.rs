@@ -40,7 +40,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         [Some(&arguments.inputs), Some(&arguments.source.path), arguments.weights.as_ref(), arguments.adapter.as_ref()];
     let read: Vec<&Path> = read.into_iter().flatten().map(PathBuf::as_path).collect();
     arguments.overwrite.file(&arguments.output, &read)?;
-    let ready = arguments.source.open(&["init", &arguments.entry])?;
+    let mut ready = arguments.source.open()?;
     let file = adapter::load(&arguments.inputs)?;
     let padded = exchange::batch(&file, "inputs.", &arguments.inputs, &ready.model)?;
     let path = arguments.adapter.as_deref();
@@ -58,7 +58,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             (given, adapter)
         }
     };
-    let mut session = Session::new(ready.program, weights, arguments.source.threads)?;
+    let program = ready.program(&["init", &arguments.entry])?;
+    let mut session = Session::new(program, weights, arguments.source.threads)?;
     if arguments.weights.is_some() {
         session.initialise()?;
     }

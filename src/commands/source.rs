@@ -1,7 +1,8 @@
 //! Where a command's model comes from: a spec, which is compiled, or an artifact, which has been.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+#[cfg(feature = "compiler")]
+use std::time::{Duration, Instant};
 
 use peft_grammar::model::Model;
 #[cfg(feature = "compiler")]
@@ -46,10 +47,44 @@ fn rule(name: &str) -> Result<String, String> {
     }
 }
 
-/// A checked model with its program.
-pub struct Ready {
+/// A checked model. Its program is made when all that the command reads has been found fit: a person whose weights or
+/// data are refused does not wait for a compiler.
+pub struct Ready<'a> {
+    source: &'a Source,
     pub model: Model,
-    pub program: Program,
+    /// The program of an artifact; a spec has none yet.
+    compiled: Option<Program>,
+    /// How long the checks took.
+    #[cfg(feature = "compiler")]
+    checked: Duration,
+}
+
+impl Ready<'_> {
+    /// The program with these of its entries: that of the artifact, found in the cache, or compiled now.
+    pub fn program(&mut self, entries: &[&str]) -> Result<Program, Failure> {
+        let program = match self.compiled.take() {
+            Some(program) => program,
+            None => self.compile(entries)?,
+        };
+        Ok(program.only(entries))
+    }
+
+    #[cfg(feature = "compiler")]
+    fn compile(&self, entries: &[&str]) -> Result<Program, Failure> {
+        let Ready { source, model, .. } = self;
+        let wanted = Entry::of_artifact(model).into_iter().filter(|entry| entries.contains(&entry.name()));
+        let artifact = crate::compiler::compile_entries(model, &wanted.collect::<Vec<_>>(), &source.options()?)?;
+        store::runs_here(&source.path, &artifact.manifest)?;
+        if source.timings {
+            super::say(&timings(&[&[("check", self.checked)], &artifact.timings[..]].concat(), artifact.remade));
+        }
+        Ok(Program::new(artifact.manifest, &artifact.library)?)
+    }
+
+    #[cfg(not(feature = "compiler"))]
+    fn compile(&self, _: &[&str]) -> Result<Program, Failure> {
+        Err(self.source.no_compiler())
+    }
 }
 
 impl Source {
@@ -78,26 +113,42 @@ impl Source {
         }
     }
 
-    /// The model and a program with these of its entries: compiled now, found in the cache, or loaded.
-    pub fn open(&self, entries: &[&str]) -> Result<Ready, Failure> {
+    fn no_compiler(&self) -> Failure {
+        Failure::Usage(format!(
+            "{}: this peftc runs artifacts and compiles nothing; make one elsewhere with `peftc compile SPEC -o NAME.peftc`",
+            self.path.display()
+        ))
+    }
+
+    /// The model of the spec or of the artifact, for which there is memory and a machine.
+    pub fn open(&self) -> Result<Ready<'_>, Failure> {
         self.check_target()?;
-        let Ready { model, program } = if self.is_artifact() { self.load()? } else { self.compile(entries)? };
-        Ok(Ready { model, program: program.only(entries) })
+        #[cfg(feature = "compiler")]
+        let begun = Instant::now();
+        let (model, compiled) = self.load()?;
+        if cfg!(not(feature = "compiler")) && compiled.is_none() {
+            return Err(self.no_compiler());
+        }
+        Source::fits(&model)?;
+        Ok(Ready {
+            source: self,
+            model,
+            compiled,
+            #[cfg(feature = "compiler")]
+            checked: begun.elapsed(),
+        })
     }
 
     /// The model alone, without a program to run it.
     pub fn model(&self) -> Result<Model, Failure> {
-        match self.is_artifact() {
-            true => Ok(self.load()?.model),
-            false => spec::load(&self.path, &self.set, super::color()),
-        }
+        Ok(self.load()?.0)
     }
 
     /// A program that computes what the model stores; of a spec, nothing else.
     #[cfg(feature = "compiler")]
     pub fn store(&self, model: &Model) -> Result<Program, Failure> {
         if self.is_artifact() {
-            return Ok(self.load()?.program);
+            return self.open()?.program(&["store"]);
         }
         let entries = [Entry::Store];
         let artifact = crate::compiler::compile_entries(model, &entries, &self.options()?)?;
@@ -107,7 +158,7 @@ impl Source {
 
     #[cfg(not(feature = "compiler"))]
     pub fn store(&self, _: &Model) -> Result<Program, Failure> {
-        Ok(self.open(&["store"])?.program)
+        self.open()?.program(&["store"])
     }
 
     /// Weights that no memory here could hold are refused before anything is done for them.
@@ -122,29 +173,17 @@ impl Source {
         })
     }
 
-    fn load(&self) -> Result<Ready, Failure> {
+    /// The model, and the program where it is an artifact's.
+    fn load(&self) -> Result<(Model, Option<Program>), Failure> {
+        if !self.is_artifact() {
+            return Ok((spec::load(&self.path, &self.set, super::color())?, None));
+        }
         let (manifest, library) = store::load(&self.path)?;
         let mut model = described(&self.path, &manifest)?;
         for (key, value) in &self.set {
             set(&mut model, key, value)?;
         }
-        Source::fits(&model)?;
-        Ok(Ready { model, program: Program::new(manifest, &library)? })
-    }
-
-    #[cfg(feature = "compiler")]
-    fn compile(&self, entries: &[&str]) -> Result<Ready, Failure> {
-        let begun = Instant::now();
-        let model = spec::load(&self.path, &self.set, super::color())?;
-        Source::fits(&model)?;
-        let checked = begun.elapsed();
-        let wanted = Entry::of_artifact(&model).into_iter().filter(|entry| entries.contains(&entry.name()));
-        let artifact = crate::compiler::compile_entries(&model, &wanted.collect::<Vec<_>>(), &self.options()?)?;
-        store::runs_here(&self.path, &artifact.manifest)?;
-        if self.timings {
-            super::say(&timings(&[&[("check", checked)], &artifact.timings[..]].concat(), artifact.remade));
-        }
-        Ok(Ready { model, program: Program::new(artifact.manifest, &artifact.library)? })
+        Ok((model, Some(Program::new(manifest, &library)?)))
     }
 
     #[cfg(feature = "compiler")]
@@ -154,15 +193,6 @@ impl Source {
             machine: self.machine()?,
             ..Default::default()
         })
-    }
-
-    #[cfg(not(feature = "compiler"))]
-    fn compile(&self, _: &[&str]) -> Result<Ready, Failure> {
-        let _ = (Instant::now(), &self.no_fuse, self.timings);
-        Err(Failure::Usage(format!(
-            "{}: this peftc runs artifacts and compiles nothing; make one elsewhere with `peftc compile SPEC -o NAME.peftc`",
-            self.path.display()
-        )))
     }
 }
 

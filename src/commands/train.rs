@@ -62,10 +62,10 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         }
     };
     arguments.weights = checkpoint::resolve(&arguments.weights)?;
-    let ready = arguments.source.open(&["init", "train", "update", "eval"])?;
-    let model = ready.model;
-    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, &model)?;
-    super::say(&Budget::of(&model, tokenizer.appended()).table());
+    let mut ready = arguments.source.open()?;
+    let model = &ready.model;
+    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, model)?;
+    super::say(&Budget::of(model, tokenizer.appended()).table());
     let read = |path: &PathBuf| -> Result<Dataset, Failure> {
         let data = Dataset::load(path, &model.task, &tokenizer)?;
         super::say(&data.describe());
@@ -75,12 +75,12 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let dev = arguments.dev.as_ref().map(read).transpose()?;
     drop(tokenizer);
 
-    let (loaded, _) = adapters::weights(&arguments.weights, &model, None)?;
-    let base = Base::of(&model, &loaded);
+    let (loaded, _) = adapters::weights(&arguments.weights, model, None)?;
+    let base = Base::of(model, &loaded);
     let total = training::total(&model.train, &train);
-    let identity = Identity::of(&model, &base, &train, dev.as_ref(), total);
+    let identity = Identity::of(model, &base, &train, dev.as_ref(), total);
     if let Some(state) = &state {
-        state.check(&model, &identity)?.iter().for_each(|note| super::say(note));
+        state.check(model, &identity)?.iter().for_each(|note| super::say(note));
         if state.step >= total {
             super::print(&format!(
                 "{} is finished: {} of {total} steps are done, and nothing was changed; \
@@ -91,13 +91,14 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    let mut session = Session::new(ready.program, loaded.tensors, arguments.source.threads)?;
+    let program = ready.program(&["init", "train", "update", "eval"])?;
+    let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if arguments.profile {
         session.profile = Some(Default::default());
     }
     let training = Training {
-        model: &model,
+        model: &ready.model,
         session: &mut session,
         train: &train,
         dev: dev.as_ref(),

@@ -321,7 +321,7 @@ fn wrong_tokenizers() {
     let (sentences, triples) = (classification(8), plain_generation());
     insta::assert_snapshot!(error(&sentences, 8), @"no tokenizer in `DIR`: it holds nothing, and a tokenizer is `tokenizer.json`, `vocab.json` with `merges.txt`, or `vocab.txt`; copy the model's own there, or name its folder with `--tokenizer`");
     std::fs::write(&path, "{\"version\"").unwrap();
-    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: EOF while parsing an object at line 1 column 10");
+    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: no JSON (EOF while parsing an object at line 1 column 10); write or fetch it again");
     std::fs::write(&path, tokenizer_json(false)).unwrap();
     insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: its `post_processor` is missing or of another model");
     insta::assert_snapshot!(error(&sentences, 7), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens, but the spec's `vocab` is 7");

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::commands::say;
 use crate::failure::Failure;
 
-pub use folder::{named, resolve};
+pub use folder::{cached, named, resolve};
 
 /// What stands for weights that are drawn from each tensor's initialisation.
 pub const RANDOM: &str = "random";

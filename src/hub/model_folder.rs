@@ -3,10 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use peft_runtime::json::object;
 use peft_runtime::{RuntimeError, adapter};
 use serde_json::{Map, Value, json};
 
 use crate::failure::Failure;
+use crate::metrics;
 
 pub const CONFIG: &str = "config.json";
 pub const MODEL: &str = "model.safetensors";
@@ -32,7 +34,8 @@ const WEIGHTS: &[&str] = &[
     ".mlmodel",
 ];
 
-/// An adapter's configuration makes transformers look for its base model in the same folder.
+/// Written anew, or of a run in the same folder: an adapter's configuration makes transformers look for its base model
+/// there.
 const NOT_COPIED: &[&str] = &[CONFIG, "adapter_config.json"];
 
 /// The files beside a folder's weights.
@@ -55,8 +58,9 @@ impl SideFiles {
     fn look(&mut self, folder: &Path, inside: &Path) -> Result<(), Failure> {
         for name in names(&folder.join(inside))? {
             let path = inside.join(&name);
+            let at_top = inside == Path::new("");
             if name.starts_with('.')
-                || (inside == Path::new("") && NOT_COPIED.contains(&&name[..]))
+                || (at_top && (NOT_COPIED.contains(&&name[..]) || metrics::is_file(&name)))
                 || is_weights(&name)
             {
                 continue;
@@ -108,13 +112,6 @@ fn holds_weights(folder: &Path) -> Result<bool, Failure> {
     Ok(false)
 }
 
-/// An object of JSON in a file.
-pub fn read_object(path: &Path) -> Result<Map<String, Value>, Failure> {
-    let text = fs::read_to_string(path).map_err(Failure::file(path))?;
-    serde_json::from_str(&text)
-        .map_err(|e| RuntimeError::file(path, format!("no object of JSON ({e}); fetch it again")).into())
-}
-
 pub fn write_object(path: &Path, object: &Map<String, Value>) -> Result<(), Failure> {
     let mut text = serde_json::to_string_pretty(object).expect("plain data");
     text.push('\n');
@@ -134,8 +131,8 @@ pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> 
         })
     };
     let vocab = folder.join("vocab.json");
-    let tokenizer = if whole.is_file() { read_object(&whole)? } else { Map::new() };
-    let plain = if vocab.is_file() { read_object(&vocab)? } else { Map::new() };
+    let tokenizer = if whole.is_file() { object(&whole)? } else { Map::new() };
+    let plain = if vocab.is_file() { object(&vocab)? } else { Map::new() };
     let new = |token: &str| !plain.contains_key(token) && !knows(&tokenizer, token);
     let tokens: Vec<&(&str, i32)> = tokens.iter().filter(|(token, _)| new(token)).collect();
     if tokens.is_empty() {
@@ -155,13 +152,13 @@ pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> 
         }
         write_object(&whole, &tokenizer)?;
     }
-    let mut settings = if config.is_file() { read_object(&config)? } else { Map::new() };
+    let mut settings = if config.is_file() { object(&config)? } else { Map::new() };
     if let Some(Value::Object(decoder)) = settings.get_mut("added_tokens_decoder") {
         decoder.extend(tokens.iter().map(|(token, id)| (id.to_string(), described(token))));
         write_object(&config, &settings)?;
     }
     if list.is_file() || !whole.is_file() {
-        let mut all = if list.is_file() { read_object(&list)? } else { Map::new() };
+        let mut all = if list.is_file() { object(&list)? } else { Map::new() };
         all.extend(tokens.iter().map(|(token, id)| (token.to_string(), json!(id))));
         write_object(&list, &all)?;
     }

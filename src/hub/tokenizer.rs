@@ -47,7 +47,7 @@ fn rows(model: &Model) -> u64 {
 fn near(data: &Path, backbone: &str) -> Result<PathBuf, Failure> {
     let folder = data.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
     let mut places = vec![folder.clone(), folder.join("../tokenizers").join(backbone)];
-    places.extend(cached(backbone));
+    places.extend(checkpoint::cached(backbone));
     let holds =
         |place: &&PathBuf| ["tokenizer.json", "vocab.json", "vocab.txt"].iter().any(|f| place.join(f).is_file());
     if let Some(place) = places.iter().find(holds) {
@@ -58,18 +58,6 @@ fn near(data: &Path, backbone: &str) -> Result<PathBuf, Failure> {
         "random weights have no tokenizer of their own; name one with `--tokenizer`. Looked in\n{}",
         places.join("\n")
     )))
-}
-
-/// Snapshots of a model in Hugging Face's cache.
-fn cached(model: &str) -> Vec<PathBuf> {
-    let home = std::env::var_os("HF_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")));
-    let Some(home) = home else { return vec![] };
-    let snapshots = home.join("hub").join(format!("models--{model}")).join("snapshots");
-    let Ok(entries) = std::fs::read_dir(snapshots) else { return vec![] };
-    let mut found: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
-    found.sort();
-    found
 }
 
 #[cfg(test)]

@@ -48,11 +48,13 @@ impl Builder {
             Rule::optional => EntryRule::Optional,
             Rule::unused => EntryRule::Unused,
             Rule::required => EntryRule::Required,
-            Rule::values => {
-                let values = pair.into_inner().filter(|p| p.as_rule() != Rule::or);
-                EntryRule::Is(values.map(|p| self.expr(p)).collect())
-            }
+            Rule::values => EntryRule::Is(self.values(pair)),
             _ => EntryRule::Same(self.text(Children::of(pair).next())),
         }
+    }
+
+    /// The values that a key may have, between them `or`.
+    pub(super) fn values(&mut self, pair: Node) -> Vec<Expr> {
+        pair.into_inner().filter(|p| p.as_rule() != Rule::or).map(|p| self.expr(p)).collect()
     }
 }

@@ -42,12 +42,9 @@ impl Builder {
         let key = self.text(c.next());
         match rule {
             Rule::key_is => {
-                let mut values = vec![];
-                while let Some(value) = c.next_if(Rule::expr) {
-                    values.push(self.expr(value));
-                }
+                let values = self.values(c.next());
                 let patterns = c.next_if(Rule::overriding).map(|p| self.text(Children::of(p).next()));
-                let hint = c.next_if(Rule::otherwise).map(|p| self.text(Children::of(p).next()));
+                let hint = c.next_if(Rule::note).map(|p| self.text(Children::of(p).next()));
                 CounterpartLine::Is { key, values, patterns, hint }
             }
             Rule::key_free => CounterpartLine::Free { key, written: c.next_if(Rule::expr).map(|p| self.expr(p)) },

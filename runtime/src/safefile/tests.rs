@@ -110,3 +110,26 @@ fn not_finite_numbers_are_named() {
     let message = SafeFile::open(&path).unwrap().floats("w", &mut vec![0.0; 200_000]).unwrap_err().to_string();
     assert!(message.contains("`w` holds -inf at [1, 50001]"), "{message}");
 }
+
+/// Every type of integers has its numbers, booleans 0 and 1; ids and masks of other programs come in all of them.
+#[test]
+fn every_integer_type() {
+    let cases: [(&str, &[u8], [i64; 2]); 8] = [
+        ("BOOL", &[1, 0], [1, 0]),
+        ("U8", &[255, 1], [255, 1]),
+        ("I8", &[255, 1], [-1, 1]),
+        ("U16", &[255, 255, 1, 0], [65_535, 1]),
+        ("I16", &[255, 255, 1, 0], [-1, 1]),
+        ("U32", &[255, 255, 255, 255, 1, 0, 0, 0], [4_294_967_295, 1]),
+        ("I32", &[255, 255, 255, 255, 1, 0, 0, 0], [-1, 1]),
+        ("I64", &[255, 255, 255, 255, 255, 255, 255, 255, 1, 0, 0, 0, 0, 0, 0, 0], [-1, 1]),
+    ];
+    for (dtype, bytes, wanted) in cases {
+        let header = format!(r#"{{"x":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,{}]}}}}"#, bytes.len());
+        let (_folder, path) = stored(&raw(&header, bytes));
+        let file = SafeFile::open(&path).expect("sound");
+        assert!(file.integral("x"), "{dtype}");
+        assert_eq!(file.integers("x").expect("integers"), wanted, "{dtype}");
+        assert_eq!(file.numbers("x").expect("numbers"), wanted.map(|x| x as f64), "{dtype}");
+    }
+}

@@ -1,3 +1,5 @@
+use std::fs;
+
 use peft_grammar::model::{Buffer, Checkpoint, Kind, TensorRule, Trainable};
 
 use super::*;

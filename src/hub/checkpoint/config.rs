@@ -6,8 +6,8 @@ use std::path::Path;
 
 use peft_grammar::library;
 use peft_grammar::model::{ConfigValue, Key, Model};
-use peft_runtime::{RuntimeError, safefile};
-use serde_json::{Map, Value, json};
+use peft_runtime::{RuntimeError, json};
+use serde_json::{Map, Value};
 
 /// Keys that change nothing of what a model computes from its weights, whatever its family: where it comes from, with
 /// what it was written, in which type, what its outputs hold besides, how text is drawn from it.
@@ -173,20 +173,7 @@ pub struct Comparison {
 /// `config.json` of a folder, where it has one.
 pub fn read(dir: &Path) -> Result<Option<Map<String, Value>>, RuntimeError> {
     let path = dir.join("config.json");
-    if !safefile::there(&path)? {
-        return Ok(None);
-    }
-    let text = std::fs::read(&path).map_err(|e| RuntimeError::file(&path, format!("cannot be read: {e}")))?;
-    let broken = |why: String| RuntimeError::file(&path, format!("{why}; fetch it again"));
-    if text.starts_with(safefile::POINTER) {
-        return Err(RuntimeError::file(&path, safefile::POINTS));
-    }
-    // Some editors put a byte order mark before what they save.
-    match serde_json::from_slice(text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text)) {
-        Ok(Value::Object(config)) => Ok(Some(config)),
-        Ok(_) => Err(broken("no JSON object".into())),
-        Err(e) => Err(broken(format!("no JSON ({e})"))),
-    }
+    json::there(&path)?.then(|| json::object(&path)).transpose()
 }
 
 /// Compares every key with what the model computes. A key that is absent counts as transformers' own default, which
@@ -374,10 +361,10 @@ fn same(wanted: &Value, found: &Value) -> bool {
 
 fn plain(value: &ConfigValue) -> Value {
     match value {
-        ConfigValue::Bool(b) => json!(b),
-        ConfigValue::Int(n) => json!(n),
-        ConfigValue::Float(x) => json!(x),
-        ConfigValue::Str(s) => json!(s),
+        ConfigValue::Bool(b) => Value::from(*b),
+        ConfigValue::Int(n) => Value::from(*n),
+        ConfigValue::Float(x) => Value::from(*x),
+        ConfigValue::Str(s) => Value::from(s.as_str()),
     }
 }
 

@@ -73,7 +73,12 @@ pub fn named(path: &Path) -> Option<PathBuf> {
     if path.symlink_metadata().is_ok() {
         return None;
     }
-    snapshot(&cache()?, &hub_name(path)?).ok().flatten()
+    cached(&hub_name(path)?)
+}
+
+/// The folder of a model's name in the Hugging Face cache, where the cache has it.
+pub fn cached(name: &str) -> Option<PathBuf> {
+    snapshot(&cache()?, name).ok().flatten()
 }
 
 /// What a folder is that holds no weights in safetensors; `None` where it does, or where nothing is known of it.

@@ -64,8 +64,13 @@ impl<'a> Config<'a> {
         self.map.get(key).filter(|v| !unset(v))
     }
 
-    pub fn flag(&self, key: &str) -> bool {
-        self.get(key).and_then(Value::as_bool).unwrap_or(false)
+    /// `true` or `false`; what is absent is false.
+    pub fn flag(&self, key: &str) -> Result<bool, String> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(Value::Bool(on)) => Ok(*on),
+            Some(other) => Err(format!("`{key}` of {CONFIG} is {other}, `true` or `false` was expected")),
+        }
     }
 
     /// The strings of a list, or the one string.

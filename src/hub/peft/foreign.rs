@@ -63,16 +63,6 @@ pub fn check_folder(dir: &Path, config: &Map<String, Value>) -> Result<(), Runti
     }
 }
 
-/// Refuses what git leaves in a file's place where its large files were not fetched.
-pub fn check_pointer(path: &Path) -> Result<(), RuntimeError> {
-    let mut start = [0; 23];
-    let read = std::fs::File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut start));
-    match read.is_ok() && start == *b"version https://git-lfs" {
-        true => Err(said(path, "is a git-lfs pointer and holds no tensors: run `git lfs pull` in its folder")),
-        false => Ok(()),
-    }
-}
-
 /// What a folder is by the files in it.
 fn by_files(dir: &Path) -> Option<RuntimeError> {
     let found = FILES.iter().find(|(file, _)| dir.join(file).is_file());

@@ -262,7 +262,7 @@ fn carried(model: &Model, config: &Config, rest: &mut Rest, imported: &mut Impor
                 if tied(model, &param.name) {
                     // What the logits go through, if it is in the file, must be the same.
                     let copies = rest.drop(|s| s.shape == param.shape && s.data == Data::F32(numbers.clone()));
-                    let ties = config.flag("ensure_weight_tying") && TABLES.iter().any(|t| module.ends_with(t));
+                    let ties = config.flag("ensure_weight_tying")? && TABLES.iter().any(|t| module.ends_with(t));
                     if copies == 0 && !ties {
                         return Err(format!(
                             "PEFT changes `{}` where tokens are looked up, and not where logits are computed from it: \

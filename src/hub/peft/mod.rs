@@ -18,8 +18,8 @@ use std::path::Path;
 
 use peft_grammar::graph::Op;
 use peft_grammar::model::Model;
-use peft_runtime::RuntimeError;
 use peft_runtime::adapter::{self, Stored, TensorFile};
+use peft_runtime::{RuntimeError, json};
 use serde_json::{Map, Value};
 
 pub use export::{export, notes};
@@ -43,11 +43,8 @@ impl Adapter {
     /// Reads a folder that PEFT wrote. The error says what else it is.
     pub fn load(dir: &Path) -> Result<Self, RuntimeError> {
         let path = dir.join(CONFIG);
-        let text = std::fs::read_to_string(&path).map_err(|e| RuntimeError::file(&path, e))?;
-        let config = serde_json::from_str(&text)
-            .map_err(|e| RuntimeError::file(&path, format!("is no adapter's configuration: {e}")))?;
+        let config = json::object(&path)?;
         foreign::check_folder(dir, &config)?;
-        foreign::check_pointer(&dir.join(MODEL))?;
         let tensors = adapter::load(&dir.join(MODEL))?.tensors;
         foreign::check_names(&dir.join(MODEL), tensors.keys())?;
         Ok(Adapter { config, tensors })

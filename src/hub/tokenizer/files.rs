@@ -1,11 +1,10 @@
 //! Files that hold a tokenizer, each brought to the form of `tokenizer.json`.
 
 use std::fmt::Display;
-use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use peft_runtime::safefile;
+use peft_runtime::{RuntimeError, json as outside};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
 
@@ -272,25 +271,18 @@ pub fn there(path: &Path) -> bool {
 
 /// A file's text, without a byte order mark.
 fn text(path: &Path) -> Result<String, DataError> {
-    let bytes = fs::read(path).map_err(|source| match fs::read_link(path) {
-        Ok(to) if source.kind() == ErrorKind::NotFound => {
-            malformed(path, format!("it is a link to {}, which is not there; fetch it again", to.display()))
-        }
-        _ => DataError::Read { path: path.to_owned(), source },
-    })?;
-    if bytes.starts_with(safefile::POINTER) {
-        return Err(malformed(path, safefile::POINTS));
-    }
-    let text = String::from_utf8(bytes).map_err(|_| malformed(path, "it is not UTF-8"))?;
-    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+    outside::text(path).map_err(|error| unusable(path, error))
 }
 
 /// A file that holds one JSON object.
 pub fn object(path: &Path) -> Result<Map<String, Value>, DataError> {
-    match serde_json::from_str(&text(path)?) {
-        Ok(Value::Object(object)) => Ok(object),
-        Ok(_) => Err(malformed(path, "it holds JSON, but no object")),
-        Err(error) => Err(malformed(path, error)),
+    outside::object(path).map_err(|error| unusable(path, error))
+}
+
+fn unusable(path: &Path, error: RuntimeError) -> DataError {
+    match error {
+        RuntimeError::File { message, .. } => malformed(path, message),
+        other => malformed(path, other),
     }
 }
 

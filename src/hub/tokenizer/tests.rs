@@ -371,7 +371,7 @@ fn what_is_no_tokenizer() {
 #[test]
 fn settings_that_are_refused() {
     let pieces = |keys: &str| refusal(&[("vocab.txt", WORDS), ("tokenizer_config.json", keys)]);
-    insta::assert_snapshot!(pieces("{"), @"`DIR/tokenizer_config.json`: EOF while parsing an object at line 1 column 1");
+    insta::assert_snapshot!(pieces("{"), @"`DIR/tokenizer_config.json`: no JSON (EOF while parsing an object at line 1 column 1); write or fetch it again");
     insta::assert_snapshot!(pieces(r#"{"do_lower_case": "no"}"#), @r#"`DIR/tokenizer_config.json`: `do_lower_case` is "no", and should be true or false"#);
     insta::assert_snapshot!(pieces(r#"{"sep_token": "</s>", "added_tokens_decoder": {"x": {"content": "y"}}}"#), @"`DIR/tokenizer_config.json`: `added_tokens_decoder` has no token at `x`");
     insta::assert_snapshot!(pieces(r#"{"added_tokens_decoder": {"9": {"content": "film"}}}"#), @"`DIR/vocab.txt` is no tokenizer that can be used: its added token `film` is said to have the id 9, and has 3: added tokens keep the vocabulary's id, or count on from its end");

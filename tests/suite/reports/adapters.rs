@@ -217,6 +217,7 @@ fn keys_that_are_set_and_unknown() {
     let start = with("start", "init_lora_weights", json!("pissa_niter_16"));
     case.refuses(&start, &["`init_lora_weights` is \"pissa_niter_16\"", "path_initial_model_for_weight_conversion"]);
     case.refuses(&with("text", "lora_alpha", json!("16")), &["`lora_alpha`", "is \"16\", a number was expected"]);
+    case.refuses(&with("flag", "use_rslora", json!("true")), &["`use_rslora` is \"true\"", "it is false or true"]);
     let regex = case.changed("regex", |config, _| drop(config.insert("alpha_pattern".into(), json!({ "que(": 3 }))));
     case.refuses(&regex, &["`alpha_pattern`", "cannot be matched"]);
     let rank = case.changed("rank", |config, _| drop(config.insert("r".into(), json!(4))));
@@ -387,6 +388,8 @@ fn folders_of_others_are_named() {
         "pointer/adapter_model.safetensors",
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     );
+    bench.write("points/adapter_config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n");
+    bench.write("points/adapter_model.safetensors", "x");
     bench.write("shards/adapter_config.json", &config);
     bench.write("shards/adapter_model.safetensors.index.json", "{}");
     bench.write("typeless/adapter_config.json", r#"{"r": 8}"#);
@@ -402,7 +405,8 @@ fn folders_of_others_are_named() {
         ("weights", &["a whole model", "`--weights`"]),
         ("empty", &["holds no adapter", "readme.txt"]),
         ("weights.bin", &["pickle"]),
-        ("pointer", &["git-lfs pointer", "`git lfs pull`"]),
+        ("pointer", &["large-file storage", "`git lfs pull`"]),
+        ("points", &["adapter_config.json", "large-file storage", "`git lfs pull`"]),
         ("shards", &["in several files", "save_pretrained"]),
         ("typeless", &["no `peft_type`"]),
         ("no/such/folder", &["no such file or directory"]),

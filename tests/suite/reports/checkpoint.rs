@@ -501,6 +501,19 @@ fn a_config_that_is_there() {
     refused(&bench, &path, &weights, &["model.safetensors", "a link to nowhere, which is not there"]);
 }
 
+/// Whoever brings other weights does not wait for a compiler.
+#[test]
+fn weights_are_refused_before_anything_is_compiled() {
+    let bench = Bench::with_own_cache();
+    let (path, bert) = spec(&bench, "bert.peft", BERT);
+    let mut config = config(&bert);
+    config.insert("hidden_act".into(), json!("relu"));
+    let weights = folder(&bench, "weights", &config, &tensors(&bert, true));
+    refused(&bench, &path, &weights, &["`hidden_act` is \"relu\""]);
+    let cache = bench.path("cache");
+    assert!(fs::read_dir(&cache).map_or(0, Iterator::count) == 0, "{} is not empty", cache.display());
+}
+
 /// What `--weights` names, and what it is taken for.
 #[test]
 fn what_weights_may_name() {

@@ -131,6 +131,9 @@ fn what_lies_beside_the_weights_is_copied() {
         "adapter_config.json",
         "onnx/model.onnx",
         "onnx/config.json",
+        // A run's own, which was made into the folder of its weights.
+        "metrics.jsonl",
+        "events.out.tfevents.1764489600.host.peftc.0",
     ];
     copied.iter().chain(&left).for_each(|name| write(name));
     let out = case.path("merged");

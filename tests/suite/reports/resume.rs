@@ -84,7 +84,7 @@ fn a_state_is_refused_with_what_it_is_not_of() {
     fs::write(&mine, fs::read_to_string(&mine).expect("readable").replace("lora(", "mine(")).expect("written");
     refuses(&mine, weights, data, &[], &["another spec"]);
     let labels = of("labels.peft", "[\"0\", \"1\"]", "[\"1\", \"0\"]");
-    refuses(&labels, weights, data, &[], &["task"]);
+    refuses(&labels, weights, data, &[], &["task.labels: [\"0\",\"1\"] in the state, [\"1\",\"0\"] now"]);
     // The recipe.
     refuses(spec, weights, data, &["--seed", "9"], &["another recipe", "train.seed: 1 in the state, 9 now"]);
     refuses(spec, weights, data, &["--set", "train.batch=4"], &["train.batch: 2 in the state, 4 now"]);
@@ -198,6 +198,11 @@ fn nothing_is_overwritten_unasked() {
         &["--overwrite"],
     );
     case.bench.refuses(&[&onto[..], &["--resume", "--overwrite"]].concat(), 2, &["cannot be used with"]);
+    let file = case.bench.write("file", "mine");
+    for more in [&[][..], &["--overwrite"]] {
+        let onto = [&train[..], &[text(&file)], more].concat();
+        case.bench.refuses(&onto, 2, &["file: a file, and a folder is to be written"]);
+    }
     // Nothing of the old run is left beside the new one.
     fs::write(out.join("notes.txt"), "mine").expect("written");
     fs::write(out.join("adapter_config.json"), "{}").expect("written");

@@ -81,6 +81,15 @@ fn the_checkpoints_own_and_no_other() {
     assert_ne!(figures(&own), figures(&named), "the two give other ids");
     assert_eq!(figures(&own), figures(&eval(&bench, &spec, &weights, &apart, &[])));
 
+    // A name of Hugging Face's cache, for `--tokenizer` as for weights.
+    bench.write("hub/models--google--tiny/refs/main", "abc");
+    bench.write("hub/models--google--tiny/snapshots/abc/tokenizer.json", stranger());
+    let hub = bench.path("hub");
+    let args = ["eval", text(&spec), "--weights", text(&weights), "--data", text(&apart), "--tokenizer", "google/tiny"];
+    let cached = bench.with(&[("HF_HUB_CACHE", text(&hub))], args);
+    assert!(cached.err.contains("snapshots/abc/tokenizer.json, 45 tokens"), "{}", cached.err);
+    assert_eq!(figures(&cached), figures(&named));
+
     // Random weights have none: the data's is taken, and said.
     let random = Path::new("random");
     let drawn = eval(&bench, &spec, random, &beside, &[]);
