@@ -209,9 +209,12 @@ impl Adapter {
             if let Some((index, _, (start, end))) = locate(model, key)
                 && loaded.held[index].is_some_and(|held| held.rows > start && end > start)
             {
-                crate::commands::say(&format!(
-                    "note: these weights hold `{key}`; the adapter was trained beside one drawn at random, which is used"
-                ));
+                crate::commands::say(&match self.notes.is_empty() {
+                    true => format!("note: the adapter holds `{key}`, which is used in place of that of these weights"),
+                    false => format!(
+                        "note: these weights hold `{key}`; the adapter was trained beside one drawn at random, which is used"
+                    ),
+                });
             }
         }
         self.check_base(model, loaded)?;

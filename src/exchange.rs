@@ -25,6 +25,12 @@ const INPUTS: [&str; 5] = ["ids", "types", "mask", "lengths", "labels"];
 const ALIASES: [(&str, &str); 4] =
     [("input_ids", "ids"), ("token_type_ids", "types"), ("attention_mask", "mask"), ("label", "labels")];
 
+/// The tensor of a batch that a name means.
+fn input(name: &str) -> Option<&'static str> {
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == name).map(|(_, known)| *known);
+    INPUTS.into_iter().find(|known| *known == name).or(alias)
+}
+
 /// A label where nothing is asked, as PyTorch has it.
 const NOTHING_ASKED: i32 = -100;
 
@@ -39,11 +45,21 @@ pub struct Padded {
     generates: bool,
     /// The column of each packed token.
     columns: Vec<usize>,
-    /// The file has labels, if only some that ask for nothing.
-    labelled: bool,
+    labels: Labels,
     /// Where it was read, and under what prefix.
     path: PathBuf,
     prefix: String,
+}
+
+/// What labels a file has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Labels {
+    None,
+    /// Each is [`NOTHING_ASKED`].
+    OfNothing,
+    /// Those that ask for something stand in the first column, and no token before it predicts them.
+    OfFirst,
+    Some,
 }
 
 /// A tensor's shape and its integers.
@@ -82,16 +98,25 @@ impl Reader<'_> {
 
     /// Nothing is there that would be passed over.
     fn all_known(&self) -> Result<(), RuntimeError> {
+        let prefix = self.prefix;
+        // A part of a batch without the prefix, or with one that is spelt otherwise.
+        let meant = |name: &String| {
+            let lower = name.to_lowercase();
+            let bare = ["inputs.", "input."].iter().find_map(|start| lower.strip_prefix(start)).unwrap_or(&lower);
+            (!name.starts_with(prefix)).then(|| input(bare).map(|known| (name.clone(), known)))?
+        };
+        if let Some((name, known)) = self.file.tensors.keys().find_map(meant) {
+            let message = format!("`{name}` would be passed over; call it `{prefix}{known}`");
+            return Err(RuntimeError::file(self.path, message));
+        }
         let names = self.file.tensors.keys().filter_map(|name| name.strip_prefix(self.prefix));
         // A file may hold other things beside a batch, and other batches.
         let unknown = names.filter(|name| !self.prefix.is_empty() && !INPUTS.contains(name) && !name.contains('.'));
         match unknown.min() {
             None => Ok(()),
             Some(name) => {
-                let prefix = self.prefix;
                 let known = INPUTS.map(|name| format!("`{prefix}{name}`")).join(", ");
-                let alias = ALIASES.iter().find(|(alias, _)| *alias == name);
-                let alias = alias.map(|(_, name)| format!("; call it `{prefix}{name}`")).unwrap_or_default();
+                let alias = input(name).map(|name| format!("; call it `{prefix}{name}`")).unwrap_or_default();
                 Err(self.wrong(name, format!("is nothing that a batch has{alias}: {known} are read")))
             }
         }
@@ -138,11 +163,7 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
     let reader = Reader { file, prefix, path };
     let wrong = |name: &str, message: &str| reader.wrong(name, message);
     reader.all_known()?;
-    let (shape, ids) = reader.ints("ids")?.ok_or_else(|| {
-        let bare = ["ids", "input_ids"].into_iter().find(|name| file.tensors.contains_key(*name));
-        let mend = bare.map(|name| format!("; the file has `{name}`, which should be called that"));
-        wrong("ids", &format!("is missing{}", mend.unwrap_or_default()))
-    })?;
+    let (shape, ids) = reader.ints("ids")?.ok_or_else(|| wrong("ids", "is missing"))?;
     let [sequences, width] = shape[..] else { return Err(wrong("ids", "should have two axes, sequences and tokens")) };
     if sequences == 0 || width == 0 {
         return Err(wrong("ids", &format!("is {shape:?}: there is no token in it")));
@@ -157,7 +178,14 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         return Err(wrong("labels", &format!("is {odd} in {place}; where nothing is asked it is {NOTHING_ASKED}")));
     }
     let (mut batch, mut columns) = (Batch::default(), vec![]);
-    let labelled = labels.is_some();
+    let labelled = match &labels {
+        None => Labels::None,
+        Some(all) if all.iter().all(|&label| label == NOTHING_ASKED) => Labels::OfNothing,
+        Some(all) if generates && (0..all.len()).all(|at| at % width == 0 || all[at] == NOTHING_ASKED) => {
+            Labels::OfFirst
+        }
+        Some(_) => Labels::Some,
+    };
     for (row, kept) in rows.iter().enumerate() {
         let at = |column: usize| row * width + column;
         let skips = |column: usize| model.backbone.skipped.is_some_and(|id| i64::from(ids[at(column)]) == id as i64);
@@ -198,7 +226,7 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         batch.labels = labels;
     }
     let (path, prefix) = (path.to_path_buf(), prefix.to_string());
-    Ok(Padded { sequences, width, batch, generates, columns, labelled, path, prefix })
+    Ok(Padded { sequences, width, batch, generates, columns, labels: labelled, path, prefix })
 }
 
 /// The weights a file holds under `weights.`, in the order of the model's parameters.
@@ -222,16 +250,19 @@ pub fn weights(file: &TensorFile, model: &Model, path: &Path) -> Result<Vec<Numb
 impl Padded {
     /// A loss can be taken.
     fn asks(&self) -> bool {
-        !self.batch.labels.is_empty()
+        self.labels == Labels::Some
     }
 
     /// Why there is no loss, if there is none.
     pub fn without_loss(&self) -> Option<String> {
         let labels = format!("`{}labels`", self.prefix);
-        match (self.asks(), self.labelled) {
-            (true, _) => None,
-            (false, true) => Some(format!("every one of {labels} is {NOTHING_ASKED}: there is no target")),
-            (false, false) => Some(format!("there are no {labels}")),
+        match self.labels {
+            Labels::Some => None,
+            Labels::OfNothing => Some(format!("every one of {labels} is {NOTHING_ASKED}: there is no target")),
+            Labels::OfFirst => Some(format!(
+                "{labels} asks for nothing behind column 0, and no token stands before that to predict it"
+            )),
+            Labels::None => Some(format!("there are no {labels}")),
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! What can be folded is found by [`peft_passes::fold`]; here its result is computed and put in place.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{ConfigValue, Model, Origin, TaskKind};
@@ -140,6 +141,23 @@ pub struct Sources<'a> {
     pub tokenizer: Option<&'a Path>,
 }
 
+impl<'a> Sources<'a> {
+    /// Those whose other files a merged model has, too.
+    fn folders(&self) -> impl Iterator<Item = &'a Path> {
+        [self.weights.is_dir().then_some(self.weights), self.tokenizer].into_iter().flatten()
+    }
+}
+
+/// The files that [`save`] may write into its folder.
+pub fn files(from: &Sources) -> Result<BTreeSet<PathBuf>, Failure> {
+    let mut all: BTreeSet<PathBuf> =
+        [CONFIG, MODEL].into_iter().chain(model_folder::TOKENS).map(PathBuf::from).collect();
+    for folder in from.folders() {
+        all.extend(SideFiles::of(folder)?.files);
+    }
+    Ok(all)
+}
+
 /// Writes the folder `out`, all of it or nothing: weights, `config.json`, and what lies beside them in the base model's
 /// folder, with the task's own tokens in the tokenizer. Gives what is to be said of it.
 pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result<Vec<String>, Failure> {
@@ -151,7 +169,7 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
     };
     let config = configured(model, config, &merged.tensors);
     let mut copied = vec![];
-    for folder in [from.weights.is_dir().then_some(from.weights), from.tokenizer].into_iter().flatten() {
+    for folder in from.folders() {
         copied.push((folder, SideFiles::of(folder)?));
     }
     let mut notes = vec![];

@@ -3,6 +3,7 @@
 //! A resumed run gives the bits of one that was never stopped only if its spec, recipe, base weights and data are the
 //! same. The state records them, and is refused with others.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Model, Schedule, TaskKind, written};
@@ -23,6 +24,9 @@ pub const STATE: &str = "state.safetensors";
 const FORMAT: &str = "peftc state 3";
 /// The first format, which records the name of the spec and nothing else.
 const OLD_FORMAT: &str = "peftc state 1";
+
+/// The note that holds the hash of all else: see [`begin_checksum`].
+const CHECKSUM: &str = "checksum";
 
 /// The flat vectors of a session that a training step changes.
 const VECTORS: [&str; 3] = ["values", "m", "v"];
@@ -149,7 +153,7 @@ impl State {
         let path = out.join(STATE);
         if !path.is_file() {
             let why = match out.join(crate::metrics::LINES).is_file() {
-                true => "the run there was stopped before its first epoch ended; begin anew with `--overwrite`",
+                true => "no state was saved there, as one is when an epoch ends; begin anew with `--overwrite`",
                 false => "no run was stopped there; begin one without `--resume`, or name its folder with `--out`",
             };
             return Err(RuntimeError::file(out, format!("`--resume` finds no `{STATE}`: {why}")).into());
@@ -162,6 +166,15 @@ impl State {
         let of = match note("format") {
             Some(OLD_FORMAT) => None,
             Some(FORMAT) => {
+                let mut checksum = begin_checksum(&file.notes);
+                for name in VECTORS {
+                    checksum.update(file.bytes(name)?);
+                }
+                if note(CHECKSUM) != Some(&checksum.finalize().to_hex()) {
+                    return Err(wrong(
+                        "it is damaged: its checksum is that of other content; begin anew with `--overwrite`",
+                    ));
+                }
                 let of = note("of").and_then(|of| serde_json::from_str(of).ok());
                 Some(Identity(of.ok_or_else(|| wrong("it does not say what it is of: it is damaged"))?))
             }
@@ -232,6 +245,17 @@ impl State {
     }
 }
 
+/// Begins the hash of a state: its notes, but for the checksum itself. The bytes of the vectors follow, in their order.
+fn begin_checksum(notes: &BTreeMap<String, String>) -> blake3::Hasher {
+    let mut hash = blake3::Hasher::new();
+    for (key, value) in notes.iter().filter(|(key, _)| *key != CHECKSUM) {
+        for text in [key, value] {
+            hash.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+        }
+    }
+    hash
+}
+
 /// Writes the state of a session after `step` steps.
 pub fn save(out: &Path, session: &Session, model: &Model, of: &Identity, step: u64) -> Result<(), RuntimeError> {
     let mut file = TensorFile::default();
@@ -240,9 +264,14 @@ pub fn save(out: &Path, session: &Session, model: &Model, of: &Identity, step: u
     note("spec", model.name.clone());
     note("step", step.to_string());
     note("of", Value::Object(of.0.clone()).to_string());
+    let mut checksum = begin_checksum(&file.notes);
     for name in VECTORS {
         let flat = session.flat(name)?.into_owned();
+        for part in flat.chunks(1 << 16) {
+            checksum.update(&part.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        }
         file.tensors.insert(name.into(), Stored::f32(vec![flat.len() as u64], flat));
     }
+    file.notes.insert(CHECKSUM.into(), checksum.finalize().to_hex().to_string());
     adapter::save(&out.join(STATE), &file)
 }

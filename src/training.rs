@@ -295,9 +295,10 @@ impl Training<'_> {
         Ok(Outcome { steps: at - done, first, last, before, after, seconds, kernel_seconds, tokens, adapter })
     }
 
+    /// The state goes first: if the adapter cannot be written, a resumed run writes it.
     fn save(&mut self, step: u64) -> Result<(), Failure> {
-        adapter::save(&self.out.join(ADAPTER), &trained(self.session, self.model, self.base, step)?)?;
-        Ok(state::save(&self.out, self.session, self.model, &self.identity, step)?)
+        state::save(&self.out, self.session, self.model, &self.identity, step)?;
+        Ok(adapter::save(&self.out.join(ADAPTER), &trained(self.session, self.model, self.base, step)?)?)
     }
 }
 

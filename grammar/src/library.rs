@@ -62,6 +62,19 @@ pub fn counterparts() -> Vec<(String, String)> {
     all
 }
 
+/// The method of a `peft_type` whose modules are listed by `key`, with the kind of site that it is written for.
+pub fn lister(peft_type: &str, key: &str) -> Option<(String, String)> {
+    use crate::ast::CounterpartLine::Modules;
+    let asts = MODULES.iter().filter(|(path, _)| path.starts_with("methods/"));
+    let asts = asts.filter_map(|(_, source)| crate::parser::parse(FileId(0), source).ok());
+    asts.flat_map(|ast| ast.items).find_map(|item| {
+        let Item::Method(def) = item else { return None };
+        let counterpart = def.counterpart.filter(|c| c.peft_type.text == peft_type)?;
+        let lists = |line: &_| matches!(line, Modules(k) if k.text == key);
+        counterpart.lines.iter().any(lists).then_some((def.name.text, def.kind.text))
+    })
+}
+
 /// Methods of a `peft_type` that declare `key` to be `value`, as it is written there.
 pub fn methods_where(peft_type: &str, key: &str, value: &str) -> Vec<String> {
     use crate::ast::CounterpartLine::Is;

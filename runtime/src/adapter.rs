@@ -113,7 +113,9 @@ fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(
         };
         RuntimeError::file(path, format!("cannot be written: {e}{hint}"))
     };
-    let folder = store::parent_of(path);
+    // A file that is given by a link is replaced where it lies.
+    let place = &path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let folder = store::parent_of(place);
     fs::create_dir_all(folder).map_err(failed)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(BESIDE);
@@ -122,7 +124,7 @@ fn replace(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(
     let beside = builder.tempfile_in(folder).map_err(failed)?;
     write(beside.as_file()).map_err(failed)?;
     beside.as_file().sync_all().map_err(failed)?;
-    beside.persist(path).map_err(|e| failed(e.error))?;
+    beside.persist(place).map_err(|e| failed(e.error))?;
     store::sync_directory(folder);
     Ok(())
 }

@@ -75,7 +75,15 @@ impl SafeFile {
         self.tensors.get(name).is_some_and(|place| {
             matches!(
                 place.dtype,
-                Dtype::BOOL | Dtype::U8 | Dtype::I8 | Dtype::I16 | Dtype::U16 | Dtype::I32 | Dtype::U32 | Dtype::I64
+                Dtype::BOOL
+                    | Dtype::U8
+                    | Dtype::I8
+                    | Dtype::I16
+                    | Dtype::U16
+                    | Dtype::I32
+                    | Dtype::U32
+                    | Dtype::I64
+                    | Dtype::U64
             )
         })
     }
@@ -94,6 +102,11 @@ impl SafeFile {
         let place = self.tensors.get(name);
         let place = place.ok_or_else(|| RuntimeError::file(&self.path, format!("it holds no tensor `{name}`")))?;
         Ok((place, &self.map[place.start..place.end]))
+    }
+
+    /// A tensor's bytes as they lie in the file.
+    pub fn bytes(&self, name: &str) -> Result<&[u8], RuntimeError> {
+        Ok(self.place(name)?.1)
     }
 
     /// Reads a tensor in any floating-point type into `out`, which has its size. All of it is finite.
@@ -132,9 +145,11 @@ impl SafeFile {
             Dtype::I32 => all(bytes, |b| i32::from_le_bytes(b).into()),
             Dtype::U32 => all(bytes, |b| u32::from_le_bytes(b).into()),
             Dtype::I64 => all(bytes, i64::from_le_bytes),
+            // What is beyond an i64 is beyond whatever is counted.
+            Dtype::U64 => all(bytes, |b| i64::try_from(u64::from_le_bytes(b)).unwrap_or(i64::MAX)),
             other => {
                 let message = format!(
-                    "tensor `{name}` holds {other:?}; integers are read from i8, i16, i32, i64, u8, u16, u32 or bool"
+                    "tensor `{name}` holds {other:?}; integers are read from i8, i16, i32, i64, u8, u16, u32, u64 or bool"
                 );
                 return Err(RuntimeError::file(&self.path, message));
             }
@@ -155,6 +170,7 @@ impl SafeFile {
             Dtype::I32 => all(bytes, |b| f64::from(i32::from_le_bytes(b))),
             Dtype::U32 => all(bytes, |b| f64::from(u32::from_le_bytes(b))),
             Dtype::I64 => all(bytes, |b| i64::from_le_bytes(b) as f64),
+            Dtype::U64 => all(bytes, |b| u64::from_le_bytes(b) as f64),
             Dtype::F16 => all(bytes, |b| f16::from_le_bytes(b).to_f64()),
             Dtype::BF16 => all(bytes, |b| bf16::from_le_bytes(b).to_f64()),
             Dtype::F32 => all(bytes, |b| f32::from_le_bytes(b).into()),

@@ -4,9 +4,10 @@ mod buffers;
 mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use peft_grammar::model::{Backbone, Init, Origin, Param};
+use peft_grammar::pattern;
 use rayon::prelude::*;
 
 use crate::adapter::Float;
@@ -102,7 +103,11 @@ pub fn load(
         used.extend(found.iter().cloned());
         let Some((name, others)) = found.split_first() else {
             let may_lack = match param.origin {
-                Origin::Backbone => names.optional(&param.name),
+                // A part may be absent as a whole.
+                Origin::Backbone => names.optional(&param.name).is_some_and(|part| {
+                    let there = |p: &Param| pattern::fits(part, &p.name) && !spellings(p).is_empty();
+                    !params.iter().any(there)
+                }),
                 Origin::Head => !has_head,
                 Origin::Method(_) => true,
             };
@@ -155,7 +160,11 @@ pub fn load(
     }
     if !missing.is_empty() {
         let left_over: Vec<&String> = strangers.iter().chain(unread.iter().map(|u| &u.name)).collect();
-        wrong.extend(missing.iter().map(|name| lacking(name, names.note(name), &names.spellings(name), &left_over)));
+        let lines = missing.iter().map(|name| lacking(name, names.note(name), &names.spellings(name), &left_over));
+        wrong.extend(lines.take(SHOWN));
+        if missing.len() > SHOWN {
+            wrong.push(format!("  and {} more are missing", missing.len() - SHOWN));
+        }
         if !left_over.is_empty() {
             wrong.push(format!("  left over: {}", some(&left_over)));
         }
@@ -197,10 +206,13 @@ fn lacking(name: &str, note: Option<&str>, spellings: &[String], left_over: &[&S
     format!("  `{name}` is missing{near}{note}")
 }
 
-/// The first eight of them.
+/// So many names a message has at most.
+const SHOWN: usize = 8;
+
+/// The first of them.
 fn some(names: &[&String]) -> String {
-    let first: Vec<&str> = names.iter().take(8).map(|n| n.as_str()).collect();
-    let more = if names.len() > 8 { format!(" and {} more", names.len() - 8) } else { String::new() };
+    let first: Vec<&str> = names.iter().take(SHOWN).map(|n| n.as_str()).collect();
+    let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
     first.join(", ") + &more
 }
 
@@ -208,23 +220,40 @@ fn some(names: &[&String]) -> String {
 fn open(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
-    let paths: Vec<PathBuf> = if json::there(&single)? {
-        vec![single]
-    } else if json::there(&index)? {
-        let index_of = json::object(&index)?;
-        let map = index_of.get("weight_map").and_then(|m| m.as_object());
-        let map = map.ok_or_else(|| RuntimeError::file(&index, "it has no `weight_map`"))?;
-        let mut names: Vec<&str> = map.values().filter_map(|v| v.as_str()).collect();
-        names.sort_unstable();
-        names.dedup();
-        if let Some(name) = names.iter().find(|n| Path::new(n).file_name().is_none_or(|file| file != **n)) {
-            return Err(RuntimeError::file(&index, format!("`{name}` is no plain file name; fetch it again")));
-        }
-        names.into_iter().map(|n| dir.join(n)).collect()
-    } else {
+    if json::there(&single)? {
+        return Ok(vec![SafeFile::open(&single)?]);
+    }
+    if !json::there(&index)? {
         return Err(RuntimeError::file(dir, "it holds no `model.safetensors`"));
-    };
-    paths.iter().map(|path| SafeFile::open(path)).collect()
+    }
+    let refused = |why: String| RuntimeError::file(&index, format!("{why}; fetch it again"));
+    let content = json::object(&index)?;
+    let map = content.get("weight_map").and_then(|m| m.as_object()).filter(|map| !map.is_empty());
+    let map =
+        map.ok_or_else(|| refused("its `weight_map`, which says where each tensor is, is missing or empty".into()))?;
+    let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (tensor, file) in map {
+        let file = file
+            .as_str()
+            .ok_or_else(|| refused(format!("it says that `{tensor}` is in {file}, which is no file's name")))?;
+        shards.entry(file).or_default().push(tensor);
+    }
+    let mut files = vec![];
+    for (name, tensors) in shards {
+        if Path::new(name).file_name().is_none_or(|file| file != name) {
+            return Err(refused(format!("`{name}` is no plain file name")));
+        }
+        if !name.ends_with(".safetensors") {
+            return Err(refused(format!("it names `{name}`, and weights are read from safetensors alone")));
+        }
+        let file = SafeFile::open(&dir.join(name))?;
+        if let Some(lost) = tensors.into_iter().find(|tensor| file.shape(tensor).is_none()) {
+            let why = format!("it holds no `{lost}`, and `{}` says that it does; fetch both again", index.display());
+            return Err(RuntimeError::file(file.path(), why));
+        }
+        files.push(file);
+    }
+    Ok(files)
 }
 
 /// One tensor from its initialisation, by a generator keyed on seed and name.

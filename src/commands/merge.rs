@@ -1,12 +1,14 @@
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use peft_runtime::adapter::Float;
+use peft_runtime::json;
 
 use super::overwrite::{self, Overwrite};
 use super::source::Source;
 use crate::failure::Failure;
 use crate::hub::checkpoint;
-use crate::hub::model_folder::CONFIG;
+use crate::hub::model_folder::{self, CONFIG};
 use crate::{adapters, merge, spec};
 
 #[derive(Debug, clap::Args)]
@@ -37,9 +39,10 @@ fn float(text: &str) -> Result<Float, String> {
     Float::ALL.into_iter().find(|dtype| dtype.name() == text).ok_or_else(|| format!("the types are {names}"))
 }
 
-/// A model's folder, and no working copy of a repository.
-fn is_model(folder: &Path) -> bool {
-    folder.join(CONFIG).is_file() && !overwrite::names(folder).iter().any(|name| name.starts_with('.'))
+/// A model's folder that holds nothing but what such folders do, and what this command writes.
+fn is_merged(folder: &Path, written: &BTreeSet<PathBuf>) -> bool {
+    let is_model = json::object(&folder.join(CONFIG)).is_ok_and(|config| config.contains_key("model_type"));
+    is_model && overwrite::files(folder).iter().all(|file| written.contains(file) || model_folder::usual(file))
 }
 
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
@@ -53,7 +56,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     }
     let read = [Some(weights), Some(adapter), tokenizer.as_ref(), Some(&source.path)];
     let read: Vec<&Path> = read.into_iter().flatten().map(PathBuf::as_path).collect();
-    overwrite.folder(output, &read, is_model)?;
+    let written = merge::files(&merge::Sources { weights, tokenizer: tokenizer.as_deref() })?;
+    overwrite.folder(output, &read, |folder| is_merged(folder, &written))?;
     let model = spec::load(&source.path, &source.set, super::color())?;
     let (loaded, adapter) = adapters::weights(weights, &model, Some(adapter))?;
     let values = adapter.unwrap_or_default().values;

@@ -17,8 +17,9 @@ impl Overwrite {
     /// The file `path` may be written: it does not exist or is to be replaced, and neither is one of `inputs` nor lies
     /// in one that is a folder.
     pub fn file(self, path: &Path, inputs: &[&Path]) -> Result<(), Failure> {
-        let Ok(found) = fs::metadata(path) else { return Ok(()) };
         let refuse = |why: &str| Err(Failure::Usage(format!("{}: {why}", path.display())));
+        no_link_to_nothing(path)?;
+        let Ok(found) = fs::metadata(path) else { return Ok(()) };
         if found.is_dir() {
             return refuse("a folder, and a file is to be written; name one inside it");
         }
@@ -81,8 +82,21 @@ impl Overwrite {
     }
 }
 
+/// A link is followed to what it leads to; one to nothing leads nowhere that could be written.
+fn no_link_to_nothing(path: &Path) -> Result<(), Failure> {
+    match fs::read_link(path) {
+        Ok(to) if !path.exists() => Err(Failure::Usage(format!(
+            "{}: a link to {}, which is not there; name another",
+            path.display(),
+            to.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// A folder can be at `path`: nothing else is there.
 fn no_file(path: &Path) -> Result<(), Failure> {
+    no_link_to_nothing(path)?;
     match fs::metadata(path) {
         Ok(found) if !found.is_dir() => {
             Err(Failure::Usage(format!("{}: a file, and a folder is to be written; name another", path.display())))
@@ -95,6 +109,19 @@ fn no_file(path: &Path) -> Result<(), Failure> {
 pub fn names(path: &Path) -> Vec<String> {
     let entries = fs::read_dir(path).into_iter().flatten().filter_map(|entry| entry.ok());
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Every file in a folder and in those inside it, by its path from the folder.
+pub fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut all = vec![];
+    for name in names(folder) {
+        let path = folder.join(&name);
+        match path.symlink_metadata().is_ok_and(|found| found.is_dir()) {
+            true => all.extend(files(&path).into_iter().map(|inner| Path::new(&name).join(inner))),
+            false => all.push(name.into()),
+        }
+    }
+    all
 }
 
 /// `inner` is `outer`, or lies in it.

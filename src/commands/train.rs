@@ -81,7 +81,9 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let identity = Identity::of(model, &base, &train, dev.as_ref(), total);
     if let Some(state) = &state {
         state.check(model, &identity)?.iter().for_each(|note| super::say(note));
-        if state.step >= total {
+        // Without an adapter, the run ends once more by writing it.
+        let whole = out.join(adapters::ADAPTER).is_file();
+        if state.step >= total && whole {
             super::print(&format!(
                 "{} is finished: {} of {total} steps are done, and nothing was changed; \
                  `--set train.steps=N` or `--set train.epochs=N` makes the run longer",

@@ -102,6 +102,15 @@ fn is_weights(name: &str) -> bool {
     WEIGHTS.iter().any(|end| name.ends_with(end))
 }
 
+/// A file by the name of those that lie in models' folders: weights, configurations, tokenizers, templates.
+pub fn usual(file: &Path) -> bool {
+    const ENDS: &[&str] = &[".json", ".jinja", ".model"];
+    const NAMES: &[&str] = &["vocab.txt", "merges.txt"];
+    let name = file.to_string_lossy();
+    let at_top = file.parent() == Some(Path::new(""));
+    at_top && (is_weights(&name) || NAMES.contains(&&*name) || ENDS.iter().any(|end| name.ends_with(end)))
+}
+
 fn holds_weights(folder: &Path) -> Result<bool, Failure> {
     for name in names(folder)? {
         let path = folder.join(&name);
@@ -118,13 +127,15 @@ pub fn write_object(path: &Path, object: &Map<String, Value>) -> Result<(), Fail
     Ok(adapter::write_whole(path, text.as_bytes())?)
 }
 
+/// Where [`add_tokens`] writes.
+pub const TOKENS: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"];
+
 /// Writes new tokens with their ids into the tokenizer's files in `folder`, so that transformers gives them these ids.
 ///
 /// `tokenizer.json` has them in `added_tokens`, `tokenizer_config.json` in `added_tokens_decoder`. A tokenizer without
 /// either reads them from `added_tokens.json`.
 pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> {
-    let [whole, config, list] =
-        ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"].map(|name| folder.join(name));
+    let [whole, config, list] = TOKENS.map(|name| folder.join(name));
     let described = |token: &str| {
         json!({
             "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::Checker;
 use super::expand::{Body, Frame};
-use super::mentions::named_weight;
+use super::mentions::{self, named_weight};
 use super::site::Instance;
 use crate::ast::*;
 use crate::counterpart::*;
@@ -42,6 +42,8 @@ impl<'a> Checker<'a> {
                 CounterpartLine::Is { values, .. } => &values[..],
                 CounterpartLine::Free { written, .. } => written.as_slice(),
                 CounterpartLine::Require { condition, message, hint } => {
+                    let read = method.variables.iter().filter(|v| mentions::expr(condition, &v.text));
+                    known.extend(read.filter_map(|v| Some((v.text.clone(), frame.get(&v.text)?.config()?))));
                     if unlike.is_none() && self.condition(&inside, condition) == Some(false) {
                         let hint = hint.as_ref().and_then(|h| self.fill(&inside, h));
                         let title = self.fill(&inside, message).unwrap_or_default();

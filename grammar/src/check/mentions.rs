@@ -114,7 +114,8 @@ fn args(all: &[Arg], name: &str) -> bool {
     all.iter().any(|a| expr(&a.value, name))
 }
 
-fn expr(of: &Expr, name: &str) -> bool {
+/// `name` is read in the expression.
+pub(super) fn expr(of: &Expr, name: &str) -> bool {
     let e = |x: &Expr| expr(x, name);
     match &of.kind {
         ExprKind::Int(_) | ExprKind::Float(_) | ExprKind::Bool(_) => false,

@@ -114,7 +114,7 @@ fn not_finite_numbers_are_named() {
 /// Every type of integers has its numbers, booleans 0 and 1; ids and masks of other programs come in all of them.
 #[test]
 fn every_integer_type() {
-    let cases: [(&str, &[u8], [i64; 2]); 8] = [
+    let cases: [(&str, &[u8], [i64; 2]); 9] = [
         ("BOOL", &[1, 0], [1, 0]),
         ("U8", &[255, 1], [255, 1]),
         ("I8", &[255, 1], [-1, 1]),
@@ -122,6 +122,7 @@ fn every_integer_type() {
         ("I16", &[255, 255, 1, 0], [-1, 1]),
         ("U32", &[255, 255, 255, 255, 1, 0, 0, 0], [4_294_967_295, 1]),
         ("I32", &[255, 255, 255, 255, 1, 0, 0, 0], [-1, 1]),
+        ("U64", &[255, 255, 255, 255, 255, 255, 255, 127, 1, 0, 0, 0, 0, 0, 0, 0], [i64::MAX, 1]),
         ("I64", &[255, 255, 255, 255, 255, 255, 255, 255, 1, 0, 0, 0, 0, 0, 0, 0], [-1, 1]),
     ];
     for (dtype, bytes, wanted) in cases {

@@ -47,9 +47,10 @@ impl<'a> Names<'a> {
         all
     }
 
-    /// Files may lack it.
-    pub fn optional(&self, name: &str) -> bool {
-        self.rules.tensors.iter().any(|rule| rule.is == Kind::Optional && pattern::fits(&rule.pattern, name))
+    /// The pattern of the part that files may lack, and in which the tensor lies.
+    pub fn optional(&self, name: &str) -> Option<&'a str> {
+        let mut parts = self.rules.tensors.iter().filter(|rule| rule.is == Kind::Optional);
+        parts.find(|rule| pattern::fits(&rule.pattern, name)).map(|rule| &*rule.pattern)
     }
 
     /// What the backbone's file says of it.

@@ -112,10 +112,19 @@ fn shards() {
     write_model(&home.path().join("1.safetensors"), &FITTING[..1]);
     write_model(&home.path().join("2.safetensors"), &FITTING[1..]);
     let index = home.path().join("model.safetensors.index.json");
-    let map = |files: [&str; 2]| serde_json::json!({ "weight_map": { "a": files[0], "b": files[1] } }).to_string();
+    let (one, other) = (FITTING[0].0, FITTING[1].0);
+    let map = |files: [&str; 2]| serde_json::json!({ "weight_map": { one: files[0], other: files[1] } }).to_string();
     fs::write(&index, map(["1.safetensors", "2.safetensors"])).unwrap();
     read(home.path(), 0).unwrap();
+    let lost = serde_json::json!({ "weight_map": { "lost.weight": "1.safetensors" } }).to_string();
+    let number = serde_json::json!({ "weight_map": { one: 7 } }).to_string();
     for (text, expected) in [
+        (lost, "it holds no `lost.weight`, and"),
+        (number, "is in 7, which is no file's name"),
+        (map(["1.safetensors", "pytorch_model.bin"]), "weights are read from safetensors alone"),
+        (r#"{"weight_map": {}}"#.into(), "missing or empty"),
+        ("version https://git-lfs.github.com/spec/v1\n".into(), "`git lfs pull`"),
+        ("".into(), "no JSON"),
         (map(["1.safetensors", "../2.safetensors"]), "no plain file name"),
         (map(["1.safetensors", "3.safetensors"]), "3.safetensors"),
         ("{".into(), "index.json"),
@@ -284,7 +293,7 @@ fn an_output_matrix_is_read_when_the_model_has_one() {
 #[test]
 fn shards_agree() {
     let home = tempfile::tempdir().unwrap();
-    let map = serde_json::json!({ "weight_map": { "a": "1.safetensors", "b": "2.safetensors" } });
+    let map = serde_json::json!({ "weight_map": { FITTING[0].0: "1.safetensors", FITTING[1].0: "2.safetensors" } });
     fs::write(home.path().join("model.safetensors.index.json"), map.to_string()).unwrap();
     write_model(&home.path().join("1.safetensors"), &FITTING[..2]);
     write_model(&home.path().join("2.safetensors"), &FITTING[1..]);

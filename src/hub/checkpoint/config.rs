@@ -152,6 +152,11 @@ const REFUSED: &[(&str, &[&str], &str)] = &[
     ("is_encoder_decoder", &["null", "false"], "it is an encoder with a decoder"),
     ("tie_encoder_decoder", &["null", "false"], "it is an encoder with a decoder"),
     ("cross_attention_hidden_size", &["null"], "it attends to another sequence"),
+    (
+        "transformers_weights",
+        &["null", "\"model.safetensors\""],
+        "its weights are in a file of another name; call that `model.safetensors`, and take the key out",
+    ),
     ("text_config", &["null"], "it is a model of several parts; take the folder of the text model"),
     ("vision_config", &["null"], "it is a model of several parts; take the folder of the text model"),
     ("audio_config", &["null"], "it is a model of several parts; take the folder of the text model"),

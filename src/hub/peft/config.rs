@@ -50,7 +50,8 @@ fn same(found: &Value, wanted: &ConfigValue) -> bool {
         ConfigValue::Bool(b) => found.as_bool() == Some(*b),
         ConfigValue::Int(n) => found.as_f64() == Some(*n as f64),
         ConfigValue::Float(x) => found.as_f64() == Some(*x),
-        ConfigValue::Str(s) => found.as_str() == Some(s),
+        // PEFT reads some words in capitals, too.
+        ConfigValue::Str(s) => found.as_str().is_some_and(|found| found.eq_ignore_ascii_case(s)),
     }
 }
 
@@ -97,6 +98,14 @@ impl<'a> Config<'a> {
         let unknown = |(key, value): &(&String, &Value)| !unset(value) && !ANY.contains(&&***key) && !declared(key);
         match self.map.iter().find(unknown) {
             None => Ok(()),
+            Some((key, value))
+                if let Some((method, kind)) = counterparts.iter().find_map(|c| library::lister(&c.peft_type, key)) =>
+            {
+                Err(format!(
+                    "`{key}` of {CONFIG} is {value}: modules to which `{method}` is applied at the site of every {kind}, and \
+                     the spec applies it to none"
+                ))
+            }
             Some((key, value)) => {
                 let known =
                     counterparts.iter().flat_map(|c| &c.keys).map(|k| k.name.as_str()).chain(ANY.iter().copied());
@@ -113,11 +122,18 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Refuses values that a method's counterpart cannot be.
-    pub fn check_values(&self, counterpart: &Counterpart, applied: &Applied) -> Result<(), String> {
+    /// Refuses values that a method's counterpart cannot be where it is applied; `all` are all applications.
+    pub fn check_values(&self, counterpart: &Counterpart, applied: &Applied, all: &[Applied]) -> Result<(), String> {
         let method = &counterpart.method;
         let known: BTreeMap<String, ConfigValue> =
             applied.known.iter().chain(&applied.args).map(|(k, v)| (k.clone(), v.clone())).collect();
+        let somewhere = |name: &str, own: &ConfigValue| {
+            let of = all.iter().filter(|a| a.method == applied.method && a.kind == applied.kind);
+            match of.filter_map(|a| a.args.get(name)).any(|x| *x == ConfigValue::Bool(true)) {
+                true => ConfigValue::Bool(true),
+                false => own.clone(),
+            }
+        };
         for key in &counterpart.keys {
             let Rule::Is { values, hint, .. } = &key.rule else { continue };
             let found = self.map.get(&key.name).unwrap_or(&Value::Null);
@@ -125,10 +141,11 @@ impl<'a> Config<'a> {
             let fits = |value: &Constant| match value {
                 Constant::Null => unset(found),
                 Constant::Value(value) => same(found, value),
-                Constant::Name(name) => match known.get(name) {
+                // PEFT's is on where it is on at some module; at others nothing is there.
+                Constant::Name(name) => match known.get(name).map(|own| somewhere(name, own)) {
                     // A number that a tensor's shape or scale depends on is compared where that is read.
                     Some(ConfigValue::Int(_) | ConfigValue::Float(_)) if self.measured(counterpart, name) => true,
-                    Some(value) => same(found, value),
+                    Some(value) => same(found, &value),
                     None => true,
                 },
             };
@@ -266,11 +283,11 @@ impl<'a> Config<'a> {
             _ => self.strings("exclude_modules")?.iter().any(|name| ends(name)),
         };
         let mut saved = false;
-        for name in self.strings("modules_to_save")? {
-            saved |= matches("modules_to_save", &format!(r"^(?:(^|.*\.){name}($|\..*))"), module)?;
+        for name in self.strings(SAVED)? {
+            saved |= saves(name, module)?;
         }
         if excluded || saved {
-            return Ok(Some(if excluded { "exclude_modules" } else { "modules_to_save" }));
+            return Ok(Some(if excluded { "exclude_modules" } else { SAVED }));
         }
         let names = match self.get("target_modules") {
             None => return Ok(None),
@@ -316,6 +333,14 @@ impl<'a> Config<'a> {
             Some(one) => Ok(vec![one.as_u64().ok_or_else(wrong)?]),
         }
     }
+}
+
+/// The key of modules that are saved whole.
+pub const SAVED: &str = "modules_to_save";
+
+/// An entry of [`SAVED`] is the module, or one around it.
+pub fn saves(entry: &str, module: &str) -> Result<bool, String> {
+    matches(SAVED, &format!(r"^(?:(^|.*\.){entry}($|\..*))"), module)
 }
 
 fn broken(key: &str, why: &dyn std::fmt::Display) -> String {

@@ -312,19 +312,25 @@ pub fn notes(model: &Model) -> Vec<String> {
         let value = serde_json::to_string(value).unwrap_or_default();
         format!("note: `{key}: {value}` has no place in PEFT's format; its reader computes something else without it")
     };
-    let mut notes: Vec<String> = model.backbone.beyond.iter().map(beyond).collect();
-    if let TaskKind::Generation { special, .. } = &model.task.kind {
-        let trains = model
-            .params
-            .iter()
-            .any(|p| p.origin == Origin::Backbone && p.shape.len() == 2 && p.trainable != Trainable::No);
-        if !special.is_empty() && !trains {
-            notes.push(format!(
-                "note: the rows of {} in the token table do not train, so the adapter does not hold them: PEFT's reader \
-                 needs a base model that has them",
-                list(&special.iter().map(String::as_str).collect::<Vec<_>>())
-            ));
-        }
+    // What a counterpart asks of the model, its reader does as well.
+    let settled = |key: &String| model.applied.iter().any(|a| a.known.contains_key(key));
+    let mut notes: Vec<String> = model.backbone.beyond.iter().filter(|(key, _)| !settled(key)).map(beyond).collect();
+    if let TaskKind::Generation { special, .. } = &model.task.kind
+        && !special.is_empty()
+    {
+        let tokens = list(&special.iter().map(String::as_str).collect::<Vec<_>>());
+        let trained = |p: &&Param| p.origin == Origin::Backbone && p.shape.len() == 2 && p.trainable != Trainable::No;
+        notes.push(match model.params.iter().find(trained) {
+            None => format!(
+                "note: the rows of {tokens} in the token table do not train, so the adapter does not hold them: PEFT's \
+                 reader needs a base model that has them"
+            ),
+            Some(table) => format!(
+                "note: the token table has {rows} rows here, for {tokens}, too: where the base model has fewer, PEFT's \
+                 reader needs `model.resize_token_embeddings({rows})` first, and a tokenizer with these tokens",
+                rows = table.shape[0]
+            ),
+        });
     }
     notes
 }

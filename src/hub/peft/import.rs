@@ -5,7 +5,7 @@ use peft_grammar::model::{Applied, Model, Origin, Param, Trainable};
 use peft_runtime::adapter::{Data, Stored};
 use serde_json::Value;
 
-use super::config::Config;
+use super::config::{self, Config, SAVED};
 use super::modules::{self, Module};
 use super::names::{INDICES, ROWS, Rest};
 use super::residual::Residual;
@@ -30,7 +30,7 @@ pub fn import(model: &Model, adapter: &Adapter) -> Result<Imported, String> {
     config.check_keys(&counterparts)?;
     for applied in &model.applied {
         let Some(counterpart) = modules::of(model, applied) else { continue };
-        config.check_values(counterpart, applied)?;
+        config.check_values(counterpart, applied, &model.applied)?;
     }
     if let Some(why) = model.applied.iter().find_map(|a| a.unlike.as_ref()) {
         return Err(why.clone());
@@ -43,6 +43,7 @@ pub fn import(model: &Model, adapter: &Adapter) -> Result<Imported, String> {
     for counterpart in &counterparts {
         tables::import(model, counterpart, &mut rest, &mut imported.values)?;
     }
+    promised(model, &config, &rest)?;
     carried(model, &config, &mut rest, &mut imported)?;
     nothing_left(model, &counterparts, &config, &rest)?;
     let values = &imported.values;
@@ -123,6 +124,20 @@ fn of_module(module: &Module, config: &Config, rest: &mut Rest, imported: &mut I
     }
     for (tensor, numbers) in &read {
         nothing_elsewhere(module, tensor, numbers)?;
+    }
+    // What is on at other modules alone has no effect at this one.
+    let off = |t: &&Tensor| !present(t) && t.elsewhere.is_some() && rest.has(&key(t));
+    for tensor in module.tensors().into_iter().filter(off).collect::<Vec<_>>() {
+        let numbers = rest.take(&key(tensor), &module.shape(tensor, length))?;
+        if numbers.iter().any(|x| Some(f64::from(*x)) != tensor.elsewhere) {
+            let condition = tensor.condition.as_deref().unwrap_or_default();
+            return Err(format!(
+                "the adapter has `{}`, and `{}` at `{}` has `{condition}: false`; write `{condition}: true`",
+                key(tensor),
+                counterpart.method,
+                module.pieces[0].projection.path
+            ));
+        }
     }
     let shared = !side_by_side(module, &read, length);
     if shared {
@@ -235,6 +250,37 @@ fn side_by_side(module: &Module, read: &[(&Tensor, &[f32])], length: impl Fn(&st
                 block.rows().all(|first| row(first).iter().enumerate().all(|(c, x)| own.contains(&c) || *x == 0.0))
             })
         })
+}
+
+/// Heads that PEFT lists in `modules_to_save` of any classifier, whether the model has them or not.
+const USUAL_HEADS: &[&str] = &["classifier", "score", "qa_outputs"];
+
+/// What the configuration says is in the file is there.
+fn promised(model: &Model, config: &Config, rest: &Rest) -> Result<(), String> {
+    let lacks = |what: String| {
+        Err(format!("{what}, and the file holds no tensor of that kind; save it once more by PEFT's `save_pretrained`"))
+    };
+    for name in config.strings(SAVED)? {
+        let plain = rest.plain(name);
+        let saved = |tensor: &str| Ok::<_, String>(config::saves(name, tensor)? || config::saves(&plain, tensor)?);
+        let mut held = false;
+        for (tensor, ..) in rest.left() {
+            held |= saved(tensor)?;
+        }
+        let mut own = !USUAL_HEADS.contains(&name);
+        for param in &model.params {
+            own |= saved(&rest.plain(&param.name))?;
+        }
+        if own && !held {
+            return lacks(format!("`{SAVED}` of {CONFIG} names `{name}`"));
+        }
+    }
+    match config.get(INDICES) {
+        Some(_) if !rest.left().iter().any(|(name, ..)| name.ends_with(ROWS)) => {
+            lacks(format!("`{INDICES}` of {CONFIG} is set"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Heads, tensors of the backbone that train, and rows of its tables.

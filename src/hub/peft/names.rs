@@ -128,6 +128,10 @@ impl<'a> Rest<'a> {
         let Some(entry) = self.entries.remove(&self.plain(name)) else { return Err(self.lacks(name)) };
         match &entry.stored.data {
             Data::F32(x) if entry.stored.shape == shape => Ok(x),
+            _ if entry.stored.shape == shape => Err(format!(
+                "`{}` holds integers; numbers are read from f32, f16, bf16 or f64, so save the adapter in one of these",
+                entry.written
+            )),
             _ => Err(wrong(entry.written, &entry.stored.shape, shape)),
         }
     }

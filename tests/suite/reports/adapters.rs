@@ -8,7 +8,7 @@ use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peftc::adapters;
 use serde_json::{Map, Value, json};
 
-use super::{BERT, LLAMA, checkpoint, folder, inputs, spec, tensors};
+use super::{BERT, GPT2, LLAMA, checkpoint, folder, inputs, spec, tensors};
 use crate::cli::{Bench, Ran, text};
 
 const CONFIG: &str = "adapter_config.json";
@@ -261,6 +261,80 @@ fn a_frozen_head_comes_back() {
     }
     adapter::save(&peft.join(MODEL), &other).expect("written");
     assert_ne!(case.logits(&frozen, &peft), want);
+    let said = case.run(&frozen, &peft).err;
+    assert!(
+        said.contains("the adapter holds `classifier.weight`, which is used") && !said.contains("random"),
+        "{said}"
+    );
+}
+
+/// A configuration that speaks of more than the file holds: PEFT cannot load that either.
+#[test]
+fn what_the_configuration_promises_is_in_the_file() {
+    let case = case(BERT, "");
+    let (frozen, _) = spec(&case.bench, "frozen.peft", &tuned(BERT, "head frozen"));
+    let lost = |name: &str, key: &str, value: Value| {
+        case.changed(name, |config, file| {
+            config.insert(key.into(), value);
+            file.tensors.retain(|name, _| name.contains("lora"));
+        })
+    };
+    let refuses = |adapter: &Path, words: &[&str]| case.refuses_for(&frozen, adapter, words);
+    refuses(&lost("head", "modules_to_save", json!(["classifier"])), &["`modules_to_save`", "names `classifier`"]);
+    refuses(&lost("other", "modules_to_save", json!(["lm_head"])), &["`modules_to_save`", "names `lm_head`"]);
+    let rows = case.changed("rows", |config, file| {
+        config.insert("modules_to_save".into(), Value::Null);
+        config.insert("trainable_token_indices".into(), json!([7, 8]));
+        file.tensors.retain(|name, _| name.contains("lora"));
+    });
+    refuses(&rows, &["`trainable_token_indices`", "is set", "holds no tensor of that kind"]);
+    // PEFT lists every usual head, whether the model has it or not.
+    let usual = lost("usual", "modules_to_save", json!(["score"]));
+    assert_eq!(case.run(&frozen, &usual).code, 0);
+    // Numbers in a type that holds none.
+    let whole = case.changed("whole", |_, file| {
+        for stored in file.tensors.values_mut() {
+            let count = stored.shape.iter().product::<u64>() as usize;
+            stored.data = Data::I64(vec![1; count]);
+        }
+    });
+    case.refuses(&whole, &["holds integers; numbers are read from f32"]);
+}
+
+/// PEFT's `lora_bias` is of all modules, a spec's of each: where it is off PEFT has zeros.
+#[test]
+fn a_bias_at_some_modules() {
+    let case = case(LLAMA, "every attention { lora(rank: 3, alpha: 6, bias: true) on k }");
+    let want = case.logits(&case.spec, &case.bench.path("own.safetensors"));
+    assert_eq!(case.logits(&case.spec, &case.peft), want);
+    let other = case.changed("other", |_, file| {
+        let bias = |name: &&String| name.contains("q_proj") && name.ends_with("lora_B.bias");
+        let name = file.tensors.keys().find(bias).expect("PEFT's zeros").clone();
+        file.tensors.insert(name, Stored::f32(vec![32], vec![0.5; 32]));
+    });
+    case.refuses(&other, &["q_proj.lora_B.bias", "has `bias: false`; write `bias: true`"]);
+}
+
+/// `feedforward_modules` scales what goes into a module; where no spec could, that is the reason.
+#[test]
+fn modules_that_another_site_has() {
+    let bench = Bench::new();
+    let (path, model) = spec(&bench, "ia3.peft", &format!("{LLAMA}tune {{ every attention {{ ia3() on k, v }} }}\n"));
+    let file = bench.path("own.safetensors");
+    adapter::save(&file, &drawn(&model)).expect("written");
+    let peft = bench.path("peft");
+    let ran = bench.peftc(["export", text(&path), "--format", "peft", "--adapter", text(&file), "-o", text(&peft)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let config = peft.join(CONFIG);
+    let mut of: Map<String, Value> = serde_json::from_slice(&fs::read(&config).expect("there")).expect("JSON");
+    of.insert("feedforward_modules".into(), json!(["o_proj"]));
+    fs::write(&config, Value::Object(of).to_string()).expect("written");
+    let out = bench.path("out.safetensors");
+    bench.refuses(
+        &["import", text(&path), text(&peft), "-o", text(&out)],
+        3,
+        &["`feedforward_modules` of adapter_config.json is [\"o_proj\"]", "`ia3` is applied at the site of every ffn"],
+    );
 }
 
 #[test]
@@ -471,6 +545,23 @@ fn an_export_says_what_the_format_cannot() {
     let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out), "--overwrite"]);
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(ran.err.contains("rows of `<a>`"), "{}", ran.err);
+
+    // Rows that train are in the file, and the base has to have a place for them.
+    let (path, model) =
+        spec(&bench, "rows.peft", &(tuned(LLAMA, "rows 48..50 of \"model.embed_tokens.weight\"") + task));
+    adapter::save(&file, &drawn(&model)).expect("written");
+    let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out), "--overwrite"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.contains("`model.resize_token_embeddings(50)`"), "{}", ran.err);
+
+    // What a counterpart asks for, PEFT's reader does.
+    let prefix = GPT2.replace("context: 64", "context: 64, first_position: 3");
+    let text_of = format!("{prefix}tune {{ every attention {{ prefix(length: 3, direct: true) }} }}\n");
+    let (path, model) = spec(&bench, "prefix.peft", &text_of);
+    adapter::save(&file, &drawn(&model)).expect("written");
+    let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out), "--overwrite"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.is_empty() || !ran.err.contains("first_position"), "{}", ran.err);
 }
 
 /// Every key of PEFT's configurations, as `tests/interop/peft_fixtures.py` found it to change what PEFT computes, or

@@ -318,12 +318,19 @@ fn run_without_labels() {
         (GPT2, ("labels", &[&[3, 4, 5][..], &[-100, 7, 8]][..]), ("labels", &[&no[..], &no][..])),
     ] {
         let mut runs = Runs::new(&bench, &format!("{model}tune {{ every attention {{ lora(rank: 2) on q }} }}\n"));
+        // No token stands before a row's first.
+        let first: &[&[i64]] = &[&[3, -100, -100], &no];
+        let first = (model == GPT2).then_some(("labels", first));
         let (with, ran) = runs.results(&[ids, given]);
         assert!(ran.out.starts_with("loss ") && with.tensors.contains_key("loss"), "{}", ran.out);
         for (labels, why) in [
             (None, "no loss: there are no `inputs.labels`"),
             (Some(nothing), "no loss: every one of `inputs.labels` is -100: there is no target"),
+            (first, "no loss: `inputs.labels` asks for nothing behind column 0"),
         ] {
+            if labels.is_none() && !why.contains("there are no") {
+                continue;
+            }
             let tensors: Vec<_> = [ids].into_iter().chain(labels).collect();
             let (without, ran) = runs.results(&tensors);
             assert!(ran.out.contains(why) && !ran.out.contains("NaN"), "{}", ran.out);
@@ -354,5 +361,33 @@ fn ids_of_a_tokenizer_with_more_tokens_than_the_table() {
     for (command, more) in [("train", &["--out", text(&out)][..]), ("eval", &[])] {
         let given = [command, text(&spec), "--weights", text(&weights), "--data", text(&data)];
         bench.refuses(&[&given, more].concat(), 3, &["its vocabulary has 8 tokens, but the spec's `vocab` is 6"]);
+    }
+}
+
+/// A part of a batch without its prefix is not passed over.
+#[test]
+fn parts_of_a_batch_by_other_names() {
+    let bench = Bench::new();
+    let runs = Runs::new(&bench, BERT);
+    let ids: (&str, &[&[i64]]) = ("ids", &[&[3, 4, 5], &[6, 7, 8]]);
+    let file = batch(&bench, "in.safetensors", &[ids]);
+    let sound = adapter::load(&file).expect("sound");
+    for (name, known) in [
+        ("mask", "mask"),
+        ("attention_mask", "mask"),
+        ("types", "types"),
+        ("token_type_ids", "types"),
+        ("Inputs.mask", "mask"),
+        ("input.mask", "mask"),
+        ("input_ids", "ids"),
+    ] {
+        let mut other = sound.clone();
+        let stored = Stored { shape: vec![2, 3], data: Data::I64(vec![1, 1, 0, 1, 1, 1]) };
+        other.tensors.insert(name.into(), stored);
+        adapter::save(&file, &other).expect("written");
+        let args = ["run", text(&runs.source), "--entry", "forward", "--weights", text(&runs.weights), "--inputs"];
+        let out = runs.out();
+        let args = [&args[..], &[text(&file), "-o", text(&out)]].concat();
+        bench.refuses(&args, 3, &[&format!("`{name}` would be passed over; call it `inputs.{known}`")]);
     }
 }

@@ -85,6 +85,12 @@ fn keys_that_change_the_function_are_refused() {
         ("bert", BERT, "hidden_act", json!("relu"), &["`hidden_act` is \"relu\"", "\"gelu\"", "error function"][..]),
         ("gpt2", GPT2, "activation_function", json!("relu"), &["`activation_function` is \"relu\"", "hyperbolic"]),
         ("llama", LLAMA, "attention_bias", json!(true), &["`attention_bias` is true", "no bias"]),
+        // Read by what all of transformers' classes share, and no key of one of them.
+        ("gpt2", GPT2, "is_causal", json!(false), &["`is_causal` is false", "every token sees those before it"]),
+        ("llama", LLAMA, "is_causal", json!(false), &["`is_causal` is false", "every token sees those before it"]),
+        ("bert", BERT, "is_causal", json!(true), &["`is_causal` is true", "every token sees all the others"]),
+        ("roberta", ROBERTA, "is_causal", json!(true), &["`is_causal` is true", "every token sees all the others"]),
+        ("bert", BERT, "transformers_weights", json!("other.safetensors"), &["`transformers_weights`", "another name"]),
         ("roberta", ROBERTA, "hidden_act", json!("gelu_new"), &["`hidden_act` is \"gelu_new\"", "\"gelu\""]),
     ] {
         let (path, model) = spec(&bench, &format!("{name}.peft"), source);
@@ -416,6 +422,11 @@ fn a_part_that_may_be_absent_is_drawn_and_said() {
     file.tensors.retain(|name, _| !name.contains("pooler"));
     let said = runs(&bench, &path, &folder(&bench, "bare", &config(&bert), &file)).err;
     assert!(said.contains("drawn at random") && said.contains("bert.pooler.dense.weight"), "{said}");
+    // A half of it is no part that was left out.
+    let mut half = tensors(&bert, true);
+    half.tensors.remove("bert.pooler.dense.bias");
+    let half = folder(&bench, "half", &config(&bert), &half);
+    refused(&bench, &path, &half, &["`bert.pooler.dense.bias` is missing"]);
     // Where the graph has none, the files' own is no fault.
     let (path, mean) = spec(&bench, "mean.peft", &BERT.replace("context: 64", "context: 64, pooling: \"mean\""));
     runs(&bench, &path, &folder(&bench, "pooled", &config(&mean), &tensors(&bert, true)));

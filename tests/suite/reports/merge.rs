@@ -183,6 +183,17 @@ fn a_base_is_never_written_over_and_a_model_only_when_asked() {
     let notes = case.bench.write("notes/todo.txt", "mine");
     let ran = merge(&case, notes.parent().expect("a folder"), &["--overwrite"]);
     assert!(ran.code == 2 && ran.err.contains("other things than this command writes"), "{}", ran.err);
+    let project = case.bench.write("project/config.json", "{}");
+    let ran = merge(&case, project.parent().expect("a folder"), &["--overwrite"]);
+    assert!(ran.code == 2 && ran.err.contains("other things than this command writes"), "{}", ran.err);
+    let mine = case.bench.write("merged/src/main.js", "mine");
+    let ran = merge(&case, &out, &["--overwrite"]);
+    assert!(
+        ran.code == 2 && ran.err.contains("other things than this command writes") && mine.is_file(),
+        "{}",
+        ran.err
+    );
+    fs::remove_dir_all(out.join("src")).expect("there");
     case.bench.write("merged/.git/HEAD", "ref");
     let ran = merge(&case, &out, &["--overwrite"]);
     assert!(ran.code == 2 && out.join(".git/HEAD").is_file(), "{}", ran.err);
@@ -322,5 +333,5 @@ fn tokens_of_a_tokenizer_without_its_own_file() {
     );
     bench.write("tokenizer.json", "[]");
     let error = add_tokens(&folder, &[("<x>", 5)]).expect_err("refused").to_string();
-    assert!(error.contains("tokenizer.json") && error.contains("no object of JSON"), "{error}");
+    assert!(error.contains("tokenizer.json") && error.contains("no JSON object"), "{error}");
 }

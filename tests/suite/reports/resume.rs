@@ -139,7 +139,10 @@ fn what_is_finished_or_not_there_is_said() {
     case.bench.write("run/metrics.jsonl", "{\"step\":1,\"loss\":0.7}\n");
     let ran = resume(&[]);
     assert!(
-        ran.code == 3 && ran.err.contains("stopped before its first epoch ended; begin anew with `--overwrite`"),
+        ran.code == 3
+            && ran
+                .err
+                .contains("no state was saved there, as one is when an epoch ends; begin anew with `--overwrite`"),
         "{}",
         ran.err
     );
@@ -155,6 +158,29 @@ fn what_is_finished_or_not_there_is_said() {
         ran.err
     );
     assert!(content(&out) == before);
+    // An adapter that is gone is written once more.
+    fs::remove_file(out.join("adapter.safetensors")).expect("there");
+    let ran = resume(&[]);
+    assert!(ran.code == 0 && ran.out.starts_with("0 steps"), "{}{}", ran.out, ran.err);
+    let adapter = |all: &BTreeMap<PathBuf, Vec<u8>>| all[&out.join("adapter.safetensors")].clone();
+    assert!(adapter(&content(&out)) == adapter(&before));
+    // One number or one note of another state.
+    let path = out.join("state.safetensors");
+    let sound = adapter::load(&path).expect("sound");
+    let damaged = |damage: &dyn Fn(&mut adapter::TensorFile)| {
+        let mut state = sound.clone();
+        damage(&mut state);
+        adapter::save(&path, &state).expect("written");
+        let ran = resume(&["--set", "train.epochs=3"]);
+        assert!(ran.code == 3 && ran.err.contains("it is damaged: its checksum"), "{}{}", ran.out, ran.err);
+    };
+    damaged(&|state| drop(state.notes.insert("step".into(), "3".into())));
+    damaged(&|state| drop(state.notes.remove("checksum")));
+    damaged(&|state| {
+        let adapter::Data::F32(v) = &mut state.tensors.get_mut("v").expect("moments").data else { panic!("f32") };
+        v[0] = -1.0;
+    });
+    adapter::save(&path, &sound).expect("written");
     // From an artifact of the same spec.
     let artifact = case.path("tiny.peftc");
     assert_eq!(case.bench.peftc(["compile", text(&case.spec), "-o", text(&artifact)]).code, 0);
@@ -254,6 +280,14 @@ fn nothing_is_overwritten_unasked() {
     over(&["export", spec, "--adapter", text(&imported)], &out, &["other things than this command writes"]);
     over(&["compile", spec], &case.weights, &["other things than this command writes"]);
     over(&run, Path::new("/dev/null"), &["no plain file"]);
+    // By a link: to nothing, or to a file, which is written where it lies.
+    let (link, target) = (case.path("link.safetensors"), case.path("target.safetensors"));
+    std::os::unix::fs::symlink(&target, &link).expect("a link");
+    let onto = [&run[..], &["-o", text(&link), "--overwrite"]].concat();
+    case.bench.refuses(&onto, 2, &["a link to", "which is not there; name another"]);
+    fs::write(&target, "old").expect("written");
+    assert_eq!(case.bench.peftc(&onto).code, 0);
+    assert!(fs::read_link(&link).is_ok() && adapter::load(&target).is_ok());
     // One format after the other: nothing of the first is left.
     twice(&[&["export", spec, "--format", "own"], &adapter[..]].concat(), &own);
     let ran = case.bench.peftc(["export", spec, "--adapter", text(&out), "-o", text(&own), "--overwrite"]);
