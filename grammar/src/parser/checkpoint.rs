@@ -18,6 +18,7 @@ impl Builder {
         match rule {
             Rule::model_type => Entry::ModelType(self.strings(c.next())),
             Rule::prefix => Entry::Prefix(self.text(c.next())),
+            Rule::gguf => Entry::Gguf { architectures: self.strings(c.next()), entries: self.entries(c.next()) },
             Rule::choice => {
                 let (condition, then) = (self.expr(c.next()), self.entries(c.next()));
                 let otherwise = match c.0.next() {
@@ -51,6 +52,14 @@ impl Builder {
             Rule::values => {
                 let values = pair.into_inner().filter(|p| p.as_rule() != Rule::or);
                 EntryRule::Is(values.map(|p| self.expr(p)).collect())
+            }
+            Rule::permuted => {
+                let mut c = Children::of(pair);
+                EntryRule::Permuted {
+                    tensor: self.text(c.next()),
+                    rows: self.expr(c.next()),
+                    axes: self.expr(c.next()),
+                }
             }
             _ => EntryRule::Same(self.text(Children::of(pair).next())),
         }
