@@ -13,7 +13,7 @@ use crate::{adapters, merge, spec};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// A Hugging Face model directory, or `random`
+    /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
     /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote

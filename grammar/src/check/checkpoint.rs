@@ -146,7 +146,16 @@ impl<'a> Checker<'a> {
     fn permutation(&mut self, frame: &Frame<'a>, rows: &'a Expr, axes: &'a Expr) -> Option<(Vec<u64>, Vec<usize>)> {
         let mut all = |list: &'a Expr| -> Option<Vec<u64>> {
             let ExprKind::List(items) = &list.kind else { return None };
-            items.iter().map(|item| u64::try_from(self.whole(frame, item)?).ok()).collect()
+            let number = |item: &'a Expr| {
+                let found = self.whole(frame, item)?;
+                let number = u64::try_from(found).ok();
+                if number.is_none() {
+                    let title = format!("sizes and axes are whole numbers from 0 on, found {found}");
+                    self.report(Diagnostic::error(item.span, title));
+                }
+                number
+            };
+            items.iter().map(number).collect()
         };
         let (shape, order) = (all(rows)?, all(axes)?);
         let mut sorted = order.clone();
