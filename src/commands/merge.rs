@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use peft_runtime::adapter::Float;
+use peft_runtime::gguf::is_gguf;
 
 use super::overwrite::{self, Overwrite};
 use super::source::Source;
@@ -49,6 +50,13 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         let path = source.path.display();
         return Err(Failure::Usage(format!(
             "{path}: an artifact has no equations to fold; name the spec it is made of"
+        )));
+    }
+    if is_gguf(weights) && tokenizer.is_none() {
+        return Err(Failure::Usage(format!(
+            "{}: a merged model has its tokenizer beside it, as a folder does and a GGUF file does not; name the folder of \
+             the model's own with `--tokenizer`",
+            weights.display()
         )));
     }
     let read = [Some(weights), Some(adapter), tokenizer.as_ref(), Some(&source.path)];

@@ -72,13 +72,7 @@ const PRES: &[Pre] = &[
         whole_words: true,
         begins: true,
     },
-    Pre {
-        names: &["qwen2"],
-        composed: true,
-        split: Split::Pattern(QWEN2_SPLIT),
-        whole_words: false,
-        begins: false,
-    },
+    Pre { names: &["qwen2"], composed: true, split: Split::Pattern(QWEN2_SPLIT), whole_words: false, begins: false },
 ];
 
 /// What a GGUF file says of its tokenizer.
