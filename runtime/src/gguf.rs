@@ -109,16 +109,17 @@ pub struct GgufFile {
     tensors: BTreeMap<String, Place>,
 }
 
-/// The path names a GGUF file: it ends in `.gguf`, or it is a file that begins as one.
+/// The path names a GGUF file: it ends in `.gguf`, or it is a plain file that begins as one.
 pub fn is_gguf(path: &Path) -> bool {
-    if path.is_dir() {
-        return false;
-    }
     let begins = || {
         let mut first = [0; 4];
         File::open(path).and_then(|mut file| file.read_exact(&mut first)).is_ok_and(|()| first == *MAGIC)
     };
-    path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) || begins()
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => false,
+        Ok(found) if found.is_file() && begins() => true,
+        _ => path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")),
+    }
 }
 
 impl GgufFile {
@@ -126,10 +127,11 @@ impl GgufFile {
     /// order, those that are cut short, and all whose counts, texts, types, offsets or dimensions do not fit.
     pub fn open(path: &Path) -> Result<Self, RuntimeError> {
         let failed = |e: io::Error| RuntimeError::file(path, format!("cannot be read: {e}"));
-        let file = File::open(path).map_err(failed)?;
-        if !file.metadata().map_err(failed)?.is_file() {
+        // A pipe would be waited for.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
             return Err(RuntimeError::file(path, "is no plain file, a GGUF file was expected"));
         }
+        let file = File::open(path).map_err(failed)?;
         // SAFETY: the mapping is only read. Whoever shortens the file meanwhile takes its pages away, as from every
         // program that maps its weights.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;

@@ -36,7 +36,7 @@ pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
         false => Err(RuntimeError::weights(from, wrong.join("\n"))),
     };
     let (found, config) = if is_gguf(from) {
-        (Some(gguf::compare(&GgufFile::open(from)?, model)), None)
+        (Some(gguf::compare(&GgufFile::open_all(from)?[0], model)), None)
     } else {
         let config = config::read(from)?;
         (config.as_ref().map(|config| config::compare(config, model)), config)

@@ -208,10 +208,10 @@ fn a_folder_of_gguf_names_the_file() {
     let file = bench.path("weights/tied.gguf");
     fs::create_dir_all(bench.path("weights")).expect("a folder");
     fs::copy(folder().join("tied.gguf"), &file).expect("copied");
-    let refused = checkpoint::resolve(&bench.path("weights")).err().expect("it is refused").to_string();
+    let refused = checkpoint::resolve(&bench.path("weights")).expect_err("it is refused").to_string();
     contains(&refused, &["it holds `tied.gguf`", "GGUF", "names the file itself"]);
     assert_eq!(checkpoint::resolve(&file).expect("a file"), file);
-    let missing = checkpoint::resolve(&bench.path("none.gguf")).err().expect("it is refused").to_string();
+    let missing = checkpoint::resolve(&bench.path("none.gguf")).expect_err("it is refused").to_string();
     contains(&missing, &["none.gguf"]);
 }
 

@@ -28,7 +28,7 @@ const KINDS: &[(&str, &str)] = &[
 /// how it was quantised and cut.
 const WITHOUT_INFLUENCE: &[&str] = &["general.", "tokenizer.", "quantize.", "split.", "mradermacher."];
 
-/// The list whose length is the number of tokens, where no key says it.
+/// The tokenizer's list of tokens. Its length is the size of the vocabulary where no key says it.
 pub const TOKENS: &str = "tokenizer.ggml.tokens";
 
 /// Elements of a list that is compared; no key of a model's form has more.

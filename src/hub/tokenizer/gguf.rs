@@ -10,10 +10,10 @@ use serde_json::{Map, Value, json};
 use super::classes::QWEN2_SPLIT;
 use super::files::malformed;
 use crate::data::DataError;
+use crate::hub::checkpoint::gguf::TOKENS;
 
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
-const TOKENS: &str = "tokenizer.ggml.tokens";
 const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 
