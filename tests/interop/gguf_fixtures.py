@@ -218,7 +218,10 @@ def llama(name, tied, kinds, seed, theta):
         add(f"{block}.ffn_up.weight", (ffn, hidden), kinds["up"])
         add(f"{block}.ffn_down.weight", (hidden, ffn), kinds["down"])
     add("output_norm.weight", (hidden,), "F32")
-    if not tied:
+    if tied:
+        # Factors of rotary positions, which Llama 3.1's files have: these scale nothing.
+        writer.add_tensor("rope_freqs.weight", np.ones(width // 2, dtype=np.float32))
+    else:
         add("output.weight", (len(TOKENS), hidden), kinds["output"])
     finish(writer)
 

@@ -182,6 +182,12 @@ fn metadata_that_mean_another_model_are_refused() {
         &refusal(&plain, &stranger),
         &["`blk.1.ffn_norm.weight` is missing; the file has `blk.1.ffn_worm.weight`"],
     );
+    let ones = [1f32; 4].map(f32::to_le_bytes).concat();
+    let scaled = changed(&bench, "tied.gguf", &ones, &[1f32, 1.0, 2.0, 8.0].map(f32::to_le_bytes).concat());
+    contains(
+        &refusal(&llama(true, &[]), &scaled),
+        &["`rope_freqs.weight` is 2 at [2], 1 in", "rotary positions are not scaled"],
+    );
     let more = changed(&bench, "untied.gguf", b"\x0d\0\0\0\0\0\0\0output.weight", b"\x0d\0\0\0\0\0\0\0outpot.weight");
     contains(&refusal(&llama(true, &[("rope_theta", "10000.0")]), &more), &["not read by `llama`: outpot.weight"]);
 }

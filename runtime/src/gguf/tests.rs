@@ -128,6 +128,26 @@ fn a_file_that_ends_anywhere_is_refused() {
 }
 
 #[test]
+fn any_byte_may_be_another() {
+    let bytes = sound().bytes();
+    let (mut accepted, mut refused) = (0, 0);
+    for at in 0..bytes.len() {
+        for byte in 0..=255 {
+            let mut changed = bytes.clone();
+            changed[at] = byte;
+            match header(&changed) {
+                Ok((_, tensors)) => {
+                    assert!(tensors.values().all(|place| place.start <= place.end && place.end <= changed.len()));
+                    accepted += 1;
+                }
+                Err(_) => refused += 1,
+            }
+        }
+    }
+    assert!(accepted > 0 && refused > 0);
+}
+
+#[test]
 fn counts_and_lengths_beyond_the_file_are_refused() {
     let huge = (1u64 << 60).to_le_bytes();
     let at = |at: usize, bytes: [u8; 8]| {
