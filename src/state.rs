@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use peft_grammar::model::{Model, Schedule, TaskKind, written};
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use peft_runtime::safefile::SafeFile;
+use peft_runtime::source::TensorSource;
 use peft_runtime::{RuntimeError, Session};
 use serde_json::{Map, Value, json};
 
@@ -168,7 +169,7 @@ impl State {
             Some(FORMAT) => {
                 let mut checksum = begin_checksum(&file.notes);
                 for name in VECTORS {
-                    checksum.update(file.bytes(name)?);
+                    checksum.update(file.stored(name)?.1);
                 }
                 if note(CHECKSUM) != Some(&checksum.finalize().to_hex()) {
                     return Err(wrong(

@@ -97,6 +97,11 @@ pub enum Entry {
         rule: EntryRule,
         note: Option<Text>,
     },
+    /// `gguf "llama" { … }`: how GGUF files write the keys and tensors of these architectures.
+    Gguf {
+        architectures: Vec<Text>,
+        entries: Vec<Entry>,
+    },
     If {
         condition: Expr,
         then: Vec<Entry>,
@@ -112,6 +117,9 @@ pub enum EntryRule {
     Is(Vec<Expr>),
     /// Another name of this key or tensor.
     Same(Text),
+    /// `tensor "…" rows permute([heads, n, 2], [0, 2, 1])`: another name of this tensor, whose rows are those of the
+    /// file as an array of the shape `rows`, with its axes in the order `axes`.
+    Permuted { tensor: Text, rows: Expr, axes: Expr },
     /// A key without influence.
     Free,
     /// A tensor that the files or the graph may lack.

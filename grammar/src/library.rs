@@ -38,11 +38,23 @@ pub fn backbones() -> Vec<Described> {
 
 /// The backbone whose checkpoints have this `model_type` in their `config.json`.
 pub fn backbone_of(model_type: &str) -> Option<String> {
+    backbone_with(|entry| matches!(entry, Entry::ModelType(all) if all.iter().any(|t| t.text == model_type)))
+}
+
+/// The backbone whose GGUF files have this `general.architecture` in their metadata.
+pub fn backbone_of_gguf(architecture: &str) -> Option<String> {
+    backbone_with(|entry| match entry {
+        Entry::Gguf { architectures, .. } => architectures.iter().any(|t| t.text == architecture),
+        _ => false,
+    })
+}
+
+/// The first backbone of the library whose `checkpoint` block has an entry that fits.
+fn backbone_with(fits: impl Fn(&Entry) -> bool) -> Option<String> {
     let files = MODULES.iter().filter(|(path, _)| path.starts_with("backbones/"));
     let asts = files.filter_map(|(_, source)| crate::parser::parse(FileId(0), source).ok());
-    let reads = |entry: &Entry| matches!(entry, Entry::ModelType(all) if all.iter().any(|t| t.text == model_type));
     asts.flat_map(|ast| ast.items).find_map(|item| match item {
-        Item::Backbone(def) if def.checkpoint.iter().any(reads) => Some(def.name.text),
+        Item::Backbone(def) if def.checkpoint.iter().any(&fits) => Some(def.name.text),
         _ => None,
     })
 }

@@ -74,6 +74,33 @@ pub struct Checkpoint {
     /// Keys of `config.json`. A key inside an object is written with a dot: `rope_parameters.rope_theta`.
     pub keys: BTreeMap<String, Key>,
     pub tensors: Vec<TensorRule>,
+    /// How GGUF files write these checkpoints; `None` where the backbone does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gguf: Option<Gguf>,
+}
+
+/// How GGUF files write a backbone's checkpoints, from `gguf "…" { … }` in the `checkpoint` block.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Gguf {
+    /// Values of the metadata key `general.architecture`.
+    pub architectures: Vec<String>,
+    /// Metadata keys. [`Key::Same`] leads to a key of `config.json`. A key of `config.json` that is [`Key::Free`] here
+    /// has no metadata key, and its absence says nothing.
+    pub keys: BTreeMap<String, Key>,
+    /// By the names in the file; [`Kind::Same`] leads to a name of the checkpoint in safetensors.
+    pub tensors: Vec<TensorRule>,
+    /// Tensors whose rows the file holds in another order.
+    pub permuted: Vec<Permuted>,
+}
+
+/// The order in which a file holds the rows of tensors whose name in the file fits the pattern.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Permuted {
+    pub pattern: String,
+    /// The file's rows are an array of this shape.
+    pub rows: Vec<u64>,
+    /// Axis i of the model's rows is axis `axes[i]` of the file's.
+    pub axes: Vec<usize>,
 }
 
 /// What a key of `config.json` has to be.

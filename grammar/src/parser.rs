@@ -112,6 +112,8 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_key
             | kw_tensor
             | kw_checkpoint
+            | kw_gguf
+            | kw_permute
             | kw_model_type
             | kw_weight
             | kw_head

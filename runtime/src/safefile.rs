@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use crate::adapter::{Data, Float, TensorFile};
 use crate::error::RuntimeError;
 use crate::json::{POINTER, POINTS};
+use crate::source::{self, TensorSource, not_finite};
 
 /// Bytes of the header's length.
 const PREFIX: usize = 8;
@@ -104,11 +104,6 @@ impl SafeFile {
         Ok((place, &self.map[place.start..place.end]))
     }
 
-    /// A tensor's bytes as they lie in the file.
-    pub fn bytes(&self, name: &str) -> Result<&[u8], RuntimeError> {
-        Ok(self.place(name)?.1)
-    }
-
     /// Reads a tensor in any floating-point type into `out`, which has its size. All of it is finite.
     pub fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError> {
         let (Place { dtype, shape, .. }, bytes) = self.place(name)?;
@@ -124,10 +119,7 @@ impl SafeFile {
             other => return Err(wrong(format!("holds {other:?}; numbers are read from f32, f16, bf16 or f64"))),
         };
         match bad {
-            Some(at) => {
-                let index = unravel(at as u64, shape);
-                Err(wrong(format!("holds {} at {index:?}; the file is spoilt or a run diverged", out[at])))
-            }
+            Some(at) => Err(wrong(not_finite(out[at], at, shape))),
             None => Ok(()),
         }
     }
@@ -190,14 +182,40 @@ impl SafeFile {
             _ => 0.0,
         }
     }
+}
 
-    /// Both tensors have one shape and the same numbers.
-    pub fn equal(&self, name: &str, other: &SafeFile, of_other: &str) -> Result<bool, RuntimeError> {
-        let ((a, x), (b, y)) = (self.place(name)?, other.place(of_other)?);
-        if a.shape != b.shape {
-            return Ok(false);
-        }
-        Ok(if a.dtype == b.dtype { x == y } else { self.numbers(name)? == other.numbers(of_other)? })
+impl TensorSource for SafeFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<&[u64]> {
+        self.shape(name)
+    }
+
+    fn float(&self, name: &str) -> Option<Float> {
+        self.float(name)
+    }
+
+    fn rounding(&self, name: &str) -> f64 {
+        self.rounding(name)
+    }
+
+    fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError> {
+        self.floats(name, out)
+    }
+
+    fn numbers(&self, name: &str) -> Result<Vec<f64>, RuntimeError> {
+        self.numbers(name)
+    }
+
+    fn stored(&self, name: &str) -> Result<(String, &[u8]), RuntimeError> {
+        let (place, bytes) = self.place(name)?;
+        Ok((format!("{:?}", place.dtype), bytes))
     }
 }
 
@@ -230,31 +248,9 @@ fn header(file: &[u8]) -> Result<Header, String> {
     Ok((tensors, metadata.metadata().clone().unwrap_or_default().into_iter().collect()))
 }
 
-/// Elements a thread takes at a time.
-const CHUNK: usize = 1 << 16;
-
-/// Decodes, and gives the index of the first number that is not finite.
-fn decode<const N: usize>(bytes: &[u8], out: &mut [f32], read: impl Fn([u8; N]) -> f32 + Sync) -> Option<usize> {
-    let (source, _) = bytes.as_chunks::<N>();
-    let bad = out.par_chunks_mut(CHUNK).zip(source.par_chunks(CHUNK)).enumerate().filter_map(|(at, (to, from))| {
-        let mut finite = true;
-        for (to, &from) in to.iter_mut().zip(from) {
-            *to = read(from);
-            finite &= to.is_finite();
-        }
-        if finite { None } else { to.iter().position(|x| !x.is_finite()).map(|i| at * CHUNK + i) }
-    });
-    bad.min()
-}
-
-fn unravel(mut at: u64, shape: &[u64]) -> Vec<u64> {
-    let mut index = vec![];
-    for &d in shape.iter().rev() {
-        index.push(at % d);
-        at /= d;
-    }
-    index.reverse();
-    index
+/// Decodes number by number, and gives the index of the first that is not finite.
+fn decode<const B: usize>(bytes: &[u8], out: &mut [f32], read: impl Fn([u8; B]) -> f32 + Sync) -> Option<usize> {
+    source::decode(bytes, out, |b, x: &mut [f32; 1]| x[0] = read(*b))
 }
 
 /// Writes the file as a stream, header and notes in order of names.

@@ -1,7 +1,8 @@
-//! Weights: from a Hugging Face directory, or drawn from each tensor's initialisation.
+//! Weights: from a Hugging Face directory or a GGUF file, or drawn from each tensor's initialisation.
 
 mod buffers;
 mod names;
+mod permuted;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -12,13 +13,15 @@ use rayon::prelude::*;
 
 use crate::adapter::Float;
 use crate::error::RuntimeError;
+use crate::gguf::{self, GgufFile};
 use crate::json;
 use crate::memory::Numbers;
 use crate::philox::philox4x32;
 use crate::safefile::SafeFile;
+use crate::source::{TensorSource, equal};
 use names::{Names, Role};
 
-/// What a directory gave.
+/// What a directory or a file gave.
 pub struct Loaded {
     /// In the order of the parameters.
     pub tensors: Vec<Numbers>,
@@ -64,30 +67,42 @@ pub fn random(params: &[Param], seed: u64) -> Vec<Numbers> {
     params.iter().map(|p| draw(p, seed)).collect()
 }
 
-/// Reads `model.safetensors` (or its shards) by the rules of the backbone's `checkpoint` block. At most `appended` rows
+/// Reads `model.safetensors` of a directory (or its shards), or a GGUF file, by the rules of the backbone's `checkpoint`
+/// block. At most `appended` rows
 /// of the token embedding are the task's own special tokens: where a checkpoint lacks them they are drawn.
 ///
 /// Refused are tensors that are missing or of another shape, those inside the model that nothing reads, buffers whose
 /// values are not those that the equations mean, and two tensors for one parameter that differ.
 pub fn load(
-    dir: &Path,
+    from: &Path,
     backbone: &Backbone,
     params: &[Param],
     appended: u64,
     seed: u64,
 ) -> Result<Loaded, RuntimeError> {
-    let files = open(dir)?;
-    let mut stored: BTreeMap<&str, &SafeFile> = BTreeMap::new();
-    for (name, file) in files.iter().flat_map(|f| f.names().map(move |n| (n, f))) {
+    let files = open(from)?;
+    let mut stored: BTreeMap<&str, &dyn TensorSource> = BTreeMap::new();
+    for (name, file) in files.iter().flat_map(|f| f.names().into_iter().map(move |n| (n, &**f))) {
         if let Some(first) = stored.insert(name, file)
-            && !first.equal(name, file, name)?
+            && !equal(first, name, file, name)?
         {
             let (one, other) = (first.path().display(), file.path().display());
             let message = format!("  `{name}` is in {one} and in {other}, and differs; fetch the files again");
-            return Err(RuntimeError::weights(dir, message));
+            return Err(RuntimeError::weights(from, message));
         }
     }
-    let names = Names::new(&backbone.checkpoint, params);
+    let gguf = match (gguf::is_gguf(from), &backbone.checkpoint.gguf) {
+        (false, _) => None,
+        (true, Some(gguf)) => Some(gguf),
+        (true, None) => {
+            let message = format!(
+                "  `{}` does not say how GGUF files write its tensors (`gguf \"…\" {{ … }}` in its `checkpoint` block)",
+                backbone.name
+            );
+            return Err(RuntimeError::weights(from, message));
+        }
+    };
+    let names = Names::new(&backbone.checkpoint, gguf, params);
     let spellings = |param: &Param| -> Vec<String> {
         let own = matches!(param.origin, Origin::Backbone | Origin::Head);
         let all = if own { names.spellings(&param.name) } else { vec![] };
@@ -122,7 +137,7 @@ pub fn load(
         };
         let file = stored[name.as_str()];
         for other in others {
-            if !file.equal(name, stored[other.as_str()], other)? {
+            if !equal(file, name, stored[other.as_str()], other)? {
                 let note = names.note(other).map_or(String::new(), |note| format!(": {note}"));
                 wrong.push(format!("  `{other}` and `{name}` should be one tensor, and differ{note}"));
             }
@@ -142,6 +157,12 @@ pub fn load(
         // Once something does not fit, numbers are not read any more: only the message is left to make.
         if missing.is_empty() && wrong.is_empty() {
             file.floats(name, &mut numbers[..count])?;
+            if let Some(order) = names.permuted(name) {
+                match permuted::restore(order, &shape, &mut numbers[..count]) {
+                    Ok(()) => {}
+                    Err(why) => wrong.push(format!("  `{name}` {why}")),
+                }
+            }
         }
         tensors.push(numbers);
         held.push(Some(Held { rows: shape.first().copied().unwrap_or(1), dtype: file.float(name) }));
@@ -150,7 +171,7 @@ pub fn load(
     let (mut unread, mut strangers) = (vec![], vec![]);
     for (name, file) in stored.iter().filter(|(name, _)| !used.contains(**name)) {
         match names.role(name) {
-            Role::Buffer(buffer, note) => wrong.extend(buffers::differs(buffer, name, file)?.map(|why| match note {
+            Role::Buffer(buffer, note) => wrong.extend(buffers::differs(buffer, name, *file)?.map(|why| match note {
                 Some(note) => format!("  {why}: {note}"),
                 None => format!("  {why}"),
             })),
@@ -160,7 +181,9 @@ pub fn load(
     }
     if !missing.is_empty() {
         let left_over: Vec<&String> = strangers.iter().chain(unread.iter().map(|u| &u.name)).collect();
-        let lines = missing.iter().map(|name| lacking(name, names.note(name), &names.spellings(name), &left_over));
+        let lines = missing
+            .iter()
+            .map(|name| lacking(&names.shown(name), names.note(name), &names.spellings(name), &left_over));
         wrong.extend(lines.take(SHOWN));
         if missing.len() > SHOWN {
             wrong.push(format!("  and {} more are missing", missing.len() - SHOWN));
@@ -177,7 +200,7 @@ pub fn load(
     if wrong.is_empty() {
         return Ok(Loaded { tensors, drawn, unread, held });
     }
-    Err(RuntimeError::weights(dir, wrong.join("\n")))
+    Err(RuntimeError::weights(from, wrong.join("\n")))
 }
 
 fn misshapen(name: &str, shape: &[u64], param: &Param) -> String {
@@ -217,7 +240,15 @@ fn some(names: &[&String]) -> String {
 }
 
 /// The files of a checkpoint.
-fn open(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
+fn open(from: &Path) -> Result<Vec<Box<dyn TensorSource>>, RuntimeError> {
+    Ok(match gguf::is_gguf(from) {
+        true => GgufFile::open_all(from)?.into_iter().map(|file| Box::new(file) as _).collect(),
+        false => open_folder(from)?.into_iter().map(|file| Box::new(file) as _).collect(),
+    })
+}
+
+/// `model.safetensors` of a folder, or its shards.
+fn open_folder(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
     if json::there(&single)? {

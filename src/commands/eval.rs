@@ -14,14 +14,14 @@ pub struct Arguments {
     source: Source,
     #[arg(long)]
     data: PathBuf,
-    /// A Hugging Face model directory, or `random`
+    /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
     /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote; the untrained model
     /// without it
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// A directory with a tokenizer; the weights' own if not given
+    /// A directory or a GGUF file with a tokenizer; the weights' own if not given
     #[arg(long)]
     tokenizer: Option<PathBuf>,
 }

@@ -24,8 +24,8 @@ pub struct Arguments {
     /// Trained values: `adapter.safetensors`, or a folder that a run wrote
     #[arg(long)]
     adapter: PathBuf,
-    /// The base model, a Hugging Face model directory, or `random` as in training: a head that does not train comes
-    /// from it, and its name
+    /// The base model, a Hugging Face model directory, a GGUF file, or `random` as in training: a head that does not
+    /// train comes from it, and its name
     #[arg(long)]
     weights: Option<PathBuf>,
     /// What PEFT is to load as the base model, such as `meta-llama/Llama-2-7b-hf`

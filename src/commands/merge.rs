@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use peft_runtime::adapter::Float;
+use peft_runtime::gguf::is_gguf;
 use peft_runtime::json;
 
 use super::overwrite::{self, Overwrite};
@@ -15,7 +16,7 @@ use crate::{adapters, merge, spec};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// A Hugging Face model directory, or `random`
+    /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
     /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote
@@ -52,6 +53,13 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         let path = source.path.display();
         return Err(Failure::Usage(format!(
             "{path}: an artifact has no equations to fold; name the spec it is made of"
+        )));
+    }
+    if is_gguf(weights) && tokenizer.is_none() {
+        return Err(Failure::Usage(format!(
+            "{}: a merged model has its tokenizer beside it, as a folder does and a GGUF file does not; name the folder of \
+             the model's own with `--tokenizer`",
+            weights.display()
         )));
     }
     let read = [Some(weights), Some(adapter), tokenizer.as_ref(), Some(&source.path)];

@@ -18,7 +18,7 @@ pub struct Arguments {
     /// Tensors `inputs.*`, and `weights.*` unless `--weights` is given
     #[arg(long, value_name = "FILE")]
     inputs: PathBuf,
-    /// A Hugging Face model directory, or `random`
+    /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: Option<PathBuf>,
     /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote

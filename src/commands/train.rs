@@ -23,10 +23,10 @@ pub struct Arguments {
     /// What to judge by after every epoch
     #[arg(long)]
     dev: Option<PathBuf>,
-    /// A Hugging Face model directory, or `random`
+    /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
-    /// A directory with a tokenizer; the weights' own if not given
+    /// A directory or a GGUF file with a tokenizer; the weights' own if not given
     #[arg(long)]
     tokenizer: Option<PathBuf>,
     /// Where adapter, state and metrics go; `runs/NAME` if not given

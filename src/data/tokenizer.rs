@@ -18,6 +18,7 @@ pub struct Tokenizer {
     rows: u64,
     /// The task's special tokens with their ids.
     special: Vec<(String, u64)>,
+    chat_template: Option<String>,
     notes: Vec<String>,
 }
 
@@ -28,7 +29,7 @@ impl Tokenizer {
     /// New tokens have ids from the tokenizer's length on, in the order of the task, as transformers' `add_tokens` gives
     /// them. They stand only where the template writes them: the same characters within a text are text.
     pub fn load(path: &Path, task: &Task, rows: u64) -> Result<Self, DataError> {
-        let Opened { library, source, max_length, mut notes } = open(path)?;
+        let Opened { library, source, max_length, chat_template, mut notes } = open(path)?;
         let ids = library.get_vocab(true);
         let own = ids.values().max().map_or(0, |&id| u64::from(id) + 1);
         let mut next = own..;
@@ -49,7 +50,7 @@ impl Tokenizer {
                 task.max_tokens
             ));
         }
-        let tokenizer = Tokenizer { library, source, own, rows, special, notes };
+        let tokenizer = Tokenizer { library, source, own, rows, special, chat_template, notes };
         if let TaskKind::Classification { .. } = task.kind {
             tokenizer.check_marks()?;
         }
@@ -100,6 +101,11 @@ impl Tokenizer {
     /// Tokens altogether, the task's included.
     pub fn vocabulary(&self) -> usize {
         (self.own + self.appended()) as usize
+    }
+
+    /// The model's own Jinja template of conversations, where a GGUF file holds one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
     }
 
     /// The file that holds the vocabulary.

@@ -1,17 +1,19 @@
-//! Checkpoints in Hugging Face's form: `config.json` beside `model.safetensors`.
+//! Checkpoints in Hugging Face's form, `config.json` beside `model.safetensors`, and in llama.cpp's, one GGUF file.
 //!
 //! What a checkpoint means is compared with the model before its numbers are read: the keys of `config.json` in
-//! [`config`], the names of labels in [`labels`], tensors by the rules of the backbone's file in
-//! [`peft_runtime::weights`].
+//! [`config`], the metadata of GGUF in [`gguf`], the names of labels in [`labels`], tensors by the rules of the
+//! backbone's file in [`peft_runtime::weights`].
 
 pub mod config;
 mod folder;
+pub mod gguf;
 pub mod labels;
 
 use std::path::Path;
 
 use peft_grammar::model::{Model, Origin};
 use peft_runtime::RuntimeError;
+use peft_runtime::gguf::{GgufFile, is_gguf};
 use peft_runtime::weights::{self, Loaded, Unread};
 use serde_json::{Map, Value};
 
@@ -23,19 +25,24 @@ pub use folder::{cached, named, resolve};
 /// What stands for weights that are drawn from each tensor's initialisation.
 pub const RANDOM: &str = "random";
 
-/// Every tensor of the model: `random`, or from a Hugging Face directory, whose meaning is that of the model.
+/// Every tensor of the model: `random`, or from a Hugging Face directory or a GGUF file, whose meaning is that of the
+/// model.
 pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
     if from == Path::new(RANDOM) {
         return Ok(Loaded::random(&model.params, model.train.seed));
     }
-    let config = config::read(from)?;
     let refused = |wrong: Vec<String>| match wrong.is_empty() {
         true => Ok(()),
         false => Err(RuntimeError::weights(from, wrong.join("\n"))),
     };
-    match &config {
-        Some(config) => {
-            let found = config::compare(config, model);
+    let (found, config) = if is_gguf(from) {
+        (Some(gguf::compare(&GgufFile::open_all(from)?[0], model)), None)
+    } else {
+        let config = config::read(from)?;
+        (config.as_ref().map(|config| config::compare(config, model)), config)
+    };
+    match found {
+        Some(found) => {
             refused(found.wrong)?;
             found.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
         }

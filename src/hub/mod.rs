@@ -1,4 +1,4 @@
-//! Other people's formats: Hugging Face checkpoints and tokenizers, PEFT's adapters.
+//! Other people's formats: Hugging Face checkpoints and tokenizers, GGUF files, PEFT's adapters.
 
 pub mod checkpoint;
 #[cfg(feature = "compiler")]

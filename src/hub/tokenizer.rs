@@ -3,11 +3,14 @@
 mod classes;
 mod contained;
 mod files;
+mod gguf;
 mod settings;
 
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{ConfigValue, Model};
+
+use peft_runtime::gguf::is_gguf;
 
 use crate::commands::say;
 use crate::data::{DataError, Tokenizer};
@@ -23,9 +26,10 @@ pub fn find(named: Option<&Path>, weights: &Path, data: &Path, model: &Model) ->
     let place = match named {
         Some(path) => checkpoint::named(path).unwrap_or_else(|| path.to_owned()),
         None if weights == Path::new("random") => near(data, &model.backbone.name)?,
-        None if weights.is_dir() => weights.to_owned(),
+        None if weights.is_dir() || is_gguf(weights) => weights.to_owned(),
         None => {
-            let message = "no such directory; `--weights` takes a Hugging Face model directory, or `random`";
+            let message =
+                "no such directory; `--weights` takes a Hugging Face model directory, a GGUF file, or `random`";
             let source = std::io::Error::new(std::io::ErrorKind::NotFound, message);
             return Err(DataError::Read { path: weights.to_owned(), source }.into());
         }

@@ -7,17 +7,23 @@ set -eu
 # finds out whether an encoder takes a prefix.
 versions="torch==2.15.0 transformers==5.23.0 peft==0.21.2 safetensors==0.8.0 numpy==2.4.6"
 
-venv="$(cd "$(dirname "$0")/../.." && pwd)/target/interop-venv"
-if [ -f "$venv/ready" ] && [ "$(cat "$venv/ready")" = "$versions" ]; then
-    exit 0
-fi
+# Reads and writes GGUF. It comes last and by itself: an environment that lacks it is not made anew.
+gguf="gguf==0.19.0"
 
-rm -rf "$venv"
-python3 -m venv "$venv"
-# The wheel of torch links against the CUDA libraries and does not load without
-# them, so the whole set comes along although only the CPU is used.
-# shellcheck disable=SC2086  # one word per package
-"$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check $versions
-"$venv/bin/python" -c "import peft, torch, transformers"
-# Written last: an interrupted install leaves no marker and is made anew.
-echo "$versions" > "$venv/ready"
+venv="$(cd "$(dirname "$0")/../.." && pwd)/target/interop-venv"
+if ! [ -f "$venv/ready" ] || [ "$(cat "$venv/ready")" != "$versions" ]; then
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    # The wheel of torch links against the CUDA libraries and does not load without
+    # them, so the whole set comes along although only the CPU is used.
+    # shellcheck disable=SC2086  # one word per package
+    "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check $versions
+    "$venv/bin/python" -c "import peft, torch, transformers"
+    # Written last: an interrupted install leaves no marker and is made anew.
+    echo "$versions" > "$venv/ready"
+fi
+if ! [ -f "$venv/gguf" ] || [ "$(cat "$venv/gguf")" != "$gguf" ]; then
+    "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check "$gguf"
+    "$venv/bin/python" -c "import gguf"
+    echo "$gguf" > "$venv/gguf"
+fi

@@ -3,6 +3,7 @@
 mod cli;
 mod fixtures;
 mod fuzz;
+mod gguf;
 mod gpu;
 mod halves;
 mod interop;

@@ -9,7 +9,7 @@ use super::expand::Frame;
 use super::value::Val;
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Buffer, Checkpoint, Key, Kind, TensorRule};
+use crate::model::{Buffer, Checkpoint, Gguf, Key, Kind, Permuted, TensorRule};
 use crate::source::Span;
 
 /// Buffers by name, and what they are made of.
@@ -50,6 +50,17 @@ impl<'a> Checker<'a> {
                     let Some(holds) = self.condition(frame, condition) else { continue };
                     self.checkpoint_entries(found, said, frame, if holds { then } else { otherwise });
                 }
+                Entry::Gguf { architectures, entries } => {
+                    if found.gguf.is_some() {
+                        let span = architectures.first().map_or(Span::default(), |name| name.span);
+                        self.report(Diagnostic::error(span, "there is a second `gguf` block"));
+                        continue;
+                    }
+                    let architectures = architectures.iter().map(|name| name.text.clone()).collect();
+                    let mut gguf = Gguf { architectures, ..Gguf::default() };
+                    self.gguf_entries(&mut gguf, said, frame, entries);
+                    found.gguf = Some(gguf);
+                }
                 Entry::Key { names, rule, note } => {
                     let note = note.as_ref().and_then(|n| self.fill(frame, n));
                     for name in names {
@@ -79,6 +90,84 @@ impl<'a> Checker<'a> {
         }
     }
 
+    /// What a `gguf` block says. Names in the file and names of `config.json` share `said`: none is declared twice.
+    fn gguf_entries(
+        &mut self,
+        found: &mut Gguf,
+        said: &mut HashMap<String, Span>,
+        frame: &Frame<'a>,
+        entries: &'a [Entry],
+    ) {
+        for entry in entries {
+            match entry {
+                Entry::If { condition, then, otherwise } => {
+                    let Some(holds) = self.condition(frame, condition) else { continue };
+                    self.gguf_entries(found, said, frame, if holds { then } else { otherwise });
+                }
+                Entry::Key { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                    for name in names {
+                        let Some(key) = self.key_rule(frame, name, rule, note.clone()) else { continue };
+                        // One of `config.json` that metadata lack may be declared `free` in both places.
+                        if key == Key::Free || self.declared_once(said, name) {
+                            found.keys.insert(name.text.clone(), key);
+                        }
+                    }
+                }
+                Entry::Tensor { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                    for name in names {
+                        let is = match rule {
+                            EntryRule::Permuted { tensor, rows, axes } => {
+                                let Some((rows, axes)) = self.permutation(frame, rows, axes) else { continue };
+                                found.permuted.push(Permuted { pattern: name.text.clone(), rows, axes });
+                                self.same_tensor(name, tensor)
+                            }
+                            _ => self.tensor_rule(frame, name, rule),
+                        };
+                        let Some(is) = is else { continue };
+                        if self.declared_once(said, name) {
+                            found.tensors.push(TensorRule { pattern: name.text.clone(), is, note: note.clone() });
+                        }
+                    }
+                }
+                Entry::ModelType(names) | Entry::Gguf { architectures: names, .. } => {
+                    let span = names.first().map_or(Span::default(), |name| name.span);
+                    self.report(Diagnostic::error(span, "a `gguf` block holds keys and tensors"));
+                }
+                Entry::Prefix(prefix) => {
+                    self.report(Diagnostic::error(prefix.span, "a `gguf` block holds keys and tensors"));
+                }
+            }
+        }
+    }
+
+    /// The shape of the rows and the order of its axes: each axis once.
+    fn permutation(&mut self, frame: &Frame<'a>, rows: &'a Expr, axes: &'a Expr) -> Option<(Vec<u64>, Vec<usize>)> {
+        let mut all = |list: &'a Expr| -> Option<Vec<u64>> {
+            let ExprKind::List(items) = &list.kind else { return None };
+            let number = |item: &'a Expr| {
+                let found = self.whole(frame, item)?;
+                let number = u64::try_from(found).ok();
+                if number.is_none() {
+                    let title = format!("sizes and axes are whole numbers from 0 on, found {found}");
+                    self.report(Diagnostic::error(item.span, title));
+                }
+                number
+            };
+            items.iter().map(number).collect()
+        };
+        let (shape, order) = (all(rows)?, all(axes)?);
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        if shape.len() != order.len() || !sorted.into_iter().eq(0..order.len() as u64) {
+            let title = format!("{} axes are permuted, and each of them is named once", shape.len());
+            self.report(Diagnostic::error(axes.span, title));
+            return None;
+        }
+        Some((shape, order.into_iter().map(|axis| axis as usize).collect()))
+    }
+
     /// Nothing was said of it before.
     fn declared_once(&mut self, said: &mut HashMap<String, Span>, name: &Text) -> bool {
         let Some(&first) = said.get(&name.text) else {
@@ -98,7 +187,7 @@ impl<'a> Checker<'a> {
                 let values = values.iter().map(|e| self.json(frame, e)).collect::<Option<_>>()?;
                 Some(Key::Is { values, note })
             }
-            EntryRule::Optional | EntryRule::Unused | EntryRule::Required => {
+            EntryRule::Optional | EntryRule::Unused | EntryRule::Required | EntryRule::Permuted { .. } => {
                 let error = Diagnostic::error(name.span, "a key is a value, another key, or `free`");
                 self.report(error);
                 None
@@ -111,14 +200,11 @@ impl<'a> Checker<'a> {
             EntryRule::Optional => Kind::Optional,
             EntryRule::Unused => Kind::Unused,
             EntryRule::Required => Kind::Required,
-            EntryRule::Same(other) => {
-                let stars = |text: &Text| text.text.matches('*').count();
-                if stars(name) != stars(other) {
-                    let error = Diagnostic::error(other.span, "the two patterns have not as many `*`");
-                    self.report(error.hint("each `*` stands for the same part of both names"));
-                    return None;
-                }
-                Kind::Same(other.text.clone())
+            EntryRule::Same(other) => self.same_tensor(name, other)?,
+            EntryRule::Permuted { tensor, .. } => {
+                let error = Diagnostic::error(tensor.span, "rows are permuted in a `gguf` block alone");
+                self.report(error.hint("safetensors hold the rows as the equations read them"));
+                return None;
             }
             EntryRule::Is(values) => Kind::Buffer(self.buffer(frame, values)?),
             EntryRule::Free => {
@@ -127,6 +213,17 @@ impl<'a> Checker<'a> {
                 return None;
             }
         })
+    }
+
+    /// Another name: both patterns have the same parts.
+    fn same_tensor(&mut self, name: &Text, other: &Text) -> Option<Kind> {
+        let stars = |text: &Text| text.text.matches('*').count();
+        if stars(name) != stars(other) {
+            let error = Diagnostic::error(other.span, "the two patterns have not as many `*`");
+            self.report(error.hint("each `*` stands for the same part of both names"));
+            return None;
+        }
+        Some(Kind::Same(other.text.clone()))
     }
 
     fn buffer(&mut self, frame: &Frame<'a>, values: &'a [Expr]) -> Option<Buffer> {
@@ -182,7 +279,8 @@ impl<'a> Checker<'a> {
 
     /// Another name of a key is that of one which is declared, and no other name itself.
     fn names_lead_somewhere(&mut self, found: &Checkpoint, said: &HashMap<String, Span>) {
-        for (name, key) in &found.keys {
+        let gguf = found.gguf.iter().flat_map(|gguf| &gguf.keys);
+        for (name, key) in found.keys.iter().chain(gguf) {
             let Key::Same(other) = key else { continue };
             let known = found.keys.iter().filter(|(_, k)| !matches!(k, Key::Same(_))).map(|(n, _)| n.as_str());
             if found.keys.get(other).is_none_or(|k| matches!(k, Key::Same(_))) {

@@ -18,6 +18,7 @@ impl Builder {
         match rule {
             Rule::model_type => Entry::ModelType(self.strings(c.next())),
             Rule::prefix => Entry::Prefix(self.text(c.next())),
+            Rule::gguf => Entry::Gguf { architectures: self.strings(c.next()), entries: self.entries(c.next()) },
             Rule::choice => {
                 let (condition, then) = (self.expr(c.next()), self.entries(c.next()));
                 let otherwise = match c.0.next() {
@@ -49,6 +50,14 @@ impl Builder {
             Rule::unused => EntryRule::Unused,
             Rule::required => EntryRule::Required,
             Rule::values => EntryRule::Is(self.values(pair)),
+            Rule::permuted => {
+                let mut c = Children::of(pair);
+                EntryRule::Permuted {
+                    tensor: self.text(c.next()),
+                    rows: self.expr(c.next()),
+                    axes: self.expr(c.next()),
+                }
+            }
             _ => EntryRule::Same(self.text(Children::of(pair).next())),
         }
     }

@@ -4,10 +4,10 @@
 use peft_grammar::model::Buffer;
 
 use crate::error::RuntimeError;
-use crate::safefile::SafeFile;
+use crate::source::TensorSource;
 
 /// Where a buffer is not what the backbone computes, in words; `None` where it is.
-pub(super) fn differs(buffer: &Buffer, name: &str, file: &SafeFile) -> Result<Option<String>, RuntimeError> {
+pub(super) fn differs(buffer: &Buffer, name: &str, file: &dyn TensorSource) -> Result<Option<String>, RuntimeError> {
     let shape = file.shape(name).unwrap_or_default().to_vec();
     let last = shape.last().copied().unwrap_or(1);
     let elements: u64 = shape.iter().product();

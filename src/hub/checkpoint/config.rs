@@ -1,7 +1,8 @@
 //! The keys of `config.json` against the model. What each means to a family stands in its backbone's file; what is the
 //! same for all families stands here.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use peft_grammar::library;
@@ -165,7 +166,7 @@ const REFUSED: &[(&str, &[&str], &str)] = &[
 ];
 
 /// The key that counts the token embedding's rows: a task's own special tokens may follow them.
-const VOCABULARY: &str = "vocab_size";
+pub(super) const VOCABULARY: &str = "vocab_size";
 
 /// What a comparison found.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -189,33 +190,28 @@ pub fn compare(config: &Map<String, Value>, model: &Model) -> Comparison {
         found.wrong.push(wrong);
         return found;
     }
-    let (mut present, mut unknown) = (BTreeSet::new(), vec![]);
-    for leaf in leaves(config, model) {
-        if !leaf.value.is_null() {
-            present.insert(canonical(&leaf.path, model).to_owned());
-        }
-        match judge(&leaf, model) {
-            Verdict::Fits => {}
-            Verdict::Differs(why) => found.wrong.push(format!("  `{}` is {} {why}", leaf.path, short(leaf.value))),
-            Verdict::Unknown => unknown.push(format!("`{}`: {}", leaf.path, short(leaf.value))),
-        }
-    }
-    found.wrong.extend(absent_keys_differ(&present, model));
-    if !unknown.is_empty() {
-        found.warnings.push(format!(
-            "config.json has keys that `{}` does not know, so whether they matter was not checked: {}",
-            model.backbone.name,
-            unknown.join(", ")
-        ));
-    }
-    found
+    let rules = Rules { model, keys: &model.backbone.checkpoint.keys, place: "config.json", written: None };
+    rules.compare(&leaves(config, &rules), found)
 }
 
-/// A key and its value. The path of one inside an object has a dot.
-struct Leaf<'c> {
-    path: String,
-    value: &'c Value,
-    nested: bool,
+/// What the keys of a file are compared with.
+pub(super) struct Rules<'a> {
+    pub model: &'a Model,
+    /// What each key has to be, [`Key::Same`] for another name of one.
+    pub keys: &'a BTreeMap<String, Key>,
+    /// What messages call the file: `config.json`.
+    pub place: &'a str,
+    /// How the file writes keys of `config.json`; `None` where it is that file.
+    pub written: Option<&'a BTreeMap<String, String>>,
+}
+
+/// A key and its value.
+pub(super) struct Leaf<'c> {
+    /// That of a key inside an object has a dot.
+    pub path: String,
+    pub value: Cow<'c, Value>,
+    /// It belongs to the family, which has to know it.
+    pub own: bool,
 }
 
 enum Verdict {
@@ -225,63 +221,97 @@ enum Verdict {
     Unknown,
 }
 
-fn judge(leaf: &Leaf, model: &Model) -> Verdict {
-    let name = canonical(&leaf.path, model);
-    let backbone = &model.backbone.name;
-    match model.backbone.checkpoint.keys.get(name) {
-        // Null is what an absent key is.
-        Some(Key::Argument { .. }) if leaf.value.is_null() => Verdict::Fits,
-        Some(Key::Argument { name: argument, .. }) => match model.backbone.config.get(name) {
-            Some(wants) if !fits(name, leaf.value, wants, model) => {
-                let mend = mend(argument, leaf.value, wants).map_or(String::new(), |mend| format!("; {mend}"));
-                Verdict::Differs(format!("in config.json, the spec wants {}{mend}", text(wants)))
+impl Rules<'_> {
+    /// Compares all keys of a file, which are `leaves`, and adds what is found.
+    pub fn compare(&self, leaves: &[Leaf], mut found: Comparison) -> Comparison {
+        let (mut present, mut unknown) = (BTreeSet::new(), vec![]);
+        for leaf in leaves {
+            if !leaf.value.is_null() {
+                present.insert(self.canonical(&leaf.path).to_owned());
             }
-            _ => Verdict::Fits,
-        },
-        Some(Key::Is { values, .. }) if values.iter().any(|wanted| same(wanted, leaf.value)) => Verdict::Fits,
-        Some(Key::Is { values, note }) => {
-            let values: Vec<String> = values.iter().map(Value::to_string).collect();
-            let note = note.as_ref().map_or(String::new(), |note| format!(": {note}"));
-            Verdict::Differs(format!("in config.json, and `{backbone}` computes {}{note}", values.join(" or ")))
+            match self.judge(leaf) {
+                Verdict::Fits => {}
+                Verdict::Differs(why) => found.wrong.push(format!("  `{}` is {} {why}", leaf.path, short(&leaf.value))),
+                Verdict::Unknown => unknown.push(format!("`{}`: {}", leaf.path, short(&leaf.value))),
+            }
         }
-        Some(Key::Free | Key::Same(_)) => Verdict::Fits,
-        // Objects that the backbone knows are understood key by key.
-        None if leaf.nested && !leaf.value.is_null() => {
-            Verdict::Differs(format!("in config.json, and `{backbone}` does not know it"))
+        found.wrong.extend(self.absent_keys_differ(&present));
+        if !unknown.is_empty() {
+            found.warnings.push(format!(
+                "{} has keys that `{}` does not know, so whether they matter was not checked: {}",
+                self.place,
+                self.model.backbone.name,
+                unknown.join(", ")
+            ));
         }
-        None if inside(name, model) => Verdict::Differs("in config.json, where an object was expected".into()),
-        None if WITHOUT_INFLUENCE.contains(&name) || LABELS.contains(&name) => Verdict::Fits,
-        None => match REFUSED.iter().find(|(key, ..)| *key == name) {
-            Some((_, fine, _)) if fine.contains(&leaf.value.to_string().as_str()) => Verdict::Fits,
-            Some((.., why)) => Verdict::Differs(format!("in config.json: {why}")),
-            None => Verdict::Unknown,
-        },
+        found
     }
-}
 
-/// The key that a path is a name of.
-fn canonical<'a>(path: &'a str, model: &'a Model) -> &'a str {
-    match model.backbone.checkpoint.keys.get(path) {
-        Some(Key::Same(other)) => other,
-        _ => path,
+    fn judge(&self, leaf: &Leaf) -> Verdict {
+        let name = self.canonical(&leaf.path);
+        let (backbone, place, value) = (&self.model.backbone.name, self.place, &*leaf.value);
+        match self.keys.get(name) {
+            // Null is what an absent key is.
+            Some(Key::Argument { .. }) if value.is_null() => Verdict::Fits,
+            Some(Key::Argument { name: argument, .. }) => match self.model.backbone.config.get(name) {
+                Some(wants) if !fits(name, value, wants, self.model) => {
+                    let mend = mend(argument, value, wants).map_or(String::new(), |mend| format!("; {mend}"));
+                    Verdict::Differs(format!("in {place}, the spec wants {}{mend}", text(wants)))
+                }
+                _ => Verdict::Fits,
+            },
+            Some(Key::Is { values, .. }) if values.iter().any(|wanted| same(wanted, value)) => Verdict::Fits,
+            Some(Key::Is { values, note }) => {
+                let values: Vec<String> = values.iter().map(Value::to_string).collect();
+                let note = note.as_ref().map_or(String::new(), |note| format!(": {note}"));
+                Verdict::Differs(format!("in {place}, and `{backbone}` computes {}{note}", values.join(" or ")))
+            }
+            Some(Key::Free | Key::Same(_)) => Verdict::Fits,
+            // Objects that the backbone knows are understood key by key.
+            None if leaf.own && !value.is_null() => {
+                Verdict::Differs(format!("in {place}, and `{backbone}` does not know it"))
+            }
+            None if inside(name, self.keys) => Verdict::Differs(format!("in {place}, where an object was expected")),
+            None if WITHOUT_INFLUENCE.contains(&name) || LABELS.contains(&name) => Verdict::Fits,
+            None => match REFUSED.iter().find(|(key, ..)| *key == name) {
+                Some((_, fine, _)) if fine.contains(&value.to_string().as_str()) => Verdict::Fits,
+                Some((.., why)) => Verdict::Differs(format!("in {place}: {why}")),
+                None => Verdict::Unknown,
+            },
+        }
     }
-}
 
-/// A line for each argument whose key the file lacks and whose default there is another than the spec's value.
-fn absent_keys_differ(present: &BTreeSet<String>, model: &Model) -> Vec<String> {
-    let lacking = model.backbone.checkpoint.keys.iter().filter(|(key, _)| !present.contains(*key));
-    let differs = |(key, rule): (&String, &Key)| {
-        let Key::Argument { name, absent: Some(absent) } = rule else { return None };
-        let wants = model.backbone.config.get(key)?;
-        let absent = plain(absent);
-        let mend = mend(name, &absent, wants).map_or(String::new(), |mend| format!("; {mend}"));
-        let line = format!(
-            "  `{key}` is absent from config.json and counts as {absent} there, the spec wants {}{mend}",
-            text(wants)
-        );
-        (!fits(key, &absent, wants, model)).then_some(line)
-    };
-    lacking.filter_map(differs).collect()
+    /// The key that a path is a name of.
+    fn canonical<'k>(&'k self, path: &'k str) -> &'k str {
+        let mut name = path;
+        // A name of the file, and another name in `config.json`.
+        for _ in 0..2 {
+            match self.keys.get(name) {
+                Some(Key::Same(other)) => name = other,
+                _ => break,
+            }
+        }
+        name
+    }
+
+    /// A line for each argument whose key the file lacks and whose default there is another than the spec's value.
+    fn absent_keys_differ(&self, present: &BTreeSet<String>) -> Vec<String> {
+        let lacking = self.keys.iter().filter(|(key, _)| !present.contains(*key));
+        let differs = |(key, rule): (&String, &Key)| {
+            let Key::Argument { name, absent: Some(absent) } = rule else { return None };
+            let wants = self.model.backbone.config.get(key)?;
+            let absent = plain(absent);
+            let mend = mend(name, &absent, wants).map_or(String::new(), |mend| format!("; {mend}"));
+            let written = self.written.and_then(|written| written.get(key)).unwrap_or(key);
+            let line = format!(
+                "  `{written}` is absent from {} and counts as {absent} there, the spec wants {}{mend}",
+                self.place,
+                text(wants)
+            );
+            (!fits(key, &absent, wants, self.model)).then_some(line)
+        };
+        lacking.filter_map(differs).collect()
+    }
 }
 
 /// Refuses the checkpoint of another family, by the backbone that reads it.
@@ -310,25 +340,25 @@ fn other_family(config: &Map<String, Value>, model: &Model, warnings: &mut Vec<S
 }
 
 /// Every key with its value; of objects of which the backbone knows a key, that of each entry.
-fn leaves<'c>(config: &'c Map<String, Value>, model: &Model) -> Vec<Leaf<'c>> {
+fn leaves<'c>(config: &'c Map<String, Value>, rules: &Rules) -> Vec<Leaf<'c>> {
     let mut all = vec![];
     for (key, value) in config {
         match value {
-            Value::Object(entries) if inside(key, model) => {
-                all.extend(entries.iter().map(|(k, value)| Leaf { path: format!("{key}.{k}"), value, nested: true }));
+            Value::Object(entries) if inside(key, rules.keys) => {
+                let entry = |(k, value)| Leaf { path: format!("{key}.{k}"), value: Cow::Borrowed(value), own: true };
+                all.extend(entries.iter().map(entry));
             }
             // There is nothing in it.
-            Value::Null if inside(key, model) => {}
-            _ => all.push(Leaf { path: key.clone(), value, nested: false }),
+            Value::Null if inside(key, rules.keys) => {}
+            _ => all.push(Leaf { path: key.clone(), value: Cow::Borrowed(value), own: false }),
         }
     }
     all
 }
 
 /// The backbone knows keys of this object.
-fn inside(object: &str, model: &Model) -> bool {
-    let keys = model.backbone.checkpoint.keys.keys();
-    keys.filter_map(|key| key.strip_prefix(object)).any(|rest| rest.starts_with('.'))
+fn inside(object: &str, keys: &BTreeMap<String, Key>) -> bool {
+    keys.keys().filter_map(|key| key.strip_prefix(object)).any(|rest| rest.starts_with('.'))
 }
 
 /// What makes the spec have the file's value, if it is one of the argument's type.

@@ -3,6 +3,7 @@
 use std::path::{Component, Path, PathBuf};
 
 use peft_runtime::RuntimeError;
+use peft_runtime::gguf::is_gguf;
 
 use super::RANDOM;
 use crate::commands::say;
@@ -21,14 +22,14 @@ const OTHERS: &[(&str, &str)] = &[
     (".bin.index.json", "an index of PyTorch's pickled weights, which may run code and are not read here"),
     (".pt", "PyTorch's pickled weights, which may run code and are not read here"),
     (".pth", "PyTorch's pickled weights, which may run code and are not read here"),
-    (".gguf", "weights in llama.cpp's GGUF, which are not read here; take the checkpoint that they were made of"),
+    (".gguf", "weights in llama.cpp's GGUF, which are read where `--weights` names the file itself"),
     (".h5", "TensorFlow's weights, which are not read here; take the checkpoint's `model.safetensors`"),
     (".msgpack", "Flax's weights, which are not read here; take the checkpoint's `model.safetensors`"),
     (".onnx", "an ONNX graph, which is not read here; take the checkpoint that it was made of"),
     (".npz", "NumPy's arrays, which are not read here; take the checkpoint's `model.safetensors`"),
 ];
 
-/// The folder that `--weights` means: itself, or the snapshot of a hub's name in the Hugging Face cache. `random` stays
+/// The folder or the GGUF file that `--weights` means: itself, or the snapshot of a hub's name in the Hugging Face cache. `random` stays
 /// what it is.
 pub fn resolve(from: &Path) -> Result<PathBuf, Failure> {
     if from == Path::new(RANDOM) {
@@ -42,10 +43,15 @@ pub fn resolve(from: &Path) -> Result<PathBuf, Failure> {
         };
     }
     if from.exists() {
+        if is_gguf(from) {
+            return Ok(from.to_path_buf());
+        }
         return refused(file(from));
     }
     let Some((name, hub)) = hub_name(from).zip(cache()) else {
-        return refused("no such directory; `--weights` takes a Hugging Face model directory, or `random`".into());
+        return refused(
+            "no such directory; `--weights` takes a Hugging Face model directory, a GGUF file, or `random`".into(),
+        );
     };
     match snapshot(&hub, &name) {
         Ok(Some(folder)) => {

@@ -109,7 +109,7 @@ pub const WITHOUT_FILE: &[&str] = &[
 ];
 
 /// Qwen2's pattern, of transformers' `tokenization_qwen2.py`.
-const QWEN2_SPLIT: &str =
+pub const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 const CLASSES: &[Class] = &[

@@ -4,12 +4,14 @@ use std::fmt::Display;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use peft_runtime::gguf::is_gguf;
 use peft_runtime::{RuntimeError, json as outside};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
 
 use super::classes::{self, Class, Form};
 use super::contained::contained;
+use super::gguf::{self, Contained};
 use super::settings::{Declared, Settings, entries, refused};
 use crate::data::DataError;
 
@@ -23,6 +25,8 @@ pub struct Opened {
     pub source: PathBuf,
     /// `model_max_length`
     pub max_length: Option<u64>,
+    /// A Jinja template of conversations, of a GGUF file that has one; that of a folder is not read.
+    pub chat_template: Option<String>,
     /// Settings that are understood and not followed, as lines for the person.
     pub notes: Vec<String>,
 }
@@ -38,9 +42,18 @@ const FOREIGN: [(&str, &str); 6] = [
 ];
 
 /// Reads a `tokenizer.json`, or the tokenizer of a folder as transformers would: `tokenizer.json`, else `vocab.json` with
-/// `merges.txt`, else `vocab.txt`, each with `tokenizer_config.json` and what else stands beside it.
+/// `merges.txt`, else `vocab.txt`, each with `tokenizer_config.json` and what else stands beside it. A GGUF file has its
+/// tokenizer inside.
 pub fn open(path: &Path) -> Result<Opened, DataError> {
-    let (mut json, source, settings) = describe(path)?;
+    if is_gguf(path) {
+        let Contained { json, chat_template } = gguf::read(path)?;
+        let opened = build((json, path.to_owned(), Settings::none(path)))?;
+        return Ok(Opened { chat_template, ..opened });
+    }
+    build(describe(path)?)
+}
+
+fn build((mut json, source, settings): Description) -> Result<Opened, DataError> {
     // Files often hold the padding and the cut of their last user; sequences here have neither.
     json.retain(|key, _| key != "padding" && key != "truncation");
     let mut notes = classes::apply(&mut json, &settings, &source)?;
@@ -55,7 +68,7 @@ pub fn open(path: &Path) -> Result<Opened, DataError> {
     });
     let library = library.and_then(|loaded| loaded).map_err(|message| malformed(&source, message))?;
     added_as_said(&added, &library).map_err(|message| malformed(&source, message))?;
-    Ok(Opened { library, source, max_length: settings.max_length(), notes })
+    Ok(Opened { library, source, max_length: settings.max_length(), chat_template: None, notes })
 }
 
 /// A tokenizer in the form of `tokenizer.json`, the file that it is from, and the settings beside it.

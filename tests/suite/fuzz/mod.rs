@@ -1,4 +1,5 @@
-//! Foreign files, damaged at random: `config.json`, tokenizers, PEFT's configurations, safetensors headers, rows of data.
+//! Foreign files, damaged at random: `config.json`, tokenizers, PEFT's configurations, safetensors headers, GGUF, rows of
+//! data.
 //!
 //! Each is read as a command would read it. Whatever is in them, the answer is a value or an error: no panic, no abort,
 //! no more than 1 GB, nothing that takes longer than [`PATIENCE`]. The work is done by a child process, so that an abort
@@ -80,6 +81,8 @@ struct World {
     /// Its files, sound: paths below the folder, and contents.
     files: Vec<(PathBuf, Vec<u8>)>,
     data: &'static str,
+    /// Folder or file that `--weights` names.
+    weights: &'static str,
 }
 
 const CLASSIFIER: &str = r#"
@@ -100,10 +103,30 @@ task triples {
 }
 "#;
 
+/// The model of `tests/interop/gguf/untied.gguf`, with new tokens behind its own.
+const GGUF: &str = r#"
+model = llama(layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 322, context: 64, eps: 1e-5)
+tune { every attention { lora(rank: 2, alpha: 4) on q, v } }
+task triples {
+  kind: generation
+  max_tokens: 64
+  special: ["<s>", "<target>", "<|endoftext|>"]
+  template: "<s> ({subject} {property} {object})* <target> {text} <|endoftext|>"
+  target: "<target>"
+}
+"#;
+
+const TRIPLES: &str = r#"{"entries": [
+  {"1": {"category": "A", "lexicalisations": [{"comment": "good", "lang": "", "lex": "the cat sat"}],
+         "modifiedtripleset": [{"object": "cat", "property": "is", "subject": "it"}]}},
+  {"2": {"category": "A", "lexicalisations": [{"comment": "good", "lang": "", "lex": "12 rats ran"}],
+         "modifiedtripleset": [{"object": "rat", "property": "are", "subject": "12"}]}}
+]}"#;
+
 const WORDS: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nfilm\nis\ngood\nbad\n##ly\n##s\na\nb\nc\nd\ne\nf\ng\nh\ni\nj\nk\n\
     l\nm\nn\no\np\nq\nr\ns\nt\nu\nv\nw\nx\ny\nz\n.\n,";
 
-fn worlds(bench: &Bench) -> [World; 2] {
+fn worlds(bench: &Bench) -> [World; 3] {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let rows = "the film is good\tgood\nbadly made , films\tbad\ngood\t1\n";
     let classifier = world(
@@ -143,7 +166,11 @@ fn worlds(bench: &Bench) -> [World; 2] {
             ),
         ],
     );
-    [classifier, generator]
+    let file = fs::read(root.join("tests/interop/gguf/untied.gguf")).expect("it is part of the repository");
+    let mut gguf = world(bench, "llama", GGUF, "data.json", TRIPLES.as_bytes(), &[("weights.gguf", file)]);
+    gguf.files.retain(|(path, _)| !path.starts_with("weights"));
+    gguf.weights = "weights.gguf";
+    [classifier, generator, gguf]
 }
 
 fn world(
@@ -188,7 +215,7 @@ fn world(
     let mut files = vec![];
     collect(&folder, &folder, &mut files);
     files.sort();
-    World { name, model, files, data }
+    World { name, model, files, data, weights: "weights" }
 }
 
 fn collect(root: &Path, folder: &Path, files: &mut Vec<(PathBuf, Vec<u8>)>) {
@@ -263,6 +290,7 @@ fn damage(random: &mut Random, path: &Path, data: &mut Vec<u8>) {
         _ if random.below(6) == 0 => mutate::bytes(random, data),
         Some("json") => mutate::json(random, data),
         Some("safetensors") => mutate::safetensors(random, data),
+        Some("gguf") => mutate::gguf(random, data),
         _ => mutate::rows(random, data),
     }
 }
@@ -284,7 +312,7 @@ type Answers = Vec<(&'static str, Result<(), String>)>;
 /// Everything that commands read from these files. None of them stops the others.
 fn read(world: &World, folder: &Path) -> Answers {
     let World { model, .. } = world;
-    let (weights, data) = (folder.join("weights"), folder.join(world.data));
+    let (weights, data) = (folder.join(world.weights), folder.join(world.data));
     let text = |e: peftc::failure::Failure| e.to_string();
     let tokens = || -> Result<(), String> {
         let tokenizer = tokenizer::find(None, &weights, &data, model).map_err(text)?;

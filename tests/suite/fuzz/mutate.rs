@@ -1,4 +1,4 @@
-//! Mutations: of bytes, of JSON by its structure, of a safetensors header, of rows of text.
+//! Mutations: of bytes, of JSON by its structure, of a safetensors header, of the fields of GGUF, of rows of text.
 
 use serde_json::{Map, Number, Value};
 
@@ -186,6 +186,83 @@ pub fn safetensors(random: &mut Random, data: &mut Vec<u8>) {
     data.extend((header.len() as u64).wrapping_add(off).to_le_bytes());
     data.extend(header);
     data.extend(body);
+}
+
+/// A GGUF file, some of whose counts, lengths, types, dimensions and offsets say something else.
+pub fn gguf(random: &mut Random, data: &mut Vec<u8>) {
+    let fields = fields(data);
+    if random.below(4) == 0 || fields.is_empty() {
+        return bytes(random, data);
+    }
+    for _ in 0..1 + random.below(3) {
+        // Those of tokens are many, and all alike.
+        let near = random.below(4) > 0;
+        let (at, width) = match near {
+            true => fields[random.below(fields.len().min(64))],
+            false => *random.of(&fields),
+        };
+        let field = &mut data[at..at + width];
+        let mut old = [0; 8];
+        old[..width].copy_from_slice(field);
+        let old = u64::from_le_bytes(old);
+        let strange = [0, 1, 2, 3, 7, 31, 32, 255, 1 << 31, 1 << 32, 1 << 60, 1 << 63, u64::MAX, u64::MAX - 31];
+        let new = match random.below(3) {
+            0 => old.wrapping_add(random.below(9) as u64).wrapping_sub(4),
+            1 => random.word() >> random.below(64),
+            _ => *random.of(&strange),
+        };
+        field.copy_from_slice(&new.to_le_bytes()[..width]);
+    }
+}
+
+/// Where the numbers of a sound GGUF file's header stand, and their bytes: those of tensors and of the file first.
+fn fields(data: &[u8]) -> Vec<(usize, usize)> {
+    fn number(data: &[u8], at: &mut usize, width: usize, all: &mut Vec<(usize, usize)>) -> Option<u64> {
+        let mut value = [0; 8];
+        value[..width].copy_from_slice(data.get(*at..*at + width)?);
+        all.push((*at, width));
+        *at += width;
+        Some(u64::from_le_bytes(value))
+    }
+    fn value(data: &[u8], at: &mut usize, kind: u64, all: &mut Vec<(usize, usize)>) -> Option<()> {
+        let width = match kind {
+            0 | 1 | 7 => 1,
+            2 | 3 => 2,
+            4..=6 => 4,
+            8 => {
+                let length = number(data, at, 8, all)?;
+                *at = at.checked_add(usize::try_from(length).ok()?).filter(|&end| end <= data.len())?;
+                return Some(());
+            }
+            9 => {
+                let kind = number(data, at, 4, all)?;
+                let count = number(data, at, 8, all)?;
+                return (0..count).try_for_each(|_| value(data, at, kind, all));
+            }
+            _ => 8,
+        };
+        number(data, at, width, all).map(drop)
+    }
+    let (mut at, mut head, mut keys, mut infos) = (4, vec![], vec![], vec![]);
+    let mut walk = || -> Option<()> {
+        number(data, &mut at, 4, &mut head)?;
+        let tensors = number(data, &mut at, 8, &mut head)?;
+        for _ in 0..number(data, &mut at, 8, &mut head)? {
+            value(data, &mut at, 8, &mut keys)?;
+            let kind = number(data, &mut at, 4, &mut keys)?;
+            value(data, &mut at, kind, &mut keys)?;
+        }
+        for _ in 0..tensors {
+            value(data, &mut at, 8, &mut infos)?;
+            let axes = number(data, &mut at, 4, &mut infos)?;
+            (0..axes).try_for_each(|_| number(data, &mut at, 8, &mut infos).map(drop))?;
+            number(data, &mut at, 4, &mut infos)?;
+            number(data, &mut at, 8, &mut infos)?;
+        }
+        Some(())
+    };
+    let _ = walk();
+    [head, infos, keys].concat()
 }
 
 /// Rows of text: fields and line ends come and go.
