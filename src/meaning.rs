@@ -75,7 +75,7 @@ pub fn record(model: &Model) -> String {
     all.insert(FUNCTION.into(), json!(function(model)));
     all.insert(SETTINGS.into(), Json::Object(settings(model)));
     match &model.task.kind {
-        TaskKind::Classification { labels } => drop(all.insert(LABELS.into(), json!(labels))),
+        TaskKind::Classification { labels, .. } => drop(all.insert(LABELS.into(), json!(labels))),
         TaskKind::Generation { special, .. } => drop(all.insert(SPECIAL.into(), json!(special))),
     }
     Json::Object(all).to_string()
@@ -113,7 +113,7 @@ pub fn differences(record: &str, model: &Model) -> Result<Vec<String>, serde_jso
         }
     }
     let (key, names) = match &model.task.kind {
-        TaskKind::Classification { labels } => (LABELS, labels),
+        TaskKind::Classification { labels, .. } => (LABELS, labels),
         TaskKind::Generation { special, .. } => (SPECIAL, special),
     };
     if let Some(before) = was.get(key)

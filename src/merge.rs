@@ -246,7 +246,7 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
             config.insert(key.clone(), value);
         }
     }
-    if let TaskKind::Classification { labels } = &model.task.kind {
+    if let TaskKind::Classification { labels, .. } = &model.task.kind {
         let names = labels.iter().enumerate().map(|(i, l)| (i.to_string(), json!(l))).collect::<Map<_, _>>();
         let ids = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect::<Map<_, _>>();
         config.insert("id2label".into(), Value::Object(names));

@@ -60,7 +60,7 @@ impl Identity {
                 put("task.template".into(), json!(written(template)));
                 put("task.target".into(), json!(target));
             }
-            TaskKind::Classification { labels } => {
+            TaskKind::Classification { labels, .. } => {
                 put("task".into(), json!("classification"));
                 put("task.labels".into(), json!(labels));
             }

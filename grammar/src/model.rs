@@ -310,7 +310,7 @@ impl Task {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum TaskKind {
-    /// Text from records: `template` is laid out as ids and token types, loss on what follows `target`.
+    /// Text from rows: `template` is laid out as ids and token types, loss on what follows `target`.
     Generation {
         /// Tokens that the template uses. One that the tokenizer has keeps its id; the others are new, and have the ids
         /// behind the tokenizer's own, in this order.
@@ -320,7 +320,28 @@ pub enum TaskKind {
         target: String,
     },
     /// One label a text; `labels[i]` is class i.
-    Classification { labels: Vec<String> },
+    Classification {
+        labels: Vec<String>,
+        #[serde(default, skip_serializing_if = "Columns::are_usual")]
+        columns: Columns,
+    },
+}
+
+/// The columns of a classifier's data that the task names. A text or label column that is `None` has one of the usual
+/// names; without `pair` an example is one text.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Columns {
+    pub text: Option<String>,
+    /// The second text of a pair.
+    pub pair: Option<String>,
+    pub label: Option<String>,
+}
+
+impl Columns {
+    /// The task names no column.
+    pub fn are_usual(&self) -> bool {
+        *self == Columns::default()
+    }
 }
 
 /// A piece of a generation template such as
@@ -330,12 +351,20 @@ pub enum Piece {
     Special(String),
     /// Text that stands in every example, `'Question: '`, tokenised by itself.
     Literal(String),
+    /// The value of a column of the row, or of a field of an item inside a repetition.
     Field(String),
-    /// Once for each triple of the record.
+    /// `( … )*`: once for each item of the row's only list of objects, such as the triples of a WebNLG entry.
     Repeat(Vec<Piece>),
+    /// `(turns: … )*`: once for each item of the list of objects in this column.
+    Each(String, Vec<Piece>),
 }
 
 impl Piece {
+    /// It differs from row to row.
+    pub fn varies(&self) -> bool {
+        !matches!(self, Piece::Special(_) | Piece::Literal(_))
+    }
+
     /// A special token or a literal text as a template writes it: what the task's `target` names.
     pub fn written(&self) -> Option<String> {
         matches!(self, Piece::Special(_) | Piece::Literal(_)).then(|| self.to_string())
@@ -354,6 +383,7 @@ impl fmt::Display for Piece {
             }
             Piece::Field(name) => write!(f, "{{{name}}}"),
             Piece::Repeat(pieces) => write!(f, "({})*", written(pieces)),
+            Piece::Each(column, pieces) => write!(f, "({column}: {})*", written(pieces)),
         }
     }
 }

@@ -3,6 +3,7 @@
 mod check;
 #[cfg(feature = "compiler")]
 mod compile;
+mod data;
 mod eval;
 mod export;
 mod fmt;
@@ -12,6 +13,7 @@ mod library;
 #[cfg(feature = "compiler")]
 mod merge;
 mod overwrite;
+mod rows;
 mod run;
 mod source;
 mod train;
@@ -45,6 +47,8 @@ enum Command {
     /// Compile a spec to an artifact, or show one of its stages
     #[cfg(feature = "compiler")]
     Compile(compile::Arguments),
+    /// Show examples of a data set as the model sees them, and how long they are
+    Data(data::Arguments),
     /// Run an entry point on tensors from a file
     Run(run::Arguments),
     /// Train
@@ -69,6 +73,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Backbones(a) => library::run(a, "backbone", peft_grammar::library::backbones()),
         #[cfg(feature = "compiler")]
         Command::Compile(a) => compile::run(a),
+        Command::Data(a) => data::run(a),
         Command::Run(a) => run::run(a),
         Command::Train(a) => train::run(a),
         Command::Eval(a) => eval::run(a),

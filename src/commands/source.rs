@@ -88,6 +88,11 @@ impl Ready<'_> {
 }
 
 impl Source {
+    /// A spec or an artifact whose model alone is wanted.
+    pub fn new(path: PathBuf, set: Vec<(String, String)>) -> Self {
+        Source { path, set, target: "cpu".into(), no_fuse: vec![], threads: 0, timings: false }
+    }
+
     pub fn is_artifact(&self) -> bool {
         self.path.is_dir()
     }

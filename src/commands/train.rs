@@ -4,10 +4,10 @@ use std::time::Duration;
 use peft_runtime::Session;
 
 use super::overwrite::Overwrite;
+use super::rows::Rows;
 use super::source::Source;
 use crate::adapters::{self, Base};
 use crate::budget::Budget;
-use crate::data::Dataset;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
 use crate::state::{Identity, State};
@@ -17,12 +17,15 @@ use crate::training::{self, Training};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// What to train on: WebNLG's JSON, or lines `sentence<TAB>label`
-    #[arg(long)]
-    data: PathBuf,
-    /// What to judge by after every epoch
-    #[arg(long)]
-    dev: Option<PathBuf>,
+    /// What to train on: json, jsonl, csv or tsv, plain or compressed by gzip or zstd; several files by repeating
+    /// `--data`, or by a pattern in quotes such as `'train/*.jsonl'`
+    #[arg(long, required = true, value_name = "FILE")]
+    data: Vec<PathBuf>,
+    /// What to judge by after every epoch, named as `--data` is
+    #[arg(long, value_name = "FILE")]
+    dev: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: Rows,
     /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
@@ -64,15 +67,11 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = checkpoint::resolve(&arguments.weights)?;
     let mut ready = arguments.source.open()?;
     let model = &ready.model;
-    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, model)?;
+    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data[0], model)?;
     super::say(&Budget::of(model, tokenizer.appended()).table());
-    let read = |path: &PathBuf| -> Result<Dataset, Failure> {
-        let data = Dataset::load(path, &model.task, &tokenizer)?;
-        super::say(&data.describe());
-        Ok(data)
-    };
+    let read = |files: &[PathBuf]| arguments.rows.read(files, model, &tokenizer);
     let train = read(&arguments.data)?;
-    let dev = arguments.dev.as_ref().map(read).transpose()?;
+    let dev = if arguments.dev.is_empty() { None } else { Some(read(&arguments.dev)?) };
     drop(tokenizer);
 
     let (loaded, _) = adapters::weights(&arguments.weights, model, None)?;

@@ -1,26 +1,45 @@
 //! What can be wrong with a data set or a tokenizer. Each message names the file, the place and the mend.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use super::rows::{At, Fault};
 
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("cannot read `{path}`: {source}")]
     Read { path: PathBuf, source: io::Error },
 
-    #[error("`{path}`, line {line}: {message}")]
-    Line { path: PathBuf, line: usize, message: String },
+    #[error("`{path}` is {what}, which is not read here; {mend}")]
+    Foreign { path: PathBuf, what: &'static str, mend: &'static str },
+
+    #[error("`{path}`, compressed by {by}, cannot be unpacked: {message}")]
+    Packed { path: PathBuf, by: &'static str, message: String },
+
+    /// What `--data` names is no file that could be read.
+    #[error("`{path}`: {message}")]
+    Named { path: PathBuf, message: String },
+
+    /// A row, or a place in a file.
+    #[error("`{path}`, {at}: {message}")]
+    Place {
+        path: PathBuf,
+        at: At,
+        message: String,
+        /// It is a single row, which can be left out.
+        skippable: bool,
+    },
 
     #[error(
-        "`{path}`, line {line}, column {column}: {message}\n\
+        "`{path}`, {at}: {message}\n\
          a WebNLG file is {{\"entries\": [{{\"1\": {{\"lexicalisations\": [{{\"comment\", \"lex\"}}], \
          \"modifiedtripleset\": [{{\"subject\", \"property\", \"object\"}}]}}}}]}}"
     )]
-    Json { path: PathBuf, line: usize, column: usize, message: String },
+    Webnlg { path: PathBuf, at: At, message: String },
 
-    /// A record of a JSON file: well-formed, but of no use.
-    #[error("`{path}`, entry {entry}: {message}")]
-    Entry { path: PathBuf, entry: String, message: String },
+    /// Every row was left out as a bad one.
+    #[error("no row is left: all {count} are bad; the first: {first}")]
+    AllBad { count: usize, first: String },
 
     #[error("`{path}` holds no example: {message}")]
     Empty { path: PathBuf, message: String },
@@ -40,10 +59,18 @@ pub enum DataError {
 
     #[error(
         "the tokenizer `{path}` does not belong to this model: its vocabulary has {found} tokens{}, \
-         but the spec's `vocab` is {wanted}",
-        if *special > 0 { format!(" ({} with the task's {special} special ones)", found + special) } else { String::new() }
+         but the spec's `vocab` is {wanted}{}",
+        if *special > 0 { format!(" ({} with the task's {special} special ones)", found + special) } else { String::new() },
+        taken(behind)
     )]
-    Vocabulary { path: PathBuf, found: u64, special: u64, wanted: u64 },
+    Vocabulary {
+        path: PathBuf,
+        found: u64,
+        special: u64,
+        wanted: u64,
+        /// Tokens that are no part of its vocabulary, as [`crate::hub::tokenizer::Behind::describe`] shows them.
+        behind: Vec<String>,
+    },
 
     /// Every example is too long for anything to be left of it to learn from.
     #[error(
@@ -63,8 +90,26 @@ pub enum DataError {
     },
 }
 
+impl DataError {
+    pub(super) fn at(path: &Path, fault: Fault) -> Self {
+        DataError::Place { path: path.to_owned(), at: fault.at, message: fault.message, skippable: !fault.fatal }
+    }
+}
+
+/// The tokens that stand between a vocabulary and the task's own tokens, and how they are taken away.
+fn taken(behind: &[String]) -> String {
+    match behind {
+        [] => String::new(),
+        _ => format!(
+            "; {} stand behind its vocabulary and take rows before the task's tokens: where the model has no row for them, \
+             leave them out of the tokenizer's settings, or name tokens there that the vocabulary has",
+            behind.join(", ")
+        ),
+    }
+}
+
 /// ` (did you mean …?)` when one of the candidates is close to what was found, else nothing.
-pub(super) fn did_you_mean<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+pub(crate) fn did_you_mean<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     candidates
         .into_iter()
         .map(|c| (strsim::damerau_levenshtein(&found.to_lowercase(), &c.to_lowercase()), c))

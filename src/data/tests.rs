@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use peft_grammar::model::{Piece, Task, TaskKind};
+use peft_grammar::model::{Columns, Piece, Task, TaskKind};
 use tempfile::TempDir;
 
 use super::*;
@@ -33,9 +33,13 @@ fn tokenizer_json(marks: bool) -> String {
     .to_string()
 }
 
-fn classification(max_tokens: u64) -> Task {
+pub(super) fn classification(max_tokens: u64) -> Task {
     let labels = vec!["negative".into(), "positive".into()];
-    Task { name: "sentiment".into(), max_tokens, kind: TaskKind::Classification { labels } }
+    Task {
+        name: "sentiment".into(),
+        max_tokens,
+        kind: TaskKind::Classification { labels, columns: Columns::default() },
+    }
 }
 
 fn pieces(text: &str) -> Vec<Piece> {
@@ -61,33 +65,55 @@ fn plain_generation() -> Task {
 }
 
 /// A directory with a tokenizer and one data file.
-struct Case {
-    dir: TempDir,
+pub(super) struct Case {
+    pub dir: TempDir,
     file: PathBuf,
 }
 
 impl Case {
     fn new(content: impl AsRef<[u8]>) -> Self {
+        Case::named("data", content)
+    }
+
+    /// With a file of this name.
+    pub fn named(name: &str, content: impl AsRef<[u8]>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("tokenizer.json"), tokenizer_json(true)).unwrap();
-        let file = dir.path().join("data");
+        let file = dir.path().join(name);
         std::fs::write(&file, content).unwrap();
         Case { dir, file }
     }
 
-    fn load(&self, task: &Task) -> Result<Dataset, DataError> {
+    pub fn load(&self, task: &Task) -> Result<Dataset, DataError> {
         let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + task.special().len()) as u64)?;
         Dataset::load(&self.file, task, &tokenizer)
     }
 
+    /// Files of the directory, or patterns of them.
+    pub fn read(&self, named: &[&str], task: &Task, reading: Reading) -> Result<Dataset, DataError> {
+        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + task.special().len()) as u64)?;
+        let named: Vec<PathBuf> = named.iter().map(|name| self.dir.path().join(name)).collect();
+        Dataset::read(&named, task, &tokenizer, reading)
+    }
+
+    /// The tokenizer's post-processor.
+    pub fn set_marks(&self, processor: serde_json::Value) {
+        let mut json: serde_json::Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
+        json["post_processor"] = processor;
+        std::fs::write(self.dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+    }
+
     /// The message without the directory, which differs from run to run.
-    fn error(&self, task: &Task) -> String {
-        let message = self.load(task).unwrap_err().to_string();
-        message.replace(&format!("{}/", self.dir.path().display()), "")
+    pub fn plain(&self, error: DataError) -> String {
+        error.to_string().replace(&format!("{}/", self.dir.path().display()), "")
+    }
+
+    pub fn error(&self, task: &Task) -> String {
+        self.plain(self.load(task).unwrap_err())
     }
 }
 
-fn class(ids: &[i32], class: i32) -> Example {
+pub(super) fn class(ids: &[i32], class: i32) -> Example {
     Example { ids: ids.to_vec(), types: vec![0; ids.len()], goal: Goal::Class(class) }
 }
 
@@ -120,7 +146,7 @@ fn sentences_without_a_token() {
 fn bad_sentence_files() {
     let error = |content: &[u8]| Case::new(content).error(&classification(64));
     insta::assert_snapshot!(error(b"good tea\t1\nno tab here\n"), @"`data`, line 2: no tab; write `sentence<TAB>label`");
-    insta::assert_snapshot!(error(b"good\ttea\t1"), @"`data`, line 1: 3 columns; write `sentence<TAB>label` with one tab");
+    insta::assert_snapshot!(error(b"good\ttea\t1"), @"`data`, line 1: 3 columns, `good`, `tea`, `1`; write `sentence<TAB>label` with one tab");
     insta::assert_snapshot!(error(b"sentence\tlabel\n \t1"), @"`data`, line 2: the sentence is empty");
     insta::assert_snapshot!(error(b"good\tpositve"), @"`data`, line 1: no label `positve` (did you mean `positive`?); the task's labels are `negative`, `positive`, or 0 to 1");
     insta::assert_snapshot!(error(b"good\t2"), @"`data`, line 1: no label `2`; the task's labels are `negative`, `positive`, or 0 to 1");
@@ -129,6 +155,57 @@ fn bad_sentence_files() {
     insta::assert_snapshot!(error(b"good\t1\nb\xffd\t0\n"), @"`data`, line 2: not UTF-8; save the file in that encoding");
     insta::assert_snapshot!(error(b""), @"`data` holds no example: write one `sentence<TAB>label` a line");
     insta::assert_snapshot!(error(b"sentence\tlabel\n"), @"`data` holds no example: write one `sentence<TAB>label` a line");
+}
+
+/// The names of columns that are usual elsewhere, in any case and behind blank lines; that a line is taken so is said.
+#[test]
+fn headers() {
+    let examples = |content: &str| {
+        let data = Case::new(content).load(&classification(64)).unwrap();
+        (data.len(), data.describe().ends_with(", its first line is a header"))
+    };
+    for header in
+        ["sentence\tlabel", "Sentence\tLabel", "text\tlabel", "\n\nsentence\tlabel", "TEXT\ttarget", "review\tlabels "]
+    {
+        assert_eq!(examples(&format!("{header}\ngood\t1\nbad\t0\n")), (2, true), "{header:?}");
+    }
+    assert_eq!(examples("good\t1\n"), (1, false));
+    assert_eq!(examples("index\tsentence\tlabel\n0\tgood\t1\n"), (1, true));
+    let error = |content: &str| Case::new(content).error(&classification(64));
+    insta::assert_snapshot!(error("premise\tclass\ngood\t1\n"), @r#"`data`, line 1: no label `class`; the task's labels are `negative`, `positive`, or 0 to 1; if the line is a header, the task names its columns, `text: "premise"  label: "class"`"#);
+    insta::assert_snapshot!(error("index\ttitle\tlabel\n0\tgood\t1\n"), @"`data`, line 1: 3 columns, `index`, `title`, `label`; write `sentence<TAB>label` with one tab");
+    insta::assert_snapshot!(error("good\t1\nsentence\tlabel\n"), @"`data`, line 2: no label `label`; the task's labels are `negative`, `positive`, or 0 to 1");
+    insta::assert_snapshot!(error(&format!("{}\t1\t2\t3\t4\n", "good ".repeat(9))), @"`data`, line 1: 5 columns, `good good good good …`, `1`, `2`, `3`, …; write `sentence<TAB>label` with one tab");
+    // A class may have the column's name: then the line is an example.
+    let labels = ["label", "other"].map(String::from).to_vec();
+    let task = Task { kind: TaskKind::Classification { labels, columns: Columns::default() }, ..classification(64) };
+    let data = Case::new("sentence\tlabel\ngood\tother\n").load(&task).unwrap();
+    assert_eq!((data.len(), data.left_out.header), (2, false));
+}
+
+/// Files that are no text, by their first bytes.
+#[test]
+fn files_that_are_no_text() {
+    let error = |content: &[u8]| Case::new(content).error(&classification(64));
+    insta::assert_snapshot!(error(b"\x1f\x8b\x08\x00\x00"), @"`data`, compressed by gzip, cannot be unpacked: it is damaged or cut short (unexpected end of file); fetch or write it again");
+    insta::assert_snapshot!(error(b"PK\x03\x04\x14\x00"), @"`data` is a zip archive, or a spreadsheet in one, which is not read here; unpack it, or save it as text with tabs");
+    insta::assert_snapshot!(error(b"PAR1\x15\x04\x15"), @"`data` is a table of Parquet, which is not read here; write it as jsonl, csv or tsv");
+    insta::assert_snapshot!(error(b"\xff\xfef\x00i\x00"), @"`data` is UTF-16, which is not read here; save it as UTF-8");
+}
+
+/// Lists in the places of objects, which serde takes for structs.
+#[test]
+fn lists_in_the_places_of_objects() {
+    let task = plain_generation();
+    let error = |content: &str| Case::new(content).error(&task).lines().next().unwrap().to_owned();
+    let entry = r#"{"lexicalisations":[{"comment":"good","lex":"tea"}],"modifiedtripleset":[{"subject":"a","property":"b","object":"c"}]}"#;
+    insta::assert_snapshot!(error(&format!("[{entry}]")), @"`data`, line 1, row 1: `lexicalisations` and `modifiedtripleset` are lists of objects; name the one to go over, `(lexicalisations: … )*`");
+    insta::assert_snapshot!(error(&format!(r#"[[{{"1":{entry}}}]]"#)), @"`data`, line 1, row 1: a list where an object of columns is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":[["1",{entry}]]}}"#)), @"`data`, line 1, column 12: a list where an object of an entry by its number is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":{{"1":{entry}}}}}"#)), @"`data`, line 1, column 11: an object where a list is expected");
+    insta::assert_snapshot!(error(r#"{"entries":[{"1":["cat",[["good","tea"]],[["a","b","c"]]]}]}"#), @"`data`, line 1, column 17: a list where an object with `lexicalisations` and `modifiedtripleset` is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":[{{"1":{}}}]}}"#, entry.replace(r#"{"comment":"good","lex":"tea"}"#, r#"["good","tea"]"#))), @"`data`, line 1, column 37: a list where an object with `comment` and `lex` is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":[{{"1":{}}}]}}"#, entry.replace(r#"{"subject":"a","property":"b","object":"c"}"#, r#"["a","b","c"]"#))), @"`data`, line 1, column 90: a list where an object with `subject`, `property` and `object` is expected");
 }
 
 fn entry(comment: &str, triples: &str, text: &str) -> String {
@@ -208,8 +285,7 @@ fn cutting_may_leave_no_sentence() {
 #[test]
 fn sentences_are_not_trimmed() {
     let read = |line: &str| {
-        let labels = ["negative".to_owned(), "positive".to_owned()];
-        let case = Case::new("");
+        let case = Case::new(line);
         let json = std::fs::read_to_string(case.dir.path().join("tokenizer.json")).unwrap();
         // Every character is a token, a blank too.
         let chars: serde_json::Map<_, _> = ["[UNK]", "[CLS]", "[SEP]", " ", "a", "\u{a0}"]
@@ -224,8 +300,8 @@ fn sentences_are_not_trimmed() {
         });
         std::fs::write(case.dir.path().join("tokenizer.json"), json.to_string()).unwrap();
         let tokenizer = Tokenizer::load(case.dir.path(), &classification(64), 6).unwrap();
-        let read = tsv::read(line, &case.file, &labels, &tokenizer).unwrap();
-        read.into_iter().map(|(_, example)| example.ids).collect::<Vec<_>>()
+        let read = Dataset::load(&case.file, &classification(64), &tokenizer).unwrap();
+        read.examples.into_iter().map(|example| example.ids).collect::<Vec<_>>()
     };
     assert_eq!(read(" a \t0\r\na\t 1 \n\u{a0}a\tnegative"), [vec![1, 3, 4, 3, 2], vec![1, 4, 2], vec![1, 5, 4, 2]]);
 }
@@ -236,7 +312,11 @@ fn labels_by_name_and_by_index() {
     let case = Case::new("");
     let class = |labels: &[&str], label: &str| {
         let labels = labels.iter().map(|l| l.to_string()).collect();
-        let task = Task { name: "t".into(), max_tokens: 8, kind: TaskKind::Classification { labels } };
+        let task = Task {
+            name: "t".into(),
+            max_tokens: 8,
+            kind: TaskKind::Classification { labels, columns: Columns::default() },
+        };
         std::fs::write(&case.file, format!("tea\t{label}\n")).unwrap();
         case.load(&task).map(|data| data.examples[0].goal).map_err(|e| e.to_string())
     };
@@ -277,7 +357,7 @@ fn texts_that_are_left_out_are_counted() {
     // A number that recurs is read twice.
     let all = [one(1, &[good.clone(), bad.clone(), bad.clone()]), one(1, &[good]), one(2, &[]), one(3, &[bad])];
     let data = Case::new(format!(r#"{{"entries": [{{{}}}]}}"#, all.join(", "))).load(&plain_generation()).unwrap();
-    assert_eq!((data.len(), data.left_out), (2, LeftOut { texts: 3, entries: 1 }));
+    assert_eq!((data.len(), data.left_out), (2, LeftOut { texts: 3, entries: 1, header: false }));
     let words = ", 3 texts left out: their `comment` is not `good`, 1 entries left out: they have no text";
     assert!(data.describe().ends_with(words), "{}", data.describe());
 }
@@ -389,7 +469,7 @@ fn missing_file() {
 #[test]
 fn epochs() {
     let examples: Vec<_> = (0..10).map(|i| class(&[i], i % 2)).collect();
-    let data = Dataset { source: PathBuf::new(), examples, cut: 0, dropped: 0, left_out: LeftOut::default() };
+    let data = Dataset { examples, ..Dataset::default() };
     let ids = |order| Batches::new(&data, 4, order).map(|b| b.ids).collect::<Vec<_>>();
     assert_eq!(ids(Order::AsStored), [vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![8, 9]]);
 
@@ -430,7 +510,7 @@ fn shipped_sets() {
 }
 
 /// The real data sets below `PEFTC_DATA`, or a line that says it is not there.
-fn real_data() -> Option<PathBuf> {
+pub(super) fn real_data() -> Option<PathBuf> {
     let root = std::env::var_os("PEFTC_DATA").filter(|root| !root.is_empty());
     let data = root.map(|root| PathBuf::from(root).join("data"));
     if data.is_none() {

@@ -1,13 +1,15 @@
 //! A tokenizer with a task's special tokens: those that it has keep their ids, others follow behind its own.
 
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Task, TaskKind};
 use rayon::prelude::*;
-use tokenizers::Tokenizer as Library;
+use serde_json::{Value, json};
+use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
 
-use super::DataError;
-use crate::hub::tokenizer::{Opened, contained, open};
+use super::{DataError, MARKS};
+use crate::hub::tokenizer::{Behind, Opened, contained, open};
 
 pub struct Tokenizer {
     library: Library,
@@ -19,7 +21,33 @@ pub struct Tokenizer {
     /// The task's special tokens with their ids.
     special: Vec<(String, u64)>,
     chat_template: Option<String>,
+    /// Tokens of the tokenizer itself that its vocabulary does not have.
+    behind: Vec<Behind>,
     notes: Vec<String>,
+}
+
+/// A pair of texts as the model sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pair {
+    /// Empty if the cut leaves nothing of one of the texts.
+    pub ids: Vec<i32>,
+    pub types: Vec<i32>,
+    /// How many tokens it has uncut.
+    pub whole: usize,
+    /// The key of a text of which there is no token.
+    pub nothing: Option<&'static str>,
+}
+
+/// To what lengths texts of `a` and `b` tokens, more than `limit` together, are cut: the longer one to the shorter one's,
+/// and from there both.
+fn longest_first(a: usize, b: usize, limit: usize) -> (usize, usize) {
+    let shorter = a.min(b);
+    if 2 * shorter <= limit {
+        return if a <= b { (a, limit - a) } else { (limit - b, b) };
+    }
+    // The odd token is the longer text's, the second's where both are as long.
+    let half = limit / 2;
+    if a <= b { (half, limit - half) } else { (limit - half, half) }
 }
 
 impl Tokenizer {
@@ -28,10 +56,13 @@ impl Tokenizer {
     ///
     /// New tokens have ids from the tokenizer's length on, in the order of the task, as transformers' `add_tokens` gives
     /// them. They stand only where the template writes them: the same characters within a text are text.
+    ///
+    /// Every token of the vocabulary and of the task has a row. One that was added behind the vocabulary, such as a
+    /// padding token, may have none as long as no text holds it.
     pub fn load(path: &Path, task: &Task, rows: u64) -> Result<Self, DataError> {
-        let Opened { library, source, max_length, chat_template, mut notes } = open(path)?;
-        let ids = library.get_vocab(true);
-        let own = ids.values().max().map_or(0, |&id| u64::from(id) + 1);
+        let Opened { library, source, max_length, chat_template, mut notes, behind } = open(path)?;
+        let length = |ids: &HashMap<String, u32>| ids.values().max().map_or(0, |&id| u64::from(id) + 1);
+        let (words, own) = (length(&library.get_vocab(false)), length(&library.get_vocab(true)));
         let mut next = own..;
         let special: Vec<(String, u64)> = task
             .special()
@@ -41,8 +72,18 @@ impl Tokenizer {
                 Some((token.clone(), id))
             })
             .collect();
-        if next.start > rows {
-            return Err(DataError::Vocabulary { path: source, found: own, special: next.start - own, wanted: rows });
+        let rowless: Vec<String> = behind.iter().filter(|b| b.id() >= rows).map(Behind::describe).collect();
+        if words > rows || special.iter().any(|(_, id)| *id >= rows) {
+            let special = next.start - own;
+            // Without these the task's tokens would have rows.
+            let behind = if words <= rows { behind.iter().map(Behind::describe).collect() } else { vec![] };
+            return Err(DataError::Vocabulary { path: source, found: own, special, wanted: rows, behind });
+        }
+        if !rowless.is_empty() {
+            notes.push(format!(
+                "the model's {rows} rows have none for {}; a text that holds such a token is refused",
+                rowless.join(", ")
+            ));
         }
         if let Some(limit) = max_length.filter(|&limit| limit < task.max_tokens) {
             notes.push(format!(
@@ -50,9 +91,12 @@ impl Tokenizer {
                 task.max_tokens
             ));
         }
-        let tokenizer = Tokenizer { library, source, own, rows, special, chat_template, notes };
-        if let TaskKind::Classification { .. } = task.kind {
+        let tokenizer = Tokenizer { library, source, own, rows, special, chat_template, behind, notes };
+        if let TaskKind::Classification { columns, .. } = &task.kind {
             tokenizer.check_marks()?;
+            if columns.pair.is_some() {
+                tokenizer.check_pair_marks()?;
+            }
         }
         Ok(tokenizer)
     }
@@ -69,15 +113,82 @@ impl Tokenizer {
         Ok(())
     }
 
+    /// The two texts of a pair stand behind one another, with marks around and between them.
+    fn check_pair_marks(&self) -> Result<(), DataError> {
+        let pair = &self.encode_pairs(vec![("a", "a")], usize::MAX)?[0];
+        let texts = 2 * self.encode(vec!["a"], false)?.remove(0).len();
+        if pair.ids.len() <= texts + MARKS {
+            return Err(self.unusable(
+                "it puts no marks around and between the texts of a pair (`[CLS] a [SEP] b [SEP]`): its `post_processor` \
+                 knows no pairs; leave `pair` out, or take the model's own tokenizer",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Pairs of texts with the model's own marks and types, the longer text of each cut token by token to `max_tokens` in
+    /// all, as transformers does with `truncation=True`.
+    pub fn encode_pairs(&self, pairs: Vec<(&str, &str)>, max_tokens: usize) -> Result<Vec<Pair>, DataError> {
+        let one = |pair: &(&str, &str)| self.encode_pair(*pair, max_tokens);
+        let part = |pairs: &[_]| contained(|| pairs.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r);
+        let parts: Result<Vec<Vec<_>>, String> = pairs.par_chunks(64).map(part).collect();
+        Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
+    }
+
+    fn encode_pair(&self, (first, second): (&str, &str), max_tokens: usize) -> Result<Pair, String> {
+        let text = |text: &str| self.library.encode_fast(text, false).map_err(|e| e.to_string());
+        let (mut first, mut second) = (text(first)?, text(second)?);
+        let marks = self.library.get_post_processor().map_or(0, |processor| processor.added_tokens(true));
+        let (a, b) = (first.len(), second.len());
+        let mut pair = Pair { whole: a + b + marks, ..Pair::default() };
+        pair.nothing = [(a, "text"), (b, "pair")].into_iter().find(|(length, _)| *length == 0).map(|(_, key)| key);
+        if pair.nothing.is_some() || (pair.whole > max_tokens && max_tokens < marks + 2) {
+            return Ok(pair);
+        }
+        if pair.whole > max_tokens {
+            let (a, b) = longest_first(a, b, max_tokens - marks);
+            for (encoding, length) in [(&mut first, a), (&mut second, b)] {
+                encoding.truncate(length, 0, TruncationDirection::Right);
+                encoding.take_overflowing();
+            }
+        }
+        second.set_type_ids(vec![1; second.len()]);
+        let encoding = self.library.post_process(first, Some(second), true).map_err(|e| e.to_string())?;
+        pair.ids = self.known(encoding.get_ids())?;
+        pair.types = encoding.get_type_ids().iter().map(|&kind| kind as i32).collect();
+        Ok(pair)
+    }
+
+    /// Ids for which the model has rows.
+    fn known(&self, ids: &[u32]) -> Result<Vec<i32>, String> {
+        match ids.iter().find(|&&id| u64::from(id) >= self.rows) {
+            Some(&id) => {
+                let token = self.library.id_to_token(id).unwrap_or_default();
+                Err(format!("a text holds its token `{token}`, whose id is {id}, and the model has {} rows", self.rows))
+            }
+            None => Ok(ids.iter().map(|&id| id as i32).collect()),
+        }
+    }
+
+    /// A token as text: the task's own by name, others as they are written, `##ing` or with the blank in front.
+    pub fn show(&self, id: i32) -> String {
+        let id = id as u32;
+        if let Some((token, _)) = self.special.iter().find(|(_, special)| *special == u64::from(id)) {
+            return token.clone();
+        }
+        let token = self.library.id_to_token(id).unwrap_or_else(|| format!("#{id}"));
+        match contained(|| self.library.decode(&[id], false)) {
+            Ok(Ok(text)) if !text.is_empty() && !text.contains('\u{fffd}') => text,
+            _ => token,
+        }
+    }
+
     /// Ids of each text, computed in parallel; `marks` adds the model's own sentence marks. Text is taken as it stands,
     /// blanks at its ends included. The settings `add_bos_token` and `add_eos_token` are of the marks.
     pub fn encode(&self, texts: Vec<&str>, marks: bool) -> Result<Vec<Vec<i32>>, DataError> {
         let one = |text: &&str| {
             let encoding = self.library.encode_fast(*text, marks).map_err(|e| e.to_string())?;
-            match encoding.get_ids().iter().find(|&&id| u64::from(id) >= self.rows) {
-                Some(id) => Err(format!("it gives the id {id}, and the model has {} tokens", self.rows)),
-                None => Ok(encoding.get_ids().iter().map(|&id| id as i32).collect()),
-            }
+            self.known(encoding.get_ids())
         };
         let part = |texts: &[&str]| contained(|| texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r);
         let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(64).map(part).collect();
@@ -108,6 +219,24 @@ impl Tokenizer {
         self.chat_template.as_deref()
     }
 
+    /// Every token with its id, the task's included.
+    pub fn ids(&self) -> BTreeMap<String, u64> {
+        let own = self.library.get_vocab(true).into_iter().map(|(token, id)| (token, id.into()));
+        own.chain(self.special.iter().cloned()).collect()
+    }
+
+    /// The tokens that the vocabulary does not have, the task's included, in the order of their ids and as `added_tokens`
+    /// of a `tokenizer.json` has them.
+    pub fn behind(&self) -> Vec<Value> {
+        let new = self.special.iter().filter(|(_, id)| *id >= self.own).map(|(token, id)| {
+            json!({
+                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            })
+        });
+        self.behind.iter().map(|behind| behind.token.clone()).chain(new).collect()
+    }
+
     /// The file that holds the vocabulary.
     pub fn source(&self) -> &Path {
         &self.source
@@ -126,7 +255,7 @@ impl Tokenizer {
         if !known.is_empty() {
             line += &format!("; the model's own in the task: {}", known.join(", "));
         }
-        let spare = self.rows - self.vocabulary() as u64;
+        let spare = self.rows.saturating_sub(self.vocabulary() as u64);
         if spare > 0 {
             line += &format!("; {spare} rows of the model's {} are left over", self.rows);
         }

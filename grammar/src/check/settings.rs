@@ -7,11 +7,11 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Precision, Recipe, Schedule, Task, TaskKind, Warmup};
+use crate::model::{Columns, Precision, Recipe, Schedule, Task, TaskKind, Warmup};
 use crate::source::Span;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
-const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels"];
+const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
 const RECIPE: &[&str] = &[
     "lr",
     "betas",
@@ -138,7 +138,9 @@ impl<'a> Checker<'a> {
                 Purpose::Generation => {
                     TaskKind::Generation { special: vec![], template: vec![], target: String::new() }
                 }
-                Purpose::Classification => TaskKind::Classification { labels: vec!["0".into(), "1".into()] },
+                Purpose::Classification => {
+                    TaskKind::Classification { labels: vec!["0".into(), "1".into()], columns: Columns::default() }
+                }
             };
             return Some(Task { name: "none".into(), max_tokens: DEFAULT_MAX_TOKENS, kind });
         };
@@ -204,7 +206,27 @@ impl<'a> Checker<'a> {
             return None;
         }
         self.classes = labels.len() as u64;
-        Some(TaskKind::Classification { labels })
+        Some(TaskKind::Classification { labels, columns: self.columns(entries) })
+    }
+
+    /// The columns of the data that the task names: each a name, no two the same.
+    fn columns(&mut self, entries: &Entries<'a>) -> Columns {
+        let keys = ["text", "pair", "label"];
+        let names = keys.map(|key| self.text(entries, key));
+        for (i, (key, name)) in keys.iter().zip(&names).enumerate() {
+            let Some(name) = name else { continue };
+            if name.text.trim().is_empty() {
+                let error = Diagnostic::error(name.span, format!("`{key}` names no column"));
+                self.report(error.hint(format!("such as `{key}: \"{key}\"`")));
+            }
+            let same = (0..i).find(|&j| names[j].as_ref().is_some_and(|other| other.text == name.text));
+            if let Some(j) = same {
+                let title = format!("`{}` and `{key}` are the same column `{}`", keys[j], name.text);
+                self.report(Diagnostic::error(name.span, title));
+            }
+        }
+        let [text, pair, label] = names.map(|name| name.map(|name| name.text));
+        Columns { text, pair, label }
     }
 
     /// The recipe; what the block leaves out has PyTorch's usual value.

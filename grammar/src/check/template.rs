@@ -1,13 +1,9 @@
-//! A generation task's template: special tokens, literal text, fields, and a part for each triple of a record.
+//! A generation task's template: special tokens, literal text, columns of a row, and a part for each item of a list.
 
 use crate::ast::Text;
 use crate::diagnostic::Diagnostic;
 use crate::model::Piece;
 use crate::source::Span;
-
-/// Fields of a record, and of each of its triples.
-const RECORD: &[&str] = &["category", "text"];
-const TRIPLE: &[&str] = &["subject", "property", "object"];
 
 type Error = Box<Diagnostic>;
 
@@ -33,8 +29,8 @@ pub(super) fn parse(template: &Text, special: &[String], target: &Text) -> Resul
         let error = error.related(template.span, "outside of `( … )*`");
         return Err(Box::new(error.suggest(&target.text, known.iter().map(String::as_str))));
     };
-    if !pieces[at..].contains(&Piece::Field("text".into())) {
-        let title = format!("no `{{text}}` follows the target `{}`: there is nothing to learn", target.text);
+    if !pieces[at..].iter().any(Piece::varies) {
+        let title = format!("no `{{field}}` follows the target `{}`: there is nothing to learn", target.text);
         return Err(Box::new(Diagnostic::error(template.span, title)));
     }
     Ok(Template { target: wanted.unwrap_or_default(), pieces })
@@ -60,18 +56,26 @@ impl Reader<'_> {
             match next {
                 ' ' => self.at += 1,
                 '\'' => pieces.push(self.literal()?),
-                '{' => pieces.push(self.field(inside)?),
+                '{' => pieces.push(self.field()?),
                 '<' => pieces.push(self.special()?),
                 '(' if inside => return Err(Box::new(self.error(start, start + 1, "`( … )*` stands inside another"))),
                 '(' => {
                     self.at += 1;
+                    let column = self.column();
                     let repeated = self.pieces(true)?;
                     if !self.text[self.at..].starts_with(")*") {
                         let error = self.error(start, start + 1, "this `(` has no `)*`");
-                        return Err(Box::new(error.hint("`( … )*` stands once for each triple")));
+                        return Err(Box::new(error.hint("`( … )*` stands once for each item of a list")));
                     }
                     self.at += 2;
-                    pieces.push(Piece::Repeat(repeated));
+                    if !repeated.iter().any(Piece::varies) {
+                        let error = self.error(start, self.at, "this `( … )*` holds no `{field}` of its items");
+                        return Err(Box::new(error.hint("such as `(turns: {question} {answer})*`")));
+                    }
+                    pieces.push(match column {
+                        Some(column) => Piece::Each(column, repeated),
+                        None => Piece::Repeat(repeated),
+                    });
                 }
                 ')' if inside => return Ok(pieces),
                 // `[SEP]` and other tokens that do not look like `<tokens>`.
@@ -96,20 +100,25 @@ impl Reader<'_> {
         Ok((&self.text[start..self.at], start, self.at))
     }
 
-    fn field(&mut self, inside: bool) -> Result<Piece, Error> {
-        let known = if inside { TRIPLE } else { RECORD };
+    fn field(&mut self) -> Result<Piece, Error> {
         let (text, from, to) = self.until('}', "field")?;
         let name = text[1..text.len() - 1].trim().to_owned();
-        if !known.contains(&&*name) {
-            let whose = if inside { "a triple" } else { "a record" };
-            let error = self.error(from, to, format!("{whose} has no field `{name}`"));
-            let error = match TRIPLE.contains(&&*name) {
-                true => error.hint("fields of triples stand inside `( … )*`"),
-                false => error.suggest(&name, known.iter().copied()),
-            };
-            return Err(Box::new(error));
+        if name.is_empty() || name.contains('{') {
+            let error = self.error(from, to, "this field names no column");
+            return Err(Box::new(error.hint("such as `{text}`")));
         }
         Ok(Piece::Field(name))
+    }
+
+    /// The `turns:` at the beginning of `(turns: … )*`.
+    fn column(&mut self) -> Option<String> {
+        let rest = self.text[self.at..].trim_start();
+        self.at = self.text.len() - rest.len();
+        let length = rest.find(|c: char| !(c.is_alphanumeric() || "_-.".contains(c)))?;
+        let (name, after) = rest.split_at(length);
+        let after = after.trim_start().strip_prefix(':').filter(|_| !name.is_empty() && self.declared().is_none())?;
+        self.at = self.text.len() - after.len();
+        Some(name.to_owned())
     }
 
     /// The longest of the task's special tokens that stands here.

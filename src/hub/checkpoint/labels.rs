@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 /// Names are compared in the order of the classes. `LABEL_0`, `LABEL_1`, … are the names that transformers gives where
 /// no one has given any, and fit all.
 pub fn compare(config: &Map<String, Value>, model: &Model) -> Vec<String> {
-    let TaskKind::Classification { labels } = &model.task.kind else { return vec![] };
+    let TaskKind::Classification { labels, .. } = &model.task.kind else { return vec![] };
     let mut wrong = vec![];
     if let Some(kind) = config.get("problem_type").filter(|v| !v.is_null() && *v != "single_label_classification") {
         wrong.push(format!(

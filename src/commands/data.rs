@@ -1,0 +1,201 @@
+//! Examples as the model sees them, and how long they are.
+
+use std::io::IsTerminal;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use peft_grammar::model::{Model, TaskKind};
+
+use super::rows::Rows;
+use super::source::Source;
+use crate::data::{Dataset, Example, Goal, Tokenizer};
+use crate::failure::Failure;
+use crate::hub::{checkpoint, tokenizer};
+use crate::spec;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// A `.peft` spec, or an artifact that `peftc compile` wrote
+    #[arg(value_name = "SPEC|ARTIFACT")]
+    spec: PathBuf,
+    /// json, jsonl, csv or tsv, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
+    /// in quotes such as `'train/*.jsonl'`
+    #[arg(long, required = true, value_name = "FILE")]
+    data: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: Rows,
+    /// A Hugging Face model directory or a GGUF file, for its tokenizer
+    #[arg(long)]
+    weights: Option<PathBuf>,
+    /// A directory or a GGUF file with a tokenizer; the weights' own if not given
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// How many examples to show
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    show: usize,
+    /// Set a value of the spec, such as `task.max_tokens=64`
+    #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
+    set: Vec<(String, String)>,
+}
+
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    let Arguments { spec, data, rows, weights, tokenizer, show, set } = arguments;
+    let weights = weights.map(|weights| checkpoint::resolve(&weights)).transpose()?;
+    let model = Source::new(spec, set).model()?;
+    let weights = weights.unwrap_or_else(|| "random".into());
+    let tokenizer = tokenizer::find(tokenizer.as_deref(), &weights, &data[0], &model)?;
+    let data = rows.read(&data, &model, &tokenizer)?;
+    let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    for (index, example) in data.examples.iter().take(show).enumerate() {
+        let place = data.place(index).unwrap_or_default();
+        super::print(&shown(place, example, &model, &tokenizer, color));
+    }
+    if data.sources.len() > 1 {
+        for source in &data.sources {
+            super::print(&format!("{:>9} examples  {}", source.examples, source.path.display()));
+        }
+    }
+    if let TaskKind::Classification { labels, .. } = &model.task.kind {
+        super::print(&classes(&data, labels));
+    }
+    super::print(&histogram(&data.lengths, model.task.max_tokens as usize));
+    Ok(())
+}
+
+/// An example: a line for each run of tokens of one type. What the loss is on is green, or stands between `»` and `«`.
+fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, color: bool) -> String {
+    let count = example.ids.len();
+    let learned = match example.goal {
+        Goal::Continuation { from } => from + 1..count,
+        Goal::Class(_) => 0..0,
+    };
+    let goal = match (&example.goal, &model.task.kind) {
+        (Goal::Class(class), TaskKind::Classification { labels, .. }) => {
+            let label = labels.get(*class as usize).map_or("", String::as_str);
+            format!("class {class}, `{label}`")
+        }
+        _ => format!("the loss is on {}", learned.len()),
+    };
+    let special = model.task.special().iter().filter_map(|token| Some((tokenizer.special(token)?, token)));
+    let special: Vec<(i32, &String)> = special.collect();
+    let named = |kind: i32| match special.iter().find(|(id, _)| *id == kind) {
+        Some((_, token)) => token.to_string(),
+        None => kind.to_string(),
+    };
+    let mut lines = vec![format!("{place}: {count} tokens, {goal}")];
+    let mut start = 0;
+    for run in example.types.chunk_by(|a, b| a == b) {
+        let tokens = run_of(example, start..start + run.len(), &learned, tokenizer, color);
+        lines.push(format!("  type {:<10} {tokens}", named(run[0])));
+        start += run.len();
+    }
+    lines.join("\n") + "\n"
+}
+
+/// Tokens `range`, with bars between them.
+fn run_of(
+    example: &Example,
+    range: Range<usize>,
+    learned: &Range<usize>,
+    tokenizer: &Tokenizer,
+    color: bool,
+) -> String {
+    let (begin, end) = if color { ("\x1b[32m", "\x1b[0m") } else { ("»", "«") };
+    let text = |range: Range<usize>| {
+        let plain = |id: &i32| tokenizer.show(*id).chars().map(visible).collect::<String>();
+        example.ids[range].iter().map(plain).collect::<Vec<_>>().join("|")
+    };
+    let cut = learned.start.clamp(range.start, range.end);
+    match (cut == range.start, cut == range.end || learned.is_empty()) {
+        (_, true) => text(range),
+        (true, false) => format!("{begin}{}{end}", text(range)),
+        (false, false) => format!("{}|{begin}{}{end}", text(range.start..cut), text(cut..range.end)),
+    }
+}
+
+/// A character as it is shown: none moves the cursor or colors the terminal.
+fn visible(c: char) -> String {
+    if c.is_control() { c.escape_default().to_string() } else { c.to_string() }
+}
+
+fn classes(data: &Dataset, labels: &[String]) -> String {
+    let mut counts = vec![0usize; labels.len()];
+    for example in &data.examples {
+        if let Goal::Class(class) = example.goal
+            && let Some(count) = counts.get_mut(class as usize)
+        {
+            *count += 1;
+        }
+    }
+    let all: Vec<String> = labels.iter().zip(&counts).map(|(label, count)| format!("{label} {count}")).collect();
+    format!("classes: {}", all.join(", "))
+}
+
+/// How many examples have how many tokens before the cut to `limit`.
+fn histogram(lengths: &[u32], limit: usize) -> String {
+    const ROWS: usize = 12;
+    const WIDTH: usize = 40;
+    let mut sorted: Vec<usize> = lengths.iter().map(|&length| length as usize).collect();
+    sorted.sort_unstable();
+    let (Some(&first), Some(&last)) = (sorted.first(), sorted.last()) else { return "no example".into() };
+    let at = |share: usize| sorted[(sorted.len() - 1) * share / 100];
+    let over = sorted.len() - sorted.partition_point(|&length| length <= limit);
+    let mut lines = vec![format!(
+        "lengths: {first} to {last} tokens, half at most {}, 95% at most {}; `task.max_tokens` is {limit}, and {over} are longer",
+        at(50),
+        at(95)
+    )];
+    // Steps of 1, 2 or 5 times a power of ten.
+    let wanted = (last - first + 1).div_ceil(ROWS);
+    let power = 10usize.pow(wanted.ilog10());
+    let step = [1, 2, 5, 10].into_iter().map(|n| n * power).find(|&step| step >= wanted).unwrap_or(wanted);
+    let bins: Vec<(usize, usize)> = (first / step..=last / step)
+        .map(|bin| {
+            let below = |length: usize| sorted.partition_point(|&l| l < length);
+            (bin * step, below((bin + 1) * step) - below(bin * step))
+        })
+        .collect();
+    let most = bins.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
+    for (from, count) in bins {
+        let to = from + step - 1;
+        let mark = if (from..=to).contains(&limit) { "  ← task.max_tokens" } else { "" };
+        let bar = "█".repeat((count * WIDTH).div_ceil(most));
+        let line = format!("  {from:>6} to {to:<6} {count:>8} {bar}{mark}");
+        lines.push(line.trim_end().to_owned());
+    }
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_and_the_limit() {
+        let lengths: Vec<u32> = (0..100).map(|i| 3 + i % 7 + if i % 10 == 0 { 30 } else { 0 }).collect();
+        insta::assert_snapshot!(histogram(&lengths, 32), @r"
+        lengths: 3 to 39 tokens, half at most 6, 95% at most 36; `task.max_tokens` is 32, and 10 are longer
+               0 to 4            27 ██████████████████
+               5 to 9            63 ████████████████████████████████████████
+              10 to 14            0
+              15 to 19            0
+              20 to 24            0
+              25 to 29            0
+              30 to 34            3 ██  ← task.max_tokens
+              35 to 39            7 █████
+        ");
+        insta::assert_snapshot!(histogram(&[4, 4, 4], 64), @r"
+        lengths: 4 to 4 tokens, half at most 4, 95% at most 4; `task.max_tokens` is 64, and 0 are longer
+               4 to 4             3 ████████████████████████████████████████
+        ");
+        assert_eq!(histogram(&[], 64), "no example");
+        // No length makes a long list.
+        assert!(histogram(&[1, u32::MAX], 64).lines().count() < 20);
+    }
+
+    #[test]
+    fn nothing_in_a_text_reaches_the_terminal() {
+        let text: String = "a\x1b[2Jb\n".chars().map(visible).collect();
+        assert_eq!(text, "a\\u{1b}[2Jb\\n");
+    }
+}

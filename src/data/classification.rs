@@ -1,0 +1,216 @@
+//! Sentences, or pairs of them, with labels: columns of a table that has a header or is JSON, or lines
+//! `sentence<TAB>label`. A label is a class's name or, where no name is a number, its index.
+
+use peft_grammar::model::Columns;
+
+use super::error::did_you_mean;
+use super::rows::{At, Fault, File, Format, Row, Rows};
+use super::{DataError, Example, Goal, MARKS, Maker, Placed, Tokenizer};
+
+/// Names that the columns have elsewhere, in any case.
+const TEXT: &[&str] = &["sentence", "text", "review"];
+const LABEL: &[&str] = &["label", "labels", "target"];
+/// The columns of a file without a header.
+const IMPLIED: &[&str] = &["sentence", "label"];
+
+/// Makes a classifier's examples.
+pub struct Classification<'t> {
+    pub labels: &'t [String],
+    pub columns: &'t Columns,
+    pub max_tokens: usize,
+    pub tokenizer: &'t Tokenizer,
+}
+
+/// An example's texts and its class.
+pub struct Draft {
+    text: String,
+    pair: Option<String>,
+    class: i32,
+}
+
+impl Maker for Classification<'_> {
+    type Draft = Draft;
+
+    fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
+        let implied = self.columns.are_usual().then_some(IMPLIED);
+        let rows = Rows::of(file, Format::Tsv, implied, |names| self.is_header(names));
+        let rows = rows.map_err(|fault| DataError::at(&file.path, fault))?;
+        if rows.entries {
+            let message = "its `entries` are texts to generate, as WebNLG has them, and this task classifies".into();
+            return Err(DataError::Empty { path: file.path.clone(), message });
+        }
+        Ok(rows)
+    }
+
+    fn check(&self, names: &[&str]) -> Result<(), String> {
+        for (wanted, usual, key) in self.wanted() {
+            match wanted {
+                Some(wanted) => known(wanted, names, names.contains(&wanted))?,
+                None => drop(usual_column(names, usual, key)?),
+            }
+            if names.iter().filter(|name| Some(**name) == wanted).count() > 1 {
+                return Err(format!("two columns are called `{}`; rename one", wanted.unwrap_or_default()));
+            }
+        }
+        Ok(())
+    }
+
+    fn draft(&self, row: &Row, at_top: bool) -> Result<Draft, String> {
+        let texts = self.wanted().map(|(wanted, usual, key)| {
+            let name = match wanted {
+                Some(wanted) => wanted.to_owned(),
+                None => usual_column(&row.names(), usual, key)?.to_owned(),
+            };
+            let Some(cell) = row.get(&name) else {
+                let names = row.names();
+                return Err(known(&name, &names, false).expect_err("it is not among them"));
+            };
+            match cell.text() {
+                Some(text) => Ok(text.to_owned()),
+                None => Err(format!("`{name}` is {}; it is to be text or a number", cell.kind())),
+            }
+        });
+        let mut texts = texts.collect::<Result<Vec<String>, _>>()?.into_iter();
+        let (label, text) = (texts.next().unwrap_or_default(), texts.next().unwrap_or_default());
+        let pair = texts.next();
+        for (text, key) in [(Some(&text), "text"), (pair.as_ref(), "pair")] {
+            if text.is_some_and(|text| text.trim().is_empty()) {
+                return Err(match self.columns.pair {
+                    None => "the sentence is empty".into(),
+                    Some(_) => format!("the `{key}` is empty"),
+                });
+            }
+        }
+        let class = self.class(label.trim(), at_top.then_some(&text))?;
+        Ok(Draft { text, pair, class })
+    }
+
+    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError> {
+        if self.columns.pair.is_some() {
+            return self.encode_pairs(drafts);
+        }
+        let ids = self.tokenizer.encode(drafts.iter().map(|(_, draft)| draft.text.as_str()).collect(), true)?;
+        let one = |(ids, (at, draft)): (Vec<i32>, (At, Draft))| {
+            // What a tokenizer leaves out altogether, such as characters of no width, would train as marks alone.
+            if ids.len() <= MARKS {
+                return Err(Fault::row(at, "the tokenizer makes no token of the sentence"));
+            }
+            let example = Example { types: vec![0; ids.len()], ids, goal: Goal::Class(draft.class) };
+            Ok(Placed { at, length: example.ids.len(), example })
+        };
+        Ok(ids.into_iter().zip(drafts).map(one).collect())
+    }
+
+    fn empty(&self) -> &'static str {
+        match self.columns.are_usual() {
+            true => "write one `sentence<TAB>label` a line",
+            false => "it has no row",
+        }
+    }
+}
+
+impl Classification<'_> {
+    /// The label's column, the text's and the second text's: the name that the task gives it, usual names, its key.
+    fn wanted(&self) -> impl Iterator<Item = (Option<&str>, &'static [&'static str], &'static str)> {
+        let Columns { text, pair, label } = self.columns;
+        let pair = pair.as_deref().map(|pair| (Some(pair), &[][..], "pair"));
+        [(label.as_deref(), LABEL, "label"), (text.as_deref(), TEXT, "text")].into_iter().chain(pair)
+    }
+
+    /// Names of columns. Where a class has the second's name, a line of two is an example.
+    fn is_header(&self, names: &[&str]) -> bool {
+        let usual = |all: &[&str]| names.iter().any(|name| all.iter().any(|usual| usual.eq_ignore_ascii_case(name)));
+        let example = names.len() == 2 && self.labels.iter().any(|label| label.trim() == names[1]);
+        usual(TEXT) && usual(LABEL) && !example
+    }
+
+    /// The class of a label. `first` is the text beside it where the row might be a header.
+    fn class(&self, label: &str, first: Option<&String>) -> Result<i32, String> {
+        let labels = self.labels;
+        let class = labels.iter().position(|l| l.trim() == label).or_else(|| index(label, labels));
+        if let Some(class) = class {
+            return Ok(class as i32);
+        }
+        let hint = did_you_mean(label, labels.iter().map(String::as_str));
+        let indices = match labels.iter().any(|l| is_number(l)) {
+            true => String::new(),
+            false => format!(", or 0 to {}", labels.len().saturating_sub(1)),
+        };
+        let header = match first {
+            Some(text) if hint.is_empty() && label.contains(char::is_alphabetic) && text.len() <= 40 => {
+                format!(
+                    "; if the line is a header, the task names its columns, `text: {:?}  label: {label:?}`",
+                    text.trim()
+                )
+            }
+            _ => String::new(),
+        };
+        Err(format!("no label `{label}`{hint}; the task's labels are `{}`{indices}{header}", labels.join("`, `")))
+    }
+
+    fn encode_pairs(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError> {
+        let pairs = drafts.iter().map(|(_, draft)| (draft.text.as_str(), draft.pair.as_deref().unwrap_or_default()));
+        let encoded = self.tokenizer.encode_pairs(pairs.collect(), self.max_tokens)?;
+        let one = |(pair, (at, draft)): (super::tokenizer::Pair, (At, Draft))| {
+            if let Some(key) = pair.nothing {
+                return Err(Fault::row(at, format!("the tokenizer makes no token of the `{key}`")));
+            }
+            let example = Example { ids: pair.ids, types: pair.types, goal: Goal::Class(draft.class) };
+            Ok(Placed { at, length: pair.whole, example })
+        };
+        Ok(encoded.into_iter().zip(drafts).map(one).collect())
+    }
+}
+
+/// Refuses a column that the names do not have, unless it was `found` otherwise.
+pub(super) fn known(wanted: &str, names: &[&str], found: bool) -> Result<(), String> {
+    if found {
+        return Ok(());
+    }
+    let hint = did_you_mean(wanted, names.iter().copied());
+    Err(match names {
+        [] => format!("no column `{wanted}`; there is none"),
+        _ => format!("no column `{wanted}`{hint}; there is {}", listed(names)),
+    })
+}
+
+/// The first names, for a message.
+fn listed(names: &[&str]) -> String {
+    const SHOWN: usize = 16;
+    let shown = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN { shown + ", …" } else { shown }
+}
+
+/// The one column that has a usual name.
+fn usual_column<'n>(names: &[&'n str], usual: &[&str], key: &str) -> Result<&'n str, String> {
+    let is_usual = |name: &&&str| usual.iter().any(|usual| usual.eq_ignore_ascii_case(name));
+    let found: Vec<&&str> = names.iter().filter(is_usual).collect();
+    match found[..] {
+        [name] => Ok(name),
+        [] => Err(format!(
+            "no column is called `{}`; say in the task which it is, `{key}: \"…\"`, of {}",
+            usual.join("` or `"),
+            listed(names)
+        )),
+        [first, second, ..] => Err(format!(
+            "both `{first}` and `{second}` may be the {key}; say in the task which it is, `{key}: \"{first}\"`"
+        )),
+    }
+}
+
+/// The class that a label counts. Beside names that are numbers there are no indices: `1` would be two classes.
+fn index(label: &str, labels: &[String]) -> Option<usize> {
+    let counts = !labels.iter().any(|l| is_number(l));
+    counts.then(|| (0..labels.len()).find(|i| i.to_string() == label)).flatten()
+}
+
+/// A name that a person may read as a number: digits of any script with signs but no letters, an exponent, or
+/// hexadecimal digits.
+fn is_number(name: &str) -> bool {
+    let name = name.trim();
+    let digits = name.contains(char::is_numeric);
+    let unsigned = name.trim_start_matches(['+', '-']);
+    let hexadecimal = ["0x", "0X"].iter().find_map(|prefix| unsigned.strip_prefix(prefix));
+    digits && (!name.contains(|c: char| c.is_alphabetic() && !c.is_numeric()) || name.parse::<f64>().is_ok())
+        || hexadecimal.is_some_and(|rest| !rest.is_empty() && rest.chars().all(|c| c.is_ascii_hexdigit()))
+}

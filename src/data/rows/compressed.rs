@@ -1,0 +1,92 @@
+//! Files compressed by gzip and zstd, with a bound on what is unpacked.
+
+use std::io::{self, Read};
+
+/// No file unpacks to more bytes.
+const MOST: u64 = 16 << 30;
+/// Up to this many bytes any file may unpack to, however small it is.
+const ALWAYS: u64 = 64 << 20;
+/// Beyond [`ALWAYS`] a file unpacks to at most this many times its size. Text is compressed to a tenth, seldom less.
+const RATIO: u64 = 200;
+
+/// Why a file was not unpacked.
+#[derive(Debug)]
+pub enum Fault {
+    Damaged(String),
+    /// It is larger than this many bytes.
+    Large(u64),
+}
+
+/// How a file is compressed, by its first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    Gzip,
+    Zstd,
+}
+
+impl Compression {
+    pub fn of(bytes: &[u8]) -> Option<Self> {
+        match bytes {
+            [0x1f, 0x8b, ..] => Some(Compression::Gzip),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
+            // A skippable frame in front of the first one.
+            [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Compression::Zstd),
+            _ => None,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Compression::Gzip => "gzip",
+            Compression::Zstd => "zstd",
+        }
+    }
+
+    /// The endings of such files' names.
+    pub fn endings(self) -> &'static [&'static str] {
+        match self {
+            Compression::Gzip => &["gz", "gzip"],
+            Compression::Zstd => &["zst", "zstd"],
+        }
+    }
+
+    /// The whole content.
+    pub fn unpack(self, packed: &[u8]) -> Result<Vec<u8>, Fault> {
+        self.unpack_within(packed, (packed.len() as u64).saturating_mul(RATIO).clamp(ALWAYS, MOST))
+    }
+
+    pub(super) fn unpack_within(self, packed: &[u8], limit: u64) -> Result<Vec<u8>, Fault> {
+        let mut plain = vec![];
+        let result = match self {
+            Compression::Gzip => flate2::read::MultiGzDecoder::new(packed).take(limit + 1).read_to_end(&mut plain),
+            Compression::Zstd => frames(packed, limit + 1, &mut plain),
+        };
+        match result {
+            _ if plain.len() as u64 > limit => Err(Fault::Large(limit)),
+            Ok(_) => Ok(plain),
+            Err(error) => Err(Fault::Damaged(error.to_string())),
+        }
+    }
+}
+
+/// Appends what the frames of a zstd file hold, in their order, until `plain` has `most` bytes.
+fn frames(packed: &[u8], most: u64, plain: &mut Vec<u8>) -> io::Result<usize> {
+    use ruzstd::decoding::StreamingDecoder;
+    use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+
+    let mut rest = packed;
+    while !rest.is_empty() {
+        let left = most.saturating_sub(plain.len() as u64);
+        if left == 0 {
+            break;
+        }
+        match StreamingDecoder::new(&mut rest) {
+            Ok(mut frame) => drop(frame.by_ref().take(left).read_to_end(plain)?),
+            Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame { length, .. })) => {
+                rest = rest.get(length as usize..).ok_or_else(|| io::Error::other("a frame ends early"))?;
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        }
+    }
+    Ok(plain.len())
+}

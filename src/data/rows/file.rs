@@ -1,0 +1,149 @@
+//! Data files: which ones are named, and what each is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::compressed::{Compression, Fault};
+use super::delimited::line;
+use crate::data::DataError;
+
+/// What the content of a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Json,
+    JsonLines,
+    Csv,
+    Tsv,
+    /// Neither its first bytes nor its name tell.
+    Unknown,
+}
+
+/// A file's content, unpacked and without a byte order mark.
+pub struct File {
+    pub path: PathBuf,
+    pub bytes: Vec<u8>,
+    pub format: Format,
+}
+
+/// Files that are not read, by their first bytes: what they are, and the mend.
+const FOREIGN: [(&[u8], &str, &str); 8] = [
+    (b"BZh", "compressed by bzip2", "unpack it with `bzip2 -d`"),
+    (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with `xz -d`"),
+    (b"PK\x03\x04", "a zip archive, or a spreadsheet in one", "unpack it, or save it as text with tabs"),
+    (b"PAR1", "a table of Parquet", "write it as jsonl, csv or tsv"),
+    (b"ARROW1", "a table of Arrow", "write it as jsonl, csv or tsv"),
+    (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
+    (b"ustar", "a tar archive", "unpack it with `tar -xf`"),
+];
+
+/// Where a tar archive says that it is one.
+const TAR: usize = 257;
+
+impl File {
+    pub fn open(path: &Path) -> Result<Self, DataError> {
+        let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        let Some(compression) = Compression::of(&bytes) else { return File::plain(path, bytes, ending(path)) };
+        let unpacked = compression.unpack(&bytes).map_err(|fault| DataError::Packed {
+            path: path.to_owned(),
+            by: compression.name(),
+            message: match fault {
+                Fault::Damaged(message) => format!("it is damaged or cut short ({message}); fetch or write it again"),
+                Fault::Large(limit) => format!(
+                    "its {} bytes unpack to more than {} MB, which no text does; unpack it yourself if it is what you expect",
+                    bytes.len(),
+                    limit >> 20
+                ),
+            },
+        })?;
+        drop(bytes);
+        let name = ending(path);
+        let inner = match compression.endings().contains(&name.as_str()) {
+            true => ending(&path.with_extension("")),
+            false => name,
+        };
+        File::plain(path, unpacked, inner)
+    }
+
+    /// `ending` is that of its name, when what compresses it is taken away.
+    fn plain(path: &Path, mut bytes: Vec<u8>, ending: String) -> Result<Self, DataError> {
+        let foreign = FOREIGN.iter().find(|(start, ..)| match *start {
+            b"ustar" => bytes.get(TAR..).is_some_and(|rest| rest.starts_with(start)),
+            start => bytes.starts_with(start),
+        });
+        if let Some((_, what, mend)) = foreign {
+            return Err(DataError::Foreign { path: path.to_owned(), what, mend });
+        }
+        if Compression::of(&bytes).is_some() {
+            let (what, mend) = ("compressed twice", "unpack it once");
+            return Err(DataError::Foreign { path: path.to_owned(), what, mend });
+        }
+        if bytes.starts_with(b"\xef\xbb\xbf") {
+            bytes.drain(..3);
+        }
+        let format = format(&bytes, &ending);
+        Ok(File { path: path.to_owned(), bytes, format })
+    }
+
+    /// Its content as text.
+    pub fn text(&self) -> Result<&str, super::Fault> {
+        std::str::from_utf8(&self.bytes).map_err(|error| {
+            let line = 1 + self.bytes[..error.valid_up_to()].iter().filter(|&&b| b == b'\n').count();
+            super::Fault::fatal(super::At::Line(line), "not UTF-8; save the file in that encoding")
+        })
+    }
+}
+
+/// The ending of a file's name in small letters, or nothing.
+fn ending(path: &Path) -> String {
+    path.extension().map(|ending| ending.to_string_lossy().to_lowercase()).unwrap_or_default()
+}
+
+/// What a file is. The name decides between kinds of text, and content against it where no such file can begin so.
+fn format(bytes: &[u8], ending: &str) -> Format {
+    let start = bytes.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(bytes.len());
+    let (first, _) = line(&bytes[start..]);
+    let tabs = first.contains(&b'\t');
+    match (ending, bytes.get(start)) {
+        ("jsonl" | "ndjson", Some(b'[')) | ("json", _) => Format::Json,
+        ("jsonl" | "ndjson", _) => Format::JsonLines,
+        ("csv", _) if tabs && !first.contains(&b',') => Format::Tsv,
+        ("csv", _) => Format::Csv,
+        ("tsv" | "tab", _) => Format::Tsv,
+        (_, Some(b'[' | b'{')) if !tabs => Format::Json,
+        (_, _) if tabs => Format::Tsv,
+        _ => Format::Unknown,
+    }
+}
+
+/// The files that paths and patterns name, each pattern's in the order of their names.
+pub fn expand(named: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
+    let mut files = vec![];
+    for path in named {
+        let refuse = |message: String| DataError::Named { path: path.clone(), message };
+        let text = path.to_string_lossy();
+        if path.is_dir() {
+            let message =
+                format!("a folder; name its files, such as `{}/*.jsonl` in quotes", text.trim_end_matches('/'));
+            return Err(refuse(message));
+        }
+        // A file of that very name comes first.
+        if path.exists() || !text.contains(['*', '?', '[']) {
+            files.push(path.clone());
+            continue;
+        }
+        let found = glob::glob(&text).map_err(|error| refuse(format!("no pattern of files: {}", error.msg)))?;
+        let before = files.len();
+        for entry in found {
+            let entry =
+                entry.map_err(|error| DataError::Read { path: error.path().to_owned(), source: error.into() })?;
+            if entry.is_file() {
+                files.push(entry);
+            }
+        }
+        if files.len() == before {
+            return Err(refuse("no file fits this pattern".into()));
+        }
+    }
+    Ok(files)
+}

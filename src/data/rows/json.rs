@@ -1,0 +1,272 @@
+//! JSON: a list of objects, an object that holds one, an object of objects, and an object a line.
+
+use std::ops::Range;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use super::delimited::line;
+use super::value::Object;
+use super::{At, Fault, Row};
+
+/// Serde's message in JSON's words, without its place.
+pub fn in_words(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    let message = message.split(" at line ").next().unwrap_or_default();
+    let types = message.strip_prefix("invalid type: ").and_then(|rest| rest.split_once(", expected "));
+    let Some((found, expected)) = types else { return message.to_owned() };
+    let word = |name: &str| match name {
+        "sequence" | "a sequence" => "a list".to_owned(),
+        "map" => "an object".to_owned(),
+        other => other.to_owned(),
+    };
+    format!("{} where {} is expected", word(found), word(expected))
+}
+
+/// A position in a document.
+#[derive(Clone, Copy)]
+struct Cursor<'f> {
+    text: &'f str,
+    at: usize,
+    /// The line at `counted`, so that lines are counted once.
+    line: usize,
+    counted: usize,
+}
+
+impl<'f> Cursor<'f> {
+    fn new(text: &'f str, at: usize) -> Self {
+        Cursor { text, at, line: 1, counted: 0 }
+    }
+
+    /// The next character that is no blank.
+    fn peek(&mut self) -> Option<u8> {
+        let rest = &self.text.as_bytes()[self.at..];
+        self.at += rest.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(rest.len());
+        self.text.as_bytes().get(self.at).copied()
+    }
+
+    fn line(&mut self) -> usize {
+        self.line += self.text.as_bytes()[self.counted..self.at].iter().filter(|&&b| b == b'\n').count();
+        self.counted = self.at;
+        self.line
+    }
+
+    fn here(&mut self) -> At {
+        let column = self.text[..self.at].rfind('\n').map_or(self.at, |end| self.at - end - 1) + 1;
+        At::Column { line: self.line(), column }
+    }
+
+    /// Reads a value and goes behind it.
+    fn value<T: Deserialize<'f>>(&mut self) -> Result<T, Fault> {
+        self.peek();
+        let mut values = serde_json::Deserializer::from_str(&self.text[self.at..]).into_iter::<T>();
+        match values.next() {
+            Some(Ok(value)) => {
+                self.at += values.byte_offset();
+                Ok(value)
+            }
+            Some(Err(error)) => {
+                let At::Column { line, column } = self.here() else { unreachable!("a place in a document") };
+                let column = if error.line() == 1 { column - 1 } else { 0 } + error.column();
+                let at = At::Column { line: line + error.line().saturating_sub(1), column };
+                let whole = if error.is_eof() { "; is the file whole?" } else { "" };
+                Err(Fault::fatal(at, in_words(&error) + whole))
+            }
+            None => Err(Fault::fatal(self.here(), "the file ends where a value should stand; is it whole?")),
+        }
+    }
+
+    /// Takes `,`, or the end of what is read.
+    fn more(&mut self, end: u8) -> Result<bool, Fault> {
+        let next = self.peek();
+        if next != Some(b',') && next != Some(end) {
+            let found = next.map_or("the file ends".into(), |_| {
+                format!("`{}` stands", self.text[self.at..].chars().next().unwrap_or_default())
+            });
+            let message = format!("{found} where `,` or `{}` is expected", end as char);
+            return Err(Fault::fatal(self.here(), message));
+        }
+        self.at += 1;
+        Ok(next == Some(b','))
+    }
+}
+
+/// What the rows of a document are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// A list that begins here.
+    List(usize),
+    /// Objects by their keys.
+    Objects(Vec<(String, Range<usize>)>),
+    /// One object, the only row.
+    Single,
+    /// An object, and others behind it.
+    Lines,
+    /// An object with `entries`, as WebNLG's files are.
+    Entries,
+}
+
+impl Layout {
+    /// Finds the rows of a document.
+    pub fn of(text: &str) -> Result<Self, Fault> {
+        let mut cursor = Cursor::new(text, 0);
+        match cursor.peek() {
+            None => return Ok(Layout::List(text.len())),
+            Some(b'[') => return Ok(Layout::List(cursor.at)),
+            Some(b'{') => {}
+            Some(_) => {
+                let message = "no JSON: it begins with neither `[` nor `{`";
+                return Err(Fault::fatal(cursor.here(), message));
+            }
+        }
+        cursor.at += 1;
+        let mut fields: Vec<(String, Range<usize>)> = vec![];
+        let mut go_on = cursor.peek() != Some(b'}');
+        if !go_on {
+            cursor.at += 1;
+        }
+        while go_on {
+            let name: String = cursor.value()?;
+            if name == "entries" {
+                return Ok(Layout::Entries);
+            }
+            if cursor.peek() != Some(b':') {
+                return Err(Fault::fatal(cursor.here(), format!("no `:` follows the key `{name}`")));
+            }
+            cursor.at += 1;
+            cursor.peek();
+            let start = cursor.at;
+            cursor.value::<IgnoredAny>()?;
+            fields.push((name, start..cursor.at));
+            go_on = cursor.more(b'}')?;
+        }
+        if cursor.peek() == Some(b'{') {
+            return Ok(Layout::Lines);
+        }
+        if cursor.peek().is_some() {
+            return Err(Fault::fatal(cursor.here(), "something follows the end of the document"));
+        }
+        let begins = |range: &Range<usize>, with: &str| text[range.clone()].starts_with(with);
+        if !fields.is_empty() && fields.iter().all(|(_, range)| begins(range, "{")) {
+            return Ok(Layout::Objects(fields));
+        }
+        let of_objects = |range: &&Range<usize>| {
+            begins(range, "[") && text[range.start + 1..range.end].trim_start().starts_with('{')
+        };
+        let lists: Vec<&(String, Range<usize>)> = fields.iter().filter(|(_, range)| of_objects(&range)).collect();
+        match lists[..] {
+            [] => Ok(Layout::Single),
+            [(_, range)] => Ok(Layout::List(range.start)),
+            _ => match lists.iter().find(|(name, _)| name == "data") {
+                Some((_, range)) => Ok(Layout::List(range.start)),
+                None => {
+                    let names: Vec<&str> = lists.iter().map(|(name, _)| name.as_str()).collect();
+                    let message = format!(
+                        "an object with several lists of objects, `{}`; write the one to read as a file of its own",
+                        names.join("`, `")
+                    );
+                    Err(Fault::fatal(At::Line(1), message))
+                }
+            },
+        }
+    }
+}
+
+/// The objects of a list.
+pub struct List<'f> {
+    cursor: Cursor<'f>,
+    number: usize,
+    go_on: bool,
+}
+
+impl<'f> List<'f> {
+    /// Reads the list that begins at `start`.
+    pub fn new(text: &'f str, start: usize) -> Self {
+        let mut cursor = Cursor::new(text, start);
+        let some = cursor.peek().is_some();
+        cursor.at += usize::from(some);
+        let go_on = some && cursor.peek() != Some(b']');
+        List { cursor, number: 0, go_on }
+    }
+
+    fn row(&mut self) -> Result<Row<'f>, Fault> {
+        self.cursor.peek();
+        self.number += 1;
+        let at = At::Item { number: self.number, line: self.cursor.line() };
+        if self.cursor.peek() != Some(b'{') {
+            // A value that is no object is one bad row.
+            let found: super::Value = self.cursor.value()?;
+            self.go_on = self.cursor.more(b']')?;
+            return Err(Fault::row(at, format!("{} where an object of columns is expected", found.kind())));
+        }
+        let Object(fields) = self.cursor.value()?;
+        self.go_on = self.cursor.more(b']')?;
+        Ok(Row::of(at, fields))
+    }
+}
+
+impl<'f> Iterator for List<'f> {
+    type Item = Result<Row<'f>, Fault>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if !self.go_on {
+            return None;
+        }
+        let row = self.row();
+        self.go_on &= !matches!(&row, Err(fault) if fault.fatal);
+        Some(row)
+    }
+}
+
+/// The row of an object inside a document.
+pub fn object<'f>(text: &'f str, at: At, range: Range<usize>) -> Result<Row<'f>, Fault> {
+    match serde_json::from_str::<Object>(&text[range]) {
+        Ok(Object(fields)) => Ok(Row::of(at, fields)),
+        Err(error) => Err(Fault::row(at, in_words(&error))),
+    }
+}
+
+/// An object a line.
+pub struct Lines<'f> {
+    bytes: &'f [u8],
+    at: usize,
+    line: usize,
+}
+
+impl<'f> Lines<'f> {
+    pub fn new(bytes: &'f [u8]) -> Self {
+        Lines { bytes, at: 0, line: 0 }
+    }
+}
+
+impl<'f> Iterator for Lines<'f> {
+    type Item = Result<Row<'f>, Fault>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let rest = &self.bytes[self.at..];
+            if rest.is_empty() {
+                return None;
+            }
+            let (text, next) = line(rest);
+            self.at += next;
+            self.line += 1;
+            if text.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            let at = At::Line(self.line);
+            let Ok(text) = std::str::from_utf8(text) else {
+                return Some(Err(Fault::row(at, "not UTF-8; save the file in that encoding")));
+            };
+            return Some(match serde_json::from_str::<Object>(text) {
+                Ok(Object(fields)) => Ok(Row::of(at, fields)),
+                Err(error) if error.is_data() => Err(Fault::row(at, in_words(&error))),
+                Err(error) => {
+                    let message =
+                        format!("no JSON, {} at column {}; write an object a line", in_words(&error), error.column());
+                    Err(Fault::row(at, message))
+                }
+            });
+        }
+    }
+}

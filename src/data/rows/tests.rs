@@ -1,0 +1,365 @@
+//! People's files through the whole reader: rows of every format, files that are refused, and pairs of texts.
+
+use std::io::Write;
+
+use peft_grammar::model::{Columns, Piece, Task, TaskKind};
+use serde_json::Value as Json;
+
+use super::compressed::{Compression, Fault as Packed};
+use crate::data::tests::{Case, class, classification, real_data};
+use crate::data::{DataError, Dataset, Example, Goal, Reading, Tokenizer};
+
+/// A classifier's task with columns `text`, `pair` and `label` by these names; an empty one is not said.
+fn columns(text: &str, pair: &str, label: &str) -> Task {
+    let name = |name: &str| Some(name.to_owned()).filter(|name| !name.is_empty());
+    let columns = Columns { text: name(text), pair: name(pair), label: name(label) };
+    let labels = vec!["negative".into(), "positive".into()];
+    Task { kind: TaskKind::Classification { labels, columns }, ..classification(64) }
+}
+
+/// `(turns: {q} <s> {a})* {question} <t> {answer} <e>`, or the same without a name of the list.
+fn turns(list: Option<&str>) -> Task {
+    let field = |name: &str| Piece::Field(name.into());
+    let token = |token: &str| Piece::Special(token.into());
+    let items = vec![field("q"), token("<s>"), field("a")];
+    let repeat = match list {
+        Some(name) => Piece::Each(name.into(), items),
+        None => Piece::Repeat(items),
+    };
+    let template = vec![repeat, field("question"), token("<t>"), field("answer"), token("<e>")];
+    let special = ["<s>", "<t>", "<e>"].map(str::to_owned).to_vec();
+    Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Generation { special, template, target: "<t>".into() } }
+}
+
+/// `{question} <t> {answer}`.
+fn questions() -> Task {
+    let field = |name: &str| Piece::Field(name.into());
+    let template = vec![field("question"), Piece::Special("<t>".into()), field("answer")];
+    let special = vec!["<t>".to_owned()];
+    Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Generation { special, template, target: "<t>".into() } }
+}
+
+/// BERT's marks, which know pairs.
+fn bert() -> Json {
+    serde_json::json!({"type": "BertProcessing", "cls": ["[CLS]", 1], "sep": ["[SEP]", 2]})
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut packer = flate2::write::GzEncoder::new(vec![], flate2::Compression::default());
+    packer.write_all(bytes).unwrap();
+    packer.finish().unwrap()
+}
+
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
+}
+
+/// The same two rows in every format, plain and compressed, named by its ending or not.
+#[test]
+fn formats() {
+    let rows = [class(&[1, 3, 5, 2], 1), class(&[1, 4, 2], 0)];
+    let json = r#"[{"text": "good tea", "label": 1, "id": null}, {"label": "negative", "text": "bad"}]"#;
+    let object = format!(r#"{{"version": "1", "data": {json}, "tags": ["a"]}}"#);
+    let keyed = r#"{"a": {"text": "good tea", "label": 1}, "b": {"text": "bad", "label": 0}}"#;
+    let lines = "{\"text\": \"good tea\", \"label\": 1}\n\n{\"text\": \"bad\", \"label\": 0}\n";
+    let csv = "\u{feff}id,text,label\r\n7,\"good\r\ntea\",1\r\n\r\n8,bad,\"negative\"";
+    let tsv = "id\ttext\tlabel\n7\tgood tea\t1\n8\tbad\tnegative\n";
+    let bare = "good tea\t1\nbad\t0\n";
+    for (name, content) in [
+        ("a.json", json),
+        ("a", json),
+        ("a.json", object.as_str()),
+        ("a.json", keyed),
+        ("a.jsonl", lines),
+        ("a.ndjson", lines),
+        ("a.json", lines),
+        ("a.jsonl", json),
+        ("a.csv", csv),
+        ("a.CSV", csv),
+        ("a.csv", tsv),
+        ("a.tsv", tsv),
+        ("a.txt", tsv),
+        ("a", tsv),
+        ("a", bare),
+        ("a.csv", bare),
+    ] {
+        let read = |name: &str, content: &[u8]| {
+            let case = Case::named(name, content);
+            case.load(&classification(64)).unwrap_or_else(|e| panic!("{name} {content:?}: {e}")).examples
+        };
+        assert_eq!(read(name, content.as_bytes()), rows, "{name} {content}");
+        assert_eq!(read(&format!("{name}.gz"), &gzip(content.as_bytes())), rows, "{name} {content}, gzip");
+        assert_eq!(read(&format!("{name}.zst"), &zstd(content.as_bytes())), rows, "{name} {content}, zstd");
+    }
+    // Members and frames one behind the other.
+    let parts = bare.split_at(11);
+    let two = |pack: fn(&[u8]) -> Vec<u8>| [pack(parts.0.as_bytes()), pack(parts.1.as_bytes())].concat();
+    let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 9, 9], &two(zstd)[..]].concat();
+    for packed in [two(gzip), two(zstd), skipped] {
+        assert_eq!(Case::named("a", packed).load(&classification(64)).unwrap().examples, rows);
+    }
+}
+
+/// What the program `zstd` writes of `good tea\t1\nbad\t0\n` forty times, with its checksum.
+const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd\x04\x68\xc5\x00\x00\x88\x67\x6f\x6f\x64\x20\x74\x65\x61\x09\x31\x0a\x62\x61\x64\x09\x30\x0a\x01\x00\x29\x51\x35\x97\x91\xcb\xa2\xb9";
+
+#[test]
+fn compressed_by_others() {
+    let data = Case::named("a.tsv.zst", ZSTD).load(&classification(64)).unwrap();
+    assert_eq!((data.len(), data.tokens()), (80, 280));
+    let mut damaged = ZSTD.to_vec();
+    *damaged.last_mut().unwrap() ^= 1;
+    let message = Case::named("a.tsv.zst", damaged).error(&classification(64));
+    insta::assert_snapshot!(message, @"`a.tsv.zst`, compressed by zstd, cannot be unpacked: it is damaged or cut short (its checksum is that of other content); fetch or write it again");
+}
+
+#[test]
+fn what_is_unpacked_has_a_bound() {
+    let zeros = vec![b'a'; 1 << 20];
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let packed = if compression == Compression::Gzip { gzip(&zeros) } else { zstd(&zeros) };
+        assert!(packed.len() < 1 << 12, "{}", packed.len());
+        assert_eq!(compression.unpack_within(&packed, 1 << 20).unwrap().len(), 1 << 20);
+        let fault = compression.unpack_within(&packed, (1 << 20) - 1).unwrap_err();
+        assert!(matches!(fault, Packed::Large(limit) if limit == (1 << 20) - 1), "{fault:?}");
+    }
+    let bomb = gzip(&vec![b'a'; (64 << 20) + 1]);
+    let message = Case::named("a.tsv.gz", &bomb).error(&classification(64));
+    let message = message.replace(&bomb.len().to_string(), "COUNT");
+    insta::assert_snapshot!(message, @"`a.tsv.gz`, compressed by gzip, cannot be unpacked: its COUNT bytes unpack to more than 64 MB, which no text does; unpack it yourself if it is what you expect");
+}
+
+/// Files that are refused, with the words in which they are.
+#[test]
+fn bad_files() {
+    let (usual, named, pairs) =
+        (classification(64), columns("premise", "", "gold"), columns("premise", "hypothesis", "gold"));
+    let (chat, only, ask) = (turns(Some("turns")), turns(None), questions());
+    let cases: &[(&str, &Task, &[u8])] = &[
+        // csv and tsv
+        ("a.csv", &usual, b""),
+        ("a.csv", &usual, b"text,label\n"),
+        ("a.csv", &usual, b"text;label\ngood;1\n"),
+        ("a.csv", &usual, b"text,label\ngood, very good,1\n"),
+        ("a.csv", &usual, b"text,label\ngood\n"),
+        ("a.csv", &usual, b"text,label\n\"good,1\nbad,0\n"),
+        ("a.csv", &usual, b"text,label\n\"good\" tea,1\n"),
+        ("a.csv", &usual, b"text,label\n\"two\nlines\",1\nb\xffd,0\n"),
+        ("a.csv", &usual, b"text,label\n\"two\nlines\",1\ngood,maybe\n"),
+        ("a.csv", &usual, b"comment,class\ngood,1\n"),
+        ("a.csv", &usual, b"text,review,label\ngood,bad,1\n"),
+        ("a.csv", &named, b"premis,gold\ngood,1\n"),
+        ("a.csv", &named, b"premise,gold,gold\ngood,1,1\n"),
+        ("a.tsv", &named, b"good\t1\nbad\t0\n"),
+        ("a.tsv", &usual, b"id\ttext\tlabel\n1\tgood\n"),
+        ("a.tsv", &pairs, b"premise\thypothesis\tgold\ngood\t \t1\n"),
+        ("a.tsv", &pairs, b"premise\thypothesis\tgold\ngood\tbad\t-\n"),
+        ("a.tsv", &ask, b"question\tanwser\ntea\tgood\n"),
+        ("a.csv", &chat, b"turns,question,answer\na,tea,good\n"),
+        // json
+        ("a.json", &usual, b""),
+        ("a.json", &usual, b"[]"),
+        ("a.json", &usual, b"text\tlabel\n"),
+        ("a.json", &usual, b"[{\"text\": \"good\", \"label\": 1},\n {\"text\": \"bad\""),
+        ("a.json", &usual, b"[{\"text\": \"good\", \"label\": 1}\n {\"text\": \"bad\", \"label\": 0}]"),
+        ("a.json", &usual, b"[{\"text\": \"good\", \"label\": 1},\n [\"bad\", 0]]"),
+        ("a.json", &usual, b"[{\"text\": \"good\", \"text\": \"bad\", \"label\": 1}]"),
+        ("a.json", &usual, b"{\"train\": [{\"text\": \"good\"}], \"test\": [{\"text\": \"bad\"}]}"),
+        ("a.json", &usual, b"{\"text\": \"b\xffd\"}"),
+        ("a.json", &usual, b"{\"entries\": []}"),
+        ("a.jsonl", &usual, b"{\"text\": \"good\", \"label\": 1}\n\n{'text': 'bad'}\n"),
+        ("a.jsonl", &usual, b"{\"text\": \"good\", \"label\": null}\n"),
+        ("a.jsonl", &usual, b"{\"text\": [\"good\"], \"label\": 1}\n"),
+        ("a.jsonl", &usual, b"{\"text\": \"good\", \"label\": 1.0}\n"),
+        ("a.jsonl", &ask, b"{\"question\": \"tea\", \"anwser\": \"good\"}\n"),
+        ("a.jsonl", &ask, b"{\"question\": null, \"answer\": \"good\"}\n"),
+        ("a.jsonl", &ask, b"{\"question\": \"tea\", \"answer\": {\"text\": \"good\"}}\n"),
+        ("a.jsonl", &ask, b"{\"question\": \"tea\", \"answer\": [\"good\"]}\n"),
+        ("a.jsonl", &ask, b"{\"question\": \"tea\", \"answer\": \" \"}\n"),
+        ("a.jsonl", &chat, b"{\"turn\": [], \"question\": \"tea\", \"answer\": \"good\"}\n"),
+        (
+            "a.jsonl",
+            &chat,
+            b"{\"turns\": [{\"q\": \"tea\", \"b\": \"bad\"}], \"question\": \"tea\", \"answer\": \"good\"}\n",
+        ),
+        ("a.jsonl", &chat, b"{\"turns\": [\"tea\"], \"question\": \"tea\", \"answer\": \"good\"}\n"),
+        ("a.jsonl", &chat, b"{\"turns\": \"tea\", \"question\": \"tea\", \"answer\": \"good\"}\n"),
+        ("a.jsonl", &only, b"{\"question\": \"tea\", \"answer\": \"good\"}\n"),
+        (
+            "a.jsonl",
+            &only,
+            b"{\"x\": [{\"q\": 1}], \"y\": [{\"q\": 2}], \"question\": \"tea\", \"answer\": \"good\"}\n",
+        ),
+        // Others
+        ("a.tsv.gz", &usual, b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x4b"),
+        ("a.tsv.zst", &usual, b"\x28\xb5\x2f\xfd\x04"),
+        ("a.jsonl.xz", &usual, b"\xfd7zXZ\x00\x00"),
+        ("a.parquet", &usual, b"PAR1\x15\x04"),
+    ];
+    let mut table = String::new();
+    for (name, task, content) in cases {
+        let case = Case::named(name, content);
+        case.set_marks(bert());
+        let message = case.error(task);
+        table += &format!("{}\n  {message}\n", content.escape_ascii());
+    }
+    insta::assert_snapshot!(table);
+}
+
+#[test]
+fn any_column_of_a_row() {
+    let words = |ids: &[i32], from, types: &[i32]| Example {
+        ids: ids.to_vec(),
+        types: types.to_vec(),
+        goal: Goal::Continuation { from },
+    };
+    let (s, t, e) = (8, 9, 10);
+    let row = r#"{"id": 3, "turns": [{"q": "tea", "a": "good"}, {"q": "Ann", "a": "bad"}], "question": "tea", "answer": "Ann"}"#;
+    let expected = words(&[5, s, 3, 6, s, 4, 5, t, 6, e], 7, &[0, s, s, s, s, s, s, t, t, t]);
+    for list in [None, Some("turns")] {
+        let data = Case::named("a.jsonl", row).load(&turns(list)).unwrap();
+        assert_eq!(data.examples, std::slice::from_ref(&expected));
+    }
+    // An empty list is no turn; numbers are text; a blank cell before the target is no text.
+    let empty = r#"{"turns": [], "question": "", "answer": true}"#;
+    let data = Case::named("a.jsonl", empty).load(&turns(Some("turns"))).unwrap();
+    assert_eq!(data.examples, [words(&[t, 0, e], 0, &[t, t, t])]);
+    // A path leads into objects and lists.
+    let mut nested = questions();
+    let TaskKind::Generation { template, .. } = &mut nested.kind else { panic!("it generates") };
+    (template[0], template[2]) = (Piece::Field("a.b".into()), Piece::Field("answers.text.1".into()));
+    let row = r#"{"a.b": "tea", "a": 1, "answers": {"text": ["bad", "good"]}}"#;
+    let data = Case::named("a.jsonl", row).load(&nested).unwrap();
+    assert_eq!(data.examples, [words(&[5, 8, 3], 1, &[0, 8, 8])]);
+    // In csv, too, with quotes.
+    let data = Case::named("a.csv", "answer,question\n\"good \"\"tea\"\"\",Ann\n").load(&questions()).unwrap();
+    assert_eq!(data.examples[0].ids, [6, 8, 3, 0, 5, 0]);
+    // In tsv a quote is a character.
+    let data = Case::named("a.tsv", "question\tanswer\n\"good\t\"tea\n").load(&questions()).unwrap();
+    assert_eq!(data.examples[0].ids, [0, 3, 8, 0, 5]);
+}
+
+#[test]
+fn bad_rows_are_left_out_if_asked() {
+    let (task, skip) = (classification(64), Reading { skip_bad: true });
+    let case = Case::named("a.tsv", b"good\t1\nno tab\nbad\tmaybe\nb\xffd\t0\ntea\t0\n");
+    let data = case.read(&["a.tsv"], &task, skip).unwrap();
+    assert_eq!((data.len(), data.skipped), (2, 3));
+    let line = data.describe();
+    assert!(line.contains(", 3 bad rows left out; the first: `") && line.contains("line 2: no tab"), "{line}");
+    assert!(matches!(case.load(&task), Err(DataError::Place { skippable: true, .. })));
+    let lines = "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"bad\"\n{\"text\": \"tea\", \"label\": null}\n[]\n";
+    let data = Case::named("a.jsonl", lines).read(&["a.jsonl"], &task, skip).unwrap();
+    assert_eq!((data.len(), data.skipped), (1, 3));
+    // What is wrong with the whole file stays an error, as does a file of nothing else.
+    for (name, content) in
+        [("a.csv", "text,label\n\"good,1\n"), ("a.csv", "comment,class\ngood,1\n"), ("a.json", "[{\"text\"")]
+    {
+        let error = Case::named(name, content).read(&[name], &task, skip).unwrap_err();
+        assert!(matches!(error, DataError::Place { skippable: false, .. }), "{error}");
+    }
+    let error = Case::named("a.tsv", "good\tx\nbad\ty\n").read(&["a.tsv"], &task, skip).unwrap_err().to_string();
+    assert!(error.starts_with("no row is left: all 2 are bad; the first: `"), "{error}");
+}
+
+#[test]
+fn several_files_and_patterns() {
+    let case = Case::named("b.tsv", "bad\t0\n");
+    let write = |name: &str, content: &str| std::fs::write(case.dir.path().join(name), content).unwrap();
+    write("a.jsonl", "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"tea\", \"label\": 1}\n");
+    write("c[1].tsv", "tea\t0\n");
+    let ids = |named: &[&str]| {
+        let data = case.read(named, &classification(64), Reading::default()).map_err(|e| case.plain(e))?;
+        Ok::<_, String>((data.examples.iter().map(|e| e.ids[1]).collect::<Vec<_>>(), data.sources.len()))
+    };
+    assert_eq!(ids(&["b.tsv", "a.jsonl"]), Ok((vec![4, 3, 5], 2)));
+    assert_eq!(ids(&["[ab].*"]), Ok((vec![3, 5, 4], 2)));
+    assert_eq!(ids(&["c[1].tsv", "*.tsv"]), Ok((vec![5, 4, 5], 3)));
+    insta::assert_snapshot!(ids(&["*.csv"]).unwrap_err(), @"`*.csv`: no file fits this pattern");
+    insta::assert_snapshot!(ids(&["a[.csv"]).unwrap_err(), @"`a[.csv`: no pattern of files: invalid range pattern");
+    insta::assert_snapshot!(ids(&[""]).unwrap_err(), @"``: a folder; name its files, such as `*.jsonl` in quotes");
+    insta::assert_snapshot!(ids(&["b.tsv", "d.tsv"]).unwrap_err(), @"cannot read `d.tsv`: No such file or directory (os error 2)");
+    let data = case.read(&["b.tsv", "a.jsonl"], &classification(64), Reading::default()).unwrap();
+    assert!(data.place(1).unwrap().ends_with("a.jsonl, line 1"), "{:?}", data.place(1));
+}
+
+/// Ids and types of pairs, cut and not, as transformers has them.
+#[test]
+fn pairs_as_transformers_has_them() {
+    let read = |name: &str| -> Json {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(name);
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let (fixtures, tokenizers) = (read("pairs.json"), read("tokenizers.json"));
+    let pairs: Vec<(String, String)> = serde_json::from_value(fixtures["pairs"].clone()).unwrap();
+    let pairs: Vec<(&str, &str)> = pairs.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+    let task = columns("premise", "hypothesis", "label");
+    for case in fixtures["cases"].as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for (file, content) in tokenizers["cases"][name]["files"].as_object().unwrap() {
+            let text = match content.as_str() {
+                Some(key) => tokenizers["contents"][key].as_str().unwrap().to_owned(),
+                None => content.to_string(),
+            };
+            std::fs::write(folder.path().join(file), text).unwrap();
+        }
+        let tokenizer = Tokenizer::load(folder.path(), &task, 10_000).unwrap();
+        let limit = case["limit"].as_u64().unwrap() as usize;
+        let ids: Vec<Vec<i32>> = serde_json::from_value(case["ids"].clone()).unwrap();
+        let types: Vec<Vec<i32>> = serde_json::from_value(case["types"].clone()).unwrap();
+        for (i, pair) in tokenizer.encode_pairs(pairs.clone(), limit).unwrap().into_iter().enumerate() {
+            assert_eq!((&pair.ids, &pair.types), (&ids[i], &types[i]), "{name}, {limit}: {:?}", pairs[i]);
+            assert_eq!(
+                pair.whole > limit,
+                ids[i].len() == limit && pair.whole != limit,
+                "{name}, {limit}: {:?}",
+                pairs[i]
+            );
+        }
+    }
+}
+
+#[test]
+fn pairs_of_texts() {
+    let task = columns("premise", "hypothesis", "");
+    let case = Case::named("a.jsonl", r#"{"premise": "good tea good", "hypothesis": "bad", "label": "positive"}"#);
+    // Without a template for pairs the second text would be left out.
+    insta::assert_snapshot!(case.error(&task), @"`tokenizer.json` is no tokenizer that can be used: it puts no marks around and between the texts of a pair (`[CLS] a [SEP] b [SEP]`): its `post_processor` knows no pairs; leave `pair` out, or take the model's own tokenizer");
+    case.set_marks(bert());
+    let pair = |ids: &[i32], types: &[i32]| Example { ids: ids.to_vec(), types: types.to_vec(), goal: Goal::Class(1) };
+    let whole = pair(&[1, 3, 5, 3, 2, 4, 2], &[0, 0, 0, 0, 0, 1, 1]);
+    assert_eq!(case.load(&task).unwrap().examples, [whole]);
+    let cut = |max_tokens| case.load(&Task { max_tokens, ..task.clone() });
+    let data = cut(5).unwrap();
+    assert_eq!(data.examples, [pair(&[1, 3, 2, 4, 2], &[0, 0, 0, 1, 1])]);
+    assert_eq!((data.cut, &data.lengths[..]), (1, &[7][..]));
+    let message = case.plain(cut(4).unwrap_err());
+    insta::assert_snapshot!(message, @"`a.jsonl`: no example is left: `task.max_tokens` is 4, and the cut to it leaves no sentence in any of the 1 examples; the first, line 1, has 7 tokens; raise `task.max_tokens` to 7, or leave such examples out");
+}
+
+/// GLUE's files as they are.
+#[test]
+fn glue_as_it_is() {
+    let Some(data) = real_data() else { return };
+    let read = |file: &str, task: &Task| {
+        let tokenizer = Tokenizer::load(&data.join("tokenizers/roberta"), task, 50265).unwrap();
+        Dataset::load(&data.join(file), task, &tokenizer).unwrap()
+    };
+    let sst2 = read("sst2/dev.tsv", &classification(512));
+    let positive = sst2.examples.iter().filter(|e| e.goal == Goal::Class(1)).count();
+    assert_eq!((sst2.len(), positive), (872, 444));
+    let labels = ["entailment", "neutral", "contradiction"].map(str::to_owned).to_vec();
+    let mnli = |[text, pair, label]: [&str; 3]| {
+        let columns = Columns { text: Some(text.into()), pair: Some(pair.into()), label: Some(label.into()) };
+        Task { kind: TaskKind::Classification { labels: labels.clone(), columns }, ..classification(512) }
+    };
+    let dev = read("mnli/dev_matched_48.tsv", &mnli(["sentence1", "sentence2", "gold_label"]));
+    let train = read("mnli/train.json", &mnli(["text_a", "text_b", "label"]));
+    assert_eq!((dev.len(), train.len()), (48, 8999));
+    // `<s>a</s></s>b</s>`, all of type 0.
+    let ids = &train.examples[0].ids;
+    assert_eq!((ids[0], ids.last()), (0, Some(&2)));
+    assert_eq!(ids.windows(2).filter(|pair| *pair == [2, 2]).count(), 1);
+    assert!(train.examples.iter().all(|e| e.types.iter().all(|&kind| kind == 0)));
+}

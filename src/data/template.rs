@@ -1,0 +1,336 @@
+//! A generation task's template: rows in, ids and token types out.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use peft_grammar::model::Piece;
+
+use super::classification::known;
+use super::error::did_you_mean;
+use super::rows::{At, Cell, Fault, File, Format, Row, Rows, Value, find};
+use super::{DataError, Example, Goal, Maker, Placed, Tokenizer, webnlg};
+
+/// A place in a row's template.
+enum Slot {
+    Special(i32),
+    /// The tokens of a text that stands in every example.
+    Literal(Rc<[i32]>),
+    Field(String),
+    /// Once for each item of the list in a column; of the only list if it has no name.
+    Each(Option<String>, Vec<Slot>),
+}
+
+/// A task's template with its tokens resolved.
+pub struct Layout<'t> {
+    before: Vec<Slot>,
+    /// A special token, or a literal text: the loss is on what follows its last token.
+    target: Slot,
+    after: Vec<Slot>,
+    /// As the task writes it.
+    template: &'t [Piece],
+    written: &'t str,
+    tokenizer: &'t Tokenizer,
+}
+
+/// What a template makes of a row, texts not yet tokenised.
+pub struct Draft {
+    before: Vec<Part>,
+    after: Vec<Part>,
+}
+
+enum Part {
+    Special(i32),
+    Ids(Rc<[i32]>),
+    Text(String),
+}
+
+impl<'t> Layout<'t> {
+    pub fn new(template: &'t [Piece], target: &'t str, tokenizer: &'t Tokenizer) -> Result<Self, DataError> {
+        let Some(at) = template.iter().position(|p| p.written().as_deref() == Some(target)) else {
+            return Err(DataError::Template(format!("its target `{target}` does not stand in it outside `( … )*`")));
+        };
+        Ok(Layout {
+            before: slots(&template[..at], tokenizer)?,
+            target: slot(&template[at], tokenizer)?,
+            after: slots(&template[at + 1..], tokenizer)?,
+            template,
+            written: target,
+            tokenizer,
+        })
+    }
+
+    /// Refuses what an entry of WebNLG does not have.
+    fn fits_webnlg(&self) -> Result<(), DataError> {
+        let unknown = |of: &str, name: &str, known: &[&str]| {
+            let hint = did_you_mean(name, known.iter().copied());
+            DataError::Template(format!("{of} has no field `{name}`{hint}; it has `{}`", known.join("`, `")))
+        };
+        let record = |name: &str| match webnlg::RECORD.contains(&name) {
+            true => Ok(()),
+            false => Err(unknown("a record", name, webnlg::RECORD)),
+        };
+        for piece in self.template {
+            let items = match piece {
+                Piece::Special(_) | Piece::Literal(_) => continue,
+                Piece::Field(name) => {
+                    record(name)?;
+                    continue;
+                }
+                Piece::Repeat(items) => items,
+                Piece::Each(name, _) if name != webnlg::TRIPLES => {
+                    return Err(unknown("a record", name, &[webnlg::TRIPLES]));
+                }
+                Piece::Each(_, items) => items,
+            };
+            for item in items {
+                match item {
+                    Piece::Field(name) if !webnlg::TRIPLE.contains(&name.as_str()) => {
+                        return Err(unknown("a triple", name, webnlg::TRIPLE));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        if !self.after.iter().any(|slot| matches!(slot, Slot::Field(name) if name == "text")) {
+            return Err(DataError::Template(format!("`{{text}}` does not follow the target `{}`", self.written)));
+        }
+        Ok(())
+    }
+}
+
+fn slots(pieces: &[Piece], tokenizer: &Tokenizer) -> Result<Vec<Slot>, DataError> {
+    pieces.iter().map(|piece| slot(piece, tokenizer)).collect()
+}
+
+fn slot(piece: &Piece, tokenizer: &Tokenizer) -> Result<Slot, DataError> {
+    let inside = |pieces: &[Piece]| match pieces.iter().any(|p| matches!(p, Piece::Repeat(_) | Piece::Each(..))) {
+        true => Err(DataError::Template("a `( … )*` stands inside another".into())),
+        false => slots(pieces, tokenizer),
+    };
+    Ok(match piece {
+        Piece::Special(token) => {
+            let unknown = || DataError::Template(format!("`{token}` is not among the task's special tokens"));
+            Slot::Special(tokenizer.special(token).ok_or_else(unknown)?)
+        }
+        Piece::Literal(text) => Slot::Literal(literal(text, tokenizer)?.into()),
+        Piece::Field(name) => Slot::Field(name.clone()),
+        Piece::Repeat(pieces) => Slot::Each(None, inside(pieces)?),
+        Piece::Each(name, pieces) => Slot::Each(Some(name.clone()), inside(pieces)?),
+    })
+}
+
+fn literal(text: &str, tokenizer: &Tokenizer) -> Result<Vec<i32>, DataError> {
+    match tokenizer.encode(vec![text], false)?.pop() {
+        Some(ids) if !ids.is_empty() => Ok(ids),
+        _ => Err(DataError::Template(format!(
+            "the tokenizer `{}` makes no token of its text {text:?}",
+            tokenizer.source().display()
+        ))),
+    }
+}
+
+/// A field's text.
+fn text(name: &str, cell: Cell) -> Result<String, String> {
+    cell.text().map(str::to_owned).ok_or_else(|| {
+        let mend = match cell {
+            Cell::Value(Value::Object(fields)) => match fields.first() {
+                Some((first, _)) => format!("name a field of it, `{{{name}.{first}}}`"),
+                None => "it is to be text".into(),
+            },
+            Cell::Value(Value::List(_)) => {
+                format!("name an item, `{{{name}.0}}`, or go over its objects by `({name}: … )*`")
+            }
+            _ => "write \"\" where there is no text".into(),
+        };
+        format!("`{name}` is {}; {mend}", cell.kind())
+    })
+}
+
+/// What a slot makes of a row.
+fn fill(slot: &Slot, row: &Row, parts: &mut Vec<Part>) -> Result<(), String> {
+    match slot {
+        Slot::Special(token) => parts.push(Part::Special(*token)),
+        Slot::Literal(ids) => parts.push(Part::Ids(ids.clone())),
+        Slot::Field(name) => match row.get(name) {
+            Some(cell) => parts.push(Part::Text(text(name, cell)?)),
+            None => known(name, &row.names(), false)?,
+        },
+        Slot::Each(name, slots) => {
+            let (name, items) = list(name.as_deref(), row)?;
+            for (number, item) in (1..).zip(items) {
+                let Value::Object(fields) = item else {
+                    return Err(format!("item {number} of `{name}` is {}, where an object is expected", item.kind()));
+                };
+                for slot in slots {
+                    match slot {
+                        Slot::Field(field) => {
+                            let value = find(fields, field).ok_or_else(|| {
+                                let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
+                                let hint = did_you_mean(field, names.iter().copied());
+                                format!(
+                                    "item {number} of `{name}` has no field `{field}`{hint}; it has `{}`",
+                                    names.join("`, `")
+                                )
+                            })?;
+                            parts.push(Part::Text(text(field, Cell::Value(value))?));
+                        }
+                        other => fill(other, row, parts)?,
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The list that a part of the template goes over: that of a column, or the row's only one.
+fn list<'r>(name: Option<&'r str>, row: &'r Row) -> Result<(&'r str, &'r [Value]), String> {
+    if let Some(name) = name {
+        return match row.get(name) {
+            Some(Cell::Value(Value::List(items))) => Ok((name, items)),
+            Some(cell) => Err(format!("`{name}` is {}, and `({name}: … )*` goes over a list of objects", cell.kind())),
+            None => Err(known(name, &row.names(), false).expect_err("it is not among them")),
+        };
+    }
+    let lists = row.lists();
+    let some: Vec<_> = lists.iter().filter(|(_, items)| !items.is_empty()).collect();
+    match (&lists[..], &some[..]) {
+        ([only], _) => Ok(*only),
+        (_, [only]) => Ok(**only),
+        ([], _) => {
+            let mend = "`( … )*` goes over one; name a column that holds a list, `(turns: … )*`, or leave the part out";
+            Err(format!("no column is a list of objects, and {mend}"))
+        }
+        _ => {
+            let (first, second) = (lists[0].0, lists[1].0);
+            Err(format!("`{first}` and `{second}` are lists of objects; name the one to go over, `({first}: … )*`"))
+        }
+    }
+}
+
+impl Maker for Layout<'_> {
+    type Draft = Draft;
+
+    fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
+        let rows = Rows::of(file, Format::Json, None, |_| true).map_err(|e| DataError::at(&file.path, e))?;
+        if !rows.entries {
+            return Ok(rows);
+        }
+        self.fits_webnlg()?;
+        let text = file.text().map_err(|fault| DataError::at(&file.path, fault))?;
+        webnlg::rows(text, &file.path)
+    }
+
+    fn check(&self, names: &[&str]) -> Result<(), String> {
+        for slot in self.before.iter().chain(&self.after) {
+            match slot {
+                Slot::Field(name) => known(name, names, names.contains(&name.as_str()))?,
+                Slot::Each(..) => {
+                    return Err(
+                        "a table of texts holds no lists for the template's `( … )*`; write the rows as json".into()
+                    );
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn draft(&self, row: &Row, _: bool) -> Result<Draft, String> {
+        let (mut before, mut after) = (vec![], vec![]);
+        self.before.iter().try_for_each(|slot| fill(slot, row, &mut before))?;
+        self.after.iter().try_for_each(|slot| fill(slot, row, &mut after))?;
+        // A closing mark alone is nothing to learn.
+        if after.iter().all(|part| !matches!(part, Part::Text(text) if !text.trim().is_empty())) {
+            let names: Vec<&str> = self
+                .after
+                .iter()
+                .filter_map(|slot| match slot {
+                    Slot::Field(name) => Some(name.as_str()),
+                    _ => None,
+                })
+                .collect();
+            return Err(match names[..] {
+                [name] => format!("`{name}` is empty: there is nothing to learn"),
+                _ => format!("what follows the target `{}` is empty: there is nothing to learn", self.written),
+            });
+        }
+        Ok(Draft { before, after })
+    }
+
+    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError> {
+        // Each text once: in triples, properties and subjects recur.
+        let parts = drafts.iter().flat_map(|(_, draft)| draft.before.iter().chain(&draft.after));
+        let mut texts: Vec<&str> = parts
+            .filter_map(|part| match part {
+                Part::Text(text) => Some(text.as_str()),
+                _ => None,
+            })
+            .collect();
+        texts.sort_unstable();
+        texts.dedup();
+        let ids = self.tokenizer.encode(texts.clone(), false)?;
+        let encoded: HashMap<&str, Vec<i32>> = texts.into_iter().zip(ids).collect();
+        let one = |(at, draft): &(At, Draft)| {
+            let example = self.lay_out(draft, &encoded);
+            if example.targets() == 0 {
+                let message = "the tokenizer makes no token of what follows the target: there is nothing to learn";
+                return Err(Fault::row(at.clone(), message));
+            }
+            Ok(Placed { at: at.clone(), length: example.ids.len(), example })
+        };
+        Ok(drafts.iter().map(one).collect())
+    }
+
+    fn empty(&self) -> &'static str {
+        "it has no row"
+    }
+}
+
+/// An example in the making.
+#[derive(Default)]
+struct Sheet {
+    ids: Vec<i32>,
+    types: Vec<i32>,
+    /// The type of what comes next.
+    kind: i32,
+}
+
+impl Sheet {
+    fn write(&mut self, ids: &[i32]) {
+        self.ids.extend_from_slice(ids);
+        self.types.resize(self.ids.len(), self.kind);
+    }
+
+    /// A special token opens a segment of its own type.
+    fn open(&mut self, token: i32) {
+        self.kind = token;
+        self.write(&[token]);
+    }
+}
+
+impl Layout<'_> {
+    /// Ids and types in template order. A token's type is the special token last seen, but the target
+    /// keeps its type to the end, over the closing mark too. Literal text opens no type.
+    fn lay_out(&self, draft: &Draft, encoded: &HashMap<&str, Vec<i32>>) -> Example {
+        let mut sheet = Sheet::default();
+        let fill = |sheet: &mut Sheet, parts: &[Part], mark: fn(&mut Sheet, i32)| {
+            for part in parts {
+                match part {
+                    Part::Special(token) => mark(sheet, *token),
+                    Part::Ids(ids) => sheet.write(ids),
+                    Part::Text(text) => sheet.write(&encoded[text.as_str()]),
+                }
+            }
+        };
+        fill(&mut sheet, &draft.before, Sheet::open);
+        match &self.target {
+            Slot::Special(token) => sheet.open(*token),
+            Slot::Literal(ids) => sheet.write(ids),
+            Slot::Field(_) | Slot::Each(..) => {}
+        }
+        let from = sheet.ids.len() - 1;
+        fill(&mut sheet, &draft.after, |sheet, token| sheet.write(&[token]));
+        Example { ids: sheet.ids, types: sheet.types, goal: Goal::Continuation { from } }
+    }
+}
