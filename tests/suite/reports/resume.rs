@@ -313,7 +313,7 @@ fn a_run_that_is_killed_goes_on() {
         .spawn()
         .expect("it starts");
     let begun = Instant::now();
-    while !killed.join("state.safetensors").is_file() && begun.elapsed() < Duration::from_secs(120) {
+    while !killed.join("adapter.safetensors").is_file() && begun.elapsed() < Duration::from_secs(120) {
         std::thread::sleep(Duration::from_millis(5));
     }
     child.kill().expect("killed");
