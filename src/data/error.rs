@@ -8,6 +8,9 @@ pub enum DataError {
     #[error("cannot read `{path}`: {source}")]
     Read { path: PathBuf, source: io::Error },
 
+    #[error("`{path}` is {what}, which is not read here; {mend}")]
+    Foreign { path: PathBuf, what: &'static str, mend: &'static str },
+
     #[error("`{path}`, line {line}: {message}")]
     Line { path: PathBuf, line: usize, message: String },
 
@@ -40,10 +43,18 @@ pub enum DataError {
 
     #[error(
         "the tokenizer `{path}` does not belong to this model: its vocabulary has {found} tokens{}, \
-         but the spec's `vocab` is {wanted}",
-        if *special > 0 { format!(" ({} with the task's {special} special ones)", found + special) } else { String::new() }
+         but the spec's `vocab` is {wanted}{}",
+        if *special > 0 { format!(" ({} with the task's {special} special ones)", found + special) } else { String::new() },
+        taken(behind)
     )]
-    Vocabulary { path: PathBuf, found: u64, special: u64, wanted: u64 },
+    Vocabulary {
+        path: PathBuf,
+        found: u64,
+        special: u64,
+        wanted: u64,
+        /// Tokens that are no part of its vocabulary, as [`crate::hub::tokenizer::Behind::describe`] shows them.
+        behind: Vec<String>,
+    },
 
     /// Every example is too long for anything to be left of it to learn from.
     #[error(
@@ -61,6 +72,18 @@ pub enum DataError {
         /// From which token on there is something to learn.
         from: String,
     },
+}
+
+/// The tokens that stand between a vocabulary and the task's own tokens, and how they are taken away.
+fn taken(behind: &[String]) -> String {
+    match behind {
+        [] => String::new(),
+        _ => format!(
+            "; {} stand behind its vocabulary and take rows before the task's tokens: where the model has no row for them, \
+             leave them out of the tokenizer's settings, or name tokens there that the vocabulary has",
+            behind.join(", ")
+        ),
+    }
 }
 
 /// ` (did you mean …?)` when one of the candidates is close to what was found, else nothing.

@@ -71,6 +71,8 @@ pub struct LeftOut {
     pub texts: usize,
     /// Entries without a text.
     pub entries: usize,
+    /// Its first line, which names the columns.
+    pub header: bool,
 }
 
 impl Dataset {
@@ -81,7 +83,7 @@ impl Dataset {
             TaskKind::Generation { template, target, .. } => {
                 webnlg::read(&text, path, &webnlg::Layout::new(template, target, tokenizer)?, tokenizer)?
             }
-            TaskKind::Classification { labels } => (tsv::read(&text, path, labels, tokenizer)?, LeftOut::default()),
+            TaskKind::Classification { labels } => tsv::read(&text, path, labels, tokenizer)?,
         };
         Ok(Dataset { left_out, ..Dataset::fit(path, examples, task.max_tokens as usize)? })
     }
@@ -143,6 +145,9 @@ impl Dataset {
         if self.left_out.entries > 0 {
             line += &format!(", {} entries left out: they have no text", self.left_out.entries);
         }
+        if self.left_out.header {
+            line += ", its first line is a header";
+        }
         line
     }
 
@@ -177,9 +182,25 @@ impl Dataset {
     }
 }
 
+/// Formats by their first bytes, and how a file becomes text.
+const FOREIGN: [(&[u8], &str, &str); 9] = [
+    (b"\x1f\x8b", "compressed by gzip", "unpack it with `gzip -d`"),
+    (b"BZh", "compressed by bzip2", "unpack it with `bzip2 -d`"),
+    (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with `xz -d`"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with `zstd -d`"),
+    (b"PK\x03\x04", "a zip archive, or a spreadsheet in one", "unpack it, or save it as text with tabs"),
+    (b"PAR1", "a table of Parquet", "write it as text"),
+    (b"ARROW1", "a table of Arrow", "write it as text"),
+    (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
+];
+
 /// A file as text, without a byte order mark.
 fn read_text(path: &Path) -> Result<String, DataError> {
     let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+    if let Some((_, what, mend)) = FOREIGN.iter().find(|(start, ..)| bytes.starts_with(start)) {
+        return Err(DataError::Foreign { path: path.to_owned(), what, mend });
+    }
     let text = String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = 1 + valid.iter().filter(|&&b| b == b'\n').count();

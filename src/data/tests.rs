@@ -120,7 +120,7 @@ fn sentences_without_a_token() {
 fn bad_sentence_files() {
     let error = |content: &[u8]| Case::new(content).error(&classification(64));
     insta::assert_snapshot!(error(b"good tea\t1\nno tab here\n"), @"`data`, line 2: no tab; write `sentence<TAB>label`");
-    insta::assert_snapshot!(error(b"good\ttea\t1"), @"`data`, line 1: 3 columns; write `sentence<TAB>label` with one tab");
+    insta::assert_snapshot!(error(b"good\ttea\t1"), @"`data`, line 1: 3 columns, `good`, `tea`, `1`; write `sentence<TAB>label` with one tab");
     insta::assert_snapshot!(error(b"sentence\tlabel\n \t1"), @"`data`, line 2: the sentence is empty");
     insta::assert_snapshot!(error(b"good\tpositve"), @"`data`, line 1: no label `positve` (did you mean `positive`?); the task's labels are `negative`, `positive`, or 0 to 1");
     insta::assert_snapshot!(error(b"good\t2"), @"`data`, line 1: no label `2`; the task's labels are `negative`, `positive`, or 0 to 1");
@@ -129,6 +129,56 @@ fn bad_sentence_files() {
     insta::assert_snapshot!(error(b"good\t1\nb\xffd\t0\n"), @"`data`, line 2: not UTF-8; save the file in that encoding");
     insta::assert_snapshot!(error(b""), @"`data` holds no example: write one `sentence<TAB>label` a line");
     insta::assert_snapshot!(error(b"sentence\tlabel\n"), @"`data` holds no example: write one `sentence<TAB>label` a line");
+}
+
+/// The names of columns that are usual elsewhere, in any case and behind blank lines; that a line is taken so is said.
+#[test]
+fn headers() {
+    let examples = |content: &str| {
+        let data = Case::new(content).load(&classification(64)).unwrap();
+        (data.len(), data.describe().ends_with(", its first line is a header"))
+    };
+    for header in
+        ["sentence\tlabel", "Sentence\tLabel", "text\tlabel", "\n\nsentence\tlabel", "TEXT\ttarget", "review\tlabels "]
+    {
+        assert_eq!(examples(&format!("{header}\ngood\t1\nbad\t0\n")), (2, true), "{header:?}");
+    }
+    assert_eq!(examples("good\t1\n"), (1, false));
+    let error = |content: &str| Case::new(content).error(&classification(64));
+    insta::assert_snapshot!(error("premise\tclass\ngood\t1\n"), @"`data`, line 1: no label `class`; the task's labels are `negative`, `positive`, or 0 to 1; if the line is a header, it is to be `sentence<TAB>label`");
+    insta::assert_snapshot!(error("index\tsentence\tlabel\n0\tgood\t1\n"), @"`data`, line 1: 3 columns, `index`, `sentence`, `label`; write `sentence<TAB>label` with one tab");
+    insta::assert_snapshot!(error("good\t1\nsentence\tlabel\n"), @"`data`, line 2: no label `label`; the task's labels are `negative`, `positive`, or 0 to 1");
+    insta::assert_snapshot!(error(&format!("{}\t1\t2\t3\t4\n", "good ".repeat(9))), @"`data`, line 1: 5 columns, `good good good good …`, `1`, `2`, `3`, …; write `sentence<TAB>label` with one tab");
+    // A class may have the column's name: then the line is an example.
+    let labels = ["label", "other"].map(String::from).to_vec();
+    let task = Task { kind: TaskKind::Classification { labels }, ..classification(64) };
+    let data = Case::new("sentence\tlabel\ngood\tother\n").load(&task).unwrap();
+    assert_eq!((data.len(), data.left_out.header), (2, false));
+}
+
+/// Files that are no text, by their first bytes.
+#[test]
+fn files_that_are_no_text() {
+    let error = |content: &[u8]| Case::new(content).error(&classification(64));
+    insta::assert_snapshot!(error(b"\x1f\x8b\x08\x00\x00"), @"`data` is compressed by gzip, which is not read here; unpack it with `gzip -d`");
+    insta::assert_snapshot!(error(b"PK\x03\x04\x14\x00"), @"`data` is a zip archive, or a spreadsheet in one, which is not read here; unpack it, or save it as text with tabs");
+    insta::assert_snapshot!(error(b"PAR1\x15\x04\x15"), @"`data` is a table of Parquet, which is not read here; write it as text");
+    insta::assert_snapshot!(error(b"\xff\xfef\x00i\x00"), @"`data` is UTF-16, which is not read here; save it as UTF-8");
+}
+
+/// Lists in the places of objects, which serde takes for structs.
+#[test]
+fn lists_in_the_places_of_objects() {
+    let task = plain_generation();
+    let error = |content: &str| Case::new(content).error(&task).lines().next().unwrap().to_owned();
+    let entry = r#"{"lexicalisations":[{"comment":"good","lex":"tea"}],"modifiedtripleset":[{"subject":"a","property":"b","object":"c"}]}"#;
+    insta::assert_snapshot!(error(&format!("[{entry}]")), @"`data`, line 1, column 0: a list where an object with `entries` is expected");
+    insta::assert_snapshot!(error(&format!(r#"[[{{"1":{entry}}}]]"#)), @"`data`, line 1, column 0: a list where an object with `entries` is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":[["1",{entry}]]}}"#)), @"`data`, line 1, column 12: a list where an object of an entry by its number is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":{{"1":{entry}}}}}"#)), @"`data`, line 1, column 11: an object where a list is expected");
+    insta::assert_snapshot!(error(r#"{"entries":[{"1":["cat",[["good","tea"]],[["a","b","c"]]]}]}"#), @"`data`, line 1, column 17: a list where an object with `lexicalisations` and `modifiedtripleset` is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":[{{"1":{}}}]}}"#, entry.replace(r#"{"comment":"good","lex":"tea"}"#, r#"["good","tea"]"#))), @"`data`, line 1, column 37: a list where an object with `comment` and `lex` is expected");
+    insta::assert_snapshot!(error(&format!(r#"{{"entries":[{{"1":{}}}]}}"#, entry.replace(r#"{"subject":"a","property":"b","object":"c"}"#, r#"["a","b","c"]"#))), @"`data`, line 1, column 90: a list where an object with `subject`, `property` and `object` is expected");
 }
 
 fn entry(comment: &str, triples: &str, text: &str) -> String {
@@ -225,7 +275,7 @@ fn sentences_are_not_trimmed() {
         std::fs::write(case.dir.path().join("tokenizer.json"), json.to_string()).unwrap();
         let tokenizer = Tokenizer::load(case.dir.path(), &classification(64), 6).unwrap();
         let read = tsv::read(line, &case.file, &labels, &tokenizer).unwrap();
-        read.into_iter().map(|(_, example)| example.ids).collect::<Vec<_>>()
+        read.0.into_iter().map(|(_, example)| example.ids).collect::<Vec<_>>()
     };
     assert_eq!(read(" a \t0\r\na\t 1 \n\u{a0}a\tnegative"), [vec![1, 3, 4, 3, 2], vec![1, 4, 2], vec![1, 5, 4, 2]]);
 }
@@ -277,7 +327,7 @@ fn texts_that_are_left_out_are_counted() {
     // A number that recurs is read twice.
     let all = [one(1, &[good.clone(), bad.clone(), bad.clone()]), one(1, &[good]), one(2, &[]), one(3, &[bad])];
     let data = Case::new(format!(r#"{{"entries": [{{{}}}]}}"#, all.join(", "))).load(&plain_generation()).unwrap();
-    assert_eq!((data.len(), data.left_out), (2, LeftOut { texts: 3, entries: 1 }));
+    assert_eq!((data.len(), data.left_out), (2, LeftOut { texts: 3, entries: 1, header: false }));
     let words = ", 3 texts left out: their `comment` is not `good`, 1 entries left out: they have no text";
     assert!(data.describe().ends_with(words), "{}", data.describe());
 }

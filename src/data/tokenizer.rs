@@ -1,13 +1,15 @@
 //! A tokenizer with a task's special tokens: those that it has keep their ids, others follow behind its own.
 
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Task, TaskKind};
 use rayon::prelude::*;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer as Library;
 
 use super::DataError;
-use crate::hub::tokenizer::{Opened, contained, open};
+use crate::hub::tokenizer::{Behind, Opened, contained, open};
 
 pub struct Tokenizer {
     library: Library,
@@ -19,6 +21,8 @@ pub struct Tokenizer {
     /// The task's special tokens with their ids.
     special: Vec<(String, u64)>,
     chat_template: Option<String>,
+    /// Tokens of the tokenizer itself that its vocabulary does not have.
+    behind: Vec<Behind>,
     notes: Vec<String>,
 }
 
@@ -28,10 +32,13 @@ impl Tokenizer {
     ///
     /// New tokens have ids from the tokenizer's length on, in the order of the task, as transformers' `add_tokens` gives
     /// them. They stand only where the template writes them: the same characters within a text are text.
+    ///
+    /// Every token of the vocabulary and of the task has a row. One that was added behind the vocabulary, such as a
+    /// padding token, may have none as long as no text holds it.
     pub fn load(path: &Path, task: &Task, rows: u64) -> Result<Self, DataError> {
-        let Opened { library, source, max_length, chat_template, mut notes } = open(path)?;
-        let ids = library.get_vocab(true);
-        let own = ids.values().max().map_or(0, |&id| u64::from(id) + 1);
+        let Opened { library, source, max_length, chat_template, mut notes, behind } = open(path)?;
+        let length = |ids: &HashMap<String, u32>| ids.values().max().map_or(0, |&id| u64::from(id) + 1);
+        let (words, own) = (length(&library.get_vocab(false)), length(&library.get_vocab(true)));
         let mut next = own..;
         let special: Vec<(String, u64)> = task
             .special()
@@ -41,8 +48,18 @@ impl Tokenizer {
                 Some((token.clone(), id))
             })
             .collect();
-        if next.start > rows {
-            return Err(DataError::Vocabulary { path: source, found: own, special: next.start - own, wanted: rows });
+        let rowless: Vec<String> = behind.iter().filter(|b| b.id() >= rows).map(Behind::describe).collect();
+        if words > rows || special.iter().any(|(_, id)| *id >= rows) {
+            let special = next.start - own;
+            // Without these the task's tokens would have rows.
+            let behind = if words <= rows { behind.iter().map(Behind::describe).collect() } else { vec![] };
+            return Err(DataError::Vocabulary { path: source, found: own, special, wanted: rows, behind });
+        }
+        if !rowless.is_empty() {
+            notes.push(format!(
+                "the model's {rows} rows have none for {}; a text that holds such a token is refused",
+                rowless.join(", ")
+            ));
         }
         if let Some(limit) = max_length.filter(|&limit| limit < task.max_tokens) {
             notes.push(format!(
@@ -50,7 +67,7 @@ impl Tokenizer {
                 task.max_tokens
             ));
         }
-        let tokenizer = Tokenizer { library, source, own, rows, special, chat_template, notes };
+        let tokenizer = Tokenizer { library, source, own, rows, special, chat_template, behind, notes };
         if let TaskKind::Classification { .. } = task.kind {
             tokenizer.check_marks()?;
         }
@@ -75,7 +92,13 @@ impl Tokenizer {
         let one = |text: &&str| {
             let encoding = self.library.encode_fast(*text, marks).map_err(|e| e.to_string())?;
             match encoding.get_ids().iter().find(|&&id| u64::from(id) >= self.rows) {
-                Some(id) => Err(format!("it gives the id {id}, and the model has {} tokens", self.rows)),
+                Some(&id) => {
+                    let token = self.library.id_to_token(id).unwrap_or_default();
+                    Err(format!(
+                        "a text holds its token `{token}`, whose id is {id}, and the model has {} rows",
+                        self.rows
+                    ))
+                }
                 None => Ok(encoding.get_ids().iter().map(|&id| id as i32).collect()),
             }
         };
@@ -108,6 +131,24 @@ impl Tokenizer {
         self.chat_template.as_deref()
     }
 
+    /// Every token with its id, the task's included.
+    pub fn ids(&self) -> BTreeMap<String, u64> {
+        let own = self.library.get_vocab(true).into_iter().map(|(token, id)| (token, id.into()));
+        own.chain(self.special.iter().cloned()).collect()
+    }
+
+    /// The tokens that the vocabulary does not have, the task's included, in the order of their ids and as `added_tokens`
+    /// of a `tokenizer.json` has them.
+    pub fn behind(&self) -> Vec<Value> {
+        let new = self.special.iter().filter(|(_, id)| *id >= self.own).map(|(token, id)| {
+            json!({
+                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            })
+        });
+        self.behind.iter().map(|behind| behind.token.clone()).chain(new).collect()
+    }
+
     /// The file that holds the vocabulary.
     pub fn source(&self) -> &Path {
         &self.source
@@ -126,7 +167,7 @@ impl Tokenizer {
         if !known.is_empty() {
             line += &format!("; the model's own in the task: {}", known.join(", "));
         }
-        let spare = self.rows - self.vocabulary() as u64;
+        let spare = self.rows.saturating_sub(self.vocabulary() as u64);
         if spare > 0 {
             line += &format!("; {spare} rows of the model's {} are left over", self.rows);
         }

@@ -1,22 +1,39 @@
-//! `sentence<TAB>label` lines; a first line that says just that is a header. A label is a class's name or, where no
-//! name is a number, its index.
+//! `sentence<TAB>label` lines; a first line that says just that, or uses one of the other usual names, is a header. A
+//! label is a class's name or, where no name is a number, its index.
 
 use std::path::Path;
 
 use super::error::did_you_mean;
-use super::{DataError, Example, Goal, MARKS, Placed, Tokenizer};
+use super::{DataError, Example, Goal, LeftOut, MARKS, Placed, Tokenizer};
 
-const HEADER: &str = "sentence\tlabel";
+/// Names of the two columns in a header, in any case.
+const HEADER: [&[&str]; 2] = [&["sentence", "text", "review"], &["label", "labels", "target"]];
 
-pub fn read(text: &str, path: &Path, labels: &[String], tokenizer: &Tokenizer) -> Result<Vec<Placed>, DataError> {
+/// The examples, and what the file has besides.
+pub fn read(
+    text: &str,
+    path: &Path,
+    labels: &[String],
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<Placed>, LeftOut), DataError> {
     let mut sentences = Vec::new();
     let mut rows = Vec::new();
+    let mut left_out = LeftOut::default();
+    let mut first = true;
     for (number, line) in (1..).zip(text.lines()) {
-        if line.is_empty() || (number == 1 && line == HEADER) {
+        if line.is_empty() {
             continue;
         }
-        let (sentence, class) =
-            parse(line, labels).map_err(|message| DataError::Line { path: path.to_owned(), line: number, message })?;
+        let at_top = std::mem::take(&mut first);
+        if at_top && is_header(line, labels) {
+            left_out.header = true;
+            continue;
+        }
+        let (sentence, class) = parse(line, labels, at_top).map_err(|message| DataError::Line {
+            path: path.to_owned(),
+            line: number,
+            message,
+        })?;
         sentences.push(sentence);
         rows.push((number, class));
     }
@@ -33,15 +50,37 @@ pub fn read(text: &str, path: &Path, labels: &[String], tokenizer: &Tokenizer) -
     let placed = |(ids, (number, class)): (Vec<i32>, (usize, i32))| {
         (format!("line {number}"), Example { types: vec![0; ids.len()], ids, goal: Goal::Class(class) })
     };
-    Ok(ids.into_iter().zip(rows).map(placed).collect())
+    Ok((ids.into_iter().zip(rows).map(placed).collect(), left_out))
+}
+
+/// Names of the columns. Where a class has the second's name, the line is an example.
+fn is_header(line: &str, labels: &[String]) -> bool {
+    let columns: Vec<&str> = line.split('\t').map(str::trim).collect();
+    let named = |(column, names): (&&str, &[&str])| names.iter().any(|name| name.eq_ignore_ascii_case(column));
+    columns.len() == 2
+        && columns.iter().zip(HEADER).all(named)
+        && !labels.iter().any(|label| label.trim() == columns[1])
+}
+
+/// Columns for a message: the first ones, none at full length.
+fn shown(columns: &[&str]) -> String {
+    let short = |column: &&str| match column.char_indices().nth(20) {
+        Some((at, _)) => format!("`{}…`", &column[..at]),
+        None => format!("`{column}`"),
+    };
+    let more = if columns.len() > 4 { ", …" } else { "" };
+    columns.iter().take(4).map(short).collect::<Vec<_>>().join(", ") + more
 }
 
 /// The sentence as it stands, blanks at its ends included, since they may be tokens; one of nothing else is empty.
-fn parse<'a>(line: &'a str, labels: &[String]) -> Result<(&'a str, i32), String> {
+fn parse<'a>(line: &'a str, labels: &[String], at_top: bool) -> Result<(&'a str, i32), String> {
     let (sentence, label) = match line.split('\t').collect::<Vec<_>>()[..] {
         [sentence, label] => (sentence, label.trim()),
         [_] => return Err("no tab; write `sentence<TAB>label`".into()),
-        ref columns => return Err(format!("{} columns; write `sentence<TAB>label` with one tab", columns.len())),
+        ref columns => {
+            let (count, columns) = (columns.len(), shown(columns));
+            return Err(format!("{count} columns, {columns}; write `sentence<TAB>label` with one tab"));
+        }
     };
     if sentence.trim().is_empty() {
         return Err("the sentence is empty".into());
@@ -55,7 +94,11 @@ fn parse<'a>(line: &'a str, labels: &[String]) -> Result<(&'a str, i32), String>
                 true => String::new(),
                 false => format!(", or 0 to {}", labels.len().saturating_sub(1)),
             };
-            Err(format!("no label `{label}`{hint}; the task's labels are `{}`{indices}", labels.join("`, `")))
+            let header = match at_top && hint.is_empty() && label.contains(char::is_alphabetic) {
+                true => "; if the line is a header, it is to be `sentence<TAB>label`",
+                false => "",
+            };
+            Err(format!("no label `{label}`{hint}; the task's labels are `{}`{indices}{header}", labels.join("`, `")))
         }
     }
 }

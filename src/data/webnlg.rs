@@ -2,14 +2,58 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::Path;
 
 use peft_grammar::model::Piece;
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::error::did_you_mean;
 use super::{DataError, Example, Goal, LeftOut, Placed, Tokenizer};
+
+/// An object of JSON. Serde by itself takes a list for a struct as well, its items for the fields in their order.
+struct Object<T>(T);
+
+/// What an object should be, for a message.
+trait Expected {
+    const WHAT: &str;
+}
+
+impl<'de, T: Deserialize<'de> + Expected> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct One<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de> + Expected> Visitor<'de> for One<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str(T::WHAT)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        from.deserialize_map(One(PhantomData))
+    }
+}
+
+impl Expected for File {
+    const WHAT: &str = "an object with `entries`";
+}
+
+impl Expected for Entry {
+    const WHAT: &str = "an object with `lexicalisations` and `modifiedtripleset`";
+}
+
+impl Expected for Lexicalisation {
+    const WHAT: &str = "an object with `comment` and `lex`";
+}
+
+impl Expected for Triple {
+    const WHAT: &str = "an object with `subject`, `property` and `object`";
+}
 
 #[derive(Deserialize)]
 struct File {
@@ -27,13 +71,13 @@ impl<'de> Deserialize<'de> for Numbered {
             type Value = Numbered;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a map")
+                f.write_str("an object of an entry by its number")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Numbered, A::Error> {
                 let mut all = vec![];
-                while let Some(entry) = map.next_entry()? {
-                    all.push(entry);
+                while let Some((number, Object(entry))) = map.next_entry()? {
+                    all.push((number, entry));
                 }
                 Ok(Numbered(all))
             }
@@ -46,8 +90,8 @@ impl<'de> Deserialize<'de> for Numbered {
 struct Entry {
     #[serde(default)]
     category: String,
-    lexicalisations: Vec<Lexicalisation>,
-    modifiedtripleset: Vec<Triple>,
+    lexicalisations: Vec<Object<Lexicalisation>>,
+    modifiedtripleset: Vec<Object<Triple>>,
 }
 
 #[derive(Deserialize)]
@@ -181,20 +225,36 @@ pub fn read(
         return Err(DataError::Empty { path: path.to_owned(), message });
     }
     let all = || entries.iter().map(|(_, entry)| entry.lexicalisations.len());
-    let left_out = LeftOut { texts: all().sum::<usize>() - examples.len(), entries: all().filter(|&n| n == 0).count() };
+    let left_out = LeftOut {
+        texts: all().sum::<usize>() - examples.len(),
+        entries: all().filter(|&n| n == 0).count(),
+        header: false,
+    };
     Ok((examples, left_out))
 }
 
 fn good(entry: &Entry) -> impl Iterator<Item = &str> {
-    entry.lexicalisations.iter().filter(|l| l.comment == "good").map(|l| l.lex.as_str())
+    entry.lexicalisations.iter().map(|Object(l)| l).filter(|l| l.comment == "good").map(|l| l.lex.as_str())
+}
+
+/// Serde's message on a value of another type, in JSON's words.
+fn in_words(message: &str) -> String {
+    let types = message.strip_prefix("invalid type: ").and_then(|rest| rest.split_once(", expected "));
+    let Some((found, expected)) = types else { return message.to_owned() };
+    let word = |name: &str| match name {
+        "sequence" | "a sequence" => "a list".to_owned(),
+        "map" => "an object".to_owned(),
+        other => other.to_owned(),
+    };
+    format!("{} where {} is expected", word(found), word(expected))
 }
 
 /// The entries with their numbers, none without content.
 fn parse(text: &str, path: &Path) -> Result<Vec<(String, Entry)>, DataError> {
-    let file: File = serde_json::from_str(text).map_err(|error| {
+    let Object(file) = serde_json::from_str::<Object<File>>(text).map_err(|error| {
         let (line, column) = (error.line(), error.column());
         let message = error.to_string();
-        let message = message.split(" at line ").next().unwrap_or_default().to_owned();
+        let message = in_words(message.split(" at line ").next().unwrap_or_default());
         DataError::Json { path: path.to_owned(), line, column, message }
     })?;
     let entries: Vec<_> = file.entries.into_iter().flat_map(|numbered| numbered.0).collect();
@@ -221,7 +281,7 @@ impl<'a> Encoded<'a> {
             .iter()
             .flat_map(|(_, entry)| {
                 let triples = entry.modifiedtripleset.iter();
-                let parts = triples.flat_map(|t| [t.subject.as_str(), &t.property, &t.object]);
+                let parts = triples.flat_map(|Object(t)| [t.subject.as_str(), &t.property, &t.object]);
                 parts.chain(good(entry)).chain([entry.category.as_str()])
             })
             .collect();
@@ -270,7 +330,8 @@ fn lay_out(layout: &Layout, entry: &Entry, text: &str, encoded: &Encoded) -> Exa
                 Slot::Category => sheet.write(encoded.ids(&entry.category)),
                 Slot::Text => sheet.write(encoded.ids(text)),
                 Slot::Triples(slots) => {
-                    for (triple, slot) in entry.modifiedtripleset.iter().flat_map(|t| slots.iter().map(move |s| (t, s)))
+                    for (Object(triple), slot) in
+                        entry.modifiedtripleset.iter().flat_map(|t| slots.iter().map(move |s| (t, s)))
                     {
                         match slot {
                             TripleSlot::Special(token) => mark(sheet, *token),
