@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, TOKENIZER_MAPPING_NAMES
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
@@ -208,7 +209,8 @@ if __name__ == "__main__":
     cases |= {name: {"files": files, **ids(files, load)} for name, (files, load) in UNNAMED.items()}
     body = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
     contents, texts = json.dumps(CONTENTS, ensure_ascii=False), json.dumps(TEXTS)
-    classes = {kind: backend(name) for kind, name in TOKENIZER_MAPPING_NAMES.items() if name}
+    known = lambda kind, name: kind in CONFIG_MAPPING_NAMES or backend(name) == "TokenizersBackend"
+    classes = {kind: backend(name) for kind, name in TOKENIZER_MAPPING_NAMES.items() if name and known(kind, name)}
     overruled = sorted(kind for kind in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS if classes[kind] != "TokenizersBackend")
     whole = {"gpt2": real("gpt2", AutoTokenizer.from_pretrained), "roberta": real("roberta", RobertaTokenizer.from_pretrained)}
     OUT.write_text(f'{{"contents": {contents},\n"texts": {texts},\n"models": {json.dumps(classes)},\n"overruled": {json.dumps(overruled)},\n"real": {json.dumps(whole)},\n"cases": {{\n{body}\n}}}}\n')

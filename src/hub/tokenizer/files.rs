@@ -101,7 +101,17 @@ fn build((mut json, source, settings): Description) -> Result<Opened, DataError>
         let from = settings.origin(token["content"].as_str().unwrap_or_default());
         Behind { token: token.clone(), from }
     };
-    let behind = added.as_array().into_iter().flatten().filter(new).map(described).collect();
+    let behind: Vec<Behind> = added.as_array().into_iter().flatten().filter(new).map(described).collect();
+    // Where numbers of a vocabulary are left out, its length is the id of one of its tokens.
+    let both = behind.iter().find_map(|b| Some((b, words.iter().find(|(_, id)| u64::from(**id) == b.id())?.0)));
+    if let Some((b, word)) = both {
+        let message = format!(
+            "{} has the id of `{word}`: the vocabulary leaves numbers out or has a token twice, and what is added counts \
+             on from its length; fetch it again",
+            b.describe()
+        );
+        return Err(malformed(&source, message));
+    }
     Ok(Opened { library, source, max_length: settings.max_length(), chat_template: None, notes, behind })
 }
 

@@ -107,7 +107,8 @@ fn every_model_has_the_class_of_transformers() {
         assert_eq!(models::overrules(model), overruled, "{model}");
     }
     assert_eq!(models::class_of("bert "), None);
-    assert_eq!(models::class_of("llama"), None);
+    // Models that transformers has no class for, or no configuration.
+    assert_eq!(["llama", "realm"].map(models::class_of), [None; 2]);
 }
 
 /// A class that follows from the model counts as one that is named: it is followed, or said to be unknown.
@@ -180,6 +181,21 @@ fn merges_that_are_cut_off() {
     let vocab = Value::Object(ids).to_string();
     let message = refusal(&[("vocab.json", &vocab), ("merges.txt", merges)]);
     assert!(message.contains("`DIR/merges.txt`") && message.contains("it is cut off"), "{message}");
+}
+
+/// A token that is added behind a vocabulary with holes would take the id of one of its tokens.
+#[test]
+fn tokens_behind_a_vocabulary_with_holes() {
+    for vocab in ["[UNK]\n[CLS]\n[SEP]\nfilm\nfilm\n##s\n", "[UNK]\n[CLS]\n[SEP]\n##s\nfilm\n##s\n"] {
+        let message = refusal(&[
+            ("vocab.txt", vocab),
+            ("tokenizer_config.json", r#"{"tokenizer_class": "BertTokenizer", "pad_token": "<new>"}"#),
+        ]);
+        let wanted = "`DIR/vocab.txt` is no tokenizer that can be used: `<new>` (5, `pad_token` of its settings) has the id of `##s`";
+        assert!(message.contains(wanted), "{message}");
+        let whole = folder(&[("vocab.txt".into(), vocab.into())]);
+        load(whole.path()).unwrap();
+    }
 }
 
 /// A token without a row of the model's is no fault until a text holds it.
