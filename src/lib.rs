@@ -15,6 +15,7 @@ pub mod meaning;
 #[cfg(feature = "compiler")]
 pub mod merge;
 pub mod metrics;
+pub mod new;
 pub mod progress;
 pub mod spec;
 pub mod state;

@@ -7,6 +7,7 @@
 
 mod batch;
 mod error;
+mod form;
 mod tokenizer;
 mod tsv;
 mod webnlg;
@@ -18,6 +19,7 @@ use peft_grammar::model::{Task, TaskKind};
 
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
+pub use form::{Form, form};
 pub use tokenizer::Tokenizer;
 
 /// One sequence as the model sees it, and what it is to predict.

@@ -1,6 +1,7 @@
 //! `sentence<TAB>label` lines; a first line that says just that, or uses one of the other usual names, is a header. A
 //! label is a class's name or, where no name is a number, its index.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use super::error::did_you_mean;
@@ -51,6 +52,26 @@ pub fn read(
         (format!("line {number}"), Example { types: vec![0; ids.len()], ids, goal: Goal::Class(class) })
     };
     Ok((ids.into_iter().zip(rows).map(placed).collect(), left_out))
+}
+
+/// The names of classes that occur, each once, in the order of the file.
+pub fn labels(text: &str, path: &Path) -> Result<Vec<String>, DataError> {
+    let mut labels: Vec<String> = vec![];
+    let mut seen = HashSet::new();
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.is_empty());
+    for (at, (number, line)) in lines.enumerate() {
+        if at == 0 && is_header(line, &[]) {
+            continue;
+        }
+        let Some((_, label)) = line.rsplit_once('\t') else {
+            let message = "no tab; write `sentence<TAB>label`".into();
+            return Err(DataError::Line { path: path.to_owned(), line: number, message });
+        };
+        if seen.insert(label.trim()) {
+            labels.push(label.trim().to_owned());
+        }
+    }
+    Ok(labels)
 }
 
 /// Names of the columns. Where a class has the second's name, the line is an example.

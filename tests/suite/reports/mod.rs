@@ -8,7 +8,7 @@ mod checkpoint;
 mod config_keys;
 mod labels;
 mod merge;
-mod random;
+pub mod random;
 mod resume;
 mod tokenizer;
 mod trust;

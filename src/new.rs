@@ -1,0 +1,300 @@
+//! A first spec for a checkpoint: the backbone by its family, every size as its configuration says, a method as its file
+//! shows it, a task for the data at hand.
+//!
+//! Sizes are not read here: [`checkpoint::Description::compare`] says what a file gives each argument of the backbone, so
+//! that a spec is written by the rules by which it is judged.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use peft_grammar::library::{self, Usage};
+use peft_grammar::model::{Model, TaskKind};
+use peft_runtime::RuntimeError;
+use serde_json::Value;
+
+use crate::data::{self, Dataset, Form};
+use crate::failure::Failure;
+use crate::hub::checkpoint::{Comparison, Description};
+use crate::hub::tokenizer;
+
+/// Steps that a recipe takes at least, however few the examples are.
+const STEPS: f64 = 300.0;
+/// Times that it goes through the examples at least, and at most.
+const EPOCHS: (f64, f64) = (3.0, 60.0);
+/// Tokens of an example where there is no data to go by.
+const TOKENS: u64 = 128;
+
+/// Tokens of an example at most, where a model takes any number.
+const LONGEST: u64 = 4096;
+
+/// A spec that checks, and what there is to be said of how it came about.
+pub struct Proposal {
+    pub text: String,
+    pub said: Vec<String>,
+}
+
+/// The arguments of a backbone as a spec writes them.
+type Arguments = BTreeMap<String, Value>;
+
+/// Proposes a spec for the weights in `from` by the method of this name, for the data if there is some.
+pub fn propose(from: &Path, method: &str, data: Option<&Path>) -> Result<Proposal, Failure> {
+    let Some(usage) = library::usage(method) else {
+        let methods = library::methods();
+        let mut names: Vec<&str> = methods.iter().map(|m| m.name.as_str()).collect();
+        names.dedup();
+        return Err(Failure::Usage(format!("the library has no method `{method}`; it has {}", names.join(", "))));
+    };
+    let Some(description) = Description::read(from)? else {
+        return Err(RuntimeError::file(from, "it holds no `config.json`, so the model's sizes are not known").into());
+    };
+    let backbone = backbone(from, &description)?;
+    let (model, arguments) = sized(from, &backbone, &description)?;
+    let mut said = vec![format!("backbone `{backbone}`, its sizes as the checkpoint says")];
+
+    let mut task = Task::of(&model, &arguments, &description, from, data)?;
+    said.append(&mut task.said);
+    said.push(format!("method `{method}` as its file shows it (`peftc methods {method}`)"));
+    let text = written(&backbone, &arguments, &usage, &task, from, method);
+    let text = peft_grammar::format("new.peft", &text).map_err(|d| Failure::Spec(d.render(false)))?;
+    check("new.peft", &text)?;
+    Ok(Proposal { text, said })
+}
+
+fn check(name: &str, text: &str) -> Result<Model, Failure> {
+    peft_grammar::check(name, text, &peft_grammar::no_imports).map_err(|d| Failure::Spec(d.render(false)))
+}
+
+/// The backbone that reads the checkpoint. The error says which is nearest, and what it lacks.
+fn backbone(from: &Path, description: &Description) -> Result<String, Failure> {
+    let (family, reader) = description.family();
+    if let Some(reader) = reader {
+        return Ok(reader);
+    }
+    let family = family.map_or("it does not say what model it is".into(), |name| {
+        format!("the library has no backbone that reads `{name}`")
+    });
+    let keys = description.keys();
+    // How many keys of the file each backbone knows.
+    let mut nearest: Option<(usize, Model)> = None;
+    for backbone in library::backbones() {
+        let model = check("new.peft", &format!("import backbones.{0}\nmodel = {0}()\n", backbone.name))?;
+        let known = keys.iter().filter(|key| model.backbone.checkpoint.keys.contains_key(**key)).count();
+        if known > nearest.as_ref().map_or(0, |(most, _)| *most) {
+            nearest = Some((known, model));
+        }
+    }
+    let Some((_, model)) = nearest else {
+        return Err(RuntimeError::file(from, format!("{family}, and none knows any of its keys")).into());
+    };
+    let name = &model.backbone.name;
+    let lacks = match description {
+        Description::Config(config) => {
+            let mut config = config.clone();
+            let own = model.backbone.checkpoint.model_types.first().cloned().unwrap_or_default();
+            config.insert("model_type".into(), own.into());
+            let found = fitted(name, &Description::Config(config))?.1;
+            [found.wrong, found.warnings.iter().map(|w| format!("  {w}")).collect()].concat()
+        }
+        Description::Gguf(_) => vec![],
+    };
+    let lacks = match lacks.is_empty() {
+        true => "by the keys alone it would fit: if its equations are those, a copy of its file in `models/backbones` \
+                 under another `model_type` reads it"
+            .to_owned(),
+        false => format!("of it, it lacks:\n{}", lacks.join("\n")),
+    };
+    Err(RuntimeError::file(from, format!("{family}; the nearest is `{name}`; {lacks}")).into())
+}
+
+/// The backbone with the checkpoint's arguments, and what of the comparison is left then.
+fn fitted(backbone: &str, description: &Description) -> Result<(Model, Comparison, Arguments), Failure> {
+    let mut arguments = Arguments::new();
+    loop {
+        let model =
+            check("new.peft", &format!("import backbones.{backbone}\nmodel = {}\n", call(backbone, &arguments, &[])))?;
+        let found = description.compare(&model);
+        // What is absent may depend on what is there: a width of four times another. Each round settles one at least.
+        let new = found.arguments.iter().any(|(name, value)| arguments.get(name) != Some(value));
+        if !new {
+            return Ok((model, found, arguments));
+        }
+        arguments = found.arguments;
+    }
+}
+
+fn sized(from: &Path, backbone: &str, description: &Description) -> Result<(Model, Arguments), Failure> {
+    let (model, found, arguments) = fitted(backbone, description)?;
+    match found.wrong.is_empty() {
+        true => Ok((model, arguments)),
+        false => Err(RuntimeError::weights(from, found.wrong.join("\n")).into()),
+    }
+}
+
+/// `llama(layers: 2, hidden: 64)`
+fn call(backbone: &str, arguments: &Arguments, more: &[String]) -> String {
+    let written = |value: &Value| match value.as_f64() {
+        Some(x) if value.is_f64() => format!("{x:?}"),
+        _ => value.to_string(),
+    };
+    let all: Vec<String> = arguments
+        .iter()
+        .map(|(name, value)| format!("{name}: {}", written(value)))
+        .chain(more.iter().cloned())
+        .collect();
+    format!("{backbone}({})", all.join(", "))
+}
+
+/// The task block and the recipe that suits it.
+struct Task {
+    name: &'static str,
+    settings: Vec<String>,
+    batch: u64,
+    epochs: f64,
+    /// A line of comment in front of the recipe.
+    why: String,
+    classifies: bool,
+    said: Vec<String>,
+}
+
+impl Task {
+    fn of(
+        model: &Model,
+        arguments: &Arguments,
+        description: &Description,
+        from: &Path,
+        data: Option<&Path>,
+    ) -> Result<Self, Failure> {
+        let limit = model.backbone.longest.unwrap_or(LONGEST);
+        let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
+        let form = data.map(data::form).transpose()?;
+        let backbone = &model.backbone.name;
+        let mut task = match (classifies, form) {
+            (true, Some(Form::Labelled(labels))) => Task::classification(named(labels, description)),
+            (false, Some(Form::Records)) => Task::generation(model, description, from),
+            (true, Some(Form::Records)) => {
+                return Err(Failure::Usage(format!(
+                    "{}: records with texts, and `{backbone}` classifies; take weights of a model that generates",
+                    data.unwrap_or(from).display()
+                )));
+            }
+            (false, Some(Form::Labelled(_))) => {
+                return Err(Failure::Usage(format!(
+                    "{}: sentences with labels, and `{backbone}` generates; take weights of a model that classifies",
+                    data.unwrap_or(from).display()
+                )));
+            }
+            (true, None) => {
+                let labels = ["negative", "positive"].map(String::from).to_vec();
+                let mut task = Task::classification(named(labels, description));
+                task.said.push("no data: the labels are a guess, write your own".into());
+                task
+            }
+            (false, None) => {
+                let mut task = Task::generation(model, description, from);
+                task.said.push("no data: the template is for WebNLG's records, write your own".into());
+                task
+            }
+        };
+        let mut max_tokens = TOKENS.min(limit);
+        if let Some(data) = data {
+            let model = call(backbone, arguments, &[]);
+            let settings = task.settings.join("\n");
+            let name = task.name;
+            let spec = format!(
+                "import backbones.{backbone}\nmodel = {model}\ntask {name} {{\n{settings}\n  max_tokens: {limit}\n}}\n"
+            );
+            let model = check("new.peft", &spec)?;
+            let tokenizer = tokenizer::find(None, from, data, &model)?;
+            let read = Dataset::load(data, &model.task, &tokenizer)?;
+            max_tokens = (read.longest() as u64).next_multiple_of(8).clamp(8, limit);
+            let count = read.len() as f64;
+            let steps = STEPS * task.batch as f64 / count;
+            task.epochs = steps.ceil().clamp(EPOCHS.0, EPOCHS.1);
+            task.why = format!(
+                "{} examples, {} a step: {} times through them are {} steps",
+                read.len(),
+                task.batch,
+                task.epochs,
+                (task.epochs * (count / task.batch as f64).ceil()) as u64
+            );
+            task.said.push(format!("the longest example has {} tokens: `max_tokens` is {max_tokens}", read.longest()));
+        }
+        task.settings.insert(1, format!("  max_tokens: {max_tokens}"));
+        Ok(task)
+    }
+
+    fn classification(labels: Vec<String>) -> Self {
+        let names: Vec<String> = labels.iter().map(|l| format!("\"{l}\"")).collect();
+        Task {
+            name: "labels",
+            settings: vec!["  kind: classification".into(), format!("  labels: [{}]", names.join(", "))],
+            batch: 16,
+            epochs: EPOCHS.0,
+            why: "three times through the data".into(),
+            classifies: true,
+            said: vec![format!("a classification into {}", labels.join(", "))],
+        }
+    }
+
+    /// Of WebNLG's records; the model's own token ends a text where its tokenizer has one.
+    fn generation(model: &Model, description: &Description, from: &Path) -> Self {
+        let end = description.end().and_then(|id| {
+            let tokenizer = data::Tokenizer::load(from, &model.task, model.params[0].shape[0]).ok()?;
+            tokenizer.ids().into_iter().find(|(_, of)| *of == id).map(|(token, _)| token)
+        });
+        let plain = |token: &&String| !token.contains(['"', '\'', ' ', '(', ')', '{', '}']);
+        let end = end.as_ref().filter(plain);
+        let mut settings = vec!["  kind: generation".to_owned()];
+        settings.extend(end.map(|token| format!("  special: [\"{token}\"]")));
+        let last = end.map(|token| format!(" {token}")).unwrap_or_default();
+        settings.push(format!(
+            "  template: \"({{subject}} ' : ' {{property}} ' : ' {{object}} '\\n')* 'Text: ' {{text}}{last}\""
+        ));
+        settings.push("  target: \"'Text: '\"".into());
+        let ends = end.map_or("nothing ends it: the checkpoint names no token".into(), |t| format!("`{t}` ends it"));
+        Task {
+            name: "texts",
+            settings,
+            batch: 8,
+            epochs: EPOCHS.0,
+            why: "three times through the data".into(),
+            classifies: false,
+            said: vec![format!("a text from triples; {ends}")],
+        }
+    }
+}
+
+/// The labels in the order of the checkpoint's own where that has the same ones.
+fn named(labels: Vec<String>, description: &Description) -> Vec<String> {
+    let Description::Config(config) = description else { return labels };
+    let Some(Value::Object(names)) = config.get("id2label") else { return labels };
+    let own = (0..names.len()).map(|id| names.get(&id.to_string())?.as_str().map(str::to_owned));
+    let own: Option<Vec<String>> = own.collect();
+    let same = |own: &Vec<String>| own.len() == labels.len() && own.iter().all(|name| labels.contains(name));
+    own.filter(same).unwrap_or(labels)
+}
+
+/// The spec's text, to be laid out.
+fn written(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, from: &Path, method: &str) -> String {
+    let mut text = format!("// {} with `{method}`.\nimport backbones.{backbone}\n\n", from.display());
+    let _ = writeln!(text, "// As the checkpoint has it.\nmodel = {}\n", call(backbone, arguments, &usage.model));
+    let _ = writeln!(text, "tune {{\n{}", usage.tune.join("\n"));
+    if task.classifies {
+        text += "// The head is new, unless the checkpoint holds one.\nhead trainable\n";
+    }
+    let _ = writeln!(text, "}}\n\ntask {} {{\n{}\n}}\n", task.name, task.settings.join("\n"));
+    let own = |key: &str| usage.train.iter().any(|(k, _)| k == key);
+    let mut train: Vec<String> = usage.train.iter().map(|(key, value)| format!("{key}: {value}")).collect();
+    let others = [
+        ("schedule", "linear".to_owned()),
+        ("warmup", "0.06".into()),
+        ("clip", "1.0".into()),
+        ("weight_decay", "0.0".into()),
+        ("batch", task.batch.to_string()),
+        ("epochs", task.epochs.to_string()),
+    ];
+    train.extend(others.iter().filter(|(key, _)| !own(key)).map(|(key, value)| format!("{key}: {value}")));
+    let _ = writeln!(text, "// The rate is of the method's file; {}.\ntrain {{\n{}\n}}", task.why, train.join("\n"));
+    text
+}
