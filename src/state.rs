@@ -17,7 +17,7 @@ use crate::adapters::Base;
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
 use crate::meaning::{equations, settings};
-use crate::training::rate;
+use crate::training::{rate, stable};
 
 /// A run's state, in its folder.
 pub const STATE: &str = "state.safetensors";
@@ -223,9 +223,13 @@ impl State {
         let step = self.step.saturating_add(1);
         let schedule = match model.train.schedule {
             Schedule::Constant => format!("the rate is constant, {next:.2e} at step {step}"),
-            Schedule::Linear => {
+            Schedule::Linear | Schedule::Cosine | Schedule::Polynomial { .. } => {
                 format!("the rate goes on as in a run of {is} steps, with {next:.2e} at step {step}")
             }
+            Schedule::Wsd { .. } => format!(
+                "the rate goes on as in a run of {is} steps, with {next:.2e} at step {step}, and decays from step {} on",
+                stable(&model.train, is) + 1
+            ),
         };
         format!("note: the run grows from {was} steps to {is}: {schedule}")
     }

@@ -1,11 +1,13 @@
 //! Training: a step is a run of `train` and one of `update`; around it rates, batches, figures, files.
 
+mod schedule;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, Warmup};
+use peft_grammar::model::{Model, Recipe, TaskKind};
 use peft_runtime::{Inputs, Promise, RuntimeError, Session, adapter};
 
 use crate::adapters::{ADAPTER, Base, trained};
@@ -17,24 +19,7 @@ use crate::metrics::{self, Mean, Metrics, correct};
 use crate::progress::{Progress, Step};
 use crate::state::{self, Identity, STATE, State};
 
-/// The rate of step `step` (from 0) of `total`: a linear warm-up from 0, then linear to 0, or constant.
-pub fn rate(recipe: &Recipe, step: u64, total: u64) -> f64 {
-    let warmup = warmup(recipe, total);
-    if step < warmup {
-        return recipe.lr * step as f64 / warmup as f64;
-    }
-    match recipe.schedule {
-        Schedule::Constant => recipe.lr,
-        Schedule::Linear => recipe.lr * total.saturating_sub(step) as f64 / (total - warmup.min(total - 1)) as f64,
-    }
-}
-
-fn warmup(recipe: &Recipe, total: u64) -> u64 {
-    match recipe.warmup {
-        Warmup::Steps(steps) => steps,
-        Warmup::Share(share) => (share * total as f64) as u64,
-    }
-}
+pub use schedule::{rate, stable};
 
 /// What the optimizer's kernel is told at step `step` (from 0).
 fn hyper(recipe: &Recipe, lr: f64, step: u64) -> Vec<f32> {

@@ -84,8 +84,8 @@ fn the_same_seed_gives_the_same_bits() {
     part.train.schedule = peft_grammar::model::Schedule::Constant;
     let mut rest = first.clone();
     rest.train.schedule = peft_grammar::model::Schedule::Constant;
-    part.train.warmup = peft_grammar::model::Warmup::Steps(3);
-    rest.train.warmup = peft_grammar::model::Warmup::Steps(3);
+    part.train.warmup = peft_grammar::model::Phase::Steps(3);
+    rest.train.warmup = peft_grammar::model::Phase::Steps(3);
     train(&part, &artifact, &at("resumed"), 2, false);
     train(&rest, &artifact, &at("resumed"), 2, true);
     train(&rest, &artifact, &at("at once"), 2, false);

@@ -7,7 +7,7 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Precision, Recipe, Schedule, Task, TaskKind, Warmup};
+use crate::model::{Phase, Precision, Recipe, Schedule, Task, TaskKind};
 use crate::source::Span;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
@@ -26,6 +26,9 @@ const RECIPE: &[&str] = &[
     "steps",
     "seed",
     "precision",
+    "lr_end",
+    "power",
+    "lr_decay",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -219,11 +222,9 @@ impl<'a> Checker<'a> {
             weight_decay: self.setting(&entries, "weight_decay", 0.0, "0 or more", |x| x >= 0.0),
             clip: self.setting(&entries, "clip", 1.0, "0 (no clipping) or more", |x| x >= 0.0),
             label_smoothing: self.setting(&entries, "label_smoothing", 0.0, "at least 0 and below 1", share),
-            schedule: match self.word(&entries, "schedule", &["linear", "constant"]) {
-                Some("constant") => Schedule::Constant,
-                _ => Schedule::Linear,
-            },
-            warmup: self.warmup(&entries),
+            schedule: self.schedule(&entries),
+            lr_end: self.setting(&entries, "lr_end", 0.0, "0 or more", |x| x >= 0.0),
+            warmup: self.phase(&entries, "warmup", Phase::Steps(0), "500 steps: `500`; six percent: `0.06`"),
             batch: self.count(&entries, "batch", 1).unwrap_or(16),
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
@@ -233,7 +234,43 @@ impl<'a> Checker<'a> {
                 _ => Precision::F32,
             },
         };
+        if let Some(&value) = entries.get("lr_end") {
+            if recipe.schedule == Schedule::Constant {
+                self.unread(&entries, "lr_end", "`schedule: constant`");
+            } else if recipe.lr_end > recipe.lr {
+                let title = format!("`lr_end` is at most `lr`, {}, found {}", recipe.lr, recipe.lr_end);
+                self.report(Diagnostic::error(value.span, title));
+            }
+        }
         (self.errors.len() == before).then_some(recipe)
+    }
+
+    fn schedule(&mut self, entries: &Entries<'a>) -> Schedule {
+        let power = self.setting(entries, "power", 1.0, "above 0", |x| x > 0.0);
+        let decay = self.phase(entries, "lr_decay", Phase::Share(0.1), "500 steps: `500`; ten percent: `0.1`");
+        let schedule = match self.word(entries, "schedule", &Schedule::WORDS) {
+            Some("constant") => Schedule::Constant,
+            Some("cosine") => Schedule::Cosine,
+            Some("polynomial") => Schedule::Polynomial { power },
+            Some("wsd") => Schedule::Wsd { decay },
+            _ => Schedule::Linear,
+        };
+        let choice = format!("`schedule: {}`", schedule.word());
+        if !matches!(schedule, Schedule::Polynomial { .. }) {
+            self.unread(entries, "power", &choice);
+        }
+        if !matches!(schedule, Schedule::Wsd { .. }) {
+            self.unread(entries, "lr_decay", &choice);
+        }
+        schedule
+    }
+
+    /// Refuses a setting that is given beside a choice that does not read it.
+    fn unread(&mut self, entries: &Entries<'a>, key: &str, choice: &str) {
+        if let Some(value) = entries.get(key) {
+            let error = Diagnostic::error(value.span, format!("{choice} does not read `{key}`"));
+            self.report(error.hint("leave it out"));
+        }
     }
 
     fn betas(&mut self, entries: &Entries<'a>) -> (f64, f64) {
@@ -254,18 +291,18 @@ impl<'a> Checker<'a> {
     }
 
     /// A whole number counts steps, a fraction is a share of them all.
-    fn warmup(&mut self, entries: &Entries<'a>) -> Warmup {
-        let Some(&value) = entries.get("warmup") else { return Warmup::Steps(0) };
+    fn phase(&mut self, entries: &Entries<'a>, key: &str, or: Phase, examples: &str) -> Phase {
+        let Some(&value) = entries.get(key) else { return or };
         match self.eval(&Frame::empty(), value) {
-            Val::Int(n) if n >= 0 => return Warmup::Steps(n as u64),
-            Val::Float(x) if (0.0..=1.0).contains(&x) => return Warmup::Share(x),
+            Val::Int(n) if n >= 0 => return Phase::Steps(n as u64),
+            Val::Float(x) if (0.0..=1.0).contains(&x) => return Phase::Share(x),
             Val::Unknown => {}
             other => {
                 let title =
-                    format!("`warmup` is a number of steps or a share of them, found {}", other.describe(&self.graph));
-                self.report(Diagnostic::error(value.span, title).hint("500 steps: `500`; six percent: `0.06`"));
+                    format!("`{key}` is a number of steps or a share of them, found {}", other.describe(&self.graph));
+                self.report(Diagnostic::error(value.span, title).hint(examples));
             }
         }
-        Warmup::Steps(0)
+        or
     }
 }

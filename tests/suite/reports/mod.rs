@@ -9,6 +9,7 @@ mod config_keys;
 mod labels;
 mod merge;
 mod random;
+mod recipe;
 mod resume;
 mod tokenizer;
 mod trust;

@@ -1,0 +1,162 @@
+//! The recipe of a training run: what the `train` block says, checked.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ast::Ast;
+use crate::diagnostic::Diagnostics;
+use crate::source::{FileId, Sources};
+use crate::{check, overrides, parser};
+
+/// A field that an older peftc does not know is written only where it is not at its default, so that states and artifacts
+/// of before keep their meaning.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Global norm over trainable values; 0 = none.
+    pub clip: f64,
+    pub label_smoothing: f64,
+    pub schedule: Schedule,
+    /// The rate at which a schedule's decay ends.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub lr_end: f64,
+    /// Steps in which the rate rises from 0 to `lr`.
+    pub warmup: Phase,
+    /// Sequences a step.
+    pub batch: u64,
+    pub epochs: f64,
+    /// Overrides `epochs`.
+    pub steps: Option<u64>,
+    pub seed: u64,
+    #[serde(default)]
+    pub precision: Precision,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// Of products with frozen weights. Everything else, trained values and their gradients above all, is f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Precision {
+    #[default]
+    F32,
+    /// Both operands are rounded to bf16, sums are f32: an element of x·w is off by at most little more than
+    /// 2⁻⁷ Σ|x||w|, and what sums in f32 are off by.
+    Bf16,
+}
+
+/// How the rate goes on after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Schedule {
+    Constant,
+    /// A straight line from `lr` to `lr_end`.
+    Linear,
+    /// Half a period of the cosine, from `lr` to `lr_end`.
+    Cosine,
+    /// `lr_end + (lr − lr_end) rest^power`, where `rest` falls from 1 to 0 in a straight line.
+    Polynomial {
+        power: f64,
+    },
+    /// Warm-up, stable, decay: `lr` until the last steps, in which the rate falls to `lr_end` as a cosine does.
+    Wsd {
+        decay: Phase,
+    },
+}
+
+impl Schedule {
+    /// As a spec writes them.
+    pub const WORDS: [&str; 5] = ["linear", "constant", "cosine", "polynomial", "wsd"];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Schedule::Linear => "linear",
+            Schedule::Constant => "constant",
+            Schedule::Cosine => "cosine",
+            Schedule::Polynomial { .. } => "polynomial",
+            Schedule::Wsd { .. } => "wsd",
+        }
+    }
+}
+
+/// A part of a run's steps.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Phase {
+    Steps(u64),
+    /// A share of all steps.
+    Share(f64),
+}
+
+impl Phase {
+    /// How many of `total` steps it has, which may be more than there are.
+    pub fn steps(self, total: u64) -> u64 {
+        match self {
+            Phase::Steps(steps) => steps,
+            Phase::Share(share) => (share * total as f64) as u64,
+        }
+    }
+
+    fn written(self) -> String {
+        match self {
+            Phase::Steps(steps) => steps.to_string(),
+            Phase::Share(share) => format!("{share:?}"),
+        }
+    }
+}
+
+impl Recipe {
+    /// The recipe with some of its settings changed, by the same checks as in a spec.
+    pub fn with(&self, changes: &[(String, String)]) -> Result<Recipe, Diagnostics> {
+        let mut sources = Sources::default();
+        sources.add("the recipe", self.written());
+        let ast = parser::parse(FileId(0), &self.written());
+        let mut ast: Ast = match ast {
+            Ok(ast) => ast,
+            Err(errors) => return Err(Diagnostics::new(errors, sources)),
+        };
+        let errors = overrides::apply(&mut ast, &mut sources, changes);
+        check::recipe(ast, sources, errors)
+    }
+
+    /// Settings that kernels are made for, with their values.
+    pub fn compiled(&self) -> Vec<(&'static str, String)> {
+        const COMPILED: [&str; 2] = ["label_smoothing", "precision"];
+        self.settings().into_iter().filter(|(key, _)| COMPILED.contains(key)).collect()
+    }
+
+    /// The `train` block that gives this recipe.
+    pub fn written(&self) -> String {
+        let lines = self.settings().into_iter().map(|(key, value)| format!("  {key}: {value}\n"));
+        format!("train {{\n{}}}\n", lines.collect::<String>())
+    }
+
+    fn settings(&self) -> Vec<(&'static str, String)> {
+        let float = |x: f64| format!("{x:?}");
+        let mut all = vec![
+            ("lr", float(self.lr)),
+            ("betas", format!("[{:?}, {:?}]", self.betas.0, self.betas.1)),
+            ("eps", float(self.eps)),
+            ("weight_decay", float(self.weight_decay)),
+            ("clip", float(self.clip)),
+            ("label_smoothing", float(self.label_smoothing)),
+            ("schedule", self.schedule.word().into()),
+            ("warmup", self.warmup.written()),
+            ("batch", self.batch.to_string()),
+            ("epochs", float(self.epochs)),
+            ("seed", self.seed.to_string()),
+            ("precision", if self.precision == Precision::Bf16 { "bf16" } else { "f32" }.into()),
+        ];
+        all.extend(self.steps.map(|steps| ("steps", steps.to_string())));
+        match self.schedule {
+            Schedule::Polynomial { power } => all.push(("power", float(power))),
+            Schedule::Wsd { decay } => all.push(("lr_decay", decay.written())),
+            Schedule::Constant | Schedule::Linear | Schedule::Cosine => {}
+        }
+        if self.lr_end != 0.0 {
+            all.push(("lr_end", float(self.lr_end)));
+        }
+        all
+    }
+}
