@@ -1,4 +1,4 @@
-//! The state of a run, from which it is resumed: trained values, Adam's moments, the step, and what they belong to.
+//! The state of a run, from which it is resumed: trained values, the optimizer's moments, the step, and what they belong to.
 //!
 //! A resumed run gives the bits of one that was never stopped only if its spec, recipe, base weights and data are the
 //! same. The state records them, and is refused with others.
@@ -29,7 +29,7 @@ const OLD_FORMAT: &str = "peftc state 1";
 /// The note that holds the hash of all else: see [`begin_checksum`].
 const CHECKSUM: &str = "checksum";
 
-/// The flat vectors of a session that a training step changes.
+/// The flat vectors of a session that a training step may change; a state has those of its optimizer.
 const VECTORS: [&str; 3] = ["values", "m", "v"];
 
 /// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
@@ -130,6 +130,7 @@ impl Difference<'_> {
 
     fn say(&self) -> String {
         let value = |value: &Value| match value {
+            Value::Null if self.key.starts_with(RECIPE) => "its default".to_string(),
             Value::Null => "none".to_string(),
             Value::String(text) => text.clone(),
             other => other.to_string(),
@@ -168,7 +169,7 @@ impl State {
             Some(OLD_FORMAT) => None,
             Some(FORMAT) => {
                 let mut checksum = begin_checksum(&file.notes);
-                for name in VECTORS {
+                for name in VECTORS.into_iter().filter(|name| file.shape(name).is_some()) {
                     checksum.update(file.stored(name)?.1);
                 }
                 if note(CHECKSUM) != Some(&checksum.finalize().to_hex()) {
@@ -238,7 +239,7 @@ impl State {
     pub fn restore(&self, session: &mut Session) -> Result<(), Failure> {
         let count = session.trainable();
         let mut numbers = vec![0.0; count];
-        for name in VECTORS {
+        for name in session.optimized() {
             if self.file.shape(name) != Some(&[count as u64]) {
                 let message = "it is of another spec: the trained values differ in number; use another `--out`";
                 return Err(RuntimeError::file(&self.path, message).into());
@@ -270,7 +271,7 @@ pub fn save(out: &Path, session: &Session, model: &Model, of: &Identity, step: u
     note("step", step.to_string());
     note("of", Value::Object(of.0.clone()).to_string());
     let mut checksum = begin_checksum(&file.notes);
-    for name in VECTORS {
+    for name in session.optimized() {
         let flat = session.flat(name)?.into_owned();
         for part in flat.chunks(1 << 16) {
             checksum.update(&part.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());

@@ -21,18 +21,9 @@ use crate::state::{self, Identity, STATE, State};
 
 pub use schedule::{rate, stable};
 
-/// What the optimizer's kernel is told at step `step` (from 0).
-fn hyper(recipe: &Recipe, lr: f64, step: u64) -> Vec<f32> {
-    let (beta1, beta2) = recipe.betas;
-    let power = |beta: f64| 1.0 - beta.powf((step + 1) as f64);
-    let decay = recipe.weight_decay;
-    let all = [lr, beta1, beta2, recipe.eps, decay, recipe.clip, 1.0 - beta1, 1.0 - beta2, power(beta1), power(beta2)];
-    all.map(|x| x as f32).to_vec()
-}
-
 /// Sends the batch of a step on its way, with all that the step is told. The one before may still run.
 fn stage(session: &mut Session, recipe: &Recipe, batch: &Batch, step: u64, total: u64) -> Result<(), RuntimeError> {
-    let floats = BTreeMap::from([("hyper".to_string(), hyper(recipe, rate(recipe, step, total), step))]);
+    let floats = BTreeMap::from([("hyper".to_string(), recipe.hyper(rate(recipe, step, total), step))]);
     let inputs = Inputs { floats, ..inputs(batch, [recipe.seed as i32, step as i32]) };
     session.stage(&["train", "update"], &inputs)
 }

@@ -7,13 +7,21 @@ use crate::diagnostic::Diagnostics;
 use crate::source::{FileId, Sources};
 use crate::{check, overrides, parser};
 
+/// Defaults of settings that not every choice reads.
+pub const EPS: f64 = 1e-8;
+pub const POWER: f64 = 1.0;
+pub const LR_DECAY: Phase = Phase::Share(0.1);
+
 /// A field that an older peftc does not know is written only where it is not at its default, so that states and artifacts
 /// of before keep their meaning.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub optimizer: Optimizer,
     pub lr: f64,
     pub betas: (f64, f64),
     pub eps: f64,
+    /// Of parameters that decay.
     pub weight_decay: f64,
     /// Global norm over trainable values; 0 = none.
     pub clip: f64,
@@ -36,6 +44,84 @@ pub struct Recipe {
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+/// What makes of gradients a step. The equations stand in `passes/src/interpret/optimizer.rs`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub enum Optimizer {
+    /// Decoupled weight decay (Loshchilov & Hutter, 2019).
+    #[default]
+    AdamW,
+    /// Weight decay is an L2 term of the gradient (Kingma & Ba, 2015).
+    Adam,
+    /// Weight decay is an L2 term of the gradient; heavy-ball momentum, 0 for none.
+    Sgd { momentum: f64 },
+    /// Decoupled weight decay (Chen et al., 2023).
+    Lion,
+}
+
+/// A number that the optimizer's kernel is told at each step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hyper {
+    Lr,
+    Beta1,
+    Beta2,
+    Eps,
+    WeightDecay,
+    Clip,
+    /// 1 − β₁
+    Rest1,
+    /// 1 − β₂
+    Rest2,
+    /// 1 − β₁ᵗ
+    Bias1,
+    /// 1 − β₂ᵗ
+    Bias2,
+    Momentum,
+}
+
+impl Optimizer {
+    /// As a spec writes them.
+    pub const WORDS: [&str; 4] = ["adamw", "adam", "sgd", "lion"];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Optimizer::AdamW => "adamw",
+            Optimizer::Adam => "adam",
+            Optimizer::Sgd { .. } => "sgd",
+            Optimizer::Lion => "lion",
+        }
+    }
+
+    /// The betas that its paper recommends; nothing to SGD.
+    pub fn betas(self) -> (f64, f64) {
+        match self {
+            Optimizer::Lion => (0.9, 0.99),
+            Optimizer::AdamW | Optimizer::Adam | Optimizer::Sgd { .. } => (0.9, 0.999),
+        }
+    }
+
+    /// What it keeps of each trained value from step to step.
+    pub fn moments(self) -> &'static [&'static str] {
+        match self {
+            Optimizer::AdamW | Optimizer::Adam => &["m", "v"],
+            Optimizer::Sgd { momentum: 0.0 } => &[],
+            Optimizer::Sgd { .. } | Optimizer::Lion => &["m"],
+        }
+    }
+
+    /// What its kernel is told, in this order.
+    pub fn hyper(self) -> &'static [Hyper] {
+        use Hyper::*;
+        match self {
+            Optimizer::AdamW | Optimizer::Adam => {
+                &[Lr, Beta1, Beta2, Eps, WeightDecay, Clip, Rest1, Rest2, Bias1, Bias2]
+            }
+            Optimizer::Sgd { momentum: 0.0 } => &[Lr, WeightDecay, Clip],
+            Optimizer::Sgd { .. } => &[Lr, WeightDecay, Clip, Momentum],
+            Optimizer::Lion => &[Lr, Beta1, Beta2, WeightDecay, Clip, Rest1, Rest2],
+        }
+    }
 }
 
 /// Of products with frozen weights. Everything else, trained values and their gradients above all, is f32.
@@ -122,8 +208,32 @@ impl Recipe {
 
     /// Settings that kernels are made for, with their values.
     pub fn compiled(&self) -> Vec<(&'static str, String)> {
-        const COMPILED: [&str; 2] = ["label_smoothing", "precision"];
-        self.settings().into_iter().filter(|(key, _)| COMPILED.contains(key)).collect()
+        const COMPILED: [&str; 3] = ["optimizer", "label_smoothing", "precision"];
+        let settings = self.settings().into_iter().filter(|(key, _)| COMPILED.contains(key));
+        settings.chain([("momentum", self.optimizer.moments().len().to_string())]).collect()
+    }
+
+    /// What the optimizer's kernel is told at step `step` (from 0), whose rate is `lr`.
+    pub fn hyper(&self, lr: f64, step: u64) -> Vec<f32> {
+        let (beta1, beta2) = self.betas;
+        let bias = |beta: f64| 1.0 - beta.powf((step + 1) as f64);
+        let number = |hyper: &Hyper| match hyper {
+            Hyper::Lr => lr,
+            Hyper::Beta1 => beta1,
+            Hyper::Beta2 => beta2,
+            Hyper::Eps => self.eps,
+            Hyper::WeightDecay => self.weight_decay,
+            Hyper::Clip => self.clip,
+            Hyper::Rest1 => 1.0 - beta1,
+            Hyper::Rest2 => 1.0 - beta2,
+            Hyper::Bias1 => bias(beta1),
+            Hyper::Bias2 => bias(beta2),
+            Hyper::Momentum => match self.optimizer {
+                Optimizer::Sgd { momentum } => momentum,
+                _ => 0.0,
+            },
+        };
+        self.optimizer.hyper().iter().map(|hyper| number(hyper) as f32).collect()
     }
 
     /// The `train` block that gives this recipe.
@@ -135,9 +245,8 @@ impl Recipe {
     fn settings(&self) -> Vec<(&'static str, String)> {
         let float = |x: f64| format!("{x:?}");
         let mut all = vec![
+            ("optimizer", self.optimizer.word().into()),
             ("lr", float(self.lr)),
-            ("betas", format!("[{:?}, {:?}]", self.betas.0, self.betas.1)),
-            ("eps", float(self.eps)),
             ("weight_decay", float(self.weight_decay)),
             ("clip", float(self.clip)),
             ("label_smoothing", float(self.label_smoothing)),
@@ -148,11 +257,22 @@ impl Recipe {
             ("seed", self.seed.to_string()),
             ("precision", if self.precision == Precision::Bf16 { "bf16" } else { "f32" }.into()),
         ];
+        // At its default a setting is left out: another choice, which does not read it, may take this one's place.
+        if self.betas != self.optimizer.betas() {
+            all.push(("betas", format!("[{:?}, {:?}]", self.betas.0, self.betas.1)));
+        }
+        if self.eps != EPS {
+            all.push(("eps", float(self.eps)));
+        }
+        match self.optimizer {
+            Optimizer::Sgd { momentum } if momentum != 0.0 => all.push(("momentum", float(momentum))),
+            _ => {}
+        }
         all.extend(self.steps.map(|steps| ("steps", steps.to_string())));
         match self.schedule {
-            Schedule::Polynomial { power } => all.push(("power", float(power))),
-            Schedule::Wsd { decay } => all.push(("lr_decay", decay.written())),
-            Schedule::Constant | Schedule::Linear | Schedule::Cosine => {}
+            Schedule::Polynomial { power } if power != POWER => all.push(("power", float(power))),
+            Schedule::Wsd { decay } if decay != LR_DECAY => all.push(("lr_decay", decay.written())),
+            _ => {}
         }
         if self.lr_end != 0.0 {
             all.push(("lr_end", float(self.lr_end)));

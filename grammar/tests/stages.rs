@@ -291,6 +291,9 @@ fn a_recipe_reads_back() {
         &[("train.schedule", "polynomial"), ("train.power", "2"), ("train.lr_end", "1e-7"), ("train.warmup", "500")],
         &[("train.schedule", "wsd"), ("train.lr_decay", "0.25"), ("train.precision", "bf16")],
         &[("train.schedule", "constant"), ("train.steps", "7"), ("train.label_smoothing", "0.1")],
+        &[("train.optimizer", "sgd"), ("train.momentum", "0.9"), ("train.weight_decay", "0.1"), ("train.clip", "0")],
+        &[("train.optimizer", "lion"), ("train.lr", "1e-4")],
+        &[("train.optimizer", "adam"), ("train.eps", "1e-6")],
         &[("train.schedule", "cosine"), ("train.warmup", "0.06"), ("train.seed", "4"), ("train.betas", "[0.8, 0.95]")],
     ] {
         let recipe = tiny(settings).train;

@@ -7,6 +7,7 @@ mod gguf;
 mod gpu;
 mod halves;
 mod interop;
+mod optimizers;
 mod pairs;
 mod paper;
 mod parity;

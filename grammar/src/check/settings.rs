@@ -7,7 +7,8 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::model::{Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::Span;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
@@ -29,6 +30,8 @@ const RECIPE: &[&str] = &[
     "lr_end",
     "power",
     "lr_decay",
+    "optimizer",
+    "momentum",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -215,10 +218,12 @@ impl<'a> Checker<'a> {
         let before = self.errors.len();
         let entries = block.map(|b| self.entries(b, "a recipe", RECIPE)).unwrap_or_default();
         let share = |x: f64| (0.0..1.0).contains(&x);
+        let optimizer = self.optimizer(&entries);
         let recipe = Recipe {
+            optimizer,
             lr: self.setting(&entries, "lr", 1e-3, "above 0 and at most 10", |x| x > 0.0 && x <= 10.0),
-            betas: self.betas(&entries),
-            eps: self.setting(&entries, "eps", 1e-8, "above 0", |x| x > 0.0),
+            betas: self.betas(&entries, optimizer.betas()),
+            eps: self.setting(&entries, "eps", EPS, "above 0", |x| x > 0.0),
             weight_decay: self.setting(&entries, "weight_decay", 0.0, "0 or more", |x| x >= 0.0),
             clip: self.setting(&entries, "clip", 1.0, "0 (no clipping) or more", |x| x >= 0.0),
             label_smoothing: self.setting(&entries, "label_smoothing", 0.0, "at least 0 and below 1", share),
@@ -245,9 +250,27 @@ impl<'a> Checker<'a> {
         (self.errors.len() == before).then_some(recipe)
     }
 
+    fn optimizer(&mut self, entries: &Entries<'a>) -> Optimizer {
+        let momentum = self.setting(entries, "momentum", 0.0, "at least 0 and below 1", |x| (0.0..1.0).contains(&x));
+        let optimizer = match self.word(entries, "optimizer", &Optimizer::WORDS) {
+            Some("adam") => Optimizer::Adam,
+            Some("sgd") => Optimizer::Sgd { momentum },
+            Some("lion") => Optimizer::Lion,
+            _ => Optimizer::AdamW,
+        };
+        let unread: &[&str] = match optimizer {
+            Optimizer::AdamW | Optimizer::Adam => &["momentum"],
+            Optimizer::Sgd { .. } => &["betas", "eps"],
+            Optimizer::Lion => &["momentum", "eps"],
+        };
+        let choice = format!("`optimizer: {}`", optimizer.word());
+        unread.iter().for_each(|key| self.unread(entries, key, &choice));
+        optimizer
+    }
+
     fn schedule(&mut self, entries: &Entries<'a>) -> Schedule {
-        let power = self.setting(entries, "power", 1.0, "above 0", |x| x > 0.0);
-        let decay = self.phase(entries, "lr_decay", Phase::Share(0.1), "500 steps: `500`; ten percent: `0.1`");
+        let power = self.setting(entries, "power", POWER, "above 0", |x| x > 0.0);
+        let decay = self.phase(entries, "lr_decay", LR_DECAY, "500 steps: `500`; ten percent: `0.1`");
         let schedule = match self.word(entries, "schedule", &Schedule::WORDS) {
             Some("constant") => Schedule::Constant,
             Some("cosine") => Schedule::Cosine,
@@ -273,8 +296,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn betas(&mut self, entries: &Entries<'a>) -> (f64, f64) {
-        let or = (0.9, 0.999);
+    fn betas(&mut self, entries: &Entries<'a>, or: (f64, f64)) -> (f64, f64) {
         let Some(&value) = entries.get("betas") else { return or };
         let numbers = match self.eval(&Frame::empty(), value) {
             Val::List(items) => items.iter().filter_map(Val::number).collect(),
