@@ -40,6 +40,15 @@ pub struct Recipe {
     pub seed: u64,
     #[serde(default)]
     pub precision: Precision,
+    /// When the run's state and its adapter are written.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub save: Every,
+    /// When it is judged by held-out data.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub evaluate: Every,
+    /// The run ends after so many evaluations in a row without a best one.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub patience: Option<u64>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -167,6 +176,49 @@ impl Schedule {
     }
 }
 
+/// How often something is done; at the end of a run always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Every {
+    #[default]
+    Epoch,
+    /// At steps that are multiples of this.
+    Steps(u64),
+    /// When so much time has gone by since the last time.
+    Seconds(u64),
+}
+
+impl Every {
+    /// It is done after step `step`, by the step's number alone.
+    pub fn due(self, step: u64, epoch: u64) -> bool {
+        self.next(step.saturating_sub(1), epoch) == Some(step)
+    }
+
+    /// The first step after `step` at which it is done, by its number alone.
+    pub fn next(self, step: u64, epoch: u64) -> Option<u64> {
+        match self {
+            Every::Epoch => Some((step / epoch + 1) * epoch),
+            Every::Steps(steps) => Some((step / steps + 1) * steps),
+            Every::Seconds(_) => None,
+        }
+    }
+
+    fn written(self) -> String {
+        match self {
+            Every::Epoch => "epoch".into(),
+            Every::Steps(steps) => steps.to_string(),
+            Every::Seconds(seconds) => format!("\"{seconds}s\""),
+        }
+    }
+}
+
+/// A time such as `30s`, `10min` or `2h`.
+pub(crate) fn seconds(text: &str) -> Option<u64> {
+    let units = [("s", 1), ("min", 60), ("h", 3600)];
+    let (number, unit) = units.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)))?;
+    let digits = number.bytes().all(|b| b.is_ascii_digit());
+    digits.then(|| number.parse::<u64>().ok()?.checked_mul(*unit)).flatten().filter(|seconds| *seconds > 0)
+}
+
 /// A part of a run's steps.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Phase {
@@ -193,6 +245,9 @@ impl Phase {
 }
 
 impl Recipe {
+    /// Settings on which no trained value depends but by the number of steps.
+    pub const FREE: [&str; 5] = ["epochs", "steps", "save", "evaluate", "patience"];
+
     /// The recipe with some of its settings changed, by the same checks as in a spec.
     pub fn with(&self, changes: &[(String, String)]) -> Result<Recipe, Diagnostics> {
         let mut sources = Sources::default();
@@ -277,6 +332,9 @@ impl Recipe {
         if self.lr_end != 0.0 {
             all.push(("lr_end", float(self.lr_end)));
         }
+        all.push(("save", self.save.written()));
+        all.push(("evaluate", self.evaluate.written()));
+        all.extend(self.patience.map(|patience| ("patience", patience.to_string())));
         all
     }
 }

@@ -2,7 +2,9 @@
 
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
-use peft_grammar::model::{Buffer, ConfigValue, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable};
+use peft_grammar::model::{
+    Buffer, ConfigValue, Every, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable,
+};
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
 const TINY: &str = include_str!("../../tests/specs/good/inducer_lora.peft");
@@ -101,6 +103,19 @@ fn overrides_reach_every_block() {
     assert_eq!(shape("transformer.wte.weight"), Some(vec![50, 32]));
     assert_eq!(shape("layers.0.attention.q.lora.a"), Some(vec![2, 32]));
     assert_eq!(shape("layers.1.attention.q.lora.a"), None);
+}
+
+#[test]
+fn times_that_a_run_is_saved() {
+    let save = |value: &str| tiny(&[("train.save", value)]).train.save;
+    assert_eq!(save("epoch"), Every::Epoch);
+    assert_eq!(save("20"), Every::Steps(20));
+    assert_eq!([save("90s"), save("10min"), save("\"2h\"")], [90, 600, 7200].map(Every::Seconds));
+    let steps = |every: Every| (1..=12).filter(|&step| every.due(step, 5)).collect::<Vec<_>>();
+    assert_eq!(steps(Every::Epoch), [5, 10]);
+    assert_eq!(steps(Every::Steps(4)), [4, 8, 12]);
+    assert!(steps(Every::Seconds(1)).is_empty());
+    assert_eq!([0, 3, 4, 5].map(|step| Every::Steps(4).next(step, 5)), [4, 4, 8, 8].map(Some));
 }
 
 #[test]
@@ -293,6 +308,8 @@ fn a_recipe_reads_back() {
         &[("train.schedule", "constant"), ("train.steps", "7"), ("train.label_smoothing", "0.1")],
         &[("train.optimizer", "sgd"), ("train.momentum", "0.9"), ("train.weight_decay", "0.1"), ("train.clip", "0")],
         &[("train.optimizer", "lion"), ("train.lr", "1e-4")],
+        &[("train.save", "10min"), ("train.evaluate", "100"), ("train.patience", "3")],
+        &[("train.save", "20"), ("train.evaluate", "epoch")],
         &[("train.optimizer", "adam"), ("train.eps", "1e-6")],
         &[("train.schedule", "cosine"), ("train.warmup", "0.06"), ("train.seed", "4"), ("train.betas", "[0.8, 0.95]")],
     ] {

@@ -7,7 +7,7 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::model::{Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::Span;
 
@@ -32,6 +32,9 @@ const RECIPE: &[&str] = &[
     "lr_decay",
     "optimizer",
     "momentum",
+    "save",
+    "evaluate",
+    "patience",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -238,6 +241,9 @@ impl<'a> Checker<'a> {
                 Some("bf16") => Precision::Bf16,
                 _ => Precision::F32,
             },
+            save: self.every(&entries, "save", true),
+            evaluate: self.every(&entries, "evaluate", false),
+            patience: self.count(&entries, "patience", 1),
         };
         if let Some(&value) = entries.get("lr_end") {
             if recipe.schedule == Schedule::Constant {
@@ -248,6 +254,27 @@ impl<'a> Checker<'a> {
             }
         }
         (self.errors.len() == before).then_some(recipe)
+    }
+
+    /// Every epoch, every so many steps or, where `times` are taken, when a time has gone by.
+    fn every(&mut self, entries: &Entries<'a>, key: &str, times: bool) -> Every {
+        let Some(&value) = entries.get(key) else { return Every::Epoch };
+        let found = match &value.kind {
+            ExprKind::Name(word) | ExprKind::String(word) if word == "epoch" => Some(Every::Epoch),
+            ExprKind::String(text) if times => crate::recipe::seconds(text).map(Every::Seconds),
+            ExprKind::Name(_) | ExprKind::String(_) => None,
+            _ => match self.eval(&Frame::empty(), value) {
+                Val::Int(steps) if steps > 0 => Some(Every::Steps(steps as u64)),
+                Val::Unknown => return Every::Epoch,
+                _ => None,
+            },
+        };
+        found.unwrap_or_else(|| {
+            let (time, example) = if times { (", a time", "; every ten minutes: `\"10min\"`") } else { ("", "") };
+            let error = Diagnostic::error(value.span, format!("`{key}` is a number of steps{time} or `epoch`"));
+            self.report(error.hint(format!("every 20 steps: `20`{example}")));
+            Every::Epoch
+        })
     }
 
     fn optimizer(&mut self, entries: &Entries<'a>) -> Optimizer {
