@@ -103,7 +103,7 @@ fn compiler() -> String {
 fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     let mut hash = blake3::Hasher::new();
     let graph = serde_json::to_vec(&(
-        (&model.graph, &model.params, &model.stored, &model.projections, model.train.precision),
+        (&model.graph, &model.params, &model.stored, &model.projections, model.train.compiled()),
         (model.backbone.longest, model.backbone.skipped),
     ))
     .expect("a model is plain data");

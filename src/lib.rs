@@ -11,6 +11,7 @@ pub mod data;
 pub mod exchange;
 pub mod failure;
 pub mod hub;
+mod interrupt;
 pub mod meaning;
 #[cfg(feature = "compiler")]
 pub mod merge;

@@ -13,7 +13,7 @@ use crate::cuda::Cuda;
 use crate::error::{BatchPlace, Beyond, RuntimeError};
 use crate::memory::{LINE, Numbers, release};
 use crate::trust::{TrustError, What, trusted};
-use crate::validate::{FLAT as FLATS, validate};
+use crate::validate::{FLAT as FLATS, MOMENTS, validate};
 
 /// A loaded artifact.
 pub struct Program {
@@ -239,7 +239,7 @@ impl Session {
             count += tensor.trainable_elements() as usize;
         }
         let mut flats = BTreeMap::new();
-        for name in FLATS {
+        for name in FLATS.into_iter().filter(|name| !MOMENTS.contains(name) || moves(&manifest, name)) {
             flats.insert(name, whole(backend.as_mut(), count)?);
         }
         for (i, (tensor, data)) in tensors.iter().zip(&weights).enumerate() {
@@ -457,7 +457,13 @@ impl Session {
         self.home.values()
     }
 
-    /// One of the optimizer's vectors: `values`, `gradients`, `m`, `v`, `decay`.
+    /// What the optimizer changes: `values`, and the moments that it has.
+    pub fn optimized(&self) -> Vec<&'static str> {
+        let moments = MOMENTS.into_iter().filter(|name| self.home.flats.contains_key(name));
+        ["values"].into_iter().chain(moments).collect()
+    }
+
+    /// One of the optimizer's vectors: `values`, `gradients`, `decay`, and the moments that it has, `m` and `v`.
     pub fn flat(&self, name: &str) -> Result<Cow<'_, [f32]>, RuntimeError> {
         self.backend.read(self.home.flats[name])
     }
@@ -490,6 +496,14 @@ impl Session {
     pub fn peak_bytes(&self) -> u64 {
         self.peak
     }
+}
+
+/// A launch of an entry names this flat vector.
+fn moves(manifest: &Manifest, flat: &str) -> bool {
+    let launches = manifest.entries.values().flat_map(|entry| &entry.launches);
+    launches
+        .flat_map(|launch| &launch.buffers)
+        .any(|&id| matches!(&manifest.buffers[id].storage, Storage::Flat(name) if name == flat))
 }
 
 /// A block of its own.

@@ -2,6 +2,9 @@
 
 use crate::artifact::{Buffer, Element, Extent, Launch, Manifest, Sizes, Storage, Tensor};
 
+/// What an optimizer may keep of each value from step to step.
+pub const MOMENTS: [&str; 2] = ["m", "v"];
+
 /// The optimizer's vectors.
 pub const FLAT: [&str; 5] = ["values", "gradients", "m", "v", "decay"];
 

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use peft_runtime::Session;
+use peft_runtime::{RuntimeError, Session};
 
 use super::overwrite::Overwrite;
 use super::source::Source;
@@ -10,8 +10,9 @@ use crate::budget::Budget;
 use crate::data::Dataset;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
-use crate::state::{Identity, State};
-use crate::training::{self, Training};
+use crate::interrupt;
+use crate::state::{Identity, Judged, State};
+use crate::training::{self, Ending, Training};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -20,7 +21,7 @@ pub struct Arguments {
     /// What to train on: WebNLG's JSON, or lines `sentence<TAB>label`
     #[arg(long)]
     data: PathBuf,
-    /// What to judge by after every epoch
+    /// Held-out data: judged by at `train.evaluate`, and the best values are kept in `best.safetensors`
     #[arg(long)]
     dev: Option<PathBuf>,
     /// A Hugging Face model directory, a GGUF file, or `random`
@@ -29,7 +30,7 @@ pub struct Arguments {
     /// A directory or a GGUF file with a tokenizer; the weights' own if not given
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// Where adapter, state and metrics go; `runs/NAME` if not given
+    /// Where the last values (`adapter.safetensors`), the best ones, states and metrics go; `runs/NAME` if not given
     #[arg(long)]
     out: Option<PathBuf>,
     /// Go on where the run in `--out` stopped, with the same spec, recipe, weights and data
@@ -74,15 +75,31 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let train = read(&arguments.data)?;
     let dev = arguments.dev.as_ref().map(read).transpose()?;
     drop(tokenizer);
+    if dev.is_none() && model.train.patience.is_some() {
+        let why = "`train.patience` counts evaluations on held-out data; name them with `--dev`";
+        return Err(Failure::Usage(why.into()));
+    }
 
     let (loaded, _) = adapters::weights(&arguments.weights, model, None)?;
     let base = Base::of(model, &loaded);
     let total = training::total(&model.train, &train);
     let identity = Identity::of(model, &base, &train, dev.as_ref(), total);
     if let Some(state) = &state {
+        state.fallback.iter().for_each(|note| super::say(note));
         state.check(model, &identity)?.iter().for_each(|note| super::say(note));
-        // Without an adapter, the run ends once more by writing it.
-        let whole = out.join(adapters::ADAPTER).is_file();
+        let judged = state.judged(&identity);
+        // Without an adapter or the last evaluation, the run ends once more with them.
+        let whole = out.join(adapters::ADAPTER).is_file() && (dev.is_none() || judged.step == Some(state.step));
+        if whole && model.train.patience.is_some_and(|patience| judged.since >= patience) {
+            super::print(&format!(
+                "{} is finished: {} evaluations in a row were no better than {}, and nothing was changed; \
+                 `--set train.patience=N` lets the run go on",
+                out.display(),
+                judged.since,
+                best(&judged)
+            ));
+            return Ok(());
+        }
         if state.step >= total && whole {
             super::print(&format!(
                 "{} is finished: {} of {total} steps are done, and nothing was changed; \
@@ -99,6 +116,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if arguments.profile {
         session.profile = Some(Default::default());
     }
+    let stop = interrupt::flag().map_err(|e| RuntimeError::Device(format!("signals cannot be handled: {e}")))?;
     let training = Training {
         model: &ready.model,
         session: &mut session,
@@ -108,6 +126,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         base: &base,
         identity,
         state,
+        stop: &stop,
     };
     let outcome = training.run()?;
 
@@ -129,9 +148,35 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if let (Some(before), Some(after)) = (&outcome.before, &outcome.after) {
         super::print(&format!("held out: {} before\n          {} after", before.describe(), after.describe()));
     }
+    if outcome.ending == Ending::Stopped {
+        return Err(Failure::Stopped(format!(
+            "stopped and saved after step {} of {total}; the run goes on with\n  {}",
+            outcome.done,
+            interrupt::command_that_goes_on()
+        )));
+    }
+    if outcome.ending == Ending::Patience {
+        super::print(&format!(
+            "ended after step {} of {total}: {} evaluations in a row were no better than {}",
+            outcome.done,
+            outcome.judged.since,
+            best(&outcome.judged)
+        ));
+    }
+    if dev.is_some() && outcome.judged.best.is_some() {
+        super::print(&format!(
+            "best: {}, {}",
+            outcome.adapter.with_file_name(adapters::BEST).display(),
+            best(&outcome.judged)
+        ));
+    }
     let size = std::fs::metadata(&outcome.adapter).map_or(0, |m| m.len());
     super::print(&format!("adapter: {} ({:.0} KB)", outcome.adapter.display(), size as f64 / 1e3));
     Ok(())
+}
+
+fn best(judged: &Judged) -> String {
+    judged.best.map_or_else(String::new, |best| format!("the loss {:.4} at step {}", best.loss, best.step))
 }
 
 /// The most memory this process held at once, in bytes; of the session alone where that is a GPU's, or the system does

@@ -8,6 +8,7 @@ mod gpu;
 mod halves;
 mod interop;
 mod new;
+mod optimizers;
 mod pairs;
 mod paper;
 mod parity;
