@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::data::{self, Dataset, Form};
 use crate::failure::Failure;
-use crate::hub::checkpoint::{Comparison, Description};
+use crate::hub::checkpoint::{self, Comparison, Description};
 use crate::hub::tokenizer;
 
 /// Steps that a recipe takes at least, however few the examples are.
@@ -39,7 +39,7 @@ type Arguments = BTreeMap<String, Value>;
 
 /// Proposes a spec for the weights in `from` by the method of this name, for the data if there is some.
 pub fn propose(from: &Path, method: &str, data: Option<&Path>) -> Result<Proposal, Failure> {
-    let Some(usage) = library::usage(method) else {
+    let Some(mut usage) = library::usage(method) else {
         let methods = library::methods();
         let mut names: Vec<&str> = methods.iter().map(|m| m.name.as_str()).collect();
         names.dedup();
@@ -52,10 +52,16 @@ pub fn propose(from: &Path, method: &str, data: Option<&Path>) -> Result<Proposa
     let (model, arguments) = sized(from, &backbone, &description)?;
     let mut said = vec![format!("backbone `{backbone}`, its sizes as the checkpoint says")];
 
-    let mut task = Task::of(&model, &arguments, &description, from, data)?;
+    let why_rate = scaled(&mut usage, &model);
+    // A prefix takes positions from the task.
+    let model = check(
+        "new.peft",
+        &format!("import backbones.{backbone}\nmodel = {}\n", call(&backbone, &arguments, &usage.model)),
+    )?;
+    let mut task = Task::of(&model, &call(&backbone, &arguments, &usage.model), &description, from, data)?;
     said.append(&mut task.said);
     said.push(format!("method `{method}` as its file shows it (`peftc methods {method}`)"));
-    let text = written(&backbone, &arguments, &usage, &task, from, method);
+    let text = written(&backbone, &arguments, &usage, &task, from, &why_rate);
     let text = peft_grammar::format("new.peft", &text).map_err(|d| Failure::Spec(d.render(false)))?;
     check("new.peft", &text)?;
     Ok(Proposal { text, said })
@@ -123,16 +129,44 @@ fn fitted(backbone: &str, description: &Description) -> Result<(Model, Compariso
     }
 }
 
+/// The backbone as the checkpoint has it, tensors included. What only they say (whether logits have a matrix of their
+/// own, in a GGUF file) is set by the mend that the refusal names.
 fn sized(from: &Path, backbone: &str, description: &Description) -> Result<(Model, Arguments), Failure> {
-    let (model, found, arguments) = fitted(backbone, description)?;
-    match found.wrong.is_empty() {
-        true => Ok((model, arguments)),
-        false => Err(RuntimeError::weights(from, found.wrong.join("\n")).into()),
+    let (model, found, mut arguments) = fitted(backbone, description)?;
+    if !found.wrong.is_empty() {
+        return Err(RuntimeError::weights(from, found.wrong.join("\n")).into());
+    }
+    let Err(error) = checkpoint::weights(from, &model) else { return Ok((model, arguments)) };
+    let message = error.to_string();
+    let mend = message.split_once("`--set model.").and_then(|(_, rest)| rest.split_once('`')?.0.split_once('='));
+    let Some((name, value)) = mend else { return Err(error) };
+    let Ok(value) = serde_json::from_str(value) else { return Err(error) };
+    arguments.insert(name.to_owned(), value);
+    let model =
+        check("new.peft", &format!("import backbones.{backbone}\nmodel = {}\n", call(backbone, &arguments, &[])))?;
+    match checkpoint::weights(from, &model) {
+        Ok(_) => Ok((model, arguments)),
+        Err(_) => Err(error),
     }
 }
 
-/// `llama(layers: 2, hidden: 64)`
+/// `llama(layers: 2, hidden: 64)`, in the order of the backbone's file. Words that are defaults are left out.
 fn call(backbone: &str, arguments: &Arguments, more: &[String]) -> String {
+    let signature =
+        library::backbones().into_iter().find(|b| b.name == backbone).map(|b| b.signature).unwrap_or_default();
+    let place = |name: &str| signature.find(&format!("{name}: ")).unwrap_or(usize::MAX);
+    let usual = |name: &str, value: &Value| {
+        matches!(value, Value::String(_) | Value::Bool(_))
+            && signature.contains(&format!(
+                "{name}: {} = {value}",
+                match value {
+                    Value::Bool(_) => "bool",
+                    _ => "string",
+                }
+            ))
+    };
+    let mut arguments: Vec<(&String, &Value)> = arguments.iter().filter(|(name, value)| !usual(name, value)).collect();
+    arguments.sort_by_key(|(name, _)| place(name));
     let written = |value: &Value| match value.as_f64() {
         Some(x) if value.is_f64() => format!("{x:?}"),
         _ => value.to_string(),
@@ -160,7 +194,7 @@ struct Task {
 impl Task {
     fn of(
         model: &Model,
-        arguments: &Arguments,
+        call: &str,
         description: &Description,
         from: &Path,
         data: Option<&Path>,
@@ -198,11 +232,10 @@ impl Task {
         };
         let mut max_tokens = TOKENS.min(limit);
         if let Some(data) = data {
-            let model = call(backbone, arguments, &[]);
             let settings = task.settings.join("\n");
             let name = task.name;
             let spec = format!(
-                "import backbones.{backbone}\nmodel = {model}\ntask {name} {{\n{settings}\n  max_tokens: {limit}\n}}\n"
+                "import backbones.{backbone}\nmodel = {call}\ntask {name} {{\n{settings}\n  max_tokens: {limit}\n}}\n"
             );
             let model = check("new.peft", &spec)?;
             let tokenizer = tokenizer::find(None, from, data, &model)?;
@@ -265,6 +298,25 @@ impl Task {
     }
 }
 
+/// Width of the models that methods' rates are of.
+const WIDTH: f64 = 768.0;
+
+/// Raises the rate for a narrower model, whose best one grows as its width falls (Yang et al., 2021, table 3: Adam's, as
+/// 1 / width). Gives why the rate is what it is.
+fn scaled(usage: &mut Usage, model: &Model) -> String {
+    let table = model.params.iter().find(|p| p.shape.len() == 2);
+    let width = table.map_or(WIDTH, |table| table.shape[1] as f64);
+    let factor = (WIDTH / width.max(1.0)).max(1.0);
+    let rate = usage.train.iter_mut().find(|(key, _)| key == "lr");
+    match rate.and_then(|(_, value)| Some((value.parse::<f64>().ok()?, value))) {
+        Some((rate, value)) if factor > 1.0 => {
+            *value = format!("{:.1e}", rate * factor);
+            format!("The rate of the method's file, {rate:e}, for a width of {width} in place of {WIDTH}")
+        }
+        _ => "The rate is that of the method's file".into(),
+    }
+}
+
 /// The labels in the order of the checkpoint's own where that has the same ones.
 fn named(labels: Vec<String>, description: &Description) -> Vec<String> {
     let Description::Config(config) = description else { return labels };
@@ -276,8 +328,8 @@ fn named(labels: Vec<String>, description: &Description) -> Vec<String> {
 }
 
 /// The spec's text, to be laid out.
-fn written(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, from: &Path, method: &str) -> String {
-    let mut text = format!("// {} with `{method}`.\nimport backbones.{backbone}\n\n", from.display());
+fn written(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, from: &Path, why: &str) -> String {
+    let mut text = format!("// For {}.\nimport backbones.{backbone}\n\n", from.display());
     let _ = writeln!(text, "// As the checkpoint has it.\nmodel = {}\n", call(backbone, arguments, &usage.model));
     let _ = writeln!(text, "tune {{\n{}", usage.tune.join("\n"));
     if task.classifies {
@@ -295,6 +347,6 @@ fn written(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, fr
         ("epochs", task.epochs.to_string()),
     ];
     train.extend(others.iter().filter(|(key, _)| !own(key)).map(|(key, value)| format!("{key}: {value}")));
-    let _ = writeln!(text, "// The rate is of the method's file; {}.\ntrain {{\n{}\n}}", task.why, train.join("\n"));
+    let _ = writeln!(text, "// {why}; {}.\ntrain {{\n{}\n}}", task.why, train.join("\n"));
     text
 }
