@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::overwrite::Overwrite;
 use crate::failure::Failure;
@@ -26,7 +26,7 @@ pub struct Arguments {
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let Arguments { method, data, output, overwrite, .. } = &arguments;
     overwrite.file(output, &data.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
-    if arguments.weights == PathBuf::from(checkpoint::RANDOM) {
+    if arguments.weights == Path::new(checkpoint::RANDOM) {
         return Err(Failure::Usage(
             "random weights have no sizes of their own; name a checkpoint by `--weights`".into(),
         ));

@@ -73,7 +73,7 @@ fn sixty_four_rows_are_learnt() {
     let vocabulary = ["good", "bad", "film"];
     let row = |i: usize| {
         let word = |k: u32| vocabulary[i / 3_usize.pow(k) % 3];
-        let label = ["no", "yes"][usize::from(i % 3 == 0)];
+        let label = ["no", "yes"][usize::from(i.is_multiple_of(3))];
         format!("{} {} {} {}\t{label}\n", word(0), word(1), word(2), word(3))
     };
     let data = bench.write("rows.tsv", (0..64).map(row).collect::<String>());

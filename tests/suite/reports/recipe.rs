@@ -147,7 +147,8 @@ fn a_damaged_state_falls_back() {
     let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 9\n save: 2\n evaluate: 3"), |_| {});
     let (alone, out) = (case.path("alone"), case.path("run"));
     case.train(&alone, &[]);
-    let spoiled: [(&str, fn(&Path)); 3] = [
+    type Spoil = fn(&Path);
+    let spoiled: [(&str, Spoil); 3] = [
         ("it is damaged: its checksum is that of other content", |path| {
             let mut bytes = fs::read(path).expect("there");
             *bytes.last_mut().expect("not empty") ^= 1;
