@@ -23,23 +23,54 @@ use crate::state::{self, Identity, Judged, State};
 pub use folder::{earlier, in_the_way};
 pub use schedule::{rate, stable};
 
-/// Sends the batch of a step on its way, with all that the step is told. The one before may still run.
-fn stage(session: &mut Session, recipe: &Recipe, batch: &Batch, step: u64, total: u64) -> Result<(), RuntimeError> {
-    let floats = BTreeMap::from([("hyper".to_string(), recipe.hyper(rate(recipe, step, total), step))]);
-    let inputs = Inputs { floats, ..inputs(batch, [recipe.seed as i32, step as i32]) };
-    session.stage(&["train", "update"], &inputs)
+/// A batch of a step.
+struct Part {
+    batch: Batch,
+    /// Its place among the step's batches.
+    index: usize,
+    /// It is the last one: the optimizer follows it.
+    last: bool,
+    /// Its share of the step's targets; a step's loss and gradient are means over all of them.
+    share: f64,
 }
 
-/// Starts the step that is staged.
-fn start(session: &mut Session) -> Result<Promise, RuntimeError> {
+fn parts(batches: Vec<Batch>) -> impl Iterator<Item = Part> {
+    let targets: usize = batches.iter().map(|batch| batch.labels.len()).sum();
+    let count = batches.len();
+    batches.into_iter().enumerate().map(move |(index, batch)| {
+        let share = batch.labels.len() as f64 / targets.max(1) as f64;
+        Part { batch, index, last: index + 1 == count, share }
+    })
+}
+
+/// Sends a batch of a step on its way, with all that the step is told. The one before may still run.
+fn stage(session: &mut Session, recipe: &Recipe, part: &Part, step: u64, total: u64) -> Result<(), RuntimeError> {
+    let share = part.share as f32;
+    let (entries, shares) = match (part.index, part.last) {
+        (0, true) => (&["train", "update"][..], None),
+        (0, false) => (&["train", "accumulate"][..], Some([0.0, share])),
+        (_, false) => (&["train", "accumulate"][..], Some([1.0, share])),
+        (_, true) => (&["train", "accumulated", "update"][..], Some([share, 1.0])),
+    };
+    let mut floats = BTreeMap::from([("hyper".to_string(), recipe.hyper(rate(recipe, step, total), step))]);
+    floats.extend(shares.map(|shares| ("shares".to_string(), shares.to_vec())));
+    // Each batch draws what it drops by a number of its own.
+    let draw = step * recipe.accumulate + part.index as u64;
+    let inputs = Inputs { floats, ..inputs(&part.batch, [recipe.seed as i32, draw as i32]) };
+    session.stage(entries, &inputs)
+}
+
+/// Starts the batch that is staged.
+fn start(session: &mut Session, last: bool) -> Result<Promise, RuntimeError> {
     session.start()?;
-    session.promise(&["loss", "grad_norm"])
+    session.promise(if last { &["loss", "grad_norm"] } else { &["loss"] })
 }
 
-/// Waits for the end of a step; gives the loss before it and the gradient's norm before clipping.
+/// Waits for the end of a batch; gives its loss before the step and, of the last batch of a step, the gradient's norm
+/// before clipping.
 fn finish(session: &mut Session, promise: Promise, step: u64) -> Result<(f64, f64), Failure> {
     let found = session.redeem(promise)?;
-    let (loss, norm) = (f64::from(found[0]), f64::from(found[1]));
+    let (loss, norm) = (f64::from(found[0]), found.get(1).copied().map_or(0.0, f64::from));
     if !loss.is_finite() || !norm.is_finite() {
         return Err(Failure::Diverged(format!(
             "step {step}: the loss is {loss} and the gradient's norm {norm}; \
@@ -57,9 +88,26 @@ pub fn step(
     step: u64,
     total: u64,
 ) -> Result<(f64, f64), Failure> {
-    stage(session, recipe, batch, step, total)?;
-    let promise = start(session)?;
-    finish(session, promise, step)
+    step_of_several(session, recipe, vec![batch.clone()], step, total)
+}
+
+/// One step on several batches, as if they were one: its loss, and the gradient's norm.
+pub fn step_of_several(
+    session: &mut Session,
+    recipe: &Recipe,
+    batches: Vec<Batch>,
+    step: u64,
+    total: u64,
+) -> Result<(f64, f64), Failure> {
+    let (mut loss, mut norm) = (0.0, 0.0);
+    for part in parts(batches) {
+        stage(session, recipe, &part, step, total)?;
+        let promise = start(session, part.last)?;
+        let found = finish(session, promise, step)?;
+        loss += part.share * found.0;
+        norm = found.1;
+    }
+    Ok((loss, norm))
 }
 
 /// Figures of a data set under the model as it stands.
@@ -129,7 +177,7 @@ pub struct Training<'a> {
 
 /// Steps of a whole run.
 pub fn total(recipe: &Recipe, train: &Dataset) -> u64 {
-    let epoch = train.steps_per_epoch(recipe.batch as usize) as u64;
+    let epoch = train.steps_per_epoch(recipe.sequences() as usize) as u64;
     recipe.steps.unwrap_or((recipe.epochs * epoch as f64).ceil() as u64)
 }
 
@@ -171,7 +219,7 @@ impl Training<'_> {
         self.train.not_empty()?;
         let recipe = self.model.train.clone();
         let total = total(&recipe, self.train);
-        let epoch = self.train.steps_per_epoch(recipe.batch as usize) as u64;
+        let epoch = self.train.steps_per_epoch(recipe.sequences() as usize) as u64;
         fs::create_dir_all(&self.out).map_err(Failure::file(&self.out))?;
         let (mut done, mut judged) = (0, Judged::default());
         let mut metrics = match &self.state {
@@ -196,17 +244,25 @@ impl Training<'_> {
             record(&mut metrics, done, &before)?;
         }
         let mut after = None;
+        let has_dev = self.dev.is_some();
+        let judges = |at: u64| has_dev && (at == total || recipe.evaluate.due(at, epoch));
+        // How the run ends after an evaluation, which may have been stopped.
+        let ending_at = |at: u64, found: Option<Evaluation>, judged: &Judged| match recipe.patience {
+            _ if found.is_none() => Ending::Stopped,
+            Some(patience) if at < total && judged.since >= patience => Ending::Patience,
+            _ => Ending::Whole,
+        };
+        let mut ending = Ending::Whole;
         // A run that was stopped within an evaluation makes up for it.
-        let judges = |at: u64| at == total || recipe.evaluate.due(at, epoch);
         if done > 0 && judges(done) && judged.step != Some(done) {
             after = self.judge(done, &mut judged, &mut metrics, &mut progress)?;
+            ending = ending_at(done, after, &judged);
         }
         let mut losses = vec![];
         let (mut tokens, mut seconds, mut kernel_seconds) = (0, 0.0, 0.0);
         let mut at = done;
         let mut saved = self.state.as_ref().map(|state| (state.step, Instant::now()));
         let begin = Instant::now();
-        let mut ending = Ending::Whole;
         while at < total && ending == Ending::Whole {
             let late = |saved: Option<(u64, Instant)>| match recipe.save {
                 Every::Seconds(most) => saved.map_or(begin, |(_, when)| when).elapsed().as_secs() >= most,
@@ -216,38 +272,52 @@ impl Training<'_> {
             let next = [recipe.save.next(at, epoch), recipe.evaluate.next(at, epoch), Every::Epoch.next(at, epoch)];
             let until = next.into_iter().flatten().fold(total, u64::min);
             let order = Order::Shuffled { seed: recipe.seed, epoch: at / epoch };
-            let batches = Batches::new(self.train, recipe.batch as usize, order).skip((at % epoch) as usize);
-            let mut batches = batches.take((until - at) as usize);
+            let several = recipe.accumulate as usize;
+            let mut batches =
+                Batches::new(self.train, recipe.batch as usize, order).skip((at % epoch) as usize * several);
             let mut begun = Instant::now();
-            let (mut staged, mut running, mut sent, mut closing) = (None, VecDeque::new(), at, false);
+            let (mut staged, mut running, mut queue, mut closing) = (None, VecDeque::new(), VecDeque::new(), false);
+            let mut sent = at;
+            let (mut loss, mut count, mut spent) = (0.0, 0, None);
             loop {
-                // What is staged when the run is to halt is not started.
-                if let Some(batch) = staged.take().filter(|_| !closing) {
-                    let in_kernels = kernels(self.session);
-                    let promise = start(self.session)?;
-                    let in_kernels = kernels(self.session).zip(in_kernels).map(|(after, before)| after - before);
-                    running.push_back((batch, promise, in_kernels));
+                // At a halt a step that was begun is finished, and one that is only staged is not begun.
+                if closing && staged.take_if(|part: &mut Part| part.index == 0).is_some() {
+                    queue.clear();
                 }
-                // While a GPU is at a step, the next batch is made and sent, to where the step before the one it is at
+                if let Some(part) = staged.take() {
+                    let in_kernels = kernels(self.session);
+                    let promise = start(self.session, part.last)?;
+                    let in_kernels = kernels(self.session).zip(in_kernels).map(|(after, before)| after - before);
+                    running.push_back((part, promise, in_kernels));
+                }
+                // While a GPU is at a batch, the next one is made and sent, to where the batch before the one it is at
                 // had its own.
-                if running.len() < 2
-                    && !closing
-                    && let Some(batch) = batches.next()
-                {
-                    stage(self.session, &recipe, &batch, sent, total)?;
-                    sent += 1;
-                    staged = Some(batch);
+                if running.len() < 2 {
+                    if queue.is_empty() && !closing && sent < until {
+                        queue.extend(parts(batches.by_ref().take(several).collect()));
+                        sent += 1;
+                    }
+                    if let Some(part) = queue.pop_front() {
+                        stage(self.session, &recipe, &part, sent - 1, total)?;
+                        staged = Some(part);
+                    }
                 }
                 // And the next step waits there for the one it is at.
                 if staged.is_some() && (running.is_empty() || self.session.overlaps()) {
                     continue;
                 }
-                let Some((batch, promise, in_kernels)) = running.pop_front() else { break };
-                let (loss, norm) = finish(self.session, promise, at)?;
-                // From batch to batch: making one is a part of it, and writing figures down.
+                let Some((part, promise, in_kernels)) = running.pop_front() else { break };
+                let (part_loss, norm) = finish(self.session, promise, at)?;
+                loss += part.share * part_loss;
+                count += part.batch.tokens() as u64;
+                spent = in_kernels.map(|in_kernels: f64| in_kernels + spent.unwrap_or(0.0));
+                if !part.last {
+                    continue;
+                }
+                // From step to step: making its batches is a part of it, and writing figures down.
                 let time = begun.elapsed();
                 begun += time;
-                let count = batch.tokens() as u64;
+                let (loss, count) = (std::mem::take(&mut loss), std::mem::take(&mut count));
                 let lr = rate(&recipe, at, total);
                 at += 1;
                 losses.push(loss);
@@ -261,7 +331,7 @@ impl Training<'_> {
                     ("tokens", count as f64),
                     ("tokens_per_second", speed),
                 ];
-                if let Some(in_kernels) = in_kernels {
+                if let Some(in_kernels) = spent.take() {
                     figures.push(("kernel_share", in_kernels / time.as_secs_f64()));
                     kernel_seconds += in_kernels;
                 }
@@ -273,13 +343,9 @@ impl Training<'_> {
             if self.stop.load(Ordering::Relaxed) && at < total {
                 ending = Ending::Stopped;
             }
-            if self.dev.is_some() && judges(at) && ending == Ending::Whole {
+            if judges(at) && ending == Ending::Whole {
                 after = self.judge(at, &mut judged, &mut metrics, &mut progress)?;
-                match recipe.patience {
-                    _ if after.is_none() => ending = Ending::Stopped,
-                    Some(patience) if at < total && judged.since >= patience => ending = Ending::Patience,
-                    _ => {}
-                }
+                ending = ending_at(at, after, &judged);
             }
             if at == total || ending != Ending::Whole || recipe.save.due(at, epoch) || late(saved) {
                 self.save(at, &judged, saved.is_some_and(|(step, _)| step == at))?;

@@ -32,8 +32,11 @@ pub struct Recipe {
     pub lr_end: f64,
     /// Steps in which the rate rises from 0 to `lr`.
     pub warmup: Phase,
-    /// Sequences a step.
+    /// Sequences that are computed at once.
     pub batch: u64,
+    /// So many batches are one step.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub accumulate: u64,
     pub epochs: f64,
     /// Overrides `epochs`.
     pub steps: Option<u64>,
@@ -49,6 +52,14 @@ pub struct Recipe {
     /// The run ends after so many evaluations in a row without a best one.
     #[serde(default, skip_serializing_if = "is_default")]
     pub patience: Option<u64>,
+}
+
+fn one() -> u64 {
+    1
+}
+
+fn is_one(value: &u64) -> bool {
+    *value == 1
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -268,6 +279,11 @@ impl Recipe {
         settings.chain([("momentum", self.optimizer.moments().len().to_string())]).collect()
     }
 
+    /// Sequences of a step.
+    pub fn sequences(&self) -> u64 {
+        self.batch.saturating_mul(self.accumulate)
+    }
+
     /// What the optimizer's kernel is told at step `step` (from 0), whose rate is `lr`.
     pub fn hyper(&self, lr: f64, step: u64) -> Vec<f32> {
         let (beta1, beta2) = self.betas;
@@ -308,6 +324,7 @@ impl Recipe {
             ("schedule", self.schedule.word().into()),
             ("warmup", self.warmup.written()),
             ("batch", self.batch.to_string()),
+            ("accumulate", self.accumulate.to_string()),
             ("epochs", float(self.epochs)),
             ("seed", self.seed.to_string()),
             ("precision", if self.precision == Precision::Bf16 { "bf16" } else { "f32" }.into()),

@@ -309,7 +309,7 @@ fn a_recipe_reads_back() {
         &[("train.optimizer", "sgd"), ("train.momentum", "0.9"), ("train.weight_decay", "0.1"), ("train.clip", "0")],
         &[("train.optimizer", "lion"), ("train.lr", "1e-4")],
         &[("train.save", "10min"), ("train.evaluate", "100"), ("train.patience", "3")],
-        &[("train.save", "20"), ("train.evaluate", "epoch")],
+        &[("train.accumulate", "4"), ("train.save", "20"), ("train.evaluate", "epoch")],
         &[("train.optimizer", "adam"), ("train.eps", "1e-6")],
         &[("train.schedule", "cosine"), ("train.warmup", "0.06"), ("train.seed", "4"), ("train.betas", "[0.8, 0.95]")],
     ] {

@@ -110,7 +110,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    let program = ready.program(&["init", "train", "update", "eval"])?;
+    let sums: &[&str] = if ready.model.train.accumulate > 1 { &["accumulate", "accumulated"] } else { &[] };
+    let program = ready.program(&[&["init", "train", "update", "eval"], sums].concat())?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if arguments.profile {

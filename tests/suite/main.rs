@@ -1,5 +1,6 @@
 //! Tests over the whole way. One binary: each that links MLIR is large.
 
+mod accumulation;
 mod cli;
 mod fixtures;
 mod fuzz;

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use peft_grammar::model::{Optimizer, Recipe};
 use peft_passes::cuda::Chip;
-use peft_passes::interpret::optimizer::{Trained, step};
+use peft_passes::interpret::optimizer::{Trained, accumulated, step};
 use peft_passes::lower::{self, lower};
 use peft_passes::machine::Machine;
 use peft_runtime::artifact::Tensor;
@@ -119,4 +119,28 @@ fn twenty_steps() {
         }
     }
     assert_eq!(words.len(), Optimizer::WORDS.len(), "an optimizer has no case");
+}
+
+/// Gradients of three batches, by their shares of the targets.
+#[test]
+fn sums_of_gradients() {
+    let fixture: Value = serde_json::from_str(include_str!("../interop/optimizers.json")).expect("JSON");
+    let gradients = fixture["gradients"].as_array().expect("steps").iter().map(numbers).take(3);
+    let parts: Vec<(usize, Vec<f64>)> = [1, 5, 94].into_iter().zip(gradients).collect();
+    let want = accumulated(&parts);
+    let zeros = || [35, 9].map(|length| Numbers::from(&vec![0.0; length][..])).into();
+    for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
+        let mut session = session(Optimizer::AdamW, machine, zeros());
+        // What an earlier step left is gone.
+        session.set_flat("sums", &[1e9; 44]).expect("written");
+        let shares = [("accumulate", [0.0, 0.01]), ("accumulate", [1.0, 0.05]), ("accumulated", [0.94, 1.0])];
+        for ((entry, shares), (_, gradients)) in shares.into_iter().zip(&parts) {
+            session.set_flat("gradients", &narrow(gradients)).expect("written");
+            let floats = [("shares".to_string(), shares.to_vec())].into();
+            session.run(entry, &Inputs { floats, ..Inputs::default() }).expect("a run");
+        }
+        for (found, want) in session.flat("gradients").expect("read").iter().zip(&want) {
+            assert!((f64::from(*found) - want).abs() <= 1e-6 * want.abs().max(0.1), "{machine}: {found}, not {want}");
+        }
+    }
 }

@@ -35,6 +35,7 @@ const RECIPE: &[&str] = &[
     "save",
     "evaluate",
     "patience",
+    "accumulate",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -234,6 +235,7 @@ impl<'a> Checker<'a> {
             lr_end: self.setting(&entries, "lr_end", 0.0, "0 or more", |x| x >= 0.0),
             warmup: self.phase(&entries, "warmup", Phase::Steps(0), "500 steps: `500`; six percent: `0.06`"),
             batch: self.count(&entries, "batch", 1).unwrap_or(16),
+            accumulate: self.count(&entries, "accumulate", 1).unwrap_or(1),
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
             seed: self.count(&entries, "seed", 0).unwrap_or(1),

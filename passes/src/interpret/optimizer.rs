@@ -22,6 +22,14 @@ pub fn step(recipe: &Recipe, lr: f64, step: u64, trained: &mut [Trained], gradie
     norm
 }
 
+/// The gradient of a batch's mean loss from those of its parts: each counts by its share of the batch's targets.
+pub fn accumulated(parts: &[(usize, Vec<f64>)]) -> Vec<f64> {
+    let targets: usize = parts.iter().map(|(targets, _)| targets).sum();
+    let share = |&count: &usize| count as f64 / targets as f64;
+    let values = parts.first().map_or(0, |(_, gradient)| gradient.len());
+    (0..values).map(|i| parts.iter().map(|(targets, gradient)| share(targets) * gradient[i]).sum()).collect()
+}
+
 /// With g the clipped gradient, p the value, λ the weight decay, η the rate, t = step + 1:
 ///
 /// ```text

@@ -24,7 +24,7 @@ pub fn anew(name: &str) -> Option<&'static [usize]> {
     match name {
         "adamw" | "adam" => Some(&[0, 2, 3]),
         "sgd_momentum" | "lion" => Some(&[0, 2]),
-        "sgd" => Some(&[0]),
+        "sgd" | "add_weighted" => Some(&[0]),
         _ => None,
     }
 }
@@ -60,6 +60,56 @@ pub fn update(target: &mut Target) -> Entry {
         launch(sweep, swept, vec![Extent::Values], blocks, optimizer.word()),
     ];
     Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
+}
+
+/// Gradients of batches that are one step. Every batch but the last is followed by `accumulate`, and the last one by
+/// `accumulated`; `shares` says what each vector counts.
+///
+/// ```text
+/// accumulate    sums      ← shares[0] sums + shares[1] gradients
+/// accumulated   gradients ← shares[0] gradients + shares[1] sums
+/// ```
+pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
+    let mut flat = |name: &str| {
+        target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
+    };
+    let [sums, gradients] = ["sums", "gradients"].map(&mut flat);
+    let shares = target.bind("shares", Element::F32, vec![Extent::Const(2)], Storage::Input("shares".into()));
+    let units = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
+    let kernel = target.kernel("add_weighted", add_weighted);
+    let entry = |to, from| {
+        let (buffers, extents) = (vec![to, from, shares], vec![Extent::Values]);
+        let launch = Launch { kernel, buffers, extents, units: units.clone(), op: "accumulate".into() };
+        Entry { launches: vec![launch], outputs: vec![] }
+    };
+    [("accumulate", entry(sums, gradients)), ("accumulated", entry(gradients, sums))]
+}
+
+/// x ← shares[0] x + shares[1] y
+fn add_weighted(machine: Machine) -> Code {
+    define(machine, &[Element::F32; 3], 1, |k, buffers, sizes| {
+        let ([x, y, shares], [count]) = (first(buffers), first(sizes));
+        let [of_x, of_y] = [0, 1].map(|i| {
+            let i = k.index(i);
+            let share = k.load(shares, i);
+            k.splat(share)
+        });
+        k.units(|k, unit| {
+            let block = k.index(k.machine.stretch());
+            let start = k.mul(unit, block);
+            let end = k.add(start, block);
+            let end = k.min(end, count);
+            k.each(start, end, k.lane_count(), |k, at| {
+                let left = k.sub(end, at);
+                let mask = k.mask(left);
+                let old = k.load_lanes(x, at, mask);
+                let old = k.mul(old, of_x);
+                let y = k.load_lanes(y, at, mask);
+                let new = k.fma(of_y, y, old);
+                k.store_lanes(new, x, at, mask);
+            });
+        });
+    })
 }
 
 fn sum_of_squares(machine: Machine) -> Code {

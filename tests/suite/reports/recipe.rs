@@ -147,8 +147,8 @@ fn a_damaged_state_falls_back() {
     let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 9\n save: 2\n evaluate: 3"), |_| {});
     let (alone, out) = (case.path("alone"), case.path("run"));
     case.train(&alone, &[]);
-    type Spoil = fn(&Path);
-    let spoiled: [(&str, Spoil); 3] = [
+    type Spoiled = (&'static str, fn(&Path));
+    let spoiled: [Spoiled; 3] = [
         ("it is damaged: its checksum is that of other content", |path| {
             let mut bytes = fs::read(path).expect("there");
             *bytes.last_mut().expect("not empty") ^= 1;
@@ -314,4 +314,30 @@ fn a_run_that_is_killed_twenty_times_goes_on() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     same(&alone, &out, &FILES);
     assert_eq!(figures(&alone).1, figures(&out).1);
+}
+
+/// Steps of several batches, dropout with them: an epoch's last step may have fewer, a run goes on to the same bits, and
+/// from an artifact that was compiled without.
+#[test]
+fn accumulated_steps_go_on() {
+    let source = CLASSIFIER.replace("lora(rank: 2)", "lora(rank: 2, dropout: 0.5)");
+    let case = classifier(&source.replace("batch: 2\n epochs: 20", "batch: 1\n epochs: 3\n accumulate: 3"), |_| {});
+    let [alone, parts, plain] = ["alone", "parts", "plain"].map(|name| case.path(name));
+    case.train(&alone, &[]);
+    // Four examples, three and one a step.
+    assert_eq!(figures(&alone).0, (1..=6).collect::<Vec<_>>());
+    case.train(&parts, &["--set", "train.save=1"]);
+    fs::remove_file(parts.join("state.safetensors")).expect("there");
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&parts), "--resume"]);
+    assert!(ran.code == 0 && ran.err.contains("of step 5"), "{}", ran.err);
+    same(&alone, &parts, &["state.safetensors", "adapter.safetensors", "best.safetensors"]);
+
+    let artifact = case.path("tiny.peftc");
+    let ran = case.bench.peftc(["compile", text(&case.spec), "--set", "train.accumulate=1", "-o", text(&artifact)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let given = ["train", text(&artifact), "--weights", text(&case.weights), "--data", text(&case.data)];
+    let ran = case.bench.peftc(given.iter().chain(&["--out", text(&plain), "--set", "train.accumulate=3"]));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let values = |out: &Path| adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
+    assert!(values(&plain) == values(&alone));
 }
