@@ -95,13 +95,7 @@ fn add_weighted(machine: Machine) -> Code {
             k.splat(share)
         });
         k.units(|k, unit| {
-            let block = k.index(k.machine.stretch());
-            let start = k.mul(unit, block);
-            let end = k.add(start, block);
-            let end = k.min(end, count);
-            k.each(start, end, k.lane_count(), |k, at| {
-                let left = k.sub(end, at);
-                let mask = k.mask(left);
+            k.each_of_stretch(unit, count, |k, at, mask| {
                 let old = k.load_lanes(x, at, mask);
                 let old = k.mul(old, of_x);
                 let y = k.load_lanes(y, at, mask);
@@ -116,10 +110,7 @@ fn sum_of_squares(machine: Machine) -> Code {
     define(machine, &[Element::F32; 2], 1, |k, buffers, sizes| {
         let ([x, out], [count]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
-            let block = k.index(k.machine.stretch());
-            let start = k.mul(unit, block);
-            let end = k.add(start, block);
-            let end = k.min(end, count);
+            let (start, end) = k.stretch(unit, count);
             let zero = k.floats(0.0);
             let sums = k.fold(start, end, k.lane_count(), &[zero], |k, at, sums| {
                 let left = k.sub(end, at);
@@ -187,13 +178,7 @@ fn sweep(machine: Machine, optimizer: Optimizer) -> Code {
         let factor = k.splat(factor);
         let told = Told { optimizer, told: told.into_iter().map(|x| k.splat(x)).collect() };
         k.units(|k, unit| {
-            let block = k.index(k.machine.stretch());
-            let start = k.mul(unit, block);
-            let end = k.add(start, block);
-            let end = k.min(end, count);
-            k.each(start, end, k.lane_count(), |k, at| {
-                let left = k.sub(end, at);
-                let mask = k.mask(left);
+            k.each_of_stretch(unit, count, |k, at, mask| {
                 let x = k.load_lanes(g, at, mask);
                 let x = k.mul(x, factor);
                 let lanes = Lanes { told: &told, moments, p, decay, at, mask };
