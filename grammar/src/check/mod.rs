@@ -134,10 +134,29 @@ struct Stored {
 /// Checks a parsed spec. `sources` holds its text as file 0, and gets everything it imports.
 pub(crate) fn check(
     main: Ast,
-    mut sources: Sources,
+    sources: Sources,
     overrides: Vec<Diagnostic>,
     resolver: &Resolver,
 ) -> Result<Model, Diagnostics> {
+    checked(main, sources, overrides, resolver, |checker, main| checker.spec(main))
+}
+
+/// Checks a text that has a `train` block and nothing else.
+pub(crate) fn recipe(main: Ast, sources: Sources, overrides: Vec<Diagnostic>) -> Result<Recipe, Diagnostics> {
+    checked(main, sources, overrides, &crate::no_imports, |checker, main| {
+        let block = main.items.iter().find_map(|item| if let Item::Train(block) = item { Some(block) } else { None });
+        checker.recipe(block)
+    })
+}
+
+/// What `check` makes of a text and of the files that it imports, or everything that is wrong.
+fn checked<T>(
+    main: Ast,
+    mut sources: Sources,
+    overrides: Vec<Diagnostic>,
+    resolver: &Resolver,
+    check: impl for<'a> FnOnce(&mut Checker<'a>, &'a Ast) -> Option<T>,
+) -> Result<T, Diagnostics> {
     let mut errors = overrides;
     let files = match Files::load(main, &mut sources, resolver) {
         Ok(files) => files,
@@ -148,32 +167,10 @@ pub(crate) fn check(
     };
     let definitions = Definitions::collect(&files, &sources, &mut errors);
     let mut checker = Checker::new(&sources, definitions, errors);
-    let model = checker.spec(&files.asts[0]);
+    let found = check(&mut checker, &files.asts[0]);
     let errors = checker.errors;
-    match model {
-        Some(model) if errors.is_empty() => Ok(model),
-        _ => Err(Diagnostics::new(errors, sources)),
-    }
-}
-
-/// Checks a text that has a `train` block and nothing else.
-pub(crate) fn recipe(main: Ast, mut sources: Sources, overrides: Vec<Diagnostic>) -> Result<Recipe, Diagnostics> {
-    let mut errors = overrides;
-    let files = match Files::load(main, &mut sources, &crate::no_imports) {
-        Ok(files) => files,
-        Err(e) => {
-            errors.extend(e);
-            return Err(Diagnostics::new(errors, sources));
-        }
-    };
-    let definitions = Definitions::collect(&files, &sources, &mut errors);
-    let mut checker = Checker::new(&sources, definitions, errors);
-    let block =
-        files.asts[0].items.iter().find_map(|item| if let Item::Train(block) = item { Some(block) } else { None });
-    let recipe = checker.recipe(block);
-    let errors = checker.errors;
-    match recipe {
-        Some(recipe) if errors.is_empty() => Ok(recipe),
+    match found {
+        Some(found) if errors.is_empty() => Ok(found),
         _ => Err(Diagnostics::new(errors, sources)),
     }
 }
