@@ -28,6 +28,9 @@ const TOKENS: u64 = 128;
 /// Tokens of an example at most, where a model takes any number.
 const LONGEST: u64 = 4096;
 
+/// What diagnostics call the spec that is being written.
+const NAME: &str = "new.peft";
+
 /// A spec that checks, and what there is to be said of how it came about.
 pub struct Proposal {
     pub text: String,
@@ -54,21 +57,24 @@ pub fn propose(from: &Path, method: &str, data: Option<&Path>) -> Result<Proposa
 
     let why_rate = scaled(&mut usage, &model);
     // A prefix takes positions from the task.
-    let model = check(
-        "new.peft",
-        &format!("import backbones.{backbone}\nmodel = {}\n", call(&backbone, &arguments, &usage.model)),
-    )?;
-    let mut task = Task::of(&model, &call(&backbone, &arguments, &usage.model), &description, from, data)?;
+    let call_of = call(&backbone, &arguments, &usage.model);
+    let model = untuned(&backbone, &call_of)?;
+    let mut task = Task::of(&model, &call_of, &description, from, data)?;
     said.append(&mut task.said);
     said.push(format!("method `{method}` as its file shows it (`peftc methods {method}`)"));
     let text = written(&backbone, &arguments, &usage, &task, from, &why_rate);
-    let text = peft_grammar::format("new.peft", &text).map_err(|d| Failure::Spec(d.render(false)))?;
-    check("new.peft", &text)?;
+    let text = peft_grammar::format(NAME, &text).map_err(|d| Failure::Spec(d.render(false)))?;
+    check(&text)?;
     Ok(Proposal { text, said })
 }
 
-fn check(name: &str, text: &str) -> Result<Model, Failure> {
-    peft_grammar::check(name, text, &peft_grammar::no_imports).map_err(|d| Failure::Spec(d.render(false)))
+fn check(text: &str) -> Result<Model, Failure> {
+    peft_grammar::check(NAME, text, &peft_grammar::no_imports).map_err(|d| Failure::Spec(d.render(false)))
+}
+
+/// The model of a call such as `llama(layers: 2)`, to which no method is applied.
+fn untuned(backbone: &str, call: &str) -> Result<Model, Failure> {
+    check(&format!("import backbones.{backbone}\nmodel = {call}\n"))
 }
 
 /// The backbone that reads the checkpoint. The error says which is nearest, and what it lacks.
@@ -84,7 +90,7 @@ fn backbone(from: &Path, description: &Description) -> Result<String, Failure> {
     // How many keys of the file each backbone knows.
     let mut nearest: Option<(usize, Model)> = None;
     for backbone in library::backbones() {
-        let model = check("new.peft", &format!("import backbones.{0}\nmodel = {0}()\n", backbone.name))?;
+        let model = untuned(&backbone.name, &format!("{}()", backbone.name))?;
         let known = keys.iter().filter(|key| model.backbone.checkpoint.keys.contains_key(**key)).count();
         if known > nearest.as_ref().map_or(0, |(most, _)| *most) {
             nearest = Some((known, model));
@@ -117,8 +123,7 @@ fn backbone(from: &Path, description: &Description) -> Result<String, Failure> {
 fn fitted(backbone: &str, description: &Description) -> Result<(Model, Comparison, Arguments), Failure> {
     let mut arguments = Arguments::new();
     loop {
-        let model =
-            check("new.peft", &format!("import backbones.{backbone}\nmodel = {}\n", call(backbone, &arguments, &[])))?;
+        let model = untuned(backbone, &call(backbone, &arguments, &[]))?;
         let found = description.compare(&model);
         // What is absent may depend on what is there: a width of four times another. Each round settles one at least.
         let new = found.arguments.iter().any(|(name, value)| arguments.get(name) != Some(value));
@@ -142,8 +147,7 @@ fn sized(from: &Path, backbone: &str, description: &Description) -> Result<(Mode
     let Some((name, value)) = mend else { return Err(error) };
     let Ok(value) = serde_json::from_str(value) else { return Err(error) };
     arguments.insert(name.to_owned(), value);
-    let model =
-        check("new.peft", &format!("import backbones.{backbone}\nmodel = {}\n", call(backbone, &arguments, &[])))?;
+    let model = untuned(backbone, &call(backbone, &arguments, &[]))?;
     match checkpoint::weights(from, &model) {
         Ok(_) => Ok((model, arguments)),
         Err(_) => Err(error),
@@ -237,7 +241,7 @@ impl Task {
             let spec = format!(
                 "import backbones.{backbone}\nmodel = {call}\ntask {name} {{\n{settings}\n  max_tokens: {limit}\n}}\n"
             );
-            let model = check("new.peft", &spec)?;
+            let model = check(&spec)?;
             let tokenizer = tokenizer::find(None, from, data, &model)?;
             let read = Dataset::load(data, &model.task, &tokenizer)?;
             max_tokens = (read.longest() as u64).next_multiple_of(8).clamp(8, limit);
