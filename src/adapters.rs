@@ -20,6 +20,8 @@ use crate::meaning;
 
 /// What the trained values of a run (or an export) are kept in.
 pub const ADAPTER: &str = "adapter.safetensors";
+/// Those of a run at its best evaluation.
+pub const BEST: &str = "best.safetensors";
 
 const FORMAT: &str = "peftc adapter 1";
 

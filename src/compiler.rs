@@ -1,5 +1,6 @@
 //! From a checked model to a program, through the cache.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -102,7 +103,7 @@ fn compiler() -> String {
 fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     let mut hash = blake3::Hasher::new();
     let graph = serde_json::to_vec(&(
-        (&model.graph, &model.params, &model.stored, &model.projections, model.train.precision),
+        (&model.graph, &model.params, &model.stored, &model.projections, model.train.compiled()),
         (model.backbone.longest, model.backbone.skipped),
     ))
     .expect("a model is plain data");
@@ -120,17 +121,15 @@ fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     hash.finalize().to_hex()[..32].to_string()
 }
 
-/// The cache's folder, made if it is not there, for its owner alone: `PEFTC_CACHE`, else the user's cache directory. None
-/// when `PEFTC_CACHE` is empty, or nothing can be made there. One that strangers may write to is refused.
+/// The cache's folder, made if it is not there, for its owner alone. None when `PEFTC_CACHE` is empty, or nothing can be
+/// made there. One that strangers may write to is refused.
 fn cache() -> Result<Option<PathBuf>, Failure> {
-    let path = match std::env::var_os("PEFTC_CACHE") {
-        Some(set) => (!set.is_empty()).then(|| set.into()),
-        None => {
-            let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-            let base = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from).or_else(home);
-            base.map(|base| base.join("peftc"))
-        }
-    };
+    let path = place(|name| std::env::var_os(name)).unwrap_or_else(|| {
+        tracing::warn!(
+            "nothing is cached: neither XDG_CACHE_HOME nor HOME is an absolute path; name a folder in PEFTC_CACHE"
+        );
+        None
+    });
     let Some(path) = path else { return Ok(None) };
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
@@ -144,5 +143,41 @@ fn cache() -> Result<Option<PathBuf>, Failure> {
             tracing::warn!("the cache takes nothing: {}: {error}", path.display());
             Ok(None)
         }
+    }
+}
+
+/// Where the environment says that the cache is: `PEFTC_CACHE`, or none if that is empty; else the user's cache
+/// directory. By the XDG Base Directory Specification, a variable that holds no absolute path counts as unset. Nothing
+/// if all do.
+fn place(variable: impl Fn(&str) -> Option<OsString>) -> Option<Option<PathBuf>> {
+    if let Some(set) = variable("PEFTC_CACHE") {
+        return Some((!set.is_empty()).then(|| set.into()));
+    }
+    let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
+    Some(Some(base.join("peftc")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_folders_hold_no_cache() {
+        let found = |set: &[(&str, &str)]| {
+            place(|name| set.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into()))
+        };
+        let at = |path: &str| Some(Some(PathBuf::from(path)));
+        assert_eq!(found(&[("HOME", "/home/a")]), at("/home/a/.cache/peftc"));
+        assert_eq!(found(&[("HOME", "/home/a"), ("XDG_CACHE_HOME", "/c")]), at("/c/peftc"));
+        for relative in ["", ".", "cache", "../cache"] {
+            assert_eq!(found(&[("HOME", "/home/a"), ("XDG_CACHE_HOME", relative)]), at("/home/a/.cache/peftc"));
+            assert_eq!(found(&[("HOME", relative), ("XDG_CACHE_HOME", relative)]), None);
+            assert_eq!(found(&[("HOME", relative)]), None);
+        }
+        assert_eq!(found(&[]), None);
+        // This one is named for peftc alone.
+        assert_eq!(found(&[("PEFTC_CACHE", "cache"), ("HOME", "/home/a")]), at("cache"));
+        assert_eq!(found(&[("PEFTC_CACHE", ""), ("HOME", "/home/a")]), Some(None));
     }
 }

@@ -25,6 +25,9 @@ pub enum Failure {
     Compiler(#[from] peft_passes::Error),
     #[error("{0}")]
     Diverged(String),
+    /// A signal ended a run, whose state was saved.
+    #[error("{0}")]
+    Stopped(String),
     #[error("{path}: {source}")]
     File { path: std::path::PathBuf, source: std::io::Error },
 }
@@ -35,7 +38,8 @@ impl Failure {
         move |source| Failure::File { path, source }
     }
 
-    /// 1 a wrong spec, or one that has not what is asked of it, 2 wrong usage, 3 files (data, weights, artifacts), 4 the run itself, 5 a fault of the compiler.
+    /// 1 a wrong spec, or one that has not what is asked of it, 2 wrong usage, 3 files (data, weights, artifacts), 4 the
+    /// run itself, 5 a fault of the compiler, 6 a run that was stopped and can go on.
     pub fn code(&self) -> u8 {
         match self {
             Failure::Spec(_) => 1,
@@ -46,6 +50,7 @@ impl Failure {
             Failure::Runtime(RuntimeError::Device(_) | RuntimeError::Memory { .. } | RuntimeError::Entry { .. })
             | Failure::Diverged(_) => 4,
             Failure::Runtime(_) => 3,
+            Failure::Stopped(_) => 6,
             #[cfg(feature = "compiler")]
             Failure::Compiler(_) => 5,
         }

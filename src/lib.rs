@@ -11,10 +11,12 @@ pub mod data;
 pub mod exchange;
 pub mod failure;
 pub mod hub;
+mod interrupt;
 pub mod meaning;
 #[cfg(feature = "compiler")]
 pub mod merge;
 pub mod metrics;
+pub mod new;
 pub mod progress;
 pub mod spec;
 pub mod state;

@@ -2,6 +2,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use peftc::commands::{self, Arguments};
+use peftc::failure::Failure;
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
@@ -9,7 +10,8 @@ fn main() -> ExitCode {
     match commands::run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("{}{failure}", if let peftc::failure::Failure::Spec(_) = failure { "" } else { "error: " });
+            let bare = matches!(failure, Failure::Spec(_) | Failure::Stopped(_));
+            eprintln!("{}{failure}", if bare { "" } else { "error: " });
             ExitCode::from(failure.code())
         }
     }

@@ -174,8 +174,8 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
     }
     let mut notes = vec![];
     let folder = from.tokenizer.unwrap_or(from.weights);
-    let tokens = special_tokens(model, folder)?;
-    if tokens.is_none() {
+    let tokenizer = tokenizer(model, folder)?;
+    if tokenizer.is_none() && !model.task.special().is_empty() {
         notes.push(format!(
             "note: {} holds no tokenizer to write the task's tokens into; `--tokenizer DIR` takes one from elsewhere",
             folder.display()
@@ -201,32 +201,51 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
         for (folder, side) in &copied {
             side.copy(folder, fresh)?;
         }
-        let tokens: Vec<(&str, i32)> = tokens.iter().flatten().map(|(token, id)| (token.as_str(), *id)).collect();
-        if !tokens.is_empty() {
-            model_folder::add_tokens(fresh, &tokens)?;
-        }
         adapter::save(&fresh.join(MODEL), &file)?;
-        model_folder::write_object(&fresh.join(CONFIG), &config)
+        model_folder::write_object(&fresh.join(CONFIG), &config)?;
+        match tokenizer.as_ref().filter(|tokenizer| tokenizer.appended() > 0) {
+            Some(tokenizer) => add_tokens(model, tokenizer, fresh),
+            None => Ok(()),
+        }
     })?;
     Ok(notes)
 }
 
-/// The task's special tokens with their ids; nothing if there is no tokenizer that could have them.
-fn special_tokens(model: &Model, folder: &Path) -> Result<Option<Vec<(String, i32)>>, Failure> {
-    let TaskKind::Generation { special, .. } = &model.task.kind else { return Ok(Some(vec![])) };
-    if special.is_empty() {
-        return Ok(Some(vec![]));
-    }
-    if !folder.exists() {
+/// The tokenizer that the task's special tokens are added to; nothing if there are none, or it is not there.
+fn tokenizer(model: &Model, folder: &Path) -> Result<Option<Tokenizer>, Failure> {
+    if model.task.special().is_empty() || !folder.exists() {
         return Ok(None);
     }
-    let vocab = model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0]);
-    match Tokenizer::load(folder, &model.task, vocab) {
-        Ok(tokenizer) => {
-            Ok(Some(special.iter().filter_map(|token| Some((token.clone(), tokenizer.special(token)?))).collect()))
-        }
+    match Tokenizer::load(folder, &model.task, rows(model)) {
+        Ok(tokenizer) => Ok(Some(tokenizer)),
         Err(DataError::NoTokenizer { .. }) => Ok(None),
         Err(error) => Err(error.into()),
+    }
+}
+
+fn rows(model: &Model) -> u64 {
+    model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0])
+}
+
+/// Writes what stands behind the vocabulary into the tokenizer's files in `fresh`, and reads them: each token has the
+/// id with which the task was trained.
+fn add_tokens(model: &Model, tokenizer: &Tokenizer, fresh: &Path) -> Result<(), Failure> {
+    model_folder::add_tokens(fresh, &tokenizer.behind())?;
+    let written = Tokenizer::load(fresh, &model.task, rows(model))?;
+    let (wanted, found) = (tokenizer.ids(), written.ids());
+    let shown = |id: Option<&u64>| id.map_or("none".to_owned(), u64::to_string);
+    let names = wanted.keys().chain(found.keys());
+    match names.into_iter().find(|token| wanted.get(*token) != found.get(*token)) {
+        Some(token) => Err(Failure::Data(DataError::Tokenizer {
+            path: tokenizer.source().to_owned(),
+            message: format!(
+                "with the task's tokens written into its files, `{token}` has the id {}, and {} when the task was trained; \
+                 save the tokenizer once more with transformers, and merge again",
+                shown(found.get(token)),
+                shown(wanted.get(token))
+            ),
+        })),
+        None => Ok(()),
     }
 }
 
@@ -251,16 +270,19 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
         let ids = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect::<Map<_, _>>();
         config.insert("id2label".into(), Value::Object(names));
         config.insert("label2id".into(), Value::Object(ids));
-        // The folder has a head for sequences now, whatever the base model was.
-        const HEAD: &str = "ForSequenceClassification";
-        let class = config.get("architectures").and_then(|all| all.get(0)?.as_str().map(String::from));
-        match class
-            .as_deref()
-            .and_then(|class| class.find("For").or_else(|| class.rfind("Model")).map(|at| &class[..at]))
-        {
-            Some(family) => drop(config.insert("architectures".into(), json!([format!("{family}{HEAD}")]))),
+        config.insert("problem_type".into(), json!("single_label_classification"));
+        // How many there are `id2label` says.
+        for count in ["num_labels", "_num_labels"] {
+            config.remove(count);
+        }
+    }
+    if let Some(class) = config.get("architectures").and_then(|all| all.get(0)?.as_str()).map(str::to_owned) {
+        match architecture(&class, &model.task.kind) {
+            Some(class) => drop(config.insert("architectures".into(), json!([class]))),
             None => drop(config.remove("architectures")),
         }
+    } else if matches!(model.task.kind, TaskKind::Classification { .. }) {
+        config.remove("architectures");
     }
     let values_in = |dtype: Float| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.numbers.len()).sum::<usize>();
     if let Some(usual) = Float::ALL.into_iter().max_by_key(|&dtype| values_in(dtype)) {
@@ -271,6 +293,21 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
         }
     }
     config
+}
+
+/// The class of transformers that has the folder's head, by the name of the base model's: a classifier has a head for
+/// sequences, a generator one for tokens. Without a name, transformers goes by `model_type`.
+fn architecture(class: &str, task: &TaskKind) -> Option<String> {
+    const ENDS: [&str; 4] = ["WithLMHeadModel", "LMHeadModel", "DoubleHeadsModel", "Model"];
+    let TaskKind::Classification { .. } = task else {
+        let generates = class.ends_with("LMHeadModel") || class.ends_with("ForCausalLM");
+        return generates.then(|| class.to_owned());
+    };
+    let family = match class.find("For") {
+        Some(at) => Some(&class[..at]),
+        None => ENDS.iter().find_map(|end| class.strip_suffix(end)),
+    };
+    family.filter(|family| !family.is_empty()).map(|family| format!("{family}ForSequenceClassification"))
 }
 
 /// What the spec's model does that transformers' of this name does not.

@@ -1,12 +1,13 @@
-//! The state of a run, from which it is resumed: trained values, Adam's moments, the step, and what they belong to.
+//! The state of a run, from which it is resumed: trained values, the optimizer's moments, the step, and what they belong to.
 //!
 //! A resumed run gives the bits of one that was never stopped only if its spec, recipe, base weights and data are the
 //! same. The state records them, and is refused with others.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use peft_grammar::model::{Model, Schedule, TaskKind, written};
+use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, written};
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use peft_runtime::safefile::SafeFile;
 use peft_runtime::source::TensorSource;
@@ -17,10 +18,12 @@ use crate::adapters::Base;
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
 use crate::meaning::{equations, settings};
-use crate::training::rate;
+use crate::training::{rate, stable};
 
 /// A run's state, in its folder.
 pub const STATE: &str = "state.safetensors";
+/// The one that was saved before it.
+pub const PREVIOUS: &str = "state.previous.safetensors";
 
 const FORMAT: &str = "peftc state 3";
 /// The first format, which records the name of the spec and nothing else.
@@ -29,7 +32,7 @@ const OLD_FORMAT: &str = "peftc state 1";
 /// The note that holds the hash of all else: see [`begin_checksum`].
 const CHECKSUM: &str = "checksum";
 
-/// The flat vectors of a session that a training step changes.
+/// The flat vectors of a session that a training step may change; a state has those of its optimizer.
 const VECTORS: [&str; 3] = ["values", "m", "v"];
 
 /// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
@@ -71,8 +74,7 @@ impl Identity {
         }
         put(EQUATIONS.into(), json!(equations(model)));
         if let Value::Object(recipe) = json!(model.train) {
-            // Both say how many steps there are.
-            let recipe = recipe.into_iter().filter(|(key, _)| !["epochs", "steps"].contains(&key.as_str()));
+            let recipe = recipe.into_iter().filter(|(key, _)| !Recipe::FREE.contains(&key.as_str()));
             recipe.for_each(|(key, value)| put(format!("{RECIPE}{key}"), value));
         }
         put(STEPS.into(), json!(total));
@@ -130,11 +132,59 @@ impl Difference<'_> {
 
     fn say(&self) -> String {
         let value = |value: &Value| match value {
+            Value::Null if self.key.starts_with(RECIPE) => "its default".to_string(),
             Value::Null => "none".to_string(),
             Value::String(text) => text.clone(),
             other => other.to_string(),
         };
         format!("  {}: {} in the state, {} now", self.key, value(self.was), value(self.is))
+    }
+}
+
+/// What evaluations on held-out data have found in a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Judged {
+    /// The step of the latest one.
+    pub step: Option<u64>,
+    pub best: Option<Best>,
+    /// Evaluations since the best one.
+    pub since: u64,
+}
+
+/// The evaluation with the lowest loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Best {
+    pub step: u64,
+    pub loss: f64,
+}
+
+impl Judged {
+    /// Takes note of an evaluation; gives whether it is the best one so far.
+    pub fn add(&mut self, step: u64, loss: f64) -> bool {
+        let better = self.best.is_none_or(|best| loss < best.loss);
+        self.step = Some(step);
+        if better {
+            self.best = Some(Best { step, loss });
+        }
+        self.since = if better { 0 } else { self.since + 1 };
+        better
+    }
+
+    /// Notes of a state, by key.
+    fn notes(&self) -> Vec<(&'static str, String)> {
+        let step = self.step.map(|step| ("judged", step.to_string()));
+        let best = self.best.map(|best| ("best", format!("{} {:?}", best.step, best.loss)));
+        let since = (self.since > 0).then(|| ("since best", self.since.to_string()));
+        [step, best, since].into_iter().flatten().collect()
+    }
+
+    fn read(notes: &BTreeMap<String, String>) -> Self {
+        let best = notes.get("best").and_then(|note| {
+            let (step, loss) = note.split_once(' ')?;
+            Some(Best { step: step.parse().ok()?, loss: loss.parse().ok()? })
+        });
+        let number = |key: &str| notes.get(key).and_then(|note| note.parse().ok());
+        Judged { step: number("judged"), best, since: number("since best").unwrap_or(0) }
     }
 }
 
@@ -146,42 +196,81 @@ pub struct State {
     pub step: u64,
     /// `None` in a file of the older format.
     of: Option<Identity>,
+    judged: Judged,
+    /// Why it is not the newest one of its folder.
+    pub fallback: Option<String>,
+}
+
+/// Why a state cannot be read.
+enum Unreadable {
+    /// The one before it may be whole.
+    Damaged(RuntimeError),
+    Other(RuntimeError),
 }
 
 impl State {
-    /// Opens the state of the run in the folder `out`. Fails with exit code 3 if there is none.
+    /// Opens the state of the run in the folder `out`: the newest, or if that is damaged or missing the one before it.
+    /// Fails with exit code 3 if there is none.
     pub fn open(out: &Path) -> Result<Self, Failure> {
-        let path = out.join(STATE);
-        if !path.is_file() {
+        let [newest, previous] = [STATE, PREVIOUS].map(|name| out.join(name));
+        if !newest.is_file() && !previous.is_file() {
             let why = match out.join(crate::metrics::LINES).is_file() {
                 true => "no state was saved there, as one is when an epoch ends; begin anew with `--overwrite`",
                 false => "no run was stopped there; begin one without `--resume`, or name its folder with `--out`",
             };
             return Err(RuntimeError::file(out, format!("`--resume` finds no `{STATE}`: {why}")).into());
         }
-        let file = SafeFile::open(&path)?;
-        let wrong = |message: &str| Failure::from(RuntimeError::file(&path, message));
+        let why = match newest.is_file().then(|| State::read(&newest)) {
+            Some(Ok(state)) => return Ok(state),
+            Some(Err(Unreadable::Other(error))) => return Err(error.into()),
+            Some(Err(Unreadable::Damaged(error))) => error,
+            None => RuntimeError::file(&newest, "it is missing"),
+        };
+        match State::read(&previous) {
+            Ok(state) => {
+                let step = state.step;
+                let fallback =
+                    Some(format!("warning: {why}; the run goes on from the state before it, of step {step}"));
+                Ok(State { fallback, ..state })
+            }
+            Err(_) => {
+                Err(RuntimeError::file(&newest, format!("{}; begin anew with `--overwrite`", reason(&why))).into())
+            }
+        }
+    }
+
+    fn read(path: &Path) -> Result<Self, Unreadable> {
+        use Unreadable::{Damaged, Other};
+        let file = SafeFile::open(path).map_err(Damaged)?;
+        let wrong = |message: &str| RuntimeError::file(path, message);
         let note = |key: &str| file.notes.get(key).map(String::as_str);
         let step = note("step").and_then(|s| s.parse().ok());
-        let step = step.ok_or_else(|| wrong("it names no step: this is no state of a run"))?;
+        let step = step.ok_or_else(|| Damaged(wrong("it names no step: this is no state of a run")))?;
         let of = match note("format") {
             Some(OLD_FORMAT) => None,
             Some(FORMAT) => {
                 let mut checksum = begin_checksum(&file.notes);
-                for name in VECTORS {
-                    checksum.update(file.stored(name)?.1);
+                for name in VECTORS.into_iter().filter(|name| file.shape(name).is_some()) {
+                    checksum.update(file.stored(name).map_err(Damaged)?.1);
                 }
                 if note(CHECKSUM) != Some(&checksum.finalize().to_hex()) {
-                    return Err(wrong(
-                        "it is damaged: its checksum is that of other content; begin anew with `--overwrite`",
-                    ));
+                    return Err(Damaged(wrong("it is damaged: its checksum is that of other content")));
                 }
                 let of = note("of").and_then(|of| serde_json::from_str(of).ok());
-                Some(Identity(of.ok_or_else(|| wrong("it does not say what it is of: it is damaged"))?))
+                Some(Identity(of.ok_or_else(|| Other(wrong("it does not say what it is of: it is damaged")))?))
             }
-            _ => return Err(wrong("it is of a format that this peftc does not know; use the one that wrote it")),
+            _ => {
+                return Err(Other(wrong("it is of a format that this peftc does not know; use the one that wrote it")));
+            }
         };
-        Ok(State { path, file, step, of })
+        let judged = Judged::read(&file.notes);
+        Ok(State { path: path.to_owned(), file, step, of, judged, fallback: None })
+    }
+
+    /// What evaluations have found, if they were on the held-out data of `now`.
+    pub fn judged(&self, now: &Identity) -> Judged {
+        let same = self.of.as_ref().is_some_and(|of| of.0.get(DEV) == now.0.get(DEV));
+        if same { self.judged } else { Judged::default() }
     }
 
     /// Refuses a state whose spec, recipe, base weights or data differ from `now`. Returns a line for each difference
@@ -223,18 +312,22 @@ impl State {
         let step = self.step.saturating_add(1);
         let schedule = match model.train.schedule {
             Schedule::Constant => format!("the rate is constant, {next:.2e} at step {step}"),
-            Schedule::Linear => {
+            Schedule::Linear | Schedule::Cosine | Schedule::Polynomial { .. } => {
                 format!("the rate goes on as in a run of {is} steps, with {next:.2e} at step {step}")
             }
+            Schedule::Wsd { .. } => format!(
+                "the rate goes on as in a run of {is} steps, with {next:.2e} at step {step}, and decays from step {} on",
+                stable(&model.train, is) + 1
+            ),
         };
         format!("note: the run grows from {was} steps to {is}: {schedule}")
     }
 
-    /// Copies values and moments into the session.
+    /// Copies values and moments into the session. A damaged newer state makes room for this one.
     pub fn restore(&self, session: &mut Session) -> Result<(), Failure> {
         let count = session.trainable();
         let mut numbers = vec![0.0; count];
-        for name in VECTORS {
+        for name in session.optimized() {
             if self.file.shape(name) != Some(&[count as u64]) {
                 let message = "it is of another spec: the trained values differ in number; use another `--out`";
                 return Err(RuntimeError::file(&self.path, message).into());
@@ -242,7 +335,19 @@ impl State {
             self.file.floats(name, &mut numbers)?;
             session.set_flat(name, &numbers)?;
         }
+        if self.fallback.is_some() {
+            let newest = self.path.with_file_name(STATE);
+            fs::rename(&self.path, &newest).map_err(Failure::file(&newest))?;
+        }
         Ok(())
+    }
+}
+
+/// What an error says of its file.
+fn reason(error: &RuntimeError) -> String {
+    match error {
+        RuntimeError::File { message, .. } => message.clone(),
+        other => other.to_string(),
     }
 }
 
@@ -257,16 +362,38 @@ fn begin_checksum(notes: &BTreeMap<String, String>) -> blake3::Hasher {
     hash
 }
 
-/// Writes the state of a session after `step` steps.
-pub fn save(out: &Path, session: &Session, model: &Model, of: &Identity, step: u64) -> Result<(), RuntimeError> {
+/// The newest state becomes the one before it. There is one at every moment.
+fn keep_previous(out: &Path) -> Result<(), RuntimeError> {
+    let [newest, previous] = [STATE, PREVIOUS].map(|name| out.join(name));
+    let Ok(newest) = newest.canonicalize() else { return Ok(()) };
+    let failed = |error: std::io::Error| RuntimeError::file(&previous, format!("cannot be written: {error}"));
+    match fs::remove_file(&previous) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    // Where a file system has no second names, the state has this one until the next is written.
+    fs::hard_link(&newest, &previous).or_else(|_| fs::rename(&newest, &previous)).map_err(failed)
+}
+
+/// Writes the state of a session after `step` steps. `again`: the newest state is of this step too, and is replaced.
+pub fn save(
+    out: &Path,
+    session: &Session,
+    model: &Model,
+    of: &Identity,
+    step: u64,
+    judged: &Judged,
+    again: bool,
+) -> Result<(), RuntimeError> {
     let mut file = TensorFile::default();
     let mut note = |key: &str, value: String| drop(file.notes.insert(key.into(), value));
     note("format", FORMAT.into());
     note("spec", model.name.clone());
     note("step", step.to_string());
     note("of", Value::Object(of.0.clone()).to_string());
+    judged.notes().into_iter().for_each(|(key, value)| note(key, value));
     let mut checksum = begin_checksum(&file.notes);
-    for name in VECTORS {
+    for name in session.optimized() {
         let flat = session.flat(name)?.into_owned();
         for part in flat.chunks(1 << 16) {
             checksum.update(&part.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
@@ -274,5 +401,8 @@ pub fn save(out: &Path, session: &Session, model: &Model, of: &Identity, step: u
         file.tensors.insert(name.into(), Stored::f32(vec![flat.len() as u64], flat));
     }
     file.notes.insert(CHECKSUM.into(), checksum.finalize().to_hex().to_string());
+    if !again {
+        keep_previous(out)?;
+    }
     adapter::save(&out.join(STATE), &file)
 }

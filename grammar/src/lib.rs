@@ -15,6 +15,7 @@ pub mod model;
 mod overrides;
 mod parser;
 pub mod pattern;
+pub mod recipe;
 mod show;
 pub mod source;
 

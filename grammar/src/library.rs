@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::ast::{Entry, Item, ParamDef};
+use crate::ast::{Arg, Entry, Item, ParamDef, Setting};
 use crate::source::{FileId, Span};
 
 /// Modules by path below `models/`, with their texts: every file there is one.
@@ -108,6 +108,46 @@ pub fn methods_where(peft_type: &str, key: &str, value: &str) -> Vec<String> {
     all.sort();
     all.dedup();
     all
+}
+
+/// How a method is used where nothing else is known: the blocks that its file ends with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Usage {
+    /// Arguments of the backbone, as they are written: `first_position: 16`.
+    pub model: Vec<String>,
+    /// The rules of `tune`, as they are written.
+    pub tune: Vec<String>,
+    /// Settings of `train`, with their values as they are written.
+    pub train: Vec<(String, String)>,
+}
+
+/// The usage that the file of a method shows.
+pub fn usage(method: &str) -> Option<Usage> {
+    let files = MODULES.iter().filter(|(path, _)| path.starts_with("methods/"));
+    let parsed = files.filter_map(|&(_, source)| Some((source, crate::parser::parse(FileId(0), source).ok()?)));
+    let of = |items: &[Item]| items.iter().any(|item| matches!(item, Item::Method(def) if def.name.text == method));
+    let (source, ast) = parsed.into_iter().find(|(_, ast)| of(&ast.items))?;
+    let mut usage = Usage::default();
+    for item in &ast.items {
+        match item {
+            Item::Model(def) => usage.model = def.args.iter().map(|a| argument(source, a)).collect(),
+            Item::Tune(tune) => {
+                let inside = slice(source, tune.span).split_once('{')?.1.rsplit_once('}')?.0;
+                usage.tune = inside.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect();
+            }
+            Item::Train(train) => {
+                let setting = |s: &Setting| (s.key.text.clone(), slice(source, s.value.span).to_owned());
+                usage.train = train.entries.iter().map(setting).collect();
+            }
+            _ => {}
+        }
+    }
+    (!usage.tune.is_empty()).then_some(usage)
+}
+
+fn argument(source: &str, arg: &Arg) -> String {
+    let name = arg.name.as_ref().map(|name| format!("{}: ", name.text)).unwrap_or_default();
+    name + slice(source, arg.value.span)
 }
 
 fn described(folder: &str) -> Vec<Described> {

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::counterpart::Counterpart;
 use crate::graph::{Graph, Value};
 
+pub use crate::recipe::{Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
     /// The spec's file stem.
@@ -391,49 +393,4 @@ impl fmt::Display for Piece {
 /// A template as it is written.
 pub fn written(template: &[Piece]) -> String {
     template.iter().map(Piece::to_string).collect::<Vec<_>>().join(" ")
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Recipe {
-    pub lr: f64,
-    pub betas: (f64, f64),
-    pub eps: f64,
-    pub weight_decay: f64,
-    /// Global norm over trainable values; 0 = none.
-    pub clip: f64,
-    pub label_smoothing: f64,
-    pub schedule: Schedule,
-    pub warmup: Warmup,
-    /// Sequences a step.
-    pub batch: u64,
-    pub epochs: f64,
-    /// Overrides `epochs`.
-    pub steps: Option<u64>,
-    pub seed: u64,
-    #[serde(default)]
-    pub precision: Precision,
-}
-
-/// Of products with frozen weights. Everything else, trained values and their gradients above all, is f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Precision {
-    #[default]
-    F32,
-    /// Both operands are rounded to bf16, sums are f32: an element of x·w is off by at most little more than
-    /// 2⁻⁷ Σ|x||w|, and what sums in f32 are off by.
-    Bf16,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Schedule {
-    Constant,
-    /// Linear warm-up from 0, then linear decay to 0.
-    Linear,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Warmup {
-    Steps(u64),
-    /// A share of all steps.
-    Share(f64),
 }

@@ -25,7 +25,15 @@ fn one(ast: &mut Ast, file: FileId, text: &str, key: &str) -> Result<(), Vec<Dia
         let error = Diagnostic::error(whole, format!("`{key}` is no key"));
         return Err(vec![error.hint("such as `train.steps`, `model.layers`, `task.max_tokens` or `lora.rank`")]);
     };
-    let value = parser::parse_value(file, text, key.len() + 1)?;
+    // A time is a string in a spec, and may stand bare here.
+    let bare = &text[key.len() + 1..];
+    let value = match crate::recipe::seconds(bare) {
+        Some(_) => {
+            let span = Span::new(file, key.len() + 1, text.len());
+            Expr { kind: ExprKind::String(bare.into()), span }
+        }
+        None => parser::parse_value(file, text, key.len() + 1)?,
+    };
     let start = target.len() + 1;
     let name = Name { text: parameter.to_owned(), span: Span::new(file, start, key.len()) };
     match target {

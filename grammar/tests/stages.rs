@@ -3,7 +3,7 @@
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
 use peft_grammar::model::{
-    Buffer, ConfigValue, Key, Kind, Model, Origin, Piece, Schedule, TaskKind, Trainable, Warmup,
+    Buffer, ConfigValue, Every, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable,
 };
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
@@ -98,11 +98,24 @@ fn overrides_reach_every_block() {
         ("lora.rank", "2"),
     ]);
     assert_eq!(model.train.steps, Some(20));
-    assert_eq!((model.train.schedule, model.train.warmup), (Schedule::Constant, Warmup::Share(0.1)));
+    assert_eq!((model.train.schedule, model.train.warmup), (Schedule::Constant, Phase::Share(0.1)));
     let shape = |name: &str| model.params.iter().find(|p| p.name == name).map(|p| p.shape.clone());
     assert_eq!(shape("transformer.wte.weight"), Some(vec![50, 32]));
     assert_eq!(shape("layers.0.attention.q.lora.a"), Some(vec![2, 32]));
     assert_eq!(shape("layers.1.attention.q.lora.a"), None);
+}
+
+#[test]
+fn times_that_a_run_is_saved() {
+    let save = |value: &str| tiny(&[("train.save", value)]).train.save;
+    assert_eq!(save("epoch"), Every::Epoch);
+    assert_eq!(save("20"), Every::Steps(20));
+    assert_eq!([save("90s"), save("10min"), save("\"2h\"")], [90, 600, 7200].map(Every::Seconds));
+    let steps = |every: Every| (1..=12).filter(|&step| every.due(step, 5)).collect::<Vec<_>>();
+    assert_eq!(steps(Every::Epoch), [5, 10]);
+    assert_eq!(steps(Every::Steps(4)), [4, 8, 12]);
+    assert!(steps(Every::Seconds(1)).is_empty());
+    assert_eq!([0, 3, 4, 5].map(|step| Every::Steps(4).next(step, 5)), [4, 4, 8, 8].map(Some));
 }
 
 #[test]
@@ -283,4 +296,34 @@ fn the_library_knows_whose_checkpoints_it_reads() {
         assert_eq!(library::backbone_of(&backbone.name), Some(backbone.name));
     }
     assert_eq!(library::backbone_of("mistral"), None);
+}
+
+/// A recipe as an artifact has it: written out, it is the same, and a setting changes it by the checks of a spec.
+#[test]
+fn a_recipe_reads_back() {
+    for settings in [
+        &[][..],
+        &[("train.schedule", "polynomial"), ("train.power", "2"), ("train.lr_end", "1e-7"), ("train.warmup", "500")],
+        &[("train.schedule", "wsd"), ("train.lr_decay", "0.25"), ("train.precision", "bf16")],
+        &[("train.schedule", "constant"), ("train.steps", "7"), ("train.label_smoothing", "0.1")],
+        &[("train.optimizer", "sgd"), ("train.momentum", "0.9"), ("train.weight_decay", "0.1"), ("train.clip", "0")],
+        &[("train.optimizer", "lion"), ("train.lr", "1e-4")],
+        &[("train.save", "10min"), ("train.evaluate", "100"), ("train.patience", "3")],
+        &[("train.accumulate", "4"), ("train.save", "20"), ("train.evaluate", "epoch")],
+        &[("train.optimizer", "adam"), ("train.eps", "1e-6")],
+        &[("train.schedule", "cosine"), ("train.warmup", "0.06"), ("train.seed", "4"), ("train.betas", "[0.8, 0.95]")],
+    ] {
+        let recipe = tiny(settings).train;
+        assert_eq!(recipe.with(&[]).unwrap_or_else(|e| panic!("{e}")), recipe);
+        let json = serde_json::to_string(&recipe).expect("JSON");
+        assert_eq!(serde_json::from_str::<peft_grammar::model::Recipe>(&json).expect("it reads back"), recipe);
+        let longer = recipe.with(&[("train.epochs".into(), "2.5".into())]).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(longer.epochs, 2.5);
+    }
+    let refused = |key: &str, value: &str| {
+        tiny(&[]).train.with(&[(key.into(), value.into())]).expect_err("it is refused").to_string()
+    };
+    assert!(refused("train.lr", "-1").contains("`lr` is above 0 and at most 10, found -1"));
+    assert!(refused("train.schedule", "wds").contains("did you mean `wsd`?"));
+    assert!(refused("train.sclip", "1").contains("a recipe has no setting `sclip`"));
 }

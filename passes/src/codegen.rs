@@ -139,6 +139,19 @@ fn object_file(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
     }
 }
 
+/// LLVM's listener for `perf`, of which there is none here.
+///
+/// MLIR's execution engine registers one unless this function of LLVM returns null, as it does in an LLVM that is built
+/// without `perf`; its C interface has no option for it. LLVM's own listener writes a file for every process into
+/// `.debug/jit` of the home or temporary directory, although nothing is run by the engine. A definition here takes the
+/// place of the one in LLVM's archive.
+// SAFETY: the name and the type are those of `static JITEventListener *JITEventListener::createPerfJITEventListener()`,
+// and its callers take null.
+#[unsafe(export_name = "_ZN4llvm16JITEventListener26createPerfJITEventListenerEv")]
+extern "C" fn no_perf_listener() -> *mut std::ffi::c_void {
+    std::ptr::null_mut()
+}
+
 fn lowered<'c>(dialect: &'c Dialect, text: &str, pipeline: &str) -> Result<Module<'c>, Error> {
     through(dialect, dialect.parse(text)?, pipeline)
 }

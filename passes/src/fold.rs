@@ -12,7 +12,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Location, Node, Op, Role, Value};
-use peft_grammar::model::{Model, Origin, Projection};
+use peft_grammar::model::{Applied, Model, Origin, Projection};
 
 /// The graph of folded matrices and biases: outputs `PATH.weight` [in,out] and `PATH.bias` [out] for every
 /// projection that methods change. It has no batch. The error says which methods cannot be folded.
@@ -297,13 +297,18 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
         let param = model.params.iter().find(|p| p.name == arg.name)?;
         let Origin::Method(method) = &param.origin else { continue };
         let sites = left.entry(method).or_default();
-        let site = model.applied_to(&arg.name).map_or("the model", |a| a.site.as_str());
-        if !sites.contains(&site) {
-            sites.push(site);
+        // What all applications of a method share is of every site.
+        let of = |a: &&Applied| a.method == *method;
+        let applied: Vec<&Applied> =
+            model.applied_to(&arg.name).map_or_else(|| model.applied.iter().filter(of).collect(), |a| vec![a]);
+        for site in applied.iter().map(|a| if a.site.is_empty() { "the model" } else { &a.site }) {
+            if !sites.contains(&site) {
+                sites.push(site);
+            }
         }
     }
     let say = |(method, sites): (&&str, &Vec<&str>)| {
-        let more = if sites.len() > 1 { format!(" and {} more sites", sites.len() - 1) } else { String::new() };
+        let more = if sites.len() > 1 { format!(" and {} more", sites.len() - 1) } else { String::new() };
         format!(
             "`{method}` at {}{more} is no matrix and bias: what it makes of its input is not affine in it",
             sites[0]

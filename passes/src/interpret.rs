@@ -3,6 +3,8 @@
 //! It is the arbiter for the compiled targets and is written for clarity alone: each operation says
 //! what the element at an index is, and one loop ([`Machine::build`]) walks the indices.
 
+pub mod optimizer;
+
 use std::collections::HashMap;
 
 use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Type, Value};

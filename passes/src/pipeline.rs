@@ -174,8 +174,8 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
         Ok(graph)
     })?;
     let Options { machine, limits, .. } = *options;
-    let (precision, epilogues) = (model.train.precision, rule("epilogue"));
-    way.lower(model, remade, lower::Options { machine, precision, epilogues, limits })
+    let (precision, optimizer, epilogues) = (model.train.precision, model.train.optimizer, rule("epilogue"));
+    way.lower(model, remade, lower::Options { machine, precision, optimizer, epilogues, limits })
 }
 
 /// Entries on their way.

@@ -40,6 +40,15 @@ impl Float {
         }
     }
 
+    /// How far a number may be off for having been rounded to this type, relative to itself.
+    pub fn rounding(self) -> f64 {
+        match self {
+            Float::F32 => f64::powi(2.0, -24),
+            Float::F16 => f64::powi(2.0, -11),
+            Float::BF16 => f64::powi(2.0, -8),
+        }
+    }
+
     /// As PyTorch and `config.json` write it.
     pub fn torch(self) -> &'static str {
         match self {

@@ -121,7 +121,7 @@ pub enum Storage {
     Tensor { index: usize, rows: Option<(u64, u64)> },
     /// The gradient of a trainable tensor (or of its trainable rows): a slice of one flat vector.
     Gradient { index: usize },
-    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`.
+    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`, `sums`.
     Flat(String),
     /// Filled once by [`Manifest::prepare`] and kept: packed frozen weights.
     Prepared,

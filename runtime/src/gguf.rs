@@ -259,15 +259,6 @@ impl TensorSource for GgufFile {
         Float::ALL.into_iter().find(|float| float.name().eq_ignore_ascii_case(name))
     }
 
-    fn rounding(&self, name: &str) -> f64 {
-        match self.float(name) {
-            Some(Float::F16) => f64::powi(2.0, -11),
-            Some(Float::BF16) => f64::powi(2.0, -8),
-            Some(Float::F32) => f64::powi(2.0, -24),
-            None => 0.0,
-        }
-    }
-
     fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError> {
         let (Place { ty, shape, .. }, bytes) = self.place(name)?;
         let wrong = |message: String| RuntimeError::file(&self.path, format!("tensor `{name}` {message}"));

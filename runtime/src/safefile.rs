@@ -172,16 +172,6 @@ impl SafeFile {
             }
         })
     }
-
-    /// How far a number of the tensor may be off for having been rounded to its type, relative to itself.
-    pub fn rounding(&self, name: &str) -> f64 {
-        match self.tensors.get(name).map(|place| place.dtype) {
-            Some(Dtype::F16) => f64::powi(2.0, -11),
-            Some(Dtype::BF16) => f64::powi(2.0, -8),
-            Some(Dtype::F32) => f64::powi(2.0, -24),
-            _ => 0.0,
-        }
-    }
 }
 
 impl TensorSource for SafeFile {
@@ -199,10 +189,6 @@ impl TensorSource for SafeFile {
 
     fn float(&self, name: &str) -> Option<Float> {
         self.float(name)
-    }
-
-    fn rounding(&self, name: &str) -> f64 {
-        self.rounding(name)
     }
 
     fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError> {

@@ -13,7 +13,7 @@ use crate::cuda::Cuda;
 use crate::error::{BatchPlace, Beyond, RuntimeError};
 use crate::memory::{LINE, Numbers, release};
 use crate::trust::{TrustError, What, trusted};
-use crate::validate::{FLAT as FLATS, validate};
+use crate::validate::{FLAT as FLATS, MOMENTS, SUMS, validate};
 
 /// A loaded artifact.
 pub struct Program {
@@ -71,7 +71,7 @@ pub struct Inputs {
     pub lengths: Vec<i32>,
     /// `ids`, `labels`, `rng`, …
     pub ints: BTreeMap<String, Vec<i32>>,
-    /// `hyper`.
+    /// `hyper`, `shares`.
     pub floats: BTreeMap<String, Vec<f32>>,
 }
 
@@ -239,7 +239,8 @@ impl Session {
             count += tensor.trainable_elements() as usize;
         }
         let mut flats = BTreeMap::new();
-        for name in FLATS {
+        let always = |name: &str| !MOMENTS.contains(&name) && name != SUMS;
+        for name in FLATS.into_iter().filter(|name| always(name) || moves(&manifest, name)) {
             flats.insert(name, whole(backend.as_mut(), count)?);
         }
         for (i, (tensor, data)) in tensors.iter().zip(&weights).enumerate() {
@@ -457,7 +458,13 @@ impl Session {
         self.home.values()
     }
 
-    /// One of the optimizer's vectors: `values`, `gradients`, `m`, `v`, `decay`.
+    /// What the optimizer changes: `values`, and the moments that it has.
+    pub fn optimized(&self) -> Vec<&'static str> {
+        let moments = MOMENTS.into_iter().filter(|name| self.home.flats.contains_key(name));
+        ["values"].into_iter().chain(moments).collect()
+    }
+
+    /// One of the optimizer's vectors: `values`, `gradients`, `decay`, and the moments that it has, `m` and `v`.
     pub fn flat(&self, name: &str) -> Result<Cow<'_, [f32]>, RuntimeError> {
         self.backend.read(self.home.flats[name])
     }
@@ -490,6 +497,14 @@ impl Session {
     pub fn peak_bytes(&self) -> u64 {
         self.peak
     }
+}
+
+/// A launch of an entry names this flat vector.
+fn moves(manifest: &Manifest, flat: &str) -> bool {
+    let launches = manifest.entries.values().flat_map(|entry| &entry.launches);
+    launches
+        .flat_map(|launch| &launch.buffers)
+        .any(|&id| matches!(&manifest.buffers[id].storage, Storage::Flat(name) if name == flat))
 }
 
 /// A block of its own.
@@ -530,7 +545,7 @@ fn advised(error: RuntimeError, sizes: &Sizes, numbers: impl Fn(&Sizes) -> usize
         0 => format!("the batch has {tokens} tokens in {sequences} sequences, and no part of it would fit"),
         _ => format!(
             "of the batch's {sequences} sequences with {tokens} tokens, {fit} with {} would fit: \
-             `--set train.batch={fit}`",
+             `--set train.batch={fit}`, and `train.accumulate` makes one step of several batches",
             part(fit).tokens
         ),
     };

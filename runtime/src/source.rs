@@ -23,7 +23,9 @@ pub trait TensorSource: Debug + Send + Sync {
     fn float(&self, name: &str) -> Option<Float>;
 
     /// How far a number of the tensor may be off for having been rounded to its type, relative to itself.
-    fn rounding(&self, name: &str) -> f64;
+    fn rounding(&self, name: &str) -> f64 {
+        self.float(name).map_or(0.0, Float::rounding)
+    }
 
     /// Reads a tensor of any floating-point type, or a quantised one, into `out`, which has its size. Refuses numbers
     /// that are not finite, with their index.

@@ -2,8 +2,14 @@
 
 use crate::artifact::{Buffer, Element, Extent, Launch, Manifest, Sizes, Storage, Tensor};
 
+/// What an optimizer may keep of each value from step to step.
+pub const MOMENTS: [&str; 2] = ["m", "v"];
+
+/// Gradients of batches before the last one of a step.
+pub const SUMS: &str = "sums";
+
 /// The optimizer's vectors.
-pub const FLAT: [&str; 5] = ["values", "gradients", "m", "v", "decay"];
+pub const FLAT: [&str; 6] = ["values", "gradients", "m", "v", "decay", SUMS];
 
 /// Every index within bounds, every buffer of the size of what it stands for.
 pub fn validate(manifest: &Manifest) -> Result<(), String> {

@@ -2,8 +2,8 @@ use std::path::PathBuf;
 
 use peft_runtime::Session;
 
+use super::rows::Rows;
 use super::source::Source;
-use crate::data::Dataset;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
 use crate::{adapters, training};
@@ -12,8 +12,12 @@ use crate::{adapters, training};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    #[arg(long)]
-    data: PathBuf,
+    /// json, jsonl, csv or tsv, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
+    /// in quotes such as `'test/*.jsonl'`
+    #[arg(long, required = true, value_name = "FILE")]
+    data: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: Rows,
     /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
@@ -30,9 +34,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = checkpoint::resolve(&arguments.weights)?;
     let mut ready = arguments.source.open()?;
     let model = &ready.model;
-    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data, model)?;
-    let data = Dataset::load(&arguments.data, &model.task, &tokenizer)?;
-    super::say(&data.describe());
+    let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data[0], model)?;
+    let data = arguments.rows.read(&arguments.data, model, &tokenizer)?;
     let (loaded, adapter) = adapters::weights(&arguments.weights, model, arguments.adapter.as_deref())?;
     let program = ready.program(&["init", "eval"])?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
@@ -41,6 +44,6 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         adapters::apply(&mut session, &adapter.values)?;
     }
     let figures = training::evaluate(&mut session, &ready.model, &data)?;
-    super::print(&format!("{}: {} examples, {}", arguments.data.display(), data.len(), figures.describe()));
+    super::print(&format!("{}: {} examples, {}", data.name(), data.len(), figures.describe()));
     Ok(())
 }

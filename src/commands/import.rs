@@ -29,9 +29,8 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let adapter = adapters::load(&model, &arguments.folder)?;
     adapter.stands_alone(&model)?;
     let (base, tensors) = (adapter.base(), adapter.values);
-    let count = tensors.len();
     let file = adapters::signed(TensorFile { tensors, ..TensorFile::default() }, &model, &base);
     adapter::save(&arguments.output, &file)?;
-    super::print(&format!("{}: {count} tensors", arguments.output.display()));
+    super::print(&format!("{}: {} tensors", arguments.output.display(), file.tensors.len()));
     Ok(())
 }

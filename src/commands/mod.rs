@@ -12,6 +12,7 @@ mod inspect;
 mod library;
 #[cfg(feature = "compiler")]
 mod merge;
+mod new;
 mod overwrite;
 mod rows;
 mod run;
@@ -34,6 +35,8 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Write a first spec for a checkpoint and data
+    New(new::Arguments),
     /// Check specs: diagnostics only
     Check(check::Arguments),
     /// Bring specs into the canonical form
@@ -66,6 +69,7 @@ enum Command {
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command {
+        Command::New(a) => new::run(a),
         Command::Check(a) => check::run(a),
         Command::Fmt(a) => fmt::run(a),
         Command::Inspect(a) => inspect::run(a),

@@ -112,6 +112,7 @@ pub fn names(path: &Path) -> Vec<String> {
 }
 
 /// Every file in a folder and in those inside it, by its path from the folder.
+#[cfg(feature = "compiler")]
 pub fn files(folder: &Path) -> Vec<PathBuf> {
     let mut all = vec![];
     for name in names(folder) {

@@ -185,9 +185,7 @@ impl Source {
         }
         let (manifest, library) = store::load(&self.path)?;
         let mut model = described(&self.path, &manifest)?;
-        for (key, value) in &self.set {
-            set(&mut model, key, value)?;
-        }
+        set(&mut model, &self.set)?;
         Ok((model, Some(Program::new(manifest, &library)?)))
     }
 
@@ -209,25 +207,19 @@ fn described(path: &Path, manifest: &Manifest) -> Result<Model, Failure> {
     })
 }
 
-/// An artifact's recipe may still change; its equations may not.
-fn set(model: &mut Model, key: &str, value: &str) -> Result<(), Failure> {
-    let fixed =
-        || Failure::Usage(format!("`{key}` is compiled into the artifact; compile the spec again to change it"));
-    let recipe = &mut model.train;
-    let bad = || Failure::Usage(format!("`{value}` is no value of `{key}`"));
-    let float = || value.parse::<f64>().map_err(|_| bad());
-    let int = || value.parse::<u64>().map_err(|_| bad());
-    match key {
-        "train.lr" => recipe.lr = float()?,
-        "train.eps" => recipe.eps = float()?,
-        "train.weight_decay" => recipe.weight_decay = float()?,
-        "train.clip" => recipe.clip = float()?,
-        "train.epochs" => recipe.epochs = float()?,
-        "train.steps" => recipe.steps = Some(int()?),
-        "train.batch" if int()? > 0 => recipe.batch = int()?,
-        "train.seed" => recipe.seed = int()?,
-        _ => return Err(fixed()),
+/// An artifact's recipe may still change, but for what its kernels are made for; its equations may not.
+fn set(model: &mut Model, changes: &[(String, String)]) -> Result<(), Failure> {
+    let fixed = |key: &str| {
+        Failure::Usage(format!("`{key}` is compiled into the artifact; compile the spec again to change it"))
+    };
+    if let Some((key, _)) = changes.iter().find(|(key, _)| !key.starts_with("train.")) {
+        return Err(fixed(key));
     }
+    let changed = model.train.with(changes).map_err(|diagnostics| Failure::Spec(diagnostics.render(super::color())))?;
+    if let Some((_, (key, _))) = model.train.compiled().iter().zip(changed.compiled()).find(|(was, is)| **was != *is) {
+        return Err(fixed(&format!("train.{key}")));
+    }
+    model.train = changed;
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use peft_runtime::Session;
+use peft_runtime::{RuntimeError, Session};
 
 use super::overwrite::Overwrite;
 use super::rows::Rows;
@@ -10,8 +10,9 @@ use crate::adapters::{self, Base};
 use crate::budget::Budget;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
-use crate::state::{Identity, State};
-use crate::training::{self, Training};
+use crate::interrupt;
+use crate::state::{Identity, Judged, State};
+use crate::training::{self, Ending, Training};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -21,7 +22,8 @@ pub struct Arguments {
     /// `--data`, or by a pattern in quotes such as `'train/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,
-    /// What to judge by after every epoch, named as `--data` is
+    /// Held-out data, named as `--data` is: judged by at `train.evaluate`, and the best values are kept in
+    /// `best.safetensors`
     #[arg(long, value_name = "FILE")]
     dev: Vec<PathBuf>,
     #[command(flatten)]
@@ -32,7 +34,7 @@ pub struct Arguments {
     /// A directory or a GGUF file with a tokenizer; the weights' own if not given
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// Where adapter, state and metrics go; `runs/NAME` if not given
+    /// Where the last values (`adapter.safetensors`), the best ones, states and metrics go; `runs/NAME` if not given
     #[arg(long)]
     out: Option<PathBuf>,
     /// Go on where the run in `--out` stopped, with the same spec, recipe, weights and data
@@ -73,15 +75,31 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let train = read(&arguments.data)?;
     let dev = if arguments.dev.is_empty() { None } else { Some(read(&arguments.dev)?) };
     drop(tokenizer);
+    if dev.is_none() && model.train.patience.is_some() {
+        let why = "`train.patience` counts evaluations on held-out data; name them with `--dev`";
+        return Err(Failure::Usage(why.into()));
+    }
 
     let (loaded, _) = adapters::weights(&arguments.weights, model, None)?;
     let base = Base::of(model, &loaded);
     let total = training::total(&model.train, &train);
     let identity = Identity::of(model, &base, &train, dev.as_ref(), total);
     if let Some(state) = &state {
+        state.fallback.iter().for_each(|note| super::say(note));
         state.check(model, &identity)?.iter().for_each(|note| super::say(note));
-        // Without an adapter, the run ends once more by writing it.
-        let whole = out.join(adapters::ADAPTER).is_file();
+        let judged = state.judged(&identity);
+        // Without an adapter or the last evaluation, the run ends once more with them.
+        let whole = out.join(adapters::ADAPTER).is_file() && (dev.is_none() || judged.step == Some(state.step));
+        if whole && model.train.patience.is_some_and(|patience| judged.since >= patience) {
+            super::print(&format!(
+                "{} is finished: {} evaluations in a row were no better than {}, and nothing was changed; \
+                 `--set train.patience=N` lets the run go on",
+                out.display(),
+                judged.since,
+                best(&judged)
+            ));
+            return Ok(());
+        }
         if state.step >= total && whole {
             super::print(&format!(
                 "{} is finished: {} of {total} steps are done, and nothing was changed; \
@@ -92,12 +110,14 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    let program = ready.program(&["init", "train", "update", "eval"])?;
+    let sums: &[&str] = if ready.model.train.accumulate > 1 { &["accumulate", "accumulated"] } else { &[] };
+    let program = ready.program(&[&["init", "train", "update", "eval"], sums].concat())?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if arguments.profile {
         session.profile = Some(Default::default());
     }
+    let stop = interrupt::flag().map_err(|e| RuntimeError::Device(format!("signals cannot be handled: {e}")))?;
     let training = Training {
         model: &ready.model,
         session: &mut session,
@@ -107,6 +127,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         base: &base,
         identity,
         state,
+        stop: &stop,
     };
     let outcome = training.run()?;
 
@@ -128,9 +149,35 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if let (Some(before), Some(after)) = (&outcome.before, &outcome.after) {
         super::print(&format!("held out: {} before\n          {} after", before.describe(), after.describe()));
     }
+    if outcome.ending == Ending::Stopped {
+        return Err(Failure::Stopped(format!(
+            "stopped and saved after step {} of {total}; the run goes on with\n  {}",
+            outcome.done,
+            interrupt::command_that_goes_on()
+        )));
+    }
+    if outcome.ending == Ending::Patience {
+        super::print(&format!(
+            "ended after step {} of {total}: {} evaluations in a row were no better than {}",
+            outcome.done,
+            outcome.judged.since,
+            best(&outcome.judged)
+        ));
+    }
+    if dev.is_some() && outcome.judged.best.is_some() {
+        super::print(&format!(
+            "best: {}, {}",
+            outcome.adapter.with_file_name(adapters::BEST).display(),
+            best(&outcome.judged)
+        ));
+    }
     let size = std::fs::metadata(&outcome.adapter).map_or(0, |m| m.len());
     super::print(&format!("adapter: {} ({:.0} KB)", outcome.adapter.display(), size as f64 / 1e3));
     Ok(())
+}
+
+fn best(judged: &Judged) -> String {
+    judged.best.map_or_else(String::new, |best| format!("the loss {:.4} at step {}", best.loss, best.step))
 }
 
 /// The most memory this process held at once, in bytes; of the session alone where that is a GPU's, or the system does

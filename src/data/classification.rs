@@ -8,10 +8,10 @@ use super::rows::{At, Fault, File, Format, Row, Rows};
 use super::{DataError, Example, Goal, MARKS, Maker, Placed, Tokenizer};
 
 /// Names that the columns have elsewhere, in any case.
-const TEXT: &[&str] = &["sentence", "text", "review"];
-const LABEL: &[&str] = &["label", "labels", "target"];
+pub(super) const TEXT: &[&str] = &["sentence", "text", "review"];
+pub(super) const LABEL: &[&str] = &["label", "labels", "target"];
 /// The columns of a file without a header.
-const IMPLIED: &[&str] = &["sentence", "label"];
+pub(super) const IMPLIED: &[&str] = &["sentence", "label"];
 
 /// Makes a classifier's examples.
 pub struct Classification<'t> {
@@ -33,7 +33,7 @@ impl Maker for Classification<'_> {
 
     fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
         let implied = self.columns.are_usual().then_some(IMPLIED);
-        let rows = Rows::of(file, Format::Tsv, implied, |names| self.is_header(names));
+        let rows = Rows::of(file, Format::Tsv, implied, |names| is_header(names, self.labels));
         let rows = rows.map_err(|fault| DataError::at(&file.path, fault))?;
         if rows.entries {
             let message = "its `entries` are texts to generate, as WebNLG has them, and this task classifies".into();
@@ -117,13 +117,6 @@ impl Classification<'_> {
         [(label.as_deref(), LABEL, "label"), (text.as_deref(), TEXT, "text")].into_iter().chain(pair)
     }
 
-    /// Names of columns. Where a class has the second's name, a line of two is an example.
-    fn is_header(&self, names: &[&str]) -> bool {
-        let usual = |all: &[&str]| names.iter().any(|name| all.iter().any(|usual| usual.eq_ignore_ascii_case(name)));
-        let example = names.len() == 2 && self.labels.iter().any(|label| label.trim() == names[1]);
-        usual(TEXT) && usual(LABEL) && !example
-    }
-
     /// The class of a label. `first` is the text beside it where the row might be a header.
     fn class(&self, label: &str, first: Option<&String>) -> Result<i32, String> {
         let labels = self.labels;
@@ -162,6 +155,13 @@ impl Classification<'_> {
     }
 }
 
+/// Names of columns. Where a class has the second's name, a line of two is an example.
+pub(super) fn is_header(names: &[&str], labels: &[String]) -> bool {
+    let usual = |all: &[&str]| names.iter().any(|name| all.iter().any(|usual| usual.eq_ignore_ascii_case(name)));
+    let example = names.len() == 2 && labels.iter().any(|label| label.trim() == names[1]);
+    usual(TEXT) && usual(LABEL) && !example
+}
+
 /// Refuses a column that the names do not have, unless it was `found` otherwise.
 pub(super) fn known(wanted: &str, names: &[&str], found: bool) -> Result<(), String> {
     if found {
@@ -175,7 +175,7 @@ pub(super) fn known(wanted: &str, names: &[&str], found: bool) -> Result<(), Str
 }
 
 /// The first names, for a message.
-fn listed(names: &[&str]) -> String {
+pub(super) fn listed(names: &[&str]) -> String {
     const SHOWN: usize = 16;
     let shown = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     if names.len() > SHOWN { shown + ", …" } else { shown }

@@ -11,6 +11,7 @@
 mod batch;
 mod classification;
 mod error;
+mod form;
 mod rows;
 mod template;
 mod tokenizer;
@@ -24,6 +25,7 @@ use rows::{At, Fault, File, Row, Rows};
 
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
+pub use form::{Form, form};
 pub use tokenizer::Tokenizer;
 
 /// One sequence as the model sees it, and what it is to predict.

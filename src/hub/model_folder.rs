@@ -130,47 +130,54 @@ pub fn write_object(path: &Path, object: &Map<String, Value>) -> Result<(), Fail
 /// Where [`add_tokens`] writes.
 pub const TOKENS: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"];
 
-/// Writes new tokens with their ids into the tokenizer's files in `folder`, so that transformers gives them these ids.
+/// Writes tokens, each as `added_tokens` of a `tokenizer.json` has it, into the tokenizer's files in `folder`, so that
+/// transformers gives them their ids. It counts tokens up in the order of their ids, so all that stand behind the
+/// vocabulary have to be among them, those that only settings name (`pad_token`) included.
 ///
 /// `tokenizer.json` has them in `added_tokens`, `tokenizer_config.json` in `added_tokens_decoder`. A tokenizer without
 /// either reads them from `added_tokens.json`.
-pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> {
+pub fn add_tokens(folder: &Path, tokens: &[Value]) -> Result<(), Failure> {
     let [whole, config, list] = TOKENS.map(|name| folder.join(name));
-    let described = |token: &str| {
-        json!({
-            "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,
-        })
-    };
     let vocab = folder.join("vocab.json");
-    let tokenizer = if whole.is_file() { object(&whole)? } else { Map::new() };
+    let mut tokenizer = if whole.is_file() { object(&whole)? } else { Map::new() };
     let plain = if vocab.is_file() { object(&vocab)? } else { Map::new() };
-    let new = |token: &str| !plain.contains_key(token) && !knows(&tokenizer, token);
-    let tokens: Vec<&(&str, i32)> = tokens.iter().filter(|(token, _)| new(token)).collect();
-    if tokens.is_empty() {
-        return Ok(());
-    }
-    if whole.is_file() {
-        let mut tokenizer = tokenizer;
+    let (id, content) =
+        (|token: &Value| token["id"].as_u64(), |token: &Value| token["content"].as_str().map(str::to_owned));
+    let new = |token: &&Value| content(token).is_some_and(|token| !plain.contains_key(&token));
+    let tokens: Vec<&Value> = tokens.iter().filter(new).collect();
+    let lacking: Vec<Value> = tokens
+        .iter()
+        .filter(|token| !content(token).is_some_and(|token| knows(&tokenizer, &token)))
+        .copied()
+        .cloned()
+        .collect();
+    if whole.is_file() && !lacking.is_empty() {
         let added = tokenizer.entry("added_tokens").or_insert_with(|| json!([]));
         let Value::Array(added) = added else {
             return Err(RuntimeError::file(&whole, "`added_tokens` is no list; fetch it again").into());
         };
-        for (token, id) in &tokens {
-            let Value::Object(rest) = described(token) else { continue };
-            let mut entry = Map::from_iter([("id".to_string(), json!(id))]);
-            entry.extend(rest);
-            added.push(Value::Object(entry));
-        }
+        added.extend(lacking);
+        added.sort_by_key(id);
         write_object(&whole, &tokenizer)?;
+    }
+    let in_model = |token: &&&Value| !content(token).is_some_and(|token| in_vocabulary(&tokenizer, &token));
+    let tokens: Vec<&Value> = tokens.iter().filter(in_model).copied().collect();
+    if tokens.is_empty() {
+        return Ok(());
     }
     let mut settings = if config.is_file() { object(&config)? } else { Map::new() };
     if let Some(Value::Object(decoder)) = settings.get_mut("added_tokens_decoder") {
-        decoder.extend(tokens.iter().map(|(token, id)| (id.to_string(), described(token))));
+        for token in &tokens {
+            let (Some(id), Some(token)) = (id(token), token.as_object()) else { continue };
+            let described =
+                token.iter().filter(|(key, _)| *key != "id").map(|(key, value)| (key.clone(), value.clone()));
+            decoder.entry(id.to_string()).or_insert_with(|| Value::Object(described.collect()));
+        }
         write_object(&config, &settings)?;
     }
     if list.is_file() || !whole.is_file() {
         let mut all = if list.is_file() { object(&list)? } else { Map::new() };
-        all.extend(tokens.iter().map(|(token, id)| (token.to_string(), json!(id))));
+        all.extend(tokens.iter().filter_map(|token| Some((content(token)?, json!(id(token)?)))));
         write_object(&list, &all)?;
     }
     Ok(())
@@ -179,10 +186,13 @@ pub fn add_tokens(folder: &Path, tokens: &[(&str, i32)]) -> Result<(), Failure> 
 /// A `tokenizer.json` has the token, among those of its model or those that were added.
 fn knows(tokenizer: &Map<String, Value>, token: &str) -> bool {
     let added = tokenizer.get("added_tokens").and_then(Value::as_array);
-    let in_vocab = match tokenizer.get("model").and_then(|model| model.get("vocab")) {
+    in_vocabulary(tokenizer, token) || added.is_some_and(|added| added.iter().any(|old| old["content"] == token))
+}
+
+fn in_vocabulary(tokenizer: &Map<String, Value>, token: &str) -> bool {
+    match tokenizer.get("model").and_then(|model| model.get("vocab")) {
         Some(Value::Object(vocab)) => vocab.contains_key(token),
         Some(Value::Array(pieces)) => pieces.iter().any(|piece| piece[0] == token),
         _ => false,
-    };
-    in_vocab || added.is_some_and(|added| added.iter().any(|old| old["content"] == token))
+    }
 }

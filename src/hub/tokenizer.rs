@@ -4,6 +4,7 @@ mod classes;
 mod contained;
 mod files;
 mod gguf;
+mod models;
 mod settings;
 
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use crate::failure::Failure;
 use crate::hub::checkpoint;
 
 pub use contained::contained;
-pub use files::{Opened, open};
+pub use files::{Behind, Opened, open};
 
 /// The tokenizer that is named, or the weights' own. Random weights have none: then it is taken from beside the data or
 /// from Hugging Face's cache. Which one it is, is said.

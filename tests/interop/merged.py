@@ -1,9 +1,11 @@
 """What transformers makes of a merged model's folder.
 
     merged.py FOLDER TOKEN…
+    merged.py --ids TOKENS FOLDER…
 
 Prints JSON: the ids of the tokens, how each is split when it stands in a text, rows of the embedding, the type of the
 weights, what is missing or left over, and whether the logits of a text with the tokens are finite.
+With `--ids`, the ids of a JSON list of tokens in each folder alone.
 """
 
 import json
@@ -19,6 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main():
+    if sys.argv[1] == "--ids":
+        tokens = json.loads(sys.argv[2])
+        ids = lambda folder: AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(tokens)
+        print(json.dumps([ids(folder) for folder in sys.argv[3:]]))
+        return
     folder, tokens = sys.argv[1], sys.argv[2:]
     warnings.simplefilter("ignore")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -3,7 +3,9 @@
     PEFTC_DATA=DIR python tests/interop/tokenizer_fixtures.py
 
 `DIR/data/tokenizers` holds the vocabularies of GPT-2 and RoBERTa, of which only ids are kept: `real`. A case is a folder: names of files with a key of `contents`, or with the content itself. `marked` are the ids with the
-model's sentence marks, `plain` those without; `length` is len(tokenizer).
+model's sentence marks, `plain` those without; `length` is len(tokenizer). `models` is transformers' table from a
+`model_type` to a class of tokenizers, without the classes of packages that are not installed; of `overruled` models it
+counts before a class that is named.
 """
 
 import json
@@ -14,6 +16,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, TOKENIZER_MAPPING_NAMES
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 HERE = Path(__file__).parent
@@ -145,6 +149,31 @@ CASES = {
     "file of marked bytes": {"tokenizer.json": "roberta.json"} | model("roberta"),
     "file of marked bytes, spaced by its settings": {"tokenizer.json": "roberta.json"} | settings("RobertaTokenizer", add_prefix_space=True),
     "file of marked bytes as it stands": {"tokenizer.json": "roberta.json"} | settings("TokenizersBackend"),
+    **{f"file of pieces, lower by {kind}": {"tokenizer.json": "wp.json"} | model(kind)
+       for kind in ["layoutlm", "mobilebert", "squeezebert", "lxmert", "visual_bert", "distilbert", "electra"]},
+    "file of marked bytes by BART": {"tokenizer.json": "roberta.json"} | model("bart"),
+    "file of bytes, not spaced by OPT": {"tokenizer.json": "gpt2_spaced.json"} | model("opt"),
+    "file of bytes, spaced by a model without a class": {"tokenizer.json": "gpt2_spaced.json"} | model("llama"),
+    "file of bytes, spaced by a model whose file stands for itself":
+        {"tokenizer.json": "gpt2_spaced.json"} | model("olmo2") | settings("GPT2Tokenizer"),
+    "file of pieces, lower by another name of its class": {"tokenizer.json": "wp.json"} | model("layoutlm") | settings("MobileBertTokenizerFast"),
+    "bytes with a model's own tokens": GPT2 | settings(
+        "GPT2Tokenizer", extra_special_tokens=["</s>"], image_token="<s>", add_bos_token=False, pad_token="<new>",
+        boi_token=token("<mask>", lstrip=True, __type="AddedToken"), eoi_token={"content": "[PAD]"}, audio_token="[UNK]"),
+    "file of bytes with a model's own tokens": {"tokenizer.json": "gpt2.json"} | settings(
+        "PreTrainedTokenizerFast", image_token="<s>", pad_token="<new>", extra_special_tokens=["</s>"]),
+    "bytes with tokens by name": GPT2 | settings("GPT2Tokenizer", model_specific_special_tokens={"x_token": "<new>", "y": "<s>"}),
+    "bytes with tokens by name beside a key": GPT2 | settings(
+        "GPT2Tokenizer", model_specific_special_tokens={"x_token": "<new>"}, image_token="<s>"),
+    "bytes with extra tokens by name": GPT2 | settings(
+        "GPT2Tokenizer", extra_special_tokens={"x_token": "<s>", "y_token": token("<mask>", lstrip=True, __type="AddedToken")},
+        additional_special_tokens=["<new>"]),
+    "bytes with two lists of extra tokens": GPT2 | settings(
+        "GPT2Tokenizer", extra_special_tokens=["<s>"], additional_special_tokens=["<new>"]),
+    "bytes with an empty list of extra tokens": GPT2 | settings(
+        "GPT2Tokenizer", extra_special_tokens=[], additional_special_tokens=["<new>"]),
+    "bytes with extra tokens of two files": GPT2 | settings("GPT2Tokenizer", extra_special_tokens=["<s>"]) | {
+        "special_tokens_map.json": {"extra_special_tokens": ["<new>", "<s>"], "video_token": "<mask>"}},
 }
 # Folders that say nothing of the class, which AutoTokenizer does not read: by the class that their files are of.
 UNNAMED = {
@@ -164,6 +193,11 @@ def ids(files, load):
     return {"length": len(tokenizer), "marked": encode(True), "plain": encode(False)}
 
 
+def backend(name):
+    name = name.removesuffix("Fast")
+    return "TokenizersBackend" if name == "MistralCommonBackend" else name
+
+
 def real(folder, load):
     tokenizer = load(str(Path(os.environ["PEFTC_DATA"]) / "data/tokenizers" / folder))
     encode = lambda marks: [tokenizer(text, add_special_tokens=marks)["input_ids"] for text in TEXTS]
@@ -175,6 +209,9 @@ if __name__ == "__main__":
     cases |= {name: {"files": files, **ids(files, load)} for name, (files, load) in UNNAMED.items()}
     body = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
     contents, texts = json.dumps(CONTENTS, ensure_ascii=False), json.dumps(TEXTS)
+    known = lambda kind, name: kind in CONFIG_MAPPING_NAMES or backend(name) == "TokenizersBackend"
+    classes = {kind: backend(name) for kind, name in TOKENIZER_MAPPING_NAMES.items() if name and known(kind, name)}
+    overruled = sorted(kind for kind in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS if classes[kind] != "TokenizersBackend")
     whole = {"gpt2": real("gpt2", AutoTokenizer.from_pretrained), "roberta": real("roberta", RobertaTokenizer.from_pretrained)}
-    OUT.write_text(f'{{"contents": {contents},\n"texts": {texts},\n"real": {json.dumps(whole)},\n"cases": {{\n{body}\n}}}}\n')
+    OUT.write_text(f'{{"contents": {contents},\n"texts": {texts},\n"models": {json.dumps(classes)},\n"overruled": {json.dumps(overruled)},\n"real": {json.dumps(whole)},\n"cases": {{\n{body}\n}}}}\n')
     print(f"{OUT}: {len(cases)} cases, {OUT.stat().st_size} bytes")

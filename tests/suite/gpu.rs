@@ -123,6 +123,25 @@ fn a_training_by_graphs() {
     same(&values(&graphs), &values(&processor));
 }
 
+/// Steps of several batches are two graphs, one with the optimizer. They give the bits of launches one by one, and what a
+/// processor gives.
+#[test]
+fn several_batches_a_step_by_graphs() {
+    let machine = Machine::new();
+    let (artifact, mut given) = machine.trains("cuda");
+    given.extend(["--set", "train.batch=2", "--set", "train.accumulate=2"].map(String::from));
+    let [graphs, plain, processor, report] = ["graphs", "plain", "processor", "report"].map(|name| machine.path(name));
+    let settings = format!("report={}", text(&report));
+    machine.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&graphs)], &given));
+    assert!(fs::read_to_string(&report).expect("the driver wrote it").contains("graphs made ready"));
+    machine.succeeds("", &with(&["train", text(&artifact), "--out", text(&plain), "--profile"], &given));
+    let spec = machine.path("tiny.peft");
+    machine.succeeds("", &with(&["train", text(&spec), "--out", text(&processor)], &given));
+    let values = |run: &Path| run.join("adapter.safetensors");
+    assert_eq!(fs::read(values(&graphs)).expect("read"), fs::read(values(&plain)).expect("read"));
+    same(&values(&graphs), &values(&processor));
+}
+
 /// Written for every chip where none is, and whole.
 #[test]
 fn artifacts_without_a_gpu() {

@@ -1,5 +1,6 @@
 //! Tests over the whole way. One binary: each that links MLIR is large.
 
+mod accumulation;
 mod cli;
 mod fixtures;
 mod fuzz;
@@ -7,6 +8,8 @@ mod gguf;
 mod gpu;
 mod halves;
 mod interop;
+mod new;
+mod optimizers;
 mod pairs;
 mod paper;
 mod parity;

@@ -2,6 +2,7 @@
 //! for any number of threads, across save and resume, and from a saved artifact.
 
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use peft_grammar::model::Model;
 use peft_passes::codegen;
@@ -55,7 +56,8 @@ fn train(model: &Model, artifact: &Path, out: &Path, threads: usize, resume: boo
         state.check(model, &identity).unwrap_or_else(|e| panic!("{e}"));
     }
     let (session, dev, out) = (&mut session, Some(&dev), out.to_path_buf());
-    let training = Training { model, session, train: &train, dev, out, base: &base, identity, state };
+    let stop = &AtomicBool::new(false);
+    let training = Training { model, session, train: &train, dev, out, base: &base, identity, state, stop };
     training.run().unwrap_or_else(|e| panic!("{e}"))
 }
 
@@ -84,8 +86,8 @@ fn the_same_seed_gives_the_same_bits() {
     part.train.schedule = peft_grammar::model::Schedule::Constant;
     let mut rest = first.clone();
     rest.train.schedule = peft_grammar::model::Schedule::Constant;
-    part.train.warmup = peft_grammar::model::Warmup::Steps(3);
-    rest.train.warmup = peft_grammar::model::Warmup::Steps(3);
+    part.train.warmup = peft_grammar::model::Phase::Steps(3);
+    rest.train.warmup = peft_grammar::model::Phase::Steps(3);
     train(&part, &artifact, &at("resumed"), 2, false);
     train(&rest, &artifact, &at("resumed"), 2, true);
     train(&rest, &artifact, &at("at once"), 2, false);

@@ -26,6 +26,7 @@ use crate::ast::*;
 use crate::diagnostic::{Diagnostic, Diagnostics};
 use crate::graph::{Graph, Role, Type, Value};
 use crate::model::{Applied, Model, Origin, Param, Projection};
+use crate::recipe::Recipe;
 use crate::source::{Sources, Span};
 
 pub use definitions::Resolver;
@@ -133,10 +134,29 @@ struct Stored {
 /// Checks a parsed spec. `sources` holds its text as file 0, and gets everything it imports.
 pub(crate) fn check(
     main: Ast,
-    mut sources: Sources,
+    sources: Sources,
     overrides: Vec<Diagnostic>,
     resolver: &Resolver,
 ) -> Result<Model, Diagnostics> {
+    checked(main, sources, overrides, resolver, |checker, main| checker.spec(main))
+}
+
+/// Checks a text that has a `train` block and nothing else.
+pub(crate) fn recipe(main: Ast, sources: Sources, overrides: Vec<Diagnostic>) -> Result<Recipe, Diagnostics> {
+    checked(main, sources, overrides, &crate::no_imports, |checker, main| {
+        let block = main.items.iter().find_map(|item| if let Item::Train(block) = item { Some(block) } else { None });
+        checker.recipe(block)
+    })
+}
+
+/// What `check` makes of a text and of the files that it imports, or everything that is wrong.
+fn checked<T>(
+    main: Ast,
+    mut sources: Sources,
+    overrides: Vec<Diagnostic>,
+    resolver: &Resolver,
+    check: impl for<'a> FnOnce(&mut Checker<'a>, &'a Ast) -> Option<T>,
+) -> Result<T, Diagnostics> {
     let mut errors = overrides;
     let files = match Files::load(main, &mut sources, resolver) {
         Ok(files) => files,
@@ -146,40 +166,11 @@ pub(crate) fn check(
         }
     };
     let definitions = Definitions::collect(&files, &sources, &mut errors);
-    let mut checker = Checker {
-        sources: &sources,
-        definitions,
-        errors,
-        calls: Vec::new(),
-        graph: Graph::new("forward"),
-        params: Vec::new(),
-        declared: HashMap::new(),
-        shared: HashMap::new(),
-        inputs: HashMap::new(),
-        outputs: HashMap::new(),
-        purpose: Purpose::Generation,
-        classes: 2,
-        smoothing: 0.0,
-        streams: 0,
-        steps: 0,
-        depth: 0,
-        exhausted: false,
-        plan: Plan::default(),
-        sites: Vec::new(),
-        site_kinds: Vec::new(),
-        kinds: Vec::new(),
-        globs: Vec::new(),
-        applied: Vec::new(),
-        projections: Vec::new(),
-        stored: Vec::new(),
-        max_tokens: None,
-        longest: None,
-        skipped: None,
-    };
-    let model = checker.spec(&files.asts[0]);
+    let mut checker = Checker::new(&sources, definitions, errors);
+    let found = check(&mut checker, &files.asts[0]);
     let errors = checker.errors;
-    match model {
-        Some(model) if errors.is_empty() => Ok(model),
+    match found {
+        Some(found) if errors.is_empty() => Ok(found),
         _ => Err(Diagnostics::new(errors, sources)),
     }
 }
@@ -194,6 +185,39 @@ fn only<'a, T>(items: Vec<(&'a T, Span)>, what: &str, errors: &mut Vec<Diagnosti
 }
 
 impl<'a> Checker<'a> {
+    fn new(sources: &'a Sources, definitions: Definitions<'a>, errors: Vec<Diagnostic>) -> Self {
+        Checker {
+            sources,
+            definitions,
+            errors,
+            calls: Vec::new(),
+            graph: Graph::new("forward"),
+            params: Vec::new(),
+            declared: HashMap::new(),
+            shared: HashMap::new(),
+            inputs: HashMap::new(),
+            outputs: HashMap::new(),
+            purpose: Purpose::Generation,
+            classes: 2,
+            smoothing: 0.0,
+            streams: 0,
+            steps: 0,
+            depth: 0,
+            exhausted: false,
+            plan: Plan::default(),
+            sites: Vec::new(),
+            site_kinds: Vec::new(),
+            kinds: Vec::new(),
+            globs: Vec::new(),
+            applied: Vec::new(),
+            projections: Vec::new(),
+            stored: Vec::new(),
+            max_tokens: None,
+            longest: None,
+            skipped: None,
+        }
+    }
+
     fn spec(&mut self, main: &'a Ast) -> Option<Model> {
         let items = &main.items;
         macro_rules! one {

@@ -7,7 +7,8 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Columns, Precision, Recipe, Schedule, Task, TaskKind, Warmup};
+use crate::model::{Columns, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::Span;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
@@ -26,6 +27,15 @@ const RECIPE: &[&str] = &[
     "steps",
     "seed",
     "precision",
+    "lr_end",
+    "power",
+    "lr_decay",
+    "optimizer",
+    "momentum",
+    "save",
+    "evaluate",
+    "patience",
+    "accumulate",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -234,19 +244,20 @@ impl<'a> Checker<'a> {
         let before = self.errors.len();
         let entries = block.map(|b| self.entries(b, "a recipe", RECIPE)).unwrap_or_default();
         let share = |x: f64| (0.0..1.0).contains(&x);
+        let optimizer = self.optimizer(&entries);
         let recipe = Recipe {
+            optimizer,
             lr: self.setting(&entries, "lr", 1e-3, "above 0 and at most 10", |x| x > 0.0 && x <= 10.0),
-            betas: self.betas(&entries),
-            eps: self.setting(&entries, "eps", 1e-8, "above 0", |x| x > 0.0),
+            betas: self.betas(&entries, optimizer.betas()),
+            eps: self.setting(&entries, "eps", EPS, "above 0", |x| x > 0.0),
             weight_decay: self.setting(&entries, "weight_decay", 0.0, "0 or more", |x| x >= 0.0),
             clip: self.setting(&entries, "clip", 1.0, "0 (no clipping) or more", |x| x >= 0.0),
             label_smoothing: self.setting(&entries, "label_smoothing", 0.0, "at least 0 and below 1", share),
-            schedule: match self.word(&entries, "schedule", &["linear", "constant"]) {
-                Some("constant") => Schedule::Constant,
-                _ => Schedule::Linear,
-            },
-            warmup: self.warmup(&entries),
+            schedule: self.schedule(&entries),
+            lr_end: self.setting(&entries, "lr_end", 0.0, "0 or more", |x| x >= 0.0),
+            warmup: self.phase(&entries, "warmup", Phase::Steps(0), "500 steps: `500`; six percent: `0.06`"),
             batch: self.count(&entries, "batch", 1).unwrap_or(16),
+            accumulate: self.count(&entries, "accumulate", 1).unwrap_or(1),
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
             seed: self.count(&entries, "seed", 0).unwrap_or(1),
@@ -254,12 +265,89 @@ impl<'a> Checker<'a> {
                 Some("bf16") => Precision::Bf16,
                 _ => Precision::F32,
             },
+            save: self.every(&entries, "save", true),
+            evaluate: self.every(&entries, "evaluate", false),
+            patience: self.count(&entries, "patience", 1),
         };
+        if let Some(&value) = entries.get("lr_end") {
+            if recipe.schedule == Schedule::Constant {
+                self.unread(&entries, "lr_end", "`schedule: constant`");
+            } else if recipe.lr_end > recipe.lr {
+                let title = format!("`lr_end` is at most `lr`, {}, found {}", recipe.lr, recipe.lr_end);
+                self.report(Diagnostic::error(value.span, title));
+            }
+        }
         (self.errors.len() == before).then_some(recipe)
     }
 
-    fn betas(&mut self, entries: &Entries<'a>) -> (f64, f64) {
-        let or = (0.9, 0.999);
+    /// Every epoch, every so many steps or, where `times` are taken, when a time has gone by.
+    fn every(&mut self, entries: &Entries<'a>, key: &str, times: bool) -> Every {
+        let Some(&value) = entries.get(key) else { return Every::Epoch };
+        let found = match &value.kind {
+            ExprKind::Name(word) | ExprKind::String(word) if word == "epoch" => Some(Every::Epoch),
+            ExprKind::String(text) if times => crate::recipe::seconds(text).map(Every::Seconds),
+            ExprKind::Name(_) | ExprKind::String(_) => None,
+            _ => match self.eval(&Frame::empty(), value) {
+                Val::Int(steps) if steps > 0 => Some(Every::Steps(steps as u64)),
+                Val::Unknown => return Every::Epoch,
+                _ => None,
+            },
+        };
+        found.unwrap_or_else(|| {
+            let (time, example) = if times { (", a time", "; every ten minutes: `\"10min\"`") } else { ("", "") };
+            let error = Diagnostic::error(value.span, format!("`{key}` is a number of steps{time} or `epoch`"));
+            self.report(error.hint(format!("every 20 steps: `20`{example}")));
+            Every::Epoch
+        })
+    }
+
+    fn optimizer(&mut self, entries: &Entries<'a>) -> Optimizer {
+        let momentum = self.setting(entries, "momentum", 0.0, "at least 0 and below 1", |x| (0.0..1.0).contains(&x));
+        let optimizer = match self.word(entries, "optimizer", &Optimizer::WORDS) {
+            Some("adam") => Optimizer::Adam,
+            Some("sgd") => Optimizer::Sgd { momentum },
+            Some("lion") => Optimizer::Lion,
+            _ => Optimizer::AdamW,
+        };
+        let unread: &[&str] = match optimizer {
+            Optimizer::AdamW | Optimizer::Adam => &["momentum"],
+            Optimizer::Sgd { .. } => &["betas", "eps"],
+            Optimizer::Lion => &["momentum", "eps"],
+        };
+        let choice = format!("`optimizer: {}`", optimizer.word());
+        unread.iter().for_each(|key| self.unread(entries, key, &choice));
+        optimizer
+    }
+
+    fn schedule(&mut self, entries: &Entries<'a>) -> Schedule {
+        let power = self.setting(entries, "power", POWER, "above 0", |x| x > 0.0);
+        let decay = self.phase(entries, "lr_decay", LR_DECAY, "500 steps: `500`; ten percent: `0.1`");
+        let schedule = match self.word(entries, "schedule", &Schedule::WORDS) {
+            Some("constant") => Schedule::Constant,
+            Some("cosine") => Schedule::Cosine,
+            Some("polynomial") => Schedule::Polynomial { power },
+            Some("wsd") => Schedule::Wsd { decay },
+            _ => Schedule::Linear,
+        };
+        let choice = format!("`schedule: {}`", schedule.word());
+        if !matches!(schedule, Schedule::Polynomial { .. }) {
+            self.unread(entries, "power", &choice);
+        }
+        if !matches!(schedule, Schedule::Wsd { .. }) {
+            self.unread(entries, "lr_decay", &choice);
+        }
+        schedule
+    }
+
+    /// Refuses a setting that is given beside a choice that does not read it.
+    fn unread(&mut self, entries: &Entries<'a>, key: &str, choice: &str) {
+        if let Some(value) = entries.get(key) {
+            let error = Diagnostic::error(value.span, format!("{choice} does not read `{key}`"));
+            self.report(error.hint("leave it out"));
+        }
+    }
+
+    fn betas(&mut self, entries: &Entries<'a>, or: (f64, f64)) -> (f64, f64) {
         let Some(&value) = entries.get("betas") else { return or };
         let numbers = match self.eval(&Frame::empty(), value) {
             Val::List(items) => items.iter().filter_map(Val::number).collect(),
@@ -276,18 +364,18 @@ impl<'a> Checker<'a> {
     }
 
     /// A whole number counts steps, a fraction is a share of them all.
-    fn warmup(&mut self, entries: &Entries<'a>) -> Warmup {
-        let Some(&value) = entries.get("warmup") else { return Warmup::Steps(0) };
+    fn phase(&mut self, entries: &Entries<'a>, key: &str, or: Phase, examples: &str) -> Phase {
+        let Some(&value) = entries.get(key) else { return or };
         match self.eval(&Frame::empty(), value) {
-            Val::Int(n) if n >= 0 => return Warmup::Steps(n as u64),
-            Val::Float(x) if (0.0..=1.0).contains(&x) => return Warmup::Share(x),
+            Val::Int(n) if n >= 0 => return Phase::Steps(n as u64),
+            Val::Float(x) if (0.0..=1.0).contains(&x) => return Phase::Share(x),
             Val::Unknown => {}
             other => {
                 let title =
-                    format!("`warmup` is a number of steps or a share of them, found {}", other.describe(&self.graph));
-                self.report(Diagnostic::error(value.span, title).hint("500 steps: `500`; six percent: `0.06`"));
+                    format!("`{key}` is a number of steps or a share of them, found {}", other.describe(&self.graph));
+                self.report(Diagnostic::error(value.span, title).hint(examples));
             }
         }
-        Warmup::Steps(0)
+        or
     }
 }

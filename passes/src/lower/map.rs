@@ -540,13 +540,7 @@ impl Form {
         });
         let sources: Vec<Source> = sources.collect();
         k.units(|k, unit| {
-            let block = k.index(k.machine.stretch());
-            let start = k.mul(unit, block);
-            let end = k.add(start, block);
-            let end = k.min(end, total);
-            k.each(start, end, k.lane_count(), |k, at| {
-                let left = k.sub(end, at);
-                let mask = k.mask(left);
+            k.each_of_stretch(unit, total, |k, at, mask| {
                 let loaded = self.load(k, &sources, at, mask);
                 let value = self.evaluate(k, (&sources, &loaded, &[]), at, &[], sizes);
                 let place = k.add(first, at);

@@ -40,7 +40,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
 use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Role, Type, Value};
-use peft_grammar::model::Precision;
+use peft_grammar::model::{Optimizer, Precision};
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
 
 use crate::cpu::Cpu;
@@ -62,6 +62,7 @@ pub struct Options {
     pub machine: Machine,
     /// Of products with frozen weights.
     pub precision: Precision,
+    pub optimizer: Optimizer,
     /// Products take along what follows them element by element.
     pub epilogues: bool,
     pub limits: Limits,
@@ -69,18 +70,25 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { machine: Machine::default(), precision: Precision::F32, epilogues: true, limits: Limits::default() }
+        Options {
+            machine: Machine::default(),
+            precision: Precision::F32,
+            optimizer: Optimizer::default(),
+            epilogues: true,
+            limits: Limits::default(),
+        }
     }
 }
 
 /// Lowers `entries` together, so that they share kernels and prepared weights; the optimizer's step
-/// joins them as `update` if anything trains. `tensors` are the model's, by name.
+/// joins them as `update` if anything trains, and sums of gradients as `accumulate` and `accumulated`. `tensors` are the model's, by name.
 pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -> Result<Lowered, String> {
-    let Options { machine, precision, epilogues, limits } = options;
+    let Options { machine, precision, optimizer, epilogues, limits } = options;
     let mut target = Target {
         tensors,
         machine,
         precision,
+        optimizer,
         epilogues,
         limits,
         kernels: vec![],
@@ -100,6 +108,8 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
     }
     if tensors.iter().any(|t| t.trainable.is_some()) {
         lowered.insert("update".into(), optimizer::update(&mut target));
+        let sums = optimizer::accumulation(&mut target);
+        lowered.extend(sums.map(|(name, entry)| (name.to_string(), entry)));
     }
     target.gather_from_panels(&mut lowered);
     let entries = lowered.values_mut().flat_map(|entry| &mut entry.launches);
@@ -128,6 +138,7 @@ struct Target<'a> {
     tensors: &'a [Tensor],
     machine: Machine,
     precision: Precision,
+    optimizer: Optimizer,
     epilogues: bool,
     limits: Limits,
     kernels: Vec<Written>,

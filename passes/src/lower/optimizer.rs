@@ -1,30 +1,49 @@
 //! The optimizer's step over flat vectors of all trainable values: the norm of the gradient, then
-//! clipping and AdamW in one sweep.
+//! clipping and the optimizer's equations in one sweep. They stand in [`crate::interpret::optimizer`].
 
+use peft_grammar::model::{Hyper, Optimizer};
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Launch, Output, Storage};
 
 use super::Target;
-use super::kernel::{Code, F32, Val, define, first};
+use super::kernel::{Buf, Code, F32, Kernel, Order, Val, define, first};
 use crate::machine::Machine;
 
 /// Partial sums that a GPU's warp reads at once.
 const AHEAD: u64 = 8;
 
-/// What the input `hyper` holds, in this order.
-pub const HYPER: [&str; 10] =
-    ["lr", "beta1", "beta2", "eps", "weight_decay", "clip", "1-beta1", "1-beta2", "1-beta1^t", "1-beta2^t"];
+/// A sweep's name.
+fn name(optimizer: Optimizer) -> &'static str {
+    match optimizer {
+        Optimizer::Sgd { .. } if !optimizer.moments().is_empty() => "sgd_momentum",
+        _ => optimizer.word(),
+    }
+}
+
+/// By a sweep's name, the buffers that it reads and writes anew.
+pub fn anew(name: &str) -> Option<&'static [usize]> {
+    match name {
+        "adamw" | "adam" => Some(&[0, 2, 3]),
+        "sgd_momentum" | "lion" => Some(&[0, 2]),
+        "sgd" | "add_weighted" => Some(&[0]),
+        _ => None,
+    }
+}
 
 /// One step; gives `grad_norm`, the norm before clipping.
 pub fn update(target: &mut Target) -> Entry {
+    let optimizer = target.optimizer;
     let mut flat = |name: &str| {
         target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
     };
-    let [values, gradients, m, v, decay] = ["values", "gradients", "m", "v", "decay"].map(&mut flat);
-    let count = Extent::Const(HYPER.len() as u64);
+    let names = ["values", "gradients"].iter().chain(optimizer.moments()).chain(&["decay"]);
+    let mut swept: Vec<BufferId> = names.map(|name| flat(name)).collect();
+    let gradients = swept[1];
+    let count = Extent::Const(optimizer.hyper().len() as u64);
     let hyper = target.bind("hyper", Element::F32, vec![count], Storage::Input("hyper".into()));
     let blocks = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
     let partial = target.buffer(Element::F32, vec![blocks.clone()], Storage::Temporary);
     let norm = target.buffer(Element::F32, vec![], Storage::Temporary);
+    swept.extend([hyper, norm]);
     let launch = |kernel, buffers: Vec<BufferId>, extents, units, op: &str| Launch {
         kernel,
         buffers,
@@ -34,23 +53,64 @@ pub fn update(target: &mut Target) -> Entry {
     };
     let squares = target.kernel("sum_of_squares", sum_of_squares);
     let root = target.kernel("root_of_sum", root_of_sum);
-    let adamw = target.kernel("adamw", adamw);
+    let sweep = target.kernel(name(optimizer), |machine| sweep(machine, optimizer));
     let launches = vec![
         launch(squares, vec![gradients, partial], vec![Extent::Values], blocks.clone(), "norm"),
         launch(root, vec![partial, norm], vec![blocks.clone()], Extent::Const(target.machine.team()), "norm"),
-        launch(adamw, vec![values, gradients, m, v, decay, hyper, norm], vec![Extent::Values], blocks, "adamw"),
+        launch(sweep, swept, vec![Extent::Values], blocks, optimizer.word()),
     ];
     Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
+}
+
+/// Gradients of batches that are one step. Every batch but the last is followed by `accumulate`, and the last one by
+/// `accumulated`; `shares` says what each vector counts.
+///
+/// ```text
+/// accumulate    sums      ← shares[0] sums + shares[1] gradients
+/// accumulated   gradients ← shares[0] gradients + shares[1] sums
+/// ```
+pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
+    let mut flat = |name: &str| {
+        target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
+    };
+    let [sums, gradients] = ["sums", "gradients"].map(&mut flat);
+    let shares = target.bind("shares", Element::F32, vec![Extent::Const(2)], Storage::Input("shares".into()));
+    let units = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
+    let kernel = target.kernel("add_weighted", add_weighted);
+    let entry = |to, from| {
+        let (buffers, extents) = (vec![to, from, shares], vec![Extent::Values]);
+        let launch = Launch { kernel, buffers, extents, units: units.clone(), op: "accumulate".into() };
+        Entry { launches: vec![launch], outputs: vec![] }
+    };
+    [("accumulate", entry(sums, gradients)), ("accumulated", entry(gradients, sums))]
+}
+
+/// x ← shares[0] x + shares[1] y
+fn add_weighted(machine: Machine) -> Code {
+    define(machine, &[Element::F32; 3], 1, |k, buffers, sizes| {
+        let ([x, y, shares], [count]) = (first(buffers), first(sizes));
+        let [of_x, of_y] = [0, 1].map(|i| {
+            let i = k.index(i);
+            let share = k.load(shares, i);
+            k.splat(share)
+        });
+        k.units(|k, unit| {
+            k.each_of_stretch(unit, count, |k, at, mask| {
+                let old = k.load_lanes(x, at, mask);
+                let old = k.mul(old, of_x);
+                let y = k.load_lanes(y, at, mask);
+                let new = k.fma(of_y, y, old);
+                k.store_lanes(new, x, at, mask);
+            });
+        });
+    })
 }
 
 fn sum_of_squares(machine: Machine) -> Code {
     define(machine, &[Element::F32; 2], 1, |k, buffers, sizes| {
         let ([x, out], [count]) = (first(buffers), first(sizes));
         k.units(|k, unit| {
-            let block = k.index(k.machine.stretch());
-            let start = k.mul(unit, block);
-            let end = k.add(start, block);
-            let end = k.min(end, count);
+            let (start, end) = k.stretch(unit, count);
             let zero = k.floats(0.0);
             let sums = k.fold(start, end, k.lane_count(), &[zero], |k, at, sums| {
                 let left = k.sub(end, at);
@@ -92,65 +152,154 @@ fn root_of_sum(machine: Machine) -> Code {
     })
 }
 
-/// p ← p (1 − lr wd);  m, v as usual;  p ← p − lr (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + eps)  (Loshchilov & Hutter, 2019)
-fn adamw(machine: Machine) -> Code {
-    let elements = [Element::F32; 7];
+fn sweep(machine: Machine, optimizer: Optimizer) -> Code {
+    let moments = optimizer.moments().len();
+    let elements = vec![Element::F32; 5 + moments];
     define(machine, &elements, 1, |k, buffers, sizes| {
-        let ([p, g, m, v, decay, hyper, norm], [count]) = (first(buffers), first(sizes));
-        let hyper: Vec<Val> = (0..HYPER.len() as u64)
+        let ([p, g], [count]) = (first(buffers), first(sizes));
+        let [decay, hyper, norm] = first(&buffers[2 + moments..]);
+        let moments = &buffers[2..2 + moments];
+        let told: Vec<Val> = (0..optimizer.hyper().len() as u64)
             .map(|i| {
                 let i = k.index(i);
                 k.load(hyper, i)
             })
             .collect();
+        let clip = Told { optimizer, told: told.clone() }.get(Hyper::Clip);
         let zero = k.index(0);
         let norm = k.load(norm, zero);
         // min(1, clip / (norm + 1e-6)); no clipping at 0.
         let (small, one, none) = (k.float(1e-6, F32), k.float(1.0, F32), k.float(0.0, F32));
         let norm = k.add(norm, small);
-        let factor = k.div(hyper[5], norm);
+        let factor = k.div(clip, norm);
         let factor = k.min(factor, one);
-        let clips = k.compare(hyper[5], super::kernel::Order::Gt, none);
+        let clips = k.compare(clip, Order::Gt, none);
         let factor = k.select(clips, factor, one);
         let factor = k.splat(factor);
-        let hyper: Vec<Val> = hyper.into_iter().map(|x| k.splat(x)).collect();
-        let [lr, beta1, beta2, eps, weight_decay, _, rest1, rest2, bias1, bias2] = first(&hyper);
-        let one = k.floats(1.0);
+        let told = Told { optimizer, told: told.into_iter().map(|x| k.splat(x)).collect() };
         k.units(|k, unit| {
-            let block = k.index(k.machine.stretch());
-            let start = k.mul(unit, block);
-            let end = k.add(start, block);
-            let end = k.min(end, count);
-            k.each(start, end, k.lane_count(), |k, at| {
-                let left = k.sub(end, at);
-                let mask = k.mask(left);
+            k.each_of_stretch(unit, count, |k, at, mask| {
                 let x = k.load_lanes(g, at, mask);
                 let x = k.mul(x, factor);
-                let old = k.load_lanes(m, at, mask);
-                let old = k.mul(old, beta1);
-                let first = k.fma(rest1, x, old);
-                k.store_lanes(first, m, at, mask);
-                let old = k.load_lanes(v, at, mask);
-                let old = k.mul(old, beta2);
-                let square = k.mul(x, x);
-                let second = k.fma(rest2, square, old);
-                k.store_lanes(second, v, at, mask);
-
-                let value = k.load_lanes(p, at, mask);
-                let decays = k.load_lanes(decay, at, mask);
-                let shrink = k.mul(lr, weight_decay);
-                let shrink = k.mul(shrink, decays);
-                let shrink = k.sub(one, shrink);
-                let value = k.mul(value, shrink);
-                let first = k.div(first, bias1);
-                let second = k.div(second, bias2);
-                let root = k.sqrt(second);
-                let root = k.add(root, eps);
-                let step = k.div(first, root);
-                let step = k.mul(lr, step);
-                let value = k.sub(value, step);
+                let lanes = Lanes { told: &told, moments, p, decay, at, mask };
+                let value = match optimizer {
+                    Optimizer::AdamW => {
+                        let step = lanes.adam(k, x);
+                        let value = lanes.shrunk(k);
+                        lanes.descend(k, value, step)
+                    }
+                    Optimizer::Adam => {
+                        let (value, x) = lanes.regularised(k, x);
+                        let step = lanes.adam(k, x);
+                        lanes.descend(k, value, step)
+                    }
+                    Optimizer::Sgd { .. } => {
+                        let (value, x) = lanes.regularised(k, x);
+                        let step = lanes.momentum(k, x);
+                        lanes.descend(k, value, step)
+                    }
+                    Optimizer::Lion => {
+                        let step = lanes.lion(k, x);
+                        let value = lanes.shrunk(k);
+                        lanes.descend(k, value, step)
+                    }
+                };
                 k.store_lanes(value, p, at, mask);
             });
         });
     })
+}
+
+/// What the input `hyper` holds.
+struct Told {
+    optimizer: Optimizer,
+    told: Vec<Val>,
+}
+
+impl Told {
+    fn get(&self, hyper: Hyper) -> Val {
+        let at = self.optimizer.hyper().iter().position(|known| *known == hyper);
+        self.told[at.expect("the optimizer is told what its equations read")]
+    }
+}
+
+/// Neighbouring values of the flat vectors.
+struct Lanes<'a> {
+    told: &'a Told,
+    moments: &'a [Buf],
+    p: Buf,
+    decay: Buf,
+    at: Val,
+    mask: Val,
+}
+
+impl Lanes<'_> {
+    /// `beta m + rest x`, kept as moment `which`.
+    fn average(&self, k: &mut Kernel, which: usize, (beta, rest): (Hyper, Hyper), x: Val) -> Val {
+        let old = k.load_lanes(self.moments[which], self.at, self.mask);
+        let old = k.mul(old, self.told.get(beta));
+        let new = k.fma(self.told.get(rest), x, old);
+        k.store_lanes(new, self.moments[which], self.at, self.mask);
+        new
+    }
+
+    /// p, and λ of it.
+    fn value(&self, k: &mut Kernel) -> (Val, Val) {
+        let value = k.load_lanes(self.p, self.at, self.mask);
+        let decays = k.load_lanes(self.decay, self.at, self.mask);
+        (value, k.mul(self.told.get(Hyper::WeightDecay), decays))
+    }
+
+    /// p, and g + λ p
+    fn regularised(&self, k: &mut Kernel, x: Val) -> (Val, Val) {
+        let (value, decay) = self.value(k);
+        (value, k.fma(decay, value, x))
+    }
+
+    /// p (1 − η λ)
+    fn shrunk(&self, k: &mut Kernel) -> Val {
+        let (value, decay) = self.value(k);
+        let one = k.floats(1.0);
+        let shrink = k.mul(self.told.get(Hyper::Lr), decay);
+        let shrink = k.sub(one, shrink);
+        k.mul(value, shrink)
+    }
+
+    /// p − η step
+    fn descend(&self, k: &mut Kernel, value: Val, step: Val) -> Val {
+        let step = k.mul(self.told.get(Hyper::Lr), step);
+        k.sub(value, step)
+    }
+
+    fn adam(&self, k: &mut Kernel, x: Val) -> Val {
+        let first = self.average(k, 0, (Hyper::Beta1, Hyper::Rest1), x);
+        let square = k.mul(x, x);
+        let second = self.average(k, 1, (Hyper::Beta2, Hyper::Rest2), square);
+        let first = k.div(first, self.told.get(Hyper::Bias1));
+        let second = k.div(second, self.told.get(Hyper::Bias2));
+        let root = k.sqrt(second);
+        let root = k.add(root, self.told.get(Hyper::Eps));
+        k.div(first, root)
+    }
+
+    fn momentum(&self, k: &mut Kernel, x: Val) -> Val {
+        let [m] = self.moments else { return x };
+        let old = k.load_lanes(*m, self.at, self.mask);
+        let new = k.fma(self.told.get(Hyper::Momentum), old, x);
+        k.store_lanes(new, *m, self.at, self.mask);
+        new
+    }
+
+    /// The sign of the average with β₁, 0 of 0; kept is that with β₂.
+    fn lion(&self, k: &mut Kernel, x: Val) -> Val {
+        let m = k.load_lanes(self.moments[0], self.at, self.mask);
+        let old = k.mul(m, self.told.get(Hyper::Beta1));
+        let between = k.fma(self.told.get(Hyper::Rest1), x, old);
+        self.average(k, 0, (Hyper::Beta2, Hyper::Rest2), x);
+        let [none, up, down] = [0.0, 1.0, -1.0].map(|x| k.floats(x));
+        let above = k.compare(between, Order::Gt, none);
+        let below = k.compare(between, Order::Lt, none);
+        let sign = k.select(below, down, none);
+        k.select(above, up, sign)
+    }
 }

@@ -14,7 +14,7 @@ use super::epilogue::ROW;
 use super::kernel::matrix::SIDE;
 use super::narrow::Narrow;
 use super::tiles::{Fate, Tile};
-use super::{TIMES, halves, squares};
+use super::{TIMES, halves, optimizer, squares};
 use crate::cuda::{Card, WARP, WARPS};
 
 /// From the end of one launch to the first loads of the next in a graph of launches, in seconds.
@@ -101,8 +101,8 @@ fn way_out(kernel: &str, rows: u64, columns: u64) -> f64 {
 }
 
 fn of_one(kernel: &str, buffers: usize, extents: &[u64], units: u64, sizes: &Sizes, card: &Card) -> Work {
-    let anew: &[usize] = match kernel {
-        "adamw" => &[0, 2, 3],
+    let anew: &[usize] = match optimizer::anew(kernel) {
+        Some(swept) => swept,
         _ if kernel.starts_with("linear_mean_block") => &[0],
         _ if kernel.contains(Fate::Added.suffix()) => &[2],
         _ => &[],

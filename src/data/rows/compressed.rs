@@ -81,7 +81,14 @@ fn frames(packed: &[u8], most: u64, plain: &mut Vec<u8>) -> io::Result<usize> {
             break;
         }
         match StreamingDecoder::new(&mut rest) {
-            Ok(mut frame) => drop(frame.by_ref().take(left).read_to_end(plain)?),
+            Ok(mut frame) => {
+                frame.by_ref().take(left).read_to_end(plain)?;
+                let frame = frame.into_frame_decoder();
+                let (said, found) = (frame.get_checksum_from_data(), frame.get_calculated_checksum());
+                if frame.is_finished() && said.is_some() && said != found {
+                    return Err(io::Error::other("its checksum is that of other content"));
+                }
+            }
             Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame { length, .. })) => {
                 rest = rest.get(length as usize..).ok_or_else(|| io::Error::other("a frame ends early"))?;
             }

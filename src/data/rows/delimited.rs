@@ -176,7 +176,7 @@ impl<'f> Delimited<'f> {
                     true => "; a field that holds a comma is written in double quotes",
                     false => "",
                 };
-                format!("{count} columns, {}, where the header has {names}{quotes}", shown(texts))
+                format!("{}, {}, where the header has {names}{quotes}", columns(count), shown(texts))
             }
             (false, [_]) => format!("no tab; write `{}`", self.names.join("<TAB>")),
             (false, _) => {
@@ -226,6 +226,10 @@ pub(crate) fn shortened(text: &str) -> Cow<'_, str> {
         Some((at, _)) => Cow::Owned(format!("{}…", &text[..at])),
         None => Cow::Borrowed(text),
     }
+}
+
+fn columns(count: usize) -> String {
+    if count == 1 { "1 column".into() } else { format!("{count} columns") }
 }
 
 /// Columns for a message: the first ones, none at full length.

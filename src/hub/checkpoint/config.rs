@@ -174,6 +174,8 @@ pub struct Comparison {
     /// Lines of a refusal.
     pub wrong: Vec<String>,
     pub warnings: Vec<String>,
+    /// What the file says of each argument of the backbone; of one that it leaves out, what that counts as.
+    pub arguments: BTreeMap<String, Value>,
 }
 
 /// `config.json` of a folder, where it has one.
@@ -227,7 +229,11 @@ impl Rules<'_> {
         let (mut present, mut unknown) = (BTreeSet::new(), vec![]);
         for leaf in leaves {
             if !leaf.value.is_null() {
-                present.insert(self.canonical(&leaf.path).to_owned());
+                let name = self.canonical(&leaf.path);
+                present.insert(name.to_owned());
+                if let Some(Key::Argument { name, .. }) = self.keys.get(name) {
+                    found.arguments.insert(name.clone(), leaf.value.clone().into_owned());
+                }
             }
             match self.judge(leaf) {
                 Verdict::Fits => {}
@@ -235,7 +241,12 @@ impl Rules<'_> {
                 Verdict::Unknown => unknown.push(format!("`{}`: {}", leaf.path, short(&leaf.value))),
             }
         }
-        found.wrong.extend(self.absent_keys_differ(&present));
+        for (key, rule) in self.keys.iter().filter(|(key, _)| !present.contains(*key)) {
+            if let Key::Argument { name, absent: Some(absent) } = rule {
+                found.arguments.entry(name.clone()).or_insert_with(|| plain(absent));
+                found.wrong.extend(self.absent_key_differs(key, name, &plain(absent)));
+            }
+        }
         if !unknown.is_empty() {
             found.warnings.push(format!(
                 "{} has keys that `{}` does not know, so whether they matter was not checked: {}",
@@ -294,23 +305,17 @@ impl Rules<'_> {
         name
     }
 
-    /// A line for each argument whose key the file lacks and whose default there is another than the spec's value.
-    fn absent_keys_differ(&self, present: &BTreeSet<String>) -> Vec<String> {
-        let lacking = self.keys.iter().filter(|(key, _)| !present.contains(*key));
-        let differs = |(key, rule): (&String, &Key)| {
-            let Key::Argument { name, absent: Some(absent) } = rule else { return None };
-            let wants = self.model.backbone.config.get(key)?;
-            let absent = plain(absent);
-            let mend = mend(name, &absent, wants).map_or(String::new(), |mend| format!("; {mend}"));
-            let written = self.written.and_then(|written| written.get(key)).unwrap_or(key);
-            let line = format!(
-                "  `{written}` is absent from {} and counts as {absent} there, the spec wants {}{mend}",
-                self.place,
-                text(wants)
-            );
-            (!fits(key, &absent, wants, self.model)).then_some(line)
-        };
-        lacking.filter_map(differs).collect()
+    /// The line for an argument whose key the file lacks, if its default there is another than the spec's value.
+    fn absent_key_differs(&self, key: &str, argument: &str, absent: &Value) -> Option<String> {
+        let wants = self.model.backbone.config.get(key)?;
+        let mend = mend(argument, absent, wants).map_or(String::new(), |mend| format!("; {mend}"));
+        let written = self.written.and_then(|written| Some(&**written.get(key)?)).unwrap_or(key);
+        let line = format!(
+            "  `{written}` is absent from {} and counts as {absent} there, the spec wants {}{mend}",
+            self.place,
+            text(wants)
+        );
+        (!fits(key, absent, wants, self.model)).then_some(line)
     }
 }
 

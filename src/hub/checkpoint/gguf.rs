@@ -14,7 +14,7 @@ use super::config::{Comparison, Leaf, Rules, VOCABULARY};
 /// What messages call the metadata.
 const PLACE: &str = "the metadata";
 
-const ARCHITECTURE: &str = "general.architecture";
+pub const ARCHITECTURE: &str = "general.architecture";
 
 /// What files are whose `general.type` is not `model`.
 const KINDS: &[(&str, &str)] = &[

@@ -205,7 +205,7 @@ impl<'a> Config<'a> {
             } else if self.measured(counterpart, name) {
                 return Err(match self.get(&key.name) {
                     Some(other) => format!("`{}` of {CONFIG} is {other}, a number was expected", key.name),
-                    None => format!("{CONFIG} has no `{}`", key.name),
+                    None => format!("{CONFIG} has no `{}`, which PEFT always writes: fetch it again", key.name),
                 });
             }
         }

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::files::malformed;
+use super::models;
 use super::settings::{Declared, Settings, id_of, refused};
 use crate::data::DataError;
 
@@ -65,7 +66,17 @@ const GEMMA: &[(&str, &str)] = &[
 ];
 
 /// Names that stand for no class of their own: `tokenizer.json` counts as it stands.
-const AS_IT_STANDS: [&str; 2] = ["PreTrainedTokenizer", "TokenizersBackend"];
+const AS_IT_STANDS: [&str; 4] = [models::AS_IT_STANDS, "PreTrainedTokenizer", "PythonBackend", "BloomTokenizer"];
+
+/// Other names of a class.
+const SAME: &[(&str, &str)] = &[
+    ("LxmertTokenizer", "BertTokenizer"),
+    ("MobileBertTokenizer", "BertTokenizer"),
+    ("SqueezeBertTokenizer", "BertTokenizer"),
+    ("BartTokenizer", "RobertaTokenizer"),
+    ("LEDTokenizer", "RobertaTokenizer"),
+    ("MvpTokenizer", "RobertaTokenizer"),
+];
 
 /// Classes that transformers 5 has in Python alone: none of them writes a `tokenizer.json`.
 pub const WITHOUT_FILE: &[&str] = &[
@@ -126,13 +137,13 @@ const CLASSES: &[Class] = &[
 
 impl Class {
     pub fn named(name: &str) -> Option<&'static Class> {
+        let name = SAME.iter().find(|(other, _)| *other == name).map_or(name, |(_, same)| same);
         CLASSES.iter().find(|class| class.name == name)
     }
 
-    /// The class that is called after a `model_type` of `config.json`.
-    pub fn of_model(model: &str) -> Option<&'static Class> {
-        let name = format!("{}tokenizer", model.replace(['-', '_'], ""));
-        CLASSES.iter().find(|class| class.name.eq_ignore_ascii_case(&name))
+    /// A name of a class of its own whose parts are not known here.
+    pub fn unknown(name: &str) -> bool {
+        Class::named(name).is_none() && !AS_IT_STANDS.contains(&name)
     }
 
     /// The class whose files these are, where nothing names one. Of those over bytes RoBERTa's marks its sentences, and
@@ -144,12 +155,15 @@ impl Class {
     }
 }
 
-/// Options of the parts of a tokenizer: the settings' key, the part, its type, and the part's own key.
-const OPTIONS: [(&str, &str, &str, &str); 4] = [
-    ("do_lower_case", "normalizer", "BertNormalizer", "lowercase"),
-    ("strip_accents", "normalizer", "BertNormalizer", "strip_accents"),
-    ("tokenize_chinese_chars", "normalizer", "BertNormalizer", "handle_chinese_chars"),
-    ("add_prefix_space", "pre_tokenizer", "ByteLevel", "add_prefix_space"),
+/// Options of the parts of a tokenizer: the settings' key, the part, its type, and what the part says.
+type PartOption = (&'static str, &'static str, &'static str, fn(&Value) -> Option<bool>);
+
+const OPTIONS: [PartOption; 5] = [
+    ("do_lower_case", "normalizer", "BertNormalizer", |part| part["lowercase"].as_bool()),
+    ("strip_accents", "normalizer", "BertNormalizer", |part| part["strip_accents"].as_bool()),
+    ("tokenize_chinese_chars", "normalizer", "BertNormalizer", |part| part["handle_chinese_chars"].as_bool()),
+    ("add_prefix_space", "pre_tokenizer", "ByteLevel", |part| part["add_prefix_space"].as_bool()),
+    ("add_prefix_space", "pre_tokenizer", "Metaspace", |part| Some(scheme(part) != "never")),
 ];
 
 /// Brings a `tokenizer.json` to what transformers would make of it. A class that is known builds the parts around the
@@ -162,16 +176,16 @@ pub fn apply(json: &mut Map<String, Value>, settings: &Settings, source: &Path) 
         && let Some(part) = misfit(json, known.form)
     {
         let named = matches!(settings.declared, Declared::ByName(_));
-        let said = match named {
-            true => format!("its `tokenizer_class` is `{}`", known.name),
-            false => {
-                format!("it names no `tokenizer_class`, and the `model_type` of `config.json` has `{}`", known.name)
+        let mend = match &settings.declared {
+            Declared::ByModel { model, .. } if models::overrules(model) => {
+                "Transformers 5 takes it for this model whatever is named; save the tokenizer once more with transformers"
             }
+            _ => "If `tokenizer.json` is right as it stands, write `\"tokenizer_class\": \"PreTrainedTokenizerFast\"`",
         };
         let message = format!(
-            "{said}, but the {part} of `tokenizer.json` is not that class's; versions of transformers differ in which of \
-             the two counts. If `tokenizer.json` is right as it stands, write \
-             `\"tokenizer_class\": \"PreTrainedTokenizerFast\"`"
+            "{}, but the {part} of `tokenizer.json` is not that class's; versions of transformers differ in which of \
+             the two counts. {mend}",
+            settings.declared.said()
         );
         // A model of another kind is no slip of a class that nobody named.
         if named || part != MODEL {
@@ -180,13 +194,11 @@ pub fn apply(json: &mut Map<String, Value>, settings: &Settings, source: &Path) 
         notes.push(format!("warning: {message}; until then it is read as it stands"));
         class = None;
     }
-    if let Declared::ByName(name) = &settings.declared
-        && Class::named(name).is_none()
-        && !AS_IT_STANDS.contains(&name.as_str())
-    {
+    if let Some(name) = settings.declared.name().filter(|name| Class::unknown(name)) {
         notes.push(format!(
-            "warning: its `tokenizer_class` is `{name}`, which is not known here; `tokenizer.json` is read as it stands, \
-             and versions of transformers whose `{name}` builds parts of its own may give other ids"
+            "warning: {}, which is not known here; `tokenizer.json` is read as it stands, \
+             and versions of transformers whose `{name}` builds parts of its own may give other ids",
+            settings.declared.said()
         ));
     }
     settings.add_tokens(json, class)?;
@@ -212,10 +224,7 @@ const MODEL: &str = "model";
 
 /// Transformers takes a file over bytes as it stands where it names Llama's class.
 fn over_bytes(json: &Map<String, Value>) -> bool {
-    fn any(part: &Value) -> bool {
-        part["type"] == "ByteLevel" || part["pretokenizers"].as_array().is_some_and(|parts| parts.iter().any(any))
-    }
-    json.get("pre_tokenizer").is_some_and(any)
+    json.get("pre_tokenizer").is_some_and(|part| !parts(part, "ByteLevel").is_empty())
 }
 
 /// Options of a model that change ids, with what the classes of a form have. Null is an option's empty text, or false.
@@ -298,10 +307,8 @@ fn plain(part: Option<&Value>) -> Vec<Value> {
     }
     let mut part = part.clone();
     match part["type"].as_str() {
-        // Older files have a flag in the scheme's place.
         Some("Metaspace") => {
-            let always = part["add_prefix_space"] != false;
-            let scheme = part["prepend_scheme"].as_str().unwrap_or(if always { "always" } else { "never" });
+            let scheme = scheme(&part);
             let split = if part["split"] == false { "whole" } else { "words" };
             vec![format!("{} {scheme} {split}", part["replacement"].as_str().unwrap_or("▁")).into()]
         }
@@ -313,6 +320,19 @@ fn plain(part: Option<&Value>) -> Vec<Value> {
         }
         _ => vec![part],
     }
+}
+
+/// Where a Metaspace puts a blank. Older files have a flag in the scheme's place.
+fn scheme(metaspace: &Value) -> &str {
+    let always = metaspace["add_prefix_space"] != false;
+    metaspace["prepend_scheme"].as_str().unwrap_or(if always { "always" } else { "never" })
+}
+
+/// The parts of this type in a normalizer or pre-tokenizer, those of a sequence included.
+fn parts<'a>(part: &'a Value, kind: &str) -> Vec<&'a Value> {
+    let inner = ["normalizers", "pretokenizers"].into_iter().filter_map(|list| part[list].as_array()).flatten();
+    let own = (part["type"] == kind).then_some(part);
+    own.into_iter().chain(inner.flat_map(|part| parts(part, kind))).collect()
 }
 
 fn replaced() -> Value {
@@ -412,16 +432,14 @@ fn metaspace(scheme: &str, split: bool) -> Value {
 /// the one, some the other.
 fn agree(json: &Map<String, Value>, settings: &Settings) -> Result<(), DataError> {
     for (key, part, kind, own) in OPTIONS {
-        let Some(part) = json.get(part).filter(|p| p["type"] == kind) else { continue };
-        match (settings.flag(key)?, part.get(own).and_then(Value::as_bool)) {
-            (Some(set), Some(file)) if set != file => {
-                let message = format!(
-                    "`{key}` is {set}, and `tokenizer.json` has {file} for it; versions of transformers differ in \
-                     which of the two counts, so make them agree"
-                );
-                return Err(refused(&settings.path, message));
-            }
-            _ => {}
+        let Some(set) = settings.flag(key)? else { continue };
+        let found = json.get(part).map_or(vec![], |part| parts(part, kind));
+        if let Some(file) = found.into_iter().filter_map(own).find(|file| *file != set) {
+            let message = format!(
+                "`{key}` is {set}, and `tokenizer.json` has {file} for it; versions of transformers differ in \
+                 which of the two counts, so make them agree"
+            );
+            return Err(refused(&settings.path, message));
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! Files that hold a tokenizer, each brought to the form of `tokenizer.json`.
 
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use tokenizers::Tokenizer as Library;
 use super::classes::{self, Class, Form};
 use super::contained::contained;
 use super::gguf::{self, Contained};
-use super::settings::{Declared, Settings, entries, refused};
+use super::settings::{Declared, Settings, entries, refused, unfast};
 use crate::data::DataError;
 
 /// Arrays and objects inside each other beyond which a file is refused: the library reads them by recursion.
@@ -29,6 +30,31 @@ pub struct Opened {
     pub chat_template: Option<String>,
     /// Settings that are understood and not followed, as lines for the person.
     pub notes: Vec<String>,
+    /// Tokens that the vocabulary does not have, in the order of their ids.
+    pub behind: Vec<Behind>,
+}
+
+/// A token that was added behind a vocabulary.
+pub struct Behind {
+    /// As `added_tokens` of a `tokenizer.json` has it, with its id.
+    pub token: Value,
+    /// Which key of which file it is from.
+    pub from: String,
+}
+
+impl Behind {
+    pub fn content(&self) -> &str {
+        self.token["content"].as_str().unwrap_or_default()
+    }
+
+    pub fn id(&self) -> u64 {
+        self.token["id"].as_u64().unwrap_or(0)
+    }
+
+    /// `` `[PAD]` (50257, `pad_token` of its settings) ``
+    pub fn describe(&self) -> String {
+        format!("`{}` ({}, {})", self.content(), self.id(), self.from)
+    }
 }
 
 /// Files of formats that are not read, what they are, and how they become one that is.
@@ -68,7 +94,25 @@ fn build((mut json, source, settings): Description) -> Result<Opened, DataError>
     });
     let library = library.and_then(|loaded| loaded).map_err(|message| malformed(&source, message))?;
     added_as_said(&added, &library).map_err(|message| malformed(&source, message))?;
-    Ok(Opened { library, source, max_length: settings.max_length(), chat_template: None, notes })
+    let words = library.get_vocab(false);
+    let new =
+        |token: &&Value| token["content"].as_str().is_some_and(|token| !token.is_empty() && !words.contains_key(token));
+    let described = |token: &Value| {
+        let from = settings.origin(token["content"].as_str().unwrap_or_default());
+        Behind { token: token.clone(), from }
+    };
+    let behind: Vec<Behind> = added.as_array().into_iter().flatten().filter(new).map(described).collect();
+    // Where numbers of a vocabulary are left out, its length is the id of one of its tokens.
+    let both = behind.iter().find_map(|b| Some((b, words.iter().find(|(_, id)| u64::from(**id) == b.id())?.0)));
+    if let Some((b, word)) = both {
+        let message = format!(
+            "{} has the id of `{word}`: the vocabulary leaves numbers out or has a token twice, and what is added counts \
+             on from its length; fetch it again",
+            b.describe()
+        );
+        return Err(malformed(&source, message));
+    }
+    Ok(Opened { library, source, max_length: settings.max_length(), chat_template: None, notes, behind })
 }
 
 /// A tokenizer in the form of `tokenizer.json`, the file that it is from, and the settings beside it.
@@ -113,11 +157,18 @@ fn describe_folder(folder: &Path) -> Result<Description, DataError> {
         Form::MarkedBytes => form == Form::Bytes,
         _ => false,
     };
+    // What is named counts before the model: other than a `tokenizer.json`, these files do not stand for themselves.
+    if let Some(name) = &settings.named {
+        settings.declared = Declared::ByName(unfast(name).to_owned());
+    }
     match (&settings.declared, settings.declared.class()) {
         (_, Some(class)) if fits(class) => {}
-        (Declared::ByName(class), _) => return Err(unread(&source, class)),
+        (Declared::ByName(_), _) => return Err(unread(&source, &settings.declared)),
+        (Declared::ByModel { class, .. }, None) if Class::unknown(class) => {
+            return Err(unread(&source, &settings.declared));
+        }
         // The files say more than a `model_type`.
-        _ => settings.declared = Declared::ByModel(Class::of_files(form, &model)),
+        _ => settings.declared = Declared::ByFiles(Class::of_files(form, &model)),
     }
     let parts = [
         ("version", "1.0".into()),
@@ -132,23 +183,52 @@ fn describe_folder(folder: &Path) -> Result<Description, DataError> {
 
 /// BPE over bytes: `vocab.json`, `{"token": id}`, and `merges.txt`, two tokens a line.
 fn bytes(vocabulary: &Path, merges: &Path) -> Result<Value, DataError> {
+    let vocab = object(vocabulary)?;
     let text = text(merges)?;
     let mut pairs = vec![];
+    let mut made = HashSet::new();
     for (number, line) in (1..).zip(text.lines()) {
         if line.is_empty() || line.starts_with("#version") {
             continue;
         }
-        match line.split_once(' ').filter(|(_, second)| !second.contains(' ')) {
-            Some((first, second)) => pairs.push(json!([first, second])),
-            None => return Err(malformed(merges, format!("line {number}, `{line}`, is not two tokens and a space"))),
+        let fault = |why: String| malformed(merges, format!("line {number}, `{line}`, {why}"));
+        let Some((first, second)) = line
+            .split_once(' ')
+            .filter(|(first, second)| !first.is_empty() && !second.is_empty() && !second.contains(' '))
+        else {
+            return Err(fault("is not two tokens and a space".into()));
+        };
+        let whole = format!("{first}{second}");
+        if let Some(lacking) = [first, second, &whole].into_iter().find(|token| !vocab.contains_key(*token)) {
+            return Err(fault(format!(
+                "is of `{lacking}`, which `vocab.json` does not have: either file is cut off or another model's; \
+                 fetch both again"
+            )));
         }
+        pairs.push(json!([first, second]));
+        made.insert(whole);
+    }
+    // Special tokens and words of a person are made by no merge, but not most of a vocabulary.
+    let longer = |token: &&String| token.chars().nth(1).is_some();
+    let words = vocab.keys().filter(longer).count();
+    if words - made.len() > words / 2 && words - made.len() > SPARE {
+        return Err(malformed(
+            merges,
+            format!(
+                "it makes {} of the {words} tokens of `vocab.json` that are longer than a character: it is cut off, or \
+                 another model's; fetch it again",
+                made.len()
+            ),
+        ));
     }
     Ok(json!({
         "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-        "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
-        "vocab": object(vocabulary)?, "merges": pairs,
+        "fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": pairs,
     }))
 }
+
+/// Tokens that a vocabulary may have without a merge that makes them, whatever its size.
+const SPARE: usize = 256;
 
 /// WordPiece: `vocab.txt`, a token a line, its id the line's number from 0.
 fn word_pieces(path: &Path) -> Result<Value, DataError> {
@@ -252,16 +332,17 @@ fn foreign(path: &Path, what: &str) -> DataError {
     malformed(path, format!("it is {what}, which is not read here; {}", resave(path)))
 }
 
-fn unread(source: &Path, class: &str) -> DataError {
-    let message = format!("the folder's `tokenizer_class` is `{class}`, which is not read from this file");
+fn unread(source: &Path, declared: &Declared) -> DataError {
+    let message = format!("{}, which is not read from this file", declared.said());
     malformed(source, format!("{message}; {}", resave(source)))
 }
 
 /// How the tokenizer that a file is part of becomes a `tokenizer.json`, where its class can be one.
 fn resave(file: &Path) -> String {
     let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if let Ok(Settings { declared: Declared::ByName(class), .. }) = Settings::read(folder)
-        && classes::WITHOUT_FILE.contains(&class.as_str())
+    if let Ok(settings) = Settings::read(folder)
+        && let Some(class) = settings.declared.name()
+        && classes::WITHOUT_FILE.contains(&class)
     {
         return format!(
             "transformers has `{class}` in Python alone, so it cannot be written as `tokenizer.json` either"

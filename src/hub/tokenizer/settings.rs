@@ -10,13 +10,20 @@ use serde_json::{Map, Value, json};
 
 use super::classes::Class;
 use super::files::{object, there};
+use super::models;
 use crate::data::DataError;
 
 /// The keys that name special tokens, in the order in which transformers adds them.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// Lists of further special tokens.
-const EXTRA: [&str; 2] = ["extra_special_tokens", "additional_special_tokens"];
+/// A list of further special tokens, or an object of them by name.
+const EXTRA: &str = "extra_special_tokens";
+
+/// The older name of [`EXTRA`], which counts where that is absent or empty.
+const ADDITIONAL: &str = "additional_special_tokens";
+
+/// Special tokens by names that are a model's own. Other keys that end in `_token` and hold a token are such names, too.
+const OF_MODEL: &str = "model_specific_special_tokens";
 
 /// Which class of transformers would read the folder.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,17 +31,56 @@ pub enum Declared {
     /// `tokenizer_class` of `tokenizer_config.json` or of `config.json`, without `Fast`.
     ByName(String),
     /// The class that belongs to the `model_type` of `config.json`.
-    ByModel(&'static Class),
+    ByModel {
+        model: String,
+        class: &'static str,
+    },
+    /// The class whose files lie there, where nothing names one.
+    ByFiles(&'static Class),
     Nothing,
 }
 
 impl Declared {
+    /// As transformers 5 chooses where there is a `tokenizer.json`.
+    fn of(named: Option<&str>, model: Option<&str>) -> Self {
+        let named = named.map(unfast);
+        let registered = model.and_then(models::class_of);
+        let by_model = || match (model, registered) {
+            (Some(model), Some(class)) => Declared::ByModel { model: model.to_owned(), class },
+            _ => Declared::Nothing,
+        };
+        match named {
+            Some(name) if registered.is_none_or(|class| class == name) => Declared::ByName(name.to_owned()),
+            // The file stands for itself, whatever is named.
+            Some(_) if registered == Some(models::AS_IT_STANDS) => by_model(),
+            Some(_) if model.is_some_and(models::overrules) => by_model(),
+            Some(name) => Declared::ByName(name.to_owned()),
+            None => by_model(),
+        }
+    }
+
+    /// The name of the class, if one is named or belongs to the model.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Declared::ByName(name) => Some(name),
+            Declared::ByModel { class, .. } => Some(class),
+            Declared::ByFiles(class) => Some(class.name),
+            Declared::Nothing => None,
+        }
+    }
+
     /// The class, if it is one whose parts are known here.
     pub fn class(&self) -> Option<&'static Class> {
+        Class::named(self.name()?)
+    }
+
+    /// What says which class it is, for a message.
+    pub fn said(&self) -> String {
         match self {
-            Declared::ByName(name) => Class::named(name),
-            Declared::ByModel(class) => Some(class),
-            Declared::Nothing => None,
+            Declared::ByModel { model, class } => {
+                format!("the `model_type` of `config.json` is `{model}`, whose tokenizer is `{class}`")
+            }
+            _ => format!("its `tokenizer_class` is `{}`", self.name().unwrap_or_default()),
         }
     }
 }
@@ -47,6 +93,10 @@ pub struct Settings {
     keys: Map<String, Value>,
     /// Tokens with the ids that the folder gives them, as objects of `added_tokens` in `tokenizer.json`.
     added: Vec<Value>,
+    /// Which file or key these are from.
+    source: &'static str,
+    /// `tokenizer_class`, as the folder has it.
+    pub named: Option<String>,
 }
 
 impl Settings {
@@ -61,6 +111,7 @@ impl Settings {
         let path = folder.join("tokenizer_config.json");
         let mut keys = optional("tokenizer_config.json")?;
         let mut added = vec![];
+        let mut source = "added_tokens_decoder";
         // As transformers does, which reads the two older files only where `added_tokens_decoder` is absent.
         if let Some(decoder) = keys.get("added_tokens_decoder") {
             let entries = decoder.as_object().ok_or_else(|| refused(&path, "`added_tokens_decoder` is no object"))?;
@@ -71,7 +122,15 @@ impl Settings {
                 added.push(with_id(token, id));
             }
         } else {
-            keys.extend(optional("special_tokens_map.json")?);
+            source = "added_tokens.json";
+            for (key, mut value) in optional("special_tokens_map.json")? {
+                // Lists are joined; of anything else this file's counts.
+                if let (EXTRA, Value::Array(more), Some(Value::Array(list))) = (&key[..], &mut value, keys.get(EXTRA)) {
+                    let new: Vec<Value> = more.drain(..).filter(|token| !list.contains(token)).collect();
+                    *more = list.iter().cloned().chain(new).collect();
+                }
+                keys.insert(key, value);
+            }
             for (token, id) in optional("added_tokens.json")? {
                 let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
                 let file = folder.join("added_tokens.json");
@@ -82,18 +141,16 @@ impl Settings {
         added.sort_by_key(|token| token["id"].as_u64());
         // A damaged config.json is reported with the weights.
         let config = object(&folder.join("config.json")).unwrap_or_default();
-        let class = [&keys, &config].into_iter().find_map(|keys| keys.get("tokenizer_class")?.as_str());
-        let declared = match (class, config.get("model_type").and_then(Value::as_str)) {
-            (Some(class), _) => Declared::ByName(class.strip_suffix("Fast").unwrap_or(class).to_owned()),
-            (None, Some(model)) => Class::of_model(model).map_or(Declared::Nothing, Declared::ByModel),
-            (None, None) => Declared::Nothing,
-        };
-        Ok(Settings { path, declared, keys, added })
+        let named = [&keys, &config].into_iter().find_map(|keys| keys.get("tokenizer_class")?.as_str());
+        let named = named.map(str::to_owned);
+        let declared = Declared::of(named.as_deref(), config.get("model_type").and_then(Value::as_str));
+        Ok(Settings { path, declared, keys, added, source, named })
     }
 
     /// Nothing stands beside the file at `path`.
     pub fn none(path: &Path) -> Self {
-        Settings { path: path.to_owned(), declared: Declared::Nothing, keys: Map::new(), added: vec![] }
+        let (path, declared) = (path.to_owned(), Declared::Nothing);
+        Settings { path, declared, keys: Map::new(), added: vec![], source: "", named: None }
     }
 
     /// A key that is true or false; `null` is as if it were absent.
@@ -121,6 +178,39 @@ impl Settings {
             Some(value) => token_of(value, true)?["content"].as_str().map(str::to_owned),
             None => class?.tokens.iter().find(|(name, _)| *name == key).map(|(_, token)| token.to_string()),
         }
+    }
+
+    /// Special tokens with the keys that hold them, in the order in which transformers 5 adds them.
+    fn special(&self) -> Vec<(&str, &Value)> {
+        fn by_name(tokens: Option<&Value>) -> impl Iterator<Item = (&str, &Value)> {
+            tokens.and_then(Value::as_object).into_iter().flatten().map(|(key, value)| (key.as_str(), value))
+        }
+        let named = NAMED.iter().filter_map(|key| Some((*key, self.keys.get(*key)?)));
+        let own = |object: bool| {
+            let keys = self.keys.iter().filter(|(key, _)| key.ends_with("_token") && !NAMED.contains(&key.as_str()));
+            keys.filter(move |(_, value)| if object { marked(value) } else { value.is_string() })
+                .map(|(key, value)| (key.as_str(), value))
+        };
+        // Names of a model are either all in one object, or each a key.
+        let mut of_model: Vec<_> = own(false).chain(by_name(self.keys.get(EXTRA))).collect();
+        if of_model.is_empty() {
+            of_model = by_name(self.keys.get(OF_MODEL)).collect();
+        }
+        let lists = [EXTRA, ADDITIONAL].into_iter().filter_map(|key| Some((key, self.keys.get(key)?)));
+        let (key, list) =
+            lists.into_iter().find(|(_, list)| !empty(list) && !list.is_object()).unwrap_or((EXTRA, &Value::Null));
+        let extra = list.as_array().into_iter().flatten().map(|value| (key, value));
+        named.chain(own(true)).chain(of_model).chain(extra).collect()
+    }
+
+    /// Where a token comes from that stands behind the vocabulary, for a message.
+    pub fn origin(&self, token: &str) -> String {
+        let holds = |value: &Value| token_of(value, true).is_some_and(|found| found["content"] == token);
+        if let Some((key, _)) = self.special().into_iter().find(|(_, value)| holds(value)) {
+            return format!("`{key}` of its settings");
+        }
+        let listed = self.added.iter().any(|added| added["content"] == token);
+        format!("`{}`", if listed { self.source } else { "added_tokens" })
     }
 
     /// Puts every token that the settings know into `added_tokens` of a `tokenizer.json`, which the vocabulary or the
@@ -151,13 +241,7 @@ impl Settings {
                 }
             }
         }
-        let values = NAMED.iter().filter_map(|key| self.keys.get(*key));
-        let extra = EXTRA.iter().filter_map(|key| self.keys.get(*key)).flat_map(|list| match list {
-            Value::Array(tokens) => tokens.iter().collect(),
-            Value::Object(tokens) => tokens.values().collect::<Vec<_>>(),
-            _ => vec![],
-        });
-        let configured = values.chain(extra).filter_map(|value| token_of(value, true));
+        let configured = self.special().into_iter().filter_map(|(_, value)| token_of(value, true));
         let own = class.iter().flat_map(|class| class.tokens);
         let own = own.filter(|(key, token)| {
             self.keys.get(*key).is_none_or(|value| value.is_null()) && vocabulary.id(token).is_some()
@@ -176,6 +260,11 @@ impl Settings {
         json.insert("added_tokens".into(), Value::Array(tokens));
         Ok(())
     }
+}
+
+/// A class's name, which version 4 of transformers ends with `Fast`.
+pub fn unfast(name: &str) -> &str {
+    name.strip_suffix("Fast").unwrap_or(name)
 }
 
 /// The vocabulary of a model in a `tokenizer.json`: an object of ids, or a list of tokens and scores.
@@ -216,6 +305,22 @@ fn plain(content: &str, special: bool) -> Value {
         "content": content, "single_word": false, "lstrip": false, "rstrip": false,
         "normalized": !special, "special": special,
     })
+}
+
+/// An object that transformers takes as a token.
+fn marked(value: &Value) -> bool {
+    value["__type"] == "AddedToken"
+}
+
+/// What Python takes as false.
+fn empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(items) => items.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    }
 }
 
 /// A token as settings write it: a string, or an object with its content and options.

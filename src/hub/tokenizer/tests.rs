@@ -8,6 +8,7 @@ use peft_grammar::model::{Task, TaskKind};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::models;
 use crate::data::{DataError, Tokenizer};
 
 /// What `tests/interop/tokenizer_fixtures.py` wrote.
@@ -92,6 +93,152 @@ fn every_form_gives_the_ids_of_transformers() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The class that belongs to a model is the one in transformers' table.
+#[test]
+fn every_model_has_the_class_of_transformers() {
+    let fixtures = fixtures();
+    let models = fixtures["models"].as_object().unwrap();
+    assert!(models.len() > 250);
+    for (model, class) in models {
+        assert_eq!(models::class_of(model), class.as_str(), "{model}");
+        let overruled = fixtures["overruled"].as_array().unwrap().iter().any(|other| other == model);
+        assert_eq!(models::overrules(model), overruled, "{model}");
+    }
+    assert_eq!(models::class_of("bert "), None);
+    // Models that transformers has no class for, or no configuration.
+    assert_eq!(["llama", "realm"].map(models::class_of), [None; 2]);
+}
+
+/// A class that follows from the model counts as one that is named: it is followed, or said to be unknown.
+#[test]
+fn classes_that_follow_from_the_model() {
+    let unigram = unigram();
+    let with = |model: &str, keys: &str, json: &Value| {
+        let config = format!(r#"{{"model_type": "{model}"}}"#);
+        folder(&[
+            ("tokenizer.json".into(), json.to_string()),
+            ("config.json".into(), config),
+            ("tokenizer_config.json".into(), keys.into()),
+        ])
+    };
+    let said = |folder: &TempDir| load(folder.path()).map(|tokenizer| tokenizer.describe());
+    for (model, class) in [("camembert", "Camembert"), ("albert", "Albert"), ("deberta-v2", "DebertaV2"), ("t5", "T5")]
+    {
+        let line = said(&with(model, "{}", &unigram)).unwrap();
+        let wanted = format!(
+            "warning: the `model_type` of `config.json` is `{model}`, whose tokenizer is `{class}Tokenizer`, which is not known here"
+        );
+        assert!(line.contains(&wanted), "{line}");
+        let named = said(&with("", &format!(r#"{{"tokenizer_class": "{class}Tokenizer"}}"#), &unigram)).unwrap();
+        assert!(named.contains(&format!("`{class}Tokenizer`, which is not known here")), "{named}");
+        // Metaspace has a say in `add_prefix_space`, inside a sequence and alone.
+        let mut alone = unigram.clone();
+        alone["pre_tokenizer"] = alone["pre_tokenizer"]["pretokenizers"][1].clone();
+        for json in [&unigram, &alone] {
+            let message = said(&with(model, r#"{"add_prefix_space": false}"#, json)).unwrap_err().to_string();
+            assert!(message.contains("`add_prefix_space` is false, and `tokenizer.json` has true for it"), "{message}");
+            said(&with(model, r#"{"add_prefix_space": true}"#, json)).unwrap();
+        }
+    }
+    // Nothing is to be said where the file stands for itself, whatever class is named.
+    for (model, keys) in
+        [("mistral", "{}"), ("mistral", r#"{"tokenizer_class": "T5Tokenizer"}"#), ("no-such-model", "{}")]
+    {
+        let line = said(&with(model, keys, &unigram)).unwrap();
+        assert!(!line.contains("warning"), "{line}");
+    }
+    // A model that overrules what its settings name.
+    let message = said(&with("qwen2", r#"{"tokenizer_class": "LlamaTokenizer"}"#, &blanks())).unwrap_err().to_string();
+    assert!(message.contains("`Qwen2Tokenizer`") && message.contains("whatever is named"), "{message}");
+    // Older files of a class that is not known are refused by the model as by the name.
+    let config = r#"{"model_type": "mpnet"}"#;
+    let message = refusal(&[("vocab.txt", WORDS), ("config.json", config)]);
+    assert!(message.contains("whose tokenizer is `MPNetTokenizer`, which is not read from this file"), "{message}");
+    let message = refusal(&[("vocab.txt", WORDS), ("config.json", r#"{"model_type": "esm"}"#)]);
+    assert!(message.contains("has `EsmTokenizer` in Python alone"), "{message}");
+}
+
+/// Which of the files that belong together is damaged.
+#[test]
+fn merges_that_are_cut_off() {
+    let fixtures = fixtures();
+    let content = |name: &str| fixtures["contents"][name].as_str().unwrap();
+    let (vocab, merges) = (content("gpt2_vocab"), content("gpt2_merges"));
+    for end in ["the fil", "zz zz\n"] {
+        let message = refusal(&[("vocab.json", vocab), ("merges.txt", &(merges.to_owned() + end))]);
+        assert!(
+            message.contains("`DIR/merges.txt` is no tokenizer") && message.contains("`vocab.json` does not have"),
+            "{message}"
+        );
+    }
+    // Cut between two lines, it lacks most of what makes the vocabulary.
+    let mut ids: serde_json::Map<String, Value> = serde_json::from_str(vocab).unwrap();
+    for more in 0..300 {
+        ids.insert(format!("word{more}"), (340 + more).into());
+    }
+    let vocab = Value::Object(ids).to_string();
+    let message = refusal(&[("vocab.json", &vocab), ("merges.txt", merges)]);
+    assert!(message.contains("`DIR/merges.txt`") && message.contains("it is cut off"), "{message}");
+}
+
+/// A token that is added behind a vocabulary with holes would take the id of one of its tokens.
+#[test]
+fn tokens_behind_a_vocabulary_with_holes() {
+    for vocab in ["[UNK]\n[CLS]\n[SEP]\nfilm\nfilm\n##s\n", "[UNK]\n[CLS]\n[SEP]\n##s\nfilm\n##s\n"] {
+        let message = refusal(&[
+            ("vocab.txt", vocab),
+            ("tokenizer_config.json", r#"{"tokenizer_class": "BertTokenizer", "pad_token": "<new>"}"#),
+        ]);
+        let wanted = "`DIR/vocab.txt` is no tokenizer that can be used: `<new>` (5, `pad_token` of its settings) has the id of `##s`";
+        assert!(message.contains(wanted), "{message}");
+        let whole = folder(&[("vocab.txt".into(), vocab.into())]);
+        load(whole.path()).unwrap();
+    }
+}
+
+/// A token without a row of the model's is no fault until a text holds it.
+#[test]
+fn tokens_without_a_row() {
+    let sound = [("vocab.txt".to_owned(), WORDS.to_owned())];
+    let with = |name: &str, keys: &str| folder(&[&sound[..], &[(name.to_owned(), keys.to_owned())]].concat());
+    for (name, keys, from) in [
+        (
+            "tokenizer_config.json",
+            r#"{"tokenizer_class": "BertTokenizer", "pad_token": "<new>"}"#,
+            "`pad_token` of its settings",
+        ),
+        (
+            "special_tokens_map.json",
+            r#"{"additional_special_tokens": ["<new>"]}"#,
+            "`additional_special_tokens` of its settings",
+        ),
+        ("added_tokens.json", r#"{"<new>": 5}"#, "`added_tokens.json`"),
+        ("tokenizer_config.json", r#"{"added_tokens_decoder": {"5": {"content": "<new>"}}}"#, "`added_tokens_decoder`"),
+    ] {
+        let folder = with(name, keys);
+        let load = |rows, special: &[&str]| Tokenizer::load(folder.path(), &task(special), rows);
+        let tokenizer = load(5, &[]).unwrap();
+        let line = tokenizer.describe();
+        assert!(line.contains(&format!("the model's 5 rows have none for `<new>` (5, {from})")), "{line}");
+        assert_eq!(tokenizer.encode(vec!["films"], false).unwrap(), [[3, 4]]);
+        let message = tokenizer.encode(vec!["a <new> film"], false).unwrap_err().to_string();
+        assert!(
+            message.contains("a text holds its token `<new>`, whose id is 5, and the model has 5 rows"),
+            "{message}"
+        );
+        assert!(!load(6, &[]).unwrap().describe().contains("have none"));
+        // The task's own need theirs.
+        for (rows, special) in [(5, "<new>"), (5, "<task>"), (6, "<task>")] {
+            let message = load(rows, &[special]).err().expect("it is refused").to_string();
+            assert!(message.contains(&format!("`<new>` (5, {from})")), "{message}");
+        }
+        assert_eq!(load(7, &["<task>"]).unwrap().special("<task>"), Some(6));
+        // Rows for fewer than the vocabulary are another model's.
+        let message = load(4, &[]).err().expect("it is refused").to_string();
+        assert!(message.contains("does not belong to this model") && !message.contains("<new>"), "{message}");
+    }
 }
 
 /// GPT-2's and RoBERTa's own vocabularies, the first in both of its forms.
@@ -359,7 +506,7 @@ fn what_is_no_tokenizer() {
     insta::assert_snapshot!(refusal(&[("merges.txt", MERGES)]), @"no tokenizer in `DIR`: `merges.txt` is there, but the `vocab.json` that belongs to it is not: fetch it, too");
     insta::assert_snapshot!(refusal(&[("encoder.json", VOCAB), ("vocab.bpe", MERGES)]), @"no tokenizer in `DIR`: `encoder.json` and `vocab.bpe` are the first names of `vocab.json` and `merges.txt`: rename both");
     let other = ("tokenizer_config.json", r#"{"tokenizer_class": "MPNetTokenizer"}"#);
-    insta::assert_snapshot!(refusal(&[("vocab.txt", WORDS), other]), @r#"`DIR/vocab.txt` is no tokenizer that can be used: the folder's `tokenizer_class` is `MPNetTokenizer`, which is not read from this file; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
+    insta::assert_snapshot!(refusal(&[("vocab.txt", WORDS), other]), @r#"`DIR/vocab.txt` is no tokenizer that can be used: its `tokenizer_class` is `MPNetTokenizer`, which is not read from this file; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
     // By the file's own path, too.
     let folder = folder(&[("tokenizer.model".into(), "".into()), ("vocab.txt".into(), WORDS.into())]);
     let message = load(&folder.path().join("tokenizer.model")).err().unwrap().to_string();
@@ -481,7 +628,7 @@ fn parts_of_another_class() {
     let sound = [
         (&words, "BertTokenizer", "bert"),
         (&bytes, "GPT2Tokenizer", "gpt2"),
-        (&blanks(), "LlamaTokenizer", "llama"),
+        (&blanks(), "LlamaTokenizer", "idefics"),
         (&unigram(), "XLMRobertaTokenizer", "xlm-roberta"),
     ];
     for (json, class, model) in sound {
@@ -505,9 +652,9 @@ fn parts_of_another_class() {
         ),
         (change(&bytes, "/model/end_of_word_suffix", "</w>".into()), "GPT2Tokenizer", "gpt2", "end_of_word_suffix"),
         (change(&bytes, "/model/byte_fallback", true.into()), "GPT2Tokenizer", "gpt2", "byte_fallback"),
-        (change(&blanks(), "/normalizer", nfkc()), "LlamaTokenizer", "llama", "normalizer"),
-        (change(&blanks(), "/normalizer", Value::Null), "Qwen2Tokenizer", "qwen2", "byte_fallback"),
-        (bytes, "Qwen2Tokenizer", "qwen2", "normalizer"),
+        (change(&blanks(), "/normalizer", nfkc()), "LlamaTokenizer", "idefics", "normalizer"),
+        (change(&blanks(), "/normalizer", Value::Null), "Qwen2Tokenizer", "qwen3", "byte_fallback"),
+        (bytes, "Qwen2Tokenizer", "qwen3", "normalizer"),
         (change(&unigram(), "/normalizer", nfkc()), "XLMRobertaTokenizer", "xlm-roberta", "normalizer"),
         (
             change(

@@ -315,6 +315,21 @@ fn a_bias_at_some_modules() {
     case.refuses(&other, &["q_proj.lora_B.bias", "has `bias: false`; write `bias: true`"]);
 }
 
+/// An MLP that all layers share is at every one of them.
+#[test]
+fn what_cannot_be_merged_is_named_with_its_sites() {
+    let bench = Bench::new();
+    let text_of = format!("{GPT2}tune {{ every attention {{ prefix(length: 3, mid: 8) }} }}\n");
+    let prefixed = text_of.replace("context: 64", "context: 64, first_position: 3");
+    let (path, model) = spec(&bench, "prefix.peft", &prefixed);
+    let weights = checkpoint(&bench, "weights", &model);
+    let file = bench.path("own.safetensors");
+    adapter::save(&file, &drawn(&model)).expect("written");
+    let out = bench.path("merged");
+    let args = ["merge", text(&path), "--weights", text(&weights), "--adapter", text(&file), "--output", text(&out)];
+    bench.refuses(&args, 1, &["`prefix` at layers.0.attention and 1 more", "not affine"]);
+}
+
 /// `feedforward_modules` scales what goes into a module; where no spec could, that is the reason.
 #[test]
 fn modules_that_another_site_has() {

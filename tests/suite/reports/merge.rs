@@ -9,7 +9,7 @@ use peft_runtime::safefile::SafeFile;
 use peftc::hub::model_folder::add_tokens;
 use serde_json::{Value, json};
 
-use super::random::{CLASSIFIER, Case, classifier, generator};
+use super::random::{CLASSIFIER, Case, classifier, generator, generator_of};
 use crate::cli::{Bench, Ran, text};
 
 /// A case with an adapter, trained for a step.
@@ -207,6 +207,10 @@ fn a_base_is_never_written_over_and_a_model_only_when_asked() {
 
 /// What transformers makes of a folder, if it is there to be asked.
 fn asked(folder: &Path, tokens: &[&str]) -> Option<Value> {
+    ask(&[&[text(folder)], tokens].concat())
+}
+
+fn ask(arguments: &[&str]) -> Option<Value> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let venv = root.join("target/interop-venv");
     if !venv.join("ready").is_file() {
@@ -214,7 +218,7 @@ fn asked(folder: &Path, tokens: &[&str]) -> Option<Value> {
         return None;
     }
     let mut ask = Command::new(venv.join("bin/python"));
-    let said = ask.arg(root.join("tests/interop/merged.py")).arg(folder).args(tokens).output().expect("it starts");
+    let said = ask.arg(root.join("tests/interop/merged.py")).args(arguments).output().expect("it starts");
     assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
     Some(serde_json::from_slice(&said.stdout).expect("JSON"))
 }
@@ -278,6 +282,170 @@ fn new_tokens_are_in_the_tokenizer() {
     whole(&out);
 }
 
+/// The base's own tokens behind its vocabulary stand in its settings alone: the task's follow them in the merged folder
+/// as in training.
+#[test]
+fn new_tokens_follow_those_of_the_settings() {
+    let case = trained_with_padding();
+    let sound = json(&case.weights.join("tokenizer.json"));
+    let model = &sound["model"];
+    let merges = model["merges"].as_array().expect("a list").iter().map(|pair| match pair.as_array() {
+        Some(pair) => format!("{} {}\n", pair[0].as_str().expect("a text"), pair[1].as_str().expect("a text")),
+        None => format!("{}\n", pair.as_str().expect("a text")),
+    });
+    let merges: String = merges.collect();
+    let [gpt2, fast] = ["GPT2Tokenizer", "PreTrainedTokenizerFast"];
+    let pad = json!({"1536": {"content": "<pad>", "special": true}});
+    let file = |name: &str, value: Value| (name.to_owned(), value.to_string());
+    let settings = |value: Value| file("tokenizer_config.json", value);
+    let whole = || file("tokenizer.json", sound.clone());
+    let parts = || [file("vocab.json", model["vocab"].clone()), ("merges.txt".to_owned(), merges.clone())];
+    let listed = || file("added_tokens.json", json!({"<pad>": 1536}));
+    let cases: Vec<(&str, Vec<(String, String)>)> = vec![
+        ("key, GPT-2's class", vec![whole(), settings(json!({"tokenizer_class": gpt2, "pad_token": "<pad>"}))]),
+        ("key, no class", vec![whole(), settings(json!({"tokenizer_class": fast, "pad_token": "<pad>"}))]),
+        (
+            "key of the older file",
+            vec![
+                whole(),
+                settings(json!({"tokenizer_class": fast})),
+                file("special_tokens_map.json", json!({"pad_token": "<pad>"})),
+            ],
+        ),
+        ("a model's own key", vec![whole(), settings(json!({"tokenizer_class": fast, "image_token": "<pad>"}))]),
+        ("list", vec![whole(), settings(json!({"tokenizer_class": fast, "extra_special_tokens": ["<pad>"]}))]),
+        (
+            "decoder, GPT-2's class",
+            vec![whole(), settings(json!({"tokenizer_class": gpt2, "added_tokens_decoder": pad}))],
+        ),
+        (
+            "decoder, no class",
+            vec![
+                whole(),
+                settings(json!({"tokenizer_class": fast, "pad_token": "<pad>", "added_tokens_decoder": pad})),
+            ],
+        ),
+        (
+            "key beside a decoder without it",
+            vec![whole(), settings(json!({"tokenizer_class": gpt2, "pad_token": "<pad>", "added_tokens_decoder": {}}))],
+        ),
+        ("list of ids", vec![whole(), settings(json!({"tokenizer_class": gpt2})), listed()]),
+        ("key, parts", [&parts()[..], &[settings(json!({"tokenizer_class": gpt2, "pad_token": "<pad>"}))]].concat()),
+        ("list of ids, parts", [&parts()[..], &[settings(json!({"tokenizer_class": gpt2})), listed()]].concat()),
+        (
+            "decoder, parts",
+            [&parts()[..], &[settings(json!({"tokenizer_class": gpt2, "added_tokens_decoder": pad}))]].concat(),
+        ),
+    ];
+    let wanted: Vec<(&str, u64)> = [("<pad>", 1536)].into_iter().chain(TOKENS.into_iter().zip(1537..)).collect();
+    let mut folders = vec![];
+    for (at, (name, files)) in cases.iter().enumerate() {
+        for old in fs::read_dir(&case.weights).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+            if !["config.json", "model.safetensors"].iter().any(|kept| old.ends_with(kept)) {
+                fs::remove_file(old).expect("removed");
+            }
+        }
+        for (file, content) in files {
+            fs::write(case.weights.join(file), content).expect("written");
+        }
+        let out = case.path(&format!("merged{at}"));
+        let ran = merge(&case, &out, &[]);
+        assert_eq!(ran.code, 0, "{name}: {}", ran.err);
+        let tokenizer = peftc::data::Tokenizer::load(&out, &case.model.task, 1543);
+        let tokenizer = tokenizer.unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(tokenizer.vocabulary(), 1543, "{name}");
+        for (token, id) in &wanted {
+            assert_eq!(tokenizer.ids()[*token], *id, "{name}: {token}");
+        }
+        folders.push(out);
+    }
+    let tokens = json!(wanted.iter().map(|(token, _)| token).collect::<Vec<_>>()).to_string();
+    let folders: Vec<&str> = folders.iter().map(|folder| text(folder)).collect();
+    if let Some(found) = ask(&[&["--ids", &tokens], &folders[..]].concat()) {
+        for ((name, _), ids) in cases.iter().zip(found.as_array().expect("a list")) {
+            assert_eq!(*ids, json!((1536..1543).collect::<Vec<_>>()), "{name}");
+        }
+    }
+}
+
+/// A generator of which the base has a padding token with a row, trained for a step.
+fn trained_with_padding() -> Case {
+    let case = generator_of("", 1537);
+    let settings = json!({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"});
+    fs::write(case.weights.join("tokenizer_config.json"), settings.to_string()).expect("written");
+    trained(case)
+}
+
+/// A configuration says what the merged folder is: its head, its classes, the kind of its task.
+#[test]
+fn the_configuration_is_that_of_the_task() {
+    let case = trained(classifier(CLASSIFIER, |_| {}));
+    let path = case.weights.join("config.json");
+    let sound = json(&path);
+    let out = case.path("merged");
+    let merged = |keys: Value| {
+        let mut config = sound.clone();
+        keys.as_object().expect("an object").iter().for_each(|(key, value)| config[key] = value.clone());
+        fs::write(&path, config.to_string()).expect("written");
+        let ran = merge(&case, &out, &["--overwrite"]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let config = json(&out.join("config.json"));
+        let eval = case.bench.peftc(["eval", text(&case.spec), "--weights", text(&out), "--data", text(&case.data)]);
+        assert_eq!(eval.code, 0, "peftc reads what it wrote: {}", eval.err);
+        config
+    };
+    for (base, wanted) in [
+        ("BertModel", json!(["BertForSequenceClassification"])),
+        ("BertForMaskedLM", json!(["BertForSequenceClassification"])),
+        ("BertLMHeadModel", json!(["BertForSequenceClassification"])),
+        ("XLMWithLMHeadModel", json!(["XLMForSequenceClassification"])),
+        ("Unheard", Value::Null),
+        ("Model", Value::Null),
+    ] {
+        assert_eq!(merged(json!({"architectures": [base]}))["architectures"], wanted, "{base}");
+    }
+    // What the base says of another task is gone.
+    for keys in [
+        json!({"problem_type": "regression", "num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
+        json!({"problem_type": "multi_label_classification", "_num_labels": 3}),
+        json!({}),
+    ] {
+        let config = merged(keys);
+        assert_eq!(config["problem_type"], "single_label_classification");
+        assert_eq!((&config["num_labels"], &config["_num_labels"]), (&Value::Null, &Value::Null));
+        assert_eq!(
+            (&config["id2label"], &config["label2id"]),
+            (&json!({"0": "0", "1": "1"}), &json!({"0": 0, "1": 1}))
+        );
+    }
+
+    let case = trained(generator(""));
+    let path = case.weights.join("config.json");
+    let sound = json(&path);
+    let out = case.path("merged");
+    for (base, wanted) in [
+        (json!(["GPT2LMHeadModel"]), json!(["GPT2LMHeadModel"])),
+        (json!(["LlamaForCausalLM"]), json!(["LlamaForCausalLM"])),
+        (json!(["GPT2Model"]), Value::Null),
+        (json!(["GPT2DoubleHeadsModel"]), Value::Null),
+        (json!(["GPT2ForSequenceClassification"]), Value::Null),
+        (json!([]), json!([])),
+    ] {
+        let mut config = sound.clone();
+        config["architectures"] = base;
+        fs::write(&path, config.to_string()).expect("written");
+        let ran = merge(&case, &out, &["--overwrite"]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let config = json(&out.join("config.json"));
+        assert_eq!(config["architectures"], wanted);
+        let eval = case.bench.peftc(["eval", text(&case.spec), "--weights", text(&out), "--data", text(&case.data)]);
+        assert_eq!(eval.code, 0, "peftc reads what it wrote: {}", eval.err);
+    }
+    if let Some(found) = asked(&out, &["<bos>"]) {
+        assert_eq!((&found["finite"], &found["complaints"]), (&json!(true), &json!([])), "{found}");
+    }
+}
+
 /// Shards become one file, with no index of what is not there.
 #[test]
 fn a_base_in_shards_is_merged_into_one_file() {
@@ -318,20 +486,24 @@ fn tokens_of_a_tokenizer_without_its_own_file() {
     let bench = Bench::new();
     bench.write("vocab.json", r#"{"a":0,"<eos>":1}"#);
     let folder = bench.path("");
-    add_tokens(&folder, &[("<eos>", 1), ("<bos>", 2)]).unwrap_or_else(|e| panic!("{e}"));
+    let tokens = |all: &[(&str, u32)]| {
+        let token = |(content, id): &(&str, u32)| json!({"id": id, "content": content, "special": true});
+        all.iter().map(token).collect::<Vec<_>>()
+    };
+    add_tokens(&folder, &tokens(&[("<eos>", 1), ("<bos>", 2)])).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(json(&folder.join("added_tokens.json")), json!({"<bos>": 2}));
     assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 2);
-    add_tokens(&folder, &[("<eos>", 1), ("<sep>", 3)]).unwrap_or_else(|e| panic!("{e}"));
+    add_tokens(&folder, &tokens(&[("<eos>", 1), ("<sep>", 3)])).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(json(&folder.join("added_tokens.json")), json!({"<bos>": 2, "<sep>": 3}));
     // In one file, the token of the model itself is not listed once more.
     bench.write("tokenizer.json", r#"{"added_tokens":[{"id":1,"content":"<eos>"}],"model":{"vocab":{"a":0}}}"#);
-    add_tokens(&folder, &[("<eos>", 1), ("a", 0), ("<new>", 4)]).unwrap_or_else(|e| panic!("{e}"));
+    add_tokens(&folder, &tokens(&[("<eos>", 1), ("a", 0), ("<new>", 4)])).unwrap_or_else(|e| panic!("{e}"));
     let added = json(&folder.join("tokenizer.json"))["added_tokens"].clone();
     assert_eq!(
         (added[0].clone(), &added[1]["content"], added.as_array().map(Vec::len)),
         (json!({"id":1,"content":"<eos>"}), &json!("<new>"), Some(2))
     );
     bench.write("tokenizer.json", "[]");
-    let error = add_tokens(&folder, &[("<x>", 5)]).expect_err("refused").to_string();
+    let error = add_tokens(&folder, &tokens(&[("<x>", 5)])).expect_err("refused").to_string();
     assert!(error.contains("tokenizer.json") && error.contains("no JSON object"), "{error}");
 }

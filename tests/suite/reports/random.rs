@@ -56,22 +56,28 @@ fn without_pooler(file: &mut TensorFile) {
 
 /// A GPT-2 for `data/triples`, whose six special tokens its checkpoint lacks. `rows` is a rule of the tune block.
 pub fn generator(rows: &str) -> Case {
+    generator_of(rows, 1536)
+}
+
+/// As [`generator`], of a checkpoint with another number of tokens.
+pub fn generator_of(rows: &str, tokens: usize) -> Case {
     let bench = Bench::new();
     let demo = fs::read_to_string("models/demo/triples.peft").expect("readable");
     let (start, end) = (demo.find("task").expect("a task"), demo.find("train {").expect("a recipe"));
     let text = format!(
-        "model = gpt2(layers: 1, hidden: 8, heads: 2, ffn: 16, vocab: 1542, context: 128)\n\
+        "model = gpt2(layers: 1, hidden: 8, heads: 2, ffn: 16, vocab: {}, context: 128)\n\
          tune {{ every attention {{ lora(rank: 2) on q, v }} {rows} }}\n{}\
          train {{ lr: 5e-2\n batch: 8\n steps: 6 }}\n",
+        tokens + 6,
         &demo[start..end]
     );
     let (spec, model) = spec(&bench, "tiny.peft", &text);
     let mut file = tensors(&model, false);
     let table = file.tensors.get_mut("transformer.wte.weight").expect("a table");
     let Data::F32(numbers) = &table.data else { panic!("f32") };
-    *table = Stored::f32(vec![1536, 8], numbers[..1536 * 8].to_vec());
+    *table = Stored::f32(vec![tokens as u64, 8], numbers[..tokens * 8].to_vec());
     let mut config = config(&model);
-    config.insert("vocab_size".into(), 1536.into());
+    config.insert("vocab_size".into(), tokens.into());
     let weights = folder(&bench, "weights", &config, &file);
     fs::copy("data/triples/tokenizer.json", weights.join("tokenizer.json")).expect("copied");
     Case { bench, spec, model, weights, data: PathBuf::from("data/triples/dev.json") }

@@ -167,6 +167,8 @@ fn what_is_finished_or_not_there_is_said() {
     // One number or one note of another state.
     let path = out.join("state.safetensors");
     let sound = adapter::load(&path).expect("sound");
+    // There is none before it to go on from.
+    fs::remove_file(out.join("state.previous.safetensors")).expect("there");
     let damaged = |damage: &dyn Fn(&mut adapter::TensorFile)| {
         let mut state = sound.clone();
         damage(&mut state);
@@ -313,7 +315,8 @@ fn a_run_that_is_killed_goes_on() {
         .spawn()
         .expect("it starts");
     let begun = Instant::now();
-    while !killed.join("state.safetensors").is_file() && begun.elapsed() < Duration::from_secs(120) {
+    // It is written after the state.
+    while !killed.join("adapter.safetensors").is_file() && begun.elapsed() < Duration::from_secs(120) {
         std::thread::sleep(Duration::from_millis(5));
     }
     child.kill().expect("killed");

@@ -119,6 +119,16 @@ fn rows_and_tokens() {
         assert!(fits || ran.err.contains("its vocabulary has 51 tokens, but the spec's `vocab` is 50"), "{}", ran.err);
         assert!(!ran.err.contains("left over"), "{}", ran.err);
     }
+    // A padding token that only the settings name has no row, and no text asks for one.
+    let more: String = (44..50).map(|i| format!("word{i}\n")).collect();
+    bench.write("weights/vocab.txt", word_pieces().replacen("##s\n", "", 1) + &more);
+    let plain = eval(&bench, &spec, &weights, &data, &[]);
+    bench.write("weights/tokenizer_config.json", r#"{"tokenizer_class": "BertTokenizer", "pad_token": "<pad>"}"#);
+    let padded = eval(&bench, &spec, &weights, &data, &[]);
+    assert_eq!(figures(&padded), figures(&plain));
+    assert!(padded.err.contains("50 rows have none for `<pad>` (50, `pad_token` of its settings)"), "{}", padded.err);
+    let ran = eval(&bench, &spec, &weights, &bench.write("data.tsv", "a <pad> film\t1\n"), &[]);
+    assert!(ran.code == 3 && ran.err.contains("a text holds its token `<pad>`, whose id is 50"), "{}", ran.err);
 }
 
 #[test]

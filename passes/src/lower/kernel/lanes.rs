@@ -545,6 +545,26 @@ impl Kernel {
         }
     }
 
+    /// Where the elements of a unit begin and end, of `count` that are dealt out in stretches; the last one is shorter.
+    pub fn stretch(&mut self, unit: Val, count: Val) -> (Val, Val) {
+        let block = self.index(self.machine.stretch());
+        let start = self.mul(unit, block);
+        let end = self.add(start, block);
+        let end = self.min(end, count);
+        (start, end)
+    }
+
+    /// The elements of a unit, a vector at a time: `body` is given the index of its first lane and the mask of those
+    /// that have an element.
+    pub fn each_of_stretch(&mut self, unit: Val, count: Val, body: impl FnOnce(&mut Kernel, Val, Val)) {
+        let (start, end) = self.stretch(unit, count);
+        self.each(start, end, self.lane_count(), |k, at| {
+            let left = k.sub(end, at);
+            let mask = k.mask(left);
+            body(k, at, mask);
+        });
+    }
+
     /// The units asked for.
     pub fn units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
         match self.form {

@@ -1,0 +1,65 @@
+//! The meaning of an optimizer's step, in f64.
+
+use peft_grammar::model::{Optimizer, Recipe};
+
+/// A trained value with what the optimizer keeps of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Trained {
+    pub value: f64,
+    pub m: f64,
+    pub v: f64,
+    /// Weight decay applies.
+    pub decays: bool,
+}
+
+/// One step, number `step` (from 0), at the rate `lr`. Gives the gradient's norm before clipping.
+pub fn step(recipe: &Recipe, lr: f64, step: u64, trained: &mut [Trained], gradients: &[f64]) -> f64 {
+    let norm = gradients.iter().map(|g| g * g).sum::<f64>().sqrt();
+    let factor = if recipe.clip > 0.0 { (recipe.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+    for (trained, gradient) in trained.iter_mut().zip(gradients) {
+        one(recipe, lr, step, trained, factor * gradient);
+    }
+    norm
+}
+
+/// The gradient of a batch's mean loss from those of its parts: each counts by its share of the batch's targets.
+pub fn accumulated(parts: &[(usize, Vec<f64>)]) -> Vec<f64> {
+    let targets: usize = parts.iter().map(|(targets, _)| targets).sum();
+    let share = |&count: &usize| count as f64 / targets as f64;
+    let values = parts.first().map_or(0, |(_, gradient)| gradient.len());
+    (0..values).map(|i| parts.iter().map(|(targets, gradient)| share(targets) * gradient[i]).sum()).collect()
+}
+
+/// With g the clipped gradient, p the value, λ the weight decay, η the rate, t = step + 1:
+///
+/// ```text
+/// AdamW  m ← β₁ m + (1 − β₁) g    v ← β₂ v + (1 − β₂) g²
+///        p ← p (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+/// Adam   g ← g + λ p, then as AdamW with λ = 0
+/// SGD    g ← g + λ p    m ← μ m + g    p ← p − η m
+/// Lion   p ← p (1 − η λ) − η sign(β₁ m + (1 − β₁) g)    m ← β₂ m + (1 − β₂) g
+/// ```
+fn one(recipe: &Recipe, lr: f64, step: u64, trained: &mut Trained, g: f64) {
+    let (beta1, beta2) = recipe.betas;
+    let decay = if trained.decays { recipe.weight_decay } else { 0.0 };
+    let Trained { value, m, v, .. } = trained;
+    let mut adam = |g: f64| {
+        *m = beta1 * *m + (1.0 - beta1) * g;
+        *v = beta2 * *v + (1.0 - beta2) * g * g;
+        let t = (step + 1) as f64;
+        (*m / (1.0 - beta1.powf(t))) / ((*v / (1.0 - beta2.powf(t))).sqrt() + recipe.eps)
+    };
+    match recipe.optimizer {
+        Optimizer::AdamW => *value = *value * (1.0 - lr * decay) - lr * adam(g),
+        Optimizer::Adam => *value -= lr * adam(g + decay * *value),
+        Optimizer::Sgd { momentum } => {
+            *m = momentum * *m + g + decay * *value;
+            *value -= lr * *m;
+        }
+        Optimizer::Lion => {
+            let sign = |x: f64| if x == 0.0 { 0.0 } else { x.signum() };
+            *value = *value * (1.0 - lr * decay) - lr * sign(beta1 * *m + (1.0 - beta1) * g);
+            *m = beta2 * *m + (1.0 - beta2) * g;
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Steps of several batches beside steps of one with all their sequences.
+
+use peft_passes::interpret::optimizer::accumulated;
+use peftc::data::{Batch, Example, Goal};
+use peftc::training;
+
+use crate::fixtures::{self, Fixture};
+use crate::parity::{fused, session};
+
+const TOLERANCE: f64 = 1e-6;
+
+/// Sixteen sequences with one target to twelve, those with few first.
+fn examples() -> Vec<Example> {
+    let example = |i: usize| {
+        let targets = [1, 1, 2, 1, 1, 3, 2, 1, 12, 9, 1, 11, 12, 2, 10, 12][i];
+        let length = targets + 2 + i % 3;
+        let ids = (0..length).map(|j| ((7 * i + 5 * j + i * j) % 50) as i32).collect();
+        Example { ids, types: vec![0; length], goal: Goal::Continuation { from: length - 1 - targets } }
+    };
+    (0..16).map(example).collect()
+}
+
+fn fixture() -> Fixture {
+    fixtures::all("gpt2_inducer_lora_strong").remove(0)
+}
+
+fn close(found: &[f32], want: &[f32], what: &str) {
+    let largest = want.iter().fold(0.0_f64, |most, x| most.max(f64::from(x.abs())));
+    for (i, (found, want)) in found.iter().zip(want).enumerate() {
+        let gap = f64::from((found - want).abs());
+        assert!(gap <= TOLERANCE * largest, "{what}: value {i} is {found}, not {want}, of at most {largest}");
+    }
+}
+
+/// Inducer and LoRA, without dropout: 2 × 8 and 4 × 4 and 3 × 5 with one left, beside 1 × 16.
+#[test]
+fn parts_of_a_batch_are_the_batch() {
+    let fixture = fixture();
+    let mut model = fixture.model();
+    model.train.schedule = peft_grammar::model::Schedule::Constant;
+    model.train.warmup = peft_grammar::model::Phase::Steps(0);
+    let examples = examples();
+    let mut one = session(&fixture, &model, &fused(true));
+    let mut parts: Vec<_> = [8, 4, 5].map(|size| (size, session(&fixture, &model, &fused(true)))).into();
+    for step in 0..3 {
+        let whole = Batch::pack(&examples);
+        let (loss, norm) = training::step(&mut one, &model.train, &whole, step, 9).expect("a step");
+        for (size, session) in &mut parts {
+            let batches: Vec<Batch> = examples.chunks(*size).map(Batch::pack).collect();
+            let counts: Vec<usize> = batches.iter().map(|batch| batch.labels.len()).collect();
+            assert!(counts.iter().max() > counts.iter().min().map(|least| 2 * least).as_ref(), "{counts:?}");
+            let mut recipe = model.train.clone();
+            recipe.accumulate = batches.len() as u64;
+            let found = training::step_of_several(session, &recipe, batches, step, 9).expect("a step");
+            let what = format!("step {step} in batches of {size}");
+            assert!((found.0 - loss).abs() <= TOLERANCE * loss, "{what}: the loss is {}, not {loss}", found.0);
+            assert!((found.1 - norm).abs() <= TOLERANCE * norm, "{what}: the norm is {}, not {norm}", found.1);
+            let [found, want] = [&*session, &one].map(|session| session.flat("gradients").expect("read").into_owned());
+            close(&found, &want, &what);
+            // Adam makes the rounding of a gradient that is nearly nothing a step of the learning rate's size.
+            let values = one.flat("values").expect("read").into_owned();
+            session.set_flat("values", &values).expect("written");
+        }
+    }
+}
+
+/// The sum of a step's gradients is that of the interpreter, on a processor and with any number of parts.
+#[test]
+fn gradients_add_up_as_the_interpreter_has_them() {
+    let fixture = fixture();
+    let model = fixture.model();
+    let examples = examples();
+    let batches: Vec<Batch> = examples.chunks(3).map(Batch::pack).collect();
+    let mut alone = session(&fixture, &model, &fused(true));
+    let mut recipe = model.train.clone();
+    // Rates of 0: values stay.
+    recipe.lr = 0.0;
+    recipe.accumulate = 6;
+    let gradients: Vec<(usize, Vec<f64>)> = batches
+        .iter()
+        .map(|batch| {
+            training::step(&mut alone, &recipe, batch, 0, 9).expect("a step");
+            let found = alone.flat("gradients").expect("read");
+            (batch.labels.len(), found.iter().map(|&x| f64::from(x)).collect())
+        })
+        .collect();
+    training::step_of_several(&mut alone, &recipe, batches, 0, 9).expect("a step");
+    let want: Vec<f32> = accumulated(&gradients).into_iter().map(|x| x as f32).collect();
+    close(&alone.flat("gradients").expect("read"), &want, "six batches");
+}

@@ -1,0 +1,127 @@
+//! `peftc new`: a spec for a checkpoint that checks, fits and trains as it is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peft_grammar::library;
+use peftc::hub::checkpoint;
+use peftc::{new, spec};
+use serde_json::json;
+
+use crate::cli::{Bench, text};
+use crate::reports::{
+    self,
+    random::{TOKENIZER, words},
+};
+
+/// Sizes that are nobody's defaults.
+const FAMILIES: &[(&str, &str)] = &[
+    ("bert", "bert(layers: 2, hidden: 32, heads: 4, ffn: 48, vocab: 50, context: 40, token_types: 3, eps: 1e-6)"),
+    ("roberta", "roberta(layers: 2, hidden: 32, heads: 2, ffn: 64, vocab: 50, context: 66)"),
+    ("gpt2", "gpt2(layers: 2, hidden: 32, heads: 4, ffn: 96, vocab: 50, context: 64, tied: false)"),
+    (
+        "llama",
+        "llama(layers: 3, hidden: 32, heads: 4, kv_heads: 2, head_dim: 16, ffn: 48, vocab: 50, context: 64, rope_theta: 500000.0)",
+    ),
+];
+
+fn folder(bench: &Bench, name: &str, call: &str) -> PathBuf {
+    let (_, model) = reports::spec(bench, &format!("{name}.peft"), &format!("model = {call}\n"));
+    reports::checkpoint(bench, name, &model)
+}
+
+/// Every method's usage on every family: the spec checks, is in the canonical form, and the checkpoint fits it.
+#[test]
+fn every_method_on_every_family() {
+    let bench = Bench::new();
+    let mut names: Vec<String> = library::methods().into_iter().map(|m| m.name).collect();
+    names.dedup();
+    for (family, call) in FAMILIES {
+        let weights = folder(&bench, family, call);
+        for method in &names {
+            // Llama has no biases to train, and that is said.
+            if (*family, method.as_str()) == ("llama", "bitfit") {
+                let error = new::propose(&weights, method, None).err().expect("refused").to_string();
+                assert!(error.contains("no tensor of the backbone is named `*.bias`"), "{error}");
+                continue;
+            }
+            let proposal = new::propose(&weights, method, None).unwrap_or_else(|e| panic!("{family}, {method}: {e}"));
+            let path = bench.write("new.peft", &proposal.text);
+            let model = spec::load(&path, &[], false).unwrap_or_else(|e| panic!("{family}, {method}: {e}"));
+            assert!(model.params.iter().any(|p| p.trained_rows().is_some()), "{family}, {method}");
+            assert_eq!(peft_grammar::format("new.peft", &proposal.text).expect("it parses"), proposal.text);
+            checkpoint::weights(&weights, &model).unwrap_or_else(|e| panic!("{family}, {method}: {e}"));
+        }
+    }
+}
+
+#[test]
+fn a_gguf_file_says_as_much() {
+    let bench = Bench::new();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/gguf/tied.gguf");
+    let proposal = new::propose(&file, "lora", None).unwrap_or_else(|e| panic!("{e}"));
+    let path = bench.write("new.peft", &proposal.text);
+    let model = spec::load(&path, &[], false).unwrap_or_else(|e| panic!("{e}"));
+    checkpoint::weights(&file, &model).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Untouched, the spec is trained to what the rows say.
+#[test]
+fn sixty_four_rows_are_learnt() {
+    let bench = Bench::new();
+    let weights = folder(&bench, "roberta", FAMILIES[1].1);
+    // RoBERTa's padding has the id 1.
+    let tokenizer = TOKENIZER
+        .replace("\"[UNK]\":0,\"[CLS]\":1,", "\"[CLS]\":0,\"[UNK]\":6,")
+        .replace("[\"[CLS]\",1]", "[\"[CLS]\",0]");
+    words(&weights);
+    fs::write(weights.join("tokenizer.json"), tokenizer).expect("written");
+    let vocabulary = ["good", "bad", "film"];
+    let row = |i: usize| {
+        let word = |k: u32| vocabulary[i / 3_usize.pow(k) % 3];
+        let label = ["no", "yes"][usize::from(i.is_multiple_of(3))];
+        format!("{} {} {} {}\t{label}\n", word(0), word(1), word(2), word(3))
+    };
+    let data = bench.write("rows.tsv", (0..64).map(row).collect::<String>());
+    let (path, out) = (bench.path("my.peft"), bench.path("run"));
+    let ran = bench.peftc(["new", "--weights", text(&weights), "--data", text(&data), "-o", text(&path)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.out.contains("peftc train"), "{}", ran.out);
+    let written = fs::read_to_string(&path).expect("written");
+    assert!(written.contains("labels: [\"no\", \"yes\"]"), "{written}");
+    let ran =
+        bench.peftc(["train", text(&path), "--weights", text(&weights), "--data", text(&data), "--out", text(&out)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let last =
+        ran.out.split("loss ").nth(1).and_then(|rest| rest.split(", ").nth(1)?.split(' ').next()?.parse::<f64>().ok());
+    assert!(last.is_some_and(|loss| loss < 0.1), "{}", ran.out);
+    let ran = bench.peftc(["new", "--weights", text(&weights), "--data", text(&data), "-o", text(&path)]);
+    assert!(ran.code == 2 && ran.err.contains("it exists; replace it with `--overwrite`"), "{}", ran.err);
+}
+
+/// What no backbone reads is told with the nearest one and what it lacks.
+#[test]
+fn families_that_none_reads() {
+    let bench = Bench::new();
+    let (_, llama) = reports::spec(&bench, "llama.peft", reports::LLAMA);
+    let mut config = reports::config(&llama);
+    config.insert("model_type".into(), json!("mistral"));
+    config.insert("sliding_window".into(), json!(4));
+    let weights = reports::folder(&bench, "mistral", &config, &reports::tensors(&llama, false));
+    let out = bench.path("my.peft");
+    let refused = |weights: &Path, more: &[&str], code: i32, words: &[&str]| {
+        let args = [&["new", "--weights", text(weights), "-o", text(&out)], more].concat();
+        bench.refuses(&args, code, words);
+    };
+    refused(&weights, &[], 3, &["no backbone that reads `mistral`", "the nearest is `llama`", "`sliding_window` is 4"]);
+    config.insert("model_type".into(), json!("llama"));
+    let weights = reports::folder(&bench, "windowed", &config, &reports::tensors(&llama, false));
+    refused(&weights, &[], 3, &["`sliding_window` is 4 in config.json", "every token sees all tokens before it"]);
+    refused(&weights, &["--method", "lroa"], 2, &["no method `lroa`", "lora"]);
+    refused(Path::new("random"), &[], 2, &["random weights have no sizes"]);
+    let bert = folder(&bench, "bert", FAMILIES[0].1);
+    let records = bench.write("records.json", "{\"entries\": []}");
+    refused(&bert, &["--data", text(&records)], 2, &["records with texts, and `bert` classifies"]);
+    let empty = bench.write("rows.tsv", "no tab here\n");
+    refused(&bert, &["--data", text(&empty)], 3, &["rows.tsv", "line 1", "no tab"]);
+}

@@ -1,0 +1,146 @@
+//! Twenty steps of every optimizer beside PyTorch's: of the interpreter, of the processor's kernel, and of PTX.
+//!
+//! `tests/interop/optimizer_fixtures.py` wrote the values.
+
+use std::collections::BTreeSet;
+
+use peft_grammar::model::{Optimizer, Recipe};
+use peft_passes::cuda::Chip;
+use peft_passes::interpret::optimizer::{Trained, accumulated, step};
+use peft_passes::lower::{self, lower};
+use peft_passes::machine::Machine;
+use peft_runtime::artifact::Tensor;
+use peft_runtime::{Inputs, Numbers, Session};
+use serde_json::Value;
+
+use crate::parity::programs;
+use crate::ptx::{Simulated, module};
+
+const TOLERANCE: f64 = 1e-6;
+
+struct Case {
+    name: String,
+    recipe: Recipe,
+    want: Vec<f64>,
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().expect("a list").iter().map(|x| x.as_f64().expect("a number")).collect()
+}
+
+fn narrow(numbers: &[f64]) -> Vec<f32> {
+    numbers.iter().map(|&x| x as f32).collect()
+}
+
+fn case(case: &Value) -> Case {
+    let settings = case["train"].as_object().expect("settings");
+    let written: Vec<String> = settings.iter().map(|(key, value)| format!("{key}: {value}")).collect();
+    let spec = format!("model = gpt2(layers: 1)\ntrain {{ {} }}\n", written.join("  "));
+    let model = peft_grammar::check("spec", &spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"));
+    Case { name: written.join(", "), recipe: model.train, want: numbers(&case["values"]) }
+}
+
+/// The first decays, the second does not.
+fn tensors() -> Vec<Tensor> {
+    let tensor = |name: &str, shape: &[u64], decay| Tensor {
+        name: name.into(),
+        shape: shape.to_vec(),
+        trainable: Some((0, shape[0])),
+        decay,
+    };
+    vec![tensor("a", &[5, 7], true), tensor("b", &[9], false)]
+}
+
+fn session(optimizer: Optimizer, machine: Machine, weights: Vec<Numbers>) -> Session {
+    let options = lower::Options { machine, optimizer, ..lower::Options::default() };
+    let lowered = lower(&[], &tensors(), options).expect("lowered");
+    let mut session = match machine {
+        Machine::Cpu(_) => Session::new(programs(vec![lowered]).remove(0), weights, 1),
+        Machine::Cuda(_) => {
+            let simulated = Simulated::new(module(&lowered.kernels, machine), &lowered.manifest);
+            Session::on(Box::new(simulated), lowered.manifest, weights)
+        }
+    }
+    .expect("a session");
+    session.poison = true;
+    session
+}
+
+fn close(found: &[f64], case: &Case, tolerance: f64, what: &str) {
+    for (i, (found, want)) in found.iter().zip(&case.want).enumerate() {
+        let gap = (found - want).abs() / want.abs().max(0.1);
+        assert!(gap <= tolerance, "{what}, {}: value {i} is {found}, not {want}", case.name);
+    }
+}
+
+#[test]
+fn twenty_steps() {
+    let fixture: Value = serde_json::from_str(include_str!("../interop/optimizers.json")).expect("JSON");
+    let (rates, values) = (numbers(&fixture["rates"]), numbers(&fixture["values"]));
+    let gradients: Vec<Vec<f64>> = fixture["gradients"].as_array().expect("steps").iter().map(numbers).collect();
+    let mut words = BTreeSet::new();
+    for case in fixture["cases"].as_array().expect("cases").iter().map(case) {
+        let recipe = &case.recipe;
+        words.insert(recipe.optimizer.word());
+        let mut trained: Vec<Trained> = values.iter().map(|&value| Trained { value, ..Trained::default() }).collect();
+        trained[..35].iter_mut().for_each(|trained| trained.decays = true);
+        let norms: Vec<f64> = (0..)
+            .zip(&rates)
+            .zip(&gradients)
+            .map(|((at, &lr), gradients)| step(recipe, lr, at, &mut trained, gradients))
+            .collect();
+        assert!(norms.iter().any(|norm| *norm < 1.0) && norms.iter().any(|norm| *norm > 1.0), "{norms:?}");
+        close(&trained.iter().map(|t| t.value).collect::<Vec<_>>(), &case, 1e-12, "the interpreter");
+
+        for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
+            let weights = [&values[..35], &values[35..]].map(|part| Numbers::from(&narrow(part)[..]));
+            let mut session = session(recipe.optimizer, machine, weights.into());
+            assert_eq!(session.optimized()[1..], *recipe.optimizer.moments());
+            for (at, gradients) in gradients.iter().enumerate() {
+                session.set_flat("gradients", &narrow(gradients)).expect("written");
+                let floats = [("hyper".to_string(), recipe.hyper(rates[at], at as u64))].into();
+                session.run("update", &Inputs { floats, ..Inputs::default() }).expect("a run");
+                let norm = f64::from(session.output("grad_norm").expect("an output").1[0]);
+                assert!((norm - norms[at]).abs() <= TOLERANCE * norms[at], "step {at}: {norm}, not {}", norms[at]);
+            }
+            let found: Vec<f64> = session.flat("values").expect("read").iter().map(|&x| f64::from(x)).collect();
+            close(&found, &case, TOLERANCE, &machine.to_string());
+            for (moment, of) in recipe.optimizer.moments().iter().zip([|t: &Trained| t.m, |t: &Trained| t.v]) {
+                let found = session.flat(moment).expect("read");
+                for (found, want) in found.iter().zip(trained.iter().map(of)) {
+                    let gap = (f64::from(*found) - want).abs();
+                    assert!(
+                        gap <= 2e-6 * want.abs().max(1e-2),
+                        "{machine}, {}: {moment} {found}, not {want}",
+                        case.name
+                    );
+                }
+            }
+        }
+    }
+    assert_eq!(words.len(), Optimizer::WORDS.len(), "an optimizer has no case");
+}
+
+/// Gradients of three batches, by their shares of the targets.
+#[test]
+fn sums_of_gradients() {
+    let fixture: Value = serde_json::from_str(include_str!("../interop/optimizers.json")).expect("JSON");
+    let gradients = fixture["gradients"].as_array().expect("steps").iter().map(numbers).take(3);
+    let parts: Vec<(usize, Vec<f64>)> = [1, 5, 94].into_iter().zip(gradients).collect();
+    let want = accumulated(&parts);
+    let zeros = || [35, 9].map(|length| Numbers::from(&vec![0.0; length][..])).into();
+    for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
+        let mut session = session(Optimizer::AdamW, machine, zeros());
+        // What an earlier step left is gone.
+        session.set_flat("sums", &[1e9; 44]).expect("written");
+        let shares = [("accumulate", [0.0, 0.01]), ("accumulate", [1.0, 0.05]), ("accumulated", [0.94, 1.0])];
+        for ((entry, shares), (_, gradients)) in shares.into_iter().zip(&parts) {
+            session.set_flat("gradients", &narrow(gradients)).expect("written");
+            let floats = [("shares".to_string(), shares.to_vec())].into();
+            session.run(entry, &Inputs { floats, ..Inputs::default() }).expect("a run");
+        }
+        for (found, want) in session.flat("gradients").expect("read").iter().zip(&want) {
+            assert!((f64::from(*found) - want).abs() <= 1e-6 * want.abs().max(0.1), "{machine}: {found}, not {want}");
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! Recipes: what a setting of the `train` block changes, from the command line as well.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use peft_runtime::adapter;
+
+use super::random::{CLASSIFIER, Case, classifier};
+use crate::cli::text;
+
+/// An artifact takes every setting that its kernels do not depend on, by the checks of a spec.
+#[test]
+fn the_recipe_of_an_artifact() {
+    let case = classifier(&CLASSIFIER.replace("epochs: 20", "epochs: 2"), |_| {});
+    let artifact = case.path("tiny.peftc");
+    assert_eq!(case.bench.peftc(["compile", text(&case.spec), "-o", text(&artifact)]).code, 0);
+    let out = case.path("run");
+    let train = |more: &[&str]| {
+        let given = ["train", text(&artifact), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
+        case.bench.peftc(given.iter().chain(&[text(&out), "--overwrite"]).chain(more))
+    };
+    let ran = train(&["--set", "train.lr_decay=1", "--set", "train.schedule=wsd", "--set", "train.steps=3"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let lines = fs::read_to_string(out.join("metrics.jsonl")).expect("figures");
+    let rates = lines
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["lr"].as_f64().expect("a rate"));
+    assert_eq!(rates.collect::<Vec<_>>(), [0.05, 0.05, 0.05]);
+    for (set, code, words) in [
+        ("train.lr=-1", 1, &["`lr` is above 0 and at most 10"][..]),
+        ("train.schedule=cosin", 1, &["there is no schedule `cosin`", "did you mean `cosine`?"]),
+        ("train.lr_end=1", 1, &["`lr_end` is at most `lr`"]),
+        ("train.optimizer=lion", 2, &["`train.optimizer` is compiled into the artifact"]),
+        ("train.optimizer=lino", 1, &["there is no optimizer `lino`"]),
+        ("train.precision=bf16", 2, &["`train.precision` is compiled into the artifact"]),
+        ("lora.rank=4", 2, &["`lora.rank` is compiled into the artifact"]),
+    ] {
+        let ran = train(&["--set", set]);
+        assert_eq!(ran.code, code, "{set}: {}", ran.err);
+        words.iter().for_each(|word| assert!(ran.err.contains(word), "{set}: {}", ran.err));
+    }
+}
+
+/// A run that grows says from where on its rate falls.
+#[test]
+fn a_stable_phase_goes_on() {
+    let text_of = |recipe: &str| CLASSIFIER.replace("epochs: 20", recipe);
+    let case = classifier(&text_of("steps: 4\n schedule: wsd\n lr_decay: 2"), |_| {});
+    let out = case.path("run");
+    case.train(&out, &[]);
+    let ran = case.with("train", &["--out", text(&out), "--resume", "--set", "train.steps=8"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let note =
+        "from 4 steps to 8: the rate goes on as in a run of 8 steps, with 5.00e-2 at step 5, and decays from step 7 on";
+    assert!(ran.err.contains(note), "{}", ran.err);
+}
+
+/// A state has the vectors of its optimizer, and a run that goes on has the bits of one that was not stopped.
+#[test]
+fn a_state_of_each_optimizer() {
+    for (recipe, kept) in [
+        ("optimizer: sgd", &["values"][..]),
+        ("optimizer: sgd\n momentum: 0.9", &["m", "values"]),
+        ("optimizer: lion", &["m", "values"]),
+        ("optimizer: adam\n weight_decay: 0.1", &["m", "v", "values"]),
+    ] {
+        let source = CLASSIFIER.replace("epochs: 20", &format!("epochs: 2\n schedule: constant\n {recipe}"));
+        let case = classifier(&source, |_| {});
+        let (whole, parts) = (case.path("whole"), case.path("parts"));
+        let train = |out: &Path, more: &[&str]| {
+            let ran = case.with("train", &[&["--out", text(out)], more].concat());
+            assert_eq!(ran.code, 0, "{recipe}: {}", ran.err);
+        };
+        train(&whole, &[]);
+        train(&parts, &["--set", "train.epochs=1"]);
+        let state = |out: &Path| adapter::load(&out.join("state.safetensors")).expect("whole");
+        let first = state(&parts);
+        assert_eq!(first.tensors.keys().collect::<Vec<_>>(), kept, "{recipe}");
+        if recipe == "optimizer: lion" {
+            let ran = case.with("train", &["--out", text(&parts), "--resume", "--set", "train.optimizer=adamw"]);
+            let why = "train.optimizer: Lion in the state, its default now";
+            assert!(ran.code == 3 && ran.err.contains(why), "{}", ran.err);
+        }
+        train(&parts, &["--resume"]);
+        assert!(state(&whole) == state(&parts) && state(&whole).tensors != first.tensors, "{recipe}");
+    }
+}
+
+/// Steps that the figures of a run have, and those of its evaluations.
+fn figures(out: &Path) -> (Vec<u64>, Vec<(u64, f64)>) {
+    let lines = fs::read_to_string(out.join("metrics.jsonl")).expect("figures");
+    let (mut steps, mut judged) = (vec![], vec![]);
+    for line in lines.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let step = line["step"].as_u64().expect("a step");
+        match line["dev/loss"].as_f64() {
+            Some(loss) => judged.push((step, loss)),
+            None => steps.push(step),
+        }
+    }
+    (steps, judged)
+}
+
+fn notes(path: &Path) -> std::collections::BTreeMap<String, String> {
+    adapter::load(path).unwrap_or_else(|e| panic!("{e}")).notes
+}
+
+/// Evaluations and states within an epoch; of the states the last two are kept, and of the values the best.
+#[test]
+fn saved_and_judged_by_steps() {
+    let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 9\n save: 2\n evaluate: 3\n lr_end: 0.01"), |_| {});
+    let (out, epochs) = (case.path("run"), case.path("epochs"));
+    let (ran, _) = case.train(&out, &[]);
+    let (steps, judged) = figures(&out);
+    assert_eq!(steps, (1..=9).collect::<Vec<_>>());
+    assert_eq!(judged.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [0, 3, 6, 9]);
+    let step = |name: &str| notes(&out.join(name))["step"].clone();
+    assert_eq!([step("state.safetensors"), step("state.previous.safetensors")], ["9", "8"]);
+    let (best, loss) = judged[1..].iter().copied().reduce(|a, b| if b.1 < a.1 { b } else { a }).expect("three");
+    assert_eq!(step("best.safetensors"), best.to_string());
+    assert!(ran.out.contains(&format!("best.safetensors, the loss {loss:.4} at step {best}")), "{}", ran.out);
+    // The best values are read as any others.
+    let (figures_of_best, _) = case.eval(&out.join("best.safetensors"), &[]);
+    assert!(figures_of_best.starts_with(&format!("loss {loss:.4}")), "{figures_of_best}");
+    // When it is saved and judged changes nothing of what is trained.
+    case.train(&epochs, &["--set", "train.save=1min", "--set", "train.evaluate=epoch"]);
+    let values = |out: &Path| adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
+    assert!(values(&out) == values(&epochs));
+    assert!(!epochs.join("state.previous.safetensors").exists());
+    for (set, word) in [
+        ("train.save=10mins", "train.save"),
+        ("train.save=\"10 min\"", "`save` is a number of steps, a time or `epoch`"),
+        ("train.save=0", "`save` is a number of steps, a time or `epoch`"),
+        ("train.evaluate=5min", "`evaluate` is a number of steps or `epoch`"),
+        ("train.patience=0", "`patience` is at least 1"),
+    ] {
+        let ran = case.with("train", &["--out", text(&case.path("none")), "--set", set]);
+        assert!(ran.code == 1 && ran.err.contains(word), "{set}: {}", ran.err);
+    }
+}
+
+/// A damaged or missing state makes room for the one before it, and the bits are those of an undisturbed run.
+#[test]
+fn a_damaged_state_falls_back() {
+    let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 9\n save: 2\n evaluate: 3"), |_| {});
+    let (alone, out) = (case.path("alone"), case.path("run"));
+    case.train(&alone, &[]);
+    type Spoiled = (&'static str, fn(&Path));
+    let spoiled: [Spoiled; 3] = [
+        ("it is damaged: its checksum is that of other content", |path| {
+            let mut bytes = fs::read(path).expect("there");
+            *bytes.last_mut().expect("not empty") ^= 1;
+            fs::write(path, bytes).expect("written");
+        }),
+        ("it is missing", |path| fs::remove_file(path).expect("there")),
+        ("", |path| fs::write(path, "{").expect("written")),
+    ];
+    for (why, spoil) in spoiled {
+        let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&out), "--overwrite"]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        spoil(&out.join("state.safetensors"));
+        let resume = ["--dev", text(&case.data), "--out", text(&out), "--resume"];
+        fs::remove_file(out.join("adapter.safetensors")).expect("there");
+        let ran = case.with("train", &resume);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let said = "the run goes on from the state before it, of step 8";
+        assert!(ran.err.contains(why) && ran.err.contains(said), "{}", ran.err);
+        same(
+            &alone,
+            &out,
+            &["state.safetensors", "state.previous.safetensors", "adapter.safetensors", "best.safetensors"],
+        );
+    }
+    // Both are damaged.
+    for name in ["state.safetensors", "state.previous.safetensors"] {
+        spoiled[0].1(&out.join(name));
+    }
+    let ran = case.with("train", &["--out", text(&out), "--resume"]);
+    assert!(ran.code == 3 && ran.err.contains("begin anew with `--overwrite`"), "{}", ran.err);
+}
+
+fn same(alone: &Path, out: &Path, names: &[&str]) {
+    for name in names {
+        assert!(
+            fs::read(alone.join(name)).expect("there") == fs::read(out.join(name)).expect("there"),
+            "{name} differs"
+        );
+    }
+}
+
+/// A run ends when held-out figures get no better, and goes on if it is given more patience.
+#[test]
+fn patience() {
+    let rate = "steps: 40\n evaluate: 1\n patience: 2\n lr: 1\n schedule: constant";
+    let case = classifier(&CLASSIFIER.replace("lr: 5e-2", "").replace("epochs: 20", rate), |_| {});
+    let out = case.path("run");
+    let ran = case.with("train", &["--out", text(&out)]);
+    assert!(ran.code == 2 && ran.err.contains("name them with `--dev`"), "{}", ran.err);
+    let judge = case.bench.write("dev.tsv", "good film\t0\nbad film\t1\n");
+    let given = ["--dev", text(&judge), "--out", text(&out)];
+    let ran = case.with("train", &given);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let (steps, judged) = figures(&out);
+    let last = *steps.last().expect("some");
+    let losses: Vec<f64> = judged.iter().skip(1).map(|(_, loss)| *loss).collect();
+    let best = (0..losses.len()).reduce(|a, b| if losses[b] < losses[a] { b } else { a }).expect("some") + 1;
+    assert!(last < 40 && last == best as u64 + 2, "{losses:?}");
+    assert!(ran.out.contains(&format!("ended after step {last} of 40: 2 evaluations in a row")), "{}", ran.out);
+    let again = [&given[..], &["--resume"]].concat();
+    let ran = case.with("train", &again);
+    assert!(ran.code == 0 && ran.out.contains("is finished: 2 evaluations in a row"), "{}", ran.out);
+    let ran = case.with("train", &[&again[..], &["--set", "train.patience=3", "--set", "train.evaluate=2"]].concat());
+    assert!(ran.code == 0 && !ran.out.contains("is finished"), "{}", ran.out);
+    assert!(figures(&out).0.len() as u64 > last);
+}
+
+/// `train` in a process of its own, on the case's data, judged by them too.
+fn begin(case: &Case, out: &Path, more: &[&str]) -> Child {
+    let given = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data)];
+    Command::new(env!("CARGO_BIN_EXE_peftc"))
+        .args(given)
+        .args(["--dev", text(&case.data), "--out", text(out)])
+        .args(more)
+        .env("PEFTC_CACHE", &case.bench.cache)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts")
+}
+
+/// Waits until the run has written figures of a step behind `step`.
+fn at_work(out: &Path, child: &mut Child, step: u64) -> bool {
+    let begun = Instant::now();
+    let last = || {
+        let lines = fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default();
+        let steps =
+            lines.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()?["step"].as_u64());
+        steps.max().unwrap_or(0)
+    };
+    while begun.elapsed() < Duration::from_secs(120) && child.try_wait().expect("asked").is_none() {
+        if last() > step {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    false
+}
+
+const FILES: [&str; 4] = ["state.safetensors", "state.previous.safetensors", "adapter.safetensors", "best.safetensors"];
+
+/// The first signal ends a run after its step, with its state saved and the command that goes on; another while it is at
+/// that ends it at once.
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_stopped_goes_on() {
+    let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 4000\n save: 1000\n evaluate: 500"), |_| {});
+    let (alone, out) = (case.path("alone"), case.path("a run"));
+    case.train(&alone, &[]);
+    let mut more: &[&str] = &["--overwrite"];
+    for signal in ["INT", "TERM"] {
+        let mut child = begin(&case, &out, more);
+        let before = out
+            .join("state.safetensors")
+            .is_file()
+            .then(|| notes(&out.join("state.safetensors"))["step"].parse().expect("a step"));
+        assert!(at_work(&out, &mut child, before.unwrap_or(0) + 3));
+        let sent = Command::new("sh").args(["-c", &format!("kill -{signal} {}", child.id())]).status().expect("sent");
+        assert!(sent.success());
+        let ended = child.wait_with_output().expect("it ended");
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(6), "{said}");
+        let step = &notes(&out.join("state.safetensors"))["step"];
+        assert!(
+            said.contains(&format!("stopped and saved after step {step} of 4000; the run goes on with\n")),
+            "{said}"
+        );
+        let command = said.lines().last().expect("a command");
+        assert!(command.ends_with("--resume") && !command.contains("--overwrite"), "{command}");
+        assert!(command.contains("a run'") && command.contains("train"), "{command}");
+        assert_eq!(figures(&out).0.last().expect("steps").to_string(), *step);
+        more = &["--resume"];
+    }
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&out), "--resume"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    same(&alone, &out, &FILES);
+    assert_eq!(figures(&alone).1, figures(&out).1);
+}
+
+/// Killed twenty times at moments that nothing foresees: whatever it was at, its files are whole, and the bits are those
+/// of an undisturbed run.
+#[test]
+fn a_run_that_is_killed_twenty_times_goes_on() {
+    let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 1500\n save: 7\n evaluate: 20"), |_| {});
+    let (alone, out) = (case.path("alone"), case.path("killed"));
+    case.train(&alone, &[]);
+    let mut word = u64::from(std::process::id());
+    for kill in 0..20 {
+        let state = out.join("state.safetensors");
+        let (more, step): (&[&str], u64) = match state.is_file() {
+            true => (&["--resume"], notes(&state)["step"].parse().expect("a step")),
+            false => (&["--overwrite"], 0),
+        };
+        let mut child = begin(&case, &out, more);
+        assert!(at_work(&out, &mut child, step + 8), "kill {kill}: it ended by itself");
+        word = word.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        std::thread::sleep(Duration::from_micros((word >> 33) % 40_000));
+        child.kill().expect("killed");
+        let ended = child.wait_with_output().expect("it ended");
+        assert_eq!(ended.status.code(), None, "{}", String::from_utf8_lossy(&ended.stderr));
+    }
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&out), "--resume"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    same(&alone, &out, &FILES);
+    assert_eq!(figures(&alone).1, figures(&out).1);
+}
+
+/// Steps of several batches, dropout with them: an epoch's last step may have fewer, a run goes on to the same bits, and
+/// from an artifact that was compiled without.
+#[test]
+fn accumulated_steps_go_on() {
+    let source = CLASSIFIER.replace("lora(rank: 2)", "lora(rank: 2, dropout: 0.5)");
+    let case = classifier(&source.replace("batch: 2\n epochs: 20", "batch: 1\n epochs: 3\n accumulate: 3"), |_| {});
+    let [alone, parts, plain] = ["alone", "parts", "plain"].map(|name| case.path(name));
+    case.train(&alone, &[]);
+    // Four examples, three and one a step.
+    assert_eq!(figures(&alone).0, (1..=6).collect::<Vec<_>>());
+    case.train(&parts, &["--set", "train.save=1"]);
+    fs::remove_file(parts.join("state.safetensors")).expect("there");
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&parts), "--resume"]);
+    assert!(ran.code == 0 && ran.err.contains("of step 5"), "{}", ran.err);
+    same(&alone, &parts, &["state.safetensors", "adapter.safetensors", "best.safetensors"]);
+
+    let artifact = case.path("tiny.peftc");
+    let ran = case.bench.peftc(["compile", text(&case.spec), "--set", "train.accumulate=1", "-o", text(&artifact)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let given = ["train", text(&artifact), "--weights", text(&case.weights), "--data", text(&case.data)];
+    let ran = case.bench.peftc(given.iter().chain(&["--out", text(&plain), "--set", "train.accumulate=3"]));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let values = |out: &Path| adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
+    assert!(values(&plain) == values(&alone));
+}
