@@ -87,7 +87,7 @@ fn taken(behind: &[String]) -> String {
 }
 
 /// ` (did you mean …?)` when one of the candidates is close to what was found, else nothing.
-pub(super) fn did_you_mean<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+pub(crate) fn did_you_mean<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     candidates
         .into_iter()
         .map(|c| (strsim::damerau_levenshtein(&found.to_lowercase(), &c.to_lowercase()), c))

@@ -19,8 +19,9 @@ use peft_grammar::model::{Task, TaskKind};
 
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
+pub(crate) use error::did_you_mean;
 pub use form::{Form, form};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Spanned, Tokenizer};
 
 /// One sequence as the model sees it, and what it is to predict.
 #[derive(Clone, Debug, PartialEq, Eq)]
