@@ -207,7 +207,8 @@ fn the_places_of_a_template() {
     let fixtures = fixtures();
     let named = json!([{"name": "tool_use", "template": "T"}, {"name": "default", "template": "K"}]);
     let settings = |template: Json| ("tokenizer_config.json", json!({"chat_template": template, "eos_token": "</s>"}));
-    let cases: [(&[(&str, Json)], &str, &str); 6] = [
+    type Case<'a> = (&'a [(&'a str, Json)], &'a str, &'a str);
+    let cases: [Case; 6] = [
         (&[settings("K".into())], "K", "tokenizer_config.json"),
         (&[settings("K".into()), ("chat_template.jinja", "J".into())], "J", "chat_template.jinja"),
         (&[settings(named.clone())], "K", "tokenizer_config.json"),
