@@ -126,7 +126,8 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
     let sequences = model.train.batch;
     let tokens = sequences * tokens_each;
     let targets = match model.task.kind {
-        TaskKind::Generation { .. } => tokens / 2,
+        TaskKind::Generation { .. } | TaskKind::Chat => tokens / 2,
+        TaskKind::Text { .. } => tokens,
         TaskKind::Classification { .. } => 0,
     };
     let batch = Shape { sequences, tokens_each, targets };

@@ -63,6 +63,7 @@ impl Identity {
                 put("task.template".into(), json!(written(template)));
                 put("task.target".into(), json!(target));
             }
+            TaskKind::Chat | TaskKind::Text { .. } => put("task".into(), json!(model.task.kind)),
             TaskKind::Classification { labels, .. } => {
                 put("task".into(), json!("classification"));
                 put("task.labels".into(), json!(labels));

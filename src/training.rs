@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use peft_grammar::model::{Every, Model, Recipe, TaskKind};
+use peft_grammar::model::{Every, Model, Recipe};
 use peft_runtime::{Inputs, Promise, RuntimeError, Session, adapter};
 
 use crate::adapters::{ADAPTER, BEST, Base, trained};
@@ -141,7 +141,7 @@ fn evaluate_until(
     data: &Dataset,
 ) -> Result<Option<Evaluation>, Failure> {
     data.not_empty()?;
-    let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
+    let classifies = model.task.kind.classifies();
     let (mut mean, mut right, mut seen) = (Mean::default(), 0, 0);
     for batch in Batches::new(data, model.train.batch.max(32) as usize, Order::AsStored) {
         if stop.load(Ordering::Relaxed) {

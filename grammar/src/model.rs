@@ -305,8 +305,28 @@ impl Task {
     pub fn special(&self) -> &[String] {
         match &self.kind {
             TaskKind::Generation { special, .. } => special,
-            TaskKind::Classification { .. } => &[],
+            TaskKind::Text { end, .. } => end.as_slice(),
+            TaskKind::Chat | TaskKind::Classification { .. } => &[],
         }
+    }
+}
+
+impl TaskKind {
+    /// As a spec writes them.
+    pub const WORDS: [&str; 4] = ["generation", "chat", "text", "classification"];
+
+    pub fn word(&self) -> &'static str {
+        match self {
+            TaskKind::Generation { .. } => "generation",
+            TaskKind::Chat => "chat",
+            TaskKind::Text { .. } => "text",
+            TaskKind::Classification { .. } => "classification",
+        }
+    }
+
+    /// It asks for classes; otherwise for tokens.
+    pub fn classifies(&self) -> bool {
+        matches!(self, TaskKind::Classification { .. })
     }
 }
 
@@ -320,6 +340,15 @@ pub enum TaskKind {
         template: Vec<Piece>,
         /// The piece of the template, as it is written there, after which the loss begins.
         target: String,
+    },
+    /// Conversations, laid out by the checkpoint's own chat template; loss on what the assistant says.
+    Chat,
+    /// Texts as they stand, loss on every token but the first.
+    Text {
+        /// Its column; `None` if it has a usual name.
+        text: Option<String>,
+        /// The token that closes a text, if one does.
+        end: Option<String>,
     },
     /// One label a text; `labels[i]` is class i.
     Classification {

@@ -12,6 +12,8 @@ use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::Span;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
+const CHAT: &[&str] = &["kind", "max_tokens"];
+const TEXT: &[&str] = &["kind", "max_tokens", "text", "end"];
 const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
 const RECIPE: &[&str] = &[
     "lr",
@@ -156,7 +158,7 @@ impl<'a> Checker<'a> {
         };
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
         let given = kind_entry.map(|e| Entries::from([("kind", &e.value)])).unwrap_or_default();
-        let kind = self.word(&given, "kind", &["generation", "classification"]);
+        let kind = self.word(&given, "kind", &TaskKind::WORDS);
         let purpose = match kind {
             None if kind_entry.is_some() => return None,
             Some("classification") => Purpose::Classification,
@@ -169,19 +171,27 @@ impl<'a> Checker<'a> {
                 Purpose::Classification => ("generation", "classification"),
             };
             let span = kind_entry.map_or(block.name.span, |e| e.value.span);
+            let asked = kind.unwrap_or(asked);
             let title = format!("`{}` is made for {made}, and this task is {asked}", model.backbone.text);
             self.report(Diagnostic::error(span, title).related(model.span, "the model"));
             return None;
         }
         let what = format!("task `{}`", block.name.text);
-        let known = if purpose == Purpose::Generation { GENERATION } else { CLASSIFICATION };
+        let known = match (kind, purpose) {
+            (Some("chat"), _) => CHAT,
+            (Some("text"), _) => TEXT,
+            (_, Purpose::Generation) => GENERATION,
+            (_, Purpose::Classification) => CLASSIFICATION,
+        };
         let entries = self.entries(block, &what, known);
         let max_tokens = self.count(&entries, "max_tokens", 1);
         self.max_tokens = max_tokens.map(|number| Said { number, span: entries["max_tokens"].span });
         let max_tokens = max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-        let kind = match purpose {
-            Purpose::Generation => self.generation(block, &entries),
-            Purpose::Classification => self.classification(block, &entries),
+        let kind = match (kind, purpose) {
+            (Some("chat"), _) => Some(TaskKind::Chat),
+            (Some("text"), _) => Some(self.texts_as_they_stand(&entries)),
+            (_, Purpose::Generation) => self.generation(block, &entries),
+            (_, Purpose::Classification) => self.classification(block, &entries),
         };
         let task = Task { name: block.name.text.clone(), max_tokens, kind: kind? };
         (self.errors.len() == before).then_some(task)
@@ -203,6 +213,17 @@ impl<'a> Checker<'a> {
                 None
             }
         }
+    }
+
+    fn texts_as_they_stand(&mut self, entries: &Entries<'a>) -> TaskKind {
+        let [text, end] = ["text", "end"].map(|key| self.text(entries, key));
+        for (key, value) in [("text", &text), ("end", &end)] {
+            if let Some(value) = value.as_ref().filter(|value| value.text.trim().is_empty()) {
+                let what = if key == "text" { "column" } else { "token" };
+                self.report(Diagnostic::error(value.span, format!("`{key}` names no {what}")));
+            }
+        }
+        TaskKind::Text { text: text.map(|text| text.text), end: end.map(|end| end.text) }
     }
 
     fn classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
