@@ -99,6 +99,11 @@ impl<'a> Batches<'a> {
         assert!(size > 0, "a batch holds a sequence at least");
         Batches { examples: &dataset.examples, indices: order.indices(dataset.len()), size, next: 0 }
     }
+
+    /// Those from number `first` on.
+    pub fn starting_at(self, first: usize) -> Self {
+        Batches { next: first, ..self }
+    }
 }
 
 impl Iterator for Batches<'_> {
