@@ -70,7 +70,9 @@ impl Identity {
         }
         put("task.max_tokens".into(), json!(model.task.max_tokens));
         for param in &model.params {
-            put(param.name.clone(), json!([param.shape, param.trainable, param.init, param.decay]));
+            let mut about = vec![json!(param.shape), json!(param.trainable), json!(param.init), json!(param.decay)];
+            about.extend(param.lr.map(|lr| json!(lr)));
+            put(param.name.clone(), json!(about));
         }
         put(EQUATIONS.into(), json!(equations(model)));
         if let Value::Object(recipe) = json!(model.train) {

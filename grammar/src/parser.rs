@@ -142,6 +142,7 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_only
             | kw_except
             | kw_rows
+            | kw_lr
             | kw_counterpart
             | kw_free
             | kw_when
@@ -265,7 +266,10 @@ impl Builder {
                 let (start, end) = (self.expr(c.next()), self.expr(c.next()));
                 TuneRule::Rows { start, end, tensor: self.text(c.next()), span }
             }
-            Rule::head => TuneRule::Head(self.name(Children::of(pair).next())),
+            Rule::head => {
+                let mut c = Children::of(pair);
+                TuneRule::Head { what: self.name(c.next()), rates: self.rates(c.next_if(Rule::rates)) }
+            }
             Rule::train_glob => TuneRule::Train(self.text(Children::of(pair).next())),
             _ => TuneRule::Model(self.apply(pair)),
         }
@@ -285,7 +289,16 @@ impl Builder {
         let mut c = Children::of(pair);
         let (method, args) = (self.name(c.next()), self.args(c.next()));
         let targets = c.next_if(Rule::targets).map_or(vec![], |p| Children::of(p).0.map(|n| self.name(n)).collect());
-        Apply { method, args, targets, span }
+        Apply { method, args, targets, rates: self.rates(c.next_if(Rule::rates)), span }
+    }
+
+    fn rates(&mut self, pair: Option<Node>) -> Vec<Rate> {
+        let rate = |b: &mut Builder, pair| {
+            let span = b.span(&pair);
+            let mut c = Children::of(pair);
+            Rate { weight: c.next_if(Rule::name).map(|p| b.name(p)), value: b.expr(c.next()), span }
+        };
+        pair.into_iter().flat_map(Pair::into_inner).map(|p| rate(self, p)).collect()
     }
 
     fn block(&mut self, pair: Node) -> Vec<Stmt> {

@@ -21,8 +21,10 @@ pub struct Recipe {
     pub lr: f64,
     pub betas: (f64, f64),
     pub eps: f64,
-    /// Of parameters that decay.
     pub weight_decay: f64,
+    /// What it applies to.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub decays: Decays,
     /// Global norm over trainable values; 0 = none.
     pub clip: f64,
     pub label_smoothing: f64,
@@ -78,6 +80,32 @@ pub enum Optimizer {
     Sgd { momentum: f64 },
     /// Decoupled weight decay (Chen et al., 2023).
     Lion,
+}
+
+/// Which trained tensors weight decay applies to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Decays {
+    /// Those of two axes or more whose name does not end with `.bias`.
+    #[default]
+    Matrices,
+    All,
+}
+
+impl Decays {
+    /// As a spec writes them.
+    pub const WORDS: [&str; 2] = ["matrices", "all"];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Decays::Matrices => "matrices",
+            Decays::All => "all",
+        }
+    }
+
+    /// It applies to a tensor of so many axes.
+    pub fn applies(self, name: &str, axes: usize) -> bool {
+        self == Decays::All || axes >= 2 && !name.ends_with(".bias")
+    }
 }
 
 /// A number that the optimizer's kernel is told at each step.
@@ -274,7 +302,7 @@ impl Recipe {
 
     /// Settings that kernels are made for, with their values.
     pub fn compiled(&self) -> Vec<(&'static str, String)> {
-        const COMPILED: [&str; 3] = ["optimizer", "label_smoothing", "precision"];
+        const COMPILED: [&str; 4] = ["optimizer", "decays", "label_smoothing", "precision"];
         let settings = self.settings().into_iter().filter(|(key, _)| COMPILED.contains(key));
         settings.chain([("momentum", self.optimizer.moments().len().to_string())]).collect()
     }
@@ -319,6 +347,7 @@ impl Recipe {
             ("optimizer", self.optimizer.word().into()),
             ("lr", float(self.lr)),
             ("weight_decay", float(self.weight_decay)),
+            ("decays", self.decays.word().into()),
             ("clip", float(self.clip)),
             ("label_smoothing", float(self.label_smoothing)),
             ("schedule", self.schedule.word().into()),

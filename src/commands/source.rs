@@ -66,7 +66,12 @@ impl Ready<'_> {
             Some(program) => program,
             None => self.compile(entries)?,
         };
-        Ok(program.only(entries))
+        let mut program = program.only(entries);
+        // A compiled program holds for every `train.lr`, and factors of it change with it.
+        for (tensor, param) in program.manifest.tensors.iter_mut().zip(&self.model.params) {
+            tensor.lr_factor = param.lr_factor(&self.model.train);
+        }
+        Ok(program)
     }
 
     #[cfg(feature = "compiler")]

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use peft_grammar::model::{Optimizer, Recipe};
+use peft_grammar::model::{Decays, Optimizer, Recipe};
 use peft_passes::cuda::Chip;
 use peft_passes::interpret::optimizer::{Trained, accumulated, step};
 use peft_passes::lower::{self, lower};
@@ -21,6 +21,8 @@ const TOLERANCE: f64 = 1e-6;
 struct Case {
     name: String,
     recipe: Recipe,
+    /// What each tensor's learning rate is of the step's.
+    factors: [Option<f64>; 2],
     want: Vec<f64>,
 }
 
@@ -37,23 +39,26 @@ fn case(case: &Value) -> Case {
     let written: Vec<String> = settings.iter().map(|(key, value)| format!("{key}: {value}")).collect();
     let spec = format!("model = gpt2(layers: 1)\ntrain {{ {} }}\n", written.join("  "));
     let model = peft_grammar::check("spec", &spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"));
-    Case { name: written.join(", "), recipe: model.train, want: numbers(&case["values"]) }
+    let factors = [0, 1].map(|tensor| case["factors"][tensor].as_f64());
+    let name = format!("{}, factors {factors:?}", written.join(", "));
+    Case { name, recipe: model.train, factors, want: numbers(&case["values"]) }
 }
 
-/// The first decays, the second does not.
-fn tensors() -> Vec<Tensor> {
-    let tensor = |name: &str, shape: &[u64], decay| Tensor {
+/// A matrix, and a vector that decays where all do.
+fn tensors(decays: Decays, factors: [Option<f64>; 2]) -> Vec<Tensor> {
+    let tensor = |name: &str, shape: &[u64], lr_factor| Tensor {
         name: name.into(),
         shape: shape.to_vec(),
         trainable: Some((0, shape[0])),
-        decay,
+        decay: decays == Decays::All || shape.len() > 1,
+        lr_factor,
     };
-    vec![tensor("a", &[5, 7], true), tensor("b", &[9], false)]
+    vec![tensor("a", &[5, 7], factors[0]), tensor("b", &[9], factors[1])]
 }
 
-fn session(optimizer: Optimizer, machine: Machine, weights: Vec<Numbers>) -> Session {
+fn session(optimizer: Optimizer, machine: Machine, tensors: &[Tensor], weights: Vec<Numbers>) -> Session {
     let options = lower::Options { machine, optimizer, ..lower::Options::default() };
-    let lowered = lower(&[], &tensors(), options).expect("lowered");
+    let lowered = lower(&[], tensors, options).expect("lowered");
     let mut session = match machine {
         Machine::Cpu(_) => Session::new(programs(vec![lowered]).remove(0), weights, 1),
         Machine::Cuda(_) => {
@@ -83,7 +88,11 @@ fn twenty_steps() {
         let recipe = &case.recipe;
         words.insert(recipe.optimizer.word());
         let mut trained: Vec<Trained> = values.iter().map(|&value| Trained { value, ..Trained::default() }).collect();
-        trained[..35].iter_mut().for_each(|trained| trained.decays = true);
+        let tensors = tensors(recipe.decays, case.factors);
+        for (part, tensor) in [0..35, 35..44].into_iter().zip(&tensors) {
+            let factor = tensor.lr_factor.unwrap_or(1.0);
+            trained[part].iter_mut().for_each(|t| (t.decays, t.lr_factor) = (tensor.decay, factor));
+        }
         let norms: Vec<f64> = (0..)
             .zip(&rates)
             .zip(&gradients)
@@ -94,7 +103,7 @@ fn twenty_steps() {
 
         for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
             let weights = [&values[..35], &values[35..]].map(|part| Numbers::from(&narrow(part)[..]));
-            let mut session = session(recipe.optimizer, machine, weights.into());
+            let mut session = session(recipe.optimizer, machine, &tensors, weights.into());
             assert_eq!(session.optimized()[1..], *recipe.optimizer.moments());
             for (at, gradients) in gradients.iter().enumerate() {
                 session.set_flat("gradients", &narrow(gradients)).expect("written");
@@ -130,7 +139,7 @@ fn sums_of_gradients() {
     let want = accumulated(&parts);
     let zeros = || [35, 9].map(|length| Numbers::from(&vec![0.0; length][..])).into();
     for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
-        let mut session = session(Optimizer::AdamW, machine, zeros());
+        let mut session = session(Optimizer::AdamW, machine, &tensors(Decays::Matrices, [None; 2]), zeros());
         // What an earlier step left is gone.
         session.set_flat("sums", &[1e9; 44]).expect("written");
         let shares = [("accumulate", [0.0, 0.01]), ("accumulate", [1.0, 0.05]), ("accumulated", [0.94, 1.0])];

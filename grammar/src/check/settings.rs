@@ -7,7 +7,7 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::model::{Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::Span;
 
@@ -36,6 +36,7 @@ const RECIPE: &[&str] = &[
     "evaluate",
     "patience",
     "accumulate",
+    "decays",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -229,6 +230,7 @@ impl<'a> Checker<'a> {
             betas: self.betas(&entries, optimizer.betas()),
             eps: self.setting(&entries, "eps", EPS, "above 0", |x| x > 0.0),
             weight_decay: self.setting(&entries, "weight_decay", 0.0, "0 or more", |x| x >= 0.0),
+            decays: self.decays(&entries),
             clip: self.setting(&entries, "clip", 1.0, "0 (no clipping) or more", |x| x >= 0.0),
             label_smoothing: self.setting(&entries, "label_smoothing", 0.0, "at least 0 and below 1", share),
             schedule: self.schedule(&entries),
@@ -295,6 +297,18 @@ impl<'a> Checker<'a> {
         let choice = format!("`optimizer: {}`", optimizer.word());
         unread.iter().for_each(|key| self.unread(entries, key, &choice));
         optimizer
+    }
+
+    fn decays(&mut self, entries: &Entries<'a>) -> Decays {
+        if let (Some(value), None) = (entries.get("decays"), entries.get("weight_decay")) {
+            let error =
+                Diagnostic::error(value.span, "`decays` says what `weight_decay` applies to, and there is none");
+            self.report(error.hint("such as `weight_decay: 0.01`"));
+        }
+        match self.word(entries, "decays", &Decays::WORDS) {
+            Some("all") => Decays::All,
+            _ => Decays::Matrices,
+        }
     }
 
     fn schedule(&mut self, entries: &Entries<'a>) -> Schedule {

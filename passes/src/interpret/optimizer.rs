@@ -3,13 +3,21 @@
 use peft_grammar::model::{Optimizer, Recipe};
 
 /// A trained value with what the optimizer keeps of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Trained {
     pub value: f64,
     pub m: f64,
     pub v: f64,
     /// Weight decay applies.
     pub decays: bool,
+    /// Its learning rate is this times the step's.
+    pub lr_factor: f64,
+}
+
+impl Default for Trained {
+    fn default() -> Self {
+        Trained { value: 0.0, m: 0.0, v: 0.0, decays: false, lr_factor: 1.0 }
+    }
 }
 
 /// One step, number `step` (from 0), at the rate `lr`. Gives the gradient's norm before clipping.
@@ -17,7 +25,7 @@ pub fn step(recipe: &Recipe, lr: f64, step: u64, trained: &mut [Trained], gradie
     let norm = gradients.iter().map(|g| g * g).sum::<f64>().sqrt();
     let factor = if recipe.clip > 0.0 { (recipe.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
     for (trained, gradient) in trained.iter_mut().zip(gradients) {
-        one(recipe, lr, step, trained, factor * gradient);
+        one(recipe, trained.lr_factor * lr, step, trained, factor * gradient);
     }
     norm
 }

@@ -107,7 +107,8 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
         lowered.insert(name.to_string(), entry);
     }
     if tensors.iter().any(|t| t.trainable.is_some()) {
-        lowered.insert("update".into(), optimizer::update(&mut target));
+        let own_rates = tensors.iter().any(|t| t.lr_factor.is_some());
+        lowered.insert("update".into(), optimizer::update(&mut target, own_rates));
         let sums = optimizer::accumulation(&mut target);
         lowered.extend(sums.map(|(name, entry)| (name.to_string(), entry)));
     }

@@ -43,6 +43,39 @@ fn the_recipe_of_an_artifact() {
     }
 }
 
+/// A rate of its own stays what it is where `train.lr` changes: in a spec, in the cache of compiled models, in an artifact.
+#[test]
+fn rates_of_their_own_and_the_rate_of_the_recipe() {
+    let source = CLASSIFIER.replace("on q", "on q { lr of B: 0.05 }").replace("epochs: 20", "steps: 3");
+    let case = classifier(&source, |_| {});
+    let artifact = case.path("tiny.peftc");
+    assert_eq!(case.bench.peftc(["compile", text(&case.spec), "-o", text(&artifact)]).code, 0);
+    let moved = |spec: &Path, lr: &str| {
+        let out = case.path("run");
+        let given = ["train", text(spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
+        let more = [text(&out), "--overwrite", "--set", lr, "--set", "train.schedule=constant"];
+        let ran = case.bench.peftc(given.iter().chain(&more));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let values = adapter::load(&out.join("adapter.safetensors")).expect("whole");
+        ["a", "b"].map(|name| {
+            let tensor = &values.tensors[&format!("layers.0.attention.q.lora.{name}")];
+            let adapter::Data::F32(numbers) = &tensor.data else { panic!("f32") };
+            numbers.clone()
+        })
+    };
+    let [slow_a, slow_b] = moved(&case.spec, "train.lr=1e-9");
+    let [fast_a, fast_b] = moved(&case.spec, "train.lr=0.05");
+    assert!(slow_a != fast_a, "A does not follow the recipe");
+    // B begins at zero, and Adam's first steps are of the size of the rate.
+    let largest = |numbers: &[f32]| numbers.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    assert!((0.05..0.2).contains(&largest(&slow_b)) && (0.05..0.2).contains(&largest(&fast_b)));
+    for (lr, values) in [("train.lr=1e-9", [slow_a, slow_b]), ("train.lr=0.05", [fast_a, fast_b])] {
+        assert!(moved(&artifact, lr) == values, "an artifact with {lr}");
+    }
+    let ran = case.bench.peftc(["check", text(&case.spec)]);
+    assert!(ran.out.contains(" of these at lr 0.05\n"), "{}", ran.out);
+}
+
 /// A run that grows says from where on its rate falls.
 #[test]
 fn a_stable_phase_goes_on() {
