@@ -119,7 +119,7 @@ fn twenty_steps() {
                 for (found, want) in found.iter().zip(trained.iter().map(of)) {
                     let gap = (f64::from(*found) - want).abs();
                     assert!(
-                        gap <= 2e-6 * want.abs().max(1e-2),
+                        gap <= 2e-6 * want.abs().max(0.1),
                         "{machine}, {}: {moment} {found}, not {want}",
                         case.name
                     );
