@@ -1,5 +1,6 @@
 //! Training: a step is a run of `train` and one of `update`; around it rates, batches, figures, files.
 
+mod epochs;
 mod evaluation;
 mod folder;
 mod run;
@@ -9,13 +10,15 @@ mod step;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use peft_grammar::model::{Model, Recipe};
+use peft_grammar::model::{BatchSize, Model, Recipe};
 use peft_runtime::Session;
 
 use crate::adapters::Base;
 use crate::data::Dataset;
 use crate::failure::Failure;
 use crate::state::{Identity, Judged, State};
+
+use epochs::Epochs;
 
 pub use evaluation::{Evaluation, evaluate};
 pub use folder::{earlier, in_the_way};
@@ -40,8 +43,20 @@ pub struct Training<'a> {
 
 /// Steps of a whole run.
 pub fn total(recipe: &Recipe, train: &Dataset) -> u64 {
-    let epoch = train.steps_per_epoch(recipe.sequences() as usize) as u64;
-    recipe.steps.unwrap_or((recipe.epochs * epoch as f64).ceil() as u64)
+    Epochs::of(recipe, train).total(recipe)
+}
+
+/// Refuses data of which an example alone has more tokens than a batch may.
+pub fn fits(recipe: &Recipe, train: &Dataset) -> Result<(), Failure> {
+    let longest = train.longest() as u64;
+    match recipe.batch {
+        BatchSize::Tokens { tokens } if longest > tokens => Err(Failure::Usage(format!(
+            "`train.batch` is {tokens} tokens, and the longest example of {} has {longest}; make it `{longest} tokens` or \
+             more, or let `task.max_tokens` cut examples to {tokens}",
+            train.source.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// How a run ended.

@@ -412,11 +412,26 @@ pub enum ExprKind {
     String(String),
     Name(String),
     List(Vec<Expr>),
-    Call { function: Name, args: Vec<Arg> },
-    Index { base: Box<Expr>, subscripts: Vec<Subscript> },
+    Call {
+        function: Name,
+        args: Vec<Arg>,
+    },
+    Index {
+        base: Box<Expr>,
+        subscripts: Vec<Subscript>,
+    },
     Negate(Box<Expr>),
     Not(Box<Expr>),
-    Binary { op: BinaryOp, left: Box<Expr>, right: Box<Expr> },
+    Binary {
+        op: BinaryOp,
+        left: Box<Expr>,
+        right: Box<Expr>,
+    },
+    /// `4096 tokens`: the value of a setting.
+    Measured {
+        number: Box<Expr>,
+        unit: Name,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::counterpart::Counterpart;
 use crate::graph::{Graph, Value};
 
-pub use crate::recipe::{Decays, Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
+pub use crate::recipe::{BatchSize, Decays, Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {

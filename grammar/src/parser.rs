@@ -62,8 +62,7 @@ pub(crate) fn parse_value(file: FileId, text: &str, skip: usize) -> Result<Expr,
     match Grammar::parse(Rule::value, &blanked) {
         Ok(mut pairs) => {
             let mut builder = Builder { file, errors: Vec::new() };
-            let value = pairs.next().expect("one `value`").into_inner().next().expect("an expression");
-            let value = builder.expr(value);
+            let value = builder.measured(&mut Children::of(pairs.next().expect("one `value`")));
             if builder.errors.is_empty() { Ok(value) } else { Err(builder.errors) }
         }
         Err(e) => Err(vec![syntax_error::explain(file, &blanked, e).0]),
@@ -230,9 +229,17 @@ impl Builder {
     fn settings(&mut self, pair: Node) -> Vec<Setting> {
         let setting = |b: &mut Builder, pair| {
             let mut c = Children::of(pair);
-            Setting { key: b.name(c.next()), value: b.expr(c.next()) }
+            Setting { key: b.name(c.next()), value: b.measured(&mut c) }
         };
         pair.into_inner().map(|p| setting(self, p)).collect()
+    }
+
+    /// An expression, with its unit if it has one.
+    fn measured(&mut self, c: &mut Children) -> Expr {
+        let number = self.expr(c.next());
+        let Some(unit) = c.next_if(Rule::unit).map(|p| self.name(p)) else { return number };
+        let span = number.span.to(unit.span);
+        Expr { kind: ExprKind::Measured { number: Box::new(number), unit }, span }
     }
 
     fn rule(&mut self, pair: Node) -> TuneRule {

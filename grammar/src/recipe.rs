@@ -34,8 +34,8 @@ pub struct Recipe {
     pub lr_end: f64,
     /// Steps in which the rate rises from 0 to `lr`.
     pub warmup: Phase,
-    /// Sequences that are computed at once.
-    pub batch: u64,
+    /// What is computed at once.
+    pub batch: BatchSize,
     /// So many batches are one step.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub accumulate: u64,
@@ -66,6 +66,25 @@ fn is_one(value: &u64) -> bool {
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+/// How large a batch is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum BatchSize {
+    /// So many sequences.
+    Sequences(u64),
+    /// As many sequences as have at most so many tokens, but one at least.
+    Tokens { tokens: u64 },
+}
+
+impl BatchSize {
+    fn written(self) -> String {
+        match self {
+            BatchSize::Sequences(sequences) => sequences.to_string(),
+            BatchSize::Tokens { tokens } => format!("{tokens} tokens"),
+        }
+    }
 }
 
 /// What makes of gradients a step. The equations stand in `passes/src/interpret/optimizer.rs`.
@@ -227,15 +246,11 @@ pub enum Every {
 }
 
 impl Every {
-    /// It is done after step `step`, by the step's number alone.
-    pub fn due(self, step: u64, epoch: u64) -> bool {
-        self.next(step.saturating_sub(1), epoch) == Some(step)
-    }
-
-    /// The first step after `step` at which it is done, by its number alone.
+    /// The first step after `step` at which it is done, by its number alone; `epoch` is the first one after `step` that
+    /// ends an epoch.
     pub fn next(self, step: u64, epoch: u64) -> Option<u64> {
         match self {
-            Every::Epoch => Some((step / epoch + 1) * epoch),
+            Every::Epoch => Some(epoch),
             Every::Steps(steps) => Some((step / steps + 1) * steps),
             Every::Seconds(_) => None,
         }
@@ -307,11 +322,6 @@ impl Recipe {
         settings.chain([("momentum", self.optimizer.moments().len().to_string())]).collect()
     }
 
-    /// Sequences of a step.
-    pub fn sequences(&self) -> u64 {
-        self.batch.saturating_mul(self.accumulate)
-    }
-
     /// What the optimizer's kernel is told at step `step` (from 0), whose rate is `lr`.
     pub fn hyper(&self, lr: f64, step: u64) -> Vec<f32> {
         let (beta1, beta2) = self.betas;
@@ -352,7 +362,7 @@ impl Recipe {
             ("label_smoothing", float(self.label_smoothing)),
             ("schedule", self.schedule.word().into()),
             ("warmup", self.warmup.written()),
-            ("batch", self.batch.to_string()),
+            ("batch", self.batch.written()),
             ("accumulate", self.accumulate.to_string()),
             ("epochs", float(self.epochs)),
             ("seed", self.seed.to_string()),

@@ -3,7 +3,7 @@
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
 use peft_grammar::model::{
-    Buffer, ConfigValue, Every, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable,
+    BatchSize, Buffer, ConfigValue, Every, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable,
 };
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
@@ -111,11 +111,23 @@ fn times_that_a_run_is_saved() {
     assert_eq!(save("epoch"), Every::Epoch);
     assert_eq!(save("20"), Every::Steps(20));
     assert_eq!([save("90s"), save("10min"), save("\"2h\"")], [90, 600, 7200].map(Every::Seconds));
-    let steps = |every: Every| (1..=12).filter(|&step| every.due(step, 5)).collect::<Vec<_>>();
-    assert_eq!(steps(Every::Epoch), [5, 10]);
-    assert_eq!(steps(Every::Steps(4)), [4, 8, 12]);
-    assert!(steps(Every::Seconds(1)).is_empty());
     assert_eq!([0, 3, 4, 5].map(|step| Every::Steps(4).next(step, 5)), [4, 4, 8, 8].map(Some));
+    assert_eq!([0, 4].map(|step| Every::Epoch.next(step, 5)), [Some(5); 2]);
+    assert_eq!(Every::Seconds(1).next(0, 5), None);
+}
+
+/// A batch is a number of sequences, or a number of tokens.
+#[test]
+fn sizes_of_batches() {
+    let batch = |value: &str| {
+        let train = tiny(&[("train.batch", value)]).train;
+        let read = train.with(&[]).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(train, read);
+        (train.batch, serde_json::to_value(train.batch).expect("plain data"))
+    };
+    assert_eq!(batch("4"), (BatchSize::Sequences(4), serde_json::json!(4)));
+    let tokens = (BatchSize::Tokens { tokens: 4096 }, serde_json::json!({"tokens": 4096}));
+    assert_eq!((batch("4096 tokens"), batch("4096tokens")), (tokens.clone(), tokens));
 }
 
 /// A weight's rate is the one by its name, else that of its method's application, else the recipe's.

@@ -73,6 +73,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         Ok(data)
     };
     let train = read(&arguments.data)?;
+    training::fits(&model.train, &train)?;
     let dev = arguments.dev.as_ref().map(read).transpose()?;
     drop(tokenizer);
     if dev.is_none() && model.train.patience.is_some() {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use peft_grammar::model::{Model, TaskKind};
+use peft_grammar::model::{BatchSize, Model, TaskKind};
 use peft_runtime::{RuntimeError, Session};
 
 use crate::data::{Batches, Dataset, Order};
@@ -52,7 +52,12 @@ pub(super) fn evaluate_until(
     data.not_empty()?;
     let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
     let (mut mean, mut right, mut seen) = (Mean::default(), 0, 0);
-    for batch in Batches::new(data, model.train.batch.max(32) as usize, Order::AsStored) {
+    // There are no gradients to hold: batches are no smaller than this.
+    let size = match model.train.batch {
+        BatchSize::Sequences(sequences) => BatchSize::Sequences(sequences.max(32)),
+        tokens => tokens,
+    };
+    for batch in Batches::sized(data, size, Order::AsStored) {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }

@@ -9,9 +9,8 @@ use peft_runtime::adapter;
 
 use super::evaluation::evaluate_until;
 use super::step::{Done, Stretch};
-use super::{Ending, Evaluation, Outcome, Training, earlier, folder, rate, total};
+use super::{Ending, Epochs, Evaluation, Outcome, Training, earlier, folder, rate};
 use crate::adapters::{ADAPTER, BEST, trained};
-use crate::data::{Batches, Order};
 use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::progress::{Progress, Step};
@@ -19,7 +18,7 @@ use crate::state::{self, Judged};
 
 pub(super) struct Run<'a> {
     training: Training<'a>,
-    calendar: Calendar,
+    calendar: Calendar<'a>,
     metrics: Metrics,
     progress: Progress,
     /// Steps that were done when it began, and that are done now.
@@ -94,10 +93,9 @@ impl<'a> Run<'a> {
     /// Steps up to the next one after which there is something else to do.
     pub fn stretch(&mut self) -> Result<(), Failure> {
         let recipe = self.calendar.recipe.clone();
-        let (epoch, first) = self.calendar.place(self.at);
-        let order = Order::Shuffled { seed: recipe.seed, epoch };
-        let batches = Batches::new(self.training.train, recipe.batch as usize, order);
-        let batches = batches.starting_at(first as usize * recipe.accumulate as usize);
+        let (epoch, steps) = self.calendar.epochs.around(self.at);
+        let batches = self.calendar.epochs.batches(epoch);
+        let batches = batches.starting_at(((self.at - steps.start) * recipe.accumulate) as usize);
         let steps = self.at..self.calendar.stretch_end(self.at);
         let mut stretch = Stretch::new(batches, &recipe, steps, self.calendar.total);
         let mut begun = Instant::now();
@@ -213,39 +211,42 @@ impl<'a> Run<'a> {
 }
 
 /// What is due at which step.
-struct Calendar {
+struct Calendar<'a> {
     recipe: Recipe,
-    /// Steps of the whole run, and of an epoch.
+    epochs: Epochs<'a>,
+    /// Steps of the whole run.
     total: u64,
-    epoch: u64,
     has_dev: bool,
 }
 
-impl Calendar {
-    fn of(training: &Training) -> Self {
+impl<'a> Calendar<'a> {
+    fn of(training: &Training<'a>) -> Self {
         let recipe = training.model.train.clone();
-        let total = total(&recipe, training.train);
-        let epoch = training.train.steps_per_epoch(recipe.sequences() as usize) as u64;
-        Calendar { recipe, total, epoch, has_dev: training.dev.is_some() }
-    }
-
-    /// The epoch of a step, and the step's number in it.
-    fn place(&self, step: u64) -> (u64, u64) {
-        (step / self.epoch, step % self.epoch)
+        let mut epochs = Epochs::of(&recipe, training.train);
+        Calendar { total: epochs.total(&recipe), recipe, epochs, has_dev: training.dev.is_some() }
     }
 
     /// The first step after `step` at which there is something else to do.
-    fn stretch_end(&self, step: u64) -> u64 {
-        let next = [self.recipe.save, self.recipe.evaluate, Every::Epoch].map(|every| every.next(step, self.epoch));
+    fn stretch_end(&mut self, step: u64) -> u64 {
+        let next = [self.recipe.save, self.recipe.evaluate, Every::Epoch].map(|every| self.next(every, step));
         next.into_iter().flatten().fold(self.total, u64::min)
     }
 
-    fn judges(&self, step: u64) -> bool {
-        self.has_dev && (step == self.total || self.recipe.evaluate.due(step, self.epoch))
+    fn judges(&mut self, step: u64) -> bool {
+        self.has_dev && (step == self.total || self.due(self.recipe.evaluate, step))
     }
 
-    fn saves(&self, step: u64) -> bool {
-        self.recipe.save.due(step, self.epoch)
+    fn saves(&mut self, step: u64) -> bool {
+        self.due(self.recipe.save, step)
+    }
+
+    /// It is done after step `step`, by the step's number alone.
+    fn due(&mut self, every: Every, step: u64) -> bool {
+        self.next(every, step.saturating_sub(1)) == Some(step)
+    }
+
+    fn next(&mut self, every: Every, step: u64) -> Option<u64> {
+        every.next(step, self.epochs.around(step).1.end)
     }
 }
 

@@ -144,6 +144,7 @@ pub(super) fn expr(of: &Expr, name: &str) -> bool {
             e(base) || subscripts.iter().any(subscript)
         }
         ExprKind::Negate(x) | ExprKind::Not(x) => e(x),
+        ExprKind::Measured { number, .. } => e(number),
         ExprKind::Binary { left, right, .. } => e(left) || e(right),
     }
 }

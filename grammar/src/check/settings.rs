@@ -7,7 +7,7 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::model::{BatchSize, Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::Span;
 
@@ -236,7 +236,7 @@ impl<'a> Checker<'a> {
             schedule: self.schedule(&entries),
             lr_end: self.setting(&entries, "lr_end", 0.0, "0 or more", |x| x >= 0.0),
             warmup: self.phase(&entries, "warmup", Phase::Steps(0), "500 steps: `500`; six percent: `0.06`"),
-            batch: self.count(&entries, "batch", 1).unwrap_or(16),
+            batch: self.batch(&entries),
             accumulate: self.count(&entries, "accumulate", 1).unwrap_or(1),
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
@@ -297,6 +297,18 @@ impl<'a> Checker<'a> {
         let choice = format!("`optimizer: {}`", optimizer.word());
         unread.iter().for_each(|key| self.unread(entries, key, &choice));
         optimizer
+    }
+
+    fn batch(&mut self, entries: &Entries<'a>) -> BatchSize {
+        let measured = match entries.get("batch").map(|value| &value.kind) {
+            Some(ExprKind::Measured { number, .. }) => Some(Entries::from([("batch", &**number)])),
+            _ => None,
+        };
+        let number = self.count(measured.as_ref().unwrap_or(entries), "batch", 1);
+        match (number, measured) {
+            (Some(tokens), Some(_)) => BatchSize::Tokens { tokens },
+            (number, _) => BatchSize::Sequences(number.unwrap_or(16)),
+        }
     }
 
     fn decays(&mut self, entries: &Entries<'a>) -> Decays {

@@ -374,3 +374,37 @@ fn accumulated_steps_go_on() {
     let values = |out: &Path| adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
     assert!(values(&plain) == values(&alone));
 }
+
+/// Batches of so many tokens: epochs end where their own batches do, a run goes on within one to the same bits, and an
+/// example that no batch holds is refused.
+#[test]
+fn batches_of_so_many_tokens() {
+    let source = CLASSIFIER.replace("lora(rank: 2)", "lora(rank: 2, dropout: 0.5)");
+    let recipe = "batch: 9 tokens\n epochs: 4\n accumulate: 2\n evaluate: epoch";
+    let mut case = classifier(&source.replace("batch: 2\n epochs: 20", recipe), |_| {});
+    // With their two marks these have 24 tokens, and 2 in common: a batch has from one to three.
+    let texts = ["good film", "bad", "good good film good", "bad bad bad film bad bad", "film"];
+    let lines = texts.iter().map(|line| format!("{line}\t{}\n", u8::from(line.starts_with("good"))));
+    case.data = case.bench.write("data.tsv", lines.collect::<String>());
+    let [alone, parts] = ["alone", "parts"].map(|name| case.path(name));
+    case.train(&alone, &[]);
+    let ends: Vec<u64> = figures(&alone).1.iter().map(|(step, _)| *step).collect();
+    let lines = fs::read_to_string(alone.join("metrics.jsonl")).expect("figures");
+    let steps = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+    let tokens: Vec<u64> = steps.filter_map(|line| line["tokens"].as_f64()).map(|tokens| tokens as u64).collect();
+    assert_eq!(tokens.len() as u64, *ends.last().expect("an end"));
+    assert!(tokens.iter().all(|&tokens| tokens <= 18), "{tokens:?}");
+    for epoch in ends.windows(2) {
+        let of_epoch = &tokens[epoch[0] as usize..epoch[1] as usize];
+        assert_eq!(of_epoch.iter().sum::<u64>(), 24, "{ends:?}, {tokens:?}");
+    }
+    case.train(&parts, &["--set", "train.save=1"]);
+    fs::remove_file(parts.join("state.safetensors")).expect("there");
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&parts), "--resume"]);
+    assert!(ran.code == 0 && ran.out.starts_with("1 steps"), "{}{}", ran.out, ran.err);
+    same(&alone, &parts, &["state.safetensors", "adapter.safetensors", "best.safetensors"]);
+
+    let ran = case.with("train", &["--out", text(&case.path("small")), "--set", "train.batch=7tokens"]);
+    let why = ["`train.batch` is 7 tokens, and the longest example of", "has 8; make it `8 tokens` or more"];
+    assert!(ran.code == 2 && why.iter().all(|word| ran.err.contains(word)), "{}", ran.err);
+}
