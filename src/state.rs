@@ -14,7 +14,7 @@ use peft_runtime::source::TensorSource;
 use peft_runtime::{RuntimeError, Session};
 use serde_json::{Map, Value, json};
 
-use crate::adapters::Base;
+use crate::adapters::{Adapter, Base};
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
 use crate::meaning::{equations, settings};
@@ -41,6 +41,7 @@ pub struct Identity(Map<String, Value>);
 
 // Keys that stand for something else than a setting or a tensor of the spec.
 const BASE: &str = "base weights";
+const BEGINNING: &str = "the adapter it begins with";
 const DATA: &str = "training data";
 const DEV: &str = "held-out data";
 const STEPS: &str = "steps in all";
@@ -86,6 +87,12 @@ impl Identity {
         Identity(all)
     }
 
+    /// The same of a run that begins with the values of an adapter.
+    pub fn begun_with(mut self, adapter: Option<&Adapter>) -> Self {
+        self.0.extend(adapter.map(|adapter| (BEGINNING.into(), json!(adapter.fingerprint()))));
+        self
+    }
+
     /// Every key whose values differ.
     fn differences<'a>(&'a self, now: &'a Identity) -> Vec<Difference<'a>> {
         let was = self.0.iter().map(|(key, was)| Difference { key, was, is: now.0.get(key).unwrap_or(&Value::Null) });
@@ -126,6 +133,7 @@ impl Difference<'_> {
                 _ => Some("another recipe"),
             },
             BASE => Some("other base weights"),
+            BEGINNING => Some("another beginning"),
             DATA => Some("other data"),
             key if key.starts_with(RECIPE) => Some("another recipe"),
             _ => Some("another spec"),

@@ -3,9 +3,9 @@ use std::time::Duration;
 
 use peft_runtime::{RuntimeError, Session};
 
-use super::overwrite::Overwrite;
+use super::overwrite::{self, Overwrite};
 use super::source::Source;
-use crate::adapters::{self, Base};
+use crate::adapters::{self, Adapter, Base};
 use crate::budget::Budget;
 use crate::data::Dataset;
 use crate::failure::Failure;
@@ -27,6 +27,10 @@ pub struct Arguments {
     /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
+    /// Trained values to begin with: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote. The run
+    /// begins at step 0, without moments; to go on with one there is `--resume`
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// A directory or a GGUF file with a tokenizer; the weights' own if not given
     #[arg(long)]
     tokenizer: Option<PathBuf>,
@@ -55,6 +59,13 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         Some(out) => out.clone(),
         None => PathBuf::from("runs").join(arguments.source.model()?.name),
     };
+    if let Some(adapter) = arguments.adapter.as_ref().filter(|adapter| overwrite::within(adapter, &out)) {
+        return Err(Failure::Usage(format!(
+            "{}: it holds {}, which the run begins with and would write over; name another `--out`",
+            out.display(),
+            adapter.display()
+        )));
+    }
     let state = match arguments.resume {
         true => Some(State::open(&out)?),
         false => {
@@ -81,10 +92,11 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         return Err(Failure::Usage(why.into()));
     }
 
-    let (loaded, _) = adapters::weights(&arguments.weights, model, None)?;
+    let (loaded, adapter) = adapters::weights(&arguments.weights, model, arguments.adapter.as_deref())?;
+    adapter.as_ref().map_or(Ok(()), Adapter::trains_on)?;
     let base = Base::of(model, &loaded);
     let total = training::total(&model.train, &train);
-    let identity = Identity::of(model, &base, &train, dev.as_ref(), total);
+    let identity = Identity::of(model, &base, &train, dev.as_ref(), total).begun_with(adapter.as_ref());
     if let Some(state) = &state {
         state.fallback.iter().for_each(|note| super::say(note));
         state.check(model, &identity)?.iter().for_each(|note| super::say(note));
@@ -115,6 +127,9 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let program = ready.program(&[&["init", "train", "update", "eval"], sums].concat())?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
+    if let Some(adapter) = &adapter {
+        adapters::apply(&mut session, &adapter.values)?;
+    }
     if arguments.profile {
         session.profile = Some(Default::default());
     }
