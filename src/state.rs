@@ -33,7 +33,7 @@ const OLD_FORMAT: &str = "peftc state 1";
 const CHECKSUM: &str = "checksum";
 
 /// The flat vectors of a session that a training step may change; a state has those of its optimizer.
-const VECTORS: [&str; 3] = ["values", "m", "v"];
+const VECTORS: [&str; 4] = ["values", "m", "v", "averages"];
 
 /// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
 #[derive(Clone, Debug, PartialEq)]

@@ -51,6 +51,9 @@ pub struct Recipe {
     /// When it is judged by held-out data.
     #[serde(default, skip_serializing_if = "is_default")]
     pub evaluate: Every,
+    /// What the average of the trained values keeps of itself at each step; without it there is none.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub average: Option<f64>,
     /// The run ends after so many evaluations in a row without a best one.
     #[serde(default, skip_serializing_if = "is_default")]
     pub patience: Option<u64>,
@@ -345,6 +348,11 @@ impl Recipe {
         self.optimizer.hyper().iter().map(|hyper| number(hyper) as f32).collect()
     }
 
+    /// What the average keeps of itself, and what it takes of the values, after step `step` (from 0); at first it is those.
+    pub fn average_shares(&self, step: u64) -> Option<[f64; 2]> {
+        self.average.map(|kept| if step == 0 { [0.0, 1.0] } else { [kept, 1.0 - kept] })
+    }
+
     /// The `train` block that gives this recipe.
     pub fn written(&self) -> String {
         let lines = self.settings().into_iter().map(|(key, value)| format!("  {key}: {value}\n"));
@@ -388,6 +396,7 @@ impl Recipe {
         if self.lr_end != 0.0 {
             all.push(("lr_end", float(self.lr_end)));
         }
+        all.extend(self.average.map(|kept| ("average", float(kept))));
         all.push(("save", self.save.written()));
         all.push(("evaluate", self.evaluate.written()));
         all.extend(self.patience.map(|patience| ("patience", patience.to_string())));

@@ -121,7 +121,8 @@ pub enum Storage {
     Tensor { index: usize, rows: Option<(u64, u64)> },
     /// The gradient of a trainable tensor (or of its trainable rows): a slice of one flat vector.
     Gradient { index: usize },
-    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`, `lr_factors`, `sums`.
+    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`, `lr_factors`, `sums`,
+    /// `averages`.
     Flat(String),
     /// Filled once by [`Manifest::prepare`] and kept: packed frozen weights.
     Prepared,

@@ -13,7 +13,7 @@ use crate::cuda::Cuda;
 use crate::error::{BatchPlace, Beyond, RuntimeError};
 use crate::memory::{LINE, Numbers, release};
 use crate::trust::{TrustError, What, trusted};
-use crate::validate::{FLAT as FLATS, LR_FACTORS, MOMENTS, validate};
+use crate::validate::{AVERAGES, FLAT as FLATS, LR_FACTORS, MOMENTS, validate};
 
 /// A loaded artifact.
 pub struct Program {
@@ -462,13 +462,13 @@ impl Session {
         self.home.values()
     }
 
-    /// What the optimizer changes: `values`, and the moments that it has.
+    /// What steps change: `values`, the moments that the optimizer has, and the averages if there are some.
     pub fn optimized(&self) -> Vec<&'static str> {
-        let moments = MOMENTS.into_iter().filter(|name| self.home.flats.contains_key(name));
-        ["values"].into_iter().chain(moments).collect()
+        let kept = MOMENTS.into_iter().chain([AVERAGES]).filter(|name| self.home.flats.contains_key(name));
+        ["values"].into_iter().chain(kept).collect()
     }
 
-    /// One of the optimizer's vectors: `values`, `gradients`, `decay`, and the moments that it has, `m` and `v`.
+    /// One of the optimizer's vectors: `values`, `gradients`, `decay`, the moments that it has, `m` and `v`, and `averages`.
     pub fn flat(&self, name: &str) -> Result<Cow<'_, [f32]>, RuntimeError> {
         self.backend.read(self.home.flats[name])
     }

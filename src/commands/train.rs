@@ -124,7 +124,8 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         }
     }
     let sums: &[&str] = if ready.model.train.accumulate > 1 { &["accumulate", "accumulated"] } else { &[] };
-    let program = ready.program(&[&["init", "train", "update", "eval"], sums].concat())?;
+    let average: &[&str] = if ready.model.train.average.is_some() { &["average"] } else { &[] };
+    let program = ready.program(&[&["init", "train", "update", "eval"], sums, average].concat())?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if let Some(adapter) = &adapter {

@@ -158,7 +158,11 @@ impl<'a> Run<'a> {
     /// be the last one for which there is patience.
     fn judge(&mut self) -> Result<(), Failure> {
         let Training { dev: Some(dev), model, base, stop, .. } = self.training else { return Ok(()) };
+        let at = self.at;
+        let values = self.averaged()?;
         self.after = evaluate_until(stop, self.training.session, model, dev)?;
+        let judged = trained(self.training.session, model, base, at)?;
+        self.restored(values)?;
         let Some(figures) = self.after else {
             self.ending = Ending::Stopped;
             return Ok(());
@@ -166,8 +170,7 @@ impl<'a> Run<'a> {
         self.progress.line(&format!("after step {}: {}", self.at, figures.describe()));
         self.metrics.record(self.at, &figures.figures())?;
         if self.judged.add(self.at, figures.loss) {
-            let values = trained(self.training.session, model, base, self.at)?;
-            adapter::save(&self.training.out.join(BEST), &values)?;
+            adapter::save(&self.training.out.join(BEST), &judged)?;
         }
         let patience = self.calendar.recipe.patience;
         if self.at < self.calendar.total && patience.is_some_and(|patience| self.judged.since >= patience) {
@@ -178,12 +181,32 @@ impl<'a> Run<'a> {
 
     /// The state goes first: if the adapter cannot be written, a resumed run writes it.
     fn save(&mut self) -> Result<(), Failure> {
-        let Training { session, model, base, out, identity, .. } = &self.training;
+        let Training { session, model, identity, .. } = &self.training;
         let again = self.saved.is_some_and(|(step, _)| step == self.at);
-        state::save(out, session, model, identity, self.at, &self.judged, again)?;
-        adapter::save(&out.join(ADAPTER), &trained(session, model, base, self.at)?)?;
+        state::save(&self.training.out, session, model, identity, self.at, &self.judged, again)?;
+        let values = self.averaged()?;
+        let saved = trained(self.training.session, self.training.model, self.training.base, self.at)?;
+        self.restored(values)?;
+        adapter::save(&self.training.out.join(ADAPTER), &saved)?;
         self.saved = Some((self.at, Instant::now()));
         Ok(())
+    }
+
+    /// With `train.average`, puts the averages in the place of the values, and gives these. Before the first step there are
+    /// none.
+    fn averaged(&mut self) -> Result<Option<Vec<f32>>, Failure> {
+        if self.calendar.recipe.average.is_none() || self.at == 0 {
+            return Ok(None);
+        }
+        let session = &mut *self.training.session;
+        let [values, averages] = [session.flat("values")?.into_owned(), session.flat("averages")?.into_owned()];
+        session.set_flat("values", &averages)?;
+        Ok(Some(values))
+    }
+
+    /// Puts the values back that [`Self::averaged`] gave.
+    fn restored(&mut self, values: Option<Vec<f32>>) -> Result<(), Failure> {
+        Ok(values.map_or(Ok(()), |values| self.training.session.set_flat("values", &values))?)
     }
 
     /// What the run came to. One that took no step is saved all the same: it may have been judged, or lack its adapter.

@@ -41,10 +41,13 @@ fn stage(session: &mut Session, recipe: &Recipe, part: &Part, step: u64, total: 
     };
     let mut floats = BTreeMap::from([("hyper".to_string(), recipe.hyper(rate(recipe, step, total), step))]);
     floats.extend(shares.map(|shares| ("shares".to_string(), shares.to_vec())));
+    let average = recipe.average_shares(step).filter(|_| part.last);
+    floats.extend(average.map(|shares| ("average_shares".to_string(), shares.map(|share| share as f32).to_vec())));
+    let entries = [entries, average.map_or(&[], |_| &["average"])].concat();
     // Each batch draws what it drops by a number of its own.
     let draw = step * recipe.accumulate + part.index as u64;
     let inputs = Inputs { floats, ..inputs(&part.batch, [recipe.seed as i32, draw as i32]) };
-    session.stage(entries, &inputs)
+    session.stage(&entries, &inputs)
 }
 
 /// Starts the batch that is staged.

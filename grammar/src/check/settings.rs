@@ -37,6 +37,7 @@ const RECIPE: &[&str] = &[
     "patience",
     "accumulate",
     "decays",
+    "average",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -248,6 +249,9 @@ impl<'a> Checker<'a> {
             save: self.every(&entries, "save", true),
             evaluate: self.every(&entries, "evaluate", false),
             patience: self.count(&entries, "patience", 1),
+            average: entries
+                .contains_key("average")
+                .then(|| self.setting(&entries, "average", 0.0, "above 0 and below 1", |x| x > 0.0 && x < 1.0)),
         };
         if let Some(&value) = entries.get("lr_end") {
             if recipe.schedule == Schedule::Constant {

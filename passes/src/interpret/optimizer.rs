@@ -38,6 +38,22 @@ pub fn accumulated(parts: &[(usize, Vec<f64>)]) -> Vec<f64> {
     (0..values).map(|i| parts.iter().map(|(targets, gradient)| share(targets) * gradient[i]).sum()).collect()
 }
 
+/// The average a of values p after step `step` (from 0), with d what it keeps of itself:
+///
+/// ```text
+/// a ← p                  after the first step
+/// a ← d a + (1 − d) p    after every other one
+/// ```
+///
+/// An exponential average of the iterates (Polyak & Juditsky, 1992; Tarvainen & Valpola, 2017, equation 1), which begins as
+/// PyTorch's `AveragedModel` with `get_ema_multi_avg_fn(d)` does. Nothing, where the recipe asks for none.
+pub fn average(recipe: &Recipe, step: u64, averages: &mut [f64], trained: &[Trained]) {
+    let Some([of_average, of_value]) = recipe.average_shares(step) else { return };
+    for (average, trained) in averages.iter_mut().zip(trained) {
+        *average = of_average * *average + of_value * trained.value;
+    }
+}
+
 /// With g the clipped gradient, p the value, λ the weight decay, η the rate, t = step + 1:
 ///
 /// ```text

@@ -86,19 +86,30 @@ pub fn update(target: &mut Target, own_rates: bool) -> Entry {
 /// accumulated   gradients ← shares[0] gradients + shares[1] sums
 /// ```
 pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
+    [("accumulate", ["sums", "gradients"]), ("accumulated", ["gradients", "sums"])]
+        .map(|(name, vectors)| (name, weighted(target, vectors, "shares", "accumulate")))
+}
+
+/// The average of the values, which follows `update`; `average_shares` says what each vector counts.
+///
+/// ```text
+/// average    averages ← average_shares[0] averages + average_shares[1] values
+/// ```
+pub fn average(target: &mut Target) -> Entry {
+    weighted(target, ["averages", "values"], "average_shares", "average")
+}
+
+/// Two flat vectors x and y: x becomes what the two numbers of the input `shares` make of both.
+fn weighted(target: &mut Target, [x, y]: [&str; 2], shares: &str, op: &str) -> Entry {
     let mut flat = |name: &str| {
         target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
     };
-    let [sums, gradients] = ["sums", "gradients"].map(&mut flat);
-    let shares = target.bind("shares", Element::F32, vec![Extent::Const(2)], Storage::Input("shares".into()));
+    let [x, y] = [x, y].map(&mut flat);
+    let shares = target.bind(shares, Element::F32, vec![Extent::Const(2)], Storage::Input(shares.into()));
     let units = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
     let kernel = target.kernel("add_weighted", add_weighted);
-    let entry = |to, from| {
-        let (buffers, extents) = (vec![to, from, shares], vec![Extent::Values]);
-        let launch = Launch { kernel, buffers, extents, units: units.clone(), op: "accumulate".into() };
-        Entry { launches: vec![launch], outputs: vec![] }
-    };
-    [("accumulate", entry(sums, gradients)), ("accumulated", entry(gradients, sums))]
+    let (buffers, extents) = (vec![x, y, shares], vec![Extent::Values]);
+    Entry { launches: vec![Launch { kernel, buffers, extents, units, op: op.into() }], outputs: vec![] }
 }
 
 /// x ← shares[0] x + shares[1] y

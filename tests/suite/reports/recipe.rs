@@ -408,3 +408,57 @@ fn batches_of_so_many_tokens() {
     let why = ["`train.batch` is 7 tokens, and the longest example of", "has 8; make it `8 tokens` or more"];
     assert!(ran.code == 2 && why.iter().all(|word| ran.err.contains(word)), "{}", ran.err);
 }
+
+/// Averages are judged and saved in the values' place, and a run goes on with both to the same bits.
+#[test]
+fn averages_of_the_values() {
+    let source = CLASSIFIER.replace("epochs: 20", "epochs: 3\n schedule: constant\n average: 0.75");
+    let case = classifier(&source, |_| {});
+    let [alone, parts, plain] = ["alone", "parts", "plain"].map(|name| case.path(name));
+    let (_, after) = case.train(&alone, &[]);
+    assert_eq!(case.eval(&alone, &[]).0, after);
+    let flat = |out: &Path, name: &str| {
+        let state = adapter::load(&out.join("state.safetensors")).expect("whole");
+        let adapter::Data::F32(numbers) = &state.tensors[name].data else { panic!("f32") };
+        numbers.clone()
+    };
+    let saved = |out: &Path| -> Vec<f32> {
+        let tensors = adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
+        let trained = case.model.params.iter().filter(|p| p.trainable_elements() > 0);
+        trained
+            .flat_map(|p| match &tensors[&p.name].data {
+                adapter::Data::F32(numbers) => numbers.clone(),
+                _ => panic!("f32"),
+            })
+            .collect()
+    };
+    assert_eq!(saved(&alone), flat(&alone, "averages"));
+    assert_ne!(saved(&alone), flat(&alone, "values"));
+    // The values are those of a run without averages.
+    let mut mean: Vec<f32> = vec![];
+    for steps in 1..=6 {
+        let out = case.path(&format!("plain{steps}"));
+        let spec = case.bench.write("plain.peft", source.replace("average: 0.75", ""));
+        let given = ["train", text(&spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
+        let steps = format!("train.steps={steps}");
+        let ran = case.bench.peftc(given.iter().chain(&[text(&out), "--set", &steps]));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let values = flat(&out, "values");
+        mean = match mean.is_empty() {
+            true => values,
+            false => mean.iter().zip(&values).map(|(a, p)| 0.75 * a + 0.25 * p).collect(),
+        };
+    }
+    assert_eq!(flat(&case.path("plain6"), "values"), flat(&alone, "values"));
+    let largest = mean.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    assert!(mean.iter().zip(saved(&alone)).all(|(want, found)| (want - found).abs() <= 1e-6 * largest));
+
+    case.train(&parts, &["--set", "train.save=1"]);
+    fs::remove_file(parts.join("state.safetensors")).expect("there");
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&parts), "--resume"]);
+    assert!(ran.code == 0 && ran.err.contains("of step 5"), "{}", ran.err);
+    same(&alone, &parts, &["state.safetensors", "adapter.safetensors", "best.safetensors"]);
+    case.train(&plain, &["--set", "train.steps=3"]);
+    let ran = case.with("train", &["--out", text(&plain), "--resume", "--set", "train.average=0.5"]);
+    assert!(ran.code == 3 && ran.err.contains("train.average: 0.75 in the state, 0.5 now"), "{}", ran.err);
+}
