@@ -33,10 +33,10 @@ CASES = [
 
 # Learning rates by group.
 CASES_OF_GROUPS = [
-    ({"optimizer": "adamw", "weight_decay": 0.1}, [0.25, 16.0]),
+    ({"optimizer": "adamw", "weight_decay": 0.1}, [0.125, 2.0]),
     ({"optimizer": "adam", "weight_decay": 0.05}, [1.0, 0.125]),
     ({"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}, [2.0, 0.5]),
-    ({"optimizer": "lion", "weight_decay": 0.2}, [0.5, 4.0]),
+    ({"optimizer": "lion", "weight_decay": 0.2}, [0.5, 2.0]),
 ]
 
 
