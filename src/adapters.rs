@@ -10,6 +10,7 @@ use peft_grammar::model::{Model, Origin, Param, Trainable};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::artifact::{Entry, Manifest, Storage};
 use peft_runtime::fingerprint::fingerprint;
+use peft_runtime::safefile::SafeFile;
 use peft_runtime::weights::Loaded;
 use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 
@@ -325,6 +326,11 @@ pub fn trained(session: &Session, model: &Model, base: &Base, step: u64) -> Resu
         file.tensors.insert(param.name.clone(), Stored::f32(shape, session.values(index)?.into_owned()));
     }
     Ok(signed(file, model, base))
+}
+
+/// The step of a run after which the values in this file were saved; none where no sound file says it.
+pub fn step_of(path: &Path) -> Option<u64> {
+    SafeFile::open(path).ok()?.notes.get("step")?.parse().ok()
 }
 
 /// Adds the base's drawn tensors, and the notes that every adapter has.

@@ -101,8 +101,10 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         state.fallback.iter().for_each(|note| super::say(note));
         state.check(model, &identity)?.iter().for_each(|note| super::say(note));
         let judged = state.judged(&identity);
-        // Without an adapter or the last evaluation, the run ends once more with them.
-        let whole = out.join(adapters::ADAPTER).is_file() && (dev.is_none() || judged.step == Some(state.step));
+        // Without its last adapter or the last evaluation, the run ends once more with them: it may have been killed between
+        // the state and the adapter.
+        let whole = adapters::step_of(&out.join(adapters::ADAPTER)) == Some(state.step)
+            && (dev.is_none() || judged.step == Some(state.step));
         if whole && model.train.patience.is_some_and(|patience| judged.since >= patience) {
             super::print(&format!(
                 "{} is finished: {} evaluations in a row were no better than {}, and nothing was changed; \

@@ -162,8 +162,16 @@ fn what_is_finished_or_not_there_is_said() {
     fs::remove_file(out.join("adapter.safetensors")).expect("there");
     let ran = resume(&[]);
     assert!(ran.code == 0 && ran.out.starts_with("0 steps"), "{}{}", ran.out, ran.err);
-    let adapter = |all: &BTreeMap<PathBuf, Vec<u8>>| all[&out.join("adapter.safetensors")].clone();
-    assert!(adapter(&content(&out)) == adapter(&before));
+    let content_of = |all: &BTreeMap<PathBuf, Vec<u8>>| all[&out.join("adapter.safetensors")].clone();
+    assert!(content_of(&content(&out)) == content_of(&before));
+    // And so is one of an earlier step, beside which the run was killed.
+    let path = out.join("adapter.safetensors");
+    let mut earlier = adapter::load(&path).expect("sound");
+    earlier.notes.insert("step".into(), "3".into());
+    adapter::save(&path, &earlier).expect("written");
+    let ran = resume(&[]);
+    assert!(ran.code == 0 && ran.out.starts_with("0 steps"), "{}{}", ran.out, ran.err);
+    assert!(content_of(&content(&out)) == content_of(&before));
     // One number or one note of another state.
     let path = out.join("state.safetensors");
     let sound = adapter::load(&path).expect("sound");
