@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::counterpart::Counterpart;
 use crate::graph::{Graph, Value};
 
-pub use crate::recipe::{Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
+pub use crate::recipe::{BatchSize, Decays, Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
@@ -222,13 +222,20 @@ pub struct Param {
     pub init: Init,
     pub trainable: Trainable,
     pub origin: Origin,
-    /// Weight decay applies: a matrix, and not a bias.
+    /// Weight decay applies: the recipe's `decays` says to what.
     pub decay: bool,
+    /// Its own learning rate, which stands in the place of the recipe's `lr`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
 }
 
 impl Param {
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
+    }
+    /// What its learning rate is of the recipe's at every step, if it has one of its own.
+    pub fn lr_factor(&self, recipe: &Recipe) -> Option<f64> {
+        self.lr.map(|lr| lr / recipe.lr)
     }
     /// Which of its rows train.
     pub fn trained_rows(&self) -> Option<(u64, u64)> {

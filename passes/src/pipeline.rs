@@ -267,6 +267,7 @@ pub fn tensors(model: &Model) -> Vec<Tensor> {
         shape: p.shape.clone(),
         trainable: p.trained_rows(),
         decay: p.decay,
+        lr_factor: p.lr_factor(&model.train),
     };
     model.params.iter().map(tensor).collect()
 }

@@ -245,11 +245,6 @@ impl Dataset {
     pub fn lengths(&self) -> &[u32] {
         &self.lengths
     }
-
-    /// Batches an epoch has; the last one may be smaller.
-    pub fn steps_per_epoch(&self, batch: usize) -> usize {
-        self.len().div_ceil(batch)
-    }
 }
 
 /// A data set in the making.

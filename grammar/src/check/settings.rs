@@ -7,7 +7,7 @@ use super::value::Val;
 use super::{Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Columns, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::model::{BatchSize, Columns, Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::Span;
 
@@ -38,6 +38,8 @@ const RECIPE: &[&str] = &[
     "evaluate",
     "patience",
     "accumulate",
+    "decays",
+    "average",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -272,12 +274,13 @@ impl<'a> Checker<'a> {
             betas: self.betas(&entries, optimizer.betas()),
             eps: self.setting(&entries, "eps", EPS, "above 0", |x| x > 0.0),
             weight_decay: self.setting(&entries, "weight_decay", 0.0, "0 or more", |x| x >= 0.0),
+            decays: self.decays(&entries),
             clip: self.setting(&entries, "clip", 1.0, "0 (no clipping) or more", |x| x >= 0.0),
             label_smoothing: self.setting(&entries, "label_smoothing", 0.0, "at least 0 and below 1", share),
             schedule: self.schedule(&entries),
             lr_end: self.setting(&entries, "lr_end", 0.0, "0 or more", |x| x >= 0.0),
             warmup: self.phase(&entries, "warmup", Phase::Steps(0), "500 steps: `500`; six percent: `0.06`"),
-            batch: self.count(&entries, "batch", 1).unwrap_or(16),
+            batch: self.batch(&entries),
             accumulate: self.count(&entries, "accumulate", 1).unwrap_or(1),
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
@@ -289,6 +292,9 @@ impl<'a> Checker<'a> {
             save: self.every(&entries, "save", true),
             evaluate: self.every(&entries, "evaluate", false),
             patience: self.count(&entries, "patience", 1),
+            average: entries
+                .contains_key("average")
+                .then(|| self.setting(&entries, "average", 0.0, "above 0 and below 1", |x| x > 0.0 && x < 1.0)),
         };
         if let Some(&value) = entries.get("lr_end") {
             if recipe.schedule == Schedule::Constant {
@@ -338,6 +344,30 @@ impl<'a> Checker<'a> {
         let choice = format!("`optimizer: {}`", optimizer.word());
         unread.iter().for_each(|key| self.unread(entries, key, &choice));
         optimizer
+    }
+
+    fn batch(&mut self, entries: &Entries<'a>) -> BatchSize {
+        let measured = match entries.get("batch").map(|value| &value.kind) {
+            Some(ExprKind::Measured { number, .. }) => Some(Entries::from([("batch", &**number)])),
+            _ => None,
+        };
+        let number = self.count(measured.as_ref().unwrap_or(entries), "batch", 1);
+        match (number, measured) {
+            (Some(tokens), Some(_)) => BatchSize::Tokens { tokens },
+            (number, _) => BatchSize::Sequences(number.unwrap_or(16)),
+        }
+    }
+
+    fn decays(&mut self, entries: &Entries<'a>) -> Decays {
+        if let (Some(value), None) = (entries.get("decays"), entries.get("weight_decay")) {
+            let error =
+                Diagnostic::error(value.span, "`decays` says what `weight_decay` applies to, and there is none");
+            self.report(error.hint("such as `weight_decay: 0.01`"));
+        }
+        match self.word(entries, "decays", &Decays::WORDS) {
+            Some("all") => Decays::All,
+            _ => Decays::Matrices,
+        }
     }
 
     fn schedule(&mut self, entries: &Entries<'a>) -> Schedule {
