@@ -14,7 +14,7 @@ use peft_runtime::source::TensorSource;
 use peft_runtime::{RuntimeError, Session};
 use serde_json::{Map, Value, json};
 
-use crate::adapters::Base;
+use crate::adapters::{Adapter, Base};
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
 use crate::meaning::{equations, settings};
@@ -33,7 +33,7 @@ const OLD_FORMAT: &str = "peftc state 1";
 const CHECKSUM: &str = "checksum";
 
 /// The flat vectors of a session that a training step may change; a state has those of its optimizer.
-const VECTORS: [&str; 3] = ["values", "m", "v"];
+const VECTORS: [&str; 4] = ["values", "m", "v", "averages"];
 
 /// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +41,7 @@ pub struct Identity(Map<String, Value>);
 
 // Keys that stand for something else than a setting or a tensor of the spec.
 const BASE: &str = "base weights";
+const BEGINNING: &str = "the adapter it begins with";
 const DATA: &str = "training data";
 const DEV: &str = "held-out data";
 const STEPS: &str = "steps in all";
@@ -63,6 +64,7 @@ impl Identity {
                 put("task.template".into(), json!(written(template)));
                 put("task.target".into(), json!(target));
             }
+            TaskKind::Chat | TaskKind::Text { .. } => put("task".into(), json!(model.task.kind)),
             TaskKind::Classification { labels, .. } => {
                 put("task".into(), json!("classification"));
                 put("task.labels".into(), json!(labels));
@@ -70,7 +72,9 @@ impl Identity {
         }
         put("task.max_tokens".into(), json!(model.task.max_tokens));
         for param in &model.params {
-            put(param.name.clone(), json!([param.shape, param.trainable, param.init, param.decay]));
+            let mut about = vec![json!(param.shape), json!(param.trainable), json!(param.init), json!(param.decay)];
+            about.extend(param.lr.map(|lr| json!(lr)));
+            put(param.name.clone(), json!(about));
         }
         put(EQUATIONS.into(), json!(equations(model)));
         if let Value::Object(recipe) = json!(model.train) {
@@ -82,6 +86,12 @@ impl Identity {
         put(DATA.into(), json!(content(train)));
         put(DEV.into(), json!(dev.map(content)));
         Identity(all)
+    }
+
+    /// The same of a run that begins with the values of an adapter.
+    pub fn begun_with(mut self, adapter: Option<&Adapter>) -> Self {
+        self.0.extend(adapter.map(|adapter| (BEGINNING.into(), json!(adapter.fingerprint()))));
+        self
     }
 
     /// Every key whose values differ.
@@ -96,10 +106,16 @@ impl Identity {
 /// The number of examples, and the hash of their tokens and labels as the model sees them.
 fn content(data: &Dataset) -> String {
     let mut hash = blake3::Hasher::new();
-    for example in &data.examples {
-        let goal = match example.goal {
-            Goal::Continuation { from } => [0, from as i32],
-            Goal::Class(class) => [1, class],
+    for example in data.examples.iter() {
+        let goal: Vec<i32> = match &example.goal {
+            // What stands before each range, and where all but the last token of the example are no targets, its end.
+            Goal::Tokens(ranges) => {
+                let numbers = ranges.iter().flat_map(|range| [range.start - 1, range.end]);
+                let mut numbers: Vec<i32> = std::iter::once(0).chain(numbers.map(|n| n as i32)).collect();
+                numbers.pop_if(|end| *end as usize == example.ids.len());
+                numbers
+            }
+            Goal::Class(class) => vec![1, *class],
         };
         let numbers = [&[example.ids.len() as i32], &goal[..], &example.ids, &example.types].concat();
         hash.update(&numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>());
@@ -124,6 +140,7 @@ impl Difference<'_> {
                 _ => Some("another recipe"),
             },
             BASE => Some("other base weights"),
+            BEGINNING => Some("another beginning"),
             DATA => Some("other data"),
             key if key.starts_with(RECIPE) => Some("another recipe"),
             _ => Some("another spec"),

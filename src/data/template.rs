@@ -258,7 +258,7 @@ impl Maker for Layout<'_> {
         Ok(Draft { before, after })
     }
 
-    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError> {
+    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
         // Each text once: in triples, properties and subjects recur.
         let parts = drafts.iter().flat_map(|(_, draft)| draft.before.iter().chain(&draft.after));
         let mut texts: Vec<&str> = parts
@@ -273,11 +273,11 @@ impl Maker for Layout<'_> {
         let encoded: HashMap<&str, Vec<i32>> = texts.into_iter().zip(ids).collect();
         let one = |(at, draft): &(At, Draft)| {
             let example = self.lay_out(draft, &encoded);
-            if example.targets() == 0 {
+            if example.goal.targets() == 0 {
                 let message = "the tokenizer makes no token of what follows the target: there is nothing to learn";
                 return Err(Fault::row(at.clone(), message));
             }
-            Ok(Placed { at: at.clone(), length: example.ids.len(), example })
+            Ok(vec![Placed { at: at.clone(), length: example.ids.len(), example }])
         };
         Ok(drafts.iter().map(one).collect())
     }
@@ -331,6 +331,6 @@ impl Layout<'_> {
         }
         let from = sheet.ids.len() - 1;
         fill(&mut sheet, &draft.after, |sheet, token| sheet.write(&[token]));
-        Example { ids: sheet.ids, types: sheet.types, goal: Goal::Continuation { from } }
+        Example { goal: Goal::after(from, sheet.ids.len()), ids: sheet.ids, types: sheet.types }
     }
 }

@@ -129,6 +129,67 @@ fn what_is_unpacked_has_a_bound() {
     insta::assert_snapshot!(message, @"`a.tsv.gz`, compressed by gzip, cannot be unpacked: its COUNT bytes unpack to more than 64 MB, which no text does; unpack it yourself if it is what you expect");
 }
 
+/// The case's tokenizer with a chat template: every message is `Ann likes` or `tea`, its content, and `[SEP]`.
+fn talk(case: &Case) {
+    let template = "{% for m in messages %}{{ 'Ann ' if m.role == 'user' else 'tea ' }}{{ m.content }} [SEP] {% endfor %}\
+                    {% if add_generation_prompt %}{{ 'tea ' }}{% endif %}";
+    let config = serde_json::json!({"chat_template": template});
+    std::fs::write(case.dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn conversations() {
+    let rows = r#"{"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad bad"}, {"role": "user", "content": "likes"}, {"role": "assistant", "content": "good"}]}
+{"instruction": "good", "input": "", "output": "bad"}"#;
+    let task = Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Chat };
+    let case = Case::named("a.jsonl", rows);
+    insta::assert_snapshot!(case.error(&task), @"`tokenizer.json`: the tokenizer has no chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), so it does not say how a conversation is written: name the folder of one that has, such as the model's own instruction-tuned variant, with `--tokenizer`, or give the spec's task a `template`");
+    talk(&case);
+    let data = case.load(&task).unwrap();
+    let example = |ids: &[i32], ranges: &[std::ops::Range<usize>]| Example {
+        ids: ids.to_vec(),
+        types: vec![0; ids.len()],
+        goal: Goal::Tokens(ranges.to_vec()),
+    };
+    let ann = 6;
+    let first = example(&[ann, 3, 2, 5, 4, 4, 2, ann, 7, 2, 5, 3, 2], &[4..7, 11..13]);
+    assert_eq!(data.examples, [first, example(&[ann, 3, 2, 5, 4, 2], &[4..6])]);
+    // Both turns of a packed batch are learned, each token by the one before it.
+    let batch = crate::data::Batch::pack(data.examples.iter());
+    assert_eq!(batch.targets, [3, 4, 5, 10, 11, 16, 17]);
+    assert_eq!(batch.labels, [4, 4, 2, 3, 2, 4, 2]);
+    // A cut takes the last turn, and a conversation without an answer is dropped.
+    let data = case.load(&Task { max_tokens: 8, ..task.clone() }).unwrap();
+    assert_eq!((data.examples.get(0).goal, data.cut), (Goal::Tokens(vec![4..7]), 1));
+    let skip = Reading { skip_bad: true, cache: None };
+    let case = Case::named("a.jsonl", format!("{rows}\n{{\"messages\": []}}\n{{\"text\": 1}}"));
+    talk(&case);
+    assert_eq!(case.read(&["a.jsonl"], &task, &skip).unwrap().skipped, 2);
+}
+
+#[test]
+fn texts_as_they_stand() {
+    let task = |max_tokens, end: Option<&str>| {
+        let kind = TaskKind::Text { text: None, end: end.map(str::to_owned) };
+        Task { name: "t".into(), max_tokens, kind }
+    };
+    let texts = |name: &str, content: &str, task: &Task| {
+        let data = Case::named(name, content).load(task).unwrap();
+        data.examples.iter().map(|e| (e.ids.clone(), e.goal)).collect::<Vec<_>>()
+    };
+    let all = |ids: &[i32]| (ids.to_vec(), Goal::after(0, ids.len()));
+    let five = "good bad\ntea Ann likes";
+    // A file of text is one text; in pieces, each token but the first is a target once.
+    assert_eq!(texts("a.txt", five, &task(64, None)), [all(&[3, 4, 5, 6, 7])]);
+    assert_eq!(texts("a.txt", five, &task(3, None)), [all(&[3, 4, 5]), all(&[5, 6, 7])]);
+    assert_eq!(texts("a.txt", five, &task(4, Some("[SEP]"))), [all(&[3, 4, 5, 6]), all(&[6, 7, 2])]);
+    assert_eq!(texts("a.txt.gz", "tea", &task(4, Some("<end>"))), [all(&[5, 8])]);
+    let rows = "{\"text\": \"good tea\"}\n{\"text\": \"Ann\", \"id\": 1}\n";
+    assert_eq!(texts("a.jsonl", rows, &task(4, Some("[SEP]"))), [all(&[3, 5, 2]), all(&[6, 2])]);
+    let message = Case::named("a.jsonl", rows).error(&task(4, None));
+    insta::assert_snapshot!(message, @"`a.jsonl`, line 2: the text has a single token, and there is none to predict");
+}
+
 /// Files that are refused, with the words in which they are.
 #[test]
 fn bad_files() {
@@ -211,7 +272,7 @@ fn any_column_of_a_row() {
     let words = |ids: &[i32], from, types: &[i32]| Example {
         ids: ids.to_vec(),
         types: types.to_vec(),
-        goal: Goal::Continuation { from },
+        goal: Goal::after(from, ids.len()),
     };
     let (s, t, e) = (8, 9, 10);
     let row = r#"{"id": 3, "turns": [{"q": "tea", "a": "good"}, {"q": "Ann", "a": "bad"}], "question": "tea", "answer": "Ann"}"#;
@@ -233,15 +294,15 @@ fn any_column_of_a_row() {
     assert_eq!(data.examples, [words(&[5, 8, 3], 1, &[0, 8, 8])]);
     // In csv, too, with quotes.
     let data = Case::named("a.csv", "answer,question\n\"good \"\"tea\"\"\",Ann\n").load(&questions()).unwrap();
-    assert_eq!(data.examples[0].ids, [6, 8, 3, 0, 5, 0]);
+    assert_eq!(data.examples.get(0).ids, [6, 8, 3, 0, 5, 0]);
     // In tsv a quote is a character.
     let data = Case::named("a.tsv", "question\tanswer\n\"good\t\"tea\n").load(&questions()).unwrap();
-    assert_eq!(data.examples[0].ids, [0, 3, 8, 0, 5]);
+    assert_eq!(data.examples.get(0).ids, [0, 3, 8, 0, 5]);
 }
 
 #[test]
 fn bad_rows_are_left_out_if_asked() {
-    let (task, skip) = (classification(64), Reading { skip_bad: true });
+    let (task, skip) = (classification(64), &Reading { skip_bad: true, cache: None });
     let case = Case::named("a.tsv", b"good\t1\nno tab\nbad\tmaybe\nb\xffd\t0\ntea\t0\n");
     let data = case.read(&["a.tsv"], &task, skip).unwrap();
     assert_eq!((data.len(), data.skipped), (2, 3));
@@ -269,7 +330,7 @@ fn several_files_and_patterns() {
     write("a.jsonl", "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"tea\", \"label\": 1}\n");
     write("c[1].tsv", "tea\t0\n");
     let ids = |named: &[&str]| {
-        let data = case.read(named, &classification(64), Reading::default()).map_err(|e| case.plain(e))?;
+        let data = case.read(named, &classification(64), &Reading::default()).map_err(|e| case.plain(e))?;
         Ok::<_, String>((data.examples.iter().map(|e| e.ids[1]).collect::<Vec<_>>(), data.sources.len()))
     };
     assert_eq!(ids(&["b.tsv", "a.jsonl"]), Ok((vec![4, 3, 5], 2)));
@@ -279,7 +340,7 @@ fn several_files_and_patterns() {
     insta::assert_snapshot!(ids(&["a[.csv"]).unwrap_err(), @"`a[.csv`: no pattern of files: invalid range pattern");
     insta::assert_snapshot!(ids(&[""]).unwrap_err(), @"``: a folder; name its files, such as `*.jsonl` in quotes");
     insta::assert_snapshot!(ids(&["b.tsv", "d.tsv"]).unwrap_err(), @"cannot read `d.tsv`: No such file or directory (os error 2)");
-    let data = case.read(&["b.tsv", "a.jsonl"], &classification(64), Reading::default()).unwrap();
+    let data = case.read(&["b.tsv", "a.jsonl"], &classification(64), &Reading::default()).unwrap();
     assert!(data.place(1).unwrap().ends_with("a.jsonl, line 1"), "{:?}", data.place(1));
 }
 
@@ -358,7 +419,7 @@ fn glue_as_it_is() {
     let train = read("mnli/train.json", &mnli(["text_a", "text_b", "label"]));
     assert_eq!((dev.len(), train.len()), (48, 8999));
     // `<s>a</s></s>b</s>`, all of type 0.
-    let ids = &train.examples[0].ids;
+    let ids = &train.examples.get(0).ids;
     assert_eq!((ids[0], ids.last()), (0, Some(&2)));
     assert_eq!(ids.windows(2).filter(|pair| *pair == [2, 2]).count(), 1);
     assert!(train.examples.iter().all(|e| e.types.iter().all(|&kind| kind == 0)));
