@@ -6,6 +6,7 @@ pub mod cache;
 pub mod commands;
 #[cfg(feature = "compiler")]
 pub mod compiler;
+mod contained;
 #[cfg(feature = "compiler")]
 pub mod costs;
 pub mod data;

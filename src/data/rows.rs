@@ -5,6 +5,7 @@
 //! | json | the objects of a list, of an object's only list, or of an object that holds nothing but objects | [`At::Item`], [`At::Entry`] |
 //! | jsonl | an object a line | [`At::Line`] |
 //! | csv, tsv | records below a header | [`At::Line`] |
+//! | parquet | rows | [`At::Row`] |
 //!
 //! Each may be compressed by gzip or zstd. What a file is follows from its first bytes and its name's ending.
 
@@ -12,6 +13,7 @@ mod compressed;
 mod delimited;
 mod file;
 mod json;
+mod parquet;
 mod value;
 
 use std::borrow::Cow;
@@ -34,6 +36,8 @@ pub enum At {
         number: usize,
         line: usize,
     },
+    /// A row of a file without lines, counted from 1.
+    Row(usize),
     /// An object of JSON by its key.
     Entry(Box<str>),
     /// A place inside a JSON document.
@@ -48,6 +52,7 @@ impl fmt::Display for At {
         match self {
             At::Line(line) => write!(f, "line {line}"),
             At::Item { number, line } => write!(f, "line {line}, row {number}"),
+            At::Row(number) => write!(f, "row {number}"),
             At::Entry(key) => write!(f, "entry {key}"),
             At::Column { line, column } => write!(f, "line {line}, column {column}"),
         }
@@ -187,6 +192,7 @@ impl<'f> Rows<'f> {
         match format {
             Format::JsonLines => Ok(Rows::new(Lines::new(&file.bytes))),
             Format::Json => Rows::json(file),
+            Format::Parquet => Ok(Rows::new(parquet::rows(&file.bytes)?)),
             Format::Csv => Ok(Rows::delimited(Delimited::new(&file.bytes, true, None, is_header)?, false)),
             Format::Tsv | Format::Unknown => {
                 Ok(Rows::delimited(Delimited::new(&file.bytes, false, implied, is_header)?, implied.is_some()))

@@ -189,7 +189,7 @@ fn files_that_are_no_text() {
     let error = |content: &[u8]| Case::new(content).error(&classification(64));
     insta::assert_snapshot!(error(b"\x1f\x8b\x08\x00\x00"), @"`data`, compressed by gzip, cannot be unpacked: it is damaged or cut short (unexpected end of file); fetch or write it again");
     insta::assert_snapshot!(error(b"PK\x03\x04\x14\x00"), @"`data` is a zip archive, or a spreadsheet in one, which is not read here; unpack it, or save it as text with tabs");
-    insta::assert_snapshot!(error(b"PAR1\x15\x04\x15"), @"`data` is a table of Parquet, which is not read here; write it as jsonl, csv or tsv");
+    insta::assert_snapshot!(error(b"PAR1\x15\x04\x15"), @"`data`, row 1: the Parquet file is damaged, cut short or of a kind that is not read (EOF: Parquet file too small. Size is 7 but need 8)");
     insta::assert_snapshot!(error(b"\xff\xfef\x00i\x00"), @"`data` is UTF-16, which is not read here; save it as UTF-8");
 }
 

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
 
 use super::{DataError, MARKS};
-use crate::hub::tokenizer::{Behind, DEFAULT, Opened, Templates, contained, open};
+use crate::contained::contained;
+use crate::hub::tokenizer::{Behind, DEFAULT, Opened, Templates, open};
 
 pub struct Tokenizer {
     library: Library,
@@ -139,7 +140,9 @@ impl Tokenizer {
     /// all, as transformers does with `truncation=True`.
     pub fn encode_pairs(&self, pairs: Vec<(&str, &str)>, max_tokens: usize) -> Result<Vec<Pair>, DataError> {
         let one = |pair: &(&str, &str)| self.encode_pair(*pair, max_tokens);
-        let part = |pairs: &[_]| contained(|| pairs.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r);
+        let part = |pairs: &[_]| {
+            contained("tokenizers", || pairs.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
+        };
         let parts: Result<Vec<Vec<_>>, String> = pairs.par_chunks(64).map(part).collect();
         Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
     }
@@ -186,7 +189,7 @@ impl Tokenizer {
             return token.clone();
         }
         let token = self.library.id_to_token(id).unwrap_or_else(|| format!("#{id}"));
-        match contained(|| self.library.decode(&[id], false)) {
+        match contained("tokenizers", || self.library.decode(&[id], false)) {
             Ok(Ok(text)) if !text.is_empty() && !text.contains('\u{fffd}') => text,
             _ => token,
         }
@@ -199,7 +202,9 @@ impl Tokenizer {
             let encoding = self.library.encode_fast(*text, marks).map_err(|e| e.to_string())?;
             self.known(encoding.get_ids())
         };
-        let part = |texts: &[&str]| contained(|| texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r);
+        let part = |texts: &[&str]| {
+            contained("tokenizers", || texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
+        };
         let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(64).map(part).collect();
         Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
     }
@@ -235,7 +240,7 @@ impl Tokenizer {
             Ok(Spanned { ids, spans })
         };
         let part = |texts: &[(&str, &[Range<usize>])]| {
-            contained(|| texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
+            contained("tokenizers", || texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
         };
         let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(16).map(part).collect();
         Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())

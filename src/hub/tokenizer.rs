@@ -1,7 +1,6 @@
 //! A model's tokenizer: where it is, and how its files are read.
 
 mod classes;
-mod contained;
 mod files;
 mod gguf;
 mod models;
@@ -19,7 +18,6 @@ use crate::data::{DataError, Tokenizer};
 use crate::failure::Failure;
 use crate::hub::checkpoint;
 
-pub use contained::contained;
 pub use files::{Behind, Opened, open};
 pub use template::{DEFAULT, Templates};
 

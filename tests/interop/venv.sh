@@ -9,6 +9,8 @@ versions="torch==2.15.0 transformers==5.23.0 peft==0.21.2 safetensors==0.8.0 num
 
 # Reads and writes GGUF. It comes last and by itself: an environment that lacks it is not made anew.
 gguf="gguf==0.19.0"
+# Writes Parquet; likewise.
+pyarrow="pyarrow==26.0.1"
 
 venv="$(cd "$(dirname "$0")/../.." && pwd)/target/interop-venv"
 if ! [ -f "$venv/ready" ] || [ "$(cat "$venv/ready")" != "$versions" ]; then
@@ -26,4 +28,9 @@ if ! [ -f "$venv/gguf" ] || [ "$(cat "$venv/gguf")" != "$gguf" ]; then
     "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check "$gguf"
     "$venv/bin/python" -c "import gguf"
     echo "$gguf" > "$venv/gguf"
+fi
+if ! [ -f "$venv/pyarrow" ] || [ "$(cat "$venv/pyarrow")" != "$pyarrow" ]; then
+    "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check "$pyarrow"
+    "$venv/bin/python" -c "import pyarrow.parquet"
+    echo "$pyarrow" > "$venv/pyarrow"
 fi

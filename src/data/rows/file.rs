@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
+
 use super::compressed::{Compression, Fault};
-use super::delimited::line;
+use super::{delimited::line, parquet};
 use crate::data::DataError;
 
 /// What the content of a file is.
@@ -14,6 +16,7 @@ pub enum Format {
     JsonLines,
     Csv,
     Tsv,
+    Parquet,
     /// Neither its first bytes nor its name tell.
     Unknown,
 }
@@ -21,18 +24,17 @@ pub enum Format {
 /// A file's content, unpacked and without a byte order mark.
 pub struct File {
     pub path: PathBuf,
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
     pub format: Format,
     /// The ending of its name, without that of what compresses it.
     ending: String,
 }
 
 /// Files that are not read, by their first bytes: what they are, and the mend.
-const FOREIGN: [(&[u8], &str, &str); 8] = [
+const FOREIGN: [(&[u8], &str, &str); 7] = [
     (b"BZh", "compressed by bzip2", "unpack it with `bzip2 -d`"),
     (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with `xz -d`"),
     (b"PK\x03\x04", "a zip archive, or a spreadsheet in one", "unpack it, or save it as text with tabs"),
-    (b"PAR1", "a table of Parquet", "write it as jsonl, csv or tsv"),
     (b"ARROW1", "a table of Arrow", "write it as jsonl, csv or tsv"),
     (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
     (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
@@ -68,7 +70,7 @@ impl File {
     }
 
     /// `ending` is that of its name, when what compresses it is taken away.
-    fn plain(path: &Path, mut bytes: Vec<u8>, ending: String) -> Result<Self, DataError> {
+    fn plain(path: &Path, bytes: Vec<u8>, ending: String) -> Result<Self, DataError> {
         let foreign = FOREIGN.iter().find(|(start, ..)| match *start {
             b"ustar" => bytes.get(TAR..).is_some_and(|rest| rest.starts_with(start)),
             start => bytes.starts_with(start),
@@ -80,8 +82,9 @@ impl File {
             let (what, mend) = ("compressed twice", "unpack it once");
             return Err(DataError::Foreign { path: path.to_owned(), what, mend });
         }
+        let mut bytes = Bytes::from(bytes);
         if bytes.starts_with(b"\xef\xbb\xbf") {
-            bytes.drain(..3);
+            bytes = bytes.slice(3..);
         }
         let format = format(&bytes, &ending);
         Ok(File { path: path.to_owned(), bytes, format, ending })
@@ -111,6 +114,9 @@ fn format(bytes: &[u8], ending: &str) -> Format {
     let start = bytes.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(bytes.len());
     let (first, _) = line(&bytes[start..]);
     let tabs = first.contains(&b'\t');
+    if bytes.starts_with(parquet::MAGIC) {
+        return Format::Parquet;
+    }
     match (ending, bytes.get(start)) {
         ("jsonl" | "ndjson", Some(b'[')) | ("json", _) => Format::Json,
         ("jsonl" | "ndjson", _) => Format::JsonLines,

@@ -129,12 +129,61 @@ fn what_is_unpacked_has_a_bound() {
     insta::assert_snapshot!(message, @"`a.tsv.gz`, compressed by gzip, cannot be unpacked: its COUNT bytes unpack to more than 64 MB, which no text does; unpack it yourself if it is what you expect");
 }
 
-/// The case's tokenizer with a chat template: every message is `Ann likes` or `tea`, its content, and `[SEP]`.
+/// The case's tokenizer with a chat template: every message is `Ann` or `tea`, its content, and `likes`.
 fn talk(case: &Case) {
-    let template = "{% for m in messages %}{{ 'Ann ' if m.role == 'user' else 'tea ' }}{{ m.content }} [SEP] {% endfor %}\
-                    {% if add_generation_prompt %}{{ 'tea ' }}{% endif %}";
+    let template = "{% for m in messages %}{{ ' Ann ' if m.role == 'user' else ' tea ' }}{{ m.content }} likes{% endfor %}\
+                    {% if add_generation_prompt %}{{ ' tea ' }}{% endif %}";
     let config = serde_json::json!({"chat_template": template});
     std::fs::write(case.dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+/// Rows that Arrow wrote with each compression are those of the jsonl beside them.
+#[test]
+fn parquet_as_arrow_writes_it() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/parquet");
+    let rows = |name: &str| -> Vec<(Vec<String>, serde_json::Map<String, Json>)> {
+        let file = super::File::open(&folder.join(name)).unwrap();
+        let rows = super::Rows::of(&file, super::Format::Unknown, None, |_| true).unwrap_or_else(|f| panic!("{f:?}"));
+        let row = |row: Result<super::Row, super::Fault>| {
+            let row = row.unwrap_or_else(|fault| panic!("{name}: {fault:?}"));
+            (row.names().iter().map(|name| name.to_string()).collect(), row.json())
+        };
+        rows.map(row).collect()
+    };
+    let expected = rows("rows.jsonl");
+    assert_eq!(expected.len(), 40);
+    for name in ["none", "snappy", "gzip", "zstd", "lz4"] {
+        let found = rows(&format!("{name}.parquet"));
+        assert_eq!(found.len(), expected.len(), "{name}");
+        for (number, (found, expected)) in (1..).zip(found.iter().zip(&expected)) {
+            assert_eq!(found, expected, "{name}, row {number}");
+        }
+    }
+}
+
+/// A damaged file is an error in words wherever the damage is, or changes values; it never ends the process.
+#[test]
+fn damaged_parquet() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/parquet");
+    let case = Case::named("a.parquet", "");
+    let path = case.dir.path().join("a.parquet");
+    let task = columns("text", "", "label");
+    for name in ["none", "snappy"] {
+        let whole = std::fs::read(folder.join(format!("{name}.parquet"))).unwrap();
+        for length in (0..whole.len()).step_by(97) {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            let message = case.error(&task);
+            assert!(length < 4 || message.contains("the Parquet file is damaged, cut short"), "{length}: {message}");
+        }
+        for at in (0..whole.len()).step_by(41) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x55;
+            std::fs::write(&path, damaged).unwrap();
+            if let Err(error) = case.load(&task) {
+                assert!(error.to_string().contains("a.parquet"), "{error}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -152,12 +201,12 @@ fn conversations() {
         goal: Goal::Tokens(ranges.to_vec()),
     };
     let ann = 6;
-    let first = example(&[ann, 3, 2, 5, 4, 4, 2, ann, 7, 2, 5, 3, 2], &[4..7, 11..13]);
-    assert_eq!(data.examples, [first, example(&[ann, 3, 2, 5, 4, 2], &[4..6])]);
+    let first = example(&[ann, 3, 7, 5, 4, 4, 7, ann, 7, 7, 5, 3, 7], &[4..7, 11..13]);
+    assert_eq!(data.examples, [first, example(&[ann, 3, 7, 5, 4, 7], &[4..6])]);
     // Both turns of a packed batch are learned, each token by the one before it.
     let batch = crate::data::Batch::pack(data.examples.iter());
     assert_eq!(batch.targets, [3, 4, 5, 10, 11, 16, 17]);
-    assert_eq!(batch.labels, [4, 4, 2, 3, 2, 4, 2]);
+    assert_eq!(batch.labels, [4, 4, 7, 3, 7, 4, 7]);
     // A cut takes the last turn, and a conversation without an answer is dropped.
     let data = case.load(&Task { max_tokens: 8, ..task.clone() }).unwrap();
     assert_eq!((data.examples.get(0).goal, data.cut), (Goal::Tokens(vec![4..7]), 1));

@@ -11,10 +11,10 @@ use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
 
 use super::classes::{self, Class, Form};
-use super::contained::contained;
 use super::gguf::{self, Contained};
 use super::settings::{Declared, Settings, entries, refused, unfast};
 use super::template::Templates;
+use crate::contained::contained;
 use crate::data::DataError;
 
 /// Arrays and objects inside each other beyond which a file is refused: the library reads them by recursion.
@@ -88,7 +88,7 @@ fn build((mut json, source, settings): Description) -> Result<Opened, DataError>
     notes.extend(settings_to_tell(&settings)?);
     let split = settings.flag("split_special_tokens")?.unwrap_or(false);
     let added = json.get("added_tokens").cloned().unwrap_or_default();
-    let library = contained(|| {
+    let library = contained("tokenizers", || {
         let mut library: Library = serde_json::from_value(Value::Object(json)).map_err(|e| e.to_string())?;
         library.set_encode_special_tokens(split);
         Ok(library)

@@ -7,13 +7,9 @@ use crate::data::{Dataset, Example, Goal};
 fn data(lengths: &[usize]) -> Dataset {
     let example =
         |&length: &usize| Example { ids: vec![length as i32; length], types: vec![0; length], goal: Goal::Class(0) };
-    Dataset {
-        source: "data".into(),
-        examples: lengths.iter().map(example).collect(),
-        cut: 0,
-        dropped: 0,
-        left_out: Default::default(),
-    }
+    let mut data = Dataset::default();
+    data.examples = lengths.iter().map(example).collect();
+    data
 }
 
 fn recipe(settings: &str) -> Recipe {

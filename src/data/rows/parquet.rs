@@ -1,0 +1,98 @@
+//! Parquet, as the sets of Hugging Face's hub are stored: a row group after the other, each row with its columns.
+
+use bytes::Bytes;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::RowIter;
+use parquet::record::{Field, Row as Record};
+
+use super::{At, Fault, Row, Value};
+use crate::contained::contained;
+
+/// The first bytes of such a file, and the last.
+pub const MAGIC: &[u8] = b"PAR1";
+
+/// The rows of a file. Damage within it ends them.
+pub fn rows<'f>(bytes: &Bytes) -> Result<impl Iterator<Item = Result<Row<'f>, Fault>> + use<'f>, Fault> {
+    let open = || {
+        let reader = SerializedFileReader::new(bytes.clone())?;
+        let count = reader.metadata().file_metadata().num_rows();
+        Ok((RowIter::from_file_into(Box::new(reader)), count))
+    };
+    let (mut records, count) = caught(open).map_err(|message| Fault::fatal(At::Row(1), message))?;
+    let (mut number, mut over) = (0, false);
+    Ok(std::iter::from_fn(move || {
+        if over {
+            return None;
+        }
+        number += 1;
+        // Dates outside of the calendar panic only where they are written.
+        let next = || Ok(records.next().transpose()?.map(|record| row(record, At::Row(number))));
+        let row = match caught(next) {
+            Ok(Some(row)) => row,
+            Ok(None) if (number as i64) <= count => {
+                let message = format!("the file ends here, and says that it has {count} rows; fetch or write it again");
+                Err(Fault::fatal(At::Row(number), message))
+            }
+            Ok(None) => return None,
+            Err(message) => Err(Fault::fatal(At::Row(number), message)),
+        };
+        over = matches!(&row, Err(fault) if fault.fatal);
+        Some(row)
+    }))
+}
+
+/// What the library says of a damaged file, or that it panicked over it.
+fn caught<T>(work: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, String> {
+    let said = |why: String| format!("the Parquet file is damaged, cut short or of a kind that is not read ({why})");
+    match contained("parquet", work) {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err(error)) => Err(said(error.to_string())),
+        Err(why) => Err(said(why)),
+    }
+}
+
+fn row<'f>(record: Record, at: At) -> Result<Row<'f>, Fault> {
+    let fields = record.into_columns().into_iter().map(|(name, field)| Ok((name, value(field)?)));
+    match fields.collect::<Result<Vec<_>, String>>() {
+        Ok(fields) => Ok(Row::of(at, fields)),
+        Err(message) => Err(Fault::row(at, message)),
+    }
+}
+
+fn value(field: Field) -> Result<Value, String> {
+    let number = |x: f64| serde_json::Number::from_f64(x).map_or(Value::Null, |n| Value::Number(n.to_string()));
+    let object = |fields: Vec<(String, Field)>| {
+        let fields = fields.into_iter().map(|(name, field)| Ok((name, value(field)?)));
+        fields.collect::<Result<_, String>>().map(Value::Object)
+    };
+    Ok(match field {
+        Field::Null => Value::Null,
+        Field::Bool(value) => Value::Bool(value),
+        Field::Byte(n) => Value::Number(n.to_string()),
+        Field::Short(n) => Value::Number(n.to_string()),
+        Field::Int(n) => Value::Number(n.to_string()),
+        Field::Long(n) => Value::Number(n.to_string()),
+        Field::UByte(n) => Value::Number(n.to_string()),
+        Field::UShort(n) => Value::Number(n.to_string()),
+        Field::UInt(n) => Value::Number(n.to_string()),
+        Field::ULong(n) => Value::Number(n.to_string()),
+        Field::Float16(x) => number(x.to_f64()),
+        // In the shortest form of its own precision.
+        Field::Float(x) => number(x.to_string().parse().unwrap_or(f64::NAN)),
+        Field::Double(x) => number(x),
+        Field::Str(text) => Value::Text(text),
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => Value::Text(text.to_owned()),
+            Err(_) => return Err("a column holds bytes that are no text".into()),
+        },
+        Field::Group(record) => object(record.into_columns())?,
+        Field::ListInternal(list) => {
+            Value::List(list.elements().iter().cloned().map(value).collect::<Result<_, String>>()?)
+        }
+        Field::MapInternal(map) => {
+            object(map.entries().iter().map(|(key, field)| (key.to_string(), field.clone())).collect())?
+        }
+        dates_and_decimals => Value::Text(dates_and_decimals.to_string()),
+    })
+}
