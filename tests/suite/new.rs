@@ -99,6 +99,46 @@ fn sixty_four_rows_are_learnt() {
     assert!(ran.code == 2 && ran.err.contains("it exists; replace it with `--overwrite`"), "{}", ran.err);
 }
 
+/// Conversations on a decoder, by the template in its folder.
+#[test]
+fn conversations_are_learnt() {
+    let bench = Bench::new();
+    let rows = |i: usize| {
+        let asked: Vec<&str> = (0..4).map(|k| ["good", "bad", "film"][i / 3_usize.pow(k) % 3]).collect();
+        let said = |role: &str, content: &str| json!({"role": role, "content": content});
+        json!({"messages": [said("user", &asked.join(" ")), said("assistant", asked[0])]}).to_string() + "\n"
+    };
+    let data = bench.write("chat.jsonl", (0..64).map(rows).collect::<String>());
+    for (family, call) in &FAMILIES[2..] {
+        let weights = folder(&bench, family, call);
+        words(&weights);
+        let tokenizer = TOKENIZER.replace("\"film\":5", "\"film\":5,\"says\":6");
+        fs::write(weights.join("tokenizer.json"), tokenizer).expect("written");
+        let template = "{% for m in messages %}{{ ' says' if m.role == 'assistant' else '' }} {{ m.content }}{% endfor %}\
+                        {% if add_generation_prompt %}{{ ' says' }}{% endif %}";
+        let settings = json!({"chat_template": template}).to_string();
+        fs::write(weights.join("tokenizer_config.json"), settings).expect("written");
+        let (path, out) = (bench.path(&format!("{family}-new.peft")), bench.path(family));
+        let ran = bench.peftc(["new", "--weights", text(&weights), "--data", text(&data), "-o", text(&path)]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let written = fs::read_to_string(&path).expect("written");
+        assert!(written.contains("kind: chat"), "{written}");
+        let ran = bench.peftc([
+            "train",
+            text(&path),
+            "--weights",
+            text(&weights),
+            "--data",
+            text(&data),
+            "--out",
+            text(&out),
+        ]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let last = ran.out.split(" at first, ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+        assert!(last.is_some_and(|loss| loss < 0.5), "{family}: {}", ran.out);
+    }
+}
+
 /// What no backbone reads is told with the nearest one and what it lacks.
 #[test]
 fn families_that_none_reads() {
