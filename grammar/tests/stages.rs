@@ -327,3 +327,51 @@ fn a_recipe_reads_back() {
     assert!(refused("train.schedule", "wds").contains("did you mean `wsd`?"));
     assert!(refused("train.sclip", "1").contains("a recipe has no setting `sclip`"));
 }
+
+/// A task and a recipe by name: what the spec sets goes before the definition, and `--set` before both.
+#[test]
+fn tasks_and_recipes_by_name() {
+    let spec = |blocks: &str, set: &[(&str, &str)]| {
+        let source = format!("model = bert(layers: 1)\ntune {{ head trainable }}\n{blocks}");
+        let set: Vec<(String, String)> = set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let file = "task own { kind: classification  labels: [\"a\", \"b\"]  text: \"words\"  max_tokens: 32 }
+                    task sst2 { labels: [\"c\", \"d\"] }
+                    train own { lr: 0.5  schedule: constant }
+                    train { lr: 0.25 }";
+        let import = |path: &str| if path == "own.peft" { Ok(file.to_owned()) } else { Err("no such file".into()) };
+        compile_with("spec.peft", &source, &set, &import).unwrap_or_else(|e| panic!("{e}"))
+    };
+    let labels = |model: &Model| match &model.task.kind {
+        TaskKind::Classification { labels, columns } => (labels.join(" "), columns.text.clone().unwrap_or_default()),
+        TaskKind::Generation { .. } => panic!("it classifies"),
+    };
+    let taken = |model: &Model| (labels(model), model.task.max_tokens);
+    let of = |labels: &str, text: &str, max_tokens| ((labels.to_owned(), text.to_owned()), max_tokens);
+    assert_eq!(taken(&spec("task sst2", &[])), of("negative positive", "sentence", 512));
+    assert_eq!(taken(&spec("task sst2", &[("task.max_tokens", "64")])), of("negative positive", "sentence", 64));
+    let import = "import tasks.sst2\ntask sst2 { text: \"review\"  max_tokens: 128 }";
+    assert_eq!(taken(&spec(import, &[("task.max_tokens", "64")])), of("negative positive", "review", 64));
+    // Without an import a block with braces is a task of its own, whatever the library has.
+    assert_eq!(taken(&spec("task sst2 { labels: [\"x\", \"y\"] }", &[])), of("x y", "", 512));
+    // A file of one's own goes before the library.
+    assert_eq!(taken(&spec("import \"own.peft\"\ntask sst2", &[])), of("c d", "", 512));
+    assert_eq!(taken(&spec("import \"own.peft\"\ntask own { text: \"t\" }", &[])), of("a b", "t", 32));
+
+    let glue = spec("train chen2022_glue { batch: 32 }", &[("train.epochs", "3")]).train;
+    assert_eq!((glue.lr, glue.lr_end, glue.batch, glue.epochs), (2e-4, 1e-7, 32, 3.0));
+    let own = spec("import \"own.peft\"\ntrain own", &[]).train;
+    assert_eq!((own.lr, own.schedule), (0.5, Schedule::Constant));
+    // What shows how a file's methods are used is passed over.
+    assert_eq!(spec("import \"own.peft\"", &[]).train.lr, 1e-3);
+}
+
+#[test]
+fn the_library_describes_tasks_and_recipes() {
+    let signatures = |all: Vec<library::Described>| -> Vec<String> {
+        assert!(all.iter().all(|d| !d.doc.is_empty()), "a definition without a doc comment");
+        all.into_iter().map(|d| d.signature).collect()
+    };
+    let tasks = ["mnli for classification", "sst2 for classification", "webnlg for generation"];
+    assert_eq!(signatures(library::tasks()), tasks);
+    assert_eq!(signatures(library::recipes()), ["chen2022_webnlg", "chen2022_coqa", "chen2022_glue"]);
+}

@@ -4,12 +4,12 @@ use std::collections::HashMap;
 
 use super::expand::Frame;
 use super::value::Val;
-use super::{Checker, Purpose, Said, template};
+use super::{Call, Checker, Purpose, Said, template};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::{Columns, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
 use crate::recipe::{EPS, LR_DECAY, POWER};
-use crate::source::Span;
+use crate::source::FileId;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
 const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
@@ -135,9 +135,15 @@ impl<'a> Checker<'a> {
         Some(texts)
     }
 
-    fn missing(&mut self, block: Span, key: &str, example: &str) {
-        let error = Diagnostic::error(block, format!("the task does not say its `{key}`"));
-        self.report(error.hint(format!("add `{key}: {example}`")));
+    fn missing(&mut self, block: &Name, key: &str, example: &str) {
+        let error = Diagnostic::error(block.span, format!("the task does not say its `{key}`"));
+        let module = crate::library::task_module(&block.text);
+        self.report(error.hint(match module {
+            Some(module) => {
+                format!("`import {module}` takes what is not set here from the library's task of this name")
+            }
+            None => format!("add `{key}: {example}`"),
+        }));
     }
 
     /// The task; without a block, one that has no data: the model can run, not train.
@@ -156,7 +162,15 @@ impl<'a> Checker<'a> {
         };
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
         let given = kind_entry.map(|e| Entries::from([("kind", &e.value)])).unwrap_or_default();
-        let kind = self.word(&given, "kind", &["generation", "classification"]);
+        self.calls.push(Call { span: block.name.span, label: String::new() });
+        let task = self.task_of(block, &given, model);
+        self.calls.pop();
+        (self.errors.len() == before).then_some(task?)
+    }
+
+    fn task_of(&mut self, block: &'a Settings, given: &Entries<'a>, model: &ModelDef) -> Option<Task> {
+        let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
+        let kind = self.word(given, "kind", &["generation", "classification"]);
         let purpose = match kind {
             None if kind_entry.is_some() => return None,
             Some("classification") => Purpose::Classification,
@@ -177,14 +191,18 @@ impl<'a> Checker<'a> {
         let known = if purpose == Purpose::Generation { GENERATION } else { CLASSIFICATION };
         let entries = self.entries(block, &what, known);
         let max_tokens = self.count(&entries, "max_tokens", 1);
-        self.max_tokens = max_tokens.map(|number| Said { number, span: entries["max_tokens"].span });
+        self.max_tokens = max_tokens.map(|number| {
+            let span = entries["max_tokens"].span;
+            // What the library's task says is shown where the spec takes it.
+            let library = self.sources.get(span.file).library;
+            Said { number, span: if library { block.name.span } else { span } }
+        });
         let max_tokens = max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let kind = match purpose {
             Purpose::Generation => self.generation(block, &entries),
             Purpose::Classification => self.classification(block, &entries),
         };
-        let task = Task { name: block.name.text.clone(), max_tokens, kind: kind? };
-        (self.errors.len() == before).then_some(task)
+        Some(Task { name: block.name.text.clone(), max_tokens, kind: kind? })
     }
 
     fn generation(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
@@ -192,7 +210,7 @@ impl<'a> Checker<'a> {
         let (template, target) = (self.text(entries, "template"), self.text(entries, "target"));
         for (key, example) in [("template", "\"<in> … <out> {text} <end>\""), ("target", "\"<out>\"")] {
             if !entries.contains_key(key) {
-                self.missing(block.name.span, key, example);
+                self.missing(&block.name, key, example);
             }
         }
         let (template, target) = (template?, target?);
@@ -207,7 +225,7 @@ impl<'a> Checker<'a> {
 
     fn classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
         if !entries.contains_key("labels") {
-            self.missing(block.name.span, "labels", "[\"negative\", \"positive\"]");
+            self.missing(&block.name, "labels", "[\"negative\", \"positive\"]");
         }
         let labels = self.texts(entries, "labels")?;
         if labels.len() < 2 {
@@ -242,6 +260,8 @@ impl<'a> Checker<'a> {
     /// The recipe; what the block leaves out has PyTorch's usual value.
     pub(super) fn recipe(&mut self, block: Option<&'a Settings>) -> Option<Recipe> {
         let before = self.errors.len();
+        let named = block.and_then(|block| block.of.as_ref());
+        self.calls.extend(named.map(|name| Call { span: name.span, label: String::new() }));
         let entries = block.map(|b| self.entries(b, "a recipe", RECIPE)).unwrap_or_default();
         let share = |x: f64| (0.0..1.0).contains(&x);
         let optimizer = self.optimizer(&entries);
@@ -277,6 +297,7 @@ impl<'a> Checker<'a> {
                 self.report(Diagnostic::error(value.span, title));
             }
         }
+        self.calls.clear();
         (self.errors.len() == before).then_some(recipe)
     }
 
@@ -343,7 +364,13 @@ impl<'a> Checker<'a> {
     fn unread(&mut self, entries: &Entries<'a>, key: &str, choice: &str) {
         if let Some(value) = entries.get(key) {
             let error = Diagnostic::error(value.span, format!("{choice} does not read `{key}`"));
-            self.report(error.hint("leave it out"));
+            let file = self.sources.get(value.span.file);
+            self.report(error.hint(match value.span.file == FileId(0) || file.name == "--set" {
+                true => "leave it out",
+                false => {
+                    "it is of the recipe that the spec names; write the settings into a `train` block without a name"
+                }
+            }));
         }
     }
 
