@@ -3,7 +3,7 @@
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
 use peft_grammar::model::{
-    Buffer, ConfigValue, Every, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable,
+    Buffer, ConfigValue, Every, Extent, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable, written,
 };
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
@@ -204,7 +204,7 @@ fn the_head_is_no_part_of_the_backbone() {
 fn a_template_is_taken_apart() {
     let source = include_str!("../../models/paper/nlg/inducer_lora.peft");
     let model = check("webnlg.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
-    let TaskKind::Generation { special, template, target } = &model.task.kind else { panic!("it generates") };
+    let TaskKind::Generation { special, template, target, .. } = &model.task.kind else { panic!("it generates") };
     assert_eq!((special.len(), &**target), (16, "<target_webnlg>"));
     assert_eq!((special[10].as_str(), special[15].as_str()), ("<bos_webnlg>", "<target_webnlg>"));
     let token = |t: &str| Piece::Special(t.into());
@@ -371,7 +371,22 @@ fn the_library_describes_tasks_and_recipes() {
         assert!(all.iter().all(|d| !d.doc.is_empty()), "a definition without a doc comment");
         all.into_iter().map(|d| d.signature).collect()
     };
-    let tasks = ["mnli for classification", "sst2 for classification", "webnlg for generation"];
+    let tasks = ["coqa for generation", "mnli for classification", "sst2 for classification", "webnlg for generation"];
     assert_eq!(signatures(library::tasks()), tasks);
     assert_eq!(signatures(library::recipes()), ["chen2022_webnlg", "chen2022_coqa", "chen2022_glue"]);
+}
+
+/// A template is written as it was read: cuts, a token with the type of another one, lists of the items before.
+#[test]
+fn a_template_reads_back() {
+    let model = check("spec.peft", "model = gpt2(layers: 1)\ntune { full() }\ntask coqa", &no_imports);
+    let task = model.unwrap_or_else(|e| panic!("{e}")).task;
+    let TaskKind::Generation { template, each, .. } = &task.kind else { panic!("it generates") };
+    assert_eq!(each[..], ["questions", "answers"]);
+    let source = include_str!("../../models/tasks/coqa.peft");
+    assert!(source.contains(&format!("template: \"{}\"", written(template))), "{}", written(template));
+    assert_eq!(template[0], Piece::As("<bos_qa>".into(), "<document>".into()));
+    assert_eq!(template[2], Piece::Cut(Extent::First(400), Box::new(Piece::Field("story".into()))));
+    let Piece::Cut(Extent::Last(2), turns) = &template[3] else { panic!("the last two turns") };
+    assert!(matches!(&**turns, Piece::Each(name, inside) if name == "before" && inside.len() == 4));
 }

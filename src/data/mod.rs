@@ -5,13 +5,14 @@
 //! | task | rows | maker |
 //! | --- | --- | --- |
 //! | generation | any columns, which the template names | [`template`] |
-//! | | WebNLG's JSON: triples and their verbalisations | [`webnlg`] |
+//! | | WebNLG's JSON or XML: triples and their verbalisations | [`webnlg`] |
 //! | classification | a text or a pair of them, and a label | [`classification`] |
 
 mod batch;
 mod classification;
 mod error;
 mod form;
+mod items;
 mod rows;
 mod template;
 mod tokenizer;
@@ -148,8 +149,8 @@ impl Dataset {
         let max_tokens = task.max_tokens as usize;
         let mut reader = Reader { data: Dataset::default(), reading, max_tokens, first_dropped: None };
         match &task.kind {
-            TaskKind::Generation { template, target, .. } => {
-                reader.files(&files, &template::Layout::new(template, target, tokenizer)?)?;
+            TaskKind::Generation { template, target, each, .. } => {
+                reader.files(&files, &template::Layout::new((template, target, each), tokenizer)?)?;
             }
             TaskKind::Classification { labels, columns } => {
                 reader.files(&files, &classification::Classification { labels, columns, max_tokens, tokenizer })?;
@@ -366,5 +367,7 @@ impl Reader {
     }
 }
 
+#[cfg(test)]
+mod tasks;
 #[cfg(test)]
 mod tests;

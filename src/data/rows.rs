@@ -5,6 +5,7 @@
 //! | json | the objects of a list, of an object's only list, or of an object that holds nothing but objects | [`At::Item`], [`At::Entry`] |
 //! | jsonl | an object a line | [`At::Line`] |
 //! | csv, tsv | records below a header | [`At::Line`] |
+//! | xml | none: only WebNLG's entries are read from it |
 //!
 //! Each may be compressed by gzip or zstd. What a file is follows from its first bytes and its name's ending.
 
@@ -41,6 +42,11 @@ pub enum At {
         line: usize,
         column: usize,
     },
+    /// An item of a row's list, counted from 1.
+    Part {
+        of: Box<At>,
+        number: usize,
+    },
 }
 
 impl fmt::Display for At {
@@ -50,6 +56,7 @@ impl fmt::Display for At {
             At::Item { number, line } => write!(f, "line {line}, row {number}"),
             At::Entry(key) => write!(f, "entry {key}"),
             At::Column { line, column } => write!(f, "line {line}, column {column}"),
+            At::Part { of, number } => write!(f, "{of}, item {number}"),
         }
     }
 }
@@ -117,6 +124,14 @@ impl Row<'_> {
         Row { at, cells: Cells::Fields(fields) }
     }
 
+    /// Its columns and their values, of a row of JSON.
+    pub fn fields(&self) -> Option<&[(String, Value)]> {
+        match &self.cells {
+            Cells::Texts(..) => None,
+            Cells::Fields(fields) => Some(fields),
+        }
+    }
+
     /// The names of its columns.
     pub fn names(&self) -> Vec<&str> {
         match &self.cells {
@@ -149,7 +164,7 @@ pub struct Rows<'f> {
     rows: Box<dyn Iterator<Item = Result<Row<'f>, Fault>> + 'f>,
     /// The columns' names and the line where they stand, of a file that says them once.
     pub header: Option<(usize, Vec<String>)>,
-    /// It is JSON with `entries`, as WebNLG's files are; it has no rows then.
+    /// It is JSON with `entries`, as WebNLG's files are, or XML; it has no rows then.
     pub entries: bool,
     /// Its columns have the names that a file without a header has.
     pub implied: bool,
@@ -174,6 +189,7 @@ impl<'f> Rows<'f> {
         match format {
             Format::JsonLines => Ok(Rows::new(Lines::new(&file.bytes))),
             Format::Json => Rows::json(file),
+            Format::Xml => Ok(Rows { entries: true, ..Rows::new(std::iter::empty()) }),
             Format::Csv => Ok(Rows::delimited(Delimited::new(&file.bytes, true, None, is_header)?, false)),
             Format::Tsv | Format::Unknown => {
                 Ok(Rows::delimited(Delimited::new(&file.bytes, false, implied, is_header)?, implied.is_some()))

@@ -3,15 +3,16 @@
 use std::collections::HashMap;
 
 use super::expand::Frame;
+use super::template::{self, Template};
 use super::value::Val;
-use super::{Call, Checker, Purpose, Said, template};
+use super::{Call, Checker, Purpose, Said};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Columns, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::model::{Columns, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind, item_name};
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::FileId;
 
-const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
+const GENERATION: &[&str] = &["kind", "max_tokens", "special", "each", "template", "target"];
 const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
 const RECIPE: &[&str] = &[
     "lr",
@@ -152,7 +153,7 @@ impl<'a> Checker<'a> {
         let Some(block) = block else {
             let kind = match self.purpose {
                 Purpose::Generation => {
-                    TaskKind::Generation { special: vec![], template: vec![], target: String::new() }
+                    TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] }
                 }
                 Purpose::Classification => {
                     TaskKind::Classification { labels: vec!["0".into(), "1".into()], columns: Columns::default() }
@@ -207,6 +208,7 @@ impl<'a> Checker<'a> {
 
     fn generation(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
         let special = self.texts(entries, "special").unwrap_or_default();
+        let each = self.each(entries);
         let (template, target) = (self.text(entries, "template"), self.text(entries, "target"));
         for (key, example) in [("template", "\"<in> … <out> {text} <end>\""), ("target", "\"<out>\"")] {
             if !entries.contains_key(key) {
@@ -215,12 +217,41 @@ impl<'a> Checker<'a> {
         }
         let (template, target) = (template?, target?);
         match template::parse(&template, &special, &target) {
-            Ok(template) => Some(TaskKind::Generation { special, template: template.pieces, target: template.target }),
+            Ok(Template { pieces, target }) => {
+                if let Some(name) = template::without_item(&pieces, &each) {
+                    let title =
+                        format!("the template has no field of the item of `{name}`: its examples would be alike");
+                    let error = Diagnostic::error(template.span, title);
+                    self.report(error.hint(format!("such as `{{{}.text}}`, outside of `( … )*`", item_name(name))));
+                }
+                Some(TaskKind::Generation { special, template: pieces, target, each })
+            }
             Err(error) => {
                 self.report(*error);
                 None
             }
         }
+    }
+
+    /// The lists whose items make an example each: one, or several that go in step.
+    fn each(&mut self, entries: &Entries<'a>) -> Vec<String> {
+        let Some(&value) = entries.get("each") else { return vec![] };
+        let names = match &value.kind {
+            ExprKind::String(text) => vec![text.clone()],
+            ExprKind::List(_) => self.texts(entries, "each").unwrap_or_default(),
+            _ => vec![],
+        };
+        if names.is_empty() || names.iter().any(|name| item_name(name).trim().is_empty()) {
+            let error = Diagnostic::error(value.span, "`each` names a list of the row, or several that go in step");
+            self.report(error.hint("such as `\"turns\"` or `[\"questions\", \"answers\"]`"));
+            return vec![];
+        }
+        let same = (1..names.len()).find(|&i| names[..i].iter().any(|name| item_name(name) == item_name(&names[i])));
+        if let Some(i) = same {
+            let title = format!("the items of two lists would both be called `{}`", item_name(&names[i]));
+            self.report(Diagnostic::error(value.span, title));
+        }
+        names
     }
 
     fn classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {

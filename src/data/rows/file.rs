@@ -14,6 +14,7 @@ pub enum Format {
     JsonLines,
     Csv,
     Tsv,
+    Xml,
     /// Neither its first bytes nor its name tell.
     Unknown,
 }
@@ -110,6 +111,10 @@ fn format(bytes: &[u8], ending: &str) -> Format {
         ("csv", _) if tabs && !first.contains(&b',') => Format::Tsv,
         ("csv", _) => Format::Csv,
         ("tsv" | "tab", _) => Format::Tsv,
+        ("xml", _) => Format::Xml,
+        (_, Some(b'<')) if [&b"<?xml"[..], b"<benchmark"].iter().any(|begin| bytes[start..].starts_with(begin)) => {
+            Format::Xml
+        }
         (_, Some(b'[' | b'{')) if !tabs => Format::Json,
         (_, _) if tabs => Format::Tsv,
         _ => Format::Unknown,
