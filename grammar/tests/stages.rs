@@ -202,7 +202,7 @@ fn the_head_is_no_part_of_the_backbone() {
 
 #[test]
 fn a_template_is_taken_apart() {
-    let source = include_str!("../../models/paper/nlg/inducer_lora.peft");
+    let source = include_str!("../../models/paper/webnlg/inducer_lora.peft");
     let model = check("webnlg.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let TaskKind::Generation { special, template, target, .. } = &model.task.kind else { panic!("it generates") };
     assert_eq!((special.len(), &**target), (16, "<target_webnlg>"));
