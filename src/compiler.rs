@@ -1,7 +1,5 @@
 //! From a checked model to a program, through the cache.
 
-use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,9 +11,9 @@ use peft_passes::pipeline::{self, Entry, Options, Timings};
 use peft_passes::remat::Remade;
 use peft_runtime::artifact::Manifest;
 use peft_runtime::store;
-use peft_runtime::trust::{TrustError, What, trusted};
 use tempfile::TempDir;
 
+use crate::cache;
 use crate::failure::Failure;
 use crate::meaning;
 
@@ -47,7 +45,7 @@ pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> R
         compiled = Some((timings, remade));
         Ok::<_, Failure>((manifest, library))
     };
-    let (manifest, library) = match cache()? {
+    let (manifest, library) = match cache::folder()? {
         Some(cache) => store::cached(&cache.join(format!("{}.peftc", key(model, entries, options))), make)?,
         None => make()?,
     };
@@ -108,76 +106,13 @@ fn key(model: &Model, entries: &[Entry], options: &Options) -> String {
     ))
     .expect("a model is plain data");
     hash.update(&graph);
-    let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
-    let build = build.map(|b| format!("{b:?}")).unwrap_or_default();
     let features = options.machine.features().join(",");
     let (arch, machine) = (options.machine.arch().into(), options.machine.to_string());
-    let rest = [compiler(), build, codegen::llvm_version().into(), arch, machine, features];
+    let rest = [cache::build(), codegen::llvm_version().into(), arch, machine, features];
     let (entries, limits) = (format!("{entries:?}"), format!("{:?}", options.limits));
     for part in rest.iter().chain([&entries, &limits]).chain(&options.without) {
         hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part.as_bytes());
     }
     hash.finalize().to_hex()[..32].to_string()
-}
-
-/// The cache's folder, made if it is not there, for its owner alone. None when `PEFTC_CACHE` is empty, or nothing can be
-/// made there. One that strangers may write to is refused.
-fn cache() -> Result<Option<PathBuf>, Failure> {
-    let path = place(|name| std::env::var_os(name)).unwrap_or_else(|| {
-        tracing::warn!(
-            "nothing is cached: neither XDG_CACHE_HOME nor HOME is an absolute path; name a folder in PEFTC_CACHE"
-        );
-        None
-    });
-    let Some(path) = path else { return Ok(None) };
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    let made = builder.create(&path).map_err(TrustError::from);
-    match made.and_then(|()| trusted(&path, What::Cache)) {
-        Ok(path) => Ok(Some(path)),
-        Err(TrustError::Stranger(stranger)) => Err(store::StoreError::from(stranger).into()),
-        Err(TrustError::Unreadable(error)) => {
-            tracing::warn!("the cache takes nothing: {}: {error}", path.display());
-            Ok(None)
-        }
-    }
-}
-
-/// Where the environment says that the cache is: `PEFTC_CACHE`, or none if that is empty; else the user's cache
-/// directory. By the XDG Base Directory Specification, a variable that holds no absolute path counts as unset. Nothing
-/// if all do.
-fn place(variable: impl Fn(&str) -> Option<OsString>) -> Option<Option<PathBuf>> {
-    if let Some(set) = variable("PEFTC_CACHE") {
-        return Some((!set.is_empty()).then(|| set.into()));
-    }
-    let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
-    Some(Some(base.join("peftc")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn relative_folders_hold_no_cache() {
-        let found = |set: &[(&str, &str)]| {
-            place(|name| set.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into()))
-        };
-        let at = |path: &str| Some(Some(PathBuf::from(path)));
-        assert_eq!(found(&[("HOME", "/home/a")]), at("/home/a/.cache/peftc"));
-        assert_eq!(found(&[("HOME", "/home/a"), ("XDG_CACHE_HOME", "/c")]), at("/c/peftc"));
-        for relative in ["", ".", "cache", "../cache"] {
-            assert_eq!(found(&[("HOME", "/home/a"), ("XDG_CACHE_HOME", relative)]), at("/home/a/.cache/peftc"));
-            assert_eq!(found(&[("HOME", relative), ("XDG_CACHE_HOME", relative)]), None);
-            assert_eq!(found(&[("HOME", relative)]), None);
-        }
-        assert_eq!(found(&[]), None);
-        // This one is named for peftc alone.
-        assert_eq!(found(&[("PEFTC_CACHE", "cache"), ("HOME", "/home/a")]), at("cache"));
-        assert_eq!(found(&[("PEFTC_CACHE", ""), ("HOME", "/home/a")]), Some(None));
-    }
 }

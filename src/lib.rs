@@ -2,6 +2,7 @@
 
 pub mod adapters;
 pub mod budget;
+pub mod cache;
 pub mod commands;
 #[cfg(feature = "compiler")]
 pub mod compiler;

@@ -99,10 +99,16 @@ impl Identity {
 /// The number of examples, and the hash of their tokens and labels as the model sees them.
 fn content(data: &Dataset) -> String {
     let mut hash = blake3::Hasher::new();
-    for example in &data.examples {
-        let goal = match example.goal {
-            Goal::Continuation { from } => [0, from as i32],
-            Goal::Class(class) => [1, class],
+    for example in data.examples.iter() {
+        let goal: Vec<i32> = match &example.goal {
+            // What stands before each range, and where all but the last token of the example are no targets, its end.
+            Goal::Tokens(ranges) => {
+                let numbers = ranges.iter().flat_map(|range| [range.start - 1, range.end]);
+                let mut numbers: Vec<i32> = std::iter::once(0).chain(numbers.map(|n| n as i32)).collect();
+                numbers.pop_if(|end| *end as usize == example.ids.len());
+                numbers
+            }
+            Goal::Class(class) => vec![1, *class],
         };
         let numbers = [&[example.ids.len() as i32], &goal[..], &example.ids, &example.types].concat();
         hash.update(&numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>());

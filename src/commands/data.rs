@@ -48,7 +48,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     for (index, example) in data.examples.iter().take(show).enumerate() {
         let place = data.place(index).unwrap_or_default();
-        super::print(&shown(place, example, &model, &tokenizer, color));
+        super::print(&shown(place, &example, &model, &tokenizer, color));
     }
     if data.sources.len() > 1 {
         for source in &data.sources {
@@ -58,23 +58,23 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     if let TaskKind::Classification { labels, .. } = &model.task.kind {
         super::print(&classes(&data, labels));
     }
-    super::print(&histogram(&data.lengths, model.task.max_tokens as usize));
+    super::print(&histogram(data.lengths(), model.task.max_tokens as usize));
     Ok(())
 }
 
 /// An example: a line for each run of tokens of one type. What the loss is on is green, or stands between `»` and `«`.
 fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, color: bool) -> String {
     let count = example.ids.len();
-    let learned = match example.goal {
-        Goal::Continuation { from } => from + 1..count,
-        Goal::Class(_) => 0..0,
+    let learned: &[Range<usize>] = match &example.goal {
+        Goal::Tokens(ranges) => ranges,
+        Goal::Class(_) => &[],
     };
     let goal = match (&example.goal, &model.task.kind) {
         (Goal::Class(class), TaskKind::Classification { labels, .. }) => {
             let label = labels.get(*class as usize).map_or("", String::as_str);
             format!("class {class}, `{label}`")
         }
-        _ => format!("the loss is on {}", learned.len()),
+        _ => format!("the loss is on {}", example.goal.targets()),
     };
     let special = model.task.special().iter().filter_map(|token| Some((tokenizer.special(token)?, token)));
     let special: Vec<(i32, &String)> = special.collect();
@@ -85,7 +85,7 @@ fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, c
     let mut lines = vec![format!("{place}: {count} tokens, {goal}")];
     let mut start = 0;
     for run in example.types.chunk_by(|a, b| a == b) {
-        let tokens = run_of(example, start..start + run.len(), &learned, tokenizer, color);
+        let tokens = run_of(example, start..start + run.len(), learned, tokenizer, color);
         lines.push(format!("  type {:<10} {tokens}", named(run[0])));
         start += run.len();
     }
@@ -96,21 +96,19 @@ fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, c
 fn run_of(
     example: &Example,
     range: Range<usize>,
-    learned: &Range<usize>,
+    learned: &[Range<usize>],
     tokenizer: &Tokenizer,
     color: bool,
 ) -> String {
     let (begin, end) = if color { ("\x1b[32m", "\x1b[0m") } else { ("»", "«") };
-    let text = |range: Range<usize>| {
-        let plain = |id: &i32| tokenizer.show(*id).chars().map(visible).collect::<String>();
-        example.ids[range].iter().map(plain).collect::<Vec<_>>().join("|")
-    };
-    let cut = learned.start.clamp(range.start, range.end);
-    match (cut == range.start, cut == range.end || learned.is_empty()) {
-        (_, true) => text(range),
-        (true, false) => format!("{begin}{}{end}", text(range)),
-        (false, false) => format!("{}|{begin}{}{end}", text(range.start..cut), text(cut..range.end)),
-    }
+    let is_learned = |at: usize| learned.iter().any(|range| range.contains(&at));
+    let places: Vec<usize> = range.collect();
+    let parts = places.chunk_by(|a, b| is_learned(*a) == is_learned(*b)).map(|part| {
+        let plain = |at: &usize| tokenizer.show(example.ids[*at]).chars().map(visible).collect::<String>();
+        let text = part.iter().map(plain).collect::<Vec<_>>().join("|");
+        if is_learned(part[0]) { format!("{begin}{text}{end}") } else { text }
+    });
+    parts.collect::<Vec<_>>().join("|")
 }
 
 /// A character as it is shown: none moves the cursor or colors the terminal.
@@ -120,7 +118,7 @@ fn visible(c: char) -> String {
 
 fn classes(data: &Dataset, labels: &[String]) -> String {
     let mut counts = vec![0usize; labels.len()];
-    for example in &data.examples {
+    for example in data.examples.iter() {
         if let Goal::Class(class) = example.goal
             && let Some(count) = counts.get_mut(class as usize)
         {

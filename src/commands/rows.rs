@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use peft_grammar::model::Model;
 
+use crate::cache;
 use crate::data::{DataError, Dataset, Reading, Tokenizer};
 use crate::failure::Failure;
 
@@ -18,8 +19,8 @@ pub struct Rows {
 impl Rows {
     /// Reads files and says what they hold.
     pub fn read(self, files: &[PathBuf], model: &Model, tokenizer: &Tokenizer) -> Result<Dataset, Failure> {
-        let reading = Reading { skip_bad: self.skip_bad };
-        let data = Dataset::read(files, &model.task, tokenizer, reading).map_err(|error| match error {
+        let reading = Reading { skip_bad: self.skip_bad, cache: cache::folder()? };
+        let data = Dataset::read(files, &model.task, tokenizer, &reading).map_err(|error| match error {
             DataError::Place { path, at, message, skippable: true } if !self.skip_bad => {
                 let message = message + "\n`--skip-bad` leaves out such rows and counts them";
                 DataError::Place { path, at, message, skippable: true }

@@ -1,6 +1,8 @@
 //! Batches: examples packed back to back on one token axis, without padding.
 
-use super::{Dataset, Example, Goal};
+use std::borrow::Borrow;
+
+use super::{Dataset, Example, Examples, Goal};
 
 /// The inputs of a graph, by the names it has for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,21 +21,24 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub fn pack<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
+    pub fn pack(examples: impl IntoIterator<Item: Borrow<Example>>) -> Self {
         let mut batch = Batch::default();
         for example in examples {
+            let example = example.borrow();
             let (start, length) = (batch.ids.len() as i32, example.ids.len() as i32);
             batch.starts.push(start);
             batch.lengths.push(length);
             batch.positions.extend(0..length);
             batch.ids.extend_from_slice(&example.ids);
             batch.types.extend_from_slice(&example.types);
-            match example.goal {
-                Goal::Continuation { from } => {
-                    batch.targets.extend(start + from as i32..start + length - 1);
-                    batch.labels.extend_from_slice(&example.ids[from + 1..]);
+            match &example.goal {
+                Goal::Tokens(ranges) => {
+                    for range in ranges {
+                        batch.targets.extend(range.clone().map(|at| start + at as i32 - 1));
+                        batch.labels.extend_from_slice(&example.ids[range.clone()]);
+                    }
                 }
-                Goal::Class(class) => batch.labels.push(class),
+                Goal::Class(class) => batch.labels.push(*class),
             }
         }
         batch
@@ -87,7 +92,7 @@ fn mix(counter: u64) -> u64 {
 /// One epoch's batches, `size` sequences each; the last may have fewer. `nth` and `skip` are free,
 /// so that a resumed run goes straight to where it stopped.
 pub struct Batches<'a> {
-    examples: &'a [Example],
+    examples: &'a Examples,
     indices: Vec<usize>,
     size: usize,
     next: usize,
@@ -108,7 +113,7 @@ impl Iterator for Batches<'_> {
         let start = self.next.checked_mul(self.size).filter(|&s| s < self.indices.len())?;
         let end = (start + self.size).min(self.indices.len());
         self.next += 1;
-        Some(Batch::pack(self.indices[start..end].iter().map(|&i| &self.examples[i])))
+        Some(Batch::pack(self.indices[start..end].iter().map(|&i| self.examples.get(i))))
     }
 
     fn nth(&mut self, n: usize) -> Option<Batch> {

@@ -9,8 +9,10 @@
 //! | classification | a text or a pair of them, and a label | [`classification`] |
 
 mod batch;
+mod cache;
 mod classification;
 mod error;
+mod examples;
 mod form;
 mod items;
 mod rows;
@@ -21,32 +23,16 @@ mod webnlg;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Task, TaskKind};
+use serde::{Deserialize, Serialize};
 
+use examples::Array;
 use rows::{At, Fault, File, Row, Rows};
 
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
+pub use examples::{Example, Examples, Goal};
 pub use form::{Form, form};
 pub use tokenizer::Tokenizer;
-
-/// One sequence as the model sees it, and what it is to predict.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Example {
-    pub ids: Vec<i32>,
-    /// The token type of every id.
-    pub types: Vec<i32>,
-    pub goal: Goal,
-}
-
-impl Example {
-    /// How many things it asks for.
-    fn targets(&self) -> usize {
-        match self.goal {
-            Goal::Continuation { from } => self.ids.len() - (from + 1).min(self.ids.len()),
-            Goal::Class(_) => 1,
-        }
-    }
-}
 
 /// An example with its place in the file.
 struct Placed {
@@ -78,24 +64,18 @@ trait Maker {
 /// As many rows are tokenised at once.
 const TOGETHER: usize = 1 << 14;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Goal {
-    /// Every token after position `from` is predicted by the one before it.
-    Continuation { from: usize },
-    /// The sequence is of this class.
-    Class(i32),
-}
-
 /// Marks around a classifier's sentence.
 const MARKS: usize = 2;
 
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Dataset {
     /// The files, in the order in which they were read.
     pub sources: Vec<Source>,
-    pub examples: Vec<Example>,
+    #[serde(skip)]
+    pub examples: Examples,
     /// Tokens of every example before any cut, those of dropped ones too.
-    pub lengths: Vec<u32>,
+    #[serde(skip)]
+    lengths: Array<u32>,
     /// Examples longer than the task's `max_tokens`, which were cut to it.
     pub cut: usize,
     /// Examples of which the cut left nothing to predict; they are not among `examples`.
@@ -107,10 +87,13 @@ pub struct Dataset {
     pub first_skipped: Option<String>,
     /// Where the first examples are, at most [`PLACES`].
     places: Vec<String>,
+    /// It was tokenised before.
+    #[serde(skip)]
+    pub cached: bool,
 }
 
 /// A file, and how many examples it gave.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Source {
     pub path: PathBuf,
     pub examples: usize,
@@ -120,7 +103,7 @@ pub struct Source {
 const PLACES: usize = 1000;
 
 /// What of a file makes no example.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftOut {
     /// Texts whose `comment` is not `good`.
     pub texts: usize,
@@ -131,29 +114,43 @@ pub struct LeftOut {
 }
 
 /// How files are read.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Reading {
     /// Leaves out rows that cannot be used and counts them; otherwise the first one is an error.
     pub skip_bad: bool,
+    /// A folder for sets that were tokenised before.
+    pub cache: Option<PathBuf>,
 }
 
 impl Dataset {
     /// Reads one file, all of whose rows have to be good.
     pub fn load(path: &Path, task: &Task, tokenizer: &Tokenizer) -> Result<Self, DataError> {
-        Dataset::read(&[path.to_owned()], task, tokenizer, Reading::default())
+        Dataset::read(&[path.to_owned()], task, tokenizer, &Reading::default())
     }
 
     /// Reads files, named by paths or by patterns such as `data/*.jsonl`, one after the other.
-    pub fn read(named: &[PathBuf], task: &Task, tokenizer: &Tokenizer, reading: Reading) -> Result<Self, DataError> {
+    pub fn read(named: &[PathBuf], task: &Task, tokenizer: &Tokenizer, reading: &Reading) -> Result<Self, DataError> {
         let files = rows::expand(named)?;
+        let Some(folder) = &reading.cache else { return Dataset::tokenise(&files, task, tokenizer, reading) };
+        let place = cache::place(folder, &files, task, tokenizer, reading)?;
+        if let Some(data) = cache::find(&place, tokenizer.rows()) {
+            return Ok(Dataset { cached: true, ..data });
+        }
+        let data = Dataset::tokenise(&files, task, tokenizer, reading)?;
+        cache::keep(&place, &data);
+        Ok(data)
+    }
+
+    fn tokenise(files: &[PathBuf], task: &Task, tokenizer: &Tokenizer, reading: &Reading) -> Result<Self, DataError> {
         let max_tokens = task.max_tokens as usize;
-        let mut reader = Reader { data: Dataset::default(), reading, max_tokens, first_dropped: None };
+        let mut reader =
+            Reader { data: Dataset::default(), skip_bad: reading.skip_bad, max_tokens, first_dropped: None };
         match &task.kind {
             TaskKind::Generation { template, target, each, .. } => {
-                reader.files(&files, &template::Layout::new((template, target, each), tokenizer)?)?;
+                reader.files(files, &template::Layout::new((template, target, each), tokenizer)?)?;
             }
             TaskKind::Classification { labels, columns } => {
-                reader.files(&files, &classification::Classification { labels, columns, max_tokens, tokenizer })?;
+                reader.files(files, &classification::Classification { labels, columns, max_tokens, tokenizer })?;
             }
         }
         reader.finish()
@@ -190,6 +187,9 @@ impl Dataset {
         if self.left_out.header {
             line += ", its first line is a header";
         }
+        if self.cached {
+            line += ", from the cache";
+        }
         line
     }
 
@@ -215,12 +215,17 @@ impl Dataset {
     }
 
     pub fn tokens(&self) -> usize {
-        self.examples.iter().map(|e| e.ids.len()).sum()
+        self.examples.tokens()
     }
 
     /// Tokens of the longest example.
     pub fn longest(&self) -> usize {
-        self.examples.iter().map(|e| e.ids.len()).max().unwrap_or(0)
+        (0..self.len()).map(|index| self.examples.ids(index).len()).max().unwrap_or(0)
+    }
+
+    /// Tokens of every example before any cut, those of dropped ones too.
+    pub fn lengths(&self) -> &[u32] {
+        &self.lengths
     }
 
     /// Batches an epoch has; the last one may be smaller.
@@ -232,10 +237,10 @@ impl Dataset {
 /// A data set in the making.
 struct Reader {
     data: Dataset,
-    reading: Reading,
+    skip_bad: bool,
     max_tokens: usize,
-    /// Place, length and goal of the first example that was dropped.
-    first_dropped: Option<(String, usize, Goal)>,
+    /// Place and length of the first example that was dropped, and its first target.
+    first_dropped: Option<(String, usize, Option<usize>)>,
 }
 
 impl Reader {
@@ -304,7 +309,7 @@ impl Reader {
     fn bad(&mut self, path: &Path, fault: Fault) -> Result<(), DataError> {
         let fatal = fault.fatal;
         let error = DataError::at(path, fault);
-        if fatal || !self.reading.skip_bad {
+        if fatal || !self.skip_bad {
             return Err(error);
         }
         self.data.skipped += 1;
@@ -323,40 +328,44 @@ impl Reader {
         data.lengths.push(u32::try_from(length).unwrap_or(u32::MAX));
         if length > limit {
             data.cut += 1;
+            let first_target = match &example.goal {
+                Goal::Tokens(ranges) => ranges.first().map(|range| range.start),
+                Goal::Class(_) => None,
+            };
             // A pair comes here cut already.
             if example.ids.len() > limit {
                 if let Goal::Class(_) = example.goal {
                     let last = example.ids.len() - 1;
                     example.ids.swap(limit.saturating_sub(1), last);
                 }
-                example.ids.truncate(limit);
-                example.types.truncate(limit);
+                example.truncate(limit);
             }
             let left = match example.goal {
-                Goal::Continuation { .. } => example.targets() > 0,
+                Goal::Tokens(_) => example.goal.targets() > 0,
                 Goal::Class(_) => example.ids.len() > MARKS,
             };
             if !left {
                 data.dropped += 1;
-                self.first_dropped.get_or_insert_with(|| (place(), length, example.goal));
+                self.first_dropped.get_or_insert_with(|| (place(), length, first_target));
                 return;
             }
         }
         if data.places.len() < PLACES {
             data.places.push(place());
         }
-        data.examples.push(example);
+        data.examples.push(&example);
     }
 
     /// The data set; an error if nothing is left of it.
     fn finish(self) -> Result<Dataset, DataError> {
-        let data = self.data;
+        let mut data = self.data;
+        data.examples.shrink();
         match (self.first_dropped, &data.first_skipped) {
             _ if !data.is_empty() => Ok(data),
-            (Some((place, length, goal)), _) => {
-                let (left, from) = match goal {
-                    Goal::Continuation { from } => ("no target", format!(", its first target is number {}", from + 2)),
-                    Goal::Class(_) => ("no sentence", String::new()),
+            (Some((place, length, first)), _) => {
+                let (left, from) = match first {
+                    Some(first) => ("no target", format!(", its first target is number {}", first + 1)),
+                    None => ("no sentence", String::new()),
                 };
                 let (path, count, limit) = (data.name().into(), data.dropped, self.max_tokens);
                 Err(DataError::TooLong { path, count, limit, left, place, length, from })

@@ -358,7 +358,7 @@ impl Maker for Layout<'_> {
         let encoded: HashMap<&str, Vec<i32>> = texts.into_iter().zip(ids).collect();
         let one = |(at, draft): &(At, Draft)| {
             let example = self.lay_out(draft, &encoded);
-            if example.targets() == 0 {
+            if example.goal.targets() == 0 {
                 let message = "the tokenizer makes no token of what follows the target: there is nothing to learn";
                 return Err(Fault::row(at.clone(), message));
             }
@@ -425,6 +425,6 @@ impl Layout<'_> {
         }
         let from = sheet.ids.len() - 1;
         fill(&mut sheet, &draft.after, |sheet, token| sheet.write(&[token]));
-        Example { ids: sheet.ids, types: sheet.types, goal: Goal::Continuation { from } }
+        Example { goal: Goal::after(from, sheet.ids.len()), ids: sheet.ids, types: sheet.types }
     }
 }

@@ -237,6 +237,19 @@ impl Tokenizer {
         self.behind.iter().map(|behind| behind.token.clone()).chain(new).collect()
     }
 
+    /// How many rows the model's token embedding has.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// A hash of all that the ids of a text depend on.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = blake3::Hasher::new();
+        hash.update(self.library.to_string(false).unwrap_or_default().as_bytes());
+        hash.update(format!("{:?}", (self.own, self.rows, &self.special, &self.chat_template)).as_bytes());
+        hash.finalize().to_hex().to_string()
+    }
+
     /// The file that holds the vocabulary.
     pub fn source(&self) -> &Path {
         &self.source

@@ -15,7 +15,7 @@ fn examples() -> Vec<Example> {
         let targets = [1, 1, 2, 1, 1, 3, 2, 1, 12, 9, 1, 11, 12, 2, 10, 12][i];
         let length = targets + 2 + i % 3;
         let ids = (0..length).map(|j| ((7 * i + 5 * j + i * j) % 50) as i32).collect();
-        Example { ids, types: vec![0; length], goal: Goal::Continuation { from: length - 1 - targets } }
+        Example { ids, types: vec![0; length], goal: Goal::after(length - 1 - targets, length) }
     };
     (0..16).map(example).collect()
 }

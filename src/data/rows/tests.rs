@@ -219,7 +219,7 @@ fn any_column_of_a_row() {
     let words = |ids: &[i32], from, types: &[i32]| Example {
         ids: ids.to_vec(),
         types: types.to_vec(),
-        goal: Goal::Continuation { from },
+        goal: Goal::after(from, ids.len()),
     };
     let (s, t, e) = (8, 9, 10);
     let row = r#"{"id": 3, "turns": [{"q": "tea", "a": "good"}, {"q": "Ann", "a": "bad"}], "question": "tea", "answer": "Ann"}"#;
@@ -241,15 +241,15 @@ fn any_column_of_a_row() {
     assert_eq!(data.examples, [words(&[5, 8, 3], 1, &[0, 8, 8])]);
     // In csv, too, with quotes.
     let data = Case::named("a.csv", "answer,question\n\"good \"\"tea\"\"\",Ann\n").load(&questions()).unwrap();
-    assert_eq!(data.examples[0].ids, [6, 8, 3, 0, 5, 0]);
+    assert_eq!(data.examples.get(0).ids, [6, 8, 3, 0, 5, 0]);
     // In tsv a quote is a character.
     let data = Case::named("a.tsv", "question\tanswer\n\"good\t\"tea\n").load(&questions()).unwrap();
-    assert_eq!(data.examples[0].ids, [0, 3, 8, 0, 5]);
+    assert_eq!(data.examples.get(0).ids, [0, 3, 8, 0, 5]);
 }
 
 #[test]
 fn bad_rows_are_left_out_if_asked() {
-    let (task, skip) = (classification(64), Reading { skip_bad: true });
+    let (task, skip) = (classification(64), &Reading { skip_bad: true, cache: None });
     let case = Case::named("a.tsv", b"good\t1\nno tab\nbad\tmaybe\nb\xffd\t0\ntea\t0\n");
     let data = case.read(&["a.tsv"], &task, skip).unwrap();
     assert_eq!((data.len(), data.skipped), (2, 3));
@@ -277,7 +277,7 @@ fn several_files_and_patterns() {
     write("a.jsonl", "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"tea\", \"label\": 1}\n");
     write("c[1].tsv", "tea\t0\n");
     let ids = |named: &[&str]| {
-        let data = case.read(named, &classification(64), Reading::default()).map_err(|e| case.plain(e))?;
+        let data = case.read(named, &classification(64), &Reading::default()).map_err(|e| case.plain(e))?;
         Ok::<_, String>((data.examples.iter().map(|e| e.ids[1]).collect::<Vec<_>>(), data.sources.len()))
     };
     assert_eq!(ids(&["b.tsv", "a.jsonl"]), Ok((vec![4, 3, 5], 2)));
@@ -287,7 +287,7 @@ fn several_files_and_patterns() {
     insta::assert_snapshot!(ids(&["a[.csv"]).unwrap_err(), @"`a[.csv`: no pattern of files: invalid range pattern");
     insta::assert_snapshot!(ids(&[""]).unwrap_err(), @"``: a folder; name its files, such as `*.jsonl` in quotes");
     insta::assert_snapshot!(ids(&["b.tsv", "d.tsv"]).unwrap_err(), @"cannot read `d.tsv`: No such file or directory (os error 2)");
-    let data = case.read(&["b.tsv", "a.jsonl"], &classification(64), Reading::default()).unwrap();
+    let data = case.read(&["b.tsv", "a.jsonl"], &classification(64), &Reading::default()).unwrap();
     assert!(data.place(1).unwrap().ends_with("a.jsonl, line 1"), "{:?}", data.place(1));
 }
 
@@ -366,7 +366,7 @@ fn glue_as_it_is() {
     let train = read("mnli/train.json", &mnli(["text_a", "text_b", "label"]));
     assert_eq!((dev.len(), train.len()), (48, 8999));
     // `<s>a</s></s>b</s>`, all of type 0.
-    let ids = &train.examples[0].ids;
+    let ids = &train.examples.get(0).ids;
     assert_eq!((ids[0], ids.last()), (0, Some(&2)));
     assert_eq!(ids.windows(2).filter(|pair| *pair == [2, 2]).count(), 1);
     assert!(train.examples.iter().all(|e| e.types.iter().all(|&kind| kind == 0)));

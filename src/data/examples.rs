@@ -1,0 +1,309 @@
+//! Examples, flat: the tokens of all of them one behind the other, and beside them runs of tokens of one type. They are
+//! held here, or lie in a file of the cache.
+
+use std::fmt;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+/// One sequence as the model sees it, and what it is to predict.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Example {
+    pub ids: Vec<i32>,
+    /// The token type of every id.
+    pub types: Vec<i32>,
+    pub goal: Goal,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// The tokens of these ranges are predicted, each by the one before it. They are in order, and none begins at 0.
+    Tokens(Vec<Range<usize>>),
+    /// The sequence is of this class.
+    Class(i32),
+}
+
+impl Goal {
+    /// Of a sequence of `length` tokens, all behind number `from`, counted from 0.
+    pub fn after(from: usize, length: usize) -> Self {
+        Goal::Tokens(std::iter::once(from + 1..length).filter(|range| !range.is_empty()).collect())
+    }
+
+    /// How many things it asks for.
+    pub fn targets(&self) -> usize {
+        match self {
+            Goal::Tokens(ranges) => ranges.iter().map(Range::len).sum(),
+            Goal::Class(_) => 1,
+        }
+    }
+}
+
+impl Example {
+    /// Cuts it to its first `limit` tokens.
+    pub fn truncate(&mut self, limit: usize) {
+        self.ids.truncate(limit);
+        self.types.truncate(limit);
+        if let Goal::Tokens(ranges) = &mut self.goal {
+            ranges.retain_mut(|range| {
+                range.end = range.end.min(limit);
+                range.start < range.end
+            });
+        }
+    }
+}
+
+/// Tokens, one behind the other, that have one type and are all predicted or all not: 12 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(super) struct Run {
+    /// Its first token within the example.
+    start: u32,
+    kind: i32,
+    /// 1 if its tokens are predicted.
+    learned: u32,
+}
+
+/// Where an example ends, in tokens and in runs of all: 16 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(super) struct End {
+    tokens: u64,
+    runs: u64,
+}
+
+/// Numbers that are held, or that lie in a file.
+pub(super) enum Array<T> {
+    Held(Vec<T>),
+    Mapped(Arc<Mmap>, Range<usize>),
+}
+
+impl<T: bytemuck::Pod> Deref for Array<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Array::Held(numbers) => numbers,
+            Array::Mapped(map, range) => bytemuck::cast_slice(&map[range.clone()]),
+        }
+    }
+}
+
+impl<T: bytemuck::Pod> Array<T> {
+    /// The numbers in a range of a file, if it begins and ends where one does.
+    pub fn mapped(map: &Arc<Mmap>, range: Range<usize>) -> Option<Self> {
+        bytemuck::try_cast_slice::<u8, T>(map.get(range.clone())?).ok()?;
+        Some(Array::Mapped(map.clone(), range))
+    }
+
+    pub fn push(&mut self, number: T) {
+        self.push_all(&[number]);
+    }
+
+    fn push_all(&mut self, numbers: &[T]) {
+        match self {
+            Array::Held(held) => held.extend_from_slice(numbers),
+            Array::Mapped(..) => *self = Array::Held([&**self, numbers].concat()),
+        }
+    }
+
+    fn shrink(&mut self) {
+        if let Array::Held(numbers) = self {
+            numbers.shrink_to_fit();
+        }
+    }
+}
+
+impl<T> Default for Array<T> {
+    fn default() -> Self {
+        Array::Held(vec![])
+    }
+}
+
+impl<T: bytemuck::Pod + fmt::Debug> fmt::Debug for Array<T> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_list().entries(self.iter().take(8)).finish()
+    }
+}
+
+/// Examples of one kind. A token takes 4 bytes; an example 16, with a class 20; each of its runs 12.
+#[derive(Default)]
+pub struct Examples {
+    pub(super) ids: Array<i32>,
+    pub(super) runs: Array<Run>,
+    pub(super) ends: Array<End>,
+    /// Of classifications, one an example.
+    pub(super) classes: Array<i32>,
+}
+
+impl Examples {
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Tokens of all.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Bytes that they take.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.ids) + size_of_val(&*self.runs) + size_of_val(&*self.ends) + size_of_val(&*self.classes)
+    }
+
+    pub fn push(&mut self, example: &Example) {
+        let mut runs: Vec<Run> = vec![];
+        let learned: &[Range<usize>] = match &example.goal {
+            Goal::Tokens(ranges) => ranges,
+            Goal::Class(class) => {
+                self.classes.push(*class);
+                &[]
+            }
+        };
+        let mut ranges = learned.iter().peekable();
+        for (at, &kind) in example.types.iter().enumerate() {
+            while ranges.next_if(|range| range.end <= at).is_some() {}
+            let learned = u32::from(ranges.peek().is_some_and(|range| range.contains(&at)));
+            if runs.last().is_none_or(|run| (run.kind, run.learned) != (kind, learned)) {
+                runs.push(Run { start: at as u32, kind, learned });
+            }
+        }
+        self.ids.push_all(&example.ids);
+        self.runs.push_all(&runs);
+        self.ends.push_all(&[End { tokens: self.ids.len() as u64, runs: self.runs.len() as u64 }]);
+    }
+
+    /// Gives back what was kept for more of them.
+    pub(super) fn shrink(&mut self) {
+        self.ids.shrink();
+        self.runs.shrink();
+        self.ends.shrink();
+        self.classes.shrink();
+    }
+
+    fn span(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let start = match index {
+            0 => End { tokens: 0, runs: 0 },
+            _ => self.ends[index - 1],
+        };
+        let end = self.ends[index];
+        (start.tokens as usize..end.tokens as usize, start.runs as usize..end.runs as usize)
+    }
+
+    /// The tokens of an example.
+    pub fn ids(&self, index: usize) -> &[i32] {
+        &self.ids[self.span(index).0]
+    }
+
+    pub fn get(&self, index: usize) -> Example {
+        let (tokens, runs) = self.span(index);
+        let ids = self.ids[tokens].to_vec();
+        let runs = &self.runs[runs];
+        let mut types = Vec::with_capacity(ids.len());
+        let mut learned: Vec<Range<usize>> = vec![];
+        for (at, run) in runs.iter().enumerate() {
+            let (start, end) = (run.start as usize, runs.get(at + 1).map_or(ids.len(), |next| next.start as usize));
+            types.resize(end, run.kind);
+            match learned.last_mut() {
+                _ if run.learned == 0 => {}
+                Some(last) if last.end == start => last.end = end,
+                _ => learned.push(start..end),
+            }
+        }
+        let goal = match self.classes.is_empty() {
+            true => Goal::Tokens(learned),
+            false => Goal::Class(self.classes[index]),
+        };
+        Example { ids, types, goal }
+    }
+
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = Example> {
+        (0..self.len()).map(|index| self.get(index))
+    }
+
+    /// That nothing reaches beyond what is there, and the ids are of a model with `rows` rows. For what is read from a
+    /// file.
+    pub(super) fn are_whole(&self, rows: u64) -> bool {
+        let mut last = End { tokens: 0, runs: 0 };
+        let ends = self.ends.iter().all(|&end| {
+            let grows = end.tokens > last.tokens && end.runs > last.runs && end.tokens - last.tokens <= u32::MAX.into();
+            let runs = self.runs.get(last.runs as usize..end.runs as usize).filter(|_| grows);
+            let length = end.tokens.saturating_sub(last.tokens);
+            last = end;
+            runs.is_some_and(|runs| {
+                runs[0].start == 0
+                    && runs.windows(2).all(|pair| pair[0].start < pair[1].start)
+                    && runs.iter().all(|run| u64::from(run.start) < length)
+            })
+        });
+        let classes = self.classes.is_empty() || self.classes.len() == self.ends.len();
+        let known = |id: i32| u64::try_from(id).is_ok_and(|id| id < rows);
+        ends && classes
+            && (last.tokens as usize, last.runs as usize) == (self.ids.len(), self.runs.len())
+            && self.ids.iter().all(|&id| known(id))
+            && self.runs.iter().all(|run| known(run.kind))
+    }
+}
+
+impl fmt::Debug for Examples {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_list().entries(self.iter().take(8)).finish()
+    }
+}
+
+impl FromIterator<Example> for Examples {
+    fn from_iter<I: IntoIterator<Item = Example>>(examples: I) -> Self {
+        let mut all = Examples::default();
+        examples.into_iter().for_each(|example| all.push(&example));
+        all
+    }
+}
+
+impl<E: AsRef<[Example]>> PartialEq<E> for Examples {
+    fn eq(&self, others: &E) -> bool {
+        self.iter().eq(others.as_ref().iter().cloned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_put_in_comes_out() {
+        let tokens = |ids: &[i32], types: &[i32], ranges: &[Range<usize>]| Example {
+            ids: ids.to_vec(),
+            types: types.to_vec(),
+            goal: Goal::Tokens(ranges.to_vec()),
+        };
+        let all = [
+            tokens(&[5, 6, 7, 8, 9], &[1, 1, 2, 2, 2], &[1..2, 3..5]),
+            tokens(&[3, 4], &[0, 0], &[1..2]),
+            tokens(&[3], &[7], &[]),
+            tokens(&[1, 2, 3, 4], &[0, 3, 3, 0], &[1..4]),
+        ];
+        let examples: Examples = all.iter().cloned().collect();
+        assert_eq!(examples, all);
+        assert_eq!((examples.len(), examples.tokens(), examples.ids(3)), (4, 12, &[1, 2, 3, 4][..]));
+        assert!(examples.are_whole(10) && !examples.are_whole(9));
+        // Types too: a type is a row of an embedding.
+        assert!(![tokens(&[1], &[-1], &[])].into_iter().collect::<Examples>().are_whole(10));
+        let class = Example { ids: vec![1, 4, 2], types: vec![0; 3], goal: Goal::Class(3) };
+        let examples: Examples = std::iter::once(class.clone()).collect();
+        assert_eq!(examples, [class]);
+    }
+
+    #[test]
+    fn a_cut_takes_targets() {
+        let mut example = Example { ids: (0..6).collect(), types: vec![0; 6], goal: Goal::Tokens(vec![1..3, 4..6]) };
+        example.truncate(5);
+        assert_eq!((example.ids.len(), example.types.len(), &example.goal), (5, 5, &Goal::Tokens(vec![1..3, 4..5])));
+        example.truncate(1);
+        assert_eq!(example.goal.targets(), 0);
+        assert_eq!(Goal::after(2, 3), Goal::Tokens(vec![]));
+    }
+}
