@@ -227,8 +227,11 @@ fn a_template_is_taken_apart() {
 fn the_examples_of_the_page_check() {
     let page = include_str!("../../models/README.md");
     let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
-    let [spec, method, ..] = blocks[..] else { panic!("the page has a spec and a method") };
+    let [spec, names, method, ..] = blocks[..] else { panic!("the page has a spec, tasks by name and a method") };
     check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let names = format!("{names}\nmodel = roberta()\ntune {{ full() }}");
+    let model = check("page.peft", &names, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!((&*model.task.name, model.task.max_tokens, model.train.batch), ("mnli", 512, 32));
     let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
     let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
@@ -309,7 +312,7 @@ fn a_recipe_reads_back() {
         &[("train.optimizer", "sgd"), ("train.momentum", "0.9"), ("train.weight_decay", "0.1"), ("train.clip", "0")],
         &[("train.optimizer", "lion"), ("train.lr", "1e-4")],
         &[("train.save", "10min"), ("train.evaluate", "100"), ("train.patience", "3")],
-        &[("train.accumulate", "4"), ("train.save", "20"), ("train.evaluate", "epoch")],
+        &[("train.accumulate", "4"), ("train.save", "20"), ("train.hold_out", "500")],
         &[("train.optimizer", "adam"), ("train.eps", "1e-6")],
         &[("train.schedule", "cosine"), ("train.warmup", "0.06"), ("train.seed", "4"), ("train.betas", "[0.8, 0.95]")],
     ] {

@@ -49,6 +49,16 @@ pub enum At {
     },
 }
 
+impl At {
+    /// The row that a part is of, or itself.
+    pub fn row(&self) -> &At {
+        match self {
+            At::Part { of, .. } => of,
+            row => row,
+        }
+    }
+}
+
 impl fmt::Display for At {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
@@ -207,10 +217,7 @@ impl<'f> Rows<'f> {
 
     fn json(file: &'f File) -> Result<Self, Fault> {
         // In lines a bad one leaves the others as they are.
-        let text = match file.text() {
-            Ok(text) => text,
-            Err(fault) => return Err(fault),
-        };
+        let text = file.text()?;
         Ok(match Layout::of(text)? {
             Layout::List(start) => Rows::new(List::new(text, start)),
             Layout::Lines => Rows::new(Lines::new(&file.bytes)),

@@ -86,6 +86,38 @@ fn coqa_has_an_example_for_each_turn() {
     assert_eq!(data.place(2), Some("line 1, row 1, item 3"));
 }
 
+/// Rows are held out with all their examples: no story is in both parts.
+#[test]
+fn conversations_are_held_out_as_a_whole() {
+    let stories: Vec<String> = (0..20).map(|i| "tea ".repeat(i + 1)).collect();
+    let turns = [("good", "tea"), ("bad", "good"), ("tea", "bad")];
+    let file =
+        coqa(&stories.iter().map(|story| conversation(story, &turns[..1 + story.len() % 3])).collect::<Vec<_>>());
+    let case = Case::named("coqa.json", file);
+    let load = || case.load(&generates("task coqa")).unwrap();
+    let stories = |data: &Dataset| -> Vec<usize> {
+        let story = |ids: &[i32]| ids.iter().skip(2).take_while(|&&id| id == TEA).count();
+        let mut stories: Vec<usize> = (0..data.len()).map(|index| story(data.examples.ids(index))).collect();
+        stories.dedup();
+        stories
+    };
+    let all = load();
+    let (train, held) = load().hold_out(5, 1).unwrap();
+    assert_eq!((train.len() + held.len(), stories(&train).len(), stories(&held).len()), (all.len(), 15, 5));
+    let mut both = [stories(&train), stories(&held)].concat();
+    both.sort_unstable();
+    assert_eq!(both, (1..=20).collect::<Vec<_>>());
+    assert_eq!(
+        held.place(0),
+        all.place((0..all.len()).find(|&i| all.examples.get(i) == held.examples.get(0)).unwrap())
+    );
+    // The seed decides which.
+    assert_eq!(stories(&load().hold_out(5, 1).unwrap().1), stories(&held));
+    assert_ne!(stories(&load().hold_out(5, 2).unwrap().1), stories(&held));
+    let message = case.plain(load().hold_out(20, 1).unwrap_err());
+    insta::assert_snapshot!(message, @"`coqa.json`: `train.hold_out` takes 20 of its 20 rows, which leaves none to train on; set it to less, or to 0");
+}
+
 /// Lists of other names, one of them inside other lists, and other cuts.
 #[test]
 fn each_item_of_a_list() {

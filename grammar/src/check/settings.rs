@@ -37,6 +37,7 @@ const RECIPE: &[&str] = &[
     "evaluate",
     "patience",
     "accumulate",
+    "hold_out",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -319,6 +320,7 @@ impl<'a> Checker<'a> {
             save: self.every(&entries, "save", true),
             evaluate: self.every(&entries, "evaluate", false),
             patience: self.count(&entries, "patience", 1),
+            hold_out: self.count(&entries, "hold_out", 0).unwrap_or(0),
         };
         if let Some(&value) = entries.get("lr_end") {
             if recipe.schedule == Schedule::Constant {
