@@ -10,6 +10,7 @@ use peft_grammar::model::{Model, Origin, Param, Trainable};
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::artifact::{Entry, Manifest, Storage};
 use peft_runtime::fingerprint::fingerprint;
+use peft_runtime::safefile::SafeFile;
 use peft_runtime::weights::Loaded;
 use peft_runtime::{Inputs, Numbers, Program, RuntimeError, Session};
 
@@ -278,6 +279,28 @@ impl Adapter {
         self.take_out(model, None)
     }
 
+    /// A run may begin with it: refuses one that takes something out of its base, beside which alone the values of the
+    /// run would mean what they do.
+    pub fn trains_on(&self) -> Result<(), RuntimeError> {
+        let Some(first) = self.residuals.first() else { return Ok(()) };
+        let why = format!(
+            "  it takes its beginning out of `{}` of the base model, and what a run saves is used beside the whole base; \
+             let PEFT save it once more by `save_pretrained(…, path_initial_model_for_weight_conversion=…)`",
+            first.tensor
+        );
+        Err(RuntimeError::weights(&self.path, why))
+    }
+
+    /// Tells its values from those of another adapter.
+    pub fn fingerprint(&self) -> String {
+        let all = self.values.iter().chain(&self.drawn);
+        let parts = all.filter_map(|(name, Stored { shape, data })| match data {
+            Data::F32(numbers) => Some((name.as_str(), shape.clone(), &numbers[..])),
+            _ => None,
+        });
+        fingerprint(&parts.collect::<Vec<_>>())
+    }
+
     fn take_out(&self, model: &Model, base: Option<&mut [Numbers]>) -> Result<(), RuntimeError> {
         let unfit = |why| RuntimeError::weights(&self.path, format!("  {why}"));
         peft::take_out(model, &self.residuals, base).map_err(unfit)
@@ -303,6 +326,11 @@ pub fn trained(session: &Session, model: &Model, base: &Base, step: u64) -> Resu
         file.tensors.insert(param.name.clone(), Stored::f32(shape, session.values(index)?.into_owned()));
     }
     Ok(signed(file, model, base))
+}
+
+/// The step of a run after which the values in this file were saved; none where no sound file says it.
+pub fn step_of(path: &Path) -> Option<u64> {
+    SafeFile::open(path).ok()?.notes.get("step")?.parse().ok()
 }
 
 /// Adds the base's drawn tensors, and the notes that every adapter has.

@@ -17,7 +17,7 @@ pub struct Budget {
     pub backbone_parameters: u64,
     pub trainable_percent: f64,
     pub stored_percent: f64,
-    /// The optimizer's moments of everything that trains, in bytes.
+    /// The optimizer's moments of everything that trains, and the averages if there are some, in bytes.
     pub optimizer_bytes: u64,
     pub gradient_bytes: u64,
     pub modules: Vec<Module>,
@@ -77,7 +77,8 @@ impl Budget {
         let percent = |n: u64| 100.0 * n as f64 / budget.backbone_parameters.max(1) as f64;
         budget.trainable_percent = percent(budget.trainable_parameters);
         budget.stored_percent = percent(budget.stored_parameters);
-        budget.optimizer_bytes = model.train.optimizer.moments().len() as u64 * budget.gradient_bytes;
+        let kept = model.train.optimizer.moments().len() + usize::from(model.train.average.is_some());
+        budget.optimizer_bytes = kept as u64 * budget.gradient_bytes;
         budget
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
-use peft_grammar::model::{Model, Precision, TaskKind};
+use peft_grammar::model::{BatchSize, Model, Precision, TaskKind};
 use peft_passes::cuda::Card;
 use peft_passes::dialect::Dialect;
 use peft_passes::lower::work::{Work, work};
@@ -123,10 +123,14 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
     let graph = &trained.graphs[0];
     let both = flops(graph);
     let tokens_each = tokens_each.unwrap_or(TYPICAL).min(model.task.max_tokens);
-    let sequences = model.train.batch;
+    let sequences = match model.train.batch {
+        BatchSize::Sequences(sequences) => sequences,
+        BatchSize::Tokens { tokens } => (tokens / tokens_each.max(1)).max(1),
+    };
     let tokens = sequences * tokens_each;
     let targets = match model.task.kind {
-        TaskKind::Generation { .. } => tokens / 2,
+        TaskKind::Generation { .. } | TaskKind::Chat => tokens / 2,
+        TaskKind::Text { .. } => tokens,
         TaskKind::Classification { .. } => 0,
     };
     let batch = Shape { sequences, tokens_each, targets };

@@ -11,7 +11,7 @@
 
 use std::path::{Path, PathBuf};
 
-use peft_grammar::model::{Model, TaskKind};
+use peft_grammar::model::Model;
 use peft_runtime::adapter::{Data, Stored, TensorFile};
 use peft_runtime::artifact::{Manifest, Storage};
 use peft_runtime::{Beyond, Inputs, Numbers, RuntimeError, Session};
@@ -171,7 +171,7 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
     let (sequences, width) = (sequences as usize, width as usize);
     let types = reader.shaped("types", &shape)?;
     let rows = reader.kept(sequences, width)?;
-    let generates = matches!(model.task.kind, TaskKind::Generation { .. });
+    let generates = !model.task.kind.classifies();
     let labels = reader.shaped("labels", if generates { &shape } else { &shape[..1] })?;
     if let Some((at, odd)) = labels.iter().flatten().enumerate().find(|&(_, &x)| x < 0 && x != NOTHING_ASKED) {
         let place = if generates { format!("row {}, column {}", at / width, at % width) } else { format!("row {at}") };

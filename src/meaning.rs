@@ -76,7 +76,7 @@ pub fn record(model: &Model) -> String {
     all.insert(SETTINGS.into(), Json::Object(settings(model)));
     match &model.task.kind {
         TaskKind::Classification { labels, .. } => drop(all.insert(LABELS.into(), json!(labels))),
-        TaskKind::Generation { special, .. } => drop(all.insert(SPECIAL.into(), json!(special))),
+        _ => drop(all.insert(SPECIAL.into(), json!(model.task.special()))),
     }
     Json::Object(all).to_string()
 }
@@ -113,8 +113,8 @@ pub fn differences(record: &str, model: &Model) -> Result<Vec<String>, serde_jso
         }
     }
     let (key, names) = match &model.task.kind {
-        TaskKind::Classification { labels, .. } => (LABELS, labels),
-        TaskKind::Generation { special, .. } => (SPECIAL, special),
+        TaskKind::Classification { labels, .. } => (LABELS, labels.as_slice()),
+        _ => (SPECIAL, model.task.special()),
     };
     if let Some(before) = was.get(key)
         && *before != json!(names)

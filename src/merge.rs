@@ -281,7 +281,7 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
             Some(class) => drop(config.insert("architectures".into(), json!([class]))),
             None => drop(config.remove("architectures")),
         }
-    } else if matches!(model.task.kind, TaskKind::Classification { .. }) {
+    } else if model.task.kind.classifies() {
         config.remove("architectures");
     }
     let values_in = |dtype: Float| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.numbers.len()).sum::<usize>();

@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use peft_grammar::library::{self, Usage};
-use peft_grammar::model::{Columns, Model, TaskKind};
+use peft_grammar::model::{Columns, Model};
 use peft_runtime::RuntimeError;
 use serde_json::Value;
 
@@ -204,7 +204,7 @@ impl Task {
         data: Option<&Path>,
     ) -> Result<Self, Failure> {
         let limit = model.backbone.longest.unwrap_or(LONGEST);
-        let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
+        let classifies = model.task.kind.classifies();
         let form = data.map(data::form).transpose()?;
         let backbone = &model.backbone.name;
         let mut task = match (classifies, form) {
@@ -213,7 +213,15 @@ impl Task {
             }
             (false, Some(Form::Records)) => Task::generation(model, description, from, &[]),
             (false, Some(Form::Texts(columns))) => Task::generation(model, description, from, &columns),
-            (true, Some(Form::Records | Form::Texts(_))) => {
+            (false, Some(Form::Conversations(columns))) => {
+                let tokenizer = data::Tokenizer::load(from, &model.task, model.params[0].shape[0])?;
+                match (tokenizer.templates(), &columns[..]) {
+                    (None, [_, ..]) => Task::generation(model, description, from, &columns),
+                    _ => Task::chat(),
+                }
+            }
+            (false, Some(Form::Plain)) => Task::text(ending(model, description, from)),
+            (true, Some(Form::Records | Form::Texts(_) | Form::Conversations(_) | Form::Plain)) => {
                 return Err(Failure::Usage(format!(
                     "{}: texts to be written, and `{backbone}` classifies; take weights of a model that generates",
                     data.unwrap_or(from).display()
@@ -281,18 +289,44 @@ impl Task {
         }
     }
 
+    /// Of conversations, by the checkpoint's own template.
+    fn chat() -> Self {
+        Task {
+            name: "chat",
+            settings: vec!["  kind: chat".into()],
+            batch: 8,
+            epochs: EPOCHS.0,
+            why: "three times through the data".into(),
+            classifies: false,
+            said: vec![
+                "conversations by the checkpoint's own chat template; the loss is on what the assistant says".into(),
+            ],
+        }
+    }
+
+    /// Of texts as they stand, which a token may close.
+    fn text(end: Option<String>) -> Self {
+        let mut settings = vec!["  kind: text".to_owned()];
+        settings.extend(end.as_ref().map(|token| format!("  end: \"{token}\"")));
+        let ends = end.map_or("nothing ends one: the checkpoint names no token".into(), |t| format!("`{t}` ends one"));
+        Task {
+            name: "texts",
+            settings,
+            batch: 8,
+            epochs: EPOCHS.0,
+            why: "three times through the data".into(),
+            classifies: false,
+            said: vec![format!("texts as they stand, every token of them predicted; {ends}")],
+        }
+    }
+
     /// Of rows with these columns, the last of which is to be written; of WebNLG's records if there are none. The model's
     /// own token ends a text where its tokenizer has one.
     fn generation(model: &Model, description: &Description, from: &Path, columns: &[String]) -> Self {
-        let end = description.end().and_then(|id| {
-            let tokenizer = data::Tokenizer::load(from, &model.task, model.params[0].shape[0]).ok()?;
-            tokenizer.ids().into_iter().find(|(_, of)| *of == id).map(|(token, _)| token)
-        });
-        let plain = |token: &&String| !token.contains(['"', '\'', ' ', '(', ')', '{', '}']);
-        let end = end.as_ref().filter(plain);
+        let end = ending(model, description, from);
         let mut settings = vec!["  kind: generation".to_owned()];
-        settings.extend(end.map(|token| format!("  special: [\"{token}\"]")));
-        let last = end.map(|token| format!(" {token}")).unwrap_or_default();
+        settings.extend(end.as_ref().map(|token| format!("  special: [\"{token}\"]")));
+        let last = end.as_ref().map(|token| format!(" {token}")).unwrap_or_default();
         let (template, target, what) = match columns.split_last() {
             None => {
                 let triples = "({subject} ' : ' {property} ' : ' {object} '\\n')*".to_owned();
@@ -321,6 +355,14 @@ impl Task {
             said: vec![format!("{what}; {ends}")],
         }
     }
+}
+
+/// The checkpoint's own token at the end of a text, where its tokenizer has one that a template can hold.
+fn ending(model: &Model, description: &Description, from: &Path) -> Option<String> {
+    let id = description.end()?;
+    let tokenizer = data::Tokenizer::load(from, &model.task, model.params[0].shape[0]).ok()?;
+    let (token, _) = tokenizer.ids().into_iter().find(|(_, of)| *of == id)?;
+    (!token.contains(['"', '\'', ' ', '(', ')', '{', '}'])).then_some(token)
 }
 
 /// A column's name as the head of its text, `Question`; what a template's literal cannot hold is left out.

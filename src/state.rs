@@ -14,7 +14,7 @@ use peft_runtime::source::TensorSource;
 use peft_runtime::{RuntimeError, Session};
 use serde_json::{Map, Value, json};
 
-use crate::adapters::Base;
+use crate::adapters::{Adapter, Base};
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
 use crate::meaning::{equations, settings};
@@ -33,7 +33,7 @@ const OLD_FORMAT: &str = "peftc state 1";
 const CHECKSUM: &str = "checksum";
 
 /// The flat vectors of a session that a training step may change; a state has those of its optimizer.
-const VECTORS: [&str; 3] = ["values", "m", "v"];
+const VECTORS: [&str; 4] = ["values", "m", "v", "averages"];
 
 /// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +41,7 @@ pub struct Identity(Map<String, Value>);
 
 // Keys that stand for something else than a setting or a tensor of the spec.
 const BASE: &str = "base weights";
+const BEGINNING: &str = "the adapter it begins with";
 const DATA: &str = "training data";
 const DEV: &str = "held-out data";
 const STEPS: &str = "steps in all";
@@ -66,6 +67,7 @@ impl Identity {
                     put("task.each".into(), json!(each));
                 }
             }
+            TaskKind::Chat | TaskKind::Text { .. } => put("task".into(), json!(model.task.kind)),
             TaskKind::Classification { labels, .. } => {
                 put("task".into(), json!("classification"));
                 put("task.labels".into(), json!(labels));
@@ -73,7 +75,9 @@ impl Identity {
         }
         put("task.max_tokens".into(), json!(model.task.max_tokens));
         for param in &model.params {
-            put(param.name.clone(), json!([param.shape, param.trainable, param.init, param.decay]));
+            let mut about = vec![json!(param.shape), json!(param.trainable), json!(param.init), json!(param.decay)];
+            about.extend(param.lr.map(|lr| json!(lr)));
+            put(param.name.clone(), json!(about));
         }
         put(EQUATIONS.into(), json!(equations(model)));
         if let Value::Object(recipe) = json!(model.train) {
@@ -85,6 +89,12 @@ impl Identity {
         put(DATA.into(), json!(content(train)));
         put(DEV.into(), json!(dev.map(content)));
         Identity(all)
+    }
+
+    /// The same of a run that begins with the values of an adapter.
+    pub fn begun_with(mut self, adapter: Option<&Adapter>) -> Self {
+        self.0.extend(adapter.map(|adapter| (BEGINNING.into(), json!(adapter.fingerprint()))));
+        self
     }
 
     /// Every key whose values differ.
@@ -133,6 +143,7 @@ impl Difference<'_> {
                 _ => Some("another recipe"),
             },
             BASE => Some("other base weights"),
+            BEGINNING => Some("another beginning"),
             DATA => Some("other data"),
             key if key.starts_with(RECIPE) => Some("another recipe"),
             _ => Some("another spec"),

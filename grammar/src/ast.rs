@@ -323,7 +323,11 @@ pub enum TuneRule {
         span: Span,
     },
     /// `head trainable`, `head frozen`.
-    Head(Name),
+    Head {
+        what: Name,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        rates: Vec<Rate>,
+    },
     /// `train "*.query.bias"`: tensors of the backbone by name.
     Train(Text),
 }
@@ -333,7 +337,7 @@ impl TuneRule {
         match self {
             TuneRule::Sites { span, .. } | TuneRule::Rows { span, .. } => *span,
             TuneRule::Model(apply) => apply.span,
-            TuneRule::Head(word) => word.span,
+            TuneRule::Head { what, .. } => what.span,
             TuneRule::Train(pattern) => pattern.span,
         }
     }
@@ -360,6 +364,16 @@ pub struct Apply {
     pub args: Vec<Arg>,
     /// Nested sites: `on q, v`.
     pub targets: Vec<Name>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rates: Vec<Rate>,
+    pub span: Span,
+}
+
+/// A learning rate beside that of the recipe: `lr: 2e-4`, or of one weight `lr of B: 3.2e-3`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rate {
+    pub weight: Option<Name>,
+    pub value: Expr,
     pub span: Span,
 }
 
@@ -402,11 +416,26 @@ pub enum ExprKind {
     String(String),
     Name(String),
     List(Vec<Expr>),
-    Call { function: Name, args: Vec<Arg> },
-    Index { base: Box<Expr>, subscripts: Vec<Subscript> },
+    Call {
+        function: Name,
+        args: Vec<Arg>,
+    },
+    Index {
+        base: Box<Expr>,
+        subscripts: Vec<Subscript>,
+    },
     Negate(Box<Expr>),
     Not(Box<Expr>),
-    Binary { op: BinaryOp, left: Box<Expr>, right: Box<Expr> },
+    Binary {
+        op: BinaryOp,
+        left: Box<Expr>,
+        right: Box<Expr>,
+    },
+    /// `4096 tokens`: the value of a setting.
+    Measured {
+        number: Box<Expr>,
+        unit: Name,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::counterpart::Counterpart;
 use crate::graph::{Graph, Value};
 
-pub use crate::recipe::{Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
+pub use crate::recipe::{BatchSize, Decays, Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
@@ -222,13 +222,20 @@ pub struct Param {
     pub init: Init,
     pub trainable: Trainable,
     pub origin: Origin,
-    /// Weight decay applies: a matrix, and not a bias.
+    /// Weight decay applies: the recipe's `decays` says to what.
     pub decay: bool,
+    /// Its own learning rate, which stands in the place of the recipe's `lr`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
 }
 
 impl Param {
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
+    }
+    /// What its learning rate is of the recipe's at every step, if it has one of its own.
+    pub fn lr_factor(&self, recipe: &Recipe) -> Option<f64> {
+        self.lr.map(|lr| lr / recipe.lr)
     }
     /// Which of its rows train.
     pub fn trained_rows(&self) -> Option<(u64, u64)> {
@@ -305,8 +312,28 @@ impl Task {
     pub fn special(&self) -> &[String] {
         match &self.kind {
             TaskKind::Generation { special, .. } => special,
-            TaskKind::Classification { .. } => &[],
+            TaskKind::Text { end, .. } => end.as_slice(),
+            TaskKind::Chat | TaskKind::Classification { .. } => &[],
         }
+    }
+}
+
+impl TaskKind {
+    /// As a spec writes them.
+    pub const WORDS: [&str; 4] = ["generation", "chat", "text", "classification"];
+
+    pub fn word(&self) -> &'static str {
+        match self {
+            TaskKind::Generation { .. } => "generation",
+            TaskKind::Chat => "chat",
+            TaskKind::Text { .. } => "text",
+            TaskKind::Classification { .. } => "classification",
+        }
+    }
+
+    /// It asks for classes; otherwise for tokens.
+    pub fn classifies(&self) -> bool {
+        matches!(self, TaskKind::Classification { .. })
     }
 }
 
@@ -323,6 +350,15 @@ pub enum TaskKind {
         /// Lists of the row, one example for each of their items, which go in step; an example a row without one.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         each: Vec<String>,
+    },
+    /// Conversations, laid out by the checkpoint's own chat template; loss on what the assistant says.
+    Chat,
+    /// Texts as they stand, loss on every token but the first.
+    Text {
+        /// Its column; `None` if it has a usual name.
+        text: Option<String>,
+        /// The token that closes a text, if one does.
+        end: Option<String>,
     },
     /// One label a text; `labels[i]` is class i.
     Classification {

@@ -69,7 +69,10 @@ fn one(ast: &mut Ast, file: FileId, text: &str, key: &str) -> Result<(), Vec<Dia
                 used.push(apply.method.text.clone());
                 if apply.method.text == method {
                     found = true;
-                    set(&mut apply.args, &name, &value);
+                    match rate(&name) {
+                        Some(weight) => set_rate(&mut apply.rates, weight, &name, &value),
+                        None => set(&mut apply.args, &name, &value),
+                    }
                 }
             }
             if !found {
@@ -92,6 +95,22 @@ fn uses(ast: &mut Ast) -> impl Iterator<Item = &mut Apply> {
         TuneRule::Model(apply) => vec![apply],
         _ => vec![],
     })
+}
+
+/// The weight that `lr of B` names, none of `lr`.
+fn rate(key: &Name) -> Option<Option<&str>> {
+    let rest = key.text.strip_prefix("lr")?.trim();
+    if rest.is_empty() { Some(None) } else { rest.strip_prefix("of ").map(|weight| Some(weight.trim())) }
+}
+
+fn set_rate(rates: &mut Vec<Rate>, weight: Option<&str>, key: &Name, value: &Expr) {
+    match rates.iter_mut().find(|r| r.weight.as_ref().map(|w| &*w.text) == weight) {
+        Some(rate) => rate.value = value.clone(),
+        None => {
+            let weight = weight.map(|text| Name { text: text.to_owned(), span: key.span });
+            rates.push(Rate { weight, value: value.clone(), span: key.span });
+        }
+    }
 }
 
 fn set(args: &mut Vec<Arg>, name: &Name, value: &Expr) {

@@ -62,8 +62,7 @@ pub(crate) fn parse_value(file: FileId, text: &str, skip: usize) -> Result<Expr,
     match Grammar::parse(Rule::value, &blanked) {
         Ok(mut pairs) => {
             let mut builder = Builder { file, errors: Vec::new() };
-            let value = pairs.next().expect("one `value`").into_inner().next().expect("an expression");
-            let value = builder.expr(value);
+            let value = builder.measured(&mut Children::of(pairs.next().expect("one `value`")));
             if builder.errors.is_empty() { Ok(value) } else { Err(builder.errors) }
         }
         Err(e) => Err(vec![syntax_error::explain(file, &blanked, e).0]),
@@ -142,6 +141,7 @@ fn is_keyword(rule: Rule) -> bool {
             | kw_only
             | kw_except
             | kw_rows
+            | kw_lr
             | kw_counterpart
             | kw_free
             | kw_when
@@ -237,9 +237,17 @@ impl Builder {
     fn settings(&mut self, pair: Node) -> Vec<Setting> {
         let setting = |b: &mut Builder, pair| {
             let mut c = Children::of(pair);
-            Setting { key: b.name(c.next()), value: b.expr(c.next()) }
+            Setting { key: b.name(c.next()), value: b.measured(&mut c) }
         };
         pair.into_inner().map(|p| setting(self, p)).collect()
+    }
+
+    /// An expression, with its unit if it has one.
+    fn measured(&mut self, c: &mut Children) -> Expr {
+        let number = self.expr(c.next());
+        let Some(unit) = c.next_if(Rule::unit).map(|p| self.name(p)) else { return number };
+        let span = number.span.to(unit.span);
+        Expr { kind: ExprKind::Measured { number: Box::new(number), unit }, span }
     }
 
     fn rule(&mut self, pair: Node) -> TuneRule {
@@ -273,7 +281,10 @@ impl Builder {
                 let (start, end) = (self.expr(c.next()), self.expr(c.next()));
                 TuneRule::Rows { start, end, tensor: self.text(c.next()), span }
             }
-            Rule::head => TuneRule::Head(self.name(Children::of(pair).next())),
+            Rule::head => {
+                let mut c = Children::of(pair);
+                TuneRule::Head { what: self.name(c.next()), rates: self.rates(c.next_if(Rule::rates)) }
+            }
             Rule::train_glob => TuneRule::Train(self.text(Children::of(pair).next())),
             _ => TuneRule::Model(self.apply(pair)),
         }
@@ -293,7 +304,16 @@ impl Builder {
         let mut c = Children::of(pair);
         let (method, args) = (self.name(c.next()), self.args(c.next()));
         let targets = c.next_if(Rule::targets).map_or(vec![], |p| Children::of(p).0.map(|n| self.name(n)).collect());
-        Apply { method, args, targets, span }
+        Apply { method, args, targets, rates: self.rates(c.next_if(Rule::rates)), span }
+    }
+
+    fn rates(&mut self, pair: Option<Node>) -> Vec<Rate> {
+        let rate = |b: &mut Builder, pair| {
+            let span = b.span(&pair);
+            let mut c = Children::of(pair);
+            Rate { weight: c.next_if(Rule::name).map(|p| b.name(p)), value: b.expr(c.next()), span }
+        };
+        pair.into_iter().flat_map(Pair::into_inner).map(|p| rate(self, p)).collect()
     }
 
     fn block(&mut self, pair: Node) -> Vec<Stmt> {

@@ -21,8 +21,10 @@ pub struct Recipe {
     pub lr: f64,
     pub betas: (f64, f64),
     pub eps: f64,
-    /// Of parameters that decay.
     pub weight_decay: f64,
+    /// What it applies to.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub decays: Decays,
     /// Global norm over trainable values; 0 = none.
     pub clip: f64,
     pub label_smoothing: f64,
@@ -32,8 +34,8 @@ pub struct Recipe {
     pub lr_end: f64,
     /// Steps in which the rate rises from 0 to `lr`.
     pub warmup: Phase,
-    /// Sequences that are computed at once.
-    pub batch: u64,
+    /// What is computed at once.
+    pub batch: BatchSize,
     /// So many batches are one step.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub accumulate: u64,
@@ -49,6 +51,9 @@ pub struct Recipe {
     /// When it is judged by held-out data.
     #[serde(default, skip_serializing_if = "is_default")]
     pub evaluate: Every,
+    /// What the average of the trained values keeps of itself at each step; without it there is none.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub average: Option<f64>,
     /// The run ends after so many evaluations in a row without a best one.
     #[serde(default, skip_serializing_if = "is_default")]
     pub patience: Option<u64>,
@@ -69,6 +74,25 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+/// How large a batch is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum BatchSize {
+    /// So many sequences.
+    Sequences(u64),
+    /// As many sequences as have at most so many tokens, but one at least.
+    Tokens { tokens: u64 },
+}
+
+impl BatchSize {
+    fn written(self) -> String {
+        match self {
+            BatchSize::Sequences(sequences) => sequences.to_string(),
+            BatchSize::Tokens { tokens } => format!("{tokens} tokens"),
+        }
+    }
+}
+
 /// What makes of gradients a step. The equations stand in `passes/src/interpret/optimizer.rs`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub enum Optimizer {
@@ -81,6 +105,32 @@ pub enum Optimizer {
     Sgd { momentum: f64 },
     /// Decoupled weight decay (Chen et al., 2023).
     Lion,
+}
+
+/// Which trained tensors weight decay applies to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Decays {
+    /// Those of two axes or more whose name does not end with `.bias`.
+    #[default]
+    Matrices,
+    All,
+}
+
+impl Decays {
+    /// As a spec writes them.
+    pub const WORDS: [&str; 2] = ["matrices", "all"];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Decays::Matrices => "matrices",
+            Decays::All => "all",
+        }
+    }
+
+    /// It applies to a tensor of so many axes.
+    pub fn applies(self, name: &str, axes: usize) -> bool {
+        self == Decays::All || axes >= 2 && !name.ends_with(".bias")
+    }
 }
 
 /// A number that the optimizer's kernel is told at each step.
@@ -202,15 +252,11 @@ pub enum Every {
 }
 
 impl Every {
-    /// It is done after step `step`, by the step's number alone.
-    pub fn due(self, step: u64, epoch: u64) -> bool {
-        self.next(step.saturating_sub(1), epoch) == Some(step)
-    }
-
-    /// The first step after `step` at which it is done, by its number alone.
+    /// The first step after `step` at which it is done, by its number alone; `epoch` is the first one after `step` that
+    /// ends an epoch.
     pub fn next(self, step: u64, epoch: u64) -> Option<u64> {
         match self {
-            Every::Epoch => Some((step / epoch + 1) * epoch),
+            Every::Epoch => Some(epoch),
             Every::Steps(steps) => Some((step / steps + 1) * steps),
             Every::Seconds(_) => None,
         }
@@ -277,14 +323,9 @@ impl Recipe {
 
     /// Settings that kernels are made for, with their values.
     pub fn compiled(&self) -> Vec<(&'static str, String)> {
-        const COMPILED: [&str; 3] = ["optimizer", "label_smoothing", "precision"];
+        const COMPILED: [&str; 4] = ["optimizer", "decays", "label_smoothing", "precision"];
         let settings = self.settings().into_iter().filter(|(key, _)| COMPILED.contains(key));
         settings.chain([("momentum", self.optimizer.moments().len().to_string())]).collect()
-    }
-
-    /// Sequences of a step.
-    pub fn sequences(&self) -> u64 {
-        self.batch.saturating_mul(self.accumulate)
     }
 
     /// What the optimizer's kernel is told at step `step` (from 0), whose rate is `lr`.
@@ -310,6 +351,11 @@ impl Recipe {
         self.optimizer.hyper().iter().map(|hyper| number(hyper) as f32).collect()
     }
 
+    /// What the average keeps of itself, and what it takes of the values, after step `step` (from 0); at first it is those.
+    pub fn average_shares(&self, step: u64) -> Option<[f64; 2]> {
+        self.average.map(|kept| if step == 0 { [0.0, 1.0] } else { [kept, 1.0 - kept] })
+    }
+
     /// The `train` block that gives this recipe.
     pub fn written(&self) -> String {
         let lines = self.settings().into_iter().map(|(key, value)| format!("  {key}: {value}\n"));
@@ -322,11 +368,12 @@ impl Recipe {
             ("optimizer", self.optimizer.word().into()),
             ("lr", float(self.lr)),
             ("weight_decay", float(self.weight_decay)),
+            ("decays", self.decays.word().into()),
             ("clip", float(self.clip)),
             ("label_smoothing", float(self.label_smoothing)),
             ("schedule", self.schedule.word().into()),
             ("warmup", self.warmup.written()),
-            ("batch", self.batch.to_string()),
+            ("batch", self.batch.written()),
             ("accumulate", self.accumulate.to_string()),
             ("epochs", float(self.epochs)),
             ("seed", self.seed.to_string()),
@@ -352,6 +399,7 @@ impl Recipe {
         if self.lr_end != 0.0 {
             all.push(("lr_end", float(self.lr_end)));
         }
+        all.extend(self.average.map(|kept| ("average", float(kept))));
         all.push(("save", self.save.written()));
         all.push(("evaluate", self.evaluate.written()));
         all.extend(self.patience.map(|patience| ("patience", patience.to_string())));

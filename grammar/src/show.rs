@@ -21,6 +21,18 @@ impl Model {
     pub fn trainable_elements(&self) -> u64 {
         self.params.iter().map(Param::trainable_elements).sum()
     }
+
+    /// The learning rates beside that of the recipe, in the order of the tensors, and how many values train at each.
+    pub fn own_rates(&self) -> Vec<(f64, u64)> {
+        let mut rates: Vec<(f64, u64)> = vec![];
+        for (lr, values) in self.params.iter().filter_map(|p| Some((p.lr?, p.trainable_elements()))) {
+            match rates.iter_mut().find(|(known, _)| *known == lr) {
+                Some((_, count)) => *count += values,
+                None => rates.push((lr, values)),
+            }
+        }
+        rates
+    }
 }
 
 /// A tensor a line, an equation a line.
@@ -47,7 +59,10 @@ impl fmt::Display for Param {
             Trainable::All => write!(f, "trainable")?,
             Trainable::Rows(start, end) => write!(f, "rows {start}..{end} trainable")?,
         }
-        if self.origin == Origin::Head { write!(f, ", head") } else { Ok(()) }
+        if self.origin == Origin::Head {
+            write!(f, ", head")?;
+        }
+        self.lr.map_or(Ok(()), |lr| write!(f, ", lr {lr}"))
     }
 }
 

@@ -2,7 +2,7 @@
 
 #![allow(clippy::disallowed_methods)] // cases are files
 
-use peft_grammar::model::{Init, Model, Origin, Phase, Recipe, Schedule, Trainable};
+use peft_grammar::model::{BatchSize, Init, Model, Origin, Phase, Recipe, Schedule, Trainable};
 use peft_grammar::{check, no_imports};
 
 fn model(path: &str) -> Model {
@@ -93,7 +93,7 @@ fn rows_train_as_the_paper_says() {
             let Recipe { batch, warmup, label_smoothing, eps, clip, .. } = model.train;
             assert_eq!(
                 (model.train.lr, model.train.epochs, batch, model.task.max_tokens),
-                (lr, epochs, 16, max_tokens)
+                (lr, epochs, BatchSize::Sequences(16), max_tokens)
             );
             assert_eq!((warmup, label_smoothing, eps, clip), (Phase::Steps(500), 0.1, 1e-6, 1.0), "{spec}");
             assert_eq!((model.train.schedule, model.train.betas), (Schedule::Linear, (0.9, 0.999)), "{spec}");
@@ -102,7 +102,11 @@ fn rows_train_as_the_paper_says() {
     for (row, batches) in [("inducer", [16, 32]), ("inducer_lora", [16, 32]), ("mam_inducer", [64, 16])] {
         for ((model, spec), batch) in both(["sst2", "mnli"], row).into_iter().zip(batches) {
             let Recipe { lr, lr_end, epochs, warmup, weight_decay, betas, schedule, .. } = model.train;
-            assert_eq!((lr, lr_end, epochs, model.train.batch), (2e-4, 1e-7, 10.0, batch), "{spec}");
+            assert_eq!(
+                (lr, lr_end, epochs, model.train.batch),
+                (2e-4, 1e-7, 10.0, BatchSize::Sequences(batch)),
+                "{spec}"
+            );
             assert_eq!((warmup, weight_decay, betas), (Phase::Share(0.06), 0.1, (0.9, 0.98)), "{spec}");
             assert_eq!(schedule, Schedule::Polynomial { power: 1.0 }, "{spec}");
         }

@@ -3,7 +3,8 @@
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
 use peft_grammar::model::{
-    Buffer, ConfigValue, Every, Extent, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable, written,
+    BatchSize, Buffer, ConfigValue, Every, Extent, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind,
+    Trainable, written,
 };
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
@@ -111,11 +112,68 @@ fn times_that_a_run_is_saved() {
     assert_eq!(save("epoch"), Every::Epoch);
     assert_eq!(save("20"), Every::Steps(20));
     assert_eq!([save("90s"), save("10min"), save("\"2h\"")], [90, 600, 7200].map(Every::Seconds));
-    let steps = |every: Every| (1..=12).filter(|&step| every.due(step, 5)).collect::<Vec<_>>();
-    assert_eq!(steps(Every::Epoch), [5, 10]);
-    assert_eq!(steps(Every::Steps(4)), [4, 8, 12]);
-    assert!(steps(Every::Seconds(1)).is_empty());
     assert_eq!([0, 3, 4, 5].map(|step| Every::Steps(4).next(step, 5)), [4, 4, 8, 8].map(Some));
+    assert_eq!([0, 4].map(|step| Every::Epoch.next(step, 5)), [Some(5); 2]);
+    assert_eq!(Every::Seconds(1).next(0, 5), None);
+}
+
+/// A batch is a number of sequences, or a number of tokens.
+#[test]
+fn sizes_of_batches() {
+    let batch = |value: &str| {
+        let train = tiny(&[("train.batch", value)]).train;
+        let read = train.with(&[]).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(train, read);
+        (train.batch, serde_json::to_value(train.batch).expect("plain data"))
+    };
+    assert_eq!(batch("4"), (BatchSize::Sequences(4), serde_json::json!(4)));
+    let tokens = (BatchSize::Tokens { tokens: 4096 }, serde_json::json!({"tokens": 4096}));
+    assert_eq!((batch("4096 tokens"), batch("4096tokens")), (tokens.clone(), tokens));
+}
+
+/// A weight's rate is the one by its name, else that of its method's application, else the recipe's.
+#[test]
+fn rates_of_weights_and_methods() {
+    let spec = |rates: &str, recipe: &str| {
+        format!(
+            "model = bert(layers: 1, hidden: 32, heads: 4, ffn: 48, vocab: 97)\n\
+             tune {{ every attention {{ lora(rank: 2) on q {rates} }}  bitfit()  head trainable {{ lr: 0.5 }} }}\n\
+             train {{ lr: 0.25 {recipe} }}\n"
+        )
+    };
+    let given = |rates: &str, set: &[(&str, &str)]| {
+        let set: Vec<(String, String)> = set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let model = compile_with("tiny.peft", &spec(rates, ""), &set, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+        let end = |end: &str| {
+            let param = model.params.iter().find(|p| p.name.ends_with(end)).expect("there");
+            (param.lr, param.lr_factor(&model.train))
+        };
+        [".lora.a", ".lora.b", "query.bias", "classifier.weight"].map(end)
+    };
+    let (recipe, head) = ((None, None), (Some(0.5), Some(2.0)));
+    let own = |lr: f64, factor: f64| (Some(lr), Some(factor));
+    assert_eq!(given("", &[]), [recipe, recipe, recipe, head]);
+    assert_eq!(given("{ lr: 0.125 }", &[]), [own(0.125, 0.5), own(0.125, 0.5), recipe, head]);
+    assert_eq!(given("{ lr of B: 4.0 }", &[]), [recipe, own(4.0, 16.0), recipe, head]);
+    assert_eq!(given("{ lr of B: 4, lr: 1 }", &[]), [own(1.0, 4.0), own(4.0, 16.0), recipe, head]);
+    let set = [("lora.lr", "1"), ("lora.lr of B", "2"), ("train.lr", "0.5")];
+    assert_eq!(given("{ lr of B: 4 }", &set), [own(1.0, 2.0), own(2.0, 4.0), recipe, (Some(0.5), Some(1.0))]);
+}
+
+/// Weight decay applies to matrices, or to all that trains.
+#[test]
+fn what_decays() {
+    let decaying = |set: &[(&str, &str)]| {
+        let model = tiny(set);
+        let trained = model.params.iter().filter(|p| p.trainable != Trainable::No && p.name.contains("layers.0"));
+        trained.filter(|p| p.decay).map(|p| p.name.rsplit_once("attention.").expect("a site").1.to_owned()).collect()
+    };
+    let matrices: Vec<String> = decaying(&[]);
+    let weights = ["key.down.weight", "key.up.weight", "value.down.weight", "value.up.weight"];
+    let expected = ["q.lora.a", "q.lora.b"].map(str::to_owned).into_iter();
+    assert_eq!(matrices, expected.chain(weights.map(|name| format!("inducer.{name}"))).collect::<Vec<_>>());
+    let all: Vec<String> = decaying(&[("train.weight_decay", "0.1"), ("train.decays", "all")]);
+    assert!(all.len() == 11 && all.contains(&"q.lora.bias".to_owned()), "{all:?}");
 }
 
 #[test]
@@ -231,7 +289,7 @@ fn the_examples_of_the_page_check() {
     check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let names = format!("{names}\nmodel = roberta()\ntune {{ full() }}");
     let model = check("page.peft", &names, &no_imports).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!((&*model.task.name, model.task.max_tokens, model.train.batch), ("mnli", 512, 32));
+    assert_eq!((&*model.task.name, model.task.max_tokens, model.train.batch), ("mnli", 512, BatchSize::Sequences(32)));
     let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
     let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
@@ -346,7 +404,7 @@ fn tasks_and_recipes_by_name() {
     };
     let labels = |model: &Model| match &model.task.kind {
         TaskKind::Classification { labels, columns } => (labels.join(" "), columns.text.clone().unwrap_or_default()),
-        TaskKind::Generation { .. } => panic!("it classifies"),
+        _ => panic!("it classifies"),
     };
     let taken = |model: &Model| (labels(model), model.task.max_tokens);
     let of = |labels: &str, text: &str, max_tokens| ((labels.to_owned(), text.to_owned()), max_tokens);
@@ -361,7 +419,7 @@ fn tasks_and_recipes_by_name() {
     assert_eq!(taken(&spec("import \"own.peft\"\ntask own { text: \"t\" }", &[])), of("a b", "t", 32));
 
     let glue = spec("train chen2022_glue { batch: 32 }", &[("train.epochs", "3")]).train;
-    assert_eq!((glue.lr, glue.lr_end, glue.batch, glue.epochs), (2e-4, 1e-7, 32, 3.0));
+    assert_eq!((glue.lr, glue.lr_end, glue.batch, glue.epochs), (2e-4, 1e-7, BatchSize::Sequences(32), 3.0));
     let own = spec("import \"own.peft\"\ntrain own", &[]).train;
     assert_eq!((own.lr, own.schedule), (0.5, Schedule::Constant));
     // What shows how a file's methods are used is passed over.

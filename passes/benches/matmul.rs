@@ -175,7 +175,7 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
         for arg in graph.args.iter().filter(|a| a.role != Role::Input) {
             let shape: Vec<u64> = graph.ty(arg.value).shape.iter().filter_map(|d| d.constant()).collect();
             let trainable = (arg.role == Role::Trainable).then(|| (0, shape[0]));
-            tensors.push(Tensor { name: arg.name.clone(), shape, trainable, decay: false });
+            tensors.push(Tensor { name: arg.name.clone(), shape, trainable, decay: false, lr_factor: None });
         }
     }
     let entries: Vec<(&str, &Graph)> = products.iter().map(|p| p.name).zip(&graphs).collect();

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use peft_grammar::bounds::Bound;
 use peft_grammar::graph::Graph;
-use peft_grammar::model::{Backbone, Init, Model, Param, TaskKind, Trainable};
+use peft_grammar::model::{Backbone, Init, Model, Param, Trainable};
 use peft_runtime::artifact::{Extent, Limit, Tensor};
 
 use crate::dialect::Dialect;
@@ -105,7 +105,7 @@ impl Entry {
         match self {
             Entry::Forward | Entry::Grad => {}
             Entry::Eval => {
-                let classifies = matches!(model.task.kind, TaskKind::Classification { .. });
+                let classifies = model.task.kind.classifies();
                 graph.outputs.retain(|(name, _)| name == "loss" || classifies && name == "logits");
             }
             Entry::Train => graph.outputs.retain(|(name, _)| name == "loss"),
@@ -267,6 +267,7 @@ pub fn tensors(model: &Model) -> Vec<Tensor> {
         shape: p.shape.clone(),
         trainable: p.trained_rows(),
         decay: p.decay,
+        lr_factor: p.lr_factor(&model.train),
     };
     model.params.iter().map(tensor).collect()
 }

@@ -121,7 +121,8 @@ pub enum Storage {
     Tensor { index: usize, rows: Option<(u64, u64)> },
     /// The gradient of a trainable tensor (or of its trainable rows): a slice of one flat vector.
     Gradient { index: usize },
-    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`, `sums`.
+    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`, `lr_factors`, `sums`,
+    /// `averages`.
     Flat(String),
     /// Filled once by [`Manifest::prepare`] and kept: packed frozen weights.
     Prepared,
@@ -182,6 +183,9 @@ pub struct Tensor {
     pub trainable: Option<(u64, u64)>,
     /// Weight decay applies.
     pub decay: bool,
+    /// What its learning rate is of the step's; `None`: it is that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr_factor: Option<f64>,
 }
 
 impl Tensor {

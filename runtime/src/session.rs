@@ -13,7 +13,7 @@ use crate::cuda::Cuda;
 use crate::error::{BatchPlace, Beyond, RuntimeError};
 use crate::memory::{LINE, Numbers, release};
 use crate::trust::{TrustError, What, trusted};
-use crate::validate::{FLAT as FLATS, MOMENTS, SUMS, validate};
+use crate::validate::{AVERAGES, FLAT as FLATS, LR_FACTORS, MOMENTS, validate};
 
 /// A loaded artifact.
 pub struct Program {
@@ -239,7 +239,7 @@ impl Session {
             count += tensor.trainable_elements() as usize;
         }
         let mut flats = BTreeMap::new();
-        let always = |name: &str| !MOMENTS.contains(&name) && name != SUMS;
+        let always = |name: &str| ["values", "gradients", "decay"].contains(&name);
         for name in FLATS.into_iter().filter(|name| always(name) || moves(&manifest, name)) {
             flats.insert(name, whole(backend.as_mut(), count)?);
         }
@@ -249,6 +249,10 @@ impl Session {
             backend.write(flats["values"].block, places[i], Words::Floats(&data[from..from + length]))?;
             if tensor.decay {
                 backend.write(flats["decay"].block, places[i], Words::Floats(&vec![1.0; length]))?;
+            }
+            if let Some(factors) = flats.get(LR_FACTORS) {
+                let factors_of_tensor = vec![tensor.lr_factor.unwrap_or(1.0) as f32; length];
+                backend.write(factors.block, places[i], Words::Floats(&factors_of_tensor))?;
             }
         }
         // Tensors that train as a whole live in the flat vector alone.
@@ -458,13 +462,13 @@ impl Session {
         self.home.values()
     }
 
-    /// What the optimizer changes: `values`, and the moments that it has.
+    /// What steps change: `values`, the moments that the optimizer has, and the averages if there are some.
     pub fn optimized(&self) -> Vec<&'static str> {
-        let moments = MOMENTS.into_iter().filter(|name| self.home.flats.contains_key(name));
-        ["values"].into_iter().chain(moments).collect()
+        let kept = MOMENTS.into_iter().chain([AVERAGES]).filter(|name| self.home.flats.contains_key(name));
+        ["values"].into_iter().chain(kept).collect()
     }
 
-    /// One of the optimizer's vectors: `values`, `gradients`, `decay`, and the moments that it has, `m` and `v`.
+    /// One of the optimizer's vectors: `values`, `gradients`, `decay`, the moments that it has, `m` and `v`, and `averages`.
     pub fn flat(&self, name: &str) -> Result<Cow<'_, [f32]>, RuntimeError> {
         self.backend.read(self.home.flats[name])
     }

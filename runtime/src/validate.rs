@@ -8,8 +8,14 @@ pub const MOMENTS: [&str; 2] = ["m", "v"];
 /// Gradients of batches before the last one of a step.
 pub const SUMS: &str = "sums";
 
+/// What each value's learning rate is of the step's.
+pub const LR_FACTORS: &str = "lr_factors";
+
+/// Averages of the values over the steps.
+pub const AVERAGES: &str = "averages";
+
 /// The optimizer's vectors.
-pub const FLAT: [&str; 6] = ["values", "gradients", "m", "v", "decay", SUMS];
+pub const FLAT: [&str; 8] = ["values", "gradients", "m", "v", "decay", LR_FACTORS, SUMS, AVERAGES];
 
 /// Every index within bounds, every buffer of the size of what it stands for.
 pub fn validate(manifest: &Manifest) -> Result<(), String> {

@@ -16,12 +16,16 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let mut wrong = vec![];
     for path in &arguments.specs {
         match spec::load(path, &arguments.set, super::color()) {
-            Ok(model) => super::print(&format!(
-                "{}: ok, {} of {} values train",
-                path.display(),
-                model.trainable_elements(),
-                model.params.iter().map(|p| p.elements()).sum::<u64>()
-            )),
+            Ok(model) => {
+                let rates = model.own_rates().into_iter().map(|(lr, values)| format!(", {values} of these at lr {lr}"));
+                super::print(&format!(
+                    "{}: ok, {} of {} values train{}",
+                    path.display(),
+                    model.trainable_elements(),
+                    model.params.iter().map(|p| p.elements()).sum::<u64>(),
+                    rates.collect::<String>()
+                ));
+            }
             Err(Failure::Spec(text)) => wrong.push(text),
             Err(other) => return Err(other),
         }

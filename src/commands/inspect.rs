@@ -57,8 +57,9 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Optimizer::Sgd { momentum: 0.0 } => "SGD without momentum",
         Optimizer::Sgd { .. } => "SGD's momentum",
     };
+    let averages = if model.train.average.is_some() { " and averages" } else { "" };
     super::print(&format!(
-        "optimizer: {:.1} MB ({moments}), gradients {:.1} MB",
+        "optimizer: {:.1} MB ({moments}{averages}), gradients {:.1} MB",
         mb(report.budget.optimizer_bytes as f64),
         mb(report.budget.gradient_bytes as f64)
     ));

@@ -126,6 +126,6 @@ pub fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// `inner` is `outer`, or lies in it.
-fn within(inner: &Path, outer: &Path) -> bool {
+pub fn within(inner: &Path, outer: &Path) -> bool {
     matches!((inner.canonicalize(), outer.canonicalize()), (Ok(inner), Ok(outer)) if inner.starts_with(&outer))
 }

@@ -66,7 +66,18 @@ impl Ready<'_> {
             Some(program) => program,
             None => self.compile(entries)?,
         };
-        Ok(program.only(entries))
+        let mut program = program.only(entries);
+        // What artifacts of before have not, and only some recipes want.
+        let mut young = entries.iter().filter(|entry| ["accumulate", "accumulated", "average"].contains(entry));
+        if let Some(entry) = young.find(|entry| !program.manifest.entries.contains_key(**entry)) {
+            let why = format!("it has no entry `{entry}`, which this recipe wants; compile the spec again");
+            return Err(RuntimeError::artifact(&self.source.path, why).into());
+        }
+        // A compiled program holds for every `train.lr`, and factors of it change with it.
+        for (tensor, param) in program.manifest.tensors.iter_mut().zip(&self.model.params) {
+            tensor.lr_factor = param.lr_factor(&self.model.train);
+        }
+        Ok(program)
     }
 
     #[cfg(feature = "compiler")]

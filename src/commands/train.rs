@@ -3,10 +3,10 @@ use std::time::Duration;
 
 use peft_runtime::{RuntimeError, Session};
 
-use super::overwrite::Overwrite;
+use super::overwrite::{self, Overwrite};
 use super::rows::Rows;
 use super::source::Source;
-use crate::adapters::{self, Base};
+use crate::adapters::{self, Adapter, Base};
 use crate::budget::Budget;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
@@ -31,6 +31,10 @@ pub struct Arguments {
     /// A Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
+    /// Trained values to begin with: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote. The run
+    /// begins at step 0, without moments; to go on with one there is `--resume`
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// A directory or a GGUF file with a tokenizer; the weights' own if not given
     #[arg(long)]
     tokenizer: Option<PathBuf>,
@@ -59,6 +63,13 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         Some(out) => out.clone(),
         None => PathBuf::from("runs").join(arguments.source.model()?.name),
     };
+    if let Some(adapter) = arguments.adapter.as_ref().filter(|adapter| overwrite::within(adapter, &out)) {
+        return Err(Failure::Usage(format!(
+            "{}: it holds {}, which the run begins with and would write over; name another `--out`",
+            out.display(),
+            adapter.display()
+        )));
+    }
     let state = match arguments.resume {
         true => Some(State::open(&out)?),
         false => {
@@ -90,6 +101,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         ));
         (train, dev) = (rest, Some(held));
     }
+    training::fits(&model.train, &train)?;
     drop(tokenizer);
     if dev.is_none() && model.train.patience.is_some() {
         let why =
@@ -97,16 +109,19 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         return Err(Failure::Usage(why.into()));
     }
 
-    let (loaded, _) = adapters::weights(&arguments.weights, model, None)?;
+    let (loaded, adapter) = adapters::weights(&arguments.weights, model, arguments.adapter.as_deref())?;
+    adapter.as_ref().map_or(Ok(()), Adapter::trains_on)?;
     let base = Base::of(model, &loaded);
     let total = training::total(&model.train, &train);
-    let identity = Identity::of(model, &base, &train, dev.as_ref(), total);
+    let identity = Identity::of(model, &base, &train, dev.as_ref(), total).begun_with(adapter.as_ref());
     if let Some(state) = &state {
         state.fallback.iter().for_each(|note| super::say(note));
         state.check(model, &identity)?.iter().for_each(|note| super::say(note));
         let judged = state.judged(&identity);
-        // Without an adapter or the last evaluation, the run ends once more with them.
-        let whole = out.join(adapters::ADAPTER).is_file() && (dev.is_none() || judged.step == Some(state.step));
+        // Without its last adapter or the last evaluation, the run ends once more with them: it may have been killed between
+        // the state and the adapter.
+        let whole = adapters::step_of(&out.join(adapters::ADAPTER)) == Some(state.step)
+            && (dev.is_none() || judged.step == Some(state.step));
         if whole && model.train.patience.is_some_and(|patience| judged.since >= patience) {
             super::print(&format!(
                 "{} is finished: {} evaluations in a row were no better than {}, and nothing was changed; \
@@ -128,9 +143,13 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         }
     }
     let sums: &[&str] = if ready.model.train.accumulate > 1 { &["accumulate", "accumulated"] } else { &[] };
-    let program = ready.program(&[&["init", "train", "update", "eval"], sums].concat())?;
+    let average: &[&str] = if ready.model.train.average.is_some() { &["average"] } else { &[] };
+    let program = ready.program(&[&["init", "train", "update", "eval"], sums, average].concat())?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
+    if let Some(adapter) = &adapter {
+        adapters::apply(&mut session, &adapter.values)?;
+    }
     if arguments.profile {
         session.profile = Some(Default::default());
     }

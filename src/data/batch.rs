@@ -2,6 +2,8 @@
 
 use std::borrow::Borrow;
 
+use peft_grammar::model::BatchSize;
+
 use super::{Dataset, Example, Examples, Goal};
 
 /// The inputs of a graph, by the names it has for them.
@@ -89,29 +91,64 @@ fn mix(counter: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// One epoch's batches, `size` sequences each; the last may have fewer. `nth` and `skip` are free,
-/// so that a resumed run goes straight to where it stopped.
+/// One epoch's batches; the last may be smaller than the others. `nth` and `skip` are free, so that a resumed run goes
+/// straight to where it stopped.
 pub struct Batches<'a> {
     examples: &'a Examples,
     indices: Vec<usize>,
-    size: usize,
+    /// Where each batch ends among the indices.
+    ends: Vec<usize>,
     next: usize,
 }
 
 impl<'a> Batches<'a> {
-    /// `size` must be at least 1.
+    /// Batches of `size` sequences, which must be at least 1.
     pub fn new(dataset: &'a Dataset, size: usize, order: Order) -> Self {
-        assert!(size > 0, "a batch holds a sequence at least");
-        Batches { examples: &dataset.examples, indices: order.indices(dataset.len()), size, next: 0 }
+        Batches::sized(dataset, BatchSize::Sequences(size as u64), order)
     }
+
+    pub fn sized(dataset: &'a Dataset, size: BatchSize, order: Order) -> Self {
+        let (examples, indices) = (&dataset.examples, order.indices(dataset.len()));
+        let ends = match size {
+            BatchSize::Sequences(size) => {
+                assert!(size > 0, "a batch holds a sequence at least");
+                let size = usize::try_from(size).unwrap_or(usize::MAX);
+                let begins = (0..indices.len()).step_by(size);
+                begins.map(|begin| begin.saturating_add(size).min(indices.len())).collect()
+            }
+            BatchSize::Tokens { tokens } => filled(indices.iter().map(|&i| examples.ids(i).len() as u64), tokens),
+        };
+        Batches { examples, indices, ends, next: 0 }
+    }
+
+    /// Those from number `first` on.
+    pub fn starting_at(self, first: usize) -> Self {
+        Batches { next: first, ..self }
+    }
+}
+
+/// Where batches end of which each takes the sequences that come next as long as they have at most `tokens` together. A
+/// sequence that has more is a batch of its own.
+fn filled(lengths: impl Iterator<Item = u64>, tokens: u64) -> Vec<usize> {
+    let (mut ends, mut held, mut count) = (vec![], 0, 0);
+    for length in lengths {
+        if held > 0 && held + length > tokens {
+            ends.push(count);
+            held = 0;
+        }
+        held += length;
+        count += 1;
+    }
+    ends.extend((count > 0).then_some(count));
+    ends
 }
 
 impl Iterator for Batches<'_> {
     type Item = Batch;
 
     fn next(&mut self) -> Option<Batch> {
-        let start = self.next.checked_mul(self.size).filter(|&s| s < self.indices.len())?;
-        let end = (start + self.size).min(self.indices.len());
+        let end = *self.ends.get(self.next)?;
+        let start = self.next.checked_sub(1).map_or(0, |before| self.ends[before]);
         self.next += 1;
         Some(Batch::pack(self.indices[start..end].iter().map(|&i| self.examples.get(i))))
     }
@@ -122,7 +159,7 @@ impl Iterator for Batches<'_> {
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = self.indices.len().div_ceil(self.size).saturating_sub(self.next);
+        let left = self.ends.len().saturating_sub(self.next);
         (left, Some(left))
     }
 }

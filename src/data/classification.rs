@@ -85,7 +85,7 @@ impl Maker for Classification<'_> {
         Ok(Draft { text, pair, class })
     }
 
-    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError> {
+    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
         if self.columns.pair.is_some() {
             return self.encode_pairs(drafts);
         }
@@ -96,7 +96,7 @@ impl Maker for Classification<'_> {
                 return Err(Fault::row(at, "the tokenizer makes no token of the sentence"));
             }
             let example = Example { types: vec![0; ids.len()], ids, goal: Goal::Class(draft.class) };
-            Ok(Placed { at, length: example.ids.len(), example })
+            Ok(vec![Placed { at, length: example.ids.len(), example }])
         };
         Ok(ids.into_iter().zip(drafts).map(one).collect())
     }
@@ -141,7 +141,7 @@ impl Classification<'_> {
         Err(format!("no label `{label}`{hint}; the task's labels are `{}`{indices}{header}", labels.join("`, `")))
     }
 
-    fn encode_pairs(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError> {
+    fn encode_pairs(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
         let pairs = drafts.iter().map(|(_, draft)| (draft.text.as_str(), draft.pair.as_deref().unwrap_or_default()));
         let encoded = self.tokenizer.encode_pairs(pairs.collect(), self.max_tokens)?;
         let one = |(pair, (at, draft)): (super::tokenizer::Pair, (At, Draft))| {
@@ -149,7 +149,7 @@ impl Classification<'_> {
                 return Err(Fault::row(at, format!("the tokenizer makes no token of the `{key}`")));
             }
             let example = Example { ids: pair.ids, types: pair.types, goal: Goal::Class(draft.class) };
-            Ok(Placed { at, length: pair.whole, example })
+            Ok(vec![Placed { at, length: pair.whole, example }])
         };
         Ok(encoded.into_iter().zip(drafts).map(one).collect())
     }
@@ -182,7 +182,7 @@ pub(super) fn listed(names: &[&str]) -> String {
 }
 
 /// The one column that has a usual name.
-fn usual_column<'n>(names: &[&'n str], usual: &[&str], key: &str) -> Result<&'n str, String> {
+pub(super) fn usual_column<'n>(names: &[&'n str], usual: &[&str], key: &str) -> Result<&'n str, String> {
     let is_usual = |name: &&&str| usual.iter().any(|usual| usual.eq_ignore_ascii_case(name));
     let found: Vec<&&str> = names.iter().filter(is_usual).collect();
     match found[..] {

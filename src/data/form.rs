@@ -8,6 +8,7 @@ use peft_grammar::model::Columns;
 use super::classification::{LABEL, TEXT, is_header, listed};
 use super::rows::{Cell, File, Format, Row, Rows};
 use super::{DataError, classification};
+use crate::hub::chat::Conversation;
 
 /// A form of data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,8 +18,12 @@ pub enum Form {
     Labelled { columns: Columns, labels: Vec<String> },
     /// WebNLG's records.
     Records,
+    /// Conversations. Where a row has columns of text in place of a list of messages, those, what the assistant says last.
+    Conversations(Vec<String>),
     /// Columns of text; what stands in the last one is to be written.
     Texts(Vec<String>),
+    /// Texts as they stand.
+    Plain,
 }
 
 /// More classes than these are a mistake about which column is what.
@@ -46,6 +51,9 @@ const WRITTEN: [&str; 9] =
 pub fn form(path: &Path) -> Result<Form, DataError> {
     let file = File::open(path)?;
     let at = |fault| DataError::at(path, fault);
+    if file.is_plain_text() {
+        return Ok(Form::Plain);
+    }
     let mut rows =
         Rows::of(&file, Format::Tsv, Some(classification::IMPLIED), |names| is_header(names, &[])).map_err(at)?;
     if rows.entries {
@@ -59,7 +67,14 @@ pub fn form(path: &Path) -> Result<Form, DataError> {
     let Some((columns, label)) = columns(&names) else {
         let texts = texts(&first);
         let written = texts.iter().position(|name| WRITTEN.iter().any(|w| w.eq_ignore_ascii_case(name)));
+        let conversation = Conversation::of(&first.json()).is_ok();
         let Some(written) = written else {
+            if conversation {
+                return Ok(Form::Conversations(vec![]));
+            }
+            if texts.len() == 1 && names.iter().any(|name| TEXT.contains(name)) {
+                return Ok(Form::Plain);
+            }
             let message = format!(
                 "which of its columns is what cannot be told by their names, {}; write the task yourself: `text` and \
                  `label` of a classification, or `template` and `target` of a generation",
@@ -70,7 +85,7 @@ pub fn form(path: &Path) -> Result<Form, DataError> {
         let mut texts = texts;
         let last = texts.remove(written);
         texts.push(last);
-        return Ok(Form::Texts(texts));
+        return Ok(if conversation { Form::Conversations(texts) } else { Form::Texts(texts) });
     };
     let (mut labels, mut seen) = (vec![], HashSet::new());
     let label = label.to_owned();

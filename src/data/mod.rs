@@ -6,10 +6,13 @@
 //! | --- | --- | --- |
 //! | generation | any columns, which the template names | [`template`] |
 //! | | WebNLG's JSON or XML: triples and their verbalisations | [`webnlg`] |
+//! | chat | conversations, in the usual forms | [`chat`] |
+//! | text | a text | [`text`] |
 //! | classification | a text or a pair of them, and a label | [`classification`] |
 
 mod batch;
 mod cache;
+mod chat;
 mod classification;
 mod error;
 mod examples;
@@ -17,6 +20,7 @@ mod form;
 mod items;
 mod rows;
 mod template;
+mod text;
 mod tokenizer;
 mod webnlg;
 
@@ -30,9 +34,10 @@ use rows::{At, Fault, File, Row, Rows};
 
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
+pub(crate) use error::did_you_mean;
 pub use examples::{Example, Examples, Goal};
 pub use form::{Form, form};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Spanned, Tokenizer};
 
 /// An example with its place in the file.
 struct Placed {
@@ -55,10 +60,16 @@ trait Maker {
     /// `at_top` says that the row is a file's first line, which might have been a header.
     fn draft(&self, row: &Row, at_top: bool) -> Result<Self::Draft, String>;
 
-    fn encode(&self, drafts: Vec<(At, Self::Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError>;
+    /// The examples of each row.
+    fn encode(&self, drafts: Vec<(At, Self::Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError>;
 
     /// What a file without a row lacks.
     fn empty(&self) -> &'static str;
+
+    /// What to know about the examples that it made, a line each.
+    fn notes(&self) -> Vec<String> {
+        vec![]
+    }
 }
 
 /// As many rows are tokenised at once.
@@ -90,6 +101,8 @@ pub struct Dataset {
     pub first_skipped: Option<String>,
     /// Where the first examples are, at most [`PLACES`].
     places: Vec<String>,
+    /// What to know about the examples, a line each.
+    notes: Vec<String>,
     /// It was tokenised before.
     #[serde(skip)]
     pub cached: bool,
@@ -151,6 +164,11 @@ impl Dataset {
         match &task.kind {
             TaskKind::Generation { template, target, each, .. } => {
                 reader.files(files, &template::Layout::new((template, target, each), tokenizer)?)?;
+            }
+            TaskKind::Chat => reader.files(files, &chat::Conversations::new(tokenizer)?)?,
+            TaskKind::Text { text, end } => {
+                let end = end.as_ref().and_then(|token| tokenizer.special(token));
+                reader.files(files, &text::Texts { column: text.as_deref(), end, max_tokens, tokenizer })?;
             }
             TaskKind::Classification { labels, columns } => {
                 reader.files(files, &classification::Classification { labels, columns, max_tokens, tokenizer })?;
@@ -223,6 +241,7 @@ impl Dataset {
         if self.cached {
             line += ", from the cache";
         }
+        self.notes.iter().for_each(|note| line += &format!("\nnote: {note}"));
         line
     }
 
@@ -260,11 +279,6 @@ impl Dataset {
     pub fn lengths(&self) -> &[u32] {
         &self.lengths
     }
-
-    /// Batches an epoch has; the last one may be smaller.
-    pub fn steps_per_epoch(&self, batch: usize) -> usize {
-        self.len().div_ceil(batch)
-    }
 }
 
 /// A data set in the making.
@@ -288,6 +302,7 @@ impl Reader {
             let examples = self.data.len() - before;
             self.data.sources.last_mut().expect("it was pushed above").examples = examples;
         }
+        self.data.notes = maker.notes();
         Ok(())
     }
 
@@ -334,7 +349,7 @@ impl Reader {
     ) -> Result<(), DataError> {
         for placed in maker.encode(drafts)? {
             match placed {
-                Ok(placed) => self.fit(path, placed, several),
+                Ok(placed) => placed.into_iter().for_each(|placed| self.fit(path, placed, several)),
                 Err(fault) => self.bad(path, fault)?,
             }
         }

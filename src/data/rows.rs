@@ -120,6 +120,13 @@ impl<'r> Cell<'r> {
         }
     }
 
+    pub fn json(self) -> serde_json::Value {
+        match self {
+            Cell::Text(text) => text.into(),
+            Cell::Value(value) => value.json(),
+        }
+    }
+
     /// What it is, for a message.
     pub fn kind(self) -> &'static str {
         match self {
@@ -156,6 +163,12 @@ impl Row<'_> {
             Cells::Texts(names, texts) => names.iter().position(|n| n == name).map(|i| Cell::Text(&texts[i])),
             Cells::Fields(fields) => find(fields, name).map(Cell::Value),
         }
+    }
+
+    /// Its columns as an object.
+    pub fn json(&self) -> serde_json::Map<String, serde_json::Value> {
+        let cell = |name: &&str| (name.to_string(), self.get(name).map_or(serde_json::Value::Null, Cell::json));
+        self.names().iter().map(cell).collect()
     }
 
     /// Its columns that hold a list of nothing but objects.

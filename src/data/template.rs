@@ -343,7 +343,7 @@ impl Maker for Layout<'_> {
         Ok(Draft { before, after })
     }
 
-    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Placed, Fault>>, DataError> {
+    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
         // Each text once: in triples, properties and subjects recur.
         let parts = drafts.iter().flat_map(|(_, draft)| draft.before.iter().chain(&draft.after));
         let mut texts: Vec<&str> = parts
@@ -362,7 +362,7 @@ impl Maker for Layout<'_> {
                 let message = "the tokenizer makes no token of what follows the target: there is nothing to learn";
                 return Err(Fault::row(at.clone(), message));
             }
-            Ok(Placed { at: at.clone(), length: example.ids.len(), example })
+            Ok(vec![Placed { at: at.clone(), length: example.ids.len(), example }])
         };
         Ok(drafts.iter().map(one).collect())
     }

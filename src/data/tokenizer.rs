@@ -1,6 +1,7 @@
 //! A tokenizer with a task's special tokens: those that it has keep their ids, others follow behind its own.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Task, TaskKind};
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
 
 use super::{DataError, MARKS};
-use crate::hub::tokenizer::{Behind, Opened, contained, open};
+use crate::hub::tokenizer::{Behind, DEFAULT, Opened, Templates, contained, open};
 
 pub struct Tokenizer {
     library: Library,
@@ -20,10 +21,18 @@ pub struct Tokenizer {
     rows: u64,
     /// The task's special tokens with their ids.
     special: Vec<(String, u64)>,
-    chat_template: Option<String>,
+    templates: Option<Templates>,
     /// Tokens of the tokenizer itself that its vocabulary does not have.
     behind: Vec<Behind>,
     notes: Vec<String>,
+}
+
+/// A text's ids, and the ranges of them that were asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spanned {
+    pub ids: Vec<i32>,
+    /// In order, apart from each other, none empty.
+    pub spans: Vec<Range<usize>>,
 }
 
 /// A pair of texts as the model sees it.
@@ -60,7 +69,7 @@ impl Tokenizer {
     /// Every token of the vocabulary and of the task has a row. One that was added behind the vocabulary, such as a
     /// padding token, may have none as long as no text holds it.
     pub fn load(path: &Path, task: &Task, rows: u64) -> Result<Self, DataError> {
-        let Opened { library, source, max_length, chat_template, mut notes, behind } = open(path)?;
+        let Opened { library, source, max_length, templates, mut notes, behind } = open(path)?;
         let length = |ids: &HashMap<String, u32>| ids.values().max().map_or(0, |&id| u64::from(id) + 1);
         let (words, own) = (length(&library.get_vocab(false)), length(&library.get_vocab(true)));
         let mut next = own..;
@@ -91,7 +100,7 @@ impl Tokenizer {
                 task.max_tokens
             ));
         }
-        let tokenizer = Tokenizer { library, source, own, rows, special, chat_template, behind, notes };
+        let tokenizer = Tokenizer { library, source, own, rows, special, templates, behind, notes };
         if let TaskKind::Classification { columns, .. } = &task.kind {
             tokenizer.check_marks()?;
             if columns.pair.is_some() {
@@ -195,6 +204,43 @@ impl Tokenizer {
         Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
     }
 
+    /// Ids of each text without marks, and which tokens the byte ranges of it are, computed in parallel. Ranges are in
+    /// order. A token belongs to a range if a part of it does, as transformers has it for `return_assistant_tokens_mask`;
+    /// of a character that is several tokens all belong, where transformers leaves out those behind the first if it is a
+    /// range's last. Blanks that the tokenizer leaves out of a token's offsets belong to the token.
+    pub fn encode_spans(&self, texts: &[(&str, &[Range<usize>])]) -> Result<Vec<Spanned>, DataError> {
+        let one = |(text, ranges): &(&str, &[Range<usize>])| {
+            let encoding = self.library.encode(*text, false).map_err(|e| e.to_string())?;
+            let ids = self.known(encoding.get_ids())?;
+            let mut spans: Vec<Range<usize>> = vec![];
+            let mut reached = 0;
+            let bounds: Vec<Range<usize>> = encoding
+                .get_offsets()
+                .iter()
+                .map(|&(start, end)| {
+                    let start = start.min(reached);
+                    reached = reached.max(end);
+                    start..end.max(start)
+                })
+                .collect();
+            for range in ranges.iter().filter(|range| !range.is_empty()) {
+                let inside = |token: &Range<usize>| token.start < range.end && range.start < token.end;
+                let Some(first) = bounds.iter().position(inside) else { continue };
+                let end = bounds.iter().rposition(inside).map_or(first, |last| last + 1);
+                match spans.last_mut() {
+                    Some(before) if before.end >= first => before.end = before.end.max(end),
+                    _ => spans.push(first..end),
+                }
+            }
+            Ok(Spanned { ids, spans })
+        };
+        let part = |texts: &[(&str, &[Range<usize>])]| {
+            contained(|| texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
+        };
+        let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(16).map(part).collect();
+        Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
+    }
+
     fn unusable(&self, message: &str) -> DataError {
         DataError::Tokenizer { path: self.source.clone(), message: message.into() }
     }
@@ -214,9 +260,19 @@ impl Tokenizer {
         (self.own + self.appended()) as usize
     }
 
-    /// The model's own Jinja template of conversations, where a GGUF file holds one.
+    /// The model's own Jinja template of conversations.
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.templates.as_ref()?.get(DEFAULT)
+    }
+
+    /// The model's Jinja templates of conversations, where it has any.
+    pub fn templates(&self) -> Option<&Templates> {
+        self.templates.as_ref()
+    }
+
+    /// The texts of the tokens that are found in a text before it is split: special ones, and others that were added.
+    pub fn added(&self) -> Vec<String> {
+        self.library.get_added_tokens_decoder().into_values().map(|token| token.content).collect()
     }
 
     /// Every token with its id, the task's included.
@@ -246,7 +302,7 @@ impl Tokenizer {
     pub fn fingerprint(&self) -> String {
         let mut hash = blake3::Hasher::new();
         hash.update(self.library.to_string(false).unwrap_or_default().as_bytes());
-        hash.update(format!("{:?}", (self.own, self.rows, &self.special, &self.chat_template)).as_bytes());
+        hash.update(format!("{:?}", (self.own, self.rows, &self.special, &self.templates)).as_bytes());
         hash.finalize().to_hex().to_string()
     }
 

@@ -1,5 +1,6 @@
-//! Other people's formats: Hugging Face checkpoints and tokenizers, GGUF files, PEFT's adapters.
+//! Other people's formats: Hugging Face checkpoints, tokenizers and chat templates, GGUF files, PEFT's adapters.
 
+pub mod chat;
 pub mod checkpoint;
 #[cfg(feature = "compiler")]
 pub mod model_folder;

@@ -6,6 +6,7 @@ mod files;
 mod gguf;
 mod models;
 mod settings;
+mod template;
 
 use std::path::{Path, PathBuf};
 
@@ -20,6 +21,7 @@ use crate::hub::checkpoint;
 
 pub use contained::contained;
 pub use files::{Behind, Opened, open};
+pub use template::{DEFAULT, Templates};
 
 /// The tokenizer that is named, or the weights' own. Random weights have none: then it is taken from beside the data or
 /// from Hugging Face's cache. Which one it is, is said.

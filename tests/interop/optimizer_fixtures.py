@@ -1,7 +1,9 @@
 """Writes optimizers.json: what trained values are after 20 steps of each optimizer.
 
 AdamW, Adam and SGD are PyTorch's, in float64, after torch.nn.utils.clip_grad_norm_; Lion is Algorithm 2 of Chen et al.
-(2023), written out. The first tensor decays, the second does not. Values and gradients are multiples of 1/256, which
+(2023), written out. The first tensor decays; the second does where all do. Of a case with `factors` each tensor is a group
+of its own, whose rate is its factor times that of the step; of one with `average` there are PyTorch's averages of the
+values as well. Values and gradients are multiples of 1/256, which
 float32 holds. Run it in the environment that venv.sh makes.
 """
 
@@ -9,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 SHAPES = {"a": (5, 7), "b": (9,)}
 STEPS = 20
@@ -23,6 +26,17 @@ CASES = [
     {"optimizer": "sgd", "momentum": 0.5, "weight_decay": 0.1, "clip": 0},
     {"optimizer": "lion"},
     {"optimizer": "lion", "weight_decay": 0.2, "betas": [0.95, 0.98]},
+    {"optimizer": "adamw", "weight_decay": 0.1, "decays": "all"},
+    {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1, "decays": "all"},
+    {"optimizer": "adamw", "average": 0.9},
+]
+
+# Learning rates by group.
+CASES_OF_GROUPS = [
+    ({"optimizer": "adamw", "weight_decay": 0.1}, [0.125, 2.0]),
+    ({"optimizer": "adam", "weight_decay": 0.05}, [1.0, 0.125]),
+    ({"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}, [2.0, 0.5]),
+    ({"optimizer": "lion", "weight_decay": 0.2}, [0.5, 2.0]),
 ]
 
 
@@ -51,20 +65,27 @@ def optimizer(case, groups):
             return Lion(groups, {"lr": 1, "betas": betas})
 
 
-def run(case, values, gradients):
+def run(case, values, gradients, factors=(1, 1)):
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in values.items()}
-    decays = {"a": case.get("weight_decay", 0), "b": 0}
+    decay = case.get("weight_decay", 0)
+    decays = {"a": decay, "b": decay if case.get("decays") == "all" else 0}
     groups = [{"params": [p], "weight_decay": decays[name]} for name, p in parameters.items()]
     steps = optimizer(case, groups)
+    model = torch.nn.ParameterDict(parameters)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(case.get("average", 0.5)))
     for rate, gradient in zip(RATES, gradients):
         for name, p in parameters.items():
             p.grad = gradient[name].clone()
         if case.get("clip", 1):
             torch.nn.utils.clip_grad_norm_(parameters.values(), case.get("clip", 1))
-        for group in steps.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(steps.param_groups, factors):
+            group["lr"] = factor * rate
         steps.step()
-    return flat({name: p.detach() for name, p in parameters.items()})
+        average.update_parameters(model)
+    found = {"values": flat({name: p.detach() for name, p in parameters.items()})}
+    if "average" in case:
+        found["averages"] = flat({name: average.module[name].detach() for name in parameters})
+    return found
 
 
 def flat(tensors):
@@ -85,7 +106,9 @@ def main():
     gradients = [drawn(generator, 0.5 if step % 3 else 0.1) for step in range(STEPS)]
     for gradient in gradients:
         gradient["a"][2, 3] = 0
-    cases = [{"train": case, "values": run(case, values, gradients)} for case in CASES]
+    cases = [{"train": case, **run(case, values, gradients)} for case in CASES]
+    for case, factors in CASES_OF_GROUPS:
+        cases.append({"train": case, "factors": factors, **run(case, values, gradients, factors)})
     lines = ",\n".join(json.dumps(case) for case in cases)
     given = {"rates": RATES, "values": flat(values), "gradients": [flat(gradient) for gradient in gradients]}
     given = "".join(f"{json.dumps(key)}: {json.dumps(numbers)},\n" for key, numbers in given.items())

@@ -1,11 +1,17 @@
-//! Steps of several batches beside steps of one with all their sequences.
+//! Steps of several batches beside steps of one with all their sequences, here and by PyTorch.
 
+use std::path::Path;
+
+use peft_passes::dialect::Dialect;
 use peft_passes::interpret::optimizer::accumulated;
+use peft_passes::pipeline::{self, Entry, Options};
+use peft_runtime::Session;
 use peftc::data::{Batch, Example, Goal};
-use peftc::training;
+use peftc::{adapters, training};
+use serde_json::Value;
 
 use crate::fixtures::{self, Fixture};
-use crate::parity::{fused, session};
+use crate::parity::{fused, programs, session};
 
 const TOLERANCE: f64 = 1e-6;
 
@@ -87,4 +93,53 @@ fn gradients_add_up_as_the_interpreter_has_them() {
     training::step_of_several(&mut alone, &recipe, batches, 0, 9).expect("a step");
     let want: Vec<f32> = accumulated(&gradients).into_iter().map(|x| x as f32).collect();
     close(&alone.flat("gradients").expect("read"), &want, "six batches");
+}
+
+/// Ten steps of LoRA by PEFT on one batch of sixteen, which `tests/interop/accumulation_fixtures.py` has taken, and the same
+/// in batches whose numbers of targets differ.
+#[test]
+fn ten_steps_as_pytorch_takes_them() {
+    let written: Value = serde_json::from_str(include_str!("../interop/accumulation.json")).expect("JSON");
+    let numbers = |value: &Value| -> Vec<f64> {
+        value.as_array().expect("a list").iter().map(|x| x.as_f64().expect("a number")).collect()
+    };
+    let recipe = written["train"].as_object().expect("settings");
+    let recipe: Vec<String> = recipe.iter().map(|(key, value)| format!("{key}: {value}")).collect();
+    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/cases/llama_lora");
+    let spec = std::fs::read_to_string(case.join("spec.peft")).expect("readable");
+    let spec = format!("{spec}\ntrain {{ schedule: constant {} }}\n", recipe.join(" "));
+    let model = peft_grammar::check("spec", &spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let examples: Vec<Example> = written["ids"]
+        .as_array()
+        .expect("sequences")
+        .iter()
+        .zip(numbers(&written["targets"]))
+        .map(|(ids, targets)| {
+            let ids: Vec<i32> = numbers(ids).iter().map(|&id| id as i32).collect();
+            let from = ids.len() - 1 - targets as usize;
+            let goal = Goal::after(from, ids.len());
+            Example { types: vec![0; ids.len()], ids, goal }
+        })
+        .collect();
+    let dialect = Dialect::new().expect("a dialect");
+    let compiled = pipeline::run(&dialect, &model, &[Entry::Train], &Options::default());
+    let lowered = compiled.unwrap_or_else(|e| panic!("{e}")).lowered.expect("the whole way");
+    let (loaded, adapter) =
+        adapters::weights(&case.join("base"), &model, Some(&case.join("adapter"))).unwrap_or_else(|e| panic!("{e}"));
+    let mut session = Session::new(programs(vec![lowered]).remove(0), loaded.tensors, 1).expect("a session");
+    for size in [16, 8, 5, 4, 1] {
+        adapters::apply(&mut session, &adapter.as_ref().expect("there").values).expect("written");
+        let zeros = vec![0.0; session.trainable()];
+        ["m", "v"].iter().for_each(|moment| session.set_flat(moment, &zeros).expect("written"));
+        let mut recipe = model.train.clone();
+        recipe.accumulate = 16_u64.div_ceil(size);
+        for (step, (loss, norm)) in (0..).zip(numbers(&written["losses"]).into_iter().zip(numbers(&written["norms"]))) {
+            let batches = examples.chunks(size as usize).map(Batch::pack).collect();
+            let found = training::step_of_several(&mut session, &recipe, batches, step, 10).expect("a step");
+            for (what, found, want) in [("loss", found.0, loss), ("norm", found.1, norm)] {
+                let gap = (found - want).abs() / want;
+                assert!(gap <= 1e-4, "batches of {size}: the {what} of step {step} is {found}, not {want}");
+            }
+        }
+    }
 }

@@ -117,7 +117,7 @@ fn text_is_split_as_the_file_says() {
     let texts: Vec<&str> = expected["lines"].as_array().expect("a list").iter().filter_map(Value::as_str).collect();
     for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2"] {
         let opened = tokenizer::open(&folder().join(format!("pre-{pre}.gguf"))).unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!(opened.chat_template.as_deref(), Some("{{ messages[0]['content'] }}"));
+        assert_eq!(opened.templates.as_ref().and_then(|t| t.get("default")), Some("{{ messages[0]['content'] }}"));
         for (text, wanted) in texts.iter().zip(expected[pre].as_array().expect("a list")) {
             let ids = |marks| opened.library.encode_fast(*text, marks).expect("ids").get_ids().to_vec();
             let wanted: Vec<u32> = serde_json::from_value(wanted.clone()).expect("ids");
@@ -277,6 +277,6 @@ fn smollm2_is_what_transformers_reads() {
         let wanted: Vec<u32> = serde_json::from_value(entry["ids"].clone()).expect("ids");
         assert_eq!(opened.library.encode_fast(text, true).expect("ids").get_ids(), wanted, "{text:?}");
     }
-    let template = opened.chat_template.expect("SmolLM2 has a template of conversations");
-    assert!(template.contains("<|im_start|>"), "{template}");
+    let templates = opened.templates.expect("SmolLM2 has a template of conversations");
+    assert!(templates.get("default").is_some_and(|template| template.contains("<|im_start|>")), "{templates:?}");
 }

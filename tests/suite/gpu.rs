@@ -13,12 +13,12 @@ use crate::cli::{Bench, Ran, text, tiny_bert};
 use crate::{fixtures, real};
 
 /// A folder with the driver, under the name by which it is found.
-struct Machine {
-    bench: Bench,
+pub struct Machine {
+    pub bench: Bench,
 }
 
 impl Machine {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let bench = Bench::new();
         let driver = std::env::current_exe().expect("a path").with_file_name("libcuda_sim.so");
         assert!(driver.is_file(), "{} is built with the tests", driver.display());
@@ -28,7 +28,7 @@ impl Machine {
         Machine { bench }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.bench.path(name)
     }
 
@@ -53,7 +53,7 @@ impl Machine {
     }
 
     /// An artifact of a tiny BERT for this GPU, and what training is given beside it.
-    fn trains(&self, target: &str) -> (PathBuf, Vec<String>) {
+    pub fn trains(&self, target: &str) -> (PathBuf, Vec<String>) {
         let (spec, weights) = tiny_bert(&self.bench, |_| {});
         let artifact = self.path("tiny.peftc");
         self.succeeds("", &["compile", text(&spec), "--target", target, "-o", text(&artifact)]);

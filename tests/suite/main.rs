@@ -8,6 +8,7 @@ mod gguf;
 mod gpu;
 mod halves;
 mod interop;
+mod kills;
 mod new;
 mod optimizers;
 mod pairs;

@@ -121,7 +121,7 @@ fn families_that_none_reads() {
     refused(Path::new("random"), &[], 2, &["random weights have no sizes"]);
     let bert = folder(&bench, "bert", FAMILIES[0].1);
     let records = bench.write("records.json", "{\"entries\": []}");
-    refused(&bert, &["--data", text(&records)], 2, &["records with texts, and `bert` classifies"]);
+    refused(&bert, &["--data", text(&records)], 2, &["texts to be written, and `bert` classifies"]);
     let empty = bench.write("rows.tsv", "no tab here\n");
     refused(&bert, &["--data", text(&empty)], 3, &["rows.tsv", "line 1", "no tab"]);
 }

@@ -4,9 +4,9 @@
 
 use std::collections::BTreeSet;
 
-use peft_grammar::model::{Optimizer, Recipe};
+use peft_grammar::model::{Decays, Optimizer, Recipe};
 use peft_passes::cuda::Chip;
-use peft_passes::interpret::optimizer::{Trained, accumulated, step};
+use peft_passes::interpret::optimizer::{Trained, accumulated, average, step};
 use peft_passes::lower::{self, lower};
 use peft_passes::machine::Machine;
 use peft_runtime::artifact::Tensor;
@@ -21,7 +21,10 @@ const TOLERANCE: f64 = 1e-6;
 struct Case {
     name: String,
     recipe: Recipe,
+    /// What each tensor's learning rate is of the step's.
+    factors: [Option<f64>; 2],
     want: Vec<f64>,
+    averages: Option<Vec<f64>>,
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
@@ -37,23 +40,27 @@ fn case(case: &Value) -> Case {
     let written: Vec<String> = settings.iter().map(|(key, value)| format!("{key}: {value}")).collect();
     let spec = format!("model = gpt2(layers: 1)\ntrain {{ {} }}\n", written.join("  "));
     let model = peft_grammar::check("spec", &spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"));
-    Case { name: written.join(", "), recipe: model.train, want: numbers(&case["values"]) }
+    let factors = [0, 1].map(|tensor| case["factors"][tensor].as_f64());
+    let name = format!("{}, factors {factors:?}", written.join(", "));
+    let averages = case.get("averages").map(numbers);
+    Case { name, recipe: model.train, factors, want: numbers(&case["values"]), averages }
 }
 
-/// The first decays, the second does not.
-fn tensors() -> Vec<Tensor> {
-    let tensor = |name: &str, shape: &[u64], decay| Tensor {
+/// A matrix, and a vector that decays where all do.
+fn tensors(decays: Decays, factors: [Option<f64>; 2]) -> Vec<Tensor> {
+    let tensor = |name: &str, shape: &[u64], lr_factor| Tensor {
         name: name.into(),
         shape: shape.to_vec(),
         trainable: Some((0, shape[0])),
-        decay,
+        decay: decays == Decays::All || shape.len() > 1,
+        lr_factor,
     };
-    vec![tensor("a", &[5, 7], true), tensor("b", &[9], false)]
+    vec![tensor("a", &[5, 7], factors[0]), tensor("b", &[9], factors[1])]
 }
 
-fn session(optimizer: Optimizer, machine: Machine, weights: Vec<Numbers>) -> Session {
+fn session(optimizer: Optimizer, machine: Machine, tensors: &[Tensor], weights: Vec<Numbers>) -> Session {
     let options = lower::Options { machine, optimizer, ..lower::Options::default() };
-    let lowered = lower(&[], &tensors(), options).expect("lowered");
+    let lowered = lower(&[], tensors, options).expect("lowered");
     let mut session = match machine {
         Machine::Cpu(_) => Session::new(programs(vec![lowered]).remove(0), weights, 1),
         Machine::Cuda(_) => {
@@ -66,8 +73,8 @@ fn session(optimizer: Optimizer, machine: Machine, weights: Vec<Numbers>) -> Ses
     session
 }
 
-fn close(found: &[f64], case: &Case, tolerance: f64, what: &str) {
-    for (i, (found, want)) in found.iter().zip(&case.want).enumerate() {
+fn close(found: &[f64], want: &[f64], case: &Case, tolerance: f64, what: &str) {
+    for (i, (found, want)) in found.iter().zip(want).enumerate() {
         let gap = (found - want).abs() / want.abs().max(0.1);
         assert!(gap <= tolerance, "{what}, {}: value {i} is {found}, not {want}", case.name);
     }
@@ -83,34 +90,57 @@ fn twenty_steps() {
         let recipe = &case.recipe;
         words.insert(recipe.optimizer.word());
         let mut trained: Vec<Trained> = values.iter().map(|&value| Trained { value, ..Trained::default() }).collect();
-        trained[..35].iter_mut().for_each(|trained| trained.decays = true);
+        let tensors = tensors(recipe.decays, case.factors);
+        for (part, tensor) in [0..35, 35..44].into_iter().zip(&tensors) {
+            let factor = tensor.lr_factor.unwrap_or(1.0);
+            trained[part].iter_mut().for_each(|t| (t.decays, t.lr_factor) = (tensor.decay, factor));
+        }
+        let mut averages = vec![0.0; 44];
         let norms: Vec<f64> = (0..)
             .zip(&rates)
             .zip(&gradients)
-            .map(|((at, &lr), gradients)| step(recipe, lr, at, &mut trained, gradients))
+            .map(|((at, &lr), gradients)| {
+                let norm = step(recipe, lr, at, &mut trained, gradients);
+                average(recipe, at, &mut averages, &trained);
+                norm
+            })
             .collect();
         assert!(norms.iter().any(|norm| *norm < 1.0) && norms.iter().any(|norm| *norm > 1.0), "{norms:?}");
-        close(&trained.iter().map(|t| t.value).collect::<Vec<_>>(), &case, 1e-12, "the interpreter");
+        close(&trained.iter().map(|t| t.value).collect::<Vec<_>>(), &case.want, &case, 1e-12, "the interpreter");
+        if let Some(want) = &case.averages {
+            close(&averages, want, &case, 1e-12, "averages of the interpreter");
+        }
 
         for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
             let weights = [&values[..35], &values[35..]].map(|part| Numbers::from(&narrow(part)[..]));
-            let mut session = session(recipe.optimizer, machine, weights.into());
-            assert_eq!(session.optimized()[1..], *recipe.optimizer.moments());
+            let mut session = session(recipe.optimizer, machine, &tensors, weights.into());
+            let moments = recipe.optimizer.moments();
+            assert_eq!(session.optimized(), [&["values"], moments, &["averages"]].concat());
             for (at, gradients) in gradients.iter().enumerate() {
                 session.set_flat("gradients", &narrow(gradients)).expect("written");
                 let floats = [("hyper".to_string(), recipe.hyper(rates[at], at as u64))].into();
                 session.run("update", &Inputs { floats, ..Inputs::default() }).expect("a run");
                 let norm = f64::from(session.output("grad_norm").expect("an output").1[0]);
                 assert!((norm - norms[at]).abs() <= TOLERANCE * norms[at], "step {at}: {norm}, not {}", norms[at]);
+                if let Some(shares) = recipe.average_shares(at as u64) {
+                    let floats = [("average_shares".to_string(), narrow(&shares))].into();
+                    let inputs = Inputs { floats, ..Inputs::default() };
+                    session.run("average", &inputs).expect("a run");
+                }
             }
             let found: Vec<f64> = session.flat("values").expect("read").iter().map(|&x| f64::from(x)).collect();
-            close(&found, &case, TOLERANCE, &machine.to_string());
+            close(&found, &case.want, &case, TOLERANCE, &machine.to_string());
+            if let Some(want) = &case.averages {
+                let found = session.flat("averages").expect("read");
+                let found: Vec<f64> = found.iter().map(|&x| f64::from(x)).collect();
+                close(&found, want, &case, TOLERANCE, &format!("averages on {machine}"));
+            }
             for (moment, of) in recipe.optimizer.moments().iter().zip([|t: &Trained| t.m, |t: &Trained| t.v]) {
                 let found = session.flat(moment).expect("read");
                 for (found, want) in found.iter().zip(trained.iter().map(of)) {
                     let gap = (f64::from(*found) - want).abs();
                     assert!(
-                        gap <= 2e-6 * want.abs().max(1e-2),
+                        gap <= 2e-6 * want.abs().max(0.1),
                         "{machine}, {}: {moment} {found}, not {want}",
                         case.name
                     );
@@ -130,7 +160,7 @@ fn sums_of_gradients() {
     let want = accumulated(&parts);
     let zeros = || [35, 9].map(|length| Numbers::from(&vec![0.0; length][..])).into();
     for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
-        let mut session = session(Optimizer::AdamW, machine, zeros());
+        let mut session = session(Optimizer::AdamW, machine, &tensors(Decays::Matrices, [None; 2]), zeros());
         // What an earlier step left is gone.
         session.set_flat("sums", &[1e9; 44]).expect("written");
         let shares = [("accumulate", [0.0, 0.01]), ("accumulate", [1.0, 0.05]), ("accumulated", [0.94, 1.0])];

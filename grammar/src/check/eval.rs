@@ -63,6 +63,11 @@ impl<'a> Checker<'a> {
                 other => self.misuse(other, "`not` wants `true` or `false`", inner.span),
             },
             ExprKind::Binary { op, left, right } => self.binary(frame, *op, left, right, expr.span),
+            ExprKind::Measured { unit, .. } => {
+                let error = Diagnostic::error(unit.span, format!("this is no number of {}", unit.text));
+                self.report(error.hint("a batch is measured so: `batch: 4096 tokens`"));
+                Val::Unknown
+            }
         }
     }
 

@@ -158,7 +158,7 @@ impl<'a> Checker<'a> {
             StmtKind::Train(pattern) => match frame.body {
                 Body::Method(method) if method.kind.text == "model" => {
                     let (pattern, method) = (pattern.clone(), method.name.text.clone());
-                    self.globs.push(Glob { pattern, method, used: frame.owner.used });
+                    self.globs.push(Glob { pattern, method, used: frame.owner.used, rates: frame.owner.rates.clone() });
                 }
                 _ => {
                     let error = Diagnostic::error(span, "`train` names tensors of the whole model");
@@ -279,6 +279,7 @@ impl<'a> Checker<'a> {
                 self.report(Diagnostic::error(weight.shape_span, title).related(first, "declared here"));
             }
             frame.set(&weight.name.text, value);
+            self.shared_rate(&name, &frame.owner.rates, weight);
             return;
         }
         if let Some(&Declared { name: first, .. }) = self.declared.get(&name) {
@@ -299,13 +300,18 @@ impl<'a> Checker<'a> {
             Origin::Head if self.plan.head => Trainable::All,
             _ => self.plan.rows_of(&name, &shape, &mut self.errors),
         };
-        let decay = shape.len() >= 2 && !name.ends_with(".bias");
+        let decay = self.decays.applies(&name, shape.len());
         let location = self.sources.location(span);
         let value = self.enter(&name, &shape, &trainable, &location);
         if shared {
             self.shared.insert(name.clone(), (weight.shape_span, shape.clone(), Val::Tensor(value)));
         }
-        self.params.push(Param { name, shape, init, trainable, origin, decay });
+        let lr = match &origin {
+            _ if trainable == Trainable::No => None,
+            Origin::Head => self.rate_of(&self.plan.head_rates.clone(), None),
+            _ => self.rate_of(&frame.owner.rates, Some(&weight.name.text)),
+        };
+        self.params.push(Param { name, shape, init, trainable, origin, decay, lr });
         frame.set(&weight.name.text, Val::Tensor(value));
     }
 

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::expand::Frame;
+use super::rates::two_rates;
 use super::value::Val;
 use super::{Checker, Glob, Purpose, Said};
 use crate::ast::*;
@@ -30,6 +31,7 @@ impl<'a> Checker<'a> {
         }
         if self.errors.is_empty() {
             self.every_weight_counts();
+            self.every_rate_counts();
             self.stored_is_known_without_a_batch();
         }
         if !self.errors.is_empty() {
@@ -175,8 +177,9 @@ impl<'a> Checker<'a> {
 
     /// `train "…"`: backbone tensors by name.
     fn train_by_name(&mut self) {
-        for Glob { pattern, method, used } in std::mem::take(&mut self.globs) {
+        for Glob { pattern, method, used, rates } in std::mem::take(&mut self.globs) {
             let (mut any, mut new) = (false, false);
+            let lr = self.rate_of(&rates, None);
             for param in self.params.iter_mut().filter(|p| p.origin == Origin::Backbone) {
                 if pattern::fits(&pattern.text, &param.name) {
                     any = true;
@@ -184,6 +187,12 @@ impl<'a> Checker<'a> {
                         let rows = self.plan.rows.iter().find(|r| r.tensor.text == param.name);
                         let title = format!("all of `{}` trains already, by `{method}`", param.name);
                         self.errors.extend(rows.map(|r| Diagnostic::error(r.span, title).hint("leave this out")));
+                    }
+                    if param.trainable == Trainable::No {
+                        param.lr = lr;
+                    } else if param.lr != lr {
+                        let error = two_rates(used.unwrap_or(pattern.span), &param.name, param.lr, lr);
+                        self.errors.push(error.hint("let one rule train it, or give both the same `lr`"));
                     }
                     new |= param.trainable != Trainable::All;
                     param.trainable = Trainable::All;

@@ -48,6 +48,19 @@ pub(super) fn named_weight<'a>(body: &'a [Stmt], name: &str) -> Option<&'a str> 
     found
 }
 
+/// The names of the weights that a body declares.
+pub(super) fn weights(body: &[Stmt]) -> Vec<&str> {
+    let mut found = Vec::new();
+    walk(body, &mut |s| {
+        if let StmtKind::Weight(weight) = &s.kind
+            && !found.contains(&&*weight.name.text)
+        {
+            found.push(&*weight.name.text);
+        }
+    });
+    found
+}
+
 /// Kinds of the sites in a backbone's body.
 pub(super) fn site_kinds(body: &[Stmt]) -> Vec<&str> {
     let mut kinds = Vec::new();
@@ -104,7 +117,7 @@ fn statement(kind: &StmtKind, name: &str) -> bool {
         }
         StmtKind::Tune(TuneRule::Rows { start, end, tensor, .. }) => e(start) || e(end) || t(tensor),
         StmtKind::Tune(TuneRule::Model(apply)) => args(&apply.args, name),
-        StmtKind::Tune(TuneRule::Head(_)) => false,
+        StmtKind::Tune(TuneRule::Head { .. }) => false,
         StmtKind::Tune(TuneRule::Train(pattern)) => t(pattern),
         StmtKind::Assign { value, nested, .. } => e(value) || nested.as_ref().is_some_and(|n| e(&n.of)),
     }
@@ -131,6 +144,7 @@ pub(super) fn expr(of: &Expr, name: &str) -> bool {
             e(base) || subscripts.iter().any(subscript)
         }
         ExprKind::Negate(x) | ExprKind::Not(x) => e(x),
+        ExprKind::Measured { number, .. } => e(number),
         ExprKind::Binary { left, right, .. } => e(left) || e(right),
     }
 }

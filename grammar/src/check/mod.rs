@@ -14,6 +14,7 @@ mod expand;
 mod finish;
 mod mentions;
 mod projection;
+mod rates;
 mod settings;
 mod site;
 mod taken;
@@ -27,13 +28,14 @@ use crate::ast::*;
 use crate::diagnostic::{Diagnostic, Diagnostics};
 use crate::graph::{Graph, Role, Type, Value};
 use crate::model::{Applied, Model, Origin, Param, Projection};
-use crate::recipe::Recipe;
+use crate::recipe::{Decays, Recipe};
 use crate::source::{Sources, Span};
 
 pub use definitions::Resolver;
 use definitions::{Definitions, Files};
 use expand::Frame;
 use mentions::{assigned, site_kinds};
+use rates::{OwnRate, Rates};
 use site::Site;
 use tune::Plan;
 use value::Val;
@@ -75,6 +77,8 @@ struct Checker<'a> {
     purpose: Purpose,
     classes: u64,
     smoothing: f64,
+    /// What weight decay applies to.
+    decays: Decays,
     /// Dropouts so far: each has a random stream of its own.
     streams: u32,
     /// Expressions being computed, each inside the one before.
@@ -91,6 +95,8 @@ struct Checker<'a> {
     kinds: Vec<(String, u64)>,
     /// Tensors that train by name.
     globs: Vec<Glob>,
+    /// What the tune block says of learning rates.
+    rates: Vec<OwnRate<'a>>,
     applied: Vec<Applied>,
     projections: Vec<Projection>,
     stored: Vec<Stored>,
@@ -121,6 +127,7 @@ struct Glob {
     pattern: Text,
     method: String,
     used: Option<Span>,
+    rates: Rates,
 }
 
 /// `store … as "…"` of a method.
@@ -202,6 +209,7 @@ impl<'a> Checker<'a> {
             purpose: Purpose::Generation,
             classes: 2,
             smoothing: 0.0,
+            decays: Decays::default(),
             streams: 0,
             steps: 0,
             depth: 0,
@@ -211,6 +219,7 @@ impl<'a> Checker<'a> {
             site_kinds: Vec::new(),
             kinds: Vec::new(),
             globs: Vec::new(),
+            rates: Vec::new(),
             applied: Vec::new(),
             projections: Vec::new(),
             stored: Vec::new(),
@@ -251,6 +260,7 @@ impl<'a> Checker<'a> {
         let task = self.task(task.map(|t| t.0), model);
         let recipe = self.recipe(train.map(|t| t.0));
         self.smoothing = recipe.as_ref().map_or(0.0, |r| r.label_smoothing);
+        self.decays = recipe.as_ref().map_or_else(Decays::default, |r| r.decays);
 
         let what = format!("backbone `{}`", backbone.name.text);
         let built = || Call { span: model.span, label: String::new() };

@@ -8,11 +8,15 @@ use super::value::Val;
 use super::{Call, Checker, Purpose, Said};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Columns, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind, item_name};
+use crate::model::{
+    BatchSize, Columns, Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind, item_name,
+};
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::FileId;
 
 const GENERATION: &[&str] = &["kind", "max_tokens", "special", "each", "template", "target"];
+const CHAT: &[&str] = &["kind", "max_tokens"];
+const TEXT: &[&str] = &["kind", "max_tokens", "text", "end"];
 const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
 const RECIPE: &[&str] = &[
     "lr",
@@ -38,6 +42,8 @@ const RECIPE: &[&str] = &[
     "patience",
     "accumulate",
     "hold_out",
+    "decays",
+    "average",
 ];
 
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
@@ -172,7 +178,7 @@ impl<'a> Checker<'a> {
 
     fn task_of(&mut self, block: &'a Settings, given: &Entries<'a>, model: &ModelDef) -> Option<Task> {
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
-        let kind = self.word(given, "kind", &["generation", "classification"]);
+        let kind = self.word(given, "kind", &TaskKind::WORDS);
         let purpose = match kind {
             None if kind_entry.is_some() => return None,
             Some("classification") => Purpose::Classification,
@@ -185,12 +191,18 @@ impl<'a> Checker<'a> {
                 Purpose::Classification => ("generation", "classification"),
             };
             let span = kind_entry.map_or(block.name.span, |e| e.value.span);
+            let asked = kind.unwrap_or(asked);
             let title = format!("`{}` is made for {made}, and this task is {asked}", model.backbone.text);
             self.report(Diagnostic::error(span, title).related(model.span, "the model"));
             return None;
         }
         let what = format!("task `{}`", block.name.text);
-        let known = if purpose == Purpose::Generation { GENERATION } else { CLASSIFICATION };
+        let known = match (kind, purpose) {
+            (Some("chat"), _) => CHAT,
+            (Some("text"), _) => TEXT,
+            (_, Purpose::Generation) => GENERATION,
+            (_, Purpose::Classification) => CLASSIFICATION,
+        };
         let entries = self.entries(block, &what, known);
         let max_tokens = self.count(&entries, "max_tokens", 1);
         self.max_tokens = max_tokens.map(|number| {
@@ -200,9 +212,11 @@ impl<'a> Checker<'a> {
             Said { number, span: if library { block.name.span } else { span } }
         });
         let max_tokens = max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-        let kind = match purpose {
-            Purpose::Generation => self.generation(block, &entries),
-            Purpose::Classification => self.classification(block, &entries),
+        let kind = match (kind, purpose) {
+            (Some("chat"), _) => Some(TaskKind::Chat),
+            (Some("text"), _) => Some(self.texts_as_they_stand(&entries)),
+            (_, Purpose::Generation) => self.generation(block, &entries),
+            (_, Purpose::Classification) => self.classification(block, &entries),
         };
         Some(Task { name: block.name.text.clone(), max_tokens, kind: kind? })
     }
@@ -255,6 +269,17 @@ impl<'a> Checker<'a> {
         names
     }
 
+    fn texts_as_they_stand(&mut self, entries: &Entries<'a>) -> TaskKind {
+        let [text, end] = ["text", "end"].map(|key| self.text(entries, key));
+        for (key, value) in [("text", &text), ("end", &end)] {
+            if let Some(value) = value.as_ref().filter(|value| value.text.trim().is_empty()) {
+                let what = if key == "text" { "column" } else { "token" };
+                self.report(Diagnostic::error(value.span, format!("`{key}` names no {what}")));
+            }
+        }
+        TaskKind::Text { text: text.map(|text| text.text), end: end.map(|end| end.text) }
+    }
+
     fn classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
         if !entries.contains_key("labels") {
             self.missing(&block.name, "labels", "[\"negative\", \"positive\"]");
@@ -303,12 +328,13 @@ impl<'a> Checker<'a> {
             betas: self.betas(&entries, optimizer.betas()),
             eps: self.setting(&entries, "eps", EPS, "above 0", |x| x > 0.0),
             weight_decay: self.setting(&entries, "weight_decay", 0.0, "0 or more", |x| x >= 0.0),
+            decays: self.decays(&entries),
             clip: self.setting(&entries, "clip", 1.0, "0 (no clipping) or more", |x| x >= 0.0),
             label_smoothing: self.setting(&entries, "label_smoothing", 0.0, "at least 0 and below 1", share),
             schedule: self.schedule(&entries),
             lr_end: self.setting(&entries, "lr_end", 0.0, "0 or more", |x| x >= 0.0),
             warmup: self.phase(&entries, "warmup", Phase::Steps(0), "500 steps: `500`; six percent: `0.06`"),
-            batch: self.count(&entries, "batch", 1).unwrap_or(16),
+            batch: self.batch(&entries),
             accumulate: self.count(&entries, "accumulate", 1).unwrap_or(1),
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
@@ -321,6 +347,9 @@ impl<'a> Checker<'a> {
             evaluate: self.every(&entries, "evaluate", false),
             patience: self.count(&entries, "patience", 1),
             hold_out: self.count(&entries, "hold_out", 0).unwrap_or(0),
+            average: entries
+                .contains_key("average")
+                .then(|| self.setting(&entries, "average", 0.0, "above 0 and below 1", |x| x > 0.0 && x < 1.0)),
         };
         if let Some(&value) = entries.get("lr_end") {
             if recipe.schedule == Schedule::Constant {
@@ -371,6 +400,30 @@ impl<'a> Checker<'a> {
         let choice = format!("`optimizer: {}`", optimizer.word());
         unread.iter().for_each(|key| self.unread(entries, key, &choice));
         optimizer
+    }
+
+    fn batch(&mut self, entries: &Entries<'a>) -> BatchSize {
+        let measured = match entries.get("batch").map(|value| &value.kind) {
+            Some(ExprKind::Measured { number, .. }) => Some(Entries::from([("batch", &**number)])),
+            _ => None,
+        };
+        let number = self.count(measured.as_ref().unwrap_or(entries), "batch", 1);
+        match (number, measured) {
+            (Some(tokens), Some(_)) => BatchSize::Tokens { tokens },
+            (number, _) => BatchSize::Sequences(number.unwrap_or(16)),
+        }
+    }
+
+    fn decays(&mut self, entries: &Entries<'a>) -> Decays {
+        if let (Some(value), None) = (entries.get("decays"), entries.get("weight_decay")) {
+            let error =
+                Diagnostic::error(value.span, "`decays` says what `weight_decay` applies to, and there is none");
+            self.report(error.hint("such as `weight_decay: 0.01`"));
+        }
+        match self.word(entries, "decays", &Decays::WORDS) {
+            Some("all") => Decays::All,
+            _ => Decays::Matrices,
+        }
     }
 
     fn schedule(&mut self, entries: &Entries<'a>) -> Schedule {

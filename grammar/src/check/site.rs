@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::expand::{Body, Frame};
 use super::mentions::{assigned, assignment};
 use super::projection::Projecting;
+use super::rates::Rates;
 use super::tune::any_rule;
 use super::value::Val;
 use super::{Call, Checker};
@@ -25,8 +26,9 @@ const SIDES: &[&str] = &["x", "y", "W", "b"];
 pub(super) struct Owner {
     pub path: String,
     pub origin: Option<Origin>,
-    /// Where the spec applies the method.
+    /// Where the spec applies the method, and at which rates it trains.
     pub used: Option<Span>,
+    pub rates: Rates,
 }
 
 /// A method as the spec applies it.
@@ -38,6 +40,7 @@ pub(super) struct Use<'a> {
     pub span: Span,
     /// The mixture that applies it, and where the spec applies that.
     pub mixture: Option<(&'a str, Span)>,
+    pub rates: Rates,
 }
 
 impl Use<'_> {
@@ -110,7 +113,12 @@ impl<'a> Instance<'a> {
     fn new(applied: Use<'a>, site: &str, names: Vec<&'a str>) -> Self {
         let name = &applied.method.name.text;
         let path = if site.is_empty() { format!("{name}.") } else { format!("{site}.{name}.") };
-        let owner = Owner { path, origin: Some(Origin::Method(name.clone())), used: Some(applied.asked()) };
+        let owner = Owner {
+            path,
+            origin: Some(Origin::Method(name.clone())),
+            used: Some(applied.asked()),
+            rates: applied.rates.clone(),
+        };
         let locals = applied.args.clone();
         Instance { applied, owner, names, locals, begun: false, fired: HashSet::new() }
     }

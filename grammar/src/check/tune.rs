@@ -2,6 +2,7 @@
 
 use super::expand::{Body, Frame};
 use super::mentions::mentions;
+use super::rates::Rates;
 use super::site::Use;
 use super::{Call, Checker, Glob};
 use crate::ast::*;
@@ -15,13 +16,14 @@ pub(super) struct Plan<'a> {
     /// Methods on the whole model.
     pub model: Vec<Use<'a>>,
     pub rows: Vec<Rows>,
-    /// The task head trains.
+    /// The task head trains, at which rate.
     pub head: bool,
+    pub head_rates: Rates,
 }
 
 impl Default for Plan<'_> {
     fn default() -> Self {
-        Plan { rules: Vec::new(), model: Vec::new(), rows: Vec::new(), head: true }
+        Plan { rules: Vec::new(), model: Vec::new(), rows: Vec::new(), head: true, head_rates: 0..0 }
     }
 }
 
@@ -85,7 +87,12 @@ impl<'a> Checker<'a> {
                     let mut inside = Frame::with(applied.args.clone());
                     inside.body = Body::Method(applied.method);
                     self.calls.push(Call::applied(&apply.method.text, apply.span));
+                    let others = plan.rules.len();
                     self.mixture(&mut inside, &applied.method.body, apply, &mut plan);
+                    // The methods of a mixture train at its rates.
+                    plan.rules[others..].iter_mut().flat_map(|rule| &mut rule.uses).for_each(|mixed| {
+                        mixed.rates = applied.rates.clone();
+                    });
                     self.calls.pop();
                     plan.model.push(applied);
                 }
@@ -99,14 +106,28 @@ impl<'a> Checker<'a> {
                     }
                 }
                 TuneRule::Train(pattern) => {
-                    self.globs.push(Glob { pattern: pattern.clone(), method: "train".to_owned(), used: None });
+                    self.globs.push(Glob {
+                        pattern: pattern.clone(),
+                        method: "train".to_owned(),
+                        used: None,
+                        rates: 0..0,
+                    });
                 }
-                TuneRule::Head(what) => {
+                TuneRule::Head { what, rates } => {
                     if let Some(first) = head {
                         let error = Diagnostic::error(what.span, "the head is spoken of twice");
                         self.report(error.related(first, "first here"));
                     }
                     head = Some(what.span);
+                    plan.head_rates = self.rates(frame, rates, None);
+                    if let Some(weight) = rates.iter().find_map(|rate| rate.weight.as_ref()) {
+                        let error = Diagnostic::error(weight.span, "a head's weights have one rate");
+                        self.report(error.hint("write `lr: …` without `of`"));
+                    }
+                    if let ("frozen", Some(rate)) = (&*what.text, rates.first()) {
+                        let error = Diagnostic::error(rate.span, "a frozen head has no learning rate");
+                        self.report(error.hint("leave it out, or write `head trainable`"));
+                    }
                     match &*what.text {
                         "trainable" => plan.head = true,
                         "frozen" => plan.head = false,
@@ -243,8 +264,16 @@ impl<'a> Checker<'a> {
         let args = self.bind(&what, &method.params, &apply.args, frame, apply.span, false);
         self.calls.pop();
         let args = args?;
+        if let (Some(_), Some(rate)) = (mixture, apply.rates.first()) {
+            let error = Diagnostic::error(rate.span, "a method does not say at which rate another trains");
+            self.report(error.hint("a spec does, in its `tune` block"));
+        }
+        let rates = match mixture {
+            Some(_) => 0..0,
+            None => self.rates(frame, &apply.rates, Some(method)),
+        };
         let mixture = mixture.map(|m| (&*m.method.text, m.span));
-        Some(Use { method, args, targets: &apply.targets, span: apply.span, mixture })
+        Some(Use { method, args, targets: &apply.targets, span: apply.span, mixture, rates })
     }
 }
 

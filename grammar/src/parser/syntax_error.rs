@@ -83,6 +83,10 @@ fn hint(text: &str, at: usize, found: &str) -> Option<String> {
     if in_settings && next.starts_with('=') {
         return Some(format!("a setting is written `{found}: …`"));
     }
+    let outermost = open_brackets(text, at).first().map_or("", |&open| text[..open].trim_end());
+    if next.starts_with(':') && outermost.rsplit(char::is_whitespace).next() == Some("tune") {
+        return Some("a method's block holds learning rates: `lr: …`, or of one weight `lr of B: …`".into());
+    }
     if !in_settings && next.starts_with(':') && open.is_some() {
         return Some(format!("a variable is set with `{found} = …`"));
     }
@@ -141,6 +145,8 @@ fn describe(rule: Rule) -> Option<&'static str> {
         Rule::kw_in => "`in`",
         Rule::kw_as => "`as`",
         Rule::kw_of => "`of`",
+        Rule::rates => "`{ lr: … }`",
+        Rule::rate | Rule::kw_lr => "`lr: …`",
         Rule::kw_every | Rule::every => "`every KIND`",
         Rule::module_path => "a module such as `backbones.gpt2`",
         _ => return None,

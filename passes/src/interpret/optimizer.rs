@@ -3,13 +3,21 @@
 use peft_grammar::model::{Optimizer, Recipe};
 
 /// A trained value with what the optimizer keeps of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Trained {
     pub value: f64,
     pub m: f64,
     pub v: f64,
     /// Weight decay applies.
     pub decays: bool,
+    /// Its learning rate is this times the step's.
+    pub lr_factor: f64,
+}
+
+impl Default for Trained {
+    fn default() -> Self {
+        Trained { value: 0.0, m: 0.0, v: 0.0, decays: false, lr_factor: 1.0 }
+    }
 }
 
 /// One step, number `step` (from 0), at the rate `lr`. Gives the gradient's norm before clipping.
@@ -17,7 +25,7 @@ pub fn step(recipe: &Recipe, lr: f64, step: u64, trained: &mut [Trained], gradie
     let norm = gradients.iter().map(|g| g * g).sum::<f64>().sqrt();
     let factor = if recipe.clip > 0.0 { (recipe.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
     for (trained, gradient) in trained.iter_mut().zip(gradients) {
-        one(recipe, lr, step, trained, factor * gradient);
+        one(recipe, trained.lr_factor * lr, step, trained, factor * gradient);
     }
     norm
 }
@@ -28,6 +36,22 @@ pub fn accumulated(parts: &[(usize, Vec<f64>)]) -> Vec<f64> {
     let share = |&count: &usize| count as f64 / targets as f64;
     let values = parts.first().map_or(0, |(_, gradient)| gradient.len());
     (0..values).map(|i| parts.iter().map(|(targets, gradient)| share(targets) * gradient[i]).sum()).collect()
+}
+
+/// The average a of values p after step `step` (from 0), with d what it keeps of itself:
+///
+/// ```text
+/// a ← p                  after the first step
+/// a ← d a + (1 − d) p    after every other one
+/// ```
+///
+/// An exponential average of the iterates (Polyak & Juditsky, 1992; Tarvainen & Valpola, 2017, equation 1), which begins as
+/// PyTorch's `AveragedModel` with `get_ema_multi_avg_fn(d)` does. Nothing, where the recipe asks for none.
+pub fn average(recipe: &Recipe, step: u64, averages: &mut [f64], trained: &[Trained]) {
+    let Some([of_average, of_value]) = recipe.average_shares(step) else { return };
+    for (average, trained) in averages.iter_mut().zip(trained) {
+        *average = of_average * *average + of_value * trained.value;
+    }
 }
 
 /// With g the clipped gradient, p the value, λ the weight decay, η the rate, t = step + 1:

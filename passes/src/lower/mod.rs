@@ -81,7 +81,8 @@ impl Default for Options {
 }
 
 /// Lowers `entries` together, so that they share kernels and prepared weights; the optimizer's step
-/// joins them as `update` if anything trains, and sums of gradients as `accumulate` and `accumulated`. `tensors` are the model's, by name.
+/// joins them as `update` if anything trains, sums of gradients as `accumulate` and `accumulated`, and the average of the
+/// values as `average`. `tensors` are the model's, by name.
 pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -> Result<Lowered, String> {
     let Options { machine, precision, optimizer, epilogues, limits } = options;
     let mut target = Target {
@@ -107,9 +108,11 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
         lowered.insert(name.to_string(), entry);
     }
     if tensors.iter().any(|t| t.trainable.is_some()) {
-        lowered.insert("update".into(), optimizer::update(&mut target));
+        let own_rates = tensors.iter().any(|t| t.lr_factor.is_some());
+        lowered.insert("update".into(), optimizer::update(&mut target, own_rates));
         let sums = optimizer::accumulation(&mut target);
         lowered.extend(sums.map(|(name, entry)| (name.to_string(), entry)));
+        lowered.insert("average".into(), optimizer::average(&mut target));
     }
     target.gather_from_panels(&mut lowered);
     let entries = lowered.values_mut().flat_map(|entry| &mut entry.launches);

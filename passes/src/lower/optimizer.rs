@@ -11,17 +11,30 @@ use crate::machine::Machine;
 /// Partial sums that a GPU's warp reads at once.
 const AHEAD: u64 = 8;
 
-/// A sweep's name.
-fn name(optimizer: Optimizer) -> &'static str {
-    match optimizer {
-        Optimizer::Sgd { .. } if !optimizer.moments().is_empty() => "sgd_momentum",
-        _ => optimizer.word(),
+/// What a sweep is made for.
+#[derive(Clone, Copy)]
+struct Sweep {
+    optimizer: Optimizer,
+    /// Some values have learning rates of their own.
+    own_rates: bool,
+}
+
+/// What the name of a sweep with [`Sweep::own_rates`] ends with.
+const OWN_RATES: &str = "_own_rates";
+
+impl Sweep {
+    fn name(self) -> String {
+        let name = match self.optimizer {
+            Optimizer::Sgd { .. } if !self.optimizer.moments().is_empty() => "sgd_momentum",
+            optimizer => optimizer.word(),
+        };
+        format!("{name}{}", if self.own_rates { OWN_RATES } else { "" })
     }
 }
 
 /// By a sweep's name, the buffers that it reads and writes anew.
 pub fn anew(name: &str) -> Option<&'static [usize]> {
-    match name {
+    match name.strip_suffix(OWN_RATES).unwrap_or(name) {
         "adamw" | "adam" => Some(&[0, 2, 3]),
         "sgd_momentum" | "lion" => Some(&[0, 2]),
         "sgd" | "add_weighted" => Some(&[0]),
@@ -29,13 +42,16 @@ pub fn anew(name: &str) -> Option<&'static [usize]> {
     }
 }
 
-/// One step; gives `grad_norm`, the norm before clipping.
-pub fn update(target: &mut Target) -> Entry {
+/// One step; gives `grad_norm`, the norm before clipping. With `own_rates` each value's rate is its factor times that of
+/// the step.
+pub fn update(target: &mut Target, own_rates: bool) -> Entry {
     let optimizer = target.optimizer;
+    let sweep = Sweep { optimizer, own_rates };
     let mut flat = |name: &str| {
         target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
     };
     let names = ["values", "gradients"].iter().chain(optimizer.moments()).chain(&["decay"]);
+    let names = names.chain(own_rates.then_some(&"lr_factors"));
     let mut swept: Vec<BufferId> = names.map(|name| flat(name)).collect();
     let gradients = swept[1];
     let count = Extent::Const(optimizer.hyper().len() as u64);
@@ -53,11 +69,11 @@ pub fn update(target: &mut Target) -> Entry {
     };
     let squares = target.kernel("sum_of_squares", sum_of_squares);
     let root = target.kernel("root_of_sum", root_of_sum);
-    let sweep = target.kernel(name(optimizer), |machine| sweep(machine, optimizer));
+    let kernel = target.kernel(&sweep.name(), |machine| sweep.code(machine));
     let launches = vec![
         launch(squares, vec![gradients, partial], vec![Extent::Values], blocks.clone(), "norm"),
         launch(root, vec![partial, norm], vec![blocks.clone()], Extent::Const(target.machine.team()), "norm"),
-        launch(sweep, swept, vec![Extent::Values], blocks, optimizer.word()),
+        launch(kernel, swept, vec![Extent::Values], blocks, optimizer.word()),
     ];
     Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
 }
@@ -70,19 +86,30 @@ pub fn update(target: &mut Target) -> Entry {
 /// accumulated   gradients ← shares[0] gradients + shares[1] sums
 /// ```
 pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
+    [("accumulate", ["sums", "gradients"]), ("accumulated", ["gradients", "sums"])]
+        .map(|(name, vectors)| (name, weighted(target, vectors, "shares", "accumulate")))
+}
+
+/// The average of the values, which follows `update`; `average_shares` says what each vector counts.
+///
+/// ```text
+/// average    averages ← average_shares[0] averages + average_shares[1] values
+/// ```
+pub fn average(target: &mut Target) -> Entry {
+    weighted(target, ["averages", "values"], "average_shares", "average")
+}
+
+/// Two flat vectors x and y: x becomes what the two numbers of the input `shares` make of both.
+fn weighted(target: &mut Target, [x, y]: [&str; 2], shares: &str, op: &str) -> Entry {
     let mut flat = |name: &str| {
         target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
     };
-    let [sums, gradients] = ["sums", "gradients"].map(&mut flat);
-    let shares = target.bind("shares", Element::F32, vec![Extent::Const(2)], Storage::Input("shares".into()));
+    let [x, y] = [x, y].map(&mut flat);
+    let shares = target.bind(shares, Element::F32, vec![Extent::Const(2)], Storage::Input(shares.into()));
     let units = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
     let kernel = target.kernel("add_weighted", add_weighted);
-    let entry = |to, from| {
-        let (buffers, extents) = (vec![to, from, shares], vec![Extent::Values]);
-        let launch = Launch { kernel, buffers, extents, units: units.clone(), op: "accumulate".into() };
-        Entry { launches: vec![launch], outputs: vec![] }
-    };
-    [("accumulate", entry(sums, gradients)), ("accumulated", entry(gradients, sums))]
+    let (buffers, extents) = (vec![x, y, shares], vec![Extent::Values]);
+    Entry { launches: vec![Launch { kernel, buffers, extents, units, op: op.into() }], outputs: vec![] }
 }
 
 /// x ← shares[0] x + shares[1] y
@@ -152,62 +179,75 @@ fn root_of_sum(machine: Machine) -> Code {
     })
 }
 
-fn sweep(machine: Machine, optimizer: Optimizer) -> Code {
-    let moments = optimizer.moments().len();
-    let elements = vec![Element::F32; 5 + moments];
-    define(machine, &elements, 1, |k, buffers, sizes| {
-        let ([p, g], [count]) = (first(buffers), first(sizes));
-        let [decay, hyper, norm] = first(&buffers[2 + moments..]);
-        let moments = &buffers[2..2 + moments];
-        let told: Vec<Val> = (0..optimizer.hyper().len() as u64)
-            .map(|i| {
-                let i = k.index(i);
-                k.load(hyper, i)
-            })
-            .collect();
-        let clip = Told { optimizer, told: told.clone() }.get(Hyper::Clip);
-        let zero = k.index(0);
-        let norm = k.load(norm, zero);
-        // min(1, clip / (norm + 1e-6)); no clipping at 0.
-        let (small, one, none) = (k.float(1e-6, F32), k.float(1.0, F32), k.float(0.0, F32));
-        let norm = k.add(norm, small);
-        let factor = k.div(clip, norm);
-        let factor = k.min(factor, one);
-        let clips = k.compare(clip, Order::Gt, none);
-        let factor = k.select(clips, factor, one);
-        let factor = k.splat(factor);
-        let told = Told { optimizer, told: told.into_iter().map(|x| k.splat(x)).collect() };
-        k.units(|k, unit| {
-            k.each_of_stretch(unit, count, |k, at, mask| {
-                let x = k.load_lanes(g, at, mask);
-                let x = k.mul(x, factor);
-                let lanes = Lanes { told: &told, moments, p, decay, at, mask };
-                let value = match optimizer {
-                    Optimizer::AdamW => {
-                        let step = lanes.adam(k, x);
-                        let value = lanes.shrunk(k);
-                        lanes.descend(k, value, step)
-                    }
-                    Optimizer::Adam => {
-                        let (value, x) = lanes.regularised(k, x);
-                        let step = lanes.adam(k, x);
-                        lanes.descend(k, value, step)
-                    }
-                    Optimizer::Sgd { .. } => {
-                        let (value, x) = lanes.regularised(k, x);
-                        let step = lanes.momentum(k, x);
-                        lanes.descend(k, value, step)
-                    }
-                    Optimizer::Lion => {
-                        let step = lanes.lion(k, x);
-                        let value = lanes.shrunk(k);
-                        lanes.descend(k, value, step)
-                    }
-                };
-                k.store_lanes(value, p, at, mask);
+impl Sweep {
+    fn code(self, machine: Machine) -> Code {
+        let Sweep { optimizer, own_rates } = self;
+        let moments = optimizer.moments().len();
+        let elements = vec![Element::F32; 5 + moments + usize::from(own_rates)];
+        define(machine, &elements, 1, |k, buffers, sizes| {
+            let ([p, g], [count]) = (first(buffers), first(sizes));
+            let decay = buffers[2 + moments];
+            let lr_factors = own_rates.then(|| buffers[3 + moments]);
+            let [hyper, norm] = first(&buffers[buffers.len() - 2..]);
+            let moments = &buffers[2..2 + moments];
+            let told: Vec<Val> = (0..optimizer.hyper().len() as u64)
+                .map(|i| {
+                    let i = k.index(i);
+                    k.load(hyper, i)
+                })
+                .collect();
+            let clip = Told { optimizer, told: told.clone() }.get(Hyper::Clip);
+            let zero = k.index(0);
+            let norm = k.load(norm, zero);
+            // min(1, clip / (norm + 1e-6)); no clipping at 0.
+            let (small, one, none) = (k.float(1e-6, F32), k.float(1.0, F32), k.float(0.0, F32));
+            let norm = k.add(norm, small);
+            let factor = k.div(clip, norm);
+            let factor = k.min(factor, one);
+            let clips = k.compare(clip, Order::Gt, none);
+            let factor = k.select(clips, factor, one);
+            let factor = k.splat(factor);
+            let told = Told { optimizer, told: told.into_iter().map(|x| k.splat(x)).collect() };
+            k.units(|k, unit| {
+                k.each_of_stretch(unit, count, |k, at, mask| {
+                    let x = k.load_lanes(g, at, mask);
+                    let x = k.mul(x, factor);
+                    let lr = told.get(Hyper::Lr);
+                    let lr = match lr_factors {
+                        Some(factors) => {
+                            let factors = k.load_lanes(factors, at, mask);
+                            k.mul(lr, factors)
+                        }
+                        None => lr,
+                    };
+                    let lanes = Lanes { told: &told, lr, moments, p, decay, at, mask };
+                    let value = match optimizer {
+                        Optimizer::AdamW => {
+                            let step = lanes.adam(k, x);
+                            let value = lanes.shrunk(k);
+                            lanes.descend(k, value, step)
+                        }
+                        Optimizer::Adam => {
+                            let (value, x) = lanes.regularised(k, x);
+                            let step = lanes.adam(k, x);
+                            lanes.descend(k, value, step)
+                        }
+                        Optimizer::Sgd { .. } => {
+                            let (value, x) = lanes.regularised(k, x);
+                            let step = lanes.momentum(k, x);
+                            lanes.descend(k, value, step)
+                        }
+                        Optimizer::Lion => {
+                            let step = lanes.lion(k, x);
+                            let value = lanes.shrunk(k);
+                            lanes.descend(k, value, step)
+                        }
+                    };
+                    k.store_lanes(value, p, at, mask);
+                });
             });
-        });
-    })
+        })
+    }
 }
 
 /// What the input `hyper` holds.
@@ -226,6 +266,8 @@ impl Told {
 /// Neighbouring values of the flat vectors.
 struct Lanes<'a> {
     told: &'a Told,
+    /// η
+    lr: Val,
     moments: &'a [Buf],
     p: Buf,
     decay: Buf,
@@ -260,14 +302,14 @@ impl Lanes<'_> {
     fn shrunk(&self, k: &mut Kernel) -> Val {
         let (value, decay) = self.value(k);
         let one = k.floats(1.0);
-        let shrink = k.mul(self.told.get(Hyper::Lr), decay);
+        let shrink = k.mul(self.lr, decay);
         let shrink = k.sub(one, shrink);
         k.mul(value, shrink)
     }
 
     /// p − η step
     fn descend(&self, k: &mut Kernel, value: Val, step: Val) -> Val {
-        let step = k.mul(self.told.get(Hyper::Lr), step);
+        let step = k.mul(self.lr, step);
         k.sub(value, step)
     }
 

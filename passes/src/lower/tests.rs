@@ -126,6 +126,7 @@ fn tensors(graph: &Graph) -> Vec<Tensor> {
         shape: ty.shape.iter().map(|d| d.constant().unwrap_or(0)).collect(),
         trainable: None,
         decay: false,
+        lr_factor: None,
     };
     weights.map(tensor).collect()
 }

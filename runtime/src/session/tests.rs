@@ -52,6 +52,7 @@ fn manifest() -> Manifest {
         shape: shape.to_vec(),
         trainable,
         decay,
+        lr_factor: None,
     };
     let (mut buffers, f32, i32) = (vec![], Element::F32, Element::I32);
     let mut buffer = |element, shape: Vec<Extent>, storage| {
@@ -367,7 +368,7 @@ fn weights_are_not_there_in_both_forms() {
     let manifest = Manifest {
         kernels: manifest().kernels,
         tensors: (0..COUNT)
-            .map(|i| Tensor { name: i.to_string(), shape: vec![1000], trainable: None, decay: false })
+            .map(|i| Tensor { name: i.to_string(), shape: vec![1000], trainable: None, decay: false, lr_factor: None })
             .collect(),
         buffers: tensors.chain((0..COUNT).map(|_| buffer(Storage::Prepared))).collect(),
         prepare: (0..COUNT).map(packs).collect(),

@@ -8,8 +8,8 @@ fn manifest() -> Manifest {
         arch: std::env::consts::ARCH.into(),
         kernels: vec!["copy".into()],
         tensors: vec![
-            Tensor { name: "a".into(), shape: vec![2], trainable: None, decay: false },
-            Tensor { name: "b".into(), shape: vec![2, 1], trainable: Some((0, 2)), decay: true },
+            Tensor { name: "a".into(), shape: vec![2], trainable: None, decay: false, lr_factor: None },
+            Tensor { name: "b".into(), shape: vec![2, 1], trainable: Some((0, 2)), decay: true, lr_factor: None },
         ],
         buffers: vec![
             buffer(Storage::Tensor { index: 0, rows: None }),

@@ -7,7 +7,7 @@ use crate::adapter::{self, Stored, TensorFile};
 
 fn param(name: &str, shape: &[u64], origin: Origin) -> Param {
     let init = Init::Normal { std: 1.0 };
-    Param { name: name.into(), shape: shape.to_vec(), init, trainable: Trainable::No, origin, decay: false }
+    Param { name: name.into(), shape: shape.to_vec(), init, trainable: Trainable::No, origin, decay: false, lr: None }
 }
 
 fn params() -> Vec<Param> {

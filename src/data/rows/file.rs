@@ -24,6 +24,8 @@ pub struct File {
     pub path: PathBuf,
     pub bytes: Vec<u8>,
     pub format: Format,
+    /// The ending of its name, without that of what compresses it.
+    ending: String,
 }
 
 /// Files that are not read, by their first bytes: what they are, and the mend.
@@ -83,7 +85,12 @@ impl File {
             bytes.drain(..3);
         }
         let format = format(&bytes, &ending);
-        Ok(File { path: path.to_owned(), bytes, format })
+        Ok(File { path: path.to_owned(), bytes, format, ending })
+    }
+
+    /// Its name says that it is text without rows, or nothing says what it is.
+    pub fn is_plain_text(&self) -> bool {
+        self.format == Format::Unknown || self.ending == "txt"
     }
 
     /// Its content as text.

@@ -137,6 +137,67 @@ fn what_is_unpacked_has_a_bound() {
     insta::assert_snapshot!(message, @"`a.tsv.gz`, compressed by gzip, cannot be unpacked: its COUNT bytes unpack to more than 64 MB, which no text does; unpack it yourself if it is what you expect");
 }
 
+/// The case's tokenizer with a chat template: every message is `Ann likes` or `tea`, its content, and `[SEP]`.
+fn talk(case: &Case) {
+    let template = "{% for m in messages %}{{ 'Ann ' if m.role == 'user' else 'tea ' }}{{ m.content }} [SEP] {% endfor %}\
+                    {% if add_generation_prompt %}{{ 'tea ' }}{% endif %}";
+    let config = serde_json::json!({"chat_template": template});
+    std::fs::write(case.dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn conversations() {
+    let rows = r#"{"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad bad"}, {"role": "user", "content": "likes"}, {"role": "assistant", "content": "good"}]}
+{"instruction": "good", "input": "", "output": "bad"}"#;
+    let task = Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Chat };
+    let case = Case::named("a.jsonl", rows);
+    insta::assert_snapshot!(case.error(&task), @"`tokenizer.json`: the tokenizer has no chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), so it does not say how a conversation is written: name the folder of one that has, such as the model's own instruction-tuned variant, with `--tokenizer`, or give the spec's task a `template`");
+    talk(&case);
+    let data = case.load(&task).unwrap();
+    let example = |ids: &[i32], ranges: &[std::ops::Range<usize>]| Example {
+        ids: ids.to_vec(),
+        types: vec![0; ids.len()],
+        goal: Goal::Tokens(ranges.to_vec()),
+    };
+    let ann = 6;
+    let first = example(&[ann, 3, 2, 5, 4, 4, 2, ann, 7, 2, 5, 3, 2], &[4..7, 11..13]);
+    assert_eq!(data.examples, [first, example(&[ann, 3, 2, 5, 4, 2], &[4..6])]);
+    // Both turns of a packed batch are learned, each token by the one before it.
+    let batch = crate::data::Batch::pack(data.examples.iter());
+    assert_eq!(batch.targets, [3, 4, 5, 10, 11, 16, 17]);
+    assert_eq!(batch.labels, [4, 4, 2, 3, 2, 4, 2]);
+    // A cut takes the last turn, and a conversation without an answer is dropped.
+    let data = case.load(&Task { max_tokens: 8, ..task.clone() }).unwrap();
+    assert_eq!((data.examples.get(0).goal, data.cut), (Goal::Tokens(vec![4..7]), 1));
+    let skip = Reading { skip_bad: true, cache: None };
+    let case = Case::named("a.jsonl", format!("{rows}\n{{\"messages\": []}}\n{{\"text\": 1}}"));
+    talk(&case);
+    assert_eq!(case.read(&["a.jsonl"], &task, &skip).unwrap().skipped, 2);
+}
+
+#[test]
+fn texts_as_they_stand() {
+    let task = |max_tokens, end: Option<&str>| {
+        let kind = TaskKind::Text { text: None, end: end.map(str::to_owned) };
+        Task { name: "t".into(), max_tokens, kind }
+    };
+    let texts = |name: &str, content: &str, task: &Task| {
+        let data = Case::named(name, content).load(task).unwrap();
+        data.examples.iter().map(|e| (e.ids.clone(), e.goal)).collect::<Vec<_>>()
+    };
+    let all = |ids: &[i32]| (ids.to_vec(), Goal::after(0, ids.len()));
+    let five = "good bad\ntea Ann likes";
+    // A file of text is one text; in pieces, each token but the first is a target once.
+    assert_eq!(texts("a.txt", five, &task(64, None)), [all(&[3, 4, 5, 6, 7])]);
+    assert_eq!(texts("a.txt", five, &task(3, None)), [all(&[3, 4, 5]), all(&[5, 6, 7])]);
+    assert_eq!(texts("a.txt", five, &task(4, Some("[SEP]"))), [all(&[3, 4, 5, 6]), all(&[6, 7, 2])]);
+    assert_eq!(texts("a.txt.gz", "tea", &task(4, Some("<end>"))), [all(&[5, 8])]);
+    let rows = "{\"text\": \"good tea\"}\n{\"text\": \"Ann\", \"id\": 1}\n";
+    assert_eq!(texts("a.jsonl", rows, &task(4, Some("[SEP]"))), [all(&[3, 5, 2]), all(&[6, 2])]);
+    let message = Case::named("a.jsonl", rows).error(&task(4, None));
+    insta::assert_snapshot!(message, @"`a.jsonl`, line 2: the text has a single token, and there is none to predict");
+}
+
 /// Files that are refused, with the words in which they are.
 #[test]
 fn bad_files() {

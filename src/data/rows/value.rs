@@ -39,6 +39,19 @@ impl Value {
         }
     }
 
+    /// It as the JSON that it was read from.
+    pub fn json(&self) -> serde_json::Value {
+        use serde_json::Value as Json;
+        match self {
+            Value::Null => Json::Null,
+            Value::Bool(value) => Json::Bool(*value),
+            Value::Number(number) => serde_json::from_str(number).unwrap_or(Json::Null),
+            Value::Text(text) => Json::String(text.clone()),
+            Value::List(items) => Json::Array(items.iter().map(Value::json).collect()),
+            Value::Object(fields) => Json::Object(fields.iter().map(|(name, v)| (name.clone(), v.json())).collect()),
+        }
+    }
+
     /// The value at a path of fields and list indices, `text.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
         match self {

@@ -71,8 +71,8 @@ pub fn export(model: &Model, values: &Tensors, base: &Tensors) -> Result<Adapter
     let before = if modules.is_empty() { BASE_OF_TABLES } else { BASE };
     carried(model, (values, base), &modules, before, &mut adapter)?;
     let task = match model.task.kind {
-        TaskKind::Generation { .. } => "CAUSAL_LM",
         TaskKind::Classification { .. } => "SEQ_CLS",
+        TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => "CAUSAL_LM",
     };
     adapter.config.insert("task_type".into(), json!(task));
     adapter.config.insert("inference_mode".into(), json!(true));
@@ -315,10 +315,8 @@ pub fn notes(model: &Model) -> Vec<String> {
     // What a counterpart asks of the model, its reader does as well.
     let settled = |key: &String| model.applied.iter().any(|a| a.known.contains_key(key));
     let mut notes: Vec<String> = model.backbone.beyond.iter().filter(|(key, _)| !settled(key)).map(beyond).collect();
-    if let TaskKind::Generation { special, .. } = &model.task.kind
-        && !special.is_empty()
-    {
-        let tokens = list(&special.iter().map(String::as_str).collect::<Vec<_>>());
+    if !model.task.special().is_empty() {
+        let tokens = list(&model.task.special().iter().map(String::as_str).collect::<Vec<_>>());
         let trained = |p: &&Param| p.origin == Origin::Backbone && p.shape.len() == 2 && p.trainable != Trainable::No;
         notes.push(match model.params.iter().find(trained) {
             None => format!(

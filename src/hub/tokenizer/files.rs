@@ -14,6 +14,7 @@ use super::classes::{self, Class, Form};
 use super::contained::contained;
 use super::gguf::{self, Contained};
 use super::settings::{Declared, Settings, entries, refused, unfast};
+use super::template::Templates;
 use crate::data::DataError;
 
 /// Arrays and objects inside each other beyond which a file is refused: the library reads them by recursion.
@@ -26,8 +27,8 @@ pub struct Opened {
     pub source: PathBuf,
     /// `model_max_length`
     pub max_length: Option<u64>,
-    /// A Jinja template of conversations, of a GGUF file that has one; that of a folder is not read.
-    pub chat_template: Option<String>,
+    /// Jinja templates of conversations, if there are any.
+    pub templates: Option<Templates>,
     /// Settings that are understood and not followed, as lines for the person.
     pub notes: Vec<String>,
     /// Tokens that the vocabulary does not have, in the order of their ids.
@@ -72,9 +73,9 @@ const FOREIGN: [(&str, &str); 6] = [
 /// tokenizer inside.
 pub fn open(path: &Path) -> Result<Opened, DataError> {
     if is_gguf(path) {
-        let Contained { json, chat_template } = gguf::read(path)?;
+        let Contained { json, templates } = gguf::read(path)?;
         let opened = build((json, path.to_owned(), Settings::none(path)))?;
-        return Ok(Opened { chat_template, ..opened });
+        return Ok(Opened { templates, ..opened });
     }
     build(describe(path)?)
 }
@@ -112,7 +113,12 @@ fn build((mut json, source, settings): Description) -> Result<Opened, DataError>
         );
         return Err(malformed(&source, message));
     }
-    Ok(Opened { library, source, max_length: settings.max_length(), chat_template: None, notes, behind })
+    let templates = match &settings.folder {
+        Some(folder) => Templates::of_folder(folder, &settings)?,
+        None => None,
+    };
+    let templates = templates.map(|found| Templates { tokens: settings.variables(), ..found });
+    Ok(Opened { library, source, max_length: settings.max_length(), templates, notes, behind })
 }
 
 /// A tokenizer in the form of `tokenizer.json`, the file that it is from, and the settings beside it.
@@ -364,7 +370,7 @@ pub fn there(path: &Path) -> bool {
 }
 
 /// A file's text, without a byte order mark.
-fn text(path: &Path) -> Result<String, DataError> {
+pub fn text(path: &Path) -> Result<String, DataError> {
     outside::text(path).map_err(|error| unusable(path, error))
 }
 

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::classes::QWEN2_SPLIT;
 use super::files::malformed;
+use super::template::Templates;
 use crate::data::DataError;
 use crate::hub::checkpoint::gguf::TOKENS;
 
@@ -79,8 +80,8 @@ const PRES: &[Pre] = &[
 pub struct Contained {
     /// As `tokenizer.json`.
     pub json: Map<String, Value>,
-    /// A Jinja template of conversations, `tokenizer.chat_template`.
-    pub chat_template: Option<String>,
+    /// Jinja templates of conversations, if it holds any.
+    pub templates: Option<Templates>,
 }
 
 /// Reads the tokenizer of the GGUF file at `path`: byte-level BPE whose way of splitting text is known here. Others are
@@ -91,7 +92,8 @@ pub fn read(path: &Path) -> Result<Contained, DataError> {
         other => malformed(path, other),
     })?;
     let json = describe(&file).map_err(|why| malformed(path, why))?;
-    Ok(Contained { json, chat_template: file.text("tokenizer.chat_template").map(str::to_owned) })
+    let templates = Templates::of_gguf(&file, path, &file.texts(TOKENS).unwrap_or_default());
+    Ok(Contained { json, templates })
 }
 
 /// How a tokenizer that is not read is given otherwise.

@@ -88,6 +88,8 @@ impl Declared {
 pub struct Settings {
     /// `tokenizer_config.json`, where it is or would be.
     pub path: PathBuf,
+    /// The folder that they are of, unless a file stands alone.
+    pub folder: Option<PathBuf>,
     pub declared: Declared,
     /// The keys of `tokenizer_config.json`; those of `special_tokens_map.json` too, where transformers reads it.
     keys: Map<String, Value>,
@@ -144,13 +146,13 @@ impl Settings {
         let named = [&keys, &config].into_iter().find_map(|keys| keys.get("tokenizer_class")?.as_str());
         let named = named.map(str::to_owned);
         let declared = Declared::of(named.as_deref(), config.get("model_type").and_then(Value::as_str));
-        Ok(Settings { path, declared, keys, added, source, named })
+        Ok(Settings { path, folder: Some(folder.to_owned()), declared, keys, added, source, named })
     }
 
     /// Nothing stands beside the file at `path`.
     pub fn none(path: &Path) -> Self {
         let (path, declared) = (path.to_owned(), Declared::Nothing);
-        Settings { path, declared, keys: Map::new(), added: vec![], source: "", named: None }
+        Settings { path, folder: None, declared, keys: Map::new(), added: vec![], source: "", named: None }
     }
 
     /// A key that is true or false; `null` is as if it were absent.
@@ -160,6 +162,26 @@ impl Settings {
             Some(Value::Bool(flag)) => Ok(Some(*flag)),
             Some(other) => Err(refused(&self.path, format!("`{key}` is {other}, and should be true or false"))),
         }
+    }
+
+    /// A key's value, as the file has it.
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.keys.get(key)
+    }
+
+    /// The special tokens that have names, with their texts, as a template of conversations is given them.
+    pub fn variables(&self) -> Vec<(String, String)> {
+        let class = self.declared.class();
+        let usual = NAMED.iter().filter_map(|key| Some((key.to_string(), self.named(key, class)?)));
+        let mut variables: Vec<(String, String)> = usual.collect();
+        for (key, value) in self.special() {
+            let Some(token) = token_of(value, true) else { continue };
+            let new = key.ends_with("_token") && !variables.iter().any(|(name, _)| name == key);
+            if new && let Some(text) = token["content"].as_str() {
+                variables.push((key.to_owned(), text.to_owned()));
+            }
+        }
+        variables
     }
 
     pub fn text(&self, key: &str) -> Option<&str> {

@@ -202,7 +202,7 @@ fn world(
         ("mask", vec![2, 3], vec![1, 1, 1, 1, 1, 0]),
         match model.task.kind {
             TaskKind::Classification { .. } => ("labels", vec![2], vec![0, 1]),
-            TaskKind::Generation { .. } => ("labels", vec![2, 3], vec![-100, 2, 3, -100, 5, -100]),
+            _ => ("labels", vec![2, 3], vec![-100, 2, 3, -100, 5, -100]),
         },
     ] {
         batch.tensors.insert(format!("inputs.{name}"), Stored { shape, data: Data::I64(data) });

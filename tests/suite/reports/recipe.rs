@@ -43,6 +43,39 @@ fn the_recipe_of_an_artifact() {
     }
 }
 
+/// A rate of its own stays what it is where `train.lr` changes: in a spec, in the cache of compiled models, in an artifact.
+#[test]
+fn rates_of_their_own_and_the_rate_of_the_recipe() {
+    let source = CLASSIFIER.replace("on q", "on q { lr of B: 0.05 }").replace("epochs: 20", "steps: 3");
+    let case = classifier(&source, |_| {});
+    let artifact = case.path("tiny.peftc");
+    assert_eq!(case.bench.peftc(["compile", text(&case.spec), "-o", text(&artifact)]).code, 0);
+    let moved = |spec: &Path, lr: &str| {
+        let out = case.path("run");
+        let given = ["train", text(spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
+        let more = [text(&out), "--overwrite", "--set", lr, "--set", "train.schedule=constant"];
+        let ran = case.bench.peftc(given.iter().chain(&more));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let values = adapter::load(&out.join("adapter.safetensors")).expect("whole");
+        ["a", "b"].map(|name| {
+            let tensor = &values.tensors[&format!("layers.0.attention.q.lora.{name}")];
+            let adapter::Data::F32(numbers) = &tensor.data else { panic!("f32") };
+            numbers.clone()
+        })
+    };
+    let [slow_a, slow_b] = moved(&case.spec, "train.lr=1e-9");
+    let [fast_a, fast_b] = moved(&case.spec, "train.lr=0.05");
+    assert!(slow_a != fast_a, "A does not follow the recipe");
+    // B begins at zero, and Adam's first steps are of the size of the rate.
+    let largest = |numbers: &[f32]| numbers.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    assert!((0.05..0.2).contains(&largest(&slow_b)) && (0.05..0.2).contains(&largest(&fast_b)));
+    for (lr, values) in [("train.lr=1e-9", [slow_a, slow_b]), ("train.lr=0.05", [fast_a, fast_b])] {
+        assert!(moved(&artifact, lr) == values, "an artifact with {lr}");
+    }
+    let ran = case.bench.peftc(["check", text(&case.spec)]);
+    assert!(ran.out.contains(" of these at lr 0.05\n"), "{}", ran.out);
+}
+
 /// A run that grows says from where on its rate falls.
 #[test]
 fn a_stable_phase_goes_on() {
@@ -216,6 +249,26 @@ fn patience() {
     assert!(figures(&out).0.len() as u64 > last);
 }
 
+/// Rows of the data judge a run where no other data do.
+#[test]
+fn rows_that_are_held_out() {
+    let case = classifier(CLASSIFIER, |_| {});
+    let out = case.path("run");
+    let hold = ["--set", "train.hold_out=1", "--set", "train.epochs=2", "--out", text(&out)];
+    let ran = case.with("train", &[&hold[..], &["--dev", text(&case.data)]].concat());
+    assert!(ran.code == 2 && ran.err.contains("leave `--dev` out, or `--set train.hold_out=0`"), "{}", ran.err);
+    let ran = case.with("train", &hold);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(
+        ran.err.contains("examples to train on; 1 rows are held out by the seed 1, with 1 examples"),
+        "{}",
+        ran.err
+    );
+    assert!(ran.out.contains("held out: ") && out.join("best.safetensors").is_file(), "{}", ran.out);
+    let ran = case.with("train", &["--set", "train.hold_out=1000", "--out", text(&case.path("all"))]);
+    assert!(ran.code == 3 && ran.err.contains("which leaves none to train on"), "{}", ran.err);
+}
+
 /// `train` in a process of its own, on the case's data, judged by them too.
 fn begin(case: &Case, out: &Path, more: &[&str]) -> Child {
     let given = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data)];
@@ -340,4 +393,92 @@ fn accumulated_steps_go_on() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     let values = |out: &Path| adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
     assert!(values(&plain) == values(&alone));
+}
+
+/// Batches of so many tokens: epochs end where their own batches do, a run goes on within one to the same bits, and an
+/// example that no batch holds is refused.
+#[test]
+fn batches_of_so_many_tokens() {
+    let source = CLASSIFIER.replace("lora(rank: 2)", "lora(rank: 2, dropout: 0.5)");
+    let recipe = "batch: 9 tokens\n epochs: 4\n accumulate: 2\n evaluate: epoch";
+    let mut case = classifier(&source.replace("batch: 2\n epochs: 20", recipe), |_| {});
+    // With their two marks these have 24 tokens, and 2 in common: a batch has from one to three.
+    let texts = ["good film", "bad", "good good film good", "bad bad bad film bad bad", "film"];
+    let lines = texts.iter().map(|line| format!("{line}\t{}\n", u8::from(line.starts_with("good"))));
+    case.data = case.bench.write("data.tsv", lines.collect::<String>());
+    let [alone, parts] = ["alone", "parts"].map(|name| case.path(name));
+    case.train(&alone, &[]);
+    let ends: Vec<u64> = figures(&alone).1.iter().map(|(step, _)| *step).collect();
+    let lines = fs::read_to_string(alone.join("metrics.jsonl")).expect("figures");
+    let steps = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+    let tokens: Vec<u64> = steps.filter_map(|line| line["tokens"].as_f64()).map(|tokens| tokens as u64).collect();
+    assert_eq!(tokens.len() as u64, *ends.last().expect("an end"));
+    assert!(tokens.iter().all(|&tokens| tokens <= 18), "{tokens:?}");
+    for epoch in ends.windows(2) {
+        let of_epoch = &tokens[epoch[0] as usize..epoch[1] as usize];
+        assert_eq!(of_epoch.iter().sum::<u64>(), 24, "{ends:?}, {tokens:?}");
+    }
+    case.train(&parts, &["--set", "train.save=1"]);
+    fs::remove_file(parts.join("state.safetensors")).expect("there");
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&parts), "--resume"]);
+    assert!(ran.code == 0 && ran.out.starts_with("1 steps"), "{}{}", ran.out, ran.err);
+    same(&alone, &parts, &["state.safetensors", "adapter.safetensors", "best.safetensors"]);
+
+    let ran = case.with("train", &["--out", text(&case.path("small")), "--set", "train.batch=7tokens"]);
+    let why = ["`train.batch` is 7 tokens, and the longest example of", "has 8; make it `8 tokens` or more"];
+    assert!(ran.code == 2 && why.iter().all(|word| ran.err.contains(word)), "{}", ran.err);
+}
+
+/// Averages are judged and saved in the values' place, and a run goes on with both to the same bits.
+#[test]
+fn averages_of_the_values() {
+    let source = CLASSIFIER.replace("epochs: 20", "epochs: 3\n schedule: constant\n average: 0.75");
+    let case = classifier(&source, |_| {});
+    let [alone, parts, plain] = ["alone", "parts", "plain"].map(|name| case.path(name));
+    let (_, after) = case.train(&alone, &[]);
+    assert_eq!(case.eval(&alone, &[]).0, after);
+    let flat = |out: &Path, name: &str| {
+        let state = adapter::load(&out.join("state.safetensors")).expect("whole");
+        let adapter::Data::F32(numbers) = &state.tensors[name].data else { panic!("f32") };
+        numbers.clone()
+    };
+    let saved = |out: &Path| -> Vec<f32> {
+        let tensors = adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
+        let trained = case.model.params.iter().filter(|p| p.trainable_elements() > 0);
+        trained
+            .flat_map(|p| match &tensors[&p.name].data {
+                adapter::Data::F32(numbers) => numbers.clone(),
+                _ => panic!("f32"),
+            })
+            .collect()
+    };
+    assert_eq!(saved(&alone), flat(&alone, "averages"));
+    assert_ne!(saved(&alone), flat(&alone, "values"));
+    // The values are those of a run without averages.
+    let mut mean: Vec<f32> = vec![];
+    for steps in 1..=6 {
+        let out = case.path(&format!("plain{steps}"));
+        let spec = case.bench.write("plain.peft", source.replace("average: 0.75", ""));
+        let given = ["train", text(&spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
+        let steps = format!("train.steps={steps}");
+        let ran = case.bench.peftc(given.iter().chain(&[text(&out), "--set", &steps]));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let values = flat(&out, "values");
+        mean = match mean.is_empty() {
+            true => values,
+            false => mean.iter().zip(&values).map(|(a, p)| 0.75 * a + 0.25 * p).collect(),
+        };
+    }
+    assert_eq!(flat(&case.path("plain6"), "values"), flat(&alone, "values"));
+    let largest = mean.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    assert!(mean.iter().zip(saved(&alone)).all(|(want, found)| (want - found).abs() <= 1e-6 * largest));
+
+    case.train(&parts, &["--set", "train.save=1"]);
+    fs::remove_file(parts.join("state.safetensors")).expect("there");
+    let ran = case.with("train", &["--dev", text(&case.data), "--out", text(&parts), "--resume"]);
+    assert!(ran.code == 0 && ran.err.contains("of step 5"), "{}", ran.err);
+    same(&alone, &parts, &["state.safetensors", "adapter.safetensors", "best.safetensors"]);
+    case.train(&plain, &["--set", "train.steps=3"]);
+    let ran = case.with("train", &["--out", text(&plain), "--resume", "--set", "train.average=0.5"]);
+    assert!(ran.code == 3 && ran.err.contains("train.average: 0.75 in the state, 0.5 now"), "{}", ran.err);
 }

@@ -162,8 +162,16 @@ fn what_is_finished_or_not_there_is_said() {
     fs::remove_file(out.join("adapter.safetensors")).expect("there");
     let ran = resume(&[]);
     assert!(ran.code == 0 && ran.out.starts_with("0 steps"), "{}{}", ran.out, ran.err);
-    let adapter = |all: &BTreeMap<PathBuf, Vec<u8>>| all[&out.join("adapter.safetensors")].clone();
-    assert!(adapter(&content(&out)) == adapter(&before));
+    let content_of = |all: &BTreeMap<PathBuf, Vec<u8>>| all[&out.join("adapter.safetensors")].clone();
+    assert!(content_of(&content(&out)) == content_of(&before));
+    // And so is one of an earlier step, beside which the run was killed.
+    let path = out.join("adapter.safetensors");
+    let mut earlier = adapter::load(&path).expect("sound");
+    earlier.notes.insert("step".into(), "3".into());
+    adapter::save(&path, &earlier).expect("written");
+    let ran = resume(&[]);
+    assert!(ran.code == 0 && ran.out.starts_with("0 steps"), "{}{}", ran.out, ran.err);
+    assert!(content_of(&content(&out)) == content_of(&before));
     // One number or one note of another state.
     let path = out.join("state.safetensors");
     let sound = adapter::load(&path).expect("sound");
@@ -294,6 +302,48 @@ fn nothing_is_overwritten_unasked() {
     twice(&[&["export", spec, "--format", "own"], &adapter[..]].concat(), &own);
     let ran = case.bench.peftc(["export", spec, "--adapter", text(&out), "-o", text(&own), "--overwrite"]);
     assert!(ran.code == 0 && !own.join("adapter.safetensors").exists() && own.join("adapter_config.json").is_file());
+}
+
+/// A run begins with the values of another, and with what that drew: its figures before the first step are those of the
+/// other after its last. What it begins with is a part of what it is.
+#[test]
+fn a_run_that_begins_with_an_adapter() {
+    let source = CLASSIFIER.replace("epochs: 20", "epochs: 2\n schedule: constant");
+    let case = classifier(&source, |file| file.tensors.retain(|name, _| !name.contains("pooler")));
+    let [first, second, parts] = ["first", "second", "parts"].map(|name| case.path(name));
+    let (_, after) = case.train(&first, &["--seed", "7"]);
+    let begin = ["--adapter", text(&first)];
+    let (ran, _) = case.train(&second, &begin);
+    assert!(ran.err.contains(&format!("before training: {after}")), "{}", ran.err);
+    let drawn = |run: &Path| adapter::load(&run.join("adapter.safetensors")).expect("whole").tensors;
+    let pooler = "bert.pooler.dense.weight";
+    assert!(drawn(&first)[pooler] == drawn(&second)[pooler]);
+    let state = adapter::load(&second.join("state.safetensors")).expect("whole");
+    assert_eq!(state.notes["step"], "4");
+
+    // Stopped and gone on.
+    let train =
+        |more: &[&str]| case.with("train", &[&["--dev", text(&case.data), "--out", text(&parts)], more].concat());
+    assert_eq!(train(&[&begin[..], &["--set", "train.epochs=1"]].concat()).code, 0);
+    let ran = train(&["--resume"]);
+    let words = ["it is of another beginning", "the adapter it begins with: ", " in the state, none now"];
+    assert!(ran.code == 3 && words.iter().all(|word| ran.err.contains(word)), "{}", ran.err);
+    let ran = train(&[&begin[..], &["--resume"]].concat());
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(drawn(&second) == drawn(&parts));
+    // Another one.
+    let ran = train(&["--adapter", text(&second), "--resume", "--set", "train.epochs=3"]);
+    assert!(ran.code == 3 && ran.err.contains("another beginning"), "{}", ran.err);
+    // What the run would write over, and what is no part of this function.
+    let own = parts.join("adapter.safetensors");
+    let ran = train(&["--adapter", text(&own), "--overwrite"]);
+    assert!(ran.code == 2 && ran.err.contains("which the run begins with and would write over"), "{}", ran.err);
+    assert!(own.is_file());
+    let scaled = case.bench.write("scaled.peft", source.replace("rank: 2", "rank: 2, alpha: 8"));
+    let given = ["train", text(&scaled), "--weights", text(&case.weights), "--data", text(&case.data)];
+    let elsewhere = case.path("elsewhere");
+    let given = [&given[..], &begin, &["--out", text(&elsewhere)]].concat();
+    case.bench.refuses(&given, 3, &["it was trained as a part of another function", "`alpha`"]);
 }
 
 /// Killed in the middle, a run's files are whole, and it goes on to the bits of one that was left alone.

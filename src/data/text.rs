@@ -1,0 +1,88 @@
+//! Texts as they stand, for continued pretraining: every token but the first is predicted. A text longer than
+//! `task.max_tokens` is several examples, each of which begins with the last token of the one before, so that no token is
+//! a target twice and none is left out.
+
+use super::classification::{known, usual_column};
+use super::rows::{At, Fault, File, Format, Row, Rows};
+use super::{DataError, Example, Goal, Maker, Placed, Tokenizer};
+
+/// Names that the column has elsewhere, in any case.
+const USUAL: &[&str] = &["text", "content", "document"];
+/// The column of a file that is one text.
+const IMPLIED: &str = "text";
+
+/// Makes examples of texts.
+pub struct Texts<'t> {
+    /// The column; if it is not said, one of a usual name.
+    pub column: Option<&'t str>,
+    /// The token that closes a text.
+    pub end: Option<i32>,
+    pub max_tokens: usize,
+    pub tokenizer: &'t Tokenizer,
+}
+
+impl Maker for Texts<'_> {
+    type Draft = String;
+
+    /// What is neither JSON nor a table is one text.
+    fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
+        let at = |fault| DataError::at(&file.path, fault);
+        if file.is_plain_text() {
+            let text = file.text().map_err(at)?;
+            let field = (IMPLIED.to_owned(), super::rows::Value::Text(text.to_owned()));
+            let some = (!text.trim().is_empty()).then(|| Ok(Row::of(At::Line(1), vec![field])));
+            return Ok(Rows::new(some.into_iter()));
+        }
+        let rows = Rows::of(file, Format::Json, None, |_| true).map_err(at)?;
+        if rows.entries {
+            let message =
+                "its `entries` are triples and texts, as WebNLG has them, and this task takes texts alone".into();
+            return Err(DataError::Empty { path: file.path.clone(), message });
+        }
+        Ok(rows)
+    }
+
+    fn check(&self, names: &[&str]) -> Result<(), String> {
+        match self.column {
+            Some(column) => known(column, names, names.contains(&column)),
+            None => usual_column(names, USUAL, "text").map(drop),
+        }
+    }
+
+    fn draft(&self, row: &Row, _: bool) -> Result<String, String> {
+        let names = row.names();
+        let name = match self.column {
+            Some(column) => column,
+            None => usual_column(&names, USUAL, "text")?,
+        };
+        let Some(cell) = row.get(name) else { return Err(known(name, &names, false).expect_err("it is not there")) };
+        match cell.text() {
+            Some(text) if text.trim().is_empty() => Err(format!("`{name}` is empty")),
+            Some(text) => Ok(text.to_owned()),
+            None => Err(format!("`{name}` is {}; it is to be text", cell.kind())),
+        }
+    }
+
+    fn encode(&self, drafts: Vec<(At, String)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
+        let texts = drafts.iter().map(|(_, text)| text.as_str()).collect();
+        let encoded = self.tokenizer.encode(texts, false)?;
+        let one = |(mut ids, (at, _)): (Vec<i32>, (At, String))| {
+            ids.extend(self.end);
+            if ids.len() < 2 {
+                return Err(Fault::row(at, "the text has a single token, and there is none to predict"));
+            }
+            let step = self.max_tokens.max(2) - 1;
+            let examples = (0..ids.len() - 1).step_by(step).map(|start| {
+                let ids = ids[start..(start + step + 1).min(ids.len())].to_vec();
+                let example = Example { types: vec![0; ids.len()], goal: Goal::after(0, ids.len()), ids };
+                Placed { at: at.clone(), length: example.ids.len(), example }
+            });
+            Ok(examples.collect())
+        };
+        Ok(encoded.into_iter().zip(drafts).map(one).collect())
+    }
+
+    fn empty(&self) -> &'static str {
+        "it has no text"
+    }
+}
