@@ -69,7 +69,7 @@ def make(options):
     mean = round(statistics.mean(len(ids) for ids, _, _ in rows))
     limits = {}
     for method in METHODS:
-        spec = f"models/paper/nlg/{method}.peft"
+        spec = f"models/paper/webnlg/{method}.peft"
         for chip in CHIPS:
             for precision in PRECISIONS:
                 name = f"{method}.{chip}.{precision}"

@@ -20,7 +20,7 @@ from pathlib import Path
 import measure
 from measure import Ours, beside, machine, peaks, say, table
 
-SPEC = "models/paper/nlg/inducer_lora.peft"
+SPEC = "models/paper/webnlg/inducer_lora.peft"
 BATCH, TEXT_TOKENS = 16, 50257
 SPECIAL = ["<pad>", "<bos_qa>", "<eos_qa>", "<question>", "<answer>", "<document>"]
 SPECIAL += [f"<unused_{i}>" for i in range(4)]

@@ -9,7 +9,7 @@ use std::{env, fs};
 fn main() {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
     let mut files = vec![PathBuf::from("functions.peft")];
-    for folder in ["backbones", "methods"] {
+    for folder in ["backbones", "methods", "recipes", "tasks"] {
         println!("cargo::rerun-if-changed=../models/{folder}");
         for entry in fs::read_dir(models.join(folder)).expect("a folder of the repository") {
             let path = Path::new(folder).join(entry.expect("an entry").file_name());

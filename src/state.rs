@@ -58,11 +58,14 @@ impl Identity {
         settings(model).into_iter().for_each(|(key, value)| put(key, value));
         model.applied.iter().for_each(|applied| put(applied.path(), json!("applied")));
         match &model.task.kind {
-            TaskKind::Generation { special, template, target } => {
+            TaskKind::Generation { special, template, target, each } => {
                 put("task".into(), json!("generation"));
                 put("task.special".into(), json!(special));
                 put("task.template".into(), json!(written(template)));
                 put("task.target".into(), json!(target));
+                if !each.is_empty() {
+                    put("task.each".into(), json!(each));
+                }
             }
             TaskKind::Chat | TaskKind::Text { .. } => put("task".into(), json!(model.task.kind)),
             TaskKind::Classification { labels, .. } => {

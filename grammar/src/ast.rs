@@ -383,6 +383,10 @@ pub struct Settings {
     /// The task's name, or `train`.
     pub name: Name,
     pub entries: Vec<Setting>,
+    /// The definition that the block names: that of `task webnlg` without braces, or of `train chen2022_glue`. Where the
+    /// block is a definition itself, its own name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of: Option<Name>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,8 +1,8 @@
-//! The language's own library, embedded in the binary: backbones, methods and the functions they share.
+//! The language's own library, embedded in the binary: backbones, methods and the functions they share, tasks and recipes.
 
 use serde::Serialize;
 
-use crate::ast::{Arg, Entry, Item, ParamDef, Setting};
+use crate::ast::{Arg, Entry, Item, ParamDef, Setting, Settings};
 use crate::source::{FileId, Span};
 
 /// Modules by path below `models/`, with their texts: every file there is one.
@@ -17,7 +17,7 @@ pub(crate) fn module_name(path: &str) -> String {
 #[derive(Clone, Debug, Serialize)]
 pub struct Described {
     pub name: String,
-    /// `lora(rank: int, alpha: float = rank, …) on projection`
+    /// `lora(rank: int, alpha: float = rank, …) on projection`, `webnlg for generation`
     pub signature: String,
     /// Its doc comment, `///` taken off.
     pub doc: String,
@@ -34,6 +34,21 @@ pub fn methods() -> Vec<Described> {
 /// Every backbone, by file.
 pub fn backbones() -> Vec<Described> {
     described("backbones/")
+}
+
+/// Every task, by file.
+pub fn tasks() -> Vec<Described> {
+    described("tasks/")
+}
+
+/// Every training recipe, by file.
+pub fn recipes() -> Vec<Described> {
+    described("recipes/")
+}
+
+/// The module of the library that defines a task: `tasks.webnlg`.
+pub(crate) fn task_module(name: &str) -> Option<String> {
+    tasks().into_iter().find(|task| task.name == name).map(|task| module_name(task.file))
 }
 
 /// The backbone whose checkpoints have this `model_type` in their `config.json`.
@@ -156,25 +171,34 @@ fn described(folder: &str) -> Vec<Described> {
         // The library's own files parse: the tests see to it.
         let Ok(ast) = crate::parser::parse(FileId(0), source) else { continue };
         for item in ast.items {
-            let (name, params, end) = match item {
-                Item::Method(def) => (def.name, def.params, format!(" on {}", def.kind.text)),
+            let (name, signature) = match item {
+                Item::Method(def) => (def.name, params(source, &def.params) + " on " + &def.kind.text),
                 Item::Backbone(def) => {
                     let purpose = def.purpose.map(|p| format!(" for {}", p.text)).unwrap_or_default();
-                    (def.name, def.params, purpose)
+                    (def.name, params(source, &def.params) + &purpose)
                 }
+                Item::Task(def) => {
+                    let kind = def.entries.iter().find(|entry| entry.key.text == "kind");
+                    (def.name, kind.map(|kind| format!(" for {}", slice(source, kind.value.span))).unwrap_or_default())
+                }
+                Item::Train(Settings { of: Some(name), .. }) => (name, String::new()),
                 _ => continue,
             };
-            let param = |p: &ParamDef| {
-                let default = p.default.as_ref().map(|e| format!(" = {}", slice(source, e.span))).unwrap_or_default();
-                format!("{}: {}{default}", p.name.text, p.ty.text)
-            };
-            let params: Vec<String> = params.iter().map(param).collect();
-            let signature = format!("{}({}){end}", name.text, params.join(", "));
+            let signature = name.text.clone() + &signature;
             let doc = doc_before(source, name.span.start as usize);
             all.push(Described { name: name.text, signature, doc, file, source });
         }
     }
     all
+}
+
+/// `(rank: int, alpha: float = rank)`
+fn params(source: &str, params: &[ParamDef]) -> String {
+    let param = |p: &ParamDef| {
+        let default = p.default.as_ref().map(|e| format!(" = {}", slice(source, e.span))).unwrap_or_default();
+        format!("{}: {}{default}", p.name.text, p.ty.text)
+    };
+    format!("({})", params.iter().map(param).collect::<Vec<_>>().join(", "))
 }
 
 fn slice(source: &str, span: Span) -> &str {

@@ -347,6 +347,9 @@ pub enum TaskKind {
         template: Vec<Piece>,
         /// The piece of the template, as it is written there, after which the loss begins.
         target: String,
+        /// Lists of the row, one example for each of their items, which go in step; an example a row without one.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        each: Vec<String>,
     },
     /// Conversations, laid out by the checkpoint's own chat template; loss on what the assistant says.
     Chat,
@@ -395,17 +398,57 @@ pub enum Piece {
     Repeat(Vec<Piece>),
     /// `(turns: … )*`: once for each item of the list of objects in this column.
     Each(String, Vec<Piece>),
+    /// `<bos> as <document>`: a special token that has the type of another one, as has what follows it.
+    As(String, String),
+    /// `{first 400 tokens of story}`, `(last 2 of turns: … )*`: of a field some tokens, of a list some items.
+    Cut(Extent, Box<Piece>),
+}
+
+/// How much is taken, from which end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Extent {
+    First(u64),
+    Last(u64),
+}
+
+/// What the item of a list is called in a template whose task has it in `each`: the last part of the list's name.
+pub fn item_name(list: &str) -> &str {
+    list.rsplit('.').next().unwrap_or(list)
+}
+
+/// What the items before it are called.
+pub const BEFORE: &str = "before";
+
+impl Extent {
+    /// Where of `length` things those begin and end that are taken.
+    pub fn range(self, length: usize) -> std::ops::Range<usize> {
+        let least = |count: u64| usize::try_from(count).unwrap_or(usize::MAX).min(length);
+        match self {
+            Extent::First(count) => 0..least(count),
+            Extent::Last(count) => length - least(count)..length,
+        }
+    }
+}
+
+/// As a template writes it: `first 400`.
+impl fmt::Display for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Extent::First(count) => write!(f, "first {count}"),
+            Extent::Last(count) => write!(f, "last {count}"),
+        }
+    }
 }
 
 impl Piece {
     /// It differs from row to row.
     pub fn varies(&self) -> bool {
-        !matches!(self, Piece::Special(_) | Piece::Literal(_))
+        !matches!(self, Piece::Special(_) | Piece::Literal(_) | Piece::As(..))
     }
 
     /// A special token or a literal text as a template writes it: what the task's `target` names.
     pub fn written(&self) -> Option<String> {
-        matches!(self, Piece::Special(_) | Piece::Literal(_)).then(|| self.to_string())
+        (!self.varies()).then(|| self.to_string())
     }
 }
 
@@ -422,6 +465,11 @@ impl fmt::Display for Piece {
             Piece::Field(name) => write!(f, "{{{name}}}"),
             Piece::Repeat(pieces) => write!(f, "({})*", written(pieces)),
             Piece::Each(column, pieces) => write!(f, "({column}: {})*", written(pieces)),
+            Piece::As(token, kind) => write!(f, "{token} as {kind}"),
+            Piece::Cut(extent, piece) => match &**piece {
+                Piece::Field(name) => write!(f, "{{{extent} tokens of {name}}}"),
+                list => write!(f, "({extent} of {}", list.to_string().trim_start_matches('(')),
+            },
         }
     }
 }

@@ -40,7 +40,7 @@ fn one(ast: &mut Ast, file: FileId, text: &str, key: &str) -> Result<(), Vec<Dia
         "train" | "task" => {
             if target == "train" && !ast.items.iter().any(|i| matches!(i, Item::Train(_))) {
                 let name = Name { text: "train".into(), span: whole };
-                ast.items.push(Item::Train(Settings { name, entries: vec![] }));
+                ast.items.push(Item::Train(Settings { name, entries: vec![], of: None }));
             }
             let block = ast.items.iter_mut().find_map(|item| match item {
                 Item::Train(block) if target == "train" => Some(block),

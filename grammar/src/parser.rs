@@ -205,10 +205,18 @@ impl Builder {
             }
             Rule::model => Item::Model(ModelDef { backbone: self.name(c.next()), args: self.args(c.next()), span }),
             Rule::tune => Item::Tune(Tune { rules: c.0.map(|p| self.rule(p)).collect(), span }),
-            Rule::task => Item::Task(Settings { name: self.name(c.next()), entries: self.settings(c.next()) }),
+            Rule::task => {
+                let name = self.name(c.next());
+                Item::Task(match c.next_if(Rule::settings) {
+                    Some(p) => Settings { name, entries: self.settings(p), of: None },
+                    None => Settings { of: Some(name.clone()), name, entries: vec![] },
+                })
+            }
             Rule::train => {
                 let name = Name { text: "train".into(), span: Span { end: span.start + 5, ..span } };
-                Item::Train(Settings { name, entries: self.settings(c.next()) })
+                let of = c.next_if(Rule::taken).map(|p| self.name(Children::of(p).next()));
+                let entries = c.next_if(Rule::settings).map_or(vec![], |p| self.settings(p));
+                Item::Train(Settings { name, entries, of })
             }
             _ => return None,
         })

@@ -57,6 +57,9 @@ pub struct Recipe {
     /// The run ends after so many evaluations in a row without a best one.
     #[serde(default, skip_serializing_if = "is_default")]
     pub patience: Option<u64>,
+    /// So many rows of the data are held out, where no other data are.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub hold_out: u64,
 }
 
 fn one() -> u64 {
@@ -400,6 +403,9 @@ impl Recipe {
         all.push(("save", self.save.written()));
         all.push(("evaluate", self.evaluate.written()));
         all.extend(self.patience.map(|patience| ("patience", patience.to_string())));
+        if self.hold_out > 0 {
+            all.push(("hold_out", self.hold_out.to_string()));
+        }
         all
     }
 }

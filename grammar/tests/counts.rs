@@ -2,7 +2,7 @@
 
 #![allow(clippy::disallowed_methods)] // cases are files
 
-use peft_grammar::model::{Model, Origin, Trainable};
+use peft_grammar::model::{BatchSize, Init, Model, Origin, Phase, Recipe, Schedule, Trainable};
 use peft_grammar::{check, no_imports};
 
 fn model(path: &str) -> Model {
@@ -43,14 +43,17 @@ fn nlg_rows_train_what_the_paper_says() {
         ("prefix", 9_932_288),
         ("mam_adapter", 2_001_096),
     ] {
-        let model = model(&format!("paper/nlg/{spec}.peft"));
-        assert_eq!(counts(&model), (method, SPECIAL), "{spec}");
-        let backbone: u64 = model.params.iter().filter(|p| p.origin == Origin::Backbone).map(|p| p.elements()).sum();
-        assert_eq!(backbone, GPT2 + SPECIAL, "{spec}");
-        let wte = model.params.iter().find(|p| p.name == "transformer.wte.weight").expect("an embedding");
-        assert_eq!(wte.trainable, Trainable::Rows(50257, 50273));
+        for (model, spec) in both(["webnlg", "coqa"], spec) {
+            assert_eq!(counts(&model), (method, SPECIAL), "{spec}");
+            let backbone = model.params.iter().filter(|p| p.origin == Origin::Backbone).map(|p| p.elements());
+            assert_eq!(backbone.sum::<u64>(), GPT2 + SPECIAL, "{spec}");
+            let wte = model.params.iter().find(|p| p.name == "transformer.wte.weight").expect("an embedding");
+            assert_eq!(wte.trainable, Trainable::Rows(50257, 50273));
+        }
     }
-    assert_eq!(counts(&model("paper/nlg/finetune.peft")), (0, GPT2 + SPECIAL));
+    for (model, spec) in both(["webnlg", "coqa"], "finetune") {
+        assert_eq!(counts(&model), (0, GPT2 + SPECIAL), "{spec}");
+    }
 }
 
 #[test]
@@ -64,12 +67,86 @@ fn nlu_rows_train_what_the_paper_says() {
         ("lora", 589_824, 0),
         ("mam_adapter", 599_232, 0),
         ("bitfit", 0, 102_144),
+        ("adapter", 599_424, 0),
+        ("prefix", 589_824, 0),
         ("finetune", 0, ROBERTA),
     ] {
-        let model = model(&format!("paper/nlu/{spec}.peft"));
-        let all = model.params.iter().filter(|p| p.origin == Origin::Backbone).map(|p| p.elements());
-        assert_eq!((counts(&model), all.sum()), ((method, backbone), ROBERTA), "{spec}");
+        for (model, spec) in both(["sst2", "mnli"], spec) {
+            let all = model.params.iter().filter(|p| p.origin == Origin::Backbone).map(|p| p.elements());
+            assert_eq!((counts(&model), all.sum()), ((method, backbone), ROBERTA), "{spec}");
+        }
     }
+}
+
+/// The specs of a row of the tables, one for each of its tasks, with their names.
+fn both(tasks: [&str; 2], row: &str) -> [(Model, String); 2] {
+    tasks.map(|task| (model(&format!("paper/{task}/{row}.peft")), format!("{task}/{row}")))
+}
+
+/// Rates and batches that the paper gives, of its own methods.
+#[test]
+fn rows_train_as_the_paper_says() {
+    for row in ["adaptive", "extension", "gating", "inducer", "inducer_lora", "mam_inducer"] {
+        for ((model, spec), (lr, epochs, max_tokens)) in
+            both(["webnlg", "coqa"], row).into_iter().zip([(1.25e-3, 10.0, 512), (1e-3, 5.0, 896)])
+        {
+            let Recipe { batch, warmup, label_smoothing, eps, clip, .. } = model.train;
+            assert_eq!(
+                (model.train.lr, model.train.epochs, batch, model.task.max_tokens),
+                (lr, epochs, BatchSize::Sequences(16), max_tokens)
+            );
+            assert_eq!((warmup, label_smoothing, eps, clip), (Phase::Steps(500), 0.1, 1e-6, 1.0), "{spec}");
+            assert_eq!((model.train.schedule, model.train.betas), (Schedule::Linear, (0.9, 0.999)), "{spec}");
+        }
+    }
+    for (row, batches) in [("inducer", [16, 32]), ("inducer_lora", [16, 32]), ("mam_inducer", [64, 16])] {
+        for ((model, spec), batch) in both(["sst2", "mnli"], row).into_iter().zip(batches) {
+            let Recipe { lr, lr_end, epochs, warmup, weight_decay, betas, schedule, .. } = model.train;
+            assert_eq!(
+                (lr, lr_end, epochs, model.train.batch),
+                (2e-4, 1e-7, 10.0, BatchSize::Sequences(batch)),
+                "{spec}"
+            );
+            assert_eq!((warmup, weight_decay, betas), (Phase::Share(0.06), 0.1, (0.9, 0.98)), "{spec}");
+            assert_eq!(schedule, Schedule::Polynomial { power: 1.0 }, "{spec}");
+        }
+    }
+    // Others have rates of their own.
+    for row in ["finetune", "adapter", "lora", "prefix", "mam_adapter"] {
+        let all = both(["webnlg", "coqa"], row).into_iter().chain(both(["sst2", "mnli"], row));
+        all.for_each(|(model, spec)| assert!(model.train.lr <= 5e-4, "{spec}"));
+    }
+}
+
+/// Where the authors' code starts an adapter's down-projection from kaiming(√5), and not from N(0, 0.02).
+#[test]
+fn how_adapters_start() {
+    let starts = |path: &str| {
+        let model = model(&format!("paper/{path}.peft"));
+        let init = |end: &str| model.params.iter().find(|p| p.name.ends_with(end)).expect("an adapter").init.clone();
+        (init(".adapter.down.weight"), init(".adapter.up.weight"))
+    };
+    let kaiming = Init::Uniform { bound: 1.0 / 768f64.sqrt() };
+    for path in ["sst2/adapter", "mnli/mam_adapter", "mnli/mam_inducer"] {
+        assert_eq!(starts(path), (kaiming.clone(), Init::Normal { std: 0.0 }), "{path}");
+    }
+    let normal = Init::Normal { std: 0.02 };
+    assert_eq!(starts("webnlg/mam_inducer"), (normal.clone(), normal));
+}
+
+/// Every row of the tables has a spec for each of its tasks.
+#[test]
+fn every_row_has_its_specs() {
+    let there = |task: &str| {
+        let folder = format!("{}/../models/paper/{task}", env!("CARGO_MANIFEST_DIR"));
+        let names = std::fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").file_name());
+        let mut names: Vec<_> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    };
+    let counts = ["webnlg", "coqa", "sst2", "mnli"].map(|task| there(task).len());
+    assert_eq!(counts, [11, 11, 9, 9]);
+    assert_eq!((there("webnlg"), there("sst2")), (there("coqa"), there("mnli")));
 }
 
 /// TinyLlama-1.1B, and Llama-2-7B by the defaults.

@@ -3,7 +3,8 @@
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
 use peft_grammar::model::{
-    BatchSize, Buffer, ConfigValue, Every, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind, Trainable,
+    BatchSize, Buffer, ConfigValue, Every, Extent, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind,
+    Trainable, written,
 };
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
@@ -259,9 +260,9 @@ fn the_head_is_no_part_of_the_backbone() {
 
 #[test]
 fn a_template_is_taken_apart() {
-    let source = include_str!("../../models/paper/nlg/inducer_lora.peft");
+    let source = include_str!("../../models/paper/webnlg/inducer_lora.peft");
     let model = check("webnlg.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
-    let TaskKind::Generation { special, template, target } = &model.task.kind else { panic!("it generates") };
+    let TaskKind::Generation { special, template, target, .. } = &model.task.kind else { panic!("it generates") };
     assert_eq!((special.len(), &**target), (16, "<target_webnlg>"));
     assert_eq!((special[10].as_str(), special[15].as_str()), ("<bos_webnlg>", "<target_webnlg>"));
     let token = |t: &str| Piece::Special(t.into());
@@ -284,8 +285,11 @@ fn a_template_is_taken_apart() {
 fn the_examples_of_the_page_check() {
     let page = include_str!("../../models/README.md");
     let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
-    let [spec, method, ..] = blocks[..] else { panic!("the page has a spec and a method") };
+    let [spec, names, method, ..] = blocks[..] else { panic!("the page has a spec, tasks by name and a method") };
     check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let names = format!("{names}\nmodel = roberta()\ntune {{ full() }}");
+    let model = check("page.peft", &names, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!((&*model.task.name, model.task.max_tokens, model.train.batch), ("mnli", 512, BatchSize::Sequences(32)));
     let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
     let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
@@ -366,7 +370,7 @@ fn a_recipe_reads_back() {
         &[("train.optimizer", "sgd"), ("train.momentum", "0.9"), ("train.weight_decay", "0.1"), ("train.clip", "0")],
         &[("train.optimizer", "lion"), ("train.lr", "1e-4")],
         &[("train.save", "10min"), ("train.evaluate", "100"), ("train.patience", "3")],
-        &[("train.accumulate", "4"), ("train.save", "20"), ("train.evaluate", "epoch")],
+        &[("train.accumulate", "4"), ("train.save", "20"), ("train.hold_out", "500")],
         &[("train.optimizer", "adam"), ("train.eps", "1e-6")],
         &[("train.schedule", "cosine"), ("train.warmup", "0.06"), ("train.seed", "4"), ("train.betas", "[0.8, 0.95]")],
     ] {
@@ -383,4 +387,67 @@ fn a_recipe_reads_back() {
     assert!(refused("train.lr", "-1").contains("`lr` is above 0 and at most 10, found -1"));
     assert!(refused("train.schedule", "wds").contains("did you mean `wsd`?"));
     assert!(refused("train.sclip", "1").contains("a recipe has no setting `sclip`"));
+}
+
+/// A task and a recipe by name: what the spec sets goes before the definition, and `--set` before both.
+#[test]
+fn tasks_and_recipes_by_name() {
+    let spec = |blocks: &str, set: &[(&str, &str)]| {
+        let source = format!("model = bert(layers: 1)\ntune {{ head trainable }}\n{blocks}");
+        let set: Vec<(String, String)> = set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let file = "task own { kind: classification  labels: [\"a\", \"b\"]  text: \"words\"  max_tokens: 32 }
+                    task sst2 { labels: [\"c\", \"d\"] }
+                    train own { lr: 0.5  schedule: constant }
+                    train { lr: 0.25 }";
+        let import = |path: &str| if path == "own.peft" { Ok(file.to_owned()) } else { Err("no such file".into()) };
+        compile_with("spec.peft", &source, &set, &import).unwrap_or_else(|e| panic!("{e}"))
+    };
+    let labels = |model: &Model| match &model.task.kind {
+        TaskKind::Classification { labels, columns } => (labels.join(" "), columns.text.clone().unwrap_or_default()),
+        _ => panic!("it classifies"),
+    };
+    let taken = |model: &Model| (labels(model), model.task.max_tokens);
+    let of = |labels: &str, text: &str, max_tokens| ((labels.to_owned(), text.to_owned()), max_tokens);
+    assert_eq!(taken(&spec("task sst2", &[])), of("negative positive", "sentence", 512));
+    assert_eq!(taken(&spec("task sst2", &[("task.max_tokens", "64")])), of("negative positive", "sentence", 64));
+    let import = "import tasks.sst2\ntask sst2 { text: \"review\"  max_tokens: 128 }";
+    assert_eq!(taken(&spec(import, &[("task.max_tokens", "64")])), of("negative positive", "review", 64));
+    // Without an import a block with braces is a task of its own, whatever the library has.
+    assert_eq!(taken(&spec("task sst2 { labels: [\"x\", \"y\"] }", &[])), of("x y", "", 512));
+    // A file of one's own goes before the library.
+    assert_eq!(taken(&spec("import \"own.peft\"\ntask sst2", &[])), of("c d", "", 512));
+    assert_eq!(taken(&spec("import \"own.peft\"\ntask own { text: \"t\" }", &[])), of("a b", "t", 32));
+
+    let glue = spec("train chen2022_glue { batch: 32 }", &[("train.epochs", "3")]).train;
+    assert_eq!((glue.lr, glue.lr_end, glue.batch, glue.epochs), (2e-4, 1e-7, BatchSize::Sequences(32), 3.0));
+    let own = spec("import \"own.peft\"\ntrain own", &[]).train;
+    assert_eq!((own.lr, own.schedule), (0.5, Schedule::Constant));
+    // What shows how a file's methods are used is passed over.
+    assert_eq!(spec("import \"own.peft\"", &[]).train.lr, 1e-3);
+}
+
+#[test]
+fn the_library_describes_tasks_and_recipes() {
+    let signatures = |all: Vec<library::Described>| -> Vec<String> {
+        assert!(all.iter().all(|d| !d.doc.is_empty()), "a definition without a doc comment");
+        all.into_iter().map(|d| d.signature).collect()
+    };
+    let tasks = ["coqa for generation", "mnli for classification", "sst2 for classification", "webnlg for generation"];
+    assert_eq!(signatures(library::tasks()), tasks);
+    assert_eq!(signatures(library::recipes()), ["chen2022_webnlg", "chen2022_coqa", "chen2022_glue"]);
+}
+
+/// A template is written as it was read: cuts, a token with the type of another one, lists of the items before.
+#[test]
+fn a_template_reads_back() {
+    let model = check("spec.peft", "model = gpt2(layers: 1)\ntune { full() }\ntask coqa", &no_imports);
+    let task = model.unwrap_or_else(|e| panic!("{e}")).task;
+    let TaskKind::Generation { template, each, .. } = &task.kind else { panic!("it generates") };
+    assert_eq!(each[..], ["questions", "answers"]);
+    let source = include_str!("../../models/tasks/coqa.peft");
+    assert!(source.contains(&format!("template: \"{}\"", written(template))), "{}", written(template));
+    assert_eq!(template[0], Piece::As("<bos_qa>".into(), "<document>".into()));
+    assert_eq!(template[2], Piece::Cut(Extent::First(400), Box::new(Piece::Field("story".into()))));
+    let Piece::Cut(Extent::Last(2), turns) = &template[3] else { panic!("the last two turns") };
+    assert!(matches!(&**turns, Piece::Each(name, inside) if name == "before" && inside.len() == 4));
 }

@@ -47,6 +47,10 @@ enum Command {
     Methods(library::Arguments),
     /// What backbones the library has
     Backbones(library::Arguments),
+    /// What tasks the library has
+    Tasks(library::Arguments),
+    /// What training recipes the library has
+    Recipes(library::Arguments),
     /// Compile a spec to an artifact, or show one of its stages
     #[cfg(feature = "compiler")]
     Compile(compile::Arguments),
@@ -75,6 +79,8 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Inspect(a) => inspect::run(a),
         Command::Methods(a) => library::run(a, "method", peft_grammar::library::methods()),
         Command::Backbones(a) => library::run(a, "backbone", peft_grammar::library::backbones()),
+        Command::Tasks(a) => library::run(a, "task", peft_grammar::library::tasks()),
+        Command::Recipes(a) => library::run(a, "recipe", peft_grammar::library::recipes()),
         #[cfg(feature = "compiler")]
         Command::Compile(a) => compile::run(a),
         Command::Data(a) => data::run(a),

@@ -23,7 +23,7 @@ pub struct Arguments {
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,
     /// Held-out data, named as `--data` is: judged by at `train.evaluate`, and the best values are kept in
-    /// `best.safetensors`
+    /// `best.safetensors`. With `train.hold_out` they are rows of `--data`
     #[arg(long, value_name = "FILE")]
     dev: Vec<PathBuf>,
     #[command(flatten)]
@@ -83,12 +83,29 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data[0], model)?;
     super::say(&Budget::of(model, tokenizer.appended()).table());
     let read = |files: &[PathBuf]| arguments.rows.read(files, model, &tokenizer);
-    let train = read(&arguments.data)?;
+    let hold_out = model.train.hold_out;
+    if hold_out > 0 && !arguments.dev.is_empty() {
+        let why = "`train.hold_out` takes held-out data out of `--data`, and `--dev` names others; leave `--dev` out, or \
+                   `--set train.hold_out=0`";
+        return Err(Failure::Usage(why.into()));
+    }
+    let mut train = read(&arguments.data)?;
+    let mut dev = if arguments.dev.is_empty() { None } else { Some(read(&arguments.dev)?) };
+    if hold_out > 0 {
+        let (rest, held) = train.hold_out(hold_out, model.train.seed)?;
+        super::say(&format!(
+            "{} examples to train on; {hold_out} rows are held out by the seed {}, with {} examples",
+            rest.len(),
+            model.train.seed,
+            held.len()
+        ));
+        (train, dev) = (rest, Some(held));
+    }
     training::fits(&model.train, &train)?;
-    let dev = if arguments.dev.is_empty() { None } else { Some(read(&arguments.dev)?) };
     drop(tokenizer);
     if dev.is_none() && model.train.patience.is_some() {
-        let why = "`train.patience` counts evaluations on held-out data; name them with `--dev`";
+        let why =
+            "`train.patience` counts evaluations on held-out data; name them with `--dev`, or set `train.hold_out`";
         return Err(Failure::Usage(why.into()));
     }
 

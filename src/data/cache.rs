@@ -81,7 +81,7 @@ fn read(map: &Arc<Mmap>, rows: u64) -> Option<Dataset> {
         Some(start..start + bytes.len())
     };
     let ranges = NAMES.map(&mut range);
-    let [ids, runs, ends, classes, lengths] = ranges.map(Option::unwrap_or_default);
+    let [ids, runs, ends, classes, lengths, rows_of] = ranges.map(Option::unwrap_or_default);
     data.examples = Examples {
         ids: Array::mapped(map, ids)?,
         runs: Array::mapped(map, runs)?,
@@ -89,10 +89,16 @@ fn read(map: &Arc<Mmap>, rows: u64) -> Option<Dataset> {
         classes: Array::mapped(map, classes)?,
     };
     data.lengths = Array::mapped(map, lengths)?;
+    data.rows = Array::mapped(map, rows_of)?;
+    let in_order =
+        data.rows.first().is_none_or(|&first| first == 0) && data.rows.windows(2).all(|pair| pair[0] < pair[1]);
+    if !in_order || data.rows.last().is_some_and(|&last| last as usize >= data.len()) {
+        return None;
+    }
     (hash.finalize().to_hex().as_str() == metadata.get(CHECKSUM)? && data.examples.are_whole(rows)).then_some(data)
 }
 
-const NAMES: [&str; 5] = ["ids", "runs", "ends", "classes", "lengths"];
+const NAMES: [&str; 6] = ["ids", "runs", "ends", "classes", "lengths", "rows"];
 
 /// Writes an entry, beside its place and then renamed. That there is no room for it is a warning.
 pub fn keep(place: &Path, data: &Dataset) {
@@ -106,12 +112,13 @@ pub fn keep(place: &Path, data: &Dataset) {
 
 fn write(place: &Path, data: &Dataset) -> io::Result<()> {
     let examples = &data.examples;
-    let arrays: [(&[u8], Dtype, usize); 5] = [
+    let arrays: [(&[u8], Dtype, usize); 6] = [
         (bytemuck::cast_slice(&examples.ids), Dtype::I32, 4),
         (bytemuck::cast_slice(&examples.runs), Dtype::I32, 4),
         (bytemuck::cast_slice(&examples.ends), Dtype::U64, 8),
         (bytemuck::cast_slice(&examples.classes), Dtype::I32, 4),
         (bytemuck::cast_slice(&data.lengths), Dtype::U32, 4),
+        (bytemuck::cast_slice(&data.rows), Dtype::U32, 4),
     ];
     let facts = serde_json::to_string(data).map_err(io::Error::other)?;
     let mut hash = blake3::Hasher::new();

@@ -5,7 +5,7 @@
 //! | task | rows | maker |
 //! | --- | --- | --- |
 //! | generation | any columns, which the template names | [`template`] |
-//! | | WebNLG's JSON: triples and their verbalisations | [`webnlg`] |
+//! | | WebNLG's JSON or XML: triples and their verbalisations | [`webnlg`] |
 //! | chat | conversations, in the usual forms | [`chat`] |
 //! | text | a text | [`text`] |
 //! | classification | a text or a pair of them, and a label | [`classification`] |
@@ -17,6 +17,7 @@ mod classification;
 mod error;
 mod examples;
 mod form;
+mod items;
 mod rows;
 mod template;
 mod text;
@@ -86,6 +87,9 @@ pub struct Dataset {
     /// Tokens of every example before any cut, those of dropped ones too.
     #[serde(skip)]
     lengths: Array<u32>,
+    /// The first example of each row.
+    #[serde(skip)]
+    rows: Array<u32>,
     /// Examples longer than the task's `max_tokens`, which were cut to it.
     pub cut: usize,
     /// Examples of which the cut left nothing to predict; they are not among `examples`.
@@ -155,11 +159,11 @@ impl Dataset {
 
     fn tokenise(files: &[PathBuf], task: &Task, tokenizer: &Tokenizer, reading: &Reading) -> Result<Self, DataError> {
         let max_tokens = task.max_tokens as usize;
-        let mut reader =
-            Reader { data: Dataset::default(), skip_bad: reading.skip_bad, max_tokens, first_dropped: None };
+        let data = Dataset::default();
+        let mut reader = Reader { data, skip_bad: reading.skip_bad, max_tokens, row: None, first_dropped: None };
         match &task.kind {
-            TaskKind::Generation { template, target, .. } => {
-                reader.files(files, &template::Layout::new(template, target, tokenizer)?)?;
+            TaskKind::Generation { template, target, each, .. } => {
+                reader.files(files, &template::Layout::new((template, target, each), tokenizer)?)?;
             }
             TaskKind::Chat => reader.files(files, &chat::Conversations::new(tokenizer)?)?,
             TaskKind::Text { text, end } => {
@@ -171,6 +175,36 @@ impl Dataset {
             }
         }
         reader.finish()
+    }
+
+    /// Takes rows out, which the seed chooses, with all their examples: the others, and those.
+    pub fn hold_out(self, count: u64, seed: u64) -> Result<(Self, Self), DataError> {
+        let rows = self.rows.len();
+        let Some(count) = usize::try_from(count).ok().filter(|&count| count < rows) else {
+            let message = format!(
+                "`train.hold_out` takes {count} of its {rows} rows, which leaves none to train on; set it to less, or to 0"
+            );
+            return Err(DataError::Named { path: self.name().into(), message });
+        };
+        let mut held = vec![false; rows];
+        let order = Order::Shuffled { seed, epoch: u64::MAX }.indices(rows);
+        order[..count].iter().for_each(|&row| held[row] = true);
+        let part = |wanted: bool| {
+            let mut part = Dataset { sources: self.sources.clone(), cached: self.cached, ..Dataset::default() };
+            for row in (0..rows).filter(|&row| held[row] == wanted) {
+                let end = self.rows.get(row + 1).map_or(self.len(), |&next| next as usize);
+                part.rows.push(part.len() as u32);
+                for index in self.rows[row] as usize..end {
+                    let example = self.examples.get(index);
+                    part.lengths.push(example.ids.len() as u32);
+                    part.places.extend(self.places.get(index).cloned());
+                    part.examples.push(&example);
+                }
+            }
+            part.examples.shrink();
+            part
+        };
+        Ok((part(false), part(true)))
     }
 
     /// The file, or the first one and how many others.
@@ -252,6 +286,8 @@ struct Reader {
     data: Dataset,
     skip_bad: bool,
     max_tokens: usize,
+    /// The row of the last example.
+    row: Option<At>,
     /// Place and length of the first example that was dropped, and its first target.
     first_dropped: Option<(String, usize, Option<usize>)>,
 }
@@ -261,6 +297,7 @@ impl Reader {
         for path in files {
             let before = self.data.len();
             self.data.sources.push(Source { path: path.clone(), examples: 0 });
+            self.row = None;
             self.file(&File::open(path)?, maker, files.len() > 1)?;
             let examples = self.data.len() - before;
             self.data.sources.last_mut().expect("it was pushed above").examples = examples;
@@ -367,6 +404,10 @@ impl Reader {
         if data.places.len() < PLACES {
             data.places.push(place());
         }
+        if self.row.as_ref() != Some(at.row()) {
+            data.rows.push(data.examples.len() as u32);
+            self.row = Some(at.row().clone());
+        }
         data.examples.push(&example);
     }
 
@@ -390,5 +431,7 @@ impl Reader {
     }
 }
 
+#[cfg(test)]
+mod tasks;
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,7 @@
 //! | jsonl | an object a line | [`At::Line`] |
 //! | csv, tsv | records below a header | [`At::Line`] |
 //! | parquet | rows | [`At::Row`] |
+//! | xml | none: only WebNLG's entries are read from it |
 //!
 //! Each may be compressed by gzip or zstd. What a file is follows from its first bytes and its name's ending.
 
@@ -45,6 +46,21 @@ pub enum At {
         line: usize,
         column: usize,
     },
+    /// An item of a row's list, counted from 1.
+    Part {
+        of: Box<At>,
+        number: usize,
+    },
+}
+
+impl At {
+    /// The row that a part is of, or itself.
+    pub fn row(&self) -> &At {
+        match self {
+            At::Part { of, .. } => of,
+            row => row,
+        }
+    }
 }
 
 impl fmt::Display for At {
@@ -55,6 +71,7 @@ impl fmt::Display for At {
             At::Row(number) => write!(f, "row {number}"),
             At::Entry(key) => write!(f, "entry {key}"),
             At::Column { line, column } => write!(f, "line {line}, column {column}"),
+            At::Part { of, number } => write!(f, "{of}, item {number}"),
         }
     }
 }
@@ -129,6 +146,14 @@ impl Row<'_> {
         Row { at, cells: Cells::Fields(fields) }
     }
 
+    /// Its columns and their values, of a row of JSON.
+    pub fn fields(&self) -> Option<&[(String, Value)]> {
+        match &self.cells {
+            Cells::Texts(..) => None,
+            Cells::Fields(fields) => Some(fields),
+        }
+    }
+
     /// The names of its columns.
     pub fn names(&self) -> Vec<&str> {
         match &self.cells {
@@ -167,7 +192,7 @@ pub struct Rows<'f> {
     rows: Box<dyn Iterator<Item = Result<Row<'f>, Fault>> + 'f>,
     /// The columns' names and the line where they stand, of a file that says them once.
     pub header: Option<(usize, Vec<String>)>,
-    /// It is JSON with `entries`, as WebNLG's files are; it has no rows then.
+    /// It is JSON with `entries`, as WebNLG's files are, or XML; it has no rows then.
     pub entries: bool,
     /// Its columns have the names that a file without a header has.
     pub implied: bool,
@@ -193,6 +218,7 @@ impl<'f> Rows<'f> {
             Format::JsonLines => Ok(Rows::new(Lines::new(&file.bytes))),
             Format::Json => Rows::json(file),
             Format::Parquet => Ok(Rows::new(parquet::rows(&file.bytes)?)),
+            Format::Xml => Ok(Rows { entries: true, ..Rows::new(std::iter::empty()) }),
             Format::Csv => Ok(Rows::delimited(Delimited::new(&file.bytes, true, None, is_header)?, false)),
             Format::Tsv | Format::Unknown => {
                 Ok(Rows::delimited(Delimited::new(&file.bytes, false, implied, is_header)?, implied.is_some()))
@@ -210,10 +236,7 @@ impl<'f> Rows<'f> {
 
     fn json(file: &'f File) -> Result<Self, Fault> {
         // In lines a bad one leaves the others as they are.
-        let text = match file.text() {
-            Ok(text) => text,
-            Err(fault) => return Err(fault),
-        };
+        let text = file.text()?;
         Ok(match Layout::of(text)? {
             Layout::List(start) => Rows::new(List::new(text, start)),
             Layout::Lines => Rows::new(Lines::new(&file.bytes)),

@@ -1,12 +1,14 @@
 //! A generation task's template: rows in, ids and token types out.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
-use peft_grammar::model::Piece;
+use peft_grammar::model::{Extent, Piece};
 
 use super::classification::known;
 use super::error::did_you_mean;
+use super::items::{Items, NO_LISTS};
 use super::rows::{At, Cell, Fault, File, Format, Row, Rows, Value, find};
 use super::{DataError, Example, Goal, Maker, Placed, Tokenizer, webnlg};
 
@@ -15,9 +17,12 @@ enum Slot {
     Special(i32),
     /// The tokens of a text that stands in every example.
     Literal(Rc<[i32]>),
-    Field(String),
-    /// Once for each item of the list in a column; of the only list if it has no name.
-    Each(Option<String>, Vec<Slot>),
+    /// A token with the type of another one, which goes on behind it.
+    As(i32, i32),
+    /// A field's text, or some of its tokens.
+    Field(String, Option<Extent>),
+    /// Once for each item of the list in a column, or for some of them; of the only list if it has no name.
+    Each(Option<String>, Option<Extent>, Vec<Slot>),
 }
 
 /// A task's template with its tokens resolved.
@@ -29,7 +34,10 @@ pub struct Layout<'t> {
     /// As the task writes it.
     template: &'t [Piece],
     written: &'t str,
+    /// Lists whose items make an example each.
+    each: &'t [String],
     tokenizer: &'t Tokenizer,
+    shared: Shared,
 }
 
 /// What a template makes of a row, texts not yet tokenised.
@@ -40,12 +48,40 @@ pub struct Draft {
 
 enum Part {
     Special(i32),
+    As(i32, i32),
     Ids(Rc<[i32]>),
-    Text(String),
+    Text(Rc<str>, Option<Extent>),
+}
+
+/// Texts of earlier rows that a row may share, such as the story that all turns of a conversation are about.
+#[derive(Default)]
+struct Shared(RefCell<VecDeque<Rc<str>>>);
+
+impl Shared {
+    /// So many are remembered, and none that is shorter than this.
+    const MOST: usize = 4;
+    const SHORTEST: usize = 256;
+
+    fn text(&self, text: &str) -> Rc<str> {
+        if text.len() < Shared::SHORTEST {
+            return text.into();
+        }
+        let mut known = self.0.borrow_mut();
+        if let Some(same) = known.iter().find(|known| known.as_ref() == text) {
+            return same.clone();
+        }
+        let text: Rc<str> = text.into();
+        known.truncate(Shared::MOST - 1);
+        known.push_front(text.clone());
+        text
+    }
 }
 
 impl<'t> Layout<'t> {
-    pub fn new(template: &'t [Piece], target: &'t str, tokenizer: &'t Tokenizer) -> Result<Self, DataError> {
+    pub fn new(
+        (template, target, each): (&'t [Piece], &'t str, &'t [String]),
+        tokenizer: &'t Tokenizer,
+    ) -> Result<Self, DataError> {
         let Some(at) = template.iter().position(|p| p.written().as_deref() == Some(target)) else {
             return Err(DataError::Template(format!("its target `{target}` does not stand in it outside `( … )*`")));
         };
@@ -55,7 +91,9 @@ impl<'t> Layout<'t> {
             after: slots(&template[at + 1..], tokenizer)?,
             template,
             written: target,
+            each,
             tokenizer,
+            shared: Shared::default(),
         })
     }
 
@@ -69,9 +107,15 @@ impl<'t> Layout<'t> {
             true => Ok(()),
             false => Err(unknown("a record", name, webnlg::RECORD)),
         };
+        if let [list, ..] = self.each {
+            let message =
+                format!("`each` goes over `{list}`, and an entry of WebNLG has an example for each of its texts");
+            return Err(DataError::Template(message));
+        }
         for piece in self.template {
+            let piece = if let Piece::Cut(_, piece) = piece { piece } else { piece };
             let items = match piece {
-                Piece::Special(_) | Piece::Literal(_) => continue,
+                Piece::Special(_) | Piece::Literal(_) | Piece::As(..) | Piece::Cut(..) => continue,
                 Piece::Field(name) => {
                     record(name)?;
                     continue;
@@ -83,6 +127,7 @@ impl<'t> Layout<'t> {
                 Piece::Each(_, items) => items,
             };
             for item in items {
+                let item = if let Piece::Cut(_, item) = item { item } else { item };
                 match item {
                     Piece::Field(name) if !webnlg::TRIPLE.contains(&name.as_str()) => {
                         return Err(unknown("a triple", name, webnlg::TRIPLE));
@@ -91,7 +136,7 @@ impl<'t> Layout<'t> {
                 }
             }
         }
-        if !self.after.iter().any(|slot| matches!(slot, Slot::Field(name) if name == "text")) {
+        if !self.after.iter().any(|slot| matches!(slot, Slot::Field(name, _) if name == "text")) {
             return Err(DataError::Template(format!("`{{text}}` does not follow the target `{}`", self.written)));
         }
         Ok(())
@@ -103,19 +148,29 @@ fn slots(pieces: &[Piece], tokenizer: &Tokenizer) -> Result<Vec<Slot>, DataError
 }
 
 fn slot(piece: &Piece, tokenizer: &Tokenizer) -> Result<Slot, DataError> {
-    let inside = |pieces: &[Piece]| match pieces.iter().any(|p| matches!(p, Piece::Repeat(_) | Piece::Each(..))) {
-        true => Err(DataError::Template("a `( … )*` stands inside another".into())),
-        false => slots(pieces, tokenizer),
+    let special = |token: &String| {
+        let unknown = || DataError::Template(format!("`{token}` is not among the task's special tokens"));
+        tokenizer.special(token).ok_or_else(unknown)
+    };
+    let (piece, extent) = match piece {
+        Piece::Cut(extent, piece) => (&**piece, Some(*extent)),
+        piece => (piece, None),
+    };
+    let inside = |pieces: &[Piece]| {
+        let inside = slots(pieces, tokenizer)?;
+        match inside.iter().any(|slot| matches!(slot, Slot::Each(..))) {
+            true => Err(DataError::Template("a `( … )*` stands inside another".into())),
+            false => Ok(inside),
+        }
     };
     Ok(match piece {
-        Piece::Special(token) => {
-            let unknown = || DataError::Template(format!("`{token}` is not among the task's special tokens"));
-            Slot::Special(tokenizer.special(token).ok_or_else(unknown)?)
-        }
+        Piece::Special(token) => Slot::Special(special(token)?),
+        Piece::As(token, kind) => Slot::As(special(token)?, special(kind)?),
         Piece::Literal(text) => Slot::Literal(literal(text, tokenizer)?.into()),
-        Piece::Field(name) => Slot::Field(name.clone()),
-        Piece::Repeat(pieces) => Slot::Each(None, inside(pieces)?),
-        Piece::Each(name, pieces) => Slot::Each(Some(name.clone()), inside(pieces)?),
+        Piece::Field(name) => Slot::Field(name.clone(), extent),
+        Piece::Repeat(pieces) => Slot::Each(None, extent, inside(pieces)?),
+        Piece::Each(name, pieces) => Slot::Each(Some(name.clone()), extent, inside(pieces)?),
+        Piece::Cut(..) => return Err(DataError::Template("a cut of a cut".into())),
     })
 }
 
@@ -130,8 +185,8 @@ fn literal(text: &str, tokenizer: &Tokenizer) -> Result<Vec<i32>, DataError> {
 }
 
 /// A field's text.
-fn text(name: &str, cell: Cell) -> Result<String, String> {
-    cell.text().map(str::to_owned).ok_or_else(|| {
+fn text<'r>(name: &str, cell: Cell<'r>) -> Result<&'r str, String> {
+    cell.text().ok_or_else(|| {
         let mend = match cell {
             Cell::Value(Value::Object(fields)) => match fields.first() {
                 Some((first, _)) => format!("name a field of it, `{{{name}.{first}}}`"),
@@ -146,41 +201,65 @@ fn text(name: &str, cell: Cell) -> Result<String, String> {
     })
 }
 
-/// What a slot makes of a row.
-fn fill(slot: &Slot, row: &Row, parts: &mut Vec<Part>) -> Result<(), String> {
-    match slot {
-        Slot::Special(token) => parts.push(Part::Special(*token)),
-        Slot::Literal(ids) => parts.push(Part::Ids(ids.clone())),
-        Slot::Field(name) => match row.get(name) {
-            Some(cell) => parts.push(Part::Text(text(name, cell)?)),
-            None => known(name, &row.names(), false)?,
-        },
-        Slot::Each(name, slots) => {
-            let (name, items) = list(name.as_deref(), row)?;
-            for (number, item) in (1..).zip(items) {
-                let Value::Object(fields) = item else {
-                    return Err(format!("item {number} of `{name}` is {}, where an object is expected", item.kind()));
-                };
-                for slot in slots {
-                    match slot {
-                        Slot::Field(field) => {
-                            let value = find(fields, field).ok_or_else(|| {
-                                let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
-                                let hint = did_you_mean(field, names.iter().copied());
-                                format!(
-                                    "item {number} of `{name}` has no field `{field}`{hint}; it has `{}`",
-                                    names.join("`, `")
-                                )
-                            })?;
-                            parts.push(Part::Text(text(field, Cell::Value(value))?));
+/// Why a row has no such field.
+fn missing(name: &str, row: &Row) -> String {
+    let inside = name.split_once('.').and_then(|(first, rest)| match row.get(first) {
+        Some(Cell::Value(Value::Object(fields))) => Some((first, rest, fields)),
+        _ => None,
+    });
+    match inside {
+        Some((first, rest, fields)) => {
+            let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
+            let hint = did_you_mean(rest, names.iter().copied());
+            format!("`{first}` has no field `{rest}`{hint}; it has `{}`", names.join("`, `"))
+        }
+        None => known(name, &row.names(), false).expect_err("it is not among them"),
+    }
+}
+
+impl Layout<'_> {
+    /// What a slot makes of a row.
+    fn fill(&self, slot: &Slot, row: &Row, parts: &mut Vec<Part>) -> Result<(), String> {
+        let text = |name: &str, cell: Cell| text(name, cell).map(|text| self.shared.text(text));
+        match slot {
+            Slot::Special(token) => parts.push(Part::Special(*token)),
+            Slot::As(token, kind) => parts.push(Part::As(*token, *kind)),
+            Slot::Literal(ids) => parts.push(Part::Ids(ids.clone())),
+            Slot::Field(name, extent) => {
+                let cell = row.get(name).ok_or_else(|| missing(name, row))?;
+                parts.push(Part::Text(text(name, cell)?, *extent));
+            }
+            Slot::Each(name, extent, slots) => {
+                let (name, items) = list(name.as_deref(), row)?;
+                let taken = extent.map_or(0..items.len(), |extent| extent.range(items.len()));
+                for (number, item) in (1..).zip(items).skip(taken.start).take(taken.len()) {
+                    let Value::Object(fields) = item else {
+                        return Err(format!(
+                            "item {number} of `{name}` is {}, where an object is expected",
+                            item.kind()
+                        ));
+                    };
+                    for slot in slots {
+                        match slot {
+                            Slot::Field(field, extent) => {
+                                let value = find(fields, field).ok_or_else(|| {
+                                    let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
+                                    let hint = did_you_mean(field, names.iter().copied());
+                                    format!(
+                                        "item {number} of `{name}` has no field `{field}`{hint}; it has `{}`",
+                                        names.join("`, `")
+                                    )
+                                })?;
+                                parts.push(Part::Text(text(field, Cell::Value(value))?, *extent));
+                            }
+                            other => self.fill(other, row, parts)?,
                         }
-                        other => fill(other, row, parts)?,
                     }
                 }
             }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The list that a part of the template goes over: that of a column, or the row's only one.
@@ -214,17 +293,23 @@ impl Maker for Layout<'_> {
     fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
         let rows = Rows::of(file, Format::Json, None, |_| true).map_err(|e| DataError::at(&file.path, e))?;
         if !rows.entries {
-            return Ok(rows);
+            return Ok(match Items::new(self.each, self.template) {
+                Some(items) => items.rows(rows),
+                None => rows,
+            });
         }
         self.fits_webnlg()?;
         let text = file.text().map_err(|fault| DataError::at(&file.path, fault))?;
-        webnlg::rows(text, &file.path)
+        webnlg::rows(text, file.format, &file.path)
     }
 
     fn check(&self, names: &[&str]) -> Result<(), String> {
+        if !self.each.is_empty() {
+            return Err(NO_LISTS.into());
+        }
         for slot in self.before.iter().chain(&self.after) {
             match slot {
-                Slot::Field(name) => known(name, names, names.contains(&name.as_str()))?,
+                Slot::Field(name, _) => known(name, names, names.contains(&name.as_str()))?,
                 Slot::Each(..) => {
                     return Err(
                         "a table of texts holds no lists for the template's `( … )*`; write the rows as json".into()
@@ -238,15 +323,15 @@ impl Maker for Layout<'_> {
 
     fn draft(&self, row: &Row, _: bool) -> Result<Draft, String> {
         let (mut before, mut after) = (vec![], vec![]);
-        self.before.iter().try_for_each(|slot| fill(slot, row, &mut before))?;
-        self.after.iter().try_for_each(|slot| fill(slot, row, &mut after))?;
+        self.before.iter().try_for_each(|slot| self.fill(slot, row, &mut before))?;
+        self.after.iter().try_for_each(|slot| self.fill(slot, row, &mut after))?;
         // A closing mark alone is nothing to learn.
-        if after.iter().all(|part| !matches!(part, Part::Text(text) if !text.trim().is_empty())) {
+        if after.iter().all(|part| !matches!(part, Part::Text(text, _) if !text.trim().is_empty())) {
             let names: Vec<&str> = self
                 .after
                 .iter()
                 .filter_map(|slot| match slot {
-                    Slot::Field(name) => Some(name.as_str()),
+                    Slot::Field(name, _) => Some(name.as_str()),
                     _ => None,
                 })
                 .collect();
@@ -263,7 +348,7 @@ impl Maker for Layout<'_> {
         let parts = drafts.iter().flat_map(|(_, draft)| draft.before.iter().chain(&draft.after));
         let mut texts: Vec<&str> = parts
             .filter_map(|part| match part {
-                Part::Text(text) => Some(text.as_str()),
+                Part::Text(text, _) => Some(text.as_ref()),
                 _ => None,
             })
             .collect();
@@ -304,7 +389,11 @@ impl Sheet {
 
     /// A special token opens a segment of its own type.
     fn open(&mut self, token: i32) {
-        self.kind = token;
+        self.open_as(token, token);
+    }
+
+    fn open_as(&mut self, token: i32, kind: i32) {
+        self.kind = kind;
         self.write(&[token]);
     }
 }
@@ -318,16 +407,21 @@ impl Layout<'_> {
             for part in parts {
                 match part {
                     Part::Special(token) => mark(sheet, *token),
+                    Part::As(token, kind) => sheet.open_as(*token, *kind),
                     Part::Ids(ids) => sheet.write(ids),
-                    Part::Text(text) => sheet.write(&encoded[text.as_str()]),
+                    Part::Text(text, extent) => {
+                        let ids = &encoded[text.as_ref()];
+                        sheet.write(&ids[extent.map_or(0..ids.len(), |extent| extent.range(ids.len()))]);
+                    }
                 }
             }
         };
         fill(&mut sheet, &draft.before, Sheet::open);
         match &self.target {
             Slot::Special(token) => sheet.open(*token),
+            Slot::As(token, kind) => sheet.open_as(*token, *kind),
             Slot::Literal(ids) => sheet.write(ids),
-            Slot::Field(_) | Slot::Each(..) => {}
+            Slot::Field(..) | Slot::Each(..) => {}
         }
         let from = sheet.ids.len() - 1;
         fill(&mut sheet, &draft.after, |sheet, token| sheet.write(&[token]));

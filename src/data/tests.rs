@@ -57,7 +57,11 @@ fn generation(head: &str, repeat: &str, tail: &str) -> Task {
     template.push(Piece::Repeat(pieces(repeat)));
     template.extend(pieces(tail));
     let special = ["<b>", "<e>", "<s>", "<p>", "<o>", "<t>"].map(str::to_owned).to_vec();
-    Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Generation { special, template, target: "<t>".into() } }
+    Task {
+        name: "t".into(),
+        max_tokens: 64,
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+    }
 }
 
 fn plain_generation() -> Task {
@@ -67,7 +71,7 @@ fn plain_generation() -> Task {
 /// A directory with a tokenizer and one data file.
 pub(super) struct Case {
     pub dir: TempDir,
-    file: PathBuf,
+    pub file: PathBuf,
 }
 
 impl Case {
@@ -444,7 +448,7 @@ fn literal_text() {
     ];
     let task = |target: &str| {
         let (special, target) = (vec!["<t>".into()], target.into());
-        let kind = TaskKind::Generation { special, template: template.clone(), target };
+        let kind = TaskKind::Generation { special, template: template.clone(), target, each: vec![] };
         Task { name: "t".into(), max_tokens: 64, kind }
     };
     // The loss begins behind the target's last token; literals have the type of what is before them.
@@ -543,7 +547,7 @@ fn webnlg() -> Task {
     template.push(Piece::Repeat(pieces("<subject> {subject} <property> {property} <object> {object}")));
     template.extend(pieces("<target> {text} <eos>"));
     let special = special.map(str::to_owned).to_vec();
-    let kind = TaskKind::Generation { special, template, target: "<target>".into() };
+    let kind = TaskKind::Generation { special, template, target: "<target>".into(), each: vec![] };
     Task { name: "webnlg".into(), max_tokens: 1024, kind }
 }
 

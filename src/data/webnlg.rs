@@ -1,4 +1,7 @@
-//! WebNLG's JSON: sets of triples, each with texts that say them. One row for each text marked `good`.
+//! WebNLG's entries: sets of triples, each with texts that say them. One row for each text marked `good`. They are read
+//! from JSON here, and from XML by [`xml`].
+
+mod xml;
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -8,7 +11,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::rows::{At, Row, Rows, Value, in_words};
+use super::rows::{At, Format, Row, Rows, Value, in_words};
 use super::{DataError, LeftOut};
 
 /// An object of JSON. Serde by itself takes a list for a struct as well, its items for the fields in their order.
@@ -112,10 +115,14 @@ pub const TRIPLE: &[&str] = &["subject", "property", "object"];
 pub const TRIPLES: &str = "modifiedtripleset";
 
 /// One row for each text marked `good`.
-pub fn rows<'f>(text: &str, path: &Path) -> Result<Rows<'f>, DataError> {
-    let entries = parse(text, path)?;
+pub fn rows<'f>(text: &str, format: Format, path: &Path) -> Result<Rows<'f>, DataError> {
+    let entries = match format {
+        Format::Xml => xml::parse(text).map_err(|fault| DataError::at(path, fault))?,
+        _ => parse(text, path)?,
+    };
+    check(&entries, path)?;
     let mut rows = vec![];
-    for (number, entry) in &entries {
+    for (at, entry) in &entries {
         let triples = Value::List(entry.modifiedtripleset.iter().map(|Object(triple)| triple.value()).collect());
         for text in good(entry) {
             let fields = vec![
@@ -123,7 +130,7 @@ pub fn rows<'f>(text: &str, path: &Path) -> Result<Rows<'f>, DataError> {
                 ("text".into(), Value::Text(text.into())),
                 (TRIPLES.into(), triples.clone()),
             ];
-            rows.push(Row::of(At::Entry(number.as_str().into()), fields));
+            rows.push(Row::of(at.clone(), fields));
         }
     }
     if rows.is_empty() {
@@ -149,16 +156,21 @@ fn good(entry: &Entry) -> impl Iterator<Item = &str> {
     entry.lexicalisations.iter().map(|Object(l)| l).filter(|l| l.comment == "good").map(|l| l.lex.as_str())
 }
 
-/// The entries with their numbers, none without content.
-fn parse(text: &str, path: &Path) -> Result<Vec<(String, Entry)>, DataError> {
+/// The entries with their numbers.
+fn parse(text: &str, path: &Path) -> Result<Vec<(At, Entry)>, DataError> {
     let Object(file) = serde_json::from_str::<Object<File>>(text).map_err(|error| {
         let at = At::Column { line: error.line(), column: error.column() };
         DataError::Webnlg { path: path.to_owned(), at, message: in_words(&error) }
     })?;
-    let entries: Vec<_> = file.entries.into_iter().flat_map(|numbered| numbered.0).collect();
-    for (number, entry) in &entries {
+    let entries = file.entries.into_iter().flat_map(|numbered| numbered.0);
+    Ok(entries.map(|(number, entry)| (At::Entry(number.into()), entry)).collect())
+}
+
+/// Refuses entries without content.
+fn check(entries: &[(At, Entry)], path: &Path) -> Result<(), DataError> {
+    for (at, entry) in entries {
         let fault = |message: &str| {
-            let at = At::Entry(number.as_str().into());
+            let at = at.clone();
             Err(DataError::Place { path: path.to_owned(), at, message: message.into(), skippable: false })
         };
         if entry.modifiedtripleset.is_empty() {
@@ -168,5 +180,5 @@ fn parse(text: &str, path: &Path) -> Result<Vec<(String, Entry)>, DataError> {
             return fault("a lexicalisation's `lex` is empty; write its text or remove it");
         }
     }
-    Ok(entries)
+    Ok(())
 }

@@ -74,7 +74,7 @@ fn every_kernel_is_assembled() {
     let Some(ptxas) = asked("PEFTC_PTXAS") else { return };
     let dialect = Dialect::new().expect("a dialect");
     let mut shown = String::new();
-    let specs = [("models/paper/nlg/inducer_lora.peft", "bf16"), ("models/demo/sentiment.peft", "f32")];
+    let specs = [("models/paper/webnlg/inducer_lora.peft", "bf16"), ("models/demo/sentiment.peft", "f32")];
     for (spec, precision) in specs {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(spec);
         let set = [("train.precision".to_string(), precision.to_string())];

@@ -17,7 +17,7 @@ fn gpt2_small_learns_webnlg_in_three_gigabytes() {
     let out = tempfile::tempdir().expect("a directory");
     let run = Command::new(env!("CARGO_BIN_EXE_peftc"))
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(["train", "models/paper/nlg/inducer_lora.peft", "--weights", "random", "--set", "train.steps=20"])
+        .args(["train", "models/paper/webnlg/inducer_lora.peft", "--weights", "random", "--set", "train.steps=20"])
         .arg("--data")
         .arg(data.join("webnlg/train.json"))
         .arg("--out")

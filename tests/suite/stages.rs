@@ -93,7 +93,9 @@ fn squares(dialect: &Dialect, path: &Path, without: &[&str]) -> usize {
 /// What is made again in the backward pass is not kept for it: the more, the more weights train.
 #[test]
 fn making_values_again_takes_less_memory() {
-    for (spec, share) in [("nlg/finetune", 0.85), ("nlg/lora", 0.9), ("nlg/inducer_lora", 0.93), ("nlu/bitfit", 1.0)] {
+    for (spec, share) in
+        [("webnlg/finetune", 0.85), ("webnlg/lora", 0.9), ("webnlg/inducer_lora", 0.93), ("sst2/bitfit", 1.0)]
+    {
         let model = model(&Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("models/paper/{spec}.peft")));
         let bytes = |without: &[&str]| {
             let without = without.iter().map(|name| name.to_string()).collect();
@@ -111,7 +113,7 @@ fn no_buffer_grows_with_pairs() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let dialect = Dialect::new().expect("a dialect");
     let mut specs = 0;
-    for folder in ["models/paper/nlg", "models/paper/nlu", "tests/ir", "tests/specs/good"] {
+    for folder in ["models/paper/webnlg", "models/paper/sst2", "tests/ir", "tests/specs/good"] {
         let entries = std::fs::read_dir(root.join(folder)).expect("a folder").map(|e| e.expect("an entry").path());
         for path in entries.filter(|p| p.extension().is_some_and(|e| e == "peft")) {
             assert_eq!(squares(&dialect, &path, &[]), 0, "{}", path.display());

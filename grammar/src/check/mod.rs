@@ -17,6 +17,7 @@ mod projection;
 mod rates;
 mod settings;
 mod site;
+mod taken;
 mod template;
 mod tune;
 mod value;
@@ -165,13 +166,14 @@ fn checked<T>(
     check: impl for<'a> FnOnce(&mut Checker<'a>, &'a Ast) -> Option<T>,
 ) -> Result<T, Diagnostics> {
     let mut errors = overrides;
-    let files = match Files::load(main, &mut sources, resolver) {
+    let mut files = match Files::load(main, &mut sources, resolver) {
         Ok(files) => files,
         Err(e) => {
             errors.extend(e);
             return Err(Diagnostics::new(errors, sources));
         }
     };
+    taken::take(&mut files, &sources, &mut errors);
     let definitions = Definitions::collect(&files, &sources, &mut errors);
     let mut checker = Checker::new(&sources, definitions, errors);
     let found = check(&mut checker, &files.asts[0]);

@@ -3,15 +3,18 @@
 use std::collections::HashMap;
 
 use super::expand::Frame;
+use super::template::{self, Template};
 use super::value::Val;
-use super::{Checker, Purpose, Said, template};
+use super::{Call, Checker, Purpose, Said};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{BatchSize, Columns, Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind};
+use crate::model::{
+    BatchSize, Columns, Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind, item_name,
+};
 use crate::recipe::{EPS, LR_DECAY, POWER};
-use crate::source::Span;
+use crate::source::FileId;
 
-const GENERATION: &[&str] = &["kind", "max_tokens", "special", "template", "target"];
+const GENERATION: &[&str] = &["kind", "max_tokens", "special", "each", "template", "target"];
 const CHAT: &[&str] = &["kind", "max_tokens"];
 const TEXT: &[&str] = &["kind", "max_tokens", "text", "end"];
 const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
@@ -38,6 +41,7 @@ const RECIPE: &[&str] = &[
     "evaluate",
     "patience",
     "accumulate",
+    "hold_out",
     "decays",
     "average",
 ];
@@ -139,9 +143,15 @@ impl<'a> Checker<'a> {
         Some(texts)
     }
 
-    fn missing(&mut self, block: Span, key: &str, example: &str) {
-        let error = Diagnostic::error(block, format!("the task does not say its `{key}`"));
-        self.report(error.hint(format!("add `{key}: {example}`")));
+    fn missing(&mut self, block: &Name, key: &str, example: &str) {
+        let error = Diagnostic::error(block.span, format!("the task does not say its `{key}`"));
+        let module = crate::library::task_module(&block.text);
+        self.report(error.hint(match module {
+            Some(module) => {
+                format!("`import {module}` takes what is not set here from the library's task of this name")
+            }
+            None => format!("add `{key}: {example}`"),
+        }));
     }
 
     /// The task; without a block, one that has no data: the model can run, not train.
@@ -150,7 +160,7 @@ impl<'a> Checker<'a> {
         let Some(block) = block else {
             let kind = match self.purpose {
                 Purpose::Generation => {
-                    TaskKind::Generation { special: vec![], template: vec![], target: String::new() }
+                    TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] }
                 }
                 Purpose::Classification => {
                     TaskKind::Classification { labels: vec!["0".into(), "1".into()], columns: Columns::default() }
@@ -160,7 +170,15 @@ impl<'a> Checker<'a> {
         };
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
         let given = kind_entry.map(|e| Entries::from([("kind", &e.value)])).unwrap_or_default();
-        let kind = self.word(&given, "kind", &TaskKind::WORDS);
+        self.calls.push(Call { span: block.name.span, label: String::new() });
+        let task = self.task_of(block, &given, model);
+        self.calls.pop();
+        (self.errors.len() == before).then_some(task?)
+    }
+
+    fn task_of(&mut self, block: &'a Settings, given: &Entries<'a>, model: &ModelDef) -> Option<Task> {
+        let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
+        let kind = self.word(given, "kind", &TaskKind::WORDS);
         let purpose = match kind {
             None if kind_entry.is_some() => return None,
             Some("classification") => Purpose::Classification,
@@ -187,7 +205,12 @@ impl<'a> Checker<'a> {
         };
         let entries = self.entries(block, &what, known);
         let max_tokens = self.count(&entries, "max_tokens", 1);
-        self.max_tokens = max_tokens.map(|number| Said { number, span: entries["max_tokens"].span });
+        self.max_tokens = max_tokens.map(|number| {
+            let span = entries["max_tokens"].span;
+            // What the library's task says is shown where the spec takes it.
+            let library = self.sources.get(span.file).library;
+            Said { number, span: if library { block.name.span } else { span } }
+        });
         let max_tokens = max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let kind = match (kind, purpose) {
             (Some("chat"), _) => Some(TaskKind::Chat),
@@ -195,26 +218,55 @@ impl<'a> Checker<'a> {
             (_, Purpose::Generation) => self.generation(block, &entries),
             (_, Purpose::Classification) => self.classification(block, &entries),
         };
-        let task = Task { name: block.name.text.clone(), max_tokens, kind: kind? };
-        (self.errors.len() == before).then_some(task)
+        Some(Task { name: block.name.text.clone(), max_tokens, kind: kind? })
     }
 
     fn generation(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
         let special = self.texts(entries, "special").unwrap_or_default();
+        let each = self.each(entries);
         let (template, target) = (self.text(entries, "template"), self.text(entries, "target"));
         for (key, example) in [("template", "\"<in> … <out> {text} <end>\""), ("target", "\"<out>\"")] {
             if !entries.contains_key(key) {
-                self.missing(block.name.span, key, example);
+                self.missing(&block.name, key, example);
             }
         }
         let (template, target) = (template?, target?);
         match template::parse(&template, &special, &target) {
-            Ok(template) => Some(TaskKind::Generation { special, template: template.pieces, target: template.target }),
+            Ok(Template { pieces, target }) => {
+                if let Some(name) = template::without_item(&pieces, &each) {
+                    let title =
+                        format!("the template has no field of the item of `{name}`: its examples would be alike");
+                    let error = Diagnostic::error(template.span, title);
+                    self.report(error.hint(format!("such as `{{{}.text}}`, outside of `( … )*`", item_name(name))));
+                }
+                Some(TaskKind::Generation { special, template: pieces, target, each })
+            }
             Err(error) => {
                 self.report(*error);
                 None
             }
         }
+    }
+
+    /// The lists whose items make an example each: one, or several that go in step.
+    fn each(&mut self, entries: &Entries<'a>) -> Vec<String> {
+        let Some(&value) = entries.get("each") else { return vec![] };
+        let names = match &value.kind {
+            ExprKind::String(text) => vec![text.clone()],
+            ExprKind::List(_) => self.texts(entries, "each").unwrap_or_default(),
+            _ => vec![],
+        };
+        if names.is_empty() || names.iter().any(|name| item_name(name).trim().is_empty()) {
+            let error = Diagnostic::error(value.span, "`each` names a list of the row, or several that go in step");
+            self.report(error.hint("such as `\"turns\"` or `[\"questions\", \"answers\"]`"));
+            return vec![];
+        }
+        let same = (1..names.len()).find(|&i| names[..i].iter().any(|name| item_name(name) == item_name(&names[i])));
+        if let Some(i) = same {
+            let title = format!("the items of two lists would both be called `{}`", item_name(&names[i]));
+            self.report(Diagnostic::error(value.span, title));
+        }
+        names
     }
 
     fn texts_as_they_stand(&mut self, entries: &Entries<'a>) -> TaskKind {
@@ -230,7 +282,7 @@ impl<'a> Checker<'a> {
 
     fn classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
         if !entries.contains_key("labels") {
-            self.missing(block.name.span, "labels", "[\"negative\", \"positive\"]");
+            self.missing(&block.name, "labels", "[\"negative\", \"positive\"]");
         }
         let labels = self.texts(entries, "labels")?;
         if labels.len() < 2 {
@@ -265,6 +317,8 @@ impl<'a> Checker<'a> {
     /// The recipe; what the block leaves out has PyTorch's usual value.
     pub(super) fn recipe(&mut self, block: Option<&'a Settings>) -> Option<Recipe> {
         let before = self.errors.len();
+        let named = block.and_then(|block| block.of.as_ref());
+        self.calls.extend(named.map(|name| Call { span: name.span, label: String::new() }));
         let entries = block.map(|b| self.entries(b, "a recipe", RECIPE)).unwrap_or_default();
         let share = |x: f64| (0.0..1.0).contains(&x);
         let optimizer = self.optimizer(&entries);
@@ -292,6 +346,7 @@ impl<'a> Checker<'a> {
             save: self.every(&entries, "save", true),
             evaluate: self.every(&entries, "evaluate", false),
             patience: self.count(&entries, "patience", 1),
+            hold_out: self.count(&entries, "hold_out", 0).unwrap_or(0),
             average: entries
                 .contains_key("average")
                 .then(|| self.setting(&entries, "average", 0.0, "above 0 and below 1", |x| x > 0.0 && x < 1.0)),
@@ -304,6 +359,7 @@ impl<'a> Checker<'a> {
                 self.report(Diagnostic::error(value.span, title));
             }
         }
+        self.calls.clear();
         (self.errors.len() == before).then_some(recipe)
     }
 
@@ -394,7 +450,13 @@ impl<'a> Checker<'a> {
     fn unread(&mut self, entries: &Entries<'a>, key: &str, choice: &str) {
         if let Some(value) = entries.get(key) {
             let error = Diagnostic::error(value.span, format!("{choice} does not read `{key}`"));
-            self.report(error.hint("leave it out"));
+            let file = self.sources.get(value.span.file);
+            self.report(error.hint(match value.span.file == FileId(0) || file.name == "--set" {
+                true => "leave it out",
+                false => {
+                    "it is of the recipe that the spec names; write the settings into a `train` block without a name"
+                }
+            }));
         }
     }
 

@@ -1,8 +1,9 @@
 //! A generation task's template: special tokens, literal text, columns of a row, and a part for each item of a list.
+//! Of columns and lists it may take a beginning or an end.
 
 use crate::ast::Text;
 use crate::diagnostic::Diagnostic;
-use crate::model::Piece;
+use crate::model::{Extent, Piece, item_name};
 use crate::source::Span;
 
 type Error = Box<Diagnostic>;
@@ -36,6 +37,21 @@ pub(super) fn parse(template: &Text, special: &[String], target: &Text) -> Resul
     Ok(Template { target: wanted.unwrap_or_default(), pieces })
 }
 
+/// A list of `each` of whose item no field stands in the template.
+pub(super) fn without_item<'n>(pieces: &[Piece], each: &'n [String]) -> Option<&'n String> {
+    let is_of = |piece: &Piece, item: &str| match piece {
+        Piece::Field(name) => name.strip_prefix(item).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')),
+        _ => false,
+    };
+    let any = |item: &str| {
+        pieces.iter().any(|piece| match piece {
+            Piece::Cut(_, piece) => is_of(piece, item),
+            piece => is_of(piece, item),
+        })
+    };
+    each.iter().find(|name| !any(item_name(name)))
+}
+
 struct Reader<'a> {
     text: &'a str,
     span: Span,
@@ -61,7 +77,14 @@ impl Reader<'_> {
                 '(' if inside => return Err(Box::new(self.error(start, start + 1, "`( … )*` stands inside another"))),
                 '(' => {
                     self.at += 1;
+                    let extent = self.extent()?;
+                    let before = self.at;
                     let column = self.column();
+                    if extent.is_some() && column.is_none() {
+                        let error =
+                            self.error(start, before, "this part does not name the list of which it takes some");
+                        return Err(Box::new(error.hint("such as `(last 2 of turns: {question} {answer})*`")));
+                    }
                     let repeated = self.pieces(true)?;
                     if !self.text[self.at..].starts_with(")*") {
                         let error = self.error(start, start + 1, "this `(` has no `)*`");
@@ -72,9 +95,13 @@ impl Reader<'_> {
                         let error = self.error(start, self.at, "this `( … )*` holds no `{field}` of its items");
                         return Err(Box::new(error.hint("such as `(turns: {question} {answer})*`")));
                     }
-                    pieces.push(match column {
+                    let piece = match column {
                         Some(column) => Piece::Each(column, repeated),
                         None => Piece::Repeat(repeated),
+                    };
+                    pieces.push(match extent {
+                        Some(extent) => Piece::Cut(extent, Box::new(piece)),
+                        None => piece,
                     });
                 }
                 ')' if inside => return Ok(pieces),
@@ -107,7 +134,44 @@ impl Reader<'_> {
             let error = self.error(from, to, "this field names no column");
             return Err(Box::new(error.hint("such as `{text}`")));
         }
-        Ok(Piece::Field(name))
+        // `first 400 tokens of story`
+        let mut words = name.splitn(5, ' ');
+        let (end, count) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        let digits = !count.is_empty() && count.chars().all(|c| c.is_ascii_digit());
+        if !matches!(end, "first" | "last") || !digits {
+            return Ok(Piece::Field(name));
+        }
+        let (Some("tokens" | "token"), Some("of"), Some(column)) = (words.next(), words.next(), words.next()) else {
+            let error = self.error(from, to, "a field is cut to a number of tokens");
+            return Err(Box::new(error.hint(format!("such as `{{{end} {count} tokens of text}}`"))));
+        };
+        let piece = Piece::Field(column.trim().to_owned());
+        Ok(Piece::Cut(self.taken(end, count, from, to)?, Box::new(piece)))
+    }
+
+    /// The `last 2 of` at the beginning of `(last 2 of turns: … )*`.
+    fn extent(&mut self) -> Result<Option<Extent>, Error> {
+        let rest = self.text[self.at..].trim_start();
+        let start = self.text.len() - rest.len();
+        let mut words = rest.splitn(4, ' ');
+        let (Some(end @ ("first" | "last")), Some(count), Some("of")) = (words.next(), words.next(), words.next())
+        else {
+            return Ok(None);
+        };
+        if count.is_empty() || !count.chars().all(|c| c.is_ascii_digit()) {
+            return Ok(None);
+        }
+        self.at = start + end.len() + count.len() + "  of".len();
+        self.taken(end, count, start, self.at).map(Some)
+    }
+
+    /// `first` or `last` so many.
+    fn taken(&self, end: &str, count: &str, from: usize, to: usize) -> Result<Extent, Error> {
+        match count.parse::<u64>() {
+            Ok(count) if count > 0 && end == "first" => Ok(Extent::First(count)),
+            Ok(count) if count > 0 => Ok(Extent::Last(count)),
+            _ => Err(Box::new(self.error(from, to, format!("`{end}` takes at least 1, found {count}")))),
+        }
     }
 
     /// The `turns:` at the beginning of `(turns: … )*`.
@@ -128,9 +192,25 @@ impl Reader<'_> {
     }
 
     fn special(&mut self) -> Result<Piece, Error> {
+        let (token, from, to) = self.token()?;
+        let rest = self.text[self.at..].trim_start();
+        let Some(kind) = rest.strip_prefix("as ") else { return Ok(Piece::Special(token)) };
+        self.at = self.text.len() - kind.trim_start().len();
+        if self.declared().is_none() && !self.text[self.at..].starts_with('<') {
+            let error = self.error(from, to, format!("`as` gives `{token}` the type of another special token"));
+            let other = self.special.iter().find(|other| **other != token).unwrap_or(&token);
+            return Err(Box::new(error.hint(format!("such as `{token} as {other}`"))));
+        }
+        let (kind, ..) = self.token()?;
+        Ok(Piece::As(token, kind))
+    }
+
+    /// A special token of the task, and where it stands.
+    fn token(&mut self) -> Result<(String, usize, usize), Error> {
         if let Some(token) = self.declared().cloned() {
+            let from = self.at;
             self.at += token.len();
-            return Ok(Piece::Special(token));
+            return Ok((token, from, self.at));
         }
         let special = self.special;
         let (token, from, to) = self.until('>', "token")?;

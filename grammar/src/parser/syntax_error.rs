@@ -119,7 +119,7 @@ fn token(text: &str) -> &str {
 /// What a rule is called in a message; `None` when saying so helps no one.
 fn describe(rule: Rule) -> Option<&'static str> {
     Some(match rule {
-        Rule::name | Rule::arg_name | Rule::word => "a name",
+        Rule::name | Rule::taken | Rule::arg_name | Rule::word => "a name",
         Rule::expr
         | Rule::conjunction
         | Rule::negation

@@ -17,6 +17,7 @@ pub enum Format {
     Csv,
     Tsv,
     Parquet,
+    Xml,
     /// Neither its first bytes nor its name tell.
     Unknown,
 }
@@ -123,6 +124,10 @@ fn format(bytes: &[u8], ending: &str) -> Format {
         ("csv", _) if tabs && !first.contains(&b',') => Format::Tsv,
         ("csv", _) => Format::Csv,
         ("tsv" | "tab", _) => Format::Tsv,
+        ("xml", _) => Format::Xml,
+        (_, Some(b'<')) if [&b"<?xml"[..], b"<benchmark"].iter().any(|begin| bytes[start..].starts_with(begin)) => {
+            Format::Xml
+        }
         (_, Some(b'[' | b'{')) if !tabs => Format::Json,
         (_, _) if tabs => Format::Tsv,
         _ => Format::Unknown,

@@ -28,7 +28,11 @@ fn turns(list: Option<&str>) -> Task {
     };
     let template = vec![repeat, field("question"), token("<t>"), field("answer"), token("<e>")];
     let special = ["<s>", "<t>", "<e>"].map(str::to_owned).to_vec();
-    Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Generation { special, template, target: "<t>".into() } }
+    Task {
+        name: "t".into(),
+        max_tokens: 64,
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+    }
 }
 
 /// `{question} <t> {answer}`.
@@ -36,7 +40,11 @@ fn questions() -> Task {
     let field = |name: &str| Piece::Field(name.into());
     let template = vec![field("question"), Piece::Special("<t>".into()), field("answer")];
     let special = vec!["<t>".to_owned()];
-    Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Generation { special, template, target: "<t>".into() } }
+    Task {
+        name: "t".into(),
+        max_tokens: 64,
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+    }
 }
 
 /// BERT's marks, which know pairs.

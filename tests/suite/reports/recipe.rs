@@ -249,6 +249,26 @@ fn patience() {
     assert!(figures(&out).0.len() as u64 > last);
 }
 
+/// Rows of the data judge a run where no other data do.
+#[test]
+fn rows_that_are_held_out() {
+    let case = classifier(CLASSIFIER, |_| {});
+    let out = case.path("run");
+    let hold = ["--set", "train.hold_out=1", "--set", "train.epochs=2", "--out", text(&out)];
+    let ran = case.with("train", &[&hold[..], &["--dev", text(&case.data)]].concat());
+    assert!(ran.code == 2 && ran.err.contains("leave `--dev` out, or `--set train.hold_out=0`"), "{}", ran.err);
+    let ran = case.with("train", &hold);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(
+        ran.err.contains("examples to train on; 1 rows are held out by the seed 1, with 1 examples"),
+        "{}",
+        ran.err
+    );
+    assert!(ran.out.contains("held out: ") && out.join("best.safetensors").is_file(), "{}", ran.out);
+    let ran = case.with("train", &["--set", "train.hold_out=1000", "--out", text(&case.path("all"))]);
+    assert!(ran.code == 3 && ran.err.contains("which leaves none to train on"), "{}", ran.err);
+}
+
 /// `train` in a process of its own, on the case's data, judged by them too.
 fn begin(case: &Case, out: &Path, more: &[&str]) -> Child {
     let given = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data)];
