@@ -18,7 +18,7 @@ pub struct Arguments {
     /// A `.peft` spec, or an artifact that `peftc compile` wrote
     #[arg(value_name = "SPEC|ARTIFACT")]
     spec: PathBuf,
-    /// json, jsonl, csv or tsv, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
+    /// json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
     /// in quotes such as `'train/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,

@@ -12,7 +12,7 @@ use crate::{adapters, training};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// json, jsonl, csv or tsv, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
+    /// json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
     /// in quotes such as `'test/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,

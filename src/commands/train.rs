@@ -18,7 +18,7 @@ use crate::training::{self, Ending, Training};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// What to train on: json, jsonl, csv or tsv, plain or compressed by gzip or zstd; several files by repeating
+    /// What to train on: json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating
     /// `--data`, or by a pattern in quotes such as `'train/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,

@@ -4,7 +4,7 @@
 use peft_grammar::model::Columns;
 
 use super::error::did_you_mean;
-use super::rows::{At, Fault, File, Format, Row, Rows};
+use super::rows::{At, Fault, File, Format, Row, Rows, shortened};
 use super::{DataError, Example, Goal, MARKS, Maker, Placed, Tokenizer};
 
 /// Names that the columns have elsewhere, in any case.
@@ -125,6 +125,7 @@ impl Classification<'_> {
             return Ok(class as i32);
         }
         let hint = did_you_mean(label, labels.iter().map(String::as_str));
+        let label = shortened(label);
         let indices = match labels.iter().any(|l| is_number(l)) {
             true => String::new(),
             false => format!(", or 0 to {}", labels.len().saturating_sub(1)),
@@ -174,10 +175,11 @@ pub(super) fn known(wanted: &str, names: &[&str], found: bool) -> Result<(), Str
     })
 }
 
-/// The first names, for a message.
+/// The first names, for a message; of one that no one would call a name the beginning.
 pub(super) fn listed(names: &[&str]) -> String {
     const SHOWN: usize = 16;
-    let shown = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let short = |name: &&str| if name.len() > 60 { shortened(name).into_owned() } else { name.to_string() };
+    let shown = names.iter().take(SHOWN).map(|name| format!("`{}`", short(name))).collect::<Vec<_>>().join(", ");
     if names.len() > SHOWN { shown + ", …" } else { shown }
 }
 

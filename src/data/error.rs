@@ -110,8 +110,11 @@ fn taken(behind: &[String]) -> String {
 
 /// ` (did you mean …?)` when one of the candidates is close to what was found, else nothing.
 pub(crate) fn did_you_mean<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+    // No name is longer, and comparing takes memory for each pair of letters.
+    const LONGEST: usize = 100;
     candidates
         .into_iter()
+        .filter(|c| found.len().max(c.len()) <= LONGEST)
         .map(|c| (strsim::damerau_levenshtein(&found.to_lowercase(), &c.to_lowercase()), c))
         .filter(|(distance, c)| *distance <= 1 + c.chars().count() / 4)
         .min()

@@ -270,6 +270,7 @@ impl<E: AsRef<[Example]>> PartialEq<E> for Examples {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // an example may well have one range of targets
 mod tests {
     use super::*;
 

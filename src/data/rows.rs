@@ -23,6 +23,7 @@ use std::rc::Rc;
 
 use super::LeftOut;
 use delimited::Delimited;
+pub(super) use delimited::shortened;
 pub use file::{File, Format, expand};
 pub use json::in_words;
 use json::{Layout, Lines, List};
@@ -258,4 +259,5 @@ impl<'f> Iterator for Rows<'f> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // an example may well have one range of targets
 mod tests;

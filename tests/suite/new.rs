@@ -110,11 +110,13 @@ fn conversations_are_learnt() {
     };
     let data = bench.write("chat.jsonl", (0..64).map(rows).collect::<String>());
     for (family, call) in &FAMILIES[2..] {
-        let weights = folder(&bench, family, call);
+        // Wide enough that frozen logits can be sure of a word.
+        let call = call.replace("hidden: 32", "hidden: 64");
+        let weights = folder(&bench, family, &call);
         words(&weights);
-        let tokenizer = TOKENIZER.replace("\"film\":5", "\"film\":5,\"says\":6");
+        let tokenizer = TOKENIZER.replace("\"film\":5", "\"film\":5,\"says\":6,\"stop\":7");
         fs::write(weights.join("tokenizer.json"), tokenizer).expect("written");
-        let template = "{% for m in messages %}{{ ' says' if m.role == 'assistant' else '' }} {{ m.content }}{% endfor %}\
+        let template = "{% for m in messages %}{{ ' says' if m.role == 'assistant' else '' }} {{ m.content }}{{ ' stop' if m.role == 'assistant' else '' }}{% endfor %}\
                         {% if add_generation_prompt %}{{ ' says' }}{% endif %}";
         let settings = json!({"chat_template": template}).to_string();
         fs::write(weights.join("tokenizer_config.json"), settings).expect("written");

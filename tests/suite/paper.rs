@@ -122,7 +122,7 @@ pub fn batch(model: &Model) -> Batch {
         types: (0..length).map(|i| if generates { 160 + (3 * s + i) % 20 } else { 0 }).collect(),
         goal: Goal::Class(class),
     };
-    let batch = Batch::pack(&[(0, 9, 1), (1, 1, 0), (2, 13, 1)].map(sequence));
+    let batch = Batch::pack([(0, 9, 1), (1, 1, 0), (2, 13, 1)].map(sequence));
     if !generates {
         return batch;
     }

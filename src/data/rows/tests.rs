@@ -324,6 +324,26 @@ fn bad_files() {
     insta::assert_snapshot!(table);
 }
 
+/// A row of 10 MB is one like any other, and its messages are short.
+#[test]
+fn a_long_row() {
+    let long = "g".repeat(10 << 20);
+    let data = Case::named("a.jsonl", format!("{{\"text\": \"{long} tea\", \"label\": 1}}")).load(&classification(64));
+    assert_eq!(data.unwrap().examples, [class(&[1, 0, 5, 2], 1)]);
+    for (name, content) in [
+        ("a.jsonl", format!("{{\"text\": \"tea\", \"label\": \"{long}\"}}")),
+        ("a.jsonl", format!("{{\"text\": \"tea\", \"{long}\": 1}}")),
+        ("a.jsonl", format!("{{\"text\": \"{long}")),
+        ("a.tsv", format!("tea\t{long}\n")),
+        ("a.csv", format!("text,{long}\ntea,1\n")),
+        ("a.csv", format!("text,label\n{long},{long},1\n")),
+        ("a.json", long.clone()),
+    ] {
+        let message = Case::named(name, &content).error(&classification(64));
+        assert!(message.len() < 1000, "{name}, {} bytes: {} …", message.len(), &message[..200]);
+    }
+}
+
 #[test]
 fn any_column_of_a_row() {
     let words = |ids: &[i32], from, types: &[i32]| Example {
