@@ -3,7 +3,7 @@
 use peft_runtime::RuntimeError;
 
 use crate::data::DataError;
-use crate::metrics::MetricsError;
+use crate::train::metrics::MetricsError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {

@@ -13,13 +13,9 @@ pub mod data;
 pub mod exchange;
 pub mod failure;
 pub mod hub;
-mod interrupt;
 pub mod meaning;
 #[cfg(feature = "compiler")]
 pub mod merge;
-pub mod metrics;
 pub mod new;
-pub mod progress;
 pub mod spec;
-pub mod state;
-pub mod training;
+pub mod train;

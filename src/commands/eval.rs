@@ -6,7 +6,7 @@ use super::rows::Rows;
 use super::source::Source;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
-use crate::{adapters, training};
+use crate::{adapters, train};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -43,7 +43,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if let Some(adapter) = &adapter {
         adapters::apply(&mut session, &adapter.values)?;
     }
-    let figures = training::evaluate(&mut session, &ready.model, &data)?;
+    let figures = train::evaluate(&mut session, &ready.model, &data)?;
     super::print(&format!("{}: {} examples, {}", data.name(), data.len(), figures.describe()));
     Ok(())
 }

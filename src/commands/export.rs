@@ -12,7 +12,7 @@ use crate::failure::Failure;
 use crate::hub::checkpoint;
 use crate::hub::peft::{self, Tensors};
 use crate::spec;
-use crate::state::STATE;
+use crate::train::state::STATE;
 
 /// The spec beside an adapter in our own format.
 const SPEC: &str = "spec.peft";

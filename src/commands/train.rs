@@ -10,9 +10,9 @@ use crate::adapters::{self, Adapter, Base};
 use crate::budget::Budget;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
-use crate::interrupt;
-use crate::state::{Identity, Judged, State};
-use crate::training::{self, Ending, Training};
+use crate::train::interrupt;
+use crate::train::state::{Identity, Judged, State};
+use crate::train::{self, Ending, Training};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -73,7 +73,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let state = match arguments.resume {
         true => Some(State::open(&out)?),
         false => {
-            arguments.overwrite.files(&out, &training::in_the_way(&out), "go on with a run there by `--resume`, ")?;
+            arguments.overwrite.files(&out, &train::in_the_way(&out), "go on with a run there by `--resume`, ")?;
             None
         }
     };
@@ -101,7 +101,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         ));
         (train, dev) = (rest, Some(held));
     }
-    training::fits(&model.train, &train)?;
+    train::fits(&model.train, &train)?;
     drop(tokenizer);
     if dev.is_none() && model.train.patience.is_some() {
         let why =
@@ -112,7 +112,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let (loaded, adapter) = adapters::weights(&arguments.weights, model, arguments.adapter.as_deref())?;
     adapter.as_ref().map_or(Ok(()), Adapter::trains_on)?;
     let base = Base::of(model, &loaded);
-    let total = training::total(&model.train, &train);
+    let total = train::total(&model.train, &train);
     let identity = Identity::of(model, &base, &train, dev.as_ref(), total).begun_with(adapter.as_ref());
     if let Some(state) = &state {
         state.fallback.iter().for_each(|note| super::say(note));

@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use peft_grammar::model::Task;
+use peft_grammar::model::{Task, TaskKind};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::examples::{Array, Examples};
 use super::{DataError, Dataset, Reading, Tokenizer};
 use crate::cache;
+use crate::hub::chat::Chat;
 
 /// A smaller set is read as fast as it is found.
 const WORTH: usize = 1 << 16;
@@ -40,6 +41,9 @@ pub fn place(
     part(tokenizer.fingerprint().as_bytes());
     part(&serde_json::to_vec(task).expect("a task is plain data"));
     part(&[u8::from(reading.skip_bad)]);
+    if task.kind == TaskKind::Chat {
+        part(Chat::of(tokenizer)?.date().unwrap_or_default().as_bytes());
+    }
     for path in files {
         let content = || -> io::Result<blake3::Hash> {
             let mut hash = blake3::Hasher::new();

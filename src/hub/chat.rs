@@ -38,6 +38,8 @@ pub struct Chat {
     inner: Arc<Inner>,
     /// A template went on for too long, and still does.
     faulty: AtomicBool,
+    /// The date that it is told, if it may ask for it.
+    date: Option<String>,
     notes: Vec<String>,
 }
 
@@ -110,17 +112,23 @@ impl Chat {
                 if with_tools.is_some() { format!(", `{WITH_TOOLS}` for rows with tools") } else { String::new() };
             notes.push(format!("of the chat templates {} `{DEFAULT}` is used{tools}", names()));
         }
-        if default.dated() || with_tools.as_ref().is_some_and(Engine::dated) {
+        let dated = default.dated() || with_tools.as_ref().is_some_and(Engine::dated);
+        let date = dated.then(|| date::format("%Y-%m-%d", now).unwrap_or_default());
+        if let Some(date) = &date {
             notes.push(format!(
-                "the chat template may write the date, which is taken as {} (UTC) for the whole run; a run that goes on \
-                 on another day has other data unless `{EPOCH}` fixes the date",
-                date::format("%Y-%m-%d", now).unwrap_or_default()
+                "the chat template may write the date, which is taken as {date} (UTC) for the whole run; a run that goes on \
+                 on another day has other data unless `{EPOCH}` fixes the date"
             ));
         }
         let added: Vec<String> = added.into_iter().filter(|token| !token.trim().is_empty()).collect();
         let build = || AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&added);
         let added = (!added.is_empty()).then(build).transpose().map_err(|e| e.to_string())?;
-        Ok(Chat { inner: Arc::new(Inner { default, with_tools, added }), faulty: AtomicBool::new(false), notes })
+        Ok(Chat { inner: Arc::new(Inner { default, with_tools, added }), faulty: AtomicBool::new(false), date, notes })
+    }
+
+    /// The date that the template is told, if it may ask for it: `2026-11-30`.
+    pub fn date(&self) -> Option<&str> {
+        self.date.as_deref()
     }
 
     /// What to know about the template, a line each.

@@ -8,7 +8,7 @@ use peft_runtime::{RuntimeError, adapter};
 use serde_json::{Map, Value, json};
 
 use crate::failure::Failure;
-use crate::metrics;
+use crate::train::metrics;
 
 pub const CONFIG: &str = "config.json";
 pub const MODEL: &str = "model.safetensors";

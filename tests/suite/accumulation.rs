@@ -7,7 +7,7 @@ use peft_passes::interpret::optimizer::accumulated;
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_runtime::Session;
 use peftc::data::{Batch, Example, Goal};
-use peftc::{adapters, training};
+use peftc::{adapters, train};
 use serde_json::Value;
 
 use crate::fixtures::{self, Fixture};
@@ -50,14 +50,14 @@ fn parts_of_a_batch_are_the_batch() {
     let mut parts: Vec<_> = [8, 4, 5].map(|size| (size, session(&fixture, &model, &fused(true)))).into();
     for step in 0..3 {
         let whole = Batch::pack(&examples);
-        let (loss, norm) = training::step(&mut one, &model.train, &whole, step, 9).expect("a step");
+        let (loss, norm) = train::step(&mut one, &model.train, &whole, step, 9).expect("a step");
         for (size, session) in &mut parts {
             let batches: Vec<Batch> = examples.chunks(*size).map(Batch::pack).collect();
             let counts: Vec<usize> = batches.iter().map(|batch| batch.labels.len()).collect();
             assert!(counts.iter().max() > counts.iter().min().map(|least| 2 * least).as_ref(), "{counts:?}");
             let mut recipe = model.train.clone();
             recipe.accumulate = batches.len() as u64;
-            let found = training::step_of_several(session, &recipe, batches, step, 9).expect("a step");
+            let found = train::step_of_several(session, &recipe, batches, step, 9).expect("a step");
             let what = format!("step {step} in batches of {size}");
             assert!((found.0 - loss).abs() <= TOLERANCE * loss, "{what}: the loss is {}, not {loss}", found.0);
             assert!((found.1 - norm).abs() <= TOLERANCE * norm, "{what}: the norm is {}, not {norm}", found.1);
@@ -85,12 +85,12 @@ fn gradients_add_up_as_the_interpreter_has_them() {
     let gradients: Vec<(usize, Vec<f64>)> = batches
         .iter()
         .map(|batch| {
-            training::step(&mut alone, &recipe, batch, 0, 9).expect("a step");
+            train::step(&mut alone, &recipe, batch, 0, 9).expect("a step");
             let found = alone.flat("gradients").expect("read");
             (batch.labels.len(), found.iter().map(|&x| f64::from(x)).collect())
         })
         .collect();
-    training::step_of_several(&mut alone, &recipe, batches, 0, 9).expect("a step");
+    train::step_of_several(&mut alone, &recipe, batches, 0, 9).expect("a step");
     let want: Vec<f32> = accumulated(&gradients).into_iter().map(|x| x as f32).collect();
     close(&alone.flat("gradients").expect("read"), &want, "six batches");
 }
@@ -135,7 +135,7 @@ fn ten_steps_as_pytorch_takes_them() {
         recipe.accumulate = 16_u64.div_ceil(size);
         for (step, (loss, norm)) in (0..).zip(numbers(&written["losses"]).into_iter().zip(numbers(&written["norms"]))) {
             let batches = examples.chunks(size as usize).map(Batch::pack).collect();
-            let found = training::step_of_several(&mut session, &recipe, batches, step, 10).expect("a step");
+            let found = train::step_of_several(&mut session, &recipe, batches, step, 10).expect("a step");
             for (what, found, want) in [("loss", found.0, loss), ("norm", found.1, norm)] {
                 let gap = (found - want).abs() / want;
                 assert!(gap <= 1e-4, "batches of {size}: the {what} of step {step} is {found}, not {want}");

@@ -13,8 +13,8 @@ use peft_runtime::weights::{self, Loaded};
 use peft_runtime::{Program, Session, adapter, store};
 use peftc::adapters::{ADAPTER, Base};
 use peftc::data::{Dataset, Tokenizer};
-use peftc::state::{Identity, State};
-use peftc::training::{self, Outcome, Training};
+use peftc::train::state::{Identity, State};
+use peftc::train::{self, Outcome, Training};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -50,7 +50,7 @@ fn train(model: &Model, artifact: &Path, out: &Path, threads: usize, resume: boo
         |name: &str| Dataset::load(&root().join("data/triples").join(name), &model.task, &tokenizer).expect("data");
     let (train, dev) = (read("train.json"), read("dev.json"));
     let base = Base::of(model, &Loaded::random(&model.params, model.train.seed));
-    let identity = Identity::of(model, &base, &train, Some(&dev), training::total(&model.train, &train));
+    let identity = Identity::of(model, &base, &train, Some(&dev), train::total(&model.train, &train));
     let state = resume.then(|| State::open(out).expect("a state"));
     if let Some(state) = &state {
         state.check(model, &identity).unwrap_or_else(|e| panic!("{e}"));

@@ -1,6 +1,6 @@
 //! Ten steps of AdamW against PyTorch's: losses, norms, and where the values end up.
 
-use peftc::{exchange, training};
+use peftc::{exchange, train};
 
 use crate::fixtures;
 use crate::parity::{fused, session};
@@ -19,11 +19,10 @@ fn ten_steps() {
         let (losses, norms) = (fixture.floats("expect.losses"), fixture.floats("expect.grad_norms"));
         let total = rates.len() as u64;
         for (s, lr) in rates.iter().enumerate() {
-            assert!((training::rate(&model.train, s as u64, total) - lr).abs() < 1e-12, "{}: rate {s}", fixture.name);
+            assert!((train::rate(&model.train, s as u64, total) - lr).abs() < 1e-12, "{}: rate {s}", fixture.name);
             let prefix = format!("inputs.{}.", order[s].as_u64().expect("a batch"));
             let padded = exchange::batch(&fixture.file, &prefix, &fixture.path, &model).expect("a batch");
-            let (loss, norm) =
-                training::step(&mut session, &model.train, &padded.batch, s as u64, total).expect("a step");
+            let (loss, norm) = train::step(&mut session, &model.train, &padded.batch, s as u64, total).expect("a step");
             let close = |found: f64, want: f32| (found - f64::from(want)).abs() <= TOLERANCE * f64::from(want.abs());
             assert!(close(loss, losses[s]), "{}: loss {s} is {loss}, not {}", fixture.name, losses[s]);
             assert!(close(norm, norms[s]), "{}: norm {s} is {norm}, not {}", fixture.name, norms[s]);

@@ -388,6 +388,6 @@ fn a_run_that_left_nothing_may_be_begun_again() {
     let bench = Bench::new();
     bench.write("run/metrics.jsonl", "");
     bench.write("run/events.out.tfevents.1.peftc.2", "");
-    assert!(peftc::training::in_the_way(&bench.path("run")).is_empty());
-    assert_eq!(peftc::training::earlier(&bench.path("run")).len(), 2);
+    assert!(peftc::train::in_the_way(&bench.path("run")).is_empty());
+    assert_eq!(peftc::train::earlier(&bench.path("run")).len(), 2);
 }

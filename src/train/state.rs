@@ -18,7 +18,7 @@ use crate::adapters::{Adapter, Base};
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
 use crate::meaning::{equations, settings};
-use crate::training::{rate, stable};
+use crate::train::{rate, stable};
 
 /// A run's state, in its folder.
 pub const STATE: &str = "state.safetensors";
@@ -234,7 +234,7 @@ impl State {
     pub fn open(out: &Path) -> Result<Self, Failure> {
         let [newest, previous] = [STATE, PREVIOUS].map(|name| out.join(name));
         if !newest.is_file() && !previous.is_file() {
-            let why = match out.join(crate::metrics::LINES).is_file() {
+            let why = match out.join(crate::train::metrics::LINES).is_file() {
                 true => "no state was saved there, as one is when an epoch ends; begin anew with `--overwrite`",
                 false => "no run was stopped there; begin one without `--resume`, or name its folder with `--out`",
             };

@@ -8,8 +8,8 @@ use peft_runtime::adapter;
 use crate::adapters::{ADAPTER, BEST};
 use crate::failure::Failure;
 use crate::hub::peft;
-use crate::metrics;
-use crate::state::{PREVIOUS, STATE};
+use crate::train::metrics;
+use crate::train::state::{PREVIOUS, STATE};
 
 /// The files of an earlier run in `out`, and of an adapter in PEFT's format, which would be taken for a run's own.
 pub fn earlier(out: &Path) -> Vec<PathBuf> {

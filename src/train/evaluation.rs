@@ -8,7 +8,7 @@ use peft_runtime::{RuntimeError, Session};
 use crate::data::{Batches, Dataset, Order};
 use crate::exchange::inputs;
 use crate::failure::Failure;
-use crate::metrics::{Mean, correct};
+use crate::train::metrics::{Mean, correct};
 
 /// Figures of a data set under the model as it stands.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -3,8 +3,12 @@
 mod epochs;
 mod evaluation;
 mod folder;
+pub mod interrupt;
+pub mod metrics;
+pub mod progress;
 mod run;
 mod schedule;
+pub mod state;
 mod step;
 
 use std::path::PathBuf;
@@ -16,7 +20,7 @@ use peft_runtime::Session;
 use crate::adapters::Base;
 use crate::data::Dataset;
 use crate::failure::Failure;
-use crate::state::{Identity, Judged, State};
+use crate::train::state::{Identity, Judged, State};
 
 use epochs::Epochs;
 

@@ -12,9 +12,9 @@ use super::step::{Done, Stretch};
 use super::{Ending, Epochs, Evaluation, Outcome, Training, earlier, folder, rate};
 use crate::adapters::{ADAPTER, BEST, trained};
 use crate::failure::Failure;
-use crate::metrics::Metrics;
-use crate::progress::{Progress, Step};
-use crate::state::{self, Judged};
+use crate::train::metrics::Metrics;
+use crate::train::progress::{Progress, Step};
+use crate::train::state::{self, Judged};
 
 pub(super) struct Run<'a> {
     training: Training<'a>,
