@@ -205,7 +205,7 @@ impl Task {
     ) -> Result<Self, Failure> {
         let limit = model.backbone.longest.unwrap_or(LONGEST);
         let classifies = model.task.kind.classifies();
-        let form = data.map(data::form).transpose()?;
+        let form = data.map(|data| data::form(data, classifies)).transpose()?;
         let backbone = &model.backbone.name;
         let mut task = match (classifies, form) {
             (true, Some(Form::Labelled { columns, labels })) => {
@@ -255,7 +255,7 @@ impl Task {
             let model = check(&spec)?;
             let tokenizer = tokenizer::find(None, from, data, &model)?;
             let read = Dataset::load(data, &model.task, &tokenizer)?;
-            max_tokens = (read.longest() as u64).next_multiple_of(8).clamp(8, limit);
+            max_tokens = (read.longest() as u64).next_multiple_of(8).max(8).min(limit);
             let count = read.len() as f64;
             let steps = STEPS * task.batch as f64 / count;
             task.epochs = steps.ceil().clamp(EPOCHS.0, EPOCHS.1);
@@ -333,12 +333,16 @@ impl Task {
                 (format!("{triples} 'Text: ' {{text}}"), "'Text: '".to_owned(), "a text from triples".to_owned())
             }
             Some((written, given)) => {
-                let given = given.iter().map(|name| format!("'{}: ' {{{name}}} '\\n' ", titled(name)));
+                let fields: String =
+                    given.iter().map(|name| format!("'{}: ' {{{name}}} '\\n' ", titled(name))).collect();
                 let target = format!("'{}: '", titled(written));
                 (
-                    format!("{}{target} {{{written}}}", given.collect::<String>()),
+                    format!("{fields}{target} {{{written}}}"),
                     target,
-                    format!("`{written}` from the rest"),
+                    match given {
+                        [] => format!("`{written}` alone"),
+                        _ => format!("`{written}` from `{}`", given.join("`, `")),
+                    },
                 )
             }
         };

@@ -48,9 +48,6 @@ impl Maker for Classification<'_> {
                 Some(wanted) => known(wanted, names, names.contains(&wanted))?,
                 None => drop(usual_column(names, usual, key)?),
             }
-            if names.iter().filter(|name| Some(**name) == wanted).count() > 1 {
-                return Err(format!("two columns are called `{}`; rename one", wanted.unwrap_or_default()));
-            }
         }
         Ok(())
     }

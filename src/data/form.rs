@@ -5,8 +5,8 @@ use std::path::Path;
 
 use peft_grammar::model::Columns;
 
-use super::classification::{LABEL, TEXT, is_header, listed};
-use super::rows::{Cell, File, Format, Row, Rows};
+use super::classification::{LABEL, TEXT, listed};
+use super::rows::{Cell, Fault, File, Format, Row, Rows, shortened};
 use super::{DataError, classification};
 use crate::hub::chat::Conversation;
 
@@ -47,66 +47,94 @@ const CLASS: [&str; 4] = ["gold_label", "class", "category", "sentiment"];
 const WRITTEN: [&str; 9] =
     ["completion", "response", "output", "answer", "target", "summary", "chosen", "reply", "translation"];
 
-/// The form of a file.
-pub fn form(path: &Path) -> Result<Form, DataError> {
+/// Columns that say nothing of a text, and what was chosen against.
+const BESIDE: [&str; 8] = ["id", "idx", "index", "guid", "uid", "url", "rejected", "source"];
+
+/// As many rows tell the form.
+const SAMPLE: usize = 100;
+
+/// The form of a file, for a model that classifies or one that writes.
+pub fn form(path: &Path, classifies: bool) -> Result<Form, DataError> {
     let file = File::open(path)?;
     let at = |fault| DataError::at(path, fault);
-    if file.is_plain_text() {
+    let refuse = |message: String| DataError::Named { path: path.to_owned(), message };
+    if !classifies && file.is_plain_text() {
         return Ok(Form::Plain);
     }
-    let mut rows =
-        Rows::of(&file, Format::Tsv, Some(classification::IMPLIED), |names| is_header(names, &[])).map_err(at)?;
+    let mut rows = Rows::of(&file, Format::Tsv, Some(classification::IMPLIED), is_header).map_err(at)?;
     if rows.entries {
         return Ok(Form::Records);
     }
-    let Some(first) = rows.next() else {
+    let sample = rows.by_ref().take(SAMPLE).collect::<Result<Vec<_>, _>>().map_err(at)?;
+    if sample.is_empty() {
         return Err(DataError::Empty { path: path.to_owned(), message: "it has no row".into() });
-    };
-    let first = first.map_err(at)?;
-    let names = first.names();
-    let Some((columns, label)) = columns(&names) else {
-        let texts = texts(&first);
-        let written = texts.iter().position(|name| WRITTEN.iter().any(|w| w.eq_ignore_ascii_case(name)));
-        let conversation = Conversation::of(&first.json()).is_ok();
-        let Some(written) = written else {
-            if conversation {
-                return Ok(Form::Conversations(vec![]));
-            }
-            if texts.len() == 1 && names.iter().any(|name| TEXT.contains(name)) {
-                return Ok(Form::Plain);
-            }
-            let message = format!(
-                "which of its columns is what cannot be told by their names, {}; write the task yourself: `text` and \
-                 `label` of a classification, or `template` and `target` of a generation",
-                listed(&names)
-            );
-            return Err(DataError::Empty { path: path.to_owned(), message });
-        };
-        let mut texts = texts;
-        let last = texts.remove(written);
-        texts.push(last);
-        return Ok(if conversation { Form::Conversations(texts) } else { Form::Texts(texts) });
+    }
+    let names = names(&sample);
+    let labelled = columns(&names);
+    if !classifies {
+        let conversation = sample.iter().all(|row| Conversation::of(&row.json()).is_ok());
+        let texts = written(&sample, &names).map_err(refuse)?;
+        match texts {
+            Some(texts) if conversation => return Ok(Form::Conversations(texts)),
+            Some(texts) => return Ok(Form::Texts(texts)),
+            None if conversation => return Ok(Form::Conversations(vec![])),
+            None => {}
+        }
+        let plain = super::text::usual(&names).filter(|_| labelled.is_none());
+        if plain.is_some() {
+            return Ok(Form::Plain);
+        }
+    }
+    let Some((columns, label)) = labelled else {
+        return Err(refuse(format!(
+            "which of its columns is what cannot be told by their names, {}; write the task yourself: `text` and `label` \
+             of a classification, or `template` and `target` of a generation",
+            listed(&names)
+        )));
     };
     let (mut labels, mut seen) = (vec![], HashSet::new());
     let label = label.to_owned();
-    for row in std::iter::once(Ok(first.clone())).chain(rows) {
+    for row in sample.iter().cloned().map(Ok).chain(rows) {
         let row = row.map_err(at)?;
         // A row without a label is refused where the data are read for training, with words of its own.
-        if let Some(name) = row.get(&label).and_then(Cell::text).map(str::trim)
-            && seen.insert(name.to_owned())
-        {
+        let Some(name) = row.get(&label).and_then(Cell::text).map(str::trim) else { continue };
+        if seen.insert(name.to_owned()) {
+            writable(name, "label").map_err(|message| at(Fault::fatal(row.at.clone(), message)))?;
             labels.push(name.to_owned());
         }
-    }
-    if labels.len() > MOST {
-        let message = format!("{} labels: is the column `{label}` the class?", labels.len());
-        return Err(DataError::Empty { path: path.to_owned(), message });
+        if labels.len() > MOST {
+            return Err(refuse(format!("more than {MOST} labels: is the column `{label}` the class?")));
+        }
     }
     match labels.iter().all(|label| label.parse::<u64>().is_ok()) {
         true => labels.sort_by_key(|label| label.parse::<u64>().unwrap_or(0)),
         false => labels.sort(),
     }
     Ok(Form::Labelled { columns, labels })
+}
+
+/// The first line of a tsv names its columns: there are more than two of them, or both have names that columns have.
+fn is_header(names: &[&str]) -> bool {
+    let known = |name: &&str| {
+        let pairs = PAIRS.iter().flatten();
+        let all = TEXT.iter().chain(LABEL).chain(&CLASS).chain(&WRITTEN).chain(pairs).chain(&ASKED);
+        all.into_iter().any(|known| known.eq_ignore_ascii_case(name))
+    };
+    names.len() > 2 || (names.len() == 2 && names.iter().all(known))
+}
+
+/// Columns of what an answer is given to.
+const ASKED: [&str; 6] = ["prompt", "instruction", "input", "context", "article", "document"];
+
+/// The names of the columns of all rows, in the order in which they are met.
+fn names<'r>(rows: &'r [Row]) -> Vec<&'r str> {
+    let mut names: Vec<&str> = vec![];
+    for name in rows.iter().flat_map(Row::names) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
 }
 
 /// The columns of a classification, and the label's name.
@@ -124,8 +152,111 @@ fn columns<'n>(names: &[&'n str]) -> Option<(Columns, &'n str)> {
     find(TEXT).map(|_| (Columns { text: None, pair: None, label: own }, label))
 }
 
-/// The columns that hold text.
-fn texts(row: &Row) -> Vec<String> {
-    let text = |name: &&str| row.get(name).is_some_and(|cell| cell.kind() == "text");
-    row.names().into_iter().filter(text).map(str::to_owned).collect()
+/// The columns of text, the one that is to be written last, if one has such a name. Those that say nothing of a text, or
+/// hold what is to be written, are left out.
+fn written(rows: &[Row], names: &[&str]) -> Result<Option<Vec<String>>, String> {
+    let is = |name: &str, known: &[&str]| known.iter().any(|known| known.eq_ignore_ascii_case(name));
+    let text = |row: &Row, name: &str| row.get(name).filter(|cell| cell.kind() == "text")?.text().map(str::to_owned);
+    let texts: Vec<&str> =
+        names.iter().copied().filter(|name| rows.iter().any(|row| text(row, name).is_some())).collect();
+    let found: Vec<&str> = texts.iter().copied().filter(|name| is(name, &WRITTEN)).collect();
+    let last = match found[..] {
+        [] => return Ok(None),
+        [last] => last,
+        _ => {
+            return Err(format!(
+                "{} may each be what is to be written; write the task yourself, `template` and `target` of a generation",
+                listed(&found)
+            ));
+        }
+    };
+    let holds = |row: &Row, name: &str| {
+        let (around, inside) = (text(row, name).unwrap_or_default(), text(row, last).unwrap_or_default());
+        !inside.trim().is_empty() && around.contains(inside.trim())
+    };
+    let said = |name: &&str| {
+        let number = rows.iter().all(|row| text(row, name).is_some_and(|text| text.trim().parse::<f64>().is_ok()));
+        !is(name, &BESIDE) && !number && !rows.iter().all(|row| holds(row, name))
+    };
+    let mut columns: Vec<String> =
+        texts.iter().copied().filter(|name| *name != last).filter(said).map(str::to_owned).collect();
+    columns.push(last.to_owned());
+    columns.iter().try_for_each(|name| writable(name, "column"))?;
+    Ok(Some(columns))
+}
+
+/// Refuses what a spec cannot hold between its quotes, or a template between its braces.
+fn writable(name: &str, what: &str) -> Result<(), String> {
+    let odd: &[char] = if what == "label" { &['"', '\n', '\r', '\\'] } else { &['"', '\n', '\r', '\\', '{', '}'] };
+    match name {
+        "" => Err(format!("a {what} without a name; give it one")),
+        name if name.contains(odd) => {
+            Err(format!("the {what} {:?} has a character that a spec cannot hold; rename it", shortened(name)))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `peftc new` takes a file for, in a line.
+    fn told(name: &str, content: &str, classifies: bool) -> String {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).expect("written");
+        let columns = |c: &Columns| [&c.text, &c.pair, &c.label].map(|name| name.clone().unwrap_or_default()).join(",");
+        match form(&path, classifies) {
+            Ok(Form::Labelled { columns: found, labels }) => {
+                format!("labels {} of {}", labels.join(","), columns(&found))
+            }
+            Ok(Form::Records) => "records".into(),
+            Ok(Form::Conversations(texts)) => format!("conversations {}", texts.join(",")),
+            Ok(Form::Texts(texts)) => format!("texts {}", texts.join(",")),
+            Ok(Form::Plain) => "plain".into(),
+            Err(error) => error.to_string().replace(&format!("{}/", folder.path().display()), ""),
+        }
+    }
+
+    #[test]
+    fn classes() {
+        let told = |name: &str, content: &str| told(name, content, true);
+        assert_eq!(told("a.tsv", "good\t1\nbad\t0\n"), "labels 0,1 of ,,");
+        assert_eq!(told("a.tsv", "review\tsentiment\ngood\tpos\nbad\tneg\n"), "labels neg,pos of ,,sentiment");
+        assert_eq!(told("a.tsv", "premise\thypothesis\tlabel\na\tb\tyes\n"), "labels yes of premise,hypothesis,");
+        assert_eq!(told("a.txt", "good tea\t1\n"), "labels 1 of ,,");
+        assert_eq!(
+            told("a.jsonl", "{\"text\": \"a\", \"target\": 1}\n{\"text\": \"b\", \"target\": 0}"),
+            "labels 0,1 of ,,"
+        );
+        insta::assert_snapshot!(told("a.tsv", "good\t5\" pipe\n"), @r#"`a.tsv`, line 1: the label "5\" pipe" has a character that a spec cannot hold; rename it"#);
+        insta::assert_snapshot!(told("a.csv", "text,label\ngood,\n"), @"`a.csv`, line 2: a label without a name; give it one");
+        insta::assert_snapshot!(told("a.csv", "body,verdict\ngood,1\n"), @"`a.csv`: which of its columns is what cannot be told by their names, `body`, `verdict`; write the task yourself: `text` and `label` of a classification, or `template` and `target` of a generation");
+    }
+
+    #[test]
+    fn texts() {
+        let told = |name: &str, content: &str| told(name, content, false);
+        assert_eq!(told("a.tsv", "question\tanswer\nwhy\tso\n"), "texts question,answer");
+        let first = "{\"question\": \"a\", \"context\": null, \"answer\": \"b\"}\n";
+        assert_eq!(
+            told("a.jsonl", &format!("{first}{}", first.replace("null", "\"c\""))),
+            "texts question,context,answer"
+        );
+        let pair = "{\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"c\"}";
+        assert_eq!(told("a.jsonl", pair), "texts prompt,chosen");
+        // The whole prompt, answer included, is no part of it; neither are numbers.
+        let whole = "{\"id\": 1, \"instruction\": \"a\", \"output\": \"b\", \"text\": \"Say: a\\nb\"}";
+        assert_eq!(told("a.jsonl", whole), "conversations instruction,output");
+        assert_eq!(told("a.csv", "n,question,answer\n7,why,so\n"), "texts question,answer");
+        assert_eq!(told("a.jsonl", "{\"text\": \"long\", \"target\": \"short\"}"), "texts text,target");
+        assert_eq!(told("a.jsonl", "{\"content\": \"a\"}"), "plain");
+        assert_eq!(told("a.txt", "a\tb\n"), "plain");
+        let turns =
+            "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}";
+        assert_eq!(told("a.jsonl", turns), "conversations ");
+        insta::assert_snapshot!(told("a.jsonl", "{\"question\": \"a\", \"answer\": \"b\", \"response\": \"c\"}"), @"`a.jsonl`: `answer`, `response` may each be what is to be written; write the task yourself, `template` and `target` of a generation");
+        insta::assert_snapshot!(told("a.jsonl", "{\"q{1}\": \"a\", \"answer\": \"b\"}"), @r#"`a.jsonl`: the column "q{1}" has a character that a spec cannot hold; rename it"#);
+    }
 }

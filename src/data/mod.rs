@@ -147,13 +147,20 @@ impl Dataset {
     /// Reads files, named by paths or by patterns such as `data/*.jsonl`, one after the other.
     pub fn read(named: &[PathBuf], task: &Task, tokenizer: &Tokenizer, reading: &Reading) -> Result<Self, DataError> {
         let files = rows::expand(named)?;
-        let Some(folder) = &reading.cache else { return Dataset::tokenise(&files, task, tokenizer, reading) };
+        // A pipe is read once.
+        let again = files.iter().all(|file| file.is_file());
+        let Some(folder) = reading.cache.as_ref().filter(|_| again) else {
+            return Dataset::tokenise(&files, task, tokenizer, reading);
+        };
         let place = cache::place(folder, &files, task, tokenizer, reading)?;
         if let Some(data) = cache::find(&place, tokenizer.rows()) {
             return Ok(Dataset { cached: true, ..data });
         }
         let data = Dataset::tokenise(&files, task, tokenizer, reading)?;
-        cache::keep(&place, &data);
+        // What was read may have changed meanwhile.
+        if cache::place(folder, &files, task, tokenizer, reading)? == place {
+            cache::keep(&place, &data);
+        }
         Ok(data)
     }
 
@@ -312,7 +319,12 @@ impl Reader {
         let rows = maker.open(file)?;
         if let Some((line, names)) = &rows.header {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            maker.check(&names).map_err(|message| DataError::at(path, Fault::fatal(At::Line(*line), message)))?;
+            let refuse = |message| DataError::at(path, Fault::fatal(At::Line(*line), message));
+            maker.check(&names).map_err(refuse)?;
+            let again = (1..names.len()).find(|&at| !names[at].is_empty() && names[..at].contains(&names[at]));
+            if let Some(at) = again {
+                return Err(refuse(format!("two columns are called `{}`; rename one", rows::shortened(names[at]))));
+            }
         }
         let left_out = &mut self.data.left_out;
         left_out.texts += rows.left_out.texts;

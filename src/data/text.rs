@@ -21,6 +21,11 @@ pub struct Texts<'t> {
     pub tokenizer: &'t Tokenizer,
 }
 
+/// The column of a usual name, if there is just one.
+pub(super) fn usual<'n>(names: &[&'n str]) -> Option<&'n str> {
+    usual_column(names, USUAL, "text").ok()
+}
+
 impl Maker for Texts<'_> {
     type Draft = String;
 

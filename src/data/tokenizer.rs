@@ -306,8 +306,15 @@ impl Tokenizer {
     /// A hash of all that the ids of a text depend on.
     pub fn fingerprint(&self) -> String {
         let mut hash = blake3::Hasher::new();
-        hash.update(self.library.to_string(false).unwrap_or_default().as_bytes());
-        hash.update(format!("{:?}", (self.own, self.rows, &self.special, &self.templates)).as_bytes());
+        let own = self.library.to_string(false).expect("what was read can be written");
+        hash.update(own.as_bytes());
+        hash.update(
+            format!(
+                "{:?}",
+                (self.library.get_encode_special_tokens(), self.own, self.rows, &self.special, &self.templates)
+            )
+            .as_bytes(),
+        );
         hash.finalize().to_hex().to_string()
     }
 

@@ -9,7 +9,7 @@ use crate::adapters::{ADAPTER, BEST};
 use crate::failure::Failure;
 use crate::hub::peft;
 use crate::train::metrics;
-use crate::train::state::{PREVIOUS, STATE};
+use crate::train::state::{Judged, PREVIOUS, STATE, State};
 
 /// The files of an earlier run in `out`, and of an adapter in PEFT's format, which would be taken for a run's own.
 pub fn earlier(out: &Path) -> Vec<PathBuf> {
@@ -45,4 +45,14 @@ fn name(path: &Path) -> &str {
 
 pub(super) fn remove(files: &[PathBuf], which: impl Fn(&Path) -> bool) -> Result<(), Failure> {
     files.iter().filter(|path| which(path)).try_for_each(|path| fs::remove_file(path).map_err(Failure::file(path)))
+}
+
+/// Where the held-out data are others than those on which the best values were found, they are kept under a name of their
+/// own, which a line says; the next best ones would take their place.
+pub(super) fn keep_best(out: &Path, state: &State, now: Judged) -> Result<Option<String>, Failure> {
+    let best = out.join(BEST);
+    let Some(found) = state.found().filter(|_| now.best.is_none() && best.is_file()) else { return Ok(None) };
+    let kept = out.join(format!("best.step-{}.safetensors", found.step));
+    fs::rename(&best, &kept).map_err(Failure::file(&best))?;
+    Ok(Some(format!("note: the best values on the held-out data of before are kept in {}", kept.display())))
 }

@@ -5,10 +5,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use peft_grammar::model::{Every, Recipe};
-use peft_runtime::adapter;
+use peft_runtime::adapter::{self, Data, TensorFile};
 
 use super::evaluation::evaluate_until;
-use super::step::{Done, Stretch};
+use super::step::{Done, Stretch, diverged};
 use super::{Ending, Epochs, Evaluation, Outcome, Training, earlier, folder, rate};
 use crate::adapters::{ADAPTER, BEST, trained};
 use crate::failure::Failure;
@@ -34,6 +34,12 @@ pub(super) struct Run<'a> {
     tally: Tally,
 }
 
+/// The first trained tensor of which a value is infinite or no number.
+fn odd(values: &TensorFile) -> Option<&str> {
+    let odd = |data: &Data| matches!(data, Data::F32(numbers) if numbers.iter().any(|x| !x.is_finite()));
+    values.tensors.iter().find(|(_, stored)| odd(&stored.data)).map(|(name, _)| name.as_str())
+}
+
 impl<'a> Run<'a> {
     /// The folder and the session as the run begins, or as its state has them.
     pub fn begin(training: Training<'a>) -> Result<Self, Failure> {
@@ -41,12 +47,13 @@ impl<'a> Run<'a> {
         let calendar = Calendar::of(&training);
         let out = &training.out;
         fs::create_dir_all(out).map_err(Failure::file(out))?;
-        let (mut from, mut judged) = (0, Judged::default());
+        let (mut from, mut judged, mut kept) = (0, Judged::default(), None);
         let metrics = match &training.state {
             Some(state) => {
                 state.restore(training.session)?;
                 folder::remove(&earlier(out), folder::unfinished)?;
                 (from, judged) = (state.step, state.judged(&training.identity));
+                kept = folder::keep_best(out, state, judged)?;
                 Metrics::resume(out, from)?
             }
             None => {
@@ -77,8 +84,13 @@ impl<'a> Run<'a> {
             run.progress.line(&format!("before training: {}", before.describe()));
             run.metrics.record(from, &before.figures())?;
         }
-        // A run that was stopped within an evaluation makes up for it.
-        if from > 0 && run.calendar.judges(from) && run.judged.step != Some(from) {
+        if let Some(kept) = kept {
+            run.progress.line(&kept);
+        }
+        // A run that was stopped within an evaluation makes up for it; one that was at the end of its patience still is.
+        if from < run.calendar.total && run.judged.step == Some(from) && run.impatient() {
+            run.ending = Ending::Patience;
+        } else if from > 0 && run.calendar.judges(from) && run.judged.step != Some(from) {
             run.judge()?;
         }
         run.saved = run.training.state.as_ref().map(|state| (state.step, Instant::now()));
@@ -167,22 +179,33 @@ impl<'a> Run<'a> {
             self.ending = Ending::Stopped;
             return Ok(());
         };
+        if !figures.loss.is_finite() {
+            return Err(diverged(self.at, &format!("the loss on held-out data is {}", figures.loss)));
+        }
         self.progress.line(&format!("after step {}: {}", self.at, figures.describe()));
         self.metrics.record(self.at, &figures.figures())?;
         if self.judged.add(self.at, figures.loss) {
             adapter::save(&self.training.out.join(BEST), &judged)?;
         }
-        let patience = self.calendar.recipe.patience;
-        if self.at < self.calendar.total && patience.is_some_and(|patience| self.judged.since >= patience) {
+        if self.at < self.calendar.total && self.impatient() {
             self.ending = Ending::Patience;
         }
         Ok(())
+    }
+
+    /// No evaluation for which there was patience found a best one.
+    fn impatient(&self) -> bool {
+        self.calendar.recipe.patience.is_some_and(|patience| self.judged.since >= patience)
     }
 
     /// The state goes first: if the adapter cannot be written, a resumed run writes it.
     fn save(&mut self) -> Result<(), Failure> {
         let Training { session, model, identity, .. } = &self.training;
         let again = self.saved.is_some_and(|(step, _)| step == self.at);
+        // Nothing could go on from these, and what was saved before is whole.
+        if let Some(name) = odd(&trained(session, self.training.model, self.training.base, self.at)?) {
+            return Err(diverged(self.at, &format!("`{name}` holds values that are no numbers or infinite")));
+        }
         state::save(&self.training.out, session, model, identity, self.at, &self.judged, again)?;
         let values = self.averaged()?;
         let saved = trained(self.training.session, self.training.model, self.training.base, self.at)?;

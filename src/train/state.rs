@@ -287,6 +287,11 @@ impl State {
         Ok(State { path: path.to_owned(), file, step, of, judged, fallback: None })
     }
 
+    /// The best evaluation, on whatever data.
+    pub fn found(&self) -> Option<Best> {
+        self.judged.best
+    }
+
     /// What evaluations have found, if they were on the held-out data of `now`.
     pub fn judged(&self, now: &Identity) -> Judged {
         let same = self.of.as_ref().is_some_and(|of| of.0.get(DEV) == now.0.get(DEV));

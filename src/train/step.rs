@@ -62,12 +62,14 @@ fn finish(session: &mut Session, promise: Promise, step: u64) -> Result<(f64, f6
     let found = session.redeem(promise)?;
     let (loss, norm) = (f64::from(found[0]), found.get(1).copied().map_or(0.0, f64::from));
     if !loss.is_finite() || !norm.is_finite() {
-        return Err(Failure::Diverged(format!(
-            "step {step}: the loss is {loss} and the gradient's norm {norm}; \
-             lower `train.lr`, lengthen `train.warmup` or set `train.clip`"
-        )));
+        return Err(diverged(step + 1, &format!("the loss is {loss} and the gradient's norm {norm}")));
     }
     Ok((loss, norm))
+}
+
+/// What is wrong at a step, counted from 1, and what may mend it.
+pub(super) fn diverged(step: u64, what: &str) -> Failure {
+    Failure::Diverged(format!("step {step}: {what}; lower `train.lr`, lengthen `train.warmup` or set `train.clip`"))
 }
 
 /// One step on one batch.

@@ -42,7 +42,7 @@ impl<'f> Delimited<'f> {
                 (file.at, file.line) = (0, 1);
                 return Ok(file);
             }
-            Some(record) => record?,
+            Some(record) => record.map_err(|fault| Fault { fatal: true, ..fault })?,
         };
         let texts: Vec<&str> = first.1.iter().map(|text| text.trim()).collect();
         if implied.is_some() && !is_header(&texts) {

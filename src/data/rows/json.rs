@@ -14,13 +14,23 @@ pub fn in_words(error: &serde_json::Error) -> String {
     let message = error.to_string();
     let message = message.split(" at line ").next().unwrap_or_default();
     let types = message.strip_prefix("invalid type: ").and_then(|rest| rest.split_once(", expected "));
-    let Some((found, expected)) = types else { return message.to_owned() };
+    let Some((found, expected)) = types else { return cut(message) };
+    // A text is shown by serde as a whole.
+    let found = if found.starts_with("string ") { "a text" } else { found };
     let word = |name: &str| match name {
         "sequence" | "a sequence" => "a list".to_owned(),
         "map" => "an object".to_owned(),
         other => other.to_owned(),
     };
     format!("{} where {} is expected", word(found), word(expected))
+}
+
+/// A message in which a person's file does not stand as a whole.
+fn cut(message: &str) -> String {
+    match message.char_indices().nth(200) {
+        Some((at, _)) => format!("{}…", &message[..at]),
+        None => message.to_owned(),
+    }
 }
 
 /// A position in a document.
@@ -36,6 +46,12 @@ struct Cursor<'f> {
 impl<'f> Cursor<'f> {
     fn new(text: &'f str, at: usize) -> Self {
         Cursor { text, at, line: 1, counted: 0 }
+    }
+
+    /// Where the first character is that is no blank.
+    fn first(mut self) -> usize {
+        self.peek();
+        self.at
     }
 
     /// The next character that is no blank.
@@ -177,16 +193,20 @@ pub struct List<'f> {
     cursor: Cursor<'f>,
     number: usize,
     go_on: bool,
+    /// The list is the whole document, whose end has not been seen.
+    document: bool,
 }
 
 impl<'f> List<'f> {
     /// Reads the list that begins at `start`.
     pub fn new(text: &'f str, start: usize) -> Self {
+        let first = Cursor::new(text, 0).first();
         let mut cursor = Cursor::new(text, start);
         let some = cursor.peek().is_some();
         cursor.at += usize::from(some);
         let go_on = some && cursor.peek() != Some(b']');
-        List { cursor, number: 0, go_on }
+        cursor.at += usize::from(some && !go_on);
+        List { cursor, number: 0, go_on, document: start == first }
     }
 
     fn row(&mut self) -> Result<Row<'f>, Fault> {
@@ -203,6 +223,16 @@ impl<'f> List<'f> {
         self.go_on = self.cursor.more(b']')?;
         Ok(Row::of(at, fields))
     }
+
+    /// The list is the document: nothing follows it.
+    fn end(&mut self) -> Option<Fault> {
+        let last = std::mem::take(&mut self.document);
+        if !last || self.cursor.peek().is_none() {
+            return None;
+        }
+        let message = "something follows the list's end; write one list, or the objects alone, a line each";
+        Some(Fault::fatal(self.cursor.here(), message))
+    }
 }
 
 impl<'f> Iterator for List<'f> {
@@ -210,10 +240,12 @@ impl<'f> Iterator for List<'f> {
 
     fn next(&mut self) -> Option<Self::Item> {
         if !self.go_on {
-            return None;
+            return self.end().map(Err);
         }
         let row = self.row();
-        self.go_on &= !matches!(&row, Err(fault) if fault.fatal);
+        let fatal = matches!(&row, Err(fault) if fault.fatal);
+        self.go_on &= !fatal;
+        self.document &= !fatal;
         Some(row)
     }
 }

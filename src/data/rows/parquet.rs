@@ -91,7 +91,11 @@ fn value(field: Field) -> Result<Value, String> {
             Value::List(list.elements().iter().cloned().map(value).collect::<Result<_, String>>()?)
         }
         Field::MapInternal(map) => {
-            object(map.entries().iter().map(|(key, field)| (key.to_string(), field.clone())).collect())?
+            let name = |key: &Field| match key {
+                Field::Str(text) => text.clone(),
+                other => other.to_string(),
+            };
+            object(map.entries().iter().map(|(key, field)| (name(key), field.clone())).collect())?
         }
         dates_and_decimals => Value::Text(dates_and_decimals.to_string()),
     })

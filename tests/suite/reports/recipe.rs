@@ -242,6 +242,12 @@ fn patience() {
     assert!(last < 40 && last == best as u64 + 2, "{losses:?}");
     assert!(ran.out.contains(&format!("ended after step {last} of 40: 2 evaluations in a row")), "{}", ran.out);
     let again = [&given[..], &["--resume"]].concat();
+    // Killed before the adapter was written, it ends where it ended.
+    let adapter = fs::read(out.join("adapter.safetensors")).expect("written");
+    fs::remove_file(out.join("adapter.safetensors")).expect("removed");
+    let ran = case.with("train", &again);
+    assert!(ran.code == 0 && figures(&out).0.last() == Some(&last), "{}", ran.out);
+    assert_eq!(fs::read(out.join("adapter.safetensors")).expect("written"), adapter);
     let ran = case.with("train", &again);
     assert!(ran.code == 0 && ran.out.contains("is finished: 2 evaluations in a row"), "{}", ran.out);
     let ran = case.with("train", &[&again[..], &["--set", "train.patience=3", "--set", "train.evaluate=2"]].concat());
