@@ -565,7 +565,7 @@ fn train_eval_and_bad_input() {
     });
     let away = bench.path("away");
     let away = ["train", text(&spec), "--weights", text(&weights), "--data", text(&data), "--out", text(&away)];
-    bench.refuses(&away, 4, &["step 0", "train.lr"]);
+    bench.refuses(&away, 4, &["step 1", "train.lr"]);
     tiny_bert(&bench, |_| {});
     // Where nothing can be written.
     let file = bench.write("file", "");
