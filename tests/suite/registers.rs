@@ -60,7 +60,8 @@ fn sums_stay_in_registers() {
         println!("skipped: there is no {OBJDUMP}");
         return;
     }
-    let spec = paper::specs().into_iter().find(|spec| spec.name == "nlg/inducer_lora.peft").expect("a spec").shallow();
+    let spec =
+        paper::specs().into_iter().find(|spec| spec.name == "webnlg/inducer_lora.peft").expect("a spec").shallow();
     for level in [Level::V3, Level::V4, Level::V4Bf16] {
         let machine = Machine::Cpu(Cpu::Level(level));
         for precision in [Precision::F32, Precision::Bf16] {
