@@ -289,19 +289,26 @@ impl Task {
         }
     }
 
-    /// Of conversations, by the checkpoint's own template.
-    fn chat() -> Self {
+    /// Of a model that writes, with what there is to be said of it.
+    fn writes(name: &'static str, settings: Vec<String>, said: String) -> Self {
         Task {
-            name: "chat",
-            settings: vec!["  kind: chat".into()],
+            name,
+            settings,
             batch: 8,
             epochs: EPOCHS.0,
             why: "three times through the data".into(),
             classifies: false,
-            said: vec![
-                "conversations by the checkpoint's own chat template; the loss is on what the assistant says".into(),
-            ],
+            said: vec![said],
         }
+    }
+
+    /// Of conversations, by the checkpoint's own template.
+    fn chat() -> Self {
+        Task::writes(
+            "chat",
+            vec!["  kind: chat".into()],
+            "conversations by the checkpoint's own chat template; the loss is on what the assistant says".into(),
+        )
     }
 
     /// Of texts as they stand, which a token may close.
@@ -309,15 +316,7 @@ impl Task {
         let mut settings = vec!["  kind: text".to_owned()];
         settings.extend(end.as_ref().map(|token| format!("  end: \"{token}\"")));
         let ends = end.map_or("nothing ends one: the checkpoint names no token".into(), |t| format!("`{t}` ends one"));
-        Task {
-            name: "texts",
-            settings,
-            batch: 8,
-            epochs: EPOCHS.0,
-            why: "three times through the data".into(),
-            classifies: false,
-            said: vec![format!("texts as they stand, every token of them predicted; {ends}")],
-        }
+        Task::writes("texts", settings, format!("texts as they stand, every token of them predicted; {ends}"))
     }
 
     /// Of rows with these columns, the last of which is to be written; of WebNLG's records if there are none. The model's
@@ -349,15 +348,7 @@ impl Task {
         settings.push(format!("  template: \"{template}{last}\""));
         settings.push(format!("  target: \"{target}\""));
         let ends = end.map_or("nothing ends it: the checkpoint names no token".into(), |t| format!("`{t}` ends it"));
-        Task {
-            name: "texts",
-            settings,
-            batch: 8,
-            epochs: EPOCHS.0,
-            why: "three times through the data".into(),
-            classifies: false,
-            said: vec![format!("{what}; {ends}")],
-        }
+        Task::writes("texts", settings, format!("{what}; {ends}"))
     }
 }
 

@@ -18,8 +18,8 @@ pub struct Arguments {
     /// A `.peft` spec, or an artifact that `peftc compile` wrote
     #[arg(value_name = "SPEC|ARTIFACT")]
     spec: PathBuf,
-    /// json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
-    /// in quotes such as `'train/*.jsonl'`
+    /// json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating `--data`,
+    /// or by a pattern in quotes such as `'train/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,
     #[command(flatten)]

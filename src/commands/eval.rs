@@ -12,8 +12,8 @@ use crate::{adapters, train};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating `--data`, or by a pattern
-    /// in quotes such as `'test/*.jsonl'`
+    /// json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating `--data`,
+    /// or by a pattern in quotes such as `'test/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,
     #[command(flatten)]

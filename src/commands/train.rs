@@ -18,8 +18,8 @@ use crate::train::{self, Ending, Training};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// What to train on: json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by repeating
-    /// `--data`, or by a pattern in quotes such as `'train/*.jsonl'`
+    /// What to train on: json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by
+    /// repeating `--data`, or by a pattern in quotes such as `'train/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,
     /// Held-out data, named as `--data` is: judged by at `train.evaluate`, and the best values are kept in

@@ -45,7 +45,7 @@ impl Maker for Classification<'_> {
     fn check(&self, names: &[&str]) -> Result<(), String> {
         for (wanted, usual, key) in self.wanted() {
             match wanted {
-                Some(wanted) => known(wanted, names, names.contains(&wanted))?,
+                Some(wanted) => known(wanted, names)?,
                 None => drop(usual_column(names, usual, key)?),
             }
         }
@@ -60,7 +60,7 @@ impl Maker for Classification<'_> {
             };
             let Some(cell) = row.get(&name) else {
                 let names = row.names();
-                return Err(known(&name, &names, false).expect_err("it is not among them"));
+                return Err(no_column(&name, &names));
             };
             match cell.text() {
                 Some(text) => Ok(text.to_owned()),
@@ -160,16 +160,18 @@ pub(super) fn is_header(names: &[&str], labels: &[String]) -> bool {
     usual(TEXT) && usual(LABEL) && !example
 }
 
-/// Refuses a column that the names do not have, unless it was `found` otherwise.
-pub(super) fn known(wanted: &str, names: &[&str], found: bool) -> Result<(), String> {
-    if found {
-        return Ok(());
-    }
+/// Refuses a column that is not among the names.
+pub(super) fn known(wanted: &str, names: &[&str]) -> Result<(), String> {
+    if names.contains(&wanted) { Ok(()) } else { Err(no_column(wanted, names)) }
+}
+
+/// That a column is not among the names.
+pub(super) fn no_column(wanted: &str, names: &[&str]) -> String {
     let hint = did_you_mean(wanted, names.iter().copied());
-    Err(match names {
+    match names {
         [] => format!("no column `{wanted}`; there is none"),
         _ => format!("no column `{wanted}`{hint}; there is {}", listed(names)),
-    })
+    }
 }
 
 /// The first names, for a message; of one that no one would call a name the beginning.

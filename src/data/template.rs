@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use peft_grammar::model::{Extent, Piece};
 
-use super::classification::known;
+use super::classification::{known, no_column};
 use super::error::did_you_mean;
 use super::items::{Items, NO_LISTS};
 use super::rows::{At, Cell, Fault, File, Format, Row, Rows, Value, find};
@@ -213,7 +213,7 @@ fn missing(name: &str, row: &Row) -> String {
             let hint = did_you_mean(rest, names.iter().copied());
             format!("`{first}` has no field `{rest}`{hint}; it has `{}`", names.join("`, `"))
         }
-        None => known(name, &row.names(), false).expect_err("it is not among them"),
+        None => no_column(name, &row.names()),
     }
 }
 
@@ -268,7 +268,7 @@ fn list<'r>(name: Option<&'r str>, row: &'r Row) -> Result<(&'r str, &'r [Value]
         return match row.get(name) {
             Some(Cell::Value(Value::List(items))) => Ok((name, items)),
             Some(cell) => Err(format!("`{name}` is {}, and `({name}: … )*` goes over a list of objects", cell.kind())),
-            None => Err(known(name, &row.names(), false).expect_err("it is not among them")),
+            None => Err(no_column(name, &row.names())),
         };
     }
     let lists = row.lists();
@@ -309,7 +309,7 @@ impl Maker for Layout<'_> {
         }
         for slot in self.before.iter().chain(&self.after) {
             match slot {
-                Slot::Field(name, _) => known(name, names, names.contains(&name.as_str()))?,
+                Slot::Field(name, _) => known(name, names)?,
                 Slot::Each(..) => {
                     return Err(
                         "a table of texts holds no lists for the template's `( … )*`; write the rows as json".into()

@@ -2,7 +2,7 @@
 //! `task.max_tokens` is several examples, each of which begins with the last token of the one before, so that no token is
 //! a target twice and none is left out.
 
-use super::classification::{known, usual_column};
+use super::classification::{known, no_column, usual_column};
 use super::rows::{At, Fault, File, Format, Row, Rows};
 use super::{DataError, Example, Goal, Maker, Placed, Tokenizer};
 
@@ -49,7 +49,7 @@ impl Maker for Texts<'_> {
 
     fn check(&self, names: &[&str]) -> Result<(), String> {
         match self.column {
-            Some(column) => known(column, names, names.contains(&column)),
+            Some(column) => known(column, names),
             None => usual_column(names, USUAL, "text").map(drop),
         }
     }
@@ -60,7 +60,7 @@ impl Maker for Texts<'_> {
             Some(column) => column,
             None => usual_column(&names, USUAL, "text")?,
         };
-        let Some(cell) = row.get(name) else { return Err(known(name, &names, false).expect_err("it is not there")) };
+        let Some(cell) = row.get(name) else { return Err(no_column(name, &names)) };
         match cell.text() {
             Some(text) if text.trim().is_empty() => Err(format!("`{name}` is empty")),
             Some(text) => Ok(text.to_owned()),

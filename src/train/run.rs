@@ -203,13 +203,19 @@ impl<'a> Run<'a> {
         let Training { session, model, identity, .. } = &self.training;
         let again = self.saved.is_some_and(|(step, _)| step == self.at);
         // Nothing could go on from these, and what was saved before is whole.
-        if let Some(name) = odd(&trained(session, self.training.model, self.training.base, self.at)?) {
+        let found = trained(session, self.training.model, self.training.base, self.at)?;
+        if let Some(name) = odd(&found) {
             return Err(diverged(self.at, &format!("`{name}` holds values that are no numbers or infinite")));
         }
         state::save(&self.training.out, session, model, identity, self.at, &self.judged, again)?;
-        let values = self.averaged()?;
-        let saved = trained(self.training.session, self.training.model, self.training.base, self.at)?;
-        self.restored(values)?;
+        let saved = match self.averaged()? {
+            None => found,
+            values => {
+                let saved = trained(self.training.session, self.training.model, self.training.base, self.at)?;
+                self.restored(values)?;
+                saved
+            }
+        };
         adapter::save(&self.training.out.join(ADAPTER), &saved)?;
         self.saved = Some((self.at, Instant::now()));
         Ok(())

@@ -69,14 +69,8 @@ fn value(field: Field) -> Result<Value, String> {
     Ok(match field {
         Field::Null => Value::Null,
         Field::Bool(value) => Value::Bool(value),
-        Field::Byte(n) => Value::Number(n.to_string()),
-        Field::Short(n) => Value::Number(n.to_string()),
-        Field::Int(n) => Value::Number(n.to_string()),
-        Field::Long(n) => Value::Number(n.to_string()),
-        Field::UByte(n) => Value::Number(n.to_string()),
-        Field::UShort(n) => Value::Number(n.to_string()),
-        Field::UInt(n) => Value::Number(n.to_string()),
-        Field::ULong(n) => Value::Number(n.to_string()),
+        Field::Byte(_) | Field::Short(_) | Field::Int(_) | Field::Long(_) => Value::Number(field.to_string()),
+        Field::UByte(_) | Field::UShort(_) | Field::UInt(_) | Field::ULong(_) => Value::Number(field.to_string()),
         Field::Float16(x) => number(x.to_f64()),
         // In the shortest form of its own precision.
         Field::Float(x) => number(x.to_string().parse().unwrap_or(f64::NAN)),
