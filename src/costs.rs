@@ -130,8 +130,8 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
     let tokens = sequences * tokens_each;
     let targets = match model.task.kind {
         TaskKind::Generation { .. } | TaskKind::Chat => tokens / 2,
-        TaskKind::Text { .. } => tokens,
-        TaskKind::Classification { .. } => 0,
+        TaskKind::Text { .. } | TaskKind::TokenClassification { .. } => tokens,
+        TaskKind::Classification { .. } | TaskKind::Regression { .. } => 0,
     };
     let batch = Shape { sequences, tokens_each, targets };
     let values = model.params.iter().filter_map(|p| p.trained_shape()).map(|s| s.iter().product::<u64>()).sum();

@@ -1,17 +1,19 @@
 //! Tensors of other frameworks: padded batches in, packed ones here, and back.
 //!
 //! A file holds `weights.NAME`, and `inputs.ids [B,n]` with `inputs.types [B,n]`, `inputs.mask [B,n]` or
-//! `inputs.lengths [B]`, and `inputs.labels`: of a generating model `[B,n]`, aligned with the ids and −100 where nothing
-//! is asked; of a classifier `[B]`. Results go out padded the same way.
+//! `inputs.lengths [B]`, and `inputs.labels`: of a model that generates or that classifies tokens `[B,n]`, aligned with
+//! the ids and −100 where nothing is asked; of one that classifies sequences `[B]`, and of a regression `[B]` or `[B,1]`
+//! of floats. Results go out padded the same way.
 //!
 //! What is masked is not computed, wherever in a row it stands. A token's position is its column, masked ones counted, as
 //! transformers counts where no positions are given; or the number of earlier ids that the model's positions do not
 //! skip. What then would depend on a masked token's own result is refused: the first token of a row whose first column is
 //! masked, for a model that reads it; a label that a masked token would have to predict.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use peft_grammar::model::Model;
+use peft_grammar::model::{Model, TaskKind};
 use peft_runtime::adapter::{Data, Stored, TensorFile};
 use peft_runtime::artifact::{Manifest, Storage};
 use peft_runtime::{Beyond, Inputs, Numbers, RuntimeError, Session};
@@ -41,14 +43,42 @@ pub struct Padded {
     /// Tokens of a row, padding included.
     pub width: usize,
     pub batch: Batch,
-    /// A token is predicted, not a class.
-    generates: bool,
+    asks: Asks,
     /// The column of each packed token.
     columns: Vec<usize>,
     labels: Labels,
     /// Where it was read, and under what prefix.
     path: PathBuf,
     prefix: String,
+}
+
+/// What is asked of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asks {
+    /// Tokens, each of the one before it.
+    Next,
+    /// The classes of tokens.
+    Tags,
+    /// The class of each sequence.
+    Class,
+    /// The number of each sequence.
+    Number,
+}
+
+impl Asks {
+    fn of(kind: &TaskKind) -> Self {
+        match kind {
+            TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => Asks::Next,
+            TaskKind::TokenClassification { .. } => Asks::Tags,
+            TaskKind::Classification { .. } => Asks::Class,
+            TaskKind::Regression { .. } => Asks::Number,
+        }
+    }
+
+    /// There are logits for each token, and not for each sequence.
+    fn of_tokens(self) -> bool {
+        matches!(self, Asks::Next | Asks::Tags)
+    }
 }
 
 /// What labels a file has.
@@ -122,6 +152,24 @@ impl Reader<'_> {
         }
     }
 
+    /// The numbers of a tensor, one a row.
+    fn floats(&self, name: &str, rows: usize) -> Result<Option<Vec<f32>>, RuntimeError> {
+        let Some(stored) = self.file.tensors.get(&format!("{}{name}", self.prefix)) else { return Ok(None) };
+        let found = match &stored.data {
+            Data::F32(x) => x.clone(),
+            Data::F16(x) => x.iter().map(|x| x.to_f32()).collect(),
+            Data::BF16(x) => x.iter().map(|x| x.to_f32()).collect(),
+            Data::I64(x) => x.iter().map(|&x| x as f32).collect(),
+        };
+        if ![&[rows as u64][..], &[rows as u64, 1]].contains(&&stored.shape[..]) {
+            return Err(self.wrong(name, format!("is {:?}, and for these ids it should be [{rows}]", stored.shape)));
+        }
+        match found.iter().position(|x| !x.is_finite()) {
+            Some(row) => Err(self.wrong(name, format!("is {} in row {row}", found[row]))),
+            None => Ok(Some(found)),
+        }
+    }
+
     /// Which columns of each row hold tokens.
     fn kept(&self, sequences: usize, width: usize) -> Result<Vec<Vec<usize>>, RuntimeError> {
         let shape = [sequences as u64, width as u64];
@@ -171,17 +219,24 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
     let (sequences, width) = (sequences as usize, width as usize);
     let types = reader.shaped("types", &shape)?;
     let rows = reader.kept(sequences, width)?;
-    let generates = !model.task.kind.classifies();
-    let labels = reader.shaped("labels", if generates { &shape } else { &shape[..1] })?;
+    let asks = Asks::of(&model.task.kind);
+    let (mut labels, mut numbers) = (None, None);
+    match asks {
+        Asks::Number => numbers = reader.floats("labels", sequences)?,
+        Asks::Class => labels = reader.shaped("labels", &shape[..1])?,
+        Asks::Next | Asks::Tags => labels = reader.shaped("labels", &shape)?,
+    }
     if let Some((at, odd)) = labels.iter().flatten().enumerate().find(|&(_, &x)| x < 0 && x != NOTHING_ASKED) {
-        let place = if generates { format!("row {}, column {}", at / width, at % width) } else { format!("row {at}") };
+        let place =
+            if asks.of_tokens() { format!("row {}, column {}", at / width, at % width) } else { format!("row {at}") };
         return Err(wrong("labels", &format!("is {odd} in {place}; where nothing is asked it is {NOTHING_ASKED}")));
     }
     let (mut batch, mut columns) = (Batch::default(), vec![]);
     let labelled = match &labels {
+        None if numbers.is_some() => Labels::Some,
         None => Labels::None,
         Some(all) if all.iter().all(|&label| label == NOTHING_ASKED) => Labels::OfNothing,
-        Some(all) if generates && (0..all.len()).all(|at| at % width == 0 || all[at] == NOTHING_ASKED) => {
+        Some(all) if asks == Asks::Next && (0..all.len()).all(|at| at % width == 0 || all[at] == NOTHING_ASKED) => {
             Labels::OfFirst
         }
         Some(_) => Labels::Some,
@@ -202,7 +257,15 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         });
         let counted: Vec<i32> = counted.collect();
         batch.positions.extend(kept.iter().map(|&column| counted[column]));
-        let Some(labels) = labels.as_ref().filter(|_| generates) else { continue };
+        let Some(labels) = labels.as_ref().filter(|_| asks.of_tokens()) else { continue };
+        if asks == Asks::Tags {
+            let asked = kept.iter().enumerate().filter(|(_, column)| labels[at(**column)] != NOTHING_ASKED);
+            for (token, &column) in asked {
+                batch.targets.push(start + token as i32);
+                batch.labels.push(labels[at(column)]);
+            }
+            continue;
+        }
         // The token before it predicts a label; the first has none before it.
         for column in (1..width).filter(|&column| labels[at(column)] != NOTHING_ASKED) {
             let Ok(before) = kept.binary_search(&(column - 1)) else {
@@ -217,7 +280,8 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
             batch.labels.push(labels[at(column)]);
         }
     }
-    if let Some(labels) = labels.filter(|_| !generates)
+    batch.numbers = numbers.unwrap_or_default();
+    if let Some(labels) = labels.filter(|_| !asks.of_tokens())
         && labels.iter().any(|&label| label != NOTHING_ASKED)
     {
         if let Some(row) = labels.iter().position(|&label| label == NOTHING_ASKED) {
@@ -226,7 +290,7 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         batch.labels = labels;
     }
     let (path, prefix) = (path.to_path_buf(), prefix.to_string());
-    Ok(Padded { sequences, width, batch, generates, columns, labels: labelled, path, prefix })
+    Ok(Padded { sequences, width, batch, asks, columns, labels: labelled, path, prefix })
 }
 
 /// The weights a file holds under `weights.`, in the order of the model's parameters.
@@ -272,10 +336,14 @@ impl Padded {
 
     /// The same sequences with something to predict everywhere, so that all logits are computed.
     pub fn everywhere(&self, rng: [i32; 2]) -> Inputs {
-        let count = if self.generates { self.batch.tokens() } else { 0 };
-        let targets = (0..count as i32).collect();
-        let labels = vec![0; if self.generates { count } else { self.sequences }];
-        inputs(&Batch { targets, labels, ..self.batch.clone() }, rng)
+        let (tokens, sequences) = (self.batch.tokens(), self.sequences);
+        let (targets, labels, numbers) = match self.asks {
+            Asks::Next | Asks::Tags => (tokens, tokens, 0),
+            Asks::Class => (0, sequences, 0),
+            Asks::Number => (0, 0, sequences),
+        };
+        let (targets, labels, numbers) = ((0..targets as i32).collect(), vec![0; labels], vec![0.0; numbers]);
+        inputs(&Batch { targets, labels, numbers, ..self.batch.clone() }, rng)
     }
 
     /// Nothing in the batch would be read otherwise than where it comes from, or not at all.
@@ -319,7 +387,8 @@ impl Padded {
                 format!("`{prefix}ids` has a token of position {value} in {}: {why}", self.place(token))
             }
             ("labels", Some(token)) => {
-                let (row, column) = (place.sequence, self.columns[token] + 1);
+                let behind = usize::from(self.asks == Asks::Next);
+                let (row, column) = (place.sequence, self.columns[token] + behind);
                 format!("`{prefix}labels` is {value} in row {row}, column {column}: {why}")
             }
             (input, Some(token)) => format!("`{prefix}{input}` is {value} in {}: {why}", self.place(token)),
@@ -363,12 +432,17 @@ pub fn inputs(batch: &Batch, rng: [i32; 2]) -> Inputs {
         ("types", batch.types.clone()),
         ("positions", batch.positions.clone()),
         ("starts", batch.starts.clone()),
+        ("ends", batch.ends()),
         ("targets", batch.targets.clone()),
-        ("labels", batch.labels.clone()),
         ("rng", rng.to_vec()),
     ];
-    let ints = ints.map(|(name, x)| (name.to_string(), x)).into_iter().collect();
-    Inputs { lengths: batch.lengths.clone(), ints, ..Inputs::default() }
+    let mut ints: BTreeMap<String, Vec<i32>> = ints.map(|(name, x)| (name.to_string(), x)).into_iter().collect();
+    let mut floats = BTreeMap::new();
+    match batch.numbers.is_empty() {
+        true => drop(ints.insert("labels".into(), batch.labels.clone())),
+        false => drop(floats.insert("labels".into(), batch.numbers.clone())),
+    }
+    Inputs { lengths: batch.lengths.clone(), ints, floats }
 }
 
 /// The entry that computes gradients.
@@ -389,12 +463,12 @@ pub fn run(
     }
     let mut results = TensorFile::default();
     let mut put = |name: &str, stored: Stored| drop(results.tensors.insert(name.into(), stored));
-    let generates = padded.generates;
-    if generates || !padded.asks() {
+    let of_tokens = padded.asks.of_tokens();
+    if of_tokens || !padded.asks() {
         // Training computes logits only where there is a label; here all are wanted.
         session.run(entry, &padded.everywhere(rng)).map_err(|e| padded.placed(e))?;
     }
-    if generates {
+    if of_tokens {
         let (shape, logits) = session.output("logits").ok_or_else(|| RuntimeError::input("logits", "is no output"))?;
         put("logits", padded.pad_tokens(&logits, shape[1] as usize));
     }
@@ -407,7 +481,7 @@ pub fn run(
         match name.as_str() {
             "loss" if !padded.asks() => {}
             "loss" => put("loss", Stored::f32(vec![1], x.to_vec())),
-            "logits" if generates => {}
+            "logits" if of_tokens => {}
             _ if name.starts_with("grad.") => {}
             _ if name.starts_with("lambda.") => put(name, padded.pad_heads(&x)),
             _ => put(name, Stored::f32(shape, x.to_vec())),

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use peft_grammar::graph::{Graph, Op, Value};
-use peft_grammar::model::{Model, TaskKind};
+use peft_grammar::model::Model;
 use serde_json::{Map, Value as Json, json};
 
 const SHOWN: usize = 32;
@@ -74,11 +74,17 @@ pub fn record(model: &Model) -> String {
     let mut all = Map::new();
     all.insert(FUNCTION.into(), json!(function(model)));
     all.insert(SETTINGS.into(), Json::Object(settings(model)));
-    match &model.task.kind {
-        TaskKind::Classification { labels, .. } => drop(all.insert(LABELS.into(), json!(labels))),
-        _ => drop(all.insert(SPECIAL.into(), json!(model.task.special()))),
-    }
+    let (key, names) = names(model);
+    all.insert(key.into(), json!(names));
     Json::Object(all).to_string()
+}
+
+/// The names of the task's classes or, where it has none, of its tokens.
+fn names(model: &Model) -> (&'static str, &[String]) {
+    match model.task.kind.labels() {
+        Some(labels) => (LABELS, labels),
+        None => (SPECIAL, model.task.special()),
+    }
 }
 
 /// Arguments of the backbone and of the methods, by the names that messages give them.
@@ -112,10 +118,7 @@ pub fn differences(record: &str, model: &Model) -> Result<Vec<String>, serde_jso
             lines.push("  the equations were others".into());
         }
     }
-    let (key, names) = match &model.task.kind {
-        TaskKind::Classification { labels, .. } => (LABELS, labels.as_slice()),
-        _ => (SPECIAL, model.task.special()),
-    };
+    let (key, names) = names(model);
     if let Some(before) = was.get(key)
         && *before != json!(names)
     {

@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::data::{DataError, Tokenizer};
 use crate::failure::Failure;
+use crate::hub::checkpoint::labels;
 use crate::hub::model_folder::{self, CONFIG, MODEL, SideFiles};
 use crate::hub::peft::Tensors;
 use crate::{adapters, compiler};
@@ -265,23 +266,34 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
             config.insert(key.clone(), value);
         }
     }
-    if let TaskKind::Classification { labels, .. } = &model.task.kind {
+    if let Some(labels) = model.task.kind.labels() {
         let names = labels.iter().enumerate().map(|(i, l)| (i.to_string(), json!(l))).collect::<Map<_, _>>();
         let ids = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect::<Map<_, _>>();
         config.insert("id2label".into(), Value::Object(names));
         config.insert("label2id".into(), Value::Object(ids));
-        config.insert("problem_type".into(), json!("single_label_classification"));
         // How many there are `id2label` says.
         for count in ["num_labels", "_num_labels"] {
             config.remove(count);
         }
+    }
+    match &model.task.kind {
+        TaskKind::Classification { .. } => {
+            config.insert("problem_type".into(), json!("single_label_classification"));
+        }
+        TaskKind::Regression { .. } => {
+            config.insert("problem_type".into(), json!("regression"));
+            // Two are what transformers takes where no key says how many.
+            ["id2label", "label2id", "_num_labels"].iter().for_each(|key| drop(config.remove(*key)));
+            config.insert("num_labels".into(), json!(1));
+        }
+        _ => {}
     }
     if let Some(class) = config.get("architectures").and_then(|all| all.get(0)?.as_str()).map(str::to_owned) {
         match architecture(&class, &model.task.kind) {
             Some(class) => drop(config.insert("architectures".into(), json!([class]))),
             None => drop(config.remove("architectures")),
         }
-    } else if model.task.kind.classifies() {
+    } else if !model.task.kind.generates() {
         config.remove("architectures");
     }
     let values_in = |dtype: Float| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.numbers.len()).sum::<usize>();
@@ -295,11 +307,10 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
     config
 }
 
-/// The class of transformers that has the folder's head, by the name of the base model's: a classifier has a head for
-/// sequences, a generator one for tokens. Without a name, transformers goes by `model_type`.
+/// The class of transformers that has the folder's head, by the name of the base model's. Without a name, transformers goes by `model_type`.
 fn architecture(class: &str, task: &TaskKind) -> Option<String> {
     const ENDS: [&str; 4] = ["WithLMHeadModel", "LMHeadModel", "DoubleHeadsModel", "Model"];
-    let TaskKind::Classification { .. } = task else {
+    let Some((head, _)) = labels::head(task) else {
         let generates = class.ends_with("LMHeadModel") || class.ends_with("ForCausalLM");
         return generates.then(|| class.to_owned());
     };
@@ -307,7 +318,7 @@ fn architecture(class: &str, task: &TaskKind) -> Option<String> {
         Some(at) => Some(&class[..at]),
         None => ENDS.iter().find_map(|end| class.strip_suffix(end)),
     };
-    family.filter(|family| !family.is_empty()).map(|family| format!("{family}ForSequenceClassification"))
+    family.filter(|family| !family.is_empty()).map(|family| format!("{family}{head}"))
 }
 
 /// What the spec's model does that transformers' of this name does not.

@@ -191,7 +191,8 @@ struct Task {
     epochs: f64,
     /// A line of comment in front of the recipe.
     why: String,
-    classifies: bool,
+    /// A head is new.
+    heads: bool,
     said: Vec<String>,
 }
 
@@ -204,42 +205,38 @@ impl Task {
         data: Option<&Path>,
     ) -> Result<Self, Failure> {
         let limit = model.backbone.longest.unwrap_or(LONGEST);
-        let classifies = model.task.kind.classifies();
-        let form = data.map(|data| data::form(data, classifies)).transpose()?;
+        let writes = model.task.kind.generates();
+        let form = data.map(|data| data::form(data, writes)).transpose()?;
         let backbone = &model.backbone.name;
-        let mut task = match (classifies, form) {
-            (true, Some(Form::Labelled { columns, labels })) => {
-                Task::classification(&columns, named(labels, description))
+        let mut task = match (writes, form) {
+            (_, Some(Form::Labelled { columns, labels })) => Task::classification(&columns, named(labels, description)),
+            (_, Some(Form::Numbered(columns))) => Task::regression(&columns),
+            (_, Some(Form::Tagged { tokens, tags, labels })) => {
+                Task::token_classification([&tokens, &tags], named(labels, description))
             }
-            (false, Some(Form::Records)) => Task::generation(model, description, from, &[]),
-            (false, Some(Form::Texts(columns))) => Task::generation(model, description, from, &columns),
-            (false, Some(Form::Conversations(columns))) => {
+            (true, Some(Form::Records)) => Task::generation(model, description, from, &[]),
+            (true, Some(Form::Texts(columns))) => Task::generation(model, description, from, &columns),
+            (true, Some(Form::Conversations(columns))) => {
                 let tokenizer = data::Tokenizer::load(from, &model.task, model.params[0].shape[0])?;
                 match (tokenizer.templates(), &columns[..]) {
                     (None, [_, ..]) => Task::generation(model, description, from, &columns),
                     _ => Task::chat(),
                 }
             }
-            (false, Some(Form::Plain)) => Task::text(ending(model, description, from)),
-            (true, Some(Form::Records | Form::Texts(_) | Form::Conversations(_) | Form::Plain)) => {
+            (true, Some(Form::Plain)) => Task::text(ending(model, description, from)),
+            (false, Some(Form::Records | Form::Texts(_) | Form::Conversations(_) | Form::Plain)) => {
                 return Err(Failure::Usage(format!(
                     "{}: texts to be written, and `{backbone}` classifies; take weights of a model that generates",
                     data.unwrap_or(from).display()
                 )));
             }
-            (false, Some(Form::Labelled { .. })) => {
-                return Err(Failure::Usage(format!(
-                    "{}: sentences with labels, and `{backbone}` generates; take weights of a model that classifies",
-                    data.unwrap_or(from).display()
-                )));
-            }
-            (true, None) => {
+            (false, None) => {
                 let labels = ["negative", "positive"].map(String::from).to_vec();
                 let mut task = Task::classification(&Columns::default(), named(labels, description));
                 task.said.push("no data: the labels are a guess, write your own".into());
                 task
             }
-            (false, None) => {
+            (true, None) => {
                 let mut task = Task::generation(model, description, from, &[]);
                 task.said.push("no data: the template is for WebNLG's records, write your own".into());
                 task
@@ -274,18 +271,39 @@ impl Task {
 
     fn classification(columns: &Columns, labels: Vec<String>) -> Self {
         let names: Vec<String> = labels.iter().map(|l| format!("\"{l}\"")).collect();
-        let mut settings = vec!["  kind: classification".into(), format!("  labels: [{}]", names.join(", "))];
+        let settings = vec!["  kind: classification".into(), format!("  labels: [{}]", names.join(", "))];
+        Task::heads("labels", settings, columns, format!("a classification into {}", labels.join(", ")))
+    }
+
+    fn regression(columns: &Columns) -> Self {
+        Task::heads("numbers", vec!["  kind: regression".into()], columns, "a number for each text".into())
+    }
+
+    fn token_classification([tokens, tags]: [&str; 2], labels: Vec<String>) -> Self {
+        let names: Vec<String> = labels.iter().map(|l| format!("\"{l}\"")).collect();
+        let settings = vec![
+            "  kind: token_classification".into(),
+            format!("  labels: [{}]", names.join(", ")),
+            format!("  tokens: \"{tokens}\""),
+            format!("  tags: \"{tags}\""),
+        ];
+        let said = format!("each word is one of {}", labels.join(", "));
+        Task::heads("tags", settings, &Columns::default(), said)
+    }
+
+    /// Of a model with a head for what the data ask.
+    fn heads(name: &'static str, mut settings: Vec<String>, columns: &Columns, said: String) -> Self {
         let Columns { text, pair, label } = columns;
         let named = [("text", text), ("pair", pair), ("label", label)];
         settings.extend(named.into_iter().filter_map(|(key, name)| Some(format!("  {key}: \"{}\"", name.as_ref()?))));
         Task {
-            name: "labels",
+            name,
             settings,
             batch: 16,
             epochs: EPOCHS.0,
             why: "three times through the data".into(),
-            classifies: true,
-            said: vec![format!("a classification into {}", labels.join(", "))],
+            heads: true,
+            said: vec![said],
         }
     }
 
@@ -297,7 +315,7 @@ impl Task {
             batch: 8,
             epochs: EPOCHS.0,
             why: "three times through the data".into(),
-            classifies: false,
+            heads: false,
             said: vec![said],
         }
     }
@@ -401,7 +419,7 @@ fn written(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, fr
     let mut text = format!("// For {}.\nimport backbones.{backbone}\n\n", from.display());
     let _ = writeln!(text, "// As the checkpoint has it.\nmodel = {}\n", call(backbone, arguments, &usage.model));
     let _ = writeln!(text, "tune {{\n{}", usage.tune.join("\n"));
-    if task.classifies {
+    if task.heads {
         text += "// The head is new, unless the checkpoint holds one.\nhead trainable\n";
     }
     let _ = writeln!(text, "}}\n\ntask {} {{\n{}\n}}\n", task.name, task.settings.join("\n"));

@@ -70,8 +70,8 @@ pub enum Imported {
 pub struct BackboneDef {
     pub name: Name,
     pub params: Vec<ParamDef>,
-    /// `for generation`, `for classification`.
-    pub purpose: Option<Name>,
+    /// `for generation`, where the whole body is for that; otherwise its `for …` blocks say.
+    pub purposes: Vec<Name>,
     /// What it says of the checkpoints that it reads.
     pub checkpoint: Vec<Entry>,
     pub body: Vec<Stmt>,
@@ -106,6 +106,11 @@ pub enum Entry {
         condition: Expr,
         then: Vec<Entry>,
         otherwise: Vec<Entry>,
+    },
+    /// `for classification { … }`
+    ForTask {
+        purposes: Vec<Name>,
+        entries: Vec<Entry>,
     },
 }
 
@@ -219,6 +224,11 @@ pub enum StmtKind {
         variable: Name,
         start: Expr,
         end: Expr,
+        body: Vec<Stmt>,
+    },
+    /// `for classification or regression { … }`: what a backbone computes where the task is one of these.
+    ForTask {
+        purposes: Vec<Name>,
         body: Vec<Stmt>,
     },
     Site {

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::ast::{Arg, Entry, Item, ParamDef, Setting, Settings};
+use crate::check::purposes;
 use crate::source::{FileId, Span};
 
 /// Modules by path below `models/`, with their texts: every file there is one.
@@ -174,8 +175,10 @@ fn described(folder: &str) -> Vec<Described> {
             let (name, signature) = match item {
                 Item::Method(def) => (def.name, params(source, &def.params) + " on " + &def.kind.text),
                 Item::Backbone(def) => {
-                    let purpose = def.purpose.map(|p| format!(" for {}", p.text)).unwrap_or_default();
-                    (def.name, params(source, &def.params) + &purpose)
+                    let mut purposes: Vec<&str> = purposes(&def).into_iter().map(|name| &*name.text).collect();
+                    purposes.dedup();
+                    let signature = params(source, &def.params) + " for " + &purposes.join(", ");
+                    (def.name, signature)
                 }
                 Item::Task(def) => {
                     let kind = def.entries.iter().find(|entry| entry.key.text == "kind");

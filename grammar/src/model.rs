@@ -304,6 +304,9 @@ pub struct Task {
     pub name: String,
     /// Longer examples are cut to this many tokens.
     pub max_tokens: u64,
+    /// The model sees a text as a whole, between the marks that the tokenizer puts around it; a causal one does without.
+    #[serde(default)]
+    pub enclosed: bool,
     pub kind: TaskKind,
 }
 
@@ -313,14 +316,14 @@ impl Task {
         match &self.kind {
             TaskKind::Generation { special, .. } => special,
             TaskKind::Text { end, .. } => end.as_slice(),
-            TaskKind::Chat | TaskKind::Classification { .. } => &[],
+            _ => &[],
         }
     }
 }
 
 impl TaskKind {
     /// As a spec writes them.
-    pub const WORDS: [&str; 4] = ["generation", "chat", "text", "classification"];
+    pub const WORDS: [&str; 6] = ["generation", "chat", "text", "classification", "regression", "token_classification"];
 
     pub fn word(&self) -> &'static str {
         match self {
@@ -328,12 +331,27 @@ impl TaskKind {
             TaskKind::Chat => "chat",
             TaskKind::Text { .. } => "text",
             TaskKind::Classification { .. } => "classification",
+            TaskKind::Regression { .. } => "regression",
+            TaskKind::TokenClassification { .. } => "token_classification",
         }
     }
 
-    /// It asks for classes; otherwise for tokens.
-    pub fn classifies(&self) -> bool {
-        matches!(self, TaskKind::Classification { .. })
+    /// The names of the classes, if it asks for some.
+    pub fn labels(&self) -> Option<&[String]> {
+        match self {
+            TaskKind::Classification { labels, .. } | TaskKind::TokenClassification { labels, .. } => Some(labels),
+            _ => None,
+        }
+    }
+
+    /// It asks for the tokens of texts, which the backbone's own head gives; otherwise for what a head of the task gives.
+    pub fn generates(&self) -> bool {
+        matches!(self, TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. })
+    }
+
+    /// It asks for one thing of a whole sequence.
+    pub fn of_sequences(&self) -> bool {
+        matches!(self, TaskKind::Classification { .. } | TaskKind::Regression { .. })
     }
 }
 
@@ -366,9 +384,21 @@ pub enum TaskKind {
         #[serde(default, skip_serializing_if = "Columns::are_usual")]
         columns: Columns,
     },
+    /// One number a text.
+    Regression {
+        #[serde(default, skip_serializing_if = "Columns::are_usual")]
+        columns: Columns,
+    },
+    /// One label a word: a row holds a list of words and one of labels.
+    TokenClassification {
+        labels: Vec<String>,
+        /// The column of the words, and that of their labels; `None` if it has a usual name.
+        tokens: Option<String>,
+        tags: Option<String>,
+    },
 }
 
-/// The columns of a classifier's data that the task names. A text or label column that is `None` has one of the usual
+/// The columns of a text or a pair of texts, and of what is asked of them, that the task names. A text or label column that is `None` has one of the usual
 /// names; without `pair` an example is one text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Columns {
@@ -376,6 +406,12 @@ pub struct Columns {
     /// The second text of a pair.
     pub pair: Option<String>,
     pub label: Option<String>,
+}
+
+impl From<[Option<String>; 3]> for Columns {
+    fn from([text, pair, label]: [Option<String>; 3]) -> Self {
+        Columns { text, pair, label }
+    }
 }
 
 impl Columns {

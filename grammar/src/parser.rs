@@ -183,11 +183,11 @@ impl Builder {
             Rule::backbone => {
                 let name = self.name(c.next());
                 let params = self.params(c.next());
-                let purpose = c.next_if(Rule::purpose).map(|p| self.name(Children::of(p).next()));
+                let purposes = c.next_if(Rule::purposes).map_or(vec![], |p| self.purposes(p));
                 let mut body = Children::of(c.next());
                 let checkpoint = body.next_if(Rule::checkpoint).map_or(vec![], |p| self.checkpoint(p));
                 let body = body.0.map(|p| self.statement(p)).collect();
-                Item::Backbone(BackboneDef { name, params, purpose, checkpoint, body })
+                Item::Backbone(BackboneDef { name, params, purposes, checkpoint, body })
             }
             Rule::method => {
                 let name = self.name(c.next());
@@ -316,6 +316,10 @@ impl Builder {
         pair.into_iter().flat_map(Pair::into_inner).map(|p| rate(self, p)).collect()
     }
 
+    fn purposes(&mut self, pair: Node) -> Vec<Name> {
+        pair.into_inner().filter(|p| p.as_rule() == Rule::name).map(|p| self.name(p)).collect()
+    }
+
     fn block(&mut self, pair: Node) -> Vec<Stmt> {
         pair.into_inner().map(|p| self.statement(p)).collect()
     }
@@ -343,6 +347,7 @@ impl Builder {
                 let (variable, start, end) = (self.name(c.next()), self.expr(c.next()), self.expr(c.next()));
                 StmtKind::For { variable, start, end, body: self.block(c.next()) }
             }
+            Rule::block_for => StmtKind::ForTask { purposes: self.purposes(c.next()), body: self.block(c.next()) },
             Rule::site => {
                 let (kind, path) = (self.name(c.next()), self.text(c.next()));
                 StmtKind::Site { kind, path, body: self.block(c.next()) }

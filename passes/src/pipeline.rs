@@ -105,8 +105,8 @@ impl Entry {
         match self {
             Entry::Forward | Entry::Grad => {}
             Entry::Eval => {
-                let classifies = model.task.kind.classifies();
-                graph.outputs.retain(|(name, _)| name == "loss" || classifies && name == "logits");
+                let judged = !model.task.kind.generates();
+                graph.outputs.retain(|(name, _)| name == "loss" || judged && name == "logits");
             }
             Entry::Train => graph.outputs.retain(|(name, _)| name == "loss"),
             Entry::Init => {

@@ -4,11 +4,11 @@ use std::io::IsTerminal;
 use std::ops::Range;
 use std::path::PathBuf;
 
-use peft_grammar::model::{Model, TaskKind};
+use peft_grammar::model::Model;
 
 use super::rows::Rows;
 use super::source::Source;
-use crate::data::{Dataset, Example, Goal, Tokenizer};
+use crate::data::{Dataset, Example, Goal, NO_TAG, Tokenizer};
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
 use crate::spec;
@@ -55,7 +55,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             super::print(&format!("{:>9} examples  {}", source.examples, source.path.display()));
         }
     }
-    if let TaskKind::Classification { labels, .. } = &model.task.kind {
+    if let Some(labels) = model.task.kind.labels() {
         super::print(&classes(&data, labels));
     }
     super::print(&histogram(data.lengths(), model.task.max_tokens as usize));
@@ -65,31 +65,47 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
 /// An example: a line for each run of tokens of one type. What the loss is on is green, or stands between `»` and `«`.
 fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, color: bool) -> String {
     let count = example.ids.len();
-    let learned: &[Range<usize>] = match &example.goal {
-        Goal::Tokens(ranges) => ranges,
-        Goal::Class(_) => &[],
+    let label =
+        |class: i32| model.task.kind.labels().and_then(|all| all.get(class as usize)).map_or("", String::as_str);
+    let goal = match &example.goal {
+        Goal::Class(class) => format!("class {class}, `{}`", label(*class)),
+        Goal::Number(number) => number.to_string(),
+        Goal::Tokens(_) | Goal::Tags(_) => format!("the loss is on {}", example.goal.targets()),
     };
-    let goal = match (&example.goal, &model.task.kind) {
-        (Goal::Class(class), TaskKind::Classification { labels, .. }) => {
-            let label = labels.get(*class as usize).map_or("", String::as_str);
-            format!("class {class}, `{label}`")
-        }
-        _ => format!("the loss is on {}", example.goal.targets()),
-    };
+    let learned = example.goal.places();
     let special = model.task.special().iter().filter_map(|token| Some((tokenizer.special(token)?, token)));
     let special: Vec<(i32, &String)> = special.collect();
     let named = |kind: i32| match special.iter().find(|(id, _)| *id == kind) {
         Some((_, token)) => token.to_string(),
         None => kind.to_string(),
     };
+    let (begin, end) = colours(color);
     let mut lines = vec![format!("{place}: {count} tokens, {goal}")];
     let mut start = 0;
+    if let Goal::Tags(tags) = &example.goal {
+        let token = |at: usize| match tags[at] {
+            NO_TAG => text(example, at, tokenizer),
+            tag => format!("{begin}{}{end}/{}", text(example, at, tokenizer), label(tag)),
+        };
+        lines.push(format!("  {}", (0..count).map(token).collect::<Vec<_>>().join("|")));
+        return lines.join("\n") + "\n";
+    }
     for run in example.types.chunk_by(|a, b| a == b) {
-        let tokens = run_of(example, start..start + run.len(), learned, tokenizer, color);
+        let tokens = run_of(example, start..start + run.len(), &learned, tokenizer, color);
         lines.push(format!("  type {:<10} {tokens}", named(run[0])));
         start += run.len();
     }
     lines.join("\n") + "\n"
+}
+
+/// What stands around tokens that carry the loss.
+fn colours(color: bool) -> (&'static str, &'static str) {
+    if color { ("\x1b[32m", "\x1b[0m") } else { ("»", "«") }
+}
+
+/// A token as it is shown.
+fn text(example: &Example, at: usize, tokenizer: &Tokenizer) -> String {
+    tokenizer.show(example.ids[at]).chars().map(visible).collect()
 }
 
 /// Tokens `range`, with bars between them.
@@ -100,12 +116,11 @@ fn run_of(
     tokenizer: &Tokenizer,
     color: bool,
 ) -> String {
-    let (begin, end) = if color { ("\x1b[32m", "\x1b[0m") } else { ("»", "«") };
+    let (begin, end) = colours(color);
     let is_learned = |at: usize| learned.iter().any(|range| range.contains(&at));
     let places: Vec<usize> = range.collect();
     let parts = places.chunk_by(|a, b| is_learned(*a) == is_learned(*b)).map(|part| {
-        let plain = |at: &usize| tokenizer.show(example.ids[*at]).chars().map(visible).collect::<String>();
-        let text = part.iter().map(plain).collect::<Vec<_>>().join("|");
+        let text = part.iter().map(|&at| text(example, at, tokenizer)).collect::<Vec<_>>().join("|");
         if is_learned(part[0]) { format!("{begin}{text}{end}") } else { text }
     });
     parts.collect::<Vec<_>>().join("|")
@@ -119,10 +134,15 @@ fn visible(c: char) -> String {
 fn classes(data: &Dataset, labels: &[String]) -> String {
     let mut counts = vec![0usize; labels.len()];
     for example in data.examples.iter() {
-        if let Goal::Class(class) = example.goal
-            && let Some(count) = counts.get_mut(class as usize)
-        {
-            *count += 1;
+        let classes = match example.goal {
+            Goal::Class(class) => vec![class],
+            Goal::Tags(tags) => tags,
+            Goal::Tokens(_) | Goal::Number(_) => vec![],
+        };
+        for class in classes {
+            if let Some(count) = usize::try_from(class).ok().and_then(|class| counts.get_mut(class)) {
+                *count += 1;
+            }
         }
     }
     let all: Vec<String> = labels.iter().zip(&counts).map(|(label, count)| format!("{label} {count}")).collect();

@@ -4,10 +4,11 @@ use std::borrow::Borrow;
 
 use peft_grammar::model::BatchSize;
 
+use super::examples::NO_TAG;
 use super::{Dataset, Example, Examples, Goal};
 
 /// The inputs of a graph, by the names it has for them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     pub ids: Vec<i32>,
     pub types: Vec<i32>,
@@ -16,10 +17,13 @@ pub struct Batch {
     /// Index of each sequence's first token.
     pub starts: Vec<i32>,
     pub lengths: Vec<i32>,
-    /// Indexes of the tokens whose next token is to be predicted; empty for a classifier.
+    /// Indexes of the tokens of which something is asked, their next token or their class; empty where sequences are
+    /// asked.
     pub targets: Vec<i32>,
     /// What each target predicts, or the class of each sequence.
     pub labels: Vec<i32>,
+    /// The number of each sequence, of a regression.
+    pub numbers: Vec<f32>,
 }
 
 impl Batch {
@@ -41,9 +45,26 @@ impl Batch {
                     }
                 }
                 Goal::Class(class) => batch.labels.push(*class),
+                Goal::Number(number) => batch.numbers.push(*number),
+                Goal::Tags(tags) => {
+                    for (at, tag) in tags.iter().enumerate().filter(|(_, tag)| **tag != NO_TAG) {
+                        batch.targets.push(start + at as i32);
+                        batch.labels.push(*tag);
+                    }
+                }
             }
         }
         batch
+    }
+
+    /// How many things are asked: the loss is a mean over them.
+    pub fn asked(&self) -> usize {
+        self.labels.len() + self.numbers.len()
+    }
+
+    /// Index of each sequence's last token.
+    pub fn ends(&self) -> Vec<i32> {
+        self.starts.iter().zip(&self.lengths).map(|(start, length)| start + length - 1).collect()
     }
 
     pub fn tokens(&self) -> usize {

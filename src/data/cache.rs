@@ -12,7 +12,7 @@ use memmap2::Mmap;
 use peft_grammar::model::{Task, TaskKind};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::examples::{Array, Examples};
+use super::examples::{Array, Asks, Examples};
 use super::{DataError, Dataset, Reading, Tokenizer};
 use crate::cache;
 use crate::hub::chat::Chat;
@@ -20,7 +20,7 @@ use crate::hub::chat::Chat;
 /// A smaller set is read as fast as it is found.
 const WORTH: usize = 1 << 16;
 
-/// Keys of an entry's metadata: the data set without its arrays, and the checksum of that and of the arrays.
+/// Keys of an entry's metadata: the data set without its arrays, what its examples ask for, and the checksum of that and of the arrays.
 const FACTS: &str = "peftc data";
 const CHECKSUM: &str = "checksum";
 
@@ -74,7 +74,7 @@ fn read(map: &Arc<Mmap>, rows: u64) -> Option<Dataset> {
     let (_, metadata) = SafeTensors::read_metadata(map).ok()?;
     let metadata = metadata.metadata().as_ref()?;
     let facts = metadata.get(FACTS)?;
-    let mut data: Dataset = serde_json::from_str(facts).ok()?;
+    let (mut data, asks): (Dataset, Asks) = serde_json::from_str(facts).ok()?;
     let tensors = SafeTensors::deserialize(map).ok()?;
     let mut hash = blake3::Hasher::new();
     hash.update(facts.as_bytes());
@@ -85,12 +85,13 @@ fn read(map: &Arc<Mmap>, rows: u64) -> Option<Dataset> {
         Some(start..start + bytes.len())
     };
     let ranges = NAMES.map(&mut range);
-    let [ids, runs, ends, classes, lengths, rows_of] = ranges.map(Option::unwrap_or_default);
+    let [ids, runs, ends, answers, lengths, rows_of] = ranges.map(Option::unwrap_or_default);
     data.examples = Examples {
         ids: Array::mapped(map, ids)?,
         runs: Array::mapped(map, runs)?,
         ends: Array::mapped(map, ends)?,
-        classes: Array::mapped(map, classes)?,
+        answers: Array::mapped(map, answers)?,
+        asks,
     };
     data.lengths = Array::mapped(map, lengths)?;
     data.rows = Array::mapped(map, rows_of)?;
@@ -102,7 +103,7 @@ fn read(map: &Arc<Mmap>, rows: u64) -> Option<Dataset> {
     (hash.finalize().to_hex().as_str() == metadata.get(CHECKSUM)? && data.examples.are_whole(rows)).then_some(data)
 }
 
-const NAMES: [&str; 6] = ["ids", "runs", "ends", "classes", "lengths", "rows"];
+const NAMES: [&str; 6] = ["ids", "runs", "ends", "answers", "lengths", "rows"];
 
 /// Writes an entry, beside its place and then renamed. That there is no room for it is a warning.
 pub fn keep(place: &Path, data: &Dataset) {
@@ -120,11 +121,11 @@ fn write(place: &Path, data: &Dataset) -> io::Result<()> {
         (bytemuck::cast_slice(&examples.ids), Dtype::I32, 4),
         (bytemuck::cast_slice(&examples.runs), Dtype::I32, 4),
         (bytemuck::cast_slice(&examples.ends), Dtype::U64, 8),
-        (bytemuck::cast_slice(&examples.classes), Dtype::I32, 4),
+        (bytemuck::cast_slice(&examples.answers), Dtype::I32, 4),
         (bytemuck::cast_slice(&data.lengths), Dtype::U32, 4),
         (bytemuck::cast_slice(&data.rows), Dtype::U32, 4),
     ];
-    let facts = serde_json::to_string(data).map_err(io::Error::other)?;
+    let facts = serde_json::to_string(&(data, examples.asks)).map_err(io::Error::other)?;
     let mut hash = blake3::Hasher::new();
     hash.update(facts.as_bytes());
     for (bytes, ..) in &arrays {

@@ -6,9 +6,10 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use serde::{Deserialize, Serialize};
 
 /// One sequence as the model sees it, and what it is to predict.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Example {
     pub ids: Vec<i32>,
     /// The token type of every id.
@@ -16,13 +17,20 @@ pub struct Example {
     pub goal: Goal,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Goal {
     /// The tokens of these ranges are predicted, each by the one before it. They are in order, and none begins at 0.
     Tokens(Vec<Range<usize>>),
     /// The sequence is of this class.
     Class(i32),
+    /// The sequence has this number.
+    Number(f32),
+    /// The class of each token, [`NO_TAG`] where none is asked.
+    Tags(Vec<i32>),
 }
+
+/// In place of a token's class where none is asked.
+pub const NO_TAG: i32 = -1;
 
 impl Goal {
     /// Of a sequence of `length` tokens, all behind number `from`, counted from 0.
@@ -30,25 +38,42 @@ impl Goal {
         Goal::Tokens(std::iter::once(from + 1..length).filter(|range| !range.is_empty()).collect())
     }
 
+    /// The tokens that are predicted, in ranges.
+    pub fn places(&self) -> Vec<Range<usize>> {
+        if let Goal::Tokens(ranges) = self { ranges.clone() } else { vec![] }
+    }
+
     /// How many things it asks for.
     pub fn targets(&self) -> usize {
         match self {
             Goal::Tokens(ranges) => ranges.iter().map(Range::len).sum(),
-            Goal::Class(_) => 1,
+            Goal::Class(_) | Goal::Number(_) => 1,
+            Goal::Tags(tags) => tags.iter().filter(|&&tag| tag != NO_TAG).count(),
         }
     }
 }
 
 impl Example {
+    /// Puts marks behind it, of which nothing is asked.
+    pub fn close(&mut self, marks: &[i32]) {
+        self.ids.extend_from_slice(marks);
+        self.types.resize(self.ids.len(), self.types.last().copied().unwrap_or(0));
+        if let Goal::Tags(tags) = &mut self.goal {
+            tags.resize(self.ids.len(), NO_TAG);
+        }
+    }
+
     /// Cuts it to its first `limit` tokens.
     pub fn truncate(&mut self, limit: usize) {
         self.ids.truncate(limit);
         self.types.truncate(limit);
-        if let Goal::Tokens(ranges) = &mut self.goal {
-            ranges.retain_mut(|range| {
+        match &mut self.goal {
+            Goal::Tokens(ranges) => ranges.retain_mut(|range| {
                 range.end = range.end.min(limit);
                 range.start < range.end
-            });
+            }),
+            Goal::Tags(tags) => tags.truncate(limit),
+            Goal::Class(_) | Goal::Number(_) => {}
         }
     }
 }
@@ -126,14 +151,26 @@ impl<T: bytemuck::Pod + fmt::Debug> fmt::Debug for Array<T> {
     }
 }
 
-/// Examples of one kind. A token takes 4 bytes; an example 16, with a class 20; each of its runs 12.
+/// What all examples of a set ask for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Asks {
+    #[default]
+    Tokens,
+    Class,
+    Number,
+    Tags,
+}
+
+/// Examples of one kind. A token takes 4 bytes, with a class 8; an example 16, with a class or a number 20; each of its
+/// runs 12.
 #[derive(Default)]
 pub struct Examples {
+    pub(super) asks: Asks,
     pub(super) ids: Array<i32>,
     pub(super) runs: Array<Run>,
     pub(super) ends: Array<End>,
-    /// Of classifications, one an example.
-    pub(super) classes: Array<i32>,
+    /// A class or the bits of a number for each example, or a class for each token, as they ask.
+    pub(super) answers: Array<i32>,
 }
 
 impl Examples {
@@ -152,16 +189,28 @@ impl Examples {
 
     /// Bytes that they take.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.ids) + size_of_val(&*self.runs) + size_of_val(&*self.ends) + size_of_val(&*self.classes)
+        size_of_val(&*self.ids) + size_of_val(&*self.runs) + size_of_val(&*self.ends) + size_of_val(&*self.answers)
     }
 
     pub fn push(&mut self, example: &Example) {
         let mut runs: Vec<Run> = vec![];
-        let learned: &[Range<usize>] = match &example.goal {
-            Goal::Tokens(ranges) => ranges,
+        let mut learned: &[Range<usize>] = &[];
+        self.asks = match &example.goal {
+            Goal::Tokens(ranges) => {
+                learned = ranges;
+                Asks::Tokens
+            }
             Goal::Class(class) => {
-                self.classes.push(*class);
-                &[]
+                self.answers.push(*class);
+                Asks::Class
+            }
+            Goal::Number(number) => {
+                self.answers.push(number.to_bits().cast_signed());
+                Asks::Number
+            }
+            Goal::Tags(tags) => {
+                self.answers.push_all(tags);
+                Asks::Tags
             }
         };
         let mut ranges = learned.iter().peekable();
@@ -182,7 +231,7 @@ impl Examples {
         self.ids.shrink();
         self.runs.shrink();
         self.ends.shrink();
-        self.classes.shrink();
+        self.answers.shrink();
     }
 
     fn span(&self, index: usize) -> (Range<usize>, Range<usize>) {
@@ -201,7 +250,7 @@ impl Examples {
 
     pub fn get(&self, index: usize) -> Example {
         let (tokens, runs) = self.span(index);
-        let ids = self.ids[tokens].to_vec();
+        let ids = self.ids[tokens.clone()].to_vec();
         let runs = &self.runs[runs];
         let mut types = Vec::with_capacity(ids.len());
         let mut learned: Vec<Range<usize>> = vec![];
@@ -214,9 +263,11 @@ impl Examples {
                 _ => learned.push(start..end),
             }
         }
-        let goal = match self.classes.is_empty() {
-            true => Goal::Tokens(learned),
-            false => Goal::Class(self.classes[index]),
+        let goal = match self.asks {
+            Asks::Tokens => Goal::Tokens(learned),
+            Asks::Class => Goal::Class(self.answers[index]),
+            Asks::Number => Goal::Number(f32::from_bits(self.answers[index].cast_unsigned())),
+            Asks::Tags => Goal::Tags(self.answers[tokens].to_vec()),
         };
         Example { ids, types, goal }
     }
@@ -240,9 +291,13 @@ impl Examples {
                     && runs.iter().all(|run| u64::from(run.start) < length)
             })
         });
-        let classes = self.classes.is_empty() || self.classes.len() == self.ends.len();
+        let answers = match self.asks {
+            Asks::Tokens => 0,
+            Asks::Class | Asks::Number => self.ends.len(),
+            Asks::Tags => self.ids.len(),
+        };
         let known = |id: i32| u64::try_from(id).is_ok_and(|id| id < rows);
-        ends && classes
+        ends && self.answers.len() == answers
             && (last.tokens as usize, last.runs as usize) == (self.ids.len(), self.runs.len())
             && self.ids.iter().all(|&id| known(id))
             && self.runs.iter().all(|run| known(run.kind))

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use peft_grammar::model::Columns;
 
-use super::classification::{LABEL, TEXT, listed};
-use super::rows::{Cell, Fault, File, Format, Row, Rows, shortened};
-use super::{DataError, classification};
+use super::labelled::{IMPLIED, LABEL, TEXT, listed};
+use super::rows::{Cell, Fault, File, Format, Row, Rows, Value, shortened};
+use super::{DataError, tags};
 use crate::hub::chat::Conversation;
 
 /// A form of data.
@@ -16,6 +16,10 @@ pub enum Form {
     /// Texts, or pairs of them, with the names of their classes: all that occur, in the order of numbers or of the
     /// alphabet. A column of a usual name is not said.
     Labelled { columns: Columns, labels: Vec<String> },
+    /// Texts, or pairs of them, with a number each.
+    Numbered(Columns),
+    /// Lists of words and of their classes, by the names of these columns, with all that occur.
+    Tagged { tokens: String, tags: String, labels: Vec<String> },
     /// WebNLG's records.
     Records,
     /// Conversations. Where a row has columns of text in place of a list of messages, those, what the assistant says last.
@@ -41,7 +45,7 @@ const PAIRS: [[&str; 2]; 7] = [
 ];
 
 /// Other names of a label's column.
-const CLASS: [&str; 4] = ["gold_label", "class", "category", "sentiment"];
+const CLASS: [&str; 6] = ["gold_label", "class", "category", "sentiment", "score", "similarity_score"];
 
 /// Columns whose text is to be written, what stands before it in other columns.
 const WRITTEN: [&str; 9] =
@@ -53,15 +57,15 @@ const BESIDE: [&str; 8] = ["id", "idx", "index", "guid", "uid", "url", "rejected
 /// As many rows tell the form.
 const SAMPLE: usize = 100;
 
-/// The form of a file, for a model that classifies or one that writes.
-pub fn form(path: &Path, classifies: bool) -> Result<Form, DataError> {
+/// The form of a file, for a model that can write, or one that cannot.
+pub fn form(path: &Path, writes: bool) -> Result<Form, DataError> {
     let file = File::open(path)?;
     let at = |fault| DataError::at(path, fault);
     let refuse = |message: String| DataError::Named { path: path.to_owned(), message };
-    if !classifies && file.is_plain_text() {
+    if writes && file.is_plain_text() {
         return Ok(Form::Plain);
     }
-    let mut rows = Rows::of(&file, Format::Tsv, Some(classification::IMPLIED), is_header).map_err(at)?;
+    let mut rows = Rows::of(&file, Format::Tsv, Some(IMPLIED), is_header).map_err(at)?;
     if rows.entries {
         return Ok(Form::Records);
     }
@@ -71,7 +75,15 @@ pub fn form(path: &Path, classifies: bool) -> Result<Form, DataError> {
     }
     let names = names(&sample);
     let labelled = columns(&names);
-    if !classifies {
+    if let Some([tokens, tags]) = lists(&sample, &names) {
+        let (tokens, tags) = (tokens.to_owned(), tags.to_owned());
+        let labels = labels(&sample, rows, &tags).map_err(|fault| DataError::at(path, fault))?;
+        return match labels {
+            Labels::Names(labels) => Ok(Form::Tagged { tokens, tags, labels }),
+            Labels::Numbers | Labels::TooMany => Err(refuse(too_many(&tags))),
+        };
+    }
+    if writes {
         let conversation = sample.iter().all(|row| Conversation::of(&row.json()).is_ok());
         let texts = written(&sample, &names).map_err(refuse)?;
         match texts {
@@ -92,25 +104,78 @@ pub fn form(path: &Path, classifies: bool) -> Result<Form, DataError> {
             listed(&names)
         )));
     };
-    let (mut labels, mut seen) = (vec![], HashSet::new());
     let label = label.to_owned();
+    match labels(&sample, rows, &label).map_err(at)? {
+        Labels::Names(labels) => Ok(Form::Labelled { columns, labels }),
+        Labels::Numbers => Ok(Form::Numbered(columns)),
+        Labels::TooMany => Err(refuse(too_many(&label))),
+    }
+}
+
+fn too_many(label: &str) -> String {
+    format!("more than {MOST} labels: is the column `{label}` the class?")
+}
+
+/// What a column of labels holds.
+enum Labels {
+    /// All names, in the order of numbers or of the alphabet.
+    Names(Vec<String>),
+    /// Numbers with fractions, or more whole ones than there are classes.
+    Numbers,
+    /// More names than there are classes.
+    TooMany,
+}
+
+fn labels<'f>(
+    sample: &[Row<'f>],
+    rows: impl Iterator<Item = Result<Row<'f>, Fault>>,
+    column: &str,
+) -> Result<Labels, Fault> {
+    let (mut names, mut seen, mut numbers) = (vec![], HashSet::new(), true);
     for row in sample.iter().cloned().map(Ok).chain(rows) {
-        let row = row.map_err(at)?;
+        let row = row?;
         // A row without a label is refused where the data are read for training, with words of its own.
-        let Some(name) = row.get(&label).and_then(Cell::text).map(str::trim) else { continue };
-        if seen.insert(name.to_owned()) {
-            writable(name, "label").map_err(|message| at(Fault::fatal(row.at.clone(), message)))?;
-            labels.push(name.to_owned());
+        let items: Vec<&str> = match row.get(column) {
+            Some(Cell::Value(Value::List(items))) => items.iter().filter_map(Value::text).collect(),
+            cell => cell.and_then(Cell::text).into_iter().collect(),
+        };
+        for name in items.into_iter().map(str::trim) {
+            if seen.insert(name.to_owned()) {
+                writable(name, "label").map_err(|message| Fault::fatal(row.at.clone(), message))?;
+                numbers &= name.parse::<f64>().is_ok_and(f64::is_finite);
+                names.push(name.to_owned());
+            }
         }
-        if labels.len() > MOST {
-            return Err(refuse(format!("more than {MOST} labels: is the column `{label}` the class?")));
+        if names.len() > MOST && !numbers {
+            return Ok(Labels::TooMany);
         }
     }
-    match labels.iter().all(|label| label.parse::<u64>().is_ok()) {
-        true => labels.sort_by_key(|label| label.parse::<u64>().unwrap_or(0)),
-        false => labels.sort(),
+    let whole = names.iter().all(|name| name.parse::<u64>().is_ok());
+    if numbers && (!whole || names.len() > MOST) && !names.is_empty() {
+        return Ok(Labels::Numbers);
     }
-    Ok(Form::Labelled { columns, labels })
+    match whole {
+        true => names.sort_by_key(|name| name.parse::<u64>().unwrap_or(0)),
+        false => names.sort(),
+    }
+    Ok(Labels::Names(names))
+}
+
+/// The columns of words and of their classes, if each row has lists under usual names.
+fn lists<'n>(rows: &[Row], names: &[&'n str]) -> Option<[&'n str; 2]> {
+    let found = [tags::WORDS, tags::TAGS].map(|usual| {
+        let is_list = |name: &str| {
+            rows.iter().all(|row| match row.get(name) {
+                Some(Cell::Value(Value::List(items))) => items.iter().all(|item| item.text().is_some()),
+                _ => false,
+            })
+        };
+        let usual = |name: &&&str| usual.iter().any(|usual| usual.eq_ignore_ascii_case(name)) && is_list(name);
+        let mut found = names.iter().filter(usual);
+        found.next().copied().filter(|_| found.next().is_none())
+    });
+    let [tokens, tags] = found;
+    Some([tokens?, tags?])
 }
 
 /// The first line of a tsv names its columns: there are more than two of them, or both have names that columns have.
@@ -202,15 +267,17 @@ mod tests {
     use super::*;
 
     /// What `peftc new` takes a file for, in a line.
-    fn told(name: &str, content: &str, classifies: bool) -> String {
+    fn told(name: &str, content: &str, writes: bool) -> String {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(name);
         std::fs::write(&path, content).expect("written");
         let columns = |c: &Columns| [&c.text, &c.pair, &c.label].map(|name| name.clone().unwrap_or_default()).join(",");
-        match form(&path, classifies) {
+        match form(&path, writes) {
             Ok(Form::Labelled { columns: found, labels }) => {
                 format!("labels {} of {}", labels.join(","), columns(&found))
             }
+            Ok(Form::Numbered(found)) => format!("numbers of {}", columns(&found)),
+            Ok(Form::Tagged { tokens, tags, labels }) => format!("tags {} of {tokens},{tags}", labels.join(",")),
             Ok(Form::Records) => "records".into(),
             Ok(Form::Conversations(texts)) => format!("conversations {}", texts.join(",")),
             Ok(Form::Texts(texts)) => format!("texts {}", texts.join(",")),
@@ -221,7 +288,7 @@ mod tests {
 
     #[test]
     fn classes() {
-        let told = |name: &str, content: &str| told(name, content, true);
+        let told = |name: &str, content: &str| told(name, content, false);
         assert_eq!(told("a.tsv", "good\t1\nbad\t0\n"), "labels 0,1 of ,,");
         assert_eq!(told("a.tsv", "review\tsentiment\ngood\tpos\nbad\tneg\n"), "labels neg,pos of ,,sentiment");
         assert_eq!(told("a.tsv", "premise\thypothesis\tlabel\na\tb\tyes\n"), "labels yes of premise,hypothesis,");
@@ -230,6 +297,14 @@ mod tests {
             told("a.jsonl", "{\"text\": \"a\", \"target\": 1}\n{\"text\": \"b\", \"target\": 0}"),
             "labels 0,1 of ,,"
         );
+        assert_eq!(
+            told("a.csv", "sentence1,sentence2,score\na,b,2.5\nc,d,4\n"),
+            "numbers of sentence1,sentence2,score"
+        );
+        let many: String = (0..=MOST).map(|i| format!("good\t{i}\n")).collect();
+        assert_eq!(told("a.tsv", &many), "numbers of ,,");
+        let words = "{\"id\": 1, \"tokens\": [\"Ann\", \"sings\"], \"ner_tags\": [\"B-PER\", \"O\"]}";
+        assert_eq!(told("a.jsonl", words), "tags B-PER,O of tokens,ner_tags");
         insta::assert_snapshot!(told("a.tsv", "good\t5\" pipe\n"), @r#"`a.tsv`, line 1: the label "5\" pipe" has a character that a spec cannot hold; rename it"#);
         insta::assert_snapshot!(told("a.csv", "text,label\ngood,\n"), @"`a.csv`, line 2: a label without a name; give it one");
         insta::assert_snapshot!(told("a.csv", "body,verdict\ngood,1\n"), @"`a.csv`: which of its columns is what cannot be told by their names, `body`, `verdict`; write the task yourself: `text` and `label` of a classification, or `template` and `target` of a generation");
@@ -237,7 +312,7 @@ mod tests {
 
     #[test]
     fn texts() {
-        let told = |name: &str, content: &str| told(name, content, false);
+        let told = |name: &str, content: &str| told(name, content, true);
         assert_eq!(told("a.tsv", "question\tanswer\nwhy\tso\n"), "texts question,answer");
         let first = "{\"question\": \"a\", \"context\": null, \"answer\": \"b\"}\n";
         assert_eq!(
@@ -253,6 +328,8 @@ mod tests {
         assert_eq!(told("a.jsonl", "{\"text\": \"long\", \"target\": \"short\"}"), "texts text,target");
         assert_eq!(told("a.jsonl", "{\"content\": \"a\"}"), "plain");
         assert_eq!(told("a.txt", "a\tb\n"), "plain");
+        // Where nothing is to be written, a model that could write is asked for the label.
+        assert_eq!(told("a.tsv", "good\t1\nbad\t0\n"), "labels 0,1 of ,,");
         let turns =
             "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}";
         assert_eq!(told("a.jsonl", turns), "conversations ");

@@ -8,17 +8,19 @@
 //! | | WebNLG's JSON or XML: triples and their verbalisations | [`webnlg`] |
 //! | chat | conversations, in the usual forms | [`chat`] |
 //! | text | a text | [`text`] |
-//! | classification | a text or a pair of them, and a label | [`classification`] |
+//! | classification, regression | a text or a pair of them, and a label | [`labelled`] |
+//! | token classification | words with a label each | [`tags`] |
 
 mod batch;
 mod cache;
 mod chat;
-mod classification;
 mod error;
 mod examples;
 mod form;
 mod items;
+mod labelled;
 mod rows;
+mod tags;
 mod template;
 mod text;
 mod tokenizer;
@@ -30,14 +32,16 @@ use peft_grammar::model::{Task, TaskKind};
 use serde::{Deserialize, Serialize};
 
 use examples::Array;
+use labelled::{Asked, Labelled};
 use rows::{At, Fault, File, Row, Rows};
+use tags::Tagged;
 
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
 pub(crate) use error::did_you_mean;
-pub use examples::{Example, Examples, Goal};
+pub use examples::{Example, Examples, Goal, NO_TAG};
 pub use form::{Form, form};
-pub use tokenizer::{Spanned, Tokenizer};
+pub use tokenizer::{Marks, Spanned, Tokenizer};
 
 /// An example with its place in the file.
 struct Placed {
@@ -74,9 +78,6 @@ trait Maker {
 
 /// As many rows are tokenised at once.
 const TOGETHER: usize = 1 << 14;
-
-/// Marks around a classifier's sentence.
-const MARKS: usize = 2;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Dataset {
@@ -167,7 +168,8 @@ impl Dataset {
     fn tokenise(files: &[PathBuf], task: &Task, tokenizer: &Tokenizer, reading: &Reading) -> Result<Self, DataError> {
         let max_tokens = task.max_tokens as usize;
         let data = Dataset::default();
-        let mut reader = Reader { data, skip_bad: reading.skip_bad, max_tokens, row: None, first_dropped: None };
+        let (skip_bad, marks) = (reading.skip_bad, tokenizer.marks());
+        let mut reader = Reader { data, skip_bad, max_tokens, marks, row: None, first_dropped: None };
         match &task.kind {
             TaskKind::Generation { template, target, each, .. } => {
                 reader.files(files, &template::Layout::new((template, target, each), tokenizer)?)?;
@@ -178,7 +180,13 @@ impl Dataset {
                 reader.files(files, &text::Texts { column: text.as_deref(), end, max_tokens, tokenizer })?;
             }
             TaskKind::Classification { labels, columns } => {
-                reader.files(files, &classification::Classification { labels, columns, max_tokens, tokenizer })?;
+                reader.files(files, &Labelled { asked: Asked::Class(labels), columns, max_tokens, tokenizer })?;
+            }
+            TaskKind::Regression { columns } => {
+                reader.files(files, &Labelled { asked: Asked::Number, columns, max_tokens, tokenizer })?;
+            }
+            TaskKind::TokenClassification { labels, tokens, tags } => {
+                reader.files(files, &Tagged::new(labels, [tokens.as_deref(), tags.as_deref()], tokenizer))?;
             }
         }
         reader.finish()
@@ -293,6 +301,7 @@ struct Reader {
     data: Dataset,
     skip_bad: bool,
     max_tokens: usize,
+    marks: Marks,
     /// The row of the last example.
     row: Option<At>,
     /// Place and length of the first example that was dropped, and its first target.
@@ -380,8 +389,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Cuts what is too long. A classifier's sequence keeps its last token, the closing mark. What the cut leaves
-    /// nothing to learn from is dropped, a continuation without a token to predict or marks without a sentence.
+    /// Cuts what is too long. A sequence between marks keeps the closing one. What the cut leaves nothing to learn from is
+    /// dropped, a continuation without a token to predict or marks without a sentence.
     fn fit(&mut self, path: &Path, Placed { at, mut example, length }: Placed, several: bool) {
         let place = || match several {
             true => format!("{}, {at}", path.display()),
@@ -393,19 +402,21 @@ impl Reader {
             data.cut += 1;
             let first_target = match &example.goal {
                 Goal::Tokens(ranges) => ranges.first().map(|range| range.start),
-                Goal::Class(_) => None,
+                _ => None,
             };
             // A pair comes here cut already.
             if example.ids.len() > limit {
-                if let Goal::Class(_) = example.goal {
-                    let last = example.ids.len() - 1;
-                    example.ids.swap(limit.saturating_sub(1), last);
-                }
-                example.truncate(limit);
+                let closing = match example.goal {
+                    Goal::Tokens(_) => 0,
+                    _ => self.marks.closing.min(limit),
+                };
+                let marks = example.ids.split_off(example.ids.len() - closing);
+                example.truncate(limit - closing);
+                example.close(&marks);
             }
             let left = match example.goal {
-                Goal::Tokens(_) => example.goal.targets() > 0,
-                Goal::Class(_) => example.ids.len() > MARKS,
+                Goal::Tokens(_) | Goal::Tags(_) => example.goal.targets() > 0,
+                Goal::Class(_) | Goal::Number(_) => example.ids.len() > self.marks.count(),
             };
             if !left {
                 data.dropped += 1;

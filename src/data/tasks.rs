@@ -273,7 +273,7 @@ fn xml_that_is_refused() {
     insta::assert_snapshot!(with("tea</lex>", " </lex>"), @"`a.xml`, line 4: a lexicalisation's `lex` is empty; write its text or remove it");
     insta::assert_snapshot!(with("\"good\"", "\"toFix\""), @"`a.xml` holds no example: no entry has a lexicalisation whose `comment` is `good`");
     let classified = Case::named("a.xml", benchmark(&entry)).error(&classifies("task sst2"));
-    insta::assert_snapshot!(classified, @"`a.xml` holds no example: its `entries` are texts to generate, as WebNLG has them, and this task classifies");
+    insta::assert_snapshot!(classified, @"`a.xml` holds no example: its `entries` are texts to generate, as WebNLG has them, and this task asks for labels");
 }
 
 /// The corpus in XML gives the examples that it gives in JSON.

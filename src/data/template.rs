@@ -6,9 +6,9 @@ use std::rc::Rc;
 
 use peft_grammar::model::{Extent, Piece};
 
-use super::classification::{known, no_column};
 use super::error::did_you_mean;
 use super::items::{Items, NO_LISTS};
+use super::labelled::{known, no_column};
 use super::rows::{At, Cell, Fault, File, Format, Row, Rows, Value, find};
 use super::{DataError, Example, Goal, Maker, Placed, Tokenizer, webnlg};
 

@@ -38,6 +38,7 @@ pub(super) fn classification(max_tokens: u64) -> Task {
     Task {
         name: "sentiment".into(),
         max_tokens,
+        enclosed: true,
         kind: TaskKind::Classification { labels, columns: Columns::default() },
     }
 }
@@ -60,6 +61,7 @@ fn generation(head: &str, repeat: &str, tail: &str) -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
+        enclosed: false,
         kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
     }
 }
@@ -117,6 +119,21 @@ impl Case {
     }
 }
 
+/// A folder with the files of a case of `tests/interop/tokenizers.json`.
+pub(super) fn folder_of(case: &str) -> TempDir {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/tokenizers.json");
+    let all: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for (file, content) in all["cases"][case]["files"].as_object().unwrap() {
+        let text = match content.as_str() {
+            Some(key) => all["contents"][key].as_str().unwrap().to_owned(),
+            None => content.to_string(),
+        };
+        std::fs::write(folder.path().join(file), text).unwrap();
+    }
+    folder
+}
+
 pub(super) fn class(ids: &[i32], class: i32) -> Example {
     Example { ids: ids.to_vec(), types: vec![0; ids.len()], goal: Goal::Class(class) }
 }
@@ -134,6 +151,39 @@ fn long_sentences_keep_their_closing_mark() {
     let data = Case::new("good tea good tea\t1\ntea\t1").load(&classification(4)).unwrap();
     assert_eq!(data.examples, [class(&[1, 3, 5, 2], 1), class(&[1, 5, 2], 1)]);
     assert_eq!((data.cut, data.dropped), (1, 0));
+}
+
+/// A causal model's sentences have no marks: the cut is a cut.
+#[test]
+fn sentences_without_marks() {
+    let case = Case::new("good tea good\t1\ntea\t1\n");
+    case.set_marks(serde_json::Value::Null);
+    let task = Task { enclosed: false, ..classification(2) };
+    assert_eq!(case.load(&task).unwrap().examples, [class(&[3, 5], 1), class(&[5], 1)]);
+    let opening = serde_json::json!({
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"]}},
+    });
+    case.set_marks(opening);
+    assert_eq!(case.load(&task).unwrap().examples, [class(&[1, 3], 1), class(&[1, 5], 1)]);
+    assert!(case.error(&Task { enclosed: true, ..task }).contains("no opening and closing mark"));
+}
+
+#[test]
+fn numbers_of_sentences() {
+    let columns = Columns { label: Some("score".into()), ..Columns::default() };
+    let task = Task { kind: TaskKind::Regression { columns }, ..classification(64) };
+    let read = |label: &str| Case::named("a.csv", format!("text,score\ngood,{label}\n")).load(&task);
+    for (label, number) in [("2.5", 2.5), ("-1", -1.0), (" 3e-2 ", 0.03), ("0.1", 0.1_f32)] {
+        assert_eq!(read(label).unwrap().examples.get(0).goal, Goal::Number(number), "{label}");
+    }
+    let error = |label: &str| Case::named("a.csv", format!("text,score\ngood,{label}\n")).error(&task);
+    insta::assert_snapshot!(error("high"), @"`a.csv`, line 2: the label `high` is no number, and a regression learns numbers");
+    insta::assert_snapshot!(error("1e39"), @"`a.csv`, line 2: the label `1e39` is no finite number; a regression learns numbers");
+    insta::assert_snapshot!(error("nan"), @"`a.csv`, line 2: the label `nan` is no finite number; a regression learns numbers");
+    let batch = Batch::pack(read("2.5").unwrap().examples.iter());
+    assert_eq!((batch.labels.len(), batch.numbers, batch.starts, batch.lengths), (0, vec![2.5], vec![0], vec![3]));
 }
 
 #[test]
@@ -319,6 +369,7 @@ fn labels_by_name_and_by_index() {
         let task = Task {
             name: "t".into(),
             max_tokens: 8,
+            enclosed: true,
             kind: TaskKind::Classification { labels, columns: Columns::default() },
         };
         std::fs::write(&case.file, format!("tea\t{label}\n")).unwrap();
@@ -449,7 +500,7 @@ fn literal_text() {
     let task = |target: &str| {
         let (special, target) = (vec!["<t>".into()], target.into());
         let kind = TaskKind::Generation { special, template: template.clone(), target, each: vec![] };
-        Task { name: "t".into(), max_tokens: 64, kind }
+        Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }
     };
     // The loss begins behind the target's last token; literals have the type of what is before them.
     for (target, from) in [("<t>", 4), ("'good bad'", 6)] {
@@ -548,7 +599,7 @@ fn webnlg() -> Task {
     template.extend(pieces("<target> {text} <eos>"));
     let special = special.map(str::to_owned).to_vec();
     let kind = TaskKind::Generation { special, template, target: "<target>".into(), each: vec![] };
-    Task { name: "webnlg".into(), max_tokens: 1024, kind }
+    Task { name: "webnlg".into(), max_tokens: 1024, enclosed: false, kind }
 }
 
 #[test]

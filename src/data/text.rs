@@ -2,7 +2,7 @@
 //! `task.max_tokens` is several examples, each of which begins with the last token of the one before, so that no token is
 //! a target twice and none is left out.
 
-use super::classification::{known, no_column, usual_column};
+use super::labelled::{known, no_column, usual_column};
 use super::rows::{At, Fault, File, Format, Row, Rows};
 use super::{DataError, Example, Goal, Maker, Placed, Tokenizer};
 

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
 
-use super::{DataError, MARKS};
+use super::DataError;
 use crate::contained::contained;
 use crate::hub::tokenizer::{Behind, DEFAULT, Opened, Templates, open};
 
@@ -26,6 +26,9 @@ pub struct Tokenizer {
     /// Tokens of the tokenizer itself that its vocabulary does not have.
     behind: Vec<Behind>,
     notes: Vec<String>,
+    marks: Marks,
+    /// Words by themselves are not what they are behind a blank.
+    blanks: bool,
 }
 
 /// A text's ids, and the ranges of them that were asked for.
@@ -34,6 +37,27 @@ pub struct Spanned {
     pub ids: Vec<i32>,
     /// In order, apart from each other, none empty.
     pub spans: Vec<Range<usize>>,
+}
+
+/// How many marks such as `[CLS]` and `[SEP]` the tokenizer puts in front of a text and behind it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    pub opening: usize,
+    pub closing: usize,
+}
+
+impl Marks {
+    pub fn count(self) -> usize {
+        self.opening + self.closing
+    }
+}
+
+/// A text's words, tokenised one by one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Worded {
+    pub ids: Vec<i32>,
+    /// The word that each token is of; `None` of a mark.
+    pub words: Vec<Option<usize>>,
 }
 
 /// A pair of texts as the model sees it.
@@ -101,20 +125,42 @@ impl Tokenizer {
                 task.max_tokens
             ));
         }
-        let tokenizer = Tokenizer { library, source, own, rows, special, templates, behind, notes };
-        if let TaskKind::Classification { columns, .. } = &task.kind {
+        let (marks, blanks) = (Marks::default(), false);
+        let mut tokenizer = Tokenizer { library, source, own, rows, special, templates, behind, notes, marks, blanks };
+        if task.kind.generates() {
+            return Ok(tokenizer);
+        }
+        tokenizer.marks = tokenizer.marks_around()?;
+        if task.enclosed {
             tokenizer.check_marks()?;
-            if columns.pair.is_some() {
+        }
+        match &task.kind {
+            TaskKind::Classification { columns, .. } | TaskKind::Regression { columns } if columns.pair.is_some() => {
                 tokenizer.check_pair_marks()?;
             }
+            TaskKind::TokenClassification { .. } => tokenizer.blanks = tokenizer.blanks_count()?,
+            _ => {}
         }
         Ok(tokenizer)
     }
 
-    /// A classifier's sentences stand between marks such as `[CLS]` and `[SEP]`, which the tokenizer adds.
+    fn marks_around(&self) -> Result<Marks, DataError> {
+        let [bare, marked] = [false, true].map(|marks| Ok(self.encode(vec!["a"], marks)?.remove(0)));
+        let (bare, marked): (Vec<i32>, Vec<i32>) = (bare?, marked?);
+        let opening = marked.windows(bare.len().max(1)).position(|part| part == bare).unwrap_or(0);
+        Ok(Marks { opening, closing: marked.len().saturating_sub(bare.len() + opening) })
+    }
+
+    /// A word behind another one has other tokens than one by itself: the blank in front of it is a part of them.
+    fn blanks_count(&self) -> Result<bool, DataError> {
+        let text = self.encode(vec!["a a"], false)?.remove(0);
+        let words = self.encode_words(&[vec!["a", "a"]])?.remove(0).ids;
+        Ok(!words.ends_with(&text[text.len().saturating_sub(1)..]))
+    }
+
+    /// An encoder's texts stand between marks such as `[CLS]` and `[SEP]`, which the tokenizer adds.
     fn check_marks(&self) -> Result<(), DataError> {
-        let length = |marks| Ok(self.encode(vec!["a"], marks)?.remove(0).len());
-        if length(true)? != length(false)? + 2 {
+        if self.marks.count() != 2 {
             return Err(self.unusable(
                 "it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: \
                  its `post_processor` is missing or of another model",
@@ -127,7 +173,7 @@ impl Tokenizer {
     fn check_pair_marks(&self) -> Result<(), DataError> {
         let pair = &self.encode_pairs(vec![("a", "a")], usize::MAX)?[0];
         let texts = 2 * self.encode(vec!["a"], false)?.remove(0).len();
-        if pair.ids.len() <= texts + MARKS {
+        if pair.ids.len() <= texts + self.marks.count() {
             return Err(self.unusable(
                 "it puts no marks around and between the texts of a pair (`[CLS] a [SEP] b [SEP]`): its `post_processor` \
                  knows no pairs; leave `pair` out, or take the model's own tokenizer",
@@ -206,6 +252,24 @@ impl Tokenizer {
             contained("tokenizers", || texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
         };
         let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(64).map(part).collect();
+        Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
+    }
+
+    /// Ids of each list of words with the model's own marks, and the word that each is of. Words are tokenised by
+    /// themselves, as transformers does with `is_split_into_words=True`, and where blanks count as it does with
+    /// `add_prefix_space=True`.
+    pub fn encode_words(&self, lists: &[Vec<&str>]) -> Result<Vec<Worded>, DataError> {
+        let one = |words: &Vec<&str>| {
+            let blank = if self.blanks { " " } else { "" };
+            let words: Vec<String> = words.iter().map(|word| format!("{blank}{word}")).collect();
+            let encoding = self.library.encode(words, true).map_err(|e| e.to_string())?;
+            let words = encoding.get_word_ids().iter().map(|word| word.map(|word| word as usize));
+            Ok(Worded { ids: self.known(encoding.get_ids())?, words: words.collect() })
+        };
+        let part = |lists: &[Vec<&str>]| {
+            contained("tokenizers", || lists.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
+        };
+        let parts: Result<Vec<Vec<_>>, String> = lists.par_chunks(64).map(part).collect();
         Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
     }
 
@@ -296,6 +360,11 @@ impl Tokenizer {
             })
         });
         self.behind.iter().map(|behind| behind.token.clone()).chain(new).collect()
+    }
+
+    /// The marks around a text; none where the task generates.
+    pub fn marks(&self) -> Marks {
+        self.marks
     }
 
     /// How many rows the model's token embedding has.

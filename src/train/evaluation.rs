@@ -2,37 +2,52 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use peft_grammar::model::{BatchSize, Model};
+use peft_grammar::model::{BatchSize, Model, TaskKind};
 use peft_runtime::{RuntimeError, Session};
 
 use crate::data::{Batches, Dataset, Order};
 use crate::exchange::inputs;
 use crate::failure::Failure;
-use crate::train::metrics::{Mean, correct};
+use crate::train::metrics::{Mean, correct, pearson, spearman};
 
 /// Figures of a data set under the model as it stands.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
     pub loss: f64,
-    /// Of classifiers.
-    pub accuracy: Option<f64>,
+    pub other: Figure,
+}
+
+/// What is said beside the loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Figure {
+    /// Of classes: the share of those that have the largest logit.
+    Accuracy(f64),
+    /// Of tokens that are predicted: e to the loss.
+    Perplexity(f64),
+    /// Of numbers: how they go with those of the model, by value and by rank. NaN where one side is constant.
+    Correlation { pearson: f64, spearman: f64 },
 }
 
 impl Evaluation {
     /// As `metrics.jsonl` has them.
-    pub(super) fn figures(&self) -> [(&'static str, f64); 2] {
-        let other = match self.accuracy {
-            Some(accuracy) => ("dev/accuracy", accuracy),
-            None => ("dev/perplexity", self.loss.exp()),
+    pub(super) fn figures(&self) -> Vec<(&'static str, f64)> {
+        let others = match self.other {
+            Figure::Accuracy(accuracy) => vec![("dev/accuracy", accuracy)],
+            Figure::Perplexity(perplexity) => vec![("dev/perplexity", perplexity)],
+            Figure::Correlation { pearson, spearman } => vec![("dev/pearson", pearson), ("dev/spearman", spearman)],
         };
-        [("dev/loss", self.loss), other]
+        std::iter::once(("dev/loss", self.loss)).chain(others).collect()
     }
 
     pub fn describe(&self) -> String {
-        match self.accuracy {
-            Some(accuracy) => format!("loss {:.4}, accuracy {:.2}%", self.loss, 100.0 * accuracy),
-            None => format!("loss {:.4}, perplexity {:.3}", self.loss, self.loss.exp()),
-        }
+        let other = match self.other {
+            Figure::Accuracy(accuracy) => format!("accuracy {:.2}%", 100.0 * accuracy),
+            Figure::Perplexity(perplexity) => format!("perplexity {perplexity:.3}"),
+            Figure::Correlation { pearson, spearman } => {
+                format!("correlation {pearson:.4} (Pearson), {spearman:.4} (Spearman)")
+            }
+        };
+        format!("loss {:.4}, {other}", self.loss)
     }
 }
 
@@ -50,8 +65,9 @@ pub(super) fn evaluate_until(
     data: &Dataset,
 ) -> Result<Option<Evaluation>, Failure> {
     data.not_empty()?;
-    let classifies = model.task.kind.classifies();
-    let (mut mean, mut right, mut seen) = (Mean::default(), 0, 0);
+    let kind = &model.task.kind;
+    let (mut mean, mut right, mut asked) = (Mean::default(), 0, 0);
+    let (mut found, mut wanted) = (vec![], vec![]);
     // There are no gradients to hold: batches are no smaller than this.
     let size = match model.train.batch {
         BatchSize::Sequences(sequences) => BatchSize::Sequences(sequences.max(32)),
@@ -63,12 +79,28 @@ pub(super) fn evaluate_until(
         }
         session.run("eval", &inputs(&batch, [0, 0]))?;
         let get = |name: &str| session.output(name).ok_or_else(|| RuntimeError::input(name, "is no output"));
-        mean.add(f64::from(get("loss")?.1[0]), batch.labels.len() as f64);
-        if classifies {
-            right += correct(&get("logits")?.1, &batch.labels);
+        mean.add(f64::from(get("loss")?.1[0]), batch.asked() as f64);
+        match kind {
+            TaskKind::Classification { .. } | TaskKind::TokenClassification { .. } => {
+                right += correct(&get("logits")?.1, &batch.labels);
+            }
+            TaskKind::Regression { .. } => {
+                found.extend_from_slice(&get("logits")?.1);
+                wanted.extend_from_slice(&batch.numbers);
+            }
+            TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => {}
         }
-        seen += batch.labels.len();
+        asked += batch.asked();
     }
-    let accuracy = classifies.then(|| right as f64 / seen.max(1) as f64);
-    Ok(Some(Evaluation { loss: mean.value(), accuracy }))
+    let loss = mean.value();
+    let other = match kind {
+        TaskKind::Classification { .. } | TaskKind::TokenClassification { .. } => {
+            Figure::Accuracy(right as f64 / asked.max(1) as f64)
+        }
+        TaskKind::Regression { .. } => {
+            Figure::Correlation { pearson: pearson(&found, &wanted), spearman: spearman(&found, &wanted) }
+        }
+        TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => Figure::Perplexity(loss.exp()),
+    };
+    Ok(Some(Evaluation { loss, other }))
 }

@@ -68,9 +68,9 @@ impl Identity {
                 }
             }
             TaskKind::Chat | TaskKind::Text { .. } => put("task".into(), json!(model.task.kind)),
-            TaskKind::Classification { labels, .. } => {
-                put("task".into(), json!("classification"));
-                put("task.labels".into(), json!(labels));
+            kind => {
+                put("task".into(), json!(kind.word()));
+                put("task.labels".into(), json!(kind.labels()));
             }
         }
         put("task.max_tokens".into(), json!(model.task.max_tokens));
@@ -119,6 +119,8 @@ fn content(data: &Dataset) -> String {
                 numbers
             }
             Goal::Class(class) => vec![1, *class],
+            Goal::Number(number) => vec![2, number.to_bits().cast_signed()],
+            Goal::Tags(tags) => std::iter::once(3).chain(tags.iter().copied()).collect(),
         };
         let numbers = [&[example.ids.len() as i32], &goal[..], &example.ids, &example.types].concat();
         hash.update(&numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>());

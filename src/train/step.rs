@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use peft_grammar::model::Recipe;
-use peft_runtime::{Inputs, Promise, RuntimeError, Session};
+use peft_runtime::{Promise, RuntimeError, Session};
 
 use super::rate;
 use crate::data::{Batch, Batches};
@@ -22,10 +22,10 @@ struct Part {
 }
 
 fn parts(batches: Vec<Batch>) -> impl Iterator<Item = Part> {
-    let targets: usize = batches.iter().map(|batch| batch.labels.len()).sum();
+    let targets: usize = batches.iter().map(Batch::asked).sum();
     let count = batches.len();
     batches.into_iter().enumerate().map(move |(index, batch)| {
-        let share = batch.labels.len() as f64 / targets.max(1) as f64;
+        let share = batch.asked() as f64 / targets.max(1) as f64;
         Part { batch, index, last: index + 1 == count, share }
     })
 }
@@ -46,7 +46,8 @@ fn stage(session: &mut Session, recipe: &Recipe, part: &Part, step: u64, total: 
     let entries = [entries, average.map_or(&[], |_| &["average"])].concat();
     // Each batch draws what it drops by a number of its own.
     let draw = step * recipe.accumulate + part.index as u64;
-    let inputs = Inputs { floats, ..inputs(&part.batch, [recipe.seed as i32, draw as i32]) };
+    let mut inputs = inputs(&part.batch, [recipe.seed as i32, draw as i32]);
+    inputs.floats.extend(floats);
     session.stage(&entries, &inputs)
 }
 

@@ -20,16 +20,17 @@ torch.set_num_threads(1)
 def load_model(folder):
     """The model in `folder`, and what transformers had to say about its tensors."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    auto = (
-        transformers.AutoModelForSequenceClassification
-        if architecture.endswith("ForSequenceClassification")
-        else transformers.AutoModelForCausalLM
-    )
+    heads = {
+        "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+        "ForTokenClassification": transformers.AutoModelForTokenClassification,
+    }
+    fitting = (auto for end, auto in heads.items() if architecture.endswith(end))
+    auto = next(fitting, transformers.AutoModelForCausalLM)
     return auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
 
 
 def run(model, case):
-    """Logits of a case's batch: [B,classes], or [B,n,V] with zeros at padded positions."""
+    """Logits of a case's batch: [B,classes], or [B,n,V] and [B,n,classes] with zeros at padded positions."""
     mask = case["inputs.mask"]
     with torch.no_grad():
         logits = model.eval()(input_ids=case["inputs.ids"], attention_mask=mask).logits

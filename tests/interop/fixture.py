@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+HEADS = ("classifier.", "score.")
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures"
 IGNORED = -100
 
@@ -47,7 +48,7 @@ def write(name, about, notes, backbone, peft, inputs, exact, rounded):
     """`about`: backbone, method, loss and batch. `exact` are the results in float64, `rounded` those in float32."""
     sizes = {key.removeprefix("expect.grad."): x.size for key, x in exact.items() if key.startswith("expect.grad.")}
     total = sum(sizes.values())
-    head = sum(size for key, size in sizes.items() if key.startswith("classifier."))
+    head = sum(size for key, size in sizes.items() if key.startswith(HEADS))
     description = {
         "name": name,
         **about,
@@ -58,7 +59,7 @@ def write(name, about, notes, backbone, peft, inputs, exact, rounded):
             "head": head,
             "special_rows": 0,
             "total_trainable": total,
-            "backbone_without_head": sum(x.size for key, x in backbone.items() if not key.startswith("classifier.")),
+            "backbone_without_head": sum(x.size for key, x in backbone.items() if not key.startswith(HEADS)),
         },
         "expected_loss_float64": float(exact["expect.loss"][0]),
         "float32_torch_vs_float64": rounding(exact, rounded),

@@ -26,9 +26,11 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForTokenClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -69,6 +71,23 @@ def gpt2():
     return GPT2LMHeadModel(config)
 
 
+def gpt2_classifier():
+    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 32, "n_positions": 32}
+    tokens = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    return GPT2ForSequenceClassification(GPT2Config(**sizes, **tokens, num_labels=CLASSES))
+
+
+def llama_tagger():
+    options = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    return LlamaForTokenClassification(LlamaConfig(**options, max_position_embeddings=32, num_labels=CLASSES))
+
+
+def roberta_number():
+    options = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "problem_type": "regression"}
+    config = RobertaConfig(**SIZES, **options, max_position_embeddings=34, num_labels=1)
+    return RobertaForSequenceClassification(config)
+
+
 def llama(tied=False):
     options = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
     return LlamaForCausalLM(LlamaConfig(**options, max_position_embeddings=32, tie_word_embeddings=tied))
@@ -76,6 +95,10 @@ def llama(tied=False):
 
 def classifier(kind, **options):
     return kind(task_type="SEQ_CLS", **options)
+
+
+def tagger(kind, **options):
+    return kind(task_type="TOKEN_CLS", **options)
 
 
 def language_model(kind, **options):
@@ -116,6 +139,10 @@ def cases():
         ),
         "llama_lora": (llama, language_model(LoraConfig, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
         "llama_ia3": (lambda: llama(tied=True), language_model(IA3Config, **llama_ia3)),
+        # Heads.
+        "gpt2_classifier": (gpt2_classifier, classifier(LoraConfig, **c_attn)),
+        "llama_tagger": (llama_tagger, tagger(LoraConfig, **q_v)),
+        "roberta_number": (roberta_number, classifier(LoraConfig, **query_value)),
         # What an adapter carries beside a method's tensors.
         "bert_lora_bias": (bert, classifier(LoraConfig, **query_value, bias="all")),
         "gpt2_lora_bias": (gpt2, language_model(LoraConfig, **c_attn, bias="lora_only")),
@@ -174,7 +201,7 @@ def draw_adapter(model):
                 parameter.normal_(0.0, 0.2)
 
 
-def draw_inputs(config, classes):
+def draw_inputs(config, task):
     # RoBERTa takes positions from the padding id, so no real token may have it.
     pad = config.pad_token_id or 0
     ids = torch.full((len(LENGTHS), max(LENGTHS)), pad)
@@ -182,7 +209,12 @@ def draw_inputs(config, classes):
     for row, length in enumerate(LENGTHS):
         ids[row, :length] = torch.randint(2, VOCAB, (length,))
         mask[row, :length] = 1
-    labels = torch.randint(0, CLASSES, (len(LENGTHS),)) if classes else ids.masked_fill(mask == 0, -100)
+    if task == "SEQ_CLS":
+        labels = torch.randint(0, CLASSES, (len(LENGTHS),))
+        labels = labels.float() if config.num_labels == 1 else labels
+    else:
+        labels = torch.randint(0, CLASSES, ids.shape) if task == "TOKEN_CLS" else ids
+        labels = labels.masked_fill(mask == 0, -100)
     return {"inputs.ids": ids, "inputs.mask": mask, "inputs.labels": labels}
 
 
@@ -210,7 +242,7 @@ def make(name, base, config):
     model = base()
     draw_base(model)
     save(model, folder / "base", {"config.json", "model.safetensors"})
-    case = draw_inputs(model.config, config.task_type == "SEQ_CLS")
+    case = draw_inputs(model.config, config.task_type)
     adapted = get_peft_model(model, config)
     draw_adapter(adapted)
     save(adapted, folder / "adapter", {"adapter_config.json", "adapter_model.safetensors"})

@@ -57,7 +57,7 @@ impl Fixture {
         let model = match backbone["type"].as_str() {
             Some("gpt2") => format!(
                 "gpt2(layers: {}, hidden: {}, heads: {}, ffn: {}, vocab: {}, context: {}, token_types: {}, \
-                 first_position: {length}, dropout: 0.0, attention_dropout: 0.0, embedding_dropout: 0.0)",
+                 first_position: {length}, head_dropout: 0.0, dropout: 0.0, attention_dropout: 0.0, embedding_dropout: 0.0)",
                 n("n_layer"),
                 n("n_embd"),
                 n("n_head"),
@@ -78,7 +78,7 @@ impl Fixture {
             ),
             Some("llama") => format!(
                 "llama(layers: {}, hidden: {}, heads: {}, kv_heads: {}, ffn: {}, vocab: {}, context: {}, eps: {}, \
-                 rope_theta: {}, tied: {}, attention_dropout: 0.0)",
+                 rope_theta: {}, tied: {}, head_dropout: 0.0, attention_dropout: 0.0)",
                 n("num_hidden_layers"),
                 n("hidden_size"),
                 n("num_attention_heads"),
@@ -151,17 +151,21 @@ impl Fixture {
             let first = rows[0].as_u64().expect("a row");
             tune += &format!("rows {first}..{} of \"transformer.wte.weight\"\n", first + rows.len() as u64);
         }
-        let generates = self.json["loss"]["kind"] == "causal_lm";
-        let task = if generates {
-            "kind: generation\nspecial: [\"<t>\"]\ntemplate: \"<t> {text}\"\ntarget: \"<t>\"".to_string()
-        } else {
+        if self.kind() != "generation" {
             tune += &format!("head {}\n", method["head"].as_str().unwrap_or("trainable"));
-            let classes = ["weights.classifier.bias", "weights.classifier.out_proj.bias"]
-                .iter()
-                .find_map(|name| Some(self.file.tensors.get(*name)?.shape[0]))
-                .expect("a head");
-            let labels: Vec<String> = (0..classes).map(|c| format!("\"{c}\"")).collect();
-            format!("kind: classification\nlabels: [{}]", labels.join(", "))
+        }
+        let task = match self.kind() {
+            "generation" => {
+                "kind: generation\nspecial: [\"<t>\"]\ntemplate: \"<t> {text}\"\ntarget: \"<t>\"".to_string()
+            }
+            "regression" => "kind: regression".to_string(),
+            kind => {
+                let heads = ["score.weight", "classifier.weight", "classifier.out_proj.weight"];
+                let head = heads.iter().find_map(|name| self.file.tensors.get(&format!("weights.{name}")));
+                let classes = head.expect("a head").shape[0];
+                let labels: Vec<String> = (0..classes).map(|c| format!("\"{c}\"")).collect();
+                format!("kind: {kind}\nlabels: [{}]", labels.join(", "))
+            }
         };
         let optimizer = self.json.get("optimizer").filter(|o| !o.is_null()).map_or(String::new(), |o| {
             format!(
@@ -174,6 +178,20 @@ impl Fixture {
         format!(
             "model = {model}\ntune {{\n{tune}}}\ntask t {{ {task} }}\ntrain {{ lr: {lr:?}\n label_smoothing: {smoothing:?}\n{optimizer} }}\n"
         )
+    }
+
+    /// The kind of its task.
+    fn kind(&self) -> &str {
+        match self.json["loss"]["kind"].as_str() {
+            Some("causal_lm") => "generation",
+            Some(kind @ ("regression" | "token_classification")) => kind,
+            _ => "classification",
+        }
+    }
+
+    /// There are logits for every token.
+    pub fn of_tokens(&self) -> bool {
+        matches!(self.kind(), "generation" | "token_classification")
     }
 
     pub fn model(&self) -> Model {

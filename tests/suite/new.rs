@@ -141,6 +141,56 @@ fn conversations_are_learnt() {
     }
 }
 
+/// Untouched, a decoder tells classes and an encoder words, and either gives numbers: `what` is in the spec, and the last
+/// loss is below the bound.
+#[test]
+fn heads_are_learnt() {
+    let bench = Bench::new();
+    let words_of = |i: usize| (0..4).map(move |k| ["good", "bad", "film"][i / 3_usize.pow(k) % 3]).collect::<Vec<_>>();
+    let classes = |i: usize| {
+        let label = ["no", "yes"][usize::from(words_of(i)[0] == "good")];
+        format!("{}\t{label}\n", words_of(i).join(" "))
+    };
+    let tags = |i: usize| {
+        let tags: Vec<&str> = words_of(i).iter().map(|w| if *w == "film" { "B-WORK" } else { "O" }).collect();
+        json!({"tokens": words_of(i), "ner_tags": tags}).to_string() + "\n"
+    };
+    let numbers = |i: usize| {
+        let good = words_of(i).iter().filter(|w| **w == "good").count();
+        format!("{},{}\n", words_of(i).join(" "), good as f64 / 2.0 - 1.0)
+    };
+    let all = |row: &dyn Fn(usize) -> String| (0..64).map(row).collect::<String>();
+    let classes = bench.write("classes.tsv", all(&classes));
+    let tags = bench.write("tags.jsonl", all(&tags));
+    let numbers = bench.write("numbers.csv", format!("text,score\n{}", all(&numbers)));
+    let cases = [
+        (FAMILIES[2], &classes, "kind: classification", "accuracy 100.00%", 0.1),
+        (FAMILIES[0], &tags, "kind: token_classification", "accuracy 100.00%", 0.1),
+        (FAMILIES[3], &numbers, "kind: regression", "correlation 0.9", 0.05),
+    ];
+    for ((family, call), data, what, judged, bound) in cases {
+        let weights = folder(&bench, family, &call.replace("hidden: 32", "hidden: 64"));
+        words(&weights);
+        fs::write(weights.join("tokenizer.json"), TOKENIZER).expect("written");
+        let (path, out) = (bench.path(&format!("{family}-new.peft")), bench.path(family));
+        let run = |args: &[&str]| {
+            let ran = bench.peftc(args);
+            assert_eq!(ran.code, 0, "{family}: {}", ran.err);
+            ran.out
+        };
+        run(&["new", "--weights", text(&weights), "--data", text(data), "-o", text(&path)]);
+        let written = fs::read_to_string(&path).expect("written");
+        assert!(written.contains(what) && written.contains("head trainable"), "{written}");
+        let common = [text(&path), "--weights", text(&weights), "--data", text(data)];
+        let said = run(&[&["train"], &common[..], &["--out", text(&out)]].concat());
+        let last = said.split(" at first, ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+        assert!(last.is_some_and(|loss| loss < bound), "{family}: {said}");
+        let adapter = out.join("adapter.safetensors");
+        let said = run(&[&["eval"], &common[..], &["--adapter", text(&adapter)]].concat());
+        assert!(said.contains(judged), "{family}: {said}");
+    }
+}
+
 /// What no backbone reads is told with the nearest one and what it lacks.
 #[test]
 fn families_that_none_reads() {

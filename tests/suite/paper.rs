@@ -115,7 +115,7 @@ fn kinds<'a>(lowered: impl IntoIterator<Item = &'a Lowered>) -> BTreeSet<String>
 
 /// Sequences that fill no tile, one of them a single token.
 pub fn batch(model: &Model) -> Batch {
-    let generates = !model.task.kind.classifies();
+    let generates = model.task.kind.generates();
     let sequence = |(s, length, class): (i32, i32, i32)| Example {
         ids: (0..length).map(|i| (37 * s + 11 * i + 5) % 165).collect(),
         // Among types and labels are special tokens, which train.

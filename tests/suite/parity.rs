@@ -91,6 +91,8 @@ fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded)
         let argument = |arg: &peft_grammar::graph::Arg| {
             let data = if graph.ty(arg.value).dtype == DType::I32 {
                 Data::I32(inputs.ints[&arg.name].clone())
+            } else if let Some(floats) = inputs.floats.get(&arg.name) {
+                Data::F64(floats.iter().map(|&x| f64::from(x)).collect())
             } else {
                 let all = fixture.floats(&format!("weights.{}", arg.name));
                 let row = all.len()
@@ -105,8 +107,8 @@ fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded)
     };
     let f32s = |data: &Data| data.floats().iter().map(|&x| x as f32).collect::<Vec<f32>>();
     let mut out = TensorFile::default();
-    let generates = fixture.json["loss"]["kind"] == "causal_lm";
-    if generates {
+    let of_tokens = fixture.of_tokens();
+    if of_tokens {
         let all = run(&padded.everywhere([0, 0]));
         let logits = f32s(&all.iter().find(|(n, _)| n == "logits").expect("an output").1);
         out.tensors.insert("logits".into(), padded.pad_tokens(&logits, logits.len() / padded.batch.tokens()));
@@ -125,7 +127,7 @@ fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded)
             out.tensors.insert(format!("grad.{}", arg.name), Stored::f32(param.shape.clone(), full));
         } else if name == "loss" {
             out.tensors.insert(name, Stored::f32(vec![1], x));
-        } else if !(name == "logits" && generates) {
+        } else if !(name == "logits" && of_tokens) {
             let shape = vec![padded.sequences as u64, (x.len() / padded.sequences) as u64];
             out.tensors.insert(name, Stored::f32(shape, x));
         }
@@ -243,6 +245,22 @@ fn bert_compiled() {
 #[test]
 fn bert_compiled_without_fusion() {
     compiled("bert_", &fused(false), Precision::F32);
+}
+
+/// What stands on a backbone for other tasks than its first.
+#[test]
+fn heads_in_the_interpreter() {
+    in_the_interpreter("head_");
+}
+
+#[test]
+fn heads_compiled() {
+    compiled("head_", &fused(true), Precision::F32);
+}
+
+#[test]
+fn heads_compiled_without_fusion() {
+    compiled("head_", &fused(false), Precision::F32);
 }
 
 /// Fixtures that give every rule something to do between them.

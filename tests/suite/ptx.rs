@@ -151,6 +151,12 @@ fn gpt2_in_ptx() {
     steps("gpt2_inducer_lora_strong", Chip::Sm70, true, Precision::F32);
 }
 
+/// A number in and out; the last token's.
+#[test]
+fn heads_in_ptx() {
+    steps("head_gpt2_regression", Chip::Sm70, true, Precision::F32);
+}
+
 /// By tensor cores, in f16 and in bf16.
 #[test]
 fn halves_in_ptx() {

@@ -50,6 +50,11 @@ impl<'a> Checker<'a> {
                     let Some(holds) = self.condition(frame, condition) else { continue };
                     self.checkpoint_entries(found, said, frame, if holds { then } else { otherwise });
                 }
+                Entry::ForTask { purposes, entries } => {
+                    if self.asked(purposes) {
+                        self.checkpoint_entries(found, said, frame, entries);
+                    }
+                }
                 Entry::Gguf { architectures, entries } => {
                     if found.gguf.is_some() {
                         let span = architectures.first().map_or(Span::default(), |name| name.span);
@@ -103,6 +108,11 @@ impl<'a> Checker<'a> {
                 Entry::If { condition, then, otherwise } => {
                     let Some(holds) = self.condition(frame, condition) else { continue };
                     self.gguf_entries(found, said, frame, if holds { then } else { otherwise });
+                }
+                Entry::ForTask { purposes, entries } => {
+                    if self.asked(purposes) {
+                        self.gguf_entries(found, said, frame, entries);
+                    }
                 }
                 Entry::Key { names, rule, note } => {
                     let note = note.as_ref().and_then(|n| self.fill(frame, n));

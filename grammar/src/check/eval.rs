@@ -90,7 +90,10 @@ impl<'a> Checker<'a> {
             "tokens" => return Val::Dim(Dim::Tokens),
             "sequences" => return Val::Dim(Dim::Sequences),
             "classes" => return Val::Int(self.classes as i64),
-            "smoothing" => return Val::Float(self.smoothing),
+            "smoothing" => {
+                self.smoothing_unread = None;
+                return Val::Float(self.smoothing);
+            }
             _ => {}
         }
         if let super::expand::Body::Method(method) = frame.body

@@ -103,6 +103,14 @@ impl<'a> Checker<'a> {
                     self.steps += 1;
                 }
             }
+            StmtKind::ForTask { purposes, body } => {
+                if frame.body != Body::Backbone {
+                    let error = Diagnostic::error(span, "only a backbone computes something else for another task");
+                    self.report(error);
+                } else if self.asked(purposes) {
+                    self.run(frame, body);
+                }
+            }
             StmtKind::Site { kind, path, body } => self.site(frame, kind, path, body, span),
             StmtKind::Output { name, value } => {
                 let value = match value {

@@ -9,7 +9,7 @@ use super::value::Val;
 use super::{Checker, Glob, Purpose, Said};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::graph::{DType, Dim, Role, Value};
+use crate::graph::{DType, Dim, Op, Role, Value};
 use crate::model::{Backbone, ConfigValue, Model, Origin, Recipe, Task, Trainable};
 use crate::pattern;
 use crate::source::Span;
@@ -28,6 +28,7 @@ impl<'a> Checker<'a> {
             self.unmet_rows();
             self.train_by_name();
             self.outputs_there(model);
+            self.smoothing_counts();
         }
         if self.errors.is_empty() {
             self.every_weight_counts();
@@ -74,7 +75,9 @@ impl<'a> Checker<'a> {
             return None;
         }
         let (longest, task) = (self.longest_sequence(&backbone.name.text), task);
-        let task = Task { max_tokens: self.max_tokens(&backbone.name.text, longest, &task)?, ..task };
+        let max_tokens = self.max_tokens(&backbone.name.text, longest, &task)?;
+        let enclosed = self.graph.nodes.iter().any(|node| matches!(node.op, Op::Scores { causal: false }));
+        let task = Task { max_tokens, enclosed, ..task };
         let replaced = self.replaced();
         let counterparts = self.counterparts();
         Some(Model {
@@ -286,6 +289,13 @@ impl<'a> Checker<'a> {
         needed
     }
 
+    /// A loss that has no labels to smooth is not told to.
+    fn smoothing_counts(&mut self) {
+        let Some(span) = self.smoothing_unread.filter(|_| self.smoothing > 0.0) else { return };
+        let title = format!("the loss of a task of {} smooths no labels", self.purpose.word());
+        self.report(Diagnostic::error(span, title).hint("leave `label_smoothing` out"));
+    }
+
     /// The backbone gives a loss, and logits that suit the task.
     fn outputs_there(&mut self, model: &ModelDef) {
         let span = |checker: &Self, name| checker.outputs.get(name).copied().unwrap_or(model.span);
@@ -304,16 +314,16 @@ impl<'a> Checker<'a> {
         }
         if let Some(logits) = self.graph.output("logits") {
             let ty = self.graph.ty(logits).clone();
-            let (rows, what) = match self.purpose {
-                Purpose::Generation => (Dim::Targets, "each target"),
-                Purpose::Classification => (Dim::Sequences, "each sequence"),
-            };
+            let (rows, what) = self.purpose.rows();
             if ty.rank() != 2 || ty.shape[0] != rows {
                 let title = format!("logits are a row for {what}, f32[{rows},classes], found {ty}");
                 self.report(Diagnostic::error(span(self, "logits"), title));
-            } else if self.purpose == Purpose::Classification && ty.shape[1] != Dim::Const(self.classes) {
-                let title = format!("the task has {} labels, the logits are {ty}", self.classes);
-                self.report(Diagnostic::error(span(self, "logits"), title).hint("`classes` is the number of labels"));
+            } else if self.purpose != Purpose::Generation && ty.shape[1] != Dim::Const(self.classes) {
+                let title = match self.purpose {
+                    Purpose::Regression => format!("the task asks for one number, the logits are {ty}"),
+                    _ => format!("the task has {} labels, the logits are {ty}", self.classes),
+                };
+                self.report(Diagnostic::error(span(self, "logits"), title).hint("`classes` is how many there are"));
             }
         }
     }

@@ -61,6 +61,17 @@ pub(super) fn weights(body: &[Stmt]) -> Vec<&str> {
     found
 }
 
+/// What the `for …` blocks of a backbone's body are for.
+pub(super) fn purposes_within(body: &[Stmt]) -> Vec<&Name> {
+    let mut found = Vec::new();
+    walk(body, &mut |s| {
+        if let StmtKind::ForTask { purposes, .. } = &s.kind {
+            found.extend(purposes);
+        }
+    });
+    found
+}
+
 /// Kinds of the sites in a backbone's body.
 pub(super) fn site_kinds(body: &[Stmt]) -> Vec<&str> {
     let mut kinds = Vec::new();
@@ -83,7 +94,9 @@ fn walk<'a>(body: &'a [Stmt], visit: &mut impl FnMut(&'a Stmt)) {
                 walk(then, visit);
                 walk(otherwise, visit);
             }
-            StmtKind::For { body, .. } | StmtKind::After { body, .. } => walk(body, visit),
+            StmtKind::For { body, .. } | StmtKind::ForTask { body, .. } | StmtKind::After { body, .. } => {
+                walk(body, visit);
+            }
             _ => {}
         }
     }
@@ -100,6 +113,7 @@ fn statement(kind: &StmtKind, name: &str) -> bool {
         StmtKind::Weight(w) => t(&w.path) || w.shape.iter().any(e) || args(&w.init_args, name),
         StmtKind::If { condition, then, otherwise } => e(condition) || block(then, name) || block(otherwise, name),
         StmtKind::For { start, end, body, .. } => e(start) || e(end) || block(body, name),
+        StmtKind::ForTask { body, .. } => block(body, name),
         StmtKind::Site { path, body, .. } => t(path) || block(body, name),
         StmtKind::Output { value, name: output } => value.as_ref().map_or(output.text == name, e),
         StmtKind::Expose { value, name: path } | StmtKind::Store { value, name: path } => e(value) || t(path),

@@ -14,6 +14,7 @@ mod expand;
 mod finish;
 mod mentions;
 mod projection;
+mod purpose;
 mod rates;
 mod settings;
 mod site;
@@ -35,16 +36,19 @@ pub use definitions::Resolver;
 use definitions::{Definitions, Files};
 use expand::Frame;
 use mentions::{assigned, site_kinds};
+pub(crate) use purpose::purposes;
 use rates::{OwnRate, Rates};
 use site::Site;
 use tune::Plan;
 use value::Val;
 
-/// What a backbone is made for; it decides what `labels` are.
+/// What a backbone computes, of what it is made for; it decides what `labels` are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Purpose {
     Generation,
     Classification,
+    Regression,
+    TokenClassification,
 }
 
 /// Where code runs that was called from elsewhere.
@@ -75,8 +79,12 @@ struct Checker<'a> {
     inputs: HashMap<&'static str, Value>,
     outputs: HashMap<String, Span>,
     purpose: Purpose,
+    /// All that the backbone is for.
+    purposes: Vec<Purpose>,
     classes: u64,
     smoothing: f64,
+    /// Where the recipe asks for it, as long as nothing has read it.
+    smoothing_unread: Option<Span>,
     /// What weight decay applies to.
     decays: Decays,
     /// Dropouts so far: each has a random stream of its own.
@@ -207,8 +215,10 @@ impl<'a> Checker<'a> {
             inputs: HashMap::new(),
             outputs: HashMap::new(),
             purpose: Purpose::Generation,
+            purposes: vec![],
             classes: 2,
             smoothing: 0.0,
+            smoothing_unread: None,
             decays: Decays::default(),
             streams: 0,
             steps: 0,
@@ -255,7 +265,8 @@ impl<'a> Checker<'a> {
             self.errors.push(error.suggest(&name.text, known));
             return None;
         };
-        self.purpose = self.purpose_of(backbone)?;
+        self.purposes = self.purposes_of(backbone)?;
+        self.purpose = self.purposes[0];
         // What is wrong with one block does not hide what is wrong with another.
         let task = self.task(task.map(|t| t.0), model);
         let recipe = self.recipe(train.map(|t| t.0));
@@ -278,27 +289,6 @@ impl<'a> Checker<'a> {
         self.backbone(backbone, args.clone());
         self.calls.clear();
         self.finish(backbone, model, tune.map(|t| t.1), args, (task?, recipe?))
-    }
-
-    fn purpose_of(&mut self, backbone: &BackboneDef) -> Option<Purpose> {
-        let name = match &backbone.purpose {
-            Some(name) => name,
-            None => &backbone.name,
-        };
-        match backbone.purpose.as_ref().map(|p| &*p.text) {
-            Some("generation") => Some(Purpose::Generation),
-            Some("classification") => Some(Purpose::Classification),
-            Some(other) => {
-                let error = Diagnostic::error(name.span, format!("a backbone cannot be made for `{other}`"));
-                self.report(error.suggest(other, ["generation", "classification"]));
-                None
-            }
-            None => {
-                let error = Diagnostic::error(name.span, "the backbone does not say what it is for");
-                self.report(error.hint("write `for generation` or `for classification` after its parameters"));
-                None
-            }
-        }
     }
 
     /// Files an error with the calls that lead to it. What lies in the library is shown where it is used.
@@ -344,16 +334,17 @@ impl<'a> Checker<'a> {
     /// An input of the batch, made an argument of the graph when first read.
     fn input(&mut self, name: &'static str) -> Value {
         use crate::graph::Dim::*;
-        let dim = match (name, self.purpose) {
-            ("ids" | "types" | "positions", _) => Tokens,
-            ("starts", _) | ("labels", Purpose::Classification) => Sequences,
-            ("rng", _) => Const(2),
-            _ => Targets,
+        let ty = match name {
+            "ids" | "types" | "positions" => Type::i32([Tokens]),
+            "starts" | "ends" => Type::i32([Sequences]),
+            "labels" => self.purpose.labels(),
+            "rng" => Type::i32([Const(2)]),
+            _ => Type::i32([Targets]),
         };
         let graph = &mut self.graph;
-        *self.inputs.entry(name).or_insert_with(|| graph.arg(name, Role::Input, None, Type::i32([dim])))
+        *self.inputs.entry(name).or_insert_with(|| graph.arg(name, Role::Input, None, ty))
     }
 }
 
 /// Names of a batch's inputs that equations may read.
-const INPUTS: &[&str] = &["ids", "types", "positions", "starts", "targets", "labels"];
+const INPUTS: &[&str] = &["ids", "types", "positions", "starts", "ends", "targets", "labels"];

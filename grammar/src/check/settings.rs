@@ -18,6 +18,8 @@ const GENERATION: &[&str] = &["kind", "max_tokens", "special", "each", "template
 const CHAT: &[&str] = &["kind", "max_tokens"];
 const TEXT: &[&str] = &["kind", "max_tokens", "text", "end"];
 const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
+const REGRESSION: &[&str] = &["kind", "max_tokens", "text", "pair", "label"];
+const TOKEN_CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "tokens", "tags"];
 const RECIPE: &[&str] = &[
     "lr",
     "betas",
@@ -49,17 +51,31 @@ const RECIPE: &[&str] = &[
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
 const DEFAULT_MAX_TOKENS: u64 = 512;
 
+/// Kinds of tasks by their settings.
+const KINDS: &[(&str, &[&str])] = &[
+    ("generation", GENERATION),
+    ("classification", CLASSIFICATION),
+    ("token_classification", TOKEN_CLASSIFICATION),
+    ("text", TEXT),
+];
+
 /// The entries of a block by key.
 type Entries<'a> = HashMap<&'a str, &'a Expr>;
 
 impl<'a> Checker<'a> {
-    fn entries(&mut self, block: &'a Settings, what: &str, known: &[&str]) -> Entries<'a> {
+    /// What a block sets. A setting of one of `kinds`, where there are any, is told from one of none.
+    fn entries(&mut self, block: &'a Settings, what: &str, known: &[&str], kinds: &[(&str, &[&str])]) -> Entries<'a> {
         let mut entries = Entries::new();
         for entry in &block.entries {
             let key = &entry.key;
             if !known.contains(&&*key.text) {
                 let error = Diagnostic::error(key.span, format!("{what} has no setting `{}`", key.text));
-                self.report(error.suggest(&key.text, known.iter().copied()));
+                self.report(match kinds.iter().find(|(_, keys)| keys.contains(&&*key.text)) {
+                    Some((kind, _)) => {
+                        error.hint(format!("a task of another kind has it; say which this is, `kind: {kind}`"))
+                    }
+                    None => error.suggest(&key.text, known.iter().copied()),
+                });
             } else if let Some(first) = entries.insert(&key.text, &entry.value) {
                 let error = Diagnostic::error(key.span, format!("`{}` is set twice", key.text));
                 self.report(error.related(first.span, "first here"));
@@ -158,15 +174,16 @@ impl<'a> Checker<'a> {
     pub(super) fn task(&mut self, block: Option<&'a Settings>, model: &ModelDef) -> Option<Task> {
         let before = self.errors.len();
         let Some(block) = block else {
+            let (labels, columns) = (vec!["0".into(), "1".into()], Columns::default());
             let kind = match self.purpose {
                 Purpose::Generation => {
                     TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] }
                 }
-                Purpose::Classification => {
-                    TaskKind::Classification { labels: vec!["0".into(), "1".into()], columns: Columns::default() }
-                }
+                Purpose::Classification => TaskKind::Classification { labels, columns },
+                Purpose::Regression => TaskKind::Regression { columns },
+                Purpose::TokenClassification => TaskKind::TokenClassification { labels, tokens: None, tags: None },
             };
-            return Some(Task { name: "none".into(), max_tokens: DEFAULT_MAX_TOKENS, kind });
+            return Some(Task { name: "none".into(), max_tokens: DEFAULT_MAX_TOKENS, enclosed: false, kind });
         };
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
         let given = kind_entry.map(|e| Entries::from([("kind", &e.value)])).unwrap_or_default();
@@ -181,29 +198,32 @@ impl<'a> Checker<'a> {
         let kind = self.word(given, "kind", &TaskKind::WORDS);
         let purpose = match kind {
             None if kind_entry.is_some() => return None,
-            Some("classification") => Purpose::Classification,
-            Some(_) => Purpose::Generation,
             None => self.purpose,
+            Some(kind) => Purpose::of(kind),
         };
-        if purpose != self.purpose {
-            let (made, asked) = match purpose {
-                Purpose::Generation => ("classification", "generation"),
-                Purpose::Classification => ("generation", "classification"),
-            };
+        if !self.purposes.contains(&purpose) {
+            let made: Vec<&str> = self.purposes.iter().map(|purpose| purpose.word()).collect();
             let span = kind_entry.map_or(block.name.span, |e| e.value.span);
-            let asked = kind.unwrap_or(asked);
-            let title = format!("`{}` is made for {made}, and this task is {asked}", model.backbone.text);
+            let title = format!(
+                "`{}` is made for {}, and this task is {}",
+                model.backbone.text,
+                made.join(", "),
+                kind.unwrap_or(purpose.word())
+            );
             self.report(Diagnostic::error(span, title).related(model.span, "the model"));
             return None;
         }
+        self.purpose = purpose;
         let what = format!("task `{}`", block.name.text);
         let known = match (kind, purpose) {
             (Some("chat"), _) => CHAT,
             (Some("text"), _) => TEXT,
             (_, Purpose::Generation) => GENERATION,
             (_, Purpose::Classification) => CLASSIFICATION,
+            (_, Purpose::Regression) => REGRESSION,
+            (_, Purpose::TokenClassification) => TOKEN_CLASSIFICATION,
         };
-        let entries = self.entries(block, &what, known);
+        let entries = self.entries(block, &what, known, if kind.is_none() { KINDS } else { &[] });
         let max_tokens = self.count(&entries, "max_tokens", 1);
         self.max_tokens = max_tokens.map(|number| {
             let span = entries["max_tokens"].span;
@@ -217,8 +237,13 @@ impl<'a> Checker<'a> {
             (Some("text"), _) => Some(self.texts_as_they_stand(&entries)),
             (_, Purpose::Generation) => self.generation(block, &entries),
             (_, Purpose::Classification) => self.classification(block, &entries),
+            (_, Purpose::Regression) => {
+                self.classes = 1;
+                Some(TaskKind::Regression { columns: self.columns(&entries, ["text", "pair", "label"]).into() })
+            }
+            (_, Purpose::TokenClassification) => self.token_classification(block, &entries),
         };
-        Some(Task { name: block.name.text.clone(), max_tokens, kind: kind? })
+        Some(Task { name: block.name.text.clone(), max_tokens, enclosed: false, kind: kind? })
     }
 
     fn generation(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
@@ -281,22 +306,33 @@ impl<'a> Checker<'a> {
     }
 
     fn classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
+        let labels = self.labels(block, entries, "[\"negative\", \"positive\"]")?;
+        Some(TaskKind::Classification { labels, columns: self.columns(entries, ["text", "pair", "label"]).into() })
+    }
+
+    fn token_classification(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
+        let labels = self.labels(block, entries, "[\"O\", \"B-PER\", \"I-PER\"]")?;
+        let [tokens, tags] = self.columns(entries, ["tokens", "tags"]);
+        Some(TaskKind::TokenClassification { labels, tokens, tags })
+    }
+
+    /// The names of the classes, in their order.
+    fn labels(&mut self, block: &Settings, entries: &Entries<'a>, example: &str) -> Option<Vec<String>> {
         if !entries.contains_key("labels") {
-            self.missing(&block.name, "labels", "[\"negative\", \"positive\"]");
+            self.missing(&block.name, "labels", example);
         }
         let labels = self.texts(entries, "labels")?;
         if labels.len() < 2 {
             let error = Diagnostic::error(entries["labels"].span, "a classification has two labels or more");
-            self.report(error.hint("such as `[\"negative\", \"positive\"]`"));
+            self.report(error.hint(format!("such as `{example}`")));
             return None;
         }
         self.classes = labels.len() as u64;
-        Some(TaskKind::Classification { labels, columns: self.columns(entries) })
+        Some(labels)
     }
 
     /// The columns of the data that the task names: each a name, no two the same.
-    fn columns(&mut self, entries: &Entries<'a>) -> Columns {
-        let keys = ["text", "pair", "label"];
+    fn columns<const N: usize>(&mut self, entries: &Entries<'a>, keys: [&str; N]) -> [Option<String>; N] {
         let names = keys.map(|key| self.text(entries, key));
         for (i, (key, name)) in keys.iter().zip(&names).enumerate() {
             let Some(name) = name else { continue };
@@ -310,8 +346,7 @@ impl<'a> Checker<'a> {
                 self.report(Diagnostic::error(name.span, title));
             }
         }
-        let [text, pair, label] = names.map(|name| name.map(|name| name.text));
-        Columns { text, pair, label }
+        names.map(|name| name.map(|name| name.text))
     }
 
     /// The recipe; what the block leaves out has PyTorch's usual value.
@@ -319,9 +354,10 @@ impl<'a> Checker<'a> {
         let before = self.errors.len();
         let named = block.and_then(|block| block.of.as_ref());
         self.calls.extend(named.map(|name| Call { span: name.span, label: String::new() }));
-        let entries = block.map(|b| self.entries(b, "a recipe", RECIPE)).unwrap_or_default();
+        let entries = block.map(|b| self.entries(b, "a recipe", RECIPE, &[])).unwrap_or_default();
         let share = |x: f64| (0.0..1.0).contains(&x);
         let optimizer = self.optimizer(&entries);
+        self.smoothing_unread = entries.get("label_smoothing").map(|value| value.span);
         let recipe = Recipe {
             optimizer,
             lr: self.setting(&entries, "lr", 1e-3, "above 0 and at most 10", |x| x > 0.0 && x <= 10.0),

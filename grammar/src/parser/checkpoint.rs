@@ -28,6 +28,7 @@ impl Builder {
                 };
                 Entry::If { condition, then, otherwise }
             }
+            Rule::entries_for => Entry::ForTask { purposes: self.purposes(c.next()), entries: self.entries(c.next()) },
             _ => {
                 let (names, says) = (self.strings(c.next()), self.entry_rule(c.next()));
                 let note = c.next_if(Rule::note).map(|p| self.text(Children::of(p).next()));

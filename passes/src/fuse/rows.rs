@@ -19,7 +19,7 @@ use peft_grammar::graph::{Dim, Graph, Node, Op, Value};
 use crate::rewrite::{Rewriter, rewrite};
 
 /// Inputs that name rows of the batch and nothing beside it.
-const NAMES: [&str; 2] = ["targets", "starts"];
+const NAMES: [&str; 3] = ["targets", "starts", "ends"];
 
 pub fn apply(graph: &Graph) -> Result<Graph, String> {
     let mut rows = Rows { plan: Plan::of(graph), scattered: HashMap::new(), gathered: HashMap::new() };

@@ -6,7 +6,7 @@ use peft_grammar::model::{Columns, Piece, Task, TaskKind};
 use serde_json::Value as Json;
 
 use super::compressed::{Compression, Fault as Packed};
-use crate::data::tests::{Case, class, classification, real_data};
+use crate::data::tests::{Case, class, classification, folder_of, real_data};
 use crate::data::{DataError, Dataset, Example, Goal, Reading, Tokenizer};
 
 /// A classifier's task with columns `text`, `pair` and `label` by these names; an empty one is not said.
@@ -31,6 +31,7 @@ fn turns(list: Option<&str>) -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
+        enclosed: false,
         kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
     }
 }
@@ -43,6 +44,7 @@ fn questions() -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
+        enclosed: false,
         kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
     }
 }
@@ -198,7 +200,7 @@ fn damaged_parquet() {
 fn conversations() {
     let rows = r#"{"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad bad"}, {"role": "user", "content": "likes"}, {"role": "assistant", "content": "good"}]}
 {"instruction": "good", "input": "", "output": "bad"}"#;
-    let task = Task { name: "t".into(), max_tokens: 64, kind: TaskKind::Chat };
+    let task = Task { name: "t".into(), max_tokens: 64, enclosed: false, kind: TaskKind::Chat };
     let case = Case::named("a.jsonl", rows);
     insta::assert_snapshot!(case.error(&task), @"`tokenizer.json`: the tokenizer has no chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), so it does not say how a conversation is written: name the folder of one that has, such as the model's own instruction-tuned variant, with `--tokenizer`, or give the spec's task a `template`");
     talk(&case);
@@ -228,7 +230,7 @@ fn conversations() {
 fn texts_as_they_stand() {
     let task = |max_tokens, end: Option<&str>| {
         let kind = TaskKind::Text { text: None, end: end.map(str::to_owned) };
-        Task { name: "t".into(), max_tokens, kind }
+        Task { name: "t".into(), max_tokens, enclosed: false, kind }
     };
     let texts = |name: &str, content: &str, task: &Task| {
         let data = Case::named(name, content).load(task).unwrap();
@@ -428,24 +430,14 @@ fn several_files_and_patterns() {
 /// Ids and types of pairs, cut and not, as transformers has them.
 #[test]
 fn pairs_as_transformers_has_them() {
-    let read = |name: &str| -> Json {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(name);
-        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-    };
-    let (fixtures, tokenizers) = (read("pairs.json"), read("tokenizers.json"));
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/pairs.json");
+    let fixtures: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let pairs: Vec<(String, String)> = serde_json::from_value(fixtures["pairs"].clone()).unwrap();
     let pairs: Vec<(&str, &str)> = pairs.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
     let task = columns("premise", "hypothesis", "label");
     for case in fixtures["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        for (file, content) in tokenizers["cases"][name]["files"].as_object().unwrap() {
-            let text = match content.as_str() {
-                Some(key) => tokenizers["contents"][key].as_str().unwrap().to_owned(),
-                None => content.to_string(),
-            };
-            std::fs::write(folder.path().join(file), text).unwrap();
-        }
+        let folder = folder_of(name);
         let tokenizer = Tokenizer::load(folder.path(), &task, 10_000).unwrap();
         let limit = case["limit"].as_u64().unwrap() as usize;
         let ids: Vec<Vec<i32>> = serde_json::from_value(case["ids"].clone()).unwrap();

@@ -35,7 +35,7 @@ fn folder(tokenizer: &Json, files: &[(&str, Json)]) -> TempDir {
 
 fn load(folder: &TempDir) -> Result<Tokenizer, DataError> {
     let kind = TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] };
-    Tokenizer::load(folder.path(), &Task { name: "t".into(), max_tokens: 64, kind }, 100_000)
+    Tokenizer::load(folder.path(), &Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }, 100_000)
 }
 
 /// A tokenizer with a template in its settings.
@@ -434,7 +434,7 @@ fn values_that_hold_each_other() {
 fn smollm2_by_its_own_template() {
     let (Some(_), Some(file)) = (std::env::var_os("PEFTC_FULL"), std::env::var_os("PEFTC_SMOLLM2")) else { return };
     let kind = TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] };
-    let task = Task { name: "t".into(), max_tokens: 64, kind };
+    let task = Task { name: "t".into(), max_tokens: 64, enclosed: false, kind };
     let tokenizer = Tokenizer::load(Path::new(&file), &task, 49_152).unwrap();
     let tokens = &tokenizer.templates().unwrap().tokens;
     for (name, token) in [("bos_token", "<|im_start|>"), ("eos_token", "<|im_end|>")] {

@@ -9,19 +9,29 @@ use serde_json::{Map, Value};
 /// Names are compared in the order of the classes. `LABEL_0`, `LABEL_1`, … are the names that transformers gives where
 /// no one has given any, and fit all.
 pub fn compare(config: &Map<String, Value>, model: &Model) -> Vec<String> {
-    let TaskKind::Classification { labels, .. } = &model.task.kind else { return vec![] };
+    let kind = &model.task.kind;
+    if kind.generates() {
+        return vec![];
+    }
     let mut wrong = vec![];
-    if let Some(kind) = config.get("problem_type").filter(|v| !v.is_null() && *v != "single_label_classification") {
-        wrong.push(format!(
-            "  `problem_type` is {kind} in config.json, and a classification task takes the one class with the largest logit"
-        ));
+    let (problem, takes) = match kind {
+        TaskKind::Regression { .. } => ("regression", "a regression's head gives one number"),
+        _ => ("single_label_classification", "a classification task takes the one class with the largest logit"),
+    };
+    if let Some(other) = config.get("problem_type").filter(|v| !v.is_null() && *v != problem) {
+        wrong.push(format!("  `problem_type` is {other} in config.json, and {takes}"));
     }
     wrong.extend(other_head(config, model));
+    let count = kind.labels().map_or(1, <[String]>::len);
     for key in ["num_labels", "_num_labels"] {
-        if let Some(count) = config.get(key).filter(|v| !v.is_null() && v.as_u64() != Some(labels.len() as u64)) {
-            wrong.push(format!("  `{key}` is {count} in config.json, the task has {} labels", labels.len()));
+        if let Some(found) = config.get(key).filter(|v| !v.is_null() && v.as_u64() != Some(count as u64)) {
+            wrong.push(match kind.labels() {
+                Some(_) => format!("  `{key}` is {found} in config.json, the task has {count} labels"),
+                None => format!("  `{key}` is {found} in config.json, and a regression has one number"),
+            });
         }
     }
+    let Some(labels) = kind.labels() else { return wrong };
     match config.get("id2label") {
         None | Some(Value::Null) => {}
         Some(Value::Object(names)) => wrong.extend(names_differ(names, labels)),
@@ -74,18 +84,29 @@ fn ids_differ(ids: &Map<String, Value>, names: Option<&Value>, labels: &[String]
     None
 }
 
-/// A line where the files' head is not one for sequences, by `architectures`.
+/// A line where the files' head is not one for the task, by `architectures`.
 pub fn other_head(config: &Map<String, Value>, model: &Model) -> Option<String> {
-    let TaskKind::Classification { .. } = &model.task.kind else { return None };
+    let (head, of) = head(&model.task.kind)?;
     let all: Vec<&str> =
         config.get("architectures").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
-    (!all.is_empty() && !all.iter().any(|a| a.ends_with("ForSequenceClassification"))).then(|| {
+    (!all.is_empty() && !all.iter().any(|a| a.ends_with(head))).then(|| {
         format!(
-            "  `architectures` is {} in config.json, so the head in the files is not one for sequences; \
+            "  `architectures` is {} in config.json, so the head in the files is not one for {of}; \
              take the folder of the pretrained model, and the head is drawn anew",
             all.join(", ")
         )
     })
+}
+
+/// How the names of transformers' classes with the task's head end, and what that head is for.
+pub fn head(kind: &TaskKind) -> Option<(&'static str, &'static str)> {
+    match kind {
+        TaskKind::Classification { .. } | TaskKind::Regression { .. } => {
+            Some(("ForSequenceClassification", "sequences"))
+        }
+        TaskKind::TokenClassification { .. } => Some(("ForTokenClassification", "tokens")),
+        TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => None,
+    }
 }
 
 fn names_differ(names: &Map<String, Value>, labels: &[String]) -> Option<String> {

@@ -71,7 +71,8 @@ pub fn export(model: &Model, values: &Tensors, base: &Tensors) -> Result<Adapter
     let before = if modules.is_empty() { BASE_OF_TABLES } else { BASE };
     carried(model, (values, base), &modules, before, &mut adapter)?;
     let task = match model.task.kind {
-        TaskKind::Classification { .. } => "SEQ_CLS",
+        TaskKind::Classification { .. } | TaskKind::Regression { .. } => "SEQ_CLS",
+        TaskKind::TokenClassification { .. } => "TOKEN_CLS",
         TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => "CAUSAL_LM",
     };
     adapter.config.insert("task_type".into(), json!(task));

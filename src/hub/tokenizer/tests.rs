@@ -29,7 +29,7 @@ fn folder(files: &[(String, String)]) -> TempDir {
 fn task(special: &[&str]) -> Task {
     let special = special.iter().map(|t| t.to_string()).collect();
     let kind = TaskKind::Generation { special, template: vec![], target: String::new(), each: vec![] };
-    Task { name: "t".into(), max_tokens: 64, kind }
+    Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }
 }
 
 fn load(path: &Path) -> Result<Tokenizer, DataError> {

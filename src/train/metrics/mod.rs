@@ -143,6 +143,40 @@ pub fn correct(logits: &[f32], labels: &[i32]) -> usize {
     logits.chunks_exact(classes.max(1)).zip(labels).filter(|&pair| right(pair)).count()
 }
 
+/// Pearson's correlation of two samples, one number each of the same things; NaN where one is constant.
+pub fn pearson(x: &[f32], y: &[f32]) -> f64 {
+    let [x, y] = [x, y].map(|numbers| numbers.iter().map(|&n| f64::from(n)).collect::<Vec<f64>>());
+    correlation(&x, &y)
+}
+
+/// Spearman's: that of their ranks, of which equal numbers have the mean.
+pub fn spearman(x: &[f32], y: &[f32]) -> f64 {
+    correlation(&ranks(x), &ranks(y))
+}
+
+fn correlation(x: &[f64], y: &[f64]) -> f64 {
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+    let (mean_x, mean_y) = (mean(x), mean(y));
+    let (mut xx, mut yy, mut xy) = (0.0, 0.0, 0.0);
+    for (x, y) in x.iter().zip(y) {
+        let (x, y) = (x - mean_x, y - mean_y);
+        (xx, yy, xy) = (xx + x * x, yy + y * y, xy + x * y);
+    }
+    xy / (xx.sqrt() * yy.sqrt())
+}
+
+fn ranks(numbers: &[f32]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..numbers.len()).collect();
+    order.sort_by(|&i, &j| numbers[i].total_cmp(&numbers[j]));
+    let (mut ranks, mut before) = (vec![0.0; numbers.len()], 0);
+    for equal in order.chunk_by(|&i, &j| numbers[i] == numbers[j]) {
+        let rank = before as f64 + (equal.len() as f64 + 1.0) / 2.0;
+        equal.iter().for_each(|&i| ranks[i] = rank);
+        before += equal.len();
+    }
+    ranks
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,6 +218,15 @@ mod tests {
         mean.add(5.0, 1.0);
         assert_eq!(mean.value(), 2.0);
         assert_eq!(mean.perplexity(), 2f64.exp());
+    }
+
+    /// Against NumPy: `corrcoef` of these numbers, and of their ranks 1, 2, 3, 4, 5.5, 5.5 and 2, 1, 4, 3, 6, 5.
+    #[test]
+    fn correlations() {
+        let (x, y) = ([1.0, 2.0, 3.0, 4.0, 5.0, 5.0], [2.0, 1.0, 4.0, 3.0, 7.0, 6.0]);
+        assert!((pearson(&x, &y) - 0.863_511_536_641_545_6).abs() < 1e-12, "{}", pearson(&x, &y));
+        assert!((spearman(&x, &y) - 0.869_656_553_478_672_7).abs() < 1e-12, "{}", spearman(&x, &y));
+        assert!(pearson(&[1.0, 1.0], &[2.0, 3.0]).is_nan() && spearman(&[], &[]).is_nan());
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! Sentences, or pairs of them, with labels: columns of a table that has a header or is JSON, or lines
-//! `sentence<TAB>label`. A label is a class's name or, where no name is a number, its index.
+//! `sentence<TAB>label`. The label of a classification is a class's name or, where no name is a number, its index; that
+//! of a regression is a number.
 
 use peft_grammar::model::Columns;
 
 use super::error::did_you_mean;
 use super::rows::{At, Fault, File, Format, Row, Rows, shortened};
-use super::{DataError, Example, Goal, MARKS, Maker, Placed, Tokenizer};
+use super::{DataError, Example, Goal, Maker, Placed, Tokenizer};
 
 /// Names that the columns have elsewhere, in any case.
 pub(super) const TEXT: &[&str] = &["sentence", "text", "review"];
@@ -13,30 +14,39 @@ pub(super) const LABEL: &[&str] = &["label", "labels", "target"];
 /// The columns of a file without a header.
 pub(super) const IMPLIED: &[&str] = &["sentence", "label"];
 
-/// Makes a classifier's examples.
-pub struct Classification<'t> {
-    pub labels: &'t [String],
+/// What is asked of each text.
+#[derive(Clone, Copy)]
+pub enum Asked<'t> {
+    /// Which of these classes it is of.
+    Class(&'t [String]),
+    Number,
+}
+
+/// Makes examples of texts with labels.
+pub struct Labelled<'t> {
+    pub asked: Asked<'t>,
     pub columns: &'t Columns,
     pub max_tokens: usize,
     pub tokenizer: &'t Tokenizer,
 }
 
-/// An example's texts and its class.
+/// An example's texts and what is asked of them.
 pub struct Draft {
     text: String,
     pair: Option<String>,
-    class: i32,
+    goal: Goal,
 }
 
-impl Maker for Classification<'_> {
+impl Maker for Labelled<'_> {
     type Draft = Draft;
 
     fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
         let implied = self.columns.are_usual().then_some(IMPLIED);
-        let rows = Rows::of(file, Format::Tsv, implied, |names| is_header(names, self.labels));
+        let rows = Rows::of(file, Format::Tsv, implied, |names| is_header(names, self.labels()));
         let rows = rows.map_err(|fault| DataError::at(&file.path, fault))?;
         if rows.entries {
-            let message = "its `entries` are texts to generate, as WebNLG has them, and this task classifies".into();
+            let message =
+                "its `entries` are texts to generate, as WebNLG has them, and this task asks for labels".into();
             return Err(DataError::Empty { path: file.path.clone(), message });
         }
         Ok(rows)
@@ -78,8 +88,11 @@ impl Maker for Classification<'_> {
                 });
             }
         }
-        let class = self.class(label.trim(), at_top.then_some(&text))?;
-        Ok(Draft { text, pair, class })
+        let goal = match self.asked {
+            Asked::Class(_) => Goal::Class(self.class(label.trim(), at_top.then_some(&text))?),
+            Asked::Number => Goal::Number(number(label.trim())?),
+        };
+        Ok(Draft { text, pair, goal })
     }
 
     fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
@@ -87,12 +100,13 @@ impl Maker for Classification<'_> {
             return self.encode_pairs(drafts);
         }
         let ids = self.tokenizer.encode(drafts.iter().map(|(_, draft)| draft.text.as_str()).collect(), true)?;
+        let marks = self.tokenizer.marks().count();
         let one = |(ids, (at, draft)): (Vec<i32>, (At, Draft))| {
             // What a tokenizer leaves out altogether, such as characters of no width, would train as marks alone.
-            if ids.len() <= MARKS {
+            if ids.len() <= marks {
                 return Err(Fault::row(at, "the tokenizer makes no token of the sentence"));
             }
-            let example = Example { types: vec![0; ids.len()], ids, goal: Goal::Class(draft.class) };
+            let example = Example { types: vec![0; ids.len()], ids, goal: draft.goal };
             Ok(vec![Placed { at, length: example.ids.len(), example }])
         };
         Ok(ids.into_iter().zip(drafts).map(one).collect())
@@ -106,7 +120,15 @@ impl Maker for Classification<'_> {
     }
 }
 
-impl Classification<'_> {
+impl Labelled<'_> {
+    /// The names of the classes, if there are any.
+    fn labels(&self) -> &[String] {
+        match self.asked {
+            Asked::Class(labels) => labels,
+            Asked::Number => &[],
+        }
+    }
+
     /// The label's column, the text's and the second text's: the name that the task gives it, usual names, its key.
     fn wanted(&self) -> impl Iterator<Item = (Option<&str>, &'static [&'static str], &'static str)> {
         let Columns { text, pair, label } = self.columns;
@@ -116,19 +138,15 @@ impl Classification<'_> {
 
     /// The class of a label. `first` is the text beside it where the row might be a header.
     fn class(&self, label: &str, first: Option<&String>) -> Result<i32, String> {
-        let labels = self.labels;
-        let class = labels.iter().position(|l| l.trim() == label).or_else(|| index(label, labels));
-        if let Some(class) = class {
-            return Ok(class as i32);
-        }
-        let hint = did_you_mean(label, labels.iter().map(String::as_str));
-        let label = shortened(label);
-        let indices = match labels.iter().any(|l| is_number(l)) {
-            true => String::new(),
-            false => format!(", or 0 to {}", labels.len().saturating_sub(1)),
+        let labels = self.labels();
+        let error = match class(label, labels) {
+            Ok(class) => return Ok(class),
+            Err(error) => error,
         };
+        let label = shortened(label);
+        let near = !did_you_mean(&label, labels.iter().map(String::as_str)).is_empty();
         let header = match first {
-            Some(text) if hint.is_empty() && label.contains(char::is_alphabetic) && text.len() <= 40 => {
+            Some(text) if !near && label.contains(char::is_alphabetic) && text.len() <= 40 => {
                 format!(
                     "; if the line is a header, the task names its columns, `text: {:?}  label: {label:?}`",
                     text.trim()
@@ -136,7 +154,7 @@ impl Classification<'_> {
             }
             _ => String::new(),
         };
-        Err(format!("no label `{label}`{hint}; the task's labels are `{}`{indices}{header}", labels.join("`, `")))
+        Err(error + &header)
     }
 
     fn encode_pairs(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
@@ -146,7 +164,7 @@ impl Classification<'_> {
             if let Some(key) = pair.nothing {
                 return Err(Fault::row(at, format!("the tokenizer makes no token of the `{key}`")));
             }
-            let example = Example { ids: pair.ids, types: pair.types, goal: Goal::Class(draft.class) };
+            let example = Example { ids: pair.ids, types: pair.types, goal: draft.goal };
             Ok(vec![Placed { at, length: pair.whole, example }])
         };
         Ok(encoded.into_iter().zip(drafts).map(one).collect())
@@ -199,10 +217,34 @@ pub(super) fn usual_column<'n>(names: &[&'n str], usual: &[&str], key: &str) -> 
     }
 }
 
+/// The class that a label names or counts.
+pub(super) fn class(label: &str, labels: &[String]) -> Result<i32, String> {
+    let class = labels.iter().position(|l| l.trim() == label).or_else(|| index(label, labels));
+    if let Some(class) = class {
+        return Ok(class as i32);
+    }
+    let hint = did_you_mean(label, labels.iter().map(String::as_str));
+    let indices = match labels.iter().any(|l| is_number(l)) {
+        true => String::new(),
+        false => format!(", or 0 to {}", labels.len().saturating_sub(1)),
+    };
+    let label = shortened(label);
+    Err(format!("no label `{label}`{hint}; the task's labels are `{}`{indices}", labels.join("`, `")))
+}
+
 /// The class that a label counts. Beside names that are numbers there are no indices: `1` would be two classes.
 fn index(label: &str, labels: &[String]) -> Option<usize> {
     let counts = !labels.iter().any(|l| is_number(l));
     counts.then(|| (0..labels.len()).find(|i| i.to_string() == label)).flatten()
+}
+
+/// The number that a label is: a finite one, within what f32 holds.
+fn number(label: &str) -> Result<f32, String> {
+    match label.parse::<f32>() {
+        Ok(number) if number.is_finite() => Ok(number),
+        Ok(_) => Err(format!("the label `{}` is no finite number; a regression learns numbers", shortened(label))),
+        Err(_) => Err(format!("the label `{}` is no number, and a regression learns numbers", shortened(label))),
+    }
 }
 
 /// A name that a person may read as a number: digits of any script with signs but no letters, an exponent, or
