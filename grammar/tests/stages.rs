@@ -305,7 +305,7 @@ fn the_examples_of_the_page_check() {
          model = page()"
     );
     let model = check("page.peft", &backbone, &no_imports).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(model.backbone.checkpoint.tensors.len(), 5);
+    assert_eq!(model.backbone.checkpoint.tensors.len(), 6);
 }
 
 #[test]

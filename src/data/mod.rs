@@ -76,8 +76,8 @@ trait Maker {
     }
 }
 
-/// As many rows are tokenised at once.
-const TOGETHER: usize = 1 << 14;
+/// As many rows are tokenised at once, and as many bytes of their texts.
+const TOGETHER: (usize, usize) = (1 << 14, 1 << 23);
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Dataset {
@@ -339,11 +339,12 @@ impl Reader {
         left_out.texts += rows.left_out.texts;
         left_out.entries += rows.left_out.entries;
         left_out.header |= rows.left_out.header;
-        let (mut drafts, mut at_top, mut any) = (vec![], rows.implied, false);
+        let (mut drafts, mut bytes, mut at_top, mut any) = (vec![], 0, rows.implied, false);
         for row in rows {
             any = true;
             let top = std::mem::take(&mut at_top);
             let draft = row.and_then(|row| {
+                bytes += row.size();
                 let draft = maker.draft(&row, top).map_err(|message| Fault::row(row.at.clone(), message))?;
                 Ok((row.at, draft))
             });
@@ -351,8 +352,9 @@ impl Reader {
                 Ok(draft) => drafts.push(draft),
                 Err(fault) => self.bad(path, fault)?,
             }
-            if drafts.len() == TOGETHER {
+            if drafts.len() == TOGETHER.0 || bytes >= TOGETHER.1 {
                 self.encode(path, maker, std::mem::take(&mut drafts), several)?;
+                bytes = 0;
             }
         }
         if !any {

@@ -155,6 +155,14 @@ impl Row<'_> {
         }
     }
 
+    /// Bytes of its texts.
+    pub fn size(&self) -> usize {
+        match &self.cells {
+            Cells::Texts(_, texts) => texts.iter().map(|text| text.len()).sum(),
+            Cells::Fields(fields) => fields.iter().map(|(_, value)| value.size()).sum(),
+        }
+    }
+
     /// The names of its columns.
     pub fn names(&self) -> Vec<&str> {
         match &self.cells {

@@ -126,7 +126,7 @@ impl Maker for Tagged<'_> {
     }
 
     fn notes(&self) -> Vec<String> {
-        let note = |lost| format!("the tokenizer makes no token of {lost} words; nothing is asked of them");
+        let note = |lost| format!("words of which the tokenizer makes no token, and of which nothing is asked: {lost}");
         Some(self.lost.get()).filter(|&lost| lost > 0).map(note).into_iter().collect()
     }
 }

@@ -153,6 +153,16 @@ fn long_sentences_keep_their_closing_mark() {
     assert_eq!((data.cut, data.dropped), (1, 0));
 }
 
+/// Rows are tokenised together up to so many bytes, and keep their order and their places.
+#[test]
+fn long_rows_are_tokenised_by_parts() {
+    let row = |i: usize| format!("{} {}\t{}\n", ["good", "bad", "Ann"][i % 3], "tea ".repeat(TOGETHER.1 / 12), i % 2);
+    let data = Case::new((0..8).map(row).collect::<String>()).load(&classification(4)).unwrap();
+    let want: Vec<Example> = (0..8).map(|i| class(&[1, [3, 4, 6][i % 3], 5, 2], i as i32 % 2)).collect();
+    assert_eq!(data.examples, want);
+    assert_eq!((data.place(7), data.cut), (Some("line 8"), 8));
+}
+
 /// A causal model's sentences have no marks: the cut is a cut.
 #[test]
 fn sentences_without_marks() {

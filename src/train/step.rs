@@ -1,6 +1,7 @@
 //! One step of the optimizer, on one batch or on several, and a stretch of steps that overlap.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
 
 use peft_grammar::model::Recipe;
 use peft_runtime::{Promise, RuntimeError, Session};
@@ -203,15 +204,28 @@ impl<'a> Stretch<'a> {
     /// Packs and sends the next batch, if there is one.
     fn stage_next(&mut self, session: &mut Session) -> Result<(), RuntimeError> {
         if self.queue.is_empty() && !self.closing && self.next < self.end {
+            let begun = Instant::now();
             let several = self.recipe.accumulate as usize;
             self.queue.extend(parts(self.batches.by_ref().take(several).collect()));
             self.next += 1;
+            took(session, "reading and packing batches", begun);
         }
         if let Some(part) = self.queue.pop_front() {
+            let begun = Instant::now();
             stage(session, self.recipe, &part, self.next - 1, self.total)?;
             self.staged = Some(part);
+            took(session, "sending batches", begun);
         }
         Ok(())
+    }
+}
+
+/// Adds to the profile, if the session takes one, what was done beside the kernels.
+fn took(session: &mut Session, what: &str, begun: Instant) {
+    if let Some(profile) = &mut session.profile {
+        let (time, count) = profile.entry(what.into()).or_default();
+        *time += begun.elapsed();
+        *count += 1;
     }
 }
 

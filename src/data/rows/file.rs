@@ -1,9 +1,11 @@
 //! Data files: which ones are named, and what each is.
 
 use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use memmap2::Mmap;
 
 use super::compressed::{Compression, Fault};
 use super::{delimited::line, parquet};
@@ -47,7 +49,7 @@ const TAR: usize = 257;
 
 impl File {
     pub fn open(path: &Path) -> Result<Self, DataError> {
-        let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        let bytes = content(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
         let Some(compression) = Compression::of(&bytes) else { return File::plain(path, bytes, ending(path)) };
         let unpacked = compression.unpack(&bytes).map_err(|fault| DataError::Packed {
             path: path.to_owned(),
@@ -67,11 +69,11 @@ impl File {
             true => ending(&path.with_extension("")),
             false => name,
         };
-        File::plain(path, unpacked, inner)
+        File::plain(path, unpacked.into(), inner)
     }
 
     /// `ending` is that of its name, when what compresses it is taken away.
-    fn plain(path: &Path, bytes: Vec<u8>, ending: String) -> Result<Self, DataError> {
+    fn plain(path: &Path, mut bytes: Bytes, ending: String) -> Result<Self, DataError> {
         let foreign = FOREIGN.iter().find(|(start, ..)| match *start {
             b"ustar" => bytes.get(TAR..).is_some_and(|rest| rest.starts_with(start)),
             start => bytes.starts_with(start),
@@ -83,7 +85,6 @@ impl File {
             let (what, mend) = ("compressed twice", "unpack it once");
             return Err(DataError::Foreign { path: path.to_owned(), what, mend });
         }
-        let mut bytes = Bytes::from(bytes);
         if bytes.starts_with(b"\xef\xbb\xbf") {
             bytes = bytes.slice(3..);
         }
@@ -103,6 +104,19 @@ impl File {
             super::Fault::fatal(super::At::Line(line), "not UTF-8; save the file in that encoding")
         })
     }
+}
+
+/// What a file holds: mapped, so that of a large one no more is in memory than is being read; what is no file is read.
+fn content(path: &Path) -> io::Result<Bytes> {
+    let mut file = fs::File::open(path)?;
+    let about = file.metadata()?;
+    if about.is_file() && about.len() > 0 {
+        // SAFETY: as with weights, no one cuts the file short while it is read.
+        return Ok(Bytes::from_owner(unsafe { Mmap::map(&file) }?));
+    }
+    let mut bytes = vec![];
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes.into())
 }
 
 /// The ending of a file's name in small letters, or nothing.

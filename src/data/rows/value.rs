@@ -39,6 +39,16 @@ impl Value {
         }
     }
 
+    /// Bytes of its texts and names.
+    pub fn size(&self) -> usize {
+        match self {
+            Value::Null | Value::Bool(_) => 0,
+            Value::Number(text) | Value::Text(text) => text.len(),
+            Value::List(items) => items.iter().map(Value::size).sum(),
+            Value::Object(fields) => fields.iter().map(|(name, value)| name.len() + value.size()).sum(),
+        }
+    }
+
     /// It as the JSON that it was read from.
     pub fn json(&self) -> serde_json::Value {
         use serde_json::Value as Json;
