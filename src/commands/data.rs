@@ -65,10 +65,6 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
 /// An example: a line for each run of tokens of one type. What the loss is on is green, or stands between `»` and `«`.
 fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, color: bool) -> String {
     let count = example.ids.len();
-    let learned: &[Range<usize>] = match &example.goal {
-        Goal::Tokens(ranges) => ranges,
-        Goal::Class(_) => &[],
-    };
     let goal = match (&example.goal, &model.task.kind) {
         (Goal::Class(class), TaskKind::Classification { labels, .. }) => {
             let label = labels.get(*class as usize).map_or("", String::as_str);
@@ -85,28 +81,27 @@ fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, c
     let mut lines = vec![format!("{place}: {count} tokens, {goal}")];
     let mut start = 0;
     for run in example.types.chunk_by(|a, b| a == b) {
-        let tokens = run_of(example, start..start + run.len(), learned, tokenizer, color);
+        let tokens = run_of(example, start..start + run.len(), tokenizer, color);
         lines.push(format!("  type {:<10} {tokens}", named(run[0])));
         start += run.len();
     }
     lines.join("\n") + "\n"
 }
 
-/// Tokens `range`, with bars between them.
-fn run_of(
-    example: &Example,
-    range: Range<usize>,
-    learned: &[Range<usize>],
-    tokenizer: &Tokenizer,
-    color: bool,
-) -> String {
+/// Tokens `range`, with bars between them. Behind a token stands in brackets what it predicts in place of the next one.
+fn run_of(example: &Example, range: Range<usize>, tokenizer: &Tokenizer, color: bool) -> String {
     let (begin, end) = if color { ("\x1b[32m", "\x1b[0m") } else { ("»", "«") };
-    let is_learned = |at: usize| learned.iter().any(|range| range.contains(&at));
-    let places: Vec<usize> = range.collect();
-    let parts = places.chunk_by(|a, b| is_learned(*a) == is_learned(*b)).map(|part| {
-        let plain = |at: &usize| tokenizer.show(example.ids[*at]).chars().map(visible).collect::<String>();
-        let text = part.iter().map(plain).collect::<Vec<_>>().join("|");
-        if is_learned(part[0]) { format!("{begin}{text}{end}") } else { text }
+    let plain = |id: i32| tokenizer.show(id).chars().map(visible).collect::<String>();
+    let mut tokens: Vec<(bool, String)> = vec![];
+    for at in range {
+        let learned = example.goal.ranges().iter().any(|range| range.contains(&at));
+        tokens.push((learned, plain(example.ids[at])));
+        let asides = example.goal.asides().iter().filter(|aside| aside.at as usize == at + 1);
+        tokens.extend(asides.map(|aside| (true, format!("[{}]", plain(aside.label)))));
+    }
+    let parts = tokens.chunk_by(|a, b| a.0 == b.0).map(|part| {
+        let text = part.iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("|");
+        if part[0].0 { format!("{begin}{text}{end}") } else { text }
     });
     parts.collect::<Vec<_>>().join("|")
 }
@@ -167,6 +162,7 @@ fn histogram(lengths: &[u32], limit: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Aside;
 
     #[test]
     fn lengths_and_the_limit() {
@@ -189,6 +185,31 @@ mod tests {
         assert_eq!(histogram(&[], 64), "no example");
         // No length makes a long list.
         assert!(histogram(&[1, u32::MAX], 64).lines().count() < 20);
+    }
+
+    /// The end of the first answer is predicted where the second question stands.
+    #[test]
+    fn packed_turns() {
+        let spec = "model = gpt2(vocab: 1539)\ntask t { special: [\"<q>\", \"<a>\", \"<e>\"]  target: \"<a>\"
+                    each: \"turns\"  pack: true  template: \"(before: <q> {turns.q})* <q> {turns.q} <a> {turns.a} <e>\" }";
+        let model = peft_grammar::check("t.peft", spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"));
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("data/triples");
+        let tokenizer = Tokenizer::load(&folder, &model.task, 1539).unwrap_or_else(|e| panic!("{e}"));
+        let [q, a, e] = ["<q>", "<a>", "<e>"].map(|token| tokenizer.special(token).unwrap());
+        let words = tokenizer.encode(vec!["no", "one", "in", "on"], false).unwrap().concat();
+        let [first, second, third, fourth] = words[..] else { panic!("a token each") };
+        let example = Example {
+            ids: vec![q, first, a, second, q, third, a, fourth, e],
+            types: vec![q, q, a, a, q, q, a, a, a],
+            goal: Goal::Turns(vec![3..4, 7..9], vec![Aside { at: 4, label: e }]),
+        };
+        insta::assert_snapshot!(shown("line 1, items 1 to 2", &example, &model, &tokenizer, false), @r"
+        line 1, items 1 to 2: 9 tokens, the loss is on 4
+          type <q>        <q>|no
+          type <a>        <a>|»one|[<e>]«
+          type <q>        <q>|in
+          type <a>        <a>|»on|<e>«
+        ");
     }
 
     #[test]

@@ -16,7 +16,8 @@ pub struct Batch {
     /// Index of each sequence's first token.
     pub starts: Vec<i32>,
     pub lengths: Vec<i32>,
-    /// Indexes of the tokens whose next token is to be predicted; empty for a classifier.
+    /// Indexes of the tokens whose next token is to be predicted, in no order; one may stand there twice. Empty for a
+    /// classifier.
     pub targets: Vec<i32>,
     /// What each target predicts, or the class of each sequence.
     pub labels: Vec<i32>,
@@ -34,10 +35,14 @@ impl Batch {
             batch.ids.extend_from_slice(&example.ids);
             batch.types.extend_from_slice(&example.types);
             match &example.goal {
-                Goal::Tokens(ranges) => {
+                Goal::Tokens(ranges) | Goal::Turns(ranges, _) => {
                     for range in ranges {
                         batch.targets.extend(range.clone().map(|at| start + at as i32 - 1));
                         batch.labels.extend_from_slice(&example.ids[range.clone()]);
+                    }
+                    for aside in example.goal.asides() {
+                        batch.targets.push(start + aside.at as i32 - 1);
+                        batch.labels.push(aside.label);
                     }
                 }
                 Goal::Class(class) => batch.labels.push(*class),

@@ -31,7 +31,7 @@ fn turns(list: Option<&str>) -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
-        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
 
@@ -43,7 +43,7 @@ fn questions() -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
-        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
 
