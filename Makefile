@@ -28,7 +28,7 @@ PTXAS := target/ptxas/nvidia/cuda_nvcc/bin/ptxas
 SMALL := target/small/release/peftc
 SMALL_LIMIT := 25000000
 
-.PHONY: help setup build demo test test-full interop smollm2 ptxas bench bench-sst2 sst2 gpu bench-gpu small clean
+.PHONY: help setup build demo test test-full interop smollm2 ptxas bench bench-sst2 bench-pack sst2 gpu bench-gpu small clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -122,6 +122,11 @@ bench: build interop ## GPT-2 small on WebNLG beside PyTorch: speed, memory, ove
 bench-sst2: build interop $(DEMO)/minilm/model.safetensors ## MiniLM on SST-2 beside PyTorch: speed and memory
 	@$(SST2)
 	target/interop-venv/bin/python benches/sst2.py --weights $(DEMO)/minilm --data $$PEFTC_DATA/data/sst2
+
+bench-pack: build ## GPT-2 small on conversations: an example for each turn beside packed turns
+	@[ -f "$${PEFTC_DATA:-}/data/tokenizers/gpt2/tokenizer.json" ] || { echo "bench-pack: set PEFTC_DATA to a folder with" \
+	    "data/tokenizers/gpt2" >&2; exit 2; }
+	python3 benches/pack.py --data $$PEFTC_DATA/data
 
 sst2: build interop $(DEMO)/minilm/model.safetensors ## SST-2 to the end by peftc and by PyTorch, with the same recipe
 	@$(SST2)

@@ -368,6 +368,9 @@ pub enum TaskKind {
         /// Lists of the row, one example for each of their items, which go in step; an example a row without one.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         each: Vec<String>,
+        /// The examples of one row share sequences wherever that leaves every loss what it is.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        pack: bool,
     },
     /// Conversations, laid out by the checkpoint's own chat template; loss on what the assistant says.
     Chat,

@@ -285,11 +285,13 @@ fn a_template_is_taken_apart() {
 fn the_examples_of_the_page_check() {
     let page = include_str!("../../models/README.md");
     let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
-    let [spec, names, method, ..] = blocks[..] else { panic!("the page has a spec, tasks by name and a method") };
+    let [spec, names, packed, method, ..] = blocks[..] else { panic!("the page has a spec, tasks and a method") };
     check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let names = format!("{names}\nmodel = roberta()\ntune {{ full() }}");
     let model = check("page.peft", &names, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!((&*model.task.name, model.task.max_tokens, model.train.batch), ("mnli", 512, BatchSize::Sequences(32)));
+    let model = check("page.peft", &format!("{packed}\nmodel = gpt2()"), &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    assert!(matches!(model.task.kind, TaskKind::Generation { pack: true, .. }));
     let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
     let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));

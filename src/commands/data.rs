@@ -70,9 +70,8 @@ fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, c
     let goal = match &example.goal {
         Goal::Class(class) => format!("class {class}, `{}`", label(*class)),
         Goal::Number(number) => number.to_string(),
-        Goal::Tokens(_) | Goal::Tags(_) => format!("the loss is on {}", example.goal.targets()),
+        Goal::Tokens(_) | Goal::Turns(..) | Goal::Tags(_) => format!("the loss is on {}", example.goal.targets()),
     };
-    let learned = example.goal.places();
     let special = model.task.special().iter().filter_map(|token| Some((tokenizer.special(token)?, token)));
     let special: Vec<(i32, &String)> = special.collect();
     let named = |kind: i32| match special.iter().find(|(id, _)| *id == kind) {
@@ -84,14 +83,14 @@ fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, c
     let mut start = 0;
     if let Goal::Tags(tags) = &example.goal {
         let token = |at: usize| match tags[at] {
-            NO_TAG => text(example, at, tokenizer),
-            tag => format!("{begin}{}{end}/{}", text(example, at, tokenizer), label(tag)),
+            NO_TAG => text(example.ids[at], tokenizer),
+            tag => format!("{begin}{}{end}/{}", text(example.ids[at], tokenizer), label(tag)),
         };
         lines.push(format!("  {}", (0..count).map(token).collect::<Vec<_>>().join("|")));
         return lines.join("\n") + "\n";
     }
     for run in example.types.chunk_by(|a, b| a == b) {
-        let tokens = run_of(example, start..start + run.len(), &learned, tokenizer, color);
+        let tokens = run_of(example, start..start + run.len(), tokenizer, color);
         lines.push(format!("  type {:<10} {tokens}", named(run[0])));
         start += run.len();
     }
@@ -104,24 +103,23 @@ fn colours(color: bool) -> (&'static str, &'static str) {
 }
 
 /// A token as it is shown.
-fn text(example: &Example, at: usize, tokenizer: &Tokenizer) -> String {
-    tokenizer.show(example.ids[at]).chars().map(visible).collect()
+fn text(id: i32, tokenizer: &Tokenizer) -> String {
+    tokenizer.show(id).chars().map(visible).collect()
 }
 
-/// Tokens `range`, with bars between them.
-fn run_of(
-    example: &Example,
-    range: Range<usize>,
-    learned: &[Range<usize>],
-    tokenizer: &Tokenizer,
-    color: bool,
-) -> String {
+/// Tokens `range`, with bars between them. Behind a token stands in brackets what it predicts in place of the next one.
+fn run_of(example: &Example, range: Range<usize>, tokenizer: &Tokenizer, color: bool) -> String {
     let (begin, end) = colours(color);
-    let is_learned = |at: usize| learned.iter().any(|range| range.contains(&at));
-    let places: Vec<usize> = range.collect();
-    let parts = places.chunk_by(|a, b| is_learned(*a) == is_learned(*b)).map(|part| {
-        let text = part.iter().map(|&at| text(example, at, tokenizer)).collect::<Vec<_>>().join("|");
-        if is_learned(part[0]) { format!("{begin}{text}{end}") } else { text }
+    let mut tokens: Vec<(bool, String)> = vec![];
+    for at in range {
+        let learned = example.goal.ranges().iter().any(|range| range.contains(&at));
+        tokens.push((learned, text(example.ids[at], tokenizer)));
+        let asides = example.goal.asides().iter().filter(|aside| aside.at as usize == at + 1);
+        tokens.extend(asides.map(|aside| (true, format!("[{}]", text(aside.label, tokenizer)))));
+    }
+    let parts = tokens.chunk_by(|a, b| a.0 == b.0).map(|part| {
+        let text = part.iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("|");
+        if part[0].0 { format!("{begin}{text}{end}") } else { text }
     });
     parts.collect::<Vec<_>>().join("|")
 }
@@ -137,7 +135,7 @@ fn classes(data: &Dataset, labels: &[String]) -> String {
         let classes = match example.goal {
             Goal::Class(class) => vec![class],
             Goal::Tags(tags) => tags,
-            Goal::Tokens(_) | Goal::Number(_) => vec![],
+            Goal::Tokens(_) | Goal::Turns(..) | Goal::Number(_) => vec![],
         };
         for class in classes {
             if let Some(count) = usize::try_from(class).ok().and_then(|class| counts.get_mut(class)) {
@@ -187,6 +185,7 @@ fn histogram(lengths: &[u32], limit: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Aside;
 
     #[test]
     fn lengths_and_the_limit() {
@@ -209,6 +208,31 @@ mod tests {
         assert_eq!(histogram(&[], 64), "no example");
         // No length makes a long list.
         assert!(histogram(&[1, u32::MAX], 64).lines().count() < 20);
+    }
+
+    /// The end of the first answer is predicted where the second question stands.
+    #[test]
+    fn packed_turns() {
+        let spec = "model = gpt2(vocab: 1539)\ntask t { special: [\"<q>\", \"<a>\", \"<e>\"]  target: \"<a>\"
+                    each: \"turns\"  pack: true  template: \"(before: <q> {turns.q})* <q> {turns.q} <a> {turns.a} <e>\" }";
+        let model = peft_grammar::check("t.peft", spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"));
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("data/triples");
+        let tokenizer = Tokenizer::load(&folder, &model.task, 1539).unwrap_or_else(|e| panic!("{e}"));
+        let [q, a, e] = ["<q>", "<a>", "<e>"].map(|token| tokenizer.special(token).unwrap());
+        let words = tokenizer.encode(vec!["no", "one", "in", "on"], false).unwrap().concat();
+        let [first, second, third, fourth] = words[..] else { panic!("a token each") };
+        let example = Example {
+            ids: vec![q, first, a, second, q, third, a, fourth, e],
+            types: vec![q, q, a, a, q, q, a, a, a],
+            goal: Goal::Turns(vec![3..4, 7..9], vec![Aside { at: 4, label: e }]),
+        };
+        insta::assert_snapshot!(shown("line 1, items 1 to 2", &example, &model, &tokenizer, false), @r"
+        line 1, items 1 to 2: 9 tokens, the loss is on 4
+          type <q>        <q>|no
+          type <a>        <a>|»one|[<e>]«
+          type <q>        <q>|in
+          type <a>        <a>|»on|<e>«
+        ");
     }
 
     #[test]

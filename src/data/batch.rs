@@ -17,8 +17,8 @@ pub struct Batch {
     /// Index of each sequence's first token.
     pub starts: Vec<i32>,
     pub lengths: Vec<i32>,
-    /// Indexes of the tokens of which something is asked, their next token or their class; empty where sequences are
-    /// asked.
+    /// Indexes of the tokens of which something is asked, their next token or their class, in no order; one may stand there
+    /// twice. Empty where sequences are asked.
     pub targets: Vec<i32>,
     /// What each target predicts, or the class of each sequence.
     pub labels: Vec<i32>,
@@ -38,10 +38,14 @@ impl Batch {
             batch.ids.extend_from_slice(&example.ids);
             batch.types.extend_from_slice(&example.types);
             match &example.goal {
-                Goal::Tokens(ranges) => {
+                Goal::Tokens(ranges) | Goal::Turns(ranges, _) => {
                     for range in ranges {
                         batch.targets.extend(range.clone().map(|at| start + at as i32 - 1));
                         batch.labels.extend_from_slice(&example.ids[range.clone()]);
+                    }
+                    for aside in example.goal.asides() {
+                        batch.targets.push(start + aside.at as i32 - 1);
+                        batch.labels.push(aside.label);
                     }
                 }
                 Goal::Class(class) => batch.labels.push(*class),

@@ -85,13 +85,14 @@ fn read(map: &Arc<Mmap>, rows: u64) -> Option<Dataset> {
         Some(start..start + bytes.len())
     };
     let ranges = NAMES.map(&mut range);
-    let [ids, runs, ends, answers, lengths, rows_of] = ranges.map(Option::unwrap_or_default);
+    let [ids, runs, ends, answers, asides, lengths, rows_of] = ranges.map(Option::unwrap_or_default);
     data.examples = Examples {
         ids: Array::mapped(map, ids)?,
         runs: Array::mapped(map, runs)?,
         ends: Array::mapped(map, ends)?,
         answers: Array::mapped(map, answers)?,
         asks,
+        asides: Array::mapped(map, asides)?,
     };
     data.lengths = Array::mapped(map, lengths)?;
     data.rows = Array::mapped(map, rows_of)?;
@@ -103,7 +104,7 @@ fn read(map: &Arc<Mmap>, rows: u64) -> Option<Dataset> {
     (hash.finalize().to_hex().as_str() == metadata.get(CHECKSUM)? && data.examples.are_whole(rows)).then_some(data)
 }
 
-const NAMES: [&str; 6] = ["ids", "runs", "ends", "answers", "lengths", "rows"];
+const NAMES: [&str; 7] = ["ids", "runs", "ends", "answers", "asides", "lengths", "rows"];
 
 /// Writes an entry, beside its place and then renamed. That there is no room for it is a warning.
 pub fn keep(place: &Path, data: &Dataset) {
@@ -117,11 +118,12 @@ pub fn keep(place: &Path, data: &Dataset) {
 
 fn write(place: &Path, data: &Dataset) -> io::Result<()> {
     let examples = &data.examples;
-    let arrays: [(&[u8], Dtype, usize); 6] = [
+    let arrays: [(&[u8], Dtype, usize); 7] = [
         (bytemuck::cast_slice(&examples.ids), Dtype::I32, 4),
         (bytemuck::cast_slice(&examples.runs), Dtype::I32, 4),
         (bytemuck::cast_slice(&examples.ends), Dtype::U64, 8),
         (bytemuck::cast_slice(&examples.answers), Dtype::I32, 4),
+        (bytemuck::cast_slice(&examples.asides), Dtype::I32, 4),
         (bytemuck::cast_slice(&data.lengths), Dtype::U32, 4),
         (bytemuck::cast_slice(&data.rows), Dtype::U32, 4),
     ];

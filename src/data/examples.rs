@@ -21,6 +21,8 @@ pub struct Example {
 pub enum Goal {
     /// The tokens of these ranges are predicted, each by the one before it. They are in order, and none begins at 0.
     Tokens(Vec<Range<usize>>),
+    /// The same of several examples in one sequence, and what else they predict, in order of place.
+    Turns(Vec<Range<usize>>, Vec<Aside>),
     /// The sequence is of this class.
     Class(i32),
     /// The sequence has this number.
@@ -32,21 +34,42 @@ pub enum Goal {
 /// In place of a token's class where none is asked.
 pub const NO_TAG: i32 = -1;
 
+/// A token that is predicted at a place where the sequence has another one, or none, or where it is predicted once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Aside {
+    pub at: u32,
+    pub label: i32,
+}
+
 impl Goal {
+    /// Tokens of these ranges, and asides if there are some.
+    pub fn turns(ranges: Vec<Range<usize>>, asides: Vec<Aside>) -> Self {
+        if asides.is_empty() { Goal::Tokens(ranges) } else { Goal::Turns(ranges, asides) }
+    }
+
+    /// The ranges of the sequence's own tokens that are predicted.
+    pub fn ranges(&self) -> &[Range<usize>] {
+        match self {
+            Goal::Tokens(ranges) | Goal::Turns(ranges, _) => ranges,
+            Goal::Class(_) | Goal::Number(_) | Goal::Tags(_) => &[],
+        }
+    }
+
+    pub fn asides(&self) -> &[Aside] {
+        if let Goal::Turns(_, asides) = self { asides } else { &[] }
+    }
+
     /// Of a sequence of `length` tokens, all behind number `from`, counted from 0.
     pub fn after(from: usize, length: usize) -> Self {
         Goal::Tokens(std::iter::once(from + 1..length).filter(|range| !range.is_empty()).collect())
     }
 
-    /// The tokens that are predicted, in ranges.
-    pub fn places(&self) -> Vec<Range<usize>> {
-        if let Goal::Tokens(ranges) = self { ranges.clone() } else { vec![] }
-    }
-
     /// How many things it asks for.
     pub fn targets(&self) -> usize {
         match self {
-            Goal::Tokens(ranges) => ranges.iter().map(Range::len).sum(),
+            Goal::Tokens(_) | Goal::Turns(..) => {
+                self.ranges().iter().map(Range::len).sum::<usize>() + self.asides().len()
+            }
             Goal::Class(_) | Goal::Number(_) => 1,
             Goal::Tags(tags) => tags.iter().filter(|&&tag| tag != NO_TAG).count(),
         }
@@ -68,12 +91,16 @@ impl Example {
         self.ids.truncate(limit);
         self.types.truncate(limit);
         match &mut self.goal {
-            Goal::Tokens(ranges) => ranges.retain_mut(|range| {
+            Goal::Tokens(ranges) | Goal::Turns(ranges, _) => ranges.retain_mut(|range| {
                 range.end = range.end.min(limit);
                 range.start < range.end
             }),
             Goal::Tags(tags) => tags.truncate(limit),
             Goal::Class(_) | Goal::Number(_) => {}
+        }
+        if let Goal::Turns(ranges, asides) = &mut self.goal {
+            asides.retain(|aside| (aside.at as usize) < limit);
+            self.goal = Goal::turns(std::mem::take(ranges), std::mem::take(asides));
         }
     }
 }
@@ -87,6 +114,15 @@ pub(super) struct Run {
     kind: i32,
     /// 1 if its tokens are predicted.
     learned: u32,
+}
+
+/// An [`Aside`] of an example: 12 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(super) struct Beside {
+    example: u32,
+    at: u32,
+    label: i32,
 }
 
 /// Where an example ends, in tokens and in runs of all: 16 bytes.
@@ -162,7 +198,7 @@ pub(super) enum Asks {
 }
 
 /// Examples of one kind. A token takes 4 bytes, with a class 8; an example 16, with a class or a number 20; each of its
-/// runs 12.
+/// runs and asides 12.
 #[derive(Default)]
 pub struct Examples {
     pub(super) asks: Asks,
@@ -171,6 +207,8 @@ pub struct Examples {
     pub(super) ends: Array<End>,
     /// A class or the bits of a number for each example, or a class for each token, as they ask.
     pub(super) answers: Array<i32>,
+    /// In the order of the examples; few have some.
+    pub(super) asides: Array<Beside>,
 }
 
 impl Examples {
@@ -189,17 +227,15 @@ impl Examples {
 
     /// Bytes that they take.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.ids) + size_of_val(&*self.runs) + size_of_val(&*self.ends) + size_of_val(&*self.answers)
+        let all = size_of_val(&*self.ids) + size_of_val(&*self.runs) + size_of_val(&*self.ends);
+        all + size_of_val(&*self.answers) + size_of_val(&*self.asides)
     }
 
     pub fn push(&mut self, example: &Example) {
         let mut runs: Vec<Run> = vec![];
-        let mut learned: &[Range<usize>] = &[];
+        let learned = example.goal.ranges();
         self.asks = match &example.goal {
-            Goal::Tokens(ranges) => {
-                learned = ranges;
-                Asks::Tokens
-            }
+            Goal::Tokens(_) | Goal::Turns(..) => Asks::Tokens,
             Goal::Class(class) => {
                 self.answers.push(*class);
                 Asks::Class
@@ -221,6 +257,9 @@ impl Examples {
                 runs.push(Run { start: at as u32, kind, learned });
             }
         }
+        let number = self.len() as u32;
+        let beside = |aside: &Aside| Beside { example: number, at: aside.at, label: aside.label };
+        self.asides.push_all(&example.goal.asides().iter().map(beside).collect::<Vec<_>>());
         self.ids.push_all(&example.ids);
         self.runs.push_all(&runs);
         self.ends.push_all(&[End { tokens: self.ids.len() as u64, runs: self.runs.len() as u64 }]);
@@ -232,6 +271,7 @@ impl Examples {
         self.runs.shrink();
         self.ends.shrink();
         self.answers.shrink();
+        self.asides.shrink();
     }
 
     fn span(&self, index: usize) -> (Range<usize>, Range<usize>) {
@@ -264,12 +304,18 @@ impl Examples {
             }
         }
         let goal = match self.asks {
-            Asks::Tokens => Goal::Tokens(learned),
+            Asks::Tokens => Goal::turns(learned, self.asides(index)),
             Asks::Class => Goal::Class(self.answers[index]),
             Asks::Number => Goal::Number(f32::from_bits(self.answers[index].cast_unsigned())),
             Asks::Tags => Goal::Tags(self.answers[tokens].to_vec()),
         };
         Example { ids, types, goal }
+    }
+
+    fn asides(&self, index: usize) -> Vec<Aside> {
+        let first = self.asides.partition_point(|beside| (beside.example as usize) < index);
+        let own = self.asides[first..].iter().take_while(|beside| beside.example as usize == index);
+        own.map(|beside| Aside { at: beside.at, label: beside.label }).collect()
     }
 
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Example> {
@@ -297,7 +343,15 @@ impl Examples {
             Asks::Tags => self.ids.len(),
         };
         let known = |id: i32| u64::try_from(id).is_ok_and(|id| id < rows);
+        let inside = |beside: &Beside| {
+            let (example, at) = (beside.example as usize, beside.at as usize);
+            known(beside.label) && example < self.len() && (1..=self.span(example).0.len()).contains(&at)
+        };
+        let in_order = self.asides.is_sorted_by_key(|beside| (beside.example, beside.at));
+        let asides = self.asides.is_empty() || (self.asks == Asks::Tokens && in_order);
         ends && self.answers.len() == answers
+            && asides
+            && self.asides.iter().all(inside)
             && (last.tokens as usize, last.runs as usize) == (self.ids.len(), self.runs.len())
             && self.ids.iter().all(|&id| known(id))
             && self.runs.iter().all(|run| known(run.kind))
@@ -348,6 +402,19 @@ mod tests {
         assert!(examples.are_whole(10) && !examples.are_whole(9));
         // Types too: a type is a row of an embedding.
         assert!(![tokens(&[1], &[-1], &[])].into_iter().collect::<Examples>().are_whole(10));
+        // What several examples predict in one sequence: at the place of another token, once more, and behind the last.
+        let aside = |at, label| Aside { at, label };
+        let goal = Goal::Turns(vec![1..3], vec![aside(2, 7), aside(2, 9), aside(4, 8)]);
+        let turns = Example { goal, ..all[3].clone() };
+        let both = [all[0].clone(), turns.clone(), all[2].clone(), turns.clone()];
+        let examples: Examples = both.iter().cloned().collect();
+        assert_eq!(examples, both);
+        assert_eq!((turns.goal.targets(), examples.bytes()), (5, 4 * 14 + 12 * (11 + 6) + 16 * 4));
+        assert!(examples.are_whole(10) && !examples.are_whole(9));
+        for asides in [vec![aside(0, 7)], vec![aside(5, 7)], vec![aside(1, -1)], vec![aside(2, 7), aside(1, 7)]] {
+            let wrong = Example { goal: Goal::Turns(vec![1..3], asides.clone()), ..turns.clone() };
+            assert!(![wrong].into_iter().collect::<Examples>().are_whole(10), "{asides:?}");
+        }
         let class = Example { ids: vec![1, 4, 2], types: vec![0; 3], goal: Goal::Class(3) };
         let examples: Examples = std::iter::once(class.clone()).collect();
         assert_eq!(examples, [class]);
@@ -360,6 +427,12 @@ mod tests {
         assert_eq!((example.ids.len(), example.types.len(), &example.goal), (5, 5, &Goal::Tokens(vec![1..3, 4..5])));
         example.truncate(1);
         assert_eq!(example.goal.targets(), 0);
+        let asides = [Aside { at: 2, label: 7 }, Aside { at: 4, label: 8 }];
+        example = Example { ids: (0..6).collect(), types: vec![0; 6], goal: Goal::Turns(vec![1..3], asides.to_vec()) };
+        example.truncate(4);
+        assert_eq!(example.goal, Goal::Turns(vec![1..3], asides[..1].to_vec()));
+        example.truncate(2);
+        assert_eq!(example.goal, Goal::Tokens(vec![1..2]));
         assert_eq!(Goal::after(2, 3), Goal::Tokens(vec![]));
     }
 }

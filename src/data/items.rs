@@ -73,7 +73,7 @@ impl Items {
                 all.extend(steps[i].clone());
                 let earlier = i - before.min(i)..i;
                 all.push((BEFORE.into(), Value::List(steps[earlier].iter().cloned().map(Value::Object).collect())));
-                Ok(Row::of(At::Part { of: Box::new(at.clone()), number: i + 1 }, all))
+                Ok(Row::of(At::Part { of: Box::new(at.clone()), first: i + 1, last: i + 1 }, all))
             }))
         });
         let mut rows = Rows::new(each);

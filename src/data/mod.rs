@@ -10,6 +10,8 @@
 //! | text | a text | [`text`] |
 //! | classification, regression | a text or a pair of them, and a label | [`labelled`] |
 //! | token classification | words with a label each | [`tags`] |
+//!
+//! What a task packs, [`pack`] puts into fewer sequences.
 
 mod batch;
 mod cache;
@@ -19,6 +21,7 @@ mod examples;
 mod form;
 mod items;
 mod labelled;
+mod pack;
 mod rows;
 mod tags;
 mod template;
@@ -39,7 +42,7 @@ use tags::Tagged;
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
 pub(crate) use error::did_you_mean;
-pub use examples::{Example, Examples, Goal, NO_TAG};
+pub use examples::{Aside, Example, Examples, Goal, NO_TAG};
 pub use form::{Form, form};
 pub use tokenizer::{Marks, Spanned, Tokenizer};
 
@@ -91,9 +94,11 @@ pub struct Dataset {
     /// The first example of each row.
     #[serde(skip)]
     rows: Array<u32>,
-    /// Examples longer than the task's `max_tokens`, which were cut to it.
+    /// What shares the examples where the task packs; otherwise 0.
+    pub turns: usize,
+    /// Of these, or of the examples, those longer than the task's `max_tokens`, which were cut to it.
     pub cut: usize,
-    /// Examples of which the cut left nothing to predict; they are not among `examples`.
+    /// Those of which the cut left nothing to predict; they are not among `examples`.
     pub dropped: usize,
     pub left_out: LeftOut,
     /// Rows that could not be used and were left out, as [`Reading::skip_bad`] asks.
@@ -169,7 +174,8 @@ impl Dataset {
         let max_tokens = task.max_tokens as usize;
         let data = Dataset::default();
         let (skip_bad, marks) = (reading.skip_bad, tokenizer.marks());
-        let mut reader = Reader { data, skip_bad, max_tokens, marks, row: None, first_dropped: None };
+        let packer = matches!(task.kind, TaskKind::Generation { pack: true, .. }).then(pack::Packer::default);
+        let mut reader = Reader { data, skip_bad, max_tokens, marks, packer, row: None, first_dropped: None };
         match &task.kind {
             TaskKind::Generation { template, target, each, .. } => {
                 reader.files(files, &template::Layout::new((template, target, each), tokenizer)?)?;
@@ -240,7 +246,9 @@ impl Dataset {
             (cut, dropped) => format!(", {cut} cut, {dropped} of them dropped: no target is left"),
         };
         let (examples, tokens, longest) = (self.len(), self.tokens(), self.longest());
-        let mut line = format!("{}: {examples} examples, {tokens} tokens, the longest {longest}{cut}", self.name());
+        let turns = if self.turns > 0 { format!(" of {} turns", self.turns) } else { String::new() };
+        let mut line =
+            format!("{}: {examples} examples{turns}, {tokens} tokens, the longest {longest}{cut}", self.name());
         if self.left_out.texts > 0 {
             line += &format!(", {} texts left out: their `comment` is not `good`", self.left_out.texts);
         }
@@ -302,6 +310,8 @@ struct Reader {
     skip_bad: bool,
     max_tokens: usize,
     marks: Marks,
+    /// Of a task that packs.
+    packer: Option<pack::Packer>,
     /// The row of the last example.
     row: Option<At>,
     /// Place and length of the first example that was dropped, and its first target.
@@ -319,6 +329,10 @@ impl Reader {
             self.data.sources.last_mut().expect("it was pushed above").examples = examples;
         }
         self.data.notes = maker.notes();
+        if let Some(packer) = &self.packer {
+            self.data.turns = packer.turns;
+            self.data.notes.extend(packer.note());
+        }
         Ok(())
     }
 
@@ -360,7 +374,11 @@ impl Reader {
         if !any {
             return Err(DataError::Empty { path: path.clone(), message: maker.empty().into() });
         }
-        self.encode(path, maker, drafts, several)
+        self.encode(path, maker, drafts, several)?;
+        if let Some(last) = self.packer.as_mut().and_then(pack::Packer::close) {
+            self.push(path, last, several);
+        }
+        Ok(())
     }
 
     fn encode<M: Maker>(
@@ -394,22 +412,17 @@ impl Reader {
     /// Cuts what is too long. A sequence between marks keeps the closing one. What the cut leaves nothing to learn from is
     /// dropped, a continuation without a token to predict or marks without a sentence.
     fn fit(&mut self, path: &Path, Placed { at, mut example, length }: Placed, several: bool) {
-        let place = || match several {
-            true => format!("{}, {at}", path.display()),
-            false => at.to_string(),
-        };
         let (data, limit) = (&mut self.data, self.max_tokens);
-        data.lengths.push(u32::try_from(length).unwrap_or(u32::MAX));
         if length > limit {
             data.cut += 1;
             let first_target = match &example.goal {
-                Goal::Tokens(ranges) => ranges.first().map(|range| range.start),
+                Goal::Tokens(ranges) | Goal::Turns(ranges, _) => ranges.first().map(|range| range.start),
                 _ => None,
             };
             // A pair comes here cut already.
             if example.ids.len() > limit {
                 let closing = match example.goal {
-                    Goal::Tokens(_) => 0,
+                    Goal::Tokens(_) | Goal::Turns(..) => 0,
                     _ => self.marks.closing.min(limit),
                 };
                 let marks = example.ids.split_off(example.ids.len() - closing);
@@ -417,17 +430,31 @@ impl Reader {
                 example.close(&marks);
             }
             let left = match example.goal {
-                Goal::Tokens(_) | Goal::Tags(_) => example.goal.targets() > 0,
+                Goal::Tokens(_) | Goal::Turns(..) | Goal::Tags(_) => example.goal.targets() > 0,
                 Goal::Class(_) | Goal::Number(_) => example.ids.len() > self.marks.count(),
             };
             if !left {
                 data.dropped += 1;
-                self.first_dropped.get_or_insert_with(|| (place(), length, first_target));
+                data.lengths.push(as_length(length));
+                self.first_dropped.get_or_insert_with(|| (place(path, &at, several), length, first_target));
                 return;
             }
         }
+        let placed = Placed { at, example, length };
+        let complete = match &mut self.packer {
+            Some(packer) => packer.add(placed),
+            None => Some(placed),
+        };
+        if let Some(placed) = complete {
+            self.push(path, placed, several);
+        }
+    }
+
+    fn push(&mut self, path: &Path, Placed { at, example, length }: Placed, several: bool) {
+        let data = &mut self.data;
+        data.lengths.push(as_length(length));
         if data.places.len() < PLACES {
-            data.places.push(place());
+            data.places.push(place(path, &at, several));
         }
         if self.row.as_ref() != Some(at.row()) {
             data.rows.push(data.examples.len() as u32);
@@ -454,6 +481,15 @@ impl Reader {
             (None, None) => Ok(data),
         }
     }
+}
+
+/// A place, with its file's name if there are several.
+fn place(path: &Path, at: &At, several: bool) -> String {
+    if several { format!("{}, {at}", path.display()) } else { at.to_string() }
+}
+
+fn as_length(tokens: usize) -> u32 {
+    u32::try_from(tokens).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

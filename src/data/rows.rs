@@ -47,10 +47,11 @@ pub enum At {
         line: usize,
         column: usize,
     },
-    /// An item of a row's list, counted from 1.
+    /// Items of a row's list, counted from 1.
     Part {
         of: Box<At>,
-        number: usize,
+        first: usize,
+        last: usize,
     },
 }
 
@@ -60,6 +61,16 @@ impl At {
         match self {
             At::Part { of, .. } => of,
             row => row,
+        }
+    }
+
+    /// From this item of a row to that one.
+    pub fn through(&self, that: &At) -> At {
+        match (self, that) {
+            (At::Part { of, first, .. }, At::Part { last, .. }) => {
+                At::Part { of: of.clone(), first: *first, last: *last }
+            }
+            _ => self.clone(),
         }
     }
 }
@@ -72,7 +83,8 @@ impl fmt::Display for At {
             At::Row(number) => write!(f, "row {number}"),
             At::Entry(key) => write!(f, "entry {key}"),
             At::Column { line, column } => write!(f, "line {line}, column {column}"),
-            At::Part { of, number } => write!(f, "{of}, item {number}"),
+            At::Part { of, first, last } if first == last => write!(f, "{of}, item {first}"),
+            At::Part { of, first, last } => write!(f, "{of}, items {first} to {last}"),
         }
     }
 }

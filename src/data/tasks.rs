@@ -12,7 +12,7 @@ fn task(backbone: &str, block: &str) -> Task {
     check("spec.peft", &source, &no_imports).unwrap_or_else(|e| panic!("{e}")).task
 }
 
-fn generates(block: &str) -> Task {
+pub(super) fn generates(block: &str) -> Task {
     task("gpt2(layers: 1, hidden: 8, heads: 1, ffn: 8, vocab: 64, context: 1024)", block)
 }
 
@@ -25,11 +25,11 @@ fn continuation(ids: &[i32], types: &[i32], from: usize) -> Example {
 }
 
 /// Ids of the words in the tests' tokenizer.
-const GOOD: i32 = 3;
-const BAD: i32 = 4;
-const TEA: i32 = 5;
-const ANN: i32 = 6;
-const LIKES: i32 = 7;
+pub(super) const GOOD: i32 = 3;
+pub(super) const BAD: i32 = 4;
+pub(super) const TEA: i32 = 5;
+pub(super) const ANN: i32 = 6;
+pub(super) const LIKES: i32 = 7;
 
 /// A conversation in CoQA's form: questions and answers by turn.
 fn conversation(story: &str, turns: &[(&str, &str)]) -> String {

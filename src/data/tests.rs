@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::*;
 
 /// A word-level tokenizer with `[CLS]` and `[SEP]`; ids 0.. in this order.
-const WORDS: [&str; 8] = ["[UNK]", "[CLS]", "[SEP]", "good", "bad", "tea", "Ann", "likes"];
+pub(super) const WORDS: [&str; 8] = ["[UNK]", "[CLS]", "[SEP]", "good", "bad", "tea", "Ann", "likes"];
 
 fn tokenizer_json(marks: bool) -> String {
     let vocab: serde_json::Map<_, _> = WORDS.iter().enumerate().map(|(i, w)| (w.to_string(), i.into())).collect();
@@ -62,7 +62,7 @@ fn generation(head: &str, repeat: &str, tail: &str) -> Task {
         name: "t".into(),
         max_tokens: 64,
         enclosed: false,
-        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
 
@@ -509,7 +509,7 @@ fn literal_text() {
     ];
     let task = |target: &str| {
         let (special, target) = (vec!["<t>".into()], target.into());
-        let kind = TaskKind::Generation { special, template: template.clone(), target, each: vec![] };
+        let kind = TaskKind::Generation { special, template: template.clone(), target, each: vec![], pack: false };
         Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }
     };
     // The loss begins behind the target's last token; literals have the type of what is before them.
@@ -608,7 +608,7 @@ fn webnlg() -> Task {
     template.push(Piece::Repeat(pieces("<subject> {subject} <property> {property} <object> {object}")));
     template.extend(pieces("<target> {text} <eos>"));
     let special = special.map(str::to_owned).to_vec();
-    let kind = TaskKind::Generation { special, template, target: "<target>".into(), each: vec![] };
+    let kind = TaskKind::Generation { special, template, target: "<target>".into(), each: vec![], pack: false };
     Task { name: "webnlg".into(), max_tokens: 1024, enclosed: false, kind }
 }
 

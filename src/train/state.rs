@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, written};
@@ -58,13 +59,16 @@ impl Identity {
         settings(model).into_iter().for_each(|(key, value)| put(key, value));
         model.applied.iter().for_each(|applied| put(applied.path(), json!("applied")));
         match &model.task.kind {
-            TaskKind::Generation { special, template, target, each } => {
+            TaskKind::Generation { special, template, target, each, pack } => {
                 put("task".into(), json!("generation"));
                 put("task.special".into(), json!(special));
                 put("task.template".into(), json!(written(template)));
                 put("task.target".into(), json!(target));
                 if !each.is_empty() {
                     put("task.each".into(), json!(each));
+                }
+                if *pack {
+                    put("task.pack".into(), json!(pack));
                 }
             }
             TaskKind::Chat | TaskKind::Text { .. } => put("task".into(), json!(model.task.kind)),
@@ -110,17 +114,22 @@ impl Identity {
 fn content(data: &Dataset) -> String {
     let mut hash = blake3::Hasher::new();
     for example in data.examples.iter() {
+        // What stands before each range, and where all but the last token of the example are no targets, its end.
+        let spans = |ranges: &[Range<usize>]| -> Vec<i32> {
+            let numbers = ranges.iter().flat_map(|range| [range.start - 1, range.end]);
+            let mut numbers: Vec<i32> = numbers.map(|n| n as i32).collect();
+            numbers.pop_if(|end| *end as usize == example.ids.len());
+            numbers
+        };
         let goal: Vec<i32> = match &example.goal {
-            // What stands before each range, and where all but the last token of the example are no targets, its end.
-            Goal::Tokens(ranges) => {
-                let numbers = ranges.iter().flat_map(|range| [range.start - 1, range.end]);
-                let mut numbers: Vec<i32> = std::iter::once(0).chain(numbers.map(|n| n as i32)).collect();
-                numbers.pop_if(|end| *end as usize == example.ids.len());
-                numbers
+            Goal::Tokens(ranges) => [vec![0], spans(ranges)].concat(),
+            Goal::Turns(ranges, asides) => {
+                let pairs: Vec<i32> = asides.iter().flat_map(|aside| [aside.at as i32, aside.label]).collect();
+                [vec![2, pairs.len() as i32], pairs, spans(ranges)].concat()
             }
             Goal::Class(class) => vec![1, *class],
-            Goal::Number(number) => vec![2, number.to_bits().cast_signed()],
-            Goal::Tags(tags) => std::iter::once(3).chain(tags.iter().copied()).collect(),
+            Goal::Number(number) => vec![3, number.to_bits().cast_signed()],
+            Goal::Tags(tags) => std::iter::once(4).chain(tags.iter().copied()).collect(),
         };
         let numbers = [&[example.ids.len() as i32], &goal[..], &example.ids, &example.types].concat();
         hash.update(&numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>());
@@ -433,3 +442,6 @@ pub fn save(
     }
     adapter::save(&out.join(STATE), &file)
 }
+
+#[cfg(test)]
+mod tests;

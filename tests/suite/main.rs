@@ -11,6 +11,7 @@ mod interop;
 mod kills;
 mod new;
 mod optimizers;
+mod pack;
 mod pairs;
 mod paper;
 mod parity;

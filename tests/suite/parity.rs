@@ -83,26 +83,31 @@ fn differences(fixture: &Fixture, precision: Precision, padded: &Padded, found: 
     wrong
 }
 
+/// What the interpreter is given: a batch, and the fixture's weights.
+pub fn arguments(graph: &Graph, fixture: &Fixture, model: &Model, inputs: &Inputs) -> HashMap<String, Data> {
+    let argument = |arg: &peft_grammar::graph::Arg| {
+        let data = if graph.ty(arg.value).dtype == DType::I32 {
+            Data::I32(inputs.ints[&arg.name].clone())
+        } else if let Some(floats) = inputs.floats.get(&arg.name) {
+            Data::F64(floats.iter().map(|&x| f64::from(x)).collect())
+        } else {
+            let all = fixture.floats(&format!("weights.{}", arg.name));
+            let row =
+                all.len() / model.params.iter().find(|p| p.name == arg.name).expect("a parameter").shape[0] as usize;
+            let rows = arg.rows.map_or(0..all.len(), |(a, b)| a as usize * row..b as usize * row);
+            Data::F64(all[rows].iter().map(|&x| f64::from(x)).collect())
+        };
+        (arg.label(), data)
+    };
+    graph.args.iter().map(argument).collect()
+}
+
 /// The interpreter's results in the same form as the session's.
 fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded) -> TensorFile {
     let run = |inputs: &Inputs| {
         let lengths: Vec<usize> = inputs.lengths.iter().map(|&n| n as usize).collect();
         let batch = Batch::new(&lengths, inputs.ints["targets"].len());
-        let argument = |arg: &peft_grammar::graph::Arg| {
-            let data = if graph.ty(arg.value).dtype == DType::I32 {
-                Data::I32(inputs.ints[&arg.name].clone())
-            } else if let Some(floats) = inputs.floats.get(&arg.name) {
-                Data::F64(floats.iter().map(|&x| f64::from(x)).collect())
-            } else {
-                let all = fixture.floats(&format!("weights.{}", arg.name));
-                let row = all.len()
-                    / model.params.iter().find(|p| p.name == arg.name).expect("a parameter").shape[0] as usize;
-                let rows = arg.rows.map_or(0..all.len(), |(a, b)| a as usize * row..b as usize * row);
-                Data::F64(all[rows].iter().map(|&x| f64::from(x)).collect())
-            };
-            (arg.label(), data)
-        };
-        let args: HashMap<String, Data> = graph.args.iter().map(argument).collect();
+        let args = arguments(graph, fixture, model, inputs);
         interpret::run(graph, &batch, &args).expect("interpreted")
     };
     let f32s = |data: &Data| data.floats().iter().map(|&x| x as f32).collect::<Vec<f32>>();

@@ -276,7 +276,7 @@ impl<'a> Checker<'a> {
         Some(self.push(Op::Reduce { axes, keep, mean }, &[x], span))
     }
 
-    fn flag(&mut self, value: Option<(Val, Span)>) -> Option<bool> {
+    pub(super) fn flag(&mut self, value: Option<(Val, Span)>) -> Option<bool> {
         match value {
             None => Some(false),
             Some((Val::Bool(b), _)) => Some(b),

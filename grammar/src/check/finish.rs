@@ -10,7 +10,7 @@ use super::{Checker, Glob, Purpose, Said};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{DType, Dim, Op, Role, Value};
-use crate::model::{Backbone, ConfigValue, Model, Origin, Recipe, Task, Trainable};
+use crate::model::{Backbone, ConfigValue, Model, Origin, Recipe, Task, TaskKind, Trainable};
 use crate::pattern;
 use crate::source::Span;
 
@@ -29,6 +29,9 @@ impl<'a> Checker<'a> {
             self.train_by_name();
             self.outputs_there(model);
             self.smoothing_counts();
+            if matches!(task.kind, TaskKind::Generation { pack: true, .. }) {
+                self.no_token_sees_later_ones(model);
+            }
         }
         if self.errors.is_empty() {
             self.every_weight_counts();
@@ -325,6 +328,16 @@ impl<'a> Checker<'a> {
                 };
                 self.report(Diagnostic::error(span(self, "logits"), title).hint("`classes` is how many there are"));
             }
+        }
+    }
+    /// Examples that share a sequence are what they are by themselves only if none sees what follows it.
+    fn no_token_sees_later_ones(&mut self, model: &ModelDef) {
+        let sees = |op: &Op| matches!(op, Op::Scores { causal: false } | Op::SegmentMean);
+        if self.graph.nodes.iter().any(|node| sees(&node.op)) {
+            let name = &model.backbone;
+            let title = format!("`pack: true` wants a causal model, and tokens of this `{}` see later ones", name.text);
+            let error = Diagnostic::error(name.span, title);
+            self.report(error.hint("leave `pack` out, and each example is a sequence of its own"));
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::model::{
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::FileId;
 
-const GENERATION: &[&str] = &["kind", "max_tokens", "special", "each", "template", "target"];
+const GENERATION: &[&str] = &["kind", "max_tokens", "special", "each", "pack", "template", "target"];
 const CHAT: &[&str] = &["kind", "max_tokens"];
 const TEXT: &[&str] = &["kind", "max_tokens", "text", "end"];
 const CLASSIFICATION: &[&str] = &["kind", "max_tokens", "labels", "text", "pair", "label"];
@@ -48,6 +48,10 @@ const RECIPE: &[&str] = &[
     "average",
 ];
 
+/// Of `pack` in other blocks.
+const OF_GENERATION: &str =
+    "a task of `kind: generation` has it, beside `each`; all turns of a chat are one sequence without it";
+
 /// Of a task that does not say its `max_tokens`, where the backbone takes as many.
 const DEFAULT_MAX_TOKENS: u64 = 512;
 
@@ -70,11 +74,14 @@ impl<'a> Checker<'a> {
             let key = &entry.key;
             if !known.contains(&&*key.text) {
                 let error = Diagnostic::error(key.span, format!("{what} has no setting `{}`", key.text));
-                self.report(match kinds.iter().find(|(_, keys)| keys.contains(&&*key.text)) {
-                    Some((kind, _)) => {
+                let made = |kind: &str| self.purposes.contains(&Purpose::of(kind));
+                let of = kinds.iter().find(|(kind, keys)| keys.contains(&&*key.text) && made(kind));
+                self.report(match (&*key.text, of) {
+                    (_, Some((kind, _))) => {
                         error.hint(format!("a task of another kind has it; say which this is, `kind: {kind}`"))
                     }
-                    None => error.suggest(&key.text, known.iter().copied()),
+                    ("pack", _) => error.hint(OF_GENERATION),
+                    (unknown, _) => error.suggest(unknown, known.iter().copied()),
                 });
             } else if let Some(first) = entries.insert(&key.text, &entry.value) {
                 let error = Diagnostic::error(key.span, format!("`{}` is set twice", key.text));
@@ -177,7 +184,8 @@ impl<'a> Checker<'a> {
             let (labels, columns) = (vec!["0".into(), "1".into()], Columns::default());
             let kind = match self.purpose {
                 Purpose::Generation => {
-                    TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] }
+                    let (special, template, target, each) = (vec![], vec![], String::new(), vec![]);
+                    TaskKind::Generation { special, template, target, each, pack: false }
                 }
                 Purpose::Classification => TaskKind::Classification { labels, columns },
                 Purpose::Regression => TaskKind::Regression { columns },
@@ -249,6 +257,7 @@ impl<'a> Checker<'a> {
     fn generation(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
         let special = self.texts(entries, "special").unwrap_or_default();
         let each = self.each(entries);
+        let pack = self.pack(entries);
         let (template, target) = (self.text(entries, "template"), self.text(entries, "target"));
         for (key, example) in [("template", "\"<in> … <out> {text} <end>\""), ("target", "\"<out>\"")] {
             if !entries.contains_key(key) {
@@ -264,7 +273,7 @@ impl<'a> Checker<'a> {
                     let error = Diagnostic::error(template.span, title);
                     self.report(error.hint(format!("such as `{{{}.text}}`, outside of `( … )*`", item_name(name))));
                 }
-                Some(TaskKind::Generation { special, template: pieces, target, each })
+                Some(TaskKind::Generation { special, template: pieces, target, each, pack })
             }
             Err(error) => {
                 self.report(*error);
@@ -292,6 +301,19 @@ impl<'a> Checker<'a> {
             self.report(Diagnostic::error(value.span, title));
         }
         names
+    }
+
+    /// Whether the examples that `each` makes of a row share sequences.
+    fn pack(&mut self, entries: &Entries<'a>) -> bool {
+        let Some(&value) = entries.get("pack") else { return false };
+        let found = self.eval(&Frame::empty(), value);
+        let pack = self.flag(Some((found, value.span))).unwrap_or(false);
+        if pack && !entries.contains_key("each") {
+            let title = "`pack: true` puts the examples of a row into one sequence, and without `each` a row makes one";
+            let error = Diagnostic::error(value.span, title);
+            self.report(error.hint("name the list of the row's turns, `each: \"turns\"`, or leave `pack` out"));
+        }
+        pack
     }
 
     fn texts_as_they_stand(&mut self, entries: &Entries<'a>) -> TaskKind {

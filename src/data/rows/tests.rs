@@ -32,7 +32,7 @@ fn turns(list: Option<&str>) -> Task {
         name: "t".into(),
         max_tokens: 64,
         enclosed: false,
-        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
 
@@ -45,7 +45,7 @@ fn questions() -> Task {
         name: "t".into(),
         max_tokens: 64,
         enclosed: false,
-        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![] },
+        kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
 

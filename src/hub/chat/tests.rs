@@ -34,7 +34,8 @@ fn folder(tokenizer: &Json, files: &[(&str, Json)]) -> TempDir {
 }
 
 fn load(folder: &TempDir) -> Result<Tokenizer, DataError> {
-    let kind = TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] };
+    let kind =
+        TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![], pack: false };
     Tokenizer::load(folder.path(), &Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }, 100_000)
 }
 
@@ -433,7 +434,8 @@ fn values_that_hold_each_other() {
 #[test]
 fn smollm2_by_its_own_template() {
     let (Some(_), Some(file)) = (std::env::var_os("PEFTC_FULL"), std::env::var_os("PEFTC_SMOLLM2")) else { return };
-    let kind = TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![] };
+    let kind =
+        TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![], pack: false };
     let task = Task { name: "t".into(), max_tokens: 64, enclosed: false, kind };
     let tokenizer = Tokenizer::load(Path::new(&file), &task, 49_152).unwrap();
     let tokens = &tokenizer.templates().unwrap().tokens;

@@ -28,7 +28,7 @@ fn folder(files: &[(String, String)]) -> TempDir {
 /// A task that asks nothing of the tokenizer.
 fn task(special: &[&str]) -> Task {
     let special = special.iter().map(|t| t.to_string()).collect();
-    let kind = TaskKind::Generation { special, template: vec![], target: String::new(), each: vec![] };
+    let kind = TaskKind::Generation { special, template: vec![], target: String::new(), each: vec![], pack: false };
     Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }
 }
 
