@@ -1,8 +1,8 @@
-//! The user's cache: compiled programs, and data sets as they were tokenised.
+//! The user's cache: compiled programs and single kernels, and data sets as they were tokenised.
 
 use std::ffi::OsString;
-use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use peft_runtime::store;
 use peft_runtime::trust::{TrustError, What, trusted};
@@ -19,11 +19,7 @@ pub fn folder() -> Result<Option<PathBuf>, Failure> {
         None
     });
     let Some(path) = path else { return Ok(None) };
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    let made = builder.create(&path).map_err(TrustError::from);
+    let made = make(&path).map_err(TrustError::from);
     match made.and_then(|()| trusted(&path, What::Cache)) {
         Ok(path) => Ok(Some(path)),
         Err(TrustError::Stranger(stranger)) => Err(store::StoreError::from(stranger).into()),
@@ -32,6 +28,25 @@ pub fn folder() -> Result<Option<PathBuf>, Failure> {
             Ok(None)
         }
     }
+}
+
+/// Makes a folder for its owner alone.
+fn make(path: &Path) -> io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path)
+}
+
+/// Where the machine code of single kernels is in the cache: each build of this program has its own. None if nothing can
+/// be made there.
+#[cfg(feature = "compiler")]
+pub fn kernels(cache: &Path) -> Option<PathBuf> {
+    let folder = cache.join(format!("{}.kernels", &blake3::hash(build().as_bytes()).to_hex()[..32]));
+    let made = make(&folder);
+    made.inspect_err(|e| tracing::warn!("the cache takes nothing: {}: {e}", folder.display())).ok()?;
+    Some(folder)
 }
 
 /// What tells one build of this program from another: what they make may differ.

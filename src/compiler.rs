@@ -39,13 +39,15 @@ pub fn compile(model: &Model, options: &Options) -> Result<Artifact, Failure> {
 pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> Result<Artifact, Failure> {
     let begun = Instant::now();
     let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
+    let cache = cache::folder()?;
+    let kept = cache.as_deref().and_then(cache::kernels);
     let mut compiled = None;
     let mut make = || {
-        let (manifest, library, timings, remade) = fresh(model, entries, options, folder.path())?;
+        let (manifest, library, timings, remade) = fresh(model, entries, options, kept.as_deref(), folder.path())?;
         compiled = Some((timings, remade));
         Ok::<_, Failure>((manifest, library))
     };
-    let (manifest, library) = match cache::folder()? {
+    let (manifest, library) = match cache {
         Some(cache) => store::cached(&cache.join(format!("{}.peftc", key(model, entries, options))), make)?,
         None => make()?,
     };
@@ -60,6 +62,7 @@ fn fresh(
     model: &Model,
     entries: &[Entry],
     options: &Options,
+    kept: Option<&Path>,
     folder: &Path,
 ) -> Result<(Manifest, PathBuf, Timings, Option<Remade>), Failure> {
     let dialect = Dialect::new()?;
@@ -70,7 +73,7 @@ fn fresh(
         entries.iter().zip(compiled.remade).find(|(entry, _)| **entry == Entry::Train).map(|(_, remade)| remade);
     let begun = Instant::now();
     let library = folder.join(lowered.manifest.library_name());
-    codegen::compile(&lowered.kernels, lowered.machine, &library)?;
+    codegen::compile(&lowered.kernels, lowered.machine, kept, &library)?;
     timings.push(("llvm", begun.elapsed()));
     let manifest = Manifest {
         compiler: compiler(),

@@ -185,7 +185,7 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
 
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&lowered.kernels, Machine::default(), &library).unwrap_or_else(|e| panic!("{e}"));
+    codegen::compile(&lowered.kernels, Machine::default(), None, &library).unwrap_or_else(|e| panic!("{e}"));
     let numbers = |n: usize| (0..n).map(|i| ((i * 7919 % 1001) as f32 - 500.0) / 1000.0);
     let weights = tensors.iter().map(|t| {
         let count = t.shape.iter().product::<u64>() as usize;

@@ -1,11 +1,12 @@
 //! From kernels in `scf`, `vector` and `memref` to machine code in a shared library, or to PTX, by MLIR and LLVM.
 //!
 //! The same library is run at once and saved for later: there is no second way. Kernels do not know of
-//! each other, so they are compiled in as many parts as there are cores.
+//! each other, so each is compiled by itself, on all cores, and its machine code can be kept for the next model.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Once;
+use std::sync::{Mutex, Once};
 
 use melior::ExecutionEngine;
 use melior::StringRef;
@@ -14,6 +15,7 @@ use melior::ir::operation::OperationLike;
 use melior::ir::{BlockLike, Module};
 use melior::pass::PassManager;
 use melior::utility::{parse_pass_pipeline, register_all_llvm_translations, register_all_passes};
+use peft_runtime::trust::trusted_file;
 
 use crate::Error;
 use crate::cpu::Cpu;
@@ -95,41 +97,102 @@ pub fn read(dialect: &Dialect, text: &str) -> Result<String, Error> {
     Ok(dialect.parse(text)?.as_operation().to_string())
 }
 
-/// Compiles the kernels to the file `out`: a library, or PTX.
-pub fn compile(kernels: &[String], machine: Machine, out: &Path) -> Result<(), Error> {
+/// Compiles the kernels to the file `out`: a library, or PTX. The machine code of each is taken from the folder `kept` if
+/// it is there, and put there if it is not: models of one kind have most kernels in common.
+pub fn compile(kernels: &[String], machine: Machine, kept: Option<&Path>, out: &Path) -> Result<(), Error> {
     let Machine::Cpu(cpu) = machine else {
         let text = ptx(&Dialect::new()?, kernels, machine)?;
         return std::fs::write(out, text).map_err(|e| Error::Link(format!("{}: {e}", out.display())));
     };
     let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;
-    // None without a kernel: LLVM makes no engine of an empty module.
-    let parts = std::thread::available_parallelism().map_or(1, |n| n.get()).min(kernels.len()).clamp(1, 8);
-    let mut shards = vec![vec![]; parts];
-    // The largest first, each to where there is least.
-    let mut order: Vec<&String> = kernels.iter().collect();
-    order.sort_by_key(|text| std::cmp::Reverse(text.len()));
-    for text in order {
-        let least = shards.iter_mut().min_by_key(|s| s.iter().map(|t: &String| t.len()).sum::<usize>());
-        least.expect("at least one").push(text.clone());
-    }
-    let objects: Vec<PathBuf> = (0..parts).map(|i| folder.path().join(format!("kernels{i}.o"))).collect();
+    let kernels: Vec<Kernel> = kernels
+        .iter()
+        .enumerate()
+        .map(|(i, text)| {
+            let module = module(std::slice::from_ref(text), machine);
+            Kernel {
+                object: folder.path().join(format!("kernel{i}.o")),
+                kept: kept.map(|folder| place(folder, cpu, &module)),
+                module,
+            }
+        })
+        .collect();
+    let mut left: Vec<&Kernel> = kernels.iter().filter(|kernel| !kernel.found()).collect();
+    // The largest is the last, and begun first.
+    left.sort_by_key(|kernel| kernel.module.len());
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(left.len()).min(8);
+    let left = Mutex::new(left);
     std::thread::scope(|scope| {
-        let compile = |(shard, object): (&Vec<String>, &PathBuf)| {
-            let (shard, object) = (shard.clone(), object.clone());
-            scope.spawn(move || object_file(&shard, cpu, &object))
-        };
-        let jobs: Vec<_> = shards.iter().zip(&objects).map(compile).collect();
+        let jobs: Vec<_> = (0..threads).map(|_| scope.spawn(|| compile_all(&left))).collect();
         jobs.into_iter().try_for_each(|job| {
             job.join().unwrap_or_else(|_| Err(Error::Mlir("a compiling thread ended early".into())))
         })
     })?;
-    link(&objects, out)
+    link(&kernels.iter().map(|kernel| &kernel.object).collect::<Vec<_>>(), out)
 }
 
-fn object_file(kernels: &[String], cpu: Cpu, out: &Path) -> Result<(), Error> {
+/// A kernel in a module of its own.
+struct Kernel {
+    module: String,
+    object: PathBuf,
+    /// Where its machine code is kept, if it is.
+    kept: Option<PathBuf>,
+}
+
+impl Kernel {
+    /// Takes the machine code from where it is kept: what was damaged there, or may be another user's, counts as missing.
+    fn found(&self) -> bool {
+        let Some(kept) = &self.kept else { return false };
+        let (Some(folder), Some(name)) = (kept.parent(), kept.file_name().and_then(|name| name.to_str())) else {
+            return false;
+        };
+        let content = trusted_file(folder, name).ok().and_then(|path| std::fs::read(path).ok()).unwrap_or_default();
+        let Some((checksum, code)) = content.split_first_chunk() else { return false };
+        *blake3::hash(code).as_bytes() == *checksum && std::fs::write(&self.object, code).is_ok()
+    }
+
+    /// Puts the machine code there, as a whole or not at all. Without it, it is compiled again.
+    fn keep(&self) {
+        let Some(kept) = &self.kept else { return };
+        let write = || -> io::Result<()> {
+            let folder = kept.parent().expect("it lies in a folder");
+            let code = std::fs::read(&self.object)?;
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            file.write_all(blake3::hash(&code).as_bytes())?;
+            file.write_all(&code)?;
+            file.persist(kept)?;
+            Ok(())
+        };
+        if let Err(error) = write() {
+            tracing::debug!("{}: {error}", kept.display());
+        }
+    }
+}
+
+/// The file of a kernel's machine code: by the module and all that it depends on from there.
+fn place(folder: &Path, cpu: Cpu, module: &str) -> PathBuf {
+    let mut hash = blake3::Hasher::new();
+    for part in [PIPELINE, &cpu.features().join(","), module] {
+        hash.update(&(part.len() as u64).to_le_bytes());
+        hash.update(part.as_bytes());
+    }
+    folder.join(&hash.finalize().to_hex()[..32])
+}
+
+/// Compiles kernels until none is left.
+fn compile_all(left: &Mutex<Vec<&Kernel>>) -> Result<(), Error> {
     let dialect = Dialect::new()?;
     register_all_llvm_translations(dialect.context());
-    let module = lowered(&dialect, &module(kernels, Machine::Cpu(cpu)), PIPELINE)?;
+    let next = || left.lock().expect("no thread panics with it").pop();
+    while let Some(kernel) = next() {
+        object_file(&dialect, &kernel.module, &kernel.object)?;
+        kernel.keep();
+    }
+    Ok(())
+}
+
+fn object_file(dialect: &Dialect, module: &str, out: &Path) -> Result<(), Error> {
+    let module = lowered(dialect, module, PIPELINE)?;
     let path = out.to_str().ok_or_else(|| Error::Link(format!("`{}` is no UTF-8", out.display())))?;
     let engine = ExecutionEngine::new(&module, 3, &[], true, true);
     engine.dump_to_object_file(path);
@@ -167,7 +230,7 @@ fn through<'c>(dialect: &'c Dialect, mut module: Module<'c>, pipeline: &str) -> 
 }
 
 /// A shared library of the object files, by whichever linker there is.
-fn link(objects: &[PathBuf], out: &Path) -> Result<(), Error> {
+fn link(objects: &[&PathBuf], out: &Path) -> Result<(), Error> {
     let mut said = vec![];
     for linker in ["cc", "clang-22", "ld"] {
         let run = Command::new(linker).arg("-shared").arg("-o").arg(out).args(objects).output();

@@ -11,6 +11,7 @@ use peft_runtime::adapter;
 use crate::cli::{Bench, text};
 use crate::gpu::Machine;
 use crate::reports::random::{CLASSIFIER, classifier};
+use crate::reports::recipe;
 
 /// A training that can be started again and again.
 struct Victim<'a> {
@@ -92,10 +93,11 @@ fn step(out: &Path) -> Option<u64> {
     path.is_file().then(|| adapter::load(&path).expect("whole").notes["step"].parse().expect("a number"))
 }
 
+/// All files and what was judged.
 fn same(alone: &Path, killed: &Path) {
-    for name in ["adapter.safetensors", "state.safetensors"] {
-        assert!(fs::read(alone.join(name)).expect("there") == fs::read(killed.join(name)).expect("there"), "{name}");
-    }
+    let there: Vec<&str> = recipe::FILES.into_iter().filter(|name| alone.join(name).is_file()).collect();
+    recipe::same(alone, killed, &there);
+    assert_eq!(recipe::figures(alone).1, recipe::figures(killed).1);
 }
 
 /// A number from 0 to 1 (SplitMix64).
@@ -116,7 +118,8 @@ fn a_run_on_a_processor_survives() {
     let source = CLASSIFIER.replace("lora(rank: 2)", "lora(rank: 2, dropout: 0.5)").replace("batch: 2", "batch: 3");
     let case = classifier(&source, |_| {});
     let args = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data)];
-    let args = args.map(String::from).to_vec();
+    let judged = ["--dev", text(&case.data), "--set", "train.evaluate=7"];
+    let args = args.into_iter().chain(judged).map(String::from).collect();
     Victim { bench: &case.bench, environment: vec![], args, steps: 60 }.survives(kills(10));
 }
 

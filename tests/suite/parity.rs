@@ -14,6 +14,7 @@ use peft_runtime::adapter::{Stored, TensorFile};
 use peft_runtime::{Inputs, Program, Session, weights};
 use peftc::exchange::{self, Padded};
 
+use crate::cli::kept;
 use crate::fixtures::{self, Fixture};
 
 /// What may differ: the loss and gradients as a part of their largest value.
@@ -162,7 +163,7 @@ pub fn programs(all: Vec<Lowered>) -> Vec<Program> {
     let kernels = kernels(&all);
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&kernels, all[0].machine, &library).unwrap_or_else(|e| panic!("{e}"));
+    codegen::compile(&kernels, all[0].machine, kept().as_deref(), &library).unwrap_or_else(|e| panic!("{e}"));
     all.into_iter().map(|lowered| Program::new(lowered.manifest, &library).expect("a program")).collect()
 }
 

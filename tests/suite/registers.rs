@@ -10,6 +10,7 @@ use peft_passes::cpu::{Cpu, Level};
 use peft_passes::fuse::Limits;
 use peft_passes::machine::Machine;
 
+use crate::cli::kept;
 use crate::paper;
 
 const OBJDUMP: &str = "/usr/lib/llvm-22/bin/llvm-objdump";
@@ -71,7 +72,7 @@ fn sums_stay_in_registers() {
             let products: Vec<String> = products.map(|(_, text)| text).collect();
             let folder = tempfile::tempdir().expect("a directory");
             let library = folder.path().join("kernels.so");
-            codegen::compile(&products, machine, &library).unwrap_or_else(|e| panic!("{e}"));
+            codegen::compile(&products, machine, kept().as_deref(), &library).unwrap_or_else(|e| panic!("{e}"));
             let ran = Command::new(OBJDUMP).args(["-d", "--no-show-raw-insn"]).arg(&library).output();
             let text = String::from_utf8(ran.expect("it runs").stdout).expect("a text");
             let multiplies = |text: &str| text.starts_with("vfmadd") || text.starts_with("vdpbf16ps");

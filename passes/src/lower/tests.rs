@@ -3,8 +3,10 @@
 
 pub(crate) mod cuda;
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::path::{Path, PathBuf};
 
 use peft_grammar::graph::{Arg, DType, Dim, Graph, Location, Op, Role, Type, Value};
 use peft_grammar::model::Precision;
@@ -72,7 +74,7 @@ pub(super) fn levels() -> Vec<Cpu> {
 struct Run<'a> {
     manifest: &'a Manifest,
     library: &'a libloading::Library,
-    sizes: Sizes,
+    sizes: &'a Sizes,
     /// Every buffer between its guards.
     memory: Vec<Vec<u32>>,
 }
@@ -80,14 +82,14 @@ struct Run<'a> {
 impl Run<'_> {
     fn launch(&mut self, launch: &Launch) {
         let name = &self.manifest.kernels[launch.kernel];
-        for unit in 0..launch.units.eval(&self.sizes) as i64 {
+        for unit in 0..launch.units.eval(self.sizes) as i64 {
             let places = launch.buffers.iter().map(|&b| {
                 let memory = &mut self.memory[b];
                 let size = memory.len() - 2 * GUARD;
                 (memory[GUARD..].as_mut_ptr(), size)
             });
             let places: Vec<(*mut u32, usize)> = places.collect();
-            let sizes = launch.extents.iter().map(|e| e.eval(&self.sizes) as i64);
+            let sizes = launch.extents.iter().map(|e| e.eval(self.sizes) as i64);
             call(self.library, name, &places, &sizes.chain([unit, unit + 1]).collect::<Vec<_>>());
             for &buffer in &launch.buffers {
                 let memory = &self.memory[buffer];
@@ -198,9 +200,19 @@ impl<'g> Compiled<'g> {
     fn new(graphs: &'g [(Graph, Vec<usize>)], cpu: Cpu, precision: Precision) -> Self {
         let machine = Machine::Cpu(cpu);
         let (texts, manifests) = lowered(graphs, Options { machine, precision, ..Options::default() });
+        Compiled::of(graphs, &texts, manifests, cpu, None)
+    }
+
+    fn of(
+        graphs: &'g [(Graph, Vec<usize>)],
+        texts: &[String],
+        manifests: Vec<Manifest>,
+        cpu: Cpu,
+        kept: Option<&Path>,
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a directory");
         let library = folder.path().join("kernels.so");
-        codegen::compile(&texts, machine, &library).unwrap_or_else(|e| panic!("{e}"));
+        codegen::compile(texts, Machine::Cpu(cpu), kept, &library).unwrap_or_else(|e| panic!("{e}"));
         // SAFETY: our own library, without constructors.
         let library = unsafe { libloading::Library::new(&library) }.expect("a library");
         Compiled { graphs, manifests, library }
@@ -211,19 +223,25 @@ impl<'g> Compiled<'g> {
         self.run_on(|graph, batch| arguments(graph, batch, 11, limit), judge);
     }
 
-    fn run_on(&self, arguments: impl Fn(&Graph, &Batch) -> HashMap<String, Data>, mut judge: impl FnMut(Outcome<'_>)) {
-        for ((graph, lengths), manifest) in self.graphs.iter().zip(&self.manifests) {
-            let Case { batch, sizes, args, want } = Case::of(graph, lengths, &arguments);
+    fn run_on(&self, arguments: impl Fn(&Graph, &Batch) -> HashMap<String, Data>, judge: impl FnMut(Outcome<'_>)) {
+        let cases = self.graphs.iter().map(|(graph, lengths)| Case::of(graph, lengths, &arguments));
+        self.run_cases(cases, judge);
+    }
+
+    /// A case of each graph.
+    fn run_cases<C: Borrow<Case>>(&self, cases: impl IntoIterator<Item = C>, mut judge: impl FnMut(Outcome<'_>)) {
+        for (((graph, lengths), manifest), case) in self.graphs.iter().zip(&self.manifests).zip(cases) {
+            let Case { batch, sizes, args, want } = case.borrow();
             let guarded = |words: Vec<u32>| [&[UNTOUCHED; GUARD], &words[..], &[UNTOUCHED; GUARD]].concat();
-            let poison = |b: &Buffer| vec![f32::NAN.to_bits(); b.elements(&sizes) as usize];
-            let words = |b| content(b, manifest, lengths, &args).unwrap_or_else(|| poison(b));
+            let poison = |b: &Buffer| vec![f32::NAN.to_bits(); b.elements(sizes) as usize];
+            let words = |b| content(b, manifest, lengths, args).unwrap_or_else(|| poison(b));
             let memory = manifest.buffers.iter().map(|b| guarded(words(b))).collect();
             let mut machine = Run { manifest, library: &self.library, sizes, memory };
             let entry = &manifest.entries["grad"];
             for launch in manifest.prepare.iter().chain(&entry.launches) {
                 machine.launch(launch);
             }
-            for (output, (name, want)) in entry.outputs.iter().zip(&want) {
+            for (output, (name, want)) in entry.outputs.iter().zip(want) {
                 assert_eq!(output.name, *name);
                 assert_eq!(manifest.buffers[output.buffer].element, Element::F32);
                 let words = &machine.memory[output.buffer];
@@ -231,7 +249,7 @@ impl<'g> Compiled<'g> {
                 let found: Vec<f32> = words.iter().map(|&x| f32::from_bits(x)).collect();
                 let want = want.floats();
                 assert_eq!(found.len(), want.len(), "{name} of {}", graph.nodes[0].op.name());
-                judge(Outcome { graph, batch: &batch, args: &args, name, found: &found, want });
+                judge(Outcome { graph, batch, args, name, found: &found, want });
             }
         }
     }
@@ -329,6 +347,54 @@ pub(crate) fn compare(graphs: &[(Graph, Vec<usize>)], cpu: Cpu, limit: i32, tole
     Compiled::new(graphs, cpu, Precision::F32).run(limit, |outcome| outcome.close(Machine::Cpu(cpu), tolerance));
 }
 
+/// A kernel is compiled once, whatever model has it, and again if what is kept of it was damaged.
+#[test]
+fn machine_code_is_kept() {
+    let mut graph = Graph::new("sum");
+    let [x, y] = ["x", "y"].map(|name| graph.arg(name, Role::Input, None, Type::f32([Dim::Const(5)])));
+    let sum = graph.push(Op::Add, &[x, y], &Location::default()).expect("fits");
+    graph.outputs.push(("z".into(), sum));
+    let graphs = [(graph, vec![1])];
+    let (texts, manifests) = lowered(&graphs, Options::default());
+    let launched = manifests[0].entries["grad"].launches[0].kernel;
+    let sum = &texts[launched..=launched];
+    let difference = [sum[0].replace("arith.addf", "arith.subf")];
+    let folder = tempfile::tempdir().expect("a directory");
+    let adds = |texts: &[String]| {
+        let mut adds = false;
+        let compiled = Compiled::of(&graphs, texts, manifests.clone(), Cpu::Native, Some(folder.path()));
+        compiled.run(2, |outcome| {
+            adds = outcome.found.iter().zip(outcome.want).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-6);
+        });
+        adds
+    };
+    let files = || -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder.path()).expect("a folder");
+        entries.map(|entry| entry.expect("an entry").path()).collect()
+    };
+    assert!(adds(sum));
+    let [of_sum] = &files()[..] else { panic!("{:?}", files()) };
+    assert!(!adds(&difference));
+    let of_difference = files().into_iter().find(|path| path != of_sum).expect("another file");
+    let code = |path: &Path| std::fs::read(path).expect("there");
+    let (kept, other) = (code(of_sum), code(&of_difference));
+    // What lies there is what runs, if nobody else may have put it there.
+    std::fs::write(of_sum, other).expect("written");
+    assert!(!adds(sum));
+    #[cfg(unix)]
+    {
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        std::fs::set_permissions(of_sum, open).expect("it is ours");
+        assert!(adds(sum));
+        assert!(code(of_sum) == kept);
+    }
+    for damaged in [&kept[..kept.len() / 2], &[&kept[..], &[0]].concat(), &kept[..10], &[]] {
+        std::fs::write(of_sum, damaged).expect("written");
+        assert!(adds(sum));
+        assert!(code(of_sum) == kept);
+    }
+}
+
 type Cases = Vec<(Graph, Vec<usize>)>;
 
 fn operations(sizes: &[(u64, u64, u64)]) -> Cases {
@@ -352,8 +418,15 @@ fn every_operation_and_its_derivative() {
 /// The same, and what else is particular to one.
 #[test]
 fn every_level_of_processors() {
-    let graphs = [operations(&[(3, 40, 17)]), products(), short_attention(), sweeps()].concat();
-    levels().into_iter().for_each(|cpu| compare(&graphs, cpu, 2, CLOSE));
+    // Of attention what differs from level to level: how its columns lie to those of a register.
+    let forms = [forms()[..2].to_vec(), forms()[6..10].to_vec()].concat();
+    let attention = attention(&[(2, 3, 5), (1, 40, 40)], &forms, &[vec![2, 17, 1], vec![62]]);
+    let graphs = [operations(&[(3, 40, 17)]), products(), attention, sweeps()].concat();
+    let cases: Vec<Case> = graphs.iter().map(|(graph, lengths)| Case::new(graph, lengths, 2)).collect();
+    for cpu in levels() {
+        let compiled = Compiled::new(&graphs, cpu, Precision::F32);
+        compiled.run_cases(&cases, |outcome| outcome.close(Machine::Cpu(cpu), CLOSE));
+    }
 }
 
 /// What has no derivative of its own, or takes only some numbers.

@@ -9,7 +9,7 @@ mod config_keys;
 mod labels;
 mod merge;
 pub mod random;
-mod recipe;
+pub mod recipe;
 mod resume;
 mod tokenizer;
 mod trust;

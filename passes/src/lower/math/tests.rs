@@ -117,7 +117,7 @@ fn error_bounds() {
     let folder = tempfile::tempdir().expect("a directory");
     let library = |cpu: Cpu| {
         let path = folder.path().join(format!("{cpu}.so"));
-        codegen::compile(&kernels, Machine::Cpu(cpu), &path).unwrap_or_else(|e| panic!("{e}"));
+        codegen::compile(&kernels, Machine::Cpu(cpu), None, &path).unwrap_or_else(|e| panic!("{e}"));
         // SAFETY: our own library, without constructors.
         (cpu, unsafe { libloading::Library::new(&path) }.expect("a library"))
     };
