@@ -259,8 +259,14 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         batch.positions.extend(kept.iter().map(|&column| counted[column]));
         let Some(labels) = labels.as_ref().filter(|_| asks.of_tokens()) else { continue };
         if asks == Asks::Tags {
-            let asked = kept.iter().enumerate().filter(|(_, column)| labels[at(**column)] != NOTHING_ASKED);
-            for (token, &column) in asked {
+            for column in (0..width).filter(|&column| labels[at(column)] != NOTHING_ASKED) {
+                let Ok(token) = kept.binary_search(&column) else {
+                    let message = format!(
+                        "is {} in row {row}, column {column}, which is masked; set it to {NOTHING_ASKED}",
+                        labels[at(column)]
+                    );
+                    return Err(wrong("labels", &message));
+                };
                 batch.targets.push(start + token as i32);
                 batch.labels.push(labels[at(column)]);
             }

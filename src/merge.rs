@@ -174,6 +174,14 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
         copied.push((folder, SideFiles::of(folder)?));
     }
     let mut notes = vec![];
+    let of_last = matches!(model.task.kind, TaskKind::Classification { .. } | TaskKind::Regression { .. });
+    if of_last && !model.task.enclosed && config.get("pad_token_id").is_none_or(Value::is_null) {
+        notes.push(
+            "note: config.json has no `pad_token_id`, without which transformers takes one text at a time; set it to the \
+             id of a token that no text ends with"
+                .to_owned(),
+        );
+    }
     let folder = from.tokenizer.unwrap_or(from.weights);
     let tokenizer = tokenizer(model, folder)?;
     if tokenizer.is_none() && !model.task.special().is_empty() {

@@ -175,9 +175,11 @@ fn described(folder: &str) -> Vec<Described> {
             let (name, signature) = match item {
                 Item::Method(def) => (def.name, params(source, &def.params) + " on " + &def.kind.text),
                 Item::Backbone(def) => {
-                    let mut purposes: Vec<&str> = purposes(&def).into_iter().map(|name| &*name.text).collect();
-                    purposes.dedup();
-                    let signature = params(source, &def.params) + " for " + &purposes.join(", ");
+                    let mut words: Vec<&str> = vec![];
+                    for name in purposes(&def) {
+                        words.extend(Some(&*name.text).filter(|word| !words.contains(word)));
+                    }
+                    let signature = params(source, &def.params) + " for " + &words.join(", ");
                     (def.name, signature)
                 }
                 Item::Task(def) => {

@@ -348,11 +348,6 @@ impl TaskKind {
     pub fn generates(&self) -> bool {
         matches!(self, TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. })
     }
-
-    /// It asks for one thing of a whole sequence.
-    pub fn of_sequences(&self) -> bool {
-        matches!(self, TaskKind::Classification { .. } | TaskKind::Regression { .. })
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

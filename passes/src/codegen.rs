@@ -185,7 +185,12 @@ fn compile_all(left: &Mutex<Vec<&Kernel>>) -> Result<(), Error> {
     register_all_llvm_translations(dialect.context());
     let next = || left.lock().expect("no thread panics with it").pop();
     while let Some(kernel) = next() {
-        object_file(&dialect, &kernel.module, &kernel.object)?;
+        let made = object_file(&dialect, &kernel.module, &kernel.object);
+        if made.is_err() {
+            // Nothing is gained by the others.
+            left.lock().expect("no thread panics with it").clear();
+        }
+        made?;
         kernel.keep();
     }
     Ok(())

@@ -80,7 +80,10 @@ pub fn form(path: &Path, writes: bool) -> Result<Form, DataError> {
         let labels = labels(&sample, rows, &tags).map_err(|fault| DataError::at(path, fault))?;
         return match labels {
             Labels::Names(labels) => Ok(Form::Tagged { tokens, tags, labels }),
-            Labels::Numbers | Labels::TooMany => Err(refuse(too_many(&tags))),
+            Labels::Numbers => {
+                Err(refuse(format!("the labels in `{tags}` are numbers with fractions, and a word is of a class")))
+            }
+            Labels::TooMany => Err(refuse(too_many(&tags))),
         };
     }
     if writes {
@@ -100,7 +103,7 @@ pub fn form(path: &Path, writes: bool) -> Result<Form, DataError> {
     let Some((columns, label)) = labelled else {
         return Err(refuse(format!(
             "which of its columns is what cannot be told by their names, {}; write the task yourself: `text` and `label` \
-             of a classification, or `template` and `target` of a generation",
+             of a classification, `tokens` and `tags` of a token_classification, or `template` and `target` of a generation",
             listed(&names)
         )));
     };
@@ -131,7 +134,8 @@ fn labels<'f>(
     rows: impl Iterator<Item = Result<Row<'f>, Fault>>,
     column: &str,
 ) -> Result<Labels, Fault> {
-    let (mut names, mut seen, mut numbers) = (vec![], HashSet::new(), true);
+    let (mut names, mut seen, mut numbers, mut whole) = (vec![], HashSet::new(), true, true);
+    let number = |name: &str| name.parse::<f64>().ok().filter(|number| number.is_finite());
     for row in sample.iter().cloned().map(Ok).chain(rows) {
         let row = row?;
         // A row without a label is refused where the data are read for training, with words of its own.
@@ -140,22 +144,22 @@ fn labels<'f>(
             cell => cell.and_then(Cell::text).into_iter().collect(),
         };
         for name in items.into_iter().map(str::trim) {
-            if seen.insert(name.to_owned()) {
+            if names.len() <= MOST && seen.insert(name.to_owned()) {
                 writable(name, "label").map_err(|message| Fault::fatal(row.at.clone(), message))?;
-                numbers &= name.parse::<f64>().is_ok_and(f64::is_finite);
                 names.push(name.to_owned());
             }
+            numbers &= number(name).is_some();
+            whole &= number(name).is_some_and(|number| number.fract() == 0.0);
         }
         if names.len() > MOST && !numbers {
             return Ok(Labels::TooMany);
         }
     }
-    let whole = names.iter().all(|name| name.parse::<u64>().is_ok());
     if numbers && (!whole || names.len() > MOST) && !names.is_empty() {
         return Ok(Labels::Numbers);
     }
     match whole {
-        true => names.sort_by_key(|name| name.parse::<u64>().unwrap_or(0)),
+        true => names.sort_by(|x, y| f64::total_cmp(&number(x).unwrap_or(0.0), &number(y).unwrap_or(0.0))),
         false => names.sort(),
     }
     Ok(Labels::Names(names))
@@ -303,11 +307,12 @@ mod tests {
         );
         let many: String = (0..=MOST).map(|i| format!("good\t{i}\n")).collect();
         assert_eq!(told("a.tsv", &many), "numbers of ,,");
+        assert_eq!(told("a.tsv", "good\t1\nbad\t-1\nfair\t0.0\n"), "labels -1,0.0,1 of ,,");
         let words = "{\"id\": 1, \"tokens\": [\"Ann\", \"sings\"], \"ner_tags\": [\"B-PER\", \"O\"]}";
         assert_eq!(told("a.jsonl", words), "tags B-PER,O of tokens,ner_tags");
         insta::assert_snapshot!(told("a.tsv", "good\t5\" pipe\n"), @r#"`a.tsv`, line 1: the label "5\" pipe" has a character that a spec cannot hold; rename it"#);
         insta::assert_snapshot!(told("a.csv", "text,label\ngood,\n"), @"`a.csv`, line 2: a label without a name; give it one");
-        insta::assert_snapshot!(told("a.csv", "body,verdict\ngood,1\n"), @"`a.csv`: which of its columns is what cannot be told by their names, `body`, `verdict`; write the task yourself: `text` and `label` of a classification, or `template` and `target` of a generation");
+        insta::assert_snapshot!(told("a.csv", "body,verdict\ngood,1\n"), @"`a.csv`: which of its columns is what cannot be told by their names, `body`, `verdict`; write the task yourself: `text` and `label` of a classification, `tokens` and `tags` of a token_classification, or `template` and `target` of a generation");
     }
 
     #[test]

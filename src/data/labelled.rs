@@ -90,7 +90,10 @@ impl Maker for Labelled<'_> {
         }
         let goal = match self.asked {
             Asked::Class(_) => Goal::Class(self.class(label.trim(), at_top.then_some(&text))?),
-            Asked::Number => Goal::Number(number(label.trim())?),
+            Asked::Number => {
+                let number = number(label.trim());
+                Goal::Number(number.map_err(|error| error + &header(label.trim(), at_top.then_some(&text)))?)
+            }
         };
         Ok(Draft { text, pair, goal })
     }
@@ -143,18 +146,8 @@ impl Labelled<'_> {
             Ok(class) => return Ok(class),
             Err(error) => error,
         };
-        let label = shortened(label);
-        let near = !did_you_mean(&label, labels.iter().map(String::as_str)).is_empty();
-        let header = match first {
-            Some(text) if !near && label.contains(char::is_alphabetic) && text.len() <= 40 => {
-                format!(
-                    "; if the line is a header, the task names its columns, `text: {:?}  label: {label:?}`",
-                    text.trim()
-                )
-            }
-            _ => String::new(),
-        };
-        Err(error + &header)
+        let near = !did_you_mean(label, labels.iter().map(String::as_str)).is_empty();
+        Err(error + &header(label, first.filter(|_| !near)))
     }
 
     fn encode_pairs(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
@@ -214,6 +207,18 @@ pub(super) fn usual_column<'n>(names: &[&'n str], usual: &[&str], key: &str) -> 
         [first, second, ..] => Err(format!(
             "both `{first}` and `{second}` may be the {key}; say in the task which it is, `{key}: \"{first}\"`"
         )),
+    }
+}
+
+/// What to do if the line is a header; `text` stands beside the label where it might be.
+fn header(label: &str, text: Option<&String>) -> String {
+    let label = shortened(label);
+    match text {
+        Some(text) if label.contains(char::is_alphabetic) && text.len() <= 40 => {
+            let text = text.trim();
+            format!("; if the line is a header, the task names its columns, `text: {text:?}  label: {label:?}`")
+        }
+        _ => String::new(),
     }
 }
 

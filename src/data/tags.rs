@@ -85,7 +85,7 @@ impl Maker for Tagged<'_> {
         if items.len() != labels.len() {
             let (words_there, tags_there) = (items.len(), labels.len());
             return Err(format!(
-                "`{words}` has {words_there} words and `{tags}` {tags_there} labels; each word has one"
+                "`{words}` and `{tags}` have {words_there} and {tags_there} items; each word has one label"
             ));
         }
         if items.is_empty() {
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn bad_rows() {
         let error = |row: Json| Case::named("a.jsonl", row.to_string()).error(&task(64, true));
-        insta::assert_snapshot!(error(json!({"tokens": ["Ann", "sings"], "tags": ["B-PER"]})), @"`a.jsonl`, line 1: `tokens` has 2 words and `tags` 1 labels; each word has one");
+        insta::assert_snapshot!(error(json!({"tokens": ["Ann", "sings"], "tags": ["B-PER"]})), @"`a.jsonl`, line 1: `tokens` and `tags` have 2 and 1 items; each word has one label");
         insta::assert_snapshot!(error(json!({"tokens": ["Ann"], "tags": ["B-PRE"]})), @"`a.jsonl`, line 1: word 1: no label `B-PRE` (did you mean `B-PER`?); the task's labels are `O`, `B-PER`, `I-PER`, or 0 to 2");
         insta::assert_snapshot!(error(json!({"tokens": "Ann sings", "tags": ["O", "O"]})), @"`a.jsonl`, line 1: `tokens` is text; it is to be a list, one item a word");
         insta::assert_snapshot!(error(json!({"tokens": ["Ann", null], "tags": ["O", "O"]})), @"`a.jsonl`, line 1: item 2 of `tokens` is null; it is to be text or a number");

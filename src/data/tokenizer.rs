@@ -135,7 +135,9 @@ impl Tokenizer {
             tokenizer.check_marks()?;
         }
         match &task.kind {
-            TaskKind::Classification { columns, .. } | TaskKind::Regression { columns } if columns.pair.is_some() => {
+            TaskKind::Classification { columns, .. } | TaskKind::Regression { columns }
+                if columns.pair.is_some() && task.enclosed =>
+            {
                 tokenizer.check_pair_marks()?;
             }
             TaskKind::TokenClassification { .. } => tokenizer.blanks = tokenizer.blanks_count()?,
@@ -154,7 +156,8 @@ impl Tokenizer {
     /// A word behind another one has other tokens than one by itself: the blank in front of it is a part of them.
     fn blanks_count(&self) -> Result<bool, DataError> {
         let text = self.encode(vec!["a a"], false)?.remove(0);
-        let words = self.encode_words(&[vec!["a", "a"]])?.remove(0).ids;
+        let mut words = self.encode_words(&[vec!["a", "a"]])?.remove(0).ids;
+        words.truncate(words.len().saturating_sub(self.marks.closing));
         Ok(!words.ends_with(&text[text.len().saturating_sub(1)..]))
     }
 
@@ -260,8 +263,9 @@ impl Tokenizer {
     /// `add_prefix_space=True`.
     pub fn encode_words(&self, lists: &[Vec<&str>]) -> Result<Vec<Worded>, DataError> {
         let one = |words: &Vec<&str>| {
-            let blank = if self.blanks { " " } else { "" };
-            let words: Vec<String> = words.iter().map(|word| format!("{blank}{word}")).collect();
+            let bare = |word: &str| !self.blanks || word.is_empty() || word.starts_with(' ');
+            let spaced = |word: &&str| if bare(word) { word.to_string() } else { format!(" {word}") };
+            let words: Vec<String> = words.iter().map(spaced).collect();
             let encoding = self.library.encode(words, true).map_err(|e| e.to_string())?;
             let words = encoding.get_word_ids().iter().map(|word| word.map(|word| word as usize));
             Ok(Worded { ids: self.known(encoding.get_ids())?, words: words.collect() })

@@ -94,3 +94,33 @@ fn labels_beside_a_mask() {
     let message = read(&[1, 1, 0, 0, 1], &[no, no, 5, 6, no]).expect_err("refused");
     assert!(message.contains("`inputs.labels` is 6 in row 0, column 3, which the masked token before it"), "{message}");
 }
+
+/// Labels of tokens stand at their own tokens, and numbers are one a sequence.
+#[test]
+fn labels_of_tokens_and_numbers() {
+    let tagger = format!("{CLASSIFIER}\ntask t {{ kind: token_classification  labels: [\"O\", \"A\", \"B\"] }}");
+    let ids = || ("ids", ints(&[2, 3], &[1, 5, 6, 7, 8, 2]));
+    let mask = || ("mask", ints(&[2, 3], &[1, 1, 0, 1, 1, 1]));
+    let labels = |x: &[i64]| ("labels", ints(&[2, 3], x));
+    let batch = read(&tagger, &[ids(), mask(), labels(&[2, -100, -100, -100, 0, 1])]).expect("sound").batch;
+    assert_eq!((batch.targets, batch.labels), (vec![0, 3, 4], vec![2, 0, 1]));
+    let message = read(&tagger, &[ids(), mask(), labels(&[2, -100, 1, -100, 0, 1])]).expect_err("refused");
+    assert!(message.contains("`inputs.labels` is 1 in row 0, column 2, which is masked"), "{message}");
+
+    let numbers = format!("{CLASSIFIER}\ntask t {{ kind: regression }}");
+    let floats = |shape: &[u64], x: &[f32]| ("labels", Stored::f32(shape.to_vec(), x.to_vec()));
+    for shape in [&[2][..], &[2, 1]] {
+        let padded = read(&numbers, &[ids(), floats(shape, &[0.5, -2.0])]).expect("sound");
+        assert_eq!((&padded.batch.numbers[..], padded.batch.ends()), (&[0.5, -2.0][..], vec![2, 5]));
+        assert_eq!(padded.without_loss(), None);
+    }
+    assert_eq!(read(&numbers, &[ids(), ("labels", ints(&[2], &[3, 4]))]).expect("sound").batch.numbers, [3.0, 4.0]);
+    assert!(read(&numbers, &[ids()]).expect("sound").without_loss().is_some());
+    for (labels, words) in [
+        (floats(&[3], &[1.0; 3]), "`inputs.labels` is [3], and for these ids it should be [2]"),
+        (floats(&[2], &[1.0, f32::NAN]), "`inputs.labels` is NaN in row 1"),
+    ] {
+        let message = read(&numbers, &[ids(), labels]).expect_err("refused");
+        assert!(message.contains(words), "{message}");
+    }
+}

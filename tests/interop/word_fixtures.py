@@ -21,7 +21,7 @@ OUT = HERE / "words.json"
 
 WORDS = [
     ["the", "film", "is", "unbelievable", "storytelling", ",", "not", "bad", "."], ["film"], ["Zoë", "'s", "naïve", "café"],
-    ["U.S.", "films-and-stories", "don't"], ["the", "电影", "🙂", "film"], ["film", "\u200b", "story"], ["tea and", "coffee "],
+    ["U.S.", "films-and-stories", "don't"], ["the", "电影", "🙂", "film"], ["film", "\u200b", "story", "", " film"], ["tea and", "coffee "],
     ["unforgettable"] * 9,
 ]
 # In front of a word of bytes a blank stands, as transformers asks for it.

@@ -330,6 +330,7 @@ impl<'a> Checker<'a> {
             }
         }
     }
+
     /// Examples that share a sequence are what they are by themselves only if none sees what follows it.
     fn no_token_sees_later_ones(&mut self, model: &ModelDef) {
         let sees = |op: &Op| matches!(op, Op::Scores { causal: false } | Op::SegmentMean);

@@ -106,12 +106,15 @@ impl File {
     }
 }
 
-/// What a file holds: mapped, so that of a large one no more is in memory than is being read; what is no file is read.
+/// A file of as many bytes is mapped in place of being read.
+const LARGE: u64 = 1 << 26;
+
+/// What a file holds. A large one is mapped, so that no more of it is in memory than is being read.
 fn content(path: &Path) -> io::Result<Bytes> {
     let mut file = fs::File::open(path)?;
     let about = file.metadata()?;
-    if about.is_file() && about.len() > 0 {
-        // SAFETY: as with weights, no one cuts the file short while it is read.
+    if about.is_file() && about.len() >= LARGE {
+        // SAFETY: as with weights, no one writes to the file while it is read.
         return Ok(Bytes::from_owner(unsafe { Mmap::map(&file) }?));
     }
     let mut bytes = vec![];

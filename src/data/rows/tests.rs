@@ -460,6 +460,10 @@ fn pairs_of_texts() {
     let case = Case::named("a.jsonl", r#"{"premise": "good tea good", "hypothesis": "bad", "label": "positive"}"#);
     // Without a template for pairs the second text would be left out.
     insta::assert_snapshot!(case.error(&task), @"`tokenizer.json` is no tokenizer that can be used: it puts no marks around and between the texts of a pair (`[CLS] a [SEP] b [SEP]`): its `post_processor` knows no pairs; leave `pair` out, or take the model's own tokenizer");
+    // A causal model's tokenizer may have none: the second text is behind the first, as in transformers.
+    case.set_marks(Json::Null);
+    let bare = case.load(&Task { enclosed: false, ..task.clone() }).unwrap().examples.get(0);
+    assert_eq!((bare.ids, bare.types), (vec![3, 5, 3, 4], vec![0, 0, 0, 1]));
     case.set_marks(bert());
     let pair = |ids: &[i32], types: &[i32]| Example { ids: ids.to_vec(), types: types.to_vec(), goal: Goal::Class(1) };
     let whole = pair(&[1, 3, 5, 3, 2, 4, 2], &[0, 0, 0, 0, 0, 1, 1]);
