@@ -40,14 +40,14 @@ pub fn compile_entries(model: &Model, entries: &[Entry], options: &Options) -> R
     let begun = Instant::now();
     let folder = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
     let cache = cache::folder()?;
-    let kept = cache.as_deref().and_then(cache::kernels);
     let mut compiled = None;
     let mut make = || {
+        let kept = cache.as_deref().and_then(cache::kernels);
         let (manifest, library, timings, remade) = fresh(model, entries, options, kept.as_deref(), folder.path())?;
         compiled = Some((timings, remade));
         Ok::<_, Failure>((manifest, library))
     };
-    let (manifest, library) = match cache {
+    let (manifest, library) = match &cache {
         Some(cache) => store::cached(&cache.join(format!("{}.peftc", key(model, entries, options))), make)?,
         None => make()?,
     };

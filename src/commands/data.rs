@@ -78,7 +78,7 @@ fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, c
         Some((_, token)) => token.to_string(),
         None => kind.to_string(),
     };
-    let (begin, end) = colours(color);
+    let (begin, end) = emphasis(color);
     let mut lines = vec![format!("{place}: {count} tokens, {goal}")];
     let mut start = 0;
     if let Goal::Tags(tags) = &example.goal {
@@ -98,7 +98,7 @@ fn shown(place: &str, example: &Example, model: &Model, tokenizer: &Tokenizer, c
 }
 
 /// What stands around tokens that carry the loss.
-fn colours(color: bool) -> (&'static str, &'static str) {
+fn emphasis(color: bool) -> (&'static str, &'static str) {
     if color { ("\x1b[32m", "\x1b[0m") } else { ("»", "«") }
 }
 
@@ -109,7 +109,7 @@ fn text(id: i32, tokenizer: &Tokenizer) -> String {
 
 /// Tokens `range`, with bars between them. Behind a token stands in brackets what it predicts in place of the next one.
 fn run_of(example: &Example, range: Range<usize>, tokenizer: &Tokenizer, color: bool) -> String {
-    let (begin, end) = colours(color);
+    let (begin, end) = emphasis(color);
     let mut tokens: Vec<(bool, String)> = vec![];
     for at in range {
         let learned = example.goal.ranges().iter().any(|range| range.contains(&at));

@@ -20,7 +20,8 @@ use crate::hub::chat::Chat;
 /// A smaller set is read as fast as it is found.
 const WORTH: usize = 1 << 16;
 
-/// Keys of an entry's metadata: the data set without its arrays, what its examples ask for, and the checksum of that and of the arrays.
+/// Keys of an entry's metadata: the data set without its arrays with what its examples ask for, and the checksum of that
+/// and of the arrays.
 const FACTS: &str = "peftc data";
 const CHECKSUM: &str = "checksum";
 

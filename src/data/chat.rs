@@ -28,11 +28,8 @@ impl Maker for Conversations<'_> {
 
     fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
         let rows = Rows::of(file, Format::Json, None, |_| true).map_err(|fault| DataError::at(&file.path, fault))?;
-        if rows.entries {
-            let message = "its `entries` are triples and texts, as WebNLG has them, and this task is chat".into();
-            return Err(DataError::Empty { path: file.path.clone(), message });
-        }
-        Ok(rows)
+        let why = "its `entries` are triples and texts, as WebNLG has them, and this task is chat";
+        rows.without_entries(&file.path, why)
     }
 
     /// Which columns there have to be depends on the form of a row.

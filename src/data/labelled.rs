@@ -44,12 +44,8 @@ impl Maker for Labelled<'_> {
         let implied = self.columns.are_usual().then_some(IMPLIED);
         let rows = Rows::of(file, Format::Tsv, implied, |names| is_header(names, self.labels()));
         let rows = rows.map_err(|fault| DataError::at(&file.path, fault))?;
-        if rows.entries {
-            let message =
-                "its `entries` are texts to generate, as WebNLG has them, and this task asks for labels".into();
-            return Err(DataError::Empty { path: file.path.clone(), message });
-        }
-        Ok(rows)
+        let why = "its `entries` are texts to generate, as WebNLG has them, and this task asks for labels";
+        rows.without_entries(&file.path, why)
     }
 
     fn check(&self, names: &[&str]) -> Result<(), String> {

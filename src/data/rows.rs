@@ -19,9 +19,10 @@ mod value;
 
 use std::borrow::Cow;
 use std::fmt;
+use std::path::Path;
 use std::rc::Rc;
 
-use super::LeftOut;
+use super::{DataError, LeftOut};
 use delimited::Delimited;
 pub(super) use delimited::shortened;
 pub use file::{File, Format, expand};
@@ -222,6 +223,11 @@ pub struct Rows<'f> {
 }
 
 impl<'f> Rows<'f> {
+    /// Refuses a file of `entries`, which some tasks do not take: `why` says what they are.
+    pub fn without_entries(self, path: &Path, why: &str) -> Result<Self, DataError> {
+        if self.entries { Err(DataError::Empty { path: path.to_owned(), message: why.to_owned() }) } else { Ok(self) }
+    }
+
     pub fn new(rows: impl Iterator<Item = Result<Row<'f>, Fault>> + 'f) -> Self {
         Rows { rows: Box::new(rows), header: None, entries: false, implied: false, left_out: LeftOut::default() }
     }

@@ -39,12 +39,8 @@ impl Maker for Texts<'_> {
             return Ok(Rows::new(some.into_iter()));
         }
         let rows = Rows::of(file, Format::Json, None, |_| true).map_err(at)?;
-        if rows.entries {
-            let message =
-                "its `entries` are triples and texts, as WebNLG has them, and this task takes texts alone".into();
-            return Err(DataError::Empty { path: file.path.clone(), message });
-        }
-        Ok(rows)
+        let why = "its `entries` are triples and texts, as WebNLG has them, and this task takes texts alone";
+        rows.without_entries(&file.path, why)
     }
 
     fn check(&self, names: &[&str]) -> Result<(), String> {

@@ -189,11 +189,7 @@ impl Tokenizer {
     /// all, as transformers does with `truncation=True`.
     pub fn encode_pairs(&self, pairs: Vec<(&str, &str)>, max_tokens: usize) -> Result<Vec<Pair>, DataError> {
         let one = |pair: &(&str, &str)| self.encode_pair(*pair, max_tokens);
-        let part = |pairs: &[_]| {
-            contained("tokenizers", || pairs.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
-        };
-        let parts: Result<Vec<Vec<_>>, String> = pairs.par_chunks(64).map(part).collect();
-        Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
+        self.in_parallel(&pairs, 64, one)
     }
 
     fn encode_pair(&self, (first, second): (&str, &str), max_tokens: usize) -> Result<Pair, String> {
@@ -251,11 +247,7 @@ impl Tokenizer {
             let encoding = self.library.encode_fast(*text, marks).map_err(|e| e.to_string())?;
             self.known(encoding.get_ids())
         };
-        let part = |texts: &[&str]| {
-            contained("tokenizers", || texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
-        };
-        let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(64).map(part).collect();
-        Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
+        self.in_parallel(&texts, 64, one)
     }
 
     /// Ids of each list of words with the model's own marks, and the word that each is of. Words are tokenised by
@@ -270,11 +262,7 @@ impl Tokenizer {
             let words = encoding.get_word_ids().iter().map(|word| word.map(|word| word as usize));
             Ok(Worded { ids: self.known(encoding.get_ids())?, words: words.collect() })
         };
-        let part = |lists: &[Vec<&str>]| {
-            contained("tokenizers", || lists.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
-        };
-        let parts: Result<Vec<Vec<_>>, String> = lists.par_chunks(64).map(part).collect();
-        Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
+        self.in_parallel(lists, 64, one)
     }
 
     /// Ids of each text without marks, and which tokens the byte ranges of it are, computed in parallel. Ranges are in
@@ -307,10 +295,20 @@ impl Tokenizer {
             }
             Ok(Spanned { ids, spans })
         };
-        let part = |texts: &[(&str, &[Range<usize>])]| {
-            contained("tokenizers", || texts.iter().map(one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
+        self.in_parallel(texts, 16, one)
+    }
+
+    /// What `one` makes of each item, `size` of them at a time on a thread. A panic of the library is an error.
+    fn in_parallel<I: Sync, O: Send>(
+        &self,
+        items: &[I],
+        size: usize,
+        one: impl Fn(&I) -> Result<O, String> + Sync,
+    ) -> Result<Vec<O>, DataError> {
+        let part = |items: &[I]| {
+            contained("tokenizers", || items.iter().map(&one).collect::<Result<Vec<_>, _>>()).and_then(|r| r)
         };
-        let parts: Result<Vec<Vec<_>>, String> = texts.par_chunks(16).map(part).collect();
+        let parts: Result<Vec<Vec<O>>, String> = items.par_chunks(size).map(part).collect();
         Ok(parts.map_err(|message| self.unusable(&message))?.into_iter().flatten().collect())
     }
 

@@ -1,7 +1,7 @@
 //! Data files: which ones are named, and what each is.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -111,15 +111,12 @@ const LARGE: u64 = 1 << 26;
 
 /// What a file holds. A large one is mapped, so that no more of it is in memory than is being read.
 fn content(path: &Path) -> io::Result<Bytes> {
-    let mut file = fs::File::open(path)?;
-    let about = file.metadata()?;
-    if about.is_file() && about.len() >= LARGE {
-        // SAFETY: as with weights, no one writes to the file while it is read.
-        return Ok(Bytes::from_owner(unsafe { Mmap::map(&file) }?));
+    let about = fs::metadata(path)?;
+    if !about.is_file() || about.len() < LARGE {
+        return Ok(fs::read(path)?.into());
     }
-    let mut bytes = vec![];
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes.into())
+    // SAFETY: as with weights, no one writes to the file while it is read.
+    Ok(Bytes::from_owner(unsafe { Mmap::map(&fs::File::open(path)?) }?))
 }
 
 /// The ending of a file's name in small letters, or nothing.
