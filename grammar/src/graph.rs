@@ -122,7 +122,9 @@ pub(crate) fn join<T: fmt::Display>(items: &[T]) -> String {
 }
 
 /// What an operation computes. `x`, `y`, … are its operands in order; row vectors, `x @ W`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+///
+/// Two are equal if their names and attributes are, floats by their bits.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Op {
     /// The same number everywhere.
     Constant { value: f64, shape: Vec<Dim> },
@@ -255,8 +257,23 @@ pub enum Op {
     Dropout { p: f64, stream: u32, column: u64 },
 }
 
-/// An attribute as the textual forms show it.
-#[derive(Clone, Debug, PartialEq)]
+impl PartialEq for Op {
+    fn eq(&self, other: &Op) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other) && self.attributes() == other.attributes()
+    }
+}
+
+impl Eq for Op {}
+
+impl std::hash::Hash for Op {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        std::mem::discriminant(self).hash(state);
+        self.attributes().hash(state);
+    }
+}
+
+/// An attribute as the textual forms show it. Floats are equal if their bits are.
+#[derive(Clone, Debug)]
 pub enum Attr {
     Int(i64),
     Float(f64),
@@ -264,6 +281,33 @@ pub enum Attr {
     Ints(Vec<i64>),
     /// Dimensions in symbolic form, `tokens,12,64`.
     Dims(Vec<Dim>),
+}
+
+impl PartialEq for Attr {
+    fn eq(&self, other: &Attr) -> bool {
+        match (self, other) {
+            (Attr::Int(x), Attr::Int(y)) => x == y,
+            (Attr::Float(x), Attr::Float(y)) => x.to_bits() == y.to_bits(),
+            (Attr::Bool(x), Attr::Bool(y)) => x == y,
+            (Attr::Ints(x), Attr::Ints(y)) => x == y,
+            (Attr::Dims(x), Attr::Dims(y)) => x == y,
+            _ => false,
+        }
+    }
+}
+
+impl Eq for Attr {}
+
+impl std::hash::Hash for Attr {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        match self {
+            Attr::Int(x) => x.hash(state),
+            Attr::Float(x) => x.to_bits().hash(state),
+            Attr::Bool(x) => x.hash(state),
+            Attr::Ints(x) => x.hash(state),
+            Attr::Dims(x) => x.hash(state),
+        }
+    }
 }
 
 /// Operations without attributes.
