@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
 use peft_grammar::model::{BatchSize, Model, Precision, TaskKind};
-use peft_passes::cuda::Card;
 use peft_passes::dialect::Dialect;
 use peft_passes::lower::work::{Work, work};
-use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
+use peft_passes::target::Machine;
+use peft_passes::target::cuda::Card;
 use peft_runtime::arena;
 use peft_runtime::artifact::{Launch, Manifest, Sizes};
 use serde::Serialize;

@@ -22,8 +22,8 @@ use peft_grammar::model::Precision;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::lower::Lowered;
-use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
+use peft_passes::target::Machine;
 use peft_runtime::artifact::Launch;
 
 const MACHINES: [&str; 5] = ["cuda:sm_70", "cuda:sm_80", "cuda:sm_90", "cpu:x86-64-v3", "cpu:x86-64-v4"];

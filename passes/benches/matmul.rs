@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
 use peft_grammar::model::Precision;
-use peft_passes::cpu::Cpu;
-use peft_passes::machine::Machine;
+use peft_passes::target::Machine;
+use peft_passes::target::cpu::Cpu;
 use peft_passes::{codegen, lower};
 use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Storage, Tensor};
 use peft_runtime::{Inputs, Numbers, Profile, Program, Session};

@@ -1,21 +1,21 @@
 //! From the checked model to code: the `peft` dialect, its passes, and lowering to the targets.
 //! The only crate that touches MLIR.
 
+mod builder;
 pub mod codegen;
-pub mod cpu;
-pub mod cuda;
 pub mod dialect;
 pub mod fold;
 pub mod fuse;
 pub mod gradient;
 pub mod inference;
 pub mod interpret;
+mod kernels;
 pub mod lower;
-pub mod machine;
 pub mod partition;
 pub mod pipeline;
 pub mod remat;
 pub mod rewrite;
+pub mod target;
 
 /// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input, and
 /// an entry asked for that the model cannot have.

@@ -13,10 +13,10 @@ use crate::fuse::{Limits, RULES, fuse};
 use crate::gradient::{differentiate, settle};
 use crate::inference::inference;
 use crate::lower::{self, Lowered, lower};
-use crate::machine::Machine;
 use crate::partition::partition;
 use crate::remat::{Remade, remat};
 use crate::rewrite::live;
+use crate::target::Machine;
 use crate::{Error, codegen};
 
 /// What `--emit` takes: every form a model has on its way.

@@ -2,8 +2,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use peft_passes::dialect::Dialect;
-use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
+use peft_passes::target::Machine;
 use peft_runtime::store;
 
 use super::overwrite::Overwrite;

@@ -11,10 +11,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use peft_grammar::model::Precision;
-use peft_passes::cuda::Chip;
 use peft_passes::fuse::Limits;
 use peft_passes::lower::Lowered;
-use peft_passes::machine::Machine;
+use peft_passes::target::Machine;
+use peft_passes::target::cuda::Chip;
 use peft_runtime::artifact::{Element, Manifest, Storage};
 use peft_runtime::backend::Job;
 use peft_runtime::{Inputs, Numbers, Session};

@@ -5,10 +5,10 @@
 use std::collections::BTreeSet;
 
 use peft_grammar::model::{Decays, Optimizer, Recipe};
-use peft_passes::cuda::Chip;
 use peft_passes::interpret::optimizer::{Trained, accumulated, average, step};
 use peft_passes::lower::{self, lower};
-use peft_passes::machine::Machine;
+use peft_passes::target::Machine;
+use peft_passes::target::cuda::Chip;
 use peft_runtime::artifact::Tensor;
 use peft_runtime::{Inputs, Numbers, Session};
 use serde_json::Value;

@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Model, Param, Precision};
-use peft_passes::cuda::Chip;
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
 use peft_passes::lower::Lowered;
-use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options};
+use peft_passes::target::Machine;
+use peft_passes::target::cuda::Chip;
 use peft_runtime::artifact::Tensor;
 use peft_runtime::{Inputs, Numbers, Session};
 use peftc::data::{Batch, Example, Goal};

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use peft_grammar::model::{Model, Precision};
 use peft_passes::codegen;
-use peft_passes::cuda::{Chip, WARP, WARPS};
 use peft_passes::dialect::Dialect;
-use peft_passes::machine::Machine;
 use peft_passes::pipeline::Options;
+use peft_passes::target::Machine;
+use peft_passes::target::cuda::{Chip, WARP, WARPS};
 use peft_runtime::adapter::{Data, Stored};
 use peft_runtime::artifact::Manifest;
 use peft_runtime::backend::{Backend, Block, Job, Place, Words};

@@ -8,12 +8,12 @@ use std::process::Command;
 
 use peft_grammar::model::Precision;
 use peft_passes::codegen;
-use peft_passes::cuda::Chip;
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
 use peft_passes::lower::Lowered;
-use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options};
+use peft_passes::target::Machine;
+use peft_passes::target::cuda::Chip;
 
 use crate::{asked, paper, parity};
 

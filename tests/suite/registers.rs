@@ -6,9 +6,9 @@ use std::process::Command;
 
 use peft_grammar::model::Precision;
 use peft_passes::codegen;
-use peft_passes::cpu::{Cpu, Level};
 use peft_passes::fuse::Limits;
-use peft_passes::machine::Machine;
+use peft_passes::target::Machine;
+use peft_passes::target::cpu::{Cpu, Level};
 
 use crate::cli::kept;
 use crate::paper;

@@ -4,10 +4,10 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, F32, I32, Kernel, LANES, Order, Val, define, first};
 use super::view::View;
 use super::{Lowering, dim_extent, extents};
-use crate::machine::Machine;
+use crate::builder::{Buf, F32, I32, Kernel, LANES, Order, Val, define, first};
+use crate::target::Machine;
 
 /// Rows of a block: their sums stay in registers.
 pub(super) const ROWS: u64 = 4;

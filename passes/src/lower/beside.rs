@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 use peft_runtime::artifact::{BufferId, Extent, Launch, Output, Storage};
 
 use super::Target;
-use crate::cuda::WARPS;
+use crate::target::cuda::WARPS;
 
 /// Launches that wait, at most: about two layers'.
 const WAITING: usize = 36;

@@ -3,9 +3,9 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, Kernel, Val, define, first};
 use super::span::{Rows, Span};
 use super::{Lowering, dim_extent, extents};
+use crate::builder::{Buf, Kernel, Val, define, first};
 
 impl Lowering<'_, '_, '_> {
     /// The same elements in the same order. A view whose axes cannot become one is copied first.

@@ -18,12 +18,12 @@ use std::collections::BTreeSet;
 use peft_grammar::graph::{Graph, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::matrix::Half;
-use super::kernel::{Buf, F32, Kernel, Val};
 use super::span::Span;
 use super::view::View;
 use super::{Lowering, dim_extent, map, usage};
-use crate::machine::Machine;
+use crate::builder::mma::Half;
+use crate::builder::{Buf, F32, Kernel, Val};
+use crate::target::Machine;
 
 /// Groups of one product, at most.
 const MOST: usize = 3;

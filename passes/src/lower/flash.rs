@@ -18,14 +18,15 @@ use peft_grammar::graph::{Dim, Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::attention::{ROWS, Segment, VECTORS, across, vectors, zeros};
-use super::kernel::{Access, Buf, Kernel, LANES, Order, Val, define};
-use super::random;
 use super::rows;
 use super::span::Span;
 use super::view::{ONE, Step, View};
-use super::{Lowering, dim_extent, math, squares};
-use crate::cuda::WARPS;
-use crate::machine::Machine;
+use super::{Lowering, dim_extent, squares};
+use crate::builder::{Access, Buf, Kernel, LANES, Order, Val, define};
+use crate::kernels::math;
+use crate::kernels::philox as random;
+use crate::target::Machine;
+use crate::target::cuda::WARPS;
 
 /// One call of the generator decides over a vector of each of a block's rows.
 const _: () = assert!(LANES == ROWS * random::EACH);
@@ -362,13 +363,13 @@ impl Head {
         (part, form): (Part, Form),
         drops: bool,
     ) -> Head {
-        let [width, wide, _, stream, column] = super::kernel::first(sizes);
+        let [width, wide, _, stream, column] = crate::builder::first(sizes);
         let count = buffers.len() - part.results();
         let (operands, results) = buffers.split_at(count);
         let (operands, rng) = operands.split_at(count - usize::from(drops));
         let mut all: Vec<Rows> = vec![];
         for (&buffer, lie) in operands.iter().chain(results).zip(sizes[SIZES..].chunks_exact(3)) {
-            let [first, head, line] = super::kernel::first(lie);
+            let [first, head, line] = crate::builder::first(lie);
             let head = k.mul(segment.head, head);
             let start = k.mul(segment.start, line);
             let base = k.add(first, head);
@@ -398,8 +399,8 @@ struct Room {
 
 impl Room {
     fn of(k: &mut Kernel, buffers: &[Buf], sizes: &[Val], part: Part) -> Room {
-        let [first, second, factor, other, rows, offsets] = super::kernel::first(&buffers[buffers.len() - 6..]);
-        let [width, wide, heads] = super::kernel::first(sizes);
+        let [first, second, factor, other, rows, offsets] = crate::builder::first(&buffers[buffers.len() - 6..]);
+        let [width, wide, heads] = crate::builder::first(sizes);
         let unit = k.first_unit();
         let segment = segment(k, unit, heads, offsets);
         // Before it are all heads of earlier sequences, and some of this one.

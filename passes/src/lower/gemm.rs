@@ -22,12 +22,12 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::{Epilogue, Taken, When};
-use super::kernel::{Access, Buf, Code, F32, Kernel, LANES, Order, Val, define, first};
 use super::tables::Panels;
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
-use crate::cpu::{Cpu, Registers};
-use crate::machine::Machine;
+use crate::builder::{Access, Buf, Code, F32, Kernel, LANES, Order, Val, define, first};
+use crate::target::Machine;
+use crate::target::cpu::{Cpu, Registers};
 
 /// Rows of the result, and vectors along each, that the micro-kernel holds.
 #[derive(Clone, Copy)]

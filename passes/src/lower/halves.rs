@@ -20,12 +20,13 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::Epilogue;
-use super::kernel::matrix::{Half, Operand, SIDE, SUMS};
-use super::kernel::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
 use super::tiles::{Fate, Out, Shape, Side, To};
-use super::{Lowering, Place, extents, math, tiles};
-use crate::cuda::{Chip, WARP, WARPS};
-use crate::machine::Machine;
+use super::{Lowering, Place, extents, tiles};
+use crate::builder::mma::{Half, Operand, SIDE, SUMS};
+use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
+use crate::kernels::math;
+use crate::target::Machine;
+use crate::target::cuda::{Chip, WARP, WARPS};
 
 /// Rows, columns and steps of k of a tile.
 const ROWS: u64 = 128;

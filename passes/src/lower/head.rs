@@ -17,11 +17,12 @@
 use peft_grammar::graph::{Node, Op};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, F32, Kernel, Order, Val, define, first};
 use super::span::Span;
-use super::{Lowering, dim_extent, math, rows};
-use crate::cuda::{WARP, WARPS};
-use crate::machine::Machine;
+use super::{Lowering, dim_extent, rows};
+use crate::builder::{Buf, F32, Kernel, Order, Val, define, first};
+use crate::kernels::math;
+use crate::target::Machine;
+use crate::target::cuda::{WARP, WARPS};
 
 impl Lowering<'_, '_, '_> {
     /// The result of `node`; of the other operation on the same operands as well, if the entry has it.

@@ -7,12 +7,13 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Graph, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::matrix::Half;
-use super::kernel::{Access, Buf, Kernel, Val, define};
-use super::random;
 use super::view::{ONE, View};
-use super::{Lowering, dim_extent, element, extent, lead_size, math, product};
-use crate::machine::Machine;
+use super::{Lowering, dim_extent, element, extent, lead_size, product};
+use crate::builder::mma::Half;
+use crate::builder::{Access, Buf, Kernel, Val, define};
+use crate::kernels::math;
+use crate::kernels::philox as random;
+use crate::target::Machine;
 
 /// Operations of one kernel, at most.
 const LARGEST_GROUP: usize = 24;
@@ -934,7 +935,7 @@ fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
         }
         Op::Step => {
             let (zero, one) = (number(k, 0.0), number(k, 1.0));
-            let positive = k.compare(x[0], super::kernel::Order::Gt, zero);
+            let positive = k.compare(x[0], crate::builder::Order::Gt, zero);
             k.select(positive, one, zero)
         }
         Op::Gelu => math::gelu(k, x[0]),

@@ -16,12 +16,9 @@ mod flash;
 mod gemm;
 mod halves;
 mod head;
-mod kernel;
 mod map;
-mod math;
 mod narrow;
 mod optimizer;
-mod random;
 mod reduce;
 mod rows;
 mod span;
@@ -32,7 +29,6 @@ mod view;
 pub mod work;
 
 use flash::{Form, Part};
-use kernel::Code;
 use tables::Panels;
 use view::View;
 
@@ -43,9 +39,10 @@ use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Role, Type, Value};
 use peft_grammar::model::{Optimizer, Precision};
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Output, Storage, Tensor};
 
-use crate::cpu::Cpu;
+use crate::builder::Code;
 use crate::fuse::Limits;
-use crate::machine::Machine;
+use crate::target::Machine;
+use crate::target::cpu::Cpu;
 
 /// Kernels, and how the entries run them.
 pub struct Lowered {

@@ -14,10 +14,10 @@ use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::Lowering;
 use super::epilogue::Epilogue;
-use super::kernel::{Buf, Code, F32, Kernel, Order, Val, define, first};
 use super::tiles::{Fate, Out, Shape, Side, To};
-use crate::cuda::{WARP, WARPS};
-use crate::machine::Machine;
+use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define, first};
+use crate::target::Machine;
+use crate::target::cuda::{WARP, WARPS};
 
 /// Rows of a warp, and of a tile.
 const HELD: u64 = 5;
@@ -270,7 +270,7 @@ impl Operand {
 
     /// Where line `i + more` begins; of those from `end` on it does not matter.
     fn line(k: &mut Kernel, side: &[Val], (i, end): (Val, Val), more: u64) -> Val {
-        let [along, _, first] = super::kernel::first(side);
+        let [along, _, first] = crate::builder::first(side);
         let (one, more) = (k.index(1), k.index(more));
         let (i, last) = (k.add(i, more), k.sub(end, one));
         let i = k.min(i, last);

@@ -5,8 +5,8 @@ use peft_grammar::model::{Hyper, Optimizer};
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Launch, Output, Storage};
 
 use super::Target;
-use super::kernel::{Buf, Code, F32, Kernel, Order, Val, define, first};
-use crate::machine::Machine;
+use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define, first};
+use crate::target::Machine;
 
 /// Partial sums that a GPU's warp reads at once.
 const AHEAD: u64 = 8;

@@ -5,11 +5,11 @@ use peft_grammar::graph::{Dim, Op, Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::epilogue::Follow;
-use super::kernel::{F32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
 use super::view::View;
 use super::{Lowering, dim_extent, extent, extents, map};
-use crate::machine::Machine;
+use crate::builder::{F32, Kernel, Order, Val, define, first};
+use crate::target::Machine;
 
 /// Columns of a unit.
 const COLUMNS: u64 = 64;

@@ -4,11 +4,12 @@ use peft_grammar::graph::{Dim, Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::epilogue::Follow;
-use super::kernel::{Buf, F32, I32, Kernel, Order, Val, define, first};
 use super::span::{Rows, Span};
-use super::{Lowering, dim_extent, math, product};
-use crate::cuda::{WARP, WARPS};
-use crate::machine::Machine;
+use super::{Lowering, dim_extent, product};
+use crate::builder::{Buf, F32, I32, Kernel, Order, Val, define, first};
+use crate::kernels::math;
+use crate::target::Machine;
+use crate::target::cuda::{WARP, WARPS};
 
 /// What a row of the result is of the rows of the operands.
 #[derive(Clone, Copy)]

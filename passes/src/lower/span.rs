@@ -3,8 +3,8 @@
 use peft_grammar::graph::{Dim, Type};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Buf, Kernel, Val};
 use super::{Target, extent, lead_size, product};
+use crate::builder::{Buf, Kernel, Val};
 
 /// How the rows of a tensor lie.
 #[derive(Clone, Debug)]

@@ -19,9 +19,9 @@ use peft_runtime::artifact::Extent;
 
 use super::attention::Segment;
 use super::flash::{Form, Head, Part, Rows};
-use super::kernel::{Buf, F32, I32, Kernel, Order, Val};
-use super::{math, random};
-use crate::cuda::{WARP, WARPS};
+use crate::builder::{Buf, F32, I32, Kernel, Order, Val};
+use crate::kernels::{math, philox as random};
+use crate::target::cuda::{WARP, WARPS};
 
 /// Rows and columns of a tile.
 pub(super) const TILE: u64 = 64;
@@ -189,9 +189,9 @@ impl Unit {
         (part, form): (Part, Form),
         drops: bool,
     ) -> Unit {
-        let [_, _, sequences] = super::kernel::first(sizes);
+        let [_, _, sequences] = crate::builder::first(sizes);
         let (sizes, last) = sizes.split_at(sizes.len() - 2);
-        let [blocks, panels] = super::kernel::first(last);
+        let [blocks, panels] = crate::builder::first(last);
         let (&offsets, buffers) = buffers.split_last().expect("it is the last");
         let (rest, block) = (k.div(unit, blocks), k.rem(unit, blocks));
         let (head, panel) = (k.div(rest, panels), k.rem(rest, panels));
@@ -585,7 +585,7 @@ pub(super) fn write(k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), (part, f
         return;
     }
     let (sizes, last) = sizes.split_at(sizes.len() - 3);
-    let [each, blocks, panels] = super::kernel::first(last);
+    let [each, blocks, panels] = crate::builder::first(last);
     let (inputs, outs) = buffers.split_at(buffers.len() - 4);
     let (before, lies) = sizes.split_at(sizes.len() - 9);
     let side = |k: &mut Kernel, unit: Val, part: Part, results: Range<usize>| {

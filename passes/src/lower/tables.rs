@@ -13,10 +13,10 @@ use std::collections::BTreeMap;
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Launch};
 
-use super::kernel::{Code, Kernel, Val, define, first};
 use super::rows::table_row;
 use super::{Lowering, Target, dim_extent};
-use crate::machine::Machine;
+use crate::builder::{Code, Kernel, Val, define, first};
+use crate::target::Machine;
 
 /// A table's numbers once more, in panels.
 pub(super) struct Panels {

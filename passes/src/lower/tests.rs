@@ -17,12 +17,12 @@ use proptest::test_runner::TestRunner;
 
 use super::{Options, lower};
 use crate::codegen;
-use crate::cpu::{Cpu, Level};
-use crate::cuda::Chip;
 use crate::fuse::{Limits, fuse};
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
-use crate::machine::Machine;
+use crate::target::Machine;
+use crate::target::cpu::{Cpu, Level};
+use crate::target::cuda::Chip;
 use crate::tests::samples::{arguments, cases, language_head, single};
 
 #[repr(C)]
@@ -39,7 +39,7 @@ const GUARD: usize = 64;
 const UNTOUCHED: u32 = 0x7fa5_5aa5;
 
 /// Runs a kernel on buffers, each with its length, and then on numbers: its sizes and the range of its units.
-pub(super) fn call(library: &libloading::Library, name: &str, buffers: &[(*mut u32, usize)], numbers: &[i64]) {
+pub(crate) fn call(library: &libloading::Library, name: &str, buffers: &[(*mut u32, usize)], numbers: &[i64]) {
     let symbol = format!("_mlir__mlir_ciface_{name}");
     // SAFETY: the symbol has the one signature every kernel has.
     let kernel = unsafe { library.get::<unsafe extern "C" fn(*mut *mut c_void)>(symbol.as_bytes()) };
@@ -61,7 +61,7 @@ pub(super) fn call(library: &libloading::Library, name: &str, buffers: &[(*mut u
 }
 
 /// Every level of processors that this one can stand for.
-pub(super) fn levels() -> Vec<Cpu> {
+pub(crate) fn levels() -> Vec<Cpu> {
     let here = Cpu::Native.features();
     let missing = |cpu: &Cpu| cpu.features().into_iter().find(|f| !here.contains(f));
     let levels = Level::ALL.map(|(level, _)| Cpu::Level(level));

@@ -22,13 +22,13 @@ use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::epilogue::{Epilogue, HeldRow, Taken};
 use super::gemm::Axes;
-use super::kernel::matrix::Half;
-use super::kernel::{Buf, Code, F32, Kernel, Order, Val, define, first};
 use super::map::Given;
 use super::view::{ONE, View};
 use super::{Lowering, Place, product};
-use crate::cuda::{Chip, WARP, WARPS};
-use crate::machine::Machine;
+use crate::builder::mma::Half;
+use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define, first};
+use crate::target::Machine;
+use crate::target::cuda::{Chip, WARP, WARPS};
 
 /// Rows and columns of a tile, and where the product has few.
 pub(super) const TILE: u64 = 64;
@@ -588,7 +588,7 @@ impl Source {
         side: u64,
         contiguous: bool,
     ) -> Source {
-        let [along, deep, area, first] = super::kernel::first(sizes);
+        let [along, deep, area, first] = crate::builder::first(sizes);
         let area = k.mul(batch, area);
         let base = k.mul(start, along);
         let base = k.add(base, area);

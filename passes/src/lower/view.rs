@@ -12,9 +12,9 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
-use super::kernel::{Code, Kernel, Val, define};
 use super::{Lowering, Place, product};
-use crate::machine::Machine;
+use crate::builder::{Code, Kernel, Val, define};
+use crate::target::Machine;
 
 /// A distance in elements: a number times sizes of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,11 +11,11 @@
 use peft_runtime::artifact::Sizes;
 
 use super::epilogue::ROW;
-use super::kernel::matrix::SIDE;
 use super::narrow::Narrow;
 use super::tiles::{Fate, Tile};
 use super::{TIMES, halves, optimizer, squares};
-use crate::cuda::{Card, WARP, WARPS};
+use crate::builder::mma::SIDE;
+use crate::target::cuda::{Card, WARP, WARPS};
 
 /// From the end of one launch to the first loads of the next in a graph of launches, in seconds.
 const START: f64 = 1.5e-6;

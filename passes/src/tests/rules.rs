@@ -6,14 +6,14 @@ use super::fusion::assert_same_on;
 use super::samples::arguments;
 use peft_grammar::graph::Graph;
 
-use crate::cpu::Cpu;
-use crate::cuda::Chip;
 use crate::dialect::Dialect;
 use crate::fuse::{Limits, fuse};
 use crate::interpret::Batch;
 use crate::lower::tests::{compare, cuda, launches};
 use crate::pipeline::rules;
 use crate::remat::remat;
+use crate::target::cpu::Cpu;
+use crate::target::cuda::Chip;
 
 /// Low enough for cases as small as these.
 fn limits() -> Limits {

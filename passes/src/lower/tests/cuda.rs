@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use ptx_sim::{Arg, FaultKind, Gpu, Module, Ptr, Report};
 
 use super::*;
-use crate::cuda::{WARP, WARPS};
 use crate::dialect::Dialect;
+use crate::target::cuda::{WARP, WARPS};
 
 /// Blocks of a launch, at most: so few that warps take several units.
 const BLOCKS: u64 = 3;

@@ -2,7 +2,7 @@
 
 use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
 
-use super::kernel::{Buf, Kernel, Order, Val};
+use crate::builder::{Buf, Kernel, Order, Val};
 
 /// Columns that a lane decides over in one call of the generator.
 pub const EACH: u64 = 4;

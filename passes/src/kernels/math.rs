@@ -4,7 +4,7 @@
 //! each function to the bound that it names, on floats of every size and with fused multiply-add or without. A bound in
 //! units of the last place is one for normal results; smaller ones may be 0, or the least normal number.
 
-use super::kernel::{Kernel, Order, Val};
+use crate::builder::{Kernel, Order, Val};
 
 /// c₀ + c₁x + c₂x² + …
 fn polynomial(k: &mut Kernel, x: Val, coefficients: &[f64]) -> Val {

@@ -1,10 +1,16 @@
 //! What kernels are compiled for.
 
+pub mod cpu;
+pub mod cuda;
+
 use std::fmt;
 use std::str::FromStr;
 
-use crate::cpu::Cpu;
-use crate::cuda::Chip;
+use self::cpu::Cpu;
+use self::cuda::{Chip, WARP, WARPS};
+
+/// Elements of a processor's vector: a register of AVX-512, two of AVX2.
+pub const LANES: u64 = 16;
 
 /// A processor or a GPU, as `--target` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +33,32 @@ impl Machine {
         match self {
             Machine::Cpu(cpu) => cpu.features(),
             Machine::Cuda(_) => vec![],
+        }
+    }
+}
+
+impl Machine {
+    /// Elements that a kernel has in hand at once.
+    pub fn lanes(self) -> u64 {
+        match self {
+            Machine::Cpu(_) => LANES,
+            Machine::Cuda(_) => WARP,
+        }
+    }
+
+    /// Elements of a unit where all stand in a row: a GPU has warps enough for few each.
+    pub fn stretch(self) -> u64 {
+        match self {
+            Machine::Cpu(_) => 8192,
+            Machine::Cuda(_) => 64,
+        }
+    }
+
+    /// Members of a team: units that a kernel counts as one.
+    pub fn team(self) -> u64 {
+        match self {
+            Machine::Cpu(_) => 1,
+            Machine::Cuda(_) => WARPS,
         }
     }
 }

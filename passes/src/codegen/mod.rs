@@ -18,10 +18,10 @@ use melior::utility::{parse_pass_pipeline, register_all_llvm_translations, regis
 use peft_runtime::trust::trusted_file;
 
 use crate::Error;
-use crate::cpu::Cpu;
-use crate::cuda::Chip;
 use crate::dialect::Dialect;
-use crate::machine::Machine;
+use crate::target::Machine;
+use crate::target::cpu::Cpu;
+use crate::target::cuda::Chip;
 
 /// From loops to the `llvm` dialect.
 const PIPELINE: &str = "builtin.module(\

@@ -7,8 +7,8 @@
 use std::fmt::Write;
 
 use super::{Buf, F32, I32, I64, INDEX, Kernel, LANES, Order, Scalar, Ty, Val, list};
-use crate::cuda::{WARP, WARPS};
-use crate::machine::Machine;
+use crate::target::Machine;
+use crate::target::cuda::{WARP, WARPS};
 
 /// How a kernel works, and what it knows of the thread it runs on.
 #[derive(Clone, Debug, PartialEq)]
@@ -149,34 +149,6 @@ fn side_by_side(
     choose(&blocks.to_string(), (0..launches).map(|launch| format!("%blocks{launch}")).collect(), "index");
     let _ = writeln!(text, "    {block} = arith.subi %at, %begin : index");
     (signature, format!("{text}{body}    }}\n"))
-}
-
-impl Machine {
-    /// Elements that a kernel has in hand at once.
-    pub fn lanes(self) -> u64 {
-        match self {
-            Machine::Cpu(_) => LANES,
-            Machine::Cuda(_) => WARP,
-        }
-    }
-}
-
-impl Machine {
-    /// Elements of a unit where all stand in a row: a GPU has warps enough for few each.
-    pub fn stretch(self) -> u64 {
-        match self {
-            Machine::Cpu(_) => 8192,
-            Machine::Cuda(_) => 64,
-        }
-    }
-
-    /// Members of a team: units that a kernel counts as one.
-    pub fn team(self) -> u64 {
-        match self {
-            Machine::Cpu(_) => 1,
-            Machine::Cuda(_) => WARPS,
-        }
-    }
 }
 
 impl Kernel {

@@ -7,7 +7,7 @@ use peft_runtime::artifact::Element;
 
 use super::lanes::Form;
 use super::{Buf, INDEX, Kernel, NAME, Order, Val};
-use crate::cuda::{WARP, WARPS};
+use crate::target::cuda::{WARP, WARPS};
 
 impl Kernel {
     /// The units asked for, a block's threads together on [`WARPS`] of them: who launches kernels counts in warps.

@@ -4,23 +4,22 @@
 //! under a mask, so nothing hangs on the vectoriser's mood and every sum has one fixed order.
 //! Buffers are flat; kernels compute their own addresses. What a vector is, on a processor and on a GPU: `lanes.rs`.
 
-mod blocks;
+mod gpu;
 mod lanes;
-pub mod matrix;
+pub mod mma;
 
 use std::collections::HashMap;
 use std::fmt::Write;
 
 use peft_runtime::artifact::Element;
 
-use crate::machine::Machine;
+use crate::target::Machine;
 use lanes::Form;
 
 /// Bytes of a scratch: threads have stacks of 2 MiB, and nothing would tell when one ends.
 const SCRATCH: u64 = 1 << 18;
 
-/// Elements of one vector: a register of AVX-512, two of AVX2.
-pub const LANES: u64 = 16;
+pub use crate::target::LANES;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scalar {

@@ -4,13 +4,13 @@ use std::f64::consts::PI;
 
 use peft_runtime::artifact::Element;
 
-use super::super::kernel::{define, first};
-use super::super::tests::{call, levels};
+use crate::builder::{define, first};
 use super::*;
 use crate::codegen;
-use crate::cpu::Cpu;
 use crate::interpret::{normal_cdf, normal_density};
-use crate::machine::Machine;
+use crate::lower::tests::{call, levels};
+use crate::target::Machine;
+use crate::target::cpu::Cpu;
 
 const LEAST: f64 = f32::MIN_POSITIVE as f64;
 
