@@ -73,7 +73,7 @@ fn fresh(
         entries.iter().zip(compiled.remade).find(|(entry, _)| **entry == Entry::Train).map(|(_, remade)| remade);
     let begun = Instant::now();
     let library = folder.join(lowered.manifest.library_name());
-    codegen::compile(&lowered.kernels, lowered.machine, kept, &library)?;
+    codegen::compile(&lowered.kernels(), lowered.machine, kept, &library)?;
     timings.push(("llvm", begun.elapsed()));
     let manifest = Manifest {
         compiler: compiler(),

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, HashSet};
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
 use peft_grammar::model::{BatchSize, Model, Precision, TaskKind};
 use peft_passes::dialect::Dialect;
-use peft_passes::lower::work::{Work, work};
+use peft_passes::lower::Lowered;
+use peft_passes::lower::cost::{Launched, Work, cost};
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Card;
@@ -65,7 +66,7 @@ pub struct Roofline {
     pub flops: f64,
     pub memory_seconds: f64,
     pub product_seconds: f64,
-    /// By a model of the kernels' tiles, see [`peft_passes::lower::work`].
+    /// By a model of the kernels' tiles, see [`peft_passes::lower::cost`].
     pub modelled_seconds: f64,
     /// Launches that compute the same, those that take longest first.
     pub kernels: Vec<Kind>,
@@ -136,11 +137,12 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
     let batch = Shape { sequences, tokens_each, targets };
     let values = model.params.iter().filter_map(|p| p.trained_shape()).map(|s| s.iter().product::<u64>()).sum();
     let sizes = batch.sizes(values);
-    let manifest = trained.lowered.expect("the way led to loops").manifest;
+    let lowered = trained.lowered.expect("the way led to loops");
+    let manifest = &lowered.manifest;
     let entry = &manifest.entries["train"];
-    let numbers = arena::plan(&manifest, &entry.launches, &entry.outputs, &sizes).size;
+    let numbers = arena::plan(manifest, &entry.launches, &entry.outputs, &sizes).size;
     let roofline = match options.machine {
-        Machine::Cuda(chip) => Some(roofline(chip.card(), model, graph, &manifest, &sizes)),
+        Machine::Cuda(chip) => Some(roofline(chip.card(), model, graph, &lowered, &sizes)),
         Machine::Cpu(_) => None,
     };
     Ok(Costs {
@@ -152,13 +154,15 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
     })
 }
 
-fn roofline(card: Card, model: &Model, graph: &Graph, manifest: &Manifest, sizes: &Sizes) -> Roofline {
+fn roofline(card: Card, model: &Model, graph: &Graph, lowered: &Lowered, sizes: &Sizes) -> Roofline {
+    let manifest = &lowered.manifest;
     let launches = ["train", "update"].iter().filter_map(|name| manifest.entries.get(*name)).flat_map(|e| &e.launches);
     let mut kernels: Vec<Kind> = vec![];
     for launch in launches.clone() {
         let extents: Vec<u64> = launch.extents.iter().map(|e| e.eval(sizes)).collect();
-        let (kernel, buffers) = (&manifest.kernels[launch.kernel], launch.buffers.len());
-        let work = work(kernel, buffers, &extents, launch.units.eval(sizes), sizes, &card);
+        let (buffers, units) = (launch.buffers.len(), launch.units.eval(sizes));
+        let launched = Launched { buffers, sizes: &extents, units, batch: sizes };
+        let work = cost(&lowered.functions[launch.kernel], launched, &card);
         let bytes = bytes(launch, &work, manifest, sizes);
         let (memory, products) = (bytes / card.bandwidth, work.arithmetic(&card));
         let (best, modelled) = (memory.max(products), work.time(&card, bytes));

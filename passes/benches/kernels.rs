@@ -101,7 +101,7 @@ fn write(folder: &Path, parts: &[&str]) -> Result<(), Failure> {
 fn plan(lowered: &Lowered, kernels: &Path) -> Result<String, Failure> {
     let manifest = &lowered.manifest;
     let mut hashes = vec![];
-    for (name, text) in manifest.kernels.iter().zip(&lowered.kernels) {
+    for (name, text) in manifest.kernels.iter().zip(lowered.kernels()) {
         let text = text.replace(&format!("@{name}"), "@kernel");
         let hash = blake3::hash(text.as_bytes()).to_hex()[..16].to_string();
         fs::write(kernels.join(&hash), text)?;

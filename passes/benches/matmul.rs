@@ -13,7 +13,7 @@ use peft_grammar::model::Precision;
 use peft_passes::target::Machine;
 use peft_passes::target::cpu::Cpu;
 use peft_passes::{codegen, lower};
-use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Storage, Tensor};
+use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Manifest, Storage, Tensor};
 use peft_runtime::{Inputs, Numbers, Profile, Program, Session};
 
 /// Rounds over all products; the least time of each counts.
@@ -181,11 +181,12 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
     let entries: Vec<(&str, &Graph)> = products.iter().map(|p| p.name).zip(&graphs).collect();
     let mut lowered =
         lower::lower(&entries, &tensors, lower::Options { precision, ..Default::default() }).expect("lowered");
-    add_peak(&mut lowered, precision);
+    let kernels = [lowered.kernels(), vec![peak_kernel(precision)]].concat();
+    add_peak(&mut lowered.manifest);
 
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&lowered.kernels, Machine::default(), None, &library).unwrap_or_else(|e| panic!("{e}"));
+    codegen::compile(&kernels, Machine::default(), None, &library).unwrap_or_else(|e| panic!("{e}"));
     let numbers = |n: usize| (0..n).map(|i| ((i * 7919 % 1001) as f32 - 500.0) / 1000.0);
     let weights = tensors.iter().map(|t| {
         let count = t.shape.iter().product::<u64>() as usize;
@@ -232,9 +233,7 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
 }
 
 /// The kernel of the peak as one more entry.
-fn add_peak(lowered: &mut lower::Lowered, precision: Precision) {
-    let manifest = &mut lowered.manifest;
-    lowered.kernels.push(peak_kernel(precision));
+fn add_peak(manifest: &mut Manifest) {
     manifest.kernels.push("peak".into());
     // As large as what the runtime shares among threads.
     let shape = vec![Extent::Const(16 * PEAK_UNITS * 8)];

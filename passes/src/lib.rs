@@ -1,6 +1,7 @@
 //! From the checked model to code: the `peft` dialect, its passes, and lowering to the targets.
 //! The only crate that touches MLIR.
 
+mod abi;
 mod builder;
 pub mod codegen;
 pub mod dialect;
@@ -9,7 +10,7 @@ pub mod fuse;
 pub mod gradient;
 pub mod inference;
 pub mod interpret;
-mod kernels;
+pub mod kernels;
 pub mod lower;
 pub mod partition;
 pub mod pipeline;

@@ -235,9 +235,9 @@ impl<'d> Way<'d> {
 pub fn emit(dialect: &Dialect, compiled: &Compiled, stage: Stage, locations: bool) -> Result<String, Error> {
     let graphs: Vec<&Graph> = compiled.graphs.iter().collect();
     match (stage, &compiled.lowered) {
-        (Stage::Loops, Some(lowered)) => codegen::loops(dialect, &lowered.kernels, lowered.machine),
-        (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels, lowered.machine),
-        (Stage::Ptx, Some(lowered)) => codegen::ptx(dialect, &lowered.kernels, lowered.machine),
+        (Stage::Loops, Some(lowered)) => codegen::loops(dialect, &lowered.kernels(), lowered.machine),
+        (Stage::Llvm, Some(lowered)) => codegen::llvm(dialect, &lowered.kernels(), lowered.machine),
+        (Stage::Ptx, Some(lowered)) => codegen::ptx(dialect, &lowered.kernels(), lowered.machine),
         _ if locations => dialect.print_with_locations(&graphs),
         _ => dialect.print(&graphs),
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use peft_grammar::model::Model;
 #[cfg(feature = "compiler")]
-use peft_passes::{machine::Machine, pipeline::Entry, remat::Remade};
+use peft_passes::{pipeline::Entry, remat::Remade, target::Machine};
 use peft_runtime::artifact::Manifest;
 use peft_runtime::{Numbers, Program, RuntimeError, store};
 

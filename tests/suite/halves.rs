@@ -7,28 +7,32 @@
 //!                  and beside it  x, the other step's packed W  ─► y' ≈ y
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use peft_grammar::model::Precision;
 use peft_passes::fuse::Limits;
-use peft_passes::lower::Lowered;
+use peft_passes::kernels::epilogue::Epilogue;
+use peft_passes::kernels::gemm::{mma, simt, skinny};
+use peft_passes::kernels::{Function, Schedule};
+use peft_passes::lower::{Lowered, together};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Chip;
-use peft_runtime::artifact::{Element, Manifest, Storage};
+use peft_runtime::artifact::{Element, Storage};
 use peft_runtime::backend::Job;
 use peft_runtime::{Inputs, Numbers, Session};
 use peftc::exchange;
 use ptx_sim::{Gpu, Module, Ptr};
 
+use crate::asked;
 use crate::paper::{self, Spec, largest};
 use crate::ptx::{self, Around, Simulated, Start};
-use crate::{asked, parity};
 
 /// A launch of the step that is not run.
 struct Twin {
     op: String,
     kernel: String,
+    function: Function,
     extents: Vec<u64>,
     units: u64,
     buffers: Vec<Kind>,
@@ -47,36 +51,44 @@ enum Kind {
     Made,
 }
 
-fn is_product(kernel: &str) -> bool {
-    kernel.starts_with("halves_")
+fn is_product(function: &Function) -> bool {
+    matches!(function.schedule, Schedule::Mma(_))
+}
+
+/// What a product's kernel does with its result.
+fn epilogue(function: &Function) -> &Epilogue {
+    match &function.schedule {
+        Schedule::Mma(product) => &product.epilogue,
+        Schedule::Simt(product) => &product.epilogue,
+        Schedule::Skinny(product) => &product.epilogue,
+        other => panic!("{other:?} is no product"),
+    }
 }
 
 /// What the kernel writes in half precision: to which of its buffers, of which result of f32's kernel `single`, and
 /// whether nothing else is written of that.
-fn made(kernel: &str, single: &str) -> Vec<(usize, usize, bool)> {
-    let groups = |name: &str| -> Vec<String> {
-        let words = name.split('_').map(String::from);
-        words.skip_while(|word| word != "map").collect()
-    };
-    let mut single = groups(single).into_iter();
-    let mut last: Option<(String, String)> = None;
-    let mut made = vec![];
-    for word in groups(kernel) {
-        match (word.strip_prefix("bf16").and_then(|at| at.parse().ok()), &last) {
-            (Some(at), Some((own, result))) => {
-                made.push((at, result.parse().expect("a result that is written"), own == "passed"));
-            }
-            _ => last = Some((word, single.next().expect("the same groups"))),
-        }
-    }
-    made
+fn made(kernel: &Function, single: &Function) -> Vec<(usize, usize, bool)> {
+    let groups = epilogue(kernel).groups.iter().zip(&epilogue(single).groups);
+    let made = groups.filter_map(|(own, single)| {
+        let (_, at) = own.half?;
+        Some((at, *single.buffers.last().expect("a result"), !own.stays))
+    });
+    made.collect()
 }
 
 /// Rows of A in bf16, as the product in half precision reads them, from what f32's launch does.
-fn rounded(twin: &Twin, start: &Start, a: &[f32]) -> Vec<u8> {
-    let [m, depth, line] = [0, 2, 4].map(|i| twin.extents[i] as usize);
-    let (along, first) = if start.kernel.starts_with("narrow_") { (4, 6) } else { (7, 10) };
-    let [along, first] = [along, first].map(|i| start.extents[i] as usize);
+fn rounded(twin: &Twin, single: &Function, start: &Start, a: &[f32]) -> Vec<u8> {
+    let mma::Sizes { m, depth, line_a: line, .. } = mma::Sizes::of(&twin.extents).map(|n| n as usize);
+    let (along, first) = match &single.schedule {
+        Schedule::Skinny(_) => {
+            let skinny::Sizes { along_a, first_a, .. } = skinny::Sizes::of(&start.extents);
+            (along_a as usize, first_a as usize)
+        }
+        _ => {
+            let simt::Sizes { along_a, first_a, .. } = simt::Sizes::of(&start.extents);
+            (along_a as usize, first_a as usize)
+        }
+    };
     let mut words = vec![0; m * line * 4];
     for row in 0..m {
         for k in 0..depth {
@@ -88,7 +100,7 @@ fn rounded(twin: &Twin, start: &Start, a: &[f32]) -> Vec<u8> {
 }
 
 /// How far a product is from f32's, as a part of the largest number of what it writes.
-type Gaps = BTreeMap<String, f32>;
+type Gaps = HashMap<Function, f32>;
 
 /// Both steps of a spec, in f32 and in half precision.
 struct Pair {
@@ -105,8 +117,8 @@ impl Pair {
         Pair { spec, single, half }
     }
 
-    fn products(&self) -> BTreeSet<String> {
-        self.half.manifest.kernels.iter().filter(|kernel| is_product(kernel)).cloned().collect()
+    fn products(&self) -> HashSet<Function> {
+        self.half.functions.iter().filter(|function| is_product(function)).cloned().collect()
     }
 
     /// Of products that are not among `known` already.
@@ -114,10 +126,11 @@ impl Pair {
         let model = self.spec.model();
         let inputs = exchange::inputs(&paper::batch(&model), [3, 5]);
         let weights = || paper::weights(&model);
-        let twins = twins(module, self.half.manifest, weights(), &inputs);
+        let twins = twins(module, self.half, weights(), &inputs);
         // Behind the last product that is new nothing needs to run.
-        let last = twins.iter().rposition(|twin| is_product(&twin.kernel) && !known.contains_key(&twin.kernel));
-        let (manifest, found) = (self.single.manifest, Arc::new(Mutex::new(std::mem::take(known))));
+        let last = twins.iter().rposition(|twin| is_product(&twin.function) && !known.contains_key(&twin.function));
+        let Lowered { manifest, functions, .. } = self.single;
+        let found = Arc::new(Mutex::new(std::mem::take(known)));
         let prepare = manifest.prepare.clone();
         let (mut twins, gaps) = (twins.into_iter().enumerate(), found.clone());
         let around: Around = Box::new(move |gpu, job, start| {
@@ -130,10 +143,10 @@ impl Pair {
                 return;
             }
             let mut gaps = gaps.lock().expect("one thread");
-            if !is_product(&twin.kernel) || gaps.contains_key(&twin.kernel) {
+            if !is_product(&twin.function) || gaps.contains_key(&twin.function) {
                 return start.run(gpu);
             }
-            gaps.insert(twin.kernel.clone(), twin.gap(gpu, job, start));
+            gaps.insert(twin.function.clone(), twin.gap(gpu, job, &functions[job.launch.kernel], start));
         });
         let backend = Simulated::new(module.clone(), &manifest).with(around);
         paper::run(&mut Session::on(Box::new(backend), manifest, weights()).expect("a session"), &inputs);
@@ -142,14 +155,16 @@ impl Pair {
 }
 
 /// The launches of a step, which is not run.
-fn twins(module: &Arc<Module>, manifest: Manifest, weights: Vec<Numbers>, inputs: &Inputs) -> Vec<Twin> {
+fn twins(module: &Arc<Module>, program: Lowered, weights: Vec<Numbers>, inputs: &Inputs) -> Vec<Twin> {
+    let Lowered { manifest, functions, .. } = program;
     let found = Arc::new(Mutex::new(vec![]));
     let (twins, known) = (found.clone(), manifest.clone());
     let around: Around = Box::new(move |gpu, job, start| {
         if known.prepare.contains(job.launch) {
             return start.run(gpu);
         }
-        if start.kernel.starts_with("round_") {
+        let function = functions[job.launch.kernel].clone();
+        if let Schedule::Round(_) = function.schedule {
             return;
         }
         let places = job.launch.buffers.iter().zip(&start.buffers).zip(&job.places);
@@ -162,9 +177,9 @@ fn twins(module: &Arc<Module>, manifest: Manifest, weights: Vec<Numbers>, inputs
                 _ => Kind::Same,
             }
         });
-        let buffers = if is_product(start.kernel) { kinds.collect() } else { vec![] };
+        let buffers = if is_product(&function) { kinds.collect() } else { vec![] };
         let (op, kernel) = (job.launch.op.clone(), start.kernel.to_string());
-        let twin = Twin { op, kernel, extents: start.extents.clone(), units: start.units, buffers };
+        let twin = Twin { op, kernel, function, extents: start.extents.clone(), units: start.units, buffers };
         twins.lock().expect("one thread").push(twin);
     });
     let backend = Simulated::new(module.clone(), &manifest).with(around);
@@ -174,17 +189,17 @@ fn twins(module: &Arc<Module>, manifest: Manifest, weights: Vec<Numbers>, inputs
 
 impl Twin {
     /// Runs the launch, and this one on a copy of its operands.
-    fn gap(&self, gpu: &mut Gpu, job: &Job, start: &Start) -> f32 {
+    fn gap(&self, gpu: &mut Gpu, job: &Job, single: &Function, start: &Start) -> f32 {
         // A buffer that is given twice is one.
         let mut copies: HashMap<u64, Ptr> = HashMap::new();
         // By buffer of this one, which of the launch's it is.
         let mut of = vec![];
         let mut next = 0..start.buffers.len();
-        let made = made(&self.kernel, start.kernel);
+        let made = made(&self.function, single);
         let mut buffers: Vec<Ptr> = vec![];
         for kind in &self.buffers {
             if *kind == Kind::Made {
-                let &(_, result, _) = made.iter().find(|(at, ..)| *at == buffers.len()).expect("its name says so");
+                let &(_, result, _) = made.iter().find(|(at, ..)| *at == buffers.len()).expect("its epilogue says so");
                 if result == next.start {
                     next.next();
                 }
@@ -198,7 +213,7 @@ impl Twin {
                 Kind::Packed(content) => gpu.alloc(content.clone()),
                 Kind::Rounded => {
                     let a = ptx::floats(gpu, start.buffers[at], job.places[at].length);
-                    gpu.alloc(rounded(self, start, &a))
+                    gpu.alloc(rounded(self, single, start, &a))
                 }
                 _ => *copies.entry(start.buffers[at].address()).or_insert_with(|| {
                     let content = gpu.read(start.buffers[at], 4 * job.places[at].length).to_vec();
@@ -238,18 +253,19 @@ impl Twin {
 fn every_product(chip: Chip, bound: f32) {
     let machine = Machine::Cuda(chip);
     let pairs: Vec<Pair> = paper::specs().iter().flat_map(Spec::small).map(|spec| Pair::of(spec, machine)).collect();
-    let wanted: BTreeSet<String> = pairs.iter().flat_map(Pair::products).collect();
-    let chosen = paper::covering(pairs, Pair::products);
-    let kernels = parity::kernels(chosen.iter().flat_map(|pair| [&pair.single, &pair.half]));
+    let wanted: HashSet<Function> = pairs.iter().flat_map(Pair::products).collect();
+    let mut chosen = paper::covering(pairs, Pair::products);
+    let kernels = together(chosen.iter_mut().flat_map(|pair| [&mut pair.single, &mut pair.half]));
     let module = ptx::module(&kernels, machine);
     let mut gaps = Gaps::new();
     for pair in chosen {
         pair.gaps(&module, &mut gaps);
     }
-    for (kernel, gap) in &gaps {
-        println!("{gap:.1e} {kernel}");
+    for (function, gap) in &gaps {
+        println!("{gap:.1e} {}", function.word());
     }
-    assert!(wanted.len() > 10 && gaps.keys().eq(&wanted), "{} of {} products ran", gaps.len(), wanted.len());
+    let all = wanted.len() > 10 && gaps.len() == wanted.len() && gaps.keys().all(|ran| wanted.contains(ran));
+    assert!(all, "{} of {} products ran", gaps.len(), wanted.len());
     let wrong: Vec<_> = gaps.iter().filter(|(_, gap)| !(0.0..=bound).contains(*gap)).collect();
     assert!(wrong.is_empty(), "beyond {bound:e}: {wrong:#?}");
     // Something was rounded.

@@ -64,7 +64,7 @@ fn session(optimizer: Optimizer, machine: Machine, tensors: &[Tensor], weights: 
     let mut session = match machine {
         Machine::Cpu(_) => Session::new(programs(vec![lowered]).remove(0), weights, 1),
         Machine::Cuda(_) => {
-            let simulated = Simulated::new(module(&lowered.kernels, machine), &lowered.manifest);
+            let simulated = Simulated::new(module(&lowered.kernels(), machine), &lowered.manifest);
             Session::on(Box::new(simulated), lowered.manifest, weights)
         }
     }

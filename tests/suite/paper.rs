@@ -1,13 +1,20 @@
 //! Every kernel that the paper's specs need, in PTX beside the processor's. Models of the same methods with fewer layers
 //! and narrower ones run; that they have the kernels of the models as they are is part of what is tested.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
+use std::hash::Hash;
 use std::path::{Path, PathBuf};
 
+use peft_grammar::graph::Op;
 use peft_grammar::model::{Model, Param, Precision};
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
-use peft_passes::lower::Lowered;
+use peft_passes::kernels::attention::shape::Form;
+use peft_passes::kernels::elementwise::{self, Expression};
+use peft_passes::kernels::epilogue::Epilogue;
+use peft_passes::kernels::rowwise::Lie;
+use peft_passes::kernels::{Function, Number, Schedule};
+use peft_passes::lower::{Lowered, together};
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Chip;
@@ -99,18 +106,72 @@ pub fn limits() -> Limits {
 }
 
 /// What a kernel does, without the numbers it is made for.
-fn kind(kernel: &str) -> String {
-    let number = |word: &&str| {
-        let hexadecimal = matches!(word.len(), 8 | 16) && word.chars().all(|c| c.is_ascii_hexdigit());
-        let counted = |name| word.strip_prefix(name).is_some_and(|n| n.chars().all(|c| c.is_ascii_digit()));
-        hexadecimal || counted("held") || counted("times")
-    };
-    let kernel = kernel.replacen("halves_bf16_128", "halves_bf16_64", 1);
-    kernel.split('_').filter(|word| !number(word)).collect::<Vec<_>>().join("_")
+fn kind(function: &Function) -> Schedule {
+    let mut schedule = function.schedule.clone();
+    match &mut schedule {
+        Schedule::Elementwise(expression) => plain(expression),
+        Schedule::Normalize(normalize) => {
+            normalize.eps = 0.0.into();
+            if let Lie::Held(vectors) = &mut normalize.lie {
+                *vectors = 0;
+            }
+            plain_epilogue(&mut normalize.epilogue);
+        }
+        Schedule::RowSums(sums) => {
+            sums.of.as_mut().map(plain);
+            plain_epilogue(&mut sums.epilogue);
+        }
+        Schedule::Gemm(product) => plain_epilogue(&mut product.epilogue),
+        Schedule::Simt(product) => plain_epilogue(&mut product.epilogue),
+        Schedule::Skinny(product) => plain_epilogue(&mut product.epilogue),
+        Schedule::Mma(product) => {
+            if product.form.copies() {
+                product.form.rows = 64;
+            }
+            plain_epilogue(&mut product.epilogue);
+        }
+        Schedule::LogitsBlock(block) => block.held = block.held.map(|_| 0),
+        Schedule::CrossEntropy(loss) => loss.smoothing = number(loss.smoothing),
+        Schedule::CpuAttention(attention) => attention.form = plain_form(attention.form),
+        Schedule::GpuAttention(attention) => attention.form = plain_form(attention.form),
+        _ => {}
+    }
+    schedule
 }
 
-fn kinds<'a>(lowered: impl IntoIterator<Item = &'a Lowered>) -> BTreeSet<String> {
-    lowered.into_iter().flat_map(|lowered| &lowered.manifest.kernels).map(|kernel| kind(kernel)).collect()
+/// Whether it is 0.
+fn number(x: Number) -> Number {
+    if x.get() == 0.0 { x } else { 1.0.into() }
+}
+
+fn plain_form(form: Form) -> Form {
+    Form { scale: number(form.scale), p: number(form.p), ..form }
+}
+
+fn plain_epilogue(epilogue: &mut Epilogue) {
+    epilogue.groups.iter_mut().chain(&mut epilogue.companions).for_each(|group| plain(&mut group.form));
+    if let Some(sum) = &mut epilogue.sum {
+        plain_epilogue(&mut sum.then);
+    }
+}
+
+fn plain(expression: &mut Expression) {
+    for step in &mut expression.steps {
+        match step {
+            elementwise::Step::Op(Op::Constant { value: by, shape: _ } | Op::Scale { by } | Op::Shift { by }, _) => {
+                *by = 1.0
+            }
+            elementwise::Step::Dropout { p, column, .. } => (*p, *column) = (number(*p), 0),
+            _ => {}
+        }
+        if let elementwise::Step::Op(Op::Constant { shape, .. }, _) = step {
+            shape.clear();
+        }
+    }
+}
+
+fn kinds<'a>(lowered: impl IntoIterator<Item = &'a Lowered>) -> HashSet<Schedule> {
+    lowered.into_iter().flat_map(|lowered| &lowered.functions).map(kind).collect()
 }
 
 /// Sequences that fill no tile, one of them a single token.
@@ -217,7 +278,7 @@ fn every_kernel_runs(chip: Chip, precision: Precision, bounds: Bounds) {
     let lowered: Vec<Lowered> = small.iter().map(|spec| spec.lowered(machine, precision, limits())).collect();
     let large = specs().into_iter().map(|spec| spec.shallow().lowered(machine, precision, Limits::default()));
     let (ran, wanted) = (kinds(&lowered), kinds(&large.collect::<Vec<_>>()));
-    let left: Vec<&String> = wanted.difference(&ran).collect();
+    let left: Vec<&Schedule> = wanted.difference(&ran).collect();
     assert!(left.is_empty() && wanted.len() > 150, "in {precision:?} no small model has {left:?}");
 
     let mut pairs: Vec<(Spec, Lowered)> = small.into_iter().zip(lowered).collect();
@@ -225,7 +286,7 @@ fn every_kernel_runs(chip: Chip, precision: Precision, bounds: Bounds) {
         pairs = covering(pairs, |(_, lowered)| kinds(std::slice::from_ref(lowered)));
     }
     // One text for all, since most kernels are shared.
-    let module = ptx::module(&parity::kernels(pairs.iter().map(|(_, lowered)| lowered)), machine);
+    let module = ptx::module(&together(pairs.iter_mut().map(|(_, lowered)| lowered)), machine);
     let processor = |(spec, _): &(Spec, _)| spec.lowered(Machine::default(), Precision::F32, limits());
     let processor = parity::programs(pairs.iter().map(processor).collect());
     let mut wrong = vec![];
@@ -246,12 +307,12 @@ fn every_kernel_runs(chip: Chip, precision: Precision, bounds: Bounds) {
 }
 
 /// Some of them that have between them what all have: again and again the one that adds most.
-pub fn covering<T>(all: Vec<T>, has: impl Fn(&T) -> BTreeSet<String>) -> Vec<T> {
-    let mut left: Vec<(T, BTreeSet<String>)> = all
+pub fn covering<T, K: Eq + Hash>(all: Vec<T>, has: impl Fn(&T) -> HashSet<K>) -> Vec<T> {
+    let mut left: Vec<(T, HashSet<K>)> = all
         .into_iter()
         .map(|one| {
-            let names = has(&one);
-            (one, names)
+            let kinds = has(&one);
+            (one, kinds)
         })
         .collect();
     let mut chosen = vec![];
@@ -261,7 +322,7 @@ pub fn covering<T>(all: Vec<T>, has: impl Fn(&T) -> BTreeSet<String>) -> Vec<T> 
         match most {
             Some(most) if !left[most].1.is_empty() => {
                 let (one, has) = left.remove(most);
-                left.iter_mut().for_each(|(_, lacking)| lacking.retain(|name| !has.contains(name)));
+                left.iter_mut().for_each(|(_, lacking)| lacking.retain(|kind| !has.contains(kind)));
                 chosen.push(one);
             }
             _ => return chosen,

@@ -1,6 +1,6 @@
 //! Loss, logits, λ and every gradient against PyTorch: of the interpreter and of the compiled graph.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use peft_grammar::graph::{DType, Graph, Role};
 use peft_grammar::model::{Init, Model, Origin, Param, Precision};
@@ -8,7 +8,7 @@ use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
 use peft_passes::interpret::{self, Batch, Data};
-use peft_passes::lower::Lowered;
+use peft_passes::lower::{Lowered, together};
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::adapter::{Stored, TensorFile};
 use peft_runtime::{Inputs, Program, Session, weights};
@@ -152,15 +152,9 @@ pub fn lowered(fixture: &Fixture, model: &Model, options: &Options) -> Lowered {
     compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).lowered.expect("the whole way")
 }
 
-/// Each kernel once.
-pub fn kernels<'a>(all: impl IntoIterator<Item = &'a Lowered>) -> Vec<String> {
-    let kernels: BTreeSet<&String> = all.into_iter().flat_map(|lowered| &lowered.kernels).collect();
-    kernels.into_iter().cloned().collect()
-}
-
 /// Programs of one library: what they share is compiled once.
-pub fn programs(all: Vec<Lowered>) -> Vec<Program> {
-    let kernels = kernels(&all);
+pub fn programs(mut all: Vec<Lowered>) -> Vec<Program> {
+    let kernels = together(&mut all);
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
     codegen::compile(&kernels, all[0].machine, kept().as_deref(), &library).unwrap_or_else(|e| panic!("{e}"));

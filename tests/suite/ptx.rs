@@ -133,7 +133,7 @@ pub fn module(kernels: &[String], machine: Machine) -> Arc<Module> {
 fn session(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Session {
     let machine = Machine::Cuda(chip);
     let lowered = parity::lowered(fixture, model, &Options { machine, ..parity::fused(fused) });
-    let simulated = Simulated::new(module(&lowered.kernels, machine), &lowered.manifest);
+    let simulated = Simulated::new(module(&lowered.kernels(), machine), &lowered.manifest);
     let weights = exchange::weights(&fixture.file, model, &fixture.path).expect("weights");
     let mut session = Session::on(Box::new(simulated), lowered.manifest, weights).expect("a session");
     session.poison = true;

@@ -10,12 +10,13 @@ use peft_grammar::model::Precision;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
-use peft_passes::lower::Lowered;
+use peft_passes::kernels::Schedule;
+use peft_passes::lower::{Lowered, together};
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Chip;
 
-use crate::{asked, paper, parity};
+use crate::{asked, paper};
 
 /// What a kernel takes of a chip.
 #[derive(Default)]
@@ -83,8 +84,9 @@ fn every_kernel_is_assembled() {
             let options = Options { machine: Machine::Cuda(chip), ..Options::default() };
             let compiled = pipeline::run(&dialect, &model, &[Entry::Forward, Entry::Train], &options);
             let lowered = compiled.unwrap_or_else(|e| panic!("{e}")).lowered.expect("the whole way");
-            let usages = assembled(&ptxas, &lowered.kernels, (chip, name));
-            let held: Vec<String> = kinds(&usages, chip).iter().map(|kind| format!("  {kind}")).collect();
+            let usages = assembled(&ptxas, &lowered.kernels(), (chip, name));
+            let held = kinds(&lowered, &usages, chip);
+            let held: Vec<String> = held.iter().map(|kind| format!("  {kind}")).collect();
             shown += &format!("{spec}, {name}\n{}\n", held.join("\n"));
         }
     }
@@ -98,8 +100,8 @@ fn every_kernel_of_the_paper(chip: Chip) {
         let specs = paper::specs().into_iter().map(|spec| spec.shallow());
         specs.map(move |spec| spec.lowered(Machine::Cuda(chip), precision, Limits::default()))
     };
-    let all: Vec<Lowered> = [Precision::F32, Precision::Bf16].into_iter().flat_map(lowered).collect();
-    let kernels = parity::kernels(&all);
+    let mut all: Vec<Lowered> = [Precision::F32, Precision::Bf16].into_iter().flat_map(lowered).collect();
+    let kernels = together(&mut all);
     assert!(kernels.len() > 200);
     assembled(&ptxas, &kernels, (chip, chip.name()));
 }
@@ -119,15 +121,13 @@ fn the_paper_on_sm_90() {
     every_kernel_of_the_paper(Chip::Sm90);
 }
 
-/// By what kernels are called in front: how many there are, and what the one of them takes that fills a multiprocessor
+/// By kind of kernel, whatever follows: how many there are, and what the one of them takes that fills a multiprocessor
 /// least.
-fn kinds(usages: &[Usage], chip: Chip) -> Vec<String> {
+fn kinds(lowered: &Lowered, usages: &[Usage], chip: Chip) -> Vec<String> {
     let stem = |usage: &Usage| {
-        let name = usage.kernel.split("_passed").next().unwrap_or_default();
-        let name = name.split("_map_").next().unwrap_or_default();
-        // Numbers in hexadecimal are what a kernel is made for, not what it does.
-        let words = name.split('_').filter(|word| word.len() < 8 || !word.chars().all(|c| c.is_ascii_hexdigit()));
-        if name.starts_with("map") { "map".into() } else { words.collect::<Vec<_>>().join("_") }
+        let at = lowered.manifest.kernels.iter().position(|kernel| *kernel == usage.kernel).expect("one of them");
+        let function = &lowered.functions[at];
+        if let Schedule::Elementwise(_) = function.schedule { "map".into() } else { function.word() }
     };
     let mut kinds: BTreeMap<String, Vec<&Usage>> = BTreeMap::new();
     usages.iter().for_each(|usage| kinds.entry(stem(usage)).or_default().push(usage));

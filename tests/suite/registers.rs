@@ -7,6 +7,7 @@ use std::process::Command;
 use peft_grammar::model::Precision;
 use peft_passes::codegen;
 use peft_passes::fuse::Limits;
+use peft_passes::kernels::{Function, Schedule};
 use peft_passes::target::Machine;
 use peft_passes::target::cpu::{Cpu, Level};
 
@@ -67,8 +68,11 @@ fn sums_stay_in_registers() {
         let machine = Machine::Cpu(Cpu::Level(level));
         for precision in [Precision::F32, Precision::Bf16] {
             let lowered = spec.lowered(machine, precision, Limits::default());
-            let kernels = lowered.manifest.kernels.iter().zip(lowered.kernels);
-            let products = kernels.filter(|(name, _)| name.starts_with("gemm") && name.contains("_rows_panels"));
+            let of_panels = |function: &Function| match &function.schedule {
+                Schedule::Gemm(product) => !product.form.columns_a && product.form.packed,
+                _ => false,
+            };
+            let products = lowered.functions.iter().zip(lowered.kernels()).filter(|(function, _)| of_panels(function));
             let products: Vec<String> = products.map(|(_, text)| text).collect();
             let folder = tempfile::tempdir().expect("a directory");
             let library = folder.path().join("kernels.so");

@@ -34,7 +34,7 @@ fn artifact(model: &Model, folder: &Path) -> std::path::PathBuf {
     let compiled = pipeline::run(&dialect, model, &entries, &Options::default()).expect("compiled");
     let lowered = compiled.lowered.expect("the whole way");
     let library = folder.join("fresh.so");
-    codegen::compile(&lowered.kernels, lowered.machine, kept().as_deref(), &library).expect("code");
+    codegen::compile(&lowered.kernels(), lowered.machine, kept().as_deref(), &library).expect("code");
     let manifest = Manifest { arch: std::env::consts::ARCH.into(), ..lowered.manifest };
     let path = folder.join("triples.peftc");
     store::save(&path, &manifest, &library).expect("saved");

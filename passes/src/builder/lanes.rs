@@ -160,6 +160,18 @@ impl Kernel {
         }
     }
 
+    /// What is read for several things in hand is to be on its way before the first of them is waited for: registers are
+    /// many, and nothing else hides how far memory is.
+    pub fn reads_ahead(&self) -> bool {
+        matches!(self.form, Form::Warps { .. })
+    }
+
+    /// Floats of a processor's register.
+    pub fn register(&self) -> u64 {
+        let Machine::Cpu(cpu) = self.machine else { unreachable!("asked of kernels for processors alone") };
+        cpu.registers().floats
+    }
+
     /// The type of a vector of such scalars.
     pub fn vector(&self, scalar: Ty) -> Ty {
         match self.form {

@@ -7,7 +7,7 @@ use super::{Buf, F32, I32, INDEX, Kernel, Scalar, Ty, Val};
 pub const SIDE: u64 = 16;
 
 /// Numbers of 16 bits; sums are in `f32`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Half {
     /// Up to 65504, from 6·10⁻⁵ on in full precision.
     F16,

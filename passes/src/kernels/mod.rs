@@ -1,4 +1,143 @@
-//! Kernels: what each computes, written out in the builder's terms.
+//! Kernels: what each is made for, the names of its arguments, and its code in the builder's terms.
 
+pub mod attention;
+pub mod chunked_logits;
+pub mod columns;
+pub mod copy;
+pub mod elementwise;
+pub mod embedding;
+pub mod epilogue;
+pub mod gemm;
 pub mod math;
+pub mod optimizer;
 pub mod philox;
+pub mod rowwise;
+pub mod span;
+
+use std::fmt;
+
+use crate::builder::Code;
+use crate::target::Machine;
+
+/// A float that schedules are told apart by: bit by bit.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Number(u64);
+
+impl Number {
+    pub fn get(self) -> f64 {
+        f64::from_bits(self.0)
+    }
+
+    /// For names: they say that it is 0, and not what else it is.
+    pub fn or_zero(self) -> &'static str {
+        if self.get() == 0.0 { "_0" } else { "" }
+    }
+}
+
+impl From<f64> for Number {
+    fn from(number: f64) -> Number {
+        Number(number.to_bits())
+    }
+}
+
+impl fmt::Debug for Number {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.get().fmt(f)
+    }
+}
+
+/// Makes one of many: whatever is told apart by it is one of them, and each writes its own code.
+macro_rules! schedules {
+    ($($(#[$doc:meta])* $variant:ident($schedule:ty)),+ $(,)?) => {
+        /// What a kernel is, for a machine: equal ones are one kernel, and nothing else is known of it.
+        #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+        pub enum Schedule {
+            $($(#[$doc])* $variant($schedule)),+
+        }
+
+        impl Schedule {
+            /// For names, which people read and nothing else does.
+            fn word(&self) -> String {
+                match self { $(Schedule::$variant(schedule) => schedule.word()),+ }
+            }
+
+            pub fn emit(&self, machine: Machine) -> Code {
+                match self { $(Schedule::$variant(schedule) => schedule.emit(machine)),+ }
+            }
+        }
+
+        $(impl From<$schedule> for Schedule {
+            fn from(schedule: $schedule) -> Schedule {
+                Schedule::$variant(schedule)
+            }
+        })+
+    };
+}
+
+schedules! {
+    Elementwise(elementwise::Expression),
+    Along(rowwise::Along),
+    Normalize(rowwise::Normalize),
+    RowSums(rowwise::RowSums),
+    SumRows(rowwise::SumRows),
+    SumColumns(columns::SumColumns),
+    CrossEntropy(rowwise::CrossEntropy),
+    SegmentMean(rowwise::SegmentMean),
+    Gather(embedding::Gather),
+    Scatter(embedding::Scatter),
+    ScatterToFew(embedding::ScatterToFew),
+    CopyView(copy::CopyView),
+    CopyRagged(copy::CopyRagged),
+    Pad(copy::Pad),
+    /// A product on a processor, and the packing of its operand.
+    Gemm(gemm::cpu::Gemm),
+    Pack(gemm::pack::Pack),
+    /// A product on a GPU: in `f32`, of few columns, and by tensor cores, with their packing and rounding.
+    Simt(gemm::simt::Simt),
+    Skinny(gemm::skinny::Skinny),
+    Mma(gemm::mma::Mma),
+    PackHalves(gemm::mma::Pack),
+    Round(gemm::mma::Round),
+    Scores(attention::unfused::Scores),
+    Attend(attention::unfused::Attend),
+    CpuAttention(attention::cpu::CpuAttention),
+    GpuAttention(attention::gpu::GpuAttention),
+    LogitsBlock(chunked_logits::Block),
+    LogitsEnd(chunked_logits::End),
+    SumOfSquares(optimizer::SumOfSquares),
+    RootOfSum(optimizer::RootOfSum),
+    Sweep(optimizer::Sweep),
+    AddWeighted(optimizer::AddWeighted),
+}
+
+/// A kernel as it is launched: on a GPU one may do the work of several launches side by side.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Function {
+    pub schedule: Schedule,
+    pub launches: usize,
+}
+
+impl Function {
+    pub fn of(schedule: impl Into<Schedule>) -> Function {
+        Function { schedule: schedule.into(), launches: 1 }
+    }
+
+    /// What people call it, as other kernels may be called, too.
+    pub fn word(&self) -> String {
+        let times = if self.launches > 1 { format!("_times{}", self.launches) } else { String::new() };
+        self.schedule.word() + &times
+    }
+}
+
+/// A name for each of them: no two are alike, and in other company each has the same, so that what is compiled of it may be
+/// kept by it. Nothing is to be read off a name.
+pub fn names(functions: &[Function]) -> Vec<String> {
+    let mut names: Vec<String> = vec![];
+    for function in functions {
+        let hash = blake3::hash(format!("{function:?}").as_bytes()).to_hex();
+        let hash = (8..=hash.len()).map(|digits| &hash[..digits]);
+        let mut free = hash.map(|hash| format!("{}_{hash}", function.word())).filter(|name| !names.contains(name));
+        names.push(free.next().expect("of other functions there are other hashes"));
+    }
+    names
+}

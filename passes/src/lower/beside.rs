@@ -32,7 +32,7 @@ struct Use {
 
 impl Use {
     fn of(target: &Target, launch: &Launch) -> Use {
-        let code = &target.codes[&target.kernels[launch.kernel].code].1;
+        let code = &target.codes[target.schedule(launch)];
         let written = launch.buffers.iter().zip(&code.writes).filter(|(_, written)| **written);
         Use { all: launch.buffers.iter().copied().collect(), written: written.map(|(&buffer, _)| buffer).collect() }
     }

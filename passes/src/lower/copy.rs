@@ -1,11 +1,11 @@
 //! Operations that move elements: `reshape`, `permute`, `slice`, `concat`, `pad`. Most of them make views.
 
 use peft_grammar::graph::{Type, Value};
-use peft_runtime::artifact::{BufferId, Element, Extent};
+use peft_runtime::artifact::{BufferId, Extent};
 
-use super::span::{Rows, Span};
+use super::span::Rows;
 use super::{Lowering, dim_extent, extents};
-use crate::builder::{Buf, Kernel, Val, define, first};
+use crate::kernels::copy::{CopyBuffers, CopyRagged, Pad, PadSizes, RaggedSizes};
 
 impl Lowering<'_, '_, '_> {
     /// The same elements in the same order. A view whose axes cannot become one is copied first.
@@ -67,24 +67,9 @@ impl Lowering<'_, '_, '_> {
         }
         let (rows, width, inner) = around(own, axis);
         let (_, narrow, _) = around(ty, axis);
-        let kernel = self.target.kernel("pad", |machine| {
-            define(machine, &[Element::F32; 2], 3, |k, buffers, sizes| {
-                let ([from, to], [length, start, width]) = (first(buffers), first(sizes));
-                k.units(|k, row| {
-                    let (source, target) = (k.mul(row, length), k.mul(row, width));
-                    let zero = k.floats(0.0);
-                    k.lanes(width, |k, j, mask| {
-                        let place = k.add(target, j);
-                        k.store_lanes(zero, to, place, mask);
-                    });
-                    k.settle();
-                    let target = k.add(target, start);
-                    move_row(k, (from, source), (to, target), length);
-                });
-            })
-        });
-        let sizes = vec![narrow * inner.clone(), Extent::Const(start) * inner.clone(), width * inner];
-        self.launch(kernel, vec![x, out], sizes, rows);
+        let (length, start) = (narrow * inner.clone(), Extent::Const(start) * inner.clone());
+        let sizes = PadSizes { length, start, width: width * inner }.list();
+        self.launch(Pad, CopyBuffers { from: x, to: out }.list(), sizes, rows);
     }
 
     /// The same along a ragged axis, of the source or of the target or of both. `by_source`: the whole
@@ -97,36 +82,12 @@ impl Lowering<'_, '_, '_> {
         clear: bool,
     ) {
         let (source, target) = (Rows::of(from_ty), Rows::of(to_ty));
-        let way = if by_source { "source" } else { "target" };
-        let cleared = if clear { "_cleared" } else { "" };
-        let name = format!("copy_{}_to_{}_by_{way}{cleared}", source.kind(), target.kind());
-        let (ragged, ragged_to) = (source.ragged(), target.ragged());
-        let elements = [Element::F32, Element::F32, Element::I32];
-        let kernel = self.target.kernel(&name, |machine| {
-            define(machine, &elements, 8, |k, buffers, sizes| {
-                let [from, to, pairs] = first(buffers);
-                k.units(|k, row| {
-                    let Span { base, length } = Rows::span(k, row, &sizes[0..3], ragged.then_some(pairs));
-                    let Span { base: base_to, length: length_to } =
-                        Rows::span(k, row, &sizes[3..6], ragged_to.then_some(pairs));
-                    if clear {
-                        let zero = k.floats(0.0);
-                        k.lanes(length_to, |k, j, mask| {
-                            let place = k.add(base_to, j);
-                            k.store_lanes(zero, to, place, mask);
-                        });
-                        k.settle();
-                    }
-                    let (source, target) = (k.add(base, sizes[6]), k.add(base_to, sizes[7]));
-                    move_row(k, (from, source), (to, target), if by_source { length } else { length_to });
-                });
-            })
-        });
-        let pairs = self.target.derived("pairs");
-        let mut sizes: Vec<Extent> = source.sizes().into();
-        sizes.extend(target.sizes());
-        sizes.extend([Extent::Const(start), Extent::Const(start_to)]);
-        self.launch(kernel, vec![from, to, pairs], sizes, Rows::count(to_ty));
+        let mut buffers = CopyBuffers { from, to }.list();
+        buffers.push(self.target.derived("pairs"));
+        let starts = RaggedSizes { start: Extent::Const(start), start_to: Extent::Const(start_to) };
+        let sizes = [source.sizes().list(), target.sizes().list(), starts.list()].concat();
+        let schedule = CopyRagged { ragged: [source.ragged(), target.ragged()], by_source, clear };
+        self.launch(schedule, buffers, sizes, Rows::count(to_ty));
     }
 }
 
@@ -135,13 +96,4 @@ pub(super) fn around(ty: &Type, axis: usize) -> (Extent, Extent, Extent) {
     let all = extents(ty);
     let product = |part: &[Extent]| part.iter().fold(Extent::Const(1), |n, e| n * e.clone());
     (product(&all[..axis]), dim_extent(ty.shape[axis]), product(&all[axis + 1..]))
-}
-
-pub(super) fn move_row(k: &mut Kernel, (from, source): (Buf, Val), (to, target): (Buf, Val), length: Val) {
-    k.lanes(length, |k, j, mask| {
-        let place = k.add(source, j);
-        let x = k.load_lanes(from, place, mask);
-        let place = k.add(target, j);
-        k.store_lanes(x, to, place, mask);
-    });
 }

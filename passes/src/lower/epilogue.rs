@@ -16,13 +16,11 @@
 use std::collections::BTreeSet;
 
 use peft_grammar::graph::{Graph, Node, Op, Value};
-use peft_runtime::artifact::{BufferId, Element, Extent};
+use peft_runtime::artifact::{BufferId, Extent};
 
-use super::span::Span;
 use super::view::View;
 use super::{Lowering, dim_extent, map, usage};
-use crate::builder::mma::Half;
-use crate::builder::{Buf, F32, Kernel, Val};
+use crate::kernels::epilogue::{Epilogue, Group, Sum};
 use crate::target::Machine;
 
 /// Groups of one product, at most.
@@ -32,46 +30,30 @@ const MOST: usize = 3;
 /// in memory all the way.
 const AHEAD: usize = 32;
 
-/// What stands before a row's sum in a kernel's name.
-pub(super) const ROW: &str = "_row_";
-
-/// What a product's kernel does with its result, and what it gets for that.
+/// An epilogue on its way, with its arguments.
 #[derive(Default)]
-pub(super) struct Epilogue {
-    groups: Vec<Group>,
-    sum: Option<Box<Sum>>,
-    /// What a sum's kernel does beside, each with its width in front of its sizes.
-    companions: Vec<Group>,
-    /// The product has an axis of batches, and who works on its rows asks for both indices.
-    batched: bool,
-    /// Beyond the product's own.
+pub(super) struct Following {
+    pub epilogue: Epilogue,
+    /// What its groups make.
+    results: Vec<Value>,
+    /// Beyond the kernel's own.
     pub buffers: Vec<BufferId>,
-    pub elements: Vec<Element>,
     pub sizes: Vec<Extent>,
 }
 
-struct Group {
-    form: map::Form,
-    /// Which of the kernel's buffers are the group's, and how many of the sizes.
-    buffers: Vec<usize>,
-    sizes: usize,
-    result: Value,
-    /// By leaf, which of the groups before makes it; what is in registers itself counts as the first.
-    made: Vec<Option<usize>>,
-    /// It is written; else only what comes after it in the kernel reads it.
-    stays: bool,
-    /// It is written in half precision, for products: to which of the kernel's buffers.
-    half: Option<(Half, usize)>,
-}
+impl Following {
+    /// Which of the kernel's buffers it is, the first of which are its `own`.
+    fn number(&mut self, own: &[BufferId], buffer: BufferId) -> usize {
+        let known = own.iter().chain(&self.buffers).position(|&b| b == buffer);
+        known.unwrap_or_else(|| {
+            self.buffers.push(buffer);
+            own.len() + self.buffers.len() - 1
+        })
+    }
 
-/// The sum of a row, and what follows that.
-struct Sum {
-    /// Of what among the values made, the product being the first.
-    of: usize,
-    mean: bool,
-    /// Which of the kernel's buffers it goes to, if it is written.
-    out: Option<usize>,
-    then: Epilogue,
+    fn numbers(&mut self, own: &[BufferId], buffers: &[BufferId]) -> Vec<usize> {
+        buffers.iter().map(|&buffer| self.number(own, buffer)).collect()
+    }
 }
 
 /// What the kernel of a node takes along.
@@ -100,251 +82,6 @@ impl Taken {
     fn all(&self) -> Vec<usize> {
         self.followers.iter().copied().chain(self.sum.iter().map(|sum| sum.at)).collect()
     }
-}
-
-/// A row in registers: where it is among all rows, its columns from where to where, and the way to its lanes.
-pub(super) struct HeldRow<'a> {
-    pub batch: Val,
-    pub row: Val,
-    pub columns: (Val, Val),
-    pub lanes: map::Given<'a>,
-}
-
-impl Epilogue {
-    /// What the kernel's name says of it.
-    pub fn suffix(&self) -> String {
-        let batched = if self.batched { "_batched" } else { "" };
-        let groups = self.groups.iter().fold(batched.to_string(), |name, group| {
-            let (last, read) = group.buffers.split_last().expect("a result");
-            let places = read.iter().enumerate().map(|(i, at)| match group.made.get(i) {
-                Some(Some(stage)) => format!("made{stage}"),
-                _ => at.to_string(),
-            });
-            let out = if group.stays { last.to_string() } else { "passed".into() };
-            let half = group.half.map(|(half, at)| format!("{}{at}", half.name()));
-            let places: Vec<String> = places.chain([out]).chain(half).collect();
-            format!("{name}_{}_{}", group.form.name(), places.join("_"))
-        });
-        let groups = self.companions.iter().fold(groups, |name, group| {
-            let places: Vec<String> = group.buffers.iter().map(|at| at.to_string()).collect();
-            format!("{name}_beside_{}_{}", group.form.name(), places.join("_"))
-        });
-        let Some(Sum { of, mean, out, then }) = self.sum.as_deref() else { return groups };
-        let kind = if *mean { "mean" } else { "sum" };
-        let out = out.map_or("passed".into(), |at| at.to_string());
-        format!("{groups}{ROW}{kind}_made{of}_{out}{}", then.suffix())
-    }
-
-    /// Something that follows drops numbers.
-    pub fn draws(&self) -> bool {
-        self.groups.iter().any(|group| group.form.draws()) || self.sum.as_ref().is_some_and(|sum| sum.then.draws())
-    }
-
-    /// For profiles.
-    pub fn label(&self, product: &str) -> String {
-        let groups = self.groups.iter().chain(&self.companions);
-        let groups = groups.fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()));
-        self.sum.iter().fold(groups, |label, sum| sum.then.label(&format!("{label}+reduce")))
-    }
-
-    /// The groups whose turn it is, on the part of the result that `part` gives: its first row and how many, and its
-    /// columns from where to where; a row is `width` wide. `sizes` are the groups' own.
-    pub fn write(
-        &self,
-        k: &mut Kernel,
-        when: When,
-        (buffers, sizes): (&[Buf], &[Val]),
-        (batch, width): (Val, Val),
-        part: impl FnOnce(&mut Kernel) -> Part,
-    ) {
-        self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
-            map::write_row(k, stages, &self.indices(batch, row), width, columns, None, None);
-        });
-    }
-
-    /// Of a row.
-    fn indices(&self, batch: Val, row: Val) -> Vec<Val> {
-        if self.batched { vec![batch, row] } else { vec![row] }
-    }
-
-    /// All groups on a row in registers.
-    pub fn write_row(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: HeldRow) {
-        self.write_rows(k, (buffers, sizes), width, vec![row]);
-    }
-
-    /// The same on several, of the same columns.
-    pub fn write_rows(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, rows: Vec<HeldRow>) {
-        let (stages, rest) = self.stages(buffers, sizes);
-        let summed = self.sum.as_ref().map(|sum| sum.of);
-        let columns = rows[0].columns;
-        let places: Vec<(Val, Val)> = rows.iter().map(|row| (row.batch, row.row)).collect();
-        let indices: Vec<Vec<Val>> = places.iter().map(|&(batch, row)| self.indices(batch, row)).collect();
-        let rows = indices.iter().zip(rows).map(|(indices, row)| (&indices[..], Some(row.lanes)));
-        let rows: Vec<(&[Val], Option<map::Given>)> = rows.collect();
-        let sums = map::write_rows(k, &stages, &rows, width, columns, summed);
-        let Some(Sum { mean, out, then, .. }) = self.sum.as_deref() else { return };
-        let share = mean.then(|| {
-            let (one, width) = (k.float(1.0, F32), k.to_float(width));
-            k.div(one, width)
-        });
-        for ((batch, row), lanes) in places.into_iter().zip(sums) {
-            let place = if self.batched { k.mul(batch, rest[0]) } else { k.index(0) };
-            let place = k.add(place, row);
-            let out = out.map(|at| buffers[at]);
-            Follow { epilogue: then, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
-        }
-    }
-
-    /// What a sum's kernel does beside, on a row of which all else is done.
-    fn write_companions(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), (batch, row): (Val, Val)) {
-        let (_, mut rest) = self.stages(buffers, sizes);
-        for group in &self.companions {
-            // Other lanes have written what these read.
-            k.settle();
-            let (width, sizes) = (rest[0], &rest[1..=group.sizes]);
-            rest = &rest[1 + group.sizes..];
-            let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            let stage = map::Stage { form: &group.form, buffers, sizes, made: &[], stays: true, half: None };
-            let zero = k.index(0);
-            map::write_row(k, &[stage], &self.indices(batch, row), width, (zero, width), None, None);
-        }
-    }
-
-    /// With the sizes that are no group's.
-    fn stages<'f>(&'f self, buffers: &[Buf], sizes: &'f [Val]) -> (Vec<map::Stage<'f>>, &'f [Val]) {
-        let mut rest = sizes;
-        let stages = self.groups.iter().map(|group| {
-            let (own, others) = rest.split_at(group.sizes);
-            rest = others;
-            let half = group.half.map(|(half, at)| (half, buffers[at]));
-            let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made, stays: group.stays, half }
-        });
-        (stages.collect(), rest)
-    }
-
-    /// Which of the kernel's buffers it is, the first of which are its `own`.
-    fn number(&mut self, own: &[BufferId], buffer: BufferId, element: Element) -> usize {
-        let known = own.iter().chain(&self.buffers).position(|&b| b == buffer);
-        known.unwrap_or_else(|| {
-            self.buffers.push(buffer);
-            self.elements.push(element);
-            own.len() + self.buffers.len() - 1
-        })
-    }
-
-    fn numbers(&mut self, own: &[BufferId], buffers: impl Iterator<Item = (BufferId, Element)>) -> Vec<usize> {
-        buffers.map(|(buffer, element)| self.number(own, buffer, element)).collect()
-    }
-
-    /// Fetches what [`Epilogue::write`] will read and write there.
-    pub fn prefetch(
-        &self,
-        k: &mut Kernel,
-        when: When,
-        (buffers, sizes): (&[Buf], &[Val]),
-        (batch, width): (Val, Val),
-        part: impl FnOnce(&mut Kernel) -> Part,
-    ) {
-        self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
-            map::prefetch_row(k, stages, &self.indices(batch, row), width, columns);
-        });
-    }
-
-    fn rows(
-        &self,
-        k: &mut Kernel,
-        when: When,
-        (buffers, sizes): (&[Buf], &[Val]),
-        part: impl FnOnce(&mut Kernel) -> Part,
-        row: impl FnOnce(&mut Kernel, &[map::Stage], Val, (Val, Val)),
-    ) {
-        let early = self.groups.iter().take_while(|g| !g.form.draws()).count();
-        let turn = match when {
-            When::Tile { .. } => 0..early,
-            When::Unit => early..self.groups.len(),
-        };
-        if turn.is_empty() {
-            return;
-        }
-        let (stages, _) = self.stages(buffers, sizes);
-        let body = |k: &mut Kernel| {
-            let ((first, rows), columns) = part(k);
-            let zero = k.index(0);
-            k.each(zero, rows, 1, |k, at| {
-                let at = k.add(first, at);
-                row(k, &stages[turn], at, columns);
-            });
-        };
-        match when {
-            When::Tile { last } => k.when(last, body),
-            When::Unit => body(k),
-        }
-    }
-}
-
-/// Where a kernel's rows go: to memory, if they stay, and to what follows.
-pub(super) struct Follow<'a> {
-    pub epilogue: &'a Epilogue,
-    /// The kernel's, and the epilogue's sizes.
-    pub buffers: &'a [Buf],
-    pub sizes: &'a [Val],
-    pub out: Option<Buf>,
-    pub batch: Val,
-    pub row: Val,
-}
-
-impl<'a> Follow<'a> {
-    /// `rows` are those of a batch.
-    pub fn of(
-        k: &mut Kernel,
-        epilogue: &'a Epilogue,
-        (buffers, sizes): (&'a [Buf], &'a [Val]),
-        out: Option<Buf>,
-        (row, rows): (Val, Val),
-    ) -> Follow<'a> {
-        let (batch, row) = if epilogue.batched { (k.div(row, rows), k.rem(row, rows)) } else { (row, row) };
-        Follow { epilogue, buffers, sizes, out, batch, row }
-    }
-
-    /// The row at `span` of the result, from its lanes at a place.
-    pub fn fill(&self, k: &mut Kernel, span: Span, value: impl Fn(&mut Kernel, Val, Val) -> Val) {
-        let lanes = |k: &mut Kernel, at: Val, mask: Val| {
-            let place = k.add(span.base, at);
-            value(k, place, mask)
-        };
-        let columns = (k.index(0), span.length);
-        let lanes = map::Given { lanes: &lanes, to: self.out.map(|out| (out, span.base)), columns: None };
-        let row = HeldRow { batch: self.batch, row: self.row, columns, lanes };
-        self.epilogue.write_row(k, (self.buffers, self.sizes), span.length, row);
-    }
-
-    /// The row of one column at `place` of the result: what the lanes have of a sum, or of a mean with so large a
-    /// `share` of each.
-    pub fn sum(&self, k: &mut Kernel, place: Val, lanes: Val, share: Option<Val>) {
-        let mut sum = k.sum_lanes(lanes);
-        if let Some(share) = share {
-            sum = k.mul(sum, share);
-        }
-        let sum = k.splat(sum);
-        let length = k.index(1);
-        self.fill(k, Span { base: place, length }, |_, _, _| sum);
-        self.epilogue.write_companions(k, (self.buffers, self.sizes), (self.batch, self.row));
-    }
-}
-
-/// Of a product's result: the first row and how many, and columns from where to where.
-type Part = ((Val, Val), (Val, Val));
-
-/// A tile that is written is in the nearest cache, and what is stored for it goes to memory while the next one is
-/// computed. The generator draws for more columns than a tile has, so groups with dropout wait for the unit's end.
-#[derive(Clone, Copy)]
-pub(super) enum When {
-    /// A tile stands, if the block along k was the last.
-    Tile {
-        last: Val,
-    },
-    Unit,
 }
 
 /// The graph with products put off until what follows them is computed: then more of that joins the last of them.
@@ -482,10 +219,10 @@ impl Lowering<'_, '_, '_> {
 
     /// What a kernel takes along, whose own buffers are `own`; if it has its result in `registers`, the groups do not
     /// read it.
-    pub(super) fn epilogue(&mut self, taken: &Taken, own: &[BufferId], registers: bool) -> Result<Epilogue, String> {
+    pub(super) fn epilogue(&mut self, taken: &Taken, own: &[BufferId], registers: bool) -> Result<Following, String> {
         let product = self.graph.nodes[taken.at].result;
         let batched = self.ty(product).rank() == 3 && (registers || !taken.followers.is_empty());
-        let mut epilogue = Epilogue { batched, ..Epilogue::default() };
+        let mut following = Following { epilogue: Epilogue { batched, ..Epilogue::default() }, ..Following::default() };
         for &root in &taken.followers {
             let result = self.graph.nodes[root].result;
             let rounds = self.rounds(result).filter(|_| registers);
@@ -495,51 +232,52 @@ impl Lowering<'_, '_, '_> {
                 self.show(result, buffer, View::dense(&self.ty(result).shape));
             }
             let map = self.expression(root, true, nowhere)?;
-            let early = epilogue.groups.iter().take_while(|g| !g.form.draws()).count();
+            let groups = &following.epilogue.groups;
+            let early = groups.iter().take_while(|g| !g.form.draws).count();
             let turn = match registers {
-                false if epilogue.groups.len() > early || map.form.draws() => early,
+                false if groups.len() > early || map.expression.draws => early,
                 _ => 0,
             };
             let maker = |v: &Value| {
-                let results = epilogue.groups[turn..].iter().map(|g| g.result);
+                let results = following.results[turn..].iter().copied();
                 registers.then_some(product).into_iter().chain(results).position(|made| made == *v)
             };
             let made = map.arrays.iter().map(maker).collect();
-            let buffers = epilogue.numbers(own, map.buffers.into_iter().zip(map.elements));
+            let buffers = following.numbers(own, &map.buffers);
             let half = rounds.filter(|_| self.place(result).view.is_none() || !stays).map(|(half, _)| {
                 let room = self.room_rounded(result);
-                (half, epilogue.number(own, room, Element::I32))
+                (half, following.number(own, room))
             });
-            epilogue.groups.push(Group { form: map.form, buffers, sizes: map.sizes.len(), result, made, stays, half });
-            epilogue.sizes.extend(map.sizes);
+            following.epilogue.groups.push(Group { form: map.expression, buffers, made, stays, half });
+            following.results.push(result);
+            following.sizes.extend(map.sizes);
             self.joined.insert(root);
         }
         if let Some(sum) = &taken.sum {
             let graph = self.graph;
             let Node { op, operands, result, .. } = &graph.nodes[sum.at];
-            let made = [product].into_iter().chain(epilogue.groups.iter().map(|g| g.result));
+            let made = [product].into_iter().chain(following.results.iter().copied());
             let of = made.into_iter().position(|made| made == operands[0]).expect("what it is of");
-            let out = sum.stays.then(|| epilogue.number(own, self.place(*result).buffer, Element::F32));
-            let mut then = self.epilogue(sum, &[own, &epilogue.buffers].concat(), true)?;
-            epilogue.buffers.append(&mut then.buffers);
-            epilogue.elements.append(&mut then.elements);
+            let out = sum.stays.then(|| following.number(own, self.place(*result).buffer));
+            let then = self.epilogue(sum, &[own, &following.buffers].concat(), true)?;
+            following.buffers.extend(then.buffers);
             let rows = self.ty(*result).shape.iter().rev().nth(1);
-            epilogue.sizes.push(dim_extent(*rows.expect("rows of one column")));
-            epilogue.sizes.append(&mut then.sizes);
-            epilogue.sum = Some(Box::new(Sum { of, mean: matches!(op, Op::Reduce { mean: true, .. }), out, then }));
+            following.sizes.push(dim_extent(*rows.expect("rows of one column")));
+            following.sizes.extend(then.sizes);
+            let mean = matches!(op, Op::Reduce { mean: true, .. });
+            following.epilogue.sum = Some(Box::new(Sum { of, mean, out, then: then.epilogue }));
             self.joined.insert(sum.at);
         }
         for root in self.companions(taken) {
             let result = self.graph.nodes[root].result;
             let map = self.expression(root, true, None)?;
-            let buffers = epilogue.numbers(own, map.buffers.into_iter().zip(map.elements));
-            let (sizes, made) = (map.sizes.len(), vec![]);
-            let group = Group { form: map.form, buffers, sizes, result, made, stays: true, half: None };
-            epilogue.companions.push(group);
-            epilogue.sizes.push(dim_extent(*self.ty(result).shape.last().expect("rows")));
-            epilogue.sizes.extend(map.sizes);
+            let buffers = following.numbers(own, &map.buffers);
+            let group = Group { form: map.expression, buffers, made: vec![], stays: true, half: None };
+            following.epilogue.companions.push(group);
+            following.sizes.push(dim_extent(*self.ty(result).shape.last().expect("rows")));
+            following.sizes.extend(map.sizes);
             self.joined.insert(root);
         }
-        Ok(epilogue)
+        Ok(following)
     }
 }

@@ -11,6 +11,7 @@
 mod attention;
 mod beside;
 mod copy;
+pub mod cost;
 mod epilogue;
 mod flash;
 mod gemm;
@@ -22,13 +23,10 @@ mod optimizer;
 mod reduce;
 mod rows;
 mod span;
-mod squares;
 mod tables;
 mod tiles;
 mod view;
-pub mod work;
 
-use flash::{Form, Part};
 use tables::Panels;
 use view::View;
 
@@ -41,13 +39,17 @@ use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, M
 
 use crate::builder::Code;
 use crate::fuse::Limits;
+use crate::kernels::attention::shape::{Form, Part};
+use crate::kernels::rowwise::Kind;
+use crate::kernels::{Function, Schedule, names};
 use crate::target::Machine;
 use crate::target::cpu::Cpu;
 
 /// Kernels, and how the entries run them.
 pub struct Lowered {
-    /// Each as the text of an MLIR function, in the manifest's order.
-    pub kernels: Vec<String>,
+    /// In the manifest's order.
+    pub functions: Vec<Function>,
+    codes: HashMap<Schedule, Code>,
     /// What they are written for.
     pub machine: Machine,
     pub manifest: Manifest,
@@ -117,20 +119,45 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
     // What is only launched side by side is written for that alone.
     let launched: BTreeSet<usize> = launches.iter().map(|launch| launch.kernel).collect();
     launches.iter_mut().for_each(|launch| launch.kernel = launched.range(..launch.kernel).count());
-    let kernels: Vec<Written> = launched.iter().map(|&kernel| target.kernels[kernel].clone()).collect();
-    let texts = kernels.iter().map(|kernel| target.codes[&kernel.code].1.function(&kernel.name(), kernel.launches));
-    let texts = texts.collect();
+    let functions: Vec<Function> = launched.iter().map(|&kernel| target.kernels[kernel].clone()).collect();
     let manifest = Manifest {
         arch: machine.arch().into(),
         features: machine.features().iter().map(|f| f.to_string()).collect(),
-        kernels: kernels.iter().map(Written::name).collect(),
+        kernels: names(&functions),
         tensors: tensors.to_vec(),
         buffers: target.buffers,
         prepare: target.prepare,
         entries: lowered,
         ..Manifest::default()
     };
-    Ok(Lowered { kernels: texts, machine, manifest })
+    Ok(Lowered { functions, codes: target.codes, machine, manifest })
+}
+
+impl Lowered {
+    /// The kernels as the texts of MLIR functions, in the manifest's order.
+    pub fn kernels(&self) -> Vec<String> {
+        let named = self.functions.iter().zip(&self.manifest.kernels);
+        named.map(|(function, name)| self.codes[&function.schedule].function(name, function.launches)).collect()
+    }
+}
+
+/// The kernels of several programs, each once: the programs call what they share by the same names then.
+pub fn together<'a>(programs: impl IntoIterator<Item = &'a mut Lowered>) -> Vec<String> {
+    let mut programs: Vec<&mut Lowered> = programs.into_iter().collect();
+    let mut functions: Vec<Function> = vec![];
+    let mut known = HashSet::new();
+    for function in programs.iter().flat_map(|program| &program.functions) {
+        if known.insert(function) {
+            functions.push(function.clone());
+        }
+    }
+    let named: HashMap<&Function, String> = functions.iter().zip(names(&functions)).collect();
+    let mut texts: HashMap<Function, String> = HashMap::new();
+    for program in &mut programs {
+        program.manifest.kernels = program.functions.iter().map(|function| named[function].clone()).collect();
+        texts.extend(program.functions.iter().cloned().zip(program.kernels()));
+    }
+    functions.iter().filter_map(|function| texts.remove(function)).collect()
 }
 
 /// What all entries share.
@@ -141,9 +168,8 @@ struct Target<'a> {
     optimizer: Optimizer,
     epilogues: bool,
     limits: Limits,
-    kernels: Vec<Written>,
-    /// Index and text of each, by name, for one launch.
-    codes: HashMap<String, (usize, Code)>,
+    kernels: Vec<Function>,
+    codes: HashMap<Schedule, Code>,
     buffers: Vec<Buffer>,
     /// Buffers that exist once whoever asks: inputs, tensors, what is prepared from them.
     bound: HashMap<String, BufferId>,
@@ -161,25 +187,37 @@ impl Target<'_> {
         }
     }
 
-    /// The kernel `name`, written by `code` when it is asked for the first time.
-    fn kernel(&mut self, name: &str, code: impl FnOnce(Machine) -> Code) -> usize {
-        if let Some((index, known)) = self.codes.get(name) {
-            debug_assert!(*known == code(self.machine), "two kernels are named `{name}`");
-            return *index;
-        }
-        let index = self.kernels.len();
-        self.kernels.push(Written { code: name.into(), launches: 1 });
-        self.codes.insert(name.into(), (index, code(self.machine)));
-        index
+    /// The one kernel that is this.
+    fn function(&mut self, function: Function) -> usize {
+        let known = self.kernels.iter().position(|known| *known == function);
+        known.unwrap_or_else(|| {
+            let machine = self.machine;
+            self.codes.entry(function.schedule.clone()).or_insert_with_key(|schedule| schedule.emit(machine));
+            self.kernels.push(function);
+            self.kernels.len() - 1
+        })
+    }
+
+    /// What a launch's kernel does.
+    fn schedule(&self, launch: &Launch) -> &Schedule {
+        &self.kernels[launch.kernel].schedule
     }
 
     /// That which does the work of so many launches of `kernel`.
     fn side_by_side(&mut self, kernel: usize, launches: usize) -> usize {
-        let wanted = Written { launches, ..self.kernels[kernel].clone() };
-        self.kernels.iter().position(|kernel| *kernel == wanted).unwrap_or_else(|| {
-            self.kernels.push(wanted);
-            self.kernels.len() - 1
-        })
+        self.function(Function { launches, ..self.kernels[kernel].clone() })
+    }
+
+    /// A launch of the kernel that is `schedule`.
+    fn launch(
+        &mut self,
+        schedule: impl Into<Schedule>,
+        buffers: Vec<BufferId>,
+        extents: Vec<Extent>,
+        units: Extent,
+        op: &str,
+    ) -> Launch {
+        Launch { kernel: self.function(Function::of(schedule)), buffers, extents, units, op: op.into() }
     }
 
     fn buffer(&mut self, element: Element, shape: Vec<Extent>, storage: Storage) -> BufferId {
@@ -207,25 +245,6 @@ impl Target<'_> {
         self.bind(name, Element::I32, vec![length], Storage::Input(name.into()))
     }
 }
-
-/// A kernel by what is written of it, and how many launches it is for.
-#[derive(Clone, PartialEq)]
-struct Written {
-    code: String,
-    launches: usize,
-}
-
-impl Written {
-    fn name(&self) -> String {
-        match self.launches {
-            1 => self.code.clone(),
-            several => format!("{}{TIMES}{several}", self.code),
-        }
-    }
-}
-
-/// What stands before the number of launches in a kernel's name, if it is for several.
-const TIMES: &str = "_times";
 
 /// One entry on its way.
 struct Lowering<'t, 'a, 'g> {
@@ -413,8 +432,8 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         self.target.buffer(Element::F32, shape, storage)
     }
 
-    fn launch(&mut self, kernel: usize, buffers: Vec<BufferId>, extents: Vec<Extent>, units: Extent) {
-        let launch = Launch { kernel, buffers, extents, units, op: self.label.clone() };
+    fn launch(&mut self, schedule: impl Into<Schedule>, buffers: Vec<BufferId>, extents: Vec<Extent>, units: Extent) {
+        let launch = self.target.launch(schedule, buffers, extents, units, &self.label);
         match self.frozen {
             Some(_) => self.target.prepare.push(launch),
             None => self.launches.push(launch),
@@ -462,15 +481,15 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
                 Machine::Cuda(_) => self.tiled(at, *transpose_x, *transpose_y)?,
             },
             Op::Attention { causal, scale, p, stream, column } => {
-                let form = Form { causal: *causal, scale: *scale, p: *p, fours: false };
+                let form = Form { causal: *causal, scale: (*scale).into(), p: (*p).into(), fours: false };
                 self.flash(Part::Forward, operands, form, (*stream, *column), node.result);
             }
             Op::AttentionLse { causal, scale } => {
-                let form = Form { causal: *causal, scale: *scale, p: 0.0, fours: false };
+                let form = Form { causal: *causal, scale: (*scale).into(), p: 0.0.into(), fours: false };
                 self.flash(Part::Lse, operands, form, (0, 0), node.result);
             }
             Op::AttentionVjp { of, causal, scale, p, stream, column } => {
-                let form = Form { causal: *causal, scale: *scale, p: *p, fours: false };
+                let form = Form { causal: *causal, scale: (*scale).into(), p: (*p).into(), fours: false };
                 self.flash(Part::Adjoint(*of), operands, form, (*stream, *column), node.result);
             }
             Op::LinearLse | Op::LinearMean => self.sweep(node),
@@ -495,9 +514,9 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             Op::Scores { causal } => self.scores(x, y, ty, *causal, node.result),
             Op::Attend { causal } => self.attend(x, y, *causal, false, node.result),
             Op::AttendTransposed { causal } => self.attend(x, y, *causal, true, node.result),
-            Op::Softmax => self.row_kernel(rows::Kind::Softmax, &[x], ty, node.result),
-            Op::LogSumExp => self.row_kernel(rows::Kind::LogSumExp, &[x], ty, node.result),
-            Op::SoftmaxVjp => self.row_kernel(rows::Kind::SoftmaxVjp, &[x, y], ty, node.result),
+            Op::Softmax => self.row_kernel(Kind::Softmax, &[x], ty, node.result),
+            Op::LogSumExp => self.row_kernel(Kind::LogSumExp, &[x], ty, node.result),
+            Op::SoftmaxVjp => self.row_kernel(Kind::SoftmaxVjp, &[x, y], ty, node.result),
             Op::Gather { start } => self.gather(x, ty, y, *start, node.result),
             Op::Scatter { start, .. } => self.scatter(x, ty, y, *start, node.result),
             Op::SegmentMean => self.segment_mean(x, node.result),

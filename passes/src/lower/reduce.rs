@@ -2,13 +2,13 @@
 //! what they sum up on the way, if nothing else reads it.
 
 use peft_grammar::graph::{Dim, Op, Type, Value};
-use peft_runtime::artifact::{BufferId, Element, Extent};
+use peft_runtime::artifact::{BufferId, Extent};
 
-use super::epilogue::Follow;
-use super::span::{Rows, Span};
+use super::span::Rows;
 use super::view::View;
-use super::{Lowering, dim_extent, extent, extents, map};
-use crate::builder::{F32, Kernel, Order, Val, define, first};
+use super::{Lowering, dim_extent, extent, extents};
+use crate::kernels::columns::{ColumnBuffers, ColumnSizes, SumColumns};
+use crate::kernels::rowwise::{RowSums, RowSumsSizes, Share, SumRows};
 use crate::target::Machine;
 
 /// Columns of a unit.
@@ -44,69 +44,32 @@ impl Lowering<'_, '_, '_> {
         let stays = taken.stays;
         let out = if stays { self.result(result) } else { self.place(result).buffer };
         let map = inner.map(|root| self.expression(root, true, Some(out))).transpose()?;
-        let (mut buffers, mut elements) = (own, vec![Element::F32; 2]);
+        let mut buffers = own;
         if let Some(map) = &map {
             // The last one stands for a result that goes nowhere.
-            (buffers, elements) = (map.buffers.clone(), map.elements.clone());
+            buffers = map.buffers.clone();
         } else {
             buffers.push(out);
         }
-        let epilogue = self.epilogue(&taken, &buffers, true)?;
-        elements.extend(&epilogue.elements);
+        let following = self.epilogue(&taken, &buffers, true)?;
         let [length, rows] =
             [1, 2].map(|n| ty.shape.len().checked_sub(n).map_or(Extent::Const(1), |i| dim_extent(ty.shape[i])));
-        let mut sizes = vec![length, rows];
+        let mut sizes = RowSumsSizes { length, rows }.list();
         if mean {
-            sizes.extend([extent(ty), extent(self.ty(result))]);
+            sizes.extend(Share { all: extent(ty), kept: extent(self.ty(result)) }.list());
         }
-        let (before, first_of_map) = (map.as_ref().map_or(0, |map| map.sizes.len()), sizes.len());
-        sizes.extend(map.iter().flat_map(|map| map.sizes.clone()));
-        let own = sizes.len();
-        sizes.extend(epilogue.sizes.iter().cloned());
-        let of = map.as_ref().map_or(String::new(), |map| format!("_{}", map.form.name()));
-        let kind = if mean { "mean" } else { "sum" };
-        let passed = if stays { "" } else { "_passed" };
-        let name = format!("{kind}_of_rows{of}{passed}{}", epilogue.suffix());
-        let batched = ty.rank() == 3;
-        let count = buffers.len();
-        let kernel = self.target.kernel(&name, |machine| {
-            define(machine, &elements, sizes.len(), |k, buffers, sizes| {
-                let ([length, rows], out) = (first(sizes), buffers[count - 1]);
-                let map_sizes = &sizes[first_of_map..first_of_map + before];
-                k.units(|k, row| {
-                    let follow = Follow::of(k, &epilogue, (buffers, &sizes[own..]), stays.then_some(out), (row, rows));
-                    let base = k.mul(row, length);
-                    let lanes: Box<map::Lanes> = match &map {
-                        Some(map) => {
-                            let buffers = buffers[..count].to_vec();
-                            let (form, sizes, made) = (&map.form, map_sizes, &[][..]);
-                            let stage = map::Stage { form, buffers, sizes, made, stays: false, half: None };
-                            let indices = if batched { vec![follow.batch, follow.row] } else { vec![row] };
-                            Box::new(map::lanes_of(k, &stage, &indices, length))
-                        }
-                        None => Box::new(move |k: &mut Kernel, at, mask| {
-                            let place = k.add(base, at);
-                            k.load_lanes(buffers[0], place, mask)
-                        }),
-                    };
-                    let zero = k.floats(0.0);
-                    let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
-                        let x = lanes(k, j, mask);
-                        // Beyond the row anything may have been computed.
-                        let x = if map.is_some() { k.select(mask, x, zero) } else { x };
-                        vec![k.add(sums[0], x)]
-                    });
-                    let share = mean.then(|| share(k, &sizes[2..]));
-                    follow.sum(k, row, sums[0], share);
-                });
-            })
+        let of = map.map(|map| {
+            sizes.extend(map.sizes);
+            map.expression
         });
-        self.label = epilogue.label(&match &map {
-            Some(map) => format!("{}+{}", map.form.label(), node.op.name()),
+        sizes.extend(following.sizes);
+        buffers.extend(following.buffers);
+        self.label = following.epilogue.label(&match &of {
+            Some(of) => format!("{}+{}", of.label(), node.op.name()),
             None => node.op.name().to_string(),
         });
-        buffers.extend(epilogue.buffers);
-        self.launch(kernel, buffers, sizes, Rows::count(ty));
+        let schedule = RowSums { mean, of, batched: ty.rank() == 3, stays, epilogue: following.epilogue };
+        self.launch(schedule, buffers, sizes, Rows::count(ty));
         Ok(())
     }
 
@@ -194,34 +157,12 @@ impl Lowering<'_, '_, '_> {
         target: Option<Value>,
     ) -> BufferId {
         let out = self.target_of(count.clone(), target);
-        let name = format!("{}_rows_{}", if ratio.is_some() { "mean" } else { "sum" }, rows.kind());
+        let schedule = SumRows { mean: ratio.is_some(), ragged: rows.ragged() };
         let mut buffers = vec![x, out];
         buffers.extend(rows.places(self.target));
-        let elements: Vec<Element> = [Element::F32; 2].into_iter().chain(rows.elements()).collect();
-        let mut sizes: Vec<Extent> = rows.sizes().into();
-        let averages = ratio.is_some();
-        sizes.extend(ratio.into_iter().flat_map(|(all, kept)| [all, kept]));
-        let kernel = self.target.kernel(&name, |machine| {
-            define(machine, &elements, sizes.len(), |k, buffers, sizes| {
-                let [x, out] = first(buffers);
-                k.units(|k, row| {
-                    let Span { base, length } = Rows::span(k, row, sizes, buffers.get(2).copied());
-                    let zero = k.floats(0.0);
-                    let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
-                        let place = k.add(base, j);
-                        let x = k.load_lanes(x, place, mask);
-                        vec![k.add(sums[0], x)]
-                    });
-                    let mut sum = k.sum_lanes(sums[0]);
-                    if averages {
-                        let share = share(k, &sizes[3..]);
-                        sum = k.mul(sum, share);
-                    }
-                    k.store(sum, out, row);
-                });
-            })
-        });
-        self.launch(kernel, buffers, sizes, count);
+        let mut sizes = rows.sizes().list();
+        sizes.extend(ratio.into_iter().flat_map(|(all, kept)| Share { all, kept }.list()));
+        self.launch(schedule, buffers, sizes, count);
         out
     }
 
@@ -252,82 +193,18 @@ impl Lowering<'_, '_, '_> {
 
     fn sum_columns(&mut self, (x, of): (BufferId, Columns), ratio: Option<(Extent, Extent)>, out: BufferId) {
         let Columns { outer, count, inner, line, first: begin } = of;
-        let averages = ratio.is_some();
-        let name = if averages { "mean_columns" } else { "sum_columns" };
         let machine = self.target.machine;
-        // A GPU wants more units, and rows on their way: a team shares a unit's rows.
+        // A GPU wants more units, and rows on their way.
         let (across, ahead) = match machine {
             Machine::Cpu(_) => (COLUMNS, 1),
             Machine::Cuda(_) => (machine.lanes(), AHEAD),
         };
         let blocks = Extent::CeilDiv(Box::new(inner.clone()), across);
-        let mut sizes = vec![count, inner, blocks.clone(), line, begin];
-        sizes.extend(ratio.into_iter().flat_map(|(all, kept)| [all, kept]));
-        let kernel = self.target.kernel(name, |machine| {
-            define(machine, &[Element::F32; 2], sizes.len(), |k, buffers, sizes| {
-                let ([x, out], [count, inner, blocks, line, begin]) = (first(buffers), first(sizes));
-                let room = (k.team() > 1).then(|| k.shared(k.team() * k.lane_count()));
-                k.team_units(|k, unit| {
-                    let (area, block) = (k.div(unit, blocks), k.rem(unit, blocks));
-                    let width = k.index(across);
-                    let start = k.mul(block, width);
-                    let size = k.mul(count, line);
-                    let base = k.mul(area, size);
-                    let base = k.add(base, start);
-                    let base = k.add(base, begin);
-                    let zero = k.index(0);
-                    let lanes = k.lane_count();
-                    let vectors: Vec<(Val, Val)> = (0..across / lanes)
-                        .map(|v| {
-                            let offset = k.index(v * lanes);
-                            let column = k.add(start, offset);
-                            let left = k.sub(inner, column);
-                            (offset, k.mask(left))
-                        })
-                        .collect();
-                    let nothing = k.floats(0.0);
-                    let nothings = vec![nothing; vectors.len() * ahead as usize];
-                    let sums = k.dealt_fold(zero, count, ahead, &nothings, |k, row, sums| {
-                        let mut next = vec![];
-                        for (a, sums) in (0..).zip(sums.chunks_exact(vectors.len())) {
-                            let a = k.index(a);
-                            let row = k.add(row, a);
-                            let exists = (ahead > 1).then(|| k.compare(row, Order::Lt, count));
-                            let row = k.mul(row, line);
-                            let row = k.add(base, row);
-                            for (&(offset, mask), &sum) in vectors.iter().zip(sums) {
-                                let place = k.add(row, offset);
-                                let mask = exists.map_or(mask, |exists| k.and(mask, exists));
-                                let x = k.load_lanes(x, place, mask);
-                                next.push(k.add(sum, x));
-                            }
-                        }
-                        next
-                    });
-                    let (first, others) = sums.split_at(vectors.len());
-                    let mut sums = first.to_vec();
-                    for others in others.chunks_exact(vectors.len()) {
-                        sums = sums.iter().zip(others).map(|(&x, &y)| k.add(x, y)).collect();
-                    }
-                    let sums: Vec<Val> = sums.into_iter().map(|sum| k.sum_team(sum, room)).collect();
-                    let target = k.mul(area, inner);
-                    let target = k.add(target, start);
-                    k.first_of_team(|k| {
-                        for (&(offset, mask), &sum) in vectors.iter().zip(&sums) {
-                            let mut sum = sum;
-                            if averages {
-                                let share = share(k, &sizes[5..]);
-                                let share = k.splat(share);
-                                sum = k.mul(sum, share);
-                            }
-                            let place = k.add(target, offset);
-                            k.store_lanes(sum, out, place, mask);
-                        }
-                    });
-                });
-            })
-        });
-        self.launch(kernel, vec![x, out], sizes, outer * blocks * Extent::Const(machine.team()));
+        let schedule = SumColumns { mean: ratio.is_some(), across, ahead };
+        let mut sizes = ColumnSizes { count, inner, blocks: blocks.clone(), line, begin }.list();
+        sizes.extend(ratio.into_iter().flat_map(|(all, kept)| Share { all, kept }.list()));
+        let units = outer * blocks * Extent::Const(machine.team());
+        self.launch(schedule, ColumnBuffers { x, out }.list(), sizes, units);
     }
 }
 
@@ -345,11 +222,4 @@ impl Columns {
     fn dense(outer: Extent, count: Extent, inner: Extent) -> Columns {
         Columns { outer, count, line: inner.clone(), inner, first: Extent::Const(0) }
     }
-}
-
-/// 1 / how many elements went into one.
-fn share(k: &mut Kernel, sizes: &[Val]) -> Val {
-    let (all, kept) = (k.to_float(sizes[0]), k.to_float(sizes[1]));
-    debug_assert_eq!(all.ty, F32);
-    k.div(kept, all)
 }

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use super::{Options, lower};
+use super::{Lowered, Options, lower, together};
 use crate::codegen;
 use crate::fuse::{Limits, fuse};
 use crate::gradient::differentiate;
@@ -154,19 +154,14 @@ struct Compiled<'g> {
 
 /// Every kernel of the graphs once, and their manifests.
 fn lowered(graphs: &[(Graph, Vec<usize>)], options: Options) -> (Vec<String>, Vec<Manifest>) {
-    let mut texts: Vec<String> = vec![];
-    let mut manifests = vec![];
-    for (graph, _) in graphs {
-        let lowered = lower(&[("grad", graph)], &tensors(graph), options);
-        let lowered = lowered.unwrap_or_else(|e| panic!("{}: {e}", graph.name));
-        for text in &lowered.kernels {
-            if !texts.contains(text) {
-                texts.push(text.clone());
-            }
-        }
-        manifests.push(lowered.manifest);
-    }
-    (texts, manifests)
+    let mut programs: Vec<Lowered> = graphs.iter().map(|(graph, _)| program(graph, options)).collect();
+    let texts = together(&mut programs);
+    (texts, programs.into_iter().map(|program| program.manifest).collect())
+}
+
+fn program(graph: &Graph, options: Options) -> Lowered {
+    let lowered = lower(&[("grad", graph)], &tensors(graph), options);
+    lowered.unwrap_or_else(|e| panic!("{}: {e}", graph.name))
 }
 
 /// A graph on numbers of its own, and what the interpreter makes of them.

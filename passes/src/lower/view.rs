@@ -10,11 +10,10 @@
 use std::ops::Range;
 
 use peft_grammar::graph::{Dim, Op, Value};
-use peft_runtime::artifact::{BufferId, Element, Extent};
+use peft_runtime::artifact::{BufferId, Extent};
 
 use super::{Lowering, Place, product};
-use crate::builder::{Code, Kernel, Val, define};
-use crate::target::Machine;
+use crate::kernels::copy::{CopyBuffers, CopyView};
 
 /// A distance in elements: a number times sizes of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -266,55 +265,12 @@ impl Lowering<'_, '_, '_> {
         };
         let rank = runs.len();
         let gathers = runs.last().is_some_and(|run| source.along(run.clone()) != Some(ONE));
-        let name = format!("copy{rank}_{}", if gathers { "gather" } else { "rows" });
-        let kernel = self.target.kernel(&name, |machine| copy_kernel(machine, rank, gathers));
         let units = runs[..rank - 1].iter().map(sizes).fold(Extent::Const(1), |n, size| n * size);
         let mut extents: Vec<Extent> = runs.iter().map(sizes).collect();
         extents.extend([steps(source), steps(target)].concat());
         extents.extend([source.first.clone(), target.first.clone()]);
-        self.launch(kernel, vec![from, to], extents, units);
+        self.launch(CopyView { rank, gathers }, CopyBuffers { from, to }.list(), extents, units);
     }
-}
-
-/// Row by row; elements are gathered where another axis runs along the source's rows.
-fn copy_kernel(machine: Machine, rank: usize, gathers: bool) -> Code {
-    define(machine, &[Element::F32; 2], 3 * rank + 2, |k, buffers, sizes| {
-        let &[from, to] = buffers else { unreachable!("two buffers") };
-        let (sizes, rest) = sizes.split_at(rank);
-        let (steps, rest) = rest.split_at(rank);
-        let (steps_to, first) = rest.split_at(rank);
-        let (length, step) = (sizes[rank - 1], steps[rank - 1]);
-        k.units(|k, row| {
-            let (mut source, mut target) = (first[0], first[1]);
-            let mut rest = row;
-            for axis in (0..rank - 1).rev() {
-                let index = if axis == 0 { rest } else { k.rem(rest, sizes[axis]) };
-                rest = k.div(rest, sizes[axis]);
-                let add = |k: &mut Kernel, to: Val, step: Val| {
-                    let offset = k.mul(index, step);
-                    k.add(to, offset)
-                };
-                source = add(k, source, steps[axis]);
-                target = add(k, target, steps_to[axis]);
-            }
-            let lanes = k.lane_numbers();
-            let along = k.to_i32(step);
-            let along = k.splat(along);
-            let along = k.mul(lanes, along);
-            k.lanes(length, |k, j, mask| {
-                let x = if gathers {
-                    let offset = k.mul(j, step);
-                    let place = k.add(source, offset);
-                    k.gather_lanes(from, place, along, mask)
-                } else {
-                    let place = k.add(source, j);
-                    k.load_lanes(from, place, mask)
-                };
-                let place = k.add(target, j);
-                k.store_lanes(x, to, place, mask);
-            });
-        });
-    })
 }
 
 #[cfg(test)]

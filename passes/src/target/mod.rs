@@ -12,6 +12,10 @@ use self::cuda::{Chip, WARP, WARPS};
 /// Elements of a processor's vector: a register of AVX-512, two of AVX2.
 pub const LANES: u64 = 16;
 
+/// Rows whose sums are in registers at once, and vectors of each, at most, where both are a kernel's own choice.
+pub const ROWS: u64 = 4;
+pub const VECTORS: u64 = 2;
+
 /// A processor or a GPU, as `--target` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machine {
@@ -51,6 +55,17 @@ impl Machine {
         match self {
             Machine::Cpu(_) => 8192,
             Machine::Cuda(_) => 64,
+        }
+    }
+
+    /// Vectors beside each other, of four rows whose sums are in registers: half of those hold them.
+    pub fn vectors_across(self) -> u64 {
+        match self {
+            Machine::Cpu(cpu) => {
+                let cpu::Registers { count, floats } = cpu.registers();
+                (count * floats / (2 * ROWS * LANES)).clamp(1, VECTORS)
+            }
+            Machine::Cuda(_) => VECTORS,
         }
     }
 

@@ -4,8 +4,8 @@ use std::f64::consts::PI;
 
 use peft_runtime::artifact::Element;
 
-use crate::builder::{define, first};
 use super::*;
+use crate::builder::{define, first};
 use crate::codegen;
 use crate::interpret::{normal_cdf, normal_density};
 use crate::lower::tests::{call, levels};

@@ -7,6 +7,8 @@ use ptx_sim::{Arg, FaultKind, Gpu, Module, Ptr, Report};
 
 use super::*;
 use crate::dialect::Dialect;
+use crate::kernels::Schedule;
+use crate::kernels::attention::shape::Part;
 use crate::target::cuda::{WARP, WARPS};
 
 /// Blocks of a launch, at most: so few that warps take several units.
@@ -296,10 +298,16 @@ fn ptx_of_small_kernels() {
         let value = graph.push(op, &args, &Location::default()).expect("fits");
         graph.outputs.push(("z".into(), value));
         let machine = Machine::Cuda(Chip::Sm70);
-        let (texts, _) = lowered(&[(graph, vec![])], Options { machine, ..Options::default() });
+        let texts = numbered(&mut program(&graph, Options { machine, ..Options::default() }));
         let dialect = Dialect::new().expect("a dialect");
         insta::assert_snapshot!(name, codegen::ptx(&dialect, &texts, machine).unwrap_or_else(|e| panic!("{e}")));
     }
+}
+
+/// Kernels by names that say nothing.
+fn numbered(program: &mut Lowered) -> Vec<String> {
+    program.manifest.kernels = (0..program.functions.len()).map(|i| format!("k{i}")).collect();
+    program.kernels()
 }
 
 /// A large kernel by what it does with memory, its block and tensor cores, and where it branches; arithmetic is counted.
@@ -354,20 +362,27 @@ fn outlines_of_large_kernels() {
         graph
     };
     let attends = |nth| attention(&[(1, 64, 64)], &[(true, (0.1, 0))], &[vec![9]]).remove(nth).0;
-    let cases: [(&str, Chip, Graph, &str); 5] = [
-        ("narrow", Chip::Sm70, narrow(), "narrow"),
-        ("tensor_cores_sm_70", Chip::Sm70, frozen(), "halves"),
-        ("tensor_cores_sm_80", Chip::Sm80, frozen(), "halves"),
-        ("attention", Chip::Sm70, attends(0), "attention_"),
-        ("attention_backward", Chip::Sm70, attends(6), "attention_vjp012"),
+    type Asked = fn(&Schedule) -> bool;
+    let tensor_cores: Asked = |schedule| matches!(schedule, Schedule::Mma(_));
+    let cases: [(&str, Chip, Graph, Asked); 5] = [
+        ("narrow", Chip::Sm70, narrow(), |schedule| matches!(schedule, Schedule::Skinny(_))),
+        ("tensor_cores_sm_70", Chip::Sm70, frozen(), tensor_cores),
+        ("tensor_cores_sm_80", Chip::Sm80, frozen(), tensor_cores),
+        ("attention", Chip::Sm70, attends(0), |schedule| matches!(schedule, Schedule::GpuAttention(_))),
+        (
+            "attention_backward",
+            Chip::Sm70,
+            attends(6),
+            |schedule| matches!(schedule, Schedule::GpuAttention(attention) if attention.part == Part::All),
+        ),
     ];
-    for (name, chip, graph, kernel) in cases {
+    for (name, chip, graph, asked) in cases {
         let machine = Machine::Cuda(chip);
         let options = Options { machine, precision: Precision::Bf16, ..Options::default() };
-        let (texts, manifests) = lowered(&[(graph, vec![])], options);
-        let kernels = &manifests[0].kernels;
-        let at = kernels.iter().position(|name| name.starts_with(kernel));
-        let at = at.unwrap_or_else(|| panic!("no {kernel} in {kernels:?}"));
+        let mut program = program(&graph, options);
+        let at = program.functions.iter().position(|function| asked(&function.schedule));
+        let at = at.unwrap_or_else(|| panic!("no {name} in {:?}", program.functions));
+        let texts = numbered(&mut program);
         let ptx = codegen::ptx(&Dialect::new().expect("a dialect"), &texts[at..=at], machine);
         insta::assert_snapshot!(name, outline(&ptx.unwrap_or_else(|e| panic!("{e}"))));
     }

@@ -11,27 +11,89 @@
 //! turned round, its threads read down the columns, each from banks of its own. Weights pass through it on their way
 //! from the one product to the other. The largest score so far and the sum of powers are a thread's own.
 //!
-//! Places on the keys' side are slots ([`super::flash`]): key j at `phase + j`.
+//! Places on the keys' side are slots ([`super::cpu`]): key j at `phase + j`.
 
 use std::ops::Range;
 
-use peft_runtime::artifact::Extent;
+use peft_runtime::artifact::Element;
 
-use super::attention::Segment;
-use super::flash::{Form, Head, Part, Rows};
-use crate::builder::{Buf, F32, I32, Kernel, Order, Val};
-use crate::kernels::{math, philox as random};
+use super::shape::{Form, Head, HeadSizes, Lie, Part, Rows, Segment};
+use crate::abi::arguments;
+use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define};
+use crate::kernels::{math, philox};
+use crate::target::Machine;
 use crate::target::cuda::{WARP, WARPS};
 
+arguments! {
+    /// The last sizes.
+    BlockSizes {
+        /// Blocks of a head, at most.
+        blocks,
+        /// Of a result's columns.
+        panels,
+    }
+}
+arguments! {
+    /// Before them, where blocks are of two kinds.
+    KindSizes {
+        /// Units of either kind.
+        each
+    }
+}
+
+/// A unit is a block's rows of one head and some columns of the results. Its last buffer are the sequences' offsets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GpuAttention {
+    pub part: Part,
+    pub form: Form,
+}
+
+impl GpuAttention {
+    pub fn word(&self) -> String {
+        self.part.word() + &self.form.suffix()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let GpuAttention { part, form } = *self;
+        let elements = [part.elements(form), vec![Element::I32]].concat();
+        let kinds = if part == Part::All { KindSizes::<Val>::COUNT } else { 0 };
+        let count = part.sizes() + kinds + BlockSizes::<Val>::COUNT;
+        define(machine, &elements, count, |k, buffers, sizes| {
+            let room = Room::of(k, part);
+            if part != Part::All {
+                k.block_units(|k, unit| {
+                    let unit = Unit::of(k, unit, room, (buffers, sizes), (part, form));
+                    if part.forward() { forward(k, &unit) } else { adjoint(k, &unit) }
+                });
+                return;
+            }
+            let (rest, BlockSizes { blocks, panels }) = BlockSizes::split_last(sizes);
+            let (own, KindSizes { each }) = KindSizes::split_last(rest);
+            let (inputs, outs) = buffers.split_at(buffers.len() - part.results() - 1);
+            let (before, lies) = own.split_at(own.len() - part.results() * Lie::<Val>::COUNT);
+            let side = |k: &mut Kernel, unit: Val, part: Part, results: Range<usize>| {
+                let buffers = [inputs, &outs[results.clone()], &outs[3..]].concat();
+                let lies = &lies[Lie::<Val>::COUNT * results.start..Lie::<Val>::COUNT * results.end];
+                let sizes = [before, lies, &BlockSizes { blocks, panels }.list()].concat();
+                let unit = Unit::of(k, unit, room, (&buffers, &sizes), (part, form));
+                adjoint(k, &unit);
+            };
+            // Those of keys take longer and begin first.
+            let keys = |k: &mut Kernel, unit: Val| side(k, unit, Part::Sides, 1..3);
+            k.block_units_of_two(each, keys, |k, unit| side(k, unit, Part::Adjoint(0), 0..1));
+        })
+    }
+}
+
 /// Rows and columns of a tile.
-pub(super) const TILE: u64 = 64;
+pub const TILE: u64 = 64;
 /// Of a warp's part of it.
-pub(super) const PART: u64 = 32;
+pub const PART: u64 = 32;
 /// And of what a thread holds: its rows are two times four neighbours, its columns are neighbours.
-pub(super) const ROWS: u64 = 8;
-pub(super) const COLUMNS: u64 = 4;
+pub const ROWS: u64 = 8;
+pub const COLUMNS: u64 = 4;
 /// Steps of a product between two visits of the operands.
-pub(super) const DEPTH: u64 = 16;
+pub const DEPTH: u64 = 16;
 /// From row to row of what a product's first kind has in shared memory, in floats: fours of eight rows at a time, and
 /// the halves of two rows 16 apart, lie in banks of their own.
 const LINE: u64 = 20;
@@ -40,7 +102,7 @@ const ACROSS: u64 = PART / COLUMNS;
 const THREADS: u64 = WARP * WARPS;
 const SUMS: usize = (ROWS * COLUMNS) as usize;
 const _: () =
-    assert!(PART * PART == WARP * ROWS * COLUMNS && TILE * TILE == WARPS * PART * PART && COLUMNS == random::EACH);
+    assert!(PART * PART == WARP * ROWS * COLUMNS && TILE * TILE == WARPS * PART * PART && COLUMNS == philox::EACH);
 
 /// Rows of one side of the square: the position of the first, and by how much positions are beyond rows' numbers.
 #[derive(Clone, Copy)]
@@ -146,15 +208,9 @@ fn place_of(k: &mut Kernel, row: Val) -> Val {
     k.mul(at, line)
 }
 
-/// Blocks of a head, at most: a sequence has room for its slots.
-pub(super) fn blocks() -> Extent {
-    let slots = Extent::Tokens + Extent::Const(random::EACH) * Extent::Sequences;
-    Extent::CeilDiv(Box::new(slots), TILE) + Extent::Sequences
-}
-
 /// The one among them that is the first of sequence `s`, which begins at token `start`.
 fn first_block(k: &mut Kernel, start: Val, s: Val) -> Val {
-    let (each, tile) = (k.index(random::EACH), k.index(TILE));
+    let (each, tile) = (k.index(philox::EACH), k.index(TILE));
     let more = k.mul(s, each);
     let slot = k.add(start, more);
     let block = k.div(slot, tile);
@@ -187,18 +243,16 @@ impl Unit {
         room: Room,
         (buffers, sizes): (&[Buf], &[Val]),
         (part, form): (Part, Form),
-        drops: bool,
     ) -> Unit {
-        let [_, _, sequences] = crate::builder::first(sizes);
-        let (sizes, last) = sizes.split_at(sizes.len() - 2);
-        let [blocks, panels] = crate::builder::first(last);
+        let HeadSizes { count: sequences, .. } = HeadSizes::of(sizes);
+        let (sizes, BlockSizes { blocks, panels }) = BlockSizes::split_last(sizes);
         let (&offsets, buffers) = buffers.split_last().expect("it is the last");
         let (rest, block) = (k.div(unit, blocks), k.rem(unit, blocks));
         let (head, panel) = (k.div(rest, panels), k.rem(rest, panels));
         let sequence = sequence(k, block, sequences, offsets);
         let segment = Segment::of(k, (head, sequence), offsets);
         let before = first_block(k, segment.start, sequence);
-        let head = Head::of(k, segment, (buffers, sizes), (part, form), drops);
+        let head = Head::of(k, segment, (buffers, sizes), (part, form));
         let tile = k.index(TILE);
         let block = k.sub(block, before);
         let first = k.mul(block, tile);
@@ -502,19 +556,19 @@ impl Unit {
     /// The places of one half of the thread's rows in the tile at `at`, each with what decides whether it is dropped, if
     /// anything is: in the generator's order, a call of which decides over four neighbouring keys of a query.
     fn places(&self, k: &mut Kernel, at: Val, half: usize, mut body: impl FnMut(&mut Kernel, usize, Option<Val>)) {
-        let generator = self.head.rng.map(|rng| random::key(k, rng));
+        let generator = self.head.rng.map(|rng| philox::key(k, rng));
         for call in 0..4 {
             let (row, column) = if self.part.keys() { (4 * half, call) } else { (4 * half + call, 0) };
             let words = generator.map(|generator| {
                 let (own, other) = (self.positions(k, None), self.positions(k, Some(at)));
                 let (own, other) = (own[row], other[column]);
                 let (slot, query) = if self.part.keys() { (own, other) } else { (other, own) };
-                let four = k.index(random::EACH);
+                let four = k.index(philox::EACH);
                 let column = k.add(self.head.column, slot);
                 let column = k.div(column, four);
                 let token = k.add(self.head.segment.start, query);
-                let place = [column, token, self.head.segment.head, self.head.stream].map(|x| random::lanes_of(k, x));
-                random::philox(k, place, generator)
+                let place = [column, token, self.head.segment.head, self.head.stream].map(|x| philox::lanes_of(k, x));
+                philox::philox(k, place, generator)
             });
             for n in 0..4 {
                 let (row, column) = if self.part.keys() { (row + n, column) } else { (row, n) };
@@ -525,7 +579,7 @@ impl Unit {
 
     /// x / (1 − p) or nothing.
     fn dropped(&self, k: &mut Kernel, x: Val, word: Option<Val>) -> Val {
-        word.map_or(x, |word| random::dropped(k, x, word, self.head.form.p))
+        word.map_or(x, |word| philox::dropped(k, x, word, self.head.form.p.get()))
     }
 
     /// A number for each of the thread's queries, 0 where there is none.
@@ -574,31 +628,6 @@ fn further(n: usize) -> u64 {
     (n / 4 * 16 + n % 4) as u64
 }
 
-/// The blocks of a kernel.
-pub(super) fn write(k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), (part, form): (Part, Form), drops: bool) {
-    let room = Room::of(k, part);
-    if part != Part::All {
-        k.block_units(|k, unit| {
-            let unit = Unit::of(k, unit, room, (buffers, sizes), (part, form), drops);
-            if part.forward() { forward(k, &unit) } else { adjoint(k, &unit) }
-        });
-        return;
-    }
-    let (sizes, last) = sizes.split_at(sizes.len() - 3);
-    let [each, blocks, panels] = crate::builder::first(last);
-    let (inputs, outs) = buffers.split_at(buffers.len() - 4);
-    let (before, lies) = sizes.split_at(sizes.len() - 9);
-    let side = |k: &mut Kernel, unit: Val, part: Part, results: Range<usize>| {
-        let buffers = [inputs, &outs[results.clone()], &outs[3..]].concat();
-        let sizes = [before, &lies[3 * results.start..3 * results.end], &[blocks, panels]].concat();
-        let unit = Unit::of(k, unit, room, (&buffers, &sizes), (part, form), drops);
-        adjoint(k, &unit);
-    };
-    // Those of keys take longer and begin first.
-    let keys = |k: &mut Kernel, unit: Val| side(k, unit, Part::Sides, 1..3);
-    k.block_units_of_two(each, keys, |k, unit| side(k, unit, Part::Adjoint(0), 0..1));
-}
-
 /// Attention's values, the log-sum-exp of its scores, or both.
 fn forward(k: &mut Kernel, unit: &Unit) {
     let (q, keys) = (&unit.head.operands[0], &unit.head.operands[1]);
@@ -614,7 +643,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         let (totals, sums) = rest.split_at(rows);
         let active = unit.active(k, at, seen);
         let scores = unit.product(k, q, keys, unit.head.width, at, active);
-        let scale = k.float(unit.head.form.scale, F32);
+        let scale = k.float(unit.head.form.scale.get(), F32);
         let score = |(i, s)| {
             let (s, pair) = (k.mul(s, scale), unit.pair(k, at, i));
             k.select(pair, s, lowest)
@@ -717,7 +746,7 @@ fn adjoint(k: &mut Kernel, unit: &Unit) {
             let columns = || [lse, corrections].map(|of| unit.numbers(k, of, Some(at)));
             let [lse, corrections] = of_queries.clone().unwrap_or_else(columns);
             let query = |i: usize| if unit.part.keys() { i % COLUMNS as usize } else { i / COLUMNS as usize };
-            let (scale, nothing) = (k.float(unit.head.form.scale, F32), k.float(0.0, F32));
+            let (scale, nothing) = (k.float(unit.head.form.scale.get(), F32), k.float(0.0, F32));
             let (mut ds, mut weights) = (scores.clone(), scores.clone());
             for half in 0..2 {
                 let scores = unit.shared(k, ds_room, half);

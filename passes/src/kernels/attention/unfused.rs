@@ -1,0 +1,216 @@
+//! Attention over packed sequences as its equations stand: scores, weighted sums of values, and their transposes.
+//! A unit is one head of one sequence; sizes of sequences are read from the batch.
+
+use peft_runtime::artifact::Element;
+
+use super::shape::{ROWS, Segment, vectors, zeros};
+use crate::abi::arguments;
+use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define};
+use crate::target::Machine;
+
+arguments! {
+    Buffers {
+        /// Queries, or weights.
+        left,
+        /// Keys, transposed so that lanes run along j, or values.
+        right,
+        out,
+        offsets, pairs,
+    }
+}
+arguments! {
+    Sizes {
+        tokens,
+        /// All pairs of a head.
+        pairs,
+        width,
+        sequences,
+    }
+}
+
+const ELEMENTS: Buffers<Element> =
+    Buffers { left: Element::F32, right: Element::F32, out: Element::F32, offsets: Element::I32, pairs: Element::I32 };
+
+/// s_ij = q_i · k_j
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Scores {
+    pub causal: bool,
+}
+
+impl Scores {
+    pub fn word(&self) -> String {
+        if self.causal { "scores_causal" } else { "scores" }.into()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        define(machine, &ELEMENTS.list(), Sizes::<Val>::COUNT, |k, buffers, sizes| {
+            let Buffers { left: q, right: keys, out, offsets, pairs } = Buffers::of(buffers);
+            let Sizes { tokens, pairs: all_pairs, width, sequences } = Sizes::of(sizes);
+            k.units(|k, unit| {
+                let head = Head::of(k, unit, tokens, all_pairs, sequences, offsets, pairs);
+                scores(k, [q, keys, out], &head, tokens, width, self.causal);
+            });
+        })
+    }
+}
+
+/// f_i = Σ_j w_ij v_j; transposed: f_j = Σ_i w_ij v_i.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Attend {
+    pub causal: bool,
+    pub transposed: bool,
+}
+
+impl Attend {
+    pub fn word(&self) -> String {
+        let transposed = if self.transposed { "_transposed" } else { "" };
+        format!("attend{transposed}{}", if self.causal { "_causal" } else { "" })
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        define(machine, &ELEMENTS.list(), Sizes::<Val>::COUNT, |k, buffers, sizes| {
+            let Buffers { left: w, right: v, out, offsets, pairs } = Buffers::of(buffers);
+            let Sizes { tokens, pairs: all_pairs, width, sequences } = Sizes::of(sizes);
+            k.units(|k, unit| {
+                let head = Head::of(k, unit, tokens, all_pairs, sequences, offsets, pairs);
+                attend(k, [w, v, out], &head, width, self.causal, self.transposed);
+            });
+        })
+    }
+}
+
+/// A segment with its square.
+struct Head {
+    segment: Segment,
+    /// Its first row in `[heads, tokens, ·]`.
+    row: Val,
+    /// Its scores in `[heads, tokens, keys]`: `length` rows of `length`.
+    square: Val,
+}
+
+impl Head {
+    fn of(k: &mut Kernel, unit: Val, tokens: Val, all_pairs: Val, sequences: Val, offsets: Buf, pairs: Buf) -> Head {
+        let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
+        let segment = Segment::of(k, (head, sequence), offsets);
+        let row = k.mul(head, tokens);
+        let row = k.add(row, segment.start);
+        let square = k.mul(segment.head, all_pairs);
+        let before = k.load_index(pairs, segment.start);
+        let square = k.add(square, before);
+        Head { segment, row, square }
+    }
+}
+
+fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, width: Val, causal: bool) {
+    let (zero, segment) = (k.index(0), &head.segment);
+    k.each(zero, segment.length, ROWS, |k, i| {
+        let rows = segment.rows(k, i, ROWS);
+        let queries: Vec<Val> = rows
+            .iter()
+            .map(|&row| {
+                let row = k.add(head.row, row);
+                k.mul(row, width)
+            })
+            .collect();
+        k.each(zero, segment.length, k.machine.vectors_across() * k.lane_count(), |k, j| {
+            let vectors = vectors(k, j, segment.length);
+            let start = zeros(k);
+            let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
+                let line = k.mul(segment.head, width);
+                let line = k.add(line, e);
+                let line = k.mul(line, tokens);
+                let line = k.add(line, segment.start);
+                let columns: Vec<Val> = vectors
+                    .iter()
+                    .map(|&(at, mask)| {
+                        let place = k.add(line, at);
+                        k.load_lanes(keys, place, mask)
+                    })
+                    .collect();
+                let x = |k: &mut Kernel, r: usize| {
+                    let place = k.add(queries[r], e);
+                    k.load(q, place)
+                };
+                k.outer(ROWS, x, &columns, sums, Kernel::fma)
+            });
+            for (r, &row) in rows.iter().enumerate() {
+                let base = k.mul(row, segment.length);
+                let base = k.add(head.square, base);
+                for (v, &(at, mask)) in vectors.iter().enumerate() {
+                    let mut score = sums[r * vectors.len() + v];
+                    if causal {
+                        score = unless_later(k, score, at, row);
+                    }
+                    let place = k.add(base, at);
+                    k.store_lanes(score, out, place, mask);
+                }
+            }
+        });
+    });
+}
+
+/// −∞ in the lanes of keys after `row`.
+fn unless_later(k: &mut Kernel, score: Val, at: Val, row: Val) -> Val {
+    let numbers = k.lane_numbers();
+    let (at, row) = (k.to_i32(at), k.to_i32(row));
+    let (at, row) = (k.splat(at), k.splat(row));
+    let key = k.add(numbers, at);
+    let later = k.compare(key, Order::Gt, row);
+    let lowest = k.float(f64::NEG_INFINITY, score.ty);
+    debug_assert_eq!(key.ty, k.vector(I32));
+    k.select(later, lowest, score)
+}
+
+fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal: bool, transposed: bool) {
+    let (zero, segment) = (k.index(0), &head.segment);
+    k.each(zero, segment.length, ROWS, |k, i| {
+        let rows = segment.rows(k, i, ROWS);
+        // Which rows of v this block of results has a weight for.
+        let (from, to) = match (causal, transposed) {
+            (false, _) => (zero, segment.length),
+            (true, false) => {
+                let block = k.index(ROWS);
+                let end = k.add(i, block);
+                (zero, k.min(end, segment.length))
+            }
+            (true, true) => (i, segment.length),
+        };
+        k.each(zero, width, k.machine.vectors_across() * k.lane_count(), |k, e| {
+            let vectors = vectors(k, e, width);
+            let start = zeros(k);
+            let sums = k.fold(from, to, 1, &start, |k, j, sums| {
+                let line = k.add(head.row, j);
+                let line = k.mul(line, width);
+                let values: Vec<Val> = vectors
+                    .iter()
+                    .map(|&(at, mask)| {
+                        let place = k.add(line, at);
+                        k.load_lanes(v, place, mask)
+                    })
+                    .collect();
+                let weight = |k: &mut Kernel, r: usize| {
+                    let (query, key) = if transposed { (j, rows[r]) } else { (rows[r], j) };
+                    let place = k.mul(query, segment.length);
+                    let place = k.add(place, key);
+                    let place = k.add(place, head.square);
+                    let weight = k.load(w, place);
+                    if !causal {
+                        return weight;
+                    }
+                    let later = k.compare(key, Order::Gt, query);
+                    let nothing = k.float(0.0, F32);
+                    k.select(later, nothing, weight)
+                };
+                k.outer(ROWS, weight, &values, sums, Kernel::fma)
+            });
+            for (r, &row) in rows.iter().enumerate() {
+                let line = k.add(head.row, row);
+                let line = k.mul(line, width);
+                for (c, &(at, mask)) in vectors.iter().enumerate() {
+                    let place = k.add(line, at);
+                    k.store_lanes(sums[r * vectors.len() + c], out, place, mask);
+                }
+            }
+        });
+    });
+}

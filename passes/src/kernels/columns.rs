@@ -1,0 +1,108 @@
+//! Sums down columns.
+
+use peft_runtime::artifact::Element;
+
+use super::rowwise::Share;
+use crate::abi::arguments;
+use crate::builder::{Code, Order, Val, define};
+use crate::target::Machine;
+
+arguments! { ColumnBuffers { x, out } }
+arguments! {
+    /// Of a mean come [`Share`]'s after them.
+    ColumnSizes {
+        /// Rows that are added up, and their columns.
+        count, inner,
+        /// Of columns.
+        blocks,
+        /// From row to row.
+        line,
+        /// The first element.
+        begin,
+    }
+}
+
+/// Sums, or means, of rows that lie one below the other: a unit has `across` columns. A team shares a unit's rows, and
+/// each of its members reads some at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SumColumns {
+    pub mean: bool,
+    pub across: u64,
+    /// Rows that are read at once.
+    pub ahead: u64,
+}
+
+impl SumColumns {
+    pub fn word(&self) -> String {
+        if self.mean { "mean_columns" } else { "sum_columns" }.into()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let SumColumns { mean, across, ahead } = *self;
+        let share = if mean { Share::<Val>::COUNT } else { 0 };
+        define(machine, &[Element::F32; 2], ColumnSizes::<Val>::COUNT + share, |k, buffers, sizes| {
+            let ColumnBuffers { x, out } = ColumnBuffers::of(buffers);
+            let (ColumnSizes { count, inner, blocks, line, begin }, rest) = ColumnSizes::split(sizes);
+            let (share, _) = Share::split_if(mean, rest);
+            let room = (k.team() > 1).then(|| k.shared(k.team() * k.lane_count()));
+            k.team_units(|k, unit| {
+                let (area, block) = (k.div(unit, blocks), k.rem(unit, blocks));
+                let width = k.index(across);
+                let start = k.mul(block, width);
+                let size = k.mul(count, line);
+                let base = k.mul(area, size);
+                let base = k.add(base, start);
+                let base = k.add(base, begin);
+                let zero = k.index(0);
+                let lanes = k.lane_count();
+                let vectors: Vec<(Val, Val)> = (0..across / lanes)
+                    .map(|v| {
+                        let offset = k.index(v * lanes);
+                        let column = k.add(start, offset);
+                        let left = k.sub(inner, column);
+                        (offset, k.mask(left))
+                    })
+                    .collect();
+                let nothing = k.floats(0.0);
+                let nothings = vec![nothing; vectors.len() * ahead as usize];
+                let sums = k.dealt_fold(zero, count, ahead, &nothings, |k, row, sums| {
+                    let mut next = vec![];
+                    for (a, sums) in (0..).zip(sums.chunks_exact(vectors.len())) {
+                        let a = k.index(a);
+                        let row = k.add(row, a);
+                        let exists = (ahead > 1).then(|| k.compare(row, Order::Lt, count));
+                        let row = k.mul(row, line);
+                        let row = k.add(base, row);
+                        for (&(offset, mask), &sum) in vectors.iter().zip(sums) {
+                            let place = k.add(row, offset);
+                            let mask = exists.map_or(mask, |exists| k.and(mask, exists));
+                            let x = k.load_lanes(x, place, mask);
+                            next.push(k.add(sum, x));
+                        }
+                    }
+                    next
+                });
+                let (first, others) = sums.split_at(vectors.len());
+                let mut sums = first.to_vec();
+                for others in others.chunks_exact(vectors.len()) {
+                    sums = sums.iter().zip(others).map(|(&x, &y)| k.add(x, y)).collect();
+                }
+                let sums: Vec<Val> = sums.into_iter().map(|sum| k.sum_team(sum, room)).collect();
+                let target = k.mul(area, inner);
+                let target = k.add(target, start);
+                k.first_of_team(|k| {
+                    for (&(offset, mask), &sum) in vectors.iter().zip(&sums) {
+                        let mut sum = sum;
+                        if let Some(share) = share {
+                            let share = share.number(k);
+                            let share = k.splat(share);
+                            sum = k.mul(sum, share);
+                        }
+                        let place = k.add(target, offset);
+                        k.store_lanes(sum, out, place, mask);
+                    }
+                });
+            });
+        })
+    }
+}

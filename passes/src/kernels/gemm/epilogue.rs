@@ -1,0 +1,116 @@
+//! The way out of a GPU's tile: rows of its sums, from shared memory to the result and to what follows the product.
+
+use crate::builder::{Buf, Kernel, Val};
+use crate::kernels::elementwise::Given;
+use crate::kernels::epilogue::{Epilogue, HeldRow};
+use crate::target::cuda::WARP;
+
+/// Rows that are written together, for all that follows the product there.
+const TOGETHER: u64 = 4;
+
+/// What happens to the product itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fate {
+    Written,
+    /// Added to what stands there.
+    Added,
+    /// Only what follows reads it.
+    Passed,
+}
+
+impl Fate {
+    /// For names.
+    pub fn suffix(self) -> &'static str {
+        if self == Fate::Added { "_more" } else { "" }
+    }
+}
+
+/// Rows of a tile's sums on their way out, which lie in shared memory, a warp's own.
+pub struct Out<'a> {
+    pub fate: Fate,
+    pub epilogue: &'a Epilogue,
+    /// The kernel's, and the epilogue's sizes.
+    pub buffers: &'a [Buf],
+    pub sizes: &'a [Val],
+    /// Where the product goes, its batch's first element there, and from row to row.
+    pub to: Buf,
+    pub base: Val,
+    pub line: Val,
+    pub batch: Val,
+    /// The tile's columns, as many as `n` leaves of them, and how many it has at most; those in the room
+    /// are as many as a warp's lanes take.
+    pub column: Val,
+    pub n: Val,
+    pub width: u64,
+    pub room: Buf,
+    /// What sums there are multiplied by to be the product's.
+    pub back: Option<Val>,
+}
+
+impl Out<'_> {
+    /// Rows of the product, each with the place in shared memory where its sums begin.
+    pub fn write(&self, k: &mut Kernel, rows: &[(Val, Val)]) {
+        let end = k.index(self.width);
+        let end = k.add(self.column, end);
+        let columns = (self.column, k.min(end, self.n));
+        let lines: Vec<Val> = rows
+            .iter()
+            .map(|&(row, _)| {
+                let begin = k.mul(row, self.line);
+                k.add(self.base, begin)
+            })
+            .collect();
+        let lanes = rows.iter().zip(&lines).map(|(&(_, at), &line)| {
+            move |k: &mut Kernel, column: Val, mask: Val| {
+                let inside = k.sub(column, self.column);
+                let source = k.add(at, inside);
+                let source = k.add(source, k.lane_index());
+                let sum = k.load_here(self.room, source);
+                let sum = self.back.map_or(sum, |back| k.mul(sum, back));
+                if self.fate != Fate::Added {
+                    return sum;
+                }
+                let place = k.add(line, column);
+                let before = k.load_lanes(self.to, place, mask);
+                k.add(before, sum)
+            }
+        });
+        let lanes: Vec<_> = lanes.collect();
+        let held = rows.iter().zip(&lines).zip(&lanes).map(|((&(row, _), &line), lanes)| {
+            let to = (self.fate != Fate::Passed).then_some((self.to, line));
+            let lanes = Given { lanes, to, columns: Some(self.width.next_multiple_of(WARP)) };
+            HeldRow { batch: self.batch, row, columns, lanes }
+        });
+        self.epilogue.write_rows(k, (self.buffers, self.sizes), self.n, held.collect());
+    }
+
+    /// Rows 0 to `count` of some in shared memory, several at a time: `place` says for each which one of the product it
+    /// is and where its sums begin, the later row of the product for the later one.
+    pub fn write_all(&self, k: &mut Kernel, count: Val, place: impl Fn(&mut Kernel, Val) -> (Val, Val)) {
+        let zero = k.index(0);
+        let some = k.index(TOGETHER);
+        let groups = k.div(count, some);
+        let whole = k.mul(groups, some);
+        k.each(zero, whole, TOGETHER, |k, first| {
+            let rows: Vec<(Val, Val)> = (0..TOGETHER)
+                .map(|n| {
+                    let n = k.index(n);
+                    let at = k.add(first, n);
+                    place(k, at)
+                })
+                .collect();
+            self.write(k, &rows);
+        });
+        k.each(whole, count, 1, |k, at| {
+            let row = place(k, at);
+            self.write(k, &[row]);
+        });
+    }
+}
+
+/// How many rows there are from `row` on, of `most` at most.
+pub fn rows_left(k: &mut Kernel, (row, m): (Val, Val), most: Val) -> Val {
+    let (left, zero) = (k.sub(m, row), k.index(0));
+    let left = k.max(left, zero);
+    k.min(left, most)
+}

@@ -1,0 +1,329 @@
+//! Matmul on a GPU: a block's threads compute a tile of the result, step by step along k.
+//!
+//! ```text
+//! for each 16 steps of k
+//!   A[64 rows, 16] and B[16, 64 columns] ─► shared memory, [16][64] both
+//!   a thread: sums of 8 rows × 4 columns, in registers
+//! sums ─► shared memory, row by row ─► what follows the product
+//! ```
+//!
+//! A result of no more than 32 columns or rows has tiles of half that width. Where a weight's gradient has few tiles,
+//! blocks share a tile's steps and their sums are added up afterwards. Other products of few columns and many steps are
+//! [`super::narrow`]'s.
+//!
+//! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
+//! fetch what lies side by side.
+
+use peft_runtime::artifact::Element;
+
+use super::epilogue::{Fate, Out, rows_left};
+use crate::abi::arguments;
+use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define};
+use crate::kernels::epilogue::Epilogue;
+use crate::target::Machine;
+use crate::target::cuda::{WARP, WARPS};
+
+/// Rows and columns of a tile, and where the product has few.
+pub const TILE: u64 = 64;
+pub const NARROW: u64 = 32;
+/// Steps along k between two visits of the operands.
+pub const DEPTH: u64 = 16;
+/// Those of one turn of the loop, in which what the next ones want is fetched while others are multiplied.
+const TURN: u64 = 4;
+/// Columns of a tile that one thread holds.
+const COLUMNS: u64 = 4;
+/// From one step of k to the next in shared memory it is so much further than a tile, or threads that store along k
+/// would all want the same bank.
+const APART: u64 = 4;
+const THREADS: u64 = WARP * WARPS;
+/// Rows of a thread that are in shared memory at once, on their way out.
+const PART: u64 = 4;
+
+/// A tile's rows and columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    pub rows: u64,
+    pub columns: u64,
+}
+
+impl Tile {
+    pub fn elements(self) -> u64 {
+        self.rows * self.columns
+    }
+
+    /// Rows that one thread holds: fours of them.
+    fn held(self) -> u64 {
+        self.elements() / (THREADS * COLUMNS)
+    }
+
+    /// What a step of k takes of shared memory, in floats: threads read for their sums, and a column and a row are put
+    /// there.
+    pub fn moved(self) -> u64 {
+        THREADS * (self.held() + COLUMNS) + self.rows + self.columns
+    }
+
+    /// Rows of threads that a warp is.
+    fn lines(self) -> u64 {
+        WARP * COLUMNS / self.columns
+    }
+
+    /// What a warp has of shared memory for the rows on their way out.
+    fn own(self) -> u64 {
+        self.lines() * PART * (self.columns + APART)
+    }
+}
+
+arguments! { Buffers { a, b, c } }
+arguments! {
+    Sizes {
+        m, n, depth,
+        /// Tiles of a batch.
+        down, across,
+        batches,
+        /// Steps along k of a block.
+        steps,
+        along_a, deep_a, area_a, first_a,
+        along_b, deep_b, area_b, first_b,
+        line_c,
+        /// From one batch, or one block's share, to the next.
+        area_c,
+        first_c,
+    }
+}
+
+/// One tile a unit. Where blocks share a tile's steps, each has a result of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Simt {
+    pub tile: Tile,
+    /// Rows of A lie side by side, columns of B do.
+    pub contiguous: [bool; 2],
+    pub fate: Fate,
+    pub epilogue: Epilogue,
+}
+
+impl Simt {
+    pub fn word(&self) -> String {
+        let [a, b] = self.contiguous;
+        let side = |contiguous| if contiguous { "columns" } else { "rows" };
+        let Tile { rows, columns } = self.tile;
+        format!("tiles_{rows}x{columns}_{}_{}{}", side(a), side(!b), self.fate.suffix())
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let Simt { tile, contiguous, fate, epilogue } = self;
+        let (tile, fate) = (*tile, *fate);
+        let (held, (line_a, line_b)) = (tile.held(), (tile.rows + APART, tile.columns + APART));
+        let own = [Element::F32; Buffers::<Val>::COUNT];
+        let elements = [&own[..], &epilogue.elements(own.len())].concat();
+        define(machine, &elements, Sizes::<Val>::COUNT + epilogue.sizes(), |k, buffers, sizes| {
+            let Buffers { a, b, c } = Buffers::of(buffers);
+            let (sizes, follows) = Sizes::split(sizes);
+            let Sizes { m, n, depth, down, across, batches, steps, .. } = sizes;
+            let Sizes { line_c, area_c, first_c, .. } = sizes;
+            let left = [sizes.along_a, sizes.deep_a, sizes.area_a, sizes.first_a];
+            let right = [sizes.along_b, sizes.deep_b, sizes.area_b, sizes.first_b];
+            let part_a = k.shared((DEPTH * (line_a + line_b)).max(WARPS * tile.own()));
+            let part_b = k.beyond(part_a, DEPTH * line_a);
+            let thread = k.thread();
+            let wide = k.index(tile.columns / COLUMNS);
+            let (columns, rows) = (k.index(COLUMNS), k.index(held));
+            let (column, row) = (k.rem(thread, wide), k.div(thread, wide));
+            let (column, row) = (k.mul(column, columns), k.mul(row, rows));
+            k.block_units(|k, unit| {
+                let (rest, tile_column) = (k.div(unit, across), k.rem(unit, across));
+                let (lead, tile_row) = (k.div(rest, down), k.rem(rest, down));
+                let (share, batch) = (k.div(lead, batches), k.rem(lead, batches));
+                let begin = k.mul(share, steps);
+                let depth = {
+                    let end = k.add(begin, steps);
+                    k.min(end, depth)
+                };
+                let (down, across) = (k.index(tile.rows), k.index(tile.columns));
+                let (first_row, first_column) = (k.mul(tile_row, down), k.mul(tile_column, across));
+                let left = Source::of(k, a, left, batch, (first_row, m), tile.rows, contiguous[0]);
+                let right = Source::of(k, b, right, batch, (first_column, n), tile.columns, contiguous[1]);
+                let nothing = k.float(0.0, F32);
+                let zero = k.index(0);
+                let area = k.mul(lead, area_c);
+                let base = k.add(first_c, area);
+                let out = Out {
+                    fate,
+                    epilogue,
+                    buffers,
+                    sizes: follows,
+                    to: c,
+                    base,
+                    line: line_c,
+                    batch,
+                    column: first_column,
+                    n,
+                    width: tile.columns,
+                    room: part_a,
+                    back: None,
+                };
+                let fetch = |k: &mut Kernel, block: Val| {
+                    let end = k.sub(depth, block);
+                    [&left, &right].map(|side| side.fetch(k, block, end))
+                };
+                let fetched = fetch(k, begin);
+                let (count, first_b) = ((held * COLUMNS) as usize, fetched[0].len());
+                let carried = [vec![nothing; count], fetched.concat()].concat();
+                let carried = k.fold(begin, depth, DEPTH, &carried, |k, block, carried| {
+                    let (sums, fetched) = carried.split_at(count);
+                    let (x, y) = fetched.split_at(first_b);
+                    // The steps before are done with what they share.
+                    k.barrier();
+                    left.share(k, part_a, x);
+                    right.share(k, part_b, y);
+                    k.barrier();
+                    let steps = k.index(DEPTH);
+                    // On their way while these are multiplied.
+                    let next = k.add(block, steps);
+                    let fetched = fetch(k, next);
+                    let sums = k.fold(zero, steps, TURN, sums, |k, step, sums| {
+                        (0..TURN).fold(sums.to_vec(), |sums, ahead| {
+                            let ahead = k.index(ahead);
+                            let step = k.add(step, ahead);
+                            let (line_a, line_b) = (k.index(line_a), k.index(line_b));
+                            let (at_a, at_b) = (k.mul(step, line_a), k.mul(step, line_b));
+                            let (at_a, at_b) = (k.add(at_a, row), k.add(at_b, column));
+                            let fours = (0..held).step_by(4).flat_map(|ahead| {
+                                let ahead = k.index(ahead);
+                                let at = k.add(at_a, ahead);
+                                k.load_four(part_a, at)
+                            });
+                            let x: Vec<Val> = fours.collect();
+                            let y = k.load_four(part_b, at_b);
+                            let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
+                            pairs.zip(sums).map(|((x, y), sum)| k.fma(x, y, sum)).collect()
+                        })
+                    });
+                    [sums, fetched.concat()].concat()
+                });
+                let sums = &carried[..count];
+                k.barrier();
+                let (lanes, size) = (k.index(WARP), k.index(tile.own()));
+                let warp = k.div(thread, lanes);
+                let own = k.mul(warp, size);
+                // The warp's rows of threads, one below the other.
+                let below = k.div(k.lane_index(), wide);
+                let (line, some) = (k.index(line_b), k.index(PART));
+                let place = k.mul(below, some);
+                let place = k.mul(place, line);
+                let place = k.add(own, place);
+                let place = k.add(place, column);
+                let warp_rows = k.index(tile.lines() * held);
+                let first_row = {
+                    let before = k.mul(warp, warp_rows);
+                    k.add(first_row, before)
+                };
+                for part in (0..held).step_by(PART as usize) {
+                    for (i, &sum) in sums[(part * COLUMNS) as usize..][..(PART * COLUMNS) as usize].iter().enumerate() {
+                        let (r, c) = (i as u64 / COLUMNS, i as u64 % COLUMNS);
+                        let at = k.index(r * line_b + c);
+                        let at = k.add(place, at);
+                        k.store_here(sum, part_a, at);
+                    }
+                    k.settle();
+                    // The first of each row of threads, from which on there are as many as one holds.
+                    let first_of = |k: &mut Kernel, below: Val| {
+                        let row = k.mul(below, rows);
+                        let before = k.index(part);
+                        let row = k.add(row, before);
+                        k.add(first_row, row)
+                    };
+                    let zero = k.index(0);
+                    let count = (0..tile.lines()).fold(zero, |count, below| {
+                        let below = k.index(below);
+                        let first = first_of(k, below);
+                        let left = rows_left(k, (first, m), some);
+                        k.add(count, left)
+                    });
+                    out.write_all(k, count, |k, r| {
+                        let (below, rest) = (k.div(r, some), k.rem(r, some));
+                        let first = first_of(k, below);
+                        let at = k.mul(r, line);
+                        (k.add(first, rest), k.add(own, at))
+                    });
+                    k.settle();
+                }
+            });
+        })
+    }
+}
+
+/// A tile's rows of A or columns of B, and which of them a thread fetches.
+struct Source {
+    buffer: Buf,
+    /// Where the tile's first one begins, and the steps to the next and along k.
+    base: Val,
+    along: Val,
+    deep: Val,
+    /// How many of the tile's there are, and how many there may be.
+    count: Val,
+    side: u64,
+    /// The thread's first element: of the tile, and along k.
+    i: Val,
+    step: Val,
+    /// From one of its elements to the next.
+    next: (u64, u64),
+}
+
+impl Source {
+    fn of(
+        k: &mut Kernel,
+        buffer: Buf,
+        lie: [Val; 4],
+        batch: Val,
+        (start, end): (Val, Val),
+        side: u64,
+        contiguous: bool,
+    ) -> Source {
+        let [along, deep, area, first] = lie;
+        let area = k.mul(batch, area);
+        let base = k.mul(start, along);
+        let base = k.add(base, area);
+        let base = k.add(base, first);
+        let width = if contiguous { side } else { DEPTH };
+        let (thread, across) = (k.thread(), k.index(width));
+        let (fast, slow) = (k.rem(thread, across), k.div(thread, across));
+        let ((i, step), next) = match contiguous {
+            true => ((fast, slow), (0, THREADS / width)),
+            false => ((slow, fast), (THREADS / width, 0)),
+        };
+        Source { buffer, base, along, deep, count: k.sub(end, start), side, i, step, next }
+    }
+
+    /// Place n of the thread's, in the tile and along k.
+    fn place(&self, k: &mut Kernel, n: u64) -> (Val, Val) {
+        let (i, step) = (k.index(n * self.next.0), k.index(n * self.next.1));
+        (k.add(self.i, i), k.add(self.step, step))
+    }
+
+    /// The thread's elements of the steps from `block` on, of which there are `end`; 0 for those that do not exist.
+    fn fetch(&self, k: &mut Kernel, block: Val, end: Val) -> Vec<Val> {
+        let nothing = k.float(0.0, F32);
+        let start = k.mul(block, self.deep);
+        let start = k.add(self.base, start);
+        let element = |n| {
+            let (i, step) = self.place(k, n);
+            let (there, here) = (k.compare(i, Order::Lt, self.count), k.compare(step, Order::Lt, end));
+            let exists = k.and(there, here);
+            let (along, deep) = (k.mul(i, self.along), k.mul(step, self.deep));
+            let at = k.add(along, deep);
+            let at = k.add(start, at);
+            k.load_if(exists, self.buffer, at, nothing)
+        };
+        (0..self.side * DEPTH / THREADS).map(element).collect()
+    }
+
+    fn share(&self, k: &mut Kernel, to: Buf, elements: &[Val]) {
+        for (n, &x) in elements.iter().enumerate() {
+            let (i, step) = self.place(k, n as u64);
+            let line = k.index(self.side + APART);
+            let at = k.mul(step, line);
+            let at = k.add(at, i);
+            k.store_here(x, to, at);
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! Matmul of few columns and many steps along k, on a GPU: lanes share the steps, so that few tiles keep a chip busy.
+//!
+//! ```text
+//! for each 32 steps of k
+//!   B[32, columns] ─► the next stage of shared memory
+//!   a lane: its step of 5 rows of A × all columns, onto sums in registers
+//! the lanes' sums ─► shared memory, added up row by row ─► what follows the product
+//! ```
+//!
+//! A number of A is multiplied in one lane alone, so it goes there straight from memory, where neighbouring lanes fetch
+//! neighbours, and is on its way for some rounds. B is in shared memory for the block's warps, each with its own rows.
+
+use peft_runtime::artifact::Element;
+
+use super::epilogue::{Fate, Out};
+use crate::abi::arguments;
+use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define, first};
+use crate::kernels::epilogue::Epilogue;
+use crate::target::Machine;
+use crate::target::cuda::{WARP, WARPS};
+
+/// Rows of a warp, and of a tile.
+const HELD: u64 = 5;
+pub const ROWS: u64 = HELD * WARPS;
+/// Columns of a tile at most: sums are in registers.
+const MOST: u64 = 24;
+/// And of a product: each tile reads its rows of A anew.
+pub const WIDEST: u64 = 160;
+/// Rounds that a lane's numbers of A are under way for, and stages of B.
+const AHEAD: u64 = 3;
+const THREADS: u64 = WARP * WARPS;
+
+/// A tile's columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    pub columns: u64,
+}
+
+impl Tile {
+    /// Of a product of `n` columns, split evenly.
+    pub fn of(n: u64) -> Tile {
+        Tile { columns: n.div_ceil(n.div_ceil(MOST)).next_multiple_of(4) }
+    }
+
+    pub fn elements(self) -> u64 {
+        ROWS * self.columns
+    }
+
+    /// What a step of k takes of shared memory, in floats: each warp reads the columns that are put there, and A comes
+    /// the same way.
+    pub fn moved(self) -> u64 {
+        (WARPS + 1) * self.columns + ROWS
+    }
+
+    /// And the adding up: each lane's sums come and go, and so does the result.
+    pub fn added(self) -> u64 {
+        2 * (WARP + 1) * self.elements()
+    }
+
+    /// Bytes that a warp has under way: B's are few, and near.
+    pub fn under_way() -> u64 {
+        4 * HELD * WARP * AHEAD
+    }
+
+    /// Steps that a product of `depth` takes.
+    pub fn steps(depth: u64) -> u64 {
+        depth.next_multiple_of(WARP * AHEAD)
+    }
+
+    /// Columns that threads fetch: a power of two.
+    fn wide(self) -> u64 {
+        self.columns.next_multiple_of(16)
+    }
+
+    /// From step to step in shared memory: an odd number of fours, so that lanes that read a four each share no bank.
+    fn line(self) -> u64 {
+        self.wide() + 4
+    }
+
+    /// A warp's sums of a row, of each lane, and behind them its results.
+    fn own(self) -> u64 {
+        WARP * self.line() + HELD * WARP
+    }
+}
+
+arguments! { Buffers { a, b, c } }
+arguments! {
+    Sizes {
+        m, n, depth,
+        /// Tiles beside each other.
+        across,
+        along_a, deep_a, first_a,
+        along_b, deep_b, first_b,
+        line_c, first_c,
+    }
+}
+
+/// One tile a unit.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Skinny {
+    pub tile: Tile,
+    /// Columns of B lie side by side.
+    pub contiguous: bool,
+    pub fate: Fate,
+    pub epilogue: Epilogue,
+}
+
+impl Skinny {
+    pub fn word(&self) -> String {
+        let side = if self.contiguous { "rows" } else { "columns" };
+        format!("narrow_{ROWS}x{}_{side}{}", self.tile.columns, self.fate.suffix())
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let Skinny { tile, contiguous, fate, epilogue } = self;
+        let (tile, contiguous, fate) = (*tile, *contiguous, *fate);
+        let (columns, line) = (tile.columns, tile.line());
+        let own = [Element::F32; Buffers::<Val>::COUNT];
+        let elements = [&own[..], &epilogue.elements(own.len())].concat();
+        define(machine, &elements, Sizes::<Val>::COUNT + epilogue.sizes(), |k, buffers, sizes| {
+            let Buffers { a, b, c } = Buffers::of(buffers);
+            let (sizes, follows) = Sizes::split(sizes);
+            let Sizes { m, n, depth, across, line_c, first_c, .. } = sizes;
+            let stage = WARP * line;
+            let room = k.shared((AHEAD * stage).max(WARPS * tile.own()));
+            let stages: Vec<Buf> = (0..AHEAD).map(|at| k.beyond(room, at * stage)).collect();
+            let (thread, lanes) = (k.thread(), k.index(WARP));
+            let (warp, lane) = (k.div(thread, lanes), k.lane_index());
+            // Of a stage, the lane's step.
+            let lines = k.index(line);
+            let here = k.mul(lane, lines);
+            k.block_units(|k, unit| {
+                let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
+                let (rows, held, wide) = (k.index(ROWS), k.index(HELD), k.index(columns));
+                let (row, before, column) = (k.mul(tile_row, rows), k.mul(warp, held), k.mul(tile_column, wide));
+                let row = k.add(row, before);
+                let left = Operand::rows(k, a, [sizes.along_a, sizes.deep_a, sizes.first_a], (row, m), depth);
+                let (right, place) = Operand::columns(
+                    k,
+                    b,
+                    [sizes.along_b, sizes.deep_b, sizes.first_b],
+                    (column, n),
+                    depth,
+                    (tile, contiguous),
+                );
+                let zero = k.index(0);
+                let step = |k: &mut Kernel, from: Val, ahead: u64| {
+                    let ahead = k.index(ahead * WARP);
+                    k.add(from, ahead)
+                };
+                let mut start = vec![k.float(0.0, F32); (HELD * columns) as usize];
+                for ahead in 0..AHEAD {
+                    let step = step(k, zero, ahead);
+                    start.extend(left.fetch(k, step));
+                }
+                let fetched = right.fetch(k, zero);
+                // The unit before is on its way out through the same room.
+                k.barrier();
+                place.share(k, stages[0], &fetched);
+                let sums = k.fold(zero, depth, WARP * AHEAD, &start, |k, block, carried| {
+                    let (sums, numbers) = carried.split_at((HELD * columns) as usize);
+                    let (mut sums, mut next) = (sums.to_vec(), vec![]);
+                    for (ahead, x) in (0..AHEAD).zip(numbers.chunks_exact(HELD as usize)) {
+                        let now = step(k, block, ahead);
+                        let soon = step(k, now, 1);
+                        let fetched = right.fetch(k, soon);
+                        // This stage is filled, and the steps before the last ones are done with the next.
+                        k.barrier();
+                        sums = multiply(k, x, (stages[ahead as usize], here), &sums);
+                        let later = step(k, now, AHEAD);
+                        next.extend(left.fetch(k, later));
+                        place.share(k, stages[((ahead + 1) % AHEAD) as usize], &fetched);
+                    }
+                    [sums, next].concat()
+                });
+                k.barrier();
+                let size = k.index(tile.own());
+                let own = k.mul(warp, size);
+                let results = add_up(k, tile, (room, own), &sums[..(HELD * columns) as usize]);
+                let out = Out {
+                    fate,
+                    epilogue,
+                    buffers,
+                    sizes: follows,
+                    to: c,
+                    base: first_c,
+                    line: line_c,
+                    batch: zero,
+                    column,
+                    n,
+                    width: columns,
+                    room,
+                    back: None,
+                };
+                let left = k.sub(m, row);
+                let some = k.compare(row, Order::Lt, m);
+                let left = k.select(some, left, zero);
+                let rows = k.min(left, held);
+                out.write_all(k, rows, |k, r| {
+                    let lanes = k.index(WARP);
+                    let at = k.mul(r, lanes);
+                    (k.add(row, r), k.add(results, at))
+                });
+            });
+        })
+    }
+}
+
+/// What a thread fetches of an operand: how far its steps are ahead of a round's first, and of each where the lines
+/// begin, rows of A or columns of B.
+struct Operand {
+    buffer: Buf,
+    fetched: Vec<(Val, Vec<Val>)>,
+    deep: Val,
+    depth: Val,
+}
+
+impl Operand {
+    /// The warp's rows, of which a lane has one step.
+    fn rows(k: &mut Kernel, buffer: Buf, side: [Val; 3], (row, m): (Val, Val), depth: Val) -> Operand {
+        let rows = (0..HELD).map(|r| Operand::line(k, side, (row, m), r)).collect();
+        Operand { buffer, fetched: vec![(k.lane_index(), rows)], deep: side[1], depth }
+    }
+
+    /// The block's columns, and where they go: neighbouring threads have neighbouring columns if those are
+    /// `contiguous`, else steps.
+    fn columns(
+        k: &mut Kernel,
+        buffer: Buf,
+        side: [Val; 3],
+        (column, n): (Val, Val),
+        depth: Val,
+        (tile, contiguous): (Tile, bool),
+    ) -> (Operand, Place) {
+        let (thread, wide, line) = (k.thread(), tile.wide(), k.index(tile.line()));
+        let (fetched, step, own, next) = if contiguous {
+            let (columns, at_once) = (k.index(wide), THREADS / wide);
+            let (step, own) = (k.div(thread, columns), k.rem(thread, columns));
+            let column = k.add(column, own);
+            let begin = Operand::line(k, side, (column, n), 0);
+            let steps = (0..WARP).step_by(at_once as usize).map(|ahead| {
+                let ahead = k.index(ahead);
+                (k.add(step, ahead), vec![begin])
+            });
+            (steps.collect(), step, own, at_once * tile.line())
+        } else {
+            let (lanes, four) = (k.index(WARP), k.index(4));
+            let warp = k.div(thread, lanes);
+            let own = k.mul(warp, four);
+            let column = k.add(column, own);
+            let fours = (0..wide).step_by((4 * WARPS) as usize).flat_map(|more| more..more + 4);
+            let lines = fours.map(|more| Operand::line(k, side, (column, n), more)).collect();
+            (vec![(k.lane_index(), lines)], k.lane_index(), own, 4 * WARPS)
+        };
+        let begin = k.mul(step, line);
+        let place = Place { at: k.add(begin, own), next, fours: !contiguous };
+        (Operand { buffer, fetched, deep: side[1], depth }, place)
+    }
+
+    /// Where line `i + more` begins; of those from `end` on it does not matter.
+    fn line(k: &mut Kernel, side: [Val; 3], (i, end): (Val, Val), more: u64) -> Val {
+        let [along, _, first] = side;
+        let (one, more) = (k.index(1), k.index(more));
+        let (i, last) = (k.add(i, more), k.sub(end, one));
+        let i = k.min(i, last);
+        let at = k.mul(i, along);
+        k.add(first, at)
+    }
+
+    /// Of the round that begins at step `begin`; 0 for steps that do not exist. Nothing branches, or LLVM would put off
+    /// sums from round to round.
+    fn fetch(&self, k: &mut Kernel, begin: Val) -> Vec<Val> {
+        let (one, nothing) = (k.index(1), k.float(0.0, F32));
+        let last = k.sub(self.depth, one);
+        let mut numbers = vec![];
+        for (ahead, lines) in &self.fetched {
+            let step = k.add(begin, *ahead);
+            let there = k.compare(step, Order::Lt, self.depth);
+            let step = k.min(step, last);
+            let along = k.mul(step, self.deep);
+            for &line in lines {
+                let at = k.add(line, along);
+                let number = k.load_here(self.buffer, at);
+                numbers.push(k.select(there, number, nothing));
+            }
+        }
+        numbers
+    }
+}
+
+/// Where the thread's numbers of B go in a stage: the first ones, and from one to the next, or from four to four.
+struct Place {
+    at: Val,
+    next: u64,
+    fours: bool,
+}
+
+impl Place {
+    fn share(&self, k: &mut Kernel, to: Buf, fetched: &[Val]) {
+        for (n, numbers) in fetched.chunks(if self.fours { 4 } else { 1 }).enumerate() {
+            let ahead = k.index(n as u64 * self.next);
+            let at = k.add(self.at, ahead);
+            match *numbers {
+                [x, y, z, w] => k.store_four([x, y, z, w], to, at),
+                _ => k.store_here(numbers[0], to, at),
+            }
+        }
+    }
+}
+
+/// A lane's sums with one step more: of the first four columns by rows, then of the next.
+fn multiply(k: &mut Kernel, x: &[Val], (stage, step): (Buf, Val), sums: &[Val]) -> Vec<Val> {
+    let mut next = vec![];
+    for (four, sums) in (0..).step_by(4).zip(sums.chunks_exact(4 * x.len())) {
+        let four = k.index(four);
+        let at = k.add(step, four);
+        let y = k.load_four(stage, at);
+        let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
+        next.extend(pairs.zip(sums).map(|((x, y), &sum)| k.fma(x, y, sum)));
+    }
+    next
+}
+
+/// Of all lanes' sums the warp's rows, which lie from the place it gives on, a warp's width apart.
+fn add_up(k: &mut Kernel, tile: Tile, (room, own): (Buf, Val), sums: &[Val]) -> Val {
+    let (lane, line) = (k.lane_index(), tile.line());
+    let lines = k.index(line);
+    let before = k.mul(lane, lines);
+    let place = k.add(own, before);
+    // Lanes without a column do as the last one does.
+    let last = k.index(tile.columns - 1);
+    let column = k.min(lane, last);
+    let column = k.add(own, column);
+    let results = k.index(WARP * line);
+    let results = k.add(own, results);
+    for r in 0..HELD {
+        for (four, sums) in (0..).step_by(4).zip(sums.chunks_exact((4 * HELD) as usize)) {
+            let four = k.index(four);
+            let at = k.add(place, four);
+            k.store_four(first(&sums[(4 * r) as usize..]), room, at);
+        }
+        k.settle();
+        let (zero, lanes, nothing) = (k.index(0), k.index(WARP), k.float(0.0, F32));
+        // Four at a time, which do not wait for each other.
+        let [x, y, z, w] = {
+            let sums = k.fold(zero, lanes, 4, &[nothing; 4], |k, lane, sums| {
+                let begin = k.mul(lane, lines);
+                let begin = k.add(column, begin);
+                let add = |(i, &sum): (u64, &Val)| {
+                    let ahead = k.index(i * line);
+                    let at = k.add(begin, ahead);
+                    let x = k.load_here(room, at);
+                    k.add(sum, x)
+                };
+                (0..).zip(sums).map(add).collect()
+            });
+            first(&sums)
+        };
+        let (x, y) = (k.add(x, y), k.add(z, w));
+        let sum = k.add(x, y);
+        let at = k.index(r * WARP);
+        let at = k.add(results, at);
+        let at = k.add(at, lane);
+        k.store_here(sum, room, at);
+        k.settle();
+    }
+    results
+}

@@ -1,0 +1,347 @@
+//! The optimizer's step over flat vectors of all trainable values: the norm of the gradient, then clipping and the
+//! optimizer's equations in one sweep. They stand in [`crate::interpret::optimizer`].
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+
+use peft_grammar::model::{Hyper, Optimizer};
+use peft_runtime::artifact::Element;
+
+use crate::abi::arguments;
+use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define};
+use crate::target::Machine;
+
+arguments! { AddBuffers { x, y, shares } }
+arguments! {
+    /// Of a flat vector.
+    FlatSizes { count }
+}
+
+/// x ← shares[0] x + shares[1] y
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AddWeighted;
+
+impl AddWeighted {
+    pub fn word(&self) -> String {
+        "add_weighted".into()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        define(machine, &[Element::F32; 3], FlatSizes::<Val>::COUNT, |k, buffers, sizes| {
+            let AddBuffers { x, y, shares } = AddBuffers::of(buffers);
+            let FlatSizes { count } = FlatSizes::of(sizes);
+            let [of_x, of_y] = [0, 1].map(|i| {
+                let i = k.index(i);
+                let share = k.load(shares, i);
+                k.splat(share)
+            });
+            k.units(|k, unit| {
+                k.each_of_stretch(unit, count, |k, at, mask| {
+                    let old = k.load_lanes(x, at, mask);
+                    let old = k.mul(old, of_x);
+                    let y = k.load_lanes(y, at, mask);
+                    let new = k.fma(of_y, y, old);
+                    k.store_lanes(new, x, at, mask);
+                });
+            });
+        })
+    }
+}
+
+arguments! { SumBuffers { x, out } }
+
+/// Σ x² of each stretch of a flat vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SumOfSquares;
+
+impl SumOfSquares {
+    pub fn word(&self) -> String {
+        "sum_of_squares".into()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        define(machine, &[Element::F32; 2], FlatSizes::<Val>::COUNT, |k, buffers, sizes| {
+            let SumBuffers { x, out } = SumBuffers::of(buffers);
+            let FlatSizes { count } = FlatSizes::of(sizes);
+            k.units(|k, unit| {
+                let (start, end) = k.stretch(unit, count);
+                let zero = k.floats(0.0);
+                let sums = k.fold(start, end, k.lane_count(), &[zero], |k, at, sums| {
+                    let left = k.sub(end, at);
+                    let mask = k.mask(left);
+                    let x = k.load_lanes(x, at, mask);
+                    vec![k.fma(x, x, sums[0])]
+                });
+                let sum = k.sum_lanes(sums[0]);
+                k.store(sum, out, unit);
+            });
+        })
+    }
+}
+
+/// √Σ x by one team, each of whose members reads `ahead` vectors at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RootOfSum {
+    pub ahead: u64,
+}
+
+impl RootOfSum {
+    pub fn word(&self) -> String {
+        "root_of_sum".into()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let ahead = self.ahead;
+        define(machine, &[Element::F32; 2], FlatSizes::<Val>::COUNT, |k, buffers, sizes| {
+            let SumBuffers { x, out } = SumBuffers::of(buffers);
+            let FlatSizes { count } = FlatSizes::of(sizes);
+            let room = (k.team() > 1).then(|| k.shared(k.team() * k.lane_count()));
+            k.team_units(|k, unit| {
+                let (zero, lanes) = (k.index(0), k.lane_count());
+                let nothing = k.floats(0.0);
+                let sums = k.dealt_fold(zero, count, lanes * ahead, &vec![nothing; ahead as usize], |k, at, sums| {
+                    let next = (0..).zip(sums).map(|(n, &sum)| {
+                        let offset = k.index(n * lanes);
+                        let at = k.add(at, offset);
+                        let left = k.sub(count, at);
+                        let mask = k.mask(left);
+                        let x = k.load_lanes(x, at, mask);
+                        k.add(sum, x)
+                    });
+                    next.collect()
+                });
+                let sum = sums[1..].iter().fold(sums[0], |sum, &other| k.add(sum, other));
+                let sum = k.sum_team(sum, room);
+                let sum = k.sum_lanes(sum);
+                let root = k.sqrt(sum);
+                k.first_of_team(|k| k.store(root, out, unit));
+            });
+        })
+    }
+}
+
+arguments! { SweptBuffers { values, gradients } }
+arguments! {
+    ToldBuffers {
+        /// The numbers of [`Optimizer::hyper`], in its order.
+        hyper,
+        /// Of the gradient, before clipping.
+        norm,
+    }
+}
+
+/// One step of an optimizer. Its buffers are [`SweptBuffers`], the moments, which tensors decay, the values' own rates if
+/// there are some, and [`ToldBuffers`].
+#[derive(Clone, Copy)]
+pub struct Sweep {
+    pub optimizer: Optimizer,
+    /// Some values have learning rates of their own, as factors of the step's.
+    pub own_rates: bool,
+}
+
+impl Sweep {
+    /// What it is known by: how much momentum there is, it is told.
+    fn identity(&self) -> (&'static str, usize, bool) {
+        (self.optimizer.word(), self.optimizer.moments().len(), self.own_rates)
+    }
+
+    /// The buffers that it reads and writes anew: the values and the moments.
+    pub fn anew(&self) -> Vec<usize> {
+        let first = SweptBuffers::<usize>::COUNT;
+        [0].into_iter().chain(first..first + self.optimizer.moments().len()).collect()
+    }
+
+    pub fn word(&self) -> String {
+        let momentum = matches!(self.optimizer, Optimizer::Sgd { .. }) && !self.optimizer.moments().is_empty();
+        let own_rates = if self.own_rates { "_own_rates" } else { "" };
+        format!("{}{}{own_rates}", self.optimizer.word(), if momentum { "_momentum" } else { "" })
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let Sweep { optimizer, own_rates } = *self;
+        let moments = optimizer.moments().len();
+        let others = moments + 1 + usize::from(own_rates);
+        let count = SweptBuffers::<Val>::COUNT + others + ToldBuffers::<Val>::COUNT;
+        define(machine, &vec![Element::F32; count], FlatSizes::<Val>::COUNT, |k, buffers, sizes| {
+            let (SweptBuffers { values: p, gradients: g }, rest) = SweptBuffers::split(buffers);
+            let FlatSizes { count } = FlatSizes::of(sizes);
+            let (moments, rest) = rest.split_at(moments);
+            let (decay, rest) = (rest[0], &rest[1..]);
+            let (lr_factors, rest) = rest.split_at(usize::from(own_rates));
+            let lr_factors = lr_factors.first().copied();
+            let ToldBuffers { hyper, norm } = ToldBuffers::of(rest);
+            let told: Vec<Val> = (0..optimizer.hyper().len() as u64)
+                .map(|i| {
+                    let i = k.index(i);
+                    k.load(hyper, i)
+                })
+                .collect();
+            let clip = Told { optimizer, told: told.clone() }.get(Hyper::Clip);
+            let zero = k.index(0);
+            let norm = k.load(norm, zero);
+            // min(1, clip / (norm + 1e-6)); no clipping at 0.
+            let (small, one, none) = (k.float(1e-6, F32), k.float(1.0, F32), k.float(0.0, F32));
+            let norm = k.add(norm, small);
+            let factor = k.div(clip, norm);
+            let factor = k.min(factor, one);
+            let clips = k.compare(clip, Order::Gt, none);
+            let factor = k.select(clips, factor, one);
+            let factor = k.splat(factor);
+            let told = Told { optimizer, told: told.into_iter().map(|x| k.splat(x)).collect() };
+            k.units(|k, unit| {
+                k.each_of_stretch(unit, count, |k, at, mask| {
+                    let x = k.load_lanes(g, at, mask);
+                    let x = k.mul(x, factor);
+                    let lr = told.get(Hyper::Lr);
+                    let lr = match lr_factors {
+                        Some(factors) => {
+                            let factors = k.load_lanes(factors, at, mask);
+                            k.mul(lr, factors)
+                        }
+                        None => lr,
+                    };
+                    let lanes = Lanes { told: &told, lr, moments, p, decay, at, mask };
+                    let value = match optimizer {
+                        Optimizer::AdamW => {
+                            let step = lanes.adam(k, x);
+                            let value = lanes.shrunk(k);
+                            lanes.descend(k, value, step)
+                        }
+                        Optimizer::Adam => {
+                            let (value, x) = lanes.regularised(k, x);
+                            let step = lanes.adam(k, x);
+                            lanes.descend(k, value, step)
+                        }
+                        Optimizer::Sgd { .. } => {
+                            let (value, x) = lanes.regularised(k, x);
+                            let step = lanes.momentum(k, x);
+                            lanes.descend(k, value, step)
+                        }
+                        Optimizer::Lion => {
+                            let step = lanes.lion(k, x);
+                            let value = lanes.shrunk(k);
+                            lanes.descend(k, value, step)
+                        }
+                    };
+                    k.store_lanes(value, p, at, mask);
+                });
+            });
+        })
+    }
+}
+
+impl PartialEq for Sweep {
+    fn eq(&self, other: &Sweep) -> bool {
+        self.identity() == other.identity()
+    }
+}
+
+impl Eq for Sweep {}
+
+impl Hash for Sweep {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.identity().hash(state);
+    }
+}
+
+impl fmt::Debug for Sweep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Sweep").field(&self.identity()).finish()
+    }
+}
+
+/// What the input `hyper` holds.
+struct Told {
+    optimizer: Optimizer,
+    told: Vec<Val>,
+}
+
+impl Told {
+    fn get(&self, hyper: Hyper) -> Val {
+        let at = self.optimizer.hyper().iter().position(|known| *known == hyper);
+        self.told[at.expect("the optimizer is told what its equations read")]
+    }
+}
+
+/// Neighbouring values of the flat vectors.
+struct Lanes<'a> {
+    told: &'a Told,
+    /// η
+    lr: Val,
+    moments: &'a [Buf],
+    p: Buf,
+    decay: Buf,
+    at: Val,
+    mask: Val,
+}
+
+impl Lanes<'_> {
+    /// `beta m + rest x`, kept as moment `which`.
+    fn average(&self, k: &mut Kernel, which: usize, (beta, rest): (Hyper, Hyper), x: Val) -> Val {
+        let old = k.load_lanes(self.moments[which], self.at, self.mask);
+        let old = k.mul(old, self.told.get(beta));
+        let new = k.fma(self.told.get(rest), x, old);
+        k.store_lanes(new, self.moments[which], self.at, self.mask);
+        new
+    }
+
+    /// p, and λ of it.
+    fn value(&self, k: &mut Kernel) -> (Val, Val) {
+        let value = k.load_lanes(self.p, self.at, self.mask);
+        let decays = k.load_lanes(self.decay, self.at, self.mask);
+        (value, k.mul(self.told.get(Hyper::WeightDecay), decays))
+    }
+
+    /// p, and g + λ p
+    fn regularised(&self, k: &mut Kernel, x: Val) -> (Val, Val) {
+        let (value, decay) = self.value(k);
+        (value, k.fma(decay, value, x))
+    }
+
+    /// p (1 − η λ)
+    fn shrunk(&self, k: &mut Kernel) -> Val {
+        let (value, decay) = self.value(k);
+        let one = k.floats(1.0);
+        let shrink = k.mul(self.lr, decay);
+        let shrink = k.sub(one, shrink);
+        k.mul(value, shrink)
+    }
+
+    /// p − η step
+    fn descend(&self, k: &mut Kernel, value: Val, step: Val) -> Val {
+        let step = k.mul(self.lr, step);
+        k.sub(value, step)
+    }
+
+    fn adam(&self, k: &mut Kernel, x: Val) -> Val {
+        let first = self.average(k, 0, (Hyper::Beta1, Hyper::Rest1), x);
+        let square = k.mul(x, x);
+        let second = self.average(k, 1, (Hyper::Beta2, Hyper::Rest2), square);
+        let first = k.div(first, self.told.get(Hyper::Bias1));
+        let second = k.div(second, self.told.get(Hyper::Bias2));
+        let root = k.sqrt(second);
+        let root = k.add(root, self.told.get(Hyper::Eps));
+        k.div(first, root)
+    }
+
+    fn momentum(&self, k: &mut Kernel, x: Val) -> Val {
+        let [m] = self.moments else { return x };
+        let old = k.load_lanes(*m, self.at, self.mask);
+        let new = k.fma(self.told.get(Hyper::Momentum), old, x);
+        k.store_lanes(new, *m, self.at, self.mask);
+        new
+    }
+
+    /// The sign of the average with β₁, 0 of 0; kept is that with β₂.
+    fn lion(&self, k: &mut Kernel, x: Val) -> Val {
+        let m = k.load_lanes(self.moments[0], self.at, self.mask);
+        let old = k.mul(m, self.told.get(Hyper::Beta1));
+        let between = k.fma(self.told.get(Hyper::Rest1), x, old);
+        self.average(k, 0, (Hyper::Beta2, Hyper::Rest2), x);
+        let [none, up, down] = [0.0, 1.0, -1.0].map(|x| k.floats(x));
+        let above = k.compare(between, Order::Gt, none);
+        let below = k.compare(between, Order::Lt, none);
+        let sign = k.select(below, down, none);
+        k.select(above, up, sign)
+    }
+}

@@ -1,0 +1,678 @@
+//! Operations along rows: softmax and its like, normalization with what follows it, sums, cross entropy.
+
+use peft_runtime::artifact::Element;
+
+use super::elementwise::{self, Expression, Stage};
+use super::epilogue::{Epilogue, Follow};
+use super::math;
+use super::span::{RowSizes, Span};
+use super::{Number, embedding::table_row};
+use crate::abi::arguments;
+use crate::builder::{Buf, Code, F32, Kernel, Val, define, first};
+use crate::target::Machine;
+use crate::target::cuda::{WARP, WARPS};
+
+/// What a row of the result is of the rows of the operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Softmax,
+    SoftmaxVjp,
+    LogSumExp,
+}
+
+/// An operation whose result has a row, or a number, for each row of its operands. Its buffers are the operands, the result
+/// and the places of rows that are ragged; its sizes [`RowSizes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Along {
+    pub kind: Kind,
+    pub ragged: bool,
+}
+
+impl Along {
+    pub fn word(&self) -> String {
+        let kind = match self.kind {
+            Kind::Softmax => "softmax",
+            Kind::SoftmaxVjp => "softmax_vjp",
+            Kind::LogSumExp => "log_sum_exp",
+        };
+        format!("{kind}_{}", dense_or(self.ragged))
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let operands = if self.kind == Kind::SoftmaxVjp { 2 } else { 1 };
+        let elements = [vec![Element::F32; operands + 1], places(self.ragged)].concat();
+        define(machine, &elements, RowSizes::<Val>::COUNT, |k, buffers, sizes| {
+            k.units(|k, row| {
+                let span = Span::of(k, row, sizes, buffers.get(operands + 1).copied());
+                match self.kind {
+                    Kind::Softmax => softmax(k, first(buffers), span),
+                    Kind::SoftmaxVjp => softmax_vjp(k, first(buffers), span),
+                    Kind::LogSumExp => {
+                        let [x, out] = first(buffers);
+                        let lse = logsumexp(k, x, span);
+                        k.store(lse, out, row);
+                    }
+                }
+            });
+        })
+    }
+}
+
+fn dense_or(ragged: bool) -> &'static str {
+    if ragged { "ragged" } else { "dense" }
+}
+
+/// The buffer that ragged rows want beside.
+fn places(ragged: bool) -> Vec<Element> {
+    if ragged { vec![Element::I32] } else { vec![] }
+}
+
+/// How a kernel has its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lie {
+    Dense,
+    Ragged,
+    /// So many of a GPU's vectors, in registers.
+    Held(u64),
+}
+
+/// A normalization, or with the adjoint of its result that of its operand, and what follows. Its buffers are the operands,
+/// the result and the places of rows that are ragged.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Normalize {
+    pub vjp: bool,
+    pub eps: Number,
+    pub lie: Lie,
+    /// The result is written.
+    pub stays: bool,
+    pub epilogue: Epilogue,
+}
+
+arguments! {
+    /// Beside [`RowSizes`], which come first.
+    NormalizeSizes {
+        /// Of a batch.
+        rows,
+    }
+}
+
+impl Normalize {
+    pub fn word(&self) -> String {
+        let vjp = if self.vjp { "_vjp" } else { "" };
+        let lie = match self.lie {
+            Lie::Dense => "dense".into(),
+            Lie::Ragged => "ragged".into(),
+            Lie::Held(vectors) => format!("held{vectors}"),
+        };
+        format!("normalize{vjp}_{lie}")
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let Normalize { vjp, eps, lie, stays, epilogue } = self;
+        let operands = if *vjp { 2 } else { 1 };
+        let ragged = *lie == Lie::Ragged;
+        let own = [vec![Element::F32; operands + 1], places(ragged)].concat();
+        let elements = [&own[..], &epilogue.elements(own.len())].concat();
+        let sizes = RowSizes::<Val>::COUNT + NormalizeSizes::<Val>::COUNT + epilogue.sizes();
+        define(machine, &elements, sizes, |k, buffers, sizes| {
+            let held = if let Lie::Held(vectors) = *lie { Some(vectors) } else { None };
+            let room = held.map(|vectors| k.shared(vectors * WARP * WARPS));
+            let (NormalizeSizes { rows }, follows) = NormalizeSizes::split(RowSizes::split(sizes).1);
+            k.units(|k, row| {
+                let span = Span::of(k, row, sizes, ragged.then(|| buffers[operands + 1]));
+                let out = stays.then(|| buffers[operands]);
+                let follow = Follow::of(k, epilogue, (buffers, follows), out, (row, rows));
+                let row = Row::of(k, &buffers[..operands], span, held.zip(room));
+                match vjp {
+                    false => normalize(k, &row, &follow, eps.get()),
+                    true => normalize_vjp(k, &row, &follow, eps.get()),
+                }
+            });
+        })
+    }
+}
+
+/// Sums of rows, with what is summed up computed on the way, and what follows. Its buffers are those of the expression, the
+/// last of which stands for what goes nowhere and is the result's, or the operand and the result.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RowSums {
+    pub mean: bool,
+    pub of: Option<Expression>,
+    /// There is an axis of batches.
+    pub batched: bool,
+    /// The result is written.
+    pub stays: bool,
+    pub epilogue: Epilogue,
+}
+
+arguments! {
+    /// Of a mean come [`Share`]'s after them, and then the expression's.
+    RowSumsSizes { length, rows }
+}
+
+arguments! {
+    /// How many elements a mean is of.
+    Share {
+        /// Elements of the operand, and of the result.
+        all, kept
+    }
+}
+
+impl Share<Val> {
+    /// 1 / how many elements went into one.
+    pub fn number(self, k: &mut Kernel) -> Val {
+        let (all, kept) = (k.to_float(self.all), k.to_float(self.kept));
+        k.div(kept, all)
+    }
+
+    /// If it is a mean, and what is left of the sizes.
+    pub fn split_if(mean: bool, sizes: &[Val]) -> (Option<Share<Val>>, &[Val]) {
+        match mean {
+            false => (None, sizes),
+            true => {
+                let (share, rest) = Share::split(sizes);
+                (Some(share), rest)
+            }
+        }
+    }
+}
+
+impl RowSums {
+    pub fn word(&self) -> String {
+        if self.mean { "mean_of_rows" } else { "sum_of_rows" }.into()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let RowSums { mean, of, batched, stays, epilogue } = self;
+        let own = of.as_ref().map_or(vec![Element::F32; 2], Expression::elements);
+        let count = own.len();
+        let elements = [&own[..], &epilogue.elements(count)].concat();
+        let share = if *mean { Share::<Val>::COUNT } else { 0 };
+        let of_expression = of.as_ref().map_or(0, |of| of.sizes);
+        let sizes = RowSumsSizes::<Val>::COUNT + share + of_expression + epilogue.sizes();
+        define(machine, &elements, sizes, |k, buffers, sizes| {
+            let (RowSumsSizes { length, rows }, rest) = RowSumsSizes::split(sizes);
+            let (share, rest) = Share::split_if(*mean, rest);
+            let (of_expression, follows) = rest.split_at(of_expression);
+            let out = buffers[count - 1];
+            k.units(|k, row| {
+                let follow = Follow::of(k, epilogue, (buffers, follows), stays.then_some(out), (row, rows));
+                let base = k.mul(row, length);
+                let lanes: Box<elementwise::Lanes> = match of {
+                    Some(form) => {
+                        let buffers = buffers[..count].to_vec();
+                        let (sizes, made) = (of_expression, &[][..]);
+                        let stage = Stage { form, buffers, sizes, made, stays: false, half: None };
+                        let indices = if *batched { vec![follow.batch, follow.row] } else { vec![row] };
+                        Box::new(elementwise::lanes_of(k, &stage, &indices, length))
+                    }
+                    None => Box::new(move |k: &mut Kernel, at, mask| {
+                        let place = k.add(base, at);
+                        k.load_lanes(buffers[0], place, mask)
+                    }),
+                };
+                let zero = k.floats(0.0);
+                let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
+                    let x = lanes(k, j, mask);
+                    // Beyond the row anything may have been computed.
+                    let x = if of.is_some() { k.select(mask, x, zero) } else { x };
+                    vec![k.add(sums[0], x)]
+                });
+                let share = share.map(|share| share.number(k));
+                follow.sum(k, row, sums[0], share);
+            });
+        })
+    }
+}
+
+/// Sums or means of rows and nothing beside: the operand, the result and the places of rows that are ragged. After
+/// [`RowSizes`] come [`Share`]'s of a mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SumRows {
+    pub mean: bool,
+    pub ragged: bool,
+}
+
+impl SumRows {
+    pub fn word(&self) -> String {
+        format!("{}_rows_{}", if self.mean { "mean" } else { "sum" }, dense_or(self.ragged))
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let elements = [vec![Element::F32; 2], places(self.ragged)].concat();
+        let share = if self.mean { Share::<Val>::COUNT } else { 0 };
+        define(machine, &elements, RowSizes::<Val>::COUNT + share, |k, buffers, sizes| {
+            let [x, out] = first(buffers);
+            let (share, _) = Share::split_if(self.mean, RowSizes::split(sizes).1);
+            k.units(|k, row| {
+                let Span { base, length } = Span::of(k, row, sizes, buffers.get(2).copied());
+                let zero = k.floats(0.0);
+                let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
+                    let place = k.add(base, j);
+                    let x = k.load_lanes(x, place, mask);
+                    vec![k.add(sums[0], x)]
+                });
+                let mut sum = k.sum_lanes(sums[0]);
+                if let Some(share) = share {
+                    let share = share.number(k);
+                    sum = k.mul(sum, share);
+                }
+                k.store(sum, out, row);
+            });
+        })
+    }
+}
+
+/// The loss of each row; with the loss's adjoint, the adjoint of the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CrossEntropy {
+    pub vjp: bool,
+    pub smoothing: Number,
+}
+
+arguments! {
+    /// Of the adjoint, that of the loss comes after them.
+    CrossEntropyBuffers { logits, labels, out }
+}
+arguments! { CrossEntropySizes { classes } }
+
+impl CrossEntropy {
+    pub fn word(&self) -> String {
+        let vjp = if self.vjp { "_vjp" } else { "" };
+        format!("cross_entropy{vjp}{}", self.smoothing.or_zero())
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let CrossEntropy { vjp, smoothing } = *self;
+        let smoothing = smoothing.get();
+        let mut elements = CrossEntropyBuffers { logits: Element::F32, labels: Element::I32, out: Element::F32 }.list();
+        elements.extend(vjp.then_some(Element::F32));
+        define(machine, &elements, CrossEntropySizes::<Val>::COUNT, |k, buffers, sizes| {
+            let (CrossEntropyBuffers { logits, labels, out }, adjoint) = CrossEntropyBuffers::split(buffers);
+            let CrossEntropySizes { classes: width } = CrossEntropySizes::of(sizes);
+            k.units(|k, row| {
+                let span = Span { base: k.mul(row, width), length: width };
+                // A label beyond the classes has weight nowhere.
+                let zero = k.index(0);
+                let (class, inside) = table_row(k, labels, row, zero, width);
+                let class = k.select(inside, class, zero);
+                let label = k.add(span.base, class);
+                let lse = logsumexp(k, logits, span);
+                match adjoint.first() {
+                    None => {
+                        let loss = cross_entropy(k, logits, span, label, inside, lse, smoothing);
+                        k.store(loss, out, row);
+                    }
+                    Some(&adjoint) => {
+                        let dy = k.load(adjoint, row);
+                        cross_entropy_vjp(k, [logits, out], span, (label, inside), lse, dy, smoothing);
+                    }
+                }
+            });
+        })
+    }
+}
+
+/// The mean over each sequence's tokens, or its adjoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SegmentMean {
+    pub vjp: bool,
+}
+
+arguments! {
+    /// Of the adjoint, the tokens' sequences come after them.
+    SegmentBuffers { x, out, offsets }
+}
+arguments! { SegmentSizes { width } }
+
+impl SegmentMean {
+    pub fn word(&self) -> String {
+        if self.vjp { "segment_mean_vjp" } else { "segment_mean" }.into()
+    }
+
+    pub fn emit(&self, machine: Machine) -> Code {
+        let mut elements = SegmentBuffers { x: Element::F32, out: Element::F32, offsets: Element::I32 }.list();
+        elements.extend(self.vjp.then_some(Element::I32));
+        define(machine, &elements, SegmentSizes::<Val>::COUNT, |k, buffers, sizes| {
+            let (own, segments) = SegmentBuffers::split(buffers);
+            let SegmentSizes { width } = SegmentSizes::of(sizes);
+            k.units(|k, unit| match segments.first() {
+                None => segment_mean(k, own, width, unit),
+                Some(&segments) => segment_mean_vjp(k, own, segments, width, unit),
+            });
+        })
+    }
+}
+
+/// A sequence's unit.
+fn segment_mean(k: &mut Kernel, SegmentBuffers { x, out, offsets }: SegmentBuffers<Buf>, width: Val, s: Val) {
+    let one = k.index(1);
+    let next = k.add(s, one);
+    let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
+    let length = k.sub(to, from);
+    let length = k.to_float(length);
+    let length = k.splat(length);
+    let target = k.mul(s, width);
+    k.lanes(width, |k, j, mask| {
+        let zero = k.floats(0.0);
+        let sum = k.fold(from, to, 1, &[zero], |k, token, sum| {
+            let place = k.mul(token, width);
+            let place = k.add(place, j);
+            let x = k.load_lanes(x, place, mask);
+            vec![k.add(sum[0], x)]
+        });
+        let mean = k.div(sum[0], length);
+        let place = k.add(target, j);
+        k.store_lanes(mean, out, place, mask);
+    });
+}
+
+/// A token's unit.
+fn segment_mean_vjp(
+    k: &mut Kernel,
+    SegmentBuffers { x: y, out, offsets }: SegmentBuffers<Buf>,
+    segments: Buf,
+    width: Val,
+    token: Val,
+) {
+    let s = k.load_index(segments, token);
+    let one = k.index(1);
+    let next = k.add(s, one);
+    let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
+    let length = k.sub(to, from);
+    let length = k.to_float(length);
+    let length = k.splat(length);
+    let (source, target) = (k.mul(s, width), k.mul(token, width));
+    k.lanes(width, |k, j, mask| {
+        let place = k.add(source, j);
+        let x = k.load_lanes(y, place, mask);
+        let x = k.div(x, length);
+        let place = k.add(target, j);
+        k.store_lanes(x, out, place, mask);
+    });
+}
+
+pub fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
+    let lowest = k.floats(f64::NEG_INFINITY);
+    let largest = k.fold_lanes(span.length, &[lowest], |k, j, mask, largest| {
+        let place = k.add(span.base, j);
+        let x = k.load_masked(x, place, mask, lowest);
+        vec![k.max(largest[0], x)]
+    });
+    let largest = k.max_lanes(largest[0]);
+    k.splat(largest)
+}
+
+pub fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
+    let zero = k.floats(0.0);
+    let sum = k.fold_lanes(span.length, &[zero], |k, j, mask, sum| {
+        let place = k.add(span.base, j);
+        let x = term(k, place, mask);
+        vec![k.add(sum[0], x)]
+    });
+    k.sum_lanes(sum[0])
+}
+
+/// Stores `value` along the row.
+pub fn fill(k: &mut Kernel, span: Span, out: Buf, mut value: impl FnMut(&mut Kernel, Val, Val) -> Val) {
+    k.lanes(span.length, |k, j, mask| {
+        let place = k.add(span.base, j);
+        let y = value(k, place, mask);
+        k.store_lanes(y, out, place, mask);
+    });
+}
+
+/// `x` in the lanes of `mask`, 0 in the others.
+fn only(k: &mut Kernel, x: Val, mask: Val) -> Val {
+    let zero = k.floats(0.0);
+    k.select(mask, x, zero)
+}
+
+fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
+    let (_, total) = exponentials(k, x, span, Some(out));
+    let share = share(k, total);
+    fill(k, span, out, |k, place, mask| {
+        let e = k.load_lanes(out, place, mask);
+        k.mul(e, share)
+    });
+}
+
+/// Σ e^{x − max} of a max in every lane; the powers themselves go to `out`, if there is one.
+pub fn powers(k: &mut Kernel, x: Buf, span: Span, max: Val, out: Option<Buf>) -> Val {
+    let lowest = k.floats(f64::NEG_INFINITY);
+    sum(k, span, |k, place, mask| {
+        let x = k.load_masked(x, place, mask, lowest);
+        let x = k.sub(x, max);
+        let e = math::exp(k, x);
+        if let Some(out) = out {
+            k.store_lanes(e, out, place, mask);
+        }
+        e
+    })
+}
+
+/// The max, in every lane, and Σ e^{x − max}; the powers themselves go to `out`, if there is one.
+pub fn exponentials(k: &mut Kernel, x: Buf, span: Span, out: Option<Buf>) -> (Val, Val) {
+    let max = largest(k, x, span);
+    (max, powers(k, x, span, max, out))
+}
+
+/// One power's share of such a sum, in every lane.
+pub fn share(k: &mut Kernel, total: Val) -> Val {
+    let one = k.float(1.0, F32);
+    let share = k.div(one, total);
+    k.splat(share)
+}
+
+fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {
+    let inner = sum(k, span, |k, place, mask| {
+        let (y, dy) = (k.load_lanes(y, place, mask), k.load_lanes(dy, place, mask));
+        k.mul(y, dy)
+    });
+    let inner = k.splat(inner);
+    fill(k, span, out, |k, place, mask| {
+        let (y, dy) = (k.load_lanes(y, place, mask), k.load_lanes(dy, place, mask));
+        let rest = k.sub(dy, inner);
+        k.mul(y, rest)
+    });
+}
+
+/// A row of operands, in memory or in registers.
+struct Row<'a> {
+    operands: &'a [Buf],
+    span: Span,
+    /// By operand its vectors, and by vector which lanes exist; shared memory for one row of a warp.
+    held: Option<(Vec<Vec<Val>>, Vec<Val>, Buf)>,
+}
+
+/// A vector of it, by its place or its number.
+#[derive(Clone, Copy)]
+enum At {
+    Place(Val),
+    Held(usize),
+}
+
+impl<'a> Row<'a> {
+    fn of(k: &mut Kernel, operands: &'a [Buf], span: Span, held: Option<(u64, Buf)>) -> Row<'a> {
+        let held = held.map(|(vectors, room)| {
+            let places: Vec<(Val, Val)> = (0..vectors)
+                .map(|v| {
+                    let before = k.index(v * WARP);
+                    let left = k.sub(span.length, before);
+                    (k.add(span.base, before), k.mask(left))
+                })
+                .collect();
+            let vector = |k: &mut Kernel, x: Buf, v: usize| match places[v] {
+                // Only the last may lack some.
+                (place, mask) if v + 1 == places.len() => k.load_lanes(x, place, mask),
+                (place, _) => k.load_vector(x, place),
+            };
+            let all = operands.iter().map(|&x| (0..places.len()).map(|v| vector(k, x, v)).collect()).collect();
+            let (size, width) = (k.index(vectors * WARP), k.index(WARP));
+            let warp = k.div(k.thread(), width);
+            let own = k.mul(warp, size);
+            (all, places.iter().map(|&(_, mask)| mask).collect(), k.from(room, own))
+        });
+        Row { operands, span, held }
+    }
+
+    /// A vector of an operand.
+    fn load(&self, k: &mut Kernel, operand: usize, at: At, mask: Val) -> Val {
+        match (at, &self.held) {
+            (At::Held(v), Some((vectors, ..))) => vectors[operand][v],
+            (At::Place(place), _) => k.load_lanes(self.operands[operand], place, mask),
+            _ => unreachable!("what is held has numbers"),
+        }
+    }
+
+    /// Σ along the row.
+    fn sum(&self, k: &mut Kernel, term: impl Fn(&mut Kernel, At, Val) -> Val) -> Val {
+        let Some((_, masks, _)) = &self.held else {
+            return sum(k, self.span, |k, place, mask| term(k, At::Place(place), mask));
+        };
+        let terms: Vec<Val> = masks.iter().enumerate().map(|(v, &mask)| term(k, At::Held(v), mask)).collect();
+        let all = terms.into_iter().reduce(|x, y| k.add(x, y)).expect("at least one");
+        k.sum_lanes(all)
+    }
+
+    /// The row of the result.
+    fn fill(&self, k: &mut Kernel, follow: &Follow, value: impl Fn(&mut Kernel, At, Val) -> Val) {
+        let Some((_, masks, room)) = &self.held else {
+            return follow.fill(k, self.span, |k, place, mask| value(k, At::Place(place), mask));
+        };
+        for (v, &mask) in masks.iter().enumerate() {
+            let y = value(k, At::Held(v), mask);
+            let place = k.index(v as u64 * WARP);
+            k.store_vector(y, *room, place);
+        }
+        k.settle();
+        follow.fill(k, self.span, |k, place, mask| {
+            let at = k.sub(place, self.span.base);
+            k.load_lanes(*room, at, mask)
+        });
+        k.settle();
+    }
+}
+
+/// The mean, and 1 / √(var + eps), in every lane.
+fn moments(k: &mut Kernel, row: &Row, eps: f64) -> (Val, Val) {
+    let length = k.to_float(row.span.length);
+    let total = row.sum(k, |k, at, mask| row.load(k, 0, at, mask));
+    let mean = k.div(total, length);
+    let mean = k.splat(mean);
+    let squares = row.sum(k, |k, at, mask| {
+        let x = row.load(k, 0, at, mask);
+        let d = k.sub(x, mean);
+        let d = only(k, d, mask);
+        k.mul(d, d)
+    });
+    let variance = k.div(squares, length);
+    let eps = k.float(eps, F32);
+    let variance = k.add(variance, eps);
+    let deviation = k.sqrt(variance);
+    let one = k.float(1.0, F32);
+    let scale = k.div(one, deviation);
+    (mean, k.splat(scale))
+}
+
+fn normalize(k: &mut Kernel, row: &Row, follow: &Follow, eps: f64) {
+    let (mean, scale) = moments(k, row, eps);
+    row.fill(k, follow, |k, at, mask| {
+        let x = row.load(k, 0, at, mask);
+        let d = k.sub(x, mean);
+        k.mul(d, scale)
+    });
+}
+
+/// dx = (dy − mean(dy) − x̂ mean(dy ⊙ x̂)) / σ
+fn normalize_vjp(k: &mut Kernel, row: &Row, follow: &Follow, eps: f64) {
+    let (mean, scale) = moments(k, row, eps);
+    let hat = |k: &mut Kernel, at: At, mask: Val| {
+        let x = row.load(k, 0, at, mask);
+        let d = k.sub(x, mean);
+        k.mul(d, scale)
+    };
+    let length = k.to_float(row.span.length);
+    let total = row.sum(k, |k, at, mask| row.load(k, 1, at, mask));
+    let along = row.sum(k, |k, at, mask| {
+        let hat = hat(k, at, mask);
+        let dy = row.load(k, 1, at, mask);
+        k.mul(hat, dy)
+    });
+    let (total, along) = (k.div(total, length), k.div(along, length));
+    let (total, along) = (k.splat(total), k.splat(along));
+    row.fill(k, follow, |k, at, mask| {
+        let hat = hat(k, at, mask);
+        let dy = row.load(k, 1, at, mask);
+        let d = k.sub(dy, total);
+        let share = k.mul(hat, along);
+        let d = k.sub(d, share);
+        k.mul(d, scale)
+    });
+}
+
+/// ln Σ eˣ of a row.
+pub fn logsumexp(k: &mut Kernel, x: Buf, span: Span) -> Val {
+    let sum = exponentials(k, x, span, None);
+    log_of(k, sum)
+}
+
+/// ln Σ eˣ of a max and Σ e^{x − max}.
+pub fn log_of(k: &mut Kernel, (max, total): (Val, Val)) -> Val {
+    let total = math::log(k, total);
+    let max = k.lane(max, 0);
+    k.add(max, total)
+}
+
+/// ℓ = lse − (1−e) x_label − e/V Σ x
+fn cross_entropy(k: &mut Kernel, logits: Buf, span: Span, label: Val, inside: Val, lse: Val, smoothing: f64) -> Val {
+    let x = k.load(logits, label);
+    let zero = k.float(0.0, F32);
+    let x = k.select(inside, x, zero);
+    let weight = k.float(1.0 - smoothing, F32);
+    let hit = k.mul(weight, x);
+    let loss = k.sub(lse, hit);
+    if smoothing == 0.0 {
+        return loss;
+    }
+    let total = sum(k, span, |k, place, mask| k.load_lanes(logits, place, mask));
+    let width = k.to_float(span.length);
+    let mean = k.div(total, width);
+    let weight = k.float(smoothing, F32);
+    let spread = k.mul(weight, mean);
+    k.sub(loss, spread)
+}
+
+/// dx = dℓ (softmax(x) − w)
+fn cross_entropy_vjp(
+    k: &mut Kernel,
+    [logits, out]: [Buf; 2],
+    span: Span,
+    (label, inside): (Val, Val),
+    lse: Val,
+    dy: Val,
+    smoothing: f64,
+) {
+    let lse = k.splat(lse);
+    let scale = k.splat(dy);
+    let width = k.to_float(span.length);
+    let weight = k.float(smoothing, F32);
+    let spread = k.div(weight, width);
+    let spread = k.splat(spread);
+    fill(k, span, out, |k, place, mask| {
+        let x = k.load_lanes(logits, place, mask);
+        let x = k.sub(x, lse);
+        let p = math::exp(k, x);
+        let p = k.sub(p, spread);
+        k.mul(scale, p)
+    });
+    k.when(inside, |k| {
+        let weight = k.float(1.0 - smoothing, F32);
+        let hit = k.mul(weight, dy);
+        k.settle();
+        let d = k.load(out, label);
+        let d = k.sub(d, hit);
+        k.settle();
+        k.store(d, out, label);
+    });
+}
