@@ -73,7 +73,7 @@ impl<'g> Lives<'g> {
         let (mut maker, mut reads) = (vec![None; graph.values()], vec![vec![]; graph.values()]);
         graph.nodes.iter().enumerate().for_each(|(at, n)| maker[n.result.0 as usize] = Some(at));
         let mut lives = Lives { graph, maker, spans: vec![vec![]; graph.values()], remade: Remade::default() };
-        let own = || graph.nodes.iter().enumerate().filter(|(_, n)| !view(&n.op));
+        let own = || graph.nodes.iter().enumerate().filter(|(_, n)| !n.op.view());
         for (at, node) in own() {
             node.operands.iter().for_each(|&v| reads[lives.root(v).0 as usize].push(at));
         }
@@ -103,7 +103,7 @@ impl<'g> Lives<'g> {
     /// What `value` is a view of.
     fn root(&self, value: Value) -> Value {
         match self.maker[value.0 as usize].map(|at| &self.graph.nodes[at]) {
-            Some(node) if view(&node.op) => self.root(node.operands[0]),
+            Some(node) if node.op.view() => self.root(node.operands[0]),
             _ => value,
         }
     }
@@ -158,11 +158,6 @@ fn batched(ty: &Type) -> bool {
     ty.elements().is_none()
 }
 
-/// The same memory read in another way.
-fn view(op: &Op) -> bool {
-    matches!(op, Op::Reshape { .. } | Op::Permute { .. } | Op::Slice { .. })
-}
-
 /// Operations for each element of what may be made again.
 fn each(op: &Op) -> Option<f64> {
     use Op::*;
@@ -174,7 +169,14 @@ fn each(op: &Op) -> Option<f64> {
         Exp | Sin | Cos => Some(16.0),
         Log | Tanh | Sigmoid | Dropout { .. } => Some(24.0),
         Gelu | GeluGrad | GeluTanh | GeluTanhGrad => Some(32.0),
-        _ => None,
+        // Views have no memory of their own.
+        Reshape { .. } | Permute { .. } | Slice { .. } => None,
+        Detach | Pad { .. } | Concat { .. } | Reduce { .. } => None,
+        Matmul { .. } | Scores { .. } | Attend { .. } | AttendTransposed { .. } => None,
+        Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => None,
+        Softmax | LogSumExp | SoftmaxVjp | NormalizeVjp { .. } => None,
+        Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => None,
+        CrossEntropy { .. } | CrossEntropyVjp { .. } => None,
     }
 }
 
