@@ -58,7 +58,7 @@ impl Graph {
                     first => format!("rows of `{}` from row {first} on", arg.name),
                 };
             }
-            let made = self.nodes.iter().find(|n| n.result == table).expect("an argument or a result");
+            let made = self.def(table).expect("an argument or a result");
             match made.op {
                 Op::Slice { axis: 0, start, .. } => first += start,
                 // A tensor of which some rows train, in parts.

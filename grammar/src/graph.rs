@@ -870,13 +870,36 @@ pub struct Node {
 
 /// Operations in an order in which each may run; every operand is an argument or an earlier result.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Stored")]
 pub struct Graph {
     pub name: String,
     pub args: Vec<Arg>,
+    /// To be appended by [`Graph::push`] and brought into another order by [`Graph::reorder`].
     pub nodes: Vec<Node>,
     /// Named results, `loss`, `logits`, `lambda.0`, `grad.…`.
     pub outputs: Vec<(String, Value)>,
     types: Vec<Type>,
+    /// By value, which node makes it; none an argument.
+    #[serde(skip)]
+    defs: Vec<Option<usize>>,
+}
+
+/// [`Graph`] as it is written down.
+#[derive(Deserialize)]
+struct Stored {
+    name: String,
+    args: Vec<Arg>,
+    nodes: Vec<Node>,
+    outputs: Vec<(String, Value)>,
+    types: Vec<Type>,
+}
+
+impl From<Stored> for Graph {
+    fn from(Stored { name, args, nodes, outputs, types }: Stored) -> Self {
+        let mut graph = Graph { name, args, nodes, outputs, types, defs: vec![] };
+        graph.index();
+        graph
+    }
 }
 
 impl Graph {
@@ -892,13 +915,39 @@ impl Graph {
         self.types.len()
     }
 
-    fn fresh(&mut self, ty: Type) -> Value {
+    /// The node that makes `value`; `None` for an argument.
+    pub fn def(&self, value: Value) -> Option<&Node> {
+        self.def_at(value).map(|at| &self.nodes[at])
+    }
+
+    /// Where in `nodes` it stands.
+    pub fn def_at(&self, value: Value) -> Option<usize> {
+        self.defs[value.0 as usize]
+    }
+
+    fn index(&mut self) {
+        self.defs = vec![None; self.types.len()];
+        for (at, node) in self.nodes.iter().enumerate() {
+            if let Some(def) = self.defs.get_mut(node.result.0 as usize) {
+                *def = Some(at);
+            }
+        }
+    }
+
+    /// Brings the nodes into another order: the first is that which stands at `order[0]`.
+    pub fn reorder(&mut self, order: &[usize]) {
+        self.nodes = order.iter().map(|&at| self.nodes[at].clone()).collect();
+        self.index();
+    }
+
+    fn fresh(&mut self, ty: Type, def: Option<usize>) -> Value {
         self.types.push(ty);
+        self.defs.push(def);
         Value(self.types.len() as u32 - 1)
     }
 
     pub fn arg(&mut self, name: impl Into<String>, role: Role, rows: Option<(u64, u64)>, ty: Type) -> Value {
-        let value = self.fresh(ty);
+        let value = self.fresh(ty, None);
         self.args.push(Arg { name: name.into(), role, rows, value });
         value
     }
@@ -907,7 +956,7 @@ impl Graph {
     pub fn push(&mut self, op: Op, operands: &[Value], location: &Location) -> Result<Value, String> {
         let types: Vec<&Type> = operands.iter().map(|&v| self.ty(v)).collect();
         let ty = op.infer(&types)?;
-        let result = self.fresh(ty);
+        let result = self.fresh(ty, Some(self.nodes.len()));
         self.nodes.push(Node { op, operands: operands.to_vec(), result, location: location.clone() });
         Ok(result)
     }
@@ -927,13 +976,13 @@ impl Graph {
         made
     }
 
-    /// Checks what the constructors promise: order, arity, shapes, unique outputs.
+    /// Checks what the constructors promise: order, arity, shapes, where a value is made, unique outputs.
     pub fn verify(&self) -> Result<(), String> {
         let mut known = vec![false; self.types.len()];
         for arg in &self.args {
             known[arg.value.0 as usize] = true;
         }
-        for node in &self.nodes {
+        for (i, node) in self.nodes.iter().enumerate() {
             let at = |e: String| {
                 let Location { file, line, column } = &node.location;
                 format!("`peft.{}` ({file}:{line}:{column}) in `{}`: {e}", node.op.name(), self.name)
@@ -945,6 +994,9 @@ impl Graph {
             let ty = node.op.infer(&types).map_err(at)?;
             if ty != *self.ty(node.result) {
                 return Err(at(format!("the result is {ty}, but {} is written", self.ty(node.result))));
+            }
+            if self.def_at(node.result) != Some(i) {
+                return Err(at("it is not where the graph says that its result is made".into()));
             }
             known[node.result.0 as usize] = true;
         }

@@ -59,7 +59,6 @@ struct Folder<'a> {
     of_batch: HashSet<Value>,
     /// Old values that a method's weight has a part in.
     of_method: HashSet<Value>,
-    maker: HashMap<Value, &'a Node>,
     /// Old values that no batch has a part in, in the new graph.
     known: HashMap<Value, Value>,
 }
@@ -76,8 +75,7 @@ impl<'a> Folder<'a> {
         let weights = old.args.iter().filter(|a| a.role != Role::Input);
         let known =
             weights.map(|a| (a.value, graph.arg(a.name.clone(), a.role, a.rows, old.ty(a.value).clone()))).collect();
-        let maker = old.nodes.iter().map(|n| (n.result, n)).collect();
-        Folder { model, old, graph, of_batch, of_method, maker, known }
+        Folder { model, old, graph, of_batch, of_method, known }
     }
 
     fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
@@ -89,7 +87,7 @@ impl<'a> Folder<'a> {
         if let Some(&value) = self.known.get(&old) {
             return Ok(value);
         }
-        let node = self.maker[&old];
+        let node = self.old.def(old).expect("no argument");
         let value = if let Op::Dropout { .. } | Op::Detach = node.op {
             self.weights(node.operands[0])?
         } else {
@@ -270,7 +268,7 @@ impl<'a> Folder<'a> {
 
     /// 0 by its form: what a projection without a bias has for one.
     fn is_zero(&self, value: Value) -> bool {
-        let Some(node) = self.graph.nodes.iter().find(|n| n.result == value) else { return false };
+        let Some(node) = self.graph.def(value) else { return false };
         let zero = |i: usize| self.is_zero(node.operands[i]);
         match &node.op {
             Op::Constant { value, .. } => *value == 0.0,
