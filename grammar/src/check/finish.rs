@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::expand::Frame;
+use super::frame::Frame;
 use super::rates::two_rates;
 use super::value::Val;
 use super::{Checker, Glob, Purpose, Said};

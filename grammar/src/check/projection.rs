@@ -2,8 +2,7 @@
 //! later stages know where its matrix is stored.
 
 use super::Checker;
-use super::expand::Frame;
-use super::site::Site;
+use super::frame::Frame;
 use super::value::Val;
 use crate::ast::Name;
 use crate::diagnostic::Diagnostic;
@@ -91,14 +90,14 @@ impl<'a> Checker<'a> {
     }
 
     /// When a site is done its projections have come to their end.
-    pub(super) fn projections_of(&mut self, site: &Site<'a>, frame: &Frame<'a>) {
+    pub(super) fn projections_of(&mut self, site: &str, nested: &[Projecting], frame: &Frame<'a>) {
         let name = |value: Value| self.graph.args.iter().find(|a| a.value == value).map(|a| a.name.clone());
-        for projecting in &site.nested {
+        for projecting in nested {
             let (Some(parts), &Val::Tensor(input)) = (projecting.parts, &projecting.input) else { continue };
             let Some(&Val::Tensor(output)) = frame.get(&projecting.name) else { continue };
             let Some(weight) = name(parts.weight) else { continue };
             self.projections.push(Projection {
-                path: format!("{}.{}", site.path, projecting.name),
+                path: format!("{site}.{}", projecting.name),
                 weight,
                 transposed: parts.transposed,
                 bias: parts.bias.and_then(name),
