@@ -1,6 +1,6 @@
 //! What a batch's integers may be: each table that an input indexes has so many rows.
 
-use crate::graph::{Dim, Graph, Op, Role, Value};
+use crate::graph::{Dim, Graph, Node, Op, Role, Value};
 
 /// An input whose values lie in `0..rows`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,11 +16,7 @@ impl Graph {
     pub fn bounds(&self) -> Vec<Bound> {
         let mut bounds: Vec<Bound> = vec![];
         for node in &self.nodes {
-            let (rows, table) = match node.op {
-                Op::Gather { .. } => (self.ty(node.operands[0]).shape[0], self.rows_of(node.operands[0])),
-                Op::CrossEntropy { .. } => (self.ty(node.operands[0]).shape[1], "classes of the loss".into()),
-                _ => continue,
-            };
+            let Some((rows, table)) = self.indexed(node) else { continue };
             let indices = self.args.iter().find(|a| a.value == node.operands[1] && a.role == Role::Input);
             let Some(indices) = indices else { continue };
             let bound = Bound { input: indices.name.clone(), rows, table };
@@ -29,6 +25,27 @@ impl Graph {
             }
         }
         bounds
+    }
+
+    /// How many rows the node's second operand indexes, and what they are called.
+    fn indexed(&self, node: &Node) -> Option<(Dim, String)> {
+        use Op::*;
+        match node.op {
+            Gather { .. } => Some((self.ty(node.operands[0]).shape[0], self.rows_of(node.operands[0]))),
+            CrossEntropy { .. } => Some((self.ty(node.operands[0]).shape[1], "classes of the loss".into())),
+            // Derivatives index as what they are derivatives of.
+            Scatter { .. } | CrossEntropyVjp { .. } => None,
+            // Their integers are keys of random numbers, and rows that compilation itself asks for.
+            Dropout { .. } | Attention { .. } | AttentionVjp { .. } => None,
+            Constant { .. } | Iota { .. } | Add | Sub | Mul | Div | Min | Scale { .. } | Shift { .. } | Float => None,
+            Exp | Log | Sqrt | Rsqrt | Sin | Cos | Tanh | Sigmoid | Relu | Step => None,
+            Gelu | GeluGrad | GeluTanh | GeluTanhGrad | Detach => None,
+            Reshape { .. } | Permute { .. } | Slice { .. } | Pad { .. } | Concat { .. } => None,
+            Broadcast { .. } | Reduce { .. } | Matmul { .. } => None,
+            Scores { .. } | Attend { .. } | AttendTransposed { .. } | AttentionLse { .. } => None,
+            LinearLse | LinearMean | Softmax | LogSumExp | SoftmaxVjp | Normalize { .. } | NormalizeVjp { .. } => None,
+            SegmentMean | SegmentMeanVjp => None,
+        }
     }
 
     /// What the rows of a table are called.
@@ -41,7 +58,7 @@ impl Graph {
                     first => format!("rows of `{}` from row {first} on", arg.name),
                 };
             }
-            let made = self.nodes.iter().find(|n| n.result == table).expect("an argument or a result");
+            let made = self.def(table).expect("an argument or a result");
             match made.op {
                 Op::Slice { axis: 0, start, .. } => first += start,
                 // A tensor of which some rows train, in parts.

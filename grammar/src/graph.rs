@@ -121,140 +121,271 @@ pub(crate) fn join<T: fmt::Display>(items: &[T]) -> String {
     items.iter().map(T::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// What an operation computes. `x`, `y`, … are its operands in order; row vectors, `x @ W`.
-///
-/// Two are equal if their names and attributes are, floats by their bits.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Op {
+/// The most operands an operation takes whose number of operands is free.
+pub const MAX_PARTS: usize = 8;
+
+/// What the dialect says of an operation.
+#[derive(Debug)]
+pub struct Operation {
+    /// In the dialect, without `peft.`.
+    pub name: &'static str,
+    pub operands: Operands,
+    pub attributes: &'static [&'static str],
+    kind: Kind,
+}
+
+/// The element types of operands, in order.
+#[derive(Clone, Copy, Debug)]
+pub enum Operands {
+    Fixed(&'static [DType]),
+    /// One to [`MAX_PARTS`], those beyond the list floats.
+    Variadic(&'static [DType]),
+}
+
+impl Operands {
+    /// How many there are, if that is fixed.
+    pub fn count(self) -> Option<usize> {
+        match self {
+            Operands::Fixed(types) => Some(types.len()),
+            Operands::Variadic(_) => None,
+        }
+    }
+
+    fn dtype(self, operand: usize) -> DType {
+        let (Operands::Fixed(types) | Operands::Variadic(types)) = self;
+        types.get(operand).copied().unwrap_or(DType::F32)
+    }
+}
+
+/// How elements of a result come from elements of the operands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    /// Each is computed of those at its own index, after broadcasting.
+    Elementwise,
+    /// They are those of the operand at other indices, each once at most.
+    View,
+    Other,
+}
+
+/// Makes [`Op`], [`OPERATIONS`] and the ways between an operation and its parts from one row for each operation: its
+/// formula, its variant with the attributes, its name in the dialect, its operands' types, its [`Kind`].
+macro_rules! operations {
+    ($(
+        $(#[$formula:meta])*
+        $variant:ident $({ $($attr:ident: $type:ty),+ })?, $name:literal, $operands:ident($($dtype:ident),*), $kind:ident;
+    )*) => {
+        /// What an operation computes. `x`, `y`, … are its operands in order; row vectors, `x @ W`.
+        ///
+        /// Two are equal if their names and attributes are, floats by their bits.
+        #[derive(Clone, Debug, Serialize, Deserialize)]
+        pub enum Op {
+            $($(#[$formula])* $variant $({ $($attr: $type),+ })?,)*
+        }
+
+        /// Every operation of the dialect. Its IRDL definition is made from this table.
+        pub const OPERATIONS: &[Operation] = &[$(Operation {
+            name: $name,
+            operands: Operands::$operands(&[$(DType::$dtype),*]),
+            attributes: &[$($(stringify!($attr)),+)?],
+            kind: Kind::$kind,
+        }),*];
+
+        impl Op {
+            /// Its row in the table.
+            pub fn operation(&self) -> &'static Operation {
+                enum Row {
+                    $($variant),*
+                }
+                match self {
+                    $(Op::$variant { .. } => &OPERATIONS[Row::$variant as usize],)*
+                }
+            }
+
+            /// Attributes in the order of the table.
+            pub fn attributes(&self) -> Vec<(&'static str, Attr)> {
+                match self {
+                    $(Op::$variant { $($($attr),+)? } => vec![$($((stringify!($attr), $attr.to_attr())),+)?],)*
+                }
+            }
+
+            /// The way back from [`Op::name`] and [`Op::attributes`].
+            pub fn from_parts(name: &str, attrs: &dyn Fn(&str) -> Option<Attr>) -> Result<Op, String> {
+                match name {
+                    $($name => Ok(Op::$variant { $($($attr: attribute(name, stringify!($attr), attrs)?),+)? }),)*
+                    _ => Err(format!("`peft.{name}` is no operation of the dialect")),
+                }
+            }
+        }
+    };
+}
+
+operations! {
     /// The same number everywhere.
-    Constant { value: f64, shape: Vec<Dim> },
+    Constant { value: f64, shape: Vec<Dim> }, "constant", Fixed(), Elementwise;
     /// 0, 1, …, n − 1
-    Iota { n: u64 },
+    Iota { n: u64 }, "iota", Fixed(), Elementwise;
 
     // Element by element; binary ones broadcast as NumPy does.
     /// x + y
-    Add,
+    Add, "add", Fixed(F32, F32), Elementwise;
     /// x − y
-    Sub,
+    Sub, "sub", Fixed(F32, F32), Elementwise;
     /// x · y
-    Mul,
+    Mul, "mul", Fixed(F32, F32), Elementwise;
     /// x / y
-    Div,
+    Div, "div", Fixed(F32, F32), Elementwise;
     /// min(x, y)
-    Min,
+    Min, "min", Fixed(F32, F32), Elementwise;
     /// by · x
-    Scale { by: f64 },
+    Scale { by: f64 }, "scale", Fixed(F32), Elementwise;
     /// x + by
-    Shift { by: f64 },
+    Shift { by: f64 }, "shift", Fixed(F32), Elementwise;
     /// Integers as floats.
-    Float,
+    Float, "float", Fixed(I32), Elementwise;
     /// eˣ
-    Exp,
+    Exp, "exp", Fixed(F32), Elementwise;
     /// ln x
-    Log,
+    Log, "log", Fixed(F32), Elementwise;
     /// √x
-    Sqrt,
+    Sqrt, "sqrt", Fixed(F32), Elementwise;
     /// 1/√x
-    Rsqrt,
+    Rsqrt, "rsqrt", Fixed(F32), Elementwise;
     /// sin x
-    Sin,
+    Sin, "sin", Fixed(F32), Elementwise;
     /// cos x
-    Cos,
+    Cos, "cos", Fixed(F32), Elementwise;
     /// tanh x
-    Tanh,
+    Tanh, "tanh", Fixed(F32), Elementwise;
     /// 1 / (1 + e⁻ˣ)
-    Sigmoid,
+    Sigmoid, "sigmoid", Fixed(F32), Elementwise;
     /// max(x, 0)
-    Relu,
+    Relu, "relu", Fixed(F32), Elementwise;
     /// 1 where x > 0, else 0: relu's derivative
-    Step,
+    Step, "step", Fixed(F32), Elementwise;
     /// x Φ(x) = x/2 · (1 + erf(x/√2))
-    Gelu,
+    Gelu, "gelu", Fixed(F32), Elementwise;
     /// Φ(x) + x φ(x)
-    GeluGrad,
+    GeluGrad, "gelu_grad", Fixed(F32), Elementwise;
     /// x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
-    GeluTanh,
+    GeluTanh, "gelu_tanh", Fixed(F32), Elementwise;
     /// its derivative
-    GeluTanhGrad,
+    GeluTanhGrad, "gelu_tanh_grad", Fixed(F32), Elementwise;
 
     /// x, and a constant to the gradient
-    Detach,
+    Detach, "detach", Fixed(F32), Other;
 
     // Shape.
     /// Row-major order stays; a ragged axis and the token axis before it stay where they are.
-    Reshape { shape: Vec<Dim> },
+    Reshape { shape: Vec<Dim> }, "reshape", Fixed(F32), View;
     /// Axis i of the result is axis `axes[i]` of x.
-    Permute { axes: Vec<usize> },
+    Permute { axes: Vec<usize> }, "permute", Fixed(F32), View;
     /// x[.., start..end, ..] along `axis`; no `end` = to the end.
-    Slice { axis: usize, start: u64, end: Option<u64> },
+    Slice { axis: usize, start: u64, end: Option<u64> }, "slice", Fixed(F32), View;
     /// The adjoint of `Slice`: zeros of width `to` with x laid in from `start` on.
-    Pad { axis: usize, start: u64, to: Dim },
+    Pad { axis: usize, start: u64, to: Dim }, "pad", Fixed(F32), Other;
     /// Up to [`MAX_PARTS`] operands, end to end along `axis`.
-    Concat { axis: usize },
+    Concat { axis: usize }, "concat", Variadic(F32), Other;
     /// Repeats axes of size 1 (or missing in front) up to `shape`; `mean` divides by the number of copies.
-    Broadcast { shape: Vec<Dim>, mean: bool },
+    Broadcast { shape: Vec<Dim>, mean: bool }, "broadcast", Fixed(F32), Elementwise;
     /// Adds up (or averages) over `axes`, which stay as size 1 when `keep`.
-    Reduce { axes: Vec<usize>, keep: bool, mean: bool },
+    Reduce { axes: Vec<usize>, keep: bool, mean: bool }, "reduce", Fixed(F32), Other;
 
     // Contractions.
     /// x @ y over the last two axes, either read transposed. A rank-2 y serves every leading axis of x.
-    Matmul { transpose_x: bool, transpose_y: bool },
+    Matmul { transpose_x: bool, transpose_y: bool }, "matmul", Fixed(F32, F32), Other;
     /// q[H,tokens,p], k[H,tokens,p] → s[H,tokens,keys]: s_ij = q_i · k_j, j in i's sequence; −∞ at j > i if causal.
-    Scores { causal: bool },
+    Scores { causal: bool }, "scores", Fixed(F32, F32), Other;
     /// w[H,tokens,keys], v[H,tokens,p] → Σ_j w_ij v_j; over j ≤ i if causal.
-    Attend { causal: bool },
+    Attend { causal: bool }, "attend", Fixed(F32, F32), Other;
     /// w[H,tokens,keys], v[H,tokens,p] → Σ_i w_ij v_i; over i ≥ j if causal. `Attend` with w transposed.
-    AttendTransposed { causal: bool },
+    AttendTransposed { causal: bool }, "attend_transposed", Fixed(F32, F32), Other;
 
     // Attention whose square exists nowhere. w_ij = softmax_j(scale · q_i · k_j) over j in i's sequence (j ≤ i if
     // causal), d_ij its dropout as [`Op::Dropout`] draws it for w[H,tokens,keys]; `rng` is there if p > 0.
     /// (q, k, v, rng) → Σ_j d_ij w_ij v_j
     Attention { causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
+        "attention", Variadic(F32, F32, F32, I32), Other;
     /// (q, k) → ln Σ_j e^{scale · q_i · k_j}, [H,tokens,1]
-    AttentionLse { causal: bool, scale: f64 },
+    AttentionLse { causal: bool, scale: f64 }, "attention_lse", Fixed(F32, F32), Other;
     /// (q, k, v, lse, df, r, rng), ds_ij = scale · w_ij (d_ij df_i · v_j + r_i) → the adjoint of operand `of`:
     /// 0: Σ_j ds_ij k_j;  1: Σ_i ds_ij q_i;  2: Σ_i d_ij w_ij df_i
     AttentionVjp { of: usize, causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
+        "attention_vjp", Variadic(F32, F32, F32, F32, F32, F32, I32), Other;
 
     // A linear map of which only the softmax is asked for, x[n,d] and W[V,d]; its n × V results exist nowhere.
     /// (x, W) → ln Σ_v e^{x·W_v}, [n,1]
-    LinearLse,
+    LinearLse, "linear_lse", Fixed(F32, F32), Other;
     /// (x, W) → Σ_v softmax(x Wᵀ)_v W_v, [n,d]
-    LinearMean,
+    LinearMean, "linear_mean", Fixed(F32, F32), Other;
 
     // Along the last axis.
     /// e^{x_j − max} / Σ
-    Softmax,
+    Softmax, "softmax", Fixed(F32), Other;
     /// ln Σ e^{x_j}, one number a row: the last axis is 1 long
-    LogSumExp,
+    LogSumExp, "log_sum_exp", Fixed(F32), Other;
     /// (y, dy) → y ⊙ (dy − Σ y ⊙ dy)
-    SoftmaxVjp,
+    SoftmaxVjp, "softmax_vjp", Fixed(F32, F32), Other;
     /// (x − mean) / √(var + eps), biased variance
-    Normalize { eps: f64 },
+    Normalize { eps: f64 }, "normalize", Fixed(F32), Other;
     /// (x, dy) → its adjoint, x̂ computed again
-    NormalizeVjp { eps: f64 },
+    NormalizeVjp { eps: f64 }, "normalize_vjp", Fixed(F32, F32), Other;
 
     // Rows.
     /// table[V,d], ids[n] → table[ids − start], a zero row where that lies outside the table
-    Gather { start: u64 },
+    Gather { start: u64 }, "gather", Fixed(F32, I32), Other;
     /// ids[n], y[n,d] → t[rows,d]: t[ids − start] += y; what lies outside is dropped. The adjoint of `Gather`.
-    Scatter { start: u64, rows: Dim },
+    Scatter { start: u64, rows: Dim }, "scatter", Fixed(I32, F32), Other;
     /// x[tokens,d] → the mean over each sequence, [sequences,d]
-    SegmentMean,
+    SegmentMean, "segment_mean", Fixed(F32), Other;
     /// y[sequences,d] → each token its sequence's row over the sequence's length, [tokens,d]
-    SegmentMeanVjp,
+    SegmentMeanVjp, "segment_mean_vjp", Fixed(F32), Other;
 
     /// x[T,V], labels[T] → ln Σ_v exp x_v − Σ_v w_v x_v; w = (1−e)·onehot(label) + e/V, e = `smoothing`. A label beyond
     /// the classes is hot nowhere.
-    CrossEntropy { smoothing: f64 },
+    CrossEntropy { smoothing: f64 }, "cross_entropy", Fixed(F32, I32), Other;
     /// (logits, labels, dy[T]) → dy ⊙ (softmax(logits) − w)
-    CrossEntropyVjp { smoothing: f64 },
+    CrossEntropyVjp { smoothing: f64 }, "cross_entropy_vjp", Fixed(F32, I32, F32), Other;
 
     /// (x, rng) → x/(1−p) where Philox4x32-10 says keep, else 0. rng = i32[2] (seed, step) is the key;
     /// the counter is (column / 4, row, lead, stream), the lane column % 4, kept iff the word ≥ ⌊p·2³²⌋.
     /// Column is the index on the last axis, counted from `column`, row on the one before, lead on all others flattened.
     /// (x, rng, rows[n]): row r of the n is taken for row rows_r, so that rows of a tensor are dropped as in the whole.
-    Dropout { p: f64, stream: u32, column: u64 },
+    Dropout { p: f64, stream: u32, column: u64 }, "dropout", Variadic(F32, I32, I32), Elementwise;
+}
+
+impl Op {
+    /// The name in the dialect, without `peft.`.
+    pub fn name(&self) -> &'static str {
+        self.operation().name
+    }
+
+    /// Each element of the result is computed of the operands' elements at its own index, after broadcasting.
+    pub fn elementwise(&self) -> bool {
+        self.operation().kind == Kind::Elementwise
+    }
+
+    /// The elements of the operand, read in another way.
+    pub fn view(&self) -> bool {
+        self.operation().kind == Kind::View
+    }
+
+    /// The type of the result, or in what way the operands do not fit.
+    pub fn infer(&self, operands: &[&Type]) -> Result<Type, String> {
+        let Operation { name, operands: wanted, .. } = self.operation();
+        let arity = wanted.count();
+        let fits = arity.map_or((1..=MAX_PARTS).contains(&operands.len()), |n| operands.len() == n);
+        if !fits {
+            let arity = arity.map_or(format!("1 to {MAX_PARTS}"), |n| n.to_string());
+            return Err(format!("`{name}` takes {arity} operands, found {}", operands.len()));
+        }
+        for (i, ty) in operands.iter().enumerate() {
+            let want = wanted.dtype(i);
+            if ty.dtype != want {
+                return Err(format!("`{name}` wants {want} as operand {}, found {ty}", i + 1));
+            }
+        }
+        infer(self, operands)
+    }
 }
 
 impl PartialEq for Op {
@@ -310,287 +441,88 @@ impl std::hash::Hash for Attr {
     }
 }
 
-/// Operations without attributes.
-const PLAIN: &[(Op, &str)] = &[
-    (Op::Add, "add"),
-    (Op::Sub, "sub"),
-    (Op::Mul, "mul"),
-    (Op::Div, "div"),
-    (Op::Min, "min"),
-    (Op::Float, "float"),
-    (Op::Exp, "exp"),
-    (Op::Log, "log"),
-    (Op::Sqrt, "sqrt"),
-    (Op::Rsqrt, "rsqrt"),
-    (Op::Sin, "sin"),
-    (Op::Cos, "cos"),
-    (Op::Tanh, "tanh"),
-    (Op::Sigmoid, "sigmoid"),
-    (Op::Relu, "relu"),
-    (Op::Step, "step"),
-    (Op::Gelu, "gelu"),
-    (Op::GeluGrad, "gelu_grad"),
-    (Op::GeluTanh, "gelu_tanh"),
-    (Op::GeluTanhGrad, "gelu_tanh_grad"),
-    (Op::Detach, "detach"),
-    (Op::LinearLse, "linear_lse"),
-    (Op::LinearMean, "linear_mean"),
-    (Op::Softmax, "softmax"),
-    (Op::LogSumExp, "log_sum_exp"),
-    (Op::SoftmaxVjp, "softmax_vjp"),
-    (Op::SegmentMean, "segment_mean"),
-    (Op::SegmentMeanVjp, "segment_mean_vjp"),
-];
+/// An attribute's type in [`Op`] and its form in [`Attr`].
+trait Attribute: Sized {
+    fn to_attr(&self) -> Attr;
+    /// `None` if it is malformed.
+    fn from_attr(attr: Attr) -> Option<Self>;
+}
 
-/// The most operands a `concat` takes.
-pub const MAX_PARTS: usize = 8;
+fn attribute<T: Attribute>(name: &str, key: &str, attrs: &dyn Fn(&str) -> Option<Attr>) -> Result<T, String> {
+    let read = attrs(key).and_then(T::from_attr);
+    read.ok_or_else(|| format!("`peft.{name}` lacks a well-formed attribute `{key}`"))
+}
 
-/// Every operation's name in the dialect, with the names of its attributes and its operand count
-/// (`None`: one to [`MAX_PARTS`]). The IRDL definition of the dialect is made from this table.
-pub const OPERATIONS: &[(&str, Option<usize>, &[&str])] = &[
-    ("constant", Some(0), &["value", "shape"]),
-    ("iota", Some(0), &["n"]),
-    ("add", Some(2), &[]),
-    ("sub", Some(2), &[]),
-    ("mul", Some(2), &[]),
-    ("div", Some(2), &[]),
-    ("min", Some(2), &[]),
-    ("scale", Some(1), &["by"]),
-    ("shift", Some(1), &["by"]),
-    ("float", Some(1), &[]),
-    ("exp", Some(1), &[]),
-    ("log", Some(1), &[]),
-    ("sqrt", Some(1), &[]),
-    ("rsqrt", Some(1), &[]),
-    ("sin", Some(1), &[]),
-    ("cos", Some(1), &[]),
-    ("tanh", Some(1), &[]),
-    ("sigmoid", Some(1), &[]),
-    ("relu", Some(1), &[]),
-    ("step", Some(1), &[]),
-    ("gelu", Some(1), &[]),
-    ("gelu_grad", Some(1), &[]),
-    ("gelu_tanh", Some(1), &[]),
-    ("gelu_tanh_grad", Some(1), &[]),
-    ("detach", Some(1), &[]),
-    ("reshape", Some(1), &["shape"]),
-    ("permute", Some(1), &["axes"]),
-    ("slice", Some(1), &["axis", "start", "end"]),
-    ("pad", Some(1), &["axis", "start", "to"]),
-    ("concat", None, &["axis"]),
-    ("broadcast", Some(1), &["shape", "mean"]),
-    ("reduce", Some(1), &["axes", "keep", "mean"]),
-    ("matmul", Some(2), &["transpose_x", "transpose_y"]),
-    ("scores", Some(2), &["causal"]),
-    ("attend", Some(2), &["causal"]),
-    ("attend_transposed", Some(2), &["causal"]),
-    ("attention", None, &["causal", "scale", "p", "stream", "column"]),
-    ("attention_lse", Some(2), &["causal", "scale"]),
-    ("attention_vjp", None, &["of", "causal", "scale", "p", "stream", "column"]),
-    ("linear_lse", Some(2), &[]),
-    ("linear_mean", Some(2), &[]),
-    ("softmax", Some(1), &[]),
-    ("log_sum_exp", Some(1), &[]),
-    ("softmax_vjp", Some(2), &[]),
-    ("normalize", Some(1), &["eps"]),
-    ("normalize_vjp", Some(2), &["eps"]),
-    ("gather", Some(2), &["start"]),
-    ("scatter", Some(2), &["start", "rows"]),
-    ("segment_mean", Some(1), &[]),
-    ("segment_mean_vjp", Some(1), &[]),
-    ("cross_entropy", Some(2), &["smoothing"]),
-    ("cross_entropy_vjp", Some(3), &["smoothing"]),
-    ("dropout", None, &["p", "stream", "column"]),
-];
+macro_rules! whole_numbers {
+    ($($type:ty),*) => {
+        $(impl Attribute for $type {
+            fn to_attr(&self) -> Attr {
+                Attr::Int(*self as i64)
+            }
+            fn from_attr(attr: Attr) -> Option<Self> {
+                if let Attr::Int(i) = attr { i.try_into().ok() } else { None }
+            }
+        })*
+    };
+}
 
-impl Op {
-    /// The name in the dialect, without `peft.`.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Op::Constant { .. } => "constant",
-            Op::Iota { .. } => "iota",
-            Op::Scale { .. } => "scale",
-            Op::Shift { .. } => "shift",
-            Op::Reshape { .. } => "reshape",
-            Op::Permute { .. } => "permute",
-            Op::Slice { .. } => "slice",
-            Op::Pad { .. } => "pad",
-            Op::Concat { .. } => "concat",
-            Op::Broadcast { .. } => "broadcast",
-            Op::Reduce { .. } => "reduce",
-            Op::Matmul { .. } => "matmul",
-            Op::Scores { .. } => "scores",
-            Op::Attend { .. } => "attend",
-            Op::AttendTransposed { .. } => "attend_transposed",
-            Op::Attention { .. } => "attention",
-            Op::AttentionLse { .. } => "attention_lse",
-            Op::AttentionVjp { .. } => "attention_vjp",
-            Op::Normalize { .. } => "normalize",
-            Op::NormalizeVjp { .. } => "normalize_vjp",
-            Op::Gather { .. } => "gather",
-            Op::Scatter { .. } => "scatter",
-            Op::CrossEntropy { .. } => "cross_entropy",
-            Op::CrossEntropyVjp { .. } => "cross_entropy_vjp",
-            Op::Dropout { .. } => "dropout",
-            plain => PLAIN.iter().find(|(op, _)| op == plain).expect("every other operation is plain").1,
-        }
+whole_numbers!(u64, u32, usize);
+
+/// −1 for none.
+impl Attribute for Option<u64> {
+    fn to_attr(&self) -> Attr {
+        self.map_or(Attr::Int(-1), |n| n.to_attr())
     }
-
-    /// Attributes in the order of [`OPERATIONS`]. A slice to the end has `end` −1.
-    pub fn attributes(&self) -> Vec<(&'static str, Attr)> {
-        use Attr::*;
-        let ints = |v: &[usize]| Ints(v.iter().map(|&i| i as i64).collect());
-        match self {
-            Op::Constant { value, shape } => vec![("value", Float(*value)), ("shape", Dims(shape.clone()))],
-            Op::Iota { n } => vec![("n", Int(*n as i64))],
-            Op::Scale { by } | Op::Shift { by } => vec![("by", Float(*by))],
-            Op::Reshape { shape } => vec![("shape", Dims(shape.clone()))],
-            Op::Permute { axes } => vec![("axes", ints(axes))],
-            Op::Slice { axis, start, end } => {
-                let end = end.map_or(-1, |end| end as i64);
-                vec![("axis", Int(*axis as i64)), ("start", Int(*start as i64)), ("end", Int(end))]
-            }
-            Op::Pad { axis, start, to } => {
-                vec![("axis", Int(*axis as i64)), ("start", Int(*start as i64)), ("to", Dims(vec![*to]))]
-            }
-            Op::Concat { axis } => vec![("axis", Int(*axis as i64))],
-            Op::Broadcast { shape, mean } => vec![("shape", Dims(shape.clone())), ("mean", Bool(*mean))],
-            Op::Reduce { axes, keep, mean } => vec![("axes", ints(axes)), ("keep", Bool(*keep)), ("mean", Bool(*mean))],
-            Op::Matmul { transpose_x, transpose_y } => {
-                vec![("transpose_x", Bool(*transpose_x)), ("transpose_y", Bool(*transpose_y))]
-            }
-            Op::Scores { causal } | Op::Attend { causal } | Op::AttendTransposed { causal } => {
-                vec![("causal", Bool(*causal))]
-            }
-            Op::Attention { causal, scale, p, stream, column } => vec![
-                ("causal", Bool(*causal)),
-                ("scale", Float(*scale)),
-                ("p", Float(*p)),
-                ("stream", Int(*stream as i64)),
-                ("column", Int(*column as i64)),
-            ],
-            Op::AttentionLse { causal, scale } => vec![("causal", Bool(*causal)), ("scale", Float(*scale))],
-            Op::AttentionVjp { of, causal, scale, p, stream, column } => vec![
-                ("of", Int(*of as i64)),
-                ("causal", Bool(*causal)),
-                ("scale", Float(*scale)),
-                ("p", Float(*p)),
-                ("stream", Int(*stream as i64)),
-                ("column", Int(*column as i64)),
-            ],
-            Op::Normalize { eps } | Op::NormalizeVjp { eps } => vec![("eps", Float(*eps))],
-            Op::Gather { start } => vec![("start", Int(*start as i64))],
-            Op::Scatter { start, rows } => vec![("start", Int(*start as i64)), ("rows", Dims(vec![*rows]))],
-            Op::CrossEntropy { smoothing } | Op::CrossEntropyVjp { smoothing } => {
-                vec![("smoothing", Float(*smoothing))]
-            }
-            Op::Dropout { p, stream, column } => {
-                vec![("p", Float(*p)), ("stream", Int(*stream as i64)), ("column", Int(*column as i64))]
-            }
-            _ => vec![],
-        }
+    fn from_attr(attr: Attr) -> Option<Self> {
+        if attr == Attr::Int(-1) { Some(None) } else { u64::from_attr(attr).map(Some) }
     }
+}
 
-    /// The way back from [`Op::name`] and [`Op::attributes`].
-    pub fn from_parts(name: &str, attrs: &dyn Fn(&str) -> Option<Attr>) -> Result<Op, String> {
-        if let Some((op, _)) = PLAIN.iter().find(|(_, plain)| *plain == name) {
-            return Ok(op.clone());
-        }
-        let wrong = |key: &str| format!("`peft.{name}` lacks a well-formed attribute `{key}`");
-        let int = |key: &str| match attrs(key) {
-            Some(Attr::Int(i)) if i >= 0 => Ok(i as u64),
-            _ => Err(wrong(key)),
-        };
-        let float = |key: &str| match attrs(key) {
-            Some(Attr::Float(x)) => Ok(x),
-            _ => Err(wrong(key)),
-        };
-        let flag = |key: &str| match attrs(key) {
-            Some(Attr::Bool(b)) => Ok(b),
-            _ => Err(wrong(key)),
-        };
-        let dims = |key: &str| match attrs(key) {
-            Some(Attr::Dims(d)) => Ok(d),
-            _ => Err(wrong(key)),
-        };
-        let dim = |key: &str| dims(key).and_then(|d| if let [d] = d[..] { Ok(d) } else { Err(wrong(key)) });
-        let axes = |key: &str| match attrs(key) {
-            Some(Attr::Ints(v)) if v.iter().all(|&i| i >= 0) => Ok(v.iter().map(|&i| i as usize).collect()),
-            _ => Err(wrong(key)),
-        };
-        Ok(match name {
-            "constant" => Op::Constant { value: float("value")?, shape: dims("shape")? },
-            "iota" => Op::Iota { n: int("n")? },
-            "scale" => Op::Scale { by: float("by")? },
-            "shift" => Op::Shift { by: float("by")? },
-            "reshape" => Op::Reshape { shape: dims("shape")? },
-            "permute" => Op::Permute { axes: axes("axes")? },
-            "slice" => {
-                let end = if attrs("end") == Some(Attr::Int(-1)) { None } else { Some(int("end")?) };
-                Op::Slice { axis: int("axis")? as usize, start: int("start")?, end }
-            }
-            "pad" => Op::Pad { axis: int("axis")? as usize, start: int("start")?, to: dim("to")? },
-            "concat" => Op::Concat { axis: int("axis")? as usize },
-            "broadcast" => Op::Broadcast { shape: dims("shape")?, mean: flag("mean")? },
-            "reduce" => Op::Reduce { axes: axes("axes")?, keep: flag("keep")?, mean: flag("mean")? },
-            "matmul" => Op::Matmul { transpose_x: flag("transpose_x")?, transpose_y: flag("transpose_y")? },
-            "scores" => Op::Scores { causal: flag("causal")? },
-            "attend" => Op::Attend { causal: flag("causal")? },
-            "attend_transposed" => Op::AttendTransposed { causal: flag("causal")? },
-            "attention" => Op::Attention {
-                causal: flag("causal")?,
-                scale: float("scale")?,
-                p: float("p")?,
-                stream: int("stream")? as u32,
-                column: int("column")?,
-            },
-            "attention_lse" => Op::AttentionLse { causal: flag("causal")?, scale: float("scale")? },
-            "attention_vjp" => Op::AttentionVjp {
-                of: int("of")? as usize,
-                causal: flag("causal")?,
-                scale: float("scale")?,
-                p: float("p")?,
-                stream: int("stream")? as u32,
-                column: int("column")?,
-            },
-            "normalize" => Op::Normalize { eps: float("eps")? },
-            "normalize_vjp" => Op::NormalizeVjp { eps: float("eps")? },
-            "gather" => Op::Gather { start: int("start")? },
-            "scatter" => Op::Scatter { start: int("start")?, rows: dim("rows")? },
-            "cross_entropy" => Op::CrossEntropy { smoothing: float("smoothing")? },
-            "cross_entropy_vjp" => Op::CrossEntropyVjp { smoothing: float("smoothing")? },
-            "dropout" => Op::Dropout { p: float("p")?, stream: int("stream")? as u32, column: int("column")? },
-            _ => return Err(format!("`peft.{name}` is no operation of the dialect")),
-        })
+impl Attribute for f64 {
+    fn to_attr(&self) -> Attr {
+        Attr::Float(*self)
     }
+    fn from_attr(attr: Attr) -> Option<Self> {
+        if let Attr::Float(x) = attr { Some(x) } else { None }
+    }
+}
 
-    /// The type of the result, or in what way the operands do not fit.
-    pub fn infer(&self, operands: &[&Type]) -> Result<Type, String> {
-        let (_, arity, _) = OPERATIONS.iter().find(|(name, ..)| *name == self.name()).expect("in the table");
-        let fits = arity.map_or((1..=MAX_PARTS).contains(&operands.len()), |n| operands.len() == n);
-        if !fits {
-            return Err(format!(
-                "`{}` takes {} operands, found {}",
-                self.name(),
-                arity.map_or(format!("1 to {MAX_PARTS}"), |n| n.to_string()),
-                operands.len()
-            ));
+impl Attribute for bool {
+    fn to_attr(&self) -> Attr {
+        Attr::Bool(*self)
+    }
+    fn from_attr(attr: Attr) -> Option<Self> {
+        if let Attr::Bool(b) = attr { Some(b) } else { None }
+    }
+}
+
+impl Attribute for Vec<usize> {
+    fn to_attr(&self) -> Attr {
+        Attr::Ints(self.iter().map(|&i| i as i64).collect())
+    }
+    fn from_attr(attr: Attr) -> Option<Self> {
+        if let Attr::Ints(v) = attr { v.into_iter().map(|i| i.try_into().ok()).collect() } else { None }
+    }
+}
+
+impl Attribute for Vec<Dim> {
+    fn to_attr(&self) -> Attr {
+        Attr::Dims(self.clone())
+    }
+    fn from_attr(attr: Attr) -> Option<Self> {
+        if let Attr::Dims(dims) = attr { Some(dims) } else { None }
+    }
+}
+
+impl Attribute for Dim {
+    fn to_attr(&self) -> Attr {
+        Attr::Dims(vec![*self])
+    }
+    fn from_attr(attr: Attr) -> Option<Self> {
+        match Vec::from_attr(attr)?[..] {
+            [dim] => Some(dim),
+            _ => None,
         }
-        let ids_at: &[usize] = match self {
-            Op::Gather { .. } | Op::CrossEntropy { .. } | Op::CrossEntropyVjp { .. } => &[1],
-            Op::Dropout { .. } => &[1, 2],
-            Op::Float | Op::Scatter { .. } => &[0],
-            Op::Attention { .. } => &[3],
-            Op::AttentionVjp { .. } => &[6],
-            _ => &[],
-        };
-        for (i, ty) in operands.iter().enumerate() {
-            let want = if ids_at.contains(&i) { DType::I32 } else { DType::F32 };
-            if ty.dtype != want {
-                return Err(format!("`{}` wants {want} as operand {}, found {ty}", self.name(), i + 1));
-            }
-        }
-        infer(self, operands)
     }
 }
 
@@ -938,13 +870,36 @@ pub struct Node {
 
 /// Operations in an order in which each may run; every operand is an argument or an earlier result.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Stored")]
 pub struct Graph {
     pub name: String,
     pub args: Vec<Arg>,
+    /// To be appended by [`Graph::push`] and brought into another order by [`Graph::reorder`].
     pub nodes: Vec<Node>,
     /// Named results, `loss`, `logits`, `lambda.0`, `grad.…`.
     pub outputs: Vec<(String, Value)>,
     types: Vec<Type>,
+    /// By value, which node makes it; none an argument.
+    #[serde(skip)]
+    defs: Vec<Option<usize>>,
+}
+
+/// [`Graph`] as it is written down.
+#[derive(Deserialize)]
+struct Stored {
+    name: String,
+    args: Vec<Arg>,
+    nodes: Vec<Node>,
+    outputs: Vec<(String, Value)>,
+    types: Vec<Type>,
+}
+
+impl From<Stored> for Graph {
+    fn from(Stored { name, args, nodes, outputs, types }: Stored) -> Self {
+        let mut graph = Graph { name, args, nodes, outputs, types, defs: vec![] };
+        graph.index();
+        graph
+    }
 }
 
 impl Graph {
@@ -960,13 +915,39 @@ impl Graph {
         self.types.len()
     }
 
-    fn fresh(&mut self, ty: Type) -> Value {
+    /// The node that makes `value`; `None` for an argument.
+    pub fn def(&self, value: Value) -> Option<&Node> {
+        self.def_at(value).map(|at| &self.nodes[at])
+    }
+
+    /// Where in `nodes` it stands.
+    pub fn def_at(&self, value: Value) -> Option<usize> {
+        self.defs[value.0 as usize]
+    }
+
+    fn index(&mut self) {
+        self.defs = vec![None; self.types.len()];
+        for (at, node) in self.nodes.iter().enumerate() {
+            if let Some(def) = self.defs.get_mut(node.result.0 as usize) {
+                *def = Some(at);
+            }
+        }
+    }
+
+    /// Brings the nodes into another order: the first is that which stands at `order[0]`.
+    pub fn reorder(&mut self, order: &[usize]) {
+        self.nodes = order.iter().map(|&at| self.nodes[at].clone()).collect();
+        self.index();
+    }
+
+    fn fresh(&mut self, ty: Type, def: Option<usize>) -> Value {
         self.types.push(ty);
+        self.defs.push(def);
         Value(self.types.len() as u32 - 1)
     }
 
     pub fn arg(&mut self, name: impl Into<String>, role: Role, rows: Option<(u64, u64)>, ty: Type) -> Value {
-        let value = self.fresh(ty);
+        let value = self.fresh(ty, None);
         self.args.push(Arg { name: name.into(), role, rows, value });
         value
     }
@@ -975,7 +956,7 @@ impl Graph {
     pub fn push(&mut self, op: Op, operands: &[Value], location: &Location) -> Result<Value, String> {
         let types: Vec<&Type> = operands.iter().map(|&v| self.ty(v)).collect();
         let ty = op.infer(&types)?;
-        let result = self.fresh(ty);
+        let result = self.fresh(ty, Some(self.nodes.len()));
         self.nodes.push(Node { op, operands: operands.to_vec(), result, location: location.clone() });
         Ok(result)
     }
@@ -995,13 +976,13 @@ impl Graph {
         made
     }
 
-    /// Checks what the constructors promise: order, arity, shapes, unique outputs.
+    /// Checks what the constructors promise: order, arity, shapes, where a value is made, unique outputs.
     pub fn verify(&self) -> Result<(), String> {
         let mut known = vec![false; self.types.len()];
         for arg in &self.args {
             known[arg.value.0 as usize] = true;
         }
-        for node in &self.nodes {
+        for (i, node) in self.nodes.iter().enumerate() {
             let at = |e: String| {
                 let Location { file, line, column } = &node.location;
                 format!("`peft.{}` ({file}:{line}:{column}) in `{}`: {e}", node.op.name(), self.name)
@@ -1013,6 +994,9 @@ impl Graph {
             let ty = node.op.infer(&types).map_err(at)?;
             if ty != *self.ty(node.result) {
                 return Err(at(format!("the result is {ty}, but {} is written", self.ty(node.result))));
+            }
+            if self.def_at(node.result) != Some(i) {
+                return Err(at("it is not where the graph says that its result is made".into()));
             }
             known[node.result.0 as usize] = true;
         }

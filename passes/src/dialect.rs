@@ -16,7 +16,7 @@ use melior::ir::attribute::AttributeLike;
 use melior::ir::operation::{OperationLike, OperationPrintingFlags, OperationRef};
 use melior::ir::{Attribute, BlockLike, Module, RegionLike, Type as MlirType, ValueLike};
 use melior::utility::{load_irdl_dialects, register_all_dialects};
-use peft_grammar::graph::{Attr, DType, Dim, Graph, Location, MAX_PARTS, OPERATIONS, Op, Role, Type, Value};
+use peft_grammar::graph::{Attr, DType, Dim, Graph, Location, MAX_PARTS, OPERATIONS, Op, Operation, Role, Type, Value};
 
 use crate::Error;
 
@@ -109,11 +109,11 @@ impl Dialect {
 /// The dialect's definition in IRDL.
 pub fn irdl() -> String {
     let mut out = String::from("irdl.dialect @peft {\n");
-    for (name, arity, attributes) in OPERATIONS {
+    for Operation { name, operands, attributes, .. } in OPERATIONS {
         let _ = writeln!(out, "  irdl.operation @{name} {{");
-        let operands = match arity {
+        let operands = match operands.count() {
             // One constraint an operand: a shared one would demand equal types.
-            Some(n) => (0..*n)
+            Some(n) => (0..n)
                 .map(|i| {
                     let _ = writeln!(out, "    %x{i} = irdl.base \"!builtin.tensor\"");
                     format!("x{i}: %x{i}")
@@ -173,7 +173,7 @@ fn write_function(out: &mut String, graph: &Graph) {
         let attributes = attributes.iter().map(|(key, value)| format!("{key} = {}", attr_text(value)));
         let mut attributes = attributes.collect::<Vec<_>>();
         // What may have any number of operands says how many it has.
-        if OPERATIONS.iter().any(|(name, arity, _)| *name == node.op.name() && arity.is_none()) {
+        if node.op.operation().operands.count().is_none() {
             let present = (0..MAX_PARTS).map(|i| if i < node.operands.len() { "1" } else { "0" });
             attributes.push(format!("operandSegmentSizes = array<i32: {}>", present.collect::<Vec<_>>().join(", ")));
         }

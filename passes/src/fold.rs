@@ -59,7 +59,6 @@ struct Folder<'a> {
     of_batch: HashSet<Value>,
     /// Old values that a method's weight has a part in.
     of_method: HashSet<Value>,
-    maker: HashMap<Value, &'a Node>,
     /// Old values that no batch has a part in, in the new graph.
     known: HashMap<Value, Value>,
 }
@@ -76,8 +75,7 @@ impl<'a> Folder<'a> {
         let weights = old.args.iter().filter(|a| a.role != Role::Input);
         let known =
             weights.map(|a| (a.value, graph.arg(a.name.clone(), a.role, a.rows, old.ty(a.value).clone()))).collect();
-        let maker = old.nodes.iter().map(|n| (n.result, n)).collect();
-        Folder { model, old, graph, of_batch, of_method, maker, known }
+        Folder { model, old, graph, of_batch, of_method, known }
     }
 
     fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
@@ -89,7 +87,7 @@ impl<'a> Folder<'a> {
         if let Some(&value) = self.known.get(&old) {
             return Ok(value);
         }
-        let node = self.maker[&old];
+        let node = self.old.def(old).expect("no argument");
         let value = if let Op::Dropout { .. } | Op::Detach = node.op {
             self.weights(node.operands[0])?
         } else {
@@ -151,7 +149,19 @@ impl<'a> Folder<'a> {
             (Op::Sub, Some(x), None) => self.plus_row(x, node.operands[1], &Op::Sub),
             (Op::Mul | Op::Div, Some(x), None) => self.times_row(x, node.operands[1], &node.op),
             (Op::Mul, None, Some(x)) => self.times_row(x, node.operands[0], &Op::Mul),
-            _ => Ok(None),
+            // Nothing of x is in it, or it is not affine in x row by row.
+            (Op::Dropout { .. } | Op::Detach | Op::Scale { .. } | Op::Slice { .. } | Op::Matmul { .. }, ..) => Ok(None),
+            (Op::Add | Op::Sub | Op::Mul | Op::Div | Op::Min | Op::Shift { .. } | Op::Float, ..) => Ok(None),
+            (Op::Exp | Op::Log | Op::Sqrt | Op::Rsqrt | Op::Sin | Op::Cos | Op::Tanh | Op::Sigmoid, ..) => Ok(None),
+            (Op::Relu | Op::Step | Op::Gelu | Op::GeluGrad | Op::GeluTanh | Op::GeluTanhGrad, ..) => Ok(None),
+            (Op::Constant { .. } | Op::Iota { .. } | Op::Reshape { .. } | Op::Permute { .. }, ..) => Ok(None),
+            (Op::Pad { .. } | Op::Concat { .. } | Op::Broadcast { .. } | Op::Reduce { .. }, ..) => Ok(None),
+            (Op::Scores { .. } | Op::Attend { .. } | Op::AttendTransposed { .. }, ..) => Ok(None),
+            (Op::Attention { .. } | Op::AttentionLse { .. } | Op::AttentionVjp { .. }, ..) => Ok(None),
+            (Op::LinearLse | Op::LinearMean | Op::Softmax | Op::LogSumExp | Op::SoftmaxVjp, ..) => Ok(None),
+            (Op::Normalize { .. } | Op::NormalizeVjp { .. }, ..) => Ok(None),
+            (Op::Gather { .. } | Op::Scatter { .. } | Op::SegmentMean | Op::SegmentMeanVjp, ..) => Ok(None),
+            (Op::CrossEntropy { .. } | Op::CrossEntropyVjp { .. }, ..) => Ok(None),
         }
     }
 
@@ -258,7 +268,7 @@ impl<'a> Folder<'a> {
 
     /// 0 by its form: what a projection without a bias has for one.
     fn is_zero(&self, value: Value) -> bool {
-        let Some(node) = self.graph.nodes.iter().find(|n| n.result == value) else { return false };
+        let Some(node) = self.graph.def(value) else { return false };
         let zero = |i: usize| self.is_zero(node.operands[i]);
         match &node.op {
             Op::Constant { value, .. } => *value == 0.0,

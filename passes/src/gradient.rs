@@ -62,81 +62,82 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
     let x = operands[0];
     let y = operands.get(1).copied().unwrap_or(x);
     let own = t.graph.ty(operands[i]).shape.clone();
+    let none = || Err(format!("`{}` has no derivative for operand {}", op.name(), i + 1));
     match (op, i) {
         // z = x + y:  dx = dz,  dy = dz  (summed over what was broadcast)
         (Op::Add, _) => t.unbroadcast(dz, own),
         // z = x − y:  dx = dz,  dy = −dz
         (Op::Sub, 0) => t.unbroadcast(dz, own),
-        (Op::Sub, 1) => t.op(Op::Scale { by: -1.0 }, &[dz]).and_then(|d| t.unbroadcast(d, own)),
+        (Op::Sub, _) => t.op(Op::Scale { by: -1.0 }, &[dz]).and_then(|d| t.unbroadcast(d, own)),
         // z = x y:  dx = dz y,  dy = dz x
         (Op::Mul, _) => t.op(Op::Mul, &[dz, operands[1 - i]]).and_then(|d| t.unbroadcast(d, own)),
         // z = x / y:  dx = dz / y,  dy = −dz z / y
         (Op::Div, 0) => t.op(Op::Div, &[dz, y]).and_then(|d| t.unbroadcast(d, own)),
-        (Op::Div, 1) => {
+        (Op::Div, _) => {
             let dz_z = t.op(Op::Mul, &[dz, z])?;
             let over_y = t.op(Op::Div, &[dz_z, y])?;
             let negative = t.op(Op::Scale { by: -1.0 }, &[over_y])?;
             t.unbroadcast(negative, own)
         }
         // z = by x;  z = x + by
-        (Op::Scale { by }, 0) => t.op(Op::Scale { by: *by }, &[dz]),
-        (Op::Shift { .. }, 0) => Ok(dz),
+        (Op::Scale { by }, _) => t.op(Op::Scale { by: *by }, &[dz]),
+        (Op::Shift { .. }, _) => Ok(dz),
         // z = eˣ:  dx = dz z
-        (Op::Exp, 0) => t.op(Op::Mul, &[dz, z]),
+        (Op::Exp, _) => t.op(Op::Mul, &[dz, z]),
         // z = ln x:  dx = dz / x
-        (Op::Log, 0) => t.op(Op::Div, &[dz, x]),
+        (Op::Log, _) => t.op(Op::Div, &[dz, x]),
         // z = √x:  dx = dz / 2z
-        (Op::Sqrt, 0) => {
+        (Op::Sqrt, _) => {
             let half = t.op(Op::Scale { by: 0.5 }, &[dz])?;
             t.op(Op::Div, &[half, z])
         }
         // z = 1/√x:  dx = −½ dz z / x
-        (Op::Rsqrt, 0) => {
+        (Op::Rsqrt, _) => {
             let half = t.op(Op::Scale { by: -0.5 }, &[dz])?;
             let half_z = t.op(Op::Mul, &[half, z])?;
             t.op(Op::Div, &[half_z, x])
         }
         // z = sin x:  dx = dz cos x
-        (Op::Sin, 0) => t.times(dz, Op::Cos, x),
+        (Op::Sin, _) => t.times(dz, Op::Cos, x),
         // z = cos x:  dx = −dz sin x
-        (Op::Cos, 0) => {
+        (Op::Cos, _) => {
             let minus = t.op(Op::Scale { by: -1.0 }, &[dz])?;
             t.times(minus, Op::Sin, x)
         }
         // z = tanh x:  dx = dz (1 − z²)
-        (Op::Tanh, 0) => {
+        (Op::Tanh, _) => {
             let square = t.op(Op::Mul, &[z, z])?;
             let slope = t.one_minus(square)?;
             t.op(Op::Mul, &[dz, slope])
         }
         // z = σ(x):  dx = dz z (1 − z)
-        (Op::Sigmoid, 0) => {
+        (Op::Sigmoid, _) => {
             let rest = t.one_minus(z)?;
             let slope = t.op(Op::Mul, &[z, rest])?;
             t.op(Op::Mul, &[dz, slope])
         }
         // z = f(x):  dx = dz f'(x)
-        (Op::Relu, 0) => t.times(dz, Op::Step, x),
-        (Op::Gelu, 0) => t.times(dz, Op::GeluGrad, x),
-        (Op::GeluTanh, 0) => t.times(dz, Op::GeluTanhGrad, x),
+        (Op::Relu, _) => t.times(dz, Op::Step, x),
+        (Op::Gelu, _) => t.times(dz, Op::GeluGrad, x),
+        (Op::GeluTanh, _) => t.times(dz, Op::GeluTanhGrad, x),
 
         // What moves elements moves their adjoints back.
-        (Op::Reshape { .. }, 0) => t.op(Op::Reshape { shape: own }, &[dz]),
-        (Op::Permute { axes }, 0) => {
+        (Op::Reshape { .. }, _) => t.op(Op::Reshape { shape: own }, &[dz]),
+        (Op::Permute { axes }, _) => {
             let mut inverse = vec![0; axes.len()];
             axes.iter().enumerate().for_each(|(to, &from)| inverse[from] = to);
             t.op(Op::Permute { axes: inverse }, &[dz])
         }
-        (Op::Slice { axis, start, .. }, 0) => t.op(Op::Pad { axis: *axis, start: *start, to: own[*axis] }, &[dz]),
-        (Op::Pad { axis, start, .. }, 0) => t.slice_like(dz, *axis, *start, own[*axis]),
+        (Op::Slice { axis, start, .. }, _) => t.op(Op::Pad { axis: *axis, start: *start, to: own[*axis] }, &[dz]),
+        (Op::Pad { axis, start, .. }, _) => t.slice_like(dz, *axis, *start, own[*axis]),
         (Op::Concat { axis }, _) => {
             let before = operands[..i].iter().map(|&v| t.graph.ty(v).shape[*axis].constant());
             let start = before.sum::<Option<u64>>().ok_or("only the last part of a `concat` may be ragged")?;
             t.slice_like(dz, *axis, start, own[*axis])
         }
         // Repeating and adding up are each other's adjoints; so are repeating-and-dividing and averaging.
-        (Op::Broadcast { mean, .. }, 0) => t.reduce_to(dz, own, *mean),
-        (Op::Reduce { axes, keep, mean }, 0) => {
+        (Op::Broadcast { mean, .. }, _) => t.reduce_to(dz, own, *mean),
+        (Op::Reduce { axes, keep, mean }, _) => {
             let mut kept = dz;
             if !keep {
                 let shape = own.iter().enumerate().map(|(a, &d)| if axes.contains(&a) { Dim::Const(1) } else { d });
@@ -160,7 +161,7 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
         }
         // s = q kᵀ within sequences:  dq = ds k,  dk = dsᵀ q
         (Op::Scores { causal }, 0) => t.op(Op::Attend { causal: *causal }, &[dz, y]),
-        (Op::Scores { causal }, 1) => t.op(Op::AttendTransposed { causal: *causal }, &[dz, x]),
+        (Op::Scores { causal }, _) => t.op(Op::AttendTransposed { causal: *causal }, &[dz, x]),
         // f = w v:  dw = df vᵀ,  dv = wᵀ df
         (Op::Attend { causal: false }, 0) => t.op(Op::Scores { causal: false }, &[dz, y]),
         (Op::Attend { causal }, 1) => t.op(Op::AttendTransposed { causal: *causal }, &[x, dz]),
@@ -169,22 +170,35 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
         (Op::AttendTransposed { causal }, 1) => t.op(Op::Attend { causal: *causal }, &[x, dz]),
 
         // y = softmax(x):  dx = y ⊙ (dy − Σ y ⊙ dy)
-        (Op::Softmax, 0) => t.op(Op::SoftmaxVjp, &[z, dz]),
+        (Op::Softmax, _) => t.op(Op::SoftmaxVjp, &[z, dz]),
         // z = ln Σ eˣ:  dx = dz softmax(x)
-        (Op::LogSumExp, 0) => t.times(dz, Op::Softmax, x),
+        (Op::LogSumExp, _) => t.times(dz, Op::Softmax, x),
         // x̂ = (x − μ)/σ:  dx = (dx̂ − mean(dx̂) − x̂ mean(dx̂ ⊙ x̂)) / σ
-        (Op::Normalize { eps }, 0) => t.op(Op::NormalizeVjp { eps: *eps }, &[x, dz]),
+        (Op::Normalize { eps }, _) => t.op(Op::NormalizeVjp { eps: *eps }, &[x, dz]),
         // Reading rows and adding into rows are each other's adjoints.
         (Op::Gather { start }, 0) => t.op(Op::Scatter { start: *start, rows: own[0] }, &[y, dz]),
         (Op::Scatter { start, .. }, 1) => t.op(Op::Gather { start: *start }, &[dz, x]),
-        (Op::SegmentMean, 0) => t.op(Op::SegmentMeanVjp, &[dz]),
-        (Op::SegmentMeanVjp, 0) => t.op(Op::SegmentMean, &[dz]),
+        (Op::SegmentMean, _) => t.op(Op::SegmentMeanVjp, &[dz]),
+        (Op::SegmentMeanVjp, _) => t.op(Op::SegmentMean, &[dz]),
         // ℓ = −Σ w ln softmax(x):  dx = dℓ (softmax(x) − w)
         (Op::CrossEntropy { smoothing }, 0) => t.op(Op::CrossEntropyVjp { smoothing: *smoothing }, &[x, y, dz]),
         // The same elements are kept, by the same counter.
         (Op::Dropout { .. }, 0) => t.op(op.clone(), &[&[dz], &operands[1..]].concat()),
 
-        (op, _) => Err(format!("`{}` has no derivative for operand {}", op.name(), i + 1)),
+        // Integers.
+        (Op::Gather { .. } | Op::Scatter { .. } | Op::CrossEntropy { .. } | Op::Dropout { .. } | Op::Float, _) => {
+            none()
+        }
+        // Constants, and what is one to the gradient.
+        (Op::Constant { .. } | Op::Iota { .. } | Op::Detach | Op::Step, _) => none(),
+        // So far it bounds what does not train.
+        (Op::Min, _) => none(),
+        // Derivatives themselves.
+        (Op::GeluGrad | Op::GeluTanhGrad | Op::SoftmaxVjp | Op::NormalizeVjp { .. }, _) => none(),
+        (Op::CrossEntropyVjp { .. } | Op::AttentionVjp { .. }, _) => none(),
+        // What only fusion makes.
+        (Op::Attend { .. } | Op::AttendTransposed { .. }, _) => none(),
+        (Op::Attention { .. } | Op::AttentionLse { .. } | Op::LinearLse | Op::LinearMean, _) => none(),
     }
 }
 

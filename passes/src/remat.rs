@@ -61,8 +61,6 @@ pub fn remat(graph: &Graph, limits: &Limits) -> Result<(Graph, Remade), String> 
 /// Where values lie in memory.
 struct Lives<'g> {
     graph: &'g Graph,
-    /// Which operation makes a value; none an argument.
-    maker: Vec<Option<usize>>,
     /// By value, from which operation to which; from the second span on it is made again. A view has none of its own.
     spans: Vec<Vec<(usize, usize)>>,
     remade: Remade,
@@ -70,10 +68,9 @@ struct Lives<'g> {
 
 impl<'g> Lives<'g> {
     fn of(graph: &'g Graph, keep: f64) -> Self {
-        let (mut maker, mut reads) = (vec![None; graph.values()], vec![vec![]; graph.values()]);
-        graph.nodes.iter().enumerate().for_each(|(at, n)| maker[n.result.0 as usize] = Some(at));
-        let mut lives = Lives { graph, maker, spans: vec![vec![]; graph.values()], remade: Remade::default() };
-        let own = || graph.nodes.iter().enumerate().filter(|(_, n)| !view(&n.op));
+        let mut reads = vec![vec![]; graph.values()];
+        let mut lives = Lives { graph, spans: vec![vec![]; graph.values()], remade: Remade::default() };
+        let own = || graph.nodes.iter().enumerate().filter(|(_, n)| !n.op.view());
         for (at, node) in own() {
             node.operands.iter().for_each(|&v| reads[lives.root(v).0 as usize].push(at));
         }
@@ -102,8 +99,8 @@ impl<'g> Lives<'g> {
 
     /// What `value` is a view of.
     fn root(&self, value: Value) -> Value {
-        match self.maker[value.0 as usize].map(|at| &self.graph.nodes[at]) {
-            Some(node) if view(&node.op) => self.root(node.operands[0]),
+        match self.graph.def(value) {
+            Some(node) if node.op.view() => self.root(node.operands[0]),
             _ => value,
         }
     }
@@ -112,12 +109,12 @@ impl<'g> Lives<'g> {
     fn made(&self, root: Value, at: usize) -> Option<usize> {
         let spans = &self.spans[root.0 as usize];
         let span = spans.iter().find(|(from, to)| (*from..=*to).contains(&at));
-        span.map(|(from, _)| *from).or(self.maker[root.0 as usize].is_none().then_some(0))
+        span.map(|(from, _)| *from).or(self.graph.def(root).is_none().then_some(0))
     }
 
     /// Whether `value` can be made at `at` for no more than `cost` allows.
     fn again(&self, value: Value, at: usize, cost: &mut Cost) -> bool {
-        let Some(node) = self.maker[value.0 as usize].map(|at| &self.graph.nodes[at]) else { return false };
+        let Some(node) = self.graph.def(value) else { return false };
         let Some(each) = each(&node.op) else { return false };
         cost.flops += each * self.elements(value);
         cost.allowed() && node.operands.iter().all(|&v| self.there(self.root(v), at, cost))
@@ -158,11 +155,6 @@ fn batched(ty: &Type) -> bool {
     ty.elements().is_none()
 }
 
-/// The same memory read in another way.
-fn view(op: &Op) -> bool {
-    matches!(op, Op::Reshape { .. } | Op::Permute { .. } | Op::Slice { .. })
-}
-
 /// Operations for each element of what may be made again.
 fn each(op: &Op) -> Option<f64> {
     use Op::*;
@@ -174,7 +166,14 @@ fn each(op: &Op) -> Option<f64> {
         Exp | Sin | Cos => Some(16.0),
         Log | Tanh | Sigmoid | Dropout { .. } => Some(24.0),
         Gelu | GeluGrad | GeluTanh | GeluTanhGrad => Some(32.0),
-        _ => None,
+        // Views have no memory of their own.
+        Reshape { .. } | Permute { .. } | Slice { .. } => None,
+        Detach | Pad { .. } | Concat { .. } | Reduce { .. } => None,
+        Matmul { .. } | Scores { .. } | Attend { .. } | AttendTransposed { .. } => None,
+        Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => None,
+        Softmax | LogSumExp | SoftmaxVjp | NormalizeVjp { .. } => None,
+        Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => None,
+        CrossEntropy { .. } | CrossEntropyVjp { .. } => None,
     }
 }
 
@@ -197,7 +196,7 @@ impl Again<'_> {
 
     fn read(&mut self, value: Value, at: usize) -> Result<Value, String> {
         let root = self.lives.root(value);
-        let first = self.lives.maker[root.0 as usize].unwrap_or(0);
+        let first = self.lives.graph.def_at(root).unwrap_or(0);
         let made = self.lives.made(root, at).unwrap_or(at);
         if made == first {
             return Ok(self.map[value.0 as usize]);
@@ -205,7 +204,7 @@ impl Again<'_> {
         if let Some(&again) = self.made.get(&(value, made)) {
             return Ok(again);
         }
-        let node = &self.lives.graph.nodes[self.lives.maker[value.0 as usize].expect("no argument")];
+        let node = self.lives.graph.def(value).expect("no argument");
         let again = self.push(node, at)?;
         self.made.insert((value, made), again);
         Ok(again)

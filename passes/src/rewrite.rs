@@ -9,10 +9,8 @@ use peft_grammar::graph::{Graph, Location, Node, Op, Value};
 /// A new graph under construction.
 pub struct Rewriter {
     pub graph: Graph,
-    /// The node that makes a value, by value.
-    made_by: HashMap<Value, usize>,
     /// What has been computed, by operation and operands.
-    known: HashMap<(&'static str, Vec<Value>), Vec<usize>>,
+    known: HashMap<(Op, Vec<Value>), Value>,
     location: Location,
     /// New values of the old graph's outputs.
     outputs: HashSet<Value>,
@@ -25,7 +23,6 @@ pub fn rewrite(
 ) -> Result<Graph, String> {
     let mut new = Rewriter {
         graph: Graph::new(graph.name.clone()),
-        made_by: HashMap::new(),
         known: HashMap::new(),
         location: Location::default(),
         outputs: HashSet::new(),
@@ -56,22 +53,18 @@ pub fn rewrite(
 impl Rewriter {
     /// Appends an operation, or finds the value that is the same.
     pub fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
-        let key = (op.name(), operands.to_vec());
-        let same = |&&at: &&usize| self.graph.nodes[at].op == op;
-        if let Some(&at) = self.known.get(&key).and_then(|all| all.iter().find(same)) {
-            return Ok(self.graph.nodes[at].result);
+        let key = (op, operands.to_vec());
+        if let Some(&value) = self.known.get(&key) {
+            return Ok(value);
         }
-        let value = self.graph.push(op, operands, &self.location.clone())?;
-        let at = self.graph.nodes.len() - 1;
-        self.made_by.insert(value, at);
-        self.known.entry(key).or_default().push(at);
+        let value = self.graph.push(key.0.clone(), operands, &self.location)?;
+        self.known.insert(key, value);
         Ok(value)
     }
 
     /// The operation that makes `value`, with its operands; `None` for an argument.
     pub fn source(&self, value: Value) -> Option<(Op, Vec<Value>)> {
-        let node = &self.graph.nodes[*self.made_by.get(&value)?];
-        Some((node.op.clone(), node.operands.clone()))
+        self.graph.def(value).map(|node| (node.op.clone(), node.operands.clone()))
     }
 
     /// The graph gives `value` away.

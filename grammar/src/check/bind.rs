@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Checker;
-use super::expand::Frame;
+use super::frame::Frame;
 use super::value::Val;
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;

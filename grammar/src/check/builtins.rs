@@ -1,7 +1,7 @@
 //! The operations equations are written in.
 
 use super::Checker;
-use super::expand::Frame;
+use super::frame::Frame;
 use super::value::Val;
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;

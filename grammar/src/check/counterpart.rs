@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Checker;
-use super::expand::{Body, Frame};
+use super::frame::{Body, Frame};
 use super::mentions::{self, named_weight};
 use super::site::Instance;
 use crate::ast::*;

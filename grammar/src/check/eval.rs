@@ -1,6 +1,6 @@
 //! Expressions: numbers are computed, tensors become operations.
 
-use super::expand::Frame;
+use super::frame::{Body, Frame};
 use super::value::Val;
 use super::{Checker, INPUTS};
 use crate::ast::*;
@@ -96,7 +96,7 @@ impl<'a> Checker<'a> {
             }
             _ => {}
         }
-        if let super::expand::Body::Method(method) = frame.body
+        if let Body::Method(method) = frame.body
             && method.variables.iter().any(|v| v.text == name)
         {
             let title = format!("the site has no `{name}` yet where `{}` runs", method.name.text);
@@ -111,7 +111,7 @@ impl<'a> Checker<'a> {
         let error = Diagnostic::error(span, format!("there is no variable `{name}` here"));
         self.report(match (near, frame.body) {
             (Some(near), _) => error.hint(format!("did you mean `{near}`?")),
-            (None, super::expand::Body::Method(method)) if !method.variables.is_empty() => {
+            (None, Body::Method(method)) if !method.variables.is_empty() => {
                 error.hint(format!("a variable of the site is named in the head: `on {}({name}, …)`", method.kind.text))
             }
             _ => error.suggest(name, known),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::site::Owner;
+use super::frame::{Body, Frame};
 use super::value::Val;
 use super::{Call, Checker, Declared, Glob, Said, Stored};
 use crate::ast::*;
@@ -19,45 +19,6 @@ const MOST_ERRORS: usize = 200;
 const DEEPEST_CALL: usize = 24;
 /// Values a tensor may hold: 4 TiB of them are a slip of the pen.
 const MOST_ELEMENTS: u64 = 1 << 40;
-
-/// The variables of a body that runs.
-#[derive(Clone)]
-pub(super) struct Frame<'a> {
-    /// Innermost last; the first holds the parameters.
-    pub scopes: Vec<HashMap<String, Val>>,
-    pub owner: Owner,
-    pub body: Body<'a>,
-    pub returned: Option<Val>,
-}
-
-/// Whose body it is.
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Body<'a> {
-    Backbone,
-    Function,
-    Method(&'a MethodDef),
-}
-
-impl<'a> Frame<'a> {
-    /// A backbone's frame with these parameters.
-    pub fn with(scope: HashMap<String, Val>) -> Self {
-        Frame { scopes: vec![scope], owner: Owner::default(), body: Body::Backbone, returned: None }
-    }
-    /// One in which nothing is known.
-    pub fn empty() -> Self {
-        Frame::with(HashMap::new())
-    }
-    pub fn get(&self, name: &str) -> Option<&Val> {
-        self.scopes.iter().rev().find_map(|s| s.get(name))
-    }
-    /// Sets the variable where it lives, or makes it in the innermost scope.
-    pub fn set(&mut self, name: &str, value: Val) {
-        match self.scopes.iter_mut().rev().find_map(|s| s.get_mut(name)) {
-            Some(slot) => *slot = value,
-            None => _ = self.scopes.last_mut().map(|s| s.insert(name.to_owned(), value)),
-        }
-    }
-}
 
 impl<'a> Checker<'a> {
     pub(super) fn run(&mut self, frame: &mut Frame<'a>, body: &'a [Stmt]) {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::expand::Frame;
+use super::frame::Frame;
 use super::rates::two_rates;
 use super::value::Val;
 use super::{Checker, Glob, Purpose, Said};
@@ -333,12 +333,31 @@ impl<'a> Checker<'a> {
 
     /// Examples that share a sequence are what they are by themselves only if none sees what follows it.
     fn no_token_sees_later_ones(&mut self, model: &ModelDef) {
-        let sees = |op: &Op| matches!(op, Op::Scores { causal: false } | Op::SegmentMean);
-        if self.graph.nodes.iter().any(|node| sees(&node.op)) {
+        if self.graph.nodes.iter().any(|node| sees_later_tokens(&node.op)) {
             let name = &model.backbone;
             let title = format!("`pack: true` wants a causal model, and tokens of this `{}` see later ones", name.text);
             let error = Diagnostic::error(name.span, title);
             self.report(error.hint("leave `pack` out, and each example is a sequence of its own"));
         }
+    }
+}
+
+/// A token's row may be made of those of later ones; of an operation of the language.
+fn sees_later_tokens(op: &Op) -> bool {
+    use Op::*;
+    match op {
+        Scores { causal } => !causal,
+        SegmentMean => true,
+        // Only tokens that the scores see have weights.
+        Attend { .. } => false,
+        Constant { .. } | Iota { .. } | Add | Sub | Mul | Div | Min | Scale { .. } | Shift { .. } | Float => false,
+        Exp | Log | Sqrt | Rsqrt | Sin | Cos | Tanh | Sigmoid | Relu | Step => false,
+        Gelu | GeluGrad | GeluTanh | GeluTanhGrad | Detach => false,
+        Reshape { .. } | Permute { .. } | Slice { .. } | Pad { .. } | Concat { .. } => false,
+        Broadcast { .. } | Reduce { .. } | Matmul { .. } | Dropout { .. } => false,
+        Softmax | LogSumExp | Normalize { .. } | Gather { .. } | Scatter { .. } | CrossEntropy { .. } => false,
+        // No name in the language stands for them.
+        AttendTransposed { .. } | Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } => false,
+        LinearLse | LinearMean | SoftmaxVjp | NormalizeVjp { .. } | SegmentMeanVjp | CrossEntropyVjp { .. } => false,
     }
 }

@@ -1,4 +1,4 @@
-//! What a body speaks of, before it runs: names it reads, variables it sets, sites it has.
+//! What a body speaks of, before it runs: names it reads, variables it sets, sites it has, rules of a mixture.
 
 use crate::ast::*;
 use crate::source::Span;
@@ -46,6 +46,15 @@ pub(super) fn named_weight<'a>(body: &'a [Stmt], name: &str) -> Option<&'a str> 
         _ => {}
     });
     found
+}
+
+/// Has a rule of a mixture.
+pub(super) fn any_rule(body: &[Stmt]) -> bool {
+    body.iter().any(|s| match &s.kind {
+        StmtKind::Tune(_) => true,
+        StmtKind::If { then, otherwise, .. } => any_rule(then) || any_rule(otherwise),
+        _ => false,
+    })
 }
 
 /// The names of the weights that a body declares.

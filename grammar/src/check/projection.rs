@@ -2,8 +2,7 @@
 //! later stages know where its matrix is stored.
 
 use super::Checker;
-use super::expand::Frame;
-use super::site::Site;
+use super::frame::Frame;
 use super::value::Val;
 use crate::ast::Name;
 use crate::diagnostic::Diagnostic;
@@ -30,18 +29,12 @@ pub(super) struct Parts {
 }
 
 impl<'a> Checker<'a> {
-    fn made_by(&self, value: Value) -> Option<&Node> {
-        // Nodes stand in the order of their results.
-        let at = self.graph.nodes.binary_search_by_key(&value, |n| n.result).ok()?;
-        Some(&self.graph.nodes[at])
-    }
-
     /// y as `x @ W + b`, or some columns of one.
     pub(super) fn take_apart(&self, y: &Val) -> Option<Parts> {
         let &Val::Tensor(mut y) = y else { return None };
         let is_weight = |value: Value| self.graph.args.iter().any(|a| a.value == value && a.rows.is_none());
         let mut columns = None;
-        let node = self.made_by(y)?;
+        let node = self.graph.def(y)?;
         if let Op::Slice { axis, start, end } = node.op
             && axis + 1 == self.graph.ty(y).rank()
         {
@@ -49,16 +42,16 @@ impl<'a> Checker<'a> {
             let end = end.or(self.graph.ty(y).last()?.constant())?;
             columns = Some((start, end));
         }
-        let mut node = self.made_by(y)?;
+        let mut node = self.graph.def(y)?;
         let mut bias = None;
         if let Op::Add = node.op {
             let flat = |v: &&Value| self.graph.ty(**v).rank() == 1 && is_weight(**v);
             bias = Some(*node.operands.iter().find(flat)?);
-            node = self.made_by(*node.operands.iter().find(|v| Some(**v) != bias)?)?;
+            node = self.graph.def(*node.operands.iter().find(|v| Some(**v) != bias)?)?;
         }
         let Op::Matmul { transpose_x: false, transpose_y: mut transposed } = node.op else { return None };
         let mut weight = node.operands[1];
-        if let Some(Node { op: Op::Permute { axes }, operands, .. }) = self.made_by(weight)
+        if let Some(Node { op: Op::Permute { axes }, operands, .. }) = self.graph.def(weight)
             && axes[..] == [1, 0]
         {
             (weight, transposed) = (operands[0], !transposed);
@@ -97,14 +90,14 @@ impl<'a> Checker<'a> {
     }
 
     /// When a site is done its projections have come to their end.
-    pub(super) fn projections_of(&mut self, site: &Site<'a>, frame: &Frame<'a>) {
+    pub(super) fn projections_of(&mut self, site: &str, nested: &[Projecting], frame: &Frame<'a>) {
         let name = |value: Value| self.graph.args.iter().find(|a| a.value == value).map(|a| a.name.clone());
-        for projecting in &site.nested {
+        for projecting in nested {
             let (Some(parts), &Val::Tensor(input)) = (projecting.parts, &projecting.input) else { continue };
             let Some(&Val::Tensor(output)) = frame.get(&projecting.name) else { continue };
             let Some(weight) = name(parts.weight) else { continue };
             self.projections.push(Projection {
-                path: format!("{}.{}", site.path, projecting.name),
+                path: format!("{site}.{}", projecting.name),
                 weight,
                 transposed: parts.transposed,
                 bias: parts.bias.and_then(name),

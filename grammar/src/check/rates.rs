@@ -1,9 +1,7 @@
 //! Learning rates that the `tune` block gives to what trains, beside the recipe's `lr`.
 
-use std::ops::Range;
-
 use super::Checker;
-use super::expand::Frame;
+use super::frame::{Frame, Rates};
 use super::mentions::weights;
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
@@ -21,9 +19,6 @@ pub(super) struct OwnRate<'a> {
     /// Something trains by it.
     met: bool,
 }
-
-/// The rates of one application, in [`Checker::rates`].
-pub(super) type Rates = Range<usize>;
 
 impl<'a> Checker<'a> {
     /// Takes down what one application says. Expressions may read what `frame` has.

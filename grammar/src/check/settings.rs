@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::expand::Frame;
+use super::frame::Frame;
 use super::template::{self, Template};
 use super::value::Val;
 use super::{Call, Checker, Purpose, Said};

@@ -6,11 +6,9 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::expand::{Body, Frame};
-use super::mentions::{assigned, assignment};
+use super::frame::{Body, Frame, Owner, Rates};
+use super::mentions::{any_rule, assigned, assignment};
 use super::projection::Projecting;
-use super::rates::Rates;
-use super::tune::any_rule;
 use super::value::Val;
 use super::{Call, Checker};
 use crate::ast::*;
@@ -20,16 +18,6 @@ use crate::source::Span;
 
 /// What a method of a projection y = x W + b reads of it.
 const SIDES: &[&str] = &["x", "y", "W", "b"];
-
-/// Who declares weights: what stands before their names, and whose they are.
-#[derive(Clone, Default)]
-pub(super) struct Owner {
-    pub path: String,
-    pub origin: Option<Origin>,
-    /// Where the spec applies the method, and at which rates it trains.
-    pub used: Option<Span>,
-    pub rates: Rates,
-}
 
 /// A method as the spec applies it.
 #[derive(Clone)]
@@ -420,7 +408,7 @@ impl<'a> Checker<'a> {
 
     pub(super) fn leave_site(&mut self, frame: &mut Frame<'a>) {
         let Some(site) = self.sites.pop() else { return };
-        self.projections_of(&site, frame);
+        self.projections_of(&site.path, &site.nested, frame);
         let known: Vec<&str> = site.assigned.iter().map(|(name, _)| &**name).collect();
         for mut instance in site.instances {
             self.complete(frame, &mut instance, &known);

@@ -1,8 +1,7 @@
 //! The `tune` block: which method works where, and what else trains.
 
-use super::expand::{Body, Frame};
-use super::mentions::mentions;
-use super::rates::Rates;
+use super::frame::{Body, Frame, Rates};
+use super::mentions::{any_rule, mentions};
 use super::site::Use;
 use super::{Call, Checker, Glob};
 use crate::ast::*;
@@ -275,15 +274,6 @@ impl<'a> Checker<'a> {
         let mixture = mixture.map(|m| (&*m.method.text, m.span));
         Some(Use { method, args, targets: &apply.targets, span: apply.span, mixture, rates })
     }
-}
-
-/// Has a rule of a mixture.
-pub(super) fn any_rule(body: &[Stmt]) -> bool {
-    body.iter().any(|s| match &s.kind {
-        StmtKind::Tune(_) => true,
-        StmtKind::If { then, otherwise, .. } => any_rule(then) || any_rule(otherwise),
-        _ => false,
-    })
 }
 
 /// A kind of site in words.

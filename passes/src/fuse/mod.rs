@@ -49,8 +49,11 @@ impl Default for Limits {
     }
 }
 
+/// A rule with its name and what it does.
+type Named = (&'static str, &'static str, Rule);
+
 /// Every rule by the name that `--no-fuse=NAME` takes, with what it does.
-pub const RULES: &[(&str, &str, Rule)] = &[
+pub const RULES: &[Named] = &[
     ("rows", "work on the rows that are read, not on all of them", Rule::Graph(rows::apply)),
     ("triangle", "attention to earlier tokens does not read later ones", Operation(triangle::apply)),
     ("joint", "a softmax over scores with columns in front is one of each part", Operation(joint::apply)),
@@ -61,31 +64,82 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("columns", "gradients of slices are laid side by side instead of added up", Operation(columns::apply)),
 ];
 
+/// Rounds after which rules that still change something are taken to do so for ever.
+const MOST_ROUNDS: usize = 8;
+
 /// Applies every rule that `enabled` lets through, until nothing changes.
 pub fn fuse(graph: &Graph, enabled: impl Fn(&str) -> bool, limits: &Limits) -> Result<Graph, String> {
+    let rules: Vec<&Named> = RULES.iter().filter(|(name, ..)| enabled(name)).collect();
+    settled(graph, &rules, limits)
+}
+
+fn settled(graph: &Graph, rules: &[&Named], limits: &Limits) -> Result<Graph, String> {
     let mut graph = graph.clone();
-    let rules = || RULES.iter().filter(|(name, ..)| enabled(name)).map(|(_, _, rule)| rule);
-    for _ in 0..8 {
-        let mut next = graph.clone();
-        for rule in rules() {
-            if let Rule::Graph(rule) = rule {
-                next = rule(&next)?;
-            }
-        }
-        next = rewrite(&next, |new, op, operands| {
-            for rule in rules() {
-                if let Operation(rule) = rule
-                    && let Some(value) = rule(new, op, operands, limits)?
-                {
-                    return Ok(Some(value));
-                }
-            }
-            Ok(None)
-        })?;
+    for _ in 0..MOST_ROUNDS {
+        let next = round(&graph, rules, limits)?;
         if next == graph {
-            break;
+            return Ok(graph);
         }
         graph = next;
     }
-    Ok(graph)
+    let rebuilt = round(&graph, &[], limits)?;
+    let mut restless = vec![];
+    for rule in rules {
+        if round(&graph, &[rule], limits)? != rebuilt {
+            restless.push(format!("`{}`", rule.0));
+        }
+    }
+    let name = &graph.name;
+    Err(match &restless[..] {
+        [] => format!("fusion of `{name}` does not settle: after {MOST_ROUNDS} rounds rules still undo one another"),
+        rules => {
+            let rules = rules.join(", ");
+            format!("fusion of `{name}` does not settle: after {MOST_ROUNDS} rounds it is still changed by {rules}")
+        }
+    })
+}
+
+/// Applies each of the rules once everywhere.
+fn round(graph: &Graph, rules: &[&Named], limits: &Limits) -> Result<Graph, String> {
+    let mut next = graph.clone();
+    for (.., rule) in rules {
+        if let Rule::Graph(rule) = rule {
+            next = rule(&next)?;
+        }
+    }
+    rewrite(&next, |new, op, operands| {
+        for (.., rule) in rules {
+            if let Operation(rule) = rule
+                && let Some(value) = rule(new, op, operands, limits)?
+            {
+                return Ok(Some(value));
+            }
+        }
+        Ok(None)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use peft_grammar::graph::{Dim, Location, Role, Type};
+
+    use super::*;
+
+    fn turn(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Limits) -> Result<Option<Value>, String> {
+        let Op::Scale { by } = op else { return Ok(None) };
+        new.op(Op::Scale { by: -by }, operands).map(Some)
+    }
+
+    #[test]
+    fn a_rule_without_end_is_named() {
+        let mut graph = Graph::new("forward");
+        let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Const(3)]));
+        let y = graph.push(Op::Scale { by: 2.0 }, &[x], &Location::default()).expect("it fits");
+        graph.outputs.push(("y".into(), y));
+        let turn: Named = ("turn", "a number and its negative, in turns", Operation(turn));
+        let rules: Vec<&Named> = RULES.iter().chain([&turn]).collect();
+        let error = settled(&graph, &rules, &Limits::default()).expect_err("without end");
+        assert_eq!(error, "fusion of `forward` does not settle: after 8 rounds it is still changed by `turn`");
+        assert!(settled(&graph, &rules[..RULES.len()], &Limits::default()).is_ok());
+    }
 }

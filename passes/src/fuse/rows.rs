@@ -115,16 +115,26 @@ impl<'g> Plan<'g> {
 
     /// The operands in which the node is linear, if they are zero beside the same rows.
     fn scattered(&self, node: &Node) -> Vec<usize> {
+        use Op::*;
         let all = 0..node.operands.len();
         let linear: Vec<usize> = match &node.op {
-            Op::Add | Op::Sub | Op::Concat { .. } => all.collect(),
-            Op::Mul | Op::Matmul { transpose_x: true, .. } => {
+            Add | Sub | Concat { .. } => all.collect(),
+            Mul | Matmul { transpose_x: true, .. } => {
                 all.clone().find(|&k| self.only(node, k).is_some()).into_iter().collect()
             }
-            Op::Div | Op::Scale { .. } | Op::Matmul { .. } | Op::Dropout { .. } => vec![0],
-            Op::Slice { .. } | Op::Pad { .. } | Op::Broadcast { .. } | Op::Reduce { .. } => vec![0],
-            Op::SoftmaxVjp | Op::NormalizeVjp { .. } => vec![1],
-            _ => vec![],
+            Div | Scale { .. } | Matmul { .. } | Dropout { .. } => vec![0],
+            Slice { .. } | Pad { .. } | Broadcast { .. } | Reduce { .. } => vec![0],
+            SoftmaxVjp | NormalizeVjp { .. } => vec![1],
+            Constant { .. } | Min | Shift { .. } => vec![],
+            Exp | Log | Sqrt | Rsqrt | Sin | Cos | Tanh | Sigmoid | Relu | Step => vec![],
+            Gelu | GeluGrad | GeluTanh | GeluTanhGrad => vec![],
+            Softmax | LogSumExp | Normalize { .. } => vec![],
+            // Neither by rows nor sums of them: whether they are linear is not asked.
+            Iota { .. } | Float | Detach | Reshape { .. } | Permute { .. } => vec![],
+            Scores { .. } | Attend { .. } | AttendTransposed { .. } => vec![],
+            Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => vec![],
+            Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => vec![],
+            CrossEntropy { .. } | CrossEntropyVjp { .. } => vec![],
         };
         let rows = linear.first().and_then(|&k| self.only(node, k));
         let alike = rows.is_some() && linear.iter().all(|&k| self.only(node, k) == rows);
@@ -158,17 +168,31 @@ impl<'g> Plan<'g> {
             // How many copies there are of what has no rows is up to all of them.
             Broadcast { mean, .. } => !mean || self.runs(node.operands[0]),
             Dropout { .. } => node.operands.len() == 2,
-            _ => false,
+            Iota { .. } | Float | Detach | Reshape { .. } | Permute { .. } => false,
+            Slice { .. } | Pad { .. } | Concat { .. } => false,
+            Scores { .. } | Attend { .. } | AttendTransposed { .. } => false,
+            Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => false,
+            Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => false,
+            CrossEntropy { .. } | CrossEntropyVjp { .. } => false,
         };
         let fixed = |v: Value| self.graph.ty(v).elements().is_some();
         alone && self.runs(node.result) && node.operands.iter().all(|&v| self.runs(v) || fixed(v))
     }
 
     fn adds_rows(&self, node: &Node) -> bool {
+        use Op::*;
         let adds = match &node.op {
-            Op::Matmul { transpose_x, transpose_y } => *transpose_x && !transpose_y,
-            Op::Reduce { axes, mean, .. } => axes.contains(&0) && !mean,
-            _ => false,
+            Matmul { transpose_x, transpose_y } => *transpose_x && !transpose_y,
+            Reduce { axes, mean, .. } => axes.contains(&0) && !mean,
+            Constant { .. } | Iota { .. } | Add | Sub | Mul | Div | Min | Scale { .. } | Shift { .. } => false,
+            Float | Exp | Log | Sqrt | Rsqrt | Sin | Cos | Tanh | Sigmoid | Relu | Step => false,
+            Gelu | GeluGrad | GeluTanh | GeluTanhGrad | Detach => false,
+            Reshape { .. } | Permute { .. } | Slice { .. } | Pad { .. } | Concat { .. } | Broadcast { .. } => false,
+            Scores { .. } | Attend { .. } | AttendTransposed { .. } => false,
+            Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => false,
+            Softmax | LogSumExp | SoftmaxVjp | Normalize { .. } | NormalizeVjp { .. } => false,
+            Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => false,
+            CrossEntropy { .. } | CrossEntropyVjp { .. } | Dropout { .. } => false,
         };
         adds && node.operands.iter().all(|&v| self.runs(v))
     }
@@ -206,6 +230,7 @@ impl Rows<'_> {
             Op::Gather { .. } => return Ok(Some(narrow[0])),
             Op::Constant { shape, .. } | Op::Broadcast { shape, .. } => shape[0] = new.graph.ty(ids).shape[0],
             Op::Dropout { .. } => narrow.push(ids),
+            // What else works by rows or adds them up says nothing of how many there are.
             _ => {}
         }
         let value = new.op(op, &narrow)?;

@@ -99,7 +99,7 @@ pub(super) fn put_off(graph: &Graph) -> Graph {
     let mut order: Vec<usize> = (0..graph.nodes.len()).collect();
     order.sort_by_key(|&at| (place(at), at));
     let mut graph = graph.clone();
-    graph.nodes = order.into_iter().map(|at| graph.nodes[at].clone()).collect();
+    graph.reorder(&order);
     graph
 }
 

@@ -16,36 +16,7 @@ const LARGEST_GROUP: usize = 24;
 
 /// Works element by element.
 pub fn maps(op: &Op) -> bool {
-    use Op::*;
-    matches!(
-        op,
-        Constant { .. }
-            | Iota { .. }
-            | Add
-            | Sub
-            | Mul
-            | Div
-            | Min
-            | Scale { .. }
-            | Shift { .. }
-            | Float
-            | Exp
-            | Log
-            | Sqrt
-            | Rsqrt
-            | Sin
-            | Cos
-            | Tanh
-            | Sigmoid
-            | Relu
-            | Step
-            | Gelu
-            | GeluGrad
-            | GeluTanh
-            | GeluTanhGrad
-            | Broadcast { .. }
-            | Dropout { .. }
-    )
+    op.elementwise()
 }
 
 /// Which nodes are evaluated inside the kernel of a later one.
