@@ -4,11 +4,11 @@ use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::view::View;
-use super::{Lowering, dim_extent, extents};
+use super::{Turn, dim_extent, extents};
 use crate::kernels::Schedule;
 use crate::kernels::attention::unfused::{Attend, Buffers, Scores, Sizes};
 
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     pub(super) fn scores(&mut self, q: BufferId, keys: BufferId, ty: &Type, causal: bool, result: Value) {
         let out = self.result(result);
         let flipped = self.scratch(extents(ty));

@@ -4,10 +4,10 @@ use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::span::Rows;
-use super::{Lowering, dim_extent, extents};
+use super::{Turn, dim_extent, extents};
 use crate::kernels::copy::{CopyBuffers, CopyRagged, Pad, PadSizes, RaggedSizes};
 
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     /// The same elements in the same order. A view whose axes cannot become one is copied first.
     pub(super) fn reshape(&mut self, x: Value, result: Value) {
         if let Some(view) = self.place(x).view.clone() {

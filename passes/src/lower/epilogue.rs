@@ -1,34 +1,12 @@
-//! Work element by element on a product, done by the product's kernel: a unit has its part of the result in the cache
-//! when the last block of k is in, and goes over it row by row. On a GPU a warp has rows of its tile in shared memory.
-//!
-//! ```text
-//! u = x @ W + b,  a = gelu(u)          one kernel, which writes u and a; x @ W alone is not written
-//! ```
-//!
-//! A group (see [`super::map`]) joins the last of the products among its leaves. Rows that are normalized or summed up
-//! take along what follows them in the same way, in registers on either machine. Where a tile has a product's rows whole,
-//! their sums are made there as well, and what follows those:
-//!
-//! ```text
-//! λ = σ(Σ q (q + x @ W) − lse)         one kernel, which writes λ
-//! ```
+//! What a kernel takes along, with its arguments ([`crate::kernels::epilogue`]).
 
-use std::collections::BTreeSet;
-
-use peft_grammar::graph::{Graph, Node, Op, Value};
+use peft_grammar::graph::{Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
+use super::dispatch::Taken;
 use super::view::View;
-use super::{Lowering, dim_extent, map, usage};
+use super::{Turn, dim_extent};
 use crate::kernels::epilogue::{Epilogue, Group, Sum};
-use crate::target::Machine;
-
-/// Groups of one product, at most.
-const MOST: usize = 3;
-
-/// Operations that a group in a sum's kernel may be ahead of its turn: what the backward pass computes anew is not to wait
-/// in memory all the way.
-const AHEAD: usize = 32;
 
 /// An epilogue on its way, with its arguments.
 #[derive(Default)]
@@ -56,150 +34,19 @@ impl Following {
     }
 }
 
-/// What the kernel of a node takes along.
-pub(super) struct Taken {
-    at: usize,
-    /// That of the node whose kernel it is.
-    turn: usize,
-    /// Groups, by their roots.
-    pub followers: Vec<usize>,
-    /// A sum over rows, and what that takes along.
-    sum: Option<Box<Taken>>,
-    /// The node's own result is written.
-    pub stays: bool,
-}
-
-impl Taken {
-    pub fn groups(at: usize, turn: usize, followers: Vec<usize>) -> Taken {
-        Taken { at, turn, followers, sum: None, stays: true }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.all().is_empty()
-    }
-
-    /// The groups and the sum, whose turn is then over.
-    fn all(&self) -> Vec<usize> {
-        self.followers.iter().copied().chain(self.sum.iter().map(|sum| sum.at)).collect()
-    }
-}
-
-/// The graph with products put off until what follows them is computed: then more of that joins the last of them.
-pub(super) fn put_off(graph: &Graph) -> Graph {
-    let (uses, readers) = usage(graph);
-    let groups = map::group(graph, &uses);
-    // By node, before which one it stands.
-    let place = |at: usize| {
-        let Node { op, result, .. } = &graph.nodes[at];
-        let readers = &readers[result.0 as usize];
-        let follow = readers.iter().all(|&reader| map::maps(&graph.nodes[reader].op));
-        let first = readers.iter().map(|&reader| groups.root(reader)).min();
-        first.filter(|_| matches!(op, Op::Matmul { .. }) && follow).unwrap_or(at)
-    };
-    let mut order: Vec<usize> = (0..graph.nodes.len()).collect();
-    order.sort_by_key(|&at| (place(at), at));
-    let mut graph = graph.clone();
-    graph.reorder(&order);
-    graph
-}
-
-impl Lowering<'_, '_, '_> {
-    /// The kernel of node `at` may take along what follows.
-    fn leads(&self, at: usize) -> bool {
-        let Node { op, operands, result, .. } = &self.graph.nodes[at];
-        let ty = self.ty(*result);
-        // Leading axes are batches, of which an index has one.
-        let batches = !matches!(op, Op::Matmul { .. }) || ty.rank() == self.ty(operands[1]).rank();
-        let placed = matches!(ty.rank(), 2 | 3) && !ty.ragged() && batches;
-        self.target.epilogues && self.frozen.is_none() && !self.wanted.contains_key(result) && placed
-    }
-
-    /// It is computed before it is the `turn` of a node.
-    fn there(&self, value: Value, turn: usize) -> bool {
-        let done = self.groups.maker(value).is_none_or(|n| n < turn || self.joined.contains(&n));
-        done && self.places[value.0 as usize].is_some()
-    }
-
-    /// Groups that a GPU's kernel of a sum does beside: over the same rows, however wide, if they read some of what goes
-    /// into it or comes of it, and nothing that is not there.
-    fn companions(&self, Taken { at, turn, followers, .. }: &Taken) -> Vec<usize> {
-        let Node { op, operands, result, .. } = &self.graph.nodes[*at];
-        if !matches!(op, Op::Reduce { .. }) || !self.leads(*at) || matches!(self.target.machine, Machine::Cpu(_)) {
-            return vec![];
+impl Turn<'_, '_, '_, '_> {
+    /// Finds a place for the result of what takes others along in registers: what is not written has one all the same,
+    /// that of what is made of it.
+    pub(super) fn place_taken(&mut self, taken: &Taken) {
+        let result = self.graph.nodes[taken.at].result;
+        if let Some(sum) = &taken.sum {
+            self.place_taken(sum);
+            if sum.stays {
+                self.result(self.graph.nodes[sum.at].result);
+            }
         }
-        let lead = |v: Value| self.ty(v).shape.split_last().map(|(_, lead)| lead);
-        let leaves = |root: usize| self.groups.leaves(self.graph, root);
-        let mut known = vec![*result];
-        known.extend(followers.iter().map(|&root| self.graph.nodes[root].result));
-        match self.groups.maker(operands[0]).filter(|&root| map::maps(&self.graph.nodes[root].op)) {
-            Some(root) => known.extend(leaves(root)),
-            None => known.push(operands[0]),
-        }
-        let readers = known.iter().filter(|&&v| lead(v) == lead(*result)).flat_map(|v| &self.readers[v.0 as usize]);
-        let maps = readers.filter(|&&reader| map::maps(&self.graph.nodes[reader].op));
-        let roots = maps.map(|&reader| self.groups.root(reader));
-        let roots: BTreeSet<usize> = roots.filter(|root| (*turn..at + AHEAD).contains(root)).collect();
-        let free = roots.into_iter().filter(|&root| {
-            let own = self.graph.nodes[root].result;
-            let alike = lead(own) == lead(*result) && !self.ty(own).ragged() && !self.summed(root);
-            let there = |v| v == *result || self.there(v, *turn);
-            alike && !self.joined.contains(&root) && leaves(root).into_iter().all(there)
-        });
-        free.take(MOST).collect()
-    }
-
-    /// The groups that node `at` takes along, in their order, when it is the `turn` of a node. What else they read is
-    /// there by then.
-    pub(super) fn followers(&self, at: usize, turn: usize) -> Vec<usize> {
-        let product = self.graph.nodes[at].result;
-        let ty = self.ty(product);
-        let mut roots = vec![];
-        if !self.leads(at) {
-            return roots;
-        }
-        let mut made = vec![product];
-        while roots.len() < MOST {
-            let readers = made.iter().flat_map(|v| &self.readers[v.0 as usize]);
-            let readers = readers.filter(|&&node| map::maps(&self.graph.nodes[node].op));
-            let next = readers.map(|&node| self.groups.root(node)).filter(|root| {
-                let alike = self.ty(self.graph.nodes[*root].result) == ty;
-                let leaves = self.groups.leaves(self.graph, *root);
-                alike
-                    && !self.joined.contains(root)
-                    && !roots.contains(root)
-                    && leaves.iter().all(|v| made.contains(v) || self.there(*v, turn))
-            });
-            let Some(root) = next.min() else { break };
-            roots.push(root);
-            made.push(self.graph.nodes[root].result);
-        }
-        roots
-    }
-
-    /// Nothing but the groups of `roots` reads `product`.
-    pub(super) fn serves(&self, product: Value, roots: &[usize]) -> bool {
-        let readers = self.readers[product.0 as usize].iter();
-        readers.filter(|&&node| roots.contains(&self.groups.root(node))).count() == self.uses[product.0 as usize]
-    }
-
-    /// What node `at` takes along when it is the `turn` of a node, if it is computed in registers, and a place for it;
-    /// if those hold `whole` rows, a sum of them as well.
-    pub(super) fn taken(&mut self, at: usize, turn: usize, whole: bool) -> Taken {
-        let result = self.graph.nodes[at].result;
-        let mut taken = Taken::groups(at, turn, self.followers(at, turn));
-        if whole && self.leads(at) {
-            let made = [result].into_iter().chain(taken.followers.iter().map(|&root| self.graph.nodes[root].result));
-            let readers = made.flat_map(|v| &self.readers[v.0 as usize]).copied();
-            let sum = readers.filter(|at| self.sums_rows(*at) && !self.joined.contains(at)).min();
-            taken.sum = sum.map(|sum| Box::new(self.taken(sum, turn, false)));
-        }
-        if let Some(sum) = taken.sum.as_ref().filter(|sum| sum.stays) {
-            self.result(self.graph.nodes[sum.at].result);
-        }
-        taken.stays = !self.serves(result, &taken.all());
         if !taken.stays {
-            // What is never written has a place all the same: that of what is made of it.
-            let written = taken.followers.iter().find(|&&root| self.written(root, &taken));
+            let written = taken.followers.iter().find(|&&root| self.facts.written(root, taken));
             let (buffer, view) = match (written, &taken.sum) {
                 (Some(&root), _) => self.target(self.graph.nodes[root].result),
                 (None, Some(sum)) => {
@@ -209,12 +56,6 @@ impl Lowering<'_, '_, '_> {
             };
             self.show(result, buffer, view);
         }
-        taken
-    }
-
-    /// Whether the group of `root` is written: what a sum is of may be nobody else's.
-    fn written(&self, root: usize, taken: &Taken) -> bool {
-        taken.sum.is_none() || !self.serves(self.graph.nodes[root].result, &taken.all())
     }
 
     /// What a kernel takes along, whose own buffers are `own`; if it has its result in `registers`, the groups do not
@@ -225,8 +66,8 @@ impl Lowering<'_, '_, '_> {
         let mut following = Following { epilogue: Epilogue { batched, ..Epilogue::default() }, ..Following::default() };
         for &root in &taken.followers {
             let result = self.graph.nodes[root].result;
-            let rounds = self.rounds(result).filter(|_| registers);
-            let stays = self.written(root, taken) && !matches!(rounds, Some((_, true)));
+            let rounds = self.facts.rounds(result).filter(|_| registers);
+            let stays = self.facts.written(root, taken) && !matches!(rounds, Some((_, true)));
             let nowhere = (!stays).then(|| self.place(product).buffer);
             if let Some(buffer) = nowhere {
                 self.show(result, buffer, View::dense(&self.ty(result).shape));
@@ -251,7 +92,6 @@ impl Lowering<'_, '_, '_> {
             following.epilogue.groups.push(Group { form: map.expression, buffers, made, stays, half });
             following.results.push(result);
             following.sizes.extend(map.sizes);
-            self.joined.insert(root);
         }
         if let Some(sum) = &taken.sum {
             let graph = self.graph;
@@ -266,9 +106,8 @@ impl Lowering<'_, '_, '_> {
             following.sizes.extend(then.sizes);
             let mean = matches!(op, Op::Reduce { mean: true, .. });
             following.epilogue.sum = Some(Box::new(Sum { of, mean, out, then: then.epilogue }));
-            self.joined.insert(sum.at);
         }
-        for root in self.companions(taken) {
+        for &root in &taken.companions {
             let result = self.graph.nodes[root].result;
             let map = self.expression(root, true, None)?;
             let buffers = following.numbers(own, &map.buffers);
@@ -276,7 +115,6 @@ impl Lowering<'_, '_, '_> {
             following.epilogue.companions.push(group);
             following.sizes.push(dim_extent(*self.ty(result).shape.last().expect("rows")));
             following.sizes.extend(map.sizes);
-            self.joined.insert(root);
         }
         Ok(following)
     }

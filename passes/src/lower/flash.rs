@@ -1,11 +1,10 @@
-//! Attention whose square exists nowhere ([`crate::kernels::attention`]): which parts are one kernel, and how their rows
-//! lie.
+//! Attention whose square exists nowhere ([`crate::kernels::attention`]): how its operands and results lie.
 
-use peft_grammar::graph::{Dim, Node, Op, Value};
+use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
 use super::view::{ONE, Step, View};
-use super::{Lowering, dim_extent};
+use super::{Turn, dim_extent};
 use crate::kernels::attention::cpu::{CpuAttention, RoomBuffers, SLACK, beside};
 use crate::kernels::attention::gpu::{BlockSizes, GpuAttention, KindSizes, TILE};
 use crate::kernels::attention::shape::{Form, HeadSizes, Lie, Part};
@@ -13,17 +12,16 @@ use crate::kernels::philox;
 use crate::target::Machine;
 use crate::target::cuda::WARPS;
 
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     /// `operands` begin with the queries and the keys; what comes third is as wide as the values.
-    pub(super) fn flash(
-        &mut self,
-        part: Part,
-        operands: &[Value],
-        form: Form,
-        (stream, column): (u32, u64),
-        result: Value,
-    ) {
-        let Some((part, results)) = self.with_others(part, operands, form, result) else { return };
+    pub(super) fn flash(&mut self, (part, results): (Part, &[Value]), operands: &[Value], op: &Op) {
+        let (causal, scale, p, stream, column) = match *op {
+            Op::Attention { causal, scale, p, stream, column }
+            | Op::AttentionVjp { causal, scale, p, stream, column, .. } => (causal, scale, p, stream, column),
+            Op::AttentionLse { causal, scale } => (causal, scale, 0.0, 0, 0),
+            _ => unreachable!("asked of attention alone"),
+        };
+        let form = Form { causal, scale: scale.into(), p: p.into(), fours: self.in_fours(operands) };
         let [query, value] = [operands[0], *operands.get(2).unwrap_or(&operands[0])].map(|v| &self.ty(v).shape);
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         let floats = operands.len() - usize::from(form.drops());
@@ -47,7 +45,7 @@ impl Lowering<'_, '_, '_> {
             lie(&self.view(operand));
         }
         let mut buffers: Vec<BufferId> = operands.iter().map(|&v| self.place(v).buffer).collect();
-        for value in results {
+        for &value in results {
             // The log-sum-exp is a number a row.
             let (buffer, view) = match self.ty(value).last() {
                 Some(Dim::Const(1)) => (self.result(value), self.view(value)),
@@ -56,7 +54,6 @@ impl Lowering<'_, '_, '_> {
             buffers.push(buffer);
             lie(&view);
         }
-        let form = Form { fours: self.in_fours(operands), ..form };
         let offsets = self.target.derived("offsets");
         if let Machine::Cuda(_) = self.target.machine {
             let [width, wide] = [query[2], value[2]].map(|n| n.constant().expect("of a head"));
@@ -101,81 +98,6 @@ impl Lowering<'_, '_, '_> {
                 let steps = view.steps[..2].iter().map(Step::extent);
                 own && steps.chain([view.first.clone(), dim_extent(ty.shape[2])]).all(|extent| fours(&extent))
             })
-    }
-
-    /// The part with what is computed beside it, as it is made of the same scores, and the results of both; `None` if its
-    /// own turn is another's.
-    fn with_others(&mut self, part: Part, operands: &[Value], form: Form, result: Value) -> Option<(Part, Vec<Value>)> {
-        let of = |at: usize| self.graph.nodes[at].result;
-        if let (Part::Adjoint(_), Some(sides)) = (part, self.sides(result)) {
-            let [queries, keys, _] = sides;
-            if result != of(queries.min(keys)) {
-                return None;
-            }
-            self.joined.extend(sides);
-            return Some((Part::All, sides.map(of).into()));
-        }
-        let beside = match part {
-            Part::Forward => self.lse_beside(operands, form).map(|lse| (Part::Both, lse)),
-            Part::Adjoint(1) => self.other_side(result).map(|at| (Part::Sides, of(at))),
-            Part::Adjoint(2) if self.other_side(result).is_some() => return None,
-            _ => None,
-        };
-        Some(beside.map_or((part, vec![result]), |(both, value)| (both, vec![result, value])))
-    }
-
-    /// The log-sum-exp of the same scores, if the entry wants it as well: its turn is then over.
-    fn lse_beside(&mut self, operands: &[Value], form: Form) -> Option<Value> {
-        let wanted = Op::AttentionLse { causal: form.causal, scale: form.scale.get() };
-        let alike = |node: &Node| node.op == wanted && node.operands == operands[..2];
-        let at = self.graph.nodes.iter().position(alike)?;
-        let lse = self.graph.nodes[at].result;
-        let waits = self.places[lse.0 as usize].is_none() && self.frozen.is_none();
-        waits.then(|| {
-            self.joined.insert(at);
-            lse
-        })
-    }
-
-    /// The adjoint of operand `of` that is made of the same weights as the one at `at`.
-    fn adjoint_beside(&self, at: usize, of: usize) -> Option<usize> {
-        let nodes = &self.graph.nodes;
-        let Op::AttentionVjp { of: own, causal, scale, p, stream, column } = nodes[at].op else { return None };
-        let wanted = Op::AttentionVjp { of, causal, scale, p, stream, column };
-        // Neither the values nor the corrections have a part in the values' adjoint.
-        let apart = |i: usize| matches!(i, 2 | 5) && [own, of].contains(&2);
-        let alike = |node: &Node| {
-            let mut pairs = node.operands.iter().zip(&nodes[at].operands).enumerate();
-            node.op == wanted && pairs.all(|(i, (x, y))| apart(i) || x == y)
-        };
-        nodes.iter().position(alike)
-    }
-
-    /// Of the adjoints of values and of keys the one beside that whose result this is: if the values' comes first, and no
-    /// one reads it before the keys'.
-    fn other_side(&self, result: Value) -> Option<usize> {
-        let nodes = &self.graph.nodes;
-        let at = nodes.iter().position(|node| node.result == result)?;
-        let Op::AttentionVjp { of: own, .. } = nodes[at].op else { return None };
-        let other = self.adjoint_beside(at, 3 - own).filter(|&other| self.adjoint_beside(other, own) == Some(at))?;
-        let (values, keys) = if own == 2 { (at, other) } else { (other, at) };
-        (values < keys && self.read_after(values, keys)).then_some(other)
-    }
-
-    /// The adjoints of queries, keys and values, one of which has this result: if no one reads the values' before the
-    /// first of the others.
-    fn sides(&self, result: Value) -> Option<[usize; 3]> {
-        let at = self.graph.nodes.iter().position(|node| node.result == result)?;
-        let beside =
-            |at: usize| Some([self.adjoint_beside(at, 0)?, self.adjoint_beside(at, 1)?, self.adjoint_beside(at, 2)?]);
-        let sides = beside(at).filter(|sides| sides.iter().all(|&side| beside(side) == Some(*sides)))?;
-        let [queries, keys, values] = sides;
-        self.read_after(values, queries.min(keys)).then_some(sides)
-    }
-
-    /// No one reads the result of node `at` before the `turn` of another.
-    fn read_after(&self, at: usize, turn: usize) -> bool {
-        self.readers[self.graph.nodes[at].result.0 as usize].iter().all(|&reader| reader > turn)
     }
 }
 

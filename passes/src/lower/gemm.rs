@@ -2,23 +2,19 @@
 
 use std::ops::Range;
 
-use peft_grammar::graph::{Type, Value};
+use peft_grammar::graph::Value;
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
-use super::epilogue::{Following, Taken};
+use super::dispatch::Taken;
+use super::epilogue::Following;
+use super::problem::Axes;
+use super::schedule::{gemm_tile, halves_of};
 use super::tables::Panels;
 use super::view::{ONE, View};
-use super::{Lowering, Place, product};
-use crate::kernels::gemm::cpu::{Buffers, Form, Gemm, Sizes, Tile};
+use super::{Place, Turn, product};
+use crate::kernels::gemm::cpu::{Buffers, Form, Gemm, Sizes};
 use crate::kernels::gemm::pack::{Factors, Pack, PackBuffers, PackSizes};
-use crate::target::cpu::Registers;
-use crate::target::{LANES, Machine};
-
-/// Registers that are no sums: for a line of B and a number of A; where there are many, LLVM fetches the next line early,
-/// if it is of several vectors, and keeps sums in memory when there is no room for it.
-const SPARE: u64 = 4;
-const SPARE_OF_MANY: u64 = 8;
 
 /// Columns of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state still has units
 /// for many threads. Wider ones have more, as there are enough units.
@@ -27,23 +23,6 @@ const COLUMNS: Range<u64> = 384..1152;
 const GROUPS: u64 = 4;
 /// Column panels of a unit where all rows are one unit's, so that there are units to share.
 const PANELS_OF_FEW_ROWS: u64 = 2;
-
-/// The tile for m × n, of which some may be known: 12 × 32, 28 × 16 or 6 × 64 on AVX-512.
-fn tile(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> Tile {
-    let vector = LANES / registers.floats;
-    let (depth, most, steps) = if vector == 1 { (384, 112, 4) } else { (256, 48, 8) };
-    let tile = |vectors| {
-        let spare = if registers.count > 16 && vectors > 1 { SPARE_OF_MANY } else { SPARE };
-        Tile { rows: (registers.count - spare) / (vector * vectors), vectors, depth, most, steps }
-    };
-    let [narrow, usual, short] = if vector == 1 { [1, 2, 4] } else { [1, 1, 2] }.map(tile);
-    match (m, n) {
-        (_, Extent::Const(n)) if *n <= narrow.columns() => narrow,
-        // Packed panels are there for other products as well.
-        (Extent::Const(m), _) if *m <= short.rows && !packed => short,
-        _ => usual,
-    }
-}
 
 /// An operand in memory: element (batch, i, k) at `first + batch · area + line · (one of i and k) + the other`.
 #[derive(Debug)]
@@ -57,22 +36,6 @@ struct Side {
     line: Extent,
     area: Extent,
     first: Extent,
-}
-
-/// Axes of an operand that are one of the product's.
-pub(super) struct Axes {
-    pub batch: Range<usize>,
-    pub i: Range<usize>,
-    pub k: Range<usize>,
-}
-
-impl Axes {
-    /// Of an operand or a result with `lead` axes of batches.
-    pub fn of(ty: &Type, lead: usize, turned: bool) -> Axes {
-        let (row, column) = (ty.rank() - 2..ty.rank() - 1, ty.rank() - 1..ty.rank());
-        let (i, k) = if turned { (column, row) } else { (row, column) };
-        Axes { batch: 0..lead, i, k }
-    }
 }
 
 impl Side {
@@ -104,7 +67,7 @@ struct Destination {
     kept: bool,
 }
 
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     fn side(&mut self, value: Value, axes: Axes) -> (Place, Side) {
         if Side::of(&self.view(value), &axes).is_none() {
             self.dense(value);
@@ -113,15 +76,12 @@ impl Lowering<'_, '_, '_> {
         (self.place(value).clone(), side)
     }
 
-    pub(super) fn matmul(&mut self, at: usize, transpose_x: bool, transpose_y: bool) -> Result<(), String> {
-        let node = &self.graph.nodes[at];
+    pub(super) fn matmul(&mut self, taken: &Taken) -> Result<(), String> {
+        let node = &self.graph.nodes[taken.at];
         let (x, y, result) = (node.operands[0], node.operands[1], node.result);
-        let (ty_x, ty_y, ty) = (self.ty(x), self.ty(y), self.ty(result));
-        // One weight for all leading axes: they are more rows.
-        let lead = ty_y.rank() - 2;
-        let all_rows = |axes: Axes| if lead + 2 < ty_x.rank() { Axes { i: 0..axes.i.end, ..axes } } else { axes };
-        let (place_a, left) = self.side(x, all_rows(Axes::of(ty_x, lead, transpose_x)));
-        let (place_b, right) = self.side(y, Axes::of(ty_y, lead, !transpose_y));
+        let (axes_x, axes_y) = Axes::of_product(&node.op, self.ty(x), self.ty(y));
+        let (place_a, left) = self.side(x, axes_x);
+        let (place_b, right) = self.side(y, axes_y);
         let n = right.length.clone();
         let packed = place_b.frozen.is_some() || !right.contiguous;
         let form = self.form(&left, &place_b, &n, packed);
@@ -137,18 +97,18 @@ impl Lowering<'_, '_, '_> {
             }
             false => (place_b.buffer, [right.line, right.area, right.first, across]),
         };
-        let followers = self.followers(at, at);
-        if let Some(&root) = followers.first()
-            && self.uses[result.0 as usize] == 1
+        if let Some(&root) = taken.followers.first()
+            && self.facts.uses[result.0 as usize] == 1
         {
             // Nothing else reads the product: it lies where what is made of it will.
             let (buffer, view) = self.target(self.graph.nodes[root].result);
             self.show(result, buffer, view);
         }
-        let (buffer, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
+        let axes = Axes::of_result(self.ty(result), self.ty(x), self.ty(y));
+        let (buffer, line, area, first) = self.product_place(result, axes);
         let to = Destination { buffer, line, area, first, kept: false };
         let own = Buffers { a: place_a.buffer, b: from_b, c: buffer }.list();
-        let following = self.epilogue(&Taken::groups(at, at, followers), &own, false)?;
+        let following = self.epilogue(taken, &own, false)?;
         self.label = following.epilogue.label(node.op.name());
         self.multiply(form, (place_a.buffer, left), (from_b, lines_b), n, to, following);
         Ok(())
@@ -156,12 +116,10 @@ impl Lowering<'_, '_, '_> {
 
     fn form(&self, left: &Side, place_b: &Place, n: &Extent, packed: bool) -> Form {
         let rounds = self.target.precision == Precision::Bf16 && self.frozen.is_none();
-        let factors = match place_b.frozen {
-            Some(_) if rounds && !left.contiguous && self.target.cpu().multiplies_bf16() => Factors::Pairs,
-            Some(_) if rounds && !left.contiguous => Factors::Widened,
-            _ => Factors::F32,
-        };
-        let tile = tile(&left.length, n, packed, self.target.cpu().registers());
+        let cpu = self.target.cpu();
+        let halves = rounds && place_b.frozen.is_some() && !left.contiguous;
+        let factors = if halves { halves_of(cpu) } else { Factors::F32 };
+        let tile = gemm_tile(&left.length, n, packed, cpu.registers());
         Form { tile, columns_a: left.contiguous, packed, factors }
     }
 
@@ -213,8 +171,7 @@ impl Lowering<'_, '_, '_> {
         self.launch(Gemm { form, epilogue: following.epilogue }, buffers, sizes, units);
     }
 
-    /// A product with some `rows` of y, from a multiple of a tile's columns on: x @ y[rows]ᵀ, or x @ y[rows]; y is
-    /// packed whole. It fills `out`, or is added to what stands there. All of them are row-major.
+    /// [`Turn::product_of_rows`]; y is packed whole.
     pub(super) fn multiply_rows(
         &mut self,
         (x, m): (BufferId, Extent),
@@ -223,9 +180,6 @@ impl Lowering<'_, '_, '_> {
         transpose_y: bool,
         (out, kept): (BufferId, bool),
     ) {
-        if let Machine::Cuda(_) = self.target.machine {
-            return self.tiled_rows((x, m), y, rows, transpose_y, (out, kept));
-        }
         let [all, across] = [0, 1].map(|axis| product(&self.ty(y).shape[axis..axis + 1]));
         let some = Extent::Const(rows.end - rows.start);
         let (whole, n, depth) = match transpose_y {
@@ -288,7 +242,6 @@ impl Lowering<'_, '_, '_> {
         if let Some(&panels) = known {
             return panels;
         }
-        let own = std::mem::replace(&mut self.frozen, place.frozen.as_ref().map(|_| key.clone()));
         let packed = match place.frozen {
             Some(_) => {
                 let packed = self.target.bind(&key, factors.element(), shape, Storage::Prepared);
@@ -303,16 +256,14 @@ impl Lowering<'_, '_, '_> {
             }
             None => {
                 let packed = self.target.buffer(factors.element(), shape, Storage::Temporary);
-                self.packs.insert(key, packed);
+                self.packs.insert(key.clone(), packed);
                 packed
             }
         };
-        let label = std::mem::replace(&mut self.label, "pack".into());
         let sizes = PackSizes { length, depth, panels, line, area, begin: first }.list();
         let buffers = PackBuffers { from: place.buffer, to: packed }.list();
-        self.launch(Pack { width, contiguous, factors }, buffers, sizes, units);
-        self.label = label;
-        self.frozen = own;
+        let frozen = place.frozen.is_some().then_some(&key[..]);
+        self.packing(frozen).launch(Pack { width, contiguous, factors }, buffers, sizes, units);
         packed
     }
 }

@@ -1,52 +1,26 @@
 //! Products with frozen weights in half precision, by a GPU's tensor cores ([`crate::kernels::gemm::mma`]): who packs them,
 //! and who rounds what they multiply.
 
-use peft_grammar::graph::{Dim, Node, Op, Value};
-use peft_grammar::model::Precision;
+use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::epilogue::Following;
-use super::tiles::{Shape, Side, To};
-use super::{Lowering, Place, extents};
+use super::problem::Contraction;
+use super::schedule::mma_form;
+use super::tiles::{Side, To};
+use super::{Place, Turn, extents};
 use crate::builder::mma::Half;
 use crate::kernels::gemm::mma::{
-    Buffers, COLUMNS, DEPTH, EACH, FEWER, Form, Mma, Pack, PackBuffers, PackSizes, ROWS, Round, RoundSizes, Sizes, TILE,
+    Buffers, COLUMNS, DEPTH, EACH, Mma, Pack, PackBuffers, PackSizes, Round, RoundSizes, Sizes, TILE,
 };
-use crate::target::Machine;
-use crate::target::cuda::{Chip, WARP, WARPS};
+use crate::target::cuda::{WARP, WARPS};
 
-/// The tile of a result of `n` columns, of which so many are `many`. Before sm_80 there is no bf16.
-fn form(half: Half, n: &Extent, many: u64, fours: bool) -> Form {
-    let few = matches!(n, Extent::Const(n) if *n < many);
-    match half {
-        Half::BF16 => Form { half, rows: if few { FEWER } else { ROWS }, fours: false },
-        Half::F16 => Form { half, rows: ROWS, fours },
-    }
-}
-
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     /// The rows of A may be read in fours: they begin at multiples of four, and so do they end.
     fn rows_in_fours(&self, a: BufferId, left: &Side, depth: &Extent) -> bool {
         let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
         let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
         whole && [&left.along, &left.first, depth].into_iter().all(multiple)
-    }
-
-    /// Products with frozen weights will read the value's rows rounded, so that what makes it may round it at once; and
-    /// whether nothing else reads it.
-    pub(super) fn rounds(&self, value: Value) -> Option<(Half, bool)> {
-        let Machine::Cuda(chip) = self.target.machine else { return None };
-        let asked = chip >= Chip::Sm80 && self.target.precision == Precision::Bf16 && self.frozen.is_none();
-        let ty = self.ty(value);
-        let whole = ty.rank() == 2 && matches!(ty.shape[1], Dim::Const(n) if n.is_multiple_of(8));
-        let multiplies = |&&reader: &&usize| {
-            let Node { op, operands, .. } = &self.graph.nodes[reader];
-            let frozen = |y: Value| self.places[y.0 as usize].as_ref().is_some_and(|place| place.frozen.is_some());
-            let product = matches!(op, Op::Matmul { transpose_x: false, .. });
-            product && operands[0] == value && self.ty(operands[1]).rank() == 2 && frozen(operands[1])
-        };
-        let products = self.readers[value.0 as usize].iter().filter(multiplies).count();
-        (asked && whole && products > 0).then_some((Half::BF16, products == self.uses[value.0 as usize]))
     }
 
     /// Room for rows in half precision, two numbers a word, and from row to row: rows are at multiples of four words.
@@ -55,7 +29,7 @@ impl Lowering<'_, '_, '_> {
         (self.target.buffer(Element::I32, vec![m.clone(), line.clone()], Storage::Temporary), line)
     }
 
-    /// Room for a value of [`Lowering::rounds`].
+    /// Room for a value of [`Facts::rounds`].
     pub(super) fn room_rounded(&mut self, value: Value) -> BufferId {
         let shape = extents(self.ty(value));
         let (buffer, line) = self.room_for_halves(&shape[0], &shape[1]);
@@ -67,7 +41,7 @@ impl Lowering<'_, '_, '_> {
     pub(super) fn rounded(
         &mut self,
         half: Half,
-        Shape { m, depth, .. }: &Shape,
+        Contraction { m, depth, .. }: &Contraction,
         (a, left): (BufferId, Side),
         x: Option<Value>,
     ) -> (BufferId, Side) {
@@ -78,28 +52,27 @@ impl Lowering<'_, '_, '_> {
         let (buffer, line) = known.unwrap_or_else(|| {
             let (to, line) = self.room_for_halves(m, depth);
             let fours = self.rows_in_fours(a, &left, depth);
-            let label = std::mem::replace(&mut self.label, "round".into());
             let pieces = Extent::CeilDiv(Box::new(depth.clone()), EACH * WARP);
             let units = m.clone() * pieces.clone();
             let (along, start) = (left.along.clone(), left.first.clone());
             let sizes = RoundSizes { depth: depth.clone(), pieces, line: line.clone(), along, start }.list();
-            self.launch(Round { half, fours }, PackBuffers { from: a, to }.list(), sizes, units);
-            self.label = label;
+            let buffers = PackBuffers { from: a, to }.list();
+            self.labelled("round").launch(Round { half, fours }, buffers, sizes, units);
             (to, line)
         });
         (buffer, Side { along: line, first: Extent::Const(0), ..left })
     }
 
-    /// A product with a packed operand, and A as [`Lowering::rounded`] gives it.
+    /// A product with a packed operand, and A as [`Turn::rounded`] gives it.
     pub(super) fn launch_halves(
         &mut self,
         half: Half,
-        Shape { m, n, depth, .. }: Shape,
+        Contraction { m, n, depth, .. }: Contraction,
         (a, left): (BufferId, Side),
         packed: Packed,
         to: To,
     ) {
-        let form = form(half, &n, self.target.limits.many, self.rows_in_fours(a, &left, &depth));
+        let form = mma_form(half, &n, self.target.limits.many, self.rows_in_fours(a, &left, &depth));
         let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
         let (down, across) = (tiles(&m, form.rows), tiles(&n, COLUMNS));
         let units = down * across.clone() * Extent::Const(WARPS);
@@ -138,15 +111,12 @@ impl Lowering<'_, '_, '_> {
         let line = deep.clone() * Extent::Const(TILE);
         let known = self.target.bound.get(&key).copied();
         let buffer = known.unwrap_or_else(|| {
-            let own = self.frozen.replace(key.clone());
             let shape = vec![units.clone() * Extent::Const(TILE)];
             let buffer = self.target.bind(&key, Element::I32, shape, Storage::Prepared);
-            let label = std::mem::replace(&mut self.label, "pack".into());
             let (along, start) = (side.along.clone(), side.first.clone());
             let sizes = PackSizes { n, depth, tiles: deep, along, deep: side.deep.clone(), start }.list();
-            self.launch(Pack { half }, PackBuffers { from: place.buffer, to: buffer }.list(), sizes, units);
-            self.label = label;
-            self.frozen = own;
+            let buffers = PackBuffers { from: place.buffer, to: buffer }.list();
+            self.packing(Some(&key)).launch(Pack { half }, buffers, sizes, units);
             buffer
         });
         Packed { buffer, line, first: Extent::Const(0) }

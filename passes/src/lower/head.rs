@@ -14,37 +14,25 @@
 //!
 //! On a GPU a team has a row, and its threads hold the row's scores in registers: all of them are on their way at once.
 
-use peft_grammar::graph::{Node, Op};
+use std::ops::Range;
+
+use peft_grammar::graph::{Node, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::{Lowering, dim_extent};
+use super::schedule::held_scores;
+use super::{Turn, dim_extent};
 use crate::kernels::chunked_logits::{Block, BlockBuffers, BlockSizes, End, EndSizes};
-use crate::target::Machine;
-use crate::target::cuda::{WARP, WARPS};
 
-impl Lowering<'_, '_, '_> {
-    /// The result of `node`; of the other operation on the same operands as well, if the entry has it.
-    pub(super) fn sweep(&mut self, node: &Node) {
-        if self.places[node.result.0 as usize].is_some() {
-            return;
-        }
+impl Turn<'_, '_, '_, '_> {
+    /// The log-sum-exp and the mean of what `node` reads, as far as they are wanted.
+    pub(super) fn sweep(&mut self, node: &Node, lse: Option<Value>, mean: Option<Value>) {
         let (x, w) = (node.operands[0], node.operands[1]);
-        let find = |op: Op| {
-            let same = |n: &&Node| n.op == op && n.operands == node.operands;
-            // What is prepared is bound by its own name: each for itself.
-            let found = self.graph.nodes.iter().find(same).filter(|_| self.frozen.is_none());
-            found.map(|n| n.result).or((op == node.op).then_some(node.result))
-        };
-        let (lse, mean) = (find(Op::LinearLse), find(Op::LinearMean));
         let [lse, mean] = [lse, mean].map(|v| v.map(|v| self.result(v)));
 
         let rows = dim_extent(self.ty(x).shape[0]);
         let vocabulary = self.ty(w).shape[0].constant().expect("a weight's rows are known");
         let most = self.target.limits.block.min(vocabulary);
-        let held = match self.target.machine {
-            Machine::Cpu(_) => None,
-            Machine::Cuda(_) => Some(most.div_ceil(WARP * WARPS)),
-        };
+        let held = held_scores(self.target.machine, most);
         let sweep = Sweep {
             scores: self.scratch(vec![rows.clone(), Extent::Const(most)]),
             held,
@@ -58,13 +46,29 @@ impl Lowering<'_, '_, '_> {
         self.dense(w);
         for start in (0..vocabulary).step_by(most as usize) {
             let (block, again) = (start..vocabulary.min(start + most), start > 0);
-            self.multiply_rows((x, sweep.rows.clone()), w, block.clone(), true, (sweep.scores, false));
+            self.product_of_rows((x, sweep.rows.clone()), w, block.clone(), true, (sweep.scores, false));
             self.advance(&sweep, block.end - start, again);
             if let Some(mean) = mean {
-                self.multiply_rows((sweep.scores, sweep.rows.clone()), w, block, false, (mean, again));
+                self.product_of_rows((sweep.scores, sweep.rows.clone()), w, block, false, (mean, again));
             }
         }
         self.finish(&sweep);
+    }
+
+    /// A product with some `rows` of y, from a multiple of a tile's columns on: x @ y[rows]ᵀ, or x @ y[rows]. It fills
+    /// `out`, or is added to what stands there. All of them are row-major.
+    fn product_of_rows(
+        &mut self,
+        x: (BufferId, Extent),
+        y: Value,
+        rows: Range<u64>,
+        transpose_y: bool,
+        out: (BufferId, bool),
+    ) {
+        match self.facts.fusion.held_columns {
+            None => self.multiply_rows(x, y, rows, transpose_y, out),
+            Some(_) => self.tiled_rows(x, y, rows, transpose_y, out),
+        }
     }
 
     /// Takes a block of scores in: m, z and y grow, and exponentials take the scores' place if there is a y.

@@ -1,139 +1,15 @@
-//! Operations element by element. A run of them in which each result is read once, over one shape, is
-//! a *group*: one kernel that loads the leaves, evaluates the whole expression and stores once.
+//! Groups as expressions: how their leaves lie, and which of their axes are one.
 
-use std::fmt::Write;
 use std::ops::Range;
 
-use peft_grammar::graph::{Dim, Graph, Op, Value};
+use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
+use super::dispatch::Facts;
+use super::groups::one_column;
 use super::view::{ONE, View};
-use super::{Lowering, dim_extent, element, extent, lead_size, product};
+use super::{Turn, dim_extent, element, extent, lead_size, product};
 use crate::kernels::elementwise::{Expression, Leaf, Step};
-
-/// Operations of one kernel, at most.
-const LARGEST_GROUP: usize = 24;
-
-/// Works element by element.
-pub fn maps(op: &Op) -> bool {
-    op.elementwise()
-}
-
-/// Which nodes are evaluated inside the kernel of a later one.
-pub struct Groups {
-    /// By node: the reader in whose group it is.
-    into: Vec<Option<usize>>,
-    /// By value.
-    maker: Vec<Option<usize>>,
-}
-
-pub fn group(graph: &Graph, uses: &[usize]) -> Groups {
-    let mut maker = vec![None; graph.values()];
-    for (at, node) in graph.nodes.iter().enumerate() {
-        maker[node.result.0 as usize] = Some(at);
-    }
-    let mut into = vec![None; graph.nodes.len()];
-    let mut sizes = vec![1; graph.nodes.len()];
-    for (at, node) in graph.nodes.iter().enumerate().filter(|(_, n)| maps(&n.op)) {
-        for &operand in &node.operands {
-            let Some(source) = maker[operand.0 as usize] else { continue };
-            let op = &graph.nodes[source].op;
-            let (own, wide) = (&graph.ty(operand).shape, &graph.ty(node.result).shape);
-            let alike = own == wide || one_column(own, wide) || matches!(op, Op::Constant { .. });
-            let once = uses[operand.0 as usize] == 1;
-            if maps(op) && alike && once && sizes[at] + sizes[source] <= LARGEST_GROUP {
-                into[source] = Some(at);
-                sizes[at] += sizes[source];
-            }
-        }
-    }
-    Groups { into, maker }
-}
-
-/// The same rows of one column each: what is computed of them is computed for every column, which costs less than to
-/// write it down.
-fn one_column(own: &[Dim], wide: &[Dim]) -> bool {
-    match (own, wide) {
-        ([lead @ .., Dim::Const(1)], [rows @ .., Dim::Const(_)]) => lead == rows && !rows.is_empty(),
-        _ => false,
-    }
-}
-
-impl Groups {
-    /// It has no kernel of its own.
-    pub fn inner(&self, at: usize) -> bool {
-        self.into[at].is_some()
-    }
-
-    /// The node whose kernel evaluates `at`.
-    pub fn root(&self, at: usize) -> usize {
-        self.into[at].map_or(at, |reader| self.root(reader))
-    }
-
-    /// The node that makes `value`; `None` for an argument.
-    pub fn maker(&self, value: Value) -> Option<usize> {
-        self.maker[value.0 as usize]
-    }
-
-    /// The node inside the group of its reader that makes `value`.
-    fn inside(&self, value: Value) -> Option<usize> {
-        self.maker(value).filter(|&at| self.inner(at))
-    }
-
-    /// What the group of `root` reads from buffers, each once.
-    pub fn leaves(&self, graph: &Graph, root: usize) -> Vec<Value> {
-        let mut leaves = vec![];
-        for &operand in &graph.nodes[root].operands {
-            match self.inside(operand) {
-                Some(at) => leaves.extend(self.leaves(graph, at)),
-                None => leaves.push(operand),
-            }
-        }
-        let mut seen = std::collections::HashSet::new();
-        leaves.retain(|v| seen.insert(*v));
-        leaves
-    }
-
-    /// The group drops something.
-    pub fn draws(&self, graph: &Graph, root: usize) -> bool {
-        self.members(graph, root).iter().any(|&at| matches!(graph.nodes[at].op, Op::Dropout { .. }))
-    }
-
-    /// What the group computes, as text, with its leaves numbered.
-    pub fn expression(&self, graph: &Graph, root: usize) -> String {
-        let leaves = if maps(&graph.nodes[root].op) { self.leaves(graph, root) } else { vec![] };
-        let mut text = format!("{}=", graph.ty(graph.nodes[root].result));
-        self.write(graph, root, &leaves, &mut text);
-        text
-    }
-
-    fn write(&self, graph: &Graph, at: usize, leaves: &[Value], text: &mut String) {
-        let node = &graph.nodes[at];
-        let _ = write!(text, "{:?}(", node.op);
-        for &operand in &node.operands {
-            match self.inside(operand) {
-                Some(inner) => self.write(graph, inner, leaves, text),
-                None => {
-                    let _ = write!(text, "{:?}", leaves.iter().position(|&l| l == operand));
-                }
-            }
-            text.push(',');
-        }
-        text.push(')');
-    }
-
-    /// The group's nodes, operands before readers.
-    fn members(&self, graph: &Graph, root: usize) -> Vec<usize> {
-        let mut members = vec![];
-        for &operand in &graph.nodes[root].operands {
-            if let Some(at) = self.inside(operand) {
-                members.extend(self.members(graph, at));
-            }
-        }
-        members.push(root);
-        members
-    }
-}
 
 /// A group's expression with its arguments.
 pub(super) struct Map {
@@ -145,7 +21,7 @@ pub(super) struct Map {
     rows: Extent,
 }
 
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     pub(super) fn map(&mut self, root: usize) -> Result<(), String> {
         let Map { expression, buffers, sizes, rows, .. } = self.expression(root, false, None)?;
         let all = extent(self.ty(self.graph.nodes[root].result));
@@ -159,13 +35,13 @@ impl Lowering<'_, '_, '_> {
     /// The group of `root`, and a place for its result, unless it goes nowhere: then any buffer stands for that. With
     /// `rows` its last axis keeps apart from those before.
     pub(super) fn expression(&mut self, root: usize, rows: bool, nowhere: Option<BufferId>) -> Result<Map, String> {
-        let (graph, groups) = (self.graph, self.groups.clone());
+        let Facts { graph, groups, .. } = self.facts;
         let result = graph.nodes[root].result;
         let shape = &self.ty(result).shape;
-        let members = groups.members(graph, root);
+        let members = groups.members(root);
         let is_draw = |&at: &usize| matches!(graph.nodes[at].op, Op::Dropout { .. });
         let draws = members.iter().any(is_draw);
-        let read = groups.leaves(graph, root);
+        let read = groups.leaves(root);
 
         // Leaves that are arrays of the shape; the generator's key is not one of them. Numbers of rows are a column.
         let drawn = |operand: usize| {

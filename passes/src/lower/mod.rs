@@ -12,26 +12,32 @@ mod attention;
 mod beside;
 mod copy;
 pub mod cost;
+mod dispatch;
 mod epilogue;
 mod flash;
 mod gemm;
+mod groups;
 mod halves;
 mod head;
 mod map;
 mod narrow;
 mod optimizer;
+mod problem;
 mod reduce;
 mod rows;
+mod schedule;
 mod span;
 mod tables;
 mod tiles;
 mod view;
 
+use dispatch::{Dispatch, Facts, Work, dispatch, put_off};
+use groups::maps;
 use tables::Panels;
 use view::View;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::rc::Rc;
+use std::ops::{Deref, DerefMut};
 
 use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Role, Type, Value};
 use peft_grammar::model::{Optimizer, Precision};
@@ -39,7 +45,6 @@ use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, M
 
 use crate::builder::Code;
 use crate::fuse::Limits;
-use crate::kernels::attention::shape::{Form, Part};
 use crate::kernels::rowwise::Kind;
 use crate::kernels::{Function, Schedule, names};
 use crate::target::Machine;
@@ -83,13 +88,12 @@ impl Default for Options {
 /// joins them as `update` if anything trains, sums of gradients as `accumulate` and `accumulated`, and the average of the
 /// values as `average`. `tensors` are the model's, by name.
 pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -> Result<Lowered, String> {
-    let Options { machine, precision, optimizer, epilogues, limits } = options;
+    let Options { machine, precision, optimizer, limits, .. } = options;
     let mut target = Target {
         tensors,
         machine,
         precision,
         optimizer,
-        epilogues,
         limits,
         kernels: vec![],
         codes: HashMap::new(),
@@ -100,11 +104,9 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
     };
     let mut lowered: BTreeMap<String, Entry> = BTreeMap::new();
     for (name, graph) in entries {
-        let entry = match machine {
-            Machine::Cpu(_) => Lowering::new(&mut target, graph).run()?,
-            Machine::Cuda(_) => Lowering::new(&mut target, &epilogue::put_off(graph)).run()?,
-        };
-        lowered.insert(name.to_string(), entry);
+        let put_off = machine.fusion().puts_off.then(|| put_off(graph));
+        let facts = Facts::of(put_off.as_ref().unwrap_or(graph), tensors, options);
+        lowered.insert(name.to_string(), Lowering::new(&mut target, &facts).run(&dispatch(&facts))?);
     }
     if tensors.iter().any(|t| t.trainable.is_some()) {
         let own_rates = tensors.iter().any(|t| t.lr_factor.is_some());
@@ -166,7 +168,6 @@ struct Target<'a> {
     machine: Machine,
     precision: Precision,
     optimizer: Optimizer,
-    epilogues: bool,
     limits: Limits,
     kernels: Vec<Function>,
     codes: HashMap<Schedule, Code>,
@@ -249,29 +250,38 @@ impl Target<'_> {
 /// One entry on its way.
 struct Lowering<'t, 'a, 'g> {
     target: &'t mut Target<'a>,
+    facts: &'g Facts<'g>,
     graph: &'g Graph,
     launches: Vec<Launch>,
     /// Where each value lies. Members of a group have no place.
     places: Vec<Option<Place>>,
-    /// Buffers that must be an output's own: the gradient of a tensor.
-    wanted: HashMap<Value, Storage>,
-    uses: Vec<usize>,
-    /// Who reads each value.
-    readers: Vec<Vec<usize>>,
-    groups: Rc<map::Groups>,
-    /// Nodes whose turn has come early: roots of groups that the kernel of an earlier product has evaluated, and other
-    /// shapes of arguments.
-    joined: HashSet<usize>,
     /// Buffers of values that are written part by part, or in another order of axes, before their turn comes.
     wholes: HashMap<Value, BufferId>,
     /// Operands packed for the matmul in this entry, by buffer and layout.
     packs: HashMap<String, BufferId>,
     /// Values in half precision, for products with frozen weights, and from row to row there.
     rounded: HashMap<Value, (BufferId, Extent)>,
-    /// The node at hand works on frozen weights alone.
-    frozen: Option<String>,
-    /// The operation at hand, for the launches' labels.
+}
+
+/// A dispatch on its way: what its launches are called in profiles, and by what expression it is known if it works on
+/// frozen weights alone and is done once.
+struct Turn<'l, 't, 'a, 'g> {
+    lowering: &'l mut Lowering<'t, 'a, 'g>,
     label: String,
+    frozen: Option<String>,
+}
+
+impl<'t, 'a, 'g> Deref for Turn<'_, 't, 'a, 'g> {
+    type Target = Lowering<'t, 'a, 'g>;
+    fn deref(&self) -> &Self::Target {
+        self.lowering
+    }
+}
+
+impl DerefMut for Turn<'_, '_, '_, '_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        self.lowering
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -283,41 +293,30 @@ struct Place {
     view: Option<View>,
 }
 
-/// By value, how often it is read, the graph's outputs among the times, and by which nodes.
-fn usage(graph: &Graph) -> (Vec<usize>, Vec<Vec<usize>>) {
-    let (mut uses, mut readers) = (vec![0; graph.values()], vec![vec![]; graph.values()]);
-    for (at, node) in graph.nodes.iter().enumerate() {
-        for operand in &node.operands {
-            uses[operand.0 as usize] += 1;
-            readers[operand.0 as usize].push(at);
-        }
-    }
-    graph.outputs.iter().for_each(|(_, v)| uses[v.0 as usize] += 1);
-    (uses, readers)
+/// The storage output `name` has if it is the gradient of a tensor.
+fn gradient_of(graph: &Graph, tensors: &[Tensor], name: &str) -> Option<Storage> {
+    let label = name.strip_prefix("grad.")?;
+    let arg = graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label)?;
+    let index = tensors.iter().position(|t| t.name == arg.name)?;
+    Some(Storage::Gradient { index })
 }
 
 impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
-    fn new(target: &'t mut Target<'a>, graph: &'g Graph) -> Self {
-        let (uses, readers) = usage(graph);
+    fn new(target: &'t mut Target<'a>, facts: &'g Facts<'g>) -> Self {
+        let graph = facts.graph;
         Lowering {
             target,
+            facts,
             graph,
-            groups: Rc::new(map::group(graph, &uses)),
-            joined: HashSet::new(),
             launches: vec![],
             places: vec![None; graph.values()],
-            wanted: HashMap::new(),
-            uses,
-            readers,
             wholes: HashMap::new(),
             packs: HashMap::new(),
             rounded: HashMap::new(),
-            frozen: None,
-            label: String::new(),
         }
     }
 
-    fn run(mut self) -> Result<Entry, String> {
+    fn run(mut self, dispatches: &[Dispatch]) -> Result<Entry, String> {
         for arg in &self.graph.args {
             let ty = self.graph.ty(arg.value).clone();
             let (storage, frozen) = match arg.role {
@@ -332,78 +331,40 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
             let buffer = self.target.bind(&arg.label(), element(&ty), extents(&ty), storage);
             self.places[arg.value.0 as usize] = Some(Place { buffer, frozen, view: None });
         }
-        self.claim_gradients()?;
-        for (at, node) in self.graph.nodes.iter().enumerate() {
-            // An argument in another shape is there from the start.
-            if let Op::Reshape { .. } = node.op
-                && self.groups.maker(node.operands[0]).is_none_or(|n| self.joined.contains(&n))
-            {
-                self.node(at)?;
-                self.joined.insert(at);
-            }
-        }
-        for at in 0..self.graph.nodes.len() {
-            if self.groups.inner(at) || self.joined.contains(&at) {
-                continue;
-            }
-            self.node(at).map_err(|e| format!("`peft.{}`: {e}", self.graph.nodes[at].op.name()))?;
+        for dispatch in dispatches {
+            let op = &self.graph.nodes[dispatch.root].op;
+            self.turn(dispatch.root)
+                .work(dispatch.root, &dispatch.work)
+                .map_err(|e| format!("`peft.{}`: {e}", op.name()))?;
         }
         let mut outputs = vec![];
         for (name, value) in &self.graph.outputs {
             let ty = self.graph.ty(*value).clone();
-            self.frozen = None;
-            let wanted = self.gradient_of(name);
+            let wanted = gradient_of(self.graph, self.target.tensors, name);
+            let mut turn = Turn { lowering: &mut self, label: "copy".into(), frozen: None };
             if wanted.is_none() {
-                self.dense(*value);
+                turn.dense(*value);
             }
-            let Place { mut buffer, view, .. } = self.place(*value).clone();
-            let storage = &self.target.buffers[buffer].storage;
+            let Place { mut buffer, view, .. } = turn.place(*value).clone();
+            let storage = &turn.target.buffers[buffer].storage;
             let own = match &wanted {
                 Some(gradient) => storage == gradient && view.is_none(),
                 None => *storage == Storage::Temporary || *storage == Storage::Prepared,
             };
             if !own {
                 // A gradient two tensors share, or an output that is an argument.
-                let copy = self.target.buffer(Element::F32, extents(&ty), wanted.unwrap_or(Storage::Temporary));
-                self.label = "copy".into();
+                let copy = turn.target.buffer(Element::F32, extents(&ty), wanted.unwrap_or(Storage::Temporary));
                 let dense = View::dense(&ty.shape);
-                self.copy_view((buffer, view.as_ref().unwrap_or(&dense)), (copy, &dense));
+                turn.copy_view((buffer, view.as_ref().unwrap_or(&dense)), (copy, &dense));
                 buffer = copy;
             }
             outputs.push(Output { name: name.clone(), buffer, shape: extents(&ty) });
         }
-        let launches = match self.target.machine {
-            Machine::Cpu(_) => self.launches,
-            Machine::Cuda(_) => beside::gather(self.target, self.launches, &outputs),
+        let launches = match self.facts.fusion.side_by_side {
+            false => self.launches,
+            true => beside::gather(self.target, self.launches, &outputs),
         };
         Ok(Entry { launches, outputs })
-    }
-
-    /// The storage output `name` has if it is the gradient of a tensor.
-    fn gradient_of(&self, name: &str) -> Option<Storage> {
-        let label = name.strip_prefix("grad.")?;
-        let arg = self.graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label)?;
-        let index = self.target.tensors.iter().position(|t| t.name == arg.name)?;
-        Some(Storage::Gradient { index })
-    }
-
-    /// Lets what computes a gradient write straight into the flat vector.
-    fn claim_gradients(&mut self) -> Result<(), String> {
-        let maker: HashMap<Value, usize> =
-            self.graph.nodes.iter().enumerate().map(|(at, node)| (node.result, at)).collect();
-        for (name, value) in &self.graph.outputs {
-            let Some(storage) = self.gradient_of(name) else { continue };
-            let mut root = *value;
-            while let Some(&at) = maker.get(&root)
-                && let Op::Reshape { .. } = self.graph.nodes[at].op
-            {
-                root = self.graph.nodes[at].operands[0];
-            }
-            if maker.contains_key(&root) {
-                self.wanted.entry(root).or_insert(storage);
-            }
-        }
-        Ok(())
     }
 
     fn place(&self, value: Value) -> &Place {
@@ -414,15 +375,41 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         self.graph.ty(value)
     }
 
+    /// The turn of node `at`.
+    fn turn(&mut self, at: usize) -> Turn<'_, 't, 'a, 'g> {
+        let node = &self.graph.nodes[at];
+        let leaves = self.facts.leaves(at).into_iter();
+        let parts = leaves.map(|v| self.places[v.0 as usize].as_ref()?.frozen.clone()).collect::<Option<Vec<_>>>();
+        // What stays another's view is not made anew.
+        let made = self.facts.frozen(node.result) && !matches!(node.op, Op::Reshape { .. });
+        let frozen = parts.filter(|_| made);
+        let frozen = frozen.map(|parts| format!("{:?}({})", self.facts.groups.expression(at), parts.join(", ")));
+        debug_assert_eq!(frozen.is_some(), made, "of what is frozen there is an expression");
+        Turn { lowering: self, label: node.op.name().into(), frozen }
+    }
+}
+
+impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
+    /// The same under another label.
+    fn labelled(&mut self, label: &str) -> Turn<'_, 't, 'a, 'g> {
+        Turn { lowering: &mut *self.lowering, label: label.into(), frozen: self.frozen.clone() }
+    }
+
+    /// The packing of an operand: once, if it is frozen and known as `key`.
+    fn packing(&mut self, key: Option<&str>) -> Turn<'_, 't, 'a, 'g> {
+        Turn { lowering: &mut *self.lowering, label: "pack".into(), frozen: key.map(String::from) }
+    }
+
     /// A buffer for a node's result.
     fn result(&mut self, value: Value) -> BufferId {
         let ty = self.graph.ty(value);
-        let buffer = match (self.wanted.get(&value), &self.frozen) {
+        let frozen = self.frozen.clone();
+        let buffer = match (self.facts.claimed.get(&value), &frozen) {
             (Some(storage), _) => self.target.buffer(Element::F32, extents(ty), storage.clone()),
             (None, Some(key)) => self.target.bind(key, Element::F32, extents(ty), Storage::Prepared),
             (None, None) => self.target.buffer(Element::F32, extents(ty), Storage::Temporary),
         };
-        self.places[value.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), view: None });
+        self.places[value.0 as usize] = Some(Place { buffer, frozen, view: None });
         buffer
     }
 
@@ -433,69 +420,41 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
     }
 
     fn launch(&mut self, schedule: impl Into<Schedule>, buffers: Vec<BufferId>, extents: Vec<Extent>, units: Extent) {
-        let launch = self.target.launch(schedule, buffers, extents, units, &self.label);
+        let label = self.label.clone();
+        let launch = self.target.launch(schedule, buffers, extents, units, &label);
         match self.frozen {
             Some(_) => self.target.prepare.push(launch),
             None => self.launches.push(launch),
         }
     }
 
-    fn node(&mut self, at: usize) -> Result<(), String> {
-        let groups = self.groups.clone();
+    /// Does what the dispatch of node `at` says.
+    fn work(mut self, at: usize, work: &Work) -> Result<(), String> {
         let node = &self.graph.nodes[at];
         let operands = &node.operands;
-        self.label = node.op.name().into();
-        if let Op::Reshape { .. } = node.op {
-            self.reshape(operands[0], node.result);
-            return Ok(());
-        }
-        let leaves = if map::maps(&node.op) { groups.leaves(self.graph, at) } else { operands.clone() };
-        // What is computed on the way to a sum of rows has no place.
-        let frozen = |&v: &Value| self.places[v.0 as usize].as_ref()?.frozen.clone();
-        let known = leaves.iter().map(frozen).collect::<Option<Vec<_>>>();
-        let sized = self.ty(node.result).elements().is_some();
-        self.frozen = match known {
-            Some(parts) if sized && !self.wanted.contains_key(&node.result) => {
-                Some(format!("{:?}({})", groups.expression(self.graph, at), parts.join(", ")))
-            }
-            _ => None,
-        };
         if let Some(key) = &self.frozen
             && let Some(&buffer) = self.target.bound.get(key)
         {
             // Another entry has prepared it.
-            self.places[node.result.0 as usize] = Some(Place { buffer, frozen: self.frozen.clone(), view: None });
+            let frozen = self.frozen.clone();
+            self.places[node.result.0 as usize] = Some(Place { buffer, frozen, view: None });
             return Ok(());
         }
-        if map::maps(&node.op) {
-            // A sum over its rows computes it as it goes.
-            return if self.summed(at) { Ok(()) } else { self.map(at) };
-        }
-        let x = operands[0];
-        match &node.op {
-            Op::Permute { axes } => self.permute(x, axes, node.result),
-            Op::Slice { axis, start, .. } => self.slice(x, *axis, *start, node.result),
-            Op::Concat { axis } => self.concat(operands, *axis, node.result),
-            Op::Matmul { transpose_x, transpose_y } => match self.target.machine {
-                Machine::Cpu(_) => self.matmul(at, *transpose_x, *transpose_y)?,
-                Machine::Cuda(_) => self.tiled(at, *transpose_x, *transpose_y)?,
+        match (&node.op, work) {
+            (Op::Reshape { .. }, _) => self.reshape(operands[0], node.result),
+            (op, Work::Node) if maps(op) => self.map(at)?,
+            (Op::Permute { axes }, _) => self.permute(operands[0], axes, node.result),
+            (Op::Slice { axis, start, .. }, _) => self.slice(operands[0], *axis, *start, node.result),
+            (Op::Concat { axis }, _) => self.concat(operands, *axis, node.result),
+            (Op::Matmul { .. }, Work::Led(taken)) => match self.facts.fusion.held_columns {
+                None => self.matmul(taken)?,
+                Some(_) => self.tiled(taken)?,
             },
-            Op::Attention { causal, scale, p, stream, column } => {
-                let form = Form { causal: *causal, scale: (*scale).into(), p: (*p).into(), fours: false };
-                self.flash(Part::Forward, operands, form, (*stream, *column), node.result);
-            }
-            Op::AttentionLse { causal, scale } => {
-                let form = Form { causal: *causal, scale: (*scale).into(), p: 0.0.into(), fours: false };
-                self.flash(Part::Lse, operands, form, (0, 0), node.result);
-            }
-            Op::AttentionVjp { of, causal, scale, p, stream, column } => {
-                let form = Form { causal: *causal, scale: (*scale).into(), p: (*p).into(), fours: false };
-                self.flash(Part::Adjoint(*of), operands, form, (*stream, *column), node.result);
-            }
-            Op::LinearLse | Op::LinearMean => self.sweep(node),
-            Op::Reduce { mean, .. } if self.sums_rows(at) => self.row_sums(at, *mean)?,
-            Op::Reduce { .. } if self.sums_columns(at) => self.column_sums(at),
-            Op::Normalize { eps } | Op::NormalizeVjp { eps } => self.normalization(at, *eps)?,
+            (Op::Normalize { eps } | Op::NormalizeVjp { eps }, Work::Led(taken)) => self.normalization(taken, *eps)?,
+            (Op::Reduce { mean, .. }, Work::RowSums { of, taken }) => self.row_sums(*of, taken, *mean)?,
+            (Op::Reduce { .. }, Work::Node) if self.sums_columns(at) => self.column_sums(at),
+            (op, Work::Attention { part, results }) => self.flash((*part, results), operands, op),
+            (_, Work::Sweep { lse, mean }) => self.sweep(node, *lse, *mean),
             _ => {
                 let buffers: Vec<BufferId> = operands.iter().map(|&v| self.dense(v)).collect();
                 self.row_major(node, &buffers)?;

@@ -2,26 +2,18 @@
 
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::Lowering;
+use super::Turn;
 use super::epilogue::Following;
-use super::tiles::{Shape, Side, To};
-use crate::kernels::gemm::skinny::{Buffers, ROWS, Sizes, Skinny, Tile, WIDEST};
+use super::problem::Contraction;
+use super::tiles::{Side, To};
+use crate::kernels::gemm::skinny::{Buffers, ROWS, Sizes, Skinny, Tile};
 use crate::target::cuda::WARPS;
 
-impl Lowering<'_, '_, '_> {
-    /// The tile of a product that is of this kind.
-    pub(super) fn narrow(&self, shape: &Shape, left: &Side) -> Option<Tile> {
-        let Shape { n: Extent::Const(n), depth: Extent::Const(depth), batch: Extent::Const(1), .. } = shape else {
-            return None;
-        };
-        let such = *n > 0 && *n <= WIDEST && *depth >= self.target.limits.deep && !left.contiguous;
-        such.then(|| Tile::of(*n))
-    }
-
+impl Turn<'_, '_, '_, '_> {
     pub(super) fn launch_narrow(
         &mut self,
         tile: Tile,
-        Shape { m, n, depth, .. }: Shape,
+        Contraction { m, n, depth, .. }: Contraction,
         (a, left): (BufferId, Side),
         (b, right): (BufferId, Side),
         to: To,

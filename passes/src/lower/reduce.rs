@@ -4,43 +4,21 @@
 use peft_grammar::graph::{Dim, Op, Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
+use super::dispatch::Taken;
 use super::span::Rows;
 use super::view::View;
-use super::{Lowering, dim_extent, extent, extents};
+use super::{Turn, dim_extent, extent, extents, schedule};
 use crate::kernels::columns::{ColumnBuffers, ColumnSizes, SumColumns};
 use crate::kernels::rowwise::{RowSums, RowSumsSizes, Share, SumRows};
-use crate::target::Machine;
 
-/// Columns of a unit.
-const COLUMNS: u64 = 64;
-/// Rows that a GPU's warp reads at once.
-const AHEAD: u64 = 16;
-
-impl Lowering<'_, '_, '_> {
-    /// Node `at` sums rows up and nothing else.
-    pub(super) fn sums_rows(&self, at: usize) -> bool {
-        let node = &self.graph.nodes[at];
-        let ty = self.ty(node.operands[0]);
-        let Op::Reduce { axes, keep: true, .. } = &node.op else { return false };
-        self.target.epilogues && !ty.ragged() && matches!(ty.rank(), 2 | 3) && axes[..] == [ty.rank() - 1]
-    }
-
-    /// The group of `root` goes into nothing but sums over its rows.
-    pub(super) fn summed(&self, root: usize) -> bool {
-        let result = self.graph.nodes[root].result;
-        let once = self.uses[result.0 as usize] == 1 && self.frozen.is_none() && !self.wanted.contains_key(&result);
-        let reader = self.readers[result.0 as usize].first();
-        once && !self.groups.draws(self.graph, root) && reader.is_some_and(|&at| self.sums_rows(at))
-    }
-
+impl Turn<'_, '_, '_, '_> {
     /// Sums of rows, with what is summed up computed on the way, and what follows.
-    pub(super) fn row_sums(&mut self, at: usize, mean: bool) -> Result<(), String> {
-        let node = &self.graph.nodes[at];
+    pub(super) fn row_sums(&mut self, inner: Option<usize>, taken: &Taken, mean: bool) -> Result<(), String> {
+        let node = &self.graph.nodes[taken.at];
         let (x, result) = (node.operands[0], node.result);
         let ty = self.ty(x);
-        let inner = self.places[x.0 as usize].is_none().then(|| self.groups.maker(x).expect("no argument"));
         let own = if inner.is_none() { vec![self.dense(x)] } else { vec![] };
-        let taken = self.taken(at, at, false);
+        self.place_taken(taken);
         let stays = taken.stays;
         let out = if stays { self.result(result) } else { self.place(result).buffer };
         let map = inner.map(|root| self.expression(root, true, Some(out))).transpose()?;
@@ -51,7 +29,7 @@ impl Lowering<'_, '_, '_> {
         } else {
             buffers.push(out);
         }
-        let following = self.epilogue(&taken, &buffers, true)?;
+        let following = self.epilogue(taken, &buffers, true)?;
         let [length, rows] =
             [1, 2].map(|n| ty.shape.len().checked_sub(n).map_or(Extent::Const(1), |i| dim_extent(ty.shape[i])));
         let mut sizes = RowSumsSizes { length, rows }.list();
@@ -168,9 +146,8 @@ impl Lowering<'_, '_, '_> {
 
     /// The sum of `count` arrays in `x`.
     pub(super) fn add_up(&mut self, x: BufferId, count: Extent, elements: Extent, out: BufferId) {
-        let label = std::mem::replace(&mut self.label, "add_up".into());
-        self.sum_columns((x, Columns::dense(Extent::Const(1), count, elements)), None, out);
-        self.label = label;
+        let columns = Columns::dense(Extent::Const(1), count, elements);
+        self.labelled("add_up").sum_columns((x, columns), None, out);
     }
 
     /// Node `at` sums up columns of rows that lie somewhere in others.
@@ -194,11 +171,7 @@ impl Lowering<'_, '_, '_> {
     fn sum_columns(&mut self, (x, of): (BufferId, Columns), ratio: Option<(Extent, Extent)>, out: BufferId) {
         let Columns { outer, count, inner, line, first: begin } = of;
         let machine = self.target.machine;
-        // A GPU wants more units, and rows on their way.
-        let (across, ahead) = match machine {
-            Machine::Cpu(_) => (COLUMNS, 1),
-            Machine::Cuda(_) => (machine.lanes(), AHEAD),
-        };
+        let (across, ahead) = schedule::columns(machine);
         let blocks = Extent::CeilDiv(Box::new(inner.clone()), across);
         let schedule = SumColumns { mean: ratio.is_some(), across, ahead };
         let mut sizes = ColumnSizes { count, inner, blocks: blocks.clone(), line, begin }.list();

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Entry, Extent, Launch};
 
-use super::{Lowering, Target, dim_extent};
+use super::{Target, Turn, dim_extent};
 use crate::kernels::embedding::{Gather, GatherBuffers, GatherSizes};
 use crate::kernels::{Function, Schedule};
 
@@ -26,7 +26,7 @@ pub(super) struct Panels {
     pub shape: [Extent; 2],
 }
 
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     pub(super) fn gather(&mut self, table: BufferId, ty: &Type, ids: BufferId, start: u64, result: Value) {
         let out = self.result(result);
         let [rows, width] = [0, 1].map(|axis| dim_extent(ty.shape[axis]));

@@ -3,30 +3,20 @@
 
 use std::ops::Range;
 
-use peft_grammar::graph::{Type, Value};
+use peft_grammar::graph::Value;
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::epilogue::{Following, Taken};
-use super::gemm::Axes;
+use super::dispatch::Taken;
+use super::epilogue::Following;
+use super::problem::{Axes, Contraction};
+use super::schedule::{simt_tile, skinny_tile, split_k, tensor_cores};
 use super::view::{ONE, View};
-use super::{Lowering, Place, product};
+use super::{Place, Turn, product};
 use crate::builder::mma::Half;
 use crate::kernels::gemm::epilogue::Fate;
-use crate::kernels::gemm::simt::{Buffers, DEPTH, NARROW, Simt, Sizes, TILE, Tile};
-use crate::target::Machine;
-use crate::target::cuda::{Chip, WARPS};
-
-/// The tile of a product of so many rows and columns.
-fn tile(m: &Extent, n: &Extent) -> Tile {
-    let narrow = |size: &Extent| matches!(size, Extent::Const(size) if *size <= NARROW);
-    let (rows, columns) = match (narrow(m), narrow(n)) {
-        (_, true) => (TILE, NARROW),
-        (true, false) => (NARROW, TILE),
-        (false, false) => (TILE, TILE),
-    };
-    Tile { rows, columns }
-}
+use crate::kernels::gemm::simt::{Buffers, DEPTH, Simt, Sizes};
+use crate::target::cuda::WARPS;
 
 /// An operand in memory: element (batch, i, k) at `first + batch · area + i · along + k · deep`.
 #[derive(Debug)]
@@ -50,32 +40,13 @@ impl Side {
     }
 }
 
-/// Blocks of a product that are worth having, and how many may share a tile for that.
-const BLOCKS: u64 = 128;
-const SHARES: u64 = 8;
-
-/// How many rows, columns, steps along k and batches.
-pub(super) struct Shape {
-    pub m: Extent,
-    pub n: Extent,
-    pub depth: Extent,
-    pub batch: Extent,
-}
-
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     /// A product on a GPU.
-    pub(super) fn tiled(&mut self, at: usize, transpose_x: bool, transpose_y: bool) -> Result<(), String> {
-        let node = &self.graph.nodes[at];
+    pub(super) fn tiled(&mut self, taken: &Taken) -> Result<(), String> {
+        let node = &self.graph.nodes[taken.at];
         let (x, y, result) = (node.operands[0], node.operands[1], node.result);
-        let (ty_x, ty_y, ty) = (self.ty(x), self.ty(y), self.ty(result));
-        // One weight for all leading axes: they are more rows.
-        let lead = ty_y.rank() - 2;
-        let all_rows = |axes: Axes| if lead + 2 < ty_x.rank() { Axes { i: 0..axes.i.end, ..axes } } else { axes };
-        let axes_x = all_rows(Axes::of(ty_x, lead, transpose_x));
-        let axes_y = Axes::of(ty_y, lead, !transpose_y);
-        let size = |ty: &Type, axes: &Range<usize>| product(&ty.shape[axes.clone()]);
-        let [m, depth, batch] = [&axes_x.i, &axes_x.k, &axes_x.batch].map(|axes| size(ty_x, axes));
-        let shape = Shape { m, n: size(ty_y, &axes_y.i), depth, batch };
+        let (axes_x, axes_y) = Axes::of_product(&node.op, self.ty(x), self.ty(y));
+        let shape = Contraction::of(self.graph, node);
         let (a, left) = self.strided(x, &axes_x);
         let (b, right) = self.strided(y, &axes_y);
         let place = self.place(y).clone();
@@ -86,20 +57,18 @@ impl Lowering<'_, '_, '_> {
                 (Some((half, packed)), self.rounded(half, &shape, (a, left), Some(x)))
             }
             None => {
-                let alone = matches!(self.rounds(x), Some((_, true)));
+                let alone = matches!(self.facts.rounds(x), Some((_, true)));
                 assert!(!alone, "what only such products read is there for them alone");
                 (None, (a, left))
             }
         };
-        // What follows a sum of shares has a launch of its own.
-        let alone = packed.is_none() && shares(&shape) > 1;
-        let whole = matches!(shape.n, Extent::Const(n) if n <= TILE);
-        let taken = if alone { Taken::groups(at, at, vec![]) } else { self.taken(at, at, whole) };
-        let (c, line, area, first) = self.product_place(result, all_rows(Axes::of(ty, lead, false)));
+        self.place_taken(taken);
+        let axes = Axes::of_result(self.ty(result), self.ty(x), self.ty(y));
+        let (c, line, area, first) = self.product_place(result, axes);
         let from = packed.as_ref().map_or(b, |(_, packed)| packed.buffer);
         let following = match taken.is_empty() {
             true => Following::default(),
-            false => self.epilogue(&taken, &Buffers { a, b: from, c }.list(), true)?,
+            false => self.epilogue(taken, &Buffers { a, b: from, c }.list(), true)?,
         };
         let fate = if taken.stays { Fate::Written } else { Fate::Passed };
         let to = To { buffer: c, line, area, first, fate, following };
@@ -112,13 +81,11 @@ impl Lowering<'_, '_, '_> {
 
     /// In what tensor cores compute the product, if they do.
     fn half(&self, left: &Side, place_b: &Place) -> Option<Half> {
-        let Machine::Cuda(chip) = self.target.machine else { return None };
         let asked = self.target.precision == Precision::Bf16 && self.frozen.is_none();
-        let half = if chip >= Chip::Sm80 { Half::BF16 } else { Half::F16 };
-        (asked && place_b.frozen.is_some() && !left.contiguous).then_some(half)
+        tensor_cores(self.target.machine).filter(|_| asked && place_b.frozen.is_some() && !left.contiguous)
     }
 
-    /// x @ y[rows]ᵀ, or x @ y[rows]. It fills `out`, or is added to what stands there. All of them are row-major.
+    /// [`Turn::product_of_rows`].
     pub(super) fn tiled_rows(
         &mut self,
         (x, m): (BufferId, Extent),
@@ -144,7 +111,7 @@ impl Lowering<'_, '_, '_> {
             fate: if kept { Fate::Added } else { Fate::Written },
             following: Following::default(),
         };
-        let shape = Shape { m, n, depth, batch: one.clone() };
+        let shape = Contraction { m, n, depth, batch: one.clone() };
         let place = self.place(y).clone();
         match self.half(&left, &place) {
             Some(half) => {
@@ -171,16 +138,16 @@ impl Lowering<'_, '_, '_> {
         (self.place(value).buffer, side)
     }
 
-    fn launch_tiles(&mut self, shape: Shape, (a, left): (BufferId, Side), (b, right): (BufferId, Side), to: To) {
-        if let Some(narrow) = self.narrow(&shape, &left) {
+    fn launch_tiles(&mut self, shape: Contraction, (a, left): (BufferId, Side), (b, right): (BufferId, Side), to: To) {
+        if let Some(narrow) = skinny_tile(&shape, left.contiguous, &self.target.limits) {
             return self.launch_narrow(narrow, shape, (a, left), (b, right), to);
         }
         let whole = shape.m.clone() * shape.n.clone();
         let apart = shape.batch != Extent::Const(1) && to.area != whole;
         let dense = to.line == shape.n && to.first == Extent::Const(0) && !apart;
-        let shares = if to.fate == Fate::Written && dense { shares(&shape) } else { 1 };
-        let Shape { m, n, depth, batch } = shape;
-        let tile = tile(&m, &n);
+        let shares = if to.fate == Fate::Written && dense { split_k(&shape) } else { 1 };
+        let Contraction { m, n, depth, batch } = shape;
+        let tile = simt_tile(&m, &n);
         let tiles = |n: &Extent, side| Extent::CeilDiv(Box::new(n.clone()), side);
         let (down, across) = (tiles(&m, tile.rows), tiles(&n, tile.columns));
         let units = Extent::Const(shares) * batch.clone() * down.clone() * across.clone() * Extent::Const(WARPS);
@@ -217,18 +184,6 @@ impl Lowering<'_, '_, '_> {
         if shares > 1 {
             self.add_up(c, Extent::Const(shares), elements, to.buffer);
         }
-    }
-}
-
-/// How many blocks share a tile of a weight's gradient, so that there are some for most of a chip's multiprocessors.
-fn shares(shape: &Shape) -> u64 {
-    match *shape {
-        Shape { m: Extent::Const(m), n: Extent::Const(n), depth: Extent::Tokens, batch: Extent::Const(batch) } => {
-            let tile = tile(&shape.m, &shape.n);
-            let tiles = batch * m.div_ceil(tile.rows) * n.div_ceil(tile.columns);
-            (BLOCKS / tiles.max(1)).clamp(1, SHARES)
-        }
-        _ => 1,
     }
 }
 

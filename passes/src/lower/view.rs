@@ -1,6 +1,6 @@
 //! Where the elements of a value lie in its buffer. What only moves elements, `slice`, `reshape`, `permute`, makes
-//! another view of the same buffer; a reader that cannot follow a view asks for a copy ([`Lowering::dense`]), and a
-//! writer may lay its result out for the one who wants it side by side with others ([`Lowering::target`]).
+//! another view of the same buffer; a reader that cannot follow a view asks for a copy ([`Turn::dense`]), and a
+//! writer may lay its result out for the one who wants it side by side with others ([`Turn::target`]).
 //!
 //! ```text
 //! qkv [tokens, 3·768] ─slice─► [tokens, 768] ─reshape─► [tokens, 12, 64] ─permute─► [12, tokens, 64]
@@ -12,7 +12,7 @@ use std::ops::Range;
 use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::{Lowering, Place, product};
+use super::{Place, Turn, product};
 use crate::kernels::copy::{CopyBuffers, CopyView};
 
 /// A distance in elements: a number times sizes of the batch.
@@ -146,7 +146,7 @@ fn flat(shape: &[Dim]) -> Vec<Dim> {
     }
 }
 
-impl Lowering<'_, '_, '_> {
+impl Turn<'_, '_, '_, '_> {
     /// How `value` lies in its place's buffer.
     pub(super) fn view(&self, value: Value) -> View {
         self.place(value).view.clone().unwrap_or_else(|| View::dense(&self.ty(value).shape))
@@ -172,10 +172,9 @@ impl Lowering<'_, '_, '_> {
     pub(super) fn dense(&mut self, value: Value) -> BufferId {
         let place = self.place(value).clone();
         let Some(view) = place.view else { return place.buffer };
-        let label = std::mem::replace(&mut self.label, "copy".into());
         let copy = self.result(value);
-        self.copy_view((place.buffer, &view), (copy, &self.view(value)));
-        self.label = label;
+        let whole = self.view(value);
+        self.labelled("copy").copy_view((place.buffer, &view), (copy, &whole));
         copy
     }
 
@@ -209,10 +208,10 @@ impl Lowering<'_, '_, '_> {
     /// elements make of it. A reshape alone asks for nothing new, but may merge axes that a permute before it swapped.
     fn wish(&self, value: Value) -> Option<(Value, View)> {
         let shape = &self.ty(value).shape;
-        if self.wanted.contains_key(&value) {
+        if self.facts.claimed.contains_key(&value) {
             return Some((value, View::dense(shape)));
         }
-        let mut wishes = self.readers[value.0 as usize].iter().filter_map(|&reader| {
+        let mut wishes = self.facts.readers(value).iter().filter_map(|&reader| {
             let node = &self.graph.nodes[reader];
             let whole = || (node.result, View::dense(&self.ty(node.result).shape));
             match &node.op {

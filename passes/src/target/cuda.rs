@@ -5,6 +5,9 @@ use std::str::FromStr;
 
 pub use peft_runtime::artifact::{WARP, WARPS};
 
+/// Columns of a product's tile, and rows of a large one.
+pub const TILE: u64 = 64;
+
 /// What kernels are compiled for: a chip runs what is compiled for an earlier one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Chip {

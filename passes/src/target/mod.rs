@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use self::cpu::Cpu;
 use self::cuda::{Chip, WARP, WARPS};
+use crate::builder::mma::Half;
 
 /// Elements of a processor's vector: a register of AVX-512, two of AVX2.
 pub const LANES: u64 = 16;
@@ -58,6 +59,26 @@ impl Machine {
         }
     }
 
+    /// What a kernel does besides its own node's work, and which order of launches that wants.
+    pub fn fusion(self) -> Fusion {
+        match self {
+            Machine::Cpu(_) => Fusion {
+                held_columns: None,
+                companions: false,
+                rounds_ahead: None,
+                puts_off: false,
+                side_by_side: false,
+            },
+            Machine::Cuda(chip) => Fusion {
+                held_columns: Some(cuda::TILE),
+                companions: true,
+                rounds_ahead: (chip >= Chip::Sm80).then_some(Half::BF16),
+                puts_off: true,
+                side_by_side: true,
+            },
+        }
+    }
+
     /// Vectors beside each other, of four rows whose sums are in registers: half of those hold them.
     pub fn vectors_across(self) -> u64 {
         match self {
@@ -76,6 +97,22 @@ impl Machine {
             Machine::Cuda(_) => WARPS,
         }
     }
+}
+
+/// What a kernel does besides its own node's work.
+#[derive(Clone, Copy, Debug)]
+pub struct Fusion {
+    /// Products have rows of their results in registers when they write them, and of results of so many columns at most
+    /// whole rows; otherwise what follows reads them from the cache.
+    pub held_columns: Option<u64>,
+    /// A sum of rows does beside what else is done with these rows.
+    pub companions: bool,
+    /// What products read in half precision is rounded by the kernel that makes it.
+    pub rounds_ahead: Option<Half>,
+    /// Products wait for what follows them.
+    pub puts_off: bool,
+    /// Launches of one kernel that do not wait for each other are one.
+    pub side_by_side: bool,
 }
 
 impl Default for Machine {
