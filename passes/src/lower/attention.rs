@@ -3,8 +3,9 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
+use super::entry::Turn;
+use super::sizes::{dim_extent, extents};
 use super::view::View;
-use super::{Turn, dim_extent, extents};
 use crate::kernels::Schedule;
 use crate::kernels::attention::unfused::{Attend, Buffers, Scores, Sizes};
 
@@ -25,7 +26,7 @@ impl Turn<'_, '_, '_, '_> {
 
     /// `ty` is that of the queries, `[heads, tokens, width]`.
     fn attention_launch(&mut self, schedule: impl Into<Schedule>, [left, right, out]: [BufferId; 3], ty: &Type) {
-        let [offsets, pairs] = ["offsets", "pairs"].map(|name| self.target.derived(name));
+        let [offsets, pairs] = ["offsets", "pairs"].map(|name| self.module.derived(name));
         let width = dim_extent(ty.shape[2]);
         let sizes = Sizes { tokens: Extent::Tokens, pairs: Extent::Pairs, width, sequences: Extent::Sequences };
         let units = dim_extent(ty.shape[0]) * Extent::Sequences;

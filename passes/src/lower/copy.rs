@@ -3,8 +3,9 @@
 use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
+use super::entry::Turn;
+use super::sizes::{dim_extent, extents};
 use super::span::Rows;
-use super::{Turn, dim_extent, extents};
 use crate::kernels::copy::{CopyBuffers, CopyRagged, Pad, PadSizes, RaggedSizes};
 
 impl Turn<'_, '_, '_, '_> {
@@ -83,7 +84,7 @@ impl Turn<'_, '_, '_, '_> {
     ) {
         let (source, target) = (Rows::of(from_ty), Rows::of(to_ty));
         let mut buffers = CopyBuffers { from, to }.list();
-        buffers.push(self.target.derived("pairs"));
+        buffers.push(self.module.derived("pairs"));
         let starts = RaggedSizes { start: Extent::Const(start), start_to: Extent::Const(start_to) };
         let sizes = [source.sizes().list(), target.sizes().list(), starts.list()].concat();
         let schedule = CopyRagged { ragged: [source.ragged(), target.ragged()], by_source, clear };

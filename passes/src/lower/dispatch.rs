@@ -16,10 +16,10 @@ use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Type, Value};
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::{Storage, Tensor};
 
+use super::Options;
 use super::groups::{Groups, group, maps};
 use super::problem::Contraction;
 use super::schedule::split_k;
-use super::{Options, gradient_of};
 use crate::builder::mma::Half;
 use crate::kernels::attention::shape::Part;
 use crate::target::Fusion;
@@ -266,6 +266,14 @@ impl<'g> Facts<'g> {
         let [queries, keys, values] = sides;
         self.read_after(values, queries.min(keys)).then_some(sides)
     }
+}
+
+/// The storage output `name` has if it is the gradient of a tensor.
+pub fn gradient_of(graph: &Graph, tensors: &[Tensor], name: &str) -> Option<Storage> {
+    let label = name.strip_prefix("grad.")?;
+    let arg = graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label)?;
+    let index = tensors.iter().position(|t| t.name == arg.name)?;
+    Some(Storage::Gradient { index })
 }
 
 /// Lets what computes a gradient write straight into the flat vector.

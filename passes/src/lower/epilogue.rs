@@ -4,8 +4,9 @@ use peft_grammar::graph::{Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::dispatch::Taken;
+use super::entry::Turn;
+use super::sizes::dim_extent;
 use super::view::View;
-use super::{Turn, dim_extent};
 use crate::kernels::epilogue::{Epilogue, Group, Sum};
 
 /// An epilogue on its way, with its arguments.

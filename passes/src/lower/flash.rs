@@ -3,13 +3,15 @@
 use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
+use super::entry::Turn;
+use super::schedule;
+use super::schedule::Square;
+use super::sizes::dim_extent;
 use super::view::{ONE, Step, View};
-use super::{Turn, dim_extent};
 use crate::kernels::attention::cpu::{CpuAttention, RoomBuffers, SLACK, beside};
 use crate::kernels::attention::gpu::{BlockSizes, GpuAttention, KindSizes, TILE};
 use crate::kernels::attention::shape::{Form, HeadSizes, Lie, Part};
 use crate::kernels::philox;
-use crate::target::Machine;
 use crate::target::cuda::WARPS;
 
 impl Turn<'_, '_, '_, '_> {
@@ -26,9 +28,10 @@ impl Turn<'_, '_, '_, '_> {
         let (heads, width, wide) = (dim_extent(query[0]), dim_extent(query[2]), dim_extent(value[2]));
         let floats = operands.len() - usize::from(form.drops());
         // What counts units: a processor's heads of a sequence are neighbours, as they are in memory.
-        let count = match self.target.machine {
-            Machine::Cpu(_) => heads.clone(),
-            Machine::Cuda(_) => Extent::Sequences,
+        let square = schedule::square(self.module.machine);
+        let count = match square {
+            Square::Rows => heads.clone(),
+            Square::Tiles => Extent::Sequences,
         };
         let [stream, column] = [u64::from(stream), column].map(Extent::Const);
         let mut sizes = HeadSizes { width: width.clone(), wide: wide.clone(), count, stream, column }.list();
@@ -54,8 +57,8 @@ impl Turn<'_, '_, '_, '_> {
             buffers.push(buffer);
             lie(&view);
         }
-        let offsets = self.target.derived("offsets");
-        if let Machine::Cuda(_) = self.target.machine {
+        let offsets = self.module.derived("offsets");
+        if square == Square::Tiles {
             let [width, wide] = [query[2], value[2]].map(|n| n.constant().expect("of a head"));
             let columns = match part {
                 Part::Lse => 1,
@@ -83,7 +86,7 @@ impl Turn<'_, '_, '_, '_> {
         // What the weights multiply: a side that is transposed as well, or one that is not.
         let factor = if part.gives(1) { self.scratch(place(width)) } else { first };
         let other = if part.gives(2) { self.scratch(place(wide)) } else { second };
-        let rows = self.scratch(place(Extent::Const(beside(part, self.target.machine))));
+        let rows = self.scratch(place(Extent::Const(beside(part, self.module.machine))));
         buffers.extend(RoomBuffers { first, second, factor, other, rows, offsets }.list());
         self.launch(CpuAttention { part, form }, buffers, sizes, heads * Extent::Sequences);
     }
@@ -91,10 +94,10 @@ impl Turn<'_, '_, '_, '_> {
     /// A GPU may read these rows in fours, as far as they are wide.
     fn in_fours(&self, operands: &[Value]) -> bool {
         let mut tensors = operands.iter().enumerate().filter(|(i, _)| matches!(i, 0 | 1 | 2 | 4)).map(|(_, &v)| v);
-        matches!(self.target.machine, Machine::Cuda(_))
+        schedule::square(self.module.machine) == Square::Tiles
             && tensors.all(|value| {
                 let (view, ty) = (self.view(value), self.ty(value));
-                let own = matches!(self.target.buffers[self.place(value).buffer].storage, Storage::Temporary);
+                let own = matches!(self.module.buffers[self.place(value).buffer].storage, Storage::Temporary);
                 let steps = view.steps[..2].iter().map(Step::extent);
                 own && steps.chain([view.first.clone(), dim_extent(ty.shape[2])]).all(|extent| fours(&extent))
             })

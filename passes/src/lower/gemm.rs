@@ -7,12 +7,13 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
 use super::dispatch::Taken;
+use super::entry::{Place, Turn};
 use super::epilogue::Following;
+use super::module::Panels;
 use super::problem::Axes;
-use super::schedule::{gemm_tile, halves_of};
-use super::tables::Panels;
+use super::schedule::gemm_form;
+use super::sizes::product;
 use super::view::{ONE, View};
-use super::{Place, Turn, product};
 use crate::kernels::gemm::cpu::{Buffers, Form, Gemm, Sizes};
 use crate::kernels::gemm::pack::{Factors, Pack, PackBuffers, PackSizes};
 
@@ -115,12 +116,9 @@ impl Turn<'_, '_, '_, '_> {
     }
 
     fn form(&self, left: &Side, place_b: &Place, n: &Extent, packed: bool) -> Form {
-        let rounds = self.target.precision == Precision::Bf16 && self.frozen.is_none();
-        let cpu = self.target.cpu();
-        let halves = rounds && place_b.frozen.is_some() && !left.contiguous;
-        let factors = if halves { halves_of(cpu) } else { Factors::F32 };
-        let tile = gemm_tile(&left.length, n, packed, cpu.registers());
-        Form { tile, columns_a: left.contiguous, packed, factors }
+        let rounds = self.module.precision == Precision::Bf16 && self.frozen.is_none();
+        let half = rounds && place_b.frozen.is_some() && !left.contiguous;
+        gemm_form(self.module.machine, (&left.length, n), left.contiguous, packed, half)
     }
 
     /// One launch over all of a product's units. B's line, area, first element, and elements from one column panel to
@@ -238,24 +236,24 @@ impl Turn<'_, '_, '_, '_> {
             Some(source) => format!("pack({source}, {layout})"),
             None => format!("pack({}, {layout})", place.buffer),
         };
-        let known = if place.frozen.is_some() { self.target.bound.get(&key) } else { self.packs.get(&key) };
+        let known = if place.frozen.is_some() { self.module.bound.get(&key) } else { self.packs.get(&key) };
         if let Some(&panels) = known {
             return panels;
         }
         let packed = match place.frozen {
             Some(_) => {
-                let packed = self.target.bind(&key, factors.element(), shape, Storage::Prepared);
+                let packed = self.module.bind(&key, factors.element(), shape, Storage::Prepared);
                 // The whole of a matrix, row by row.
                 if let Factors::F32 = factors
                     && (contiguous, &line, &first, &batch) == (true, &length, &Extent::Const(0), &Extent::Const(1))
                 {
                     let shape = [depth.clone(), length.clone()];
-                    self.target.panels.insert(place.buffer, Panels { buffer: packed, across: width, shape });
+                    self.module.panels.insert(place.buffer, Panels { buffer: packed, across: width, shape });
                 }
                 packed
             }
             None => {
-                let packed = self.target.buffer(factors.element(), shape, Storage::Temporary);
+                let packed = self.module.buffer(factors.element(), shape, Storage::Temporary);
                 self.packs.insert(key.clone(), packed);
                 packed
             }

@@ -4,11 +4,12 @@
 use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
+use super::entry::{Place, Turn};
 use super::epilogue::Following;
 use super::problem::Contraction;
 use super::schedule::mma_form;
+use super::sizes::extents;
 use super::tiles::{Side, To};
-use super::{Place, Turn, extents};
 use crate::builder::mma::Half;
 use crate::kernels::gemm::mma::{
     Buffers, COLUMNS, DEPTH, EACH, Mma, Pack, PackBuffers, PackSizes, Round, RoundSizes, Sizes, TILE,
@@ -19,14 +20,14 @@ impl Turn<'_, '_, '_, '_> {
     /// The rows of A may be read in fours: they begin at multiples of four, and so do they end.
     fn rows_in_fours(&self, a: BufferId, left: &Side, depth: &Extent) -> bool {
         let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
-        let whole = matches!(self.target.buffers[a].storage, Storage::Temporary | Storage::Prepared);
+        let whole = matches!(self.module.buffers[a].storage, Storage::Temporary | Storage::Prepared);
         whole && [&left.along, &left.first, depth].into_iter().all(multiple)
     }
 
     /// Room for rows in half precision, two numbers a word, and from row to row: rows are at multiples of four words.
     fn room_for_halves(&mut self, m: &Extent, depth: &Extent) -> (BufferId, Extent) {
         let line = Extent::CeilDiv(Box::new(depth.clone()), 8) * Extent::Const(4);
-        (self.target.buffer(Element::I32, vec![m.clone(), line.clone()], Storage::Temporary), line)
+        (self.module.buffer(Element::I32, vec![m.clone(), line.clone()], Storage::Temporary), line)
     }
 
     /// Room for a value of [`Facts::rounds`].
@@ -72,7 +73,7 @@ impl Turn<'_, '_, '_, '_> {
         packed: Packed,
         to: To,
     ) {
-        let form = mma_form(half, &n, self.target.limits.many, self.rows_in_fours(a, &left, &depth));
+        let form = mma_form(half, &n, self.module.limits.many, self.rows_in_fours(a, &left, &depth));
         let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
         let (down, across) = (tiles(&m, form.rows), tiles(&n, COLUMNS));
         let units = down * across.clone() * Extent::Const(WARPS);
@@ -109,10 +110,10 @@ impl Turn<'_, '_, '_, '_> {
         let deep = tiles(&depth, DEPTH);
         let units = tiles(&n, COLUMNS) * deep.clone();
         let line = deep.clone() * Extent::Const(TILE);
-        let known = self.target.bound.get(&key).copied();
+        let known = self.module.bound.get(&key).copied();
         let buffer = known.unwrap_or_else(|| {
             let shape = vec![units.clone() * Extent::Const(TILE)];
-            let buffer = self.target.bind(&key, Element::I32, shape, Storage::Prepared);
+            let buffer = self.module.bind(&key, Element::I32, shape, Storage::Prepared);
             let (along, start) = (side.along.clone(), side.first.clone());
             let sizes = PackSizes { n, depth, tiles: deep, along, deep: side.deep.clone(), start }.list();
             let buffers = PackBuffers { from: place.buffer, to: buffer }.list();

@@ -19,8 +19,9 @@ use std::ops::Range;
 use peft_grammar::graph::{Node, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
+use super::entry::Turn;
 use super::schedule::held_scores;
-use super::{Turn, dim_extent};
+use super::sizes::dim_extent;
 use crate::kernels::chunked_logits::{Block, BlockBuffers, BlockSizes, End, EndSizes};
 
 impl Turn<'_, '_, '_, '_> {
@@ -31,8 +32,8 @@ impl Turn<'_, '_, '_, '_> {
 
         let rows = dim_extent(self.ty(x).shape[0]);
         let vocabulary = self.ty(w).shape[0].constant().expect("a weight's rows are known");
-        let most = self.target.limits.block.min(vocabulary);
-        let held = held_scores(self.target.machine, most);
+        let most = self.module.limits.block.min(vocabulary);
+        let held = held_scores(self.module.machine, most);
         let sweep = Sweep {
             scores: self.scratch(vec![rows.clone(), Extent::Const(most)]),
             held,
@@ -78,14 +79,14 @@ impl Turn<'_, '_, '_, '_> {
         buffers.extend(mean);
         let [length, again] = [length, again.into()].map(Extent::Const);
         let sizes = BlockSizes { length, width: sweep.width.clone(), again }.list();
-        let units = sweep.rows.clone() * Extent::Const(self.target.machine.team());
+        let units = sweep.rows.clone() * Extent::Const(self.module.machine.team());
         self.launch(Block { mean: mean.is_some(), held }, buffers, sizes, units);
     }
 
     fn finish(&mut self, sweep: &Sweep) {
         let Sweep { lse, mean, .. } = *sweep;
         let buffers: Vec<BufferId> = [Some(sweep.state), lse, mean].into_iter().flatten().collect();
-        let units = sweep.rows.clone() * Extent::Const(self.target.machine.team());
+        let units = sweep.rows.clone() * Extent::Const(self.module.machine.team());
         let schedule = End { lse: lse.is_some(), mean: mean.is_some() };
         self.launch(schedule, buffers, EndSizes { width: sweep.width.clone() }.list(), units);
     }

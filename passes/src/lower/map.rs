@@ -6,9 +6,10 @@ use peft_grammar::graph::{Dim, Op, Value};
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::dispatch::Facts;
+use super::entry::Turn;
 use super::groups::one_column;
+use super::sizes::{dim_extent, element, extent, lead_size, product};
 use super::view::{ONE, View};
-use super::{Turn, dim_extent, element, extent, lead_size, product};
 use crate::kernels::elementwise::{Expression, Leaf, Step};
 
 /// A group's expression with its arguments.
@@ -25,7 +26,7 @@ impl Turn<'_, '_, '_, '_> {
     pub(super) fn map(&mut self, root: usize) -> Result<(), String> {
         let Map { expression, buffers, sizes, rows, .. } = self.expression(root, false, None)?;
         let all = extent(self.ty(self.graph.nodes[root].result));
-        let stretch = self.target.machine.stretch();
+        let stretch = self.module.machine.stretch();
         let units = if expression.flat() { Extent::CeilDiv(Box::new(all), stretch) } else { rows };
         self.label = expression.label();
         self.launch(expression, buffers, sizes, units);
@@ -153,7 +154,7 @@ impl Turn<'_, '_, '_, '_> {
             Expression { leaves, out: out_lies, steps, ragged, axes: axes.len(), sizes: sizes.len(), draws, narrow };
         let mut buffers: Vec<BufferId> = arrays.iter().map(|&v| self.place(v).buffer).collect();
         buffers.extend(draws.then(|| self.place(keys[0]).buffer));
-        buffers.extend(ragged.then(|| self.target.derived("pairs")));
+        buffers.extend(ragged.then(|| self.module.derived("pairs")));
         buffers.push(out);
 
         let rows = product(&shape[..shape.len().min(axes.last().map_or(0, |a| a.start))]);

@@ -2,7 +2,7 @@
 
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::Turn;
+use super::entry::Turn;
 use super::epilogue::Following;
 use super::problem::Contraction;
 use super::tiles::{Side, To};

@@ -3,7 +3,7 @@
 
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Output, Storage};
 
-use super::Target;
+use super::module::Module;
 use crate::kernels::optimizer::{
     AddBuffers, AddWeighted, FlatSizes, RootOfSum, SumBuffers, SumOfSquares, Sweep, ToldBuffers,
 };
@@ -13,41 +13,41 @@ const AHEAD: u64 = 8;
 
 /// One step; gives `grad_norm`, the norm before clipping. With `own_rates` each value's rate is its factor times that of
 /// the step.
-pub fn update(target: &mut Target, own_rates: bool) -> Entry {
-    let optimizer = target.optimizer;
+pub fn update(module: &mut Module, own_rates: bool) -> Entry {
+    let optimizer = module.optimizer;
     let mut flat = |name: &str| {
-        target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
+        module.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
     };
     let names = ["values", "gradients"].iter().chain(optimizer.moments()).chain(&["decay"]);
     let names = names.chain(own_rates.then_some(&"lr_factors"));
     let mut swept: Vec<BufferId> = names.map(|name| flat(name)).collect();
     let gradients = swept[1];
     let count = Extent::Const(optimizer.hyper().len() as u64);
-    let hyper = target.bind("hyper", Element::F32, vec![count], Storage::Input("hyper".into()));
-    let blocks = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
-    let partial = target.buffer(Element::F32, vec![blocks.clone()], Storage::Temporary);
-    let norm = target.buffer(Element::F32, vec![], Storage::Temporary);
+    let hyper = module.bind("hyper", Element::F32, vec![count], Storage::Input("hyper".into()));
+    let blocks = Extent::CeilDiv(Box::new(Extent::Values), module.machine.stretch());
+    let partial = module.buffer(Element::F32, vec![blocks.clone()], Storage::Temporary);
+    let norm = module.buffer(Element::F32, vec![], Storage::Temporary);
     swept.extend(ToldBuffers { hyper, norm }.list());
     let count = FlatSizes { count: Extent::Values }.list();
     // Partial sums that a member of the team reads at once.
-    let ahead = if target.machine.team() > 1 { AHEAD } else { 1 };
+    let ahead = if module.machine.team() > 1 { AHEAD } else { 1 };
     let of_partial = FlatSizes { count: blocks.clone() }.list();
     let launches = vec![
-        target.launch(
+        module.launch(
             SumOfSquares,
             SumBuffers { x: gradients, out: partial }.list(),
             count.clone(),
             blocks.clone(),
             "norm",
         ),
-        target.launch(
+        module.launch(
             RootOfSum { ahead },
             SumBuffers { x: partial, out: norm }.list(),
             of_partial,
-            Extent::Const(target.machine.team()),
+            Extent::Const(module.machine.team()),
             "norm",
         ),
-        target.launch(Sweep { optimizer, own_rates }, swept, count, blocks, optimizer.word()),
+        module.launch(Sweep { optimizer, own_rates }, swept, count, blocks, optimizer.word()),
     ];
     Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
 }
@@ -59,9 +59,9 @@ pub fn update(target: &mut Target, own_rates: bool) -> Entry {
 /// accumulate    sums      ← shares[0] sums + shares[1] gradients
 /// accumulated   gradients ← shares[0] gradients + shares[1] sums
 /// ```
-pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
+pub fn accumulation(module: &mut Module) -> [(&'static str, Entry); 2] {
     [("accumulate", ["sums", "gradients"]), ("accumulated", ["gradients", "sums"])]
-        .map(|(name, vectors)| (name, weighted(target, vectors, "shares", "accumulate")))
+        .map(|(name, vectors)| (name, weighted(module, vectors, "shares", "accumulate")))
 }
 
 /// The average of the values, which follows `update`; `average_shares` says what each vector counts.
@@ -69,18 +69,18 @@ pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
 /// ```text
 /// average    averages ← average_shares[0] averages + average_shares[1] values
 /// ```
-pub fn average(target: &mut Target) -> Entry {
-    weighted(target, ["averages", "values"], "average_shares", "average")
+pub fn average(module: &mut Module) -> Entry {
+    weighted(module, ["averages", "values"], "average_shares", "average")
 }
 
 /// Two flat vectors x and y: x becomes what the two numbers of the input `shares` make of both.
-fn weighted(target: &mut Target, [x, y]: [&str; 2], shares: &str, op: &str) -> Entry {
+fn weighted(module: &mut Module, [x, y]: [&str; 2], shares: &str, op: &str) -> Entry {
     let mut flat = |name: &str| {
-        target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
+        module.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
     };
     let [x, y] = [x, y].map(&mut flat);
-    let shares = target.bind(shares, Element::F32, vec![Extent::Const(2)], Storage::Input(shares.into()));
-    let units = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
+    let shares = module.bind(shares, Element::F32, vec![Extent::Const(2)], Storage::Input(shares.into()));
+    let units = Extent::CeilDiv(Box::new(Extent::Values), module.machine.stretch());
     let (buffers, sizes) = (AddBuffers { x, y, shares }.list(), FlatSizes { count: Extent::Values }.list());
-    Entry { launches: vec![target.launch(AddWeighted, buffers, sizes, units, op)], outputs: vec![] }
+    Entry { launches: vec![module.launch(AddWeighted, buffers, sizes, units, op)], outputs: vec![] }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use peft_grammar::graph::{Graph, Node, Op, Type};
 use peft_runtime::artifact::Extent;
 
-use super::product;
+use super::sizes::product;
 
 /// x @ y: how many rows, columns, steps along k, and batches of them.
 pub struct Contraction {

@@ -5,9 +5,11 @@ use peft_grammar::graph::{Dim, Op, Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::dispatch::Taken;
+use super::entry::Turn;
+use super::schedule;
+use super::sizes::{dim_extent, extent, extents};
 use super::span::Rows;
 use super::view::View;
-use super::{Turn, dim_extent, extent, extents, schedule};
 use crate::kernels::columns::{ColumnBuffers, ColumnSizes, SumColumns};
 use crate::kernels::rowwise::{RowSums, RowSumsSizes, Share, SumRows};
 
@@ -137,7 +139,7 @@ impl Turn<'_, '_, '_, '_> {
         let out = self.target_of(count.clone(), target);
         let schedule = SumRows { mean: ratio.is_some(), ragged: rows.ragged() };
         let mut buffers = vec![x, out];
-        buffers.extend(rows.places(self.target));
+        buffers.extend(rows.places(self.module));
         let mut sizes = rows.sizes().list();
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| Share { all, kept }.list()));
         self.launch(schedule, buffers, sizes, count);
@@ -170,7 +172,7 @@ impl Turn<'_, '_, '_, '_> {
 
     fn sum_columns(&mut self, (x, of): (BufferId, Columns), ratio: Option<(Extent, Extent)>, out: BufferId) {
         let Columns { outer, count, inner, line, first: begin } = of;
-        let machine = self.target.machine;
+        let machine = self.module.machine;
         let (across, ahead) = schedule::columns(machine);
         let blocks = Extent::CeilDiv(Box::new(inner.clone()), across);
         let schedule = SumColumns { mean: ratio.is_some(), across, ahead };

@@ -4,8 +4,10 @@ use peft_grammar::graph::{Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::dispatch::Taken;
+use super::entry::Turn;
+use super::schedule;
+use super::sizes::{dim_extent, product};
 use super::span::Rows;
-use super::{Turn, dim_extent, product, schedule};
 use crate::kernels::embedding::{self, FewSizes, ScatterBuffers, ScatterSizes, ScatterToFew};
 use crate::kernels::rowwise::{
     Along, CrossEntropy, CrossEntropyBuffers, CrossEntropySizes, Kind, Normalize, NormalizeSizes, SegmentBuffers,
@@ -17,7 +19,7 @@ impl Turn<'_, '_, '_, '_> {
         let rows = Rows::of(ty);
         let mut buffers = operands.to_vec();
         buffers.push(self.result(result));
-        buffers.extend(rows.places(self.target));
+        buffers.extend(rows.places(self.module));
         self.launch(Along { kind, ragged: rows.ragged() }, buffers, rows.sizes().list(), Rows::count(ty));
     }
 
@@ -31,7 +33,7 @@ impl Turn<'_, '_, '_, '_> {
         let stays = taken.stays;
         let out = if stays { self.result(result) } else { self.place(result).buffer };
         buffers.push(out);
-        buffers.extend(rows.places(self.target));
+        buffers.extend(rows.places(self.module));
         let following = self.epilogue(taken, &buffers, true)?;
         let rows_of_batch = ty.shape.iter().rev().nth(1).map_or(Extent::Const(1), |&d| dim_extent(d));
         let mut sizes = rows.sizes().list();
@@ -39,7 +41,7 @@ impl Turn<'_, '_, '_, '_> {
         sizes.extend(following.sizes);
         buffers.extend(following.buffers);
         self.label = following.epilogue.label(node.op.name());
-        let lie = schedule::lie(self.target.machine, &rows);
+        let lie = schedule::lie(self.module.machine, &rows);
         let (vjp, epilogue) = (node.operands.len() > 1, following.epilogue);
         self.launch(Normalize { vjp, eps: eps.into(), lie, stays, epilogue }, buffers, sizes, Rows::count(ty));
         Ok(())
@@ -50,7 +52,7 @@ impl Turn<'_, '_, '_, '_> {
         let shape = &self.ty(result).shape;
         let (count, width, start) = (product(&ids_ty.shape), dim_extent(shape[1]), Extent::Const(start));
         let buffers = ScatterBuffers { ids, y, out }.list();
-        let (machine, rows) = (self.target.machine, dim_extent(shape[0]));
+        let (machine, rows) = (self.module.machine, dim_extent(shape[0]));
         match schedule::scatter(machine, shape[0].constant()) {
             None => {
                 let blocks = Extent::CeilDiv(Box::new(width.clone()), machine.lanes());
@@ -67,17 +69,17 @@ impl Turn<'_, '_, '_, '_> {
     }
 
     pub(super) fn segment_mean(&mut self, x: BufferId, result: Value) {
-        let (out, offsets) = (self.result(result), self.target.derived("offsets"));
+        let (out, offsets) = (self.result(result), self.module.derived("offsets"));
         let sizes = SegmentSizes { width: dim_extent(self.ty(result).shape[1]) }.list();
         let buffers = SegmentBuffers { x, out, offsets }.list();
         self.launch(SegmentMean { vjp: false }, buffers, sizes, Extent::Sequences);
     }
 
     pub(super) fn segment_mean_vjp(&mut self, y: BufferId, result: Value) {
-        let (out, offsets) = (self.result(result), self.target.derived("offsets"));
+        let (out, offsets) = (self.result(result), self.module.derived("offsets"));
         let sizes = SegmentSizes { width: dim_extent(self.ty(result).shape[1]) }.list();
         let mut buffers = SegmentBuffers { x: y, out, offsets }.list();
-        buffers.push(self.target.derived("segments"));
+        buffers.push(self.module.derived("segments"));
         self.launch(SegmentMean { vjp: true }, buffers, sizes, Extent::Tokens);
     }
 

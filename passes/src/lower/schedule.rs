@@ -11,7 +11,7 @@ use crate::kernels::embedding::Scatter;
 use crate::kernels::gemm::pack::Factors;
 use crate::kernels::gemm::{cpu, mma, simt, skinny};
 use crate::kernels::rowwise::Lie;
-use crate::target::cpu::{Cpu, Registers};
+use crate::target::cpu::Registers;
 use crate::target::cuda::{Chip, WARP, WARPS};
 use crate::target::{LANES, Machine};
 
@@ -21,7 +21,7 @@ const SPARE: u64 = 4;
 const SPARE_OF_MANY: u64 = 8;
 
 /// A processor's tile for m × n, of which some may be known: 12 × 32, 28 × 16 or 6 × 64 on AVX-512.
-pub fn gemm_tile(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> cpu::Tile {
+fn gemm_tile(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> cpu::Tile {
     let vector = LANES / registers.floats;
     let (depth, most, steps) = if vector == 1 { (384, 112, 4) } else { (256, 48, 8) };
     let tile = |vectors| {
@@ -37,9 +37,16 @@ pub fn gemm_tile(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> 
     }
 }
 
-/// What a processor multiplies in place of `f32`.
-pub fn halves_of(cpu: Cpu) -> Factors {
-    if cpu.multiplies_bf16() { Factors::Pairs } else { Factors::Widened }
+/// How a processor computes a product: its tile, and what it multiplies; in bf16, if a product in `half` precision is asked
+/// for.
+pub fn gemm_form(machine: Machine, (m, n): (&Extent, &Extent), columns_a: bool, packed: bool, half: bool) -> cpu::Form {
+    let Machine::Cpu(cpu) = machine else { unreachable!("asked of processors alone") };
+    let factors = match half {
+        false => Factors::F32,
+        true if cpu.multiplies_bf16() => Factors::Pairs,
+        true => Factors::Widened,
+    };
+    cpu::Form { tile: gemm_tile(m, n, packed, cpu.registers()), columns_a, packed, factors }
 }
 
 /// In what a GPU's tensor cores multiply. Before sm_80 there is no bf16.
@@ -99,6 +106,23 @@ pub fn skinny_tile(product: &Contraction, contiguous: bool, limits: &Limits) -> 
     };
     let such = *n > 0 && *n <= skinny::WIDEST && *depth >= limits.deep && !contiguous;
     such.then(|| skinny::Tile::of(*n))
+}
+
+/// What there is of attention's square at once.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Square {
+    /// Some rows, or columns: a unit is a head of a sequence.
+    Rows,
+    /// A tile: a unit is a block's rows.
+    Tiles,
+}
+
+/// A processor's thread has its rows in the nearest cache, a GPU's block a tile in shared memory.
+pub fn square(machine: Machine) -> Square {
+    match machine {
+        Machine::Cpu(_) => Square::Rows,
+        Machine::Cuda(_) => Square::Tiles,
+    }
 }
 
 /// Vectors of a row that a GPU's registers hold, at most.

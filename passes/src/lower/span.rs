@@ -3,7 +3,8 @@
 use peft_grammar::graph::{Dim, Type};
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::{Target, extent, lead_size, product};
+use super::module::Module;
+use super::sizes::{extent, lead_size, product};
 use crate::kernels::span::RowSizes;
 
 /// How the rows of a tensor lie.
@@ -44,7 +45,7 @@ impl Rows {
     }
 
     /// The buffer it wants beside: the rows' places, when they are ragged.
-    pub fn places(&self, target: &mut Target) -> Option<BufferId> {
-        self.ragged().then(|| target.derived("pairs"))
+    pub fn places(&self, module: &mut Module) -> Option<BufferId> {
+        self.ragged().then(|| module.derived("pairs"))
     }
 }

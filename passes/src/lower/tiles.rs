@@ -8,11 +8,12 @@ use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::dispatch::Taken;
+use super::entry::{Place, Turn};
 use super::epilogue::Following;
 use super::problem::{Axes, Contraction};
 use super::schedule::{simt_tile, skinny_tile, split_k, tensor_cores};
+use super::sizes::product;
 use super::view::{ONE, View};
-use super::{Place, Turn, product};
 use crate::builder::mma::Half;
 use crate::kernels::gemm::epilogue::Fate;
 use crate::kernels::gemm::simt::{Buffers, DEPTH, Simt, Sizes};
@@ -81,8 +82,8 @@ impl Turn<'_, '_, '_, '_> {
 
     /// In what tensor cores compute the product, if they do.
     fn half(&self, left: &Side, place_b: &Place) -> Option<Half> {
-        let asked = self.target.precision == Precision::Bf16 && self.frozen.is_none();
-        tensor_cores(self.target.machine).filter(|_| asked && place_b.frozen.is_some() && !left.contiguous)
+        let asked = self.module.precision == Precision::Bf16 && self.frozen.is_none();
+        tensor_cores(self.module.machine).filter(|_| asked && place_b.frozen.is_some() && !left.contiguous)
     }
 
     /// [`Turn::product_of_rows`].
@@ -139,7 +140,7 @@ impl Turn<'_, '_, '_, '_> {
     }
 
     fn launch_tiles(&mut self, shape: Contraction, (a, left): (BufferId, Side), (b, right): (BufferId, Side), to: To) {
-        if let Some(narrow) = skinny_tile(&shape, left.contiguous, &self.target.limits) {
+        if let Some(narrow) = skinny_tile(&shape, left.contiguous, &self.module.limits) {
             return self.launch_narrow(narrow, shape, (a, left), (b, right), to);
         }
         let whole = shape.m.clone() * shape.n.clone();

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 
 use peft_runtime::artifact::{BufferId, Extent, Launch, Output, Storage};
 
-use super::Target;
+use super::module::Module;
 use crate::target::cuda::WARPS;
 
 /// Launches that wait, at most: about two layers'.
@@ -31,8 +31,8 @@ struct Use {
 }
 
 impl Use {
-    fn of(target: &Target, launch: &Launch) -> Use {
-        let code = &target.codes[target.schedule(launch)];
+    fn of(module: &Module, launch: &Launch) -> Use {
+        let code = &module.codes[module.schedule(launch)];
         let written = launch.buffers.iter().zip(&code.writes).filter(|(_, written)| **written);
         Use { all: launch.buffers.iter().copied().collect(), written: written.map(|(&buffer, _)| buffer).collect() }
     }
@@ -43,12 +43,12 @@ impl Use {
     }
 }
 
-pub(super) fn gather(target: &mut Target, launches: Vec<Launch>, outputs: &[Output]) -> Vec<Launch> {
-    let launches: Vec<(Use, Launch)> = launches.into_iter().map(|l| (Use::of(target, &l), l)).collect();
+pub(super) fn gather(module: &mut Module, launches: Vec<Launch>, outputs: &[Output]) -> Vec<Launch> {
+    let launches: Vec<(Use, Launch)> = launches.into_iter().map(|l| (Use::of(module, &l), l)).collect();
     let mut done: Vec<(Use, Vec<Launch>)> = vec![];
-    for (used, launch) in late(target, launches, outputs) {
+    for (used, launch) in late(module, launches, outputs) {
         let arguments = 8 * launch.buffers.len() + 4 * (launch.extents.len() + 1);
-        let most = target.limits.beside.min((ARGUMENTS - 4) / arguments);
+        let most = module.limits.beside.min((ARGUMENTS - 4) / arguments);
         let mut found = None;
         for (at, (other, row)) in done.iter().enumerate().rev().take(AHEAD) {
             if used.waits(other) {
@@ -67,14 +67,14 @@ pub(super) fn gather(target: &mut Target, launches: Vec<Launch>, outputs: &[Outp
             None => done.push((used, vec![launch])),
         }
     }
-    done.into_iter().map(|(_, row)| joined(target, row)).collect()
+    done.into_iter().map(|(_, row)| joined(module, row)).collect()
 }
 
 /// What a gradient is made of at last, and no other launches are waiting for, as late as it may be.
-fn late(target: &Target, launches: Vec<(Use, Launch)>, outputs: &[Output]) -> Vec<(Use, Launch)> {
+fn late(module: &Module, launches: Vec<(Use, Launch)>, outputs: &[Output]) -> Vec<(Use, Launch)> {
     // By buffer, how many launches there are yet from one that writes it, or from one that uses it before it is written
     // anew, to the last; what is asked for at once has no end.
-    let gradient = |buffer: &BufferId| matches!(target.buffers[*buffer].storage, Storage::Gradient { .. });
+    let gradient = |buffer: &BufferId| matches!(module.buffers[*buffer].storage, Storage::Gradient { .. });
     let asked = outputs.iter().map(|o| o.buffer).filter(|buffer| !gradient(buffer));
     let mut written: HashMap<BufferId, usize> = asked.map(|buffer| (buffer, LAST)).collect();
     let mut used: HashMap<BufferId, usize> = HashMap::new();
@@ -112,11 +112,11 @@ fn late(target: &Target, launches: Vec<(Use, Launch)>, outputs: &[Output]) -> Ve
 }
 
 /// A row of launches of one kernel as one.
-fn joined(target: &mut Target, row: Vec<Launch>) -> Launch {
+fn joined(module: &mut Module, row: Vec<Launch>) -> Launch {
     if row.len() == 1 {
         return row.into_iter().next().expect("the one");
     }
-    let kernel = target.side_by_side(row[0].kernel, row.len());
+    let kernel = module.side_by_side(row[0].kernel, row.len());
     let mut op = row[0].op.clone();
     if row.iter().any(|launch| launch.op != op) {
         let mut ops: Vec<&str> = row.iter().map(|launch| &launch.op[..]).collect();
