@@ -9,6 +9,7 @@ mod gpu;
 mod halves;
 mod interop;
 mod kills;
+mod layers;
 mod new;
 mod optimizers;
 mod pack;
