@@ -148,7 +148,7 @@ fn twenty_steps() {
             }
         }
     }
-    assert_eq!(words.len(), Optimizer::WORDS.len(), "an optimizer has no case");
+    assert_eq!(words.len(), Optimizer::ALL.len(), "an optimizer has no case");
 }
 
 /// Gradients of three batches, by their shares of the targets.

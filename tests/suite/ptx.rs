@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use peft_grammar::model::{Model, Precision};
+use peft_grammar::model::{Model, Precision, Recipe};
 use peft_passes::codegen;
 use peft_passes::cuda::{Chip, WARP, WARPS};
 use peft_passes::dialect::Dialect;
@@ -236,10 +236,9 @@ fn updates_in_ptx() {
     let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path, &model).expect("a batch");
     let mut sessions =
         [parity::session(&fixture, &model, &parity::fused(true)), session(&fixture, &model, Chip::Sm80, true)];
+    let recipe = Recipe { weight_decay: 0.1, clip: 0.1, ..model.train.clone() };
     for step in 1..3 {
-        let (beta1, beta2) = (0.9_f32, 0.999_f32);
-        let biases = [1.0 - beta1, 1.0 - beta2, 1.0 - beta1.powi(step), 1.0 - beta2.powi(step)];
-        let hyper = [&[1e-2, beta1, beta2, 1e-8, 0.1, 0.1], &biases[..]].concat();
+        let hyper = recipe.hyper(1e-2, step as u64 - 1);
         let batch = padded.inputs([3, step]);
         let hyper = Inputs { floats: [("hyper".to_string(), hyper)].into(), ..Inputs::default() };
         for session in &mut sessions {

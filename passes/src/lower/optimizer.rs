@@ -32,14 +32,23 @@ impl Sweep {
     }
 }
 
-/// By a sweep's name, the buffers that it reads and writes anew.
+/// What the kernel of [`weighted`] is called.
+const ADD_WEIGHTED: &str = "add_weighted";
+
+/// By a sweep's name, the buffers that it reads and writes anew: the values and what the optimizer keeps of them.
 pub fn anew(name: &str) -> Option<&'static [usize]> {
-    match name.strip_suffix(OWN_RATES).unwrap_or(name) {
-        "adamw" | "adam" => Some(&[0, 2, 3]),
-        "sgd_momentum" | "lion" => Some(&[0, 2]),
-        "sgd" | "add_weighted" => Some(&[0]),
-        _ => None,
+    if name == ADD_WEIGHTED {
+        return Some(&[0]);
     }
+    let with_momentum = Optimizer::Sgd { momentum: 0.9 };
+    let sweeps = Optimizer::ALL.into_iter().chain([with_momentum]);
+    let mut sweeps = sweeps.map(|optimizer| Sweep { optimizer, own_rates: name.ends_with(OWN_RATES) });
+    let sweep = sweeps.find(|sweep| sweep.name() == name)?;
+    Some(match sweep.optimizer.moments().len() {
+        0 => &[0],
+        1 => &[0, 2],
+        _ => &[0, 2, 3],
+    })
 }
 
 /// One step; gives `grad_norm`, the norm before clipping. With `own_rates` each value's rate is its factor times that of
@@ -107,7 +116,7 @@ fn weighted(target: &mut Target, [x, y]: [&str; 2], shares: &str, op: &str) -> E
     let [x, y] = [x, y].map(&mut flat);
     let shares = target.bind(shares, Element::F32, vec![Extent::Const(2)], Storage::Input(shares.into()));
     let units = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
-    let kernel = target.kernel("add_weighted", add_weighted);
+    let kernel = target.kernel(ADD_WEIGHTED, add_weighted);
     let (buffers, extents) = (vec![x, y, shares], vec![Extent::Values]);
     Entry { launches: vec![Launch { kernel, buffers, extents, units, op: op.into() }], outputs: vec![] }
 }
