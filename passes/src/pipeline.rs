@@ -218,10 +218,8 @@ impl<'d> Way<'d> {
         if self.until >= Stage::Loops {
             let begun = Instant::now();
             let named: Vec<(&str, &Graph)> = self.graphs.iter().map(|g| (g.name.as_str(), g)).collect();
-            let blame = |message| match options.machine {
-                Machine::Cpu(_) => Error::Invalid { stage: "loops".into(), message },
-                Machine::Cuda(_) => Error::Refused { entry: self.entries[0].name(), message },
-            };
+            // Whatever the checker takes is lowered for every machine.
+            let blame = |message| Error::Invalid { stage: "loops".into(), message };
             let mut made = lower(&named, &tensors(model), options).map_err(blame)?;
             made.manifest.limits = limits(model);
             lowered = Some(made);
@@ -270,4 +268,33 @@ pub fn tensors(model: &Model) -> Vec<Tensor> {
         lr_factor: p.lr_factor(&model.train),
     };
     model.params.iter().map(tensor).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Cpu;
+    use crate::cuda::Chip;
+
+    /// A tensor that the graph reads and no parameter is: for no machine the user's fault.
+    #[test]
+    fn faults_of_lowering() {
+        let (dialect, entries) = (Dialect::new().unwrap(), [Entry::Train]);
+        let mut model = peft_grammar::check("spec", "model = gpt2(layers: 1)\n", &peft_grammar::no_imports).unwrap();
+        let lacking = model.params.pop().unwrap().name;
+        for machine in [Machine::Cpu(Cpu::Native), Machine::Cuda(Chip::Sm70)] {
+            let options = Options { machine, until: Stage::Loops, ..Options::default() };
+            match run(&dialect, &model, &entries, &options) {
+                Err(Error::Invalid { stage, message }) => {
+                    assert_eq!(
+                        (&stage[..], message),
+                        ("loops", format!("the manifest lacks `{lacking}`")),
+                        "{machine}"
+                    );
+                }
+                Err(error) => panic!("{machine}: {error}"),
+                Ok(_) => panic!("{machine}: `{lacking}` is not missed"),
+            }
+        }
+    }
 }
