@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use peft_grammar::diagnostic::did_you_mean;
 use peft_passes::dialect::Dialect;
 use peft_passes::machine::Machine;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
@@ -35,21 +36,17 @@ pub struct Arguments {
 }
 
 fn stage(text: &str) -> Result<Stage, String> {
-    let known = || Stage::ALL.map(|(_, name)| name).join(", ");
-    Stage::ALL
-        .iter()
-        .find(|(_, name)| *name == text)
-        .map(|(s, _)| *s)
-        .ok_or_else(|| format!("the stages are {}", known()))
+    let known = Stage::ALL.map(|(_, name)| name);
+    let found = Stage::ALL.iter().find(|(_, name)| *name == text);
+    let refusal = || format!("the stages are {}{}", known.join(", "), did_you_mean(text, &known));
+    found.map(|(stage, _)| *stage).ok_or_else(refusal)
 }
 
 fn entry(text: &str) -> Result<Entry, String> {
-    let known = || Entry::ALL.map(|(_, name)| name).join(", ");
-    Entry::ALL
-        .iter()
-        .find(|(_, name)| *name == text)
-        .map(|(e, _)| *e)
-        .ok_or_else(|| format!("the entries are {}", known()))
+    let known = Entry::ALL.map(|(_, name)| name);
+    let found = Entry::ALL.iter().find(|(_, name)| *name == text);
+    let refusal = || format!("the entries are {}{}", known.join(", "), did_you_mean(text, &known));
+    found.map(|(entry, _)| *entry).ok_or_else(refusal)
 }
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {

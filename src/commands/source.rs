@@ -43,7 +43,9 @@ fn rule(name: &str) -> Result<String, String> {
     let known = peft_passes::pipeline::rules();
     match name == "all" || known.contains(&name) {
         true => Ok(name.to_string()),
-        false => Err(format!("the rules are {}", known.join(", "))),
+        false => {
+            Err(format!("the rules are {}{}", known.join(", "), peft_grammar::diagnostic::did_you_mean(name, &known)))
+        }
     }
 }
 
@@ -125,7 +127,7 @@ impl Source {
                 gpus.map(drop)
                     .map_err(|why| Failure::Usage(format!("`{}` cannot run here: {why}; {mend}", self.target)))
             }
-            _ => Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
+            _ => Err(Failure::Usage(format!("`{}` is no target; there are cpu and cuda", self.target))),
         }
     }
 
