@@ -10,7 +10,7 @@ use peft_passes::pipeline::{Entry, Options};
 use peft_runtime::adapter::{self, Float, Stored, TensorFile};
 use peft_runtime::json::object;
 use peft_runtime::weights::Loaded;
-use peft_runtime::{Inputs, Program, RuntimeError, Session};
+use peft_runtime::{Inputs, Program, RuntimeError, Session, files};
 use serde_json::{Map, Value, json};
 
 use crate::data::{DataError, Tokenizer};
@@ -206,7 +206,7 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
         })?;
         file.tensors.insert(name, stored);
     }
-    adapter::write_folder(out, |fresh| {
+    files::write_folder(out, |fresh| {
         for (folder, side) in &copied {
             side.copy(folder, fresh)?;
         }

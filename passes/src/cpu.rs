@@ -64,7 +64,7 @@ impl Cpu {
     /// Features a machine must have to run the kernels, by LLVM's names.
     pub fn features(self) -> Vec<&'static str> {
         match self {
-            Cpu::Native => peft_runtime::store::features(),
+            Cpu::Native => peft_runtime::device::features(),
             Cpu::Level(level) => level.features(),
         }
     }
