@@ -82,7 +82,7 @@ pub fn merge(
         let program = Program::new(artifact.manifest, &artifact.library)?;
         let mut session = Session::new(program, weights, 0)?;
         adapters::apply(&mut session, values)?;
-        session.run("merge", &Inputs::default())?;
+        session.run(Entry::Merge.name(), &Inputs::default())?;
         for projection in &model.projections {
             if let Some((shape, folded)) = session.output(&format!("{}.weight", projection.path)) {
                 let first = projection.columns.map_or(0, |(start, _)| start as usize);

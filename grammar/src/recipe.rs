@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ast::Ast;
 use crate::diagnostic::Diagnostics;
+use crate::names::Vector;
 use crate::source::{FileId, Sources};
 use crate::{check, overrides, parser};
 
@@ -191,11 +192,11 @@ impl Optimizer {
     }
 
     /// What it keeps of each trained value from step to step.
-    pub fn moments(self) -> &'static [&'static str] {
+    pub fn moments(self) -> &'static [Vector] {
         match self {
-            Optimizer::AdamW | Optimizer::Adam => &["m", "v"],
+            Optimizer::AdamW | Optimizer::Adam => &[Vector::M, Vector::V],
             Optimizer::Sgd { momentum: 0.0 } => &[],
-            Optimizer::Sgd { .. } | Optimizer::Lion => &["m"],
+            Optimizer::Sgd { .. } | Optimizer::Lion => &[Vector::M],
         }
     }
 

@@ -20,7 +20,7 @@ pub struct Arguments {
     #[arg(long, value_name = "STAGE", value_parser = stage)]
     emit: Option<Stage>,
     /// Which entry point `--emit` shows: forward, eval, grad or train
-    #[arg(long, default_value = "train", value_parser = entry)]
+    #[arg(long, default_value = Entry::Train.name(), value_parser = entry)]
     entry: Entry,
     /// Where the artifact (or the stage) goes; `NAME.peftc` here if not given
     #[arg(short, long)]
@@ -43,10 +43,9 @@ fn stage(text: &str) -> Result<Stage, String> {
 }
 
 fn entry(text: &str) -> Result<Entry, String> {
-    let known = Entry::ALL.map(|(_, name)| name);
-    let found = Entry::ALL.iter().find(|(_, name)| *name == text);
+    let known: Vec<&str> = Entry::ALL.iter().map(|entry| entry.name()).collect();
     let refusal = || format!("the entries are {}{}", known.join(", "), did_you_mean(text, &known));
-    found.map(|(entry, _)| *entry).ok_or_else(refusal)
+    Entry::of(text).ok_or_else(refusal)
 }
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -71,7 +70,7 @@ fn compile(arguments: &Arguments) -> Result<(), Failure> {
         super::say(&source::timings(&timings, artifact.remade));
     }
     let found = if artifact.cached { " (from the cache)" } else { "" };
-    let launches = artifact.manifest.entries.get("train").map_or(0, |e| e.launches.len());
+    let launches = artifact.manifest.entries.get(Entry::Train.name()).map_or(0, |e| e.launches.len());
     super::print(&format!(
         "{}: {} kernels, {launches} launches a training step{found}",
         out.display(),

@@ -2,6 +2,7 @@
 //! clipping and the optimizer's equations in one sweep. They stand in [`crate::interpret::optimizer`].
 
 use peft_grammar::model::{Hyper, Optimizer};
+use peft_grammar::names::{GRAD_NORM, Input, OptimizerEntry, Vector};
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Launch, Output, Storage};
 
 use super::Target;
@@ -56,15 +57,12 @@ pub fn anew(name: &str) -> Option<&'static [usize]> {
 pub fn update(target: &mut Target, own_rates: bool) -> Entry {
     let optimizer = target.optimizer;
     let sweep = Sweep { optimizer, own_rates };
-    let mut flat = |name: &str| {
-        target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
-    };
-    let names = ["values", "gradients"].iter().chain(optimizer.moments()).chain(&["decay"]);
-    let names = names.chain(own_rates.then_some(&"lr_factors"));
-    let mut swept: Vec<BufferId> = names.map(|name| flat(name)).collect();
+    let vectors = [Vector::Values, Vector::Gradients].iter().chain(optimizer.moments()).chain(&[Vector::Decay]);
+    let vectors = vectors.chain(own_rates.then_some(&Vector::LrFactors));
+    let mut swept: Vec<BufferId> = vectors.map(|vector| flat(target, *vector)).collect();
     let gradients = swept[1];
     let count = Extent::Const(optimizer.hyper().len() as u64);
-    let hyper = target.bind("hyper", Element::F32, vec![count], Storage::Input("hyper".into()));
+    let hyper = given(target, Input::Hyper, count);
     let blocks = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
     let partial = target.buffer(Element::F32, vec![blocks.clone()], Storage::Temporary);
     let norm = target.buffer(Element::F32, vec![], Storage::Temporary);
@@ -84,7 +82,7 @@ pub fn update(target: &mut Target, own_rates: bool) -> Entry {
         launch(root, vec![partial, norm], vec![blocks.clone()], Extent::Const(target.machine.team()), "norm"),
         launch(kernel, swept, vec![Extent::Values], blocks, optimizer.word()),
     ];
-    Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
+    Entry { launches, outputs: vec![Output { name: GRAD_NORM.into(), buffer: norm, shape: vec![] }] }
 }
 
 /// Gradients of batches that are one step. Every batch but the last is followed by `accumulate`, and the last one by
@@ -95,8 +93,9 @@ pub fn update(target: &mut Target, own_rates: bool) -> Entry {
 /// accumulated   gradients ← shares[0] gradients + shares[1] sums
 /// ```
 pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
-    [("accumulate", ["sums", "gradients"]), ("accumulated", ["gradients", "sums"])]
-        .map(|(name, vectors)| (name, weighted(target, vectors, "shares", "accumulate")))
+    let (accumulate, accumulated) = (OptimizerEntry::Accumulate.name(), OptimizerEntry::Accumulated.name());
+    [(accumulate, [Vector::Sums, Vector::Gradients]), (accumulated, [Vector::Gradients, Vector::Sums])]
+        .map(|(name, vectors)| (name, weighted(target, vectors, Input::Shares, accumulate)))
 }
 
 /// The average of the values, which follows `update`; `average_shares` says what each vector counts.
@@ -105,20 +104,26 @@ pub fn accumulation(target: &mut Target) -> [(&'static str, Entry); 2] {
 /// average    averages ← average_shares[0] averages + average_shares[1] values
 /// ```
 pub fn average(target: &mut Target) -> Entry {
-    weighted(target, ["averages", "values"], "average_shares", "average")
+    weighted(target, [Vector::Averages, Vector::Values], Input::AverageShares, OptimizerEntry::Average.name())
 }
 
 /// Two flat vectors x and y: x becomes what the two numbers of the input `shares` make of both.
-fn weighted(target: &mut Target, [x, y]: [&str; 2], shares: &str, op: &str) -> Entry {
-    let mut flat = |name: &str| {
-        target.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
-    };
-    let [x, y] = [x, y].map(&mut flat);
-    let shares = target.bind(shares, Element::F32, vec![Extent::Const(2)], Storage::Input(shares.into()));
+fn weighted(target: &mut Target, [x, y]: [Vector; 2], shares: Input, op: &str) -> Entry {
+    let [x, y] = [x, y].map(|vector| flat(target, vector));
+    let shares = given(target, shares, Extent::Const(2));
     let units = Extent::CeilDiv(Box::new(Extent::Values), target.machine.stretch());
     let kernel = target.kernel(ADD_WEIGHTED, add_weighted);
     let (buffers, extents) = (vec![x, y, shares], vec![Extent::Values]);
     Entry { launches: vec![Launch { kernel, buffers, extents, units, op: op.into() }], outputs: vec![] }
+}
+
+fn flat(target: &mut Target, vector: Vector) -> BufferId {
+    target.bind(&format!("flat {vector}"), Element::F32, vec![Extent::Values], Storage::Flat(vector))
+}
+
+/// So many numbers that the step is told.
+fn given(target: &mut Target, input: Input, count: Extent) -> BufferId {
+    target.bind(input.name(), Element::F32, vec![count], Storage::Input(input.name().into()))
 }
 
 /// x ← shares[0] x + shares[1] y
