@@ -229,50 +229,38 @@ fn compiled(prefix: &str, options: &Options, precision: Precision) {
     });
 }
 
-#[test]
-fn gpt2_in_the_interpreter() {
-    in_the_interpreter("gpt2_");
+/// Fixtures by what their names begin with, three tests for each, so that all run side by side.
+macro_rules! families {
+    ($($(#[$doc:meta])* $family:ident = $prefix:literal,)*) => {
+        $($(#[$doc])*
+        mod $family {
+            use super::{Precision, fused};
+
+            #[test]
+            fn in_the_interpreter() {
+                super::in_the_interpreter($prefix);
+            }
+
+            #[test]
+            fn compiled() {
+                super::compiled($prefix, &fused(true), Precision::F32);
+            }
+
+            #[test]
+            fn compiled_without_fusion() {
+                super::compiled($prefix, &fused(false), Precision::F32);
+            }
+        })*
+    };
 }
 
-#[test]
-fn bert_in_the_interpreter() {
-    in_the_interpreter("bert_");
-}
-
-#[test]
-fn gpt2_compiled() {
-    compiled("gpt2_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn gpt2_compiled_without_fusion() {
-    compiled("gpt2_", &fused(false), Precision::F32);
-}
-
-#[test]
-fn bert_compiled() {
-    compiled("bert_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn bert_compiled_without_fusion() {
-    compiled("bert_", &fused(false), Precision::F32);
-}
-
-/// What stands on a backbone for other tasks than its first.
-#[test]
-fn heads_in_the_interpreter() {
-    in_the_interpreter("head_");
-}
-
-#[test]
-fn heads_compiled() {
-    compiled("head_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn heads_compiled_without_fusion() {
-    compiled("head_", &fused(false), Precision::F32);
+families! {
+    gpt2 = "gpt2_",
+    bert = "bert_",
+    roberta = "roberta_",
+    llama = "llama_",
+    /// What stands on a backbone for other tasks than its first.
+    heads = "head_",
 }
 
 /// Fixtures that give every rule something to do between them.
@@ -344,36 +332,6 @@ fn in_bf16() {
     for backbone in ["gpt2_", "bert_", "roberta_", "llama_"] {
         compiled(backbone, &fused(true), Precision::Bf16);
     }
-}
-
-#[test]
-fn roberta_in_the_interpreter() {
-    in_the_interpreter("roberta_");
-}
-
-#[test]
-fn roberta_compiled() {
-    compiled("roberta_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn roberta_compiled_without_fusion() {
-    compiled("roberta_", &fused(false), Precision::F32);
-}
-
-#[test]
-fn llama_in_the_interpreter() {
-    in_the_interpreter("llama_");
-}
-
-#[test]
-fn llama_compiled() {
-    compiled("llama_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn llama_compiled_without_fusion() {
-    compiled("llama_", &fused(false), Precision::F32);
 }
 
 /// Methods that read every head, where heads share keys and values: no PyTorch has them, so the interpreter decides.
