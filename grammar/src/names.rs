@@ -1,5 +1,5 @@
 //! Names that artifacts, files and the parts of peftc share: of entries, of what they read and give, and of the
-//! optimizer's vectors. Each stands here and nowhere else.
+//! optimizer's vectors.
 
 use std::fmt;
 
@@ -56,7 +56,7 @@ named! {
 }
 
 named! {
-    /// Of the optimizer's vectors, which an artifact has beside a model's entries if anything trains.
+    /// What is computed of the optimizer's vectors. An artifact has it beside a model's entries if anything trains.
     OptimizerEntry {
         /// The step.
         Update = "update",

@@ -251,7 +251,7 @@ fn compile_and_emit() {
     bench.refuses(&["compile", IR, "--target", "gpu"], 2, &["(did you mean `cuda`?); there are cpu, ", "cuda:sm_90"]);
     #[cfg(target_arch = "x86_64")]
     bench.refuses(&["compile", IR, "--target", "cpu:x86-64-v9"], 2, &["native, x86-64, x86-64-v3, x86-64-v4"]);
-    bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "(did you mean `column`?)"]);
+    bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "(did you mean `columns`?)"]);
     let out = bench.path("a.peftc");
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
