@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Model, Origin, Param, Trainable};
+use peft_grammar::names;
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use peft_runtime::artifact::{Entry, Manifest, Storage};
 use peft_runtime::fingerprint::fingerprint;
@@ -495,7 +496,7 @@ pub fn apply(session: &mut Session, values: &Tensors) -> Result<(), RuntimeError
 /// What is kept of trained values: what the model `stores`, in place of what that replaces. `program` has the entry
 /// `store`.
 pub fn kept(model: &Model, program: Program, mut values: Tensors) -> Result<Tensors, Failure> {
-    const STORE: &str = "store";
+    const STORE: &str = names::Entry::Store.name();
     let Manifest { tensors, buffers, entries, .. } = &program.manifest;
     // Weights of the backbone are not there, and need not be: what is stored is made of what trains.
     let frozen = |buffer: usize| match buffers[buffer].storage {

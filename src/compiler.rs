@@ -32,7 +32,7 @@ pub struct Artifact {
 
 /// Compiles `model` with every entry an artifact has, or finds it in the cache.
 pub fn compile(model: &Model, options: &Options) -> Result<Artifact, Failure> {
-    compile_entries(model, &Entry::of_artifact(model), options)
+    compile_entries(model, &pipeline::of_artifact(model), options)
 }
 
 /// Compiles some entries of `model`, or finds them in the cache.

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Model, TaskKind};
+use peft_grammar::names::{Entry, Input, LOGITS, LOSS, Output};
 use peft_runtime::adapter::{Data, Stored, TensorFile};
 use peft_runtime::artifact::{Manifest, Storage};
 use peft_runtime::{Beyond, Inputs, Numbers, RuntimeError, Session};
@@ -354,18 +355,19 @@ impl Padded {
 
     /// Nothing in the batch would be read otherwise than where it comes from, or not at all.
     fn suits(&self, manifest: &Manifest) -> Result<(), RuntimeError> {
-        let reads =
-            |input: &str| manifest.buffers.iter().any(|b| matches!(&b.storage, Storage::Input(i) if i == input));
+        let reads = |input: Input| {
+            manifest.buffers.iter().any(|b| matches!(&b.storage, Storage::Input(i) if i == input.name()))
+        };
         let wrong = |name: &str, message: String| {
             Err(RuntimeError::file(&self.path, format!("`{}{name}` {message}", self.prefix)))
         };
         let masked = self.batch.starts.iter().position(|&start| self.columns[start as usize] > 0);
-        if let (true, Some(row)) = (reads("starts"), masked) {
+        if let (true, Some(row)) = (reads(Input::Starts), masked) {
             let message = "is 0 in the first column of row";
             return wrong("mask", format!("{message} {row}, whose token this model reads; pad on the right"));
         }
         let typed = self.batch.types.iter().position(|&x| x != 0);
-        if let (false, Some(at)) = (reads("types"), typed) {
+        if let (false, Some(at)) = (reads(Input::Types), typed) {
             let place = self.place(at);
             return wrong(
                 "types",
@@ -386,19 +388,19 @@ impl Padded {
         let RuntimeError::Beyond(beyond) = error else { return error };
         let Beyond { value, place, limit, .. } = &*beyond;
         let why = beyond.why();
-        let prefix = &self.prefix;
+        let (prefix, input) = (&self.prefix, &limit.input);
         let token = place.token.map(|token| self.batch.starts[place.sequence] as usize + token);
-        let message = match (&limit.input[..], token) {
-            ("positions", Some(token)) => {
+        let message = match (Input::of(input), token) {
+            (Some(Input::Positions), Some(token)) => {
                 format!("`{prefix}ids` has a token of position {value} in {}: {why}", self.place(token))
             }
-            ("labels", Some(token)) => {
+            (Some(Input::Labels), Some(token)) => {
                 let behind = usize::from(self.asks == Asks::Next);
                 let (row, column) = (place.sequence, self.columns[token] + behind);
                 format!("`{prefix}labels` is {value} in row {row}, column {column}: {why}")
             }
-            (input, Some(token)) => format!("`{prefix}{input}` is {value} in {}: {why}", self.place(token)),
-            (input, None) => format!("`{prefix}{input}` is {value} in row {}: {why}", place.sequence),
+            (_, Some(token)) => format!("`{prefix}{input}` is {value} in {}: {why}", self.place(token)),
+            (_, None) => format!("`{prefix}{input}` is {value} in row {}: {why}", place.sequence),
         };
         RuntimeError::file(&self.path, message)
     }
@@ -434,36 +436,34 @@ impl Padded {
 /// A batch as a session takes it. `rng`: the seed and the step.
 pub fn inputs(batch: &Batch, rng: [i32; 2]) -> Inputs {
     let ints = [
-        ("ids", batch.ids.clone()),
-        ("types", batch.types.clone()),
-        ("positions", batch.positions.clone()),
-        ("starts", batch.starts.clone()),
-        ("ends", batch.ends()),
-        ("targets", batch.targets.clone()),
-        ("rng", rng.to_vec()),
+        (Input::Ids, batch.ids.clone()),
+        (Input::Types, batch.types.clone()),
+        (Input::Positions, batch.positions.clone()),
+        (Input::Starts, batch.starts.clone()),
+        (Input::Ends, batch.ends()),
+        (Input::Targets, batch.targets.clone()),
+        (Input::Rng, rng.to_vec()),
     ];
-    let mut ints: BTreeMap<String, Vec<i32>> = ints.map(|(name, x)| (name.to_string(), x)).into_iter().collect();
+    let mut ints: BTreeMap<String, Vec<i32>> = ints.map(|(input, x)| (input.name().to_string(), x)).into();
     let mut floats = BTreeMap::new();
+    let labels = Input::Labels.name().to_string();
     match batch.numbers.is_empty() {
-        true => drop(ints.insert("labels".into(), batch.labels.clone())),
-        false => drop(floats.insert("labels".into(), batch.numbers.clone())),
+        true => drop(ints.insert(labels, batch.labels.clone())),
+        false => drop(floats.insert(labels, batch.numbers.clone())),
     }
     Inputs { lengths: batch.lengths.clone(), ints, floats }
 }
-
-/// The entry that computes gradients.
-const GRAD: &str = "grad";
 
 /// Runs `forward` or `grad` and lays the results out as the file's batch was.
 pub fn run(
     session: &mut Session,
     model: &Model,
-    entry: &str,
+    entry: Entry,
     padded: &Padded,
     rng: [i32; 2],
 ) -> Result<TensorFile, RuntimeError> {
     padded.suits(session.manifest())?;
-    if let (GRAD, Some(why)) = (entry, padded.without_loss()) {
+    if let (Entry::Grad, Some(why)) = (entry, padded.without_loss()) {
         let message = format!("{why}, and gradients are those of a loss; `--entry forward` needs none");
         return Err(RuntimeError::file(&padded.path, message));
     }
@@ -472,41 +472,40 @@ pub fn run(
     let of_tokens = padded.asks.of_tokens();
     if of_tokens || !padded.asks() {
         // Training computes logits only where there is a label; here all are wanted.
-        session.run(entry, &padded.everywhere(rng)).map_err(|e| padded.placed(e))?;
+        session.run(entry.name(), &padded.everywhere(rng)).map_err(|e| padded.placed(e))?;
     }
     if of_tokens {
-        let (shape, logits) = session.output("logits").ok_or_else(|| RuntimeError::input("logits", "is no output"))?;
-        put("logits", padded.pad_tokens(&logits, shape[1] as usize));
+        let (shape, logits) = session.output(LOGITS).ok_or_else(|| RuntimeError::input(LOGITS, "is no output"))?;
+        put(LOGITS, padded.pad_tokens(&logits, shape[1] as usize));
     }
     if padded.asks() {
-        session.run(entry, &padded.inputs(rng)).map_err(|e| padded.placed(e))?;
+        session.run(entry.name(), &padded.inputs(rng)).map_err(|e| padded.placed(e))?;
     }
     let names = session.outputs();
     for name in &names {
         let Some((shape, x)) = session.output(name) else { continue };
-        match name.as_str() {
-            "loss" if !padded.asks() => {}
-            "loss" => put("loss", Stored::f32(vec![1], x.to_vec())),
-            "logits" if of_tokens => {}
-            _ if name.starts_with("grad.") => {}
-            _ if name.starts_with("lambda.") => put(name, padded.pad_heads(&x)),
+        match Output::of(name) {
+            Output::Loss if !padded.asks() => {}
+            Output::Loss => put(LOSS, Stored::f32(vec![1], x.to_vec())),
+            Output::Logits if of_tokens => {}
+            Output::Gradient(_) => {}
+            Output::Lambda(_) => put(name, padded.pad_heads(&x)),
             _ => put(name, Stored::f32(shape, x.to_vec())),
         }
     }
-    if entry == GRAD {
+    if entry == Entry::Grad {
         for (index, param) in model.params.iter().enumerate() {
             let tensor = &session.manifest().tensors[index];
             let Some((start, _)) = tensor.trainable else { continue };
-            let label = names.iter().find(|n| {
-                n.strip_prefix("grad.")
-                    .is_some_and(|n| n == param.name || n.strip_prefix(&param.name).is_some_and(|r| r.starts_with('[')))
-            });
+            let of_param =
+                |label: &str| label.strip_prefix(&param.name).is_some_and(|r| r.is_empty() || r.starts_with('['));
+            let label = names.iter().find(|n| Output::of(n).gradient().is_some_and(of_param));
             let Some((_, x)) = label.and_then(|l| session.output(l)) else { continue };
             // Frozen rows of a table have a gradient of 0.
             let mut full = vec![0.0; param.elements() as usize];
             let from = (start * tensor.row()) as usize;
             full[from..from + x.len()].copy_from_slice(&x);
-            put(&format!("grad.{}", param.name), Stored::f32(param.shape.clone(), full));
+            put(&Output::Gradient(&param.name).to_string(), Stored::f32(param.shape.clone(), full));
         }
     }
     Ok(results)

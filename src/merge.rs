@@ -10,7 +10,7 @@ use peft_passes::pipeline::{Entry, Options};
 use peft_runtime::adapter::{self, Float, Stored, TensorFile};
 use peft_runtime::json::object;
 use peft_runtime::weights::Loaded;
-use peft_runtime::{Inputs, Program, RuntimeError, Session};
+use peft_runtime::{Inputs, Program, RuntimeError, Session, files};
 use serde_json::{Map, Value, json};
 
 use crate::data::{DataError, Tokenizer};
@@ -82,7 +82,7 @@ pub fn merge(
         let program = Program::new(artifact.manifest, &artifact.library)?;
         let mut session = Session::new(program, weights, 0)?;
         adapters::apply(&mut session, values)?;
-        session.run("merge", &Inputs::default())?;
+        session.run(Entry::Merge.name(), &Inputs::default())?;
         for projection in &model.projections {
             if let Some((shape, folded)) = session.output(&format!("{}.weight", projection.path)) {
                 let first = projection.columns.map_or(0, |(start, _)| start as usize);
@@ -206,7 +206,7 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
         })?;
         file.tensors.insert(name, stored);
     }
-    adapter::write_folder(out, |fresh| {
+    files::write_folder(out, |fresh| {
         for (folder, side) in &copied {
             side.copy(folder, fresh)?;
         }

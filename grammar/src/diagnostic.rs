@@ -78,6 +78,11 @@ pub fn nearest<'a>(found: &str, known: impl IntoIterator<Item = &'a str>) -> Opt
     (distance <= limit && near.chars().count() > distance).then_some(near)
 }
 
+/// ` (did you mean …?)` where a known name is near, else nothing.
+pub fn did_you_mean(found: &str, known: &[&str]) -> String {
+    nearest(found, known.iter().copied()).map_or(String::new(), |near| format!(" (did you mean `{near}`?)"))
+}
+
 /// `a`, `b`, `c`; nothing when there are none, the first twelve when there are many.
 pub fn list(names: &[&str]) -> Option<String> {
     let shown: Vec<String> = names.iter().take(12).map(|n| format!("`{n}`")).collect();

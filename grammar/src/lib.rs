@@ -12,6 +12,7 @@ mod format;
 pub mod graph;
 pub mod library;
 pub mod model;
+pub mod names;
 mod overrides;
 mod parser;
 pub mod pattern;

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ast::Ast;
 use crate::diagnostic::Diagnostics;
+use crate::names::Vector;
 use crate::source::{FileId, Sources};
 use crate::{check, overrides, parser};
 
@@ -154,9 +155,11 @@ pub enum Hyper {
 }
 
 impl Optimizer {
-    /// As a spec writes them.
-    pub const WORDS: [&str; 4] = ["adamw", "adam", "sgd", "lion"];
+    /// SGD without momentum.
+    pub const ALL: [Optimizer; 4] =
+        [Optimizer::AdamW, Optimizer::Adam, Optimizer::Sgd { momentum: 0.0 }, Optimizer::Lion];
 
+    /// As a spec writes it.
     pub fn word(self) -> &'static str {
         match self {
             Optimizer::AdamW => "adamw",
@@ -174,16 +177,41 @@ impl Optimizer {
         }
     }
 
-    /// What it keeps of each trained value from step to step.
-    pub fn moments(self) -> &'static [&'static str] {
+    /// The same, with this momentum if it has one.
+    pub fn with_momentum(self, momentum: f64) -> Self {
+        if let Optimizer::Sgd { .. } = self { Optimizer::Sgd { momentum } } else { self }
+    }
+
+    /// Settings that it does not read.
+    pub fn unread(self) -> &'static [&'static str] {
         match self {
-            Optimizer::AdamW | Optimizer::Adam => &["m", "v"],
-            Optimizer::Sgd { momentum: 0.0 } => &[],
-            Optimizer::Sgd { .. } | Optimizer::Lion => &["m"],
+            Optimizer::AdamW | Optimizer::Adam => &["momentum"],
+            Optimizer::Sgd { .. } => &["betas", "eps"],
+            Optimizer::Lion => &["momentum", "eps"],
         }
     }
 
-    /// What its kernel is told, in this order.
+    /// What it keeps of each trained value from step to step.
+    pub fn moments(self) -> &'static [Vector] {
+        match self {
+            Optimizer::AdamW | Optimizer::Adam => &[Vector::M, Vector::V],
+            Optimizer::Sgd { momentum: 0.0 } => &[],
+            Optimizer::Sgd { .. } | Optimizer::Lion => &[Vector::M],
+        }
+    }
+
+    /// What it keeps, as messages name it.
+    pub fn kept(self) -> &'static str {
+        match self {
+            Optimizer::AdamW | Optimizer::Adam => "Adam's moments",
+            Optimizer::Lion => "Lion's momentum",
+            Optimizer::Sgd { momentum: 0.0 } => "SGD without momentum",
+            Optimizer::Sgd { .. } => "SGD's momentum",
+        }
+    }
+
+    /// What its kernel is told, in this order, which stands nowhere else: [`Recipe::hyper`] gives the numbers by it, and
+    /// the kernel finds them by it.
     pub fn hyper(self) -> &'static [Hyper] {
         use Hyper::*;
         match self {

@@ -22,7 +22,7 @@ use peft_grammar::model::Precision;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::lower::Lowered;
-use peft_passes::pipeline::{self, Entry, Options, Stage};
+use peft_passes::pipeline::{self, Options, Stage};
 use peft_passes::target::Machine;
 use peft_runtime::artifact::Launch;
 
@@ -86,7 +86,7 @@ fn write(folder: &Path, parts: &[&str]) -> Result<(), Failure> {
             model.train.precision = precision;
             for machine in MACHINES {
                 let options = Options { machine: machine.parse()?, until: Stage::Loops, ..Options::default() };
-                let compiled = pipeline::run(&Dialect::new()?, &model, &Entry::of_artifact(&model), &options)?;
+                let compiled = pipeline::run(&Dialect::new()?, &model, &pipeline::of_artifact(&model), &options)?;
                 let plan =
                     plan(&compiled.lowered.expect("the way led to loops"), &folder.join("kernels").join(machine))?;
                 fs::write(folder.join("plans").join(format!("{}.{word}.{machine}", name.replace('/', "."))), plan)?;

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Location, Node, Op, Role, Value};
 use peft_grammar::model::{Applied, Model, Origin, Projection};
+use peft_grammar::names::{Entry, Input, LOGITS, LOSS};
 
 /// The graph of folded matrices and biases: outputs `PATH.weight` [in,out] and `PATH.bias` [out] for every
 /// projection that methods change. It has no batch. The error says which methods cannot be folded.
@@ -66,9 +67,9 @@ struct Folder<'a> {
 impl<'a> Folder<'a> {
     fn new(model: &'a Model) -> Self {
         let old = &model.graph;
-        let mut graph = Graph::new("merge");
+        let mut graph = Graph::new(Entry::Merge.name());
         // Dropouts alone read `rng`, and nothing is dropped here.
-        let inputs = old.args.iter().filter(|a| a.role == Role::Input && a.name != "rng");
+        let inputs = old.args.iter().filter(|a| a.role == Role::Input && a.name != Input::Rng.name());
         let of_batch = old.made_of(inputs.map(|a| a.value));
         let methods = method_weights(model);
         let of_method = old.made_of(old.args.iter().filter(|a| methods.contains(&*a.name)).map(|a| a.value));
@@ -289,7 +290,7 @@ fn method_weights(model: &Model) -> HashSet<&str> {
 fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
     let graph = &model.graph;
     let mut needed = HashSet::new();
-    for name in ["loss", "logits"] {
+    for name in [LOSS, LOGITS] {
         needed.extend(graph.output(name));
     }
     for node in graph.nodes.iter().rev() {

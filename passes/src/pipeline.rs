@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 use peft_grammar::bounds::Bound;
 use peft_grammar::graph::Graph;
 use peft_grammar::model::{Backbone, Init, Model, Param, Trainable};
+pub use peft_grammar::names::Entry;
+use peft_grammar::names::{Input, LOGITS, LOSS};
 use peft_runtime::artifact::{Extent, Limit, Tensor};
 
 use crate::dialect::Dialect;
@@ -53,72 +55,37 @@ impl Stage {
     ];
 }
 
-/// An entry point of an artifact; the optimizer's step, `update`, is the same for all models.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// Loss, logits and what the model exposes, without dropout and smoothing.
-    Forward,
-    /// What is reported of data held out: the loss, and a classifier's logits. Without dropout and smoothing.
-    Eval,
-    /// The training form: loss, logits, what is exposed, and every gradient.
-    Grad,
-    /// The training form: loss and every gradient.
-    Train,
-    /// What weights that start from a value of others start from. Without a batch, as the next two.
-    Init,
-    /// What is kept in place of trained weights.
-    Store,
-    /// Methods folded into the backbone's matrices; of no artifact, since it wants all weights as they are.
-    Merge,
+/// The entries of the model's artifact.
+pub fn of_artifact(model: &Model) -> Vec<Entry> {
+    let mut entries = vec![Entry::Forward, Entry::Eval, Entry::Grad, Entry::Train];
+    entries.extend(model.params.iter().any(|p| matches!(p.init, Init::Value(_))).then_some(Entry::Init));
+    entries.extend((!model.stored.is_empty()).then_some(Entry::Store));
+    entries
 }
 
-impl Entry {
-    pub const ALL: [(Entry, &str); 7] = [
-        (Entry::Forward, "forward"),
-        (Entry::Eval, "eval"),
-        (Entry::Grad, "grad"),
-        (Entry::Train, "train"),
-        (Entry::Init, "init"),
-        (Entry::Store, "store"),
-        (Entry::Merge, "merge"),
-    ];
+fn differentiates(entry: Entry) -> bool {
+    matches!(entry, Entry::Grad | Entry::Train)
+}
 
-    /// The entries of the model's artifact.
-    pub fn of_artifact(model: &Model) -> Vec<Entry> {
-        let mut entries = vec![Entry::Forward, Entry::Eval, Entry::Grad, Entry::Train];
-        entries.extend(model.params.iter().any(|p| matches!(p.init, Init::Value(_))).then_some(Entry::Init));
-        entries.extend((!model.stored.is_empty()).then_some(Entry::Store));
-        entries
-    }
-
-    pub fn name(self) -> &'static str {
-        Entry::ALL.iter().find(|(e, _)| *e == self).expect("all are listed").1
-    }
-
-    fn differentiates(self) -> bool {
-        matches!(self, Entry::Grad | Entry::Train)
-    }
-
-    /// The model's graph with this entry's outputs.
-    fn of(self, model: &Model) -> Result<Graph, String> {
-        let mut graph = model.graph.clone();
-        match self {
-            Entry::Forward | Entry::Grad => {}
-            Entry::Eval => {
-                let judged = !model.task.kind.generates();
-                graph.outputs.retain(|(name, _)| name == "loss" || judged && name == "logits");
-            }
-            Entry::Train => graph.outputs.retain(|(name, _)| name == "loss"),
-            Entry::Init => {
-                let value = |p: &Param| if let Init::Value(v) = p.init { Some((p.name.clone(), v)) } else { None };
-                graph.outputs = model.params.iter().filter_map(value).collect();
-            }
-            Entry::Store => graph.outputs = model.stored.clone(),
-            Entry::Merge => graph = fold(model)?,
+/// The model's graph with the entry's outputs.
+fn equations(entry: Entry, model: &Model) -> Result<Graph, String> {
+    let mut graph = model.graph.clone();
+    match entry {
+        Entry::Forward | Entry::Grad => {}
+        Entry::Eval => {
+            let judged = !model.task.kind.generates();
+            graph.outputs.retain(|(name, _)| name == LOSS || judged && name == LOGITS);
         }
-        graph.name = self.name().to_string();
-        Ok(live(&graph))
+        Entry::Train => graph.outputs.retain(|(name, _)| name == LOSS),
+        Entry::Init => {
+            let value = |p: &Param| if let Init::Value(v) = p.init { Some((p.name.clone(), v)) } else { None };
+            graph.outputs = model.params.iter().filter_map(value).collect();
+        }
+        Entry::Store => graph.outputs = model.stored.clone(),
+        Entry::Merge => graph = fold(model)?,
     }
+    graph.name = entry.name().to_string();
+    Ok(live(&graph))
 }
 
 #[derive(Clone, Debug)]
@@ -159,11 +126,11 @@ pub struct Compiled {
 /// Every stage in order; the verifier runs after each one.
 pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Options) -> Result<Compiled, Error> {
     let rule = |name: &str| !options.without.iter().any(|w| w == name || w == "all");
-    let trains = |e: Entry| e.differentiates() && model.params.iter().any(|p| p.trainable != Trainable::No);
+    let trains = |e: Entry| differentiates(e) && model.params.iter().any(|p| p.trainable != Trainable::No);
 
     let mut way = Way::new(dialect, model, entries, options.until)?;
     way.pass(Stage::Peft, "peft", |_, equations| Ok(equations))?;
-    way.pass(Stage::Grad, "inference", |entry, g| if entry.differentiates() { Ok(g) } else { inference(&g) })?;
+    way.pass(Stage::Grad, "inference", |entry, g| if differentiates(entry) { Ok(g) } else { inference(&g) })?;
     way.pass(Stage::Grad, "partition", |_, g| partition(&g))?;
     way.pass(Stage::Grad, "grad", |entry, g| if trains(entry) { differentiate(&g) } else { settle(&g) })?;
     way.pass(Stage::Fused, "fused", |_, g| fuse(&g, rule, &options.limits))?;
@@ -189,7 +156,7 @@ struct Way<'d> {
 
 impl<'d> Way<'d> {
     fn new(dialect: &'d Dialect, model: &Model, entries: &[Entry], until: Stage) -> Result<Self, Error> {
-        let graph = |e: &Entry| e.of(model).map_err(|message| Error::Refused { entry: e.name(), message });
+        let graph = |e: &Entry| equations(*e, model).map_err(|message| Error::Refused { entry: e.name(), message });
         let graphs = entries.iter().map(graph).collect::<Result<_, _>>()?;
         Ok(Way { dialect, entries: entries.to_vec(), graphs, until, timings: vec![] })
     }
@@ -218,10 +185,8 @@ impl<'d> Way<'d> {
         if self.until >= Stage::Loops {
             let begun = Instant::now();
             let named: Vec<(&str, &Graph)> = self.graphs.iter().map(|g| (g.name.as_str(), g)).collect();
-            let blame = |message| match options.machine {
-                Machine::Cpu(_) => Error::Invalid { stage: "loops".into(), message },
-                Machine::Cuda(_) => Error::Refused { entry: self.entries[0].name(), message },
-            };
+            // Whatever the checker takes is lowered for every machine.
+            let blame = |message| Error::Invalid { stage: "loops".into(), message };
             let mut made = lower(&named, &tensors(model), options).map_err(blame)?;
             made.manifest.limits = limits(model);
             lowered = Some(made);
@@ -248,11 +213,11 @@ pub fn limits(model: &Model) -> Vec<Limit> {
     let Backbone { longest, skipped, .. } = &model.backbone;
     let mut limits: Vec<Limit> = vec![];
     for Bound { input, rows, table } in model.graph.bounds() {
-        let except = skipped.filter(|_| input == "ids");
+        let except = skipped.filter(|_| input == Input::Ids.name());
         limits.push(Limit { input, below: lower::dim_extent(rows), of: table, except });
     }
     limits.extend(longest.map(|most| Limit {
-        input: "positions".into(),
+        input: Input::Positions.name().into(),
         below: Extent::Const(most),
         of: "positions of this model's longest sequence".into(),
         except: None,
@@ -270,4 +235,33 @@ pub fn tensors(model: &Model) -> Vec<Tensor> {
         lr_factor: p.lr_factor(&model.train),
     };
     model.params.iter().map(tensor).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::target::cpu::Cpu;
+    use crate::target::cuda::Chip;
+
+    /// A tensor that the graph reads and no parameter is: for no machine the user's fault.
+    #[test]
+    fn faults_of_lowering() {
+        let (dialect, entries) = (Dialect::new().unwrap(), [Entry::Train]);
+        let mut model = peft_grammar::check("spec", "model = gpt2(layers: 1)\n", &peft_grammar::no_imports).unwrap();
+        let lacking = model.params.pop().unwrap().name;
+        for machine in [Machine::Cpu(Cpu::Native), Machine::Cuda(Chip::Sm70)] {
+            let options = Options { machine, until: Stage::Loops, ..Options::default() };
+            match run(&dialect, &model, &entries, &options) {
+                Err(Error::Invalid { stage, message }) => {
+                    assert_eq!(
+                        (&stage[..], message),
+                        ("loops", format!("the manifest lacks `{lacking}`")),
+                        "{machine}"
+                    );
+                }
+                Err(error) => panic!("{machine}: {error}"),
+                Ok(_) => panic!("{machine}: `{lacking}` is not missed"),
+            }
+        }
+    }
 }

@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use peft_grammar::names::Vector;
+
 /// Version of the format written here; others are refused.
 pub const FORMAT: u32 = 3;
 
@@ -113,17 +115,16 @@ impl Element {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {
-    /// Bound for every run, by name: `ids`, `labels`, `rng`; and what the runtime derives from the
-    /// sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (which sequence a token is of),
-    /// `pairs` i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts` i32[sequences].
+    /// Bound for every run, by its name as an [`Input`](peft_grammar::names::Input): `ids`, `labels`, `rng`; and what the runtime derives from the
+    /// sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (which sequence a token is of), `pairs`
+    /// i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts` i32[sequences].
     Input(String),
     /// Tensor of [`Manifest::tensors`], or rows of it.
     Tensor { index: usize, rows: Option<(u64, u64)> },
     /// The gradient of a trainable tensor (or of its trainable rows): a slice of one flat vector.
     Gradient { index: usize },
-    /// The optimizer's flat vectors over all trainable values: `values`, `gradients`, `m`, `v`, `decay`, `lr_factors`, `sums`,
-    /// `averages`.
-    Flat(String),
+    /// One of the optimizer's vectors.
+    Flat(Vector),
     /// Filled once by [`Manifest::prepare`] and kept: packed frozen weights.
     Prepared,
     /// Lives from the first launch of an entry that names it to the last (to the end, for outputs).

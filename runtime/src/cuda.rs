@@ -73,6 +73,20 @@ struct Graph {
     nodes: Vec<(sys::CUgraphNode, Call)>,
 }
 
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: each is freed once; a run that has begun goes on. Failing says only that the GPU has failed before.
+        unsafe {
+            if !self.ready.is_null() {
+                let _ = graph::exec_destroy(self.ready);
+            }
+            if !self.graph.is_null() {
+                let _ = graph::destroy(self.graph);
+            }
+        }
+    }
+}
+
 /// Calls by their first form, which drivers from CUDA 10 on have.
 struct Nodes {
     add: AddNode,
@@ -227,7 +241,7 @@ impl Cuda {
     fn graph(&self, calls: &[Call]) -> Result<Graph, RuntimeError> {
         let (null, ready) = (std::ptr::null_mut(), std::ptr::null_mut());
         let mut graph = Graph { graph: null, ready, nodes: vec![] };
-        // SAFETY: no flags; and what has been made of a graph that is not ready goes with it.
+        // SAFETY: no flags.
         unsafe { sys::cuGraphCreate(&mut graph.graph, 0) }.result().map_err(failed)?;
         for call in calls {
             let before = graph.nodes.last().map(|(node, _)| *node);
@@ -506,11 +520,8 @@ impl Drop for Cuda {
         // SAFETY: nothing uses module or context any more. Failing says only that the GPU has failed before.
         unsafe {
             let _ = self.bind().and_then(|()| self.wait());
-            for graph in self.graphs.drain().filter_map(|(_, graph)| graph) {
-                let _ = graph::exec_destroy(graph.ready);
-                let _ = graph::destroy(graph.graph);
-            }
-            for slot in &self.lane.slots {
+            self.graphs.clear();
+            for slot in self.lane.slots.iter().chain(&self.results) {
                 if !slot.start.is_null() {
                     let _ = result::free_host(slot.start.cast());
                 }

@@ -20,7 +20,7 @@ impl Cpu {
     pub fn describe() -> Self {
         Cpu {
             arch: std::env::consts::ARCH,
-            features: crate::store::features(),
+            features: features(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
@@ -30,6 +30,39 @@ impl fmt::Display for Cpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} with {} cores ({})", self.arch, self.cores, self.features.join(" "))
     }
+}
+
+macro_rules! detected {
+    ($($llvm:literal => $rust:tt),* $(,)?) => {
+        /// The features of this processor that kernels may ask for, by LLVM's names.
+        #[cfg(target_arch = "x86_64")]
+        pub fn features() -> Vec<&'static str> {
+            let mut found = vec![];
+            $(if std::arch::is_x86_feature_detected!($rust) { found.push($llvm); })*
+            found
+        }
+    };
+}
+
+detected! {
+    "sse3" => "sse3", "ssse3" => "ssse3", "sse4.1" => "sse4.1", "sse4.2" => "sse4.2", "popcnt" => "popcnt",
+    "avx" => "avx", "avx2" => "avx2", "fma" => "fma", "f16c" => "f16c", "bmi" => "bmi1", "bmi2" => "bmi2",
+    "lzcnt" => "lzcnt", "movbe" => "movbe",
+    "avx512f" => "avx512f", "avx512cd" => "avx512cd", "avx512bw" => "avx512bw", "avx512dq" => "avx512dq",
+    "avx512vl" => "avx512vl", "avx512ifma" => "avx512ifma", "avx512vbmi" => "avx512vbmi",
+    "avx512vbmi2" => "avx512vbmi2", "avx512vnni" => "avx512vnni", "avx512bitalg" => "avx512bitalg",
+    "avx512vpopcntdq" => "avx512vpopcntdq", "avx512bf16" => "avx512bf16",
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn features() -> Vec<&'static str> {
+    vec![]
+}
+
+/// Accepts LLVM's `+avx2`, and Rust's `bmi1` for its `bmi`. On other processors only x86's are asked for.
+pub(crate) fn has_feature(name: &str) -> bool {
+    let name = name.strip_prefix('+').unwrap_or(name);
+    features().contains(&if name == "bmi1" { "bmi" } else { name })
 }
 
 /// A GPU the driver knows.

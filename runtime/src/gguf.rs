@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
-use crate::adapter::Float;
 use crate::error::RuntimeError;
 use crate::json::{POINTER, POINTS};
 use crate::source::{TensorSource, not_finite};
+use crate::tensor::Float;
 use blocks::{TYPES, Type};
 
 /// How a file begins.

@@ -11,10 +11,10 @@ use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use crate::adapter::{Data, Float, TensorFile};
 use crate::error::RuntimeError;
 use crate::json::{POINTER, POINTS};
 use crate::source::{self, TensorSource, not_finite};
+use crate::tensor::{Data, Float, TensorFile};
 
 /// Bytes of the header's length.
 const PREFIX: usize = 8;

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+use peft_grammar::names::{Entry, Input, Vector};
+
 use crate::arena::{self, Plan};
 use crate::artifact::{Buffer, BufferId, Element, Launch, Limit, Manifest, Output, Sizes, Storage};
 use crate::backend::{Backend, Job, Kept, Place, Profile, Words};
@@ -13,7 +15,7 @@ use crate::cuda::Cuda;
 use crate::error::{BatchPlace, Beyond, RuntimeError};
 use crate::memory::{LINE, Numbers, release};
 use crate::trust::{TrustError, What, trusted};
-use crate::validate::{AVERAGES, FLAT as FLATS, LR_FACTORS, MOMENTS, validate};
+use crate::validate::validate;
 
 /// A loaded artifact.
 pub struct Program {
@@ -90,7 +92,7 @@ impl Inputs {
         Ok(Sizes {
             tokens: lengths.sum(),
             sequences: self.lengths.len() as u64,
-            targets: self.ints.get("targets").map_or(0, |t| t.len() as u64),
+            targets: self.ints.get(Input::Targets.name()).map_or(0, |t| t.len() as u64),
             pairs,
             values: values as u64,
         })
@@ -118,10 +120,10 @@ impl Inputs {
 
     /// Where value `at` of an input belongs.
     fn place(&self, input: &str, at: usize) -> BatchPlace {
-        let target = |at: usize| self.ints.get("targets").and_then(|t| t.get(at)).map(|&t| t as usize);
-        let token = match input {
-            "ids" | "types" | "positions" => Some(at),
-            "targets" | "labels" => target(at),
+        let target = |at: usize| self.ints.get(Input::Targets.name()).and_then(|t| t.get(at)).map(|&t| t as usize);
+        let token = match Input::of(input) {
+            Some(Input::Ids | Input::Types | Input::Positions) => Some(at),
+            Some(Input::Targets | Input::Labels) => target(at),
             _ => None,
         };
         let Some(token) = token else { return BatchPlace { sequence: at, token: None } };
@@ -149,7 +151,8 @@ impl Inputs {
                 pairs.push(places);
             }
         }
-        BTreeMap::from([("offsets", offsets), ("segments", segments), ("pairs", pairs)])
+        let derived = [(Input::Offsets, offsets), (Input::Segments, segments), (Input::Pairs, pairs)];
+        derived.map(|(input, x)| (input.name(), x)).into()
     }
 }
 
@@ -192,7 +195,7 @@ struct Home {
     tensors: Vec<Option<Place>>,
     /// Where each tensor's trainable values begin in the flat vectors.
     places: Vec<usize>,
-    flats: BTreeMap<&'static str, Place>,
+    flats: BTreeMap<Vector, Place>,
     prepared: HashMap<BufferId, Place>,
     arena: Place,
     /// What was given for the last run, and for the one to come.
@@ -239,18 +242,18 @@ impl Session {
             count += tensor.trainable_elements() as usize;
         }
         let mut flats = BTreeMap::new();
-        let always = |name: &str| ["values", "gradients", "decay"].contains(&name);
-        for name in FLATS.into_iter().filter(|name| always(name) || moves(&manifest, name)) {
-            flats.insert(name, whole(backend.as_mut(), count)?);
+        let always = [Vector::Values, Vector::Gradients, Vector::Decay];
+        for &vector in Vector::ALL.iter().filter(|vector| always.contains(vector) || moves(&manifest, **vector)) {
+            flats.insert(vector, whole(backend.as_mut(), count)?);
         }
         for (i, (tensor, data)) in tensors.iter().zip(&weights).enumerate() {
             let Some((start, _)) = tensor.trainable else { continue };
             let (from, length) = ((start * tensor.row()) as usize, tensor.trainable_elements() as usize);
-            backend.write(flats["values"].block, places[i], Words::Floats(&data[from..from + length]))?;
+            backend.write(flats[&Vector::Values].block, places[i], Words::Floats(&data[from..from + length]))?;
             if tensor.decay {
-                backend.write(flats["decay"].block, places[i], Words::Floats(&vec![1.0; length]))?;
+                backend.write(flats[&Vector::Decay].block, places[i], Words::Floats(&vec![1.0; length]))?;
             }
-            if let Some(factors) = flats.get(LR_FACTORS) {
+            if let Some(factors) = flats.get(&Vector::LrFactors) {
                 let factors_of_tensor = vec![tensor.lr_factor.unwrap_or(1.0) as f32; length];
                 backend.write(factors.block, places[i], Words::Floats(&factors_of_tensor))?;
             }
@@ -424,7 +427,7 @@ impl Session {
 
     /// Gives weights that start from a value of others that value: the entry `init` computes it.
     pub fn initialise(&mut self) -> Result<(), RuntimeError> {
-        const INIT: &str = "init";
+        const INIT: &str = Entry::Init.name();
         if !self.manifest.entries.contains_key(INIT) {
             return Ok(());
         }
@@ -463,20 +466,19 @@ impl Session {
     }
 
     /// What steps change: `values`, the moments that the optimizer has, and the averages if there are some.
-    pub fn optimized(&self) -> Vec<&'static str> {
-        let kept = MOMENTS.into_iter().chain([AVERAGES]).filter(|name| self.home.flats.contains_key(name));
-        ["values"].into_iter().chain(kept).collect()
+    pub fn optimized(&self) -> Vec<Vector> {
+        Vector::CHANGED.into_iter().filter(|vector| self.home.flats.contains_key(vector)).collect()
     }
 
-    /// One of the optimizer's vectors: `values`, `gradients`, `decay`, the moments that it has, `m` and `v`, and `averages`.
-    pub fn flat(&self, name: &str) -> Result<Cow<'_, [f32]>, RuntimeError> {
-        self.backend.read(self.home.flats[name])
+    /// One of the optimizer's vectors, which the artifact has.
+    pub fn flat(&self, vector: Vector) -> Result<Cow<'_, [f32]>, RuntimeError> {
+        self.backend.read(self.home.flats[&vector])
     }
 
     /// Gives one of them other numbers, as many as it has.
-    pub fn set_flat(&mut self, name: &str, numbers: &[f32]) -> Result<(), RuntimeError> {
-        let place = self.home.flats[name];
-        assert_eq!(numbers.len(), place.length, "all of `{name}`");
+    pub fn set_flat(&mut self, vector: Vector, numbers: &[f32]) -> Result<(), RuntimeError> {
+        let place = self.home.flats[&vector];
+        assert_eq!(numbers.len(), place.length, "all of `{vector}`");
         self.backend.write(place.block, 0, Words::Floats(numbers))
     }
 
@@ -494,7 +496,7 @@ impl Session {
 
     fn values_of(&self, index: usize) -> Place {
         let length = self.manifest.tensors[index].trainable_elements() as usize;
-        Place { start: self.home.places[index], length, ..self.home.flats["values"] }
+        Place { start: self.home.places[index], length, ..self.home.flats[&Vector::Values] }
     }
 
     /// The most memory weights, packed weights, optimizer and temporaries took at once, in bytes.
@@ -504,11 +506,9 @@ impl Session {
 }
 
 /// A launch of an entry names this flat vector.
-fn moves(manifest: &Manifest, flat: &str) -> bool {
+fn moves(manifest: &Manifest, vector: Vector) -> bool {
     let launches = manifest.entries.values().flat_map(|entry| &entry.launches);
-    launches
-        .flat_map(|launch| &launch.buffers)
-        .any(|&id| matches!(&manifest.buffers[id].storage, Storage::Flat(name) if name == flat))
+    launches.flat_map(|launch| &launch.buffers).any(|&id| manifest.buffers[id].storage == Storage::Flat(vector))
 }
 
 /// A block of its own.
@@ -579,7 +579,7 @@ fn last_reads(manifest: &Manifest, launches: &[Launch]) -> (Vec<Option<usize>>, 
 impl Home {
     /// How many values train.
     fn values(&self) -> usize {
-        self.flats["values"].length
+        self.flats[&Vector::Values].length
     }
 
     /// Makes room for `size` temporaries; what was there need not stay.
@@ -681,7 +681,7 @@ impl Home {
                 let start = rows.map_or(0, |(start, _)| start);
                 match tensor.trainable {
                     Some((first, _)) if tensor.trains(*rows) => {
-                        (self.flats["values"], self.places[*index] + ((start - first) * tensor.row()) as usize)
+                        (self.flats[&Vector::Values], self.places[*index] + ((start - first) * tensor.row()) as usize)
                     }
                     _ => {
                         let missing = || RuntimeError::input(&tensor.name, "its values are gone");
@@ -689,10 +689,10 @@ impl Home {
                     }
                 }
             }
-            Storage::Gradient { index } => (self.flats["gradients"], self.places[*index]),
-            Storage::Flat(name) => match self.flats.get(name.as_str()) {
+            Storage::Gradient { index } => (self.flats[&Vector::Gradients], self.places[*index]),
+            Storage::Flat(vector) => match self.flats.get(vector) {
                 Some(flat) => (*flat, 0),
-                None => return Err(RuntimeError::input(name, "is no vector of the optimizer")),
+                None => return Err(RuntimeError::input(vector.name(), "is no vector of the optimizer")),
             },
             Storage::Prepared => (*self.prepared.get(&id).ok_or_else(outside)?, 0),
             Storage::Temporary => (self.arena, *plan.offsets.get(&id).ok_or_else(outside)?),

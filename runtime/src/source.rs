@@ -5,8 +5,8 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::adapter::Float;
 use crate::error::RuntimeError;
+use crate::tensor::Float;
 
 /// Tensors of one mapped file whose header has been checked: every tensor lies within the file and has the size of its
 /// shape.
@@ -19,7 +19,7 @@ pub trait TensorSource: Debug + Send + Sync {
     /// Row-major, the outermost axis first.
     fn shape(&self, name: &str) -> Option<&[u64]>;
 
-    /// The type of a tensor's numbers, if it is one that [`crate::adapter`] writes.
+    /// The type of a tensor's numbers, if it is one that [`crate::safefile`] writes.
     fn float(&self, name: &str) -> Option<Float>;
 
     /// How far a number of the tensor may be off for having been rounded to its type, relative to itself.

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::adapter::BESIDE;
 use crate::artifact::{FORMAT, Manifest};
 use crate::device;
+use crate::files::{BESIDE, parent_of, swap, sync_directory};
 use crate::trust::{Stranger, TrustError, What, trusted, trusted_file};
 use crate::validate::validate;
 
@@ -59,26 +59,6 @@ pub fn save(path: &Path, manifest: &Manifest, library: &Path) -> Result<(), Stor
 fn replace(path: &Path, fresh: TempDir) -> Result<(), StoreError> {
     let aside = sibling(parent_of(path)).map_err(failed(path))?;
     swap(path, fresh, &aside).map_err(failed(path))
-}
-
-/// Renames the folder `fresh` to `path`. What is there already is first renamed into `aside`, a folder beside it, and
-/// comes back if the renaming of `fresh` fails.
-pub(crate) fn swap(path: &Path, fresh: TempDir, aside: &TempDir) -> io::Result<()> {
-    let old = aside.path().join("old");
-    let replaces = path.exists();
-    if replaces {
-        fs::rename(path, &old)?;
-    }
-    if let Err(error) = fs::rename(fresh.path(), path) {
-        if replaces {
-            fs::rename(&old, path)?;
-        }
-        return Err(error);
-    }
-    // It has moved: there is nothing left to remove.
-    let _ = fresh.keep();
-    sync_directory(parent_of(path));
-    Ok(())
 }
 
 /// A cache's entry at `path`: what `make` compiles, unless a sound one is there. Of processes that want the same entry one compiles it and the others wait for it; an entry that
@@ -148,10 +128,6 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
     move |source| StoreError::Write { path, source }
 }
 
-pub(crate) fn parent_of(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 /// The artifact in a folder beside `path`, ready to be renamed.
 fn filled(path: &Path, manifest: &Manifest, library: &Path) -> Result<TempDir, StoreError> {
     let parent = parent_of(path);
@@ -208,13 +184,6 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Makes renames last through a power cut, where the system can.
-pub(crate) fn sync_directory(path: &Path) {
-    if let Ok(directory) = File::open(path) {
-        let _ = directory.sync_all();
-    }
-}
-
 /// Reads the artifact `path` to run it on this machine: its manifest, checked, and where its library lies.
 pub fn load(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
     let (manifest, library) = open(path)?;
@@ -236,7 +205,7 @@ pub fn runs_here(path: &Path, manifest: &Manifest) -> Result<(), StoreError> {
     if manifest.arch != here {
         return Err(StoreError::Arch { path: path.to_path_buf(), found: manifest.arch.clone(), here });
     }
-    let missing: Vec<&str> = manifest.features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
+    let missing: Vec<&str> = manifest.features.iter().map(String::as_str).filter(|f| !device::has_feature(f)).collect();
     match missing.is_empty() {
         true => Ok(()),
         false => Err(StoreError::Features { path: path.to_path_buf(), missing: missing.join(", ") }),
@@ -287,39 +256,6 @@ pub fn open(path: &Path) -> Result<(Manifest, PathBuf), StoreError> {
         return Err(damaged(&library, "it is not the library its manifest was written with".into()));
     }
     Ok((manifest, library))
-}
-
-macro_rules! detected {
-    ($($llvm:literal => $rust:tt),* $(,)?) => {
-        /// The features of this processor that kernels may ask for, by LLVM's names.
-        #[cfg(target_arch = "x86_64")]
-        pub fn features() -> Vec<&'static str> {
-            let mut found = vec![];
-            $(if std::arch::is_x86_feature_detected!($rust) { found.push($llvm); })*
-            found
-        }
-    };
-}
-
-detected! {
-    "sse3" => "sse3", "ssse3" => "ssse3", "sse4.1" => "sse4.1", "sse4.2" => "sse4.2", "popcnt" => "popcnt",
-    "avx" => "avx", "avx2" => "avx2", "fma" => "fma", "f16c" => "f16c", "bmi" => "bmi1", "bmi2" => "bmi2",
-    "lzcnt" => "lzcnt", "movbe" => "movbe",
-    "avx512f" => "avx512f", "avx512cd" => "avx512cd", "avx512bw" => "avx512bw", "avx512dq" => "avx512dq",
-    "avx512vl" => "avx512vl", "avx512ifma" => "avx512ifma", "avx512vbmi" => "avx512vbmi",
-    "avx512vbmi2" => "avx512vbmi2", "avx512vnni" => "avx512vnni", "avx512bitalg" => "avx512bitalg",
-    "avx512vpopcntdq" => "avx512vpopcntdq", "avx512bf16" => "avx512bf16",
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-pub fn features() -> Vec<&'static str> {
-    vec![]
-}
-
-/// Accepts LLVM's `+avx2`, and Rust's `bmi1` for its `bmi`. On other processors only x86's are asked for.
-fn has_feature(name: &str) -> bool {
-    let name = name.strip_prefix('+').unwrap_or(name);
-    features().contains(&if name == "bmi1" { "bmi" } else { name })
 }
 
 #[cfg(test)]

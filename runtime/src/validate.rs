@@ -2,21 +2,6 @@
 
 use crate::artifact::{Buffer, Element, Extent, Launch, Manifest, Sizes, Storage, Tensor};
 
-/// What an optimizer may keep of each value from step to step.
-pub const MOMENTS: [&str; 2] = ["m", "v"];
-
-/// Gradients of batches before the last one of a step.
-pub const SUMS: &str = "sums";
-
-/// What each value's learning rate is of the step's.
-pub const LR_FACTORS: &str = "lr_factors";
-
-/// Averages of the values over the steps.
-pub const AVERAGES: &str = "averages";
-
-/// The optimizer's vectors.
-pub const FLAT: [&str; 8] = ["values", "gradients", "m", "v", "decay", LR_FACTORS, SUMS, AVERAGES];
-
 /// Every index within bounds, every buffer of the size of what it stands for.
 pub fn validate(manifest: &Manifest) -> Result<(), String> {
     let mut values = 0u64;
@@ -90,8 +75,7 @@ fn check_buffer(manifest: &Manifest, buffer: &Buffer, values: u64) -> Result<(),
             tensor if tensor.trainable.is_some() => tensor.trainable_elements(),
             tensor => return Err(format!("is the gradient of `{}`, which is frozen", tensor.name)),
         },
-        Storage::Flat(name) if FLAT.contains(&name.as_str()) => values,
-        Storage::Flat(name) => return Err(format!("names the flat vector `{name}`, which does not exist")),
+        Storage::Flat(_) => values,
         Storage::Prepared | Storage::Temporary | Storage::Input(_) => return Ok(()),
     };
     if buffer.shape.iter().any(of_batch) || found != expected {

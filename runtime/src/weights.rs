@@ -11,7 +11,6 @@ use peft_grammar::model::{Backbone, Init, Origin, Param};
 use peft_grammar::pattern;
 use rayon::prelude::*;
 
-use crate::adapter::Float;
 use crate::error::RuntimeError;
 use crate::gguf::{self, GgufFile};
 use crate::json;
@@ -19,6 +18,7 @@ use crate::memory::Numbers;
 use crate::philox::philox4x32;
 use crate::safefile::SafeFile;
 use crate::source::{TensorSource, equal};
+use crate::tensor::Float;
 use names::{Names, Role};
 
 /// What a directory or a file gave.

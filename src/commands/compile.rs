@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use peft_grammar::diagnostic::did_you_mean;
 use peft_passes::dialect::Dialect;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_passes::target::Machine;
@@ -19,7 +20,7 @@ pub struct Arguments {
     #[arg(long, value_name = "STAGE", value_parser = stage)]
     emit: Option<Stage>,
     /// Which entry point `--emit` shows: forward, eval, grad or train
-    #[arg(long, default_value = "train", value_parser = entry)]
+    #[arg(long, default_value = Entry::Train.name(), value_parser = entry)]
     entry: Entry,
     /// Where the artifact (or the stage) goes; `NAME.peftc` here if not given
     #[arg(short, long)]
@@ -35,21 +36,16 @@ pub struct Arguments {
 }
 
 fn stage(text: &str) -> Result<Stage, String> {
-    let known = || Stage::ALL.map(|(_, name)| name).join(", ");
-    Stage::ALL
-        .iter()
-        .find(|(_, name)| *name == text)
-        .map(|(s, _)| *s)
-        .ok_or_else(|| format!("the stages are {}", known()))
+    let known = Stage::ALL.map(|(_, name)| name);
+    let found = Stage::ALL.iter().find(|(_, name)| *name == text);
+    let refusal = || format!("the stages are {}{}", known.join(", "), did_you_mean(text, &known));
+    found.map(|(stage, _)| *stage).ok_or_else(refusal)
 }
 
 fn entry(text: &str) -> Result<Entry, String> {
-    let known = || Entry::ALL.map(|(_, name)| name).join(", ");
-    Entry::ALL
-        .iter()
-        .find(|(_, name)| *name == text)
-        .map(|(e, _)| *e)
-        .ok_or_else(|| format!("the entries are {}", known()))
+    let known: Vec<&str> = Entry::ALL.iter().map(|entry| entry.name()).collect();
+    let refusal = || format!("the entries are {}{}", known.join(", "), did_you_mean(text, &known));
+    Entry::of(text).ok_or_else(refusal)
 }
 
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -74,7 +70,7 @@ fn compile(arguments: &Arguments) -> Result<(), Failure> {
         super::say(&source::timings(&timings, artifact.remade));
     }
     let found = if artifact.cached { " (from the cache)" } else { "" };
-    let launches = artifact.manifest.entries.get("train").map_or(0, |e| e.launches.len());
+    let launches = artifact.manifest.entries.get(Entry::Train.name()).map_or(0, |e| e.launches.len());
     super::print(&format!(
         "{}: {} kernels, {launches} launches a training step{found}",
         out.display(),

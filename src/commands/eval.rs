@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use peft_grammar::names::Entry;
 use peft_runtime::Session;
 
 use super::rows::Rows;
@@ -37,7 +38,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let tokenizer = tokenizer::find(arguments.tokenizer.as_deref(), &arguments.weights, &arguments.data[0], model)?;
     let data = arguments.rows.read(&arguments.data, model, &tokenizer)?;
     let (loaded, adapter) = adapters::weights(&arguments.weights, model, arguments.adapter.as_deref())?;
-    let program = ready.program(&["init", "eval"])?;
+    let program = ready.program(&[Entry::Init, Entry::Eval].map(Entry::name))?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if let Some(adapter) = &adapter {

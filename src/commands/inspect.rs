@@ -2,8 +2,6 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use peft_grammar::model::Optimizer;
-
 use crate::budget::Budget;
 use crate::failure::Failure;
 use crate::spec;
@@ -51,15 +49,10 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     super::print(&report.budget.table());
     let mb = |bytes: f64| bytes / 1e6;
-    let moments = match model.train.optimizer {
-        Optimizer::AdamW | Optimizer::Adam => "Adam's moments",
-        Optimizer::Lion => "Lion's momentum",
-        Optimizer::Sgd { momentum: 0.0 } => "SGD without momentum",
-        Optimizer::Sgd { .. } => "SGD's momentum",
-    };
+    let kept = model.train.optimizer.kept();
     let averages = if model.train.average.is_some() { " and averages" } else { "" };
     super::print(&format!(
-        "optimizer: {:.1} MB ({moments}{averages}), gradients {:.1} MB",
+        "optimizer: {:.1} MB ({kept}{averages}), gradients {:.1} MB",
         mb(report.budget.optimizer_bytes as f64),
         mb(report.budget.gradient_bytes as f64)
     ));

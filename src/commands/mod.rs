@@ -112,5 +112,5 @@ pub(crate) fn say(text: &str) {
 
 /// Writes a result, all of it or nothing.
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    Ok(peft_runtime::adapter::write_whole(path, text.as_bytes())?)
+    Ok(peft_runtime::files::write_whole(path, text.as_bytes())?)
 }

@@ -1,5 +1,7 @@
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use peft_grammar::names::{Entry, LOSS};
 use peft_runtime::{Session, adapter};
 
 use super::overwrite::Overwrite;
@@ -13,8 +15,8 @@ pub struct Arguments {
     #[command(flatten)]
     source: Source,
     /// `forward`, or `grad` for every gradient as well
-    #[arg(long, default_value = "grad", value_parser = ["forward", "grad"])]
-    entry: String,
+    #[arg(long, default_value = Entry::Grad.name(), value_parser = entry())]
+    entry: Entry,
     /// Tensors `inputs.*`, and `weights.*` unless `--weights` is given
     #[arg(long, value_name = "FILE")]
     inputs: PathBuf,
@@ -32,6 +34,11 @@ pub struct Arguments {
     /// Of dropout
     #[arg(long, default_value_t = 0)]
     seed: u64,
+}
+
+fn entry() -> impl TypedValueParser<Value = Entry> {
+    let names = [Entry::Forward, Entry::Grad].map(Entry::name);
+    PossibleValuesParser::new(names).map(|name| Entry::of(&name).expect("one of them"))
 }
 
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
@@ -58,7 +65,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             (given, adapter)
         }
     };
-    let program = ready.program(&["init", &arguments.entry])?;
+    let program = ready.program(&[Entry::Init, arguments.entry].map(Entry::name))?;
     let mut session = Session::new(program, weights, arguments.source.threads)?;
     if arguments.weights.is_some() {
         session.initialise()?;
@@ -66,10 +73,10 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if let Some(adapter) = &adapter {
         adapters::apply(&mut session, &adapter.values)?;
     }
-    let results = exchange::run(&mut session, &ready.model, &arguments.entry, &padded, [arguments.seed as i32, 0])?;
+    let results = exchange::run(&mut session, &ready.model, arguments.entry, &padded, [arguments.seed as i32, 0])?;
     adapter::save(&arguments.output, &results)?;
     let written = format!("{} tensors in {}", results.tensors.len(), arguments.output.display());
-    match (padded.without_loss(), session.output("loss")) {
+    match (padded.without_loss(), session.output(LOSS)) {
         (Some(why), _) => super::print(&format!("{written}; no loss: {why}")),
         (None, Some((_, loss))) => super::print(&format!("loss {}, {written}", loss[0])),
         (None, None) => super::print(&written),

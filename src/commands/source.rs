@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use peft_grammar::model::Model;
+use peft_grammar::names::{Entry, OptimizerEntry};
 #[cfg(feature = "compiler")]
-use peft_passes::{pipeline::Entry, remat::Remade, target::Machine};
+use peft_passes::{pipeline, remat::Remade, target::Machine};
 use peft_runtime::artifact::Manifest;
 use peft_runtime::{Numbers, Program, RuntimeError, store};
 
@@ -43,7 +44,9 @@ fn rule(name: &str) -> Result<String, String> {
     let known = peft_passes::pipeline::rules();
     match name == "all" || known.contains(&name) {
         true => Ok(name.to_string()),
-        false => Err(format!("the rules are {}", known.join(", "))),
+        false => {
+            Err(format!("the rules are {}{}", known.join(", "), peft_grammar::diagnostic::did_you_mean(name, &known)))
+        }
     }
 }
 
@@ -68,7 +71,9 @@ impl Ready<'_> {
         };
         let mut program = program.only(entries);
         // What artifacts of before have not, and only some recipes want.
-        let mut young = entries.iter().filter(|entry| ["accumulate", "accumulated", "average"].contains(entry));
+        const YOUNG: [OptimizerEntry; 3] =
+            [OptimizerEntry::Accumulate, OptimizerEntry::Accumulated, OptimizerEntry::Average];
+        let mut young = entries.iter().filter(|entry| YOUNG.iter().any(|young| young.name() == **entry));
         if let Some(entry) = young.find(|entry| !program.manifest.entries.contains_key(**entry)) {
             let why = format!("it has no entry `{entry}`, which this recipe wants; compile the spec again");
             return Err(RuntimeError::artifact(&self.source.path, why).into());
@@ -83,7 +88,7 @@ impl Ready<'_> {
     #[cfg(feature = "compiler")]
     fn compile(&self, entries: &[&str]) -> Result<Program, Failure> {
         let Ready { source, model, .. } = self;
-        let wanted = Entry::of_artifact(model).into_iter().filter(|entry| entries.contains(&entry.name()));
+        let wanted = pipeline::of_artifact(model).into_iter().filter(|entry| entries.contains(&entry.name()));
         let artifact = crate::compiler::compile_entries(model, &wanted.collect::<Vec<_>>(), &source.options()?)?;
         store::runs_here(&source.path, &artifact.manifest)?;
         if source.timings {
@@ -125,7 +130,7 @@ impl Source {
                 gpus.map(drop)
                     .map_err(|why| Failure::Usage(format!("`{}` cannot run here: {why}; {mend}", self.target)))
             }
-            _ => Err(Failure::Usage(format!("`{}` is no target; it is `cpu`", self.target))),
+            _ => Err(Failure::Usage(format!("`{}` is no target; there are cpu and cuda", self.target))),
         }
     }
 
@@ -164,7 +169,7 @@ impl Source {
     #[cfg(feature = "compiler")]
     pub fn store(&self, model: &Model) -> Result<Program, Failure> {
         if self.is_artifact() {
-            return self.open()?.program(&["store"]);
+            return self.open()?.program(&[Entry::Store.name()]);
         }
         let entries = [Entry::Store];
         let artifact = crate::compiler::compile_entries(model, &entries, &self.options()?)?;
@@ -174,7 +179,7 @@ impl Source {
 
     #[cfg(not(feature = "compiler"))]
     pub fn store(&self, _: &Model) -> Result<Program, Failure> {
-        self.open()?.program(&["store"])
+        self.open()?.program(&[Entry::Store.name()])
     }
 
     /// Weights that no memory here could hold are refused before anything is done for them.

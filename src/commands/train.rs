@@ -1,6 +1,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use peft_grammar::names::Entry;
+use peft_grammar::names::OptimizerEntry::{self, Accumulate, Accumulated, Average, Update};
 use peft_runtime::{RuntimeError, Session};
 
 use super::overwrite::{self, Overwrite};
@@ -142,9 +144,11 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    let sums: &[&str] = if ready.model.train.accumulate > 1 { &["accumulate", "accumulated"] } else { &[] };
-    let average: &[&str] = if ready.model.train.average.is_some() { &["average"] } else { &[] };
-    let program = ready.program(&[&["init", "train", "update", "eval"], sums, average].concat())?;
+    let sums: &[OptimizerEntry] = if ready.model.train.accumulate > 1 { &[Accumulate, Accumulated] } else { &[] };
+    let average = ready.model.train.average.map(|_| Average);
+    let of_optimizer = [Update].iter().chain(sums).chain(&average).map(|entry| entry.name());
+    let of_model = [Entry::Init, Entry::Train, Entry::Eval].map(Entry::name);
+    let program = ready.program(&of_model.into_iter().chain(of_optimizer).collect::<Vec<_>>())?;
     let mut session = Session::new(program, loaded.tensors, arguments.source.threads)?;
     session.initialise()?;
     if let Some(adapter) = &adapter {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use peft_runtime::json::object;
-use peft_runtime::{RuntimeError, adapter};
+use peft_runtime::{RuntimeError, files};
 use serde_json::{Map, Value, json};
 
 use crate::failure::Failure;
@@ -83,7 +83,7 @@ impl SideFiles {
             let parent = copy.parent().unwrap_or(to);
             fs::create_dir_all(parent).map_err(Failure::file(parent))?;
             let bytes = fs::read(&source).map_err(Failure::file(&source))?;
-            adapter::write_whole(&copy, &bytes)?;
+            files::write_whole(&copy, &bytes)?;
         }
         Ok(())
     }
@@ -124,7 +124,7 @@ fn holds_weights(folder: &Path) -> Result<bool, Failure> {
 pub fn write_object(path: &Path, object: &Map<String, Value>) -> Result<(), Failure> {
     let mut text = serde_json::to_string_pretty(object).expect("plain data");
     text.push('\n');
-    Ok(adapter::write_whole(path, text.as_bytes())?)
+    Ok(files::write_whole(path, text.as_bytes())?)
 }
 
 /// Where [`add_tokens`] writes.

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use peft_grammar::model::{BatchSize, Model, TaskKind};
+use peft_grammar::names::{Entry, LOGITS, LOSS};
 use peft_runtime::{RuntimeError, Session};
 
 use crate::data::{Batches, Dataset, Order};
@@ -77,15 +78,15 @@ pub(super) fn evaluate_until(
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        session.run("eval", &inputs(&batch, [0, 0]))?;
+        session.run(Entry::Eval.name(), &inputs(&batch, [0, 0]))?;
         let get = |name: &str| session.output(name).ok_or_else(|| RuntimeError::input(name, "is no output"));
-        mean.add(f64::from(get("loss")?.1[0]), batch.asked() as f64);
+        mean.add(f64::from(get(LOSS)?.1[0]), batch.asked() as f64);
         match kind {
             TaskKind::Classification { .. } | TaskKind::TokenClassification { .. } => {
-                right += correct(&get("logits")?.1, &batch.labels);
+                right += correct(&get(LOGITS)?.1, &batch.labels);
             }
             TaskKind::Regression { .. } => {
-                found.extend_from_slice(&get("logits")?.1);
+                found.extend_from_slice(&get(LOGITS)?.1);
                 wanted.extend_from_slice(&batch.numbers);
             }
             TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => {}

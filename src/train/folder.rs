@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use peft_runtime::adapter;
+use peft_runtime::files;
 
 use crate::adapters::{ADAPTER, BEST};
 use crate::failure::Failure;
@@ -36,7 +36,7 @@ pub fn in_the_way(out: &Path) -> Vec<PathBuf> {
 
 /// It was being written when a run was killed.
 pub(super) fn unfinished(path: &Path) -> bool {
-    name(path).starts_with(adapter::BESIDE)
+    name(path).starts_with(files::BESIDE)
 }
 
 fn name(path: &Path) -> &str {

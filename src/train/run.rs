@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use peft_grammar::model::{Every, Recipe};
+use peft_grammar::names::Vector;
 use peft_runtime::adapter::{self, Data, TensorFile};
 
 use super::evaluation::evaluate_until;
@@ -228,14 +229,15 @@ impl<'a> Run<'a> {
             return Ok(None);
         }
         let session = &mut *self.training.session;
-        let [values, averages] = [session.flat("values")?.into_owned(), session.flat("averages")?.into_owned()];
-        session.set_flat("values", &averages)?;
+        let [values, averages] =
+            [session.flat(Vector::Values)?.into_owned(), session.flat(Vector::Averages)?.into_owned()];
+        session.set_flat(Vector::Values, &averages)?;
         Ok(Some(values))
     }
 
     /// Puts the values back that [`Self::averaged`] gave.
     fn restored(&mut self, values: Option<Vec<f32>>) -> Result<(), Failure> {
-        Ok(values.map_or(Ok(()), |values| self.training.session.set_flat("values", &values))?)
+        Ok(values.map_or(Ok(()), |values| self.training.session.set_flat(Vector::Values, &values))?)
     }
 
     /// What the run came to. One that took no step is saved all the same: it may have been judged, or lack its adapter.

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, written};
+use peft_grammar::names::Vector;
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use peft_runtime::safefile::SafeFile;
 use peft_runtime::source::TensorSource;
@@ -32,9 +33,6 @@ const OLD_FORMAT: &str = "peftc state 1";
 
 /// The note that holds the hash of all else: see [`begin_checksum`].
 const CHECKSUM: &str = "checksum";
-
-/// The flat vectors of a session that a training step may change; a state has those of its optimizer.
-const VECTORS: [&str; 4] = ["values", "m", "v", "averages"];
 
 /// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
 #[derive(Clone, Debug, PartialEq)]
@@ -281,7 +279,7 @@ impl State {
             Some(OLD_FORMAT) => None,
             Some(FORMAT) => {
                 let mut checksum = begin_checksum(&file.notes);
-                for name in VECTORS.into_iter().filter(|name| file.shape(name).is_some()) {
+                for name in Vector::CHANGED.map(Vector::name).into_iter().filter(|name| file.shape(name).is_some()) {
                     checksum.update(file.stored(name).map_err(Damaged)?.1);
                 }
                 if note(CHECKSUM) != Some(&checksum.finalize().to_hex()) {
@@ -363,13 +361,13 @@ impl State {
     pub fn restore(&self, session: &mut Session) -> Result<(), Failure> {
         let count = session.trainable();
         let mut numbers = vec![0.0; count];
-        for name in session.optimized() {
-            if self.file.shape(name) != Some(&[count as u64]) {
+        for vector in session.optimized() {
+            if self.file.shape(vector.name()) != Some(&[count as u64]) {
                 let message = "it is of another spec: the trained values differ in number; use another `--out`";
                 return Err(RuntimeError::file(&self.path, message).into());
             }
-            self.file.floats(name, &mut numbers)?;
-            session.set_flat(name, &numbers)?;
+            self.file.floats(vector.name(), &mut numbers)?;
+            session.set_flat(vector, &numbers)?;
         }
         if self.fallback.is_some() {
             let newest = self.path.with_file_name(STATE);
@@ -429,12 +427,12 @@ pub fn save(
     note("of", Value::Object(of.0.clone()).to_string());
     judged.notes().into_iter().for_each(|(key, value)| note(key, value));
     let mut checksum = begin_checksum(&file.notes);
-    for name in session.optimized() {
-        let flat = session.flat(name)?.into_owned();
+    for vector in session.optimized() {
+        let flat = session.flat(vector)?.into_owned();
         for part in flat.chunks(1 << 16) {
             checksum.update(&part.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
         }
-        file.tensors.insert(name.into(), Stored::f32(vec![flat.len() as u64], flat));
+        file.tensors.insert(vector.name().into(), Stored::f32(vec![flat.len() as u64], flat));
     }
     file.notes.insert(CHECKSUM.into(), checksum.finalize().to_hex().to_string());
     if !again {

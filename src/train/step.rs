@@ -1,9 +1,11 @@
 //! One step of the optimizer, on one batch or on several, and a stretch of steps that overlap.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use peft_grammar::model::Recipe;
+use peft_grammar::names::OptimizerEntry::{Accumulate, Accumulated, Average, Update};
+use peft_grammar::names::{Entry, GRAD_NORM, Input, LOSS, OptimizerEntry};
 use peft_runtime::{Promise, RuntimeError, Session};
 
 use super::rate;
@@ -34,17 +36,21 @@ fn parts(batches: Vec<Batch>) -> impl Iterator<Item = Part> {
 /// Sends a batch of a step on its way, with all that the step is told. The one before may still run.
 fn stage(session: &mut Session, recipe: &Recipe, part: &Part, step: u64, total: u64) -> Result<(), RuntimeError> {
     let share = part.share as f32;
-    let (entries, shares) = match (part.index, part.last) {
-        (0, true) => (&["train", "update"][..], None),
-        (0, false) => (&["train", "accumulate"][..], Some([0.0, share])),
-        (_, false) => (&["train", "accumulate"][..], Some([1.0, share])),
-        (_, true) => (&["train", "accumulated", "update"][..], Some([share, 1.0])),
+    let (behind, shares) = match (part.index, part.last) {
+        (0, true) => (&[Update][..], None),
+        (0, false) => (&[Accumulate][..], Some([0.0, share])),
+        (_, false) => (&[Accumulate][..], Some([1.0, share])),
+        (_, true) => (&[Accumulated, Update][..], Some([share, 1.0])),
     };
-    let mut floats = BTreeMap::from([("hyper".to_string(), recipe.hyper(rate(recipe, step, total), step))]);
-    floats.extend(shares.map(|shares| ("shares".to_string(), shares.to_vec())));
     let average = recipe.average_shares(step).filter(|_| part.last);
-    floats.extend(average.map(|shares| ("average_shares".to_string(), shares.map(|share| share as f32).to_vec())));
-    let entries = [entries, average.map_or(&[], |_| &["average"])].concat();
+    let told = [
+        (Input::Hyper, Some(recipe.hyper(rate(recipe, step, total), step))),
+        (Input::Shares, shares.map(|shares| shares.to_vec())),
+        (Input::AverageShares, average.map(|shares| shares.map(|share| share as f32).to_vec())),
+    ];
+    let floats = told.into_iter().filter_map(|(input, numbers)| Some((input.name().to_string(), numbers?)));
+    let behind = behind.iter().copied().chain(average.map(|_| Average));
+    let entries: Vec<&str> = [Entry::Train.name()].into_iter().chain(behind.map(OptimizerEntry::name)).collect();
     // Each batch draws what it drops by a number of its own.
     let draw = step * recipe.accumulate + part.index as u64;
     let mut inputs = inputs(&part.batch, [recipe.seed as i32, draw as i32]);
@@ -55,7 +61,7 @@ fn stage(session: &mut Session, recipe: &Recipe, part: &Part, step: u64, total: 
 /// Starts the batch that is staged.
 fn start(session: &mut Session, last: bool) -> Result<Promise, RuntimeError> {
     session.start()?;
-    session.promise(if last { &["loss", "grad_norm"] } else { &["loss"] })
+    session.promise(if last { &[LOSS, GRAD_NORM] } else { &[LOSS] })
 }
 
 /// Waits for the end of a batch; gives its loss before the step and, of the last batch of a step, the gradient's norm

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use peft_grammar::names::Vector;
 use peft_passes::dialect::Dialect;
 use peft_passes::interpret::optimizer::accumulated;
 use peft_passes::pipeline::{self, Entry, Options};
@@ -61,11 +62,12 @@ fn parts_of_a_batch_are_the_batch() {
             let what = format!("step {step} in batches of {size}");
             assert!((found.0 - loss).abs() <= TOLERANCE * loss, "{what}: the loss is {}, not {loss}", found.0);
             assert!((found.1 - norm).abs() <= TOLERANCE * norm, "{what}: the norm is {}, not {norm}", found.1);
-            let [found, want] = [&*session, &one].map(|session| session.flat("gradients").expect("read").into_owned());
+            let [found, want] =
+                [&*session, &one].map(|session| session.flat(Vector::Gradients).expect("read").into_owned());
             close(&found, &want, &what);
             // Adam makes the rounding of a gradient that is nearly nothing a step of the learning rate's size.
-            let values = one.flat("values").expect("read").into_owned();
-            session.set_flat("values", &values).expect("written");
+            let values = one.flat(Vector::Values).expect("read").into_owned();
+            session.set_flat(Vector::Values, &values).expect("written");
         }
     }
 }
@@ -86,13 +88,13 @@ fn gradients_add_up_as_the_interpreter_has_them() {
         .iter()
         .map(|batch| {
             train::step(&mut alone, &recipe, batch, 0, 9).expect("a step");
-            let found = alone.flat("gradients").expect("read");
+            let found = alone.flat(Vector::Gradients).expect("read");
             (batch.labels.len(), found.iter().map(|&x| f64::from(x)).collect())
         })
         .collect();
     train::step_of_several(&mut alone, &recipe, batches, 0, 9).expect("a step");
     let want: Vec<f32> = accumulated(&gradients).into_iter().map(|x| x as f32).collect();
-    close(&alone.flat("gradients").expect("read"), &want, "six batches");
+    close(&alone.flat(Vector::Gradients).expect("read"), &want, "six batches");
 }
 
 /// Ten steps of LoRA by PEFT on one batch of sixteen, which `tests/interop/accumulation_fixtures.py` has taken, and the same
@@ -130,7 +132,7 @@ fn ten_steps_as_pytorch_takes_them() {
     for size in [16, 8, 5, 4, 1] {
         adapters::apply(&mut session, &adapter.as_ref().expect("there").values).expect("written");
         let zeros = vec![0.0; session.trainable()];
-        ["m", "v"].iter().for_each(|moment| session.set_flat(moment, &zeros).expect("written"));
+        [Vector::M, Vector::V].into_iter().for_each(|moment| session.set_flat(moment, &zeros).expect("written"));
         let mut recipe = model.train.clone();
         recipe.accumulate = 16_u64.div_ceil(size);
         for (step, (loss, norm)) in (0..).zip(numbers(&written["losses"]).into_iter().zip(numbers(&written["norms"]))) {

@@ -239,6 +239,8 @@ fn compile_and_emit() {
         assert_eq!((ran.code, ran.out.is_empty()), (0, false), "{stage}: {}", ran.err);
     }
     bench.refuses(&["compile", IR, "--emit", "asm"], 2, &["the stages are ast, model"]);
+    bench.refuses(&["compile", IR, "--emit", "fusd"], 2, &["did you mean `fused`?"]);
+    bench.refuses(&["compile", IR, "--emit", "peft", "--entry", "tran"], 2, &["merge (did you mean `train`?)"]);
     bench.refuses(&["compile", IR, "--emit", "ptx"], 2, &["`--target cuda`"]);
     bench.refuses(
         &["run", IR, "--target", "cuda", "--entry", "grad", "--inputs", "a", "-o", "b"],
@@ -246,10 +248,10 @@ fn compile_and_emit() {
         &["`cuda` cannot run here"],
     );
     bench.refuses(&["compile", IR, "--target", "cuda:sm_61", "--emit", "loops"], 2, &["sm_70, sm_80, sm_90"]);
-    bench.refuses(&["compile", IR, "--target", "gpu"], 2, &["it is `cpu` or `cuda`"]);
+    bench.refuses(&["compile", IR, "--target", "gpu"], 2, &["(did you mean `cuda`?); there are cpu, ", "cuda:sm_90"]);
     #[cfg(target_arch = "x86_64")]
     bench.refuses(&["compile", IR, "--target", "cpu:x86-64-v9"], 2, &["native, x86-64, x86-64-v3, x86-64-v4"]);
-    bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "column"]);
+    bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "(did you mean `columns`?)"]);
     let out = bench.path("a.peftc");
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);

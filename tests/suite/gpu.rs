@@ -123,6 +123,30 @@ fn a_training_by_graphs() {
     same(&values(&graphs), &values(&processor));
 }
 
+/// What a session takes of the driver it gives back, whether it trained to its end or failed in between.
+#[test]
+fn nothing_is_left_on_the_gpu() {
+    let machine = Machine::new();
+    let (artifact, given) = machine.trains("cuda");
+    let report = machine.path("report");
+    let kinds = ["blocks", "events", "graphs", "modules", "pinned", "ready graphs", "streams"];
+    for (trouble, code, least) in [("", 0, kinds.map(|_| 1)), ("refuse=adamw,", 4, [1, 1, 0, 1, 1, 0, 1])] {
+        let out = machine.path(&format!("out{code}"));
+        let settings = format!("{trouble}report={}", text(&report));
+        let ran = machine.peftc(&settings, &with(&["train", text(&artifact), "--out", text(&out)], &given));
+        assert_eq!(ran.code, code, "{}{}", ran.out, ran.err);
+        let report = fs::read_to_string(&report).expect("the driver wrote it");
+        for (kind, least) in kinds.into_iter().zip(least) {
+            let count = |what: &str| {
+                let line = report.lines().find_map(|line| line.strip_prefix(&format!("{kind} {what} ")));
+                line.map_or(0, |count| count.parse().expect("a number"))
+            };
+            let (made, left): (u64, u64) = (count("made"), count("left"));
+            assert!(made >= least && left == 0, "{trouble}{kind}: {left} of {made} are left");
+        }
+    }
+}
+
 /// Steps of several batches are two graphs, one with the optimizer. They give the bits of launches one by one, and what a
 /// processor gives.
 #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use peft_runtime::adapter;
+use peft_runtime::{adapter, files};
 
 use crate::cli::{Bench, text};
 use crate::gpu::Machine;
@@ -74,7 +74,7 @@ impl Victim<'_> {
             // From before the first step to after many; a run that goes on is shorter than a whole one.
             let alive = self.killed_after(&killed, whole.mul_f64(fraction(kill)));
             let files = fs::read_dir(&killed).into_iter().flatten().flatten();
-            let unfinished = files.filter(|file| file.file_name().to_string_lossy().starts_with(adapter::BESIDE));
+            let unfinished = files.filter(|file| file.file_name().to_string_lossy().starts_with(files::BESIDE));
             in_saves += u64::from(alive && unfinished.count() > 0);
             // Nothing that was saved is lost.
             let now = step(&killed).unwrap_or(0);

@@ -87,7 +87,9 @@ impl Crate {
 /// `a::{b, c::{d, e}}` as `a::b`, `a::c::d`, `a::c::e`.
 fn paths(tree: &str) -> Vec<String> {
     let tree = tree.trim();
-    let Some((prefix, inner)) = tree.split_once('{') else { return vec![tree.split(" as ").next().unwrap_or(tree).into()] };
+    let Some((prefix, inner)) = tree.split_once('{') else {
+        return vec![tree.split(" as ").next().unwrap_or(tree).into()];
+    };
     let inner = inner.trim_end().strip_suffix('}').expect("as many ends");
     let (mut depth, mut parts) = (0, vec![String::new()]);
     for c in inner.chars() {

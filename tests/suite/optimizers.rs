@@ -5,6 +5,8 @@
 use std::collections::BTreeSet;
 
 use peft_grammar::model::{Decays, Optimizer, Recipe};
+use peft_grammar::names::OptimizerEntry::{self, Accumulate, Accumulated};
+use peft_grammar::names::{GRAD_NORM, Input, Vector};
 use peft_passes::interpret::optimizer::{Trained, accumulated, average, step};
 use peft_passes::lower::{self, lower};
 use peft_passes::target::Machine;
@@ -115,28 +117,28 @@ fn twenty_steps() {
             let weights = [&values[..35], &values[35..]].map(|part| Numbers::from(&narrow(part)[..]));
             let mut session = session(recipe.optimizer, machine, &tensors, weights.into());
             let moments = recipe.optimizer.moments();
-            assert_eq!(session.optimized(), [&["values"], moments, &["averages"]].concat());
+            assert_eq!(session.optimized(), [&[Vector::Values], moments, &[Vector::Averages]].concat());
             for (at, gradients) in gradients.iter().enumerate() {
-                session.set_flat("gradients", &narrow(gradients)).expect("written");
-                let floats = [("hyper".to_string(), recipe.hyper(rates[at], at as u64))].into();
-                session.run("update", &Inputs { floats, ..Inputs::default() }).expect("a run");
-                let norm = f64::from(session.output("grad_norm").expect("an output").1[0]);
+                session.set_flat(Vector::Gradients, &narrow(gradients)).expect("written");
+                let floats = [(Input::Hyper.name().to_string(), recipe.hyper(rates[at], at as u64))].into();
+                session.run(OptimizerEntry::Update.name(), &Inputs { floats, ..Inputs::default() }).expect("a run");
+                let norm = f64::from(session.output(GRAD_NORM).expect("an output").1[0]);
                 assert!((norm - norms[at]).abs() <= TOLERANCE * norms[at], "step {at}: {norm}, not {}", norms[at]);
                 if let Some(shares) = recipe.average_shares(at as u64) {
-                    let floats = [("average_shares".to_string(), narrow(&shares))].into();
+                    let floats = [(Input::AverageShares.name().to_string(), narrow(&shares))].into();
                     let inputs = Inputs { floats, ..Inputs::default() };
-                    session.run("average", &inputs).expect("a run");
+                    session.run(OptimizerEntry::Average.name(), &inputs).expect("a run");
                 }
             }
-            let found: Vec<f64> = session.flat("values").expect("read").iter().map(|&x| f64::from(x)).collect();
+            let found: Vec<f64> = session.flat(Vector::Values).expect("read").iter().map(|&x| f64::from(x)).collect();
             close(&found, &case.want, &case, TOLERANCE, &machine.to_string());
             if let Some(want) = &case.averages {
-                let found = session.flat("averages").expect("read");
+                let found = session.flat(Vector::Averages).expect("read");
                 let found: Vec<f64> = found.iter().map(|&x| f64::from(x)).collect();
                 close(&found, want, &case, TOLERANCE, &format!("averages on {machine}"));
             }
             for (moment, of) in recipe.optimizer.moments().iter().zip([|t: &Trained| t.m, |t: &Trained| t.v]) {
-                let found = session.flat(moment).expect("read");
+                let found = session.flat(*moment).expect("read");
                 for (found, want) in found.iter().zip(trained.iter().map(of)) {
                     let gap = (f64::from(*found) - want).abs();
                     assert!(
@@ -148,7 +150,7 @@ fn twenty_steps() {
             }
         }
     }
-    assert_eq!(words.len(), Optimizer::WORDS.len(), "an optimizer has no case");
+    assert_eq!(words.len(), Optimizer::ALL.len(), "an optimizer has no case");
 }
 
 /// Gradients of three batches, by their shares of the targets.
@@ -162,14 +164,14 @@ fn sums_of_gradients() {
     for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
         let mut session = session(Optimizer::AdamW, machine, &tensors(Decays::Matrices, [None; 2]), zeros());
         // What an earlier step left is gone.
-        session.set_flat("sums", &[1e9; 44]).expect("written");
-        let shares = [("accumulate", [0.0, 0.01]), ("accumulate", [1.0, 0.05]), ("accumulated", [0.94, 1.0])];
+        session.set_flat(Vector::Sums, &[1e9; 44]).expect("written");
+        let shares = [(Accumulate, [0.0, 0.01]), (Accumulate, [1.0, 0.05]), (Accumulated, [0.94, 1.0])];
         for ((entry, shares), (_, gradients)) in shares.into_iter().zip(&parts) {
-            session.set_flat("gradients", &narrow(gradients)).expect("written");
-            let floats = [("shares".to_string(), shares.to_vec())].into();
-            session.run(entry, &Inputs { floats, ..Inputs::default() }).expect("a run");
+            session.set_flat(Vector::Gradients, &narrow(gradients)).expect("written");
+            let floats = [(Input::Shares.name().to_string(), shares.to_vec())].into();
+            session.run(entry.name(), &Inputs { floats, ..Inputs::default() }).expect("a run");
         }
-        for (found, want) in session.flat("gradients").expect("read").iter().zip(&want) {
+        for (found, want) in session.flat(Vector::Gradients).expect("read").iter().zip(&want) {
             assert!((f64::from(*found) - want).abs() <= 1e-6 * want.abs().max(0.1), "{machine}: {found}, not {want}");
         }
     }

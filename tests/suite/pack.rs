@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use peft_grammar::names::{Input, Output};
 use peft_passes::dialect::Dialect;
 use peft_passes::interpret::{self, Data};
 use peft_passes::pipeline::{self, Entry, Options, Stage};
@@ -86,8 +87,8 @@ fn packed_turns_have_the_gradients_of_the_separate_ones() {
         for [separate, packed] in &batches {
             assert_eq!(separate.labels.len(), packed.labels.len());
             let [separate, packed] = [separate, packed].map(|batch| -> Results {
-                session.run("grad", &inputs(batch, [0, 0])).expect("a run");
-                let names = session.outputs().into_iter().filter(|name| name == "loss" || name.starts_with("grad."));
+                session.run(Entry::Grad.name(), &inputs(batch, [0, 0])).expect("a run");
+                let names = session.outputs().into_iter().filter(|name| wanted(name));
                 let floats =
                     |name: &str| session.output(name).expect("an output").1.iter().map(|&x| f64::from(x)).collect();
                 names.map(|name| (name.clone(), floats(&name))).collect()
@@ -95,6 +96,11 @@ fn packed_turns_have_the_gradients_of_the_separate_ones() {
             close(&packed, &separate, TOLERANCE, &fixture.name);
         }
     }
+}
+
+/// Loss and gradients.
+fn wanted(name: &str) -> bool {
+    matches!(Output::of(name), Output::Loss | Output::Gradient(_))
 }
 
 /// The same by the reference interpreter, in f64: there the two differ by roundings of another order.
@@ -109,11 +115,14 @@ fn packed_turns_in_the_interpreter() {
         let [separate, packed] = [false, true].map(|pack| -> Results {
             let inputs = inputs(&batch(pack, TURNS), [0, 0]);
             let lengths: Vec<usize> = inputs.lengths.iter().map(|&n| n as usize).collect();
-            let sizes = interpret::Batch::new(&lengths, inputs.ints["targets"].len());
+            let sizes = interpret::Batch::new(&lengths, inputs.ints[Input::Targets.name()].len());
             let args: HashMap<String, Data> = arguments(&graph, &fixture, &model, &inputs);
             let results = interpret::run(&graph, &sizes, &args).expect("interpreted");
-            let wanted = results.into_iter().filter(|(name, _)| name == "loss" || name.starts_with("grad."));
-            wanted.map(|(name, data)| (name, data.floats().to_vec())).collect()
+            results
+                .into_iter()
+                .filter(|(name, _)| wanted(name))
+                .map(|(name, data)| (name, data.floats().to_vec()))
+                .collect()
         });
         close(&packed, &separate, 1e-12, &fixture.name);
     }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use peft_grammar::check;
 use peft_grammar::graph::{DType, Graph, Op, Role};
 use peft_grammar::model::{Model, Trainable};
+use peft_grammar::names::Output;
 use peft_passes::dialect::Dialect;
 use peft_passes::interpret::{Batch, Data, run};
 use peft_passes::pipeline::{self, Entry, Options, Stage};
@@ -198,7 +199,7 @@ fn gradients(dialect: &Dialect, model: &Model, surface: &Surface) -> Vec<(String
     let options = Options { until: Stage::Grad, ..Options::default() };
     let compiled = pipeline::run(dialect, model, &[Entry::Grad], &options).unwrap_or_else(|e| panic!("{e}"));
     let outputs = surface.outputs(&compiled.graphs[0]).into_iter();
-    outputs.filter_map(|(name, x)| Some((name.strip_prefix("grad.")?.to_string(), x.floats().to_vec()))).collect()
+    outputs.filter_map(|(name, x)| Some((Output::of(&name).gradient()?.to_string(), x.floats().to_vec()))).collect()
 }
 
 /// What is wrong with the gradients of a model.

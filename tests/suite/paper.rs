@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use peft_grammar::graph::Op;
 use peft_grammar::model::{Model, Param, Precision};
+use peft_grammar::names::{LOSS, Vector};
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
 use peft_passes::kernels::attention::shape::Form;
@@ -207,7 +208,7 @@ pub fn weights(model: &Model) -> Vec<Numbers> {
 
 /// Evaluates, and takes a step.
 pub fn run(session: &mut Session, inputs: &Inputs) {
-    for entry in ["eval", "train"] {
+    for entry in ENTRIES.map(Entry::name) {
         session.run(entry, inputs).unwrap_or_else(|e| panic!("{e}"));
     }
 }
@@ -230,8 +231,8 @@ impl Step {
     fn of(mut session: Session, inputs: &Inputs) -> Step {
         session.poison = true;
         run(&mut session, inputs);
-        let loss = session.output("loss").expect("an output").1[0];
-        let all = session.flat("gradients").expect("read");
+        let loss = session.output(LOSS).expect("an output").1[0];
+        let all = session.flat(Vector::Gradients).expect("read");
         let mut rest = &all[..];
         let trained = session.manifest().tensors.iter().filter_map(|t| Some((t, t.trainable?)));
         let gradient = |(tensor, (start, end)): (&Tensor, (u64, u64))| {
@@ -251,7 +252,7 @@ impl Step {
             (name.as_str(), apart / (largest(y.iter().copied()) + 0.01 * all))
         };
         let loss = (self.loss - other.loss).abs() / other.loss;
-        std::iter::once(("loss", loss)).chain(self.gradients.iter().zip(&other.gradients).map(gap))
+        std::iter::once((LOSS, loss)).chain(self.gradients.iter().zip(&other.gradients).map(gap))
     }
 }
 
@@ -266,7 +267,7 @@ const SINGLE: Bounds = Bounds { loss: 1e-5, gradient: 1e-5 };
 
 impl Bounds {
     fn of(&self, name: &str) -> f32 {
-        if name == "loss" { self.loss } else { self.gradient }
+        if name == LOSS { self.loss } else { self.gradient }
     }
 }
 

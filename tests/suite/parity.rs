@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use peft_grammar::graph::{DType, Graph, Role};
 use peft_grammar::model::{Init, Model, Origin, Param, Precision};
+use peft_grammar::names::{Input, LOGITS, Output};
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::fuse::Limits;
@@ -63,19 +64,20 @@ fn differences(fixture: &Fixture, precision: Precision, padded: &Padded, found: 
         let largest = want.iter().fold(0.0_f64, |m, x| m.max(f64::from(x.abs())));
         let nearly_zero = fixture.json["float32_torch_vs_float64"]["grad_tensors_exactly_or_nearly_zero"]
             .as_array()
-            .is_some_and(|l| l.iter().any(|n| n.as_str() == name.strip_prefix("grad.")));
-        let tolerance = match name {
-            "loss" => bounds.loss * largest,
-            _ if !name.starts_with("grad.") || nearly_zero => bounds.other,
-            _ if name.contains(".adapter.down.") => bounds.least.max(bounds.gated * largest),
-            _ => bounds.least.max(bounds.gradient * largest),
+            .is_some_and(|l| l.iter().any(|n| n.as_str() == Output::of(name).gradient()));
+        let tolerance = match Output::of(name) {
+            Output::Loss => bounds.loss * largest,
+            Output::Gradient(_) if nearly_zero => bounds.other,
+            Output::Gradient(tensor) if tensor.contains(".adapter.down.") => bounds.least.max(bounds.gated * largest),
+            Output::Gradient(_) => bounds.least.max(bounds.gradient * largest),
+            _ => bounds.other,
         };
         let gap = found.iter().zip(want).map(|(f, w)| f64::from((f - w).abs())).fold(0.0, f64::max);
         if gap > tolerance || gap.is_nan() {
             wrong.push(format!("`{name}` differs by {gap:.3e} of at most {tolerance:.3e}"));
         }
     }
-    for name in found.tensors.keys().filter(|n| n.starts_with("grad.")) {
+    for name in found.tensors.keys().filter(|n| Output::of(n).gradient().is_some()) {
         if !fixture.file.tensors.contains_key(&format!("expect.{name}")) {
             wrong.push(format!("`{name}` is no gradient PyTorch has"));
         }
@@ -107,7 +109,7 @@ pub fn arguments(graph: &Graph, fixture: &Fixture, model: &Model, inputs: &Input
 fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded) -> TensorFile {
     let run = |inputs: &Inputs| {
         let lengths: Vec<usize> = inputs.lengths.iter().map(|&n| n as usize).collect();
-        let batch = Batch::new(&lengths, inputs.ints["targets"].len());
+        let batch = Batch::new(&lengths, inputs.ints[Input::Targets.name()].len());
         let args = arguments(graph, fixture, model, inputs);
         interpret::run(graph, &batch, &args).expect("interpreted")
     };
@@ -116,27 +118,31 @@ fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded)
     let of_tokens = fixture.of_tokens();
     if of_tokens {
         let all = run(&padded.everywhere([0, 0]));
-        let logits = f32s(&all.iter().find(|(n, _)| n == "logits").expect("an output").1);
-        out.tensors.insert("logits".into(), padded.pad_tokens(&logits, logits.len() / padded.batch.tokens()));
+        let logits = f32s(&all.iter().find(|(n, _)| n == LOGITS).expect("an output").1);
+        out.tensors.insert(LOGITS.into(), padded.pad_tokens(&logits, logits.len() / padded.batch.tokens()));
     }
     for (name, data) in run(&padded.inputs([0, 0])) {
         let x = f32s(&data);
-        if name.starts_with("lambda.") {
-            out.tensors.insert(name, padded.pad_heads(&x));
-        } else if let Some(label) = name.strip_prefix("grad.") {
-            let arg = graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label).expect("an argument");
-            let param = model.params.iter().find(|p| p.name == arg.name).expect("a parameter");
-            let mut full = vec![0.0; param.elements() as usize];
-            let row = full.len() / param.shape[0] as usize;
-            let from = arg.rows.map_or(0, |(start, _)| start as usize * row);
-            full[from..from + x.len()].copy_from_slice(&x);
-            out.tensors.insert(format!("grad.{}", arg.name), Stored::f32(param.shape.clone(), full));
-        } else if name == "loss" {
-            out.tensors.insert(name, Stored::f32(vec![1], x));
-        } else if !(name == "logits" && of_tokens) {
-            let shape = vec![padded.sequences as u64, (x.len() / padded.sequences) as u64];
-            out.tensors.insert(name, Stored::f32(shape, x));
-        }
+        let (name, stored) = match Output::of(&name) {
+            Output::Logits if of_tokens => continue,
+            Output::Lambda(_) => (name, padded.pad_heads(&x)),
+            Output::Gradient(label) => {
+                let arg =
+                    graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label).expect("an argument");
+                let param = model.params.iter().find(|p| p.name == arg.name).expect("a parameter");
+                let mut full = vec![0.0; param.elements() as usize];
+                let row = full.len() / param.shape[0] as usize;
+                let from = arg.rows.map_or(0, |(start, _)| start as usize * row);
+                full[from..from + x.len()].copy_from_slice(&x);
+                (Output::Gradient(&arg.name).to_string(), Stored::f32(param.shape.clone(), full))
+            }
+            Output::Loss => (name, Stored::f32(vec![1], x)),
+            _ => {
+                let shape = vec![padded.sequences as u64, (x.len() / padded.sequences) as u64];
+                (name, Stored::f32(shape, x))
+            }
+        };
+        out.tensors.insert(name, stored);
     }
     out
 }
@@ -213,54 +219,42 @@ fn compiled(prefix: &str, options: &Options, precision: Precision) {
     let mut programs = programs(all).into_iter();
     check(&models, |fixture, model, padded| {
         let mut session = start(fixture, model, programs.next().expect("one for each fixture"));
-        exchange::run(&mut session, model, "grad", padded, [0, 0]).expect("a run")
+        exchange::run(&mut session, model, Entry::Grad, padded, [0, 0]).expect("a run")
     });
 }
 
-#[test]
-fn gpt2_in_the_interpreter() {
-    in_the_interpreter("gpt2_");
+/// Fixtures by what their names begin with, three tests for each, so that all run side by side.
+macro_rules! families {
+    ($($(#[$doc:meta])* $family:ident = $prefix:literal,)*) => {
+        $($(#[$doc])*
+        mod $family {
+            use super::{Precision, fused};
+
+            #[test]
+            fn in_the_interpreter() {
+                super::in_the_interpreter($prefix);
+            }
+
+            #[test]
+            fn compiled() {
+                super::compiled($prefix, &fused(true), Precision::F32);
+            }
+
+            #[test]
+            fn compiled_without_fusion() {
+                super::compiled($prefix, &fused(false), Precision::F32);
+            }
+        })*
+    };
 }
 
-#[test]
-fn bert_in_the_interpreter() {
-    in_the_interpreter("bert_");
-}
-
-#[test]
-fn gpt2_compiled() {
-    compiled("gpt2_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn gpt2_compiled_without_fusion() {
-    compiled("gpt2_", &fused(false), Precision::F32);
-}
-
-#[test]
-fn bert_compiled() {
-    compiled("bert_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn bert_compiled_without_fusion() {
-    compiled("bert_", &fused(false), Precision::F32);
-}
-
-/// What stands on a backbone for other tasks than its first.
-#[test]
-fn heads_in_the_interpreter() {
-    in_the_interpreter("head_");
-}
-
-#[test]
-fn heads_compiled() {
-    compiled("head_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn heads_compiled_without_fusion() {
-    compiled("head_", &fused(false), Precision::F32);
+families! {
+    gpt2 = "gpt2_",
+    bert = "bert_",
+    roberta = "roberta_",
+    llama = "llama_",
+    /// What stands on a backbone for other tasks than its first.
+    heads = "head_",
 }
 
 /// Fixtures that give every rule something to do between them.
@@ -320,7 +314,7 @@ fn without_each_rule_alone() {
     let mut wrong = vec![];
     for ((fixture, model, rule), program) in cases.into_iter().zip(programs(all)) {
         let mut session = start(fixture, model, program);
-        let results = |padded: &Padded| exchange::run(&mut session, model, "grad", padded, [0, 0]).expect("a run");
+        let results = |padded: &Padded| exchange::run(&mut session, model, Entry::Grad, padded, [0, 0]).expect("a run");
         wrong.extend(faults(fixture, model, results).into_iter().map(|fault| format!("without {rule:?}, {fault}")));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -332,36 +326,6 @@ fn in_bf16() {
     for backbone in ["gpt2_", "bert_", "roberta_", "llama_"] {
         compiled(backbone, &fused(true), Precision::Bf16);
     }
-}
-
-#[test]
-fn roberta_in_the_interpreter() {
-    in_the_interpreter("roberta_");
-}
-
-#[test]
-fn roberta_compiled() {
-    compiled("roberta_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn roberta_compiled_without_fusion() {
-    compiled("roberta_", &fused(false), Precision::F32);
-}
-
-#[test]
-fn llama_in_the_interpreter() {
-    in_the_interpreter("llama_");
-}
-
-#[test]
-fn llama_compiled() {
-    compiled("llama_", &fused(true), Precision::F32);
-}
-
-#[test]
-fn llama_compiled_without_fusion() {
-    compiled("llama_", &fused(false), Precision::F32);
 }
 
 /// Methods that read every head, where heads share keys and values: no PyTorch has them, so the interpreter decides.
@@ -390,7 +354,7 @@ fn methods_on_shared_heads() {
         fixture.file.tensors.extend(expected);
         for all in [true, false] {
             let mut session = session(&fixture, &model, &fused(all));
-            let found = exchange::run(&mut session, &model, "grad", &padded, [0, 0]).expect("a run");
+            let found = exchange::run(&mut session, &model, Entry::Grad, &padded, [0, 0]).expect("a run");
             assert_eq!(
                 differences(&fixture, model.train.precision, &padded, &found),
                 Vec::<String>::new(),

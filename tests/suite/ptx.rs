@@ -4,7 +4,8 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use peft_grammar::model::{Model, Precision};
+use peft_grammar::model::{Model, Precision, Recipe};
+use peft_grammar::names::{Entry, GRAD_NORM, Input, OptimizerEntry, Output, Vector};
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::pipeline::Options;
@@ -142,7 +143,7 @@ fn session(fixture: &Fixture, model: &Model, chip: Chip, fused: bool) -> Session
 
 fn steps(prefix: &str, chip: Chip, fused: bool, precision: Precision) {
     parity::check(&parity::models(prefix, precision), |fixture, model, padded| {
-        exchange::run(&mut session(fixture, model, chip, fused), model, "grad", padded, [0, 0]).expect("a run")
+        exchange::run(&mut session(fixture, model, chip, fused), model, Entry::Grad, padded, [0, 0]).expect("a run")
     });
 }
 
@@ -181,12 +182,12 @@ fn adjoints_of_any_size_in_f16() {
         let checked = peft_grammar::check("spec.peft", &spec, &peft_grammar::no_imports);
         let mut model = checked.unwrap_or_else(|e| panic!("{e}"));
         let mut processor = parity::session(&fixture, &model, &parity::fused(true));
-        let want = exchange::run(&mut processor, &model, "grad", &padded, [0, 0]).expect("a run");
+        let want = exchange::run(&mut processor, &model, Entry::Grad, &padded, [0, 0]).expect("a run");
         model.train.precision = Precision::Bf16;
         let mut gpu = session(&fixture, &model, Chip::Sm70, true);
         let mut gaps = vec![];
-        let found = exchange::run(&mut gpu, &model, "grad", &padded, [0, 0]).expect("a run");
-        for (name, want) in want.tensors.iter().filter(|(name, _)| name.starts_with("grad.")) {
+        let found = exchange::run(&mut gpu, &model, Entry::Grad, &padded, [0, 0]).expect("a run");
+        for (name, want) in want.tensors.iter().filter(|(name, _)| Output::of(name).gradient().is_some()) {
             let floats = |stored: &Stored| match &stored.data {
                 Data::F32(x) => x.clone(),
                 _ => panic!("`{name}` in f32"),
@@ -236,23 +237,22 @@ fn updates_in_ptx() {
     let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path, &model).expect("a batch");
     let mut sessions =
         [parity::session(&fixture, &model, &parity::fused(true)), session(&fixture, &model, Chip::Sm80, true)];
+    let recipe = Recipe { weight_decay: 0.1, clip: 0.1, ..model.train.clone() };
     for step in 1..3 {
-        let (beta1, beta2) = (0.9_f32, 0.999_f32);
-        let biases = [1.0 - beta1, 1.0 - beta2, 1.0 - beta1.powi(step), 1.0 - beta2.powi(step)];
-        let hyper = [&[1e-2, beta1, beta2, 1e-8, 0.1, 0.1], &biases[..]].concat();
+        let hyper = recipe.hyper(1e-2, step as u64 - 1);
         let batch = padded.inputs([3, step]);
-        let hyper = Inputs { floats: [("hyper".to_string(), hyper)].into(), ..Inputs::default() };
+        let hyper = Inputs { floats: [(Input::Hyper.name().to_string(), hyper)].into(), ..Inputs::default() };
         for session in &mut sessions {
-            session.run("train", &batch).expect("a run");
-            session.run("update", &hyper).expect("a run");
+            session.run(Entry::Train.name(), &batch).expect("a run");
+            session.run(OptimizerEntry::Update.name(), &hyper).expect("a run");
         }
-        let [want, found] = [0, 1].map(|i| sessions[i].flat("values").expect("read"));
+        let [want, found] = [0, 1].map(|i| sessions[i].flat(Vector::Values).expect("read"));
         // Of a gradient that is nearly nothing the rounding of a sum is much, and Adam makes its size the learning rate's.
         let apart = |(x, y): (&f32, &f32)| (x - y).abs() > 1e-5 * y.abs().max(1e-2);
         let apart: Vec<(&f32, &f32)> = found.iter().zip(want.iter()).filter(|&(x, y)| apart((x, y))).collect();
         assert!(apart.len() <= found.len() / 1000, "step {step}: {} of {}, {apart:?}", apart.len(), found.len());
         assert!(apart.iter().all(|(x, y)| (*x - *y).abs() < 1e-4), "step {step}: {apart:?}");
-        let [want, found] = [0, 1].map(|i| sessions[i].output("grad_norm").expect("an output").1[0]);
+        let [want, found] = [0, 1].map(|i| sessions[i].output(GRAD_NORM).expect("an output").1[0]);
         assert!(want > 0.1 && (want - found).abs() < 1e-5 * want, "{found}, not {want}");
     }
 }

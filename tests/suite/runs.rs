@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use peft_grammar::model::Model;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
-use peft_passes::pipeline::{self, Entry, Options};
+use peft_passes::pipeline::{self, Options};
 use peft_runtime::artifact::Manifest;
 use peft_runtime::weights::{self, Loaded};
 use peft_runtime::{Program, Session, adapter, store};
@@ -30,7 +30,7 @@ fn model(overrides: &[(&str, &str)]) -> Model {
 /// An artifact of the model in `folder`.
 fn artifact(model: &Model, folder: &Path) -> std::path::PathBuf {
     let dialect = Dialect::new().expect("a dialect");
-    let entries = Entry::of_artifact(model);
+    let entries = pipeline::of_artifact(model);
     let compiled = pipeline::run(&dialect, model, &entries, &Options::default()).expect("compiled");
     let lowered = compiled.lowered.expect("the whole way");
     let library = folder.join("fresh.so");

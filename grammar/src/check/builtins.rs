@@ -6,6 +6,7 @@ use super::value::Val;
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{Dim, MAX_PARTS, Op, Value};
+use crate::names::Input;
 use crate::source::Span;
 
 /// Every built-in function with its parameters; those after `?` may be left out.
@@ -253,7 +254,7 @@ impl<'a> Checker<'a> {
         if p == 0.0 {
             return Some(Val::Tensor(x));
         }
-        let rng = self.input("rng");
+        let rng = self.input(Input::Rng);
         let stream = self.streams;
         self.streams += 1;
         Some(self.push(Op::Dropout { p, stream, column: 0 }, &[x, rng], span))

@@ -83,8 +83,8 @@ impl<'a> Checker<'a> {
         if let Some(value) = frame.get(name) {
             return value.clone();
         }
-        if let Some(input) = INPUTS.iter().find(|i| **i == name) {
-            return Val::Tensor(self.input(input));
+        if let Some(input) = INPUTS.iter().find(|i| i.name() == name) {
+            return Val::Tensor(self.input(*input));
         }
         match name {
             "tokens" => return Val::Dim(Dim::Tokens),
@@ -107,7 +107,7 @@ impl<'a> Checker<'a> {
         }
         let mut known: Vec<&str> = frame.scopes.iter().rev().flat_map(|s| s.keys().map(String::as_str)).collect();
         known.sort_unstable();
-        let near = crate::diagnostic::nearest(name, known.iter().copied().chain(INPUTS.iter().copied()));
+        let near = crate::diagnostic::nearest(name, known.iter().copied().chain(INPUTS.iter().map(|i| i.name())));
         let error = Diagnostic::error(span, format!("there is no variable `{name}` here"));
         self.report(match (near, frame.body) {
             (Some(near), _) => error.hint(format!("did you mean `{near}`?")),

@@ -11,6 +11,7 @@ use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{DType, Dim, Op, Role, Value};
 use crate::model::{Backbone, ConfigValue, Model, Origin, Recipe, Task, TaskKind, Trainable};
+use crate::names::{Input, LOGITS, LOSS};
 use crate::pattern;
 use crate::source::Span;
 
@@ -54,7 +55,7 @@ impl<'a> Checker<'a> {
             arg.role = if all { Role::Trainable } else { Role::Frozen };
         }
         // `loss` and `logits` first, then what methods expose.
-        let rank = |name: &str| ["loss", "logits"].iter().position(|n| *n == name).unwrap_or(2);
+        let rank = |name: &str| [LOSS, LOGITS].iter().position(|n| *n == name).unwrap_or(2);
         self.graph.outputs.sort_by_key(|(name, _)| rank(name));
         let checkpoint = self.checkpoint(backbone, &args);
         if !self.errors.is_empty() {
@@ -109,7 +110,7 @@ impl<'a> Checker<'a> {
 
     /// How many tokens a sequence may have: what the backbone says, else the rows of the table of positions.
     fn longest_sequence(&mut self, backbone: &str) -> Option<u64> {
-        let tables = self.graph.bounds().into_iter().filter(|b| b.input == "positions");
+        let tables = self.graph.bounds().into_iter().filter(|b| b.input == Input::Positions.name());
         let table = tables.filter_map(|b| Some((b.rows.constant()?, b.table))).min();
         match (self.longest, table) {
             (Some(Said { number, span }), Some((rows, table))) if number > rows => {
@@ -283,7 +284,7 @@ impl<'a> Checker<'a> {
 
     /// Everything the loss is made of, if the values `given` are there.
     fn reaching(&self, given: &[Value]) -> HashSet<Value> {
-        let mut needed: HashSet<Value> = self.graph.output("loss").into_iter().collect();
+        let mut needed: HashSet<Value> = self.graph.output(LOSS).into_iter().collect();
         for node in self.graph.nodes.iter().rev() {
             if needed.contains(&node.result) && !given.contains(&node.result) {
                 needed.extend(&node.operands);
@@ -302,31 +303,31 @@ impl<'a> Checker<'a> {
     /// The backbone gives a loss, and logits that suit the task.
     fn outputs_there(&mut self, model: &ModelDef) {
         let span = |checker: &Self, name| checker.outputs.get(name).copied().unwrap_or(model.span);
-        for name in ["loss", "logits"] {
+        for name in [LOSS, LOGITS] {
             if self.graph.output(name).is_none() {
                 let error = Diagnostic::error(model.span, format!("the backbone has no output `{name}`"));
                 self.report(error.hint(format!("end it with `output {name} = …`")));
             }
         }
-        if let Some(loss) = self.graph.output("loss") {
+        if let Some(loss) = self.graph.output(LOSS) {
             let ty = self.graph.ty(loss).clone();
             if ty.rank() != 0 || ty.dtype != DType::F32 {
-                let error = Diagnostic::error(span(self, "loss"), format!("the loss is one number, found {ty}"));
+                let error = Diagnostic::error(span(self, LOSS), format!("the loss is one number, found {ty}"));
                 self.report(error.hint("take the mean: `output loss = mean(…)`"));
             }
         }
-        if let Some(logits) = self.graph.output("logits") {
+        if let Some(logits) = self.graph.output(LOGITS) {
             let ty = self.graph.ty(logits).clone();
             let (rows, what) = self.purpose.rows();
             if ty.rank() != 2 || ty.shape[0] != rows {
                 let title = format!("logits are a row for {what}, f32[{rows},classes], found {ty}");
-                self.report(Diagnostic::error(span(self, "logits"), title));
+                self.report(Diagnostic::error(span(self, LOGITS), title));
             } else if self.purpose != Purpose::Generation && ty.shape[1] != Dim::Const(self.classes) {
                 let title = match self.purpose {
                     Purpose::Regression => format!("the task asks for one number, the logits are {ty}"),
                     _ => format!("the task has {} labels, the logits are {ty}", self.classes),
                 };
-                self.report(Diagnostic::error(span(self, "logits"), title).hint("`classes` is how many there are"));
+                self.report(Diagnostic::error(span(self, LOGITS), title).hint("`classes` is how many there are"));
             }
         }
     }

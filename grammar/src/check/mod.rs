@@ -30,6 +30,7 @@ use crate::ast::*;
 use crate::diagnostic::{Diagnostic, Diagnostics};
 use crate::graph::{Graph, Role, Type, Value};
 use crate::model::{Applied, Model, Origin, Param, Projection};
+use crate::names::{Entry, Input};
 use crate::recipe::{Decays, Recipe};
 use crate::source::{Sources, Span};
 
@@ -77,7 +78,7 @@ struct Checker<'a> {
     declared: HashMap<String, Declared>,
     /// Shared weights: where first declared, their shape and value.
     shared: HashMap<String, (Span, Vec<u64>, value::Val)>,
-    inputs: HashMap<&'static str, Value>,
+    inputs: HashMap<Input, Value>,
     outputs: HashMap<String, Span>,
     purpose: Purpose,
     /// All that the backbone is for.
@@ -209,7 +210,7 @@ impl<'a> Checker<'a> {
             definitions,
             errors,
             calls: Vec::new(),
-            graph: Graph::new("forward"),
+            graph: Graph::new(Entry::Forward.name()),
             params: Vec::new(),
             declared: HashMap::new(),
             shared: HashMap::new(),
@@ -333,19 +334,20 @@ impl<'a> Checker<'a> {
     }
 
     /// An input of the batch, made an argument of the graph when first read.
-    fn input(&mut self, name: &'static str) -> Value {
+    fn input(&mut self, input: Input) -> Value {
         use crate::graph::Dim::*;
-        let ty = match name {
-            "ids" | "types" | "positions" => Type::i32([Tokens]),
-            "starts" | "ends" => Type::i32([Sequences]),
-            "labels" => self.purpose.labels(),
-            "rng" => Type::i32([Const(2)]),
+        let ty = match input {
+            Input::Ids | Input::Types | Input::Positions => Type::i32([Tokens]),
+            Input::Starts | Input::Ends => Type::i32([Sequences]),
+            Input::Labels => self.purpose.labels(),
+            Input::Rng => Type::i32([Const(2)]),
             _ => Type::i32([Targets]),
         };
         let graph = &mut self.graph;
-        *self.inputs.entry(name).or_insert_with(|| graph.arg(name, Role::Input, None, ty))
+        *self.inputs.entry(input).or_insert_with(|| graph.arg(input.name(), Role::Input, None, ty))
     }
 }
 
-/// Names of a batch's inputs that equations may read.
-const INPUTS: &[&str] = &["ids", "types", "positions", "starts", "ends", "targets", "labels"];
+/// A batch's inputs that equations may read.
+const INPUTS: &[Input] =
+    &[Input::Ids, Input::Types, Input::Positions, Input::Starts, Input::Ends, Input::Targets, Input::Labels];

@@ -444,19 +444,11 @@ impl<'a> Checker<'a> {
 
     fn optimizer(&mut self, entries: &Entries<'a>) -> Optimizer {
         let momentum = self.setting(entries, "momentum", 0.0, "at least 0 and below 1", |x| (0.0..1.0).contains(&x));
-        let optimizer = match self.word(entries, "optimizer", &Optimizer::WORDS) {
-            Some("adam") => Optimizer::Adam,
-            Some("sgd") => Optimizer::Sgd { momentum },
-            Some("lion") => Optimizer::Lion,
-            _ => Optimizer::AdamW,
-        };
-        let unread: &[&str] = match optimizer {
-            Optimizer::AdamW | Optimizer::Adam => &["momentum"],
-            Optimizer::Sgd { .. } => &["betas", "eps"],
-            Optimizer::Lion => &["momentum", "eps"],
-        };
+        let word = self.word(entries, "optimizer", &Optimizer::ALL.map(Optimizer::word));
+        let chosen = Optimizer::ALL.into_iter().find(|optimizer| Some(optimizer.word()) == word);
+        let optimizer = chosen.unwrap_or_default().with_momentum(momentum);
         let choice = format!("`optimizer: {}`", optimizer.word());
-        unread.iter().for_each(|key| self.unread(entries, key, &choice));
+        optimizer.unread().iter().for_each(|key| self.unread(entries, key, &choice));
         optimizer
     }
 

@@ -1,11 +1,12 @@
 //! The optimizer's step over flat vectors of all trainable values: the norm of the gradient, then
 //! clipping and the optimizer's equations in one sweep. They stand in [`crate::interpret::optimizer`].
 
+use peft_grammar::names::{GRAD_NORM, Input, OptimizerEntry, Vector};
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Output, Storage};
 
 use super::module::Module;
 use crate::kernels::optimizer::{
-    AddBuffers, AddWeighted, FlatSizes, RootOfSum, SumBuffers, SumOfSquares, Sweep, ToldBuffers,
+    AddBuffers, AddWeighted, FlatSizes, RootOfSum, SumBuffers, SumOfSquares, Sweep, SweptBuffers, ToldBuffers,
 };
 
 /// Partial sums that a GPU's warp reads at once.
@@ -15,15 +16,11 @@ const AHEAD: u64 = 8;
 /// the step.
 pub fn update(module: &mut Module, own_rates: bool) -> Entry {
     let optimizer = module.optimizer;
-    let mut flat = |name: &str| {
-        module.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
-    };
-    let names = ["values", "gradients"].iter().chain(optimizer.moments()).chain(&["decay"]);
-    let names = names.chain(own_rates.then_some(&"lr_factors"));
-    let mut swept: Vec<BufferId> = names.map(|name| flat(name)).collect();
-    let gradients = swept[1];
-    let count = Extent::Const(optimizer.hyper().len() as u64);
-    let hyper = module.bind("hyper", Element::F32, vec![count], Storage::Input("hyper".into()));
+    let [values, gradients] = [Vector::Values, Vector::Gradients].map(|vector| flat(module, vector));
+    let mut swept = SweptBuffers { values, gradients }.list();
+    let others = optimizer.moments().iter().chain(&[Vector::Decay]).chain(own_rates.then_some(&Vector::LrFactors));
+    swept.extend(others.map(|vector| flat(module, *vector)));
+    let hyper = given(module, Input::Hyper, Extent::Const(optimizer.hyper().len() as u64));
     let blocks = Extent::CeilDiv(Box::new(Extent::Values), module.machine.stretch());
     let partial = module.buffer(Element::F32, vec![blocks.clone()], Storage::Temporary);
     let norm = module.buffer(Element::F32, vec![], Storage::Temporary);
@@ -49,7 +46,7 @@ pub fn update(module: &mut Module, own_rates: bool) -> Entry {
         ),
         module.launch(Sweep { optimizer, own_rates }, swept, count, blocks, optimizer.word()),
     ];
-    Entry { launches, outputs: vec![Output { name: "grad_norm".into(), buffer: norm, shape: vec![] }] }
+    Entry { launches, outputs: vec![Output { name: GRAD_NORM.into(), buffer: norm, shape: vec![] }] }
 }
 
 /// Gradients of batches that are one step. Every batch but the last is followed by `accumulate`, and the last one by
@@ -60,8 +57,9 @@ pub fn update(module: &mut Module, own_rates: bool) -> Entry {
 /// accumulated   gradients ← shares[0] gradients + shares[1] sums
 /// ```
 pub fn accumulation(module: &mut Module) -> [(&'static str, Entry); 2] {
-    [("accumulate", ["sums", "gradients"]), ("accumulated", ["gradients", "sums"])]
-        .map(|(name, vectors)| (name, weighted(module, vectors, "shares", "accumulate")))
+    let (accumulate, accumulated) = (OptimizerEntry::Accumulate.name(), OptimizerEntry::Accumulated.name());
+    [(accumulate, [Vector::Sums, Vector::Gradients]), (accumulated, [Vector::Gradients, Vector::Sums])]
+        .map(|(name, vectors)| (name, weighted(module, vectors, Input::Shares, accumulate)))
 }
 
 /// The average of the values, which follows `update`; `average_shares` says what each vector counts.
@@ -70,17 +68,23 @@ pub fn accumulation(module: &mut Module) -> [(&'static str, Entry); 2] {
 /// average    averages ← average_shares[0] averages + average_shares[1] values
 /// ```
 pub fn average(module: &mut Module) -> Entry {
-    weighted(module, ["averages", "values"], "average_shares", "average")
+    weighted(module, [Vector::Averages, Vector::Values], Input::AverageShares, OptimizerEntry::Average.name())
 }
 
 /// Two flat vectors x and y: x becomes what the two numbers of the input `shares` make of both.
-fn weighted(module: &mut Module, [x, y]: [&str; 2], shares: &str, op: &str) -> Entry {
-    let mut flat = |name: &str| {
-        module.bind(&format!("flat {name}"), Element::F32, vec![Extent::Values], Storage::Flat(name.into()))
-    };
-    let [x, y] = [x, y].map(&mut flat);
-    let shares = module.bind(shares, Element::F32, vec![Extent::Const(2)], Storage::Input(shares.into()));
+fn weighted(module: &mut Module, [x, y]: [Vector; 2], shares: Input, op: &str) -> Entry {
+    let [x, y] = [x, y].map(|vector| flat(module, vector));
+    let shares = given(module, shares, Extent::Const(2));
     let units = Extent::CeilDiv(Box::new(Extent::Values), module.machine.stretch());
     let (buffers, sizes) = (AddBuffers { x, y, shares }.list(), FlatSizes { count: Extent::Values }.list());
     Entry { launches: vec![module.launch(AddWeighted, buffers, sizes, units, op)], outputs: vec![] }
+}
+
+fn flat(module: &mut Module, vector: Vector) -> BufferId {
+    module.bind(&format!("flat {vector}"), Element::F32, vec![Extent::Values], Storage::Flat(vector))
+}
+
+/// So many numbers that the step is told.
+fn given(module: &mut Module, input: Input, count: Extent) -> BufferId {
+    module.bind(input.name(), Element::F32, vec![count], Storage::Input(input.name().into()))
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use peft_grammar::diagnostic::did_you_mean;
+
 /// What kernels are compiled for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cpu {
@@ -62,7 +64,7 @@ impl Cpu {
     /// Features a machine must have to run the kernels, by LLVM's names.
     pub fn features(self) -> Vec<&'static str> {
         match self {
-            Cpu::Native => peft_runtime::store::features(),
+            Cpu::Native => peft_runtime::device::features(),
             Cpu::Level(level) => level.features(),
         }
     }
@@ -120,14 +122,18 @@ impl FromStr for Cpu {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = Level::ALL.iter().filter(|_| cfg!(target_arch = "x86_64"));
-        if text == "native" {
-            return Ok(Cpu::Native);
+        let names = names();
+        if !names.contains(&text) {
+            let near = did_you_mean(text, &names);
+            return Err(format!("`{text}` is no processor to compile for{near}; there are {}", names.join(", ")));
         }
-        let found = known.clone().find(|(_, name)| *name == text).map(|(level, _)| Cpu::Level(*level));
-        found.ok_or_else(|| {
-            let names: Vec<&str> = ["native"].into_iter().chain(known.map(|(_, name)| *name)).collect();
-            format!("`{text}` is no processor to compile for; there are {}", names.join(", "))
-        })
+        let level = Level::ALL.iter().find(|(_, name)| *name == text);
+        Ok(level.map_or(Cpu::Native, |(level, _)| Cpu::Level(*level)))
     }
+}
+
+/// All that can be compiled for here.
+pub fn names() -> Vec<&'static str> {
+    let levels = Level::ALL.iter().filter(|_| cfg!(target_arch = "x86_64"));
+    ["native"].into_iter().chain(levels.map(|(_, name)| *name)).collect()
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use peft_grammar::diagnostic::did_you_mean;
 pub use peft_runtime::artifact::{WARP, WARPS};
 
 /// Columns of a product's tile, and rows of a large one.
@@ -92,8 +93,8 @@ impl FromStr for Chip {
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Chip::ALL.iter().find(|(_, name)| *name == text);
         found.map(|(chip, _)| *chip).ok_or_else(|| {
-            let names = Chip::ALL.map(|(_, name)| name).join(", ");
-            format!("`{text}` is no chip to compile for; there are {names}")
+            let names = Chip::ALL.map(|(_, name)| name);
+            format!("`{text}` is no chip to compile for{}; there are {}", did_you_mean(text, &names), names.join(", "))
         })
     }
 }

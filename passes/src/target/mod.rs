@@ -6,6 +6,8 @@ pub mod cuda;
 use std::fmt;
 use std::str::FromStr;
 
+use peft_grammar::diagnostic::did_you_mean;
+
 use self::cpu::Cpu;
 use self::cuda::{Chip, WARP, WARPS};
 use crate::builder::mma::Half;
@@ -139,9 +141,22 @@ impl FromStr for Machine {
             ("cpu", level) => level.parse().map(Machine::Cpu),
             ("cuda", "") => Ok(Machine::Cuda(Chip::default())),
             ("cuda", chip) => chip.parse().map(Machine::Cuda),
-            _ => Err(format!("`{text}` is no target; it is `cpu` or `cuda`")),
+            _ => {
+                let names = names();
+                let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                // `cpu` is nearer by its letters alone.
+                let near = if text.starts_with("gpu") { "cuda" } else { text };
+                Err(format!("`{text}` is no target{}; there are {}", did_you_mean(near, &names), names.join(", ")))
+            }
         }
     }
+}
+
+/// All that are targets.
+fn names() -> Vec<String> {
+    let cpus = cpu::names().into_iter().map(|name| format!("cpu:{name}"));
+    let chips = Chip::ALL.map(|(_, name)| format!("cuda:{name}"));
+    ["cpu".to_string()].into_iter().chain(cpus).chain(["cuda".to_string()]).chain(chips).collect()
 }
 
 #[cfg(test)]
@@ -155,6 +170,20 @@ mod tests {
         }
         for text in ["", "gpu", "cuda:sm_60", "cuda:70", "cpu:avx"] {
             let _ = text.parse::<Machine>().map(|m| panic!("`{text}` is {m}"));
+        }
+        let refusals = [
+            ("gpu", "`gpu` is no target (did you mean `cuda`?); there are cpu, cpu:native, "),
+            ("cdua", "`cdua` is no target (did you mean `cuda`?); there are cpu, "),
+            ("tpu2:v4", "`tpu2:v4` is no target; there are cpu, "),
+            ("cuda:sm70", "`sm70` is no chip to compile for (did you mean `sm_70`?); there are sm_70, sm_80, sm_90"),
+            ("cpu:avx", "`avx` is no processor to compile for; there are native"),
+        ];
+        for (text, refusal) in refusals {
+            let message = text.parse::<Machine>().expect_err("no target");
+            assert!(message.starts_with(refusal), "{message}");
+        }
+        for name in names() {
+            assert!(name.parse::<Machine>().is_ok(), "{name}");
         }
     }
 }

@@ -1,3 +1,6 @@
+use std::fs::{self, File};
+use std::io;
+
 use super::*;
 use crate::safefile::SafeFile;
 
@@ -37,7 +40,7 @@ fn a_failure_leaves_the_older_file() {
     let path = home.path().join("adapter.safetensors");
     save(&path, &sample(1.0)).unwrap();
     let broken = |_: &File| Err(io::ErrorKind::StorageFull.into());
-    let message = replace(&path, broken).unwrap_err().to_string();
+    let message = files::replace(&path, broken).unwrap_err().to_string();
     assert!(message.contains("free some space"), "{message}");
     assert_eq!(load(&path).unwrap(), sample(1.0));
     assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1);
@@ -53,25 +56,6 @@ fn a_full_disk() {
     };
     let error = safefile::encode(&full, &sample(1.0)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-}
-
-#[test]
-fn a_folder_is_written_whole_or_not_at_all() {
-    let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("model");
-    let write = |name: &'static str| {
-        move |to: &Path| std::fs::write(to.join(name), name).map_err(|e| RuntimeError::file(to, e))
-    };
-    write_folder(&path, write("old")).unwrap();
-    let failed = |to: &Path| {
-        write("half")(to)?;
-        Err(RuntimeError::file(to, "no space"))
-    };
-    write_folder::<RuntimeError>(&path, failed).unwrap_err();
-    assert!(path.join("old").is_file() && !path.join("half").exists());
-    write_folder(&path, write("new")).unwrap();
-    assert!(path.join("new").is_file() && !path.join("old").exists());
-    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
 }
 
 /// 1 + 2⁻⁸ lies in the middle between two numbers of bf16, 1 + 3·2⁻⁸ too; ties go to the even one.

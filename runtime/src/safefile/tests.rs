@@ -1,5 +1,5 @@
 use super::*;
-use crate::adapter::Stored;
+use crate::tensor::Stored;
 
 fn stored(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
     let home = tempfile::tempdir().unwrap();

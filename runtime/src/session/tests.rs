@@ -72,8 +72,8 @@ fn manifest() -> Manifest {
     let grad_b = buffer(f32, vec![Const(2), Const(2)], Storage::Gradient { index: 1 });
     let c = buffer(f32, vec![Const(5)], Storage::Tensor { index: 2, rows: None });
     let grad_c = buffer(f32, vec![Const(5)], Storage::Gradient { index: 2 });
-    let values = buffer(f32, vec![Values], Storage::Flat("values".into()));
-    let gradients = buffer(f32, vec![Values], Storage::Flat("gradients".into()));
+    let values = buffer(f32, vec![Values], Storage::Flat(Vector::Values));
+    let gradients = buffer(f32, vec![Values], Storage::Flat(Vector::Gradients));
     let hyper = buffer(f32, vec![Const(1)], Storage::Input("hyper".into()));
     let pooled = buffer(f32, vec![Sequences], Storage::Temporary);
     let launch = |kernel, buffers: &[BufferId], extents: &[u64], units| Launch {
@@ -138,18 +138,18 @@ fn a_step() {
     let Some((_home, mut session)) = session(2) else { return };
     // `a` was packed twice over, then let go with what lay between.
     assert!(session.home.tensors[0].is_none() && session.home.prepared.len() == 1);
-    assert_eq!(session.flat("decay").unwrap()[..], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+    assert_eq!(session.flat(Vector::Decay).unwrap()[..], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
 
     session.profile = Some(Profile::new());
     session.run("train", &batch(&[2, 1])).unwrap();
     assert_eq!(session.output("logits").unwrap(), (vec![3], Cow::Borrowed(&[40.0, 50.0, 1060.0][..])));
     assert_eq!(session.output("row").unwrap().1[..], [6.0, 7.0]);
-    assert_eq!(session.flat("gradients").unwrap()[..], [6.0, 9.0, 12.0, 15.0, 5.0, 5.0, 5.0, 5.0, 5.0]);
+    assert_eq!(session.flat(Vector::Gradients).unwrap()[..], [6.0, 9.0, 12.0, 15.0, 5.0, 5.0, 5.0, 5.0, 5.0]);
     assert_eq!(session.profile.as_ref().unwrap()["scale"].1, 4);
 
     let floats = [("hyper".to_string(), vec![-1.0])].into();
     session.run("update", &Inputs { floats, ..Inputs::default() }).unwrap();
-    assert_eq!(session.flat("values").unwrap()[..], [-4.0, -6.0, -8.0, -10.0, -4.0, -4.0, -4.0, -4.0, -4.0]);
+    assert_eq!(session.flat(Vector::Values).unwrap()[..], [-4.0, -6.0, -8.0, -10.0, -4.0, -4.0, -4.0, -4.0, -4.0]);
     assert!(session.peak_bytes() > 0);
 }
 
@@ -181,7 +181,7 @@ fn only_rows_that_are_read() {
     let mut session = session(trained);
     assert!(session.home.tensors[1].is_none());
     session.run("train", &batch(&[2, 1])).unwrap();
-    assert_eq!(session.flat("gradients").unwrap()[..4], [6.0, 9.0, 12.0, 15.0]);
+    assert_eq!(session.flat(Vector::Gradients).unwrap()[..4], [6.0, 9.0, 12.0, 15.0]);
 }
 
 #[test]

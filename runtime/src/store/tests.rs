@@ -90,6 +90,9 @@ fn foreign_artifacts() {
     let features = vec![serde_json::Value::from("warp-drive")];
     edit(&path, |m| (m["arch"], m["features"]) = (std::env::consts::ARCH.into(), features.into()));
     assert!(refusal(&path).contains("warp-drive"));
+    let storage = serde_json::json!({ "flat": "w" });
+    edit(&path, |m| (m["features"], m["buffers"][2]["storage"]) = (vec![serde_json::Value::Null; 0].into(), storage));
+    assert!(refusal(&path).contains("unknown variant `w`, expected one of `values`, `gradients`"));
 }
 
 #[test]
@@ -119,7 +122,7 @@ fn damaged_artifacts() {
 #[test]
 fn inconsistent_manifests() {
     type Change = fn(&mut Manifest);
-    let cases: [(&str, Change); 12] = [
+    let cases: [(&str, Change); 11] = [
         ("kernel 7", |m| m.prepare[0].kernel = 7),
         ("buffer 9", |m| m.entries.get_mut("forward").unwrap().launches[0].buffers[0] = 9),
         ("output `logits`", |m| m.entries.get_mut("forward").unwrap().outputs[0].buffer = 9),
@@ -128,7 +131,6 @@ fn inconsistent_manifests() {
         ("has 2 values", |m| m.tensors[0].shape = vec![3]),
         ("rows 0..9", |m| m.tensors[1].trainable = Some((0, 9))),
         ("is frozen", |m| m.buffers[2].storage = Storage::Gradient { index: 0 }),
-        ("flat vector `w`", |m| m.buffers[2].storage = Storage::Flat("w".into())),
         ("beyond counting", |m| m.tensors[0].shape = vec![u64::MAX, 3]),
         ("waits for a batch", |m| m.prepare[0].units = Extent::CeilDiv(Box::new(Extent::Tokens), 4)),
         ("not f32", |m| m.buffers[0].element = Element::I32),

@@ -19,7 +19,7 @@ use std::path::Path;
 use peft_grammar::graph::Op;
 use peft_grammar::model::Model;
 use peft_runtime::adapter::{self, Stored, TensorFile};
-use peft_runtime::{RuntimeError, json};
+use peft_runtime::{RuntimeError, files, json};
 use serde_json::{Map, Value};
 
 pub use export::{export, notes};
@@ -56,7 +56,7 @@ impl Adapter {
         // Other readers want to know which framework wrote a file; its numbers are laid out as PyTorch's.
         let notes = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         adapter::save(&dir.join(MODEL), &TensorFile { tensors: self.tensors.clone(), notes })?;
-        adapter::write_whole(&dir.join(CONFIG), text.as_bytes())
+        files::write_whole(&dir.join(CONFIG), text.as_bytes())
     }
 }
 

@@ -11,7 +11,7 @@
 
 #![allow(non_snake_case)] // the driver's names
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
@@ -58,7 +58,7 @@ struct Settings {
     refuse: Option<String>,
     /// They start, and fail.
     fail: Option<String>,
-    /// The file that says at the end what was called how often.
+    /// The file that says at the end what was called how often, and what was not freed.
     report: Option<String>,
 }
 
@@ -105,6 +105,10 @@ struct State {
     failed: Option<Status>,
     /// How often what was done.
     done: HashMap<&'static str, u64>,
+    /// How many handles of each kind were made.
+    made: HashMap<&'static str, usize>,
+    /// Handles that were made and not destroyed.
+    alive: HashSet<(&'static str, usize)>,
 }
 
 #[derive(Default)]
@@ -148,6 +152,25 @@ struct Call {
 impl State {
     fn count(&mut self, what: &'static str) {
         *self.done.entry(what).or_default() += 1;
+    }
+
+    fn make(&mut self, kind: &'static str, handle: usize) {
+        *self.made.entry(kind).or_default() += 1;
+        self.alive.insert((kind, handle));
+    }
+
+    fn destroy(&mut self, kind: &'static str, handle: usize) -> Status {
+        if self.alive.remove(&(kind, handle)) { SUCCESS } else { INVALID_VALUE }
+    }
+
+    fn report(&self) -> String {
+        let mut lines: Vec<String> = self.done.iter().map(|(what, count)| format!("{what} {count}\n")).collect();
+        for (kind, made) in &self.made {
+            let left = self.alive.iter().filter(|(of, _)| of == kind).count();
+            lines.extend([format!("{kind} made {made}\n"), format!("{kind} left {left}\n")]);
+        }
+        lines.sort();
+        lines.concat()
     }
 
     fn stream(&mut self, index: usize) -> &mut Stream {
@@ -351,9 +374,7 @@ driver! {
 
     fn cuDevicePrimaryCtxRelease_v2(_device: c_int) {
         if let Some(path) = &SETTINGS.report {
-            let mut lines: Vec<String> = state().done.iter().map(|(what, count)| format!("{what} {count}\n")).collect();
-            lines.sort();
-            std::fs::write(path, lines.concat()).expect("written");
+            std::fs::write(path, state().report()).expect("written");
         }
         SUCCESS
     }
@@ -375,6 +396,7 @@ driver! {
                 let mut state = state();
                 state.modules.push(parsed);
                 *module = handle(state.modules.len() - 1);
+                state.make("modules", (*module).addr());
                 SUCCESS
             }
             Err(error) => {
@@ -389,7 +411,7 @@ driver! {
         }
     }
 
-    fn cuModuleUnload(_module: *mut c_void) { SUCCESS }
+    fn cuModuleUnload(module: *mut c_void) { state().destroy("modules", module.addr()) }
 
     fn cuModuleGetFunction(function: *mut *mut c_void, module: *mut c_void, name: *const c_char) {
         let name = CStr::from_ptr(name).to_string_lossy().into_owned();
@@ -415,6 +437,7 @@ driver! {
         }
         *address = state.gpu.alloc(vec![0; bytes]).address();
         state.blocks.insert(*address, bytes);
+        state.make("blocks", *address as usize);
         state.failed.unwrap_or(SUCCESS)
     }
 
@@ -425,6 +448,7 @@ driver! {
             Some(_) => state.gpu.free(Ptr::at(address)),
             None => return INVALID_VALUE,
         }
+        state.destroy("blocks", address as usize);
         status
     }
 
@@ -442,7 +466,9 @@ driver! {
     fn cuMemHostAlloc(start: *mut *mut c_void, bytes: usize, _flags: c_uint) {
         let mut words = vec![0u64; bytes.div_ceil(8)];
         *start = words.as_mut_ptr().cast();
-        state().pinned.insert((*start).addr(), words);
+        let mut state = state();
+        state.pinned.insert((*start).addr(), words);
+        state.make("pinned", (*start).addr());
         SUCCESS
     }
 
@@ -458,7 +484,7 @@ driver! {
             std::process::exit(134);
         }
         state.pinned.remove(&start.addr());
-        SUCCESS
+        state.destroy("pinned", start.addr())
     }
 
     fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, bytes: usize) {
@@ -499,10 +525,11 @@ driver! {
         let index = state.streams.len().max(1);
         state.stream(index);
         *stream = std::ptr::without_provenance_mut(index);
+        state.make("streams", index);
         SUCCESS
     }
 
-    fn cuStreamDestroy_v2(_stream: *mut c_void) { SUCCESS }
+    fn cuStreamDestroy_v2(stream: *mut c_void) { state().destroy("streams", stream.addr()) }
 
     fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, _flags: c_uint) {
         let mut state = state();
@@ -515,10 +542,11 @@ driver! {
         let mut state = state();
         state.events.push((0, 0));
         *event = handle(state.events.len() - 1);
+        state.make("events", (*event).addr());
         SUCCESS
     }
 
-    fn cuEventDestroy_v2(_event: *mut c_void) { SUCCESS }
+    fn cuEventDestroy_v2(event: *mut c_void) { state().destroy("events", event.addr()) }
 
     fn cuEventRecord(event: *mut c_void, stream: *mut c_void) {
         let mut state = state();
@@ -563,6 +591,7 @@ driver! {
         let mut state = state();
         state.graphs.push(vec![]);
         *graph = handle(state.graphs.len() - 1);
+        state.make("graphs", (*graph).addr());
         SUCCESS
     }
 
@@ -600,6 +629,7 @@ driver! {
         let calls = state.graphs[index(graph)].clone();
         state.ready.push((index(graph), calls));
         *ready = handle(state.ready.len() - 1);
+        state.make("ready graphs", (*ready).addr());
         SUCCESS
     }
 
@@ -627,7 +657,7 @@ driver! {
         state.failed.unwrap_or(SUCCESS)
     }
 
-    fn cuGraphExecDestroy(_ready: *mut c_void) { SUCCESS }
+    fn cuGraphExecDestroy(ready: *mut c_void) { state().destroy("ready graphs", ready.addr()) }
 
-    fn cuGraphDestroy(_graph: *mut c_void) { SUCCESS }
+    fn cuGraphDestroy(graph: *mut c_void) { state().destroy("graphs", graph.addr()) }
 }
