@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
 use peft_grammar::model::{BatchSize, Model, Precision, TaskKind};
+use peft_grammar::names::OptimizerEntry;
 use peft_passes::dialect::Dialect;
 use peft_passes::lower::Lowered;
 use peft_passes::lower::cost::{Launched, Work, cost};
@@ -139,7 +140,7 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
     let sizes = batch.sizes(values);
     let lowered = trained.lowered.expect("the way led to loops");
     let manifest = &lowered.manifest;
-    let entry = &manifest.entries["train"];
+    let entry = &manifest.entries[Entry::Train.name()];
     let numbers = arena::plan(manifest, &entry.launches, &entry.outputs, &sizes).size;
     let roofline = match options.machine {
         Machine::Cuda(chip) => Some(roofline(chip.card(), model, graph, &lowered, &sizes)),
@@ -156,7 +157,10 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
 
 fn roofline(card: Card, model: &Model, graph: &Graph, lowered: &Lowered, sizes: &Sizes) -> Roofline {
     let manifest = &lowered.manifest;
-    let launches = ["train", "update"].iter().filter_map(|name| manifest.entries.get(*name)).flat_map(|e| &e.launches);
+    let launches = [Entry::Train.name(), OptimizerEntry::Update.name()]
+        .into_iter()
+        .filter_map(|name| manifest.entries.get(name))
+        .flat_map(|e| &e.launches);
     let mut kernels: Vec<Kind> = vec![];
     for launch in launches.clone() {
         let extents: Vec<u64> = launch.extents.iter().map(|e| e.eval(sizes)).collect();

@@ -9,7 +9,16 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ast::BinaryOp;
-use crate::model::ConfigValue;
+
+/// A value of a configuration's key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ConfigValue {
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Str(String),
+}
 
 /// What one definition of a method, for one kind of site, is in PEFT.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -6,6 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::counterpart::ConfigValue;
 use crate::counterpart::Counterpart;
 use crate::graph::{Graph, Value};
 
@@ -203,15 +204,6 @@ pub struct Projection {
     /// x before a method touches it, and y when all methods are done.
     pub input: Value,
     pub output: Value,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum ConfigValue {
-    Bool(bool),
-    Int(i64),
-    Float(f64),
-    Str(String),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -2,9 +2,25 @@
 //! so that they meet the same checks as the spec's own. Each is a source of its own for diagnostics.
 
 use crate::ast::*;
-use crate::diagnostic::Diagnostic;
-use crate::parser;
+use crate::diagnostic::{Diagnostic, Diagnostics};
+use crate::recipe::Recipe;
 use crate::source::{FileId, Sources, Span};
+use crate::{check, parser};
+
+impl Recipe {
+    /// The recipe with some of its settings changed, by the same checks as in a spec.
+    pub fn with(&self, changes: &[(String, String)]) -> Result<Recipe, Diagnostics> {
+        let mut sources = Sources::default();
+        sources.add("the recipe", self.written());
+        let ast = parser::parse(FileId(0), &self.written());
+        let mut ast: Ast = match ast {
+            Ok(ast) => ast,
+            Err(errors) => return Err(Diagnostics::new(errors, sources)),
+        };
+        let errors = apply(&mut ast, &mut sources, changes);
+        check::recipe(ast, sources, errors)
+    }
+}
 
 /// Changes `ast`; what cannot be applied comes back.
 pub(crate) fn apply(ast: &mut Ast, sources: &mut Sources, overrides: &[(String, String)]) -> Vec<Diagnostic> {

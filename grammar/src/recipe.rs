@@ -2,11 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ast::Ast;
-use crate::diagnostic::Diagnostics;
 use crate::names::Vector;
-use crate::source::{FileId, Sources};
-use crate::{check, overrides, parser};
 
 /// Defaults of settings that not every choice reads.
 pub const EPS: f64 = 1e-8;
@@ -335,19 +331,6 @@ impl Phase {
 impl Recipe {
     /// Settings on which no trained value depends but by the number of steps.
     pub const FREE: [&str; 5] = ["epochs", "steps", "save", "evaluate", "patience"];
-
-    /// The recipe with some of its settings changed, by the same checks as in a spec.
-    pub fn with(&self, changes: &[(String, String)]) -> Result<Recipe, Diagnostics> {
-        let mut sources = Sources::default();
-        sources.add("the recipe", self.written());
-        let ast = parser::parse(FileId(0), &self.written());
-        let mut ast: Ast = match ast {
-            Ok(ast) => ast,
-            Err(errors) => return Err(Diagnostics::new(errors, sources)),
-        };
-        let errors = overrides::apply(&mut ast, &mut sources, changes);
-        check::recipe(ast, sources, errors)
-    }
 
     /// Settings that kernels are made for, with their values.
     pub fn compiled(&self) -> Vec<(&'static str, String)> {

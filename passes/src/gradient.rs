@@ -4,12 +4,13 @@
 //! asked for only if something trainable reaches it.
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Value};
+use peft_grammar::names::{LOSS, Output};
 
 use crate::rewrite::rewrite;
 
 /// The derivative of output `loss` with respect to every trainable argument.
 pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
-    let loss = forward.output("loss").ok_or("a graph without an output `loss` has no gradient")?;
+    let loss = forward.output(LOSS).ok_or("a graph without an output `loss` has no gradient")?;
     let mut tape = Tape { graph: forward.clone(), location: Location::default() };
 
     let mut reached = vec![false; forward.values()];
@@ -47,7 +48,7 @@ pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
                 graph.push(zeros, &[], &Location::default())?
             }
         };
-        graph.outputs.push((format!("grad.{}", arg.label()), gradient));
+        graph.outputs.push((Output::Gradient(&arg.label()).to_string(), gradient));
     }
     settle(&graph)
 }

@@ -15,11 +15,12 @@
 use std::collections::HashMap;
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Value};
+use peft_grammar::names::Input;
 
 use crate::rewrite::{Rewriter, rewrite};
 
 /// Inputs that name rows of the batch and nothing beside it.
-const NAMES: [&str; 3] = ["targets", "starts", "ends"];
+const NAMES: [Input; 3] = [Input::Targets, Input::Starts, Input::Ends];
 
 pub fn apply(graph: &Graph) -> Result<Graph, String> {
     let mut rows = Rows { plan: Plan::of(graph), scattered: HashMap::new(), gathered: HashMap::new() };
@@ -147,7 +148,8 @@ impl<'g> Plan<'g> {
 
     /// `ids` name rows of `value`.
     fn named(&self, ids: Value, value: Value) -> bool {
-        self.runs(value) && self.graph.args.iter().any(|a| a.value == ids && NAMES.contains(&&a.name[..]))
+        self.runs(value)
+            && self.graph.args.iter().any(|a| a.value == ids && NAMES.iter().any(|input| input.name() == a.name))
     }
 
     /// It has a row for each token.

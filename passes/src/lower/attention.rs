@@ -1,6 +1,7 @@
 //! Attention as its equations stand ([`crate::kernels::attention::unfused`]).
 
 use peft_grammar::graph::{Type, Value};
+use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::entry::Turn;
@@ -26,7 +27,7 @@ impl Turn<'_, '_, '_, '_> {
 
     /// `ty` is that of the queries, `[heads, tokens, width]`.
     fn attention_launch(&mut self, schedule: impl Into<Schedule>, [left, right, out]: [BufferId; 3], ty: &Type) {
-        let [offsets, pairs] = ["offsets", "pairs"].map(|name| self.module.derived(name));
+        let [offsets, pairs] = [Input::Offsets, Input::Pairs].map(|input| self.module.derived(input));
         let width = dim_extent(ty.shape[2]);
         let sizes = Sizes { tokens: Extent::Tokens, pairs: Extent::Pairs, width, sequences: Extent::Sequences };
         let units = dim_extent(ty.shape[0]) * Extent::Sequences;

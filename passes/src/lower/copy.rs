@@ -1,6 +1,7 @@
 //! Operations that move elements: `reshape`, `permute`, `slice`, `concat`, `pad`. Most of them make views.
 
 use peft_grammar::graph::{Type, Value};
+use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::entry::Turn;
@@ -84,7 +85,7 @@ impl Turn<'_, '_, '_, '_> {
     ) {
         let (source, target) = (Rows::of(from_ty), Rows::of(to_ty));
         let mut buffers = CopyBuffers { from, to }.list();
-        buffers.push(self.module.derived("pairs"));
+        buffers.push(self.module.derived(Input::Pairs));
         let starts = RaggedSizes { start: Extent::Const(start), start_to: Extent::Const(start_to) };
         let sizes = [source.sizes().list(), target.sizes().list(), starts.list()].concat();
         let schedule = CopyRagged { ragged: [source.ragged(), target.ragged()], by_source, clear };

@@ -14,6 +14,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Type, Value};
 use peft_grammar::model::Precision;
+use peft_grammar::names;
 use peft_runtime::artifact::{Storage, Tensor};
 
 use super::Options;
@@ -270,7 +271,7 @@ impl<'g> Facts<'g> {
 
 /// The storage output `name` has if it is the gradient of a tensor.
 pub fn gradient_of(graph: &Graph, tensors: &[Tensor], name: &str) -> Option<Storage> {
-    let label = name.strip_prefix("grad.")?;
+    let label = names::Output::of(name).gradient()?;
     let arg = graph.args.iter().find(|a| a.role == Role::Trainable && a.label() == label)?;
     let index = tensors.iter().position(|t| t.name == arg.name)?;
     Some(Storage::Gradient { index })

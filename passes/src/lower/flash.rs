@@ -1,6 +1,7 @@
 //! Attention whose square exists nowhere ([`crate::kernels::attention`]): how its operands and results lie.
 
 use peft_grammar::graph::{Dim, Op, Value};
+use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
 use super::entry::Turn;
@@ -57,7 +58,7 @@ impl Turn<'_, '_, '_, '_> {
             buffers.push(buffer);
             lie(&view);
         }
-        let offsets = self.module.derived("offsets");
+        let offsets = self.module.derived(Input::Offsets);
         if square == Square::Tiles {
             let [width, wide] = [query[2], value[2]].map(|n| n.constant().expect("of a head"));
             let columns = match part {

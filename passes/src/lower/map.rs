@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use peft_grammar::graph::{Dim, Op, Value};
+use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Element, Extent};
 
 use super::dispatch::Facts;
@@ -154,7 +155,7 @@ impl Turn<'_, '_, '_, '_> {
             Expression { leaves, out: out_lies, steps, ragged, axes: axes.len(), sizes: sizes.len(), draws, narrow };
         let mut buffers: Vec<BufferId> = arrays.iter().map(|&v| self.place(v).buffer).collect();
         buffers.extend(draws.then(|| self.place(keys[0]).buffer));
-        buffers.extend(ragged.then(|| self.module.derived("pairs")));
+        buffers.extend(ragged.then(|| self.module.derived(Input::Pairs)));
         buffers.push(out);
 
         let rows = product(&shape[..shape.len().min(axes.last().map_or(0, |a| a.start))]);

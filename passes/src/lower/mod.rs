@@ -99,10 +99,8 @@ pub fn lower(entries: &[(&str, &Graph)], tensors: &[Tensor], options: Options) -
     }
     if tensors.iter().any(|t| t.trainable.is_some()) {
         let own_rates = tensors.iter().any(|t| t.lr_factor.is_some());
-        lowered.insert("update".into(), optimizer::update(&mut module, own_rates));
-        let sums = optimizer::accumulation(&mut module);
-        lowered.extend(sums.map(|(name, entry)| (name.to_string(), entry)));
-        lowered.insert("average".into(), optimizer::average(&mut module));
+        let entries = optimizer::entries(&mut module, own_rates);
+        lowered.extend(entries.map(|(which, entry)| (which.name().to_string(), entry)));
     }
     Ok(module.finish(lowered))
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use peft_grammar::model::{Optimizer, Precision};
+use peft_grammar::names::Input;
 use peft_runtime::artifact::{Buffer, BufferId, Element, Entry, Extent, Launch, Manifest, Storage, Tensor};
 
 use super::Options;
@@ -140,13 +141,13 @@ impl<'a> Module<'a> {
     }
 
     /// One of the index vectors the runtime derives from the sequence lengths.
-    pub fn derived(&mut self, name: &str) -> BufferId {
-        let length = match name {
-            "offsets" => Extent::Sequences + Extent::Const(1),
-            "pairs" => Extent::Tokens + Extent::Const(1),
+    pub fn derived(&mut self, input: Input) -> BufferId {
+        let length = match input {
+            Input::Offsets => Extent::Sequences + Extent::Const(1),
+            Input::Pairs => Extent::Tokens + Extent::Const(1),
             _ => Extent::Tokens,
         };
-        self.bind(name, Element::I32, vec![length], Storage::Input(name.into()))
+        self.bind(input.name(), Element::I32, vec![length], Storage::Input(input.name().into()))
     }
 }
 

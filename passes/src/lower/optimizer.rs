@@ -12,9 +12,16 @@ use crate::kernels::optimizer::{
 /// Partial sums that a GPU's warp reads at once.
 const AHEAD: u64 = 8;
 
+/// All that is computed of the optimizer's vectors.
+pub fn entries(module: &mut Module, own_rates: bool) -> [(OptimizerEntry, Entry); 4] {
+    let update = (OptimizerEntry::Update, update(module, own_rates));
+    let [one, last] = accumulation(module);
+    [update, one, last, (OptimizerEntry::Average, average(module))]
+}
+
 /// One step; gives `grad_norm`, the norm before clipping. With `own_rates` each value's rate is its factor times that of
 /// the step.
-pub fn update(module: &mut Module, own_rates: bool) -> Entry {
+fn update(module: &mut Module, own_rates: bool) -> Entry {
     let optimizer = module.optimizer;
     let [values, gradients] = [Vector::Values, Vector::Gradients].map(|vector| flat(module, vector));
     let mut swept = SweptBuffers { values, gradients }.list();
@@ -56,10 +63,10 @@ pub fn update(module: &mut Module, own_rates: bool) -> Entry {
 /// accumulate    sums      ← shares[0] sums + shares[1] gradients
 /// accumulated   gradients ← shares[0] gradients + shares[1] sums
 /// ```
-pub fn accumulation(module: &mut Module) -> [(&'static str, Entry); 2] {
-    let (accumulate, accumulated) = (OptimizerEntry::Accumulate.name(), OptimizerEntry::Accumulated.name());
-    [(accumulate, [Vector::Sums, Vector::Gradients]), (accumulated, [Vector::Gradients, Vector::Sums])]
-        .map(|(name, vectors)| (name, weighted(module, vectors, Input::Shares, accumulate)))
+fn accumulation(module: &mut Module) -> [(OptimizerEntry, Entry); 2] {
+    use OptimizerEntry::{Accumulate, Accumulated};
+    [(Accumulate, [Vector::Sums, Vector::Gradients]), (Accumulated, [Vector::Gradients, Vector::Sums])]
+        .map(|(which, vectors)| (which, weighted(module, vectors, Input::Shares, Accumulate.name())))
 }
 
 /// The average of the values, which follows `update`; `average_shares` says what each vector counts.
@@ -67,7 +74,7 @@ pub fn accumulation(module: &mut Module) -> [(&'static str, Entry); 2] {
 /// ```text
 /// average    averages ← average_shares[0] averages + average_shares[1] values
 /// ```
-pub fn average(module: &mut Module) -> Entry {
+fn average(module: &mut Module) -> Entry {
     weighted(module, [Vector::Averages, Vector::Values], Input::AverageShares, OptimizerEntry::Average.name())
 }
 

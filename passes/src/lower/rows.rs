@@ -1,6 +1,7 @@
 //! Operations along rows: softmax and normalization, adding into rows, means over sequences, cross entropy.
 
 use peft_grammar::graph::{Type, Value};
+use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::dispatch::Taken;
@@ -69,17 +70,17 @@ impl Turn<'_, '_, '_, '_> {
     }
 
     pub(super) fn segment_mean(&mut self, x: BufferId, result: Value) {
-        let (out, offsets) = (self.result(result), self.module.derived("offsets"));
+        let (out, offsets) = (self.result(result), self.module.derived(Input::Offsets));
         let sizes = SegmentSizes { width: dim_extent(self.ty(result).shape[1]) }.list();
         let buffers = SegmentBuffers { x, out, offsets }.list();
         self.launch(SegmentMean { vjp: false }, buffers, sizes, Extent::Sequences);
     }
 
     pub(super) fn segment_mean_vjp(&mut self, y: BufferId, result: Value) {
-        let (out, offsets) = (self.result(result), self.module.derived("offsets"));
+        let (out, offsets) = (self.result(result), self.module.derived(Input::Offsets));
         let sizes = SegmentSizes { width: dim_extent(self.ty(result).shape[1]) }.list();
         let mut buffers = SegmentBuffers { x: y, out, offsets }.list();
-        buffers.push(self.module.derived("segments"));
+        buffers.push(self.module.derived(Input::Segments));
         self.launch(SegmentMean { vjp: true }, buffers, sizes, Extent::Tokens);
     }
 

@@ -1,6 +1,7 @@
 //! Rows along the last axis, dense or ragged.
 
 use peft_grammar::graph::{Dim, Type};
+use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::module::Module;
@@ -46,6 +47,6 @@ impl Rows {
 
     /// The buffer it wants beside: the rows' places, when they are ragged.
     pub fn places(&self, module: &mut Module) -> Option<BufferId> {
-        self.ragged().then(|| module.derived("pairs"))
+        self.ragged().then(|| module.derived(Input::Pairs))
     }
 }
