@@ -109,11 +109,14 @@ fn plan(lowered: &Lowered, kernels: &Path) -> Result<String, Failure> {
     }
     let mut plan = String::new();
     for buffer in &manifest.buffers {
-        writeln!(plan, "buffer {buffer:?}")?;
+        writeln!(plan, "buffer {}", serde_json::to_string(buffer)?)?;
     }
     let mut launches = |entry: &str, launches: &[Launch]| {
-        launches.iter().try_for_each(|Launch { kernel, buffers, extents, units, op, .. }| {
-            writeln!(plan, "{entry} {} {buffers:?} {extents:?} {units:?} {op}", hashes[*kernel])
+        launches.iter().try_for_each(|launch| {
+            // By what kernel it is, not by its number.
+            let rest = serde_json::to_string(&Launch { kernel: 0, ..launch.clone() })?;
+            writeln!(plan, "{entry} {} {rest}", hashes[launch.kernel])?;
+            Ok::<(), Failure>(())
         })
     };
     launches("prepare", &manifest.prepare)?;
@@ -121,7 +124,7 @@ fn plan(lowered: &Lowered, kernels: &Path) -> Result<String, Failure> {
         launches(name, &entry.launches)?;
     }
     for (name, entry) in &manifest.entries {
-        writeln!(plan, "{name} gives {:?}", entry.outputs)?;
+        writeln!(plan, "{name} gives {}", serde_json::to_string(&entry.outputs)?)?;
     }
     Ok(plan)
 }

@@ -13,7 +13,7 @@ use peft_grammar::model::Precision;
 use peft_passes::target::Machine;
 use peft_passes::target::cpu::Cpu;
 use peft_passes::{codegen, lower};
-use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Manifest, Storage, Tensor};
+use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Manifest, Storage, Tensor, Workgroup};
 use peft_runtime::{Inputs, Numbers, Profile, Program, Session};
 
 /// Rounds over all products; the least time of each counts.
@@ -243,6 +243,7 @@ fn add_peak(manifest: &mut Manifest) {
         buffers: vec![manifest.buffers.len() - 1],
         extents: vec![Extent::Const(PEAK_STEPS / PEAK_UNITS)],
         units: Extent::Const(PEAK_UNITS),
+        group: Workgroup::ONE,
         op: "matmul".into(),
     };
     manifest.entries.insert("peak".into(), Entry { launches: vec![launch], outputs: vec![] });

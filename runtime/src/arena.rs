@@ -67,7 +67,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::artifact::{Buffer, Element, Entry, Extent};
+    use crate::artifact::{Buffer, Element, Entry, Extent, Workgroup};
 
     proptest! {
         /// No two buffers that live at once share a number.
@@ -85,6 +85,7 @@ mod tests {
                 buffers: names.iter().map(|n| n % count).collect(),
                 extents: vec![],
                 units: Extent::Const(1),
+                group: Workgroup::ONE,
                 op: String::new(),
             };
             let launches: Vec<Launch> = launches.iter().map(launch).collect();

@@ -12,12 +12,7 @@ use serde::{Deserialize, Serialize};
 use peft_grammar::names::Vector;
 
 /// Version of the format written here; others are refused.
-pub const FORMAT: u32 = 3;
-
-/// Threads of a GPU that go in step: units there are counted in these.
-pub const WARP: u64 = 32;
-/// Warps of a block, for which every kernel of a GPU is written: in blocks of another size it does not start.
-pub const WARPS: u64 = 4;
+pub const FORMAT: u32 = 4;
 
 /// A size known when a batch arrives.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -156,8 +151,34 @@ pub struct Launch {
     pub extents: Vec<Extent>,
     /// How many units there are to split over threads.
     pub units: Extent,
+    /// How they are split.
+    #[serde(default, skip_serializing_if = "Workgroup::is_one")]
+    pub group: Workgroup,
     /// The operation it computes, for profiles and messages: `peft.matmul`.
     pub op: String,
+}
+
+/// Threads that take units together, a GPU's block: a kernel is written for one size, and does not start in another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workgroup {
+    /// How many units a workgroup takes at once.
+    pub units: u64,
+    pub threads: u64,
+}
+
+impl Workgroup {
+    /// One thread, and a unit at a time: a processor's.
+    pub const ONE: Workgroup = Workgroup { units: 1, threads: 1 };
+
+    fn is_one(&self) -> bool {
+        *self == Workgroup::ONE
+    }
+}
+
+impl Default for Workgroup {
+    fn default() -> Self {
+        Workgroup::ONE
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -16,13 +16,11 @@ use std::time::Instant;
 use cudarc::driver::result::{self, DriverError, event, graph, stream};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUjit_option, CUresult};
 
-use crate::artifact::{WARP, WARPS};
+use crate::artifact::Workgroup;
 use crate::backend::{Backend, Block, Job, Kept, Place, Profile, Words, record};
 use crate::device::{self, said};
 use crate::error::RuntimeError;
 
-/// Threads of a block.
-const THREADS: u64 = WARP * WARPS;
 /// Blocks of a launch for each processor of the GPU: enough to fill it with small ones, and then some to share.
 const BLOCKS: u64 = 64;
 /// Kernels count, and find their way in a buffer, in 32 bits, and now and then a little beyond the end.
@@ -64,6 +62,8 @@ struct Call {
     kernel: usize,
     arguments: Vec<u64>,
     blocks: c_uint,
+    /// Of a block.
+    threads: c_uint,
 }
 
 /// Launches that are ready to run one after the other, and what each was last told.
@@ -200,14 +200,15 @@ impl Cuda {
         }
         let addresses = job.places.iter().map(|&place| self.address(place));
         let arguments = addresses.chain(job.extents.iter().copied()).chain([job.units]).collect();
-        let blocks = job.units.div_ceil(WARPS).min(BLOCKS * self.processors) as c_uint;
-        Ok(Call { kernel: job.launch.kernel, arguments, blocks })
+        let Workgroup { units, threads } = job.launch.group;
+        let blocks = job.units.div_ceil(units).min(BLOCKS * self.processors) as c_uint;
+        Ok(Call { kernel: job.launch.kernel, arguments, blocks, threads: threads as c_uint })
     }
 
     fn launch(&self, call: &Call) -> Result<(), RuntimeError> {
         let kernel = &self.kernels[call.kernel];
         let mut pointers = pointers(call);
-        let (grid, block) = ((call.blocks, 1, 1), (THREADS as c_uint, 1, 1));
+        let (grid, block) = ((call.blocks, 1, 1), (call.threads, 1, 1));
         // SAFETY: the manifest names the kernel's arguments in order, and the driver copies them, of a number the lower
         // half; every buffer lies within its block.
         let launched =
@@ -228,7 +229,7 @@ impl Cuda {
             gridDimX: call.blocks,
             gridDimY: 1,
             gridDimZ: 1,
-            blockDimX: THREADS as c_uint,
+            blockDimX: call.threads,
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: 0,

@@ -1,6 +1,6 @@
 //! What must hold between the parts of a manifest, so that execution may rely on it.
 
-use crate::artifact::{Buffer, Element, Extent, Launch, Manifest, Sizes, Storage, Tensor};
+use crate::artifact::{Buffer, Element, Extent, Launch, Manifest, Sizes, Storage, Tensor, Workgroup};
 
 /// Every index within bounds, every buffer of the size of what it stands for.
 pub fn validate(manifest: &Manifest) -> Result<(), String> {
@@ -90,6 +90,10 @@ fn check_buffer(manifest: &Manifest, buffer: &Buffer, values: u64) -> Result<(),
 fn check_launch(manifest: &Manifest, launch: &Launch) -> Result<(), String> {
     if launch.kernel >= manifest.kernels.len() {
         return Err(format!("names kernel {} of {}", launch.kernel, manifest.kernels.len()));
+    }
+    let Workgroup { units, threads } = launch.group;
+    if units == 0 || !(1..=1024).contains(&threads) {
+        return Err(format!("has workgroups of {threads} threads that take {units} units"));
     }
     match launch.buffers.iter().find(|b| **b >= manifest.buffers.len()) {
         Some(buffer) => Err(format!("names buffer {buffer} of {}", manifest.buffers.len())),

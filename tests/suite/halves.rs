@@ -223,7 +223,7 @@ impl Twin {
         }
         assert_eq!(next.len(), 0, "buffers of {} and of {}", start.kernel, self.kernel);
         let (kernel, extents) = (&self.kernel[..], self.extents.clone());
-        let twin = Start { module: start.module, kernel, buffers, extents, units: self.units };
+        let twin = Start { module: start.module, kernel, buffers, extents, units: self.units, group: start.group };
         twin.run(gpu);
         start.run(gpu);
         let mut worst = 0.0_f32;

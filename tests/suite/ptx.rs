@@ -10,9 +10,9 @@ use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
 use peft_passes::pipeline::Options;
 use peft_passes::target::Machine;
-use peft_passes::target::cuda::{Chip, WARP, WARPS};
+use peft_passes::target::cuda::Chip;
 use peft_runtime::adapter::{Data, Stored};
-use peft_runtime::artifact::Manifest;
+use peft_runtime::artifact::{Manifest, Workgroup};
 use peft_runtime::backend::{Backend, Block, Job, Place, Words};
 use peft_runtime::{Inputs, Profile, RuntimeError, Session};
 use peftc::exchange;
@@ -43,6 +43,7 @@ pub struct Start<'a> {
     pub buffers: Vec<Ptr>,
     pub extents: Vec<u64>,
     pub units: u64,
+    pub group: Workgroup,
 }
 
 impl Start<'_> {
@@ -51,8 +52,8 @@ impl Start<'_> {
         let number = |n: u64| Arg::U32(n.try_into().expect("32 bits"));
         let extents = self.extents.iter().map(|&n| number(n));
         let args: Vec<Arg> = pointers.chain(extents).chain([number(self.units)]).collect();
-        let blocks = self.units.div_ceil(WARPS).min(BLOCKS) as u32;
-        let ran = gpu.launch(self.module, self.kernel, blocks, (WARP * WARPS) as u32, 0, &args);
+        let blocks = self.units.div_ceil(self.group.units).min(BLOCKS) as u32;
+        let ran = gpu.launch(self.module, self.kernel, blocks, self.group.threads as u32, 0, &args);
         ran.unwrap_or_else(|e| panic!("{e}"));
     }
 }
@@ -105,6 +106,7 @@ impl Backend for Simulated {
                 buffers: job.places.iter().map(|place| self.address(place)).collect(),
                 extents: job.extents.clone(),
                 units: job.units,
+                group: job.launch.group,
             };
             match &mut self.around {
                 Some(around) => around(&mut self.gpu, job, &start),

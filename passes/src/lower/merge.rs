@@ -13,7 +13,6 @@ use std::collections::{HashMap, HashSet};
 use peft_runtime::artifact::{BufferId, Extent, Launch, Output, Storage};
 
 use super::module::Module;
-use crate::target::cuda::WARPS;
 
 /// Launches that wait, at most: about two layers'.
 const WAITING: usize = 36;
@@ -124,13 +123,14 @@ fn joined(module: &mut Module, row: Vec<Launch>) -> Launch {
         ops.dedup();
         op = ops.join(", ");
     }
-    let mut all = Launch { kernel, buffers: vec![], extents: vec![], units: Extent::Const(0), op };
+    let group = row[0].group;
+    let mut all = Launch { kernel, buffers: vec![], extents: vec![], units: Extent::Const(0), group, op };
     for Launch { buffers, extents, units, .. } in row {
         all.buffers.extend(buffers);
         all.extents.extend(extents);
         all.extents.push(units.clone());
         // Blocks are of one launch each.
-        all.units = all.units + Extent::CeilDiv(Box::new(units), WARPS) * Extent::Const(WARPS);
+        all.units = all.units + Extent::CeilDiv(Box::new(units), group.units) * Extent::Const(group.units);
     }
     all
 }

@@ -122,7 +122,8 @@ impl<'a> Module<'a> {
         units: Extent,
         op: &str,
     ) -> Launch {
-        Launch { kernel: self.function(Function::of(schedule)), buffers, extents, units, op: op.into() }
+        let group = self.machine.workgroup();
+        Launch { kernel: self.function(Function::of(schedule)), buffers, extents, units, group, op: op.into() }
     }
 
     pub fn buffer(&mut self, element: Element, shape: Vec<Extent>, storage: Storage) -> BufferId {

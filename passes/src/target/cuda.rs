@@ -4,7 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use peft_grammar::diagnostic::did_you_mean;
-pub use peft_runtime::artifact::{WARP, WARPS};
+/// Threads that go in step: a kernel's units are counted in these.
+pub const WARP: u64 = 32;
+/// Warps of a block, for which every kernel is written.
+pub const WARPS: u64 = 4;
 
 /// Columns of a product's tile, and rows of a large one.
 pub const TILE: u64 = 64;

@@ -7,6 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use peft_grammar::diagnostic::did_you_mean;
+use peft_runtime::artifact::Workgroup;
 
 use self::cpu::Cpu;
 use self::cuda::{Chip, WARP, WARPS};
@@ -89,6 +90,14 @@ impl Machine {
                 (count * floats / (2 * ROWS * LANES)).clamp(1, VECTORS)
             }
             Machine::Cuda(_) => VECTORS,
+        }
+    }
+
+    /// How a launch's units are split over threads.
+    pub fn workgroup(self) -> Workgroup {
+        match self {
+            Machine::Cpu(_) => Workgroup::ONE,
+            Machine::Cuda(_) => Workgroup { units: WARPS, threads: WARP * WARPS },
         }
     }
 

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::artifact::{BufferId, Entry, Extent, Output, Tensor};
+use crate::artifact::{BufferId, Entry, Extent, Output, Tensor, Workgroup};
 use crate::backend::Block;
 
 const KERNELS: &str = r"
@@ -81,6 +81,7 @@ fn manifest() -> Manifest {
         buffers: buffers.to_vec(),
         extents: extents.iter().map(|&n| Const(n)).collect(),
         units,
+        group: Workgroup::ONE,
         op: ["scale", "tag", "update", "idle"][kernel].into(),
     };
     let output = |name: &str, buffer, shape| Output { name: name.into(), buffer, shape };
@@ -360,6 +361,7 @@ fn weights_are_not_there_in_both_forms() {
         buffers: vec![index, COUNT + index],
         extents: vec![Extent::Const(2)],
         units: Extent::Const(1000),
+        group: Workgroup::ONE,
         op: "scale".into(),
     };
     let buffer = |storage| Buffer { element: Element::F32, shape: vec![Extent::Const(1000)], storage };

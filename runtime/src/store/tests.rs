@@ -1,9 +1,16 @@
 use super::*;
-use crate::artifact::{Buffer, Element, Entry, Extent, Launch, Output, Storage, Tensor};
+use crate::artifact::{Buffer, Element, Entry, Extent, Launch, Output, Storage, Tensor, Workgroup};
 
 fn manifest() -> Manifest {
     let buffer = |storage| Buffer { element: Element::F32, shape: vec![Extent::Const(2)], storage };
-    let launch = |buffers| Launch { kernel: 0, buffers, extents: vec![], units: Extent::Const(1), op: "copy".into() };
+    let launch = |buffers| Launch {
+        kernel: 0,
+        buffers,
+        extents: vec![],
+        units: Extent::Const(1),
+        group: Workgroup::ONE,
+        op: "copy".into(),
+    };
     Manifest {
         arch: std::env::consts::ARCH.into(),
         kernels: vec!["copy".into()],
@@ -122,7 +129,7 @@ fn damaged_artifacts() {
 #[test]
 fn inconsistent_manifests() {
     type Change = fn(&mut Manifest);
-    let cases: [(&str, Change); 11] = [
+    let cases: [(&str, Change); 13] = [
         ("kernel 7", |m| m.prepare[0].kernel = 7),
         ("buffer 9", |m| m.entries.get_mut("forward").unwrap().launches[0].buffers[0] = 9),
         ("output `logits`", |m| m.entries.get_mut("forward").unwrap().outputs[0].buffer = 9),
@@ -132,6 +139,8 @@ fn inconsistent_manifests() {
         ("rows 0..9", |m| m.tensors[1].trainable = Some((0, 9))),
         ("is frozen", |m| m.buffers[2].storage = Storage::Gradient { index: 0 }),
         ("beyond counting", |m| m.tensors[0].shape = vec![u64::MAX, 3]),
+        ("workgroups of 0 threads", |m| m.prepare[0].group.threads = 0),
+        ("take 0 units", |m| m.prepare[0].group.units = 0),
         ("waits for a batch", |m| m.prepare[0].units = Extent::CeilDiv(Box::new(Extent::Tokens), 4)),
         ("not f32", |m| m.buffers[0].element = Element::I32),
     ];
