@@ -244,7 +244,47 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
             Op::CrossEntropyVjp { smoothing } => {
                 self.cross_entropy(x, ty, y, Some(buffers[2]), *smoothing, node.result)
             }
-            _ => unreachable!("the others map elements"),
+            // In other forms than row-major, or in a group.
+            Op::Reshape { .. }
+            | Op::Permute { .. }
+            | Op::Slice { .. }
+            | Op::Concat { .. }
+            | Op::Matmul { .. }
+            | Op::Attention { .. }
+            | Op::AttentionLse { .. }
+            | Op::AttentionVjp { .. }
+            | Op::LinearLse
+            | Op::LinearMean
+            | Op::Normalize { .. }
+            | Op::NormalizeVjp { .. }
+            | Op::Constant { .. }
+            | Op::Iota { .. }
+            | Op::Add
+            | Op::Sub
+            | Op::Mul
+            | Op::Div
+            | Op::Min
+            | Op::Scale { .. }
+            | Op::Shift { .. }
+            | Op::Float
+            | Op::Exp
+            | Op::Log
+            | Op::Sqrt
+            | Op::Rsqrt
+            | Op::Sin
+            | Op::Cos
+            | Op::Tanh
+            | Op::Sigmoid
+            | Op::Relu
+            | Op::Step
+            | Op::Gelu
+            | Op::GeluGrad
+            | Op::GeluTanh
+            | Op::GeluTanhGrad
+            | Op::Broadcast { .. }
+            | Op::Dropout { .. }
+            // Settled with the gradients.
+            | Op::Detach => return Err("nothing computes it row by row".into()),
         }
         Ok(())
     }
