@@ -157,7 +157,7 @@ impl Room {
     /// What a kernel wants, before its units.
     fn of(k: &mut Kernel, part: Part) -> Room {
         let left = k.shared(2 * TILE * LINE);
-        let right = k.beyond(left, TILE * LINE);
+        let right = k.from(left, TILE * LINE);
         let weights = if part == Part::Lse { left } else { k.shared(TILE * TILE) };
         let others = if matches!(part, Part::Sides | Part::All) { k.shared(TILE * TILE) } else { weights };
         let numbers = if part.forward() { k.shared(2 * TILE) } else { left };

@@ -421,7 +421,7 @@ struct Stage {
 impl Stage {
     fn at(k: &mut Kernel, form: Form, room: Buf, word: Val) -> Stage {
         let a = k.from(room, word);
-        Stage { a, b: k.beyond(a, form.rows * LINE_A) }
+        Stage { a, b: k.from(a, form.rows * LINE_A) }
     }
 }
 

@@ -123,7 +123,7 @@ impl Simt {
             let left = [sizes.along_a, sizes.deep_a, sizes.area_a, sizes.first_a];
             let right = [sizes.along_b, sizes.deep_b, sizes.area_b, sizes.first_b];
             let part_a = k.shared((DEPTH * (line_a + line_b)).max(WARPS * tile.own()));
-            let part_b = k.beyond(part_a, DEPTH * line_a);
+            let part_b = k.from(part_a, DEPTH * line_a);
             let thread = k.thread();
             let wide = k.index(tile.columns / COLUMNS);
             let (columns, rows) = (k.index(COLUMNS), k.index(held));

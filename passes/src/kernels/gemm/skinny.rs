@@ -123,7 +123,7 @@ impl Skinny {
             let Sizes { m, n, depth, across, line_c, first_c, .. } = sizes;
             let stage = WARP * line;
             let room = k.shared((AHEAD * stage).max(WARPS * tile.own()));
-            let stages: Vec<Buf> = (0..AHEAD).map(|at| k.beyond(room, at * stage)).collect();
+            let stages: Vec<Buf> = (0..AHEAD).map(|at| k.from(room, at * stage)).collect();
             let (thread, lanes) = (k.thread(), k.index(WARP));
             let (warp, lane) = (k.div(thread, lanes), k.lane_index());
             // Of a stage, the lane's step.
