@@ -290,8 +290,8 @@ impl Kernel {
         self.binary("arith.divf", "arith.divui", x, y)
     }
     /// ⌈x / y⌉ of integers.
-    pub fn div_up(&mut self, x: Val, y: impl Into<Index>) -> Val {
-        let y = self.eval(y);
+    pub fn div_up(&mut self, x: impl Into<Index>, y: impl Into<Index>) -> Val {
+        let (x, y) = (self.eval(x), self.eval(y));
         self.eval((x + y - 1) / y)
     }
     pub fn rem(&mut self, x: Val, y: Val) -> Val {
