@@ -80,3 +80,27 @@ impl IntoVal for u64 {
         k.index(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{define, first};
+
+    #[test]
+    fn a_formula_is_computed_from_left_to_right() {
+        let code = define("cpu:x86-64-v3".parse().expect("a machine"), &[], 2, |k, _, sizes| {
+            let [x, y] = first(sizes);
+            k.eval((x * 8 + y) / (y - 1));
+        });
+        let text = code.function("kernel", 1);
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| line.contains(" = arith")).collect();
+        let wanted = [
+            "%4 = arith.constant 8 : index",
+            "%5 = arith.muli %0, %4 : index",
+            "%6 = arith.addi %5, %1 : index",
+            "%7 = arith.constant 1 : index",
+            "%8 = arith.subi %1, %7 : index",
+            "%9 = arith.divui %6, %8 : index",
+        ];
+        assert_eq!(lines, wanted);
+    }
+}

@@ -2,7 +2,8 @@
 //!
 //! A kernel is explicit about its vectors: loops over the last axis take a vector's elements a step
 //! under a mask, so nothing hangs on the vectoriser's mood and every sum has one fixed order.
-//! Buffers are flat; kernels compute their own addresses. What a vector is, on a processor and on a GPU: `lanes.rs`.
+//! Buffers are flat; kernels compute their own addresses, which they state as formulas: `index.rs`. What a vector is, on a
+//! processor and on a GPU: `lanes.rs`.
 
 mod gpu;
 mod index;
