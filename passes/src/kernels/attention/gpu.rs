@@ -197,8 +197,8 @@ fn place_of(row: Val) -> Index {
 }
 
 /// The one among them that is the first of sequence `s`, which begins at token `start`.
-fn first_block(k: &mut Kernel, start: Val, s: Val) -> Val {
-    k.eval((start + s * philox::EACH) / TILE + s)
+fn first_block(start: Val, s: Val) -> Index {
+    (start + s * philox::EACH) / TILE + s
 }
 
 /// The sequence that a block of a head is of: every lane looks at some.
@@ -207,8 +207,7 @@ fn sequence(k: &mut Kernel, block: Val, sequences: Val, offsets: Buf) -> Val {
     let begun = k.fold_lanes(sequences, &[zero], |k, s, mask, begun| {
         let start = k.load_lanes(offsets, s, mask);
         let (start, s) = (k.to_index(start), k.eval(s + k.lane_index()));
-        let first = first_block(k, start, s);
-        let later = k.compare(first, Order::Gt, block);
+        let later = k.compare(first_block(start, s), Order::Gt, block);
         let (one, zero) = (k.int(1, I32), k.int(0, I32));
         let some = k.select(later, zero, one);
         let some = k.select(mask, some, zero);
@@ -235,7 +234,7 @@ impl Unit {
         let (head, panel) = (k.div(rest, panels), k.rem(rest, panels));
         let sequence = sequence(k, block, sequences, offsets);
         let segment = Segment::of(k, (head, sequence), offsets);
-        let before = first_block(k, segment.start, sequence);
+        let before = k.eval(first_block(segment.start, sequence));
         let head = Head::of(k, segment, (buffers, sizes), (part, form));
         let first = k.eval((block - before) * TILE);
         let zero = k.index(0);

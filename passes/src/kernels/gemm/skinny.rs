@@ -14,7 +14,7 @@ use peft_runtime::artifact::Element;
 
 use super::epilogue::{Fate, Out};
 use crate::abi::arguments;
-use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define, first};
+use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define, first};
 use crate::kernels::epilogue::Epilogue;
 use crate::target::Machine;
 use crate::target::cuda::{WARP, WARPS};
@@ -142,14 +142,11 @@ impl Skinny {
                     depth,
                     (tile, contiguous),
                 );
-                let zero = k.index(0);
-                let step = |k: &mut Kernel, from: Val, ahead: u64| k.eval(from + ahead * WARP);
                 let mut start = vec![k.float(0.0, F32); (HELD * columns) as usize];
                 for ahead in 0..AHEAD {
-                    let step = step(k, zero, ahead);
-                    start.extend(left.fetch(k, step));
+                    start.extend(left.fetch(k, ahead * WARP));
                 }
-                let fetched = right.fetch(k, zero);
+                let fetched = right.fetch(k, 0);
                 // The unit before is on its way out through the same room.
                 k.barrier();
                 place.share(k, stages[0], &fetched);
@@ -157,14 +154,12 @@ impl Skinny {
                     let (sums, numbers) = carried.split_at((HELD * columns) as usize);
                     let (mut sums, mut next) = (sums.to_vec(), vec![]);
                     for (ahead, x) in (0..AHEAD).zip(numbers.chunks_exact(HELD as usize)) {
-                        let now = step(k, block, ahead);
-                        let soon = step(k, now, 1);
-                        let fetched = right.fetch(k, soon);
+                        let now = k.eval(block + ahead * WARP);
+                        let fetched = right.fetch(k, now + WARP);
                         // This stage is filled, and the steps before the last ones are done with the next.
                         k.barrier();
                         sums = multiply(k, x, (stages[ahead as usize], here), &sums);
-                        let later = step(k, now, AHEAD);
-                        next.extend(left.fetch(k, later));
+                        next.extend(left.fetch(k, now + AHEAD * WARP));
                         place.share(k, stages[((ahead + 1) % AHEAD) as usize], &fetched);
                     }
                     [sums, next].concat()
@@ -180,7 +175,7 @@ impl Skinny {
                     to: c,
                     base: first_c,
                     line: line_c,
-                    batch: zero,
+                    batch: k.index(0),
                     column,
                     n,
                     width: columns,
@@ -255,7 +250,8 @@ impl Operand {
 
     /// Of the round that begins at step `begin`; 0 for steps that do not exist. Nothing branches, or LLVM would put off
     /// sums from round to round.
-    fn fetch(&self, k: &mut Kernel, begin: Val) -> Vec<Val> {
+    fn fetch(&self, k: &mut Kernel, begin: impl Into<Index>) -> Vec<Val> {
+        let begin = k.eval(begin);
         let nothing = k.float(0.0, F32);
         let last = k.eval(self.depth - 1);
         let mut numbers = vec![];
