@@ -6,16 +6,14 @@ use std::fmt::Write;
 use peft_runtime::artifact::Element;
 
 use super::lanes::Form;
-use super::{Buf, INDEX, Kernel, NAME, Order, Val};
+use super::{Buf, INDEX, Index, Kernel, NAME, Order, Val};
 use crate::target::cuda::{WARP, WARPS};
 
 impl Kernel {
     /// The units asked for, a block's threads together on [`WARPS`] of them: who launches kernels counts in warps.
     pub fn block_units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
         let Form::Warps { units, block, blocks, .. } = self.form else { unreachable!("a processor has no blocks") };
-        let warps = self.index(WARPS);
-        let units = self.div(units, warps);
-        self.fold_by(block, units, blocks, &[], |k, unit, _| {
+        self.fold_by(block, units / WARPS, blocks, &[], |k, unit, _| {
             body(k, unit);
             vec![]
         });
@@ -34,16 +32,9 @@ impl Kernel {
             first(k, unit);
             vec![]
         });
-        let (zero, one) = (self.index(0), self.index(1));
-        let left = self.sub(each, block);
-        let left = self.max(left, zero);
-        let up = self.sub(blocks, one);
-        let left = self.add(left, up);
-        let rounds = self.div(left, blocks);
-        let done = self.mul(rounds, blocks);
-        let unit = self.add(block, done);
-        let unit = self.sub(unit, each);
-        self.fold_by(unit, each, blocks, &[], |k, unit, _| {
+        let left = self.max(each - block, 0);
+        let rounds = (left + (blocks - 1)) / blocks;
+        self.fold_by(block + rounds * blocks - each, each, blocks, &[], |k, unit, _| {
             second(k, unit);
             vec![]
         });
@@ -71,19 +62,15 @@ impl Kernel {
     /// For `from`, `from + step`, … below `to`, dealt out to the team, with values that each member carries.
     pub fn dealt_fold(
         &mut self,
-        from: Val,
-        to: Val,
+        from: impl Into<Index>,
+        to: impl Into<Index>,
         step: u64,
         start: &[Val],
         body: impl FnOnce(&mut Kernel, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
         let from = match self.form {
-            Form::Vectors { .. } => from,
-            Form::Warps { warp, .. } => {
-                let step = self.index(step);
-                let ahead = self.mul(warp, step);
-                self.add(from, ahead)
-            }
+            Form::Vectors { .. } => from.into(),
+            Form::Warps { warp, .. } => from.into() + warp * step,
         };
         self.fold(from, to, step * self.team(), start, body)
     }
@@ -97,16 +84,11 @@ impl Kernel {
     pub fn join_team(&mut self, x: Val, room: Option<Buf>, mut join: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
         let (Form::Warps { warp, lane, .. }, Some(room)) = (&self.form, room) else { return x };
         let (warp, lane) = (*warp, *lane);
-        let width = self.index(WARP);
-        let at = self.mul(warp, width);
-        let at = self.add(at, lane);
-        self.store_here(x, room, at);
+        self.store_here(x, room, warp * WARP + lane);
         self.barrier();
         let mut all = self.load_here(room, lane);
         for member in 1..WARPS {
-            let at = self.index(member * WARP);
-            let at = self.add(at, lane);
-            let other = self.load_here(room, at);
+            let other = self.load_here(room, member * WARP + lane);
             all = join(self, all, other);
         }
         // Before the room is used again.
@@ -119,8 +101,7 @@ impl Kernel {
         match self.form {
             Form::Vectors { .. } => body(self),
             Form::Warps { warp, .. } => {
-                let zero = self.index(0);
-                let first = self.compare(warp, Order::Eq, zero);
+                let first = self.compare(warp, Order::Eq, 0);
                 self.when(first, body);
             }
         }
@@ -151,14 +132,8 @@ impl Kernel {
         Buf { id: pointer.id, element: Element::I32, shared: true }
     }
 
-    /// The same memory from `n` elements on.
-    pub fn beyond(&mut self, of: Buf, n: u64) -> Buf {
-        let n = self.index(n);
-        self.from(of, n)
-    }
-
     /// The same memory from `at` on.
-    pub fn from(&mut self, of: Buf, at: Val) -> Buf {
+    pub fn from(&mut self, of: Buf, at: impl Into<Index>) -> Buf {
         Buf { id: self.place(of, at).id, ..of }
     }
 
@@ -168,13 +143,14 @@ impl Kernel {
     }
 
     /// Four neighbours, from a multiple of four on.
-    pub fn load_four(&mut self, from: Buf, at: Val) -> [Val; 4] {
+    pub fn load_four(&mut self, from: Buf, at: impl Into<Index>) -> [Val; 4] {
         let four = self.four(from, at);
         self.apart_four(four)
     }
 
     /// The same if the condition holds, else zeros.
-    pub fn load_four_if(&mut self, condition: Val, from: Buf, at: Val) -> [Val; 4] {
+    pub fn load_four_if(&mut self, condition: Val, from: Buf, at: impl Into<Index>) -> [Val; 4] {
+        let at = self.eval(at);
         let ty = from.scalar().times(4);
         let nothing = if ty.float() { self.float(0.0, ty) } else { self.int(0, ty) };
         let four = self.either(condition, nothing, |k| k.four(from, at));
@@ -183,7 +159,12 @@ impl Kernel {
 
     /// Four neighbouring words go to shared memory by themselves, to a multiple of four; zeros unless the condition holds.
     /// They are there when [`Kernel::await_copies_but`] is past; for other threads, after a barrier. From sm_80 on.
-    pub fn copy_four_if(&mut self, condition: Val, (from, at): (Buf, Val), (to, place): (Buf, Val)) {
+    pub fn copy_four_if(
+        &mut self,
+        condition: Val,
+        (from, at): (Buf, impl Into<Index>),
+        (to, place): (Buf, impl Into<Index>),
+    ) {
         let (source, target) = (self.place(from, at), self.place(to, place));
         let (all, none) = (self.int(16, super::I32), self.int(0, super::I32));
         let bytes = self.select(condition, all, none);
@@ -206,7 +187,7 @@ impl Kernel {
     }
 
     /// The other way.
-    pub fn store_four(&mut self, four: [Val; 4], to: Buf, at: Val) {
+    pub fn store_four(&mut self, four: [Val; 4], to: Buf, at: impl Into<Index>) {
         self.written(to);
         let place = self.place(to, at);
         let ty = four[0].ty.times(4);
@@ -218,7 +199,7 @@ impl Kernel {
         self.line(format_args!("llvm.store {vector}, {place} {{alignment = 16 : i64}} : {ty}, {}", to.pointer()));
     }
 
-    fn four(&mut self, from: Buf, at: Val) -> Val {
+    fn four(&mut self, from: Buf, at: impl Into<Index>) -> Val {
         let place = self.place(from, at);
         let ty = from.scalar().times(4);
         self.emit(ty, format_args!("llvm.load {place} {{alignment = 16 : i64}} : {} -> {ty}", from.pointer()))

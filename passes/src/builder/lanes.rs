@@ -6,7 +6,7 @@
 
 use std::fmt::Write;
 
-use super::{Buf, F32, I32, I64, INDEX, Kernel, LANES, Order, Scalar, Ty, Val, list};
+use super::{Buf, F32, I32, I64, INDEX, Index, Kernel, LANES, Order, Scalar, Ty, Val, list};
 use crate::target::Machine;
 use crate::target::cuda::{WARP, WARPS};
 
@@ -210,7 +210,8 @@ impl Kernel {
     }
 
     /// The first `n` lanes.
-    pub fn mask(&mut self, n: Val) -> Val {
+    pub fn mask(&mut self, n: impl Into<Index>) -> Val {
+        let n = self.eval(n);
         match self.form {
             Form::Vectors { .. } => self.mask_of(n, LANES),
             Form::Warps { lane, .. } => self.compare(lane, Order::Lt, n),
@@ -341,7 +342,8 @@ impl Kernel {
 
     // Memory.
 
-    pub fn load(&mut self, from: Buf, at: Val) -> Val {
+    pub fn load(&mut self, from: Buf, at: impl Into<Index>) -> Val {
+        let at = self.eval(at);
         match self.form {
             Form::Vectors { .. } => self.emit(from.scalar(), format_args!("memref.load %{}[{at}] : {from}", from.id)),
             Form::Warps { .. } => self.load_here(from, at),
@@ -349,7 +351,8 @@ impl Kernel {
     }
 
     /// An element of what no kernel writes: where it is read in a loop, it is read once.
-    pub fn load_input(&mut self, from: Buf, at: Val) -> Val {
+    pub fn load_input(&mut self, from: Buf, at: impl Into<Index>) -> Val {
+        let at = self.eval(at);
         match self.form {
             Form::Vectors { .. } => self.load(from, at),
             Form::Warps { .. } => {
@@ -360,7 +363,8 @@ impl Kernel {
     }
 
     /// An element if the condition holds, else `other`.
-    pub fn load_or(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
+    pub fn load_or(&mut self, condition: Val, from: Buf, at: impl Into<Index>, other: Val) -> Val {
+        let at = self.eval(at);
         match self.form {
             Form::Vectors { .. } => {
                 let x = self.load(from, at);
@@ -370,7 +374,8 @@ impl Kernel {
         }
     }
 
-    pub fn store(&mut self, x: Val, to: Buf, at: Val) {
+    pub fn store(&mut self, x: Val, to: Buf, at: impl Into<Index>) {
+        let at = self.eval(at);
         match self.form {
             Form::Vectors { .. } => self.line(format_args!("memref.store {x}, %{}[{at}] : {to}", to.id)),
             Form::Warps { leads, .. } => self.when(leads, |k| k.store_here(x, to, at)),
@@ -378,28 +383,24 @@ impl Kernel {
     }
 
     /// A vector of elements from `at` on, all of which must exist.
-    pub fn load_vector(&mut self, from: Buf, at: Val) -> Val {
+    pub fn load_vector(&mut self, from: Buf, at: impl Into<Index>) -> Val {
         match self.form {
             Form::Vectors { .. } => self.load_some(from, at, LANES),
-            Form::Warps { lane, .. } => {
-                let at = self.add(at, lane);
-                self.load_here(from, at)
-            }
+            Form::Warps { lane, .. } => self.load_here(from, at.into() + lane),
         }
     }
 
-    pub fn store_vector(&mut self, x: Val, to: Buf, at: Val) {
+    pub fn store_vector(&mut self, x: Val, to: Buf, at: impl Into<Index>) {
+        let at = self.eval(at);
         match self.form {
             Form::Vectors { .. } => self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty)),
-            Form::Warps { lane, .. } => {
-                let at = self.add(at, lane);
-                self.store_here(x, to, at);
-            }
+            Form::Warps { lane, .. } => self.store_here(x, to, at + lane),
         }
     }
 
     /// The lanes of `mask` from memory, `other` in those it leaves out.
-    pub fn load_masked(&mut self, from: Buf, at: Val, mask: Val, other: Val) -> Val {
+    pub fn load_masked(&mut self, from: Buf, at: impl Into<Index>, mask: Val, other: Val) -> Val {
+        let at = self.eval(at);
         let ty = other.ty;
         match self.form {
             Form::Vectors { .. } => self.emit(
@@ -409,15 +410,13 @@ impl Kernel {
                     from.id, mask.ty
                 ),
             ),
-            Form::Warps { lane, .. } => {
-                let at = self.add(at, lane);
-                self.load_if(mask, from, at, other)
-            }
+            Form::Warps { lane, .. } => self.load_if(mask, from, at + lane, other),
         }
     }
 
     /// The elements at `at + steps`, lane by lane; 0 in those `mask` leaves out.
-    pub fn gather_lanes(&mut self, from: Buf, at: Val, steps: Val, mask: Val) -> Val {
+    pub fn gather_lanes(&mut self, from: Buf, at: impl Into<Index>, steps: Val, mask: Val) -> Val {
+        let at = self.eval(at);
         let ty = self.vector(from.scalar());
         let zero = self.float(0.0, ty);
         match self.form {
@@ -430,13 +429,13 @@ impl Kernel {
             ),
             Form::Warps { .. } => {
                 let steps = self.to_index(steps);
-                let at = self.add(at, steps);
-                self.load_if(mask, from, at, zero)
+                self.load_if(mask, from, at + steps, zero)
             }
         }
     }
 
-    pub fn store_lanes(&mut self, x: Val, to: Buf, at: Val, mask: Val) {
+    pub fn store_lanes(&mut self, x: Val, to: Buf, at: impl Into<Index>, mask: Val) {
+        let at = self.eval(at);
         match self.form {
             Form::Vectors { .. } => {
                 let some = |k: &mut Kernel| {
@@ -449,27 +448,23 @@ impl Kernel {
                 match self.counts.get(&mask.id).copied() {
                     // A store under a mask is many instructions there, and few vectors are not whole.
                     Some(count) if !cpu.masks() => {
-                        let most = self.index(x.ty.lanes.unwrap_or(1) - 1);
-                        let whole = self.compare(count, Order::Gt, most);
+                        let whole = self.compare(count, Order::Gt, x.ty.lanes.unwrap_or(1) - 1);
                         self.branch(whole, |k| k.store_vector(x, to, at), some);
                     }
                     _ => some(self),
                 }
             }
-            Form::Warps { lane, .. } => self.when(mask, |k| {
-                let at = k.add(at, lane);
-                k.store_here(x, to, at);
-            }),
+            Form::Warps { lane, .. } => self.when(mask, |k| k.store_here(x, to, at + lane)),
         }
     }
 
     /// One thread's load.
-    pub fn load_here(&mut self, from: Buf, at: Val) -> Val {
+    pub fn load_here(&mut self, from: Buf, at: impl Into<Index>) -> Val {
         let place = self.place(from, at);
         self.emit(from.scalar(), format_args!("llvm.load {place} : {} -> {}", from.pointer(), from.scalar()))
     }
 
-    pub fn store_here(&mut self, x: Val, to: Buf, at: Val) {
+    pub fn store_here(&mut self, x: Val, to: Buf, at: impl Into<Index>) {
         self.written(to);
         let place = self.place(to, at);
         self.line(format_args!("llvm.store {x}, {place} : {}, {}", x.ty, to.pointer()));
@@ -483,7 +478,8 @@ impl Kernel {
     }
 
     /// One thread's load if its condition holds, else `other`.
-    pub fn load_if(&mut self, condition: Val, from: Buf, at: Val, other: Val) -> Val {
+    pub fn load_if(&mut self, condition: Val, from: Buf, at: impl Into<Index>, other: Val) -> Val {
+        let at = self.eval(at);
         self.either(condition, other, |k| k.load_here(from, at))
     }
 
@@ -508,12 +504,13 @@ impl Kernel {
     }
 
     /// A thread's pointer to the element at `at`, of the buffer's own type.
-    pub(super) fn place(&mut self, of: Buf, at: Val) -> Val {
+    pub(super) fn place(&mut self, of: Buf, at: impl Into<Index>) -> Val {
         self.place_of(of, at, of.scalar())
     }
 
     /// The same in memory that holds such elements.
-    pub(super) fn place_of(&mut self, of: Buf, at: Val, element: Ty) -> Val {
+    pub(super) fn place_of(&mut self, of: Buf, at: impl Into<Index>, element: Ty) -> Val {
+        let at = self.eval(at);
         let at = self.emit(INDEX.of(Scalar::I64), format_args!("arith.index_cast {at} : index to i64"));
         let pointer = of.pointer();
         self.emit(INDEX, format_args!("llvm.getelementptr %{}[{at}] : ({pointer}, i64) -> {pointer}, {element}", of.id))
@@ -530,21 +527,24 @@ impl Kernel {
     }
 
     /// Where the elements of a unit begin and end, of `count` that are dealt out in stretches; the last one is shorter.
-    pub fn stretch(&mut self, unit: Val, count: Val) -> (Val, Val) {
-        let block = self.index(self.machine.stretch());
-        let start = self.mul(unit, block);
-        let end = self.add(start, block);
-        let end = self.min(end, count);
+    pub fn stretch(&mut self, unit: impl Into<Index>, count: impl Into<Index>) -> (Val, Val) {
+        let block = self.machine.stretch();
+        let start = self.eval(unit.into() * block);
+        let end = self.min(start + block, count.into());
         (start, end)
     }
 
     /// The elements of a unit, a vector at a time: `body` is given the index of its first lane and the mask of those
     /// that have an element.
-    pub fn each_of_stretch(&mut self, unit: Val, count: Val, body: impl FnOnce(&mut Kernel, Val, Val)) {
+    pub fn each_of_stretch(
+        &mut self,
+        unit: impl Into<Index>,
+        count: impl Into<Index>,
+        body: impl FnOnce(&mut Kernel, Val, Val),
+    ) {
         let (start, end) = self.stretch(unit, count);
         self.each(start, end, self.lane_count(), |k, at| {
-            let left = k.sub(end, at);
-            let mask = k.mask(left);
+            let mask = k.mask(end - at);
             body(k, at, mask);
         });
     }
@@ -554,11 +554,7 @@ impl Kernel {
         match self.form {
             Form::Vectors { begin, end } => self.each(begin, end, 1, body),
             Form::Warps { units, warp, block, blocks, .. } => {
-                let warps = self.index(WARPS);
-                let first = self.mul(block, warps);
-                let first = self.add(first, warp);
-                let step = self.mul(blocks, warps);
-                self.fold_by(first, units, step, &[], |k, unit, _| {
+                self.fold_by(block * WARPS + warp, units, blocks * WARPS, &[], |k, unit, _| {
                     body(k, unit);
                     vec![]
                 });

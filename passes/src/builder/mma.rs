@@ -1,7 +1,7 @@
 //! Products of 16 × 16 numbers in half precision, which a warp's threads compute together in a GPU's tensor cores. Which
 //! of them holds what of a fragment is the chip's affair.
 
-use super::{Buf, F32, I32, INDEX, Kernel, Scalar, Ty, Val};
+use super::{Buf, F32, I32, INDEX, Index, Kernel, Scalar, Ty, Val};
 
 /// Rows and columns of a fragment.
 pub const SIDE: u64 = 16;
@@ -71,9 +71,9 @@ impl Kernel {
     }
 
     /// A number in every lane, rounded, to the `at`th place and those after it.
-    pub fn store_rounded(&mut self, half: Half, x: Val, to: Buf, at: Val, mask: Val) {
+    pub fn store_rounded(&mut self, half: Half, x: Val, to: Buf, at: impl Into<Index>, mask: Val) {
         self.written(to);
-        let at = self.add(at, self.lane_index());
+        let at = self.eval(at.into() + self.lane_index());
         self.when(mask, |k| {
             let ty = Ty { scalar: half.scalar(), lanes: None };
             let rounded = k.emit(ty, format_args!("arith.truncf {x} : f32 to {ty}"));
@@ -83,7 +83,14 @@ impl Kernel {
     }
 
     /// The fragment at word `at` of shared memory, whose rows are `line` numbers apart.
-    pub fn load_fragment(&mut self, half: Half, operand: Operand, from: Buf, at: Val, line: u64) -> Vec<Val> {
+    pub fn load_fragment(
+        &mut self,
+        half: Half,
+        operand: Operand,
+        from: Buf,
+        at: impl Into<Index>,
+        line: u64,
+    ) -> Vec<Val> {
         let place = self.place(from, at);
         let line = self.int(line as i64, I32);
         let (count, ty) = half.registers();
@@ -117,7 +124,7 @@ impl Kernel {
     }
 
     /// Puts a sum at float `at` of shared memory, its rows `line` floats apart.
-    pub fn store_fragment(&mut self, sums: &[Val], to: Buf, at: Val, line: u64) {
+    pub fn store_fragment(&mut self, sums: &[Val], to: Buf, at: impl Into<Index>, line: u64) {
         let place = self.place(to, at);
         let line = self.int(line as i64, I32);
         self.line(format_args!(

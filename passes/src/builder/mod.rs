@@ -2,9 +2,11 @@
 //!
 //! A kernel is explicit about its vectors: loops over the last axis take a vector's elements a step
 //! under a mask, so nothing hangs on the vectoriser's mood and every sum has one fixed order.
-//! Buffers are flat; kernels compute their own addresses. What a vector is, on a processor and on a GPU: `lanes.rs`.
+//! Buffers are flat; kernels compute their own addresses, which they state as formulas: `index.rs`. What a vector is, on a
+//! processor and on a GPU: `lanes.rs`.
 
 mod gpu;
+mod index;
 mod lanes;
 pub mod mma;
 
@@ -14,6 +16,7 @@ use std::fmt::Write;
 use peft_runtime::artifact::Element;
 
 use crate::target::Machine;
+pub use index::{Index, IntoVal};
 use lanes::Form;
 
 /// Bytes of a scratch: threads have stacks of 2 MiB, and nothing would tell when one ends.
@@ -288,11 +291,9 @@ impl Kernel {
         self.binary("arith.divf", "arith.divui", x, y)
     }
     /// ⌈x / y⌉ of integers.
-    pub fn div_up(&mut self, x: Val, y: Val) -> Val {
-        let one = self.index(1);
-        let most = self.add(x, y);
-        let most = self.sub(most, one);
-        self.div(most, y)
+    pub fn div_up(&mut self, x: impl Into<Index>, y: impl Into<Index>) -> Val {
+        let (x, y) = (self.eval(x), self.eval(y));
+        self.eval((x + y - 1) / y)
     }
     pub fn rem(&mut self, x: Val, y: Val) -> Val {
         self.binary("arith.remf", "arith.remui", x, y)
@@ -359,7 +360,8 @@ impl Kernel {
         }
     }
 
-    pub fn compare(&mut self, x: Val, order: Order, y: Val) -> Val {
+    pub fn compare(&mut self, x: impl IntoVal, order: Order, y: impl IntoVal) -> Val {
+        let (x, y) = (x.into_val(self), y.into_val(self));
         let name = match order {
             Order::Lt => "lt",
             Order::Gt => "gt",
@@ -373,22 +375,27 @@ impl Kernel {
         self.emit(x.ty.of(Scalar::I1), format_args!("arith.{op} {prefix}{name}, {x}, {y} : {}", x.ty))
     }
     /// x ≥ y as unsigned numbers.
-    pub fn at_least_unsigned(&mut self, x: Val, y: Val) -> Val {
+    pub fn at_least_unsigned(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
+        let (x, y) = (x.into_val(self), y.into_val(self));
         self.emit(x.ty.of(Scalar::I1), format_args!("arith.cmpi uge, {x}, {y} : {}", x.ty))
     }
     /// x < y as unsigned numbers.
-    pub fn below_unsigned(&mut self, x: Val, y: Val) -> Val {
+    pub fn below_unsigned(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
+        let (x, y) = (x.into_val(self), y.into_val(self));
         self.emit(x.ty.of(Scalar::I1), format_args!("arith.cmpi ult, {x}, {y} : {}", x.ty))
     }
-    pub fn select(&mut self, condition: Val, yes: Val, no: Val) -> Val {
+    pub fn select(&mut self, condition: Val, yes: impl IntoVal, no: impl IntoVal) -> Val {
+        let (yes, no) = (yes.into_val(self), no.into_val(self));
         let ty = yes.ty;
         self.emit(ty, format_args!("arith.select {condition}, {yes}, {no} : {}, {ty}", condition.ty))
     }
-    pub fn max(&mut self, x: Val, y: Val) -> Val {
+    pub fn max(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
+        let (x, y) = (x.into_val(self), y.into_val(self));
         let first = self.compare(x, Order::Gt, y);
         self.select(first, x, y)
     }
-    pub fn min(&mut self, x: Val, y: Val) -> Val {
+    pub fn min(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
+        let (x, y) = (x.into_val(self), y.into_val(self));
         let first = self.compare(x, Order::Lt, y);
         self.select(first, x, y)
     }
@@ -417,11 +424,13 @@ impl Kernel {
     pub fn to_index(&mut self, x: Val) -> Val {
         self.emit(INDEX, format_args!("arith.index_cast {x} : {} to index", x.ty))
     }
-    pub fn to_i32(&mut self, x: Val) -> Val {
+    pub fn to_i32(&mut self, x: impl Into<Index>) -> Val {
+        let x = self.eval(x);
         self.emit(I32, format_args!("arith.index_cast {x} : index to i32"))
     }
     /// A whole number as a float.
-    pub fn to_float(&mut self, x: Val) -> Val {
+    pub fn to_float(&mut self, x: impl IntoVal) -> Val {
+        let x = x.into_val(self);
         let x = match (x.ty.scalar, &self.form) {
             (Scalar::Index, Form::Vectors { .. }) => {
                 self.emit(I64, format_args!("arith.index_cast {x} : index to i64"))
@@ -523,7 +532,8 @@ impl Kernel {
     // Memory.
 
     /// `n` elements, all of which must exist, in a processor's vector of their own.
-    pub fn load_some(&mut self, from: Buf, at: Val, n: u64) -> Val {
+    pub fn load_some(&mut self, from: Buf, at: impl Into<Index>, n: u64) -> Val {
+        let at = self.eval(at);
         let ty = from.scalar().times(n);
         self.emit(ty, format_args!("vector.load %{}[{at}] : {from}, {ty}", from.id))
     }
@@ -540,12 +550,13 @@ impl Kernel {
     }
 
     /// An `i32` element as an index.
-    pub fn load_index(&mut self, from: Buf, at: Val) -> Val {
+    pub fn load_index(&mut self, from: Buf, at: impl Into<Index>) -> Val {
         let x = self.load(from, at);
         self.to_index(x)
     }
     /// Asks for the line of memory that holds the element at `at`, which need not exist.
-    pub fn prefetch(&mut self, of: Buf, at: Val, access: Access) {
+    pub fn prefetch(&mut self, of: Buf, at: impl Into<Index>, access: Access) {
+        let at = self.eval(at);
         if let Form::Warps { .. } = self.form {
             return;
         }
@@ -556,13 +567,15 @@ impl Kernel {
         self.line(format_args!("memref.prefetch %{}[{at}], {access}, data : {of}", of.id));
     }
     /// The lanes of `mask` from memory, 0 elsewhere.
-    pub fn load_lanes(&mut self, from: Buf, at: Val, mask: Val) -> Val {
+    pub fn load_lanes(&mut self, from: Buf, at: impl Into<Index>, mask: Val) -> Val {
+        let at = self.eval(at);
         let ty = Ty { lanes: mask.ty.lanes, ..from.scalar() };
         let zero = if ty.float() { self.float(0.0, ty) } else { self.int(0, ty) };
         self.load_masked(from, at, mask, zero)
     }
     /// The first `n` of `lanes` lanes, of a processor's vector.
-    pub fn mask_of(&mut self, n: Val, lanes: u64) -> Val {
+    pub fn mask_of(&mut self, n: impl Into<Index>, lanes: u64) -> Val {
+        let n = self.eval(n);
         let ty = Ty { scalar: Scalar::I1, lanes: Some(lanes) };
         let mask = self.emit(ty, format_args!("vector.create_mask {n} : {ty}"));
         self.counts.insert(mask.id, n);
@@ -572,7 +585,13 @@ impl Kernel {
     // Control.
 
     /// For `from`, `from + step`, … below `to`.
-    pub fn each(&mut self, from: Val, to: Val, step: u64, body: impl FnOnce(&mut Kernel, Val)) {
+    pub fn each(
+        &mut self,
+        from: impl Into<Index>,
+        to: impl Into<Index>,
+        step: u64,
+        body: impl FnOnce(&mut Kernel, Val),
+    ) {
         self.fold(from, to, step, &[], |k, i, _| {
             body(k, i);
             vec![]
@@ -582,34 +601,30 @@ impl Kernel {
     /// The same with values carried from round to round; gives the last ones.
     pub fn fold(
         &mut self,
-        from: Val,
-        to: Val,
+        from: impl Into<Index>,
+        to: impl Into<Index>,
         step: u64,
         start: &[Val],
         body: impl FnOnce(&mut Kernel, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
-        let step = self.index(step);
+        let (from, to) = (self.eval(from), self.eval(to));
         self.fold_by(from, to, step, start, body)
     }
 
     /// The same with `many` steps a turn, and one by one what is left of them: what a loop does beside its steps costs.
     pub fn fold_in_turns(
         &mut self,
-        from: Val,
-        to: Val,
+        from: impl Into<Index>,
+        to: impl Into<Index>,
         many: u64,
         start: &[Val],
         body: impl Fn(&mut Kernel, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
-        let turn = self.index(many);
-        let steps = self.sub(to, from);
-        let turns = self.div(steps, turn);
-        let whole = self.mul(turns, turn);
-        let whole = self.add(from, whole);
+        let (from, to) = (self.eval(from), self.eval(to));
+        let whole = self.eval(from + (to - from) / many * many);
         let sums = self.fold(from, whole, many, start, |k, at, sums| {
             (0..many).fold(sums.to_vec(), |sums, ahead| {
-                let ahead = k.index(ahead);
-                let at = k.add(at, ahead);
+                let at = k.eval(at + ahead);
                 body(k, at, &sums)
             })
         });
@@ -618,12 +633,13 @@ impl Kernel {
 
     fn fold_by(
         &mut self,
-        from: Val,
-        to: Val,
-        step: Val,
+        from: impl Into<Index>,
+        to: impl Into<Index>,
+        step: impl Into<Index>,
         start: &[Val],
         body: impl FnOnce(&mut Kernel, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
+        let (from, to, step) = (self.eval(from), self.eval(to), self.eval(step));
         let at = self.fresh(INDEX);
         let carried: Vec<Val> = start.iter().map(|v| self.fresh(v.ty)).collect();
         let results: Vec<Val> = start.iter().map(|v| self.fresh(v.ty)).collect();
@@ -662,7 +678,7 @@ impl Kernel {
     }
 
     /// A vector a step over `length` elements: the offset and the mask of those that exist.
-    pub fn lanes(&mut self, length: Val, body: impl FnOnce(&mut Kernel, Val, Val)) {
+    pub fn lanes(&mut self, length: impl Into<Index>, body: impl FnOnce(&mut Kernel, Val, Val)) {
         self.fold_lanes(length, &[], |k, j, mask, _| {
             body(k, j, mask);
             vec![]
@@ -671,14 +687,13 @@ impl Kernel {
 
     pub fn fold_lanes(
         &mut self,
-        length: Val,
+        length: impl Into<Index>,
         start: &[Val],
         body: impl FnOnce(&mut Kernel, Val, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
-        let zero = self.index(0);
-        self.fold(zero, length, self.lane_count(), start, |k, j, carried| {
-            let left = k.sub(length, j);
-            let mask = k.mask(left);
+        let length = self.eval(length);
+        self.fold(0, length, self.lane_count(), start, |k, j, carried| {
+            let mask = k.mask(length - j);
             body(k, j, mask, carried)
         })
     }

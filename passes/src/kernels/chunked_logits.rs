@@ -54,8 +54,7 @@ impl Block {
             k.team_units(|k, row| {
                 let span = Span { base: k.mul(row, length), length };
                 let held = room.map(|(vectors, room)| Held::of(k, scores, span, vectors, room));
-                let zero = k.index(0);
-                let again = k.compare(again, Order::Gt, zero);
+                let again = k.compare(again, Order::Gt, 0);
                 let [most, total] = state_of(k, row);
                 let (nothing, lowest) = (k.float(0.0, F32), k.float(f64::NEG_INFINITY, F32));
                 // Before the first block nothing is there to be read.
@@ -138,9 +137,8 @@ impl End {
 
 /// Where a row's state lies: the largest score so far, and Σ e^{s − max}.
 fn state_of(k: &mut Kernel, row: Val) -> [Val; 2] {
-    let (one, two) = (k.index(1), k.index(2));
-    let most = k.mul(row, two);
-    [most, k.add(most, one)]
+    let most = k.eval(row * 2);
+    [most, k.eval(most + 1)]
 }
 
 /// What a thread of a GPU's team holds of a row of scores: numbers, their places, and which of them exist.
@@ -152,11 +150,10 @@ struct Held {
 impl Held {
     fn of(k: &mut Kernel, scores: Buf, span: Span, vectors: u64, room: Buf) -> Held {
         let lowest = k.float(f64::NEG_INFINITY, F32);
-        let own = k.add(span.base, k.thread());
-        let left = k.sub(span.length, k.thread());
-        let numbers = (0..vectors).map(|v| {
-            let ahead = k.index(v * WARP * WARPS);
-            let (place, there) = (k.add(own, ahead), k.compare(ahead, Order::Lt, left));
+        let own = k.eval(span.base + k.thread());
+        let left = k.eval(span.length - k.thread());
+        let numbers = (0..vectors).map(|v| v * WARP * WARPS).map(|ahead| {
+            let (place, there) = (k.eval(own + ahead), k.compare(ahead, Order::Lt, left));
             (k.load_if(there, scores, place, lowest), place, there)
         });
         Held { numbers: numbers.collect(), room }
@@ -187,12 +184,11 @@ impl Held {
 
 /// Row `row` of `x` times `by`, a team's work.
 fn scale(k: &mut Kernel, x: Buf, row: Val, width: Val, by: Val) {
-    let (base, zero) = (k.mul(row, width), k.index(0));
+    let base = k.mul(row, width);
     let by = k.splat(by);
-    k.dealt_fold(zero, width, k.lane_count(), &[], |k, j, _| {
-        let left = k.sub(width, j);
-        let mask = k.mask(left);
-        let place = k.add(base, j);
+    k.dealt_fold(0, width, k.lane_count(), &[], |k, j, _| {
+        let mask = k.mask(width - j);
+        let place = k.eval(base + j);
         let y = k.load_lanes(x, place, mask);
         let y = k.mul(y, by);
         k.store_lanes(y, x, place, mask);

@@ -47,36 +47,23 @@ impl SumColumns {
             let room = (k.team() > 1).then(|| k.shared(k.team() * k.lane_count()));
             k.team_units(|k, unit| {
                 let (area, block) = (k.div(unit, blocks), k.rem(unit, blocks));
-                let width = k.index(across);
-                let start = k.mul(block, width);
-                let size = k.mul(count, line);
-                let base = k.mul(area, size);
-                let base = k.add(base, start);
-                let base = k.add(base, begin);
-                let zero = k.index(0);
+                let start = k.eval(block * across);
+                let base = k.eval(area * (count * line) + start + begin);
                 let lanes = k.lane_count();
-                let vectors: Vec<(Val, Val)> = (0..across / lanes)
-                    .map(|v| {
-                        let offset = k.index(v * lanes);
-                        let column = k.add(start, offset);
-                        let left = k.sub(inner, column);
-                        (offset, k.mask(left))
-                    })
-                    .collect();
+                let offsets = (0..across).step_by(lanes as usize);
+                let vectors: Vec<(u64, Val)> =
+                    offsets.map(|offset| (offset, k.mask(inner - (start + offset)))).collect();
                 let nothing = k.floats(0.0);
                 let nothings = vec![nothing; vectors.len() * ahead as usize];
-                let sums = k.dealt_fold(zero, count, ahead, &nothings, |k, row, sums| {
+                let sums = k.dealt_fold(0, count, ahead, &nothings, |k, row, sums| {
                     let mut next = vec![];
                     for (a, sums) in (0..).zip(sums.chunks_exact(vectors.len())) {
-                        let a = k.index(a);
-                        let row = k.add(row, a);
+                        let row = k.eval(row + a);
                         let exists = (ahead > 1).then(|| k.compare(row, Order::Lt, count));
-                        let row = k.mul(row, line);
-                        let row = k.add(base, row);
+                        let row = k.eval(base + row * line);
                         for (&(offset, mask), &sum) in vectors.iter().zip(sums) {
-                            let place = k.add(row, offset);
                             let mask = exists.map_or(mask, |exists| k.and(mask, exists));
-                            let x = k.load_lanes(x, place, mask);
+                            let x = k.load_lanes(x, row + offset, mask);
                             next.push(k.add(sum, x));
                         }
                     }
@@ -88,8 +75,7 @@ impl SumColumns {
                     sums = sums.iter().zip(others).map(|(&x, &y)| k.add(x, y)).collect();
                 }
                 let sums: Vec<Val> = sums.into_iter().map(|sum| k.sum_team(sum, room)).collect();
-                let target = k.mul(area, inner);
-                let target = k.add(target, start);
+                let target = k.eval(area * inner + start);
                 k.first_of_team(|k| {
                     for (&(offset, mask), &sum) in vectors.iter().zip(&sums) {
                         let mut sum = sum;
@@ -98,8 +84,7 @@ impl SumColumns {
                             let share = k.splat(share);
                             sum = k.mul(sum, share);
                         }
-                        let place = k.add(target, offset);
-                        k.store_lanes(sum, out, place, mask);
+                        k.store_lanes(sum, out, target + offset, mask);
                     }
                 });
             });

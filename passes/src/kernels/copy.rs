@@ -37,12 +37,8 @@ impl CopyView {
                 for axis in (0..rank - 1).rev() {
                     let index = if axis == 0 { rest } else { k.rem(rest, sizes[axis]) };
                     rest = k.div(rest, sizes[axis]);
-                    let add = |k: &mut Kernel, to: Val, step: Val| {
-                        let offset = k.mul(index, step);
-                        k.add(to, offset)
-                    };
-                    source = add(k, source, steps[axis]);
-                    target = add(k, target, steps_to[axis]);
+                    source = k.eval(source + index * steps[axis]);
+                    target = k.eval(target + index * steps_to[axis]);
                 }
                 let lanes = k.lane_numbers();
                 let along = k.to_i32(step);
@@ -50,15 +46,11 @@ impl CopyView {
                 let along = k.mul(lanes, along);
                 k.lanes(length, |k, j, mask| {
                     let x = if gathers {
-                        let offset = k.mul(j, step);
-                        let place = k.add(source, offset);
-                        k.gather_lanes(from, place, along, mask)
+                        k.gather_lanes(from, source + j * step, along, mask)
                     } else {
-                        let place = k.add(source, j);
-                        k.load_lanes(from, place, mask)
+                        k.load_lanes(from, source + j, mask)
                     };
-                    let place = k.add(target, j);
-                    k.store_lanes(x, to, place, mask);
+                    k.store_lanes(x, to, target + j, mask);
                 });
             });
         })
@@ -89,8 +81,7 @@ impl Pad {
                 let (source, target) = (k.mul(row, length), k.mul(row, width));
                 let zero = k.floats(0.0);
                 k.lanes(width, |k, j, mask| {
-                    let place = k.add(target, j);
-                    k.store_lanes(zero, to, place, mask);
+                    k.store_lanes(zero, to, target + j, mask);
                 });
                 k.settle();
                 let target = k.add(target, start);
@@ -140,8 +131,7 @@ impl CopyRagged {
                 if clear {
                     let zero = k.floats(0.0);
                     k.lanes(length_to, |k, j, mask| {
-                        let place = k.add(base_to, j);
-                        k.store_lanes(zero, to, place, mask);
+                        k.store_lanes(zero, to, base_to + j, mask);
                     });
                     k.settle();
                 }
@@ -154,9 +144,7 @@ impl CopyRagged {
 
 fn move_row(k: &mut Kernel, (from, source): (Buf, Val), (to, target): (Buf, Val), length: Val) {
     k.lanes(length, |k, j, mask| {
-        let place = k.add(source, j);
-        let x = k.load_lanes(from, place, mask);
-        let place = k.add(target, j);
-        k.store_lanes(x, to, place, mask);
+        let x = k.load_lanes(from, source + j, mask);
+        k.store_lanes(x, to, target + j, mask);
     });
 }

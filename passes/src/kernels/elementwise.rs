@@ -4,6 +4,7 @@
 use peft_grammar::graph::Op;
 use peft_runtime::artifact::Element;
 
+use super::span::bounds;
 use super::{Number, math, philox};
 use crate::builder::mma::Half;
 use crate::builder::{Access, Buf, Code, Kernel, Order, Val, define};
@@ -114,12 +115,8 @@ impl Expression {
             let length = match self.ragged.then(|| buffers[buffers.len() - 2]) {
                 None => sizes[lead_axes],
                 Some(pairs) => {
-                    let i = indices[lead_axes - 1];
-                    let (one, extra) = (k.index(1), sizes[lead_axes]);
-                    let next = k.add(i, one);
-                    let (from, to) = (k.load_index(pairs, i), k.load_index(pairs, next));
-                    let keys = k.sub(to, from);
-                    k.add(keys, extra)
+                    let (.., keys) = bounds(k, pairs, indices[lead_axes - 1]);
+                    k.eval(keys + sizes[lead_axes])
                 }
             };
             let zero = k.index(0);
@@ -151,10 +148,7 @@ impl Expression {
             [leads @ .., row] if !self.narrow => (*row, leads),
             leads => (zero, leads),
         };
-        let lead = leads.iter().zip(*sizes).fold(zero, |sum, (&index, &size)| {
-            let sum = k.mul(sum, size);
-            k.add(sum, index)
-        });
+        let lead = leads.iter().zip(*sizes).fold(zero, |sum, (&index, &size)| k.eval(sum * size + index));
         Row { form: self, sizes, sources, out, base, key, row, lead }
     }
 
@@ -172,8 +166,7 @@ impl Expression {
             k.each_of_stretch(unit, total, |k, at, mask| {
                 let loaded = self.load(k, &sources, at, mask);
                 let value = self.evaluate(k, (&sources, &loaded, &[]), at, &[], sizes);
-                let place = k.add(first, at);
-                k.store_lanes(value, out, place, mask);
+                k.store_lanes(value, out, first + at, mask);
             });
         });
     }
@@ -189,21 +182,18 @@ impl Expression {
         pairs: Option<Buf>,
     ) -> Val {
         if let Some(at) = leaf.view {
-            return indices.iter().enumerate().filter(|(axis, _)| leaf.runs[*axis]).fold(
-                sizes[at],
-                |base, (axis, &i)| {
-                    let offset = k.mul(i, sizes[at + 1 + axis]);
-                    k.add(base, offset)
-                },
-            );
+            return indices
+                .iter()
+                .enumerate()
+                .filter(|(axis, _)| leaf.runs[*axis])
+                .fold(sizes[at], |base, (axis, &i)| k.eval(base + i * sizes[at + 1 + axis]));
         }
         let mut rows = k.index(0);
         let along_last = *leaf.runs.last().unwrap_or(&false);
         let token_axis = pairs.is_some().then(|| indices.len() - 1);
         for (axis, &index) in indices.iter().enumerate() {
             if leaf.runs[axis] && !(along_last && Some(axis) == token_axis) {
-                let scaled = k.mul(rows, sizes[axis]);
-                rows = k.add(scaled, index);
+                rows = k.eval(rows * sizes[axis] + index);
             }
         }
         match (along_last, pairs) {
@@ -213,10 +203,7 @@ impl Expression {
                 let i = indices[indices.len() - 1];
                 let (extra, lead) = (sizes[indices.len()], sizes[indices.len() + 1]);
                 let before = k.load_index(pairs, i);
-                let extras = k.mul(extra, i);
-                let lead = k.mul(rows, lead);
-                let base = k.add(lead, before);
-                k.add(base, extras)
+                k.eval(rows * lead + before + extra * i)
             }
         }
     }
@@ -235,10 +222,7 @@ impl Expression {
         let load = |source: &Source| match *source {
             Source::Repeated(x) => Some(x),
             Source::Made(_) => None,
-            Source::Along(array, base) => {
-                let place = k.add(base, at);
-                Some(k.load_lanes(array, place, mask))
-            }
+            Source::Along(array, base) => Some(k.load_lanes(array, base + at, mask)),
         };
         sources.iter().map(load).collect()
     }
@@ -356,9 +340,8 @@ impl Row<'_> {
             let row = match rows.map(|leaf| self.sources[leaf]) {
                 Some(Source::Repeated(number)) => number,
                 Some(Source::Along(numbers, base)) => {
-                    let (place, left) = (k.add(base, j), k.sub(end, j));
-                    let mask = k.mask(left);
-                    k.load_lanes(numbers, place, mask)
+                    let mask = k.mask(end - j);
+                    k.load_lanes(numbers, base + j, mask)
                 }
                 None if self.form.narrow => {
                     let (first, lanes) = (philox::lanes_of(k, j), k.lane_numbers());
@@ -369,8 +352,7 @@ impl Row<'_> {
             if narrow || self.form.narrow {
                 return vec![philox::draw_column(k, key, column, [row, lead, stream])];
             }
-            let first = k.index(column);
-            let first = k.add(first, j);
+            let first = k.eval(column + j);
             let draw = if column % 4 == 0 { philox::draw } else { philox::draw_anywhere };
             draw(k, key, first, [row, lead, stream]).to_vec()
         });
@@ -421,8 +403,7 @@ pub fn write_rows(
             let read: Vec<Piece> = pieces
                 .iter()
                 .map(|&(row, part)| {
-                    let offset = k.index(part * lanes);
-                    let at = k.add(j, offset);
+                    let at = k.eval(j + part * lanes);
                     Piece::read(k, &own[row], rows[row].1.as_ref(), at, end)
                 })
                 .collect();
@@ -461,8 +442,7 @@ struct Piece {
 impl Piece {
     /// The columns from `at` on, of which the last is before `end`.
     fn read(k: &mut Kernel, row: &[Row], given: Option<&Given>, at: Val, end: Val) -> Piece {
-        let left = k.sub(end, at);
-        let mask = k.mask(left);
+        let mask = k.mask(end - at);
         let given = given.map(|given| (given.lanes)(k, at, mask));
         let leaves = row.iter().map(|row| row.form.load(k, &row.sources, at, mask)).collect();
         Piece { at, mask, given, leaves }
@@ -480,12 +460,11 @@ impl Piece {
         let Piece { at, mask, .. } = *self;
         let mut made: Vec<Val> = self.given.into_iter().collect();
         if let (Some(first), Some((to, base))) = (self.given, given.and_then(|given| given.to)) {
-            let place = k.add(base, at);
-            k.store_lanes(first, to, place, mask);
+            k.store_lanes(first, to, base + at, mask);
         }
         for (((row, stage), words), leaves) in row.iter().zip(stages).zip(words).zip(&self.leaves) {
             let value = row.form.evaluate(k, (&row.sources, leaves, &made), at, &words, row.sizes);
-            let place = k.add(row.base, at);
+            let place = k.eval(row.base + at);
             if stage.stays {
                 k.store_lanes(value, row.out, place, mask);
             }
@@ -508,8 +487,7 @@ pub fn prefetch_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: V
                 _ => None,
             });
             for (array, base, access) in along.chain([(row.out, row.base, Access::Write)]) {
-                let at = k.add(base, j);
-                k.prefetch(array, at, access);
+                k.prefetch(array, base + j, access);
             }
         }
     });

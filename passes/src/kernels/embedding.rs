@@ -3,7 +3,7 @@
 use peft_runtime::artifact::Element;
 
 use crate::abi::arguments;
-use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define};
+use crate::builder::{Buf, Code, F32, I32, Index, Kernel, Order, Val, define};
 use crate::target::Machine;
 
 /// Columns a unit works on where units split the columns.
@@ -34,31 +34,24 @@ impl Gather {
             let across = self.panels;
             k.units(|k, i| {
                 let (row, inside) = table_row(k, ids, i, start, rows);
-                let zero = k.index(0);
-                let row = k.select(inside, row, zero);
+                let row = k.select(inside, row, 0);
                 let target = k.mul(i, width);
                 let copy = |k: &mut Kernel, from: Val, to: Val, length: Val| {
                     k.lanes(length, |k, j, mask| {
-                        let left = k.sub(length, j);
-                        let read = k.select(inside, left, zero);
+                        let read = k.select(inside, length - j, 0);
                         let read = k.mask(read);
-                        let place = k.add(from, j);
-                        let x = k.load_lanes(table, place, read);
-                        let place = k.add(to, j);
-                        k.store_lanes(x, out, place, mask);
+                        let x = k.load_lanes(table, from + j, read);
+                        k.store_lanes(x, out, to + j, mask);
                     });
                 };
                 let Some(across) = across else {
                     let from = k.mul(row, width);
                     return copy(k, from, target, width);
                 };
-                k.each(zero, width, across, |k, column| {
-                    let (before, piece) = (k.mul(column, rows), k.index(across));
-                    let from = k.mul(row, piece);
-                    let from = k.add(before, from);
-                    let to = k.add(target, column);
-                    let left = k.sub(width, column);
-                    let length = k.min(left, piece);
+                k.each(0, width, across, |k, column| {
+                    let from = k.eval(column * rows + row * across);
+                    let to = k.eval(target + column);
+                    let length = k.min(width - column, across);
                     copy(k, from, to, length);
                 });
             });
@@ -87,44 +80,36 @@ impl Scatter {
             let ScatterBuffers { ids, y, out } = ScatterBuffers::of(buffers);
             let ScatterSizes { count, rows, width, start } = ScatterSizes::of(sizes);
             k.units(|k, unit| {
-                let zero = k.index(0);
                 let (unit, part) = match parts {
                     1 => (unit, None),
-                    _ => {
-                        let parts = k.index(parts);
-                        (k.div(unit, parts), Some((k.rem(unit, parts), parts)))
-                    }
+                    _ => (k.eval(unit / parts), Some(k.eval(unit % parts))),
                 };
+                let first = part.unwrap_or_else(|| k.index(0));
                 let nothing = k.floats(0.0);
-                k.each(part.map_or(zero, |(part, _)| part), rows, parts, |k, row| {
+                k.each(first, rows, parts, |k, row| {
                     let base = k.mul(row, width);
                     columns(k, unit, width, |k, column, mask| {
-                        let place = k.add(base, column);
-                        k.store_lanes(nothing, out, place, mask);
+                        k.store_lanes(nothing, out, base + column, mask);
                     });
                 });
-                k.each(zero, count, k.lane_count(), |k, block| {
-                    let left = k.sub(count, block);
-                    let some = some_inside(k, ids, (block, left), (start, rows), part);
+                k.each(0, count, k.lane_count(), |k, block| {
+                    let left = k.eval(count - block);
+                    let some = some_inside(k, ids, (block, left), (start, rows), part.map(|part| (part, parts)));
                     // Of a large table's few rows that train, most tokens have none.
                     k.when(some, |k| {
-                        let end = k.index(k.lane_count());
-                        let end = k.add(block, end);
-                        let end = k.min(end, count);
+                        let end = k.min(block + k.lane_count(), count);
                         k.each(block, end, 1, |k, i| {
                             let (row, inside) = table_row(k, ids, i, start, rows);
-                            let own = part.map_or(inside, |(part, parts)| {
-                                let of = k.rem(row, parts);
-                                let own = k.compare(of, Order::Eq, part);
+                            let own = part.map_or(inside, |part| {
+                                let own = k.compare(row % parts, Order::Eq, part);
                                 k.and(own, inside)
                             });
                             k.when(own, |k| {
                                 let base = k.mul(row, width);
                                 let source = k.mul(i, width);
                                 columns(k, unit, width, |k, column, mask| {
-                                    let place = k.add(source, column);
-                                    let x = k.load_lanes(y, place, mask);
-                                    let place = k.add(base, column);
+                                    let x = k.load_lanes(y, source + column, mask);
+                                    let place = k.eval(base + column);
                                     let sum = k.load_lanes(out, place, mask);
                                     let sum = k.add(sum, x);
                                     k.store_lanes(sum, out, place, mask);
@@ -166,17 +151,13 @@ impl ScatterToFew {
             let room = k.shared(k.team() * k.lane_count());
             k.team_units(|k, unit| {
                 let (row, block) = (k.div(unit, blocks), k.rem(unit, blocks));
-                let lanes = k.index(k.lane_count());
-                let column = k.mul(block, lanes);
-                let left = k.sub(width, column);
-                let mask = k.mask(left);
-                let id = k.add(start, row);
-                let id = k.to_i32(id);
-                let (zero, nothing, nobody) = (k.index(0), k.float(0.0, F32), k.int(-1, I32));
-                let sums = k.dealt_fold(zero, count, AT_ONCE, &[nothing; AT_ONCE as usize], |k, token, sums| {
+                let column = k.eval(block * k.lane_count());
+                let mask = k.mask(width - column);
+                let id = k.to_i32(start + row);
+                let (nothing, nobody) = (k.float(0.0, F32), k.int(-1, I32));
+                let sums = k.dealt_fold(0, count, AT_ONCE, &[nothing; AT_ONCE as usize], |k, token, sums| {
                     let tokens = (0..AT_ONCE).map(|n| {
-                        let n = k.index(n);
-                        let token = k.add(token, n);
+                        let token = k.eval(token + n);
                         let exists = k.compare(token, Order::Lt, count);
                         (token, k.load_if(exists, ids, token, nobody))
                     });
@@ -184,9 +165,7 @@ impl ScatterToFew {
                     let added = tokens.into_iter().zip(sums).map(|((token, its), &sum)| {
                         let own = k.compare(its, Order::Eq, id);
                         let here = k.and(own, mask);
-                        let place = k.mul(token, width);
-                        let place = k.add(place, column);
-                        let x = k.load_lanes(y, place, here);
+                        let x = k.load_lanes(y, token * width + column, here);
                         k.add(sum, x)
                     });
                     added.collect()
@@ -194,9 +173,7 @@ impl ScatterToFew {
                 let sum = sums.into_iter().reduce(|sum, x| k.add(sum, x)).expect("some sums");
                 let sum = k.sum_team(sum, Some(room));
                 k.first_of_team(|k| {
-                    let place = k.mul(row, width);
-                    let place = k.add(place, column);
-                    k.store_lanes(sum, out, place, mask);
+                    k.store_lanes(sum, out, row * width + column, mask);
                 });
             });
         })
@@ -204,14 +181,13 @@ impl ScatterToFew {
 }
 
 /// Row `ids[i] − start` of a table, and whether it exists.
-pub fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: Val, rows: Val) -> (Val, Val) {
+pub fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: impl Into<Index>, rows: Val) -> (Val, Val) {
     let id = k.load_index(ids, i);
-    let row = k.sub(id, start);
+    let row = k.eval(id - start.into());
     // A negative row is a huge unsigned one.
     let outside = k.at_least_unsigned(row, rows);
-    let (zero, one) = (k.index(0), k.index(1));
-    let flag = k.select(outside, zero, one);
-    let inside = k.compare(flag, Order::Gt, zero);
+    let flag = k.select(outside, 0, 1);
+    let inside = k.compare(flag, Order::Gt, 0);
     (row, inside)
 }
 
@@ -221,7 +197,7 @@ fn some_inside(
     ids: Buf,
     (block, left): (Val, Val),
     (start, rows): (Val, Val),
-    part: Option<(Val, Val)>,
+    part: Option<(Val, u64)>,
 ) -> Val {
     let mask = k.mask(left);
     let ids = k.load_lanes(ids, block, mask);
@@ -235,7 +211,7 @@ fn some_inside(
     let inside = k.select(outside, none, one);
     let mut inside = k.select(mask, inside, none);
     if let Some((part, parts)) = part {
-        let [part, parts] = [part, parts].map(|x| k.to_i32(x));
+        let (part, parts) = (k.to_i32(part), k.to_i32(parts));
         let of = k.rem(row, parts);
         let own = k.compare(of, Order::Eq, part);
         inside = k.select(own, inside, none);
@@ -247,13 +223,10 @@ fn some_inside(
 
 /// The lanes of block `unit` of the columns.
 pub fn columns(k: &mut Kernel, unit: Val, width: Val, mut body: impl FnMut(&mut Kernel, Val, Val)) {
-    let block = k.index(COLUMNS);
-    let start = k.mul(unit, block);
+    let start = k.eval(unit * COLUMNS);
     for lane in (0..COLUMNS).step_by(k.lane_count() as usize) {
-        let offset = k.index(lane);
-        let column = k.add(start, offset);
-        let left = k.sub(width, column);
-        let mask = k.mask(left);
+        let column = k.eval(start + lane);
+        let mask = k.mask(width - column);
         body(k, column, mask);
     }
 }

@@ -139,8 +139,7 @@ impl Epilogue {
             k.div(one, width)
         });
         for ((batch, row), lanes) in places.into_iter().zip(sums) {
-            let place = if self.batched { k.mul(batch, rest[0]) } else { k.index(0) };
-            let place = k.add(place, row);
+            let place = if self.batched { k.eval(batch * rest[0] + row) } else { row };
             let out = out.map(|at| buffers[at]);
             Follow { epilogue: then, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
         }
@@ -207,9 +206,8 @@ impl Epilogue {
         let (stages, _) = self.stages(buffers, sizes);
         let body = |k: &mut Kernel| {
             let ((first, rows), columns) = part(k);
-            let zero = k.index(0);
-            k.each(zero, rows, 1, |k, at| {
-                let at = k.add(first, at);
+            k.each(0, rows, 1, |k, at| {
+                let at = k.eval(first + at);
                 row(k, &stages[turn], at, columns);
             });
         };
@@ -247,7 +245,7 @@ impl<'a> Follow<'a> {
     /// The row at `span` of the result, from its lanes at a place.
     pub fn fill(&self, k: &mut Kernel, span: Span, value: impl Fn(&mut Kernel, Val, Val) -> Val) {
         let lanes = |k: &mut Kernel, at: Val, mask: Val| {
-            let place = k.add(span.base, at);
+            let place = k.eval(span.base + at);
             value(k, place, mask)
         };
         let columns = (k.index(0), span.length);

@@ -31,7 +31,6 @@ impl AddWeighted {
             let AddBuffers { x, y, shares } = AddBuffers::of(buffers);
             let FlatSizes { count } = FlatSizes::of(sizes);
             let [of_x, of_y] = [0, 1].map(|i| {
-                let i = k.index(i);
                 let share = k.load(shares, i);
                 k.splat(share)
             });
@@ -67,8 +66,7 @@ impl SumOfSquares {
                 let (start, end) = k.stretch(unit, count);
                 let zero = k.floats(0.0);
                 let sums = k.fold(start, end, k.lane_count(), &[zero], |k, at, sums| {
-                    let left = k.sub(end, at);
-                    let mask = k.mask(left);
+                    let mask = k.mask(end - at);
                     let x = k.load_lanes(x, at, mask);
                     vec![k.fma(x, x, sums[0])]
                 });
@@ -101,10 +99,8 @@ impl RootOfSum {
                 let nothing = k.floats(0.0);
                 let sums = k.dealt_fold(zero, count, lanes * ahead, &vec![nothing; ahead as usize], |k, at, sums| {
                     let next = (0..).zip(sums).map(|(n, &sum)| {
-                        let offset = k.index(n * lanes);
-                        let at = k.add(at, offset);
-                        let left = k.sub(count, at);
-                        let mask = k.mask(left);
+                        let at = k.eval(at + n * lanes);
+                        let mask = k.mask(count - at);
                         let x = k.load_lanes(x, at, mask);
                         k.add(sum, x)
                     });
@@ -170,15 +166,9 @@ impl Sweep {
             let (lr_factors, rest) = rest.split_at(usize::from(own_rates));
             let lr_factors = lr_factors.first().copied();
             let ToldBuffers { hyper, norm } = ToldBuffers::of(rest);
-            let told: Vec<Val> = (0..optimizer.hyper().len() as u64)
-                .map(|i| {
-                    let i = k.index(i);
-                    k.load(hyper, i)
-                })
-                .collect();
+            let told: Vec<Val> = (0..optimizer.hyper().len() as u64).map(|i| k.load(hyper, i)).collect();
             let clip = Told { optimizer, told: told.clone() }.get(Hyper::Clip);
-            let zero = k.index(0);
-            let norm = k.load(norm, zero);
+            let norm = k.load(norm, 0);
             // min(1, clip / (norm + 1e-6)); no clipping at 0.
             let (small, one, none) = (k.float(1e-6, F32), k.float(1.0, F32), k.float(0.0, F32));
             let norm = k.add(norm, small);

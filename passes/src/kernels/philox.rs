@@ -2,7 +2,7 @@
 
 use peft_runtime::philox::{MULTIPLIERS, WEYL, dropout_threshold};
 
-use crate::builder::{Buf, Kernel, Order, Val};
+use crate::builder::{Buf, Index, Kernel, Order, Val};
 
 /// Columns that a lane decides over in one call of the generator.
 pub const EACH: u64 = 4;
@@ -14,15 +14,14 @@ pub fn drawn(k: &Kernel) -> u64 {
 
 /// The generator's key, `rng`, in every lane.
 pub fn key(k: &mut Kernel, rng: Buf) -> [Val; 2] {
-    let (zero, one) = (k.index(0), k.index(1));
-    [zero, one].map(|at| {
+    [0, 1].map(|at| {
         let word = k.load_input(rng, at);
         k.splat(word)
     })
 }
 
 /// An index in every lane.
-pub fn lanes_of(k: &mut Kernel, x: Val) -> Val {
+pub fn lanes_of(k: &mut Kernel, x: impl Into<Index>) -> Val {
     let x = k.to_i32(x);
     k.splat(x)
 }
@@ -30,9 +29,7 @@ pub fn lanes_of(k: &mut Kernel, x: Val) -> Val {
 /// The words for columns from j on, [`drawn`] many, of a row, a vector each, j a multiple of four; `place` is the row,
 /// what leads it and the stream.
 pub fn draw(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> [Val; 4] {
-    let four = k.index(4);
-    let first = k.div(j, four);
-    let first = lanes_of(k, first);
+    let first = lanes_of(k, j / EACH);
     let lanes = k.lane_numbers();
     let block = k.add(first, lanes);
     let [row, lead, stream] = place;
@@ -45,9 +42,7 @@ pub fn draw_anywhere(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> 
     let [row, lead, stream] = place;
     let lanes = k.lane_numbers();
     [0, 1, 2, 3].map(|part| {
-        let offset = k.index(part * k.lane_count());
-        let first = k.add(j, offset);
-        let first = lanes_of(k, first);
+        let first = lanes_of(k, j + part * k.lane_count());
         let column = k.add(first, lanes);
         let [two, three] = [2, 3].map(|n| k.int(n, column.ty));
         let block = k.shift_right(column, two);
@@ -63,9 +58,7 @@ pub fn draw_anywhere(k: &mut Kernel, key: [Val; 2], j: Val, place: [Val; 3]) -> 
 
 /// The words for a processor's vector of columns from j on, j a multiple of four, of each of four rows from `row` on.
 pub fn draw_rows(k: &mut Kernel, key: [Val; 2], j: Val, [row, lead, stream]: [Val; 3]) -> [Val; 4] {
-    let four = k.index(4);
-    let first = k.div(j, four);
-    let first = lanes_of(k, first);
+    let first = lanes_of(k, j / EACH);
     // A block has four neighbouring lanes, one of each row: there a row's words come together.
     let lanes = k.lane_numbers();
     let [two, three] = [2, 3].map(|n| k.int(n, lanes.ty));

@@ -5,7 +5,7 @@ use peft_runtime::artifact::Element;
 use super::elementwise::{self, Expression, Stage};
 use super::epilogue::{Epilogue, Follow};
 use super::math;
-use super::span::{RowSizes, Span};
+use super::span::{RowSizes, Span, bounds};
 use super::{Number, embedding::table_row};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Kernel, Val, define, first};
@@ -206,10 +206,7 @@ impl RowSums {
                         let indices = if *batched { vec![follow.batch, follow.row] } else { vec![row] };
                         Box::new(elementwise::lanes_of(k, &stage, &indices, length))
                     }
-                    None => Box::new(move |k: &mut Kernel, at, mask| {
-                        let place = k.add(base, at);
-                        k.load_lanes(buffers[0], place, mask)
-                    }),
+                    None => Box::new(move |k: &mut Kernel, at, mask| k.load_lanes(buffers[0], base + at, mask)),
                 };
                 let zero = k.floats(0.0);
                 let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
@@ -248,8 +245,7 @@ impl SumRows {
                 let Span { base, length } = Span::of(k, row, sizes, buffers.get(2).copied());
                 let zero = k.floats(0.0);
                 let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
-                    let place = k.add(base, j);
-                    let x = k.load_lanes(x, place, mask);
+                    let x = k.load_lanes(x, base + j, mask);
                     vec![k.add(sums[0], x)]
                 });
                 let mut sum = k.sum_lanes(sums[0]);
@@ -293,10 +289,9 @@ impl CrossEntropy {
             k.units(|k, row| {
                 let span = Span { base: k.mul(row, width), length: width };
                 // A label beyond the classes has weight nowhere.
-                let zero = k.index(0);
-                let (class, inside) = table_row(k, labels, row, zero, width);
-                let class = k.select(inside, class, zero);
-                let label = k.add(span.base, class);
+                let (class, inside) = table_row(k, labels, row, 0, width);
+                let class = k.select(inside, class, 0);
+                let label = k.eval(span.base + class);
                 let lse = logsumexp(k, logits, span);
                 match adjoint.first() {
                     None => {
@@ -346,24 +341,18 @@ impl SegmentMean {
 
 /// A sequence's unit.
 fn segment_mean(k: &mut Kernel, SegmentBuffers { x, out, offsets }: SegmentBuffers<Buf>, width: Val, s: Val) {
-    let one = k.index(1);
-    let next = k.add(s, one);
-    let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
-    let length = k.sub(to, from);
+    let (from, to, length) = bounds(k, offsets, s);
     let length = k.to_float(length);
     let length = k.splat(length);
     let target = k.mul(s, width);
     k.lanes(width, |k, j, mask| {
         let zero = k.floats(0.0);
         let sum = k.fold(from, to, 1, &[zero], |k, token, sum| {
-            let place = k.mul(token, width);
-            let place = k.add(place, j);
-            let x = k.load_lanes(x, place, mask);
+            let x = k.load_lanes(x, token * width + j, mask);
             vec![k.add(sum[0], x)]
         });
         let mean = k.div(sum[0], length);
-        let place = k.add(target, j);
-        k.store_lanes(mean, out, place, mask);
+        k.store_lanes(mean, out, target + j, mask);
     });
 }
 
@@ -376,27 +365,21 @@ fn segment_mean_vjp(
     token: Val,
 ) {
     let s = k.load_index(segments, token);
-    let one = k.index(1);
-    let next = k.add(s, one);
-    let (from, to) = (k.load_index(offsets, s), k.load_index(offsets, next));
-    let length = k.sub(to, from);
+    let (.., length) = bounds(k, offsets, s);
     let length = k.to_float(length);
     let length = k.splat(length);
     let (source, target) = (k.mul(s, width), k.mul(token, width));
     k.lanes(width, |k, j, mask| {
-        let place = k.add(source, j);
-        let x = k.load_lanes(y, place, mask);
+        let x = k.load_lanes(y, source + j, mask);
         let x = k.div(x, length);
-        let place = k.add(target, j);
-        k.store_lanes(x, out, place, mask);
+        k.store_lanes(x, out, target + j, mask);
     });
 }
 
 pub fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
     let lowest = k.floats(f64::NEG_INFINITY);
     let largest = k.fold_lanes(span.length, &[lowest], |k, j, mask, largest| {
-        let place = k.add(span.base, j);
-        let x = k.load_masked(x, place, mask, lowest);
+        let x = k.load_masked(x, span.base + j, mask, lowest);
         vec![k.max(largest[0], x)]
     });
     let largest = k.max_lanes(largest[0]);
@@ -406,7 +389,7 @@ pub fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
 pub fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
     let zero = k.floats(0.0);
     let sum = k.fold_lanes(span.length, &[zero], |k, j, mask, sum| {
-        let place = k.add(span.base, j);
+        let place = k.eval(span.base + j);
         let x = term(k, place, mask);
         vec![k.add(sum[0], x)]
     });
@@ -416,7 +399,7 @@ pub fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Va
 /// Stores `value` along the row.
 pub fn fill(k: &mut Kernel, span: Span, out: Buf, mut value: impl FnMut(&mut Kernel, Val, Val) -> Val) {
     k.lanes(span.length, |k, j, mask| {
-        let place = k.add(span.base, j);
+        let place = k.eval(span.base + j);
         let y = value(k, place, mask);
         k.store_lanes(y, out, place, mask);
     });
@@ -497,9 +480,8 @@ impl<'a> Row<'a> {
         let held = held.map(|(vectors, room)| {
             let places: Vec<(Val, Val)> = (0..vectors)
                 .map(|v| {
-                    let before = k.index(v * WARP);
-                    let left = k.sub(span.length, before);
-                    (k.add(span.base, before), k.mask(left))
+                    let left = k.eval(span.length - v * WARP);
+                    (k.eval(span.base + v * WARP), k.mask(left))
                 })
                 .collect();
             let vector = |k: &mut Kernel, x: Buf, v: usize| match places[v] {
@@ -508,10 +490,7 @@ impl<'a> Row<'a> {
                 (place, _) => k.load_vector(x, place),
             };
             let all = operands.iter().map(|&x| (0..places.len()).map(|v| vector(k, x, v)).collect()).collect();
-            let (size, width) = (k.index(vectors * WARP), k.index(WARP));
-            let warp = k.div(k.thread(), width);
-            let own = k.mul(warp, size);
-            (all, places.iter().map(|&(_, mask)| mask).collect(), k.from(room, own))
+            (all, places.iter().map(|&(_, mask)| mask).collect(), k.from(room, k.thread() / WARP * (vectors * WARP)))
         });
         Row { operands, span, held }
     }
@@ -542,14 +521,10 @@ impl<'a> Row<'a> {
         };
         for (v, &mask) in masks.iter().enumerate() {
             let y = value(k, At::Held(v), mask);
-            let place = k.index(v as u64 * WARP);
-            k.store_vector(y, *room, place);
+            k.store_vector(y, *room, v as u64 * WARP);
         }
         k.settle();
-        follow.fill(k, self.span, |k, place, mask| {
-            let at = k.sub(place, self.span.base);
-            k.load_lanes(*room, at, mask)
-        });
+        follow.fill(k, self.span, |k, place, mask| k.load_lanes(*room, place - self.span.base, mask));
         k.settle();
     }
 }

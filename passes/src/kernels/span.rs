@@ -31,14 +31,14 @@ impl Span {
         };
         let tokens = length;
         let (lead, i) = (k.div(row, tokens), k.rem(row, tokens));
-        let one = k.index(1);
-        let next = k.add(i, one);
-        let (from, to) = (k.load_index(pairs, i), k.load_index(pairs, next));
-        let lead = k.mul(lead, lead_size);
-        let extras = k.mul(extra, i);
-        let base = k.add(lead, from);
-        let base = k.add(base, extras);
-        let keys = k.sub(to, from);
-        Span { base, length: k.add(keys, extra) }
+        let (from, _, keys) = bounds(k, pairs, i);
+        Span { base: k.eval(lead * lead_size + from + extra * i), length: k.eval(keys + extra) }
     }
+}
+
+/// Where part `i` of a ragged axis begins, where it ends, and how long it is.
+pub fn bounds(k: &mut Kernel, offsets: Buf, i: Val) -> (Val, Val, Val) {
+    let next = k.eval(i + 1);
+    let (from, to) = (k.load_index(offsets, i), k.load_index(offsets, next));
+    (from, to, k.sub(to, from))
 }

@@ -111,14 +111,9 @@ impl Room {
         let unit = k.first_unit();
         let segment = segment(k, unit, heads, offsets);
         // Before it are all heads of earlier sequences, and some of this one.
-        let earlier = k.mul(segment.start, heads);
-        let own = k.mul(segment.head, segment.length);
-        let place = k.add(earlier, own);
-        let slack = k.index(SLACK);
-        let slack = k.mul(unit, slack);
-        let place = k.add(place, slack);
-        let each = k.index(beside(part, k.machine));
-        let [narrow, broad, rows_at] = [width, wide, each].map(|width| k.mul(place, width));
+        let place = k.eval(segment.start * heads + segment.head * segment.length + unit * SLACK);
+        let (narrow, broad) = (k.eval(place * width), k.eval(place * wide));
+        let rows_at = k.eval(place * beside(part, k.machine));
         Room {
             first: (first, narrow),
             second: (second, broad),
@@ -150,20 +145,15 @@ impl<'a> Unit<'a> {
 
     /// How many keys query `i` sees.
     fn limit(&self, k: &mut Kernel, i: Val) -> Val {
-        let one = k.index(1);
-        if self.head.form.causal { k.add(i, one) } else { self.head.segment.length }
+        if self.head.form.causal { k.eval(i + 1) } else { self.head.segment.length }
     }
 
     /// The keys in `count` slots from `slot` on; where there is none, the nearest.
     fn keys(&self, k: &mut Kernel, slot: Val, count: u64) -> Vec<Val> {
-        let one = k.index(1);
-        let last = k.sub(self.head.segment.length, one);
+        let last = k.eval(self.head.segment.length - 1);
         let key = |r| {
-            let r = k.index(r);
-            let slot = k.add(slot, r);
-            let slot = k.max(slot, self.head.phase);
-            let key = k.sub(slot, self.head.phase);
-            k.min(key, last)
+            let slot = k.max(slot + r, self.head.phase);
+            k.min(slot - self.head.phase, last)
         };
         (0..count).map(key).collect()
     }
@@ -179,14 +169,6 @@ fn segment(k: &mut Kernel, unit: Val, heads: Val, offsets: Buf) -> Segment {
     Segment::of(k, (head, sequence), offsets)
 }
 
-fn round_up(k: &mut Kernel, n: Val, step: Val) -> Val {
-    let one = k.index(1);
-    let more = k.add(n, step);
-    let more = k.sub(more, one);
-    let steps = k.div(more, step);
-    k.mul(steps, step)
-}
-
 /// Rows of an operand, turned: lanes run over slots, and column e begins at `at + e · stride`.
 struct Turned {
     buffer: Buf,
@@ -196,20 +178,16 @@ struct Turned {
 
 /// The rows of `from` that stand in `count` slots from `slot` on; where there is none, the nearest.
 fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (slot, count): (Val, Val), to: &Turned) {
-    let (zero, one) = (k.index(0), k.index(1));
     let turned = transpose_squares(k, unit, from, width, (slot, count), to, k.register());
-    let last = k.sub(unit.head.segment.length, one);
+    let last = k.eval(unit.head.segment.length - 1);
     let [line, last] = [from.line, last].map(|x| philox::lanes_of(k, x));
-    let (numbers, all) = (k.lane_numbers(), k.index(LANES));
-    let all = k.mask(all);
+    let numbers = k.lane_numbers();
+    let all = k.mask(LANES);
     k.each(turned, width, 1, |k, e| {
-        let source = from.row(k, zero);
-        let source = k.add(source, e);
-        let column = k.mul(e, to.stride);
-        let column = k.add(to.at, column);
-        k.each(zero, count, LANES, |k, i| {
-            let key = k.add(slot, i);
-            let key = k.sub(key, unit.head.phase);
+        let source = k.eval(from.row(0) + e);
+        let column = k.eval(to.at + e * to.stride);
+        k.each(0, count, LANES, |k, i| {
+            let key = k.eval(slot + i - unit.head.phase);
             let key = philox::lanes_of(k, key);
             let key = k.add(key, numbers);
             let none = k.int(0, key.ty);
@@ -217,8 +195,7 @@ fn transpose(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (slot, count)
             let key = k.min(key, last);
             let steps = k.mul(key, line);
             let x = k.gather_lanes(from.buffer, source, steps, all);
-            let place = k.add(column, i);
-            k.store_vector(x, to.buffer, place);
+            k.store_vector(x, to.buffer, column + i);
         });
     });
 }
@@ -233,29 +210,21 @@ fn transpose_squares(
     to: &Turned,
     side: u64,
 ) -> Val {
-    let (zero, step) = (k.index(0), k.index(side));
-    let squares = k.div(width, step);
-    let whole = k.mul(squares, step);
-    let ahead = k.index(AHEAD);
-    let ahead = k.mul(from.line, ahead);
-    k.each(zero, count, side, |k, i| {
-        let slot = k.add(slot, i);
-        let rows: Vec<Val> = unit.keys(k, slot, side).into_iter().map(|key| from.row(k, key)).collect();
-        let first = k.add(to.at, i);
-        k.each(zero, whole, side, |k, e| {
+    let whole = k.eval(width / side * side);
+    let ahead = k.eval(from.line * AHEAD);
+    k.each(0, count, side, |k, i| {
+        let slot = k.eval(slot + i);
+        let rows: Vec<Val> = unit.keys(k, slot, side).into_iter().map(|key| k.eval(from.row(key))).collect();
+        let first = k.eval(to.at + i);
+        k.each(0, whole, side, |k, e| {
             let load = |&row: &Val| {
-                let place = k.add(row, e);
-                let later = k.add(place, ahead);
-                k.prefetch(from.buffer, later, Access::Read);
+                let place = k.eval(row + e);
+                k.prefetch(from.buffer, place + ahead, Access::Read);
                 k.load_some(from.buffer, place, side)
             };
             let square = rows.iter().map(load).collect();
             for (c, column) in k.turned(square).into_iter().enumerate() {
-                let c = k.index(c as u64);
-                let e = k.add(e, c);
-                let place = k.mul(e, to.stride);
-                let place = k.add(first, place);
-                k.store_vector(column, to.buffer, place);
+                k.store_vector(column, to.buffer, first + (e + c as u64) * to.stride);
             }
         });
     });
@@ -265,17 +234,13 @@ fn transpose_squares(
 /// The unit's rows of `from` without what lies between them: they are read again and again, and rows that are a wide
 /// tensor's width apart would want the same few lines of the cache.
 fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (buffer, base): (Buf, Val)) -> Rows {
-    let (zero, ahead) = (k.index(0), k.index(AHEAD));
     let rows = Rows { buffer, base, line: width };
-    k.each(zero, unit.head.segment.length, 1, |k, i| {
-        let (source, target) = (from.row(k, i), rows.row(k, i));
-        let later = k.add(i, ahead);
-        let later = from.row(k, later);
+    k.each(0, unit.head.segment.length, 1, |k, i| {
+        let [source, target, later] = [from.row(i), rows.row(i), from.row(i + AHEAD)].map(|row| k.eval(row));
         k.lanes(width, |k, e, mask| {
-            let [later, source, target] = [later, source, target].map(|row| k.add(row, e));
-            k.prefetch(from.buffer, later, Access::Read);
-            let x = k.load_lanes(from.buffer, source, mask);
-            k.store_lanes(x, rows.buffer, target, mask);
+            k.prefetch(from.buffer, later + e, Access::Read);
+            let x = k.load_lanes(from.buffer, source + e, mask);
+            k.store_lanes(x, rows.buffer, target + e, mask);
         });
     });
     rows
@@ -283,23 +248,12 @@ fn gathered(k: &mut Kernel, unit: &Unit, from: &Rows, width: Val, (buffer, base)
 
 /// A tile's sums: rows of `from`, which begin at `rows`, against the turned side's lanes from `j` on.
 fn product(k: &mut Kernel, (from, rows): (Buf, &[Val]), width: Val, side: &Turned, j: Val) -> Vec<Val> {
-    let zero = k.index(0);
-    let column = k.add(side.at, j);
+    let column = k.eval(side.at + j);
     let (start, vectors) = (zeros(k), k.machine.vectors_across());
-    k.fold_in_turns(zero, width, STEPS, &start, |k, e, sums| {
-        let place = k.mul(e, side.stride);
-        let place = k.add(place, column);
-        let columns: Vec<Val> = (0..vectors)
-            .map(|v| {
-                let offset = k.index(v * LANES);
-                let place = k.add(place, offset);
-                k.load_vector(side.buffer, place)
-            })
-            .collect();
-        let x = |k: &mut Kernel, r: usize| {
-            let place = k.add(rows[r], e);
-            k.load(from, place)
-        };
+    k.fold_in_turns(0, width, STEPS, &start, |k, e, sums| {
+        let place = k.eval(e * side.stride + column);
+        let columns: Vec<Val> = (0..vectors).map(|v| k.load_vector(side.buffer, place + v * LANES)).collect();
+        let x = |k: &mut Kernel, r: usize| k.load(from, rows[r] + e);
         k.outer(ROWS, x, &columns, sums, Kernel::fma)
     })
 }
@@ -316,27 +270,12 @@ struct Weights {
 /// A tile's sums: its rows' weights times rows `begin..end` of `y`, of which columns are taken.
 fn weighted(k: &mut Kernel, weights: &Weights, (begin, end): (Val, Val), y: &Rows, columns: &[(Val, Val)]) -> Vec<Val> {
     let start = zeros(k);
-    let lines: Vec<Val> = (0..ROWS)
-        .map(|r| {
-            let r = k.index(r);
-            let offset = k.mul(r, weights.row);
-            k.add(weights.base, offset)
-        })
-        .collect();
+    let lines: Vec<Val> = (0..ROWS).map(|r| k.eval(weights.base + r * weights.row)).collect();
     k.fold_in_turns(begin, end, STEPS, &start, |k, j, sums| {
-        let row = y.row(k, j);
-        let values: Vec<Val> = columns
-            .iter()
-            .map(|&(at, mask)| {
-                let place = k.add(row, at);
-                k.load_lanes(y.buffer, place, mask)
-            })
-            .collect();
+        let row = k.eval(y.row(j));
+        let values: Vec<Val> = columns.iter().map(|&(at, mask)| k.load_lanes(y.buffer, row + at, mask)).collect();
         let step = k.mul(j, weights.step);
-        let weight = |k: &mut Kernel, r: usize| {
-            let place = k.add(lines[r], step);
-            k.load(weights.buffer, place)
-        };
+        let weight = |k: &mut Kernel, r: usize| k.load(weights.buffer, lines[r] + step);
         k.outer(ROWS, weight, &values, sums, Kernel::fma)
     })
 }
@@ -344,14 +283,13 @@ fn weighted(k: &mut Kernel, weights: &Weights, (begin, end): (Val, Val), y: &Row
 /// A tile's sums to rows of `out` from `i` on, as far as there are any; `more` is added to what is there.
 fn put(k: &mut Kernel, unit: &Unit, i: Val, columns: &[(Val, Val)], sums: &[Val], (out, more): (&Rows, bool)) {
     for (r, sums) in sums.chunks(columns.len()).enumerate() {
-        let offset = k.index(r as u64);
-        let row = k.add(i, offset);
+        let row = k.eval(i + r as u64);
         // There is none before the first or beyond the last.
         let exists = k.below_unsigned(row, unit.head.segment.length);
-        let row = out.row(k, row);
+        let row = k.eval(out.row(row));
         k.when(exists, |k| {
             for (&sum, &(at, mask)) in sums.iter().zip(columns) {
-                let place = k.add(row, at);
+                let place = k.eval(row + at);
                 let sum = if more {
                     let earlier = k.load_lanes(out.buffer, place, mask);
                     k.add(earlier, sum)
@@ -375,39 +313,30 @@ struct Scores {
 impl Scores {
     fn of(k: &mut Kernel, unit: &Unit) -> Scores {
         let Head { segment, phase, width, .. } = &unit.head;
-        let step = k.index(group(k.machine));
-        let slots = k.add(segment.length, *phase);
-        let stride = round_up(k, slots, step);
+        let step = group(k.machine);
+        let groups = k.div_up(segment.length + *phase, step);
+        let stride = k.eval(groups * step);
         let (buffer, at) = unit.room.first;
         let keys = Turned { buffer, at, stride };
         transpose(k, unit, &unit.head.operands[1], *width, (*phase, segment.length), &keys);
-        Scores { keys, base: k.add(unit.room.rows.1, *phase), stride }
+        Scores { keys, base: k.eval(unit.room.rows.1 + *phase), stride }
     }
 
     /// Computes those of a block of queries with the keys that one of them sees; gives up to where that is.
     fn block(&self, k: &mut Kernel, unit: &Unit, i: Val, block: &[Val]) -> Val {
         let Head { operands, segment, form, width, .. } = &unit.head;
-        let (zero, q) = (k.index(0), &operands[0]);
-        let rows: Vec<Val> = block.iter().map(|&i| q.row(k, i)).collect();
+        let q = &operands[0];
+        let rows: Vec<Val> = block.iter().map(|&i| k.eval(q.row(i))).collect();
         let lines: Vec<Val> = (0..block.len()).map(|r| self.line(k, r)).collect();
-        let end = if form.causal {
-            let block = k.index(ROWS);
-            let end = k.add(i, block);
-            k.min(end, segment.length)
-        } else {
-            segment.length
-        };
+        let end = if form.causal { k.min(i + ROWS, segment.length) } else { segment.length };
         let vectors = k.machine.vectors_across();
-        k.each(zero, end, group(k.machine), |k, j| {
+        k.each(0, end, group(k.machine), |k, j| {
             let sums = product(k, (q.buffer, &rows), *width, &self.keys, j);
             let by = k.floats(form.scale.get());
             for (&line, sums) in lines.iter().zip(sums.chunks(vectors as usize)) {
                 for (v, &sum) in sums.iter().enumerate() {
                     let sum = k.mul(sum, by);
-                    let offset = k.index(v as u64 * LANES);
-                    let place = k.add(line, j);
-                    let place = k.add(place, offset);
-                    k.store_vector(sum, unit.room.rows.0, place);
+                    k.store_vector(sum, unit.room.rows.0, line + j + v as u64 * LANES);
                 }
             }
         });
@@ -415,23 +344,20 @@ impl Scores {
     }
 
     fn line(&self, k: &mut Kernel, r: usize) -> Val {
-        let r = k.index(r as u64);
-        let offset = k.mul(self.stride, r);
-        k.add(self.base, offset)
+        k.eval(self.base + self.stride * r as u64)
     }
 }
 
 fn lse(k: &mut Kernel, unit: &Unit) {
-    let zero = k.index(0);
     let scores = Scores::of(k, unit);
-    k.each(zero, unit.head.segment.length, ROWS, |k, i| {
+    k.each(0, unit.head.segment.length, ROWS, |k, i| {
         let block = unit.head.segment.rows(k, i, ROWS);
         scores.block(k, unit, i, &block);
         for (r, &row) in block.iter().enumerate() {
             let (line, limit) = (scores.line(k, r), unit.limit(k, row));
             let lse = rowwise::logsumexp(k, unit.room.rows.0, Span { base: line, length: limit });
-            let place = unit.head.results[0].row(k, row);
-            k.store(lse, unit.head.results[0].buffer, place);
+            let out = &unit.head.results[0];
+            k.store(lse, out.buffer, out.row(row));
         }
     });
 }
@@ -442,7 +368,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
     let generator = unit.generator(k);
     let scores = Scores::of(k, unit);
     let values = gathered(k, unit, &operands[2], *wide, unit.room.other);
-    k.each(zero, segment.length, ROWS, |k, i| {
+    k.each(0, segment.length, ROWS, |k, i| {
         let block = segment.rows(k, i, ROWS);
         let end = scores.block(k, unit, i, &block);
         let weights = |(r, &row): (usize, &Val)| {
@@ -450,37 +376,34 @@ fn forward(k: &mut Kernel, unit: &Unit) {
             let (most, total) = rowwise::exponentials(k, rows, Span { base: line, length: limit }, Some(rows));
             if let Some(out) = results.get(1) {
                 let lse = rowwise::log_of(k, (most, total));
-                let place = out.row(k, row);
-                k.store(lse, out.buffer, place);
+                k.store(lse, out.buffer, out.row(row));
             }
             (line, limit, rowwise::share(k, total))
         };
         let weights: Vec<(Val, Val, Val)> = block.iter().enumerate().map(weights).collect();
         let first = generator.map_or(zero, |_| *phase);
-        let token = k.add(segment.start, i);
+        let token = k.eval(segment.start + i);
         let drawn = [token, segment.head, *stream].map(|x| philox::lanes_of(k, x));
-        let slots = k.add(end, first);
-        k.each(zero, slots, LANES, |k, slot| {
+        k.each(0, end + first, LANES, |k, slot| {
             let words = generator.map(|key| {
-                let column = k.add(*column, slot);
+                let column = k.eval(*column + slot);
                 philox::draw_rows(k, key, column, drawn)
             });
-            let at = k.sub(slot, first);
+            let at = k.eval(slot - first);
             for (r, &(line, limit, share)) in weights.iter().enumerate() {
-                let place = k.add(line, at);
+                let place = k.eval(line + at);
                 let e = k.load_vector(rows, place);
                 let w = k.mul(e, share);
                 let w = words.map_or(w, |words| philox::dropped(k, w, words[r], form.p.get()));
                 // What stands beyond the limit may be anything.
-                let left = k.sub(limit, at);
-                let seen = k.mask(left);
+                let seen = k.mask(limit - at);
                 let nothing = k.floats(0.0);
                 let w = k.select(seen, w, nothing);
                 k.store_vector(w, rows, place);
             }
         });
         let weights = Weights { buffer: rows, base: scores.base, row: scores.stride, step: one };
-        k.each(zero, *wide, group(k.machine), |k, e| {
+        k.each(0, *wide, group(k.machine), |k, e| {
             let columns = vectors(k, e, *wide);
             let sums = weighted(k, &weights, (zero, end), &values, &columns);
             put(k, unit, i, &columns, &sums, (&results[0], false));
@@ -504,28 +427,25 @@ fn backward(k: &mut Kernel, unit: &Unit, part: Part) {
     let (scratch, base) = unit.room.rows;
     let line = k.index(beside(part, k.machine));
     let generator = unit.generator(k);
-    let slots = k.add(segment.length, *phase);
-    k.each(zero, slots, group(k.machine), |k, slot| {
+    k.each(0, segment.length + *phase, group(k.machine), |k, slot| {
         transpose(k, unit, keys, *width, (slot, stride), &turned_keys);
         let values = part.of_scores().then_some(&turned_values);
         if let Some(turned) = values {
             transpose(k, unit, v, *wide, (slot, stride), turned);
         }
         // The key in lane 0, if there is one; the group's first and where it ends.
-        let lane = k.sub(slot, *phase);
-        let from = k.max(lane, zero);
-        let end = k.add(lane, stride);
-        let end = k.min(end, segment.length);
+        let lane = k.eval(slot - *phase);
+        let from = k.max(lane, 0);
+        let end = k.min(lane + stride, segment.length);
         // Queries before the first key see none of them.
         let begin = if form.causal { from } else { zero };
         k.each(begin, segment.length, ROWS, |k, i| {
-            let at = k.mul(i, line);
-            let at = k.add(base, at);
+            let at = k.eval(base + i * line);
             block(k, unit, (slot, lane), (i, at, line), (&turned_keys, values), part, generator);
             let Some(out) = of_queries else { return };
-            let again = k.compare(slot, Order::Gt, zero);
-            let weights = Weights { buffer: scratch, base: k.sub(at, lane), row: line, step: one };
-            k.each(zero, *width, group(k.machine), |k, e| {
+            let again = k.compare(slot, Order::Gt, 0);
+            let weights = Weights { buffer: scratch, base: k.eval(at - lane), row: line, step: one };
+            k.each(0, *width, group(k.machine), |k, e| {
                 let columns = vectors(k, e, *width);
                 let sums = weighted(k, &weights, (from, end), keys, &columns);
                 let write = |k: &mut Kernel, more| put(k, unit, i, &columns, &sums, (out, more));
@@ -533,13 +453,12 @@ fn backward(k: &mut Kernel, unit: &Unit, part: Part) {
             });
         });
         for (out, factor, width, beside) in [&queries, &adjoints].into_iter().flatten() {
-            k.each(zero, *width, group(k.machine), |k, e| {
+            k.each(0, *width, group(k.machine), |k, e| {
                 let columns = vectors(k, e, *width);
                 k.each(lane, end, ROWS, |k, key| {
-                    let at = k.sub(key, lane);
-                    let at = k.add(at, *beside);
-                    let weights = Weights { buffer: scratch, base: k.add(base, at), row: one, step: line };
-                    let begin = if form.causal { k.max(key, zero) } else { zero };
+                    let base = k.eval(base + (key - lane + *beside));
+                    let weights = Weights { buffer: scratch, base, row: one, step: line };
+                    let begin = if form.causal { k.max(key, 0) } else { zero };
                     let sums = weighted(k, &weights, (begin, segment.length), factor, &columns);
                     put(k, unit, key, &columns, &sums, (out, false));
                 });
@@ -563,19 +482,18 @@ fn block(
     let [q, _, _, lse, df, corrections] = &operands[..] else { unreachable!("six operands") };
     let (zero, numbers, across) = (k.index(0), k.lane_numbers(), k.machine.vectors_across());
     let rows = segment.rows(k, i, ROWS);
-    let [of_q, of_df] = [q, df].map(|of| rows.iter().map(|&i| of.row(k, i)).collect::<Vec<Val>>());
+    let [of_q, of_df] = [q, df].map(|of| rows.iter().map(|&i| k.eval(of.row(i))).collect::<Vec<Val>>());
     let number = |k: &mut Kernel, of: &Rows, r: usize| {
-        let place = of.row(k, rows[r]);
-        let x = k.load(of.buffer, place);
+        let x = k.load(of.buffer, of.row(rows[r]));
         k.splat(x)
     };
-    let token = k.add(segment.start, i);
+    let token = k.eval(segment.start + i);
     let drawn = [token, segment.head, *stream].map(|x| philox::lanes_of(k, x));
-    let offsets: Vec<Val> = (0..across).map(|v| k.index(v * LANES)).collect();
+    let offsets: Vec<u64> = (0..across).map(|v| v * LANES).collect();
     let words: Option<Vec<[Val; 4]>> = generator.map(|key| {
-        let first = k.add(*column, slot);
-        let draw = |&offset: &Val| {
-            let column = k.add(first, offset);
+        let first = k.eval(*column + slot);
+        let draw = |&offset: &u64| {
+            let column = k.eval(first + offset);
             philox::draw_rows(k, key, column, drawn)
         };
         offsets.iter().map(draw).collect()
@@ -586,12 +504,7 @@ fn block(
         None => x,
     };
     let store = |k: &mut Kernel, x: Val, (r, v): (usize, usize), beside: Val| {
-        let r = k.index(r as u64);
-        let row = k.mul(r, line);
-        let row = k.add(at, row);
-        let place = k.add(row, offsets[v]);
-        let place = k.add(place, beside);
-        k.store_vector(x, unit.room.rows.0, place);
+        k.store_vector(x, unit.room.rows.0, at + r as u64 * line + offsets[v] + beside);
     };
     let (by, nothing) = (k.floats(form.scale.get()), k.floats(0.0));
     let scores = product(k, (q.buffer, &of_q), *width, keys, zero);
@@ -600,7 +513,7 @@ fn block(
         let s = k.mul(s, by);
         let s = k.sub(s, lse);
         let w = math::exp(k, s);
-        let first = k.add(lane, offsets[v]);
+        let first = k.eval(lane + offsets[v]);
         let limit = unit.limit(k, rows[r]);
         let [first, limit] = [first, limit].map(|x| philox::lanes_of(k, x));
         let key = k.add(first, numbers);

@@ -19,7 +19,7 @@ use peft_runtime::artifact::Element;
 
 use super::shape::{Form, Head, HeadSizes, Lie, Part, Rows, Segment};
 use crate::abi::arguments;
-use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define};
+use crate::builder::{Buf, Code, F32, I32, Index, Kernel, Order, Val, define};
 use crate::kernels::{math, philox};
 use crate::target::Machine;
 use crate::target::cuda::{WARP, WARPS};
@@ -157,7 +157,7 @@ impl Room {
     /// What a kernel wants, before its units.
     fn of(k: &mut Kernel, part: Part) -> Room {
         let left = k.shared(2 * TILE * LINE);
-        let right = k.beyond(left, TILE * LINE);
+        let right = k.from(left, TILE * LINE);
         let weights = if part == Part::Lse { left } else { k.shared(TILE * TILE) };
         let others = if matches!(part, Part::Sides | Part::All) { k.shared(TILE * TILE) } else { weights };
         let numbers = if part.forward() { k.shared(2 * TILE) } else { left };
@@ -168,53 +168,37 @@ impl Room {
 impl Thread {
     fn of(k: &mut Kernel) -> Thread {
         let (thread, lane) = (k.thread(), k.lane_index());
-        let [zero, one, two, four] = [0, 1, 2, 4].map(|n| k.index(n));
-        let [width, part, across, sixteen] = [WARP, PART, ACROSS, 16].map(|n| k.index(n));
-        let warp = k.div(thread, width);
-        let (below, beside) = (k.div(warp, two), k.rem(warp, two));
-        let (below, beside) = (k.mul(below, part), k.mul(beside, part));
-        let (down, across) = (k.div(lane, across), k.rem(lane, across));
-        let leads = k.compare(across, Order::Eq, zero);
-        let (down, across) = (k.mul(down, four), k.mul(across, four));
+        let warp = k.eval(thread / WARP);
+        let (below, beside) = (k.eval(warp / 2), k.eval(warp % 2));
+        let (below, beside) = (k.eval(below * PART), k.eval(beside * PART));
+        let (down, across) = (k.eval(lane / ACROSS), k.eval(lane % ACROSS));
+        let leads = k.compare(across, Order::Eq, 0);
+        let (down, across) = (k.eval(down * 4), k.eval(across * 4));
         // Lanes by fours have a row each, of two neighbours the second one 16 below.
-        let (fours, step) = (k.div(thread, four), k.rem(thread, four));
-        let (row, half) = (k.div(fours, two), k.and(fours, one));
-        let half = k.mul(half, sixteen);
-        let row = k.add(row, half);
-        let step = k.mul(step, four);
-        let place = place_of(k, row);
+        let (fours, step) = (k.eval(thread / 4), k.eval(thread % 4));
+        let row = k.eval(fours / 2 + fours % 2 * 16);
+        let step = k.eval(step * 4);
         Thread {
             step,
             row,
-            place: k.add(place, step),
+            place: k.eval(place_of(row) + step),
             below,
             beside,
-            down: k.add(below, down),
-            across: k.add(beside, across),
+            down: k.eval(below + down),
+            across: k.eval(beside + across),
             leads,
         }
     }
 }
 
 /// Where a row of a tile begins in shared memory: of 32 rows every fourth one stands side by side.
-fn place_of(k: &mut Kernel, row: Val) -> Val {
-    let [four, part, line] = [4, PART, LINE].map(|n| k.index(n));
-    let eight = k.index(PART / 4);
-    let (half, row) = (k.div(row, part), k.rem(row, part));
-    let (before, within) = (k.div(row, four), k.rem(row, four));
-    let (half, within) = (k.mul(half, part), k.mul(within, eight));
-    let at = k.add(half, before);
-    let at = k.add(at, within);
-    k.mul(at, line)
+fn place_of(row: Val) -> Index {
+    (row / PART * PART + row % PART / 4 + row % 4 * (PART / 4)) * LINE
 }
 
 /// The one among them that is the first of sequence `s`, which begins at token `start`.
-fn first_block(k: &mut Kernel, start: Val, s: Val) -> Val {
-    let (each, tile) = (k.index(philox::EACH), k.index(TILE));
-    let more = k.mul(s, each);
-    let slot = k.add(start, more);
-    let block = k.div(slot, tile);
-    k.add(block, s)
+fn first_block(start: Val, s: Val) -> Index {
+    (start + s * philox::EACH) / TILE + s
 }
 
 /// The sequence that a block of a head is of: every lane looks at some.
@@ -222,9 +206,8 @@ fn sequence(k: &mut Kernel, block: Val, sequences: Val, offsets: Buf) -> Val {
     let zero = k.int(0, I32);
     let begun = k.fold_lanes(sequences, &[zero], |k, s, mask, begun| {
         let start = k.load_lanes(offsets, s, mask);
-        let (start, s) = (k.to_index(start), k.add(s, k.lane_index()));
-        let first = first_block(k, start, s);
-        let later = k.compare(first, Order::Gt, block);
+        let (start, s) = (k.to_index(start), k.eval(s + k.lane_index()));
+        let later = k.compare(first_block(start, s), Order::Gt, block);
         let (one, zero) = (k.int(1, I32), k.int(0, I32));
         let some = k.select(later, zero, one);
         let some = k.select(mask, some, zero);
@@ -251,11 +234,9 @@ impl Unit {
         let (head, panel) = (k.div(rest, panels), k.rem(rest, panels));
         let sequence = sequence(k, block, sequences, offsets);
         let segment = Segment::of(k, (head, sequence), offsets);
-        let before = first_block(k, segment.start, sequence);
+        let before = k.eval(first_block(segment.start, sequence));
         let head = Head::of(k, segment, (buffers, sizes), (part, form));
-        let tile = k.index(TILE);
-        let block = k.sub(block, before);
-        let first = k.mul(block, tile);
+        let first = k.eval((block - before) * TILE);
         let zero = k.index(0);
         let (own, shift) = if part.keys() { (head.phase, zero) } else { (zero, head.phase) };
         Unit {
@@ -263,7 +244,7 @@ impl Unit {
             head,
             own: Side { first, shift: own },
             shift,
-            panel: k.mul(panel, tile),
+            panel: k.eval(panel * TILE),
             thread: Thread::of(k),
             room,
         }
@@ -271,28 +252,23 @@ impl Unit {
 
     /// The row at a position, and whether there is one.
     fn row(&self, k: &mut Kernel, position: Val, shift: Val) -> (Val, Val) {
-        let row = k.sub(position, shift);
+        let row = k.eval(position - shift);
         (row, k.below_unsigned(row, self.head.segment.length))
     }
 
     /// The positions on the other side that some of `count` own ones from `first` on have a pair with.
     fn seen(&self, k: &mut Kernel, first: Val, count: u64) -> [Val; 2] {
         let (zero, length) = (k.index(0), self.head.segment.length);
-        let count = k.index(count);
         let (from, to) = match (self.part.keys(), self.head.form.causal) {
             (true, true) => {
                 let key = k.max(first, self.head.phase);
-                (k.sub(key, self.head.phase), length)
+                (k.eval(key - self.head.phase), length)
             }
-            (false, true) => {
-                let end = k.add(first, count);
-                (zero, k.min(end, length))
-            }
+            (false, true) => (zero, k.min(first + count, length)),
             (_, false) => (zero, length),
         };
-        let to = k.add(to, self.shift);
-        let end = k.add(length, self.own.shift);
-        let some = k.compare(first, Order::Lt, end);
+        let to = k.eval(to + self.shift);
+        let some = k.compare(first, Order::Lt, length + self.own.shift);
         [from, k.select(some, to, zero)]
     }
 
@@ -304,18 +280,16 @@ impl Unit {
         body: impl FnOnce(&mut Kernel, Val, [Val; 2], &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
         let [from, to] = self.seen(k, self.own.first, TILE);
-        let tile = k.index(TILE);
-        let tiles = k.div(from, tile);
-        let from = k.mul(tiles, tile);
-        let first = k.add(self.own.first, self.thread.below);
+        let from = k.eval(from / TILE * TILE);
+        let first = k.eval(self.own.first + self.thread.below);
         let seen = self.seen(k, first, PART);
         k.fold(from, to, TILE, start, |k, at, carried| body(k, at, seen, carried))
     }
 
     /// Whether the warp's part of the tile at `at` has a pair.
     fn active(&self, k: &mut Kernel, at: Val, [from, to]: [Val; 2]) -> Val {
-        let (part, begin) = (k.index(PART), k.add(at, self.thread.beside));
-        let end = k.add(begin, part);
+        let begin = k.eval(at + self.thread.beside);
+        let end = k.eval(begin + PART);
         let (before, after) = (k.compare(begin, Order::Lt, to), k.compare(from, Order::Lt, end));
         k.and(before, after)
     }
@@ -323,8 +297,7 @@ impl Unit {
     /// Fours of a row from column `e` on, 0 for those that do not exist.
     fn four(&self, k: &mut Kernel, rows: &Rows, (position, shift): (Val, Val), e: Val, width: Val) -> [Val; 4] {
         let (row, there) = self.row(k, position, shift);
-        let place = rows.row(k, row);
-        let place = k.add(place, e);
+        let place = k.eval(rows.row(row) + e);
         if self.head.form.fours {
             let inside = k.compare(e, Order::Lt, width);
             let there = k.and(there, inside);
@@ -332,8 +305,7 @@ impl Unit {
         }
         let nothing = k.float(0.0, F32);
         [0, 1, 2, 3].map(|i| {
-            let i = k.index(i);
-            let (e, place) = (k.add(e, i), k.add(place, i));
+            let (e, place) = (k.eval(e + i), k.eval(place + i));
             let inside = k.compare(e, Order::Lt, width);
             let there = k.and(there, inside);
             k.load_if(there, rows.buffer, place, nothing)
@@ -342,41 +314,33 @@ impl Unit {
 
     /// A thread's numbers of a tile's rows, of columns from `e` on.
     fn fetch(&self, k: &mut Kernel, rows: &Rows, side: Side, e: Val, width: Val) -> [[Val; 4]; 2] {
-        let e = k.add(e, self.thread.step);
-        let first = k.add(side.first, self.thread.row);
+        let e = k.eval(e + self.thread.step);
+        let first = k.eval(side.first + self.thread.row);
         [0, PART].map(|more| {
-            let more = k.index(more);
-            let position = k.add(first, more);
+            let position = k.eval(first + more);
             self.four(k, rows, (position, side.shift), e, width)
         })
     }
 
     /// Rows of the own side against those of the other, of the thread's part of a tile.
     fn product(&self, k: &mut Kernel, own: &Rows, other: &Rows, width: Val, at: Val, active: Val) -> Vec<Val> {
-        let (zero, deep) = (k.index(0), k.index(DEPTH));
-        let end = k.select(active, deep, zero);
+        let end = k.select(active, DEPTH, 0);
         let nothing = k.float(0.0, F32);
-        let (left, right) = (place_of(k, self.thread.down), place_of(k, self.thread.across));
-        k.fold(zero, width, DEPTH, &[nothing; SUMS], |k, e, sums| {
+        let (left, right) = (k.eval(place_of(self.thread.down)), k.eval(place_of(self.thread.across)));
+        k.fold(0, width, DEPTH, &[nothing; SUMS], |k, e, sums| {
             let x = self.fetch(k, own, self.own, e, width);
             let y = self.fetch(k, other, Side { first: at, shift: self.shift }, e, width);
             // The steps before are done with what they share.
             k.barrier();
             for (to, fours) in [(self.room.left, x), (self.room.right, y)] {
                 for (n, four) in fours.into_iter().enumerate() {
-                    let more = k.index(n as u64 * PART * LINE);
-                    let place = k.add(self.thread.place, more);
-                    k.store_four(four, to, place);
+                    k.store_four(four, to, self.thread.place + n as u64 * PART * LINE);
                 }
             }
             k.barrier();
-            k.fold(zero, end, 4, sums, |k, step, sums| {
-                let four = |k: &mut Kernel, from: Buf, first: Val, row: u64| {
-                    let more = k.index(row * LINE);
-                    let place = k.add(first, more);
-                    let place = k.add(place, step);
-                    k.load_four(from, place)
-                };
+            k.fold(0, end, 4, sums, |k, step, sums| {
+                let four =
+                    |k: &mut Kernel, from: Buf, first: Val, row: u64| k.load_four(from, first + row * LINE + step);
                 // Of eight rows side by side the thread's is one: its neighbours stand eight further.
                 let columns: Vec<[Val; 4]> = (0..COLUMNS).map(|c| four(k, self.room.right, right, 8 * c)).collect();
                 let mut next = vec![];
@@ -402,67 +366,39 @@ impl Unit {
         (at, [from, to]): (Val, [Val; 2]),
         sums: &[Val],
     ) -> Vec<Val> {
-        let (zero, tile, four) = (k.index(0), k.index(TILE), k.index(4));
         // Of the tile's columns those that have rows at all, and those that the warp's have pairs with, by fours.
-        let end = k.add(self.head.segment.length, self.shift);
-        let left = k.sub(end, at);
-        let steps = k.min(left, tile);
-        let from = {
-            let from = k.max(from, at);
-            let from = k.sub(from, at);
-            let fours = k.div(from, four);
-            k.mul(fours, four)
-        };
-        let to = {
-            let to = k.max(to, at);
-            let to = k.sub(to, at);
-            k.min(to, tile)
-        };
-        let column = k.add(self.panel, self.thread.beside);
-        let wanted = k.compare(column, Order::Lt, width);
-        let to = k.select(wanted, to, zero);
+        let steps = k.min(self.head.segment.length + self.shift - at, TILE);
+        let from = k.max(from, at);
+        let from = k.eval((from - at) / 4 * 4);
+        let to = k.max(to, at);
+        let to = k.min(to - at, TILE);
+        let wanted = k.compare(self.panel + self.thread.beside, Order::Lt, width);
+        let to = k.select(wanted, to, 0);
         // Fetched along the rows.
-        let (thread, fours) = (k.thread(), k.index(TILE / 4));
-        let (row, fast) = (k.div(thread, fours), k.rem(thread, fours));
-        let fast = k.mul(fast, four);
-        let column = k.add(self.panel, fast);
-        let own = k.mul(self.thread.down, tile);
-        let place = k.mul(thread, four);
-        k.fold(zero, steps, DEPTH, sums, |k, begin, sums| {
-            let first = k.add(at, begin);
-            let first = k.add(first, row);
+        let thread = k.thread();
+        let row = k.eval(thread / (TILE / 4));
+        let column = k.eval(self.panel + thread % (TILE / 4) * 4);
+        let own = k.eval(self.thread.down * TILE);
+        let place = k.eval(thread * 4);
+        k.fold(0, steps, DEPTH, sums, |k, begin, sums| {
+            let first = k.eval(at + begin + row);
             let fetched = [0, DEPTH / 2].map(|more| {
-                let more = k.index(more);
-                let position = k.add(first, more);
+                let position = k.eval(first + more);
                 self.four(k, other, (position, self.shift), column, width)
             });
             k.barrier();
             for (n, four) in fetched.into_iter().enumerate() {
-                let more = k.index(n as u64 * THREADS * 4);
-                let place = k.add(place, more);
-                k.store_four(four, self.room.left, place);
+                k.store_four(four, self.room.left, place + n as u64 * THREADS * 4);
             }
             k.barrier();
-            let deep = k.index(DEPTH);
-            let end = k.add(begin, deep);
+            let end = k.eval(begin + DEPTH);
             let (from, to) = (k.max(from, begin), k.min(to, end));
             k.fold(from, to, 4, sums, |k, step, sums| {
-                let line = k.sub(step, begin);
-                let line = k.mul(line, tile);
-                let line = k.add(line, self.thread.across);
-                let rows: Vec<[Val; 4]> = (0..4)
-                    .map(|i| {
-                        let more = k.index(i * TILE);
-                        let place = k.add(line, more);
-                        k.load_four(self.room.left, place)
-                    })
-                    .collect();
+                let line = k.eval((step - begin) * TILE + self.thread.across);
+                let rows: Vec<[Val; 4]> = (0..4).map(|i| k.load_four(self.room.left, line + i * TILE)).collect();
                 let mut next = vec![];
                 for r in 0..ROWS {
-                    let more = k.index(further(r as usize) * TILE);
-                    let place = k.add(own, more);
-                    let place = k.add(place, step);
-                    let x = k.load_four(weights, place);
+                    let x = k.load_four(weights, own + further(r as usize) * TILE + step);
                     for c in 0..COLUMNS as usize {
                         let sum = sums[r as usize * COLUMNS as usize + c];
                         next.push(x.iter().zip(&rows).fold(sum, |sum, (&x, y)| k.fma(x, y[c], sum)));
@@ -475,26 +411,16 @@ impl Unit {
 
     /// Puts one half of what the thread has of a tile into shared memory.
     fn share(&self, k: &mut Kernel, to: Buf, numbers: &[Val], half: usize) {
-        let tile = k.index(TILE);
-        let first = k.mul(self.thread.down, tile);
-        let first = k.add(first, self.thread.across);
+        let first = k.eval(self.thread.down * TILE + self.thread.across);
         for (r, row) in numbers.chunks_exact(COLUMNS as usize).enumerate().skip(4 * half).take(4) {
-            let more = k.index(further(r) * TILE);
-            let place = k.add(first, more);
-            k.store_four([0, 1, 2, 3].map(|c| row[c]), to, place);
+            k.store_four([0, 1, 2, 3].map(|c| row[c]), to, first + further(r) * TILE);
         }
     }
 
     /// The other way.
     fn shared(&self, k: &mut Kernel, from: Buf, half: usize) -> Vec<Val> {
-        let tile = k.index(TILE);
-        let first = k.mul(self.thread.down, tile);
-        let first = k.add(first, self.thread.across);
-        let row = |r| {
-            let more = k.index(further(r) * TILE);
-            let place = k.add(first, more);
-            k.load_four(from, place)
-        };
+        let first = k.eval(self.thread.down * TILE + self.thread.across);
+        let row = |r| k.load_four(from, first + further(r) * TILE);
         (4 * half..4 * half + 4).flat_map(row).collect()
     }
 
@@ -505,22 +431,17 @@ impl Unit {
         k.barrier();
         (0..2).for_each(|half| self.share(k, room, sums, half));
         k.settle();
-        let (zero, part, tile) = (k.index(0), k.index(PART), k.index(TILE));
-        let column = k.add(self.thread.beside, k.lane_index());
-        let there = k.add(self.panel, column);
+        let column = k.eval(self.thread.beside + k.lane_index());
+        let there = k.eval(self.panel + column);
         let inside = k.compare(there, Order::Lt, width);
-        k.each(zero, part, 1, |k, r| {
-            let r = k.add(self.thread.below, r);
-            let position = k.add(self.own.first, r);
+        k.each(0, PART, 1, |k, r| {
+            let r = k.eval(self.thread.below + r);
+            let position = k.eval(self.own.first + r);
             let (row, exists) = self.row(k, position, self.own.shift);
             let exists = k.and(exists, inside);
             k.when(exists, |k| {
-                let place = k.mul(r, tile);
-                let place = k.add(place, column);
-                let x = k.load_here(room, place);
-                let place = out.row(k, row);
-                let place = k.add(place, there);
-                k.store_here(x, out.buffer, place);
+                let x = k.load_here(room, r * TILE + column);
+                k.store_here(x, out.buffer, out.row(row) + there);
             });
         });
     }
@@ -528,28 +449,23 @@ impl Unit {
     /// Positions of the thread's own rows, or of its columns in the tile at `at`.
     fn positions(&self, k: &mut Kernel, at: Option<Val>) -> Vec<Val> {
         let (first, count) = match at {
-            None => (k.add(self.own.first, self.thread.down), ROWS),
-            Some(at) => (k.add(at, self.thread.across), COLUMNS),
+            None => (k.eval(self.own.first + self.thread.down), ROWS),
+            Some(at) => (k.eval(at + self.thread.across), COLUMNS),
         };
-        let position = |n| {
-            let more = k.index(further(n));
-            k.add(first, more)
-        };
+        let position = |n| k.eval(first + further(n));
         (0..count as usize).map(position).collect()
     }
 
     /// Whether the thread's `i`th place in the tile at `at` is a pair.
     fn pair(&self, k: &mut Kernel, at: Val, i: usize) -> Val {
         let (own, other) = (self.positions(k, None), self.positions(k, Some(at)));
-        let own = k.sub(own[i / COLUMNS as usize], self.own.shift);
+        let own = k.eval(own[i / COLUMNS as usize] - self.own.shift);
         let (other, there) = self.row(k, other[i % COLUMNS as usize], self.shift);
         if !self.head.form.causal {
             return there;
         }
         let (query, key) = if self.part.keys() { (other, own) } else { (own, other) };
-        let one = k.index(1);
-        let next = k.add(query, one);
-        let earlier = k.compare(key, Order::Lt, next);
+        let earlier = k.compare(key, Order::Lt, query + 1);
         k.and(there, earlier)
     }
 
@@ -563,10 +479,8 @@ impl Unit {
                 let (own, other) = (self.positions(k, None), self.positions(k, Some(at)));
                 let (own, other) = (own[row], other[column]);
                 let (slot, query) = if self.part.keys() { (own, other) } else { (other, own) };
-                let four = k.index(philox::EACH);
-                let column = k.add(self.head.column, slot);
-                let column = k.div(column, four);
-                let token = k.add(self.head.segment.start, query);
+                let column = k.eval((self.head.column + slot) / philox::EACH);
+                let token = k.eval(self.head.segment.start + query);
                 let place = [column, token, self.head.segment.head, self.head.stream].map(|x| philox::lanes_of(k, x));
                 philox::philox(k, place, generator)
             });
@@ -589,8 +503,7 @@ impl Unit {
         let positions = self.positions(k, at);
         let number = |position| {
             let (row, there) = self.row(k, position, shift);
-            let place = of.row(k, row);
-            k.load_if(there, of.buffer, place, nothing)
+            k.load_if(there, of.buffer, of.row(row), nothing)
         };
         positions.into_iter().map(number).collect()
     }
@@ -598,25 +511,18 @@ impl Unit {
     /// Numbers of the thread's rows, joined with those of the same rows in the lanes and the warp beside it.
     fn joined(&self, k: &mut Kernel, numbers: &[Val], join: fn(&mut Kernel, Val, Val) -> Val) -> Vec<Val> {
         let room = self.room.numbers;
-        let [part, tile] = [PART, TILE].map(|n| k.index(n));
-        let warp = k.div(self.thread.beside, part);
-        let before = k.mul(warp, tile);
-        let here = k.add(before, self.thread.down);
-        let before = k.sub(tile, before);
-        let other = k.add(before, self.thread.down);
+        let before = k.eval(self.thread.beside / PART * TILE);
+        let here = k.eval(before + self.thread.down);
+        let other = k.eval(TILE - before + self.thread.down);
         let numbers: Vec<Val> = numbers.iter().map(|&x| k.join_neighbours(x, ACROSS, join)).collect();
         k.when(self.thread.leads, |k| {
             for (r, &x) in numbers.iter().enumerate() {
-                let more = k.index(further(r));
-                let place = k.add(here, more);
-                k.store_here(x, room, place);
+                k.store_here(x, room, here + further(r));
             }
         });
         k.barrier();
         let joined = numbers.iter().enumerate().map(|(r, &x)| {
-            let more = k.index(further(r));
-            let place = k.add(other, more);
-            let other = k.load_here(room, place);
+            let other = k.load_here(room, other + further(r));
             join(k, x, other)
         });
         joined.collect()
@@ -704,9 +610,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         _ => &unit.head.results[1],
     };
     // One thread of a row, where the first columns are.
-    let column = k.add(unit.panel, unit.thread.across);
-    let zero = k.index(0);
-    let first = k.compare(column, Order::Eq, zero);
+    let first = k.compare(unit.panel + unit.thread.across, Order::Eq, 0);
     let positions = unit.positions(k, None);
     for ((&most, total), position) in most.iter().zip(totals).zip(positions) {
         let (row, there) = unit.row(k, position, unit.own.shift);
@@ -714,8 +618,7 @@ fn forward(k: &mut Kernel, unit: &Unit) {
         k.when(there, |k| {
             let log = math::log(k, total);
             let lse = k.add(most, log);
-            let place = logs.row(k, row);
-            k.store_here(lse, logs.buffer, place);
+            k.store_here(lse, logs.buffer, logs.row(row));
         });
     }
 }

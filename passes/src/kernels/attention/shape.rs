@@ -3,7 +3,8 @@
 use peft_runtime::artifact::Element;
 
 use crate::abi::arguments;
-use crate::builder::{Buf, Kernel, Val};
+use crate::builder::{Buf, Index, Kernel, Val};
+use crate::kernels::span::bounds;
 use crate::kernels::{Number, philox};
 
 pub use crate::target::ROWS;
@@ -142,21 +143,14 @@ pub struct Segment {
 
 impl Segment {
     pub fn of(k: &mut Kernel, (head, sequence): (Val, Val), offsets: Buf) -> Segment {
-        let one = k.index(1);
-        let next = k.add(sequence, one);
-        let (start, end) = (k.load_index(offsets, sequence), k.load_index(offsets, next));
-        Segment { head, start, length: k.sub(end, start) }
+        let (start, _, length) = bounds(k, offsets, sequence);
+        Segment { head, start, length }
     }
 
     /// `count` rows from `i` on; beyond the last row it is the last one again.
     pub fn rows(&self, k: &mut Kernel, i: Val, count: u64) -> Vec<Val> {
-        let one = k.index(1);
-        let last = k.sub(self.length, one);
-        let row = |r| {
-            let r = k.index(r);
-            let row = k.add(i, r);
-            k.min(row, last)
-        };
+        let last = k.eval(self.length - 1);
+        let row = |r| k.min(i + r, last);
         (0..count).map(row).collect()
     }
 }
@@ -170,10 +164,8 @@ pub fn zeros(k: &mut Kernel) -> Vec<Val> {
 pub fn vectors(k: &mut Kernel, j: Val, length: Val) -> Vec<(Val, Val)> {
     let across = k.machine.vectors_across();
     let vector = |v: u64| {
-        let offset = k.index(v * k.lane_count());
-        let at = k.add(j, offset);
-        let left = k.sub(length, at);
-        (at, k.mask(left))
+        let at = k.eval(j + v * k.lane_count());
+        (at, k.mask(length - at))
     };
     (0..across).map(vector).collect()
 }
@@ -186,9 +178,9 @@ pub struct Rows {
 }
 
 impl Rows {
-    pub fn row(&self, k: &mut Kernel, i: Val) -> Val {
-        let row = k.mul(i, self.line);
-        k.add(self.base, row)
+    /// Where row `i` begins.
+    pub fn row(&self, i: impl Into<Index>) -> Index {
+        self.base + i.into() * self.line
     }
 }
 
@@ -224,15 +216,12 @@ impl Head {
         let mut all: Vec<Rows> = vec![];
         for (&buffer, lie) in operands.iter().chain(results).zip(lies.chunks_exact(Lie::<Val>::COUNT)) {
             let Lie { first, head, line } = Lie::of(lie);
-            let head = k.mul(segment.head, head);
-            let start = k.mul(segment.start, line);
-            let base = k.add(first, head);
-            all.push(Rows { buffer, base: k.add(base, start), line });
+            let (head, start) = (k.eval(segment.head * head), k.eval(segment.start * line));
+            all.push(Rows { buffer, base: k.eval(first + head + start), line });
         }
         let results = all.split_off(operands.len());
-        let four = k.index(philox::EACH);
-        let phase = k.rem(column, four);
-        let column = k.sub(column, phase);
+        let phase = k.eval(column % philox::EACH);
+        let column = k.eval(column - phase);
         let rng = rng.first().copied();
         Head { operands: all, results, rng, segment, width, wide, stream, column, phase, form }
     }

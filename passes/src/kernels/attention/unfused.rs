@@ -92,57 +92,35 @@ impl Head {
     fn of(k: &mut Kernel, unit: Val, tokens: Val, all_pairs: Val, sequences: Val, offsets: Buf, pairs: Buf) -> Head {
         let (head, sequence) = (k.div(unit, sequences), k.rem(unit, sequences));
         let segment = Segment::of(k, (head, sequence), offsets);
-        let row = k.mul(head, tokens);
-        let row = k.add(row, segment.start);
-        let square = k.mul(segment.head, all_pairs);
+        let row = k.eval(head * tokens + segment.start);
         let before = k.load_index(pairs, segment.start);
-        let square = k.add(square, before);
+        let square = k.eval(head * all_pairs + before);
         Head { segment, row, square }
     }
 }
 
 fn scores(k: &mut Kernel, [q, keys, out]: [Buf; 3], head: &Head, tokens: Val, width: Val, causal: bool) {
-    let (zero, segment) = (k.index(0), &head.segment);
-    k.each(zero, segment.length, ROWS, |k, i| {
+    let segment = &head.segment;
+    k.each(0, segment.length, ROWS, |k, i| {
         let rows = segment.rows(k, i, ROWS);
-        let queries: Vec<Val> = rows
-            .iter()
-            .map(|&row| {
-                let row = k.add(head.row, row);
-                k.mul(row, width)
-            })
-            .collect();
-        k.each(zero, segment.length, k.machine.vectors_across() * k.lane_count(), |k, j| {
+        let queries: Vec<Val> = rows.iter().map(|&row| k.eval((head.row + row) * width)).collect();
+        k.each(0, segment.length, k.machine.vectors_across() * k.lane_count(), |k, j| {
             let vectors = vectors(k, j, segment.length);
             let start = zeros(k);
-            let sums = k.fold(zero, width, 1, &start, |k, e, sums| {
-                let line = k.mul(segment.head, width);
-                let line = k.add(line, e);
-                let line = k.mul(line, tokens);
-                let line = k.add(line, segment.start);
-                let columns: Vec<Val> = vectors
-                    .iter()
-                    .map(|&(at, mask)| {
-                        let place = k.add(line, at);
-                        k.load_lanes(keys, place, mask)
-                    })
-                    .collect();
-                let x = |k: &mut Kernel, r: usize| {
-                    let place = k.add(queries[r], e);
-                    k.load(q, place)
-                };
+            let sums = k.fold(0, width, 1, &start, |k, e, sums| {
+                let line = k.eval((segment.head * width + e) * tokens + segment.start);
+                let columns: Vec<Val> = vectors.iter().map(|&(at, mask)| k.load_lanes(keys, line + at, mask)).collect();
+                let x = |k: &mut Kernel, r: usize| k.load(q, queries[r] + e);
                 k.outer(ROWS, x, &columns, sums, Kernel::fma)
             });
             for (r, &row) in rows.iter().enumerate() {
-                let base = k.mul(row, segment.length);
-                let base = k.add(head.square, base);
+                let base = k.eval(head.square + row * segment.length);
                 for (v, &(at, mask)) in vectors.iter().enumerate() {
                     let mut score = sums[r * vectors.len() + v];
                     if causal {
                         score = unless_later(k, score, at, row);
                     }
-                    let place = k.add(base, at);
-                    k.store_lanes(score, out, place, mask);
+                    k.store_lanes(score, out, base + at, mask);
                 }
             }
         });
@@ -163,37 +141,23 @@ fn unless_later(k: &mut Kernel, score: Val, at: Val, row: Val) -> Val {
 
 fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal: bool, transposed: bool) {
     let (zero, segment) = (k.index(0), &head.segment);
-    k.each(zero, segment.length, ROWS, |k, i| {
+    k.each(0, segment.length, ROWS, |k, i| {
         let rows = segment.rows(k, i, ROWS);
         // Which rows of v this block of results has a weight for.
         let (from, to) = match (causal, transposed) {
             (false, _) => (zero, segment.length),
-            (true, false) => {
-                let block = k.index(ROWS);
-                let end = k.add(i, block);
-                (zero, k.min(end, segment.length))
-            }
+            (true, false) => (zero, k.min(i + ROWS, segment.length)),
             (true, true) => (i, segment.length),
         };
-        k.each(zero, width, k.machine.vectors_across() * k.lane_count(), |k, e| {
+        k.each(0, width, k.machine.vectors_across() * k.lane_count(), |k, e| {
             let vectors = vectors(k, e, width);
             let start = zeros(k);
             let sums = k.fold(from, to, 1, &start, |k, j, sums| {
-                let line = k.add(head.row, j);
-                let line = k.mul(line, width);
-                let values: Vec<Val> = vectors
-                    .iter()
-                    .map(|&(at, mask)| {
-                        let place = k.add(line, at);
-                        k.load_lanes(v, place, mask)
-                    })
-                    .collect();
+                let line = k.eval((head.row + j) * width);
+                let values: Vec<Val> = vectors.iter().map(|&(at, mask)| k.load_lanes(v, line + at, mask)).collect();
                 let weight = |k: &mut Kernel, r: usize| {
                     let (query, key) = if transposed { (j, rows[r]) } else { (rows[r], j) };
-                    let place = k.mul(query, segment.length);
-                    let place = k.add(place, key);
-                    let place = k.add(place, head.square);
-                    let weight = k.load(w, place);
+                    let weight = k.load(w, query * segment.length + key + head.square);
                     if !causal {
                         return weight;
                     }
@@ -204,11 +168,9 @@ fn attend(k: &mut Kernel, [w, v, out]: [Buf; 3], head: &Head, width: Val, causal
                 k.outer(ROWS, weight, &values, sums, Kernel::fma)
             });
             for (r, &row) in rows.iter().enumerate() {
-                let line = k.add(head.row, row);
-                let line = k.mul(line, width);
+                let line = k.eval((head.row + row) * width);
                 for (c, &(at, mask)) in vectors.iter().enumerate() {
-                    let place = k.add(line, at);
-                    k.store_lanes(sums[r * vectors.len() + c], out, place, mask);
+                    k.store_lanes(sums[r * vectors.len() + c], out, line + at, mask);
                 }
             }
         });

@@ -19,7 +19,7 @@ use peft_runtime::artifact::Element;
 
 use super::pack::Factors;
 use crate::abi::arguments;
-use crate::builder::{Access, Buf, Code, Kernel, LANES, Order, Val, define};
+use crate::builder::{Access, Buf, Code, Index, Kernel, LANES, Order, Val, define};
 use crate::kernels::epilogue::{Epilogue, When};
 use crate::target::Machine;
 
@@ -138,83 +138,59 @@ impl Gemm {
             let Sizes { line_b, area_b, first_b, panel_b, width, area_c, first_c, kept, .. } = sizes;
             let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), form.factors.copied());
             let piece = if form.packed { b } else { k.scratch(tile.depth * tile.columns(), element) };
-            let steps = form.factors.steps_in(k, depth);
-            let tile_rows = k.index(tile.rows);
-            let tiles = k.div_up(m, tile_rows);
+            let steps = k.div_up(depth, form.factors.deep());
+            let tiles = k.div_up(m, tile.rows);
             k.units(|k, unit| {
                 // Neighbours share their part of B: it is read from memory once.
                 let row = k.rem(unit, blocks);
                 let rest = k.div(unit, blocks);
                 let (batch, group) = (k.div(rest, groups), k.rem(rest, groups));
-                let (zero, one) = (k.index(0), k.index(1));
                 // Units of as many tiles each, or one more: a last one of few would leave a thread idle.
-                let after = k.add(row, one);
-                let [row, end] = [row, after].map(|row| {
-                    let before = k.mul(row, tiles);
-                    let before = k.div(before, blocks);
-                    k.mul(before, tile_rows)
-                });
+                let [row, end] = [row.into(), row + 1].map(|row: Index| k.eval(row * tiles / blocks * tile.rows));
                 let end = k.min(end, m);
                 let rows = k.sub(end, row);
                 let panel = k.mul(group, shared);
-                let end_panel = k.add(panel, shared);
-                let end_panel = k.min(end_panel, panels);
+                let end_panel = k.min(panel + shared, panels);
                 // Where this batch's operands begin.
-                let base_a = k.mul(batch, area_a);
-                let base_a = k.add(base_a, first_a);
-                let base_b = k.mul(batch, area_b);
-                let base_b = k.add(base_b, first_b);
-                let base_c = k.mul(batch, area_c);
-                let base_c = k.add(base_c, first_c);
-                let above = k.mul(row, width);
-                let base_c = k.add(base_c, above);
-                k.each(zero, steps, tile.depth, |k, block| {
-                    let length = k.sub(steps, block);
-                    let most = k.index(tile.depth);
-                    let length = k.min(length, most);
+                let base_a = k.eval(batch * area_a + first_a);
+                let base_b = k.eval(batch * area_b + first_b);
+                let base_c = k.eval(batch * area_c + first_c + row * width);
+                k.each(0, steps, tile.depth, |k, block| {
+                    let length = k.min(steps - block, tile.depth);
                     let source = Source { buffer: a, base: base_a, line: line_a, row, rows, block, length, depth };
                     if form.columns_a {
                         copy_columns(k, form, &source, rows_of_a);
                     } else {
                         copy_rows(k, form, &source, rows_of_a);
                     }
-                    let again = k.add(block, kept);
-                    let again = k.compare(again, Order::Gt, zero);
-                    let done = k.add(block, length);
+                    let again = k.compare(block + kept, Order::Gt, 0);
+                    let done = k.eval(block + length);
                     let last = k.compare(done, Order::Eq, steps);
                     // Neighbours have the same panels: after the last block comes the first one.
-                    let following = k.select(last, zero, done);
+                    let following = k.select(last, 0, done);
                     let first_panel = panel;
                     k.each(panel, end_panel, 1, |k, panel| {
-                        let columns = k.index(tile.columns());
-                        let start = k.mul(panel, columns);
-                        let left = k.sub(n, start);
-                        let piece_at = |k: &mut Kernel, panel, block| {
-                            let from = k.mul(panel, panel_b);
-                            let from = k.add(base_b, from);
-                            let skipped = k.mul(block, line_b);
-                            k.add(from, skipped)
-                        };
-                        let from = piece_at(k, panel, block);
+                        let start = k.eval(panel * tile.columns());
+                        let left = k.eval(n - start);
+                        let piece_at = |panel: Val, block: Val| base_b + panel * panel_b + block * line_b;
+                        let from = k.eval(piece_at(panel, block));
                         let (from, next) = if form.packed {
-                            let beside = k.add(panel, one);
+                            let beside = k.eval(panel + 1);
                             let here = k.compare(beside, Order::Lt, end_panel);
                             let beside = k.select(here, beside, first_panel);
                             let block = k.select(here, block, following);
-                            (from, Some(piece_at(k, beside, block)))
+                            (from, Some(k.eval(piece_at(beside, block))))
                         } else {
                             copy_piece(k, tile, (b, from, line_b), left, length, piece);
-                            (zero, None)
+                            (k.index(0), None)
                         };
-                        let base_c = k.add(base_c, start);
-                        k.each(zero, rows, tile.rows, |k, above| {
-                            let at = k.mul(above, width);
-                            let at = k.add(base_c, at);
-                            let here = k.sub(rows, above);
+                        let base_c = k.eval(base_c + start);
+                        k.each(0, rows, tile.rows, |k, above| {
+                            let at = k.eval(base_c + above * width);
+                            let here = k.eval(rows - above);
                             let part = |k: &mut Kernel| {
-                                let (first, most) = (k.add(row, above), k.index(tile.rows));
-                                let (rows, end) = (k.min(here, most), k.add(start, columns));
-                                ((first, rows), (start, k.min(end, n)))
+                                let rows = (k.eval(row + above), k.min(here, tile.rows));
+                                (rows, (start, k.min(start + tile.columns(), n)))
                             };
                             let target = Corner { buffer: c, at, width };
                             for place in target.places(k, tile) {
@@ -222,10 +198,8 @@ impl Gemm {
                             }
                             epilogue.prefetch(k, When::Tile { last }, (buffers, follows), (batch, n), part);
                             let sums = tile_sums(k, form, (rows_of_a, above), (piece, from, next), length);
-                            let all_rows = k.index(tile.rows - 1);
-                            let all_rows = k.compare(here, Order::Gt, all_rows);
-                            let all_columns = k.sub(columns, one);
-                            let all_columns = k.compare(left, Order::Gt, all_columns);
+                            let all_rows = k.compare(here, Order::Gt, tile.rows - 1);
+                            let all_columns = k.compare(left, Order::Gt, tile.columns() - 1);
                             let all = k.and(all_rows, all_columns);
                             k.branch(
                                 all,
@@ -243,9 +217,8 @@ impl Gemm {
                     });
                 });
                 epilogue.write(k, When::Unit, (buffers, follows), (batch, n), |k| {
-                    let columns = k.index(tile.columns());
-                    let (start, end) = (k.mul(panel, columns), k.mul(end_panel, columns));
-                    ((row, rows), (start, k.min(end, n)))
+                    let start = k.eval(panel * tile.columns());
+                    ((row, rows), (start, k.min(end_panel * tile.columns(), n)))
                 });
             });
         })
@@ -269,30 +242,22 @@ struct Source {
 /// Row by row. Those that fill the last tile are the last row again: what comes of them is not written.
 fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
     let &Source { buffer, base, line, row, rows, block, length, depth } = source;
-    let (zero, one) = (k.index(0), k.index(1));
-    let last = k.sub(rows, one);
-    let start = form.factors.depth_at(k, block);
-    let left = k.sub(depth, start);
-    let base = k.add(base, start);
-    let tile = k.index(form.tile.rows);
-    let tiles = k.div_up(rows, tile);
-    let filled = k.mul(tiles, tile);
-    let two = k.index(2);
-    k.each(zero, filled, 1, |k, r| {
+    let deep = form.factors.deep();
+    let last = k.eval(rows - 1);
+    let start = k.eval(block * deep);
+    let left = k.eval(depth - start);
+    let base = k.eval(base + start);
+    let tiles = k.div_up(rows, form.tile.rows);
+    k.each(0, tiles * form.tile.rows, 1, |k, r| {
         let from = k.min(r, last);
-        let from = k.add(row, from);
-        let from = k.mul(from, line);
-        let from = k.add(base, from);
+        let from = k.eval(base + (row + from) * line);
         // A line is too short for the processor to see where the next one begins.
-        let later = k.mul(two, line);
-        let later = k.add(from, later);
-        let step = k.index(form.step());
-        let target = k.mul(r, step);
+        let later = k.eval(from + 2 * line);
+        let target = k.eval(r * form.step());
         k.lanes(length, |k, j, mask| {
-            let ahead = form.factors.depth_at(k, j);
-            let at = k.add(later, ahead);
-            k.prefetch(buffer, at, Access::Read);
-            let at = k.add(from, ahead);
+            let ahead = k.eval(j * deep);
+            k.prefetch(buffer, later + ahead, Access::Read);
+            let at = k.eval(from + ahead);
             let x = match form.factors {
                 Factors::F32 => k.load_lanes(buffer, at, mask),
                 Factors::Widened => {
@@ -300,14 +265,12 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
                     k.rounded(x)
                 }
                 Factors::Pairs => {
-                    let here = k.sub(left, ahead);
-                    let mask = k.mask_of(here, 2 * LANES);
+                    let mask = k.mask_of(left - ahead, 2 * LANES);
                     let x = k.load_lanes(buffer, at, mask);
                     k.pairs(true, x)
                 }
             };
-            let at = k.add(target, j);
-            k.store_vector(x, to, at);
+            k.store_vector(x, to, target + j);
         });
     });
 }
@@ -315,65 +278,37 @@ fn copy_rows(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
 /// Line by line, each in parts as wide as a tile has rows.
 fn copy_columns(k: &mut Kernel, form: Form, source: &Source, to: Buf) {
     let &Source { buffer, base, line, row, rows, block, length, .. } = source;
-    let zero = k.index(0);
-    let base = k.add(base, row);
-    k.each(zero, length, 1, |k, step| {
-        let from = k.add(block, step);
-        let from = k.mul(from, line);
-        let from = k.add(base, from);
-        let distance = k.index(form.step());
-        let target = k.mul(step, distance);
-        k.each(zero, rows, form.tile.rows, |k, r| {
-            let place = tile_place(k, form, r);
-            let place = k.add(target, place);
-            let from = k.add(from, r);
-            let left = k.sub(rows, r);
+    let base = k.eval(base + row);
+    k.each(0, length, 1, |k, step| {
+        let from = k.eval(base + (block + step) * line);
+        let target = k.eval(step * form.step());
+        k.each(0, rows, form.tile.rows, |k, r| {
+            let place = k.eval(target + tile_place(form, r));
+            let from = k.eval(from + r);
+            let left = k.eval(rows - r);
             for lane in (0..form.tile.rows).step_by(form.lanes() as usize) {
-                let offset = k.index(lane);
-                let here = k.sub(left, offset);
-                let mask = k.mask_of(here, form.lanes());
-                let at = k.add(from, offset);
-                let x = k.load_lanes(buffer, at, mask);
-                let at = k.add(place, offset);
-                k.store_vector(x, to, at);
+                let mask = k.mask_of(left - lane, form.lanes());
+                let x = k.load_lanes(buffer, from + lane, mask);
+                k.store_vector(x, to, place + lane);
             }
         });
     });
 }
 
 /// Where the tile that begins at `row` lies in the scratch.
-fn tile_place(k: &mut Kernel, form: Form, row: Val) -> Val {
-    if form.columns_a {
-        let (rows, room) = (k.index(form.tile.rows), k.index(form.room()));
-        let tile = k.div(row, rows);
-        k.mul(tile, room)
-    } else {
-        let step = k.index(form.step());
-        k.mul(row, step)
-    }
+fn tile_place(form: Form, row: Val) -> Index {
+    if form.columns_a { row / form.tile.rows * form.room() } else { row * form.step() }
 }
 
 /// `length` steps of a column panel of B, whose lines run along n.
 fn copy_piece(k: &mut Kernel, tile: Tile, (b, from, line): (Buf, Val, Val), left: Val, length: Val, to: Buf) {
-    let masks: Vec<Val> = (0..tile.vectors)
-        .map(|v| {
-            let offset = k.index(v * LANES);
-            let here = k.sub(left, offset);
-            k.mask(here)
-        })
-        .collect();
-    let zero = k.index(0);
-    k.each(zero, length, 1, |k, step| {
-        let source = k.mul(step, line);
-        let source = k.add(from, source);
-        let columns = k.index(tile.columns());
-        let target = k.mul(step, columns);
+    let masks: Vec<Val> = (0..tile.vectors).map(|v| k.mask(left - v * LANES)).collect();
+    k.each(0, length, 1, |k, step| {
+        let source = k.eval(from + step * line);
+        let target = k.eval(step * tile.columns());
         for (v, mask) in masks.iter().enumerate() {
-            let offset = k.index(v as u64 * LANES);
-            let at = k.add(source, offset);
-            let x = k.load_lanes(b, at, *mask);
-            let at = k.add(target, offset);
-            k.store_vector(x, to, at);
+            let x = k.load_lanes(b, source + v as u64 * LANES, *mask);
+            k.store_vector(x, to, target + v as u64 * LANES);
         }
     });
 }
@@ -387,57 +322,36 @@ fn tile_sums(
     length: Val,
 ) -> Vec<Val> {
     let Tile { rows, vectors, steps, .. } = form.tile;
-    let place = tile_place(k, form, row);
-    let share = k.index(form.share());
-    let next = next.map(|next| {
-        let tile = k.index(rows);
-        let before = k.div(row, tile);
-        let before = k.mul(before, length);
-        let before = k.mul(before, share);
-        k.add(next, before)
-    });
-    let line = k.index(form.line());
+    let place = k.eval(tile_place(form, row));
+    let next = next.map(|next| k.eval(next + row / rows * length * form.share()));
     // Some steps on from `step`.
     let after = |k: &mut Kernel, step: Val, ahead: u64, sums: &[Val]| {
-        let at = k.mul(step, line);
-        let at = k.add(from, at);
+        let at = k.eval(from + step * form.line());
         let line: Vec<Val> = (0..vectors)
             .map(|v| {
                 let words = form.factors.words(LANES);
-                let offset = k.index(ahead * form.line() + v * words);
-                let at = k.add(at, offset);
-                let x = k.load_some(b, at, words);
+                let x = k.load_some(b, at + (ahead * form.line() + v * words), words);
                 if form.factors == Factors::Widened { k.widened(x) } else { x }
             })
             .collect();
-        let distance = k.index(form.step());
         let (step, between, ahead) = match form.columns_a {
-            true => (k.mul(step, distance), 1, ahead * form.step()),
+            true => (k.eval(step * form.step()), 1, ahead * form.step()),
             false => (step, form.step(), ahead),
         };
-        let at = k.add(place, step);
-        let x = |k: &mut Kernel, r: usize| {
-            let offset = k.index(r as u64 * between + ahead);
-            let at = k.add(at, offset);
-            k.load(a, at)
-        };
+        let at = k.eval(place + step);
+        let x = |k: &mut Kernel, r: usize| k.load(a, at + (r as u64 * between + ahead));
         match form.factors {
             Factors::Pairs => k.outer(rows, x, &line, sums, Kernel::dot_pairs),
             Factors::F32 | Factors::Widened => k.outer(rows, x, &line, sums, Kernel::fma),
         }
     };
     let nothing = k.floats(0.0);
-    let (zero, many) = (k.index(0), k.index(steps));
-    let whole = k.div(length, many);
-    let whole = k.mul(whole, many);
-    let sums = k.fold(zero, whole, steps, &vec![nothing; (rows * vectors) as usize], |k, step, sums| {
+    let whole = k.eval(length / steps * steps);
+    let sums = k.fold(0, whole, steps, &vec![nothing; (rows * vectors) as usize], |k, step, sums| {
         if let Some(next) = next {
-            let at = k.mul(step, share);
-            let at = k.add(next, at);
+            let at = k.eval(next + step * form.share());
             for line in (0..form.share() * steps).step_by(LANES as usize) {
-                let offset = k.index(line);
-                let at = k.add(at, offset);
-                k.prefetch(b, at, Access::Read);
+                k.prefetch(b, at + line, Access::Read);
             }
         }
         (0..steps).fold(sums.to_vec(), |sums, ahead| after(k, step, ahead, &sums))
@@ -459,8 +373,7 @@ impl Corner {
         let mut places = vec![];
         for _ in 0..tile.rows {
             for v in 0..tile.vectors {
-                let offset = k.index(v * LANES);
-                places.push(k.add(row, offset));
+                places.push(k.eval(row + v * LANES));
             }
             row = k.add(row, self.width);
         }
@@ -483,14 +396,11 @@ impl Corner {
 
     /// A tile of which `rows` and `columns` exist.
     fn write_some(&self, k: &mut Kernel, tile: Tile, sums: &[Val], again: Val, (rows, columns): (Val, Val)) {
-        let zero = k.index(0);
         for (i, (at, &sum)) in self.places(k, tile).into_iter().zip(sums).enumerate() {
             let (row, vector) = (i as u64 / tile.vectors, i as u64 % tile.vectors);
-            let (row, offset) = (k.index(row), k.index(vector * LANES));
             let exists = k.compare(row, Order::Lt, rows);
-            let here = k.sub(columns, offset);
-            let here = k.select(exists, here, zero);
-            let earlier = k.select(again, here, zero);
+            let here = k.select(exists, columns - vector * LANES, 0);
+            let earlier = k.select(again, here, 0);
             let (mask, earlier) = (k.mask(here), k.mask(earlier));
             let before = k.load_lanes(self.buffer, at, earlier);
             let sum = k.add(before, sum);

@@ -50,28 +50,16 @@ pub struct Out<'a> {
 impl Out<'_> {
     /// Rows of the product, each with the place in shared memory where its sums begin.
     pub fn write(&self, k: &mut Kernel, rows: &[(Val, Val)]) {
-        let end = k.index(self.width);
-        let end = k.add(self.column, end);
-        let columns = (self.column, k.min(end, self.n));
-        let lines: Vec<Val> = rows
-            .iter()
-            .map(|&(row, _)| {
-                let begin = k.mul(row, self.line);
-                k.add(self.base, begin)
-            })
-            .collect();
+        let columns = (self.column, k.min(self.column + self.width, self.n));
+        let lines: Vec<Val> = rows.iter().map(|&(row, _)| k.eval(self.base + row * self.line)).collect();
         let lanes = rows.iter().zip(&lines).map(|(&(_, at), &line)| {
             move |k: &mut Kernel, column: Val, mask: Val| {
-                let inside = k.sub(column, self.column);
-                let source = k.add(at, inside);
-                let source = k.add(source, k.lane_index());
-                let sum = k.load_here(self.room, source);
+                let sum = k.load_here(self.room, at + (column - self.column) + k.lane_index());
                 let sum = self.back.map_or(sum, |back| k.mul(sum, back));
                 if self.fate != Fate::Added {
                     return sum;
                 }
-                let place = k.add(line, column);
-                let before = k.load_lanes(self.to, place, mask);
+                let before = k.load_lanes(self.to, line + column, mask);
                 k.add(before, sum)
             }
         });
@@ -87,15 +75,11 @@ impl Out<'_> {
     /// Rows 0 to `count` of some in shared memory, several at a time: `place` says for each which one of the product it
     /// is and where its sums begin, the later row of the product for the later one.
     pub fn write_all(&self, k: &mut Kernel, count: Val, place: impl Fn(&mut Kernel, Val) -> (Val, Val)) {
-        let zero = k.index(0);
-        let some = k.index(TOGETHER);
-        let groups = k.div(count, some);
-        let whole = k.mul(groups, some);
-        k.each(zero, whole, TOGETHER, |k, first| {
+        let whole = k.eval(count / TOGETHER * TOGETHER);
+        k.each(0, whole, TOGETHER, |k, first| {
             let rows: Vec<(Val, Val)> = (0..TOGETHER)
                 .map(|n| {
-                    let n = k.index(n);
-                    let at = k.add(first, n);
+                    let at = k.eval(first + n);
                     place(k, at)
                 })
                 .collect();
@@ -109,8 +93,7 @@ impl Out<'_> {
 }
 
 /// How many rows there are from `row` on, of `most` at most.
-pub fn rows_left(k: &mut Kernel, (row, m): (Val, Val), most: Val) -> Val {
-    let (left, zero) = (k.sub(m, row), k.index(0));
-    let left = k.max(left, zero);
+pub fn rows_left(k: &mut Kernel, (row, m): (Val, Val), most: u64) -> Val {
+    let left = k.max(m - row, 0);
     k.min(left, most)
 }

@@ -131,34 +131,24 @@ impl Pack {
             let PackSizes { n, depth, tiles, along, deep, start } = PackSizes::of(sizes);
             k.units(|k, unit| {
                 let (column, step) = (k.div(unit, tiles), k.rem(unit, tiles));
-                let (columns, steps, size) = (k.index(COLUMNS), k.index(DEPTH), k.index(TILE));
-                let (column, step, target) = (k.mul(column, columns), k.mul(step, steps), k.mul(unit, size));
-                let lane = k.lane_index();
-                let (one, two) = (k.index(1), k.index(2));
-                let ahead = k.mul(lane, two);
-                let column = k.add(column, ahead);
-                let next = k.add(column, one);
+                let (column, step, target) = (k.eval(column * COLUMNS), k.eval(step * DEPTH), k.eval(unit * TILE));
+                let column = k.eval(column + k.lane_index() * 2);
+                let next = k.eval(column + 1);
                 let places = [column, next].map(|column| {
                     let there = k.compare(column, Order::Lt, n);
-                    let place = k.mul(column, along);
-                    (there, k.add(start, place))
+                    (there, k.eval(start + column * along))
                 });
-                let zero = k.index(0);
-                k.each(zero, steps, 1, |k, s| {
-                    let step = k.add(step, s);
+                k.each(0, DEPTH, 1, |k, s| {
+                    let step = k.eval(step + s);
                     let exists = k.compare(step, Order::Lt, depth);
                     let offset = k.mul(step, deep);
                     let pair = places.map(|(there, place)| {
                         let here = k.and(there, exists);
-                        let at = k.add(place, offset);
                         let nothing = k.float(0.0, F32);
-                        k.load_if(here, from, at, nothing)
+                        k.load_if(here, from, place + offset, nothing)
                     });
                     let word = k.word(half, pair);
-                    let line = k.index(COLUMNS / 2);
-                    let at = k.mul(s, line);
-                    let at = k.add(target, at);
-                    k.store_vector(word, to, at);
+                    k.store_vector(word, to, target + s * (COLUMNS / 2));
                 });
             });
         })
@@ -201,19 +191,13 @@ impl Round {
             let RoundSizes { depth, pieces, line, along, start } = RoundSizes::of(sizes);
             k.units(|k, unit| {
                 let (row, piece) = (k.div(unit, pieces), k.rem(unit, pieces));
-                let (each, all) = (k.index(EACH), k.index(EACH * WARP));
-                let (step, ahead) = (k.mul(piece, all), k.mul(k.lane_index(), each));
-                let step = k.add(step, ahead);
-                let begin = k.mul(row, along);
-                let begin = k.add(start, begin);
+                let step = k.eval(piece * (EACH * WARP) + k.lane_index() * EACH);
+                let begin = k.eval(start + row * along);
                 let mut numbers = vec![];
                 for four in (0..EACH).step_by(4) {
-                    let steps = [0, 1, 2, 3].map(|i| {
-                        let i = k.index(four + i);
-                        k.add(step, i)
-                    });
+                    let steps = [0, 1, 2, 3].map(|i| k.eval(step + (four + i)));
                     let there = steps.map(|step| k.compare(step, Order::Lt, depth));
-                    let at = steps.map(|step| k.add(begin, step));
+                    let at = steps.map(|step| k.eval(begin + step));
                     if fours {
                         numbers.extend(k.load_four_if(there[0], from, at[0]));
                     } else {
@@ -222,13 +206,10 @@ impl Round {
                     }
                 }
                 let words: Vec<Val> = numbers.chunks_exact(2).map(|pair| k.word(half, [pair[0], pair[1]])).collect();
-                let two = k.index(2);
-                let word = k.div(step, two);
+                let word = k.eval(step / 2);
                 let exists = k.compare(word, Order::Lt, line);
                 k.when(exists, |k| {
-                    let at = k.mul(row, line);
-                    let at = k.add(at, word);
-                    k.store_four(words.try_into().expect("half as many"), to, at);
+                    k.store_four(words.try_into().expect("half as many"), to, row * line + word);
                 });
             });
         })
@@ -279,10 +260,8 @@ impl Mma {
             }
             k.block_units(|k, unit| {
                 let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
-                let (rows, columns) = (k.index(form.rows), k.index(COLUMNS));
-                let (row, column) = (k.mul(tile_row, rows), k.mul(tile_column, columns));
-                let start_b = k.mul(tile_column, line_b);
-                let right = Right { buffer: b, start: k.add(start_b, first_b), depth };
+                let (row, column) = (k.eval(tile_row * form.rows), k.eval(tile_column * COLUMNS));
+                let right = Right { buffer: b, start: k.eval(tile_column * line_b + first_b), depth };
                 let zero = k.index(0);
                 let mut out = Out {
                     fate,
@@ -336,20 +315,18 @@ fn copied(k: &mut Kernel, form: Form, threads: &Threads, room: Buf, (left, right
     let zero = k.index(0);
     let last = k.index(ahead * form.stage());
     let carried = [vec![zero, last], vec![nothing; form.sums()]].concat();
-    let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
+    let carried = k.fold(0, depth, DEPTH, &carried, |k, block, carried| {
         let ([here, there], sums) = (first(carried), &carried[2..]);
         k.await_copies_but(ahead - 1);
         // This stage is filled, and the step before is done with the one that is filled next.
         k.barrier();
-        let steps = k.index(ahead * DEPTH);
-        let next = k.add(block, steps);
+        let next = k.eval(block + ahead * DEPTH);
         copy(k, next, there);
         let stage = Stage::at(k, form, room, here);
         let sums = multiply(k, form, threads, stage, sums);
         let after = [here, there].map(|word| {
-            let (size, all) = (k.index(form.stage()), k.index(form.stages() * form.stage()));
-            let after = k.add(word, size);
-            let round = k.compare(after, Order::Eq, all);
+            let after = k.eval(word + form.stage());
+            let round = k.compare(after, Order::Eq, form.stages() * form.stage());
             k.select(round, zero, after)
         });
         [&after[..], &sums].concat()
@@ -377,15 +354,14 @@ fn through_registers(
     right.share(k, threads, stage.b, &fetched_b);
     let nothing = k.float(0.0, F32);
     let carried = [vec![zero, scale], vec![nothing; form.sums()]].concat();
-    let carried = k.fold(zero, depth, DEPTH, &carried, |k, block, carried| {
+    let carried = k.fold(0, depth, DEPTH, &carried, |k, block, carried| {
         let ([stage, scale], sums) = (first(carried), &carried[2..]);
         // This stage is filled, and the steps before are done with the other.
         k.barrier();
         let here = Stage::at(k, form, room, stage);
-        let (size, deep) = (k.index(form.stage()), k.index(DEPTH));
-        let other = k.sub(size, stage);
+        let other = k.eval(form.stage() - stage);
         let there = Stage::at(k, form, room, other);
-        let next = k.add(block, deep);
+        let next = k.eval(block + DEPTH);
         let fetched_a = left.fetch(k, threads, next, depth);
         let fetched_b = right.fetch(k, threads, next);
         let sums = multiply(k, form, threads, here, sums);
@@ -406,8 +382,8 @@ struct Threads {
 
 impl Threads {
     fn of(k: &mut Kernel) -> Threads {
-        let (thread, width) = (k.thread(), k.index(WARP));
-        Threads { thread, warp: k.div(thread, width), lane: k.lane_index() }
+        let thread = k.thread();
+        Threads { thread, warp: k.eval(thread / WARP), lane: k.lane_index() }
     }
 }
 
@@ -421,7 +397,7 @@ struct Stage {
 impl Stage {
     fn at(k: &mut Kernel, form: Form, room: Buf, word: Val) -> Stage {
         let a = k.from(room, word);
-        Stage { a, b: k.beyond(a, form.rows * LINE_A) }
+        Stage { a, b: k.from(a, form.rows * LINE_A) }
     }
 }
 
@@ -433,11 +409,9 @@ fn rows_below(
     below: impl Iterator<Item = u64>,
 ) -> Vec<(Val, Val)> {
     let rows = below.map(|down| {
-        let down = k.index(down);
-        let row = k.add(row, down);
+        let row = k.eval(row + down);
         let there = k.compare(row, Order::Lt, m);
-        let begin = k.mul(row, line);
-        (k.add(start, begin), there)
+        (k.eval(start + row * line), there)
     });
     rows.collect()
 }
@@ -459,32 +433,26 @@ impl Rounded {
         rows: u64,
     ) -> Rounded {
         let (own, word) = Rounded::own(k, threads);
-        let row = k.add(row, own);
-        let start = k.add(start, word);
+        let row = k.eval(row + own);
+        let start = k.eval(start + word);
         let below = (0..rows).step_by((THREADS / FOURS) as usize);
         Rounded { buffer, rows: rows_below(k, (row, m), (line, start), below) }
     }
 
     /// The thread's first row, and its first word there.
     fn own(k: &mut Kernel, threads: &Threads) -> (Val, Val) {
-        let (fours, four) = (k.index(FOURS), k.index(4));
-        let (row, word) = (k.div(threads.thread, fours), k.rem(threads.thread, fours));
-        (row, k.mul(word, four))
+        (k.eval(threads.thread / FOURS), k.eval(threads.thread % FOURS * 4))
     }
 
     fn copy(&self, k: &mut Kernel, threads: &Threads, (block, depth): (Val, Val), to: Buf) {
         let (row, word) = Rounded::own(k, threads);
-        let (line, two) = (k.index(LINE_A), k.index(2));
-        let place = k.mul(row, line);
-        let place = k.add(place, word);
-        let (step, begin) = (k.mul(word, two), k.div(block, two));
-        let step = k.add(block, step);
-        let within = k.compare(step, Order::Lt, depth);
+        let place = k.eval(row * LINE_A + word);
+        let (step, begin) = (k.eval(word * 2), k.eval(block / 2));
+        let within = k.compare(block + step, Order::Lt, depth);
         for (n, &(row, there)) in (0..).zip(&self.rows) {
             let here = k.and(there, within);
-            let (at, down) = (k.add(row, begin), k.index(n * THREADS / FOURS * LINE_A));
-            let place = k.add(place, down);
-            k.copy_four_if(here, (self.buffer, at), (to, place));
+            let place = place + n * THREADS / FOURS * LINE_A;
+            k.copy_four_if(here, (self.buffer, row + begin), (to, place));
         }
     }
 }
@@ -507,42 +475,33 @@ impl Left {
         form: Form,
     ) -> Left {
         let (own, _) = Left::own(k, threads);
-        let row = k.add(row, own);
+        let row = k.eval(row + own);
         let below = (0..FOURS_A).map(|n| n * ROWS_AT_ONCE);
         Left { buffer, rows: rows_below(k, (row, m), (line, start), below), form }
     }
 
     /// The thread's first row, and its first step.
     fn own(k: &mut Kernel, threads: &Threads) -> (Val, Val) {
-        let (fours, four, rows) = (k.index(DEPTH / 4), k.index(4), k.index(ROWS / WARPS));
-        let (down, step) = (k.div(threads.lane, fours), k.rem(threads.lane, fours));
-        let row = k.mul(threads.warp, rows);
-        (k.add(row, down), k.mul(step, four))
+        let (down, step) = (k.eval(threads.lane / (DEPTH / 4)), k.eval(threads.lane % (DEPTH / 4)));
+        (k.eval(threads.warp * (ROWS / WARPS) + down), k.eval(step * 4))
     }
 
     fn fetch(&self, k: &mut Kernel, threads: &Threads, block: Val, depth: Val) -> Vec<Val> {
         let (_, step) = Left::own(k, threads);
-        let step = k.add(block, step);
+        let step = k.eval(block + step);
         let nothing = k.float(0.0, F32);
         let mut fetched = vec![];
-        let within: Vec<Val> = (0..4)
-            .map(|i| {
-                let i = k.index(i);
-                let step = k.add(step, i);
-                k.compare(step, Order::Lt, depth)
-            })
-            .collect();
+        let within: Vec<Val> = (0..4).map(|i| k.compare(step + i, Order::Lt, depth)).collect();
         for &(begin, there) in &self.rows {
-            let at = k.add(begin, step);
+            let at = k.eval(begin + step);
             if self.form.fours {
                 let here = k.and(there, within[0]);
                 fetched.extend(k.load_four_if(here, self.buffer, at));
                 continue;
             }
             for (i, &within) in within.iter().enumerate() {
-                let (i, here) = (k.index(i as u64), k.and(there, within));
-                let at = k.add(at, i);
-                fetched.push(k.load_if(here, self.buffer, at, nothing));
+                let here = k.and(there, within);
+                fetched.push(k.load_if(here, self.buffer, at + i as u64, nothing));
             }
         }
         fetched
@@ -550,18 +509,13 @@ impl Left {
 
     fn share(&self, k: &mut Kernel, threads: &Threads, to: Buf, fetched: &[Val], scale: Val) {
         let (row, step) = Left::own(k, threads);
-        let (line, two) = (k.index(LINE_A), k.index(2));
-        let (begin, half) = (k.mul(row, line), k.div(step, two));
-        let at = k.add(begin, half);
+        let at = k.eval(row * LINE_A + step / 2);
         for (n, four) in fetched.chunks_exact(4).enumerate() {
-            let down = k.index(n as u64 * ROWS_AT_ONCE * LINE_A);
-            let at = k.add(at, down);
+            let at = k.eval(at + n as u64 * ROWS_AT_ONCE * LINE_A);
             for (i, pair) in four.chunks_exact(2).enumerate() {
                 let pair = [pair[0], pair[1]].map(|x| k.mul(x, scale));
                 let word = k.word(self.form.half, pair);
-                let i = k.index(i as u64);
-                let at = k.add(at, i);
-                k.store_here(word, to, at);
+                k.store_here(word, to, at + i as u64);
             }
         }
     }
@@ -619,16 +573,8 @@ impl Right {
     /// The places of the thread's fours in the tile from a step on, which exists.
     fn places(&self, k: &mut Kernel, threads: &Threads, block: Val) -> (Val, Vec<Val>) {
         let here = k.compare(block, Order::Lt, self.depth);
-        let (step, size, four) = (k.index(DEPTH), k.index(TILE), k.index(4));
-        let tile = k.div(block, step);
-        let tile = k.mul(tile, size);
-        let at = k.mul(threads.thread, four);
-        let at = k.add(tile, at);
-        let at = k.add(self.start, at);
-        let places = (0..FOURS_B).map(|n| {
-            let ahead = k.index(n * THREADS * 4);
-            k.add(at, ahead)
-        });
+        let at = k.eval(self.start + (block / DEPTH * TILE + threads.thread * 4));
+        let places = (0..FOURS_B).map(|n| k.eval(at + n * THREADS * 4));
         (here, places.collect())
     }
 
@@ -649,22 +595,16 @@ impl Right {
         for (n, words) in fetched.chunks_exact(4).enumerate() {
             let at = Right::place(k, threads, n as u64);
             for (i, &word) in words.iter().enumerate() {
-                let i = k.index(i as u64);
-                let at = k.add(at, i);
-                k.store_here(word, to, at);
+                k.store_here(word, to, at + i as u64);
             }
         }
     }
 
     /// Of a thread's `n`th four words in their stage.
     fn place(k: &mut Kernel, threads: &Threads, n: u64) -> Val {
-        let fours = k.index(COLUMNS / 8);
-        let (row, column) = (k.div(threads.thread, fours), k.rem(threads.thread, fours));
-        let (line, four) = (k.index(LINE_B), k.index(4));
-        let (begin, column) = (k.mul(row, line), k.mul(column, four));
-        let at = k.add(begin, column);
-        let down = k.index(n * THREADS / (COLUMNS / 8) * LINE_B);
-        k.add(at, down)
+        let (row, column) = (k.eval(threads.thread / (COLUMNS / 8)), k.eval(threads.thread % (COLUMNS / 8)));
+        let (begin, column) = (k.eval(row * LINE_B), k.eval(column * 4));
+        k.eval(begin + column + n * THREADS / (COLUMNS / 8) * LINE_B)
     }
 }
 
@@ -672,19 +612,13 @@ impl Right {
 fn multiply(k: &mut Kernel, form: Form, threads: &Threads, stage: Stage, sums: &[Val]) -> Vec<Val> {
     let Form { half, .. } = form;
     let mut sums: Vec<Vec<Val>> = sums.chunks_exact(SUMS).map(<[Val]>::to_vec).collect();
-    let rows = k.index(form.down() * SIDE * LINE_A);
-    let start = k.mul(threads.warp, rows);
+    let start = k.eval(threads.warp * (form.down() * SIDE * LINE_A));
     for step in (0..DEPTH).step_by(SIDE as usize) {
         let left: Vec<Vec<Val>> = (0..form.down())
-            .map(|i| {
-                let at = k.index(i * SIDE * LINE_A + step / 2);
-                let at = k.add(start, at);
-                k.load_fragment(half, Operand::A, stage.a, at, 2 * LINE_A)
-            })
+            .map(|i| k.load_fragment(half, Operand::A, stage.a, start + (i * SIDE * LINE_A + step / 2), 2 * LINE_A))
             .collect();
         for j in 0..ACROSS {
-            let at = k.index(step * LINE_B + j * SIDE / 2);
-            let right = k.load_fragment(half, Operand::B, stage.b, at, 2 * LINE_B);
+            let right = k.load_fragment(half, Operand::B, stage.b, step * LINE_B + j * SIDE / 2, 2 * LINE_B);
             for (i, left) in left.iter().enumerate() {
                 let sum = &mut sums[i * ACROSS as usize + j as usize];
                 *sum = k.multiply_fragments(half, left, &right, sum);
@@ -696,26 +630,18 @@ fn multiply(k: &mut Kernel, form: Form, threads: &Threads, stage: Stage, sums: &
 
 /// A row of fragments after the other, through a part of shared memory that is the warp's own.
 fn write(k: &mut Kernel, out: &Out, threads: &Threads, (row, m): (Val, Val), sums: &[Val], down: u64) {
-    let size = k.index(SIDE * LINE_C);
-    let own = k.mul(threads.warp, size);
-    let warp_rows = k.index(down * SIDE);
-    let first = k.mul(threads.warp, warp_rows);
-    let first = k.add(row, first);
+    let own = k.eval(threads.warp * (SIDE * LINE_C));
+    let first = k.eval(row + threads.warp * (down * SIDE));
     for (i, fragments) in sums.chunks_exact(ACROSS as usize * SUMS).enumerate() {
         for (j, sums) in fragments.chunks_exact(SUMS).enumerate() {
-            let at = k.index(j as u64 * SIDE);
-            let at = k.add(own, at);
-            k.store_fragment(sums, out.room, at, LINE_C);
+            k.store_fragment(sums, out.room, own + j as u64 * SIDE, LINE_C);
         }
         k.settle();
-        let before = k.index(i as u64 * SIDE);
-        let first = k.add(first, before);
-        let side = k.index(SIDE);
-        let rows = rows_left(k, (first, m), side);
+        let first = k.eval(first + i as u64 * SIDE);
+        let rows = rows_left(k, (first, m), SIDE);
         out.write_all(k, rows, |k, r| {
-            let line = k.index(LINE_C);
-            let at = k.mul(r, line);
-            (k.add(first, r), k.add(own, at))
+            let at = k.eval(r * LINE_C);
+            (k.eval(first + r), k.eval(own + at))
         });
         k.settle();
     }

@@ -53,18 +53,6 @@ impl Factors {
             deep => Extent::CeilDiv(Box::new(depth), deep),
         }
     }
-
-    /// The same in a kernel.
-    pub fn steps_in(self, k: &mut Kernel, depth: Val) -> Val {
-        let deep = k.index(self.deep());
-        k.div_up(depth, deep)
-    }
-
-    /// Where a step begins along k.
-    pub fn depth_at(self, k: &mut Kernel, step: Val) -> Val {
-        let deep = k.index(self.deep());
-        k.mul(step, deep)
-    }
 }
 
 arguments! { PackBuffers { from, to } }
@@ -103,78 +91,56 @@ impl Pack {
             let PackSizes { length, depth, panels, line, area, begin: first_column } = PackSizes::of(sizes);
             k.units(|k, unit| {
                 let (batch, panel) = (k.div(unit, panels), k.rem(unit, panels));
-                let area = k.mul(batch, area);
-                let area = k.add(area, first_column);
-                let across = k.index(width);
-                let start = k.mul(panel, across);
-                let left = k.sub(length, start);
-                let steps = factors.steps_in(k, depth);
-                let words = k.index(factors.words(width));
-                let size = k.mul(steps, words);
-                let out = k.mul(unit, size);
-                let zero = k.index(0);
+                let area = k.eval(batch * area + first_column);
+                let start = k.eval(panel * width);
+                let left = k.eval(length - start);
+                let steps = k.div_up(depth, factors.deep());
+                let words = factors.words(width);
+                let out = k.eval(unit * (steps * words));
                 if contiguous {
-                    k.each(zero, steps, 1, |k, step| {
-                        let at = factors.depth_at(k, step);
-                        let row = k.mul(at, line);
-                        let row = k.add(row, start);
-                        let row = k.add(row, area);
-                        let target = k.mul(step, words);
-                        let target = k.add(out, target);
+                    k.each(0, steps, 1, |k, step| {
+                        let at = k.eval(step * factors.deep());
+                        let row = k.eval(at * line + start + area);
+                        let target = k.eval(out + step * words);
                         for lane in (0..width).step_by(LANES as usize) {
-                            let offset = k.index(lane);
-                            let here = k.sub(left, offset);
+                            let here = k.eval(left - lane);
                             let mask = k.mask(here);
-                            let source = k.add(row, offset);
+                            let source = k.eval(row + lane);
                             let x = k.load_lanes(from, source, mask);
                             let x = match factors {
                                 Factors::F32 => x,
                                 Factors::Widened => k.pairs(false, x),
                                 Factors::Pairs => {
-                                    let one = k.index(1);
-                                    let rest = k.sub(depth, at);
-                                    let whole = k.compare(rest, Order::Gt, one);
-                                    let both = k.select(whole, here, zero);
+                                    let whole = k.compare(depth - at, Order::Gt, 1);
+                                    let both = k.select(whole, here, 0);
                                     let mask = k.mask(both);
-                                    let below = k.add(source, line);
-                                    let below = k.load_lanes(from, below, mask);
+                                    let below = k.load_lanes(from, source + line, mask);
                                     let x = k.interleave(x, below);
                                     k.pairs(true, x)
                                 }
                             };
-                            let offset = k.index(factors.words(lane));
-                            let target = k.add(target, offset);
-                            k.store_vector(x, to, target);
+                            k.store_vector(x, to, target + factors.words(lane));
                         }
                     });
                 } else {
                     // Rows in blocks of lanes along k: one cache line of each row is read while it is warm.
-                    k.each(zero, steps, LANES, |k, block| {
-                        let end = k.index(LANES);
-                        let end = k.add(block, end);
-                        let end = k.min(end, steps);
-                        let each = width / factors.words(width);
-                        k.each(zero, words, 1, |k, word| {
+                    k.each(0, steps, LANES, |k, block| {
+                        let end = k.min(block + LANES, steps);
+                        let each = width / words;
+                        k.each(0, words, 1, |k, word| {
                             // Of each column in the word, where it begins, and whether there is one.
                             let columns = (0..each).map(|i| {
-                                let (i, each) = (k.index(i), k.index(each));
-                                let before = k.mul(word, each);
-                                let i = k.add(before, i);
+                                let i = k.eval(word * each + i);
                                 let exists = k.compare(i, Order::Lt, left);
-                                let row = k.add(start, i);
-                                let row = k.select(exists, row, start);
-                                let row = k.mul(row, line);
-                                (k.add(row, area), exists)
+                                let row = k.select(exists, start + i, start);
+                                (k.eval(row * line + area), exists)
                             });
                             let columns: Vec<(Val, Val)> = columns.collect();
                             k.each(block, end, 1, |k, step| {
-                                let at = factors.depth_at(k, step);
-                                let target = k.mul(step, words);
-                                let target = k.add(target, word);
-                                let target = k.add(target, out);
+                                let at = k.eval(step * factors.deep());
+                                let target = k.eval(step * words + word + out);
                                 let number = |k: &mut Kernel, (row, exists): (Val, Val)| {
-                                    let source = k.add(row, at);
-                                    let x = k.load(from, source);
+                                    let x = k.load(from, row + at);
                                     let nothing = k.float(0.0, F32);
                                     k.select(exists, x, nothing)
                                 };
@@ -185,11 +151,9 @@ impl Pack {
                                         k.store(x, to, target);
                                     }
                                     (Factors::Pairs, &[(row, exists)]) => {
-                                        let rest = k.sub(depth, at);
-                                        let here = k.select(exists, rest, zero);
+                                        let here = k.select(exists, depth - at, 0);
                                         let mask = k.mask_of(here, 2);
-                                        let source = k.add(row, at);
-                                        let x = k.load_lanes(from, source, mask);
+                                        let x = k.load_lanes(from, row + at, mask);
                                         let x = k.pairs(true, x);
                                         k.store_vector(x, to, target);
                                     }

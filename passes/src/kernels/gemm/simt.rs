@@ -18,7 +18,7 @@ use peft_runtime::artifact::Element;
 
 use super::epilogue::{Fate, Out, rows_left};
 use crate::abi::arguments;
-use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define};
+use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define};
 use crate::kernels::epilogue::Epilogue;
 use crate::target::Machine;
 use crate::target::cuda::{WARP, WARPS};
@@ -123,29 +123,22 @@ impl Simt {
             let left = [sizes.along_a, sizes.deep_a, sizes.area_a, sizes.first_a];
             let right = [sizes.along_b, sizes.deep_b, sizes.area_b, sizes.first_b];
             let part_a = k.shared((DEPTH * (line_a + line_b)).max(WARPS * tile.own()));
-            let part_b = k.beyond(part_a, DEPTH * line_a);
+            let part_b = k.from(part_a, DEPTH * line_a);
             let thread = k.thread();
-            let wide = k.index(tile.columns / COLUMNS);
-            let (columns, rows) = (k.index(COLUMNS), k.index(held));
-            let (column, row) = (k.rem(thread, wide), k.div(thread, wide));
-            let (column, row) = (k.mul(column, columns), k.mul(row, rows));
+            let wide = tile.columns / COLUMNS;
+            let (column, row) = (k.eval(thread % wide), k.eval(thread / wide));
+            let (column, row) = (k.eval(column * COLUMNS), k.eval(row * held));
             k.block_units(|k, unit| {
                 let (rest, tile_column) = (k.div(unit, across), k.rem(unit, across));
                 let (lead, tile_row) = (k.div(rest, down), k.rem(rest, down));
                 let (share, batch) = (k.div(lead, batches), k.rem(lead, batches));
-                let begin = k.mul(share, steps);
-                let depth = {
-                    let end = k.add(begin, steps);
-                    k.min(end, depth)
-                };
-                let (down, across) = (k.index(tile.rows), k.index(tile.columns));
-                let (first_row, first_column) = (k.mul(tile_row, down), k.mul(tile_column, across));
+                let begin = k.eval(share * steps);
+                let depth = k.min(begin + steps, depth);
+                let (first_row, first_column) = (k.eval(tile_row * tile.rows), k.eval(tile_column * tile.columns));
                 let left = Source::of(k, a, left, batch, (first_row, m), tile.rows, contiguous[0]);
                 let right = Source::of(k, b, right, batch, (first_column, n), tile.columns, contiguous[1]);
                 let nothing = k.float(0.0, F32);
-                let zero = k.index(0);
-                let area = k.mul(lead, area_c);
-                let base = k.add(first_c, area);
+                let base = k.eval(first_c + lead * area_c);
                 let out = Out {
                     fate,
                     epilogue,
@@ -162,7 +155,7 @@ impl Simt {
                     back: None,
                 };
                 let fetch = |k: &mut Kernel, block: Val| {
-                    let end = k.sub(depth, block);
+                    let end = k.eval(depth - block);
                     [&left, &right].map(|side| side.fetch(k, block, end))
                 };
                 let fetched = fetch(k, begin);
@@ -176,22 +169,15 @@ impl Simt {
                     left.share(k, part_a, x);
                     right.share(k, part_b, y);
                     k.barrier();
-                    let steps = k.index(DEPTH);
                     // On their way while these are multiplied.
-                    let next = k.add(block, steps);
+                    let next = k.eval(block + DEPTH);
                     let fetched = fetch(k, next);
-                    let sums = k.fold(zero, steps, TURN, sums, |k, step, sums| {
+                    let sums = k.fold(0, DEPTH, TURN, sums, |k, step, sums| {
                         (0..TURN).fold(sums.to_vec(), |sums, ahead| {
-                            let ahead = k.index(ahead);
-                            let step = k.add(step, ahead);
-                            let (line_a, line_b) = (k.index(line_a), k.index(line_b));
-                            let (at_a, at_b) = (k.mul(step, line_a), k.mul(step, line_b));
-                            let (at_a, at_b) = (k.add(at_a, row), k.add(at_b, column));
-                            let fours = (0..held).step_by(4).flat_map(|ahead| {
-                                let ahead = k.index(ahead);
-                                let at = k.add(at_a, ahead);
-                                k.load_four(part_a, at)
-                            });
+                            let step = k.eval(step + ahead);
+                            let (at_a, at_b) = (k.eval(step * line_a), k.eval(step * line_b));
+                            let (at_a, at_b) = (k.eval(at_a + row), k.eval(at_b + column));
+                            let fours = (0..held).step_by(4).flat_map(|ahead| k.load_four(part_a, at_a + ahead));
                             let x: Vec<Val> = fours.collect();
                             let y = k.load_four(part_b, at_b);
                             let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
@@ -202,48 +188,31 @@ impl Simt {
                 });
                 let sums = &carried[..count];
                 k.barrier();
-                let (lanes, size) = (k.index(WARP), k.index(tile.own()));
-                let warp = k.div(thread, lanes);
-                let own = k.mul(warp, size);
+                let warp = k.eval(thread / WARP);
+                let own = k.eval(warp * tile.own());
                 // The warp's rows of threads, one below the other.
-                let below = k.div(k.lane_index(), wide);
-                let (line, some) = (k.index(line_b), k.index(PART));
-                let place = k.mul(below, some);
-                let place = k.mul(place, line);
-                let place = k.add(own, place);
-                let place = k.add(place, column);
-                let warp_rows = k.index(tile.lines() * held);
-                let first_row = {
-                    let before = k.mul(warp, warp_rows);
-                    k.add(first_row, before)
-                };
+                let below = k.eval(k.lane_index() / wide);
+                let place = k.eval(own + below * PART * line_b + column);
+                let first_row = k.eval(first_row + warp * (tile.lines() * held));
                 for part in (0..held).step_by(PART as usize) {
                     for (i, &sum) in sums[(part * COLUMNS) as usize..][..(PART * COLUMNS) as usize].iter().enumerate() {
                         let (r, c) = (i as u64 / COLUMNS, i as u64 % COLUMNS);
-                        let at = k.index(r * line_b + c);
-                        let at = k.add(place, at);
-                        k.store_here(sum, part_a, at);
+                        k.store_here(sum, part_a, place + (r * line_b + c));
                     }
                     k.settle();
                     // The first of each row of threads, from which on there are as many as one holds.
-                    let first_of = |k: &mut Kernel, below: Val| {
-                        let row = k.mul(below, rows);
-                        let before = k.index(part);
-                        let row = k.add(row, before);
-                        k.add(first_row, row)
-                    };
+                    let first_of = |below: Index| first_row + (below * held + part);
                     let zero = k.index(0);
                     let count = (0..tile.lines()).fold(zero, |count, below| {
-                        let below = k.index(below);
-                        let first = first_of(k, below);
-                        let left = rows_left(k, (first, m), some);
-                        k.add(count, left)
+                        let first = k.eval(first_of(below.into()));
+                        let left = rows_left(k, (first, m), PART);
+                        k.eval(count + left)
                     });
                     out.write_all(k, count, |k, r| {
-                        let (below, rest) = (k.div(r, some), k.rem(r, some));
-                        let first = first_of(k, below);
-                        let at = k.mul(r, line);
-                        (k.add(first, rest), k.add(own, at))
+                        let (below, rest) = (k.eval(r / PART), k.eval(r % PART));
+                        let first = k.eval(first_of(below.into()));
+                        let at = k.eval(r * line_b);
+                        (k.eval(first + rest), k.eval(own + at))
                     });
                     k.settle();
                 }
@@ -280,39 +249,32 @@ impl Source {
         contiguous: bool,
     ) -> Source {
         let [along, deep, area, first] = lie;
-        let area = k.mul(batch, area);
-        let base = k.mul(start, along);
-        let base = k.add(base, area);
-        let base = k.add(base, first);
+        let area = k.eval(batch * area);
+        let base = k.eval(start * along + area + first);
         let width = if contiguous { side } else { DEPTH };
-        let (thread, across) = (k.thread(), k.index(width));
-        let (fast, slow) = (k.rem(thread, across), k.div(thread, across));
+        let thread = k.thread();
+        let (fast, slow) = (k.eval(thread % width), k.eval(thread / width));
         let ((i, step), next) = match contiguous {
             true => ((fast, slow), (0, THREADS / width)),
             false => ((slow, fast), (THREADS / width, 0)),
         };
-        Source { buffer, base, along, deep, count: k.sub(end, start), side, i, step, next }
+        Source { buffer, base, along, deep, count: k.eval(end - start), side, i, step, next }
     }
 
     /// Place n of the thread's, in the tile and along k.
     fn place(&self, k: &mut Kernel, n: u64) -> (Val, Val) {
-        let (i, step) = (k.index(n * self.next.0), k.index(n * self.next.1));
-        (k.add(self.i, i), k.add(self.step, step))
+        (k.eval(self.i + n * self.next.0), k.eval(self.step + n * self.next.1))
     }
 
     /// The thread's elements of the steps from `block` on, of which there are `end`; 0 for those that do not exist.
     fn fetch(&self, k: &mut Kernel, block: Val, end: Val) -> Vec<Val> {
         let nothing = k.float(0.0, F32);
-        let start = k.mul(block, self.deep);
-        let start = k.add(self.base, start);
+        let start = k.eval(self.base + block * self.deep);
         let element = |n| {
             let (i, step) = self.place(k, n);
             let (there, here) = (k.compare(i, Order::Lt, self.count), k.compare(step, Order::Lt, end));
             let exists = k.and(there, here);
-            let (along, deep) = (k.mul(i, self.along), k.mul(step, self.deep));
-            let at = k.add(along, deep);
-            let at = k.add(start, at);
-            k.load_if(exists, self.buffer, at, nothing)
+            k.load_if(exists, self.buffer, start + (i * self.along + step * self.deep), nothing)
         };
         (0..self.side * DEPTH / THREADS).map(element).collect()
     }
@@ -320,10 +282,7 @@ impl Source {
     fn share(&self, k: &mut Kernel, to: Buf, elements: &[Val]) {
         for (n, &x) in elements.iter().enumerate() {
             let (i, step) = self.place(k, n as u64);
-            let line = k.index(self.side + APART);
-            let at = k.mul(step, line);
-            let at = k.add(at, i);
-            k.store_here(x, to, at);
+            k.store_here(x, to, step * (self.side + APART) + i);
         }
     }
 }

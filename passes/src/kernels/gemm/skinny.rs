@@ -14,7 +14,7 @@ use peft_runtime::artifact::Element;
 
 use super::epilogue::{Fate, Out};
 use crate::abi::arguments;
-use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define, first};
+use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define, first};
 use crate::kernels::epilogue::Epilogue;
 use crate::target::Machine;
 use crate::target::cuda::{WARP, WARPS};
@@ -123,17 +123,16 @@ impl Skinny {
             let Sizes { m, n, depth, across, line_c, first_c, .. } = sizes;
             let stage = WARP * line;
             let room = k.shared((AHEAD * stage).max(WARPS * tile.own()));
-            let stages: Vec<Buf> = (0..AHEAD).map(|at| k.beyond(room, at * stage)).collect();
-            let (thread, lanes) = (k.thread(), k.index(WARP));
-            let (warp, lane) = (k.div(thread, lanes), k.lane_index());
+            let stages: Vec<Buf> = (0..AHEAD).map(|at| k.from(room, at * stage)).collect();
+            let thread = k.thread();
+            let (warp, lane) = (k.eval(thread / WARP), k.lane_index());
             // Of a stage, the lane's step.
-            let lines = k.index(line);
-            let here = k.mul(lane, lines);
+            let here = k.eval(lane * line);
             k.block_units(|k, unit| {
                 let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
-                let (rows, held, wide) = (k.index(ROWS), k.index(HELD), k.index(columns));
-                let (row, before, column) = (k.mul(tile_row, rows), k.mul(warp, held), k.mul(tile_column, wide));
-                let row = k.add(row, before);
+                let (row, before, column) =
+                    (k.eval(tile_row * ROWS), k.eval(warp * HELD), k.eval(tile_column * columns));
+                let row = k.eval(row + before);
                 let left = Operand::rows(k, a, [sizes.along_a, sizes.deep_a, sizes.first_a], (row, m), depth);
                 let (right, place) = Operand::columns(
                     k,
@@ -143,39 +142,30 @@ impl Skinny {
                     depth,
                     (tile, contiguous),
                 );
-                let zero = k.index(0);
-                let step = |k: &mut Kernel, from: Val, ahead: u64| {
-                    let ahead = k.index(ahead * WARP);
-                    k.add(from, ahead)
-                };
                 let mut start = vec![k.float(0.0, F32); (HELD * columns) as usize];
                 for ahead in 0..AHEAD {
-                    let step = step(k, zero, ahead);
-                    start.extend(left.fetch(k, step));
+                    start.extend(left.fetch(k, ahead * WARP));
                 }
-                let fetched = right.fetch(k, zero);
+                let fetched = right.fetch(k, 0);
                 // The unit before is on its way out through the same room.
                 k.barrier();
                 place.share(k, stages[0], &fetched);
-                let sums = k.fold(zero, depth, WARP * AHEAD, &start, |k, block, carried| {
+                let sums = k.fold(0, depth, WARP * AHEAD, &start, |k, block, carried| {
                     let (sums, numbers) = carried.split_at((HELD * columns) as usize);
                     let (mut sums, mut next) = (sums.to_vec(), vec![]);
                     for (ahead, x) in (0..AHEAD).zip(numbers.chunks_exact(HELD as usize)) {
-                        let now = step(k, block, ahead);
-                        let soon = step(k, now, 1);
-                        let fetched = right.fetch(k, soon);
+                        let now = k.eval(block + ahead * WARP);
+                        let fetched = right.fetch(k, now + WARP);
                         // This stage is filled, and the steps before the last ones are done with the next.
                         k.barrier();
                         sums = multiply(k, x, (stages[ahead as usize], here), &sums);
-                        let later = step(k, now, AHEAD);
-                        next.extend(left.fetch(k, later));
+                        next.extend(left.fetch(k, now + AHEAD * WARP));
                         place.share(k, stages[((ahead + 1) % AHEAD) as usize], &fetched);
                     }
                     [sums, next].concat()
                 });
                 k.barrier();
-                let size = k.index(tile.own());
-                let own = k.mul(warp, size);
+                let own = k.eval(warp * tile.own());
                 let results = add_up(k, tile, (room, own), &sums[..(HELD * columns) as usize]);
                 let out = Out {
                     fate,
@@ -185,21 +175,20 @@ impl Skinny {
                     to: c,
                     base: first_c,
                     line: line_c,
-                    batch: zero,
+                    batch: k.index(0),
                     column,
                     n,
                     width: columns,
                     room,
                     back: None,
                 };
-                let left = k.sub(m, row);
+                let left = k.eval(m - row);
                 let some = k.compare(row, Order::Lt, m);
-                let left = k.select(some, left, zero);
-                let rows = k.min(left, held);
+                let left = k.select(some, left, 0);
+                let rows = k.min(left, HELD);
                 out.write_all(k, rows, |k, r| {
-                    let lanes = k.index(WARP);
-                    let at = k.mul(r, lanes);
-                    (k.add(row, r), k.add(results, at))
+                    let at = k.eval(r * WARP);
+                    (k.eval(row + r), k.eval(results + at))
                 });
             });
         })
@@ -232,55 +221,47 @@ impl Operand {
         depth: Val,
         (tile, contiguous): (Tile, bool),
     ) -> (Operand, Place) {
-        let (thread, wide, line) = (k.thread(), tile.wide(), k.index(tile.line()));
+        let (thread, wide) = (k.thread(), tile.wide());
         let (fetched, step, own, next) = if contiguous {
-            let (columns, at_once) = (k.index(wide), THREADS / wide);
-            let (step, own) = (k.div(thread, columns), k.rem(thread, columns));
-            let column = k.add(column, own);
+            let at_once = THREADS / wide;
+            let (step, own) = (k.eval(thread / wide), k.eval(thread % wide));
+            let column = k.eval(column + own);
             let begin = Operand::line(k, side, (column, n), 0);
-            let steps = (0..WARP).step_by(at_once as usize).map(|ahead| {
-                let ahead = k.index(ahead);
-                (k.add(step, ahead), vec![begin])
-            });
+            let steps = (0..WARP).step_by(at_once as usize).map(|ahead| (k.eval(step + ahead), vec![begin]));
             (steps.collect(), step, own, at_once * tile.line())
         } else {
-            let (lanes, four) = (k.index(WARP), k.index(4));
-            let warp = k.div(thread, lanes);
-            let own = k.mul(warp, four);
-            let column = k.add(column, own);
+            let own = k.eval(thread / WARP * 4);
+            let column = k.eval(column + own);
             let fours = (0..wide).step_by((4 * WARPS) as usize).flat_map(|more| more..more + 4);
             let lines = fours.map(|more| Operand::line(k, side, (column, n), more)).collect();
             (vec![(k.lane_index(), lines)], k.lane_index(), own, 4 * WARPS)
         };
-        let begin = k.mul(step, line);
-        let place = Place { at: k.add(begin, own), next, fours: !contiguous };
+        let place = Place { at: k.eval(step * tile.line() + own), next, fours: !contiguous };
         (Operand { buffer, fetched, deep: side[1], depth }, place)
     }
 
     /// Where line `i + more` begins; of those from `end` on it does not matter.
     fn line(k: &mut Kernel, side: [Val; 3], (i, end): (Val, Val), more: u64) -> Val {
         let [along, _, first] = side;
-        let (one, more) = (k.index(1), k.index(more));
-        let (i, last) = (k.add(i, more), k.sub(end, one));
+        let (i, last) = (k.eval(i + more), k.eval(end - 1));
         let i = k.min(i, last);
-        let at = k.mul(i, along);
-        k.add(first, at)
+        k.eval(first + i * along)
     }
 
     /// Of the round that begins at step `begin`; 0 for steps that do not exist. Nothing branches, or LLVM would put off
     /// sums from round to round.
-    fn fetch(&self, k: &mut Kernel, begin: Val) -> Vec<Val> {
-        let (one, nothing) = (k.index(1), k.float(0.0, F32));
-        let last = k.sub(self.depth, one);
+    fn fetch(&self, k: &mut Kernel, begin: impl Into<Index>) -> Vec<Val> {
+        let begin = k.eval(begin);
+        let nothing = k.float(0.0, F32);
+        let last = k.eval(self.depth - 1);
         let mut numbers = vec![];
         for (ahead, lines) in &self.fetched {
-            let step = k.add(begin, *ahead);
+            let step = k.eval(begin + *ahead);
             let there = k.compare(step, Order::Lt, self.depth);
             let step = k.min(step, last);
-            let along = k.mul(step, self.deep);
+            let along = k.eval(step * self.deep);
             for &line in lines {
-                let at = k.add(line, along);
-                let number = k.load_here(self.buffer, at);
+                let number = k.load_here(self.buffer, line + along);
                 numbers.push(k.select(there, number, nothing));
             }
         }
@@ -298,8 +279,7 @@ struct Place {
 impl Place {
     fn share(&self, k: &mut Kernel, to: Buf, fetched: &[Val]) {
         for (n, numbers) in fetched.chunks(if self.fours { 4 } else { 1 }).enumerate() {
-            let ahead = k.index(n as u64 * self.next);
-            let at = k.add(self.at, ahead);
+            let at = k.eval(self.at + n as u64 * self.next);
             match *numbers {
                 [x, y, z, w] => k.store_four([x, y, z, w], to, at),
                 _ => k.store_here(numbers[0], to, at),
@@ -312,9 +292,7 @@ impl Place {
 fn multiply(k: &mut Kernel, x: &[Val], (stage, step): (Buf, Val), sums: &[Val]) -> Vec<Val> {
     let mut next = vec![];
     for (four, sums) in (0..).step_by(4).zip(sums.chunks_exact(4 * x.len())) {
-        let four = k.index(four);
-        let at = k.add(step, four);
-        let y = k.load_four(stage, at);
+        let y = k.load_four(stage, step + four);
         let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
         next.extend(pairs.zip(sums).map(|((x, y), &sum)| k.fma(x, y, sum)));
     }
@@ -324,32 +302,23 @@ fn multiply(k: &mut Kernel, x: &[Val], (stage, step): (Buf, Val), sums: &[Val]) 
 /// Of all lanes' sums the warp's rows, which lie from the place it gives on, a warp's width apart.
 fn add_up(k: &mut Kernel, tile: Tile, (room, own): (Buf, Val), sums: &[Val]) -> Val {
     let (lane, line) = (k.lane_index(), tile.line());
-    let lines = k.index(line);
-    let before = k.mul(lane, lines);
-    let place = k.add(own, before);
+    let place = k.eval(own + lane * line);
     // Lanes without a column do as the last one does.
-    let last = k.index(tile.columns - 1);
-    let column = k.min(lane, last);
-    let column = k.add(own, column);
-    let results = k.index(WARP * line);
-    let results = k.add(own, results);
+    let column = k.min(lane, tile.columns - 1);
+    let column = k.eval(own + column);
+    let results = k.eval(own + WARP * line);
     for r in 0..HELD {
         for (four, sums) in (0..).step_by(4).zip(sums.chunks_exact((4 * HELD) as usize)) {
-            let four = k.index(four);
-            let at = k.add(place, four);
-            k.store_four(first(&sums[(4 * r) as usize..]), room, at);
+            k.store_four(first(&sums[(4 * r) as usize..]), room, place + four);
         }
         k.settle();
-        let (zero, lanes, nothing) = (k.index(0), k.index(WARP), k.float(0.0, F32));
+        let nothing = k.float(0.0, F32);
         // Four at a time, which do not wait for each other.
         let [x, y, z, w] = {
-            let sums = k.fold(zero, lanes, 4, &[nothing; 4], |k, lane, sums| {
-                let begin = k.mul(lane, lines);
-                let begin = k.add(column, begin);
+            let sums = k.fold(0, WARP, 4, &[nothing; 4], |k, lane, sums| {
+                let begin = k.eval(column + lane * line);
                 let add = |(i, &sum): (u64, &Val)| {
-                    let ahead = k.index(i * line);
-                    let at = k.add(begin, ahead);
-                    let x = k.load_here(room, at);
+                    let x = k.load_here(room, begin + i * line);
                     k.add(sum, x)
                 };
                 (0..).zip(sums).map(add).collect()
@@ -358,10 +327,7 @@ fn add_up(k: &mut Kernel, tile: Tile, (room, own): (Buf, Val), sums: &[Val]) -> 
         };
         let (x, y) = (k.add(x, y), k.add(z, w));
         let sum = k.add(x, y);
-        let at = k.index(r * WARP);
-        let at = k.add(results, at);
-        let at = k.add(at, lane);
-        k.store_here(sum, room, at);
+        k.store_here(sum, room, results + r * WARP + lane);
         k.settle();
     }
     results
