@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, HashSet};
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
 use peft_grammar::model::{BatchSize, Model, Precision, TaskKind};
 use peft_grammar::names::OptimizerEntry;
+use peft_passes::cost::{Launched, Work};
 use peft_passes::dialect::Dialect;
 use peft_passes::lower::Lowered;
-use peft_passes::lower::cost::{Launched, Work, cost};
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Card;
@@ -67,7 +67,7 @@ pub struct Roofline {
     pub flops: f64,
     pub memory_seconds: f64,
     pub product_seconds: f64,
-    /// By a model of the kernels' tiles, see [`peft_passes::lower::cost`].
+    /// By a model of the kernels' tiles, see [`peft_passes::cost`].
     pub modelled_seconds: f64,
     /// Launches that compute the same, those that take longest first.
     pub kernels: Vec<Kind>,
@@ -166,7 +166,7 @@ fn roofline(card: Card, model: &Model, graph: &Graph, lowered: &Lowered, sizes: 
         let extents: Vec<u64> = launch.extents.iter().map(|e| e.eval(sizes)).collect();
         let (buffers, units) = (launch.buffers.len(), launch.units.eval(sizes));
         let launched = Launched { buffers, sizes: &extents, units, batch: sizes };
-        let work = cost(&lowered.functions[launch.kernel], launched, &card);
+        let work = lowered.functions[launch.kernel].work(launched, &card);
         let bytes = bytes(launch, &work, manifest, sizes);
         let (memory, products) = (bytes / card.bandwidth, work.arithmetic(&card));
         let (best, modelled) = (memory.max(products), work.time(&card, bytes));

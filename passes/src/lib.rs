@@ -4,6 +4,7 @@
 mod abi;
 mod builder;
 pub mod codegen;
+pub mod cost;
 pub mod dialect;
 pub mod fold;
 pub mod fuse;

@@ -8,7 +8,10 @@ use super::rowwise as rows;
 use super::span::Span;
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define};
+use crate::cost::{Launched, MANY_UNDER_WAY, UNDER_WAY, Work};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
+use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
 
 arguments! {
@@ -37,13 +40,13 @@ pub struct Block {
     pub held: Option<u64>,
 }
 
-impl Block {
-    pub fn word(&self) -> String {
+impl Scheduled for Block {
+    fn word(&self) -> String {
         let stem = if self.mean { "linear_mean_block" } else { "linear_lse_block" };
         self.held.map_or(stem.into(), |vectors| format!("{stem}_held{vectors}"))
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Block { mean, held } = *self;
         let count = BlockBuffers::<Val>::COUNT + usize::from(mean);
         define(machine, &vec![Element::F32; count], BlockSizes::<Val>::COUNT, |k, buffers, sizes| {
@@ -89,6 +92,16 @@ impl Block {
             });
         })
     }
+
+    /// A whole row at once, if it is held.
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        launched.streams(if self.held.is_some() { MANY_UNDER_WAY } else { UNDER_WAY })
+    }
+
+    /// The scores, whose place the exponentials take.
+    fn anew(&self) -> Vec<usize> {
+        if self.mean { vec![0] } else { vec![] }
+    }
 }
 
 arguments! { EndSizes { width } }
@@ -100,8 +113,8 @@ pub struct End {
     pub mean: bool,
 }
 
-impl End {
-    pub fn word(&self) -> String {
+impl Scheduled for End {
+    fn word(&self) -> String {
         match (self.lse, self.mean) {
             (true, true) => "linear_lse_mean",
             (true, false) => "linear_lse",
@@ -110,7 +123,7 @@ impl End {
         .into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let count = 1 + usize::from(self.lse) + usize::from(self.mean);
         define(machine, &vec![Element::F32; count], EndSizes::<Val>::COUNT, |k, buffers, sizes| {
             let (state, mut results) = (buffers[0], buffers[1..].iter().copied());

@@ -5,7 +5,10 @@ use peft_runtime::artifact::Element;
 use super::rowwise::Share;
 use crate::abi::arguments;
 use crate::builder::{Code, Order, Val, define};
+use crate::cost::{Launched, MANY_UNDER_WAY, Work};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
+use crate::target::cuda::Card;
 
 arguments! { ColumnBuffers { x, out } }
 arguments! {
@@ -32,12 +35,12 @@ pub struct SumColumns {
     pub ahead: u64,
 }
 
-impl SumColumns {
-    pub fn word(&self) -> String {
+impl Scheduled for SumColumns {
+    fn word(&self) -> String {
         if self.mean { "mean_columns" } else { "sum_columns" }.into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let SumColumns { mean, across, ahead } = *self;
         let share = if mean { Share::<Val>::COUNT } else { 0 };
         define(machine, &[Element::F32; 2], ColumnSizes::<Val>::COUNT + share, |k, buffers, sizes| {
@@ -89,5 +92,9 @@ impl SumColumns {
                 });
             });
         })
+    }
+
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        launched.streams(MANY_UNDER_WAY)
     }
 }

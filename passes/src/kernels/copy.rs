@@ -5,6 +5,7 @@ use peft_runtime::artifact::Element;
 use super::span::{RowSizes, Span};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, Kernel, Val, define};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
 
 arguments! { CopyBuffers { from, to } }
@@ -18,12 +19,12 @@ pub struct CopyView {
     pub gathers: bool,
 }
 
-impl CopyView {
-    pub fn word(&self) -> String {
+impl Scheduled for CopyView {
+    fn word(&self) -> String {
         format!("copy{}_{}", self.rank, if self.gathers { "gather" } else { "rows" })
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let CopyView { rank, gathers } = *self;
         define(machine, &[Element::F32; 2], 3 * rank + 2, |k, buffers, sizes| {
             let CopyBuffers { from, to } = CopyBuffers::of(buffers);
@@ -68,12 +69,12 @@ arguments! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Pad;
 
-impl Pad {
-    pub fn word(&self) -> String {
+impl Scheduled for Pad {
+    fn word(&self) -> String {
         "pad".into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         define(machine, &[Element::F32; 2], PadSizes::<Val>::COUNT, |k, buffers, sizes| {
             let CopyBuffers { from, to } = CopyBuffers::of(buffers);
             let PadSizes { length, start, width } = PadSizes::of(sizes);
@@ -108,15 +109,15 @@ arguments! {
     RaggedSizes { start, start_to }
 }
 
-impl CopyRagged {
-    pub fn word(&self) -> String {
+impl Scheduled for CopyRagged {
+    fn word(&self) -> String {
         let [source, target] = self.ragged.map(|ragged| if ragged { "ragged" } else { "dense" });
         let way = if self.by_source { "source" } else { "target" };
         let cleared = if self.clear { "_cleared" } else { "" };
         format!("copy_{source}_to_{target}_by_{way}{cleared}")
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let CopyRagged { ragged, by_source, clear } = *self;
         let elements = [Element::F32, Element::F32, Element::I32];
         let count = 2 * RowSizes::<Val>::COUNT + RaggedSizes::<Val>::COUNT;

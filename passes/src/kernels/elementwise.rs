@@ -8,6 +8,7 @@ use super::span::bounds;
 use super::{Number, math, philox};
 use crate::builder::mma::Half;
 use crate::builder::{Access, Buf, Code, Kernel, Order, Val, define};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
 
 /// How a leaf, or the result, lies under the expression's shape: for each merged axis, whether it runs along it.
@@ -63,10 +64,6 @@ impl Expression {
         leaves.chain(others.into_iter().filter(|(there, _)| *there).map(|(_, element)| element)).collect()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
-        define(machine, &self.elements(), self.sizes, |k, buffers, sizes| self.write(k, buffers, sizes))
-    }
-
     /// A call of the generator decides over several columns.
     fn draws_along(&self) -> bool {
         !self.narrow && self.steps.iter().any(|step| matches!(step, Step::Dropout { narrow: false, .. }))
@@ -87,12 +84,6 @@ impl Expression {
         let names: Vec<&str> = names.collect();
         // Repeating alone is no step: the leaf lies as it should.
         if names.is_empty() { "broadcast".into() } else { names.join("+") }
-    }
-
-    /// The first operations, for names.
-    pub fn word(&self) -> String {
-        let label = self.label();
-        label.split('+').take(4).fold("map".into(), |word, op| format!("{word}_{op}"))
     }
 
     fn write(&self, k: &mut Kernel, buffers: &[Buf], sizes: &[Val]) {
@@ -270,6 +261,18 @@ impl Expression {
             values.push(value);
         }
         *values.last().expect("at least one step")
+    }
+}
+
+impl Scheduled for Expression {
+    /// The first operations, for names.
+    fn word(&self) -> String {
+        let label = self.label();
+        label.split('+').take(4).fold("map".into(), |word, op| format!("{word}_{op}"))
+    }
+
+    fn emit(&self, machine: Machine) -> Code {
+        define(machine, &self.elements(), self.sizes, |k, buffers, sizes| self.write(k, buffers, sizes))
     }
 }
 
@@ -548,6 +551,35 @@ fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
         Op::GeluGrad => math::gelu_grad(k, x[0]),
         Op::GeluTanh => math::gelu_tanh(k, x[0]),
         Op::GeluTanhGrad => math::gelu_tanh_grad(k, x[0]),
-        _ => unreachable!("only what `maps` names"),
+        // They are steps of their own.
+        Op::Iota { .. } | Op::Broadcast { .. } | Op::Dropout { .. }
+        // And these no elements.
+        | Op::Detach
+        | Op::Reshape { .. }
+        | Op::Permute { .. }
+        | Op::Slice { .. }
+        | Op::Pad { .. }
+        | Op::Concat { .. }
+        | Op::Reduce { .. }
+        | Op::Matmul { .. }
+        | Op::Scores { .. }
+        | Op::Attend { .. }
+        | Op::AttendTransposed { .. }
+        | Op::Attention { .. }
+        | Op::AttentionLse { .. }
+        | Op::AttentionVjp { .. }
+        | Op::LinearLse
+        | Op::LinearMean
+        | Op::Softmax
+        | Op::LogSumExp
+        | Op::SoftmaxVjp
+        | Op::Normalize { .. }
+        | Op::NormalizeVjp { .. }
+        | Op::Gather { .. }
+        | Op::Scatter { .. }
+        | Op::SegmentMean
+        | Op::SegmentMeanVjp
+        | Op::CrossEntropy { .. }
+        | Op::CrossEntropyVjp { .. } => unreachable!("a group has what works element by element"),
     }
 }

@@ -4,7 +4,10 @@ use peft_runtime::artifact::Element;
 
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, I32, Index, Kernel, Order, Val, define};
+use crate::cost::{Launched, MANY_UNDER_WAY, UNDER_WAY, Work};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
+use crate::target::cuda::{Card, WARPS};
 
 /// Columns a unit works on where units split the columns.
 pub const COLUMNS: u64 = 64;
@@ -21,12 +24,12 @@ pub struct Gather {
     pub panels: Option<u64>,
 }
 
-impl Gather {
-    pub fn word(&self) -> String {
+impl Scheduled for Gather {
+    fn word(&self) -> String {
         self.panels.map_or("gather".into(), |across| format!("gather_panels{across}"))
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let elements = GatherBuffers { table: Element::F32, ids: Element::I32, out: Element::F32 }.list();
         define(machine, &elements, GatherSizes::<Val>::COUNT, |k, buffers, sizes| {
             let GatherBuffers { table, ids, out } = GatherBuffers::of(buffers);
@@ -57,6 +60,13 @@ impl Gather {
             });
         })
     }
+
+    /// A table is not read whole.
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        let width = GatherSizes::of(launched.sizes).width as f64;
+        let reads = if self.panels.is_none() { vec![4.0 * width * launched.units as f64] } else { vec![] };
+        Work { reads, ..launched.streams(UNDER_WAY) }
+    }
 }
 
 arguments! { ScatterBuffers { ids, y, out } }
@@ -68,12 +78,12 @@ pub struct Scatter {
     pub parts: u64,
 }
 
-impl Scatter {
-    pub fn word(&self) -> String {
+impl Scheduled for Scatter {
+    fn word(&self) -> String {
         "scatter".into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let parts = self.parts;
         let elements = ScatterBuffers { ids: Element::I32, y: Element::F32, out: Element::F32 }.list();
         define(machine, &elements, ScatterSizes::<Val>::COUNT, |k, buffers, sizes| {
@@ -121,6 +131,12 @@ impl Scatter {
             });
         })
     }
+
+    /// Of the tokens' rows those that train.
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        let ScatterSizes { count, rows, width, .. } = ScatterSizes::of(launched.sizes).map(|n| n as f64);
+        Work { reads: vec![4.0 * count, 4.0 * rows * width], ..launched.streams(UNDER_WAY) }
+    }
 }
 
 arguments! {
@@ -138,12 +154,12 @@ arguments! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ScatterToFew;
 
-impl ScatterToFew {
-    pub fn word(&self) -> String {
+impl Scheduled for ScatterToFew {
+    fn word(&self) -> String {
         "scatter_to_few".into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let elements = ScatterBuffers { ids: Element::I32, y: Element::F32, out: Element::F32 }.list();
         define(machine, &elements, FewSizes::<Val>::COUNT, |k, buffers, sizes| {
             let ScatterBuffers { ids, y, out } = ScatterBuffers::of(buffers);
@@ -177,6 +193,13 @@ impl ScatterToFew {
                 });
             });
         })
+    }
+
+    /// Of the tokens' rows those that train.
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        let FewSizes { count, width, .. } = FewSizes::of(launched.sizes).map(|n| n as f64);
+        let rows = (launched.units / WARPS) as f64;
+        Work { reads: vec![4.0 * count, 4.0 * width * rows], ..launched.streams(MANY_UNDER_WAY) }
     }
 }
 

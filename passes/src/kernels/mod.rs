@@ -17,7 +17,28 @@ pub mod span;
 use std::fmt;
 
 use crate::builder::Code;
+use crate::cost::{Launched, UNDER_WAY, Work};
 use crate::target::Machine;
+use crate::target::cuda::Card;
+
+/// All that a kernel's code depends on.
+pub trait Scheduled {
+    /// What people call it.
+    fn word(&self) -> String;
+
+    /// Its code.
+    fn emit(&self, machine: Machine) -> Code;
+
+    /// What a launch asks of a GPU.
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        launched.streams(UNDER_WAY)
+    }
+
+    /// Which of its buffers it reads and writes anew.
+    fn anew(&self) -> Vec<usize> {
+        vec![]
+    }
+}
 
 /// A float that schedules are told apart by: bit by bit.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,7 +67,7 @@ impl fmt::Debug for Number {
     }
 }
 
-/// Makes one of many: whatever is told apart by it is one of them, and each writes its own code.
+/// Makes one of many.
 macro_rules! schedules {
     ($($(#[$doc:meta])* $variant:ident($schedule:ty)),+ $(,)?) => {
         /// What a kernel is, for a machine: equal ones are one kernel, and nothing else is known of it.
@@ -56,13 +77,8 @@ macro_rules! schedules {
         }
 
         impl Schedule {
-            /// For names, which people read and nothing else does.
-            fn word(&self) -> String {
-                match self { $(Schedule::$variant(schedule) => schedule.word()),+ }
-            }
-
-            pub fn emit(&self, machine: Machine) -> Code {
-                match self { $(Schedule::$variant(schedule) => schedule.emit(machine)),+ }
+            fn scheduled(&self) -> &dyn Scheduled {
+                match self { $(Schedule::$variant(schedule) => schedule),+ }
             }
         }
 
@@ -110,6 +126,12 @@ schedules! {
     AddWeighted(optimizer::AddWeighted),
 }
 
+impl Schedule {
+    pub fn emit(&self, machine: Machine) -> Code {
+        self.scheduled().emit(machine)
+    }
+}
+
 /// A kernel as it is launched: on a GPU one may do the work of several launches side by side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Function {
@@ -125,7 +147,27 @@ impl Function {
     /// What people call it, as other kernels may be called, too.
     pub fn word(&self) -> String {
         let times = if self.launches > 1 { format!("_times{}", self.launches) } else { String::new() };
-        self.schedule.word() + &times
+        self.schedule.scheduled().word() + &times
+    }
+
+    /// What a launch of it asks of a GPU.
+    pub fn work(&self, launched: Launched, card: &Card) -> Work {
+        let one = |launched: Launched| {
+            let anew = self.schedule.scheduled().anew();
+            let passes = (0..launched.buffers).map(|buffer| if anew.contains(&buffer) { 2.0 } else { 1.0 });
+            Work { passes: passes.collect(), ..self.schedule.scheduled().work(launched, card) }
+        };
+        if self.launches == 1 {
+            return one(launched);
+        }
+        let buffers = launched.buffers / self.launches;
+        let each = launched.sizes.chunks_exact(launched.sizes.len() / self.launches).map(|sizes| {
+            let (&units, sizes) = sizes.split_last().expect("a launch has units");
+            let mut work = one(Launched { buffers, sizes, units, ..launched });
+            work.reads.resize(buffers, f64::INFINITY);
+            work
+        });
+        each.reduce(Work::beside).expect("some launches")
     }
 }
 

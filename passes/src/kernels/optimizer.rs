@@ -9,7 +9,10 @@ use peft_runtime::artifact::Element;
 
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Kernel, Order, Val, define};
+use crate::cost::{Launched, MANY_UNDER_WAY, Work};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
+use crate::target::cuda::Card;
 
 arguments! { AddBuffers { x, y, shares } }
 arguments! {
@@ -21,12 +24,12 @@ arguments! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AddWeighted;
 
-impl AddWeighted {
-    pub fn word(&self) -> String {
+impl Scheduled for AddWeighted {
+    fn word(&self) -> String {
         "add_weighted".into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         define(machine, &[Element::F32; 3], FlatSizes::<Val>::COUNT, |k, buffers, sizes| {
             let AddBuffers { x, y, shares } = AddBuffers::of(buffers);
             let FlatSizes { count } = FlatSizes::of(sizes);
@@ -45,6 +48,10 @@ impl AddWeighted {
             });
         })
     }
+
+    fn anew(&self) -> Vec<usize> {
+        vec![0]
+    }
 }
 
 arguments! { SumBuffers { x, out } }
@@ -53,12 +60,12 @@ arguments! { SumBuffers { x, out } }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SumOfSquares;
 
-impl SumOfSquares {
-    pub fn word(&self) -> String {
+impl Scheduled for SumOfSquares {
+    fn word(&self) -> String {
         "sum_of_squares".into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         define(machine, &[Element::F32; 2], FlatSizes::<Val>::COUNT, |k, buffers, sizes| {
             let SumBuffers { x, out } = SumBuffers::of(buffers);
             let FlatSizes { count } = FlatSizes::of(sizes);
@@ -83,12 +90,12 @@ pub struct RootOfSum {
     pub ahead: u64,
 }
 
-impl RootOfSum {
-    pub fn word(&self) -> String {
+impl Scheduled for RootOfSum {
+    fn word(&self) -> String {
         "root_of_sum".into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let ahead = self.ahead;
         define(machine, &[Element::F32; 2], FlatSizes::<Val>::COUNT, |k, buffers, sizes| {
             let SumBuffers { x, out } = SumBuffers::of(buffers);
@@ -113,6 +120,10 @@ impl RootOfSum {
                 k.first_of_team(|k| k.store(root, out, unit));
             });
         })
+    }
+
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        launched.streams(MANY_UNDER_WAY)
     }
 }
 
@@ -140,20 +151,16 @@ impl Sweep {
     fn identity(&self) -> (&'static str, usize, bool) {
         (self.optimizer.word(), self.optimizer.moments().len(), self.own_rates)
     }
+}
 
-    /// The buffers that it reads and writes anew: the values and the moments.
-    pub fn anew(&self) -> Vec<usize> {
-        let first = SweptBuffers::<usize>::COUNT;
-        [0].into_iter().chain(first..first + self.optimizer.moments().len()).collect()
-    }
-
-    pub fn word(&self) -> String {
+impl Scheduled for Sweep {
+    fn word(&self) -> String {
         let momentum = matches!(self.optimizer, Optimizer::Sgd { .. }) && !self.optimizer.moments().is_empty();
         let own_rates = if self.own_rates { "_own_rates" } else { "" };
         format!("{}{}{own_rates}", self.optimizer.word(), if momentum { "_momentum" } else { "" })
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Sweep { optimizer, own_rates } = *self;
         let moments = optimizer.moments().len();
         let others = moments + 1 + usize::from(own_rates);
@@ -217,6 +224,12 @@ impl Sweep {
                 });
             });
         })
+    }
+
+    /// The values and the moments.
+    fn anew(&self) -> Vec<usize> {
+        let first = SweptBuffers::<usize>::COUNT;
+        [0].into_iter().chain(first..first + self.optimizer.moments().len()).collect()
     }
 }
 

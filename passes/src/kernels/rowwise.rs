@@ -9,7 +9,10 @@ use super::span::{RowSizes, Span, bounds};
 use super::{Number, embedding::table_row};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Kernel, Val, define, first};
+use crate::cost::{Launched, MANY_UNDER_WAY, UNDER_WAY, Work};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
+use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
 
 /// What a row of the result is of the rows of the operands.
@@ -28,8 +31,8 @@ pub struct Along {
     pub ragged: bool,
 }
 
-impl Along {
-    pub fn word(&self) -> String {
+impl Scheduled for Along {
+    fn word(&self) -> String {
         let kind = match self.kind {
             Kind::Softmax => "softmax",
             Kind::SoftmaxVjp => "softmax_vjp",
@@ -38,7 +41,7 @@ impl Along {
         format!("{kind}_{}", dense_or(self.ragged))
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let operands = if self.kind == Kind::SoftmaxVjp { 2 } else { 1 };
         let elements = [vec![Element::F32; operands + 1], places(self.ragged)].concat();
         define(machine, &elements, RowSizes::<Val>::COUNT, |k, buffers, sizes| {
@@ -96,8 +99,8 @@ arguments! {
     }
 }
 
-impl Normalize {
-    pub fn word(&self) -> String {
+impl Scheduled for Normalize {
+    fn word(&self) -> String {
         let vjp = if self.vjp { "_vjp" } else { "" };
         let lie = match self.lie {
             Lie::Dense => "dense".into(),
@@ -107,7 +110,7 @@ impl Normalize {
         format!("normalize{vjp}_{lie}")
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Normalize { vjp, eps, lie, stays, epilogue } = self;
         let operands = if *vjp { 2 } else { 1 };
         let ragged = *lie == Lie::Ragged;
@@ -129,6 +132,11 @@ impl Normalize {
                 }
             });
         })
+    }
+
+    /// A whole row of each operand at once, if it is held.
+    fn work(&self, launched: Launched, _card: &Card) -> Work {
+        launched.streams(if let Lie::Held(_) = self.lie { MANY_UNDER_WAY } else { UNDER_WAY })
     }
 }
 
@@ -177,12 +185,12 @@ impl Share<Val> {
     }
 }
 
-impl RowSums {
-    pub fn word(&self) -> String {
+impl Scheduled for RowSums {
+    fn word(&self) -> String {
         if self.mean { "mean_of_rows" } else { "sum_of_rows" }.into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let RowSums { mean, of, batched, stays, epilogue } = self;
         let own = of.as_ref().map_or(vec![Element::F32; 2], Expression::elements);
         let count = own.len();
@@ -230,12 +238,12 @@ pub struct SumRows {
     pub ragged: bool,
 }
 
-impl SumRows {
-    pub fn word(&self) -> String {
+impl Scheduled for SumRows {
+    fn word(&self) -> String {
         format!("{}_rows_{}", if self.mean { "mean" } else { "sum" }, dense_or(self.ragged))
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let elements = [vec![Element::F32; 2], places(self.ragged)].concat();
         let share = if self.mean { Share::<Val>::COUNT } else { 0 };
         define(machine, &elements, RowSizes::<Val>::COUNT + share, |k, buffers, sizes| {
@@ -272,13 +280,13 @@ arguments! {
 }
 arguments! { CrossEntropySizes { classes } }
 
-impl CrossEntropy {
-    pub fn word(&self) -> String {
+impl Scheduled for CrossEntropy {
+    fn word(&self) -> String {
         let vjp = if self.vjp { "_vjp" } else { "" };
         format!("cross_entropy{vjp}{}", self.smoothing.or_zero())
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let CrossEntropy { vjp, smoothing } = *self;
         let smoothing = smoothing.get();
         let mut elements = CrossEntropyBuffers { logits: Element::F32, labels: Element::I32, out: Element::F32 }.list();
@@ -320,12 +328,12 @@ arguments! {
 }
 arguments! { SegmentSizes { width } }
 
-impl SegmentMean {
-    pub fn word(&self) -> String {
+impl Scheduled for SegmentMean {
+    fn word(&self) -> String {
         if self.vjp { "segment_mean_vjp" } else { "segment_mean" }.into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let mut elements = SegmentBuffers { x: Element::F32, out: Element::F32, offsets: Element::I32 }.list();
         elements.extend(self.vjp.then_some(Element::I32));
         define(machine, &elements, SegmentSizes::<Val>::COUNT, |k, buffers, sizes| {

@@ -14,12 +14,10 @@
 //! ```
 //!
 //! The rest of the files have the dispatches by kind: what their kernels get, under the arguments' names. The kernels
-//! themselves stand in [`crate::kernels`], and know nothing of all this. What a launch costs is told by its schedule
-//! ([`cost`]).
+//! themselves stand in [`crate::kernels`], with what a launch of each costs, and know nothing of all this.
 
 mod attention;
 mod copy;
-pub mod cost;
 mod dispatch;
 mod entry;
 mod epilogue;

@@ -19,6 +19,7 @@ use peft_runtime::artifact::Element;
 use super::shape::{Form, Head, HeadSizes, Part, ROWS, Rows, Segment, vectors, zeros};
 use crate::abi::arguments;
 use crate::builder::{Access, Buf, Code, Kernel, LANES, Order, Val, define};
+use crate::kernels::Scheduled;
 use crate::kernels::span::Span;
 use crate::kernels::{math, philox, rowwise};
 use crate::target::{Machine, VECTORS};
@@ -66,12 +67,12 @@ pub struct CpuAttention {
     pub form: Form,
 }
 
-impl CpuAttention {
-    pub fn word(&self) -> String {
+impl Scheduled for CpuAttention {
+    fn word(&self) -> String {
         self.part.word() + &self.form.suffix()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let CpuAttention { part, form } = *self;
         let float = Element::F32;
         let (first, second, factor, other, rows) = (float, float, float, float, float);

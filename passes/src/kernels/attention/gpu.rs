@@ -20,9 +20,16 @@ use peft_runtime::artifact::Element;
 use super::shape::{Form, Head, HeadSizes, Lie, Part, Rows, Segment};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, I32, Index, Kernel, Order, Val, define};
+use crate::cost::{Launched, MANY_UNDER_WAY, SHARED, Work, cycles};
+use crate::kernels::Scheduled;
 use crate::kernels::{math, philox};
 use crate::target::Machine;
+use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
+
+/// Instructions that make a weight of a score, and that decide whether it is dropped.
+const EXPONENTIAL: f64 = 30.0;
+const DRAW: f64 = 30.0;
 
 arguments! {
     /// The last sizes.
@@ -48,12 +55,12 @@ pub struct GpuAttention {
     pub form: Form,
 }
 
-impl GpuAttention {
-    pub fn word(&self) -> String {
+impl Scheduled for GpuAttention {
+    fn word(&self) -> String {
         self.part.word() + &self.form.suffix()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let GpuAttention { part, form } = *self;
         let elements = [part.elements(form), vec![Element::I32]].concat();
         let kinds = if part == Part::All { KindSizes::<Val>::COUNT } else { 0 };
@@ -82,6 +89,56 @@ impl GpuAttention {
             let keys = |k: &mut Kernel, unit: Val| side(k, unit, Part::Sides, 1..3);
             k.block_units_of_two(each, keys, |k, unit| side(k, unit, Part::Adjoint(0), 0..1));
         })
+    }
+
+    fn work(&self, launched: Launched, card: &Card) -> Work {
+        let GpuAttention { part, form } = self;
+        let Launched { buffers, sizes, units, batch } = launched;
+        let HeadSizes { width, wide, count: sequences, .. } = HeadSizes::of(sizes).map(|n| n as f64);
+        let (_, last) = BlockSizes::split_last(sizes);
+        let BlockSizes { blocks: blocks_each, panels } = last.map(|n| n as f64);
+        // Numbers of a pair of a query and a key that are asked for; by kind of block how long the products are that make
+        // its weight, and how wide those with it; and how wide the results are.
+        let queries = (vec![width, wide], vec![width]);
+        let keys = (vec![width, wide], vec![width, wide]);
+        let (asked, kinds, results) = match part {
+            Part::All => (2.0 * (width + wide), vec![keys, queries], vec![width, width, wide]),
+            Part::Sides => (width + wide, vec![keys], vec![width, wide]),
+            Part::Adjoint(0) => (width + wide, vec![queries], vec![width]),
+            Part::Adjoint(1) => (width, vec![queries], vec![width]),
+            Part::Adjoint(_) => (wide, vec![(vec![width], vec![wide])], vec![wide]),
+            Part::Lse => (0.0, vec![(vec![width], vec![])], vec![1.0]),
+            Part::Both => (width + wide, vec![(vec![width], vec![wide])], vec![wide, 1.0]),
+            Part::Forward => (width + wide, vec![(vec![width], vec![wide])], vec![wide]),
+        };
+        let blocks = units.div_ceil(WARPS) / kinds.len() as u64;
+        let heads = blocks as f64 / blocks_each / panels;
+        // Of a sequence: tiles, and the warps' parts of them.
+        let [tiles, parts] = [TILE, PART].map(|side| {
+            let along = (batch.tokens as f64 / sequences.max(1.0) / side as f64).ceil();
+            if form.causal { along * (along + 1.0) / 2.0 } else { along * along }
+        });
+        let whole = |widths: &[f64], of: u64| widths.iter().map(|n| (n / of as f64).ceil() * of as f64).sum::<f64>();
+        let weights = panels * (EXPONENTIAL + if form.drops() { DRAW } else { 0.0 });
+        let each = |(scored, weighted): (Vec<f64>, Vec<f64>)| {
+            let scored = panels * whole(&scored, DEPTH);
+            let (columns, products) = (whole(&weighted, PART), weighted.len() as f64);
+            let multiplied = parts * (scored + columns + weights) * (PART * PART) as f64;
+            // What threads read of it for their sums, and what is put there.
+            let read = parts * (scored + columns) * (WARP * (ROWS + COLUMNS) * 4) as f64;
+            let put = tiles * (2.0 * scored + columns) * (TILE * 4) as f64;
+            // Weights pass through it as well, and an adjoint's scores.
+            let passed = if part.forward() { products } else { 2.0 + products };
+            let put = put + panels * passed * parts * (PART * PART * 4) as f64;
+            let cycles = cycles(multiplied, card, card.flops).max((read + put) / SHARED);
+            (blocks, cycles * sequences / blocks_each / panels)
+        };
+        let mut reads = vec![f64::INFINITY; buffers - 1 - results.len()];
+        reads.extend(results.iter().map(|columns| 4.0 * heads * batch.tokens as f64 * columns));
+        let half = if form.causal { 0.5 } else { 1.0 };
+        let flops = 2.0 * asked * batch.pairs as f64 * half * heads;
+        let (blocks, under_way) = (kinds.into_iter().map(each).collect(), units as f64 * MANY_UNDER_WAY);
+        Work { flops, blocks, reads, under_way, ..Work::default() }
     }
 }
 

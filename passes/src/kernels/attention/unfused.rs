@@ -6,6 +6,7 @@ use peft_runtime::artifact::Element;
 use super::shape::{ROWS, Segment, vectors, zeros};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
 
 arguments! {
@@ -37,12 +38,12 @@ pub struct Scores {
     pub causal: bool,
 }
 
-impl Scores {
-    pub fn word(&self) -> String {
+impl Scheduled for Scores {
+    fn word(&self) -> String {
         if self.causal { "scores_causal" } else { "scores" }.into()
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         define(machine, &ELEMENTS.list(), Sizes::<Val>::COUNT, |k, buffers, sizes| {
             let Buffers { left: q, right: keys, out, offsets, pairs } = Buffers::of(buffers);
             let Sizes { tokens, pairs: all_pairs, width, sequences } = Sizes::of(sizes);
@@ -61,13 +62,13 @@ pub struct Attend {
     pub transposed: bool,
 }
 
-impl Attend {
-    pub fn word(&self) -> String {
+impl Scheduled for Attend {
+    fn word(&self) -> String {
         let transposed = if self.transposed { "_transposed" } else { "" };
         format!("attend{transposed}{}", if self.causal { "_causal" } else { "" })
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         define(machine, &ELEMENTS.list(), Sizes::<Val>::COUNT, |k, buffers, sizes| {
             let Buffers { left: w, right: v, out, offsets, pairs } = Buffers::of(buffers);
             let Sizes { tokens, pairs: all_pairs, width, sequences } = Sizes::of(sizes);

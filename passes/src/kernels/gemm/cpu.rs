@@ -20,6 +20,7 @@ use peft_runtime::artifact::Element;
 use super::pack::Factors;
 use crate::abi::arguments;
 use crate::builder::{Access, Buf, Code, Index, Kernel, LANES, Order, Val, define};
+use crate::kernels::Scheduled;
 use crate::kernels::epilogue::{Epilogue, When};
 use crate::target::Machine;
 
@@ -116,15 +117,15 @@ pub struct Gemm {
     pub epilogue: Epilogue,
 }
 
-impl Gemm {
-    pub fn word(&self) -> String {
+impl Scheduled for Gemm {
+    fn word(&self) -> String {
         let Form { tile: Tile { rows, vectors, .. }, factors, columns_a, packed } = self.form;
         let a = if columns_a { "columns" } else { "rows" };
         let b = if packed { "panels" } else { "rows" };
         format!("gemm{rows}x{}_{a}_{b}{}", vectors * LANES, factors.suffix())
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Gemm { form, epilogue } = self;
         let form = *form;
         let tile = form.tile;

@@ -19,6 +19,11 @@ pub enum Fate {
 }
 
 impl Fate {
+    /// Of a product's buffers, those that it reads and writes anew.
+    pub fn anew(self) -> Vec<usize> {
+        if self == Fate::Added { vec![2] } else { vec![] }
+    }
+
     /// For names.
     pub fn suffix(self) -> &'static str {
         if self == Fate::Added { "_more" } else { "" }

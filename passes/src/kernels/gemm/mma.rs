@@ -22,9 +22,12 @@ use super::simt;
 use crate::abi::arguments;
 use crate::builder::mma::{Half, Operand, SIDE, SUMS};
 use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
+use crate::cost::{Launched, SHARED, Work, cycles, way_out};
+use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
 use crate::kernels::math;
 use crate::target::Machine;
+use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
 
 /// Rows, columns and steps of k of a tile.
@@ -118,12 +121,12 @@ pub struct Pack {
     pub half: Half,
 }
 
-impl Pack {
-    pub fn word(&self) -> String {
+impl Scheduled for Pack {
+    fn word(&self) -> String {
         format!("pack_{}", self.half.name())
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let half = self.half;
         let elements = PackBuffers { from: Element::F32, to: Element::I32 }.list();
         define(machine, &elements, PackSizes::<Val>::COUNT, |k, buffers, sizes| {
@@ -178,12 +181,12 @@ pub struct Round {
     pub fours: bool,
 }
 
-impl Round {
-    pub fn word(&self) -> String {
+impl Scheduled for Round {
+    fn word(&self) -> String {
         format!("round_{}{}", self.half.name(), if self.fours { "_fours" } else { "" })
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Round { half, fours } = *self;
         let elements = PackBuffers { from: Element::F32, to: Element::I32 }.list();
         define(machine, &elements, RoundSizes::<Val>::COUNT, |k, buffers, sizes| {
@@ -237,13 +240,13 @@ pub struct Mma {
     pub epilogue: Epilogue,
 }
 
-impl Mma {
-    pub fn word(&self) -> String {
+impl Scheduled for Mma {
+    fn word(&self) -> String {
         let fours = if self.form.fours { "_fours" } else { "" };
         format!("halves_{}_{}{fours}{}", self.form.half.name(), self.form.rows, self.fate.suffix())
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Mma { form, fate, epilogue } = self;
         let (form, fate) = (*form, *fate);
         let a = if form.copies() { Element::I32 } else { Element::F32 };
@@ -294,6 +297,30 @@ impl Mma {
                 write(k, &out, &threads, (row, m), &sums, form.down());
             });
         })
+    }
+
+    fn work(&self, launched: Launched, card: &Card) -> Work {
+        let Launched { sizes, units, .. } = launched;
+        let Mma { form, epilogue, .. } = self;
+        let Sizes { m, n, depth, .. } = Sizes::of(sizes).map(|n| n as f64);
+        let blocks = units.div_ceil(WARPS);
+        let step = cycles((form.rows * COLUMNS * DEPTH) as f64, card, card.half_flops);
+        // On sm_70 two threads hold every number of an operand.
+        let copies = if form.copies() { 1 } else { 2 };
+        let fragments = WARPS * DEPTH / SIDE * (form.down() + ACROSS) * copies;
+        let shared = (fragments * SIDE * SIDE + (form.rows + COLUMNS) * DEPTH) * 2;
+        let out = way_out(epilogue.sum.is_some(), form.rows, COLUMNS);
+        let steps = (depth / DEPTH as f64).ceil();
+        let cycles = steps * step.max(shared as f64 / SHARED) + out;
+        let number_of_a = if form.copies() { 2.0 } else { 4.0 };
+        let reads = vec![number_of_a * m * depth, 2.0 * n * depth];
+        let fetched = blocks as f64 * depth * (number_of_a * form.rows as f64 + 2.0 * COLUMNS as f64);
+        let (flops, blocks) = (2.0 * m * n * depth, vec![(blocks, cycles)]);
+        Work { flops, half: true, blocks, reads, under_way: f64::INFINITY, fetched, ..Work::default() }
+    }
+
+    fn anew(&self) -> Vec<usize> {
+        self.fate.anew()
     }
 }
 

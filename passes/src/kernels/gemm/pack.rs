@@ -4,6 +4,7 @@ use peft_runtime::artifact::{Element, Extent};
 
 use crate::abi::arguments;
 use crate::builder::{Code, F32, Kernel, LANES, Order, Val, define};
+use crate::kernels::Scheduled;
 use crate::target::Machine;
 
 /// What is multiplied.
@@ -77,13 +78,13 @@ pub struct Pack {
     pub factors: Factors,
 }
 
-impl Pack {
-    pub fn word(&self) -> String {
+impl Scheduled for Pack {
+    fn word(&self) -> String {
         let side = if self.contiguous { "columns" } else { "rows" };
         format!("pack{}_{side}{}", self.width, self.factors.suffix())
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Pack { width, contiguous, factors } = *self;
         let elements = PackBuffers { from: Element::F32, to: factors.element() }.list();
         define(machine, &elements, PackSizes::<Val>::COUNT, |k, buffers, sizes| {

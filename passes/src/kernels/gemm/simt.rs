@@ -19,8 +19,11 @@ use peft_runtime::artifact::Element;
 use super::epilogue::{Fate, Out, rows_left};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define};
+use crate::cost::{Launched, SHARED, Work, cycles, way_out};
+use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
 use crate::target::Machine;
+use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
 
 /// Rows and columns of a tile, and where the product has few.
@@ -101,15 +104,15 @@ pub struct Simt {
     pub epilogue: Epilogue,
 }
 
-impl Simt {
-    pub fn word(&self) -> String {
+impl Scheduled for Simt {
+    fn word(&self) -> String {
         let [a, b] = self.contiguous;
         let side = |contiguous| if contiguous { "columns" } else { "rows" };
         let Tile { rows, columns } = self.tile;
         format!("tiles_{rows}x{columns}_{}_{}{}", side(a), side(!b), self.fate.suffix())
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Simt { tile, contiguous, fate, epilogue } = self;
         let (tile, fate) = (*tile, *fate);
         let (held, (line_a, line_b)) = (tile.held(), (tile.rows + APART, tile.columns + APART));
@@ -218,6 +221,25 @@ impl Simt {
                 }
             });
         })
+    }
+
+    fn work(&self, launched: Launched, card: &Card) -> Work {
+        let Launched { sizes, units, .. } = launched;
+        let Simt { tile, epilogue, .. } = self;
+        let Sizes { m, n, depth, batches, steps, .. } = Sizes::of(sizes).map(|n| n as f64);
+        let blocks = units.div_ceil(WARPS);
+        let step = cycles(tile.elements() as f64, card, card.flops);
+        let out = way_out(epilogue.sum.is_some(), tile.rows, tile.columns);
+        let cycles = steps.min(depth) * step.max((tile.moved() * 4) as f64 / SHARED) + out;
+        let flops = 2.0 * m * n * depth * batches;
+        let reads = [m, n].map(|side| 4.0 * side * depth * batches).into();
+        let fetched = blocks as f64 * steps.min(depth) * ((tile.rows + tile.columns) * 4) as f64;
+        let blocks = vec![(blocks, cycles)];
+        Work { flops, blocks, reads, under_way: f64::INFINITY, fetched, ..Work::default() }
+    }
+
+    fn anew(&self) -> Vec<usize> {
+        self.fate.anew()
     }
 }
 

@@ -15,8 +15,11 @@ use peft_runtime::artifact::Element;
 use super::epilogue::{Fate, Out};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define, first};
+use crate::cost::{Launched, SHARED, Work, cycles};
+use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
 use crate::target::Machine;
+use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
 
 /// Rows of a warp, and of a tile.
@@ -105,13 +108,13 @@ pub struct Skinny {
     pub epilogue: Epilogue,
 }
 
-impl Skinny {
-    pub fn word(&self) -> String {
+impl Scheduled for Skinny {
+    fn word(&self) -> String {
         let side = if self.contiguous { "rows" } else { "columns" };
         format!("narrow_{ROWS}x{}_{side}{}", self.tile.columns, self.fate.suffix())
     }
 
-    pub fn emit(&self, machine: Machine) -> Code {
+    fn emit(&self, machine: Machine) -> Code {
         let Skinny { tile, contiguous, fate, epilogue } = self;
         let (tile, contiguous, fate) = (*tile, *contiguous, *fate);
         let (columns, line) = (tile.columns, tile.line());
@@ -192,6 +195,24 @@ impl Skinny {
                 });
             });
         })
+    }
+
+    fn work(&self, launched: Launched, card: &Card) -> Work {
+        let Launched { sizes, units, .. } = launched;
+        let tile = self.tile;
+        let steps = Tile::steps(Sizes::of(sizes).depth);
+        let Sizes { m, n, depth, .. } = Sizes::of(sizes).map(|n| n as f64);
+        let step = cycles(tile.elements() as f64, card, card.flops);
+        let shared = |floats: u64| (floats * 4) as f64 / SHARED;
+        let cycles = steps as f64 * step.max(shared(tile.moved())) + shared(tile.added());
+        let reads = vec![4.0 * m * depth, 4.0 * n * depth];
+        let under_way = (units * Tile::under_way()) as f64;
+        let (flops, blocks) = (2.0 * m * n * depth, vec![(units.div_ceil(WARPS), cycles)]);
+        Work { flops, blocks, reads, under_way, ..Work::default() }
+    }
+
+    fn anew(&self) -> Vec<usize> {
+        self.fate.anew()
     }
 }
 
