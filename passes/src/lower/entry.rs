@@ -207,8 +207,8 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
             (Op::Slice { axis, start, .. }, _) => self.slice(operands[0], *axis, *start, node.result),
             (Op::Concat { axis }, _) => self.concat(operands, *axis, node.result),
             (Op::Matmul { .. }, Work::Led(taken)) => match self.facts.fusion.held_columns {
-                None => self.matmul(taken)?,
-                Some(_) => self.tiled(taken)?,
+                None => self.product_on_cpu(taken)?,
+                Some(_) => self.product_on_gpu(taken)?,
             },
             (Op::Normalize { eps } | Op::NormalizeVjp { eps }, Work::Led(taken)) => self.normalization(taken, *eps)?,
             (Op::Reduce { mean, .. }, Work::RowSums { of, taken }) => self.row_sums(*of, taken, *mean)?,

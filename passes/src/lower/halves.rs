@@ -5,20 +5,15 @@ use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Element, Extent, Storage};
 
 use super::entry::{Place, Turn};
-use super::epilogue::Following;
-use super::problem::Contraction;
-use super::schedule::mma_form;
 use super::sizes::extents;
-use super::tiles::{Side, To};
 use crate::builder::mma::Half;
-use crate::kernels::gemm::mma::{
-    Buffers, COLUMNS, DEPTH, EACH, Mma, Pack, PackBuffers, PackSizes, Round, RoundSizes, Sizes, TILE,
-};
-use crate::target::cuda::{WARP, WARPS};
+use crate::kernels::gemm::Operand;
+use crate::kernels::gemm::mma::{COLUMNS, DEPTH, EACH, Pack, PackBuffers, PackSizes, Round, RoundSizes, TILE};
+use crate::target::cuda::WARP;
 
 impl Turn<'_, '_, '_, '_> {
     /// The rows of A may be read in fours: they begin at multiples of four, and so do they end.
-    fn rows_in_fours(&self, a: BufferId, left: &Side, depth: &Extent) -> bool {
+    pub(super) fn rows_in_fours(&self, a: BufferId, left: &Operand, depth: &Extent) -> bool {
         let multiple = |extent: &Extent| matches!(extent, Extent::Const(n) if n.is_multiple_of(4));
         let whole = matches!(self.module.buffers[a].storage, Storage::Temporary | Storage::Prepared);
         whole && [&left.along, &left.first, depth].into_iter().all(multiple)
@@ -42,10 +37,10 @@ impl Turn<'_, '_, '_, '_> {
     pub(super) fn rounded(
         &mut self,
         half: Half,
-        Contraction { m, depth, .. }: &Contraction,
-        (a, left): (BufferId, Side),
+        (m, depth): (&Extent, &Extent),
+        (a, left): (BufferId, Operand),
         x: Option<Value>,
-    ) -> (BufferId, Side) {
+    ) -> (BufferId, Operand) {
         if half == Half::F16 {
             return (a, left);
         }
@@ -61,39 +56,7 @@ impl Turn<'_, '_, '_, '_> {
             self.labelled("round").launch(Round { half, fours }, buffers, sizes, units);
             (to, line)
         });
-        (buffer, Side { along: line, first: Extent::Const(0), ..left })
-    }
-
-    /// A product with a packed operand, and A as [`Turn::rounded`] gives it.
-    pub(super) fn launch_halves(
-        &mut self,
-        half: Half,
-        Contraction { m, n, depth, .. }: Contraction,
-        (a, left): (BufferId, Side),
-        packed: Packed,
-        to: To,
-    ) {
-        let form = mma_form(half, &n, self.module.limits.many, self.rows_in_fours(a, &left, &depth));
-        let tiles = |n: &Extent, size| Extent::CeilDiv(Box::new(n.clone()), size);
-        let (down, across) = (tiles(&m, form.rows), tiles(&n, COLUMNS));
-        let units = down * across.clone() * Extent::Const(WARPS);
-        let sizes = Sizes {
-            m,
-            n,
-            depth,
-            across,
-            line_a: left.along,
-            first_a: left.first,
-            line_b: packed.line,
-            first_b: packed.first,
-            line_c: to.line,
-            first_c: to.first,
-        };
-        let Following { epilogue, buffers, sizes: follows, .. } = to.following;
-        self.label = epilogue.label(&self.label);
-        let buffers = [Buffers { a, b: packed.buffer, c: to.buffer }.list(), buffers].concat();
-        let sizes = [sizes.list(), follows].concat();
-        self.launch(Mma { form, fate: to.fate, epilogue }, buffers, sizes, units);
+        (buffer, Operand { along: line, first: Extent::Const(0), ..left })
     }
 
     /// A frozen operand's tiles: the same ones if it has been packed before. `n` and `depth` are all of it.
@@ -101,7 +64,7 @@ impl Turn<'_, '_, '_, '_> {
         &mut self,
         half: Half,
         place: &Place,
-        side: &Side,
+        side: &Operand,
         (n, depth): (Extent, Extent),
     ) -> Packed {
         let source = place.frozen.as_ref().expect("only what is frozen is packed");
@@ -126,7 +89,7 @@ impl Turn<'_, '_, '_, '_> {
 
 /// A packed operand, of which a product may take some.
 pub(super) struct Packed {
-    pub buffer: BufferId,
+    buffer: BufferId,
     /// Words from one row of tiles along k to the next.
     line: Extent,
     first: Extent,
@@ -138,5 +101,12 @@ impl Packed {
         assert!(column.is_multiple_of(COLUMNS) && step.is_multiple_of(DEPTH));
         let first = self.line.clone() * Extent::Const(column / COLUMNS) + Extent::Const(step / DEPTH * TILE);
         Packed { first, ..self }
+    }
+
+    /// As a product has it, tile by tile.
+    pub fn operand(self) -> (BufferId, Operand) {
+        let Packed { buffer, line, first } = self;
+        let (area, deep) = (Extent::Const(0), Extent::Const(TILE));
+        (buffer, Operand { area, along: line, deep, first, contiguous: true })
     }
 }

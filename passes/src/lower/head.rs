@@ -67,8 +67,8 @@ impl Turn<'_, '_, '_, '_> {
         out: (BufferId, bool),
     ) {
         match self.facts.fusion.held_columns {
-            None => self.multiply_rows(x, y, rows, transpose_y, out),
-            Some(_) => self.tiled_rows(x, y, rows, transpose_y, out),
+            None => self.rows_on_cpu(x, y, rows, transpose_y, out),
+            Some(_) => self.rows_on_gpu(x, y, rows, transpose_y, out),
         }
     }
 

@@ -7,9 +7,12 @@ use super::problem::Contraction;
 use super::span::Rows;
 use crate::builder::mma::Half;
 use crate::fuse::Limits;
+use crate::kernels::Schedule;
 use crate::kernels::embedding::Scatter;
+use crate::kernels::epilogue::Epilogue;
+use crate::kernels::gemm::epilogue::Fate;
 use crate::kernels::gemm::pack::Factors;
-use crate::kernels::gemm::{cpu, mma, simt, skinny};
+use crate::kernels::gemm::{Product, cpu, mma, simt, skinny};
 use crate::kernels::rowwise::Lie;
 use crate::target::cpu::Registers;
 use crate::target::cuda::{Chip, WARP, WARPS};
@@ -58,7 +61,7 @@ pub fn tensor_cores(machine: Machine) -> Option<Half> {
 }
 
 /// Their tile, of a result of `n` columns, of which so many are `many`.
-pub fn mma_form(half: Half, n: &Extent, many: u64, fours: bool) -> mma::Form {
+fn mma_form(half: Half, n: &Extent, many: u64, fours: bool) -> mma::Form {
     let few = matches!(n, Extent::Const(n) if *n < many);
     match half {
         Half::BF16 => mma::Form { half, rows: if few { mma::FEWER } else { mma::ROWS }, fours: false },
@@ -67,7 +70,7 @@ pub fn mma_form(half: Half, n: &Extent, many: u64, fours: bool) -> mma::Form {
 }
 
 /// A GPU's tile of a product of so many rows and columns.
-pub fn simt_tile(m: &Extent, n: &Extent) -> simt::Tile {
+fn simt_tile(m: &Extent, n: &Extent) -> simt::Tile {
     let narrow = |size: &Extent| matches!(size, Extent::Const(size) if *size <= simt::NARROW);
     let (rows, columns) = match (narrow(m), narrow(n)) {
         (_, true) => (simt::TILE, simt::NARROW),
@@ -100,7 +103,7 @@ pub fn split_k(product: &Contraction) -> u64 {
 }
 
 /// The tile of a product of few columns and many steps, whose rows of A do not lie side by side.
-pub fn skinny_tile(product: &Contraction, contiguous: bool, limits: &Limits) -> Option<skinny::Tile> {
+fn skinny_tile(product: &Contraction, contiguous: bool, limits: &Limits) -> Option<skinny::Tile> {
     let Contraction { n: Extent::Const(n), depth: Extent::Const(depth), batch: Extent::Const(1), .. } = product else {
         return None;
     };
@@ -123,6 +126,43 @@ pub fn square(machine: Machine) -> Square {
         Machine::Cpu(_) => Square::Rows,
         Machine::Cuda(_) => Square::Tiles,
     }
+}
+
+/// A kernel for a product on a GPU, with its own sizes and how many units it is launched for.
+pub struct Chosen {
+    pub schedule: Schedule,
+    pub sizes: Vec<Extent>,
+    pub units: Extent,
+    /// So many results are to be added up.
+    pub shares: u64,
+}
+
+/// How a GPU computes a product: by tensor cores if B is packed for them, where rows of A may be read in `fours`; else by
+/// the tiles of a few columns, or by large ones.
+pub fn product(
+    product: &Product,
+    (half, fours): (Option<Half>, bool),
+    fate: Fate,
+    epilogue: Epilogue,
+    limits: &Limits,
+) -> Chosen {
+    let Product { m, n, a, b, .. } = product;
+    if let Some(half) = half {
+        let kernel = mma::Mma { form: mma_form(half, n, limits.many, fours), fate, epilogue };
+        let (sizes, units) = kernel.arguments(product);
+        return Chosen { schedule: kernel.into(), sizes, units, shares: 1 };
+    }
+    let sizes_of =
+        Contraction { m: m.clone(), n: n.clone(), depth: product.depth.clone(), batch: product.batch.clone() };
+    if let Some(tile) = skinny_tile(&sizes_of, a.contiguous, limits) {
+        let kernel = skinny::Skinny { tile, contiguous: b.contiguous, fate, epilogue };
+        let (sizes, units) = kernel.arguments(product);
+        return Chosen { schedule: kernel.into(), sizes, units, shares: 1 };
+    }
+    let shares = if fate == Fate::Written && product.is_dense() { split_k(&sizes_of) } else { 1 };
+    let kernel = simt::Simt { tile: simt_tile(m, n), contiguous: [a.contiguous, b.contiguous], fate, epilogue };
+    let (sizes, units) = kernel.arguments(product, shares);
+    Chosen { schedule: kernel.into(), sizes, units, shares }
 }
 
 /// Vectors of a row that a GPU's registers hold, at most.

@@ -17,6 +17,7 @@
 
 use peft_runtime::artifact::Element;
 
+use super::Buffers;
 use super::pack::Factors;
 use crate::abi::arguments;
 use crate::builder::{Access, Buf, Code, Index, Kernel, LANES, Order, Val, define};
@@ -90,7 +91,6 @@ impl Form {
     }
 }
 
-arguments! { Buffers { a, b, c } }
 arguments! {
     Sizes {
         m, n, depth,

@@ -15,10 +15,10 @@
 //! warp's rows of A are multiplied by a power of two that brings the largest number so far near 2¹⁰; where one comes
 //! that this would bring beyond 2¹⁵, the power is a smaller one from there on, and the sums shrink with it.
 
-use peft_runtime::artifact::Element;
+use peft_runtime::artifact::{Element, Extent};
 
 use super::epilogue::{Fate, Out, rows_left};
-use super::simt;
+use super::{Buffers, Product, simt};
 use crate::abi::arguments;
 use crate::builder::mma::{Half, Operand, SIDE, SUMS};
 use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
@@ -219,7 +219,6 @@ impl Scheduled for Round {
     }
 }
 
-arguments! { Buffers { a, b, c } }
 arguments! {
     Sizes {
         m, n, depth,
@@ -238,6 +237,27 @@ pub struct Mma {
     pub form: Form,
     pub fate: Fate,
     pub epilogue: Epilogue,
+}
+
+impl Mma {
+    /// Sizes and units of a product whose B is packed: it steps along by words from one row of tiles to the next.
+    pub fn arguments(&self, product: &Product) -> (Vec<Extent>, Extent) {
+        let Product { m, n, depth, a, b, c, .. } = product;
+        let (down, across) = product.tiles(self.form.rows, COLUMNS);
+        let sizes = Sizes {
+            m,
+            n,
+            depth,
+            across: &across,
+            line_a: &a.along,
+            first_a: &a.first,
+            line_b: &b.along,
+            first_b: &b.first,
+            line_c: &c.line,
+            first_c: &c.first,
+        };
+        (sizes.map(Extent::clone).list(), down * across.clone() * Extent::Const(WARPS))
+    }
 }
 
 impl Scheduled for Mma {

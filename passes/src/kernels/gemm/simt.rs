@@ -14,9 +14,10 @@
 //! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
 //! fetch what lies side by side.
 
-use peft_runtime::artifact::Element;
+use peft_runtime::artifact::{Element, Extent};
 
 use super::epilogue::{Fate, Out, rows_left};
+use super::{Buffers, Product};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define};
 use crate::cost::{Launched, SHARED, Work, cycles, way_out};
@@ -30,7 +31,7 @@ use crate::target::cuda::{WARP, WARPS};
 pub const TILE: u64 = 64;
 pub const NARROW: u64 = 32;
 /// Steps along k between two visits of the operands.
-pub const DEPTH: u64 = 16;
+const DEPTH: u64 = 16;
 /// Those of one turn of the loop, in which what the next ones want is fetched while others are multiplied.
 const TURN: u64 = 4;
 /// Columns of a tile that one thread holds.
@@ -76,7 +77,6 @@ impl Tile {
     }
 }
 
-arguments! { Buffers { a, b, c } }
 arguments! {
     Sizes {
         m, n, depth,
@@ -102,6 +102,36 @@ pub struct Simt {
     pub contiguous: [bool; 2],
     pub fate: Fate,
     pub epilogue: Epilogue,
+}
+
+impl Simt {
+    /// Sizes and units of a product of whose tiles so many blocks share each.
+    pub fn arguments(&self, product: &Product, shares: u64) -> (Vec<Extent>, Extent) {
+        let Product { m, n, depth, batch, a, b, c } = product;
+        let (down, across) = product.tiles(self.tile.rows, self.tile.columns);
+        let units = Extent::Const(shares) * batch.clone() * down.clone() * across.clone() * Extent::Const(WARPS);
+        let sizes = Sizes {
+            m,
+            n,
+            depth,
+            down: &down,
+            across: &across,
+            batches: batch,
+            steps: &(Extent::CeilDiv(Box::new(depth.clone()), DEPTH * shares) * Extent::Const(DEPTH)),
+            along_a: &a.along,
+            deep_a: &a.deep,
+            area_a: &a.area,
+            first_a: &a.first,
+            along_b: &b.along,
+            deep_b: &b.deep,
+            area_b: &b.area,
+            first_b: &b.first,
+            line_c: &c.line,
+            area_c: &if shares > 1 { product.whole() } else { c.area.clone() },
+            first_c: &c.first,
+        };
+        (sizes.map(Extent::clone).list(), units)
+    }
 }
 
 impl Scheduled for Simt {

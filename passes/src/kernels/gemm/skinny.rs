@@ -10,9 +10,10 @@
 //! A number of A is multiplied in one lane alone, so it goes there straight from memory, where neighbouring lanes fetch
 //! neighbours, and is on its way for some rounds. B is in shared memory for the block's warps, each with its own rows.
 
-use peft_runtime::artifact::Element;
+use peft_runtime::artifact::{Element, Extent};
 
 use super::epilogue::{Fate, Out};
+use super::{Buffers, Product};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define, first};
 use crate::cost::{Launched, SHARED, Work, cycles};
@@ -86,7 +87,6 @@ impl Tile {
     }
 }
 
-arguments! { Buffers { a, b, c } }
 arguments! {
     Sizes {
         m, n, depth,
@@ -106,6 +106,29 @@ pub struct Skinny {
     pub contiguous: bool,
     pub fate: Fate,
     pub epilogue: Epilogue,
+}
+
+impl Skinny {
+    /// Sizes and units.
+    pub fn arguments(&self, product: &Product) -> (Vec<Extent>, Extent) {
+        let Product { m, n, depth, a, b, c, .. } = product;
+        let (down, across) = product.tiles(ROWS, self.tile.columns);
+        let sizes = Sizes {
+            m,
+            n,
+            depth,
+            across: &across,
+            along_a: &a.along,
+            deep_a: &a.deep,
+            first_a: &a.first,
+            along_b: &b.along,
+            deep_b: &b.deep,
+            first_b: &b.first,
+            line_c: &c.line,
+            first_c: &c.first,
+        };
+        (sizes.map(Extent::clone).list(), down * across.clone() * Extent::Const(WARPS))
+    }
 }
 
 impl Scheduled for Skinny {

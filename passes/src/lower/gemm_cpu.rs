@@ -14,7 +14,8 @@ use super::problem::Axes;
 use super::schedule::gemm_form;
 use super::sizes::product;
 use super::view::{ONE, View};
-use crate::kernels::gemm::cpu::{Buffers, Form, Gemm, Sizes};
+use crate::kernels::gemm::Buffers;
+use crate::kernels::gemm::cpu::{Form, Gemm, Sizes};
 use crate::kernels::gemm::pack::{Factors, Pack, PackBuffers, PackSizes};
 
 /// Columns of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state still has units
@@ -77,7 +78,7 @@ impl Turn<'_, '_, '_, '_> {
         (self.place(value).clone(), side)
     }
 
-    pub(super) fn matmul(&mut self, taken: &Taken) -> Result<(), String> {
+    pub(super) fn product_on_cpu(&mut self, taken: &Taken) -> Result<(), String> {
         let node = &self.graph.nodes[taken.at];
         let (x, y, result) = (node.operands[0], node.operands[1], node.result);
         let (axes_x, axes_y) = Axes::of_product(&node.op, self.ty(x), self.ty(y));
@@ -170,7 +171,7 @@ impl Turn<'_, '_, '_, '_> {
     }
 
     /// [`Turn::product_of_rows`]; y is packed whole.
-    pub(super) fn multiply_rows(
+    pub(super) fn rows_on_cpu(
         &mut self,
         (x, m): (BufferId, Extent),
         y: Value,
