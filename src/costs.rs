@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
-use peft_grammar::model::{BatchSize, Model, Precision, TaskKind};
+use peft_grammar::model::{BatchSize, Model, TaskKind};
 use peft_grammar::names::OptimizerEntry;
 use peft_passes::cost::{Launched, Work};
 use peft_passes::dialect::Dialect;
@@ -192,10 +192,7 @@ fn roofline(card: Card, model: &Model, graph: &Graph, lowered: &Lowered, sizes: 
     kernels.sort_by(|x, y| y.modelled_seconds.total_cmp(&x.modelled_seconds));
     let bytes = kernels.iter().map(|kind| kind.bytes).sum::<f64>();
     let all = flops(graph).of(sizes);
-    let half_flops = match model.train.precision {
-        Precision::Bf16 => frozen_flops(graph).of(sizes),
-        Precision::F32 => 0.0,
-    };
+    let half_flops = if model.train.precision.narrows() { frozen_flops(graph).of(sizes) } else { 0.0 };
     let flops = all - half_flops;
     Roofline {
         card: card.name,

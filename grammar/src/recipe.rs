@@ -231,6 +231,27 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    pub const ALL: [Precision; 2] = [Precision::F32, Precision::Bf16];
+    /// As a spec writes them.
+    pub const WORDS: [&str; 2] = [Precision::F32.word(), Precision::Bf16.word()];
+
+    pub const fn word(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+
+    /// Products with frozen weights are of fewer bits than f32's.
+    pub fn narrows(self) -> bool {
+        match self {
+            Precision::F32 => false,
+            Precision::Bf16 => true,
+        }
+    }
+}
+
 /// How the rate goes on after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Schedule {
@@ -388,7 +409,7 @@ impl Recipe {
             ("accumulate", self.accumulate.to_string()),
             ("epochs", float(self.epochs)),
             ("seed", self.seed.to_string()),
-            ("precision", if self.precision == Precision::Bf16 { "bf16" } else { "f32" }.into()),
+            ("precision", self.precision.word().into()),
         ];
         // At its default a setting is left out: another choice, which does not read it, may take this one's place.
         if self.betas != self.optimizer.betas() {

@@ -397,9 +397,9 @@ impl<'a> Checker<'a> {
             epochs: self.setting(&entries, "epochs", 3.0, "above 0", |x| x > 0.0),
             steps: self.count(&entries, "steps", 1),
             seed: self.count(&entries, "seed", 0).unwrap_or(1),
-            precision: match self.word(&entries, "precision", &["f32", "bf16"]) {
-                Some("bf16") => Precision::Bf16,
-                _ => Precision::F32,
+            precision: {
+                let word = self.word(&entries, "precision", &Precision::WORDS);
+                Precision::ALL.into_iter().find(|precision| Some(precision.word()) == word).unwrap_or_default()
             },
             save: self.every(&entries, "save", true),
             evaluate: self.every(&entries, "evaluate", false),

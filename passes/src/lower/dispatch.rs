@@ -13,7 +13,6 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Type, Value};
-use peft_grammar::model::Precision;
 use peft_grammar::names;
 use peft_runtime::artifact::{Storage, Tensor};
 
@@ -208,7 +207,7 @@ impl<'g> Facts<'g> {
     /// whether nothing else reads it.
     pub fn rounds(&self, value: Value) -> Option<(Half, bool)> {
         let half = self.fusion.rounds_ahead?;
-        let asked = self.options.precision == Precision::Bf16 && !self.frozen(value);
+        let asked = self.options.precision.narrows() && !self.frozen(value);
         let ty = self.ty(value);
         let whole = ty.rank() == 2 && matches!(ty.shape[1], Dim::Const(n) if n.is_multiple_of(8));
         let multiplies = |&&reader: &&usize| {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 
 use peft_grammar::graph::{Graph, Node, Op, Role, Type, Value};
+use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Launch, Output, Storage};
 
 use super::dispatch::{Dispatch, Facts, Work, gradient_of};
@@ -152,6 +153,12 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
     /// The packing of an operand: once, if it is frozen and known as `key`.
     pub fn packing(&mut self, key: Option<&str>) -> Turn<'_, 't, 'a, 'g> {
         Turn { lowering: &mut *self.lowering, label: "pack".into(), frozen: key.map(String::from) }
+    }
+
+    /// In what a product is computed: as the recipe asks of those with frozen weights, if rows of A lie along k.
+    pub fn precision(&self, place_b: &Place, columns_a: bool) -> Precision {
+        let asked = self.frozen.is_none() && place_b.frozen.is_some() && !columns_a;
+        if asked { self.module.precision } else { Precision::F32 }
     }
 
     /// A buffer for a node's result.

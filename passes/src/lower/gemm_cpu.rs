@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use peft_grammar::graph::Value;
-use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
 use super::dispatch::Taken;
@@ -117,9 +116,8 @@ impl Turn<'_, '_, '_, '_> {
     }
 
     fn form(&self, left: &Side, place_b: &Place, n: &Extent, packed: bool) -> Form {
-        let rounds = self.module.precision == Precision::Bf16 && self.frozen.is_none();
-        let half = rounds && place_b.frozen.is_some() && !left.contiguous;
-        gemm_form(self.module.machine, (&left.length, n), left.contiguous, packed, half)
+        let precision = self.precision(place_b, left.contiguous);
+        gemm_form(self.module.machine, (&left.length, n), left.contiguous, packed, precision)
     }
 
     /// One launch over all of a product's units. B's line, area, first element, and elements from one column panel to

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use peft_grammar::graph::Value;
-use peft_grammar::model::Precision;
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::dispatch::Taken;
@@ -62,8 +61,7 @@ impl Turn<'_, '_, '_, '_> {
 
     /// In what tensor cores compute the product, if they do.
     fn half(&self, left: &Operand, place_b: &Place) -> Option<Half> {
-        let asked = self.module.precision == Precision::Bf16 && self.frozen.is_none();
-        tensor_cores(self.module.machine).filter(|_| asked && place_b.frozen.is_some() && !left.contiguous)
+        tensor_cores(self.module.machine, self.precision(place_b, left.contiguous))
     }
 
     /// [`Turn::product_of_rows`].

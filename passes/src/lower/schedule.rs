@@ -1,6 +1,7 @@
 //! How a machine computes what is asked: the choices among kernels and their sizes, by the problem's sizes and what the
 //! machine is.
 
+use peft_grammar::model::Precision;
 use peft_runtime::artifact::Extent;
 
 use super::problem::Contraction;
@@ -40,23 +41,28 @@ fn gemm_tile(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> cpu:
     }
 }
 
-/// How a processor computes a product: its tile, and what it multiplies; in bf16, if a product in `half` precision is asked
-/// for.
-pub fn gemm_form(machine: Machine, (m, n): (&Extent, &Extent), columns_a: bool, packed: bool, half: bool) -> cpu::Form {
+/// How a processor computes a product: its tile, and what it multiplies.
+pub fn gemm_form(
+    machine: Machine,
+    (m, n): (&Extent, &Extent),
+    columns_a: bool,
+    packed: bool,
+    precision: Precision,
+) -> cpu::Form {
     let Machine::Cpu(cpu) = machine else { unreachable!("asked of processors alone") };
-    let factors = match half {
-        false => Factors::F32,
-        true if cpu.multiplies_bf16() => Factors::Pairs,
-        true => Factors::Widened,
+    let factors = match precision {
+        Precision::F32 => Factors::F32,
+        Precision::Bf16 if cpu.multiplies_bf16() => Factors::Pairs,
+        Precision::Bf16 => Factors::Widened,
     };
     cpu::Form { tile: gemm_tile(m, n, packed, cpu.registers()), columns_a, packed, factors }
 }
 
 /// In what a GPU's tensor cores multiply. Before sm_80 there is no bf16.
-pub fn tensor_cores(machine: Machine) -> Option<Half> {
-    match machine {
-        Machine::Cpu(_) => None,
-        Machine::Cuda(chip) => Some(if chip >= Chip::Sm80 { Half::BF16 } else { Half::F16 }),
+pub fn tensor_cores(machine: Machine, precision: Precision) -> Option<Half> {
+    match (machine, precision) {
+        (Machine::Cpu(_), _) | (_, Precision::F32) => None,
+        (Machine::Cuda(chip), Precision::Bf16) => Some(if chip >= Chip::Sm80 { Half::BF16 } else { Half::F16 }),
     }
 }
 
