@@ -332,7 +332,10 @@ fn tile_sums(
             .map(|v| {
                 let words = form.factors.words(LANES);
                 let x = k.load_some(b, at + (ahead * form.line() + v * words), words);
-                if form.factors == Factors::Widened { k.widened(x) } else { x }
+                match form.factors {
+                    Factors::F32 | Factors::Pairs => x,
+                    Factors::Widened => k.widened(x),
+                }
             })
             .collect();
         let (step, between, ahead) = match form.columns_a {

@@ -29,22 +29,34 @@ impl Factors {
 
     /// Of B.
     pub fn element(self) -> Element {
-        if self == Factors::F32 { Element::F32 } else { Element::I32 }
+        match self {
+            Factors::F32 => Element::F32,
+            Factors::Pairs | Factors::Widened => Element::I32,
+        }
     }
 
     /// Of A's copy.
     pub fn copied(self) -> Element {
-        if self == Factors::Pairs { Element::I32 } else { Element::F32 }
+        match self {
+            Factors::F32 | Factors::Widened => Element::F32,
+            Factors::Pairs => Element::I32,
+        }
     }
 
     /// Numbers of a step along k.
     pub fn deep(self) -> u64 {
-        if self == Factors::Pairs { 2 } else { 1 }
+        match self {
+            Factors::F32 | Factors::Widened => 1,
+            Factors::Pairs => 2,
+        }
     }
 
     /// In which B holds so many columns of a step.
     pub fn words(self, columns: u64) -> u64 {
-        if self == Factors::Widened { columns / 2 } else { columns }
+        match self {
+            Factors::F32 | Factors::Pairs => columns,
+            Factors::Widened => columns / 2,
+        }
     }
 
     /// Of a depth.
@@ -145,22 +157,23 @@ impl Scheduled for Pack {
                                     let nothing = k.float(0.0, F32);
                                     k.select(exists, x, nothing)
                                 };
-                                match (factors, &columns[..]) {
-                                    (Factors::Widened, &[one, other]) => {
-                                        let (x, y) = (number(k, one), number(k, other));
+                                match factors {
+                                    Factors::F32 => {
+                                        let x = number(k, columns[0]);
+                                        k.store(x, to, target);
+                                    }
+                                    Factors::Widened => {
+                                        let (x, y) = (number(k, columns[0]), number(k, columns[1]));
                                         let x = k.paired(x, y);
                                         k.store(x, to, target);
                                     }
-                                    (Factors::Pairs, &[(row, exists)]) => {
+                                    Factors::Pairs => {
+                                        let (row, exists) = columns[0];
                                         let here = k.select(exists, depth - at, 0);
                                         let mask = k.mask_of(here, 2);
                                         let x = k.load_lanes(from, row + at, mask);
                                         let x = k.pairs(true, x);
                                         k.store_vector(x, to, target);
-                                    }
-                                    (_, columns) => {
-                                        let x = number(k, columns[0]);
-                                        k.store(x, to, target);
                                     }
                                 }
                             });
