@@ -45,7 +45,7 @@ impl Turn<'_, '_, '_, '_> {
     /// A product on a GPU.
     pub(super) fn tiled(&mut self, taken: &Taken) -> Result<(), String> {
         let node = &self.graph.nodes[taken.at];
-        let (x, y, result) = (node.operands[0], node.operands[1], node.result);
+        let (x, y, result) = (node.operands[0], node.operands[1], node.result());
         let (axes_x, axes_y) = Axes::of_product(&node.op, self.ty(x), self.ty(y));
         let shape = Contraction::of(self.graph, node);
         let (a, left) = self.strided(x, &axes_x);
