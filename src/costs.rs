@@ -252,7 +252,7 @@ impl Flops {
     }
 
     fn add(&mut self, graph: &Graph, node: &Node) {
-        let parts = node.op.parts().into_iter().zip(&node.results);
+        let parts = node.op.joins().into_iter().zip(&node.results);
         parts.for_each(|(part, &result)| self.add_part(graph, &part, &node.operands, result));
     }
 

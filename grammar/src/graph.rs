@@ -410,12 +410,12 @@ impl Op {
                 return Err(format!("`{name}` wants {want} as operand {}, found {ty}", i + 1));
             }
         }
-        self.parts().iter().map(|part| infer(part, part.of_whole(operands))).collect()
+        self.joins().iter().map(|part| infer(part, part.of_whole(operands))).collect()
     }
 
     /// The operations whose results it has, in order: itself, or what it joins. Each reads the first of its operands
     /// ([`Op::of_whole`]).
-    pub fn parts(&self) -> Vec<Op> {
+    pub fn joins(&self) -> Vec<Op> {
         use Op::*;
         match *self {
             AttentionAndLse { causal, scale, p, stream, column } => {
@@ -806,8 +806,11 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
                 operands[0], operands[1]
             )),
         },
-        Op::AttentionAndLse { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. } | Op::LinearLseAndMean => {
-            unreachable!("asked of the parts")
+        Op::AttentionAndLse { .. }
+        | Op::AttentionVjpSides { .. }
+        | Op::AttentionVjpAll { .. }
+        | Op::LinearLseAndMean => {
+            unreachable!("asked of what it joins")
         }
         Op::LogSumExp => match operands[0].shape.split_last() {
             Some((_, lead)) => Ok(Type::f32([lead, &[Dim::Const(1)]].concat())),
@@ -918,7 +921,7 @@ pub struct Location {
 pub struct Node {
     pub op: Op,
     pub operands: Vec<Value>,
-    /// One of each of the operation's [parts](Op::parts).
+    /// One of each operation that [the node's joins](Op::joins).
     #[serde(rename = "result", with = "results")]
     pub results: Vec<Value>,
     pub location: Location,

@@ -133,7 +133,7 @@ pub fn run(graph: &Graph, batch: &Batch, args: &HashMap<String, Data>) -> Result
     }
     graph.outputs.iter().for_each(|(_, v)| last_use[v.0 as usize] = usize::MAX);
     for (at, node) in graph.nodes.iter().enumerate() {
-        let made = node.results.iter().zip(node.op.parts()).map(|(&result, op)| {
+        let made = node.results.iter().zip(node.op.joins()).map(|(&result, op)| {
             let operands = op.of_whole(&node.operands);
             Data::F64(Machine { graph, batch, values: &values, op: &op, operands, result }.evaluate())
         });
@@ -454,8 +454,11 @@ impl<'a> Machine<'a> {
                 (0..batch.dim(w.shape[1])).map(entry).collect()
             }),
 
-            Op::AttentionAndLse { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. } | Op::LinearLseAndMean => {
-                unreachable!("by its parts")
+            Op::AttentionAndLse { .. }
+            | Op::AttentionVjpSides { .. }
+            | Op::AttentionVjpAll { .. }
+            | Op::LinearLseAndMean => {
+                unreachable!("asked of what it joins")
             }
 
             Op::Softmax => self.rows(|r| softmax(self.f(0).row(r))),

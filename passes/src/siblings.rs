@@ -88,7 +88,7 @@ fn wholes(op: &Op) -> Vec<Op> {
 fn members(graph: &Graph, at: usize, whole: &Op) -> Option<Vec<usize>> {
     let operands = &graph.nodes[at].operands;
     let find = |part: &Op| graph.nodes.iter().position(|node| node.op == *part && reads(node, operands));
-    whole.parts().iter().map(find).collect::<Option<Vec<usize>>>().filter(|members| members.contains(&at))
+    whole.joins().iter().map(find).collect::<Option<Vec<usize>>>().filter(|members| members.contains(&at))
 }
 
 /// Whether the node has its part of these operands.

@@ -360,6 +360,12 @@ fn sees_later_tokens(op: &Op) -> bool {
         // No name in the language stands for them.
         AttendTransposed { .. } | Attention { .. } | AttentionLse { .. } | AttentionAndLse { .. } => false,
         AttentionVjp { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } => false,
-        LinearLse | LinearMean | LinearLseAndMean | SoftmaxVjp | NormalizeVjp { .. } | SegmentMeanVjp | CrossEntropyVjp { .. } => false,
+        LinearLse
+        | LinearMean
+        | LinearLseAndMean
+        | SoftmaxVjp
+        | NormalizeVjp { .. }
+        | SegmentMeanVjp
+        | CrossEntropyVjp { .. } => false,
     }
 }

@@ -320,7 +320,14 @@ impl Dealer<'_, '_> {
     /// It is computed before it is the `turn` of a node.
     fn there(&self, value: Value, turn: usize) -> bool {
         let Some(at) = self.facts.maker(value) else { return true };
-        self.done.contains(&at) || at < turn && !self.on_the_way(at)
+        let from = match self.facts.graph.nodes[at] {
+            // Made with the log-sum-exp, but what reads it is not drawn before the place where it is first read.
+            Node { op: Op::LinearLseAndMean, ref results, .. } if results[1] == value => {
+                self.facts.readers(value).first().copied().unwrap_or(at)
+            }
+            _ => at,
+        };
+        self.done.contains(&at) || from < turn && !self.on_the_way(at)
     }
 
     /// What node `at` takes along when it is the `turn` of a node; if its kernel has `whole` rows, a sum of them as well.

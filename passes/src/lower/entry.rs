@@ -140,7 +140,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         let frozen = frozen.map(|parts| format!("{:?}({})", self.facts.groups.expression(at), parts.join(", ")));
         debug_assert_eq!(frozen.is_some(), made, "of what is frozen there is an expression");
         // What is joined goes by the first of its parts.
-        Turn { lowering: self, label: node.op.parts()[0].name().into(), frozen }
+        Turn { lowering: self, label: node.op.joins()[0].name().into(), frozen }
     }
 }
 
@@ -215,7 +215,9 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
             (Op::Reduce { mean, .. }, Work::RowSums { of, taken }) => self.row_sums(*of, taken, *mean)?,
             (Op::Reduce { .. }, Work::Node) if self.sums_columns(at) => self.column_sums(at),
             (Op::Attention { .. } | Op::AttentionLse { .. } | Op::AttentionAndLse { .. }, _) => self.flash(node),
-            (Op::AttentionVjp { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. }, _) => self.flash(node),
+            (Op::AttentionVjp { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. }, _) => {
+                self.flash(node)
+            }
             (Op::LinearLse | Op::LinearMean | Op::LinearLseAndMean, _) => self.sweep(node),
             _ => {
                 let buffers: Vec<BufferId> = operands.iter().map(|&v| self.dense(v)).collect();

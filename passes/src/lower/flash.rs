@@ -27,7 +27,7 @@ impl Turn<'_, '_, '_, '_> {
             Op::AttentionVjpAll { .. } => Part::All,
             _ => unreachable!("asked of attention alone"),
         };
-        let (causal, scale, p, stream, column) = match op.parts()[0] {
+        let (causal, scale, p, stream, column) = match op.joins()[0] {
             Op::Attention { causal, scale, p, stream, column }
             | Op::AttentionVjp { causal, scale, p, stream, column, .. } => (causal, scale, p, stream, column),
             Op::AttentionLse { causal, scale } => (causal, scale, 0.0, 0, 0),
