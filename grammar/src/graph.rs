@@ -131,7 +131,7 @@ pub struct Operation {
     /// In the dialect, without `peft.`.
     pub name: &'static str,
     pub operands: Operands,
-    /// Their names, in order.
+    /// The results' names, in order.
     pub results: &'static [&'static str],
     pub attributes: &'static [&'static str],
     kind: Kind,
@@ -170,6 +170,7 @@ enum Kind {
     Other,
 }
 
+/// Names of results, of the one that most operations have or of several.
 macro_rules! results {
     () => {
         &["z"]
@@ -809,9 +810,7 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
         Op::AttentionAndLse { .. }
         | Op::AttentionVjpSides { .. }
         | Op::AttentionVjpAll { .. }
-        | Op::LinearLseAndMean => {
-            unreachable!("asked of what it joins")
-        }
+        | Op::LinearLseAndMean => unreachable!("asked of what it joins"),
         Op::LogSumExp => match operands[0].shape.split_last() {
             Some((_, lead)) => Ok(Type::f32([lead, &[Dim::Const(1)]].concat())),
             None => Err(format!("`{name}` wants at least one axis")),
@@ -921,7 +920,7 @@ pub struct Location {
 pub struct Node {
     pub op: Op,
     pub operands: Vec<Value>,
-    /// One of each operation that [the node's joins](Op::joins).
+    /// One for each operation that [the node's joins](Op::joins).
     #[serde(rename = "result", with = "results")]
     pub results: Vec<Value>,
     pub location: Location,

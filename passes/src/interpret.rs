@@ -457,9 +457,7 @@ impl<'a> Machine<'a> {
             Op::AttentionAndLse { .. }
             | Op::AttentionVjpSides { .. }
             | Op::AttentionVjpAll { .. }
-            | Op::LinearLseAndMean => {
-                unreachable!("asked of what it joins")
-            }
+            | Op::LinearLseAndMean => unreachable!("asked of what it joins"),
 
             Op::Softmax => self.rows(|r| softmax(self.f(0).row(r))),
             Op::LogSumExp => {

@@ -1,5 +1,5 @@
-//! What one kernel computes is one node: operations that make several things of the same numbers are joined. It is the last
-//! of the passes, so that all others have operations of one result before them.
+//! What one kernel computes is one node: operations that make several things of the same numbers are joined. This is
+//! the last of the passes, so that all others have operations of one result before them.
 //!
 //! ```text
 //! attention(q, k, v, rng), attention_lse(q, k)         =>  attention_and_lse(q, k, v, rng)
@@ -8,8 +8,8 @@
 //! linear_lse(x, W), linear_mean(x, W)                  =>  linear_lse_and_mean(x, W)
 //! ```
 //!
-//! The joined node stands where the first of its parts stood that reads all of its operands. No one may read a result of
-//! the others before.
+//! The joined node stands where the first of its parts stood that reads all of its operands. No one may read what
+//! another gives before that.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,7 +1,7 @@
 //! Which nodes are one launch. A graph's nodes are dealt out to dispatches, each of which is the work of one node's kernel:
-//! what is computed on the way to it, what follows its result while the kernel has that, and what else is made of the same
-//! numbers. All fusion into kernels is decided here, of the graph alone; nothing is emitted, and nothing that comes after
-//! changes it.
+//! what is computed on the way to it, what follows its result while the kernel has that, and what else is done on the same
+//! rows. All of this is decided here, of the graph alone; nothing is emitted, and nothing that comes after changes it. What
+//! a kernel makes of the same numbers besides is a node of several results before it comes here ([`crate::siblings`]).
 //!
 //! ```text
 //! u = x @ W + b,  a = gelu(u)          a product with two groups: u and a are written, x @ W alone is not
@@ -321,7 +321,7 @@ impl Dealer<'_, '_> {
     fn there(&self, value: Value, turn: usize) -> bool {
         let Some(at) = self.facts.maker(value) else { return true };
         let from = match self.facts.graph.nodes[at] {
-            // Made with the log-sum-exp, but what reads it is not drawn before the place where it is first read.
+            // It comes with the log-sum-exp, but draws nothing that reads it before the place where it is first read.
             Node { op: Op::LinearLseAndMean, ref results, .. } if results[1] == value => {
                 self.facts.readers(value).first().copied().unwrap_or(at)
             }
