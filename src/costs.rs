@@ -225,7 +225,7 @@ fn frozen_flops(graph: &Graph) -> Flops {
     let mut products = Flops::default();
     for node in &graph.nodes {
         if node.operands.iter().all(|v| frozen.contains(v)) {
-            frozen.insert(node.result);
+            frozen.extend(&node.results);
         } else if node.operands.get(1).is_some_and(|v| frozen.contains(v)) {
             products.add(graph, node);
         }
@@ -249,10 +249,14 @@ impl Flops {
     }
 
     fn add(&mut self, graph: &Graph, node: &Node) {
-        let shape = |i: usize| &graph.ty(node.operands[i]).shape;
-        let result = &graph.ty(node.result).shape;
-        let mut axes = result.clone();
-        let causal = match node.op {
+        let parts = node.op.joins().into_iter().zip(&node.results);
+        parts.for_each(|(part, &result)| self.add_part(graph, &part, &node.operands, result));
+    }
+
+    fn add_part(&mut self, graph: &Graph, op: &Op, operands: &[Value], result: Value) {
+        let shape = |i: usize| &graph.ty(operands[i]).shape;
+        let mut axes = graph.ty(result).shape.clone();
+        let causal = match *op {
             Op::Matmul { transpose_x, .. } => {
                 let x = shape(0);
                 axes.push(x[x.len() - if transpose_x { 2 } else { 1 }]);

@@ -48,18 +48,18 @@ fn hashes(graph: &Graph) -> HashMap<Value, blake3::Hash> {
     for node in &graph.nodes {
         let op = match &node.op {
             Op::Dropout { .. } => {
-                hashes.insert(node.result, hashes[&node.operands[0]]);
+                hashes.insert(node.result(), hashes[&node.operands[0]]);
                 continue;
             }
             Op::CrossEntropy { .. } => Op::CrossEntropy { smoothing: 0.0 },
             other => other.clone(),
         };
         let mut hash = blake3::Hasher::new();
-        hash.update(&serde_json::to_vec(&(op, graph.ty(node.result))).expect("plain data"));
+        hash.update(&serde_json::to_vec(&(op, graph.ty(node.result()))).expect("plain data"));
         for operand in &node.operands {
             hash.update(hashes[operand].as_bytes());
         }
-        hashes.insert(node.result, hash.finalize());
+        hashes.insert(node.result(), hash.finalize());
     }
     hashes
 }

@@ -36,14 +36,16 @@ impl Graph {
             // Derivatives index as what they are derivatives of.
             Scatter { .. } | CrossEntropyVjp { .. } => None,
             // Their integers are keys of random numbers, and rows that compilation itself asks for.
-            Dropout { .. } | Attention { .. } | AttentionVjp { .. } => None,
+            Dropout { .. } | Attention { .. } | AttentionAndLse { .. } => None,
+            AttentionVjp { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } => None,
             Constant { .. } | Iota { .. } | Add | Sub | Mul | Div | Min | Scale { .. } | Shift { .. } | Float => None,
             Exp | Log | Sqrt | Rsqrt | Sin | Cos | Tanh | Sigmoid | Relu | Step => None,
             Gelu | GeluGrad | GeluTanh | GeluTanhGrad | Detach => None,
             Reshape { .. } | Permute { .. } | Slice { .. } | Pad { .. } | Concat { .. } => None,
             Broadcast { .. } | Reduce { .. } | Matmul { .. } => None,
             Scores { .. } | Attend { .. } | AttendTransposed { .. } | AttentionLse { .. } => None,
-            LinearLse | LinearMean | Softmax | LogSumExp | SoftmaxVjp | Normalize { .. } | NormalizeVjp { .. } => None,
+            LinearLse | LinearMean | LinearLseAndMean | Softmax | LogSumExp | SoftmaxVjp => None,
+            Normalize { .. } | NormalizeVjp { .. } => None,
             SegmentMean | SegmentMeanVjp => None,
         }
     }

@@ -1,4 +1,5 @@
-//! The graph: a straight line of operations on typed tensors, each of one result.
+//! The graph: a straight line of operations on typed tensors. All have one result, but for those that join what one
+//! kernel computes.
 //!
 //! It is what every stage between the checker and the lowering has in its hands. The checker builds
 //! it from `.peft` equations, the `peft` dialect prints it as MLIR and reads it back, the gradient and
@@ -130,6 +131,8 @@ pub struct Operation {
     /// In the dialect, without `peft.`.
     pub name: &'static str,
     pub operands: Operands,
+    /// The results' names, in order.
+    pub results: &'static [&'static str],
     pub attributes: &'static [&'static str],
     kind: Kind,
 }
@@ -167,12 +170,24 @@ enum Kind {
     Other,
 }
 
+/// Names of results, of the one that most operations have or of several.
+macro_rules! results {
+    () => {
+        &["z"]
+    };
+    ($($result:literal),+) => {
+        &[$($result),+]
+    };
+}
+
 /// Makes [`Op`], [`OPERATIONS`] and the ways between an operation and its parts from one row for each operation: its
-/// formula, its variant with the attributes, its name in the dialect, its operands' types, its [`Kind`].
+/// formula, its variant with the attributes, its name in the dialect, its operands' types, its [`Kind`], and its results
+/// if there are several.
 macro_rules! operations {
     ($(
         $(#[$formula:meta])*
-        $variant:ident $({ $($attr:ident: $type:ty),+ })?, $name:literal, $operands:ident($($dtype:ident),*), $kind:ident;
+        $variant:ident $({ $($attr:ident: $type:ty),+ })?, $name:literal, $operands:ident($($dtype:ident),*), $kind:ident
+        $(-> ($($result:literal),+))?;
     )*) => {
         /// What an operation computes. `x`, `y`, … are its operands in order; row vectors, `x @ W`.
         ///
@@ -186,6 +201,7 @@ macro_rules! operations {
         pub const OPERATIONS: &[Operation] = &[$(Operation {
             name: $name,
             operands: Operands::$operands(&[$(DType::$dtype),*]),
+            results: results!($($($result),+)?),
             attributes: &[$($(stringify!($attr)),+)?],
             kind: Kind::$kind,
         }),*];
@@ -311,12 +327,23 @@ operations! {
     /// 0: Σ_j ds_ij k_j;  1: Σ_i ds_ij q_i;  2: Σ_i d_ij w_ij df_i
     AttentionVjp { of: usize, causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
         "attention_vjp", Variadic(F32, F32, F32, F32, F32, F32, I32), Other;
+    /// `Attention` and `AttentionLse`
+    AttentionAndLse { causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
+        "attention_and_lse", Variadic(F32, F32, F32, I32), Other -> ("f", "lse");
+    /// `AttentionVjp` of 1 and of 2
+    AttentionVjpSides { causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
+        "attention_vjp_sides", Variadic(F32, F32, F32, F32, F32, F32, I32), Other -> ("dk", "dv");
+    /// `AttentionVjp` of 0, of 1 and of 2
+    AttentionVjpAll { causal: bool, scale: f64, p: f64, stream: u32, column: u64 },
+        "attention_vjp_all", Variadic(F32, F32, F32, F32, F32, F32, I32), Other -> ("dq", "dk", "dv");
 
     // A linear map of which only the softmax is asked for, x[n,d] and W[V,d]; its n × V results exist nowhere.
     /// (x, W) → ln Σ_v e^{x·W_v}, [n,1]
     LinearLse, "linear_lse", Fixed(F32, F32), Other;
     /// (x, W) → Σ_v softmax(x Wᵀ)_v W_v, [n,d]
     LinearMean, "linear_mean", Fixed(F32, F32), Other;
+    /// `LinearLse` and `LinearMean`
+    LinearLseAndMean, "linear_lse_and_mean", Fixed(F32, F32), Other -> ("lse", "mean");
 
     // Along the last axis.
     /// e^{x_j − max} / Σ
@@ -369,8 +396,8 @@ impl Op {
         self.operation().kind == Kind::View
     }
 
-    /// The type of the result, or in what way the operands do not fit.
-    pub fn infer(&self, operands: &[&Type]) -> Result<Type, String> {
+    /// The types of the results, or in what way the operands do not fit.
+    pub fn infer(&self, operands: &[&Type]) -> Result<Vec<Type>, String> {
         let Operation { name, operands: wanted, .. } = self.operation();
         let arity = wanted.count();
         let fits = arity.map_or((1..=MAX_PARTS).contains(&operands.len()), |n| operands.len() == n);
@@ -384,7 +411,31 @@ impl Op {
                 return Err(format!("`{name}` wants {want} as operand {}, found {ty}", i + 1));
             }
         }
-        infer(self, operands)
+        self.joins().iter().map(|part| infer(part, part.of_whole(operands))).collect()
+    }
+
+    /// The operations whose results it has, in order: itself, or what it joins. Each reads the first of its operands
+    /// ([`Op::of_whole`]).
+    pub fn joins(&self) -> Vec<Op> {
+        use Op::*;
+        match *self {
+            AttentionAndLse { causal, scale, p, stream, column } => {
+                vec![Attention { causal, scale, p, stream, column }, AttentionLse { causal, scale }]
+            }
+            AttentionVjpSides { causal, scale, p, stream, column } => {
+                [1, 2].map(|of| AttentionVjp { of, causal, scale, p, stream, column }).into()
+            }
+            AttentionVjpAll { causal, scale, p, stream, column } => {
+                [0, 1, 2].map(|of| AttentionVjp { of, causal, scale, p, stream, column }).into()
+            }
+            LinearLseAndMean => vec![LinearLse, LinearMean],
+            _ => vec![self.clone()],
+        }
+    }
+
+    /// What it reads of the operands of an operation of which it is a part.
+    pub fn of_whole<'o, T>(&self, operands: &'o [T]) -> &'o [T] {
+        &operands[..self.operation().operands.count().unwrap_or(operands.len())]
     }
 }
 
@@ -540,6 +591,7 @@ pub fn broadcast(a: &[Dim], b: &[Dim]) -> Option<Vec<Dim>> {
         .collect()
 }
 
+/// The type of the one result.
 fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
     let x = operands.first().copied();
     let name = op.name();
@@ -755,6 +807,10 @@ fn infer(op: &Op, operands: &[&Type]) -> Result<Type, String> {
                 operands[0], operands[1]
             )),
         },
+        Op::AttentionAndLse { .. }
+        | Op::AttentionVjpSides { .. }
+        | Op::AttentionVjpAll { .. }
+        | Op::LinearLseAndMean => unreachable!("asked of what it joins"),
         Op::LogSumExp => match operands[0].shape.split_last() {
             Some((_, lead)) => Ok(Type::f32([lead, &[Dim::Const(1)]].concat())),
             None => Err(format!("`{name}` wants at least one axis")),
@@ -864,8 +920,44 @@ pub struct Location {
 pub struct Node {
     pub op: Op,
     pub operands: Vec<Value>,
-    pub result: Value,
+    /// One for each operation that [the node's joins](Op::joins).
+    #[serde(rename = "result", with = "results")]
+    pub results: Vec<Value>,
     pub location: Location,
+}
+
+impl Node {
+    /// The only result.
+    pub fn result(&self) -> Value {
+        let [result] = self.results[..] else { panic!("`peft.{}` has several results", self.op.name()) };
+        result
+    }
+}
+
+/// Results as they are written down: one by itself.
+mod results {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Value;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        One(Value),
+        Several(Vec<Value>),
+    }
+
+    pub fn serialize<S: Serializer>(results: &[Value], to: S) -> Result<S::Ok, S::Error> {
+        let written = if let [one] = *results { Written::One(one) } else { Written::Several(results.to_vec()) };
+        written.serialize(to)
+    }
+
+    pub fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<Vec<Value>, D::Error> {
+        Ok(match Written::deserialize(from)? {
+            Written::One(one) => vec![one],
+            Written::Several(results) => results,
+        })
+    }
 }
 
 /// Operations in an order in which each may run; every operand is an argument or an earlier result.
@@ -928,8 +1020,10 @@ impl Graph {
     fn index(&mut self) {
         self.defs = vec![None; self.types.len()];
         for (at, node) in self.nodes.iter().enumerate() {
-            if let Some(def) = self.defs.get_mut(node.result.0 as usize) {
-                *def = Some(at);
+            for result in &node.results {
+                if let Some(def) = self.defs.get_mut(result.0 as usize) {
+                    *def = Some(at);
+                }
             }
         }
     }
@@ -952,13 +1046,18 @@ impl Graph {
         value
     }
 
-    /// Appends an operation; its result's type is inferred.
+    /// Appends an operation of one result, whose type is inferred.
     pub fn push(&mut self, op: Op, operands: &[Value], location: &Location) -> Result<Value, String> {
+        self.push_node(op, operands, location).map(Node::result)
+    }
+
+    /// Appends an operation; its results' types are inferred.
+    pub fn push_node(&mut self, op: Op, operands: &[Value], location: &Location) -> Result<&Node, String> {
         let types: Vec<&Type> = operands.iter().map(|&v| self.ty(v)).collect();
-        let ty = op.infer(&types)?;
-        let result = self.fresh(ty, Some(self.nodes.len()));
-        self.nodes.push(Node { op, operands: operands.to_vec(), result, location: location.clone() });
-        Ok(result)
+        let (types, at) = (op.infer(&types)?, self.nodes.len());
+        let results = types.into_iter().map(|ty| self.fresh(ty, Some(at))).collect();
+        self.nodes.push(Node { op, operands: operands.to_vec(), results, location: location.clone() });
+        Ok(&self.nodes[at])
     }
 
     pub fn output(&self, name: &str) -> Option<Value> {
@@ -970,7 +1069,7 @@ impl Graph {
         let mut made: HashSet<Value> = seeds.into_iter().collect();
         for node in &self.nodes {
             if node.operands.iter().any(|v| made.contains(v)) {
-                made.insert(node.result);
+                made.extend(&node.results);
             }
         }
         made
@@ -991,14 +1090,19 @@ impl Graph {
                 return Err(at("an operand is used before it is computed".into()));
             }
             let types: Vec<&Type> = node.operands.iter().map(|&v| self.ty(v)).collect();
-            let ty = node.op.infer(&types).map_err(at)?;
-            if ty != *self.ty(node.result) {
-                return Err(at(format!("the result is {ty}, but {} is written", self.ty(node.result))));
+            let types = node.op.infer(&types).map_err(at)?;
+            if types.len() != node.results.len() {
+                return Err(at(format!("it has {} results, but {} are written", types.len(), node.results.len())));
             }
-            if self.def_at(node.result) != Some(i) {
-                return Err(at("it is not where the graph says that its result is made".into()));
+            for (ty, &result) in types.iter().zip(&node.results) {
+                if ty != self.ty(result) {
+                    return Err(at(format!("the result is {ty}, but {} is written", self.ty(result))));
+                }
+                if self.def_at(result) != Some(i) {
+                    return Err(at("it is not where the graph says that its result is made".into()));
+                }
+                known[result.0 as usize] = true;
             }
-            known[node.result.0 as usize] = true;
         }
         for (i, (name, value)) in self.outputs.iter().enumerate() {
             if !known[value.0 as usize] {

@@ -85,7 +85,9 @@ impl fmt::Display for Equations<'_> {
             let attributes: Vec<String> =
                 node.op.attributes().iter().map(|(name, value)| format!("{name}: {}", Shown(value))).collect();
             let inside = [operands, attributes].concat().join(", ");
-            writeln!(f, "  %{} = {}({inside}) : {}", node.result.0, node.op.name(), graph.ty(node.result))?;
+            let results: Vec<String> = node.results.iter().map(|v| format!("%{}", v.0)).collect();
+            let types: Vec<String> = node.results.iter().map(|&v| graph.ty(v).to_string()).collect();
+            writeln!(f, "  {} = {}({inside}) : {}", results.join(", "), node.op.name(), types.join(", "))?;
         }
         for (name, value) in &graph.outputs {
             writeln!(f, "  output {name} = %{} : {}", value.0, graph.ty(*value))?;

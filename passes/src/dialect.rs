@@ -109,7 +109,7 @@ impl Dialect {
 /// The dialect's definition in IRDL.
 pub fn irdl() -> String {
     let mut out = String::from("irdl.dialect @peft {\n");
-    for Operation { name, operands, attributes, .. } in OPERATIONS {
+    for Operation { name, operands, results, attributes, .. } in OPERATIONS {
         let _ = writeln!(out, "  irdl.operation @{name} {{");
         let operands = match operands.count() {
             // One constraint an operand: a shared one would demand equal types.
@@ -127,11 +127,15 @@ pub fn irdl() -> String {
                 })
                 .collect(),
         };
-        let _ = writeln!(out, "    %z = irdl.base \"!builtin.tensor\"");
+        let results = results.iter().map(|name| {
+            let _ = writeln!(out, "    %{name} = irdl.base \"!builtin.tensor\"");
+            format!("{name}: %{name}")
+        });
+        let results = results.collect::<Vec<_>>().join(", ");
         if !operands.is_empty() {
             let _ = writeln!(out, "    irdl.operands({})", operands.join(", "));
         }
-        let _ = writeln!(out, "    irdl.results(z: %z)");
+        let _ = writeln!(out, "    irdl.results({results})");
         if !attributes.is_empty() {
             let named = attributes.iter().enumerate().map(|(i, name)| {
                 let _ = writeln!(out, "    %a{i} = irdl.any");
@@ -155,6 +159,17 @@ fn text(graphs: &[&Graph]) -> String {
     out
 }
 
+/// A value's name; results of one operation share theirs.
+fn name(graph: &Graph, value: Value) -> String {
+    match graph.def(value).map(|node| &node.results[..]) {
+        Some(results @ [first, _, ..]) => {
+            let which = results.iter().position(|v| *v == value).expect("its own");
+            format!("%{}#{which}", first.0)
+        }
+        _ => format!("%{}", value.0),
+    }
+}
+
 fn write_function(out: &mut String, graph: &Graph) {
     let args = graph.args.iter().map(|arg| {
         let rows = arg.rows.map_or(String::new(), |(start, end)| format!(", peft.rows = [{start}, {end}]"));
@@ -167,8 +182,8 @@ fn write_function(out: &mut String, graph: &Graph) {
     let results = results.collect::<Vec<_>>().join(", ");
     let _ = writeln!(out, "  func.func @{}({args}) -> ({results}) {{", graph.name);
     for node in &graph.nodes {
-        let names = node.operands.iter().map(|v| format!("%{}", v.0)).collect::<Vec<_>>().join(", ");
-        let types = node.operands.iter().map(|&v| type_text(graph.ty(v))).collect::<Vec<_>>().join(", ");
+        let types = |values: &[Value]| values.iter().map(|&v| type_text(graph.ty(v))).collect::<Vec<_>>().join(", ");
+        let operands = node.operands.iter().map(|&v| name(graph, v)).collect::<Vec<_>>().join(", ");
         let attributes = node.op.attributes();
         let attributes = attributes.iter().map(|(key, value)| format!("{key} = {}", attr_text(value)));
         let mut attributes = attributes.collect::<Vec<_>>();
@@ -179,14 +194,16 @@ fn write_function(out: &mut String, graph: &Graph) {
         }
         let attributes = attributes.join(", ");
         let attributes = if attributes.is_empty() { attributes } else { format!(" {{{attributes}}}") };
-        let result = type_text(graph.ty(node.result));
         let Location { file, line, column } = &node.location;
         let at = if *line == 0 { "unknown".into() } else { format!("{}:{line}:{column}", quoted(file)) };
-        let name = node.op.name();
-        let id = node.result.0;
-        let _ = writeln!(out, "    %{id} = \"peft.{name}\"({names}){attributes} : ({types}) -> {result} loc({at})");
+        let (op, from, to) = (node.op.name(), types(&node.operands), types(&node.results));
+        let (id, to) = match node.results[..] {
+            [one] => (format!("%{}", one.0), to),
+            _ => (format!("%{}:{}", node.results[0].0, node.results.len()), format!("({to})")),
+        };
+        let _ = writeln!(out, "    {id} = \"peft.{op}\"({operands}){attributes} : ({from}) -> {to} loc({at})");
     }
-    let values = graph.outputs.iter().map(|(_, v)| format!("%{}", v.0)).collect::<Vec<_>>().join(", ");
+    let values = graph.outputs.iter().map(|(_, v)| name(graph, *v)).collect::<Vec<_>>().join(", ");
     let types = graph.outputs.iter().map(|(_, v)| type_text(graph.ty(*v))).collect::<Vec<_>>().join(", ");
     let colon = if types.is_empty() { "" } else { " : " };
     let _ = writeln!(out, "    return {values}{colon}{types}\n  }}");
@@ -277,14 +294,15 @@ fn read_function(function: OperationRef<'_, '_>) -> Result<Graph, Error> {
         let short = full.strip_prefix("peft.").ok_or_else(|| broken("only operations of the dialect belong here"))?;
         let op =
             Op::from_parts(short, &|key| operation.attribute(key).ok().and_then(read_attr)).map_err(Error::Mlir)?;
-        let value =
-            graph.push(op, &operands, &read_location(&operation.location().to_string())).map_err(Error::Mlir)?;
-        let result = operation.result(0).map_err(|e| Error::Mlir(e.to_string()))?;
-        let written = read_type(result.r#type())?;
-        if written != *graph.ty(value) {
-            return Err(broken(&format!("`{full}` gives {}, but {written} is written", graph.ty(value))));
+        let location = read_location(&operation.location().to_string());
+        let made = graph.push_node(op, &operands, &location).map_err(Error::Mlir)?.results.clone();
+        for (result, value) in operation.results().zip(made) {
+            let written = read_type(result.r#type())?;
+            if written != *graph.ty(value) {
+                return Err(broken(&format!("`{full}` gives {}, but {written} is written", graph.ty(value))));
+            }
+            values.insert(result.to_raw().ptr, value);
         }
-        values.insert(result.to_raw().ptr, value);
         next = operation.next_in_block();
     }
     Ok(graph)

@@ -104,10 +104,10 @@ impl<'a> Folder<'a> {
         let mut found =
             HashMap::from([(projection.input, Affine { by: Linear::Identity, constant: None, changed: false })]);
         let old = self.old;
-        let between = |n: &&Node| n.result > projection.input && n.result <= projection.output;
+        let between = |n: &&Node| n.result() > projection.input && n.result() <= projection.output;
         for node in old.nodes.iter().filter(between) {
             if let Some(affine) = self.step(node, &found)? {
-                found.insert(node.result, affine);
+                found.insert(node.result(), affine);
             }
         }
         Ok(found.get(&projection.output).filter(|a| matches!(a.by, Linear::Matrix(_))).copied())
@@ -159,6 +159,9 @@ impl<'a> Folder<'a> {
             (Op::Pad { .. } | Op::Concat { .. } | Op::Broadcast { .. } | Op::Reduce { .. }, ..) => Ok(None),
             (Op::Scores { .. } | Op::Attend { .. } | Op::AttendTransposed { .. }, ..) => Ok(None),
             (Op::Attention { .. } | Op::AttentionLse { .. } | Op::AttentionVjp { .. }, ..) => Ok(None),
+            // What only the last of the passes makes.
+            (Op::AttentionAndLse { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. }, ..) => Ok(None),
+            (Op::LinearLseAndMean, ..) => Ok(None),
             (Op::LinearLse | Op::LinearMean | Op::Softmax | Op::LogSumExp | Op::SoftmaxVjp, ..) => Ok(None),
             (Op::Normalize { .. } | Op::NormalizeVjp { .. }, ..) => Ok(None),
             (Op::Gather { .. } | Op::Scatter { .. } | Op::SegmentMean | Op::SegmentMeanVjp, ..) => Ok(None),
@@ -294,10 +297,10 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
         needed.extend(graph.output(name));
     }
     for node in graph.nodes.iter().rev() {
-        if !needed.contains(&node.result) {
+        if !needed.contains(&node.result()) {
             continue;
         }
-        match folded.get(&node.result) {
+        match folded.get(&node.result()) {
             Some(&input) => drop(needed.insert(input)),
             None => needed.extend(node.operands.iter().copied()),
         }

@@ -19,17 +19,17 @@ pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
     }
     for node in &forward.nodes {
         let detached = node.op == Op::Detach;
-        reached[node.result.0 as usize] = !detached && node.operands.iter().any(|v| reached[v.0 as usize]);
+        reached[node.result().0 as usize] = !detached && node.operands.iter().any(|v| reached[v.0 as usize]);
     }
 
     let mut adjoints: Vec<Option<Value>> = vec![None; forward.values()];
     adjoints[loss.0 as usize] = Some(tape.op(Op::Constant { value: 1.0, shape: forward.ty(loss).shape.clone() }, &[])?);
     for node in forward.nodes.iter().rev() {
-        let Some(dz) = adjoints[node.result.0 as usize] else { continue };
+        let Some(dz) = adjoints[node.result().0 as usize] else { continue };
         tape.location = node.location.clone();
         for (i, &operand) in node.operands.iter().enumerate() {
             if reached[operand.0 as usize] {
-                let term = adjoint(&mut tape, &node.op, &node.operands, node.result, dz, i)?;
+                let term = adjoint(&mut tape, &node.op, &node.operands, node.result(), dz, i)?;
                 let slot = &mut adjoints[operand.0 as usize];
                 *slot = Some(match *slot {
                     Some(sum) => tape.op(Op::Add, &[sum, term])?,
@@ -200,6 +200,8 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
         // What only fusion makes.
         (Op::Attend { .. } | Op::AttendTransposed { .. }, _) => none(),
         (Op::Attention { .. } | Op::AttentionLse { .. } | Op::LinearLse | Op::LinearMean, _) => none(),
+        (Op::AttentionAndLse { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. }, _) => none(),
+        (Op::LinearLseAndMean, _) => none(),
     }
 }
 

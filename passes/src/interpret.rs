@@ -7,7 +7,7 @@ pub mod optimizer;
 
 use std::collections::HashMap;
 
-use peft_grammar::graph::{DType, Dim, Graph, Node, Op, Type, Value};
+use peft_grammar::graph::{DType, Dim, Graph, Op, Type, Value};
 
 use peft_runtime::philox::{dropout_threshold, dropout_word};
 
@@ -133,9 +133,12 @@ pub fn run(graph: &Graph, batch: &Batch, args: &HashMap<String, Data>) -> Result
     }
     graph.outputs.iter().for_each(|(_, v)| last_use[v.0 as usize] = usize::MAX);
     for (at, node) in graph.nodes.iter().enumerate() {
-        let machine = Machine { graph, batch, values: &values, node };
-        let result = machine.evaluate();
-        values[node.result.0 as usize] = Some(Data::F64(result));
+        let made = node.results.iter().zip(node.op.joins()).map(|(&result, op)| {
+            let operands = op.of_whole(&node.operands);
+            Data::F64(Machine { graph, batch, values: &values, op: &op, operands, result }.evaluate())
+        });
+        let made: Vec<Data> = made.collect();
+        node.results.iter().zip(made).for_each(|(v, made)| values[v.0 as usize] = Some(made));
         for v in &node.operands {
             if last_use[v.0 as usize] == at {
                 values[v.0 as usize] = None;
@@ -146,12 +149,14 @@ pub fn run(graph: &Graph, batch: &Batch, args: &HashMap<String, Data>) -> Result
     Ok(graph.outputs.iter().map(output).collect())
 }
 
-/// One operation at work.
+/// One operation of one result at work.
 struct Machine<'a> {
     graph: &'a Graph,
     batch: &'a Batch,
     values: &'a [Option<Data>],
-    node: &'a Node,
+    op: &'a Op,
+    operands: &'a [Value],
+    result: Value,
 }
 
 /// An operand: its content and shape.
@@ -237,10 +242,10 @@ fn log_sum_exp(x: &[f64]) -> f64 {
 
 impl<'a> Machine<'a> {
     fn ty(&self, operand: usize) -> &'a Type {
-        self.graph.ty(self.node.operands[operand])
+        self.graph.ty(self.operands[operand])
     }
     fn data(&self, operand: usize) -> &'a Data {
-        self.values[self.node.operands[operand].0 as usize].as_ref().expect("computed before")
+        self.values[self.operands[operand].0 as usize].as_ref().expect("computed before")
     }
     fn f(&self, operand: usize) -> Operand<'a> {
         Operand { data: self.data(operand).floats(), shape: &self.ty(operand).shape, batch: self.batch }
@@ -258,7 +263,7 @@ impl<'a> Machine<'a> {
     /// The result, element by element of its index.
     fn build(&self, element: impl Fn(&[usize]) -> f64) -> Vec<f64> {
         let mut out = vec![];
-        self.walk(&self.graph.ty(self.node.result).shape, |index| out.push(element(index)));
+        self.walk(&self.graph.ty(self.result).shape, |index| out.push(element(index)));
         out
     }
 
@@ -282,7 +287,7 @@ impl<'a> Machine<'a> {
 
     /// Row by row along the last axis.
     fn rows(&self, row: impl Fn(usize) -> Vec<f64>) -> Vec<f64> {
-        let shape = &self.graph.ty(self.node.result).shape;
+        let shape = &self.graph.ty(self.result).shape;
         (0..self.batch.prefix(shape).iter().product()).flat_map(row).collect()
     }
 
@@ -297,7 +302,7 @@ impl<'a> Machine<'a> {
 
     fn evaluate(&self) -> Vec<f64> {
         let batch = self.batch;
-        match &self.node.op {
+        match self.op {
             Op::Constant { value, .. } => self.build(|_| *value),
             Op::Iota { .. } => self.build(|i| i[0] as f64),
             Op::Add => self.binary(|x, y| x + y),
@@ -449,6 +454,11 @@ impl<'a> Machine<'a> {
                 (0..batch.dim(w.shape[1])).map(entry).collect()
             }),
 
+            Op::AttentionAndLse { .. }
+            | Op::AttentionVjpSides { .. }
+            | Op::AttentionVjpAll { .. }
+            | Op::LinearLseAndMean => unreachable!("asked of what it joins"),
+
             Op::Softmax => self.rows(|r| softmax(self.f(0).row(r))),
             Op::LogSumExp => {
                 (0..batch.prefix(self.f(0).shape).iter().product()).map(|r| log_sum_exp(self.f(0).row(r))).collect()
@@ -525,7 +535,7 @@ impl<'a> Machine<'a> {
                 let (x, drop) = (self.f(0), self.drop(*p, *stream, *column, 1));
                 let n = x.shape.len();
                 let rows = if n < 2 { 1 } else { batch.dim(x.shape[n - 2]) };
-                let numbers = (self.node.operands.len() > 2).then(|| self.ids(2));
+                let numbers = (self.operands.len() > 2).then(|| self.ids(2));
                 self.rows(|r| {
                     let row = numbers.map_or(r % rows, |numbers| numbers[r % rows] as usize);
                     let scaled = |(c, x): (usize, &f64)| x * drop.factor(r / rows, row, c);
@@ -551,7 +561,7 @@ impl<'a> Machine<'a> {
 
     fn reduce(&self, axes: &[usize], keep: bool, mean: bool) -> Vec<f64> {
         let x = self.f(0);
-        let out = &self.graph.ty(self.node.result).shape;
+        let out = &self.graph.ty(self.result).shape;
         let mut sums = vec![0.0; self.batch.elements(out)];
         let sizes = self.batch.prefix(out);
         self.walk(x.shape, |index| {

@@ -17,6 +17,7 @@ pub mod partition;
 pub mod pipeline;
 pub mod remat;
 pub mod rewrite;
+pub mod siblings;
 pub mod target;
 
 /// What can go wrong behind the checker. None of it is the user's fault but a malformed module given as input, and

@@ -18,6 +18,7 @@ use crate::lower::{self, Lowered, lower};
 use crate::partition::partition;
 use crate::remat::{Remade, remat};
 use crate::rewrite::live;
+use crate::siblings::join;
 use crate::target::Machine;
 use crate::{Error, codegen};
 
@@ -140,6 +141,7 @@ pub fn run(dialect: &Dialect, model: &Model, entries: &[Entry], options: &Option
         remade.push(saved);
         Ok(graph)
     })?;
+    way.pass(Stage::Fused, "siblings", |_, g| join(&g))?;
     let Options { machine, limits, .. } = *options;
     let (precision, optimizer, epilogues) = (model.train.precision, model.train.optimizer, rule("epilogue"));
     way.lower(model, remade, lower::Options { machine, precision, optimizer, epilogues, limits })

@@ -50,8 +50,8 @@ pub fn remat(graph: &Graph, limits: &Limits) -> Result<(Graph, Remade), String> 
     }
     let mut again = Again { lives: &lives, new, map, made: HashMap::new() };
     for (at, node) in graph.nodes.iter().enumerate() {
-        let value = again.push(node, at)?;
-        again.map[node.result.0 as usize] = value;
+        let values = again.push(node, at)?;
+        node.results.iter().zip(values).for_each(|(old, new)| again.map[old.0 as usize] = new);
     }
     let Again { mut new, map, .. } = again;
     new.outputs = graph.outputs.iter().map(|(name, v)| (name.clone(), map[v.0 as usize])).collect();
@@ -75,7 +75,8 @@ impl<'g> Lives<'g> {
             node.operands.iter().for_each(|&v| reads[lives.root(v).0 as usize].push(at));
         }
         graph.outputs.iter().for_each(|(_, v)| reads[lives.root(*v).0 as usize].push(graph.nodes.len()));
-        for (at, Node { result, .. }) in own() {
+        let results = own().flat_map(|(at, node)| node.results.iter().map(move |result| (at, result)));
+        for (at, result) in results {
             let (size, mut spans) = (lives.elements(*result), vec![(at, at)]);
             for &read in &reads[result.0 as usize] {
                 let last = spans.last_mut().expect("the first");
@@ -171,6 +172,7 @@ fn each(op: &Op) -> Option<f64> {
         Detach | Pad { .. } | Concat { .. } | Reduce { .. } => None,
         Matmul { .. } | Scores { .. } | Attend { .. } | AttendTransposed { .. } => None,
         Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => None,
+        AttentionAndLse { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } | LinearLseAndMean => None,
         Softmax | LogSumExp | SoftmaxVjp | NormalizeVjp { .. } => None,
         Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => None,
         CrossEntropy { .. } | CrossEntropyVjp { .. } => None,
@@ -189,9 +191,9 @@ struct Again<'a> {
 
 impl Again<'_> {
     /// `node` on what lies in memory at `at`.
-    fn push(&mut self, node: &Node, at: usize) -> Result<Value, String> {
+    fn push(&mut self, node: &Node, at: usize) -> Result<Vec<Value>, String> {
         let operands = node.operands.iter().map(|&v| self.read(v, at)).collect::<Result<Vec<_>, _>>()?;
-        self.new.push(node.op.clone(), &operands, &node.location)
+        Ok(self.new.push_node(node.op.clone(), &operands, &node.location)?.results.clone())
     }
 
     fn read(&mut self, value: Value, at: usize) -> Result<Value, String> {
@@ -205,7 +207,7 @@ impl Again<'_> {
             return Ok(again);
         }
         let node = self.lives.graph.def(value).expect("no argument");
-        let again = self.push(node, at)?;
+        let again = self.push(node, at)?[0];
         self.made.insert((value, made), again);
         Ok(again)
     }

@@ -10,13 +10,14 @@ use peft_grammar::graph::{Graph, Location, Node, Op, Value};
 pub struct Rewriter {
     pub graph: Graph,
     /// What has been computed, by operation and operands.
-    known: HashMap<(Op, Vec<Value>), Value>,
+    known: HashMap<(Op, Vec<Value>), Vec<Value>>,
     location: Location,
     /// New values of the old graph's outputs.
     outputs: HashSet<Value>,
 }
 
-/// Rebuilds `graph`. `rule` sees every operation with its operands in the new graph and may give another value for it.
+/// Rebuilds `graph`. `rule` sees every operation with its operands in the new graph and may give another value for its
+/// result; operations of several results stay what they are.
 pub fn rewrite(
     graph: &Graph,
     mut rule: impl FnMut(&mut Rewriter, &Op, &[Value]) -> Result<Option<Value>, String>,
@@ -33,16 +34,19 @@ pub fn rewrite(
         let value = new.graph.arg(arg.name.clone(), arg.role, arg.rows, graph.ty(arg.value).clone());
         map[arg.value.0 as usize] = Some(value);
     }
-    for Node { op, operands, result, location } in &graph.nodes {
+    for Node { op, operands, results, location } in &graph.nodes {
         let operands: Vec<Value> = operands.iter().map(|v| map[v.0 as usize].expect("verified order")).collect();
         new.location = location.clone();
-        let value = match rule(&mut new, op, &operands)? {
-            Some(value) => value,
-            None => new.op(op.clone(), &operands)?,
+        let better = if results.len() == 1 { rule(&mut new, op, &operands)? } else { None };
+        let values = match better {
+            Some(value) => vec![value],
+            None => new.results(op.clone(), &operands)?,
         };
-        map[result.0 as usize] = Some(value);
-        if given.contains(result) {
-            new.outputs.insert(value);
+        for (result, value) in results.iter().zip(values) {
+            map[result.0 as usize] = Some(value);
+            if given.contains(result) {
+                new.outputs.insert(value);
+            }
         }
     }
     new.graph.outputs =
@@ -51,15 +55,19 @@ pub fn rewrite(
 }
 
 impl Rewriter {
-    /// Appends an operation, or finds the value that is the same.
+    /// Appends an operation of one result, or finds the value that is the same.
     pub fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
+        self.results(op, operands).map(|results| results[0])
+    }
+
+    fn results(&mut self, op: Op, operands: &[Value]) -> Result<Vec<Value>, String> {
         let key = (op, operands.to_vec());
-        if let Some(&value) = self.known.get(&key) {
-            return Ok(value);
+        if let Some(values) = self.known.get(&key) {
+            return Ok(values.clone());
         }
-        let value = self.graph.push(key.0.clone(), operands, &self.location)?;
-        self.known.insert(key, value);
-        Ok(value)
+        let values = self.graph.push_node(key.0.clone(), operands, &self.location)?.results.clone();
+        self.known.insert(key, values.clone());
+        Ok(values)
     }
 
     /// The operation that makes `value`, with its operands; `None` for an argument.
@@ -78,7 +86,7 @@ pub fn live(graph: &Graph) -> Graph {
     let mut needed = vec![false; graph.values()];
     graph.outputs.iter().for_each(|(_, v)| needed[v.0 as usize] = true);
     for node in graph.nodes.iter().rev() {
-        if needed[node.result.0 as usize] {
+        if node.results.iter().any(|v| needed[v.0 as usize]) {
             node.operands.iter().for_each(|v| needed[v.0 as usize] = true);
         }
     }
@@ -87,9 +95,10 @@ pub fn live(graph: &Graph) -> Graph {
     for arg in &graph.args {
         map[arg.value.0 as usize] = new.arg(arg.name.clone(), arg.role, arg.rows, graph.ty(arg.value).clone());
     }
-    for node in graph.nodes.iter().filter(|n| needed[n.result.0 as usize]) {
+    for node in graph.nodes.iter().filter(|n| n.results.iter().any(|v| needed[v.0 as usize])) {
         let operands: Vec<Value> = node.operands.iter().map(|v| map[v.0 as usize]).collect();
-        map[node.result.0 as usize] = new.push(node.op.clone(), &operands, &node.location).expect("it was well-formed");
+        let made = new.push_node(node.op.clone(), &operands, &node.location).expect("it was well-formed");
+        node.results.iter().zip(&made.results).for_each(|(old, new)| map[old.0 as usize] = *new);
     }
     new.outputs = graph.outputs.iter().map(|(name, v)| (name.clone(), map[v.0 as usize])).collect();
     new

@@ -67,7 +67,7 @@ fn nothing_is_computed_for_frozen_weights() {
     let frozen: Vec<_> = graph.args.iter().filter(|a| a.role == Role::Frozen).collect();
     assert!(frozen.len() > 20);
     for node in graph.nodes.iter().filter(|n| matches!(n.op, Op::Matmul { transpose_x: true, .. })) {
-        let made = graph.ty(node.result);
+        let made = graph.ty(node.result());
         let of = frozen.iter().find(|a| graph.ty(a.value).rank() == 2 && graph.ty(a.value) == made);
         assert!(of.is_none(), "the gradient of `{}` is computed", of.expect("some").name);
     }

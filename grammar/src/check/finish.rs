@@ -286,7 +286,7 @@ impl<'a> Checker<'a> {
     fn reaching(&self, given: &[Value]) -> HashSet<Value> {
         let mut needed: HashSet<Value> = self.graph.output(LOSS).into_iter().collect();
         for node in self.graph.nodes.iter().rev() {
-            if needed.contains(&node.result) && !given.contains(&node.result) {
+            if needed.contains(&node.result()) && !given.contains(&node.result()) {
                 needed.extend(&node.operands);
             }
         }
@@ -358,7 +358,14 @@ fn sees_later_tokens(op: &Op) -> bool {
         Broadcast { .. } | Reduce { .. } | Matmul { .. } | Dropout { .. } => false,
         Softmax | LogSumExp | Normalize { .. } | Gather { .. } | Scatter { .. } | CrossEntropy { .. } => false,
         // No name in the language stands for them.
-        AttendTransposed { .. } | Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } => false,
-        LinearLse | LinearMean | SoftmaxVjp | NormalizeVjp { .. } | SegmentMeanVjp | CrossEntropyVjp { .. } => false,
+        AttendTransposed { .. } | Attention { .. } | AttentionLse { .. } | AttentionAndLse { .. } => false,
+        AttentionVjp { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } => false,
+        LinearLse
+        | LinearMean
+        | LinearLseAndMean
+        | SoftmaxVjp
+        | NormalizeVjp { .. }
+        | SegmentMeanVjp
+        | CrossEntropyVjp { .. } => false,
     }
 }

@@ -67,14 +67,14 @@ impl<'g> Plan<'g> {
         let count = graph.values();
         let mut plan = Plan { graph, only: vec![None; count], read: vec![Read::Nothing; count] };
         for node in &graph.nodes {
-            plan.only[node.result.0 as usize] = match (&node.op, &node.operands[..]) {
-                (Op::Scatter { start: 0, .. }, &[ids, _]) => Some(ids).filter(|_| plan.named(ids, node.result)),
+            plan.only[node.result().0 as usize] = match (&node.op, &node.operands[..]) {
+                (Op::Scatter { start: 0, .. }, &[ids, _]) => Some(ids).filter(|_| plan.named(ids, node.result())),
                 _ => plan.narrow(node).filter(|n| n.result == Form::Scattered).map(|n| n.ids),
             };
         }
         graph.outputs.iter().for_each(|(_, v)| plan.read[v.0 as usize] = Read::Whole);
         for node in graph.nodes.iter().rev() {
-            if plan.read[node.result.0 as usize] == Read::Nothing {
+            if plan.read[node.result().0 as usize] == Read::Nothing {
                 continue;
             }
             let narrow = plan.narrow(node);
@@ -101,7 +101,7 @@ impl<'g> Plan<'g> {
             return None;
         }
         let scattered = self.scattered(node);
-        let (ids, result) = match (scattered.first(), self.read[node.result.0 as usize]) {
+        let (ids, result) = match (scattered.first(), self.read[node.result().0 as usize]) {
             (Some(&k), _) => (self.only(node, k)?, if by_rows { Form::Scattered } else { Form::Whole }),
             (None, Read::Rows(ids)) if by_rows => (ids, Form::Gathered),
             _ => return None,
@@ -134,6 +134,7 @@ impl<'g> Plan<'g> {
             Iota { .. } | Float | Detach | Reshape { .. } | Permute { .. } => vec![],
             Scores { .. } | Attend { .. } | AttendTransposed { .. } => vec![],
             Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => vec![],
+            AttentionAndLse { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } | LinearLseAndMean => vec![],
             Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => vec![],
             CrossEntropy { .. } | CrossEntropyVjp { .. } => vec![],
         };
@@ -174,11 +175,12 @@ impl<'g> Plan<'g> {
             Slice { .. } | Pad { .. } | Concat { .. } => false,
             Scores { .. } | Attend { .. } | AttendTransposed { .. } => false,
             Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => false,
+            AttentionAndLse { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } | LinearLseAndMean => false,
             Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => false,
             CrossEntropy { .. } | CrossEntropyVjp { .. } => false,
         };
         let fixed = |v: Value| self.graph.ty(v).elements().is_some();
-        alone && self.runs(node.result) && node.operands.iter().all(|&v| self.runs(v) || fixed(v))
+        alone && self.runs(node.result()) && node.operands.iter().all(|&v| self.runs(v) || fixed(v))
     }
 
     fn adds_rows(&self, node: &Node) -> bool {
@@ -192,6 +194,7 @@ impl<'g> Plan<'g> {
             Reshape { .. } | Permute { .. } | Slice { .. } | Pad { .. } | Concat { .. } | Broadcast { .. } => false,
             Scores { .. } | Attend { .. } | AttendTransposed { .. } => false,
             Attention { .. } | AttentionLse { .. } | AttentionVjp { .. } | LinearLse | LinearMean => false,
+            AttentionAndLse { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } | LinearLseAndMean => false,
             Softmax | LogSumExp | SoftmaxVjp | Normalize { .. } | NormalizeVjp { .. } => false,
             Gather { .. } | Scatter { .. } | SegmentMean | SegmentMeanVjp => false,
             CrossEntropy { .. } | CrossEntropyVjp { .. } | Dropout { .. } => false,
@@ -212,7 +215,7 @@ impl Rows<'_> {
     fn rebuild(&mut self, new: &mut Rewriter, node: &Node, whole: &[Value]) -> Result<Option<Value>, String> {
         let Some(Narrow { ids, operands, result }) = self.plan.narrow(node) else {
             if let Op::Scatter { .. } = node.op {
-                self.scattered.insert(node.result, whole[1]);
+                self.scattered.insert(node.result(), whole[1]);
             }
             return Ok(None);
         };
@@ -239,11 +242,11 @@ impl Rows<'_> {
         match result {
             Form::Whole => Ok(Some(value)),
             Form::Gathered => {
-                self.gathered.insert(node.result, value);
+                self.gathered.insert(node.result(), value);
                 Ok(None)
             }
             Form::Scattered => {
-                self.scattered.insert(node.result, value);
+                self.scattered.insert(node.result(), value);
                 new.op(Op::Scatter { start: 0, rows: Dim::Tokens }, &[ids, value]).map(Some)
             }
         }

@@ -568,8 +568,12 @@ fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
         | Op::Attention { .. }
         | Op::AttentionLse { .. }
         | Op::AttentionVjp { .. }
+        | Op::AttentionAndLse { .. }
+        | Op::AttentionVjpSides { .. }
+        | Op::AttentionVjpAll { .. }
         | Op::LinearLse
         | Op::LinearMean
+        | Op::LinearLseAndMean
         | Op::Softmax
         | Op::LogSumExp
         | Op::SoftmaxVjp

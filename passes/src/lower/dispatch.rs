@@ -1,7 +1,7 @@
 //! Which nodes are one launch. A graph's nodes are dealt out to dispatches, each of which is the work of one node's kernel:
-//! what is computed on the way to it, what follows its result while the kernel has that, and what else is made of the same
-//! numbers. All fusion into kernels is decided here, of the graph alone; nothing is emitted, and nothing that comes after
-//! changes it.
+//! what is computed on the way to it, what follows its result while the kernel has that, and what else is done on the same
+//! rows. All of this is decided here, of the graph alone; nothing is emitted, and nothing that comes after changes it. What
+//! a kernel makes of the same numbers besides is a node of several results before it comes here ([`crate::siblings`]).
 //!
 //! ```text
 //! u = x @ W + b,  a = gelu(u)          a product with two groups: u and a are written, x @ W alone is not
@@ -21,7 +21,6 @@ use super::groups::{Groups, group, maps};
 use super::problem::Contraction;
 use super::schedule::split_k;
 use crate::builder::mma::Half;
-use crate::kernels::attention::shape::Part;
 use crate::target::Fusion;
 
 /// Groups of one kernel, at most.
@@ -47,10 +46,6 @@ pub enum Work {
     Led(Taken),
     /// Sums of rows, of what a group computes on the way, if that has such a root, and what follows.
     RowSums { of: Option<usize>, taken: Taken },
-    /// Attention, or adjoints of it, in this order.
-    Attention { part: Part, results: Vec<Value> },
-    /// A sweep over a vocabulary, for either result.
-    Sweep { lse: Option<Value>, mean: Option<Value> },
 }
 
 /// What a node's kernel takes along.
@@ -114,11 +109,12 @@ pub fn put_off(graph: &Graph) -> Graph {
     let groups = group(graph, &uses);
     // By node, before which one it stands.
     let place = |at: usize| {
-        let Node { op, result, .. } = &graph.nodes[at];
-        let readers = &readers[result.0 as usize];
+        let node = &graph.nodes[at];
+        let Op::Matmul { .. } = node.op else { return at };
+        let readers = &readers[node.result().0 as usize];
         let follow = readers.iter().all(|&reader| maps(&graph.nodes[reader].op));
         let first = readers.iter().map(|&reader| groups.root(reader)).min();
-        first.filter(|_| matches!(op, Op::Matmul { .. }) && follow).unwrap_or(at)
+        first.filter(|_| follow).unwrap_or(at)
     };
     let mut order: Vec<usize> = (0..graph.nodes.len()).collect();
     order.sort_by_key(|&at| (place(at), at));
@@ -139,11 +135,13 @@ impl<'g> Facts<'g> {
         }
         for (at, node) in graph.nodes.iter().enumerate().filter(|(at, _)| !facts.groups.inner(*at)).collect::<Vec<_>>()
         {
-            let sized = facts.ty(node.result).elements().is_some() && !facts.claimed.contains_key(&node.result);
+            // Several results have no name of their own under which each could be prepared.
+            let [result] = node.results[..] else { continue };
+            let sized = facts.ty(result).elements().is_some() && !facts.claimed.contains_key(&result);
             let known = facts.leaves(at).iter().all(|v| facts.frozen[v.0 as usize]);
             // Another shape of what is frozen is that.
             let known = known && (sized || matches!(node.op, Op::Reshape { .. }));
-            facts.frozen[node.result.0 as usize] = known;
+            facts.frozen[result.0 as usize] = known;
         }
         facts
     }
@@ -168,12 +166,13 @@ impl<'g> Facts<'g> {
 
     /// The kernel of node `at` may take along what follows.
     fn leads(&self, at: usize) -> bool {
-        let Node { op, operands, result, .. } = &self.graph.nodes[at];
-        let ty = self.ty(*result);
+        let Node { op, operands, .. } = &self.graph.nodes[at];
+        let result = self.made(at);
+        let ty = self.ty(result);
         // Leading axes are batches, of which an index has one.
         let batches = !matches!(op, Op::Matmul { .. }) || ty.rank() == self.ty(operands[1]).rank();
         let placed = matches!(ty.rank(), 2 | 3) && !ty.ragged() && batches;
-        self.options.epilogues && !self.frozen(*result) && !self.claimed.contains_key(result) && placed
+        self.options.epilogues && !self.frozen(result) && !self.claimed.contains_key(&result) && placed
     }
 
     /// Node `at` sums rows up and nothing else.
@@ -186,7 +185,7 @@ impl<'g> Facts<'g> {
 
     /// The group of `root` goes into nothing but sums over its rows: it is computed on the way to them.
     fn summed(&self, root: usize) -> bool {
-        let result = self.graph.nodes[root].result;
+        let result = self.made(root);
         let once = self.uses[result.0 as usize] == 1 && !self.frozen(result) && !self.claimed.contains_key(&result);
         let reader = self.readers(result).first();
         once && !self.groups.draws(root) && reader.is_some_and(|&at| self.sums_rows(at))
@@ -200,7 +199,7 @@ impl<'g> Facts<'g> {
 
     /// Whether the group of `root`, which a kernel takes along, is written: what a sum is of may be nobody else's.
     pub fn written(&self, root: usize, taken: &Taken) -> bool {
-        taken.sum.is_none() || !self.serves(self.graph.nodes[root].result, &taken.all())
+        taken.sum.is_none() || !self.serves(self.made(root), &taken.all())
     }
 
     /// Products with frozen weights will read the value's rows rounded, so that what makes it may round it at once; and
@@ -224,47 +223,9 @@ impl<'g> Facts<'g> {
         self.graph.def_at(value)
     }
 
-    /// The result of node `at`.
+    /// The one result of node `at`.
     fn made(&self, at: usize) -> Value {
-        self.graph.nodes[at].result
-    }
-
-    /// No one reads the result of node `at` before the `turn` of another.
-    fn read_after(&self, at: usize, turn: usize) -> bool {
-        self.readers(self.made(at)).iter().all(|&reader| reader > turn)
-    }
-
-    /// The adjoint of operand `of` that is made of the same weights as the one at `at`.
-    fn adjoint_beside(&self, at: usize, of: usize) -> Option<usize> {
-        let nodes = &self.graph.nodes;
-        let Op::AttentionVjp { of: own, causal, scale, p, stream, column } = nodes[at].op else { return None };
-        let wanted = Op::AttentionVjp { of, causal, scale, p, stream, column };
-        // Neither the values nor the corrections have a part in the values' adjoint.
-        let apart = |i: usize| matches!(i, 2 | 5) && [own, of].contains(&2);
-        let alike = |node: &Node| {
-            let mut pairs = node.operands.iter().zip(&nodes[at].operands).enumerate();
-            node.op == wanted && pairs.all(|(i, (x, y))| apart(i) || x == y)
-        };
-        nodes.iter().position(alike)
-    }
-
-    /// Of the adjoints of values and of keys the one beside that at `at`: if the values' comes first, and no one reads it
-    /// before the keys'.
-    fn other_side(&self, at: usize) -> Option<usize> {
-        let Op::AttentionVjp { of: own, .. } = self.graph.nodes[at].op else { return None };
-        let other = self.adjoint_beside(at, 3 - own).filter(|&other| self.adjoint_beside(other, own) == Some(at))?;
-        let (values, keys) = if own == 2 { (at, other) } else { (other, at) };
-        (values < keys && self.read_after(values, keys)).then_some(other)
-    }
-
-    /// The adjoints of queries, keys and values, one of which is at `at`: if no one reads the values' before the first of
-    /// the others.
-    fn sides(&self, at: usize) -> Option<[usize; 3]> {
-        let beside =
-            |at: usize| Some([self.adjoint_beside(at, 0)?, self.adjoint_beside(at, 1)?, self.adjoint_beside(at, 2)?]);
-        let sides = beside(at).filter(|sides| sides.iter().all(|&side| beside(side) == Some(*sides)))?;
-        let [queries, keys, values] = sides;
-        self.read_after(values, queries.min(keys)).then_some(sides)
+        self.graph.nodes[at].result()
     }
 }
 
@@ -346,16 +307,6 @@ impl Dealer<'_, '_> {
                 let of = of.filter(|&root| self.on_the_way(root));
                 Work::RowSums { of, taken: self.take(at, at, false) }
             }
-            Op::Attention { .. } => match self.lse_beside(at) {
-                Some(lse) => {
-                    self.done.insert(lse);
-                    Work::Attention { part: Part::Both, results: vec![node.result, self.facts.made(lse)] }
-                }
-                None => Work::Attention { part: Part::Forward, results: vec![node.result] },
-            },
-            Op::AttentionLse { .. } => Work::Attention { part: Part::Lse, results: vec![node.result] },
-            Op::AttentionVjp { of, .. } => return self.adjoints(at, *of),
-            Op::LinearLse | Op::LinearMean => return self.sweep(at),
             _ => Work::Node,
         })
     }
@@ -368,7 +319,14 @@ impl Dealer<'_, '_> {
     /// It is computed before it is the `turn` of a node.
     fn there(&self, value: Value, turn: usize) -> bool {
         let Some(at) = self.facts.maker(value) else { return true };
-        self.done.contains(&at) || at < turn && !self.on_the_way(at)
+        let from = match self.facts.graph.nodes[at] {
+            // It comes with the log-sum-exp, but draws nothing that reads it before the place where it is first read.
+            Node { op: Op::LinearLseAndMean, ref results, .. } if results[1] == value => {
+                self.facts.readers(value).first().copied().unwrap_or(at)
+            }
+            _ => at,
+        };
+        self.done.contains(&at) || from < turn && !self.on_the_way(at)
     }
 
     /// What node `at` takes along when it is the `turn` of a node; if its kernel has `whole` rows, a sum of them as well.
@@ -424,74 +382,29 @@ impl Dealer<'_, '_> {
     /// comes of it, and nothing that is not there.
     fn companions(&self, Taken { at, followers, .. }: &Taken, turn: usize) -> Vec<usize> {
         let facts = self.facts;
-        let Node { op, operands, result, .. } = &facts.graph.nodes[*at];
+        let Node { op, operands, .. } = &facts.graph.nodes[*at];
+        let result = facts.made(*at);
         if !facts.fusion.companions || !matches!(op, Op::Reduce { .. }) || !facts.leads(*at) {
             return vec![];
         }
         let lead = |v: Value| facts.ty(v).shape.split_last().map(|(_, lead)| lead);
         let leaves = |root: usize| facts.groups.leaves(root);
-        let mut known = vec![*result];
+        let mut known = vec![result];
         known.extend(followers.iter().map(|&root| facts.made(root)));
         match facts.maker(operands[0]).filter(|&root| maps(&facts.graph.nodes[root].op)) {
             Some(root) => known.extend(leaves(root)),
             None => known.push(operands[0]),
         }
-        let readers = known.iter().filter(|&&v| lead(v) == lead(*result)).flat_map(|v| facts.readers(*v));
+        let readers = known.iter().filter(|&&v| lead(v) == lead(result)).flat_map(|v| facts.readers(*v));
         let maps = readers.filter(|&&reader| maps(&facts.graph.nodes[reader].op));
         let roots = maps.map(|&reader| facts.groups.root(reader));
         let roots: BTreeSet<usize> = roots.filter(|root| (turn..at + AHEAD).contains(root)).collect();
         let free = roots.into_iter().filter(|&root| {
             let own = facts.made(root);
-            let alike = lead(own) == lead(*result) && !facts.ty(own).ragged() && !facts.summed(root);
-            let there = |v| v == *result || self.there(v, turn);
+            let alike = lead(own) == lead(result) && !facts.ty(own).ragged() && !facts.summed(root);
+            let there = |v| v == result || self.there(v, turn);
             alike && !self.done.contains(&root) && leaves(root).into_iter().all(there)
         });
         free.take(MOST).collect()
-    }
-
-    /// The log-sum-exp of the same scores, if the entry wants it as well and its turn has not come.
-    fn lse_beside(&self, at: usize) -> Option<usize> {
-        let Facts { graph, .. } = self.facts;
-        let Node { op: Op::Attention { causal, scale, .. }, operands, result, .. } = &graph.nodes[at] else {
-            return None;
-        };
-        let wanted = Op::AttentionLse { causal: *causal, scale: *scale };
-        let lse = graph.nodes.iter().position(|node| node.op == wanted && node.operands == operands[..2])?;
-        (lse > at && !self.done.contains(&lse) && !self.facts.frozen(*result)).then_some(lse)
-    }
-
-    /// The adjoint of operand `of` with those of the same weights.
-    fn adjoints(&mut self, at: usize, of: usize) -> Option<Work> {
-        let facts = self.facts;
-        if let Some(sides) = facts.sides(at) {
-            let [queries, keys, _] = sides;
-            if at != queries.min(keys) {
-                return None;
-            }
-            self.done.extend(sides);
-            return Some(Work::Attention { part: Part::All, results: sides.map(|side| facts.made(side)).into() });
-        }
-        let own = facts.made(at);
-        match (of, facts.other_side(at)) {
-            (1, Some(values)) => Some(Work::Attention { part: Part::Sides, results: vec![own, facts.made(values)] }),
-            (2, Some(_)) => None,
-            _ => Some(Work::Attention { part: Part::Adjoint(of), results: vec![own] }),
-        }
-    }
-
-    /// A sweep, for the other operation on the same operands as well, if the entry has it.
-    fn sweep(&self, at: usize) -> Option<Work> {
-        let Facts { graph, .. } = self.facts;
-        let node = &graph.nodes[at];
-        let find = |op: Op| {
-            let same = |n: &Node| n.op == op && n.operands == node.operands;
-            // What is prepared is bound by its own name: each for itself.
-            let found = graph.nodes.iter().position(same).filter(|_| !self.facts.frozen(node.result));
-            found.or((op == node.op).then_some(at))
-        };
-        let (lse, mean) = (find(Op::LinearLse), find(Op::LinearMean));
-        let first = lse.into_iter().chain(mean).min();
-        let of = |at: Option<usize>| at.map(|at| self.facts.made(at));
-        (first == Some(at)).then(|| Work::Sweep { lse: of(lse), mean: of(mean) })
     }
 }

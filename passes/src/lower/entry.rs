@@ -136,11 +136,12 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         let leaves = self.facts.leaves(at).into_iter();
         let parts = leaves.map(|v| self.places[v.0 as usize].as_ref()?.frozen.clone()).collect::<Option<Vec<_>>>();
         // What stays another's view is not made anew.
-        let made = self.facts.frozen(node.result) && !matches!(node.op, Op::Reshape { .. });
+        let made = self.facts.frozen(node.results[0]) && !matches!(node.op, Op::Reshape { .. });
         let frozen = parts.filter(|_| made);
         let frozen = frozen.map(|parts| format!("{:?}({})", self.facts.groups.expression(at), parts.join(", ")));
         debug_assert_eq!(frozen.is_some(), made, "of what is frozen there is an expression");
-        Turn { lowering: self, label: node.op.name().into(), frozen }
+        // What is joined goes by the first of its parts.
+        Turn { lowering: self, label: node.op.joins()[0].name().into(), frozen }
     }
 }
 
@@ -204,15 +205,15 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
         {
             // Another entry has prepared it.
             let frozen = self.frozen.clone();
-            self.places[node.result.0 as usize] = Some(Place { buffer, frozen, view: None });
+            self.places[node.result().0 as usize] = Some(Place { buffer, frozen, view: None });
             return Ok(());
         }
         match (&node.op, work) {
-            (Op::Reshape { .. }, _) => self.reshape(operands[0], node.result),
+            (Op::Reshape { .. }, _) => self.reshape(operands[0], node.result()),
             (op, Work::Node) if maps(op) => self.map(at)?,
-            (Op::Permute { axes }, _) => self.permute(operands[0], axes, node.result),
-            (Op::Slice { axis, start, .. }, _) => self.slice(operands[0], *axis, *start, node.result),
-            (Op::Concat { axis }, _) => self.concat(operands, *axis, node.result),
+            (Op::Permute { axes }, _) => self.permute(operands[0], axes, node.result()),
+            (Op::Slice { axis, start, .. }, _) => self.slice(operands[0], *axis, *start, node.result()),
+            (Op::Concat { axis }, _) => self.concat(operands, *axis, node.result()),
             (Op::Matmul { .. }, Work::Led(taken)) => match self.facts.fusion.held_columns {
                 None => self.product_on_cpu(taken)?,
                 Some(_) => self.product_on_gpu(taken)?,
@@ -220,8 +221,11 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
             (Op::Normalize { eps } | Op::NormalizeVjp { eps }, Work::Led(taken)) => self.normalization(taken, *eps)?,
             (Op::Reduce { mean, .. }, Work::RowSums { of, taken }) => self.row_sums(*of, taken, *mean)?,
             (Op::Reduce { .. }, Work::Node) if self.sums_columns(at) => self.column_sums(at),
-            (op, Work::Attention { part, results }) => self.flash((*part, results), operands, op),
-            (_, Work::Sweep { lse, mean }) => self.sweep(node, *lse, *mean),
+            (Op::Attention { .. } | Op::AttentionLse { .. } | Op::AttentionAndLse { .. }, _) => self.flash(node),
+            (Op::AttentionVjp { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. }, _) => {
+                self.flash(node)
+            }
+            (Op::LinearLse | Op::LinearMean | Op::LinearLseAndMean, _) => self.sweep(node),
             _ => {
                 let buffers: Vec<BufferId> = operands.iter().map(|&v| self.dense(v)).collect();
                 self.row_major(node, &buffers)?;
@@ -235,21 +239,21 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
         let ty = self.ty(node.operands[0]);
         let (x, y) = (buffers[0], *buffers.get(1).unwrap_or(&buffers[0]));
         match &node.op {
-            Op::Pad { axis, start, .. } => self.pad(x, ty, *axis, *start, node.result),
-            Op::Reduce { axes, mean, .. } => self.reduce(x, ty, axes, *mean, node.result)?,
-            Op::Scores { causal } => self.scores(x, y, ty, *causal, node.result),
-            Op::Attend { causal } => self.attend(x, y, *causal, false, node.result),
-            Op::AttendTransposed { causal } => self.attend(x, y, *causal, true, node.result),
-            Op::Softmax => self.row_kernel(Kind::Softmax, &[x], ty, node.result),
-            Op::LogSumExp => self.row_kernel(Kind::LogSumExp, &[x], ty, node.result),
-            Op::SoftmaxVjp => self.row_kernel(Kind::SoftmaxVjp, &[x, y], ty, node.result),
-            Op::Gather { start } => self.gather(x, ty, y, *start, node.result),
-            Op::Scatter { start, .. } => self.scatter(x, ty, y, *start, node.result),
-            Op::SegmentMean => self.segment_mean(x, node.result),
-            Op::SegmentMeanVjp => self.segment_mean_vjp(x, node.result),
-            Op::CrossEntropy { smoothing } => self.cross_entropy(x, ty, y, None, *smoothing, node.result),
+            Op::Pad { axis, start, .. } => self.pad(x, ty, *axis, *start, node.result()),
+            Op::Reduce { axes, mean, .. } => self.reduce(x, ty, axes, *mean, node.result())?,
+            Op::Scores { causal } => self.scores(x, y, ty, *causal, node.result()),
+            Op::Attend { causal } => self.attend(x, y, *causal, false, node.result()),
+            Op::AttendTransposed { causal } => self.attend(x, y, *causal, true, node.result()),
+            Op::Softmax => self.row_kernel(Kind::Softmax, &[x], ty, node.result()),
+            Op::LogSumExp => self.row_kernel(Kind::LogSumExp, &[x], ty, node.result()),
+            Op::SoftmaxVjp => self.row_kernel(Kind::SoftmaxVjp, &[x, y], ty, node.result()),
+            Op::Gather { start } => self.gather(x, ty, y, *start, node.result()),
+            Op::Scatter { start, .. } => self.scatter(x, ty, y, *start, node.result()),
+            Op::SegmentMean => self.segment_mean(x, node.result()),
+            Op::SegmentMeanVjp => self.segment_mean_vjp(x, node.result()),
+            Op::CrossEntropy { smoothing } => self.cross_entropy(x, ty, y, None, *smoothing, node.result()),
             Op::CrossEntropyVjp { smoothing } => {
-                self.cross_entropy(x, ty, y, Some(buffers[2]), *smoothing, node.result)
+                self.cross_entropy(x, ty, y, Some(buffers[2]), *smoothing, node.result())
             }
             // In other forms than row-major, or in a group.
             Op::Reshape { .. }
@@ -260,8 +264,12 @@ impl<'t, 'a, 'g> Turn<'_, 't, 'a, 'g> {
             | Op::Attention { .. }
             | Op::AttentionLse { .. }
             | Op::AttentionVjp { .. }
+            | Op::AttentionAndLse { .. }
+            | Op::AttentionVjpSides { .. }
+            | Op::AttentionVjpAll { .. }
             | Op::LinearLse
             | Op::LinearMean
+            | Op::LinearLseAndMean
             | Op::Normalize { .. }
             | Op::NormalizeVjp { .. }
             | Op::Constant { .. }

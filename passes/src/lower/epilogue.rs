@@ -39,19 +39,19 @@ impl Turn<'_, '_, '_, '_> {
     /// Finds a place for the result of what takes others along in registers: what is not written has one all the same,
     /// that of what is made of it.
     pub(super) fn place_taken(&mut self, taken: &Taken) {
-        let result = self.graph.nodes[taken.at].result;
+        let result = self.graph.nodes[taken.at].result();
         if let Some(sum) = &taken.sum {
             self.place_taken(sum);
             if sum.stays {
-                self.result(self.graph.nodes[sum.at].result);
+                self.result(self.graph.nodes[sum.at].result());
             }
         }
         if !taken.stays {
             let written = taken.followers.iter().find(|&&root| self.facts.written(root, taken));
             let (buffer, view) = match (written, &taken.sum) {
-                (Some(&root), _) => self.target(self.graph.nodes[root].result),
+                (Some(&root), _) => self.target(self.graph.nodes[root].result()),
                 (None, Some(sum)) => {
-                    (self.place(self.graph.nodes[sum.at].result).buffer, View::dense(&self.ty(result).shape))
+                    (self.place(self.graph.nodes[sum.at].result()).buffer, View::dense(&self.ty(result).shape))
                 }
                 (None, None) => unreachable!("something reads it"),
             };
@@ -62,11 +62,11 @@ impl Turn<'_, '_, '_, '_> {
     /// What a kernel takes along, whose own buffers are `own`; if it has its result in `registers`, the groups do not
     /// read it.
     pub(super) fn epilogue(&mut self, taken: &Taken, own: &[BufferId], registers: bool) -> Result<Following, String> {
-        let product = self.graph.nodes[taken.at].result;
+        let product = self.graph.nodes[taken.at].result();
         let batched = self.ty(product).rank() == 3 && (registers || !taken.followers.is_empty());
         let mut following = Following { epilogue: Epilogue { batched, ..Epilogue::default() }, ..Following::default() };
         for &root in &taken.followers {
-            let result = self.graph.nodes[root].result;
+            let result = self.graph.nodes[root].result();
             let rounds = self.facts.rounds(result).filter(|_| registers);
             let stays = self.facts.written(root, taken) && !matches!(rounds, Some((_, true)));
             let nowhere = (!stays).then(|| self.place(product).buffer);
@@ -96,20 +96,21 @@ impl Turn<'_, '_, '_, '_> {
         }
         if let Some(sum) = &taken.sum {
             let graph = self.graph;
-            let Node { op, operands, result, .. } = &graph.nodes[sum.at];
+            let Node { op, operands, .. } = &graph.nodes[sum.at];
+            let result = graph.nodes[sum.at].result();
             let made = [product].into_iter().chain(following.results.iter().copied());
             let of = made.into_iter().position(|made| made == operands[0]).expect("what it is of");
-            let out = sum.stays.then(|| following.number(own, self.place(*result).buffer));
+            let out = sum.stays.then(|| following.number(own, self.place(result).buffer));
             let then = self.epilogue(sum, &[own, &following.buffers].concat(), true)?;
             following.buffers.extend(then.buffers);
-            let rows = self.ty(*result).shape.iter().rev().nth(1);
+            let rows = self.ty(result).shape.iter().rev().nth(1);
             following.sizes.push(dim_extent(*rows.expect("rows of one column")));
             following.sizes.extend(then.sizes);
             let mean = matches!(op, Op::Reduce { mean: true, .. });
             following.epilogue.sum = Some(Box::new(Sum { of, mean, out, then: then.epilogue }));
         }
         for &root in &taken.companions {
-            let result = self.graph.nodes[root].result;
+            let result = self.graph.nodes[root].result();
             let map = self.expression(root, true, None)?;
             let buffers = following.numbers(own, &map.buffers);
             let group = Group { form: map.expression, buffers, made: vec![], stays: true, half: None };

@@ -1,6 +1,6 @@
 //! Attention whose square exists nowhere ([`crate::kernels::attention`]): how its operands and results lie.
 
-use peft_grammar::graph::{Dim, Op, Value};
+use peft_grammar::graph::{Dim, Node, Op, Value};
 use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
@@ -16,9 +16,18 @@ use crate::kernels::philox;
 use crate::target::cuda::WARPS;
 
 impl Turn<'_, '_, '_, '_> {
-    /// `operands` begin with the queries and the keys; what comes third is as wide as the values.
-    pub(super) fn flash(&mut self, (part, results): (Part, &[Value]), operands: &[Value], op: &Op) {
-        let (causal, scale, p, stream, column) = match *op {
+    /// Operands begin with the queries and the keys; what comes third is as wide as the values.
+    pub(super) fn flash(&mut self, Node { op, operands, results, .. }: &Node) {
+        let part = match *op {
+            Op::Attention { .. } => Part::Forward,
+            Op::AttentionAndLse { .. } => Part::Both,
+            Op::AttentionLse { .. } => Part::Lse,
+            Op::AttentionVjp { of, .. } => Part::Adjoint(of),
+            Op::AttentionVjpSides { .. } => Part::Sides,
+            Op::AttentionVjpAll { .. } => Part::All,
+            _ => unreachable!("asked of attention alone"),
+        };
+        let (causal, scale, p, stream, column) = match op.joins()[0] {
             Op::Attention { causal, scale, p, stream, column }
             | Op::AttentionVjp { causal, scale, p, stream, column, .. } => (causal, scale, p, stream, column),
             Op::AttentionLse { causal, scale } => (causal, scale, 0.0, 0, 0),

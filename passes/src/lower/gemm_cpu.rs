@@ -79,7 +79,7 @@ impl Turn<'_, '_, '_, '_> {
 
     pub(super) fn product_on_cpu(&mut self, taken: &Taken) -> Result<(), String> {
         let node = &self.graph.nodes[taken.at];
-        let (x, y, result) = (node.operands[0], node.operands[1], node.result);
+        let (x, y, result) = (node.operands[0], node.operands[1], node.result());
         let (axes_x, axes_y) = Axes::of_product(&node.op, self.ty(x), self.ty(y));
         let (place_a, left) = self.side(x, axes_x);
         let (place_b, right) = self.side(y, axes_y);
@@ -102,7 +102,7 @@ impl Turn<'_, '_, '_, '_> {
             && self.facts.uses[result.0 as usize] == 1
         {
             // Nothing else reads the product: it lies where what is made of it will.
-            let (buffer, view) = self.target(self.graph.nodes[root].result);
+            let (buffer, view) = self.target(self.graph.nodes[root].result());
             self.show(result, buffer, view);
         }
         let axes = Axes::of_result(self.ty(result), self.ty(x), self.ty(y));

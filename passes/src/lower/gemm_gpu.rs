@@ -28,7 +28,7 @@ fn operand(view: &View, Axes { batch, i, k }: &Axes) -> Option<Operand> {
 impl Turn<'_, '_, '_, '_> {
     pub(super) fn product_on_gpu(&mut self, taken: &Taken) -> Result<(), String> {
         let node = &self.graph.nodes[taken.at];
-        let (x, y, result) = (node.operands[0], node.operands[1], node.result);
+        let (x, y, result) = (node.operands[0], node.operands[1], node.result());
         let (axes_x, axes_y) = Axes::of_product(&node.op, self.ty(x), self.ty(y));
         let Contraction { m, n, depth, batch } = Contraction::of(self.graph, node);
         let left = self.strided(x, &axes_x);

@@ -28,7 +28,7 @@ pub fn group<'g>(graph: &'g Graph, uses: &[usize]) -> Groups<'g> {
         for &operand in &node.operands {
             let Some(source) = graph.def_at(operand) else { continue };
             let op = &graph.nodes[source].op;
-            let (own, wide) = (&graph.ty(operand).shape, &graph.ty(node.result).shape);
+            let (own, wide) = (&graph.ty(operand).shape, &graph.ty(node.result()).shape);
             let alike = own == wide || one_column(own, wide) || matches!(op, Op::Constant { .. });
             let once = uses[operand.0 as usize] == 1;
             if maps(op) && alike && once && sizes[at] + sizes[source] <= LARGEST_GROUP {
@@ -87,7 +87,7 @@ impl Groups<'_> {
     /// What the group computes, as text, with its leaves numbered.
     pub fn expression(&self, root: usize) -> String {
         let leaves = if maps(&self.graph.nodes[root].op) { self.leaves(root) } else { vec![] };
-        let mut text = format!("{}=", self.graph.ty(self.graph.nodes[root].result));
+        let mut text = format!("{}=", self.graph.ty(self.graph.nodes[root].result()));
         self.write(root, &leaves, &mut text);
         text
     }

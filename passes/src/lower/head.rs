@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use peft_grammar::graph::{Node, Value};
+use peft_grammar::graph::{Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
 use super::entry::Turn;
@@ -25,9 +25,15 @@ use super::sizes::dim_extent;
 use crate::kernels::chunked_logits::{Block, BlockBuffers, BlockSizes, End, EndSizes};
 
 impl Turn<'_, '_, '_, '_> {
-    /// The log-sum-exp and the mean of what `node` reads, as far as they are wanted.
-    pub(super) fn sweep(&mut self, node: &Node, lse: Option<Value>, mean: Option<Value>) {
-        let (x, w) = (node.operands[0], node.operands[1]);
+    /// The log-sum-exp and the mean, as far as they are wanted.
+    pub(super) fn sweep(&mut self, Node { op, operands, results, .. }: &Node) {
+        let (x, w) = (operands[0], operands[1]);
+        let (lse, mean) = match (op, &results[..]) {
+            (Op::LinearLse, &[lse]) => (Some(lse), None),
+            (Op::LinearMean, &[mean]) => (None, Some(mean)),
+            (Op::LinearLseAndMean, &[lse, mean]) => (Some(lse), Some(mean)),
+            _ => unreachable!("asked of sweeps alone"),
+        };
         let [lse, mean] = [lse, mean].map(|v| v.map(|v| self.result(v)));
 
         let rows = dim_extent(self.ty(x).shape[0]);

@@ -78,20 +78,20 @@ impl Turn<'_, '_, '_, '_> {
         }
         let mut wishes = self.facts.readers(value).iter().filter_map(|&reader| {
             let node = &self.graph.nodes[reader];
-            let whole = || (node.result, View::dense(&self.ty(node.result).shape));
+            let whole = || (node.result(), View::dense(&self.ty(node.result()).shape));
             match &node.op {
                 Op::Reshape { .. } => {
-                    let (root, view) = self.wish(node.result).unwrap_or_else(whole);
+                    let (root, view) = self.wish(node.result()).unwrap_or_else(whole);
                     Some((root, view.reshape(shape)?))
                 }
                 Op::Permute { axes } => {
-                    let (root, view) = self.wish(node.result)?;
+                    let (root, view) = self.wish(node.result())?;
                     let mut back = vec![0; axes.len()];
                     axes.iter().enumerate().for_each(|(to, &from)| back[from] = to);
                     Some((root, view.permute(&back)))
                 }
-                Op::Concat { axis } if !self.along_rows(*axis, node.result) => {
-                    let (root, view) = self.wish(node.result).unwrap_or_else(whole);
+                Op::Concat { axis } if !self.along_rows(*axis, node.result()) => {
+                    let (root, view) = self.wish(node.result()).unwrap_or_else(whole);
                     let before = node.operands.iter().take_while(|&&part| part != value);
                     let start = before.map(|&part| self.ty(part).shape[*axis].constant()).sum::<Option<u64>>()?;
                     Some((root, view.slice(*axis, start, shape[*axis])))

@@ -26,7 +26,7 @@ pub(super) struct Map {
 impl Turn<'_, '_, '_, '_> {
     pub(super) fn map(&mut self, root: usize) -> Result<(), String> {
         let Map { expression, buffers, sizes, rows, .. } = self.expression(root, false, None)?;
-        let all = extent(self.ty(self.graph.nodes[root].result));
+        let all = extent(self.ty(self.graph.nodes[root].result()));
         let stretch = self.module.machine.stretch();
         let units = if expression.flat() { Extent::CeilDiv(Box::new(all), stretch) } else { rows };
         self.label = expression.label();
@@ -38,7 +38,7 @@ impl Turn<'_, '_, '_, '_> {
     /// `rows` its last axis keeps apart from those before.
     pub(super) fn expression(&mut self, root: usize, rows: bool, nowhere: Option<BufferId>) -> Result<Map, String> {
         let Facts { graph, groups, .. } = self.facts;
-        let result = graph.nodes[root].result;
+        let result = graph.nodes[root].result();
         let shape = &self.ty(result).shape;
         let members = groups.members(root);
         let is_draw = |&at: &usize| matches!(graph.nodes[at].op, Op::Dropout { .. });
@@ -127,24 +127,24 @@ impl Turn<'_, '_, '_, '_> {
             if let Op::Broadcast { mean, .. } = node.op {
                 if mean {
                     steps.push(Step::Mean(operands[0], sizes.len()));
-                    sizes.extend([extent(self.ty(node.result)), extent(self.ty(node.operands[0]))]);
-                    step_of.insert(node.result, steps.len() - 1);
+                    sizes.extend([extent(self.ty(node.result())), extent(self.ty(node.operands[0]))]);
+                    step_of.insert(node.result(), steps.len() - 1);
                 } else {
-                    step_of.insert(node.result, operands[0]);
+                    step_of.insert(node.result(), operands[0]);
                 }
                 continue;
             }
             steps.push(match node.op {
                 Op::Dropout { p, stream, column } => {
                     sizes.push(Extent::Const(u64::from(stream)));
-                    let own = &self.ty(node.result).shape;
+                    let own = &self.ty(node.result()).shape;
                     let narrow = own != shape && one_column(own, shape);
                     let rows = node.operands.get(2).and_then(|rows| arrays.iter().position(|a| a == rows));
                     Step::Dropout { x: operands[0], p: p.into(), column, stream: sizes.len() - 1, narrow, rows }
                 }
                 _ => Step::Op(node.op.clone(), operands),
             });
-            step_of.insert(node.result, steps.len() - 1);
+            step_of.insert(node.result(), steps.len() - 1);
         }
         let last = *step_of.get(&result).expect("the root is the last member");
         if last + 1 != steps.len() {

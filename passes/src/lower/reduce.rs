@@ -17,7 +17,7 @@ impl Turn<'_, '_, '_, '_> {
     /// Sums of rows, with what is summed up computed on the way, and what follows.
     pub(super) fn row_sums(&mut self, inner: Option<usize>, taken: &Taken, mean: bool) -> Result<(), String> {
         let node = &self.graph.nodes[taken.at];
-        let (x, result) = (node.operands[0], node.result);
+        let (x, result) = (node.operands[0], node.result());
         let ty = self.ty(x);
         let own = if inner.is_none() { vec![self.dense(x)] } else { vec![] };
         self.place_taken(taken);
@@ -166,7 +166,7 @@ impl Turn<'_, '_, '_, '_> {
         let (x, view) = (self.place(node.operands[0]).buffer, self.view(node.operands[0]));
         let [count, inner] = [0, 1].map(|axis| dim_extent(view.shape[axis]));
         let line = view.steps[0].extent();
-        let out = self.result(node.result);
+        let out = self.result(node.result());
         self.sum_columns((x, Columns { outer: Extent::Const(1), count, inner, line, first: view.first }), None, out);
     }
 

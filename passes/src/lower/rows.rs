@@ -27,7 +27,7 @@ impl Turn<'_, '_, '_, '_> {
     /// A normalization, or with the adjoint of its result that of its operand, and what follows.
     pub(super) fn normalization(&mut self, taken: &Taken, eps: f64) -> Result<(), String> {
         let node = &self.graph.nodes[taken.at];
-        let (result, ty) = (node.result, self.ty(node.result));
+        let (result, ty) = (node.result(), self.ty(node.result()));
         let rows = Rows::of(ty);
         let mut buffers: Vec<BufferId> = node.operands.iter().map(|&v| self.dense(v)).collect();
         self.place_taken(taken);

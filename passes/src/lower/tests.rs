@@ -20,6 +20,7 @@ use crate::codegen;
 use crate::fuse::{Limits, fuse};
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
+use crate::siblings::join;
 use crate::target::Machine;
 use crate::target::cpu::{Cpu, Level};
 use crate::target::cuda::Chip;
@@ -515,7 +516,7 @@ fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
         let one = graph.arg("one", Role::Input, None, rows(1));
         let rng = graph.arg("rng", Role::Input, None, Type::i32([Dim::Const(2)]));
         write(&mut |op, x| graph.push(op, x, &Location::default()).expect("fits"), [x, w, v, b, r, one, rng]);
-        let last = graph.nodes.last().expect("some").result;
+        let last = graph.nodes.last().expect("some").result();
         graph.outputs.push(("z".into(), last));
         all.push((graph, launches));
     };
@@ -701,6 +702,7 @@ fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &
                     together.outputs.push((format!("z{of}"), z));
                     [args[2], args[5]] = others;
                 }
+                let together = join(&together).expect("rebuilt");
                 assert_eq!(launches(&together, false), "attention_vjp");
                 assert_eq!(launches_on(Machine::Cuda(Chip::Sm70), &together, false), "attention_vjp");
                 graphs.push(together);
@@ -774,6 +776,7 @@ fn heads() -> Cases {
         let loss = push(Op::Reduce { axes: vec![0, 1], keep: false, mean: true }, &[y]);
         graph.outputs.push(("loss".into(), loss));
         let graph = fuse(&differentiate(&graph).expect("differentiable"), |_| true, &Limits::default()).expect("fused");
+        let graph = join(&graph).expect("rebuilt");
         let launches = launches(&graph, true);
         let moved = ["copy", "slice", "permute", "concat"].iter().any(|op| launches.split(' ').any(|l| l == *op));
         assert!(!moved, "{launches}");
@@ -837,7 +840,7 @@ fn sweep(rows: u64, width: u64, role: Role) -> Graph {
         let value = graph.push(op.clone(), &[x, w], &Location::default()).expect("fits");
         graph.outputs.push((op.name().into(), value));
     }
-    graph
+    join(&graph).expect("rebuilt")
 }
 
 /// One block and several, the last of them not full; each result alone and both of one sweep, over none, one and many
@@ -921,9 +924,10 @@ fn sweeps_over_large_logits() {
     let parts = [(2 * block() + 37, Role::Frozen), (3, Role::Trainable)];
     let graphs = [0.0, 0.1].map(|smoothing| {
         let graph = differentiate(&language_head(&parts, 3, smoothing, 32.0)).expect("differentiable");
-        (fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused"), vec![1])
+        let fused = fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused");
+        (join(&fused).expect("rebuilt"), vec![1])
     });
-    assert!(graphs.iter().all(|(g, _)| g.nodes.iter().any(|n| n.op == Op::LinearMean)));
+    assert!(graphs.iter().all(|(g, _)| g.nodes.iter().any(|n| n.op == Op::LinearLseAndMean)));
     // Logits of a hundred are known to 10⁻⁵, and so is e to them, relatively.
     compare(&graphs, Cpu::Native, 2 * block() as i32 + 40, 5e-5);
 }
@@ -937,8 +941,8 @@ fn labels_beyond_the_classes() {
         let head = language_head(&[(40, Role::Frozen), (3, Role::Trainable)], 3, smoothing, 1.0);
         let whole = differentiate(&head).expect("differentiable");
         let limits = Limits { wide: 40, ..Limits::default() };
-        let swept = fuse(&whole, |rule| rule == "head", &limits).expect("fused");
-        assert!(swept.nodes.iter().any(|n| n.op == Op::LinearMean));
+        let swept = join(&fuse(&whole, |rule| rule == "head", &limits).expect("fused")).expect("rebuilt");
+        assert!(swept.nodes.iter().any(|n| n.op == Op::LinearLseAndMean));
         graphs.extend([whole, swept].map(|graph| (graph, vec![1])));
     }
     let compiled = Compiled::new(&graphs, Cpu::Native, Precision::F32);

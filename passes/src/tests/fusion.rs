@@ -13,6 +13,7 @@ use crate::interpret::{Batch, Data, run};
 use crate::partition::partition;
 use crate::remat::remat;
 use crate::rewrite::live;
+use crate::siblings::join;
 
 /// The training graph of a spec with its derivatives, not yet fused: with every output, and with the loss alone.
 fn unfused(path: &Path) -> [Graph; 2] {
@@ -65,7 +66,9 @@ fn rules_change_the_work_and_not_the_meaning() {
         }
         let all = fuse(&graph, |_| true, &Limits::default()).expect("fused");
         assert_same("all rules", &graph, &all);
-        assert_same("all rules, remat", &graph, &remat(&all, &Limits::default()).expect("rebuilt").0);
+        let again = remat(&all, &Limits::default()).expect("rebuilt").0;
+        assert_same("all rules, remat", &graph, &again);
+        assert_same("all rules, remat, siblings", &graph, &join(&again).expect("rebuilt"));
         // Models as small as these have little to make again but what attention keeps.
         let kept = fuse(&graph, |rule| rule != "attention", &Limits::default()).expect("fused");
         let again = remat(&kept, &Limits::default()).expect("rebuilt").0;
@@ -85,7 +88,7 @@ fn a_last_layer_of_some_rows() {
     for graph in unfused(&path) {
         let fused = fuse(&graph, |_| true, &Limits::default()).expect("fused");
         let whole = |graph: &Graph| {
-            let of_all_rows = graph.nodes.iter().filter(|n| graph.ty(n.result).shape == [Dim::Tokens, Dim::Const(8)]);
+            let of_all_rows = graph.nodes.iter().filter(|n| graph.ty(n.result()).shape == [Dim::Tokens, Dim::Const(8)]);
             let streams =
                 of_all_rows.filter_map(|n| if let Op::Dropout { stream, .. } = n.op { Some(stream) } else { None });
             streams.collect::<BTreeSet<u32>>()
@@ -145,7 +148,7 @@ fn columns_in_front_of_scores() {
         for left in ["joint", "attention", ""] {
             let fused = fuse(&graph, |rule| rule != left, &Limits::default()).expect("fused");
             assert_same(&format!("all but `{left}` of {fronts:?}"), &graph, &fused);
-            let ragged = fused.nodes.iter().any(|n| fused.ty(n.result).ragged());
+            let ragged = fused.nodes.iter().any(|n| fused.ty(n.result()).ragged());
             assert_eq!(ragged, !left.is_empty(), "all but `{left}` of {fronts:?}");
         }
     }
@@ -164,7 +167,7 @@ fn a_head_without_whole_logits() {
         let fused = fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused");
         let wide = |g: &Graph| {
             let long = |v| matches!(g.ty(v).shape[..], [Dim::Targets, Dim::Const(n)] if n >= 4096);
-            g.nodes.iter().filter(|n| long(n.result)).count()
+            g.nodes.iter().filter(|n| long(n.result())).count()
         };
         assert!(wide(&graph) > 0);
         assert_eq!(wide(&fused), 0, "{parts:?}");

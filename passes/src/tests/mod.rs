@@ -5,3 +5,4 @@ mod fusion;
 mod round_trip;
 mod rules;
 pub(crate) mod samples;
+mod siblings;

@@ -68,7 +68,7 @@ fn tied(model: &Model, name: &str) -> bool {
     for node in &graph.nodes {
         let view = matches!(node.op, Op::Concat { .. } | Op::Permute { .. });
         if view && node.operands.iter().any(|v| values.contains(v)) {
-            values.push(node.result);
+            values.push(node.result());
         }
     }
     let reads = |of_kind: fn(&Op) -> bool| {

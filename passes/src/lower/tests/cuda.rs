@@ -128,7 +128,7 @@ fn attention_touches_no_square() {
             let touched = launches.filter(|(launch, _)| attends(&launch.op));
             let touched: u64 = touched.map(|(_, report)| report.read.unique + report.written.unique).sum();
             let nodes = graph.nodes.iter().filter(|node| attends(node.op.name()));
-            let given: HashSet<Value> = nodes.flat_map(|node| [&node.operands[..], &[node.result]].concat()).collect();
+            let given: HashSet<Value> = nodes.flat_map(|node| [&node.operands[..], &node.results].concat()).collect();
             let given: u64 =
                 given.iter().map(|&v| 4 * super::super::sizes::extent(graph.ty(v)).eval(&case.sizes)).sum();
             touched as f64 / given as f64
