@@ -9,7 +9,8 @@ use peft_runtime::artifact::Element;
 use super::elementwise::{self as map, Expression};
 use super::span::Span;
 use crate::builder::mma::Half;
-use crate::builder::{Buf, F32, Kernel, Val};
+use crate::builder::{Buf, Code, F32, Kernel, Val, define};
+use crate::target::Machine;
 
 /// What a kernel does with its result. Its buffers and sizes come after the kernel's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -62,7 +63,7 @@ impl Epilogue {
     }
 
     /// Of the buffers beyond the kernel's own, of which there are `own`.
-    pub fn elements(&self, own: usize) -> Vec<Element> {
+    fn elements(&self, own: usize) -> Vec<Element> {
         let mut elements = BTreeMap::new();
         self.note_elements(&mut elements);
         elements.range(own..).map(|(_, element)| *element).collect()
@@ -79,8 +80,24 @@ impl Epilogue {
         }
     }
 
+    /// A kernel of such buffers and so many sizes of its own, and those of what follows behind them: `body` gets all
+    /// buffers, its own sizes, and those of what follows.
+    pub fn define(
+        &self,
+        machine: Machine,
+        own: &[Element],
+        sizes: usize,
+        body: impl FnOnce(&mut Kernel, &[Buf], &[Val], &[Val]),
+    ) -> Code {
+        let elements = [own, &self.elements(own.len())].concat();
+        define(machine, &elements, sizes + self.sizes(), |k, buffers, all| {
+            let (own, follows) = all.split_at(sizes);
+            body(k, buffers, own, follows);
+        })
+    }
+
     /// How many sizes there are beyond the kernel's own.
-    pub fn sizes(&self) -> usize {
+    fn sizes(&self) -> usize {
         let groups: usize = self.groups.iter().map(|group| group.form.sizes).sum();
         let companions: usize = self.companions.iter().map(|group| 1 + group.form.sizes).sum();
         groups + companions + self.sum.as_ref().map_or(0, |sum| 1 + sum.then.sizes())

@@ -115,12 +115,11 @@ impl Scheduled for Normalize {
         let operands = if *vjp { 2 } else { 1 };
         let ragged = *lie == Lie::Ragged;
         let own = [vec![Element::F32; operands + 1], places(ragged)].concat();
-        let elements = [&own[..], &epilogue.elements(own.len())].concat();
-        let sizes = RowSizes::<Val>::COUNT + NormalizeSizes::<Val>::COUNT + epilogue.sizes();
-        define(machine, &elements, sizes, |k, buffers, sizes| {
+        let sizes = RowSizes::<Val>::COUNT + NormalizeSizes::<Val>::COUNT;
+        epilogue.define(machine, &own, sizes, |k, buffers, sizes, follows| {
             let held = if let Lie::Held(vectors) = *lie { Some(vectors) } else { None };
             let room = held.map(|vectors| k.shared(vectors * WARP * WARPS));
-            let (NormalizeSizes { rows }, follows) = NormalizeSizes::split(RowSizes::split(sizes).1);
+            let NormalizeSizes { rows } = NormalizeSizes::of(RowSizes::split(sizes).1);
             k.units(|k, row| {
                 let span = Span::of(k, row, sizes, ragged.then(|| buffers[operands + 1]));
                 let out = stays.then(|| buffers[operands]);
@@ -194,14 +193,12 @@ impl Scheduled for RowSums {
         let RowSums { mean, of, batched, stays, epilogue } = self;
         let own = of.as_ref().map_or(vec![Element::F32; 2], Expression::elements);
         let count = own.len();
-        let elements = [&own[..], &epilogue.elements(count)].concat();
         let share = if *mean { Share::<Val>::COUNT } else { 0 };
         let of_expression = of.as_ref().map_or(0, |of| of.sizes);
-        let sizes = RowSumsSizes::<Val>::COUNT + share + of_expression + epilogue.sizes();
-        define(machine, &elements, sizes, |k, buffers, sizes| {
+        let sizes = RowSumsSizes::<Val>::COUNT + share + of_expression;
+        epilogue.define(machine, &own, sizes, |k, buffers, sizes, follows| {
             let (RowSumsSizes { length, rows }, rest) = RowSumsSizes::split(sizes);
-            let (share, rest) = Share::split_if(*mean, rest);
-            let (of_expression, follows) = rest.split_at(of_expression);
+            let (share, of_expression) = Share::split_if(*mean, rest);
             let out = buffers[count - 1];
             k.units(|k, row| {
                 let follow = Follow::of(k, epilogue, (buffers, follows), stays.then_some(out), (row, rows));

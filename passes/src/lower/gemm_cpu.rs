@@ -9,13 +9,13 @@ use super::dispatch::Taken;
 use super::entry::{Place, Turn};
 use super::epilogue::Following;
 use super::module::Panels;
-use super::problem::Axes;
+use super::problem::{Axes, operand};
 use super::schedule::gemm_form;
 use super::sizes::product;
 use super::view::{ONE, View};
-use crate::kernels::gemm::Buffers;
 use crate::kernels::gemm::cpu::{Form, Gemm, Sizes};
 use crate::kernels::gemm::pack::{Factors, Pack, PackBuffers, PackSizes};
+use crate::kernels::gemm::{Buffers, Operand};
 
 /// Columns of a unit: what is copied of A serves all of them, and a product as narrow as a hidden state still has units
 /// for many threads. Wider ones have more, as there are enough units.
@@ -42,19 +42,13 @@ struct Side {
 impl Side {
     /// `None` where the view has gaps along both axes, or axes that should be one are not.
     fn of(view: &View, axes: &Axes) -> Option<Side> {
+        let Operand { area, along, deep, first, contiguous } = operand(view, axes)?;
+        let (line, without) = if contiguous { (deep, along) } else { (along, deep) };
         let Axes { batch, i, k } = axes;
-        let [area, step_i, step_k] = [batch, i, k].map(|axes| view.along(axes.clone()));
-        let (area, step_i, step_k) = (area?, step_i?, step_k?);
-        let contiguous = match (step_i == ONE, step_k == ONE) {
-            (true, true) => i.start > k.start,
-            (false, false) => return None,
-            (contiguous, _) => contiguous,
-        };
         let [batch, length, depth] = [batch, i, k].map(|axes| product(&view.shape[axes.clone()]));
-        let line = if contiguous { step_k } else { step_i }.extent();
         // One batch takes no steps: it is packed alike whatever axes it has.
-        let area = if batch == Extent::Const(1) { Extent::Const(0) } else { area.extent() };
-        Some(Side { batch, length, depth, contiguous, line, area, first: view.first.clone() })
+        let area = if batch == Extent::Const(1) { Extent::Const(0) } else { area };
+        (without == Extent::Const(1)).then_some(Side { batch, length, depth, contiguous, line, area, first })
     }
 }
 

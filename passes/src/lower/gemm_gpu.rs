@@ -8,22 +8,12 @@ use peft_runtime::artifact::{BufferId, Extent};
 use super::dispatch::Taken;
 use super::entry::{Place, Turn};
 use super::epilogue::Following;
-use super::problem::{Axes, Contraction};
+use super::problem::{Axes, Contraction, operand};
 use super::schedule::{self, Chosen, tensor_cores};
 use super::sizes::product;
-use super::view::{ONE, View};
 use crate::builder::mma::Half;
 use crate::kernels::gemm::epilogue::Fate;
 use crate::kernels::gemm::{Buffers, Operand, Placed, Product};
-
-/// The operand that a view is; none where axes that should be one are not.
-fn operand(view: &View, Axes { batch, i, k }: &Axes) -> Option<Operand> {
-    let [area, along, deep] = [batch, i, k].map(|axes| view.along(axes.clone()));
-    let (area, along, deep) = (area?, along?, deep?);
-    let contiguous = along == ONE && (deep != ONE || i.start > k.start);
-    let [area, along, deep] = [area, along, deep].map(|step| step.extent());
-    Some(Operand { area, along, deep, first: view.first.clone(), contiguous })
-}
 
 impl Turn<'_, '_, '_, '_> {
     pub(super) fn product_on_gpu(&mut self, taken: &Taken) -> Result<(), String> {

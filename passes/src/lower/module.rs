@@ -21,6 +21,8 @@ pub struct Module<'a> {
     pub optimizer: Optimizer,
     pub limits: Limits,
     pub kernels: Vec<Function>,
+    /// Where each of them stands.
+    known: HashMap<Function, usize>,
     pub codes: HashMap<Schedule, Code>,
     pub buffers: Vec<Buffer>,
     /// Buffers that exist once whoever asks: inputs, tensors, what is prepared from them.
@@ -40,6 +42,7 @@ impl<'a> Module<'a> {
             optimizer,
             limits,
             kernels: vec![],
+            known: HashMap::new(),
             codes: HashMap::new(),
             buffers: vec![],
             bound: HashMap::new(),
@@ -94,13 +97,14 @@ impl<'a> Module<'a> {
 
     /// The one kernel that is this.
     pub fn function(&mut self, function: Function) -> usize {
-        let known = self.kernels.iter().position(|known| *known == function);
-        known.unwrap_or_else(|| {
-            let machine = self.machine;
-            self.codes.entry(function.schedule.clone()).or_insert_with_key(|schedule| schedule.emit(machine));
-            self.kernels.push(function);
-            self.kernels.len() - 1
-        })
+        if let Some(&at) = self.known.get(&function) {
+            return at;
+        }
+        let machine = self.machine;
+        self.codes.entry(function.schedule.clone()).or_insert_with_key(|schedule| schedule.emit(machine));
+        self.known.insert(function.clone(), self.kernels.len());
+        self.kernels.push(function);
+        self.kernels.len() - 1
     }
 
     /// What a launch's kernel does.

@@ -6,6 +6,8 @@ use peft_grammar::graph::{Graph, Node, Op, Type};
 use peft_runtime::artifact::Extent;
 
 use super::sizes::product;
+use super::view::{ONE, View};
+use crate::kernels::gemm::Operand;
 
 /// x @ y: how many rows, columns, steps along k, and batches of them.
 pub struct Contraction {
@@ -62,4 +64,13 @@ impl Axes {
     pub fn of_result(result: &Type, x: &Type, y: &Type) -> Axes {
         Axes::of(result, y.rank() - 2, false).all_rows(x, y)
     }
+}
+
+/// The operand that a view is; none where axes that should be one are not.
+pub fn operand(view: &View, Axes { batch, i, k }: &Axes) -> Option<Operand> {
+    let [area, along, deep] = [batch, i, k].map(|axes| view.along(axes.clone()));
+    let (area, along, deep) = (area?, along?, deep?);
+    let contiguous = along == ONE && (deep != ONE || i.start > k.start);
+    let [area, along, deep] = [area, along, deep].map(|step| step.extent());
+    Some(Operand { area, along, deep, first: view.first.clone(), contiguous })
 }

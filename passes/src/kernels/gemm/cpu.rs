@@ -20,7 +20,7 @@ use peft_runtime::artifact::Element;
 use super::Buffers;
 use super::pack::Factors;
 use crate::abi::arguments;
-use crate::builder::{Access, Buf, Code, Index, Kernel, LANES, Order, Val, define};
+use crate::builder::{Access, Buf, Code, Index, Kernel, LANES, Order, Val};
 use crate::kernels::Scheduled;
 use crate::kernels::epilogue::{Epilogue, When};
 use crate::target::Machine;
@@ -131,10 +131,9 @@ impl Scheduled for Gemm {
         let tile = form.tile;
         let element = form.factors.element();
         let own = Buffers { a: Element::F32, b: element, c: Element::F32 }.list();
-        let elements = [&own[..], &epilogue.elements(own.len())].concat();
-        define(machine, &elements, Sizes::<Val>::COUNT + epilogue.sizes(), |k, buffers, sizes| {
+        epilogue.define(machine, &own, Sizes::<Val>::COUNT, |k, buffers, sizes, follows| {
             let Buffers { a, b, c } = Buffers::of(buffers);
-            let (sizes, follows) = Sizes::split(sizes);
+            let sizes = Sizes::of(sizes);
             let Sizes { m, n, depth, blocks, groups, shared, panels, line_a, area_a, first_a, .. } = sizes;
             let Sizes { line_b, area_b, first_b, panel_b, width, area_c, first_c, kept, .. } = sizes;
             let rows_of_a = k.scratch(form.room() * (tile.block() / tile.rows), form.factors.copied());

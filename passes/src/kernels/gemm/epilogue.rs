@@ -30,13 +30,19 @@ impl Fate {
     }
 }
 
-/// Rows of a tile's sums on their way out, which lie in shared memory, a warp's own.
-pub struct Out<'a> {
+/// What becomes of a product in its kernel.
+#[derive(Clone, Copy)]
+pub struct Ending<'a> {
     pub fate: Fate,
     pub epilogue: &'a Epilogue,
     /// The kernel's, and the epilogue's sizes.
     pub buffers: &'a [Buf],
     pub sizes: &'a [Val],
+}
+
+/// Rows of a tile's sums on their way out, which lie in shared memory, a warp's own.
+pub struct Out<'a> {
+    pub ending: Ending<'a>,
     /// Where the product goes, its batch's first element there, and from row to row.
     pub to: Buf,
     pub base: Val,
@@ -61,7 +67,7 @@ impl Out<'_> {
             move |k: &mut Kernel, column: Val, mask: Val| {
                 let sum = k.load_here(self.room, at + (column - self.column) + k.lane_index());
                 let sum = self.back.map_or(sum, |back| k.mul(sum, back));
-                if self.fate != Fate::Added {
+                if self.ending.fate != Fate::Added {
                     return sum;
                 }
                 let before = k.load_lanes(self.to, line + column, mask);
@@ -70,11 +76,11 @@ impl Out<'_> {
         });
         let lanes: Vec<_> = lanes.collect();
         let held = rows.iter().zip(&lines).zip(&lanes).map(|((&(row, _), &line), lanes)| {
-            let to = (self.fate != Fate::Passed).then_some((self.to, line));
+            let to = (self.ending.fate != Fate::Passed).then_some((self.to, line));
             let lanes = Given { lanes, to, columns: Some(self.width.next_multiple_of(WARP)) };
             HeldRow { batch: self.batch, row, columns, lanes }
         });
-        self.epilogue.write_rows(k, (self.buffers, self.sizes), self.n, held.collect());
+        self.ending.epilogue.write_rows(k, (self.ending.buffers, self.ending.sizes), self.n, held.collect());
     }
 
     /// Rows 0 to `count` of some in shared memory, several at a time: `place` says for each which one of the product it

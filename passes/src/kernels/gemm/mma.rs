@@ -17,7 +17,7 @@
 
 use peft_runtime::artifact::{Element, Extent};
 
-use super::epilogue::{Fate, Out, rows_left};
+use super::epilogue::{Ending, Fate, Out, rows_left};
 use super::{Buffers, Product, simt};
 use crate::abi::arguments;
 use crate::builder::mma::{Half, Operand, SIDE, SUMS};
@@ -271,10 +271,9 @@ impl Scheduled for Mma {
         let (form, fate) = (*form, *fate);
         let a = if form.copies() { Element::I32 } else { Element::F32 };
         let own = Buffers { a, b: Element::I32, c: Element::F32 }.list();
-        let elements = [&own[..], &epilogue.elements(own.len())].concat();
-        define(machine, &elements, Sizes::<Val>::COUNT + epilogue.sizes(), |k, buffers, sizes| {
+        epilogue.define(machine, &own, Sizes::<Val>::COUNT, |k, buffers, sizes, follows| {
             let Buffers { a, b, c } = Buffers::of(buffers);
-            let (sizes, follows) = Sizes::split(sizes);
+            let sizes = Sizes::of(sizes);
             let Sizes { m, n, depth, across, line_a, first_a, line_b, first_b, line_c, first_c } = sizes;
             let room = k.shared_words(form.room());
             let threads = Threads::of(k);
@@ -287,10 +286,7 @@ impl Scheduled for Mma {
                 let right = Right { buffer: b, start: k.eval(tile_column * line_b + first_b), depth };
                 let zero = k.index(0);
                 let mut out = Out {
-                    fate,
-                    epilogue,
-                    buffers,
-                    sizes: follows,
+                    ending: Ending { fate, epilogue, buffers, sizes: follows },
                     to: c,
                     base: first_c,
                     line: line_c,

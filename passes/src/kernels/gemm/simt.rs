@@ -16,10 +16,10 @@
 
 use peft_runtime::artifact::{Element, Extent};
 
-use super::epilogue::{Fate, Out, rows_left};
+use super::epilogue::{Ending, Fate, Out, rows_left};
 use super::{Buffers, Product};
 use crate::abi::arguments;
-use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define};
+use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val};
 use crate::cost::{Launched, SHARED, Work, cycles, way_out};
 use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
@@ -147,10 +147,9 @@ impl Scheduled for Simt {
         let (tile, fate) = (*tile, *fate);
         let (held, (line_a, line_b)) = (tile.held(), (tile.rows + APART, tile.columns + APART));
         let own = [Element::F32; Buffers::<Val>::COUNT];
-        let elements = [&own[..], &epilogue.elements(own.len())].concat();
-        define(machine, &elements, Sizes::<Val>::COUNT + epilogue.sizes(), |k, buffers, sizes| {
+        epilogue.define(machine, &own, Sizes::<Val>::COUNT, |k, buffers, sizes, follows| {
             let Buffers { a, b, c } = Buffers::of(buffers);
-            let (sizes, follows) = Sizes::split(sizes);
+            let sizes = Sizes::of(sizes);
             let Sizes { m, n, depth, down, across, batches, steps, .. } = sizes;
             let Sizes { line_c, area_c, first_c, .. } = sizes;
             let left = [sizes.along_a, sizes.deep_a, sizes.area_a, sizes.first_a];
@@ -173,10 +172,7 @@ impl Scheduled for Simt {
                 let nothing = k.float(0.0, F32);
                 let base = k.eval(first_c + lead * area_c);
                 let out = Out {
-                    fate,
-                    epilogue,
-                    buffers,
-                    sizes: follows,
+                    ending: Ending { fate, epilogue, buffers, sizes: follows },
                     to: c,
                     base,
                     line: line_c,

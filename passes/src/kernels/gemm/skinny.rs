@@ -12,10 +12,10 @@
 
 use peft_runtime::artifact::{Element, Extent};
 
-use super::epilogue::{Fate, Out};
+use super::epilogue::{Ending, Fate, Out};
 use super::{Buffers, Product};
 use crate::abi::arguments;
-use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, define, first};
+use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, first};
 use crate::cost::{Launched, SHARED, Work, cycles};
 use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
@@ -142,10 +142,9 @@ impl Scheduled for Skinny {
         let (tile, contiguous, fate) = (*tile, *contiguous, *fate);
         let (columns, line) = (tile.columns, tile.line());
         let own = [Element::F32; Buffers::<Val>::COUNT];
-        let elements = [&own[..], &epilogue.elements(own.len())].concat();
-        define(machine, &elements, Sizes::<Val>::COUNT + epilogue.sizes(), |k, buffers, sizes| {
+        epilogue.define(machine, &own, Sizes::<Val>::COUNT, |k, buffers, sizes, follows| {
             let Buffers { a, b, c } = Buffers::of(buffers);
-            let (sizes, follows) = Sizes::split(sizes);
+            let sizes = Sizes::of(sizes);
             let Sizes { m, n, depth, across, line_c, first_c, .. } = sizes;
             let stage = WARP * line;
             let room = k.shared((AHEAD * stage).max(WARPS * tile.own()));
@@ -194,10 +193,7 @@ impl Scheduled for Skinny {
                 let own = k.eval(warp * tile.own());
                 let results = add_up(k, tile, (room, own), &sums[..(HELD * columns) as usize]);
                 let out = Out {
-                    fate,
-                    epilogue,
-                    buffers,
-                    sizes: follows,
+                    ending: Ending { fate, epilogue, buffers, sizes: follows },
                     to: c,
                     base: first_c,
                     line: line_c,
