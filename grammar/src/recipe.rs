@@ -131,7 +131,7 @@ impl Decays {
 }
 
 /// A number that the optimizer's kernel is told at each step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Hyper {
     Lr,
     Beta1,

@@ -110,9 +110,10 @@ impl Element {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {
-    /// Bound for every run, by its name as an [`Input`](peft_grammar::names::Input): `ids`, `labels`, `rng`; and what the runtime derives from the
-    /// sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (which sequence a token is of), `pairs`
-    /// i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts` i32[sequences].
+    /// Bound for every run, by its name as an [`Input`](peft_grammar::names::Input): `ids`, `labels`, `rng`; and what the
+    /// runtime derives from the sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (which sequence a
+    /// token is of), `pairs` i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts`
+    /// i32[sequences].
     Input(String),
     /// Tensor of [`Manifest::tensors`], or rows of it.
     Tensor { index: usize, rows: Option<(u64, u64)> },
@@ -151,7 +152,7 @@ pub struct Launch {
     pub extents: Vec<Extent>,
     /// How many units there are to split over threads.
     pub units: Extent,
-    /// How they are split.
+    /// How they are split; a processor's launches do not say.
     #[serde(default, skip_serializing_if = "Workgroup::is_one")]
     pub group: Workgroup,
     /// The operation it computes, for profiles and messages: `peft.matmul`.

@@ -92,7 +92,8 @@ fn check_launch(manifest: &Manifest, launch: &Launch) -> Result<(), String> {
         return Err(format!("names kernel {} of {}", launch.kernel, manifest.kernels.len()));
     }
     let Workgroup { units, threads } = launch.group;
-    if units == 0 || !(1..=1024).contains(&threads) {
+    let alone = launch.group == Workgroup::ONE;
+    if units == 0 || !(1..=1024).contains(&threads) || manifest.gpu().is_some() == alone {
         return Err(format!("has workgroups of {threads} threads that take {units} units"));
     }
     match launch.buffers.iter().find(|b| **b >= manifest.buffers.len()) {

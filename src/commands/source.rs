@@ -130,7 +130,10 @@ impl Source {
                 gpus.map(drop)
                     .map_err(|why| Failure::Usage(format!("`{}` cannot run here: {why}; {mend}", self.target)))
             }
-            _ => Err(Failure::Usage(format!("`{}` is no target; there are cpu and cuda", self.target))),
+            kind => {
+                let near = peft_grammar::diagnostic::did_you_mean(kind, &["cpu", "cuda"]);
+                Err(Failure::Usage(format!("`{}` is no target{near}; there are cpu and cuda", self.target)))
+            }
         }
     }
 

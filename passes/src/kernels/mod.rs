@@ -21,7 +21,7 @@ use crate::cost::{Launched, UNDER_WAY, Work};
 use crate::target::Machine;
 use crate::target::cuda::Card;
 
-/// All that a kernel's code depends on.
+/// All that a kernel's code depends on. What is not equal does not print alike, as names are made of that.
 pub trait Scheduled {
     /// What people call it.
     fn word(&self) -> String;

@@ -148,8 +148,8 @@ pub struct Sweep {
 
 impl Sweep {
     /// What it is known by: how much momentum there is, it is told.
-    fn identity(&self) -> (&'static str, usize, bool) {
-        (self.optimizer.word(), self.optimizer.moments().len(), self.own_rates)
+    fn identity(&self) -> (&'static str, &'static [Hyper], usize, bool) {
+        (self.optimizer.word(), self.optimizer.hyper(), self.optimizer.moments().len(), self.own_rates)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which nodes are one launch. A graph's nodes are dealt out to dispatches, each of which is the work of one node's kernel:
 //! what is computed on the way to it, what follows its result while the kernel has that, and what else is done on the same
-//! rows. All of this is decided here, of the graph alone; nothing is emitted, and nothing that comes after changes it. What
-//! a kernel makes of the same numbers besides is a node of several results before it comes here ([`crate::siblings`]).
+//! rows. All of this is decided here, of the graph and the options; nothing is emitted, and nothing that comes after changes
+//! it. What a kernel makes of the same numbers besides is a node of several results before ([`crate::siblings`]).
 //!
 //! ```text
 //! u = x @ W + b,  a = gelu(u)          a product with two groups: u and a are written, x @ W alone is not

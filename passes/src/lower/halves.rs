@@ -25,7 +25,7 @@ impl Turn<'_, '_, '_, '_> {
         (self.module.buffer(Element::I32, vec![m.clone(), line.clone()], Storage::Temporary), line)
     }
 
-    /// Room for a value of [`Facts::rounds`].
+    /// Room for a value of [`super::dispatch::Facts::rounds`].
     pub(super) fn room_rounded(&mut self, value: Value) -> BufferId {
         let shape = extents(self.ty(value));
         let (buffer, line) = self.room_for_halves(&shape[0], &shape[1]);

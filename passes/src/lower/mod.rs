@@ -1,7 +1,7 @@
 //! Lowering to a processor or a GPU: every operation becomes a launch of a kernel over flat buffers.
 //!
 //! ```text
-//! graph ─► dispatch   which nodes are one launch: prologues, epilogues, row sums, companions     pure, of the graph alone
+//! graph ─► dispatch   which nodes are one launch: prologues, epilogues, row sums, companions     pure, of graph and options
 //!            │
 //!            ▼        in the dispatches' order, each in its turn (entry):
 //!          layout     where values lie: views, aliases, places among what they are put together with

@@ -186,6 +186,7 @@ impl Lowered {
 /// The kernels of several programs, each once: the programs call what they share by the same names then.
 pub fn together<'a>(programs: impl IntoIterator<Item = &'a mut Lowered>) -> Vec<String> {
     let mut programs: Vec<&mut Lowered> = programs.into_iter().collect();
+    assert!(programs.windows(2).all(|two| two[0].machine == two[1].machine), "programs of one machine");
     let mut functions: Vec<Function> = vec![];
     let mut known = HashSet::new();
     for function in programs.iter().flat_map(|program| &program.functions) {

@@ -5,12 +5,10 @@ use peft_grammar::names::{GRAD_NORM, Input, OptimizerEntry, Vector};
 use peft_runtime::artifact::{BufferId, Element, Entry, Extent, Output, Storage};
 
 use super::module::Module;
+use super::schedule;
 use crate::kernels::optimizer::{
     AddBuffers, AddWeighted, FlatSizes, RootOfSum, SumBuffers, SumOfSquares, Sweep, SweptBuffers, ToldBuffers,
 };
-
-/// Partial sums that a GPU's warp reads at once.
-const AHEAD: u64 = 8;
 
 /// All that is computed of the optimizer's vectors.
 pub fn entries(module: &mut Module, own_rates: bool) -> [(OptimizerEntry, Entry); 4] {
@@ -33,8 +31,7 @@ fn update(module: &mut Module, own_rates: bool) -> Entry {
     let norm = module.buffer(Element::F32, vec![], Storage::Temporary);
     swept.extend(ToldBuffers { hyper, norm }.list());
     let count = FlatSizes { count: Extent::Values }.list();
-    // Partial sums that a member of the team reads at once.
-    let ahead = if module.machine.team() > 1 { AHEAD } else { 1 };
+    let ahead = schedule::partial_sums(module.machine);
     let of_partial = FlatSizes { count: blocks.clone() }.list();
     let launches = vec![
         module.launch(

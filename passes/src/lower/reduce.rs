@@ -160,7 +160,7 @@ impl Turn<'_, '_, '_, '_> {
         axes[..] == [0] && view.is_some_and(|view| view.shape.len() == 2 && view.runs())
     }
 
-    /// What [`Lowering::sums_columns`] says of it.
+    /// What [`Turn::sums_columns`] says of it.
     pub(super) fn column_sums(&mut self, at: usize) {
         let node = &self.graph.nodes[at];
         let (x, view) = (self.place(node.operands[0]).buffer, self.view(node.operands[0]));

@@ -219,3 +219,11 @@ pub fn columns(machine: Machine) -> (u64, u64) {
         Machine::Cuda(_) => (machine.lanes(), AHEAD),
     }
 }
+
+/// Vectors of partial sums that a member of a team reads at once.
+pub fn partial_sums(machine: Machine) -> u64 {
+    match machine {
+        Machine::Cpu(_) => 1,
+        Machine::Cuda(_) => 8,
+    }
+}

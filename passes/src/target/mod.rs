@@ -153,9 +153,14 @@ impl FromStr for Machine {
             _ => {
                 let names = names();
                 let names: Vec<&str> = names.iter().map(String::as_str).collect();
-                // `cpu` is nearer by its letters alone.
-                let near = if text.starts_with("gpu") { "cuda" } else { text };
-                Err(format!("`{text}` is no target{}; there are {}", did_you_mean(near, &names), names.join(", ")))
+                // `cpu` is nearer by its letters alone, and a chip or a level may stand by itself.
+                let near = match text.to_lowercase() {
+                    gpu if gpu.starts_with("gpu") => "cuda".to_string(),
+                    chip if chip.parse::<Chip>().is_ok() => format!("cuda:{chip}"),
+                    level if level.parse::<Cpu>().is_ok() => format!("cpu:{level}"),
+                    _ => text.to_string(),
+                };
+                Err(format!("`{text}` is no target{}; there are {}", did_you_mean(&near, &names), names.join(", ")))
             }
         }
     }
@@ -182,6 +187,9 @@ mod tests {
         }
         let refusals = [
             ("gpu", "`gpu` is no target (did you mean `cuda`?); there are cpu, cpu:native, "),
+            ("GPU", "`GPU` is no target (did you mean `cuda`?); there are cpu, cpu:native, "),
+            ("sm_90", "`sm_90` is no target (did you mean `cuda:sm_90`?); there are cpu, "),
+            ("x86-64-v3", "`x86-64-v3` is no target (did you mean `cpu:x86-64-v3`?); there are cpu, "),
             ("cdua", "`cdua` is no target (did you mean `cuda`?); there are cpu, "),
             ("tpu2:v4", "`tpu2:v4` is no target; there are cpu, "),
             ("cuda:sm70", "`sm70` is no chip to compile for (did you mean `sm_70`?); there are sm_70, sm_80, sm_90"),

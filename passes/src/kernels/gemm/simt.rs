@@ -9,7 +9,7 @@
 //!
 //! A result of no more than 32 columns or rows has tiles of half that width. Where a weight's gradient has few tiles,
 //! blocks share a tile's steps and their sums are added up afterwards. Other products of few columns and many steps are
-//! [`super::narrow`]'s.
+//! [`super::skinny`]'s.
 //!
 //! Operands are read where they lie, by their steps along rows, columns and k: nothing is packed. Neighbouring threads
 //! fetch what lies side by side.
