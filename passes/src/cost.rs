@@ -23,6 +23,7 @@ pub const UNDER_WAY: f64 = 256.0;
 pub const MANY_UNDER_WAY: f64 = 1024.0;
 /// Bytes that shared memory gives in a cycle.
 pub const SHARED: f64 = 128.0;
+
 /// A launch's arithmetic.
 #[derive(Clone, Debug, Default)]
 pub struct Work {

@@ -5,8 +5,7 @@ use peft_grammar::names::Input;
 use peft_runtime::artifact::{BufferId, Extent, Storage};
 
 use super::entry::Turn;
-use super::schedule;
-use super::schedule::Square;
+use super::schedule::{self, Square};
 use super::sizes::dim_extent;
 use super::view::{ONE, Step, View};
 use crate::kernels::attention::cpu::{CpuAttention, RoomBuffers, SLACK, beside};

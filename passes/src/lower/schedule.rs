@@ -16,7 +16,7 @@ use crate::kernels::gemm::pack::Factors;
 use crate::kernels::gemm::{Product, cpu, mma, simt, skinny};
 use crate::kernels::rowwise::Lie;
 use crate::target::cpu::Registers;
-use crate::target::cuda::{Chip, WARP, WARPS};
+use crate::target::cuda::{Chip, TILE, WARP, WARPS};
 use crate::target::{LANES, Machine};
 
 /// Registers that are no sums: for a line of B and a number of A; where there are many, LLVM fetches the next line early,
@@ -79,9 +79,9 @@ fn mma_form(half: Half, n: &Extent, many: u64, fours: bool) -> mma::Form {
 fn simt_tile(m: &Extent, n: &Extent) -> simt::Tile {
     let narrow = |size: &Extent| matches!(size, Extent::Const(size) if *size <= simt::NARROW);
     let (rows, columns) = match (narrow(m), narrow(n)) {
-        (_, true) => (simt::TILE, simt::NARROW),
-        (true, false) => (simt::NARROW, simt::TILE),
-        (false, false) => (simt::TILE, simt::TILE),
+        (_, true) => (TILE, simt::NARROW),
+        (true, false) => (simt::NARROW, TILE),
+        (false, false) => (TILE, TILE),
     };
     simt::Tile { rows, columns }
 }

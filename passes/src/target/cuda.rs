@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use peft_grammar::diagnostic::did_you_mean;
+
 /// Threads that go in step: a kernel's units are counted in these.
 pub const WARP: u64 = 32;
 /// Warps of a block, for which every kernel is written.

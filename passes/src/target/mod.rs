@@ -43,9 +43,7 @@ impl Machine {
             Machine::Cuda(_) => vec![],
         }
     }
-}
 
-impl Machine {
     /// Elements that a kernel has in hand at once.
     pub fn lanes(self) -> u64 {
         match self {

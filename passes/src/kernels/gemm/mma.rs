@@ -18,7 +18,7 @@
 use peft_runtime::artifact::{Element, Extent};
 
 use super::epilogue::{Ending, Fate, Out, rows_left};
-use super::{Buffers, Product, simt};
+use super::{Buffers, Product};
 use crate::abi::arguments;
 use crate::builder::mma::{Half, Operand, SIDE, SUMS};
 use crate::builder::{Buf, Code, F32, I32, Kernel, Order, Val, define, first};
@@ -27,8 +27,7 @@ use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
 use crate::kernels::math;
 use crate::target::Machine;
-use crate::target::cuda::Card;
-use crate::target::cuda::{WARP, WARPS};
+use crate::target::cuda::{self, Card, WARP, WARPS};
 
 /// Rows, columns and steps of k of a tile.
 pub const ROWS: u64 = 128;
@@ -62,7 +61,7 @@ const ROWS_AT_ONCE: u64 = WARP * 4 / DEPTH;
 const NEAR: i64 = 10;
 const FAR: i64 = 15;
 const _: () =
-    assert!(COLUMNS == simt::TILE && FOURS_A * THREADS * 4 == ROWS * DEPTH && (ROWS * LINE_A).is_multiple_of(8));
+    assert!(COLUMNS == cuda::TILE && FOURS_A * THREADS * 4 == ROWS * DEPTH && (ROWS * LINE_A).is_multiple_of(8));
 
 /// A tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -24,11 +24,9 @@ use crate::cost::{Launched, SHARED, Work, cycles, way_out};
 use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
 use crate::target::Machine;
-use crate::target::cuda::Card;
-use crate::target::cuda::{WARP, WARPS};
+use crate::target::cuda::{Card, WARP, WARPS};
 
-/// Rows and columns of a tile, and where the product has few.
-pub const TILE: u64 = 64;
+/// Rows or columns of a tile where the product has few.
 pub const NARROW: u64 = 32;
 /// Steps along k between two visits of the operands.
 const DEPTH: u64 = 16;
