@@ -1,16 +1,16 @@
-"""GPT-2 small on a GPU: peftc beside PyTorch. What runs there is made where the compiler is.
+"""GPT-2 small on a GPU: peftc against PyTorch. Compilation happens on another machine.
 
     gpu.py make --small PROGRAM --data DIR [--peftc PROGRAM] [--out DIR]
     gpu.py run [--only PART,…] [--peers NAME,…] [--seconds N]
 
-`make` fills a folder with the runner that needs no LLVM, artifacts for every chip, batches and what parity is held
-against; DIR holds `webnlg/train.json` and `tokenizers/gpt2`. `run` is for that folder on a machine with NVIDIA's driver
-and Python, where neither Rust nor the CUDA toolkit need be; peers want torch, transformers and peft there. First a tiny
-GPT-2 and a tiny BERT are held against the processor that made the folder: gradients, and the losses of a training. Then
-every side takes training steps on the same WebNLG examples, 16 at a time, and is given its tokens a second over *real*
-tokens. Weights are random: they change no timing.
+`make` creates a folder with the runner that needs no LLVM, artifacts for every chip, batches, and reference results for
+the parity check; DIR holds `webnlg/train.json` and `tokenizers/gpt2`. `run` is started in that folder on a machine with
+NVIDIA's driver and Python, which needs neither Rust nor the CUDA toolkit; the peers need torch, transformers and peft
+there. First the gradients and the training losses of a tiny GPT-2 and a tiny BERT are compared with the CPU's results
+in the folder. Then every side takes training steps on the same WebNLG examples, 16 at a time, and its *real* tokens per
+second (without padding) are reported. Weights are random, which does not change the timings.
 
-Exit codes: 1 when something differs from the processor, 3 when there is no GPU to run on.
+Exit codes: 1 if a result differs from the CPU's, 3 if there is no GPU.
 """
 
 import argparse
@@ -37,8 +37,9 @@ PRECISIONS = {"f32": "f32", "bf16": "half"}
 METHODS = {"inducer_lora": "inducer + LoRA", "lora": "LoRA"}
 BATCHES, EPOCHS, WARM_UP = 5, 12, 2
 
-# As far as gradients and losses may be from the processor's in f32: a part of the largest, and of the loss.
-NEAR = {"f32": (1e-4, 1e-3), "bf16": (6e-2, 3e-2)}
+# Bounds for the differences to the CPU's f32 results: gradients relative to the largest value, losses relative to the
+# loss.
+BOUNDS = {"f32": (1e-4, 1e-3), "bf16": (6e-2, 3e-2)}
 TINY = ["gpt2", "bert"]
 TUNE = "every attention { inducer(key: 2, value: 4) lora(rank: 4, alpha: 8, dropout: 0.1) on q, v }"
 
@@ -50,7 +51,7 @@ PEERS = {
 }
 
 
-# Where the compiler is.
+# Part 1: the machine with the compiler.
 
 
 def make(options):
@@ -87,7 +88,7 @@ def make(options):
 
 
 def kernels_of(chip, precision):
-    """The chip whose artifact is taken: in f32 all have the same kernels."""
+    """The chip whose artifact is used. In f32 all chips have the same kernels."""
     return CHIPS[-1] if precision == "f32" else chip
 
 
@@ -98,14 +99,14 @@ def compiled(options, spec, chip, precision, out):
 
 
 def roofline(costs):
-    """Tokens a second at best, and the card that is spoken of."""
+    """The roofline's bound on tokens per second, and the GPU that it is for."""
     batch, limit = costs["batch"], costs["roofline"]
     seconds = max(limit["memory_seconds"], limit["product_seconds"])
     return {"tokens": batch["sequences"] * batch["tokens_each"] / seconds, "card": limit["card"]}
 
 
 def tiny(options, out):
-    """Small models of two kinds, and what this processor makes of them."""
+    """Small models of two kinds, and the CPU's results for them."""
     gpt2, bert = (Path(f"models/demo/{name}.peft").read_text() for name in ["triples", "sentiment"])
     (out / "gpt2.peft").write_text(gpt2.replace("full()", TUNE).replace("batch: 8", "batch: 2"))
     sizes = {"layers: 6": "layers: 2", "hidden: 384": "hidden: 64", "heads: 12": "heads: 4", "ffn: 1536": "ffn: 128"}
@@ -136,7 +137,7 @@ def gradients(parity, name):
 
 
 def trained(peftc, source, parity, steps, seconds=None):
-    """The losses of a short training."""
+    """The losses of a short training run."""
     with tempfile.TemporaryDirectory() as out:
         data = ["--data", parity / "train.json", "--tokenizer", parity, "--weights", "random", "--out", out]
         measure.output([*peftc, "train", source, *data, "--set", f"train.steps={steps}"], seconds)
@@ -144,7 +145,7 @@ def trained(peftc, source, parity, steps, seconds=None):
     return [json.loads(line)["loss"] for line in lines]
 
 
-# Tensors in a file of their own: a header in JSON, then numbers.
+# Tensors in safetensors files: a JSON header, followed by the numbers.
 
 
 def write_ints(path, tensors):
@@ -172,25 +173,25 @@ def floats(path):
 
 
 def gap(found, expected):
-    """The largest difference, as a part of the largest number, of the tensor where that is most; and its name."""
+    """The largest difference relative to its tensor's largest value, and the name of that tensor."""
     if found.keys() != expected.keys():
         return float("inf"), "the names"
     worst = (0.0, "")
     for name, want in expected.items():
-        # Of what is nothing but rounding, the rounding of something else is no measure.
+        # The denominator is at least 1e-6, because a tensor of rounding errors only is no scale to compare with.
         largest = max(1e-6, *map(abs, want))
         apart = max((abs(x - y) for x, y in zip(found[name], want, strict=True)), default=0.0)
-        # `max` passes over what is no number.
+        # `max` ignores NaN.
         known = all(x == x for x in found[name])
         worst = max(worst, (apart / largest if known else float("inf"), name))
     return worst
 
 
-# Where the GPU is.
+# Part 2: the machine with the GPU.
 
 
-class Left:
-    """Seconds until all must have ended."""
+class TimeLeft:
+    """The number of seconds until the time limit."""
 
     def __init__(self, seconds):
         self.end = time.monotonic() + seconds
@@ -203,7 +204,7 @@ class Left:
 
 
 def chip(parity):
-    """The latest whose artifacts run here."""
+    """The latest chip whose artifacts run on this GPU."""
     why = ""
     for name in CHIPS:
         with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +213,7 @@ def chip(parity):
         if run.returncode == 0:
             return name
         why = run.stderr.strip()
-        # A GPU of an earlier kind may run what is compiled for one.
+        # An older GPU may run artifacts for an earlier chip.
         if "here is" not in why:
             break
     say(f"bench-gpu: nothing runs on a GPU here\n{why}")
@@ -222,7 +223,7 @@ def chip(parity):
 def parity(options):
     folder, rows, right = HERE / "parity", [], True
     for precision in PRECISIONS:
-        near, near_loss = NEAR[precision]
+        near, near_loss = BOUNDS[precision]
         cases = [(f"{name}: gradients", name, near) for name in TINY] + [("gpt2: losses of a training", None, near_loss)]
         for title, name, near in cases:
             title = f"{title}, {precision}"
@@ -294,7 +295,7 @@ def speed(options):
 
 
 def peer(name):
-    """The side of a peer, in a process of its own: prints what `Line` holds."""
+    """Runs a peer in a process of its own and prints the fields of its `Line`."""
     import torch
 
     compiled, half = name.endswith("_compiled"), "_half" in name
@@ -315,7 +316,7 @@ def peer(name):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)
         scaler.update()
-        # As peftc does, which shows it at every step.
+        # peftc reads the loss at every step, too.
         loss.item()
 
     tokenizer = webnlg.tokenizer_at(HERE / "tokenizers/gpt2/tokenizer.json")
@@ -339,7 +340,7 @@ PARTS = {"parity": parity, "speed": speed}
 
 def run(options):
     options.chip = options.chip or chip(HERE / "parity")
-    options.left = Left(options.seconds)
+    options.left = TimeLeft(options.seconds)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     print(f"{date.today()}, {gpu()}, artifacts for {options.chip}, `{command}`", flush=True)
     right = [PARTS[part](options) for part in options.only]

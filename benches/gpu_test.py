@@ -1,4 +1,4 @@
-"""What gpu.py does beside running things: `python3 benches/gpu_test.py`, without a GPU and without torch."""
+"""Tests of gpu.py's helpers: `python3 benches/gpu_test.py`, without a GPU and without torch."""
 
 import argparse
 import array
@@ -26,14 +26,14 @@ class Gpu(unittest.TestCase):
         self.addCleanup(here.stop)
 
     def program(self, script):
-        """In the place of peftc."""
+        """Writes a script in place of peftc."""
         path = self.folder / "peftc"
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
 
     def printed(self, part, **options):
         out = io.StringIO()
-        options = argparse.Namespace(chip="sm_80", left=gpu.Left(100), peers=[], **options)
+        options = argparse.Namespace(chip="sm_80", left=gpu.TimeLeft(100), peers=[], **options)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
             right = part(options)
         return right, out.getvalue()
@@ -76,7 +76,7 @@ class Gpu(unittest.TestCase):
         of_ours = lambda options, method, precision: Line([1000, 3000, 2000], 1.5)
         theirs = json.dumps({"speeds": [500, 400, 600], "peak": 3.0})
         with mock.patch.object(gpu, "ours", of_ours), mock.patch("measure.output", lambda *_: f"warning\n{theirs}\n"):
-            options = argparse.Namespace(chip="sm_80", left=gpu.Left(100), peers=["inducer_lora_half", "peft_lora_f32"])
+            options = argparse.Namespace(chip="sm_80", left=gpu.TimeLeft(100), peers=["inducer_lora_half", "peft_lora_f32"])
             out = io.StringIO()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
                 gpu.speed(options)
@@ -86,11 +86,11 @@ class Gpu(unittest.TestCase):
 
     def test_no_time_is_left(self):
         with self.assertRaises(Refused):
-            gpu.Left(0.5)()
+            gpu.TimeLeft(0.5)()
         limits = {f"{method}.sm_80.{p}": {"tokens": 1, "card": "A100"} for method in gpu.METHODS for p in gpu.PRECISIONS}
         (self.folder / "roofline.json").write_text(json.dumps(limits))
         self.program("sleep 5")
-        options = argparse.Namespace(chip="sm_80", left=gpu.Left(1.5), peers=list(gpu.PEERS)[:1])
+        options = argparse.Namespace(chip="sm_80", left=gpu.TimeLeft(1.5), peers=list(gpu.PEERS)[:1])
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
             gpu.speed(options)
@@ -107,7 +107,7 @@ class Gpu(unittest.TestCase):
             for precision in gpu.PRECISIONS:
                 (parity / f"{name}.{gpu.kernels_of('sm_80', precision)}.{precision}.peftc").write_bytes(content(found))
         (parity / "losses.json").write_text("[7.0, 6.0]")
-        # It copies its artifact to where results go, and trains to the losses that are expected.
+        # The script copies its artifact to the results, and trains with the expected losses.
         self.program(
             'if [ $1 = run ]; then for last; do :; done; cp "$2" "$last"; else\n'
             'while [ $1 != --out ]; do shift; done; printf \'{"loss": 7.0}\\n{"loss": 6.0}\\n\' > "$2/metrics.jsonl"; fi'

@@ -1,4 +1,4 @@
-"""What the benchmarks share: training steps by peftc, peers in processes of their own, the machine's peaks, tables."""
+"""Shared by the benchmarks: training steps by peftc, peers in their own processes, the CPU's peak speed, tables."""
 
 import argparse
 import json
@@ -18,11 +18,11 @@ from pathlib import Path
 
 @dataclass
 class Line:
-    """Training steps on some batches, one after the other in one process each."""
+    """Measurements of one side: training steps on several batches."""
 
-    speeds: list  # real tokens a second, for each batch
-    peak: float  # the most memory the process held, in GB
-    kernels: list = field(default_factory=list)  # share of each batch's steps that kernels took
+    speeds: list  # real tokens per second, for each batch
+    peak: float  # peak memory of the process in GB
+    kernels: list = field(default_factory=list)  # the share of each batch's steps that was spent in kernels
 
     @property
     def speed(self):
@@ -30,7 +30,7 @@ class Line:
 
     @property
     def overhead(self):
-        """The share of a step that no kernel took."""
+        """The share of a step that was not spent in kernels."""
         return 1 - statistics.median(self.kernels)
 
     @property
@@ -39,7 +39,7 @@ class Line:
 
 
 class Refused(Exception):
-    """A side that does not run, and why."""
+    """A side failed to run, with the reason."""
 
 
 def say(text):
@@ -57,21 +57,21 @@ def output(command, seconds=None):
     return run.stdout
 
 
-class Ours:
-    """The command `train` on one batch after the other, each in a process of its own; `write` makes a file of one."""
+class PeftcSide:
+    """Runs the command `train` on each batch in a process of its own. `write` writes a batch to a file."""
 
     def __init__(self, train, write, steps):
         self.train, self.write, self.steps = train, write, steps
         self.line = Line([], 0.0)
 
     def take(self, batch):
-        """Real tokens a second on that batch."""
+        """Real tokens per second on the batch."""
         with tempfile.TemporaryDirectory() as folder:
             data, out = Path(folder) / "data", Path(folder) / "run"
             self.write(batch, data)
             steps = ["--set", f"train.steps={self.steps}"]
             printed = output([*self.train, "--data", data, "--out", out, "--profile", *steps])
-            # The first step touches memory for the first time.
+            # The first step is left out, because it touches its memory for the first time.
             taken = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()][1:]
         speed = statistics.median(step["tokens_per_second"] for step in taken)
         self.line.speeds.append(speed)
@@ -86,12 +86,13 @@ class Ours:
 
 
 def peak(printed):
-    """GB, by what a training says at its end."""
+    """The peak memory in GB that a training run prints at its end."""
     return float(re.search(r"peak ([0-9.]+) GB", printed)[1])
 
 
 def steps(step, batches, warm_up):
-    """A peer's side of [`Peer`]: `step` on those of (batch, real tokens) it is asked for."""
+    """The peer's side of [`Peer`]: runs `step` on the requested elements of `batches`, pairs of (inputs, real
+    tokens)."""
     for inputs, _ in batches[:warm_up]:
         step(inputs)
     print(json.dumps({"ready": True}), flush=True)
@@ -104,7 +105,7 @@ def steps(step, batches, warm_up):
 
 
 class Peer:
-    """This script once more, as the peer `name`: in between it waits, so that others can have the machine."""
+    """Runs this script as the peer `name`. It waits between batches, so that the other side can use the machine."""
 
     def __init__(self, name, seconds):
         self.until, self.seconds = time.monotonic() + seconds, seconds
@@ -123,7 +124,7 @@ class Peer:
         self.process.wait()
 
     def take(self, batch):
-        """Real tokens a second on the batch of that number."""
+        """Real tokens per second on the batch with this number."""
         self.process.stdin.write(f"{batch}\n")
         self.process.stdin.flush()
         self.line.speeds.append(self.answer("speed"))
@@ -149,9 +150,9 @@ class Peer:
         raise Refused(lines[-1] if lines else f"exit code {self.process.wait()}")
 
 
-def beside(mine, names, batches, seconds):
-    """Rows of the peers `names`, each beside ours in turns, batch by batch: the machine may be faster now than in a
-    minute. `mine` makes an [`Ours`] of a precision."""
+def compare_with_peers(mine, names, batches, seconds):
+    """Rows of the peers `names`. Each peer alternates with peftc batch by batch, because the machine's speed may
+    change over time. `mine` returns a [`PeftcSide`] for a precision."""
     rows = []
     for name, title in names.items():
         say(title)
@@ -170,7 +171,7 @@ def beside(mine, names, batches, seconds):
 
 
 def flops(peftc, spec):
-    """Useful operations of a training step, by what the batch holds."""
+    """A function that counts the operations of a training step for given batch sizes."""
     costs = json.loads(output([peftc, "inspect", spec, "--json"]))
     passes = [costs["forward_flops"], costs["backward_flops"]]
 
@@ -182,14 +183,14 @@ def flops(peftc, spec):
 
 
 def peaks(threads):
-    """GFLOP/s of multiplications and additions in registers, by precision."""
+    """Peak GFLOP/s of multiply-adds in registers, by precision."""
     bench = "cargo bench --quiet -p peft-passes --bench matmul -- --peaks --threads"
     found = dict(re.findall(r"(\w+) in registers +([0-9.]+)", output([*bench.split(), threads])))
     return {{"FMA": "f32"}.get(name, name): float(speed) for name, speed in found.items()}
 
 
 def machine(threads):
-    """When, where and how: the line above the tables."""
+    """The date, the CPU and the command: the line above the tables."""
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return f"{date.today()}, {names[0] if names else 'unknown CPU'}, {threads} threads, `{command}`"
@@ -202,7 +203,7 @@ def table(title, head, rows):
 
 
 def names(known):
-    """The type of an option that takes some of `known`, with commas between them."""
+    """The type of an option whose value is a comma-separated list of names in `known`."""
 
     def parse(text):
         chosen = [name for name in text.split(",") if name]

@@ -1,11 +1,12 @@
-"""GPT-2 small on conversations: an example for each turn beside `pack: true`, where the turns share a sequence.
+"""GPT-2 small on conversations: one example per turn against `pack: true`, where turns share a sequence.
 
     pack.py --data DIR [--rounds N] [--conversations N] [--threads N]
 
-Conversations are made by a seeded generator in the lengths of CoQA: a passage of 270 words and 15 turns, with 5.5 words
-a question and 2.7 an answer on average. The task is the library's `coqa` with the whole history. Both sides take an epoch
-over the same conversations, round by round, with a conversation a step: 15 examples, or one. Printed are sums over the
-rounds and the median of their ratios. DIR holds `tokenizers/gpt2`. Weights are random: they change no timing.
+A seeded generator makes conversations with the lengths of CoQA: a passage of 270 words and 15 turns, with 5.5 words per
+question and 2.7 words per answer on average. The task is the library's `coqa` with the whole history. Both sides train
+for one epoch on the same conversations, round by round, with one conversation per step: 15 examples, or one. The tables
+show sums over the rounds and the median of their ratios. DIR holds `tokenizers/gpt2`. Weights are random, which does
+not change the timings.
 """
 
 import argparse
@@ -21,7 +22,7 @@ SPEC = "models/paper/coqa/inducer_lora.peft"
 TURNS, PASSAGE, QUESTION, ANSWER = 15, 270, 5.5, 2.7
 TURN = "<question> {questions.input_text} <answer> {answers.input_text}"
 TEMPLATE = f"<bos_qa> as <document> <document> {{story}} (before: {TURN})* {TURN} <eos_qa>"
-# Common words, and some of several tokens.
+# Common words, and some words that are several tokens.
 WORDS = """the of and to in was he his that with for on as had at by from her she they it were which when one who not
 have him been but their out up into time more there some could them other then two first any may only its these after
 new over such our man me even most made also did many before must through back years where much your way well down
@@ -35,7 +36,7 @@ def text(draw, words):
 
 
 def length(draw, mean):
-    """At least one word, and `mean` on average."""
+    """A random number of words, at least one and `mean` on average."""
     return 1 + sum(draw.random() < (mean - 1) / 10 for _ in range(10))
 
 
@@ -48,7 +49,7 @@ def conversations(seed, count):
 
 
 def epoch(options, rows, pack):
-    """Seconds and tokens of an epoch's steps, and the peak of memory."""
+    """Seconds and tokens of an epoch's steps, and the peak memory in GB."""
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data.jsonl", Path(folder) / "run"
         data.write_text("\n".join(json.dumps(row) for row in rows) + "\n")

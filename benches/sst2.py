@@ -1,9 +1,9 @@
-"""MiniLM on real SST-2 batches of 32: peftc beside transformers + PEFT, both with LoRA on queries and values.
+"""MiniLM on SST-2 batches of 32: peftc against transformers + PEFT, both with LoRA on queries and values.
 
     sst2.py --weights MODEL_DIR --data SST2_DIR [--batches N] [--steps N] [--threads N]
 
-Tokens a second count real tokens; a peer and peftc take turns, and figures are medians over the batches. The recipe is that of sst2_pytorch.py, which trains to the
-end and gives the accuracy.
+Tokens per second count real tokens, without padding. A peer and peftc alternate, and the results are medians over the
+batches. The recipe is that of sst2_pytorch.py, which trains to the end and reports the accuracy.
 """
 
 import argparse
@@ -31,14 +31,14 @@ def as_file(batch, path):
 
 def speed(options):
     train = [options.peftc, "train", SPEC, "--weights", options.weights, "--threads", options.threads]
-    precise = lambda precision: measure.Ours(
+    precise = lambda precision: measure.PeftcSide(
         [*train, "--set", f"train.precision={precision}"], as_file, options.steps
     )
     batches, rows = choose(options), []
     for precision in ["f32", "bf16"]:
         line = precise(precision).take_all(batches)
         rows.append([f"`peftc`, LoRA, {precision}", *line.figures, "", "", f"{line.overhead:.2%}"])
-    rows += measure.beside(precise, PEERS, batches, options.seconds)
+    rows += measure.compare_with_peers(precise, PEERS, batches, options.seconds)
     head = ["", "tokens/s", "peak memory", "`peftc` is faster", "and smaller", "of a step no kernel"]
     measure.table("MiniLM on SST-2", head, rows)
 
@@ -87,7 +87,7 @@ def main():
     parser.add_argument("--batches", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10, help="on each batch, by peftc; the first does not count")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=600, help="for a peer with ours beside it")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit for a peer, including peftc's turns")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:

@@ -1,10 +1,10 @@
-"""The PyTorch side of the SST-2 comparison: the recipe of models/demo/sst2_lora.peft, in transformers.
+"""The PyTorch side of the SST-2 comparison: the recipe of models/demo/sst2_lora.peft with transformers.
 
-MiniLM, mean pooling over real tokens, dropout, a linear classifier; LoRA on query and value. One epoch, then
-the accuracy on the dev set, printed as one JSON object.
+MiniLM with mean pooling over real tokens, dropout, a linear classifier, and LoRA on query and value. It trains for one
+epoch and prints the accuracy on the dev set as a JSON object.
 
-With --by-length --seed 1 --threads 1 (PyTorch 2.15) the whole epoch, 2,105 steps, ends at a dev accuracy of 86.8%
-(757 of 872 sentences, 56.3% before), with a mean loss of 0.285 over the last 100 steps.
+With --by-length --seed 1 --threads 1 (PyTorch 2.15) the whole epoch of 2,105 steps ends at a dev accuracy of 86.8% (757
+of 872 sentences; 56.3% before training), with a mean loss of 0.285 over the last 100 steps.
 
     sst2_pytorch.py --weights MODEL_DIR --data SST2_DIR [--limit N] [--by-length] [--seed N] [--threads N]
 """
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
 
 
 def read(path: Path, tokenizer):
-    """Token ids and label of each line of `sentence<TAB>label`."""
+    """Token ids and label of each line `sentence<TAB>label`."""
     lines = path.read_text(encoding="utf-8").splitlines()
     if lines[0] == "sentence\tlabel":
         lines = lines[1:]
@@ -86,7 +86,8 @@ def collate(examples):
 
 
 def batches(train, by_length):
-    """One shuffled epoch; `by_length` sorts within runs of 50 batches, which saves most of the padding."""
+    """The batches of one shuffled epoch. `by_length` sorts within runs of 50 batches, which saves most of the
+    padding."""
     order = torch.randperm(len(train)).tolist()
     if by_length:
         run = 50 * BATCH

@@ -1,10 +1,11 @@
-"""GPT-2 small on real WebNLG batches: peftc beside transformers + PEFT and the paper's method written out in PyTorch.
+"""GPT-2 small on WebNLG batches: peftc against transformers + PEFT and against the paper's method in PyTorch.
 
     webnlg.py --data DIR [--batches N] [--steps N] [--threads N] [--only PART,…] [--peers NAME,…]
 
-Every side takes training steps on the same batches of 16 examples and is given its tokens a second over *real* tokens:
-padding, which the peers compute, does not count. A peer and peftc take turns, batch by batch. Printed are medians over
-the batches, ratios and shares of the peak included, and the peak memory of each process. DIR holds `webnlg/train.json` and `tokenizers/gpt2`. Weights are random: they change no timing.
+Every side takes training steps on the same batches of 16 examples, and its *real* tokens per second are reported:
+padding, which the peers compute, does not count. A peer and peftc alternate batch by batch. The tables show medians
+over the batches, also of ratios and of shares of the peak speed, and the peak memory of each process. DIR holds
+`webnlg/train.json` and `tokenizers/gpt2`. Weights are random, which does not change the timings.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 from pathlib import Path
 
 import measure
-from measure import Ours, beside, machine, peaks, say, table
+from measure import PeftcSide, compare_with_peers, machine, peaks, say, table
 
 SPEC = "models/paper/webnlg/inducer_lora.peft"
 BATCH, TEXT_TOKENS = 16, 50257
@@ -37,7 +38,7 @@ PEERS = {
 
 
 def examples(path):
-    """Every (entry, text) as peftc trains on it."""
+    """Every pair (entry, text) that peftc trains on."""
     found = []
     for record in json.loads(path.read_text())["entries"]:
         for entry in record.values():
@@ -54,7 +55,7 @@ def choose(options, size=BATCH):
 
 
 def of_length(n):
-    """An example of n tokens, one for each letter; half of them are what is asked for."""
+    """An example of n tokens, one per letter. Half of them are targets."""
     words = n - 8
     triple = {"subject": "a", "property": "a", "object": "a" + " a" * (words // 2 - 1)}
     said = {"comment": "good", "lex": "a" + " a" * (words - words // 2 - 1)}
@@ -62,27 +63,27 @@ def of_length(n):
 
 
 def as_file(batch, path):
-    """The batch as a WebNLG file of its own."""
+    """Writes the batch as a WebNLG file."""
     entries = [{str(i + 1): {**entry, "lexicalisations": [said]}} for i, (entry, said) in enumerate(batch)]
     path.write_text(json.dumps({"entries": entries}))
 
 
 def side(options, size, *extra, threads=None):
-    """Our side, on batches of `size`."""
+    """The peftc side, on batches of `size`."""
     command = [options.peftc, "train", SPEC, "--weights", "random", "--tokenizer", options.data / "tokenizers/gpt2"]
     command += ["--set", f"train.batch={size}", "--threads", threads or options.threads, *extra]
-    return Ours(command, as_file, options.steps)
+    return PeftcSide(command, as_file, options.steps)
 
 
 def train(options, batches, *extra, threads=None):
     return side(options, len(batches[0]), *extra, threads=threads).take_all(batches)
 
 
-# What is measured: each part prints a table.
+# The parts of the benchmark. Each prints a table.
 
 
 def useful(options, batch):
-    """Operations for each real token that a step on the batch cannot do without."""
+    """The operations per real token that a training step on the batch requires."""
     rows = [encode(tokenizer(options), *example) for example in batch]
     lengths = [len(ids) for ids, _, _ in rows]
     targets = sum(label >= 0 for _, _, labels in rows for label in labels)
@@ -99,14 +100,14 @@ def speed(options):
         say(precision)
         ours, shares = precise(precision), []
         for batch, each in zip(batches, work):
-            # Other guests of the machine may slow it down: its peak is that of the time of the steps.
+            # Other processes may slow the machine down, so its peak is measured at the time of the steps.
             peak = peaks(options.threads)
             for name, gflops in peak.items():
                 limits.setdefault(name, []).append(gflops)
             shares.append(ours.take(batch) * each / 1e9 / peak.get(precision, math.inf))
         share = f"{statistics.median(shares):.0%}" if precision in limits else ""
         rows.append([f"`peftc`, inducer + LoRA, {precision}", *ours.line.figures, "", "", share])
-    rows += beside(precise, {name: PEERS[name] for name in options.peers}, batches, options.seconds)
+    rows += compare_with_peers(precise, {name: PEERS[name] for name in options.peers}, batches, options.seconds)
     found = ", ".join(f"{name} {statistics.median(each):.0f}" for name, each in limits.items())
     title = f"{statistics.median(work) / 1e6:.0f} MFLOP a token are useful; peak GFLOP/s in registers: {found}"
     table(title, ["", "tokens/s", "peak memory", "`peftc` is faster", "and smaller", "of the CPU's peak"], rows)
@@ -129,7 +130,7 @@ def fusions(options):
 
 
 def rules(options):
-    """Asked for one that it does not have, peftc lists those it has."""
+    """The fusion rules. peftc lists them when it is asked for an unknown one."""
     asked = subprocess.run([options.peftc, "compile", SPEC, "--no-fuse=?"], capture_output=True, text=True).stderr
     return re.search(r"the rules are (.*)", asked)[1].split(", ")
 
@@ -159,7 +160,7 @@ def memory(options):
 PARTS = {part.__name__: part for part in [speed, overhead, fusions, scaling, memory]}
 
 
-# The peers' side.
+# The peers.
 
 
 def encode(tokenizer, entry, said):
@@ -220,7 +221,7 @@ def gpt2():
 
 
 def peft_lora():
-    """LoRA-54 by PEFT; its one matrix `c_attn` serves q, k and v."""
+    """LoRA of rank 54 by PEFT. Its one matrix on `c_attn` serves q, k and v."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -230,7 +231,7 @@ def peft_lora():
 
 
 def inducer_lora():
-    """Inducer-tuning with LoRA on the queries, as the paper writes it: a softmax over [a ; QKᵀ]/√p beside f's own."""
+    """Inducer-tuning with LoRA on the queries, as in the paper: a softmax over [a ; QKᵀ]/√p in addition to f's own."""
     import torch
     from torch import nn
     from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -281,7 +282,7 @@ def inducer_lora():
 
 
 def peer(options, name):
-    """The side of a peer, in a process of its own."""
+    """Runs a peer in a process of its own."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -302,7 +303,7 @@ def peer(options, name):
         optimizer.step()
 
     batches = [padded(tokenizer(options), batch) for batch in choose(options)]
-    # Compiled for one batch, it may be compiled once more for the next, of another length.
+    # `torch.compile` may compile again for the second batch, whose length differs.
     measure.steps(step, batches, warm_up=2 if compiled else 1)
 
 
@@ -315,7 +316,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", type=measure.names(PARTS), default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--peers", type=measure.names(PEERS), default=list(PEERS), help=", ".join(PEERS))
-    parser.add_argument("--seconds", type=float, default=1200, help="for a peer with ours beside it")
+    parser.add_argument("--seconds", type=float, default=1200, help="time limit for a peer, including peftc's turns")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:

@@ -1,6 +1,6 @@
-//! The library: every `.peft` file of `models/` that others build on, found by its folder.
+//! Generates the list of library modules: the `.peft` files of `models/` that specs can refer to.
 
-#![allow(clippy::disallowed_methods)] // the build reads files; the front end itself does not
+#![allow(clippy::disallowed_methods)] // only the build script reads files, not the front end
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};

@@ -1,39 +1,50 @@
-//! What a model trains and stores, by module.
+//! Counts what a model trains and what is stored of it, by module.
 
-use peft_grammar::grouped;
-use peft_grammar::model::{Applied, ConfigValue, Model, Origin, Param, Trainable};
+use peft_grammar::group_digits;
+use peft_grammar::model::{AppliedMethod, ConfigValue, Model, Origin, Param, Trainable};
 use serde::Serialize;
 
+/// The parameter counts of a model.
 #[derive(Debug, Serialize)]
 pub struct Budget {
-    /// What the methods (and `full`, `bitfit`) train, without task head and special tokens.
+    /// Parameters that the methods (and `full`, `bitfit`) train, without the task head and special tokens.
     pub trainable_parameters: u64,
-    /// What is left of it when training is over.
+    /// Parameters that are stored after training in place of `trainable_parameters`.
     pub stored_parameters: u64,
+    /// Parameters of the task head that train.
     pub head_parameters: u64,
-    /// Rows of special tokens that train.
+    /// Parameters of special tokens that train: their rows of the token embedding.
     pub special_parameters: u64,
-    /// Of the backbone, without rows that special tokens were given.
+    /// Parameters of the backbone, without the rows that the task's special tokens add.
     pub backbone_parameters: u64,
+    /// `trainable_parameters` in percent of `backbone_parameters`.
     pub trainable_percent: f64,
+    /// `stored_parameters` in percent of `backbone_parameters`.
     pub stored_percent: f64,
-    /// The optimizer's moments of everything that trains, and the averages if there are some, in bytes.
+    /// Bytes of the optimizer's moments of everything that trains, and of the averaged values if the recipe averages.
     pub optimizer_bytes: u64,
+    /// Bytes of the gradients of everything that trains, in f32.
     pub gradient_bytes: u64,
+    /// The counts of each module, in the order of the model.
     pub modules: Vec<Module>,
 }
 
+/// The parameter counts of a module.
 #[derive(Debug, Serialize)]
 pub struct Module {
+    /// The module's path, such as `layers.0.attention.q`.
     pub name: String,
+    /// The method that trains it, or `head`, `backbone` or `special tokens`.
     pub method: String,
+    /// Parameters that train.
     pub trainable: u64,
+    /// Parameters that are stored after training.
     pub stored: u64,
 }
 
 impl Budget {
-    /// `appended` rows of the vocabulary are new tokens of the task: what `Tokenizer::appended` counts, or all of the
-    /// task's special tokens where no tokenizer is at hand.
+    /// Counts the parameters of `model`. `appended` is the number of the vocabulary's rows that the task's new tokens
+    /// add: the count of `Tokenizer::appended`, or of all the task's special tokens if there is no tokenizer.
     pub fn of(model: &Model, appended: u64) -> Self {
         let mut budget = Budget {
             trainable_parameters: 0,
@@ -72,8 +83,8 @@ impl Budget {
             let (path, method) = model.applied_to(name).map(|a| (a.path(), a.method.clone())).unwrap_or_default();
             add(&mut budget.modules, path, method, 0, kept);
         }
-        let beside = budget.head_parameters + budget.special_parameters;
-        budget.stored_parameters = budget.modules.iter().map(|m| m.stored).sum::<u64>() - beside;
+        let other = budget.head_parameters + budget.special_parameters;
+        budget.stored_parameters = budget.modules.iter().map(|m| m.stored).sum::<u64>() - other;
         let percent = |n: u64| 100.0 * n as f64 / budget.backbone_parameters.max(1) as f64;
         budget.trainable_percent = percent(budget.trainable_parameters);
         budget.stored_percent = percent(budget.stored_parameters);
@@ -82,8 +93,9 @@ impl Budget {
         budget
     }
 
+    /// The counts as a table for the terminal, with one line for all layers.
     pub fn table(&self) -> String {
-        // Layers alike are one line.
+        // Modules whose names differ only in the number of the layer share a line.
         let mut lines: Vec<(String, u64, u64, u64)> = vec![];
         for Module { name, trainable, stored, .. } in &self.modules {
             let pattern = name.split('.').map(|s| if s.parse::<u64>().is_ok() { "*" } else { s });
@@ -98,31 +110,32 @@ impl Budget {
             .iter()
             .map(|(pattern, count, trainable, stored)| {
                 let times = if *count > 1 { format!("{count} ×") } else { String::new() };
-                let kept = if stored == trainable { String::new() } else { format!("  {} stored", grouped(*stored)) };
-                format!("  {times:>5} {pattern:<width$} {:>13}{kept}", grouped(*trainable))
+                let kept =
+                    if stored == trainable { String::new() } else { format!("  {} stored", group_digits(*stored)) };
+                format!("  {times:>5} {pattern:<width$} {:>13}{kept}", group_digits(*trainable))
             })
             .collect();
         let mut total = format!(
             "trainable: {} ({:.2}% of the backbone's {})",
-            grouped(self.trainable_parameters),
+            group_digits(self.trainable_parameters),
             self.trainable_percent,
-            grouped(self.backbone_parameters)
+            group_digits(self.backbone_parameters)
         );
         for (count, what) in [(self.head_parameters, "task head"), (self.special_parameters, "special tokens")] {
             if count > 0 {
-                total += &format!(" + {} {what}", grouped(count));
+                total += &format!(" + {} {what}", group_digits(count));
             }
         }
         text.push(total);
         if self.stored_parameters != self.trainable_parameters {
-            text.push(format!("stored:    {} ({:.2}%)", grouped(self.stored_parameters), self.stored_percent));
+            text.push(format!("stored:    {} ({:.2}%)", group_digits(self.stored_parameters), self.stored_percent));
         }
         text.join("\n")
     }
 }
 
-/// Rows that the task's new tokens were given in a table over the vocabulary: no checkpoint has them, and
-/// parameter counts leave them out.
+/// The elements of `param` in the rows that the task's new tokens add, if it is a table over the vocabulary. No
+/// checkpoint has these rows, and the backbone's parameter count leaves them out.
 fn special_elements(model: &Model, param: &Param, appended: u64) -> u64 {
     let vocabulary = model.backbone.config.get("vocab_size");
     match param.shape[..] {
@@ -131,7 +144,7 @@ fn special_elements(model: &Model, param: &Param, appended: u64) -> u64 {
     }
 }
 
-/// Counts towards the module `name`. Modules stand in the order in which they are first met.
+/// Adds counts to the module `name`, which is appended if it is new.
 fn add(modules: &mut Vec<Module>, name: String, method: String, trainable: u64, stored: u64) {
     match modules.iter_mut().find(|m| m.name == name) {
         Some(module) => {
@@ -142,13 +155,13 @@ fn add(modules: &mut Vec<Module>, name: String, method: String, trainable: u64, 
     }
 }
 
-/// The module a trainable tensor is of, and its method.
+/// The module that a trainable tensor belongs to, and the method that trains it.
 fn module(model: &Model, param: &Param) -> (String, String) {
     let parent = || param.name.rsplit_once('.').map_or(&param.name[..], |(m, _)| m).to_string();
     match &param.origin {
         Origin::Method(method) => {
-            // What its sites share is the method's as a whole.
-            (model.applied_to(&param.name).map_or(method.clone(), Applied::path), method.clone())
+            // Tensors that all sites share belong to the method itself.
+            (model.applied_to(&param.name).map_or(method.clone(), AppliedMethod::path), method.clone())
         }
         Origin::Head => (parent(), "head".into()),
         Origin::Backbone => {

@@ -1,37 +1,41 @@
-//! The user's cache: compiled programs and single kernels, and data sets as they were tokenised.
+//! The user's cache folder: compiled artifacts, machine code of single kernels, and tokenised data sets.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use peft_runtime::store;
-use peft_runtime::trust::{TrustError, What, trusted};
+use peft_runtime::trust::{TrustError, TrustSubject, trusted};
 
 use crate::failure::Failure;
 
-/// The cache's folder, made if it is not there, for its owner alone. None when `PEFTC_CACHE` is empty, or nothing can be
-/// made there. One that strangers may write to is refused.
+/// The cache folder. It is created if it is missing, with access for its owner alone. `None` if `PEFTC_CACHE` is empty,
+/// or if the folder cannot be created.
+///
+/// # Errors
+///
+/// Other users may write to the folder. They could put machine code there that this program would run.
 pub fn folder() -> Result<Option<PathBuf>, Failure> {
-    let path = place(|name| std::env::var_os(name)).unwrap_or_else(|| {
+    let path = configured_folder(|name| std::env::var_os(name)).unwrap_or_else(|| {
         tracing::warn!(
             "nothing is cached: neither XDG_CACHE_HOME nor HOME is an absolute path; name a folder in PEFTC_CACHE"
         );
         None
     });
     let Some(path) = path else { return Ok(None) };
-    let made = make(&path).map_err(TrustError::from);
-    match made.and_then(|()| trusted(&path, What::Cache)) {
+    let made = create_private_folder(&path).map_err(TrustError::from);
+    match made.and_then(|()| trusted(&path, TrustSubject::Cache)) {
         Ok(path) => Ok(Some(path)),
-        Err(TrustError::Stranger(stranger)) => Err(store::StoreError::from(stranger).into()),
+        Err(TrustError::Untrusted(untrusted)) => Err(store::StoreError::from(untrusted).into()),
         Err(TrustError::Unreadable(error)) => {
-            tracing::warn!("the cache takes nothing: {}: {error}", path.display());
+            tracing::warn!("nothing is cached, because the cache folder cannot be used: {}: {error}", path.display());
             Ok(None)
         }
     }
 }
 
-/// Makes a folder for its owner alone.
-fn make(path: &Path) -> io::Result<()> {
+/// Creates a folder and its parents with access for their owner alone.
+fn create_private_folder(path: &Path) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
@@ -39,27 +43,33 @@ fn make(path: &Path) -> io::Result<()> {
     builder.create(path)
 }
 
-/// Where the machine code of single kernels is in the cache: each build of this program has its own. None if nothing can
-/// be made there.
+/// The folder in `cache` for the machine code of single kernels. Each build of this program has its own. `None` if it
+/// cannot be created.
 #[cfg(feature = "compiler")]
-pub fn kernels(cache: &Path) -> Option<PathBuf> {
-    let folder = cache.join(format!("{}.kernels", &blake3::hash(build().as_bytes()).to_hex()[..32]));
-    let made = make(&folder);
-    made.inspect_err(|e| tracing::warn!("the cache takes nothing: {}: {e}", folder.display())).ok()?;
+pub fn kernel_folder(cache: &Path) -> Option<PathBuf> {
+    let folder = cache.join(format!("{}.kernels", &blake3::hash(build_id().as_bytes()).to_hex()[..32]));
+    let made = create_private_folder(&folder);
+    made.inspect_err(|e| {
+        tracing::warn!("nothing is cached, because the cache folder cannot be used: {}: {e}", folder.display())
+    })
+    .ok()?;
     Some(folder)
 }
 
-/// What tells one build of this program from another: what they make may differ.
-pub fn build() -> String {
+/// A text that identifies this build of the program: its version, and the size and modification time of its file. Cache
+/// keys contain it, because two builds may produce different results.
+pub fn build_id() -> String {
     let build = std::env::current_exe().and_then(|exe| exe.metadata()).and_then(|m| Ok((m.len(), m.modified()?)));
     let build = build.map(|b| format!("{b:?}")).unwrap_or_default();
     format!("peftc {} {build}", env!("CARGO_PKG_VERSION"))
 }
 
-/// Where the environment says that the cache is: `PEFTC_CACHE`, or none if that is empty; else the user's cache
-/// directory. By the XDG Base Directory Specification, a variable that holds no absolute path counts as unset. Nothing
-/// if all do.
-fn place(variable: impl Fn(&str) -> Option<OsString>) -> Option<Option<PathBuf>> {
+/// The cache folder that the environment configures, read by `variable`: `PEFTC_CACHE` if it is set, else `peftc` in
+/// the user's cache directory. By the XDG Base Directory Specification, a variable that does not hold an absolute path
+/// counts as unset.
+///
+/// `Some(None)` if `PEFTC_CACHE` is empty, which turns the cache off; `None` if no variable is set.
+fn configured_folder(variable: impl Fn(&str) -> Option<OsString>) -> Option<Option<PathBuf>> {
     if let Some(set) = variable("PEFTC_CACHE") {
         return Some((!set.is_empty()).then(|| set.into()));
     }
@@ -73,9 +83,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn relative_folders_hold_no_cache() {
+    fn the_cache_folder_follows_the_environment() {
         let found = |set: &[(&str, &str)]| {
-            place(|name| set.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into()))
+            configured_folder(|name| set.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into()))
         };
         let at = |path: &str| Some(Some(PathBuf::from(path)));
         assert_eq!(found(&[("HOME", "/home/a")]), at("/home/a/.cache/peftc"));
@@ -86,7 +96,7 @@ mod tests {
             assert_eq!(found(&[("HOME", relative)]), None);
         }
         assert_eq!(found(&[]), None);
-        // This one is named for peftc alone.
+        // `PEFTC_CACHE` may be relative, since the user sets it for peftc alone.
         assert_eq!(found(&[("PEFTC_CACHE", "cache"), ("HOME", "/home/a")]), at("cache"));
         assert_eq!(found(&[("PEFTC_CACHE", ""), ("HOME", "/home/a")]), Some(None));
     }

@@ -1,11 +1,12 @@
-//! What a step costs, from the graphs and the buffer plan of the program that would run it.
+//! The cost of a training step: operations, memory of activations, and a roofline for a GPU. All are computed from the
+//! graphs and the buffer plan of the compiled program; nothing is run.
 
 use std::collections::{BTreeMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Role, Value};
 use peft_grammar::model::{BatchSize, Model, TaskKind};
 use peft_grammar::names::OptimizerEntry;
-use peft_passes::cost::{Launched, Work};
+use peft_passes::cost::{LaunchCost, LaunchSizes};
 use peft_passes::dialect::Dialect;
 use peft_passes::lower::Lowered;
 use peft_passes::pipeline::{self, Entry, Options, Stage};
@@ -17,16 +18,19 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 
-/// Multiplications and additions of products, counted apart, by what they grow with.
+/// Floating-point operations of matrix products, a multiplication and an addition counted as two, by the quantity that
+/// their number is proportional to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Flops {
+    /// Operations for each token of the batch.
     pub per_token: f64,
-    /// For each token that is predicted.
+    /// Operations for each target, a token that is predicted.
     pub per_target: f64,
+    /// Operations for each sequence.
     pub per_sequence: f64,
-    /// For each pair of a query and a key that it sees.
+    /// Operations for each pair of a query and a key that it attends to.
     pub per_pair: f64,
-    /// Whatever the batch.
+    /// Operations of a step that do not depend on the batch.
     pub fixed: f64,
 }
 
@@ -42,89 +46,112 @@ impl Flops {
     }
 }
 
-/// Of a training step.
+/// The cost of a training step.
 #[derive(Clone, Debug, Serialize)]
 pub struct Costs {
+    /// Operations of the forward pass.
     pub forward_flops: Flops,
+    /// Operations of the backward pass, rematerialised products included.
     pub backward_flops: Flops,
-    /// Of the batch below: what lies in memory between forward and backward pass, and scratch.
+    /// Bytes of temporary buffers a token of `batch`: activations that the backward pass reads, and scratch memory.
     pub activation_bytes_per_token: f64,
-    pub batch: Shape,
+    /// The batch that memory and time are computed for.
+    pub batch: BatchShape,
+    /// The lower bound of the time on a GPU; `None` if the target is a CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub roofline: Option<Roofline>,
 }
 
-/// What a training step of that batch asks of a GPU, and how long its memory and its arithmetic take for that at their
-/// best.
+/// The memory traffic and arithmetic of a training step on a GPU, and the time that each takes at the GPU's peak rate
+/// (Williams et al. 2009).
 #[derive(Clone, Debug, Serialize)]
 pub struct Roofline {
+    /// The name of the GPU.
     pub card: &'static str,
+    /// Kernel launches of a step, those of the optimizer included.
     pub launches: usize,
-    /// Each launch reads and writes its buffers once.
+    /// Bytes of device memory that the launches read and write, each buffer of a launch counted once.
     pub bytes: f64,
-    /// Of products, by tensor cores and in f32.
+    /// Operations of products on half-precision tensor cores.
     pub half_flops: f64,
+    /// Operations of products in f32.
     pub flops: f64,
+    /// `bytes` at the peak bandwidth, in seconds.
     pub memory_seconds: f64,
+    /// The products at the peak arithmetic rates, in seconds.
     pub product_seconds: f64,
-    /// By a model of the kernels' tiles, see [`peft_passes::cost`].
+    /// The time by the cost model of [`peft_passes::cost`], which knows the kernels' tiles, in seconds.
     pub modelled_seconds: f64,
-    /// Launches that compute the same, those that take longest first.
-    pub kernels: Vec<Kind>,
+    /// The launches in groups, the group with the longest modelled time first.
+    pub kernels: Vec<LaunchGroup>,
 }
 
-/// Launches of a step that compute the same.
+/// Launches of a step that run the same operation and have the same bound.
 #[derive(Clone, Debug, Serialize)]
-pub struct Kind {
+pub struct LaunchGroup {
+    /// The operation, as the manifest names it.
     pub op: String,
+    /// The number of launches.
     pub launches: usize,
+    /// Bytes of device memory that they read and write.
     pub bytes: f64,
+    /// Operations of their products.
     pub flops: f64,
-    /// Of its memory and its products, the slower at its best.
+    /// Their roofline in seconds: for each launch the longer of its memory time and its arithmetic time.
     pub best_seconds: f64,
+    /// Their time by the cost model, in seconds.
     pub modelled_seconds: f64,
-    /// `memory`, `products`, or what is slower than either: `tiles`.
+    /// What bounds them: `memory`, `products`, or `tiles` if the modelled time is over 1.5 times the roofline.
     pub bound: &'static str,
 }
 
 impl Roofline {
-    /// No step is faster than the slower of the two.
+    /// The lower bound of a step's time in seconds: the longer of memory time and arithmetic time.
     pub fn seconds(&self) -> f64 {
         self.memory_seconds.max(self.product_seconds)
     }
 }
 
-/// The batch that memory is counted for.
+/// The batch that memory and time are computed for.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Shape {
+pub struct BatchShape {
+    /// The number of sequences.
     pub sequences: u64,
+    /// Tokens of each sequence.
     pub tokens_each: u64,
+    /// Targets of the whole batch, the tokens that are predicted.
     pub targets: u64,
 }
 
-impl Shape {
+impl BatchShape {
+    /// The sizes of the batch for a model with `values` trained numbers.
     fn sizes(self, values: u64) -> Sizes {
-        let Shape { sequences, tokens_each, targets } = self;
+        let BatchShape { sequences, tokens_each, targets } = self;
         let tokens = sequences * tokens_each;
         Sizes { tokens, sequences, targets, pairs: tokens * tokens_each, values }
     }
 }
 
-/// Sequences longer than this are not what a plan is made for.
-const TYPICAL: u64 = 128;
+/// Tokens of a sequence for which costs are computed if the caller does not say.
+const DEFAULT_TOKENS_PER_SEQUENCE: u64 = 128;
 
-/// For sequences of `tokens_each`, or of typical ones.
+/// The cost of a training step of `model` for the target of `options`, with sequences of `tokens_each` tokens (128 if
+/// `None`, and at most the task's `max_tokens`).
+///
+/// # Errors
+///
+/// The compiler refuses the model or fails.
 pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Result<Costs, Failure> {
     let dialect = Dialect::new()?;
     let lowered = |entries: &[Entry], until| {
         pipeline::run(&dialect, model, entries, &Options { until, ..options.clone() }).map_err(Failure::from)
     };
-    // Logits alone: what the forward pass of training computes.
+    // The entry `forward` computes logits alone, which is the forward pass of training without the loss.
     let forward = flops(&lowered(&[Entry::Forward], Stage::Fused)?.graphs[0]);
     let trained = lowered(&[Entry::Train], Stage::Loops)?;
     let graph = &trained.graphs[0];
     let both = flops(graph);
-    let tokens_each = tokens_each.unwrap_or(TYPICAL).min(model.task.max_tokens);
+    let tokens_each = tokens_each.unwrap_or(DEFAULT_TOKENS_PER_SEQUENCE).min(model.task.max_tokens);
     let sequences = match model.train.batch {
         BatchSize::Sequences(sequences) => sequences,
         BatchSize::Tokens { tokens } => (tokens / tokens_each.max(1)).max(1),
@@ -135,10 +162,10 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
         TaskKind::Text { .. } | TaskKind::TokenClassification { .. } => tokens,
         TaskKind::Classification { .. } | TaskKind::Regression { .. } => 0,
     };
-    let batch = Shape { sequences, tokens_each, targets };
+    let batch = BatchShape { sequences, tokens_each, targets };
     let values = model.params.iter().filter_map(|p| p.trained_shape()).map(|s| s.iter().product::<u64>()).sum();
     let sizes = batch.sizes(values);
-    let lowered = trained.lowered.expect("the way led to loops");
+    let lowered = trained.lowered.expect("the pipeline ran to loops");
     let manifest = &lowered.manifest;
     let entry = &manifest.entries[Entry::Train.name()];
     let numbers = arena::plan(manifest, &entry.launches, &entry.outputs, &sizes).size;
@@ -155,34 +182,35 @@ pub fn costs(model: &Model, options: &Options, tokens_each: Option<u64>) -> Resu
     })
 }
 
+/// The roofline of a training step and the optimizer's update on `card`.
 fn roofline(card: Card, model: &Model, graph: &Graph, lowered: &Lowered, sizes: &Sizes) -> Roofline {
     let manifest = &lowered.manifest;
     let launches = [Entry::Train.name(), OptimizerEntry::Update.name()]
         .into_iter()
         .filter_map(|name| manifest.entries.get(name))
         .flat_map(|e| &e.launches);
-    let mut kernels: Vec<Kind> = vec![];
+    let mut kernels: Vec<LaunchGroup> = vec![];
     for launch in launches.clone() {
         let extents: Vec<u64> = launch.extents.iter().map(|e| e.eval(sizes)).collect();
         let (buffers, units) = (launch.buffers.len(), launch.units.eval(sizes));
-        let launched = Launched { buffers, sizes: &extents, units, batch: sizes };
-        let work = lowered.functions[launch.kernel].work(launched, &card);
+        let launched = LaunchSizes { buffers, sizes: &extents, units, batch: sizes };
+        let work = lowered.functions[launch.kernel].cost(launched, &card);
         let bytes = bytes(launch, &work, manifest, sizes);
-        let (memory, products) = (bytes / card.bandwidth, work.arithmetic(&card));
-        let (best, modelled) = (memory.max(products), work.time(&card, bytes));
+        let (memory, products) = (bytes / card.bandwidth, work.arithmetic_seconds(&card));
+        let (best, modelled) = (memory.max(products), work.modelled_seconds(&card, bytes));
         let bound = match () {
             () if modelled > 1.5 * best => "tiles",
             () if memory > products => "memory",
             () => "products",
         };
-        let alike = |kind: &&mut Kind| kind.op == launch.op && kind.bound == bound;
+        let alike = |kind: &&mut LaunchGroup| kind.op == launch.op && kind.bound == bound;
         if kernels.iter_mut().find(alike).is_none() {
             let op = launch.op.clone();
             let none = (0.0, 0.0, 0.0, 0.0);
             let (bytes, flops, best_seconds, modelled_seconds) = none;
-            kernels.push(Kind { op, launches: 0, bytes, flops, best_seconds, modelled_seconds, bound });
+            kernels.push(LaunchGroup { op, launches: 0, bytes, flops, best_seconds, modelled_seconds, bound });
         }
-        let kind = kernels.iter_mut().find(alike).expect("it is there");
+        let kind = kernels.iter_mut().find(alike).expect("it was pushed above");
         kind.launches += 1;
         kind.bytes += bytes;
         kind.flops += work.flops;
@@ -192,7 +220,7 @@ fn roofline(card: Card, model: &Model, graph: &Graph, lowered: &Lowered, sizes: 
     kernels.sort_by(|x, y| y.modelled_seconds.total_cmp(&x.modelled_seconds));
     let bytes = kernels.iter().map(|kind| kind.bytes).sum::<f64>();
     let all = flops(graph).of(sizes);
-    let half_flops = if model.train.precision.narrows() { frozen_flops(graph).of(sizes) } else { 0.0 };
+    let half_flops = if model.train.precision.is_reduced() { frozen_flops(graph).of(sizes) } else { 0.0 };
     let flops = all - half_flops;
     Roofline {
         card: card.name,
@@ -201,25 +229,27 @@ fn roofline(card: Card, model: &Model, graph: &Graph, lowered: &Lowered, sizes: 
         half_flops,
         flops,
         memory_seconds: bytes / card.bandwidth,
-        product_seconds: half_flops / card.half_flops + flops / card.flops,
+        product_seconds: half_flops / card.tensor_core_flops + flops / card.flops,
         modelled_seconds: kernels.iter().map(|kind| kind.modelled_seconds).sum(),
         kernels,
     }
 }
 
-/// Each buffer once, or twice where it is written anew; of operands and results what the launch reads and writes.
-fn bytes(launch: &Launch, work: &Work, manifest: &Manifest, sizes: &Sizes) -> f64 {
+/// Bytes of device memory that a launch reads and writes. Each buffer counts once for each pass over it: twice if the
+/// kernel reads and writes it. A buffer that is read in part counts only the part, if the kernel says how much.
+fn bytes(launch: &Launch, work: &LaunchCost, manifest: &Manifest, sizes: &Sizes) -> f64 {
     let mut buffers: BTreeMap<usize, f64> = BTreeMap::new();
     for (i, &buffer) in launch.buffers.iter().enumerate() {
         let whole = 4.0 * manifest.buffers[buffer].elements(sizes) as f64;
-        let some = work.reads.get(i).map_or(whole, |&reads| reads.min(whole));
-        let [whole, some] = [whole, some].map(|bytes| work.passes[i] * bytes);
+        let some = work.max_read_bytes.get(i).map_or(whole, |&reads| reads.min(whole));
+        let [whole, some] = [whole, some].map(|bytes| work.transfers[i] * bytes);
         buffers.entry(buffer).and_modify(|bytes| *bytes = whole.min(*bytes + some)).or_insert(some);
     }
     buffers.values().sum()
 }
 
-/// Of the products with frozen weights alone.
+/// The operations of products whose second operand is computed from frozen weights alone. These run in half precision
+/// where the recipe's precision is reduced.
 fn frozen_flops(graph: &Graph) -> Flops {
     let mut frozen: HashSet<Value> = graph.args.iter().filter(|a| a.role == Role::Frozen).map(|a| a.value).collect();
     let mut products = Flops::default();
@@ -233,7 +263,7 @@ fn frozen_flops(graph: &Graph) -> Flops {
     products
 }
 
-/// Two for each multiplication of a product.
+/// The operations of all products of a graph.
 pub fn flops(graph: &Graph) -> Flops {
     let mut flops = Flops::default();
     graph.nodes.iter().for_each(|node| flops.add(graph, node));
@@ -241,18 +271,20 @@ pub fn flops(graph: &Graph) -> Flops {
 }
 
 impl Flops {
-    /// All of them, for a batch.
+    /// The number of operations for a batch of these sizes.
     fn of(self, sizes: &Sizes) -> f64 {
         let each = [self.per_token, self.per_target, self.per_sequence, self.per_pair, self.fixed];
         let counts = [sizes.tokens, sizes.targets, sizes.sequences, sizes.pairs, 1];
         each.into_iter().zip(counts).map(|(flops, count)| flops * count as f64).sum()
     }
 
+    /// Adds the operations of a node, which may compute several results.
     fn add(&mut self, graph: &Graph, node: &Node) {
-        let parts = node.op.joins().into_iter().zip(&node.results);
+        let parts = node.op.components().into_iter().zip(&node.results);
         parts.for_each(|(part, &result)| self.add_part(graph, &part, &node.operands, result));
     }
 
+    /// Adds the operations of one result of a node.
     fn add_part(&mut self, graph: &Graph, op: &Op, operands: &[Value], result: Value) {
         let shape = |i: usize| &graph.ty(operands[i]).shape;
         let mut axes = graph.ty(result).shape.clone();
@@ -262,12 +294,12 @@ impl Flops {
                 axes.push(x[x.len() - if transpose_x { 2 } else { 1 }]);
                 false
             }
-            // A product with the whole weight, whatever is kept of it.
+            // The logits are computed in full, although only a reduction of them is stored.
             Op::LinearLse | Op::LinearMean => {
                 axes = [shape(0), &shape(1)[..1]].concat();
                 false
             }
-            // Tokens of one side by keys of the other are pairs.
+            // The product of queries and keys is computed for each pair.
             Op::Scores { causal } => {
                 axes.extend(shape(0).last());
                 causal
@@ -276,8 +308,8 @@ impl Flops {
                 axes.push(Dim::Keys(0));
                 causal
             }
-            // Scores and what attends by them; backward, an adjoint of each side of both. What is computed anew
-            // does not count.
+            // Fused attention computes two products, of queries and keys and of weights and values. Its vjp computes an
+            // adjoint of each operand of both. Scores that the vjp recomputes do not count.
             Op::Attention { causal, .. } | Op::AttentionVjp { of: 0, causal, .. } => {
                 let width = |i: usize| shape(i)[2].constant().unwrap_or(0);
                 axes = vec![shape(0)[0], Dim::Const(width(0) + width(2)), Dim::Keys(0)];

@@ -1,14 +1,22 @@
-//! Tensors of other frameworks: padded batches in, packed ones here, and back.
+//! Exchanges batches with other frameworks: reads padded batches from a file, packs them, runs a model, and pads the
+//! results.
 //!
-//! A file holds `weights.NAME`, and `inputs.ids [B,n]` with `inputs.types [B,n]`, `inputs.mask [B,n]` or
-//! `inputs.lengths [B]`, and `inputs.labels`: of a model that generates or that classifies tokens `[B,n]`, aligned with
-//! the ids and −100 where nothing is asked; of one that classifies sequences `[B]`, and of a regression `[B]` or `[B,1]`
-//! of floats. Results go out padded the same way.
+//! A file holds the weights as `weights.NAME`, and a batch of B sequences padded to n tokens:
 //!
-//! What is masked is not computed, wherever in a row it stands. A token's position is its column, masked ones counted, as
-//! transformers counts where no positions are given; or the number of earlier ids that the model's positions do not
-//! skip. What then would depend on a masked token's own result is refused: the first token of a row whose first column is
-//! masked, for a model that reads it; a label that a masked token would have to predict.
+//! | tensor | shape | values |
+//! | --- | --- | --- |
+//! | `inputs.ids` | `[B,n]` | token ids |
+//! | `inputs.types` | `[B,n]` | token types, optional |
+//! | `inputs.mask` | `[B,n]` | 1 for a token, 0 for padding, optional |
+//! | `inputs.lengths` | `[B]` | tokens of each row, in place of the mask |
+//! | `inputs.labels` | `[B,n]` | for generation and token classification; −100 for a token without a label |
+//! | `inputs.labels` | `[B]` | for sequence classification |
+//! | `inputs.labels` | `[B]` or `[B,1]` | for regression, floats |
+//!
+//! Masked tokens are not computed, wherever they are in a row. The position of a token is its column, masked columns
+//! included, as in transformers without explicit positions; in a model whose positions skip an id, it is the number of
+//! earlier tokens with other ids. Two cases that would need the result of a masked token are refused: a model that
+//! reads the first token of a row whose first column is masked, and a label that a masked token would have to predict.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,52 +25,55 @@ use peft_grammar::model::{Model, TaskKind};
 use peft_grammar::names::{Entry, Input, LOGITS, LOSS, Output};
 use peft_runtime::adapter::{Data, Stored, TensorFile};
 use peft_runtime::artifact::{Manifest, Storage};
-use peft_runtime::{Beyond, Inputs, Numbers, RuntimeError, Session};
+use peft_runtime::{Inputs, Numbers, OutOfRange, RuntimeError, Session};
 
 use crate::data::Batch;
 
-/// Tensors of a batch that are read.
+/// The names of a batch's tensors.
 const INPUTS: [&str; 5] = ["ids", "types", "mask", "lengths", "labels"];
 
-/// What other programs call them.
+/// Names that other programs use for a batch's tensors.
 const ALIASES: [(&str, &str); 4] =
     [("input_ids", "ids"), ("token_type_ids", "types"), ("attention_mask", "mask"), ("label", "labels")];
 
-/// The tensor of a batch that a name means.
+/// The name in [`INPUTS`] that `name` or its alias stands for.
 fn input(name: &str) -> Option<&'static str> {
     let alias = ALIASES.iter().find(|(alias, _)| *alias == name).map(|(_, known)| *known);
     INPUTS.into_iter().find(|known| *known == name).or(alias)
 }
 
-/// A label where nothing is asked, as PyTorch has it.
-const NOTHING_ASKED: i32 = -100;
+/// The label of a token or a sequence that is ignored by the loss, as in PyTorch.
+const IGNORED_LABEL: i32 = -100;
 
-/// A padded batch's form, and its packed content.
+/// A batch that was read from a padded file: its packed content, and the layout of the padding.
 #[derive(Clone, Debug)]
 pub struct Padded {
+    /// The number of rows B.
     pub sequences: usize,
-    /// Tokens of a row, padding included.
+    /// The number of columns n, padding included.
     pub width: usize,
+    /// The packed batch, without masked tokens.
     pub batch: Batch,
     asks: Asks,
-    /// The column of each packed token.
+    /// The column of each packed token in the file.
     columns: Vec<usize>,
     labels: Labels,
-    /// Where it was read, and under what prefix.
+    /// The file that the batch was read from, for messages.
     path: PathBuf,
+    /// The prefix of the batch's tensors, such as `inputs.`.
     prefix: String,
 }
 
-/// What is asked of a batch.
+/// What the task predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asks {
-    /// Tokens, each of the one before it.
+    /// The next token of each token.
     Next,
-    /// The classes of tokens.
+    /// The class of each token.
     Tags,
     /// The class of each sequence.
     Class,
-    /// The number of each sequence.
+    /// A number for each sequence.
     Number,
 }
 
@@ -76,27 +87,29 @@ impl Asks {
         }
     }
 
-    /// There are logits for each token, and not for each sequence.
+    /// Whether there are logits for each token, and not for each sequence.
     fn of_tokens(self) -> bool {
         matches!(self, Asks::Next | Asks::Tags)
     }
 }
 
-/// What labels a file has.
+/// Which labels a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Labels {
+    /// There is no tensor of labels.
     None,
-    /// Each is [`NOTHING_ASKED`].
+    /// All labels are [`IGNORED_LABEL`].
     OfNothing,
-    /// Those that ask for something stand in the first column, and no token before it predicts them.
+    /// The only labels that are not ignored are in the first column, where no earlier token can predict them.
     OfFirst,
+    /// There are labels to compute a loss of.
     Some,
 }
 
 /// A tensor's shape and its integers.
 type Shaped = (Vec<u64>, Vec<i32>);
 
-/// The integers of a batch under their prefix.
+/// Reads the tensors of a batch, whose names begin with `prefix`.
 struct Reader<'a> {
     file: &'a TensorFile,
     prefix: &'a str,
@@ -104,11 +117,12 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// An error about the tensor `name`.
     fn wrong(&self, name: &str, message: impl std::fmt::Display) -> RuntimeError {
         RuntimeError::file(self.path, format!("`{}{name}` {message}", self.prefix))
     }
 
-    /// A tensor's shape and values.
+    /// The shape and the integers of the tensor `name`; `None` if there is no such tensor.
     fn ints(&self, name: &str) -> Result<Option<Shaped>, RuntimeError> {
         let Some(stored) = self.file.tensors.get(&format!("{}{name}", self.prefix)) else { return Ok(None) };
         let Data::I64(x) = &stored.data else { return Err(self.wrong(name, "should hold integers")) };
@@ -117,7 +131,7 @@ impl Reader<'_> {
         Ok(Some((stored.shape.clone(), ints.collect::<Result<_, _>>()?)))
     }
 
-    /// The values of a tensor that has this shape.
+    /// The integers of the tensor `name`, which must have this shape; `None` if there is no such tensor.
     fn shaped(&self, name: &str, shape: &[u64]) -> Result<Option<Vec<i32>>, RuntimeError> {
         match self.ints(name)? {
             Some((found, _)) if found != shape => {
@@ -127,33 +141,33 @@ impl Reader<'_> {
         }
     }
 
-    /// Nothing is there that would be passed over.
-    fn all_known(&self) -> Result<(), RuntimeError> {
+    /// Refuses tensors that are probably part of the batch and would be ignored.
+    fn refuse_unknown(&self) -> Result<(), RuntimeError> {
         let prefix = self.prefix;
-        // A part of a batch without the prefix, or with one that is spelt otherwise.
+        // The name of a batch's tensor without the prefix, or with a prefix in another spelling.
         let meant = |name: &String| {
             let lower = name.to_lowercase();
             let bare = ["inputs.", "input."].iter().find_map(|start| lower.strip_prefix(start)).unwrap_or(&lower);
             (!name.starts_with(prefix)).then(|| input(bare).map(|known| (name.clone(), known)))?
         };
         if let Some((name, known)) = self.file.tensors.keys().find_map(meant) {
-            let message = format!("`{name}` would be passed over; call it `{prefix}{known}`");
+            let message = format!("`{name}` would be ignored; call it `{prefix}{known}`");
             return Err(RuntimeError::file(self.path, message));
         }
         let names = self.file.tensors.keys().filter_map(|name| name.strip_prefix(self.prefix));
-        // A file may hold other things beside a batch, and other batches.
+        // A file may hold other tensors and other batches, so only names directly under the prefix are checked.
         let unknown = names.filter(|name| !self.prefix.is_empty() && !INPUTS.contains(name) && !name.contains('.'));
         match unknown.min() {
             None => Ok(()),
             Some(name) => {
                 let known = INPUTS.map(|name| format!("`{prefix}{name}`")).join(", ");
                 let alias = input(name).map(|name| format!("; call it `{prefix}{name}`")).unwrap_or_default();
-                Err(self.wrong(name, format!("is nothing that a batch has{alias}: {known} are read")))
+                Err(self.wrong(name, format!("is not a tensor of a batch{alias}: {known} are read")))
             }
         }
     }
 
-    /// The numbers of a tensor, one a row.
+    /// The floats of the tensor `name`, one for each row; `None` if there is no such tensor.
     fn floats(&self, name: &str, rows: usize) -> Result<Option<Vec<f32>>, RuntimeError> {
         let Some(stored) = self.file.tensors.get(&format!("{}{name}", self.prefix)) else { return Ok(None) };
         let found = match &stored.data {
@@ -171,7 +185,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Which columns of each row hold tokens.
+    /// The columns of each row that are not masked.
     fn kept(&self, sequences: usize, width: usize) -> Result<Vec<Vec<usize>>, RuntimeError> {
         let shape = [sequences as u64, width as u64];
         let mask = self.shaped("mask", &shape)?;
@@ -207,11 +221,15 @@ impl Reader<'_> {
     }
 }
 
-/// Reads the batch under `prefix`, such as `inputs.`.
+/// Reads the batch whose tensors begin with `prefix`, such as `inputs.`. `path` is the file's, for messages.
+///
+/// # Errors
+///
+/// A tensor is missing, has the wrong shape or type, or holds a value that cannot be used.
 pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Result<Padded, RuntimeError> {
     let reader = Reader { file, prefix, path };
     let wrong = |name: &str, message: &str| reader.wrong(name, message);
-    reader.all_known()?;
+    reader.refuse_unknown()?;
     let (shape, ids) = reader.ints("ids")?.ok_or_else(|| wrong("ids", "is missing"))?;
     let [sequences, width] = shape[..] else { return Err(wrong("ids", "should have two axes, sequences and tokens")) };
     if sequences == 0 || width == 0 {
@@ -227,24 +245,25 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         Asks::Class => labels = reader.shaped("labels", &shape[..1])?,
         Asks::Next | Asks::Tags => labels = reader.shaped("labels", &shape)?,
     }
-    if let Some((at, odd)) = labels.iter().flatten().enumerate().find(|&(_, &x)| x < 0 && x != NOTHING_ASKED) {
+    if let Some((at, odd)) = labels.iter().flatten().enumerate().find(|&(_, &x)| x < 0 && x != IGNORED_LABEL) {
         let place =
             if asks.of_tokens() { format!("row {}, column {}", at / width, at % width) } else { format!("row {at}") };
-        return Err(wrong("labels", &format!("is {odd} in {place}; where nothing is asked it is {NOTHING_ASKED}")));
+        return Err(wrong("labels", &format!("is {odd} in {place}; an ignored label is {IGNORED_LABEL}")));
     }
     let (mut batch, mut columns) = (Batch::default(), vec![]);
     let labelled = match &labels {
         None if numbers.is_some() => Labels::Some,
         None => Labels::None,
-        Some(all) if all.iter().all(|&label| label == NOTHING_ASKED) => Labels::OfNothing,
-        Some(all) if asks == Asks::Next && (0..all.len()).all(|at| at % width == 0 || all[at] == NOTHING_ASKED) => {
+        Some(all) if all.iter().all(|&label| label == IGNORED_LABEL) => Labels::OfNothing,
+        Some(all) if asks == Asks::Next && (0..all.len()).all(|at| at % width == 0 || all[at] == IGNORED_LABEL) => {
             Labels::OfFirst
         }
         Some(_) => Labels::Some,
     };
     for (row, kept) in rows.iter().enumerate() {
         let at = |column: usize| row * width + column;
-        let skips = |column: usize| model.backbone.skipped.is_some_and(|id| i64::from(ids[at(column)]) == id as i64);
+        let skips =
+            |column: usize| model.backbone.position_skip_id.is_some_and(|id| i64::from(ids[at(column)]) == id as i64);
         let start = batch.ids.len() as i32;
         batch.starts.push(start);
         batch.lengths.push(kept.len() as i32);
@@ -260,10 +279,10 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
         batch.positions.extend(kept.iter().map(|&column| counted[column]));
         let Some(labels) = labels.as_ref().filter(|_| asks.of_tokens()) else { continue };
         if asks == Asks::Tags {
-            for column in (0..width).filter(|&column| labels[at(column)] != NOTHING_ASKED) {
+            for column in (0..width).filter(|&column| labels[at(column)] != IGNORED_LABEL) {
                 let Ok(token) = kept.binary_search(&column) else {
                     let message = format!(
-                        "is {} in row {row}, column {column}, which is masked; set it to {NOTHING_ASKED}",
+                        "is {} in row {row}, column {column}, which is masked; set it to {IGNORED_LABEL}",
                         labels[at(column)]
                     );
                     return Err(wrong("labels", &message));
@@ -273,12 +292,12 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
             }
             continue;
         }
-        // The token before it predicts a label; the first has none before it.
-        for column in (1..width).filter(|&column| labels[at(column)] != NOTHING_ASKED) {
+        // The token in the column before a label predicts it. The first column has no token before it.
+        for column in (1..width).filter(|&column| labels[at(column)] != IGNORED_LABEL) {
             let Ok(before) = kept.binary_search(&(column - 1)) else {
                 let message = format!(
                     "is {} in row {row}, column {column}, which the masked token before it would have to predict; \
-                     set it to {NOTHING_ASKED}",
+                     set it to {IGNORED_LABEL}",
                     labels[at(column)]
                 );
                 return Err(wrong("labels", &message));
@@ -289,10 +308,10 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
     }
     batch.numbers = numbers.unwrap_or_default();
     if let Some(labels) = labels.filter(|_| !asks.of_tokens())
-        && labels.iter().any(|&label| label != NOTHING_ASKED)
+        && labels.iter().any(|&label| label != IGNORED_LABEL)
     {
-        if let Some(row) = labels.iter().position(|&label| label == NOTHING_ASKED) {
-            return Err(wrong("labels", &format!("is {NOTHING_ASKED} in row {row}: give every row a class, or none")));
+        if let Some(row) = labels.iter().position(|&label| label == IGNORED_LABEL) {
+            return Err(wrong("labels", &format!("is {IGNORED_LABEL} in row {row}: give every row a class, or none")));
         }
         batch.labels = labels;
     }
@@ -300,12 +319,17 @@ pub fn batch(file: &TensorFile, prefix: &str, path: &Path, model: &Model) -> Res
     Ok(Padded { sequences, width, batch, asks, columns, labels: labelled, path, prefix })
 }
 
-/// The weights a file holds under `weights.`, in the order of the model's parameters.
+/// The weights that a file holds as `weights.NAME`, in the order of the model's parameters.
+///
+/// # Errors
+///
+/// A tensor is missing or has another shape or type.
 pub fn weights(file: &TensorFile, model: &Model, path: &Path) -> Result<Vec<Numbers>, RuntimeError> {
     let one = |p: &peft_grammar::model::Param| match file.tensors.get(&format!("weights.{}", p.name)) {
         Some(Stored { shape, data: Data::F32(x) }) if *shape == p.shape => Ok(Numbers::from(&x[..])),
         Some(stored) => {
-            let message = format!("`weights.{}` is {:?}, the spec wants f32 {:?}", p.name, stored.shape, p.shape);
+            let message =
+                format!("`weights.{}` is {:?}, and should be f32 {:?} for this spec", p.name, stored.shape, p.shape);
             Err(RuntimeError::weights(path, message))
         }
         None => {
@@ -319,30 +343,31 @@ pub fn weights(file: &TensorFile, model: &Model, path: &Path) -> Result<Vec<Numb
 }
 
 impl Padded {
-    /// A loss can be taken.
+    /// Whether there are labels to compute a loss of.
     fn asks(&self) -> bool {
         self.labels == Labels::Some
     }
 
-    /// Why there is no loss, if there is none.
+    /// The reason why there is no loss; `None` if there is one.
     pub fn without_loss(&self) -> Option<String> {
         let labels = format!("`{}labels`", self.prefix);
         match self.labels {
             Labels::Some => None,
-            Labels::OfNothing => Some(format!("every one of {labels} is {NOTHING_ASKED}: there is no target")),
-            Labels::OfFirst => Some(format!(
-                "{labels} asks for nothing behind column 0, and no token stands before that to predict it"
-            )),
+            Labels::OfNothing => Some(format!("every one of {labels} is {IGNORED_LABEL}: there is no target")),
+            Labels::OfFirst => {
+                Some(format!("{labels} has labels in column 0 alone, and no token precedes it to predict them"))
+            }
             Labels::None => Some(format!("there are no {labels}")),
         }
     }
 
+    /// The batch as inputs of a session. `rng`: the seed and the step.
     pub fn inputs(&self, rng: [i32; 2]) -> Inputs {
         inputs(&self.batch, rng)
     }
 
-    /// The same sequences with something to predict everywhere, so that all logits are computed.
-    pub fn everywhere(&self, rng: [i32; 2]) -> Inputs {
+    /// The same sequences with a target at every token or sequence, so that all logits are computed.
+    pub fn inputs_with_all_targets(&self, rng: [i32; 2]) -> Inputs {
         let (tokens, sequences) = (self.batch.tokens(), self.sequences);
         let (targets, labels, numbers) = match self.asks {
             Asks::Next | Asks::Tags => (tokens, tokens, 0),
@@ -353,8 +378,9 @@ impl Padded {
         inputs(&Batch { targets, labels, numbers, ..self.batch.clone() }, rng)
     }
 
-    /// Nothing in the batch would be read otherwise than where it comes from, or not at all.
-    fn suits(&self, manifest: &Manifest) -> Result<(), RuntimeError> {
+    /// Checks that the model computes the batch as its source framework does: it must not read a masked first token,
+    /// and it must read the token types if there are any.
+    fn check_model_reads(&self, manifest: &Manifest) -> Result<(), RuntimeError> {
         let reads = |input: Input| {
             manifest.buffers.iter().any(|b| matches!(&b.storage, Storage::Input(i) if i == input.name()))
         };
@@ -377,42 +403,42 @@ impl Padded {
         Ok(())
     }
 
-    /// Where a packed token comes from.
+    /// The row and column of a packed token in the file, as text.
     fn place(&self, token: usize) -> String {
         let row = self.batch.starts.partition_point(|&start| start as usize <= token) - 1;
         format!("row {row}, column {}", self.columns[token])
     }
 
-    /// The error with a place in the file.
-    fn placed(&self, error: RuntimeError) -> RuntimeError {
-        let RuntimeError::Beyond(beyond) = error else { return error };
-        let Beyond { value, place, limit, .. } = &*beyond;
+    /// Translates an error about an input out of range to the place in the file.
+    fn with_file_location(&self, error: RuntimeError) -> RuntimeError {
+        let RuntimeError::OutOfRange(beyond) = error else { return error };
+        let OutOfRange { value, position, limit, .. } = &*beyond;
         let why = beyond.why();
         let (prefix, input) = (&self.prefix, &limit.input);
-        let token = place.token.map(|token| self.batch.starts[place.sequence] as usize + token);
-        let message = match (Input::of(input), token) {
+        let token = position.token.map(|token| self.batch.starts[position.sequence] as usize + token);
+        let message = match (Input::from_name(input), token) {
             (Some(Input::Positions), Some(token)) => {
                 format!("`{prefix}ids` has a token of position {value} in {}: {why}", self.place(token))
             }
             (Some(Input::Labels), Some(token)) => {
                 let behind = usize::from(self.asks == Asks::Next);
-                let (row, column) = (place.sequence, self.columns[token] + behind);
+                let (row, column) = (position.sequence, self.columns[token] + behind);
                 format!("`{prefix}labels` is {value} in row {row}, column {column}: {why}")
             }
             (_, Some(token)) => format!("`{prefix}{input}` is {value} in {}: {why}", self.place(token)),
-            (_, None) => format!("`{prefix}{input}` is {value} in row {}: {why}", place.sequence),
+            (_, None) => format!("`{prefix}{input}` is {value} in row {}: {why}", position.sequence),
         };
         RuntimeError::file(&self.path, message)
     }
 
-    /// `[tokens, d]` to `[B, n, d]`, zeros where there is padding.
+    /// Pads `[tokens, d]` to `[B, n, d]` with zeros.
     pub fn pad_tokens(&self, x: &[f32], d: usize) -> Stored {
         let mut out = vec![0.0; self.sequences * self.width * d];
         self.each_token(|t, s, i| out[(s * self.width + i) * d..][..d].copy_from_slice(&x[t * d..][..d]));
         Stored::f32(vec![self.sequences as u64, self.width as u64, d as u64], out)
     }
 
-    /// `[H, tokens]` to `[B, H, n]`.
+    /// Pads `[H, tokens]` to `[B, H, n]` with zeros.
     pub fn pad_heads(&self, x: &[f32]) -> Stored {
         let tokens = self.batch.tokens();
         let heads = x.len() / tokens;
@@ -423,7 +449,7 @@ impl Padded {
         Stored::f32(vec![self.sequences as u64, heads as u64, self.width as u64], out)
     }
 
-    /// Visits each packed token with its row and its column.
+    /// Calls `visit` for each packed token with its index, row and column.
     fn each_token(&self, mut visit: impl FnMut(usize, usize, usize)) {
         let rows = self.batch.lengths.iter().enumerate();
         let rows = rows.flat_map(|(row, &length)| std::iter::repeat_n(row, length as usize));
@@ -433,7 +459,7 @@ impl Padded {
     }
 }
 
-/// A batch as a session takes it. `rng`: the seed and the step.
+/// A packed batch as inputs of a session. `rng`: the seed and the step.
 pub fn inputs(batch: &Batch, rng: [i32; 2]) -> Inputs {
     let ints = [
         (Input::Ids, batch.ids.clone()),
@@ -454,7 +480,11 @@ pub fn inputs(batch: &Batch, rng: [i32; 2]) -> Inputs {
     Inputs { lengths: batch.lengths.clone(), ints, floats }
 }
 
-/// Runs `forward` or `grad` and lays the results out as the file's batch was.
+/// Runs the entry `forward` or `grad`, and pads the results to the layout of the file's batch.
+///
+/// # Errors
+///
+/// The batch does not fit the model, `grad` has no loss, or the session fails.
 pub fn run(
     session: &mut Session,
     model: &Model,
@@ -462,7 +492,7 @@ pub fn run(
     padded: &Padded,
     rng: [i32; 2],
 ) -> Result<TensorFile, RuntimeError> {
-    padded.suits(session.manifest())?;
+    padded.check_model_reads(session.manifest())?;
     if let (Entry::Grad, Some(why)) = (entry, padded.without_loss()) {
         let message = format!("{why}, and gradients are those of a loss; `--entry forward` needs none");
         return Err(RuntimeError::file(&padded.path, message));
@@ -471,20 +501,20 @@ pub fn run(
     let mut put = |name: &str, stored: Stored| drop(results.tensors.insert(name.into(), stored));
     let of_tokens = padded.asks.of_tokens();
     if of_tokens || !padded.asks() {
-        // Training computes logits only where there is a label; here all are wanted.
-        session.run(entry.name(), &padded.everywhere(rng)).map_err(|e| padded.placed(e))?;
+        // The graph computes logits only at targets; this run makes every token a target.
+        session.run(entry.name(), &padded.inputs_with_all_targets(rng)).map_err(|e| padded.with_file_location(e))?;
     }
     if of_tokens {
-        let (shape, logits) = session.output(LOGITS).ok_or_else(|| RuntimeError::input(LOGITS, "is no output"))?;
+        let (shape, logits) = session.output(LOGITS).ok_or_else(|| RuntimeError::input(LOGITS, "is not an output"))?;
         put(LOGITS, padded.pad_tokens(&logits, shape[1] as usize));
     }
     if padded.asks() {
-        session.run(entry.name(), &padded.inputs(rng)).map_err(|e| padded.placed(e))?;
+        session.run(entry.name(), &padded.inputs(rng)).map_err(|e| padded.with_file_location(e))?;
     }
     let names = session.outputs();
     for name in &names {
         let Some((shape, x)) = session.output(name) else { continue };
-        match Output::of(name) {
+        match Output::from_name(name) {
             Output::Loss if !padded.asks() => {}
             Output::Loss => put(LOSS, Stored::f32(vec![1], x.to_vec())),
             Output::Logits if of_tokens => {}
@@ -499,9 +529,9 @@ pub fn run(
             let Some((start, _)) = tensor.trainable else { continue };
             let of_param =
                 |label: &str| label.strip_prefix(&param.name).is_some_and(|r| r.is_empty() || r.starts_with('['));
-            let label = names.iter().find(|n| Output::of(n).gradient().is_some_and(of_param));
+            let label = names.iter().find(|n| Output::from_name(n).gradient().is_some_and(of_param));
             let Some((_, x)) = label.and_then(|l| session.output(l)) else { continue };
-            // Frozen rows of a table have a gradient of 0.
+            // The rows of a table that are frozen have a gradient of 0.
             let mut full = vec![0.0; param.elements() as usize];
             let from = (start * tensor.row()) as usize;
             full[from..from + x.len()].copy_from_slice(&x);

@@ -1,4 +1,7 @@
-//! What stands around the compiler and the runtime: specs on disk, data, training, commands.
+//! The application around the compiler (`peft_passes`) and the runtime (`peft_runtime`): it reads specs, data and
+//! checkpoints, trains, exchanges adapters and checkpoints with other programs, and offers all of that as commands.
+//!
+//! Without the feature `compiler` it contains no compiler and runs artifacts alone.
 
 pub mod adapters;
 pub mod budget;

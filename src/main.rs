@@ -1,3 +1,5 @@
+//! The program `peftc`: parses the command line, runs the command, and turns its failure into an exit code.
+
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -10,9 +12,10 @@ fn main() -> ExitCode {
     match commands::run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
+            // These two kinds carry a complete message of their own.
             let bare = matches!(failure, Failure::Spec(_) | Failure::Stopped(_));
             eprintln!("{}{failure}", if bare { "" } else { "error: " });
-            ExitCode::from(failure.code())
+            ExitCode::from(failure.exit_code())
         }
     }
 }

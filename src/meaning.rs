@@ -1,7 +1,7 @@
-//! What trained values mean: the function that they are a part of, the names of classes and of a task's tokens.
+//! Identifies the function that trained values belong to, and the names of the task's classes and special tokens.
 //!
-//! The tensors of an adapter fit another spec if only their shapes do. What they would compute there is something else,
-//! so an adapter records what it is of, and is refused by a model that means another thing.
+//! The tensors of an adapter fit every spec in which their shapes agree, but compute something else in most of them. An
+//! adapter therefore records the model that it was trained in, and a model that computes another function refuses it.
 
 use std::collections::HashMap;
 
@@ -9,38 +9,40 @@ use peft_grammar::graph::{Graph, Op, Value};
 use peft_grammar::model::Model;
 use serde_json::{Map, Value as Json, json};
 
-const SHOWN: usize = 32;
+/// Hexadecimal digits of a hash that are kept.
+const HASH_DIGITS: usize = 32;
 
-/// A hash of the equations. It does not depend on the file and the lines in which they stand.
-pub fn equations(model: &Model) -> String {
-    if !model.equations.is_empty() {
-        return model.equations.clone();
+/// A hash of the equations, independent of the file and the lines in which they are written.
+pub fn equations_hash(model: &Model) -> String {
+    if !model.equations_hash.is_empty() {
+        return model.equations_hash.clone();
     }
     let mut graph = model.graph.clone();
     graph.name.clear();
     graph.nodes.iter_mut().for_each(|node| node.location = Default::default());
     let text = serde_json::to_vec(&(graph, &model.stored)).expect("a model is plain data");
-    blake3::hash(&text).to_hex()[..SHOWN].to_string()
+    blake3::hash(&text).to_hex()[..HASH_DIGITS].to_string()
 }
 
-/// A hash of the function that the equations compute when nothing trains. Rates of dropout and of label smoothing do
-/// not matter to it, and neither does which tensors train.
-pub fn function(model: &Model) -> String {
-    if !model.function.is_empty() {
-        return model.function.clone();
+/// A hash of the function that the equations compute at inference. It is independent of the rates of dropout and label
+/// smoothing, and of which tensors train.
+pub fn function_hash(model: &Model) -> String {
+    if !model.function_hash.is_empty() {
+        return model.function_hash.clone();
     }
     let mut hash = blake3::Hasher::new();
-    let values = hashes(&model.graph);
+    let values = value_hashes(&model.graph);
     let mut outputs: Vec<_> = model.graph.outputs.iter().collect();
     outputs.sort_by_key(|(name, _)| name);
     for (name, value) in outputs {
         hash.update(name.as_bytes()).update(values[value].as_bytes());
     }
-    hash.finalize().to_hex()[..SHOWN].to_string()
+    hash.finalize().to_hex()[..HASH_DIGITS].to_string()
 }
 
-/// Of every value: its operation with its operands, so that the order and the number of others do not matter.
-fn hashes(graph: &Graph) -> HashMap<Value, blake3::Hash> {
+/// A hash of every value: of its operation and the hashes of its operands. It is independent of the order of the nodes
+/// and of unrelated nodes. Dropout counts as the identity.
+fn value_hashes(graph: &Graph) -> HashMap<Value, blake3::Hash> {
     let mut hashes = HashMap::new();
     for arg in &graph.args {
         hashes.insert(arg.value, blake3::hash(arg.label().as_bytes()));
@@ -64,33 +66,35 @@ fn hashes(graph: &Graph) -> HashMap<Value, blake3::Hash> {
     hashes
 }
 
+// Keys of the record in an adapter.
 const FUNCTION: &str = "function";
 const SETTINGS: &str = "settings";
 const LABELS: &str = "labels";
 const SPECIAL: &str = "special";
 
-/// What an adapter records of the model that it was trained in.
+/// The record of `model` that an adapter trained in it carries: a JSON object with the hash of its function, its
+/// settings, and the names of its classes or special tokens.
 pub fn record(model: &Model) -> String {
     let mut all = Map::new();
-    all.insert(FUNCTION.into(), json!(function(model)));
+    all.insert(FUNCTION.into(), json!(function_hash(model)));
     all.insert(SETTINGS.into(), Json::Object(settings(model)));
     let (key, names) = names(model);
     all.insert(key.into(), json!(names));
     Json::Object(all).to_string()
 }
 
-/// The names of the task's classes or, where it has none, of its tokens.
+/// The names of the task's classes or, if it has none, of its special tokens; with the record's key for them.
 fn names(model: &Model) -> (&'static str, &[String]) {
     match model.task.kind.labels() {
         Some(labels) => (LABELS, labels),
-        None => (SPECIAL, model.task.special()),
+        None => (SPECIAL, model.task.special_tokens()),
     }
 }
 
-/// Arguments of the backbone and of the methods, by the names that messages give them.
+/// The arguments of the backbone and of the methods, each under the name that messages use for it.
 pub fn settings(model: &Model) -> Map<String, Json> {
     let mut all = Map::new();
-    for (key, value) in model.backbone.config.iter().chain(&model.backbone.beyond) {
+    for (key, value) in model.backbone.config.iter().chain(&model.backbone.extra_args) {
         all.insert(format!("{}'s `{key}`", model.backbone.name), json!(value));
     }
     for applied in &model.applied {
@@ -101,12 +105,16 @@ pub fn settings(model: &Model) -> Map<String, Json> {
     all
 }
 
-/// In what `model` means something else than the model that `record` is of: a line each, none if they agree. The error
-/// is a record that cannot be read.
+/// The differences between `model` and the model described by `record`, one line each; empty if they compute the same
+/// function.
+///
+/// # Errors
+///
+/// `record` is not a JSON object.
 pub fn differences(record: &str, model: &Model) -> Result<Vec<String>, serde_json::Error> {
     let was: Map<String, Json> = serde_json::from_str(record)?;
     let mut lines = vec![];
-    if was.get(FUNCTION).is_some_and(|hash| *hash != json!(function(model))) {
+    if was.get(FUNCTION).is_some_and(|hash| *hash != json!(function_hash(model))) {
         let (before, now) = (was.get(SETTINGS).and_then(Json::as_object).cloned().unwrap_or_default(), settings(model));
         let keys = before.keys().chain(now.keys().filter(|key| !before.contains_key(*key)));
         let say = |value: Option<&Json>| value.map_or("not set".into(), Json::to_string);
@@ -115,7 +123,7 @@ pub fn differences(record: &str, model: &Model) -> Result<Vec<String>, serde_jso
             differ.map(|key| format!("  {key} was {}, and is {} here", say(before.get(key)), say(now.get(key)))),
         );
         if lines.is_empty() {
-            lines.push("  the equations were others".into());
+            lines.push("  the equations were different".into());
         }
     }
     let (key, names) = names(model);

@@ -1,6 +1,7 @@
-//! Merging: trained values become part of the backbone's weights, in a directory that transformers loads.
+//! Folds trained values into the backbone's weights and writes a model directory that transformers loads.
 //!
-//! What can be folded is found by [`peft_passes::fold`]; here its result is computed and put in place.
+//! [`peft_passes::fold`] decides which methods can be folded. This module runs the entry `merge` that it compiles, puts
+//! the results into the weights, and writes `config.json` and the tokenizer.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use crate::hub::model_folder::{self, CONFIG, MODEL, SideFiles};
 use crate::hub::peft::Tensors;
 use crate::{adapters, compiler};
 
-/// A tensor that is written: its name, its shape, its numbers and the type they are rounded to.
+/// A tensor to be written: its name, shape and values, and the type that the values are rounded to.
 struct Tensor {
     name: String,
     shape: Vec<u64>,
@@ -28,17 +29,23 @@ struct Tensor {
     dtype: Float,
 }
 
+/// The weights of a merged model.
 pub struct Merged {
-    /// Backbone and head, in the order of the model.
+    /// The tensors of backbone and head, in the order of the model's parameters.
     tensors: Vec<Tensor>,
-    /// How many matrices and biases methods have changed.
+    /// The number of projections and trained tensors that were folded, as text.
     pub folded: String,
-    /// In which types the tensors are written, and why.
+    /// The types in which the tensors are written, and the reason, as text.
     pub types: String,
 }
 
-/// The backbone with everything trained folded in. `loaded` are all tensors of the model, as a session takes them; each
-/// keeps the type it has in the files unless `dtype` is given.
+/// Folds the trained `values` into the backbone. `loaded` holds all tensors of the model in the order of its
+/// parameters. Each tensor keeps its type in the files unless `dtype` is given; a tensor that the files do not hold
+/// takes the type of most values.
+///
+/// # Errors
+///
+/// A method of the model cannot be folded, or the compiler or the session fails.
 pub fn merge(
     model: &Model,
     loaded: Loaded,
@@ -46,10 +53,10 @@ pub fn merge(
     dtype: Option<Float>,
     options: &Options,
 ) -> Result<Merged, Failure> {
-    let Loaded { tensors: weights, held, .. } = loaded;
+    let Loaded { tensors: weights, from_files, .. } = loaded;
     let own = |origin: &Origin| matches!(origin, Origin::Backbone | Origin::Head);
-    let kept: Vec<Option<Float>> = held.iter().map(|held| held.and_then(|held| held.dtype)).collect();
-    // Of most values: for what the files do not hold, too.
+    let kept: Vec<Option<Float>> = from_files.iter().map(|held| held.and_then(|held| held.dtype)).collect();
+    // The type of most values is also that of tensors that the files do not hold.
     let values_in = |dtype: Float| {
         let of = model.params.iter().zip(&kept).filter(|(_, kept)| **kept == Some(dtype));
         of.map(|(p, _)| p.elements()).sum::<u64>()
@@ -57,7 +64,7 @@ pub fn merge(
     let usual = Float::ALL.into_iter().max_by_key(|&dtype| (values_in(dtype), dtype == Float::F32));
     let usual = usual.unwrap_or(Float::F32);
     let written = |index: usize| {
-        let foreign = held[index].is_some_and(|held| held.dtype.is_none());
+        let foreign = from_files[index].is_some_and(|held| held.dtype.is_none());
         dtype.or(kept[index]).unwrap_or(if foreign { Float::F32 } else { usual })
     };
     let plain = model.params.iter().zip(&weights).enumerate().filter(|(_, (p, _))| own(&p.origin));
@@ -69,11 +76,11 @@ pub fn merge(
             dtype: written(index),
         })
         .collect();
-    // What trains of backbone and head takes its place.
+    // Trained tensors of backbone and head replace those of the files.
     for param in model.params.iter().filter(|p| own(&p.origin)) {
         let (Some((start, _)), Some(value)) = (param.trained_rows(), values.get(&param.name)) else { continue };
         let row = param.shape.iter().skip(1).product::<u64>();
-        let (to, adapter::Data::F32(from)) = (numbers(&mut tensors, &param.name)?, &value.data) else { continue };
+        let (to, adapter::Data::F32(from)) = (values_of(&mut tensors, &param.name)?, &value.data) else { continue };
         to[(start * row) as usize..][..from.len()].copy_from_slice(from);
     }
     let mut count = 0;
@@ -87,7 +94,7 @@ pub fn merge(
             if let Some((shape, folded)) = session.output(&format!("{}.weight", projection.path)) {
                 let first = projection.columns.map_or(0, |(start, _)| start as usize);
                 let (inputs, outputs) = (shape[0] as usize, shape[1] as usize);
-                let to = numbers(&mut tensors, &projection.weight)?;
+                let to = values_of(&mut tensors, &projection.weight)?;
                 let width = to.len() / inputs;
                 for (i, row) in folded.chunks(outputs).enumerate() {
                     for (o, &x) in row.iter().enumerate() {
@@ -101,7 +108,7 @@ pub fn merge(
                 (session.output(&format!("{}.bias", projection.path)), &projection.bias)
             {
                 let first = projection.columns.map_or(0, |(start, _)| start as usize);
-                numbers(&mut tensors, bias)?[first..first + folded.len()].copy_from_slice(&folded);
+                values_of(&mut tensors, bias)?[first..first + folded.len()].copy_from_slice(&folded);
             }
         }
     }
@@ -111,45 +118,50 @@ pub fn merge(
         (count, 0) => format!("{count} projections"),
         (count, trained) => format!("{count} projections and {trained} trained tensors"),
     };
-    let why = match (dtype.is_some(), held.iter().flatten().all(|held| held.dtype.is_some())) {
-        (true, _) => "as asked for",
-        (false, false) => "as in the files, but for those in types that are not written here",
-        _ if held.iter().all(Option::is_none) => "as it was drawn",
+    let why = match (dtype.is_some(), from_files.iter().flatten().all(|held| held.dtype.is_some())) {
+        (true, _) => "as asked for by `--dtype`",
+        (false, false) => "as in the files, except for types that cannot be written",
+        _ if from_files.iter().all(Option::is_none) => "because the weights are random",
         (false, true) => "as in the files",
     };
-    let types = format!("written in {}, {why}", types(&tensors));
+    let types = format!("written in {}, {why}", type_names(&tensors));
     Ok(Merged { tensors, folded, types })
 }
 
-/// `f32 and bf16`.
-fn types(tensors: &[Tensor]) -> String {
+/// The types of all tensors, such as `f32 and bf16`.
+fn type_names(tensors: &[Tensor]) -> String {
     let mut all: Vec<Float> = tensors.iter().map(|t| t.dtype).collect();
     all.sort_unstable();
     all.dedup();
     all.into_iter().map(Float::name).collect::<Vec<_>>().join(" and ")
 }
 
-fn numbers<'a>(tensors: &'a mut [Tensor], name: &str) -> Result<&'a mut Vec<f32>, RuntimeError> {
+/// The values of the tensor `name`.
+fn values_of<'a>(tensors: &'a mut [Tensor], name: &str) -> Result<&'a mut Vec<f32>, RuntimeError> {
     let found = tensors.iter_mut().find(|t| t.name == name);
-    found.map(|t| &mut t.numbers).ok_or_else(|| RuntimeError::input(name, "is no tensor of the backbone"))
+    found.map(|t| &mut t.numbers).ok_or_else(|| RuntimeError::input(name, "is not a tensor of the backbone"))
 }
 
-/// Where a merged model's files come from.
+/// The folders that a merged model's other files are copied from.
 pub struct Sources<'a> {
-    /// The base model's folder, or `random`.
+    /// The base model's folder or GGUF file, or `random`.
     pub weights: &'a Path,
-    /// Another folder with its tokenizer.
+    /// A folder with the tokenizer, if it is not the base model's.
     pub tokenizer: Option<&'a Path>,
 }
 
 impl<'a> Sources<'a> {
-    /// Those whose other files a merged model has, too.
+    /// The folders whose side files are copied.
     fn folders(&self) -> impl Iterator<Item = &'a Path> {
         [self.weights.is_dir().then_some(self.weights), self.tokenizer].into_iter().flatten()
     }
 }
 
-/// The files that [`save`] may write into its folder.
+/// The files that [`save`] may write, by their paths relative to the output folder.
+///
+/// # Errors
+///
+/// A source folder cannot be read.
 pub fn files(from: &Sources) -> Result<BTreeSet<PathBuf>, Failure> {
     let mut all: BTreeSet<PathBuf> =
         [CONFIG, MODEL].into_iter().chain(model_folder::TOKENS).map(PathBuf::from).collect();
@@ -159,32 +171,38 @@ pub fn files(from: &Sources) -> Result<BTreeSet<PathBuf>, Failure> {
     Ok(all)
 }
 
-/// Writes the folder `out`, all of it or nothing: weights, `config.json`, and what lies beside them in the base model's
-/// folder, with the task's own tokens in the tokenizer. Gives what is to be said of it.
+/// Writes the model folder `out` atomically: weights, `config.json`, and copies of the other files of the base model's
+/// folder, with the task's special tokens added to the tokenizer. Returns notes for the user.
+///
+/// # Errors
+///
+/// A value is out of range for its type, the tokenizer cannot be used or would give a token another id, or a file
+/// cannot be read or written.
 pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result<Vec<String>, Failure> {
     let path = from.weights.join(CONFIG);
     let config = match path.is_file() {
         true => object(&path)?,
-        // Drawn at random: there is nothing to go by but the spec.
+        // Random weights have no `config.json`, so it is written from the spec alone.
         false => Map::from_iter([("model_type".to_string(), json!(model.backbone.name))]),
     };
-    let config = configured(model, config, &merged.tensors);
+    let config = merged_config(model, config, &merged.tensors);
     let mut copied = vec![];
     for folder in from.folders() {
         copied.push((folder, SideFiles::of(folder)?));
     }
     let mut notes = vec![];
     let of_last = matches!(model.task.kind, TaskKind::Classification { .. } | TaskKind::Regression { .. });
-    if of_last && !model.task.enclosed && config.get("pad_token_id").is_none_or(Value::is_null) {
+    if of_last && !model.task.bidirectional && config.get("pad_token_id").is_none_or(Value::is_null) {
         notes.push(
-            "note: config.json has no `pad_token_id`, without which transformers takes one text at a time; set it to the \
+            "note: config.json has no `pad_token_id`, without which transformers takes one text at a time; set it to \
+             the \
              id of a token that no text ends with"
                 .to_owned(),
         );
     }
     let folder = from.tokenizer.unwrap_or(from.weights);
     let tokenizer = tokenizer(model, folder)?;
-    if tokenizer.is_none() && !model.task.special().is_empty() {
+    if tokenizer.is_none() && !model.task.special_tokens().is_empty() {
         notes.push(format!(
             "note: {} holds no tokenizer to write the task's tokens into; `--tokenizer DIR` takes one from elsewhere",
             folder.display()
@@ -193,7 +211,7 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
     let skipped: Vec<&PathBuf> = copied.iter().flat_map(|(_, side)| &side.skipped).collect();
     if !skipped.is_empty() {
         let names: Vec<String> = skipped.iter().map(|path| path.display().to_string()).collect();
-        notes.push(format!("note: not copied, since weights lie there: {}", names.join(", ")));
+        notes.push(format!("note: these folders hold weights and were not copied: {}", names.join(", ")));
     }
     let mut file = TensorFile::default();
     file.notes.insert("format".into(), "pt".into());
@@ -201,7 +219,7 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
         let stored = Stored::rounded(shape, numbers, dtype).map_err(|x| {
             let dtype = dtype.name();
             Failure::Usage(format!(
-                "`{name}` holds {x:e}, for which {dtype} is too small; choose `--dtype f32` or bf16"
+                "`{name}` holds {x:e}, which is out of range for {dtype}; choose `--dtype f32` or `--dtype bf16`"
             ))
         })?;
         file.tensors.insert(name, stored);
@@ -220,27 +238,29 @@ pub fn save(model: &Model, merged: Merged, from: &Sources, out: &Path) -> Result
     Ok(notes)
 }
 
-/// The tokenizer that the task's special tokens are added to; nothing if there are none, or it is not there.
+/// The tokenizer that the task's special tokens are added to; `None` if the task has none, or the folder has no
+/// tokenizer.
 fn tokenizer(model: &Model, folder: &Path) -> Result<Option<Tokenizer>, Failure> {
-    if model.task.special().is_empty() || !folder.exists() {
+    if model.task.special_tokens().is_empty() || !folder.exists() {
         return Ok(None);
     }
-    match Tokenizer::load(folder, &model.task, rows(model)) {
+    match Tokenizer::load(folder, &model.task, vocabulary_rows(model)) {
         Ok(tokenizer) => Ok(Some(tokenizer)),
         Err(DataError::NoTokenizer { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
 
-fn rows(model: &Model) -> u64 {
+/// Rows of the token embedding, the model's first matrix.
+fn vocabulary_rows(model: &Model) -> u64 {
     model.params.iter().find(|p| p.shape.len() == 2).map_or(0, |p| p.shape[0])
 }
 
-/// Writes what stands behind the vocabulary into the tokenizer's files in `fresh`, and reads them: each token has the
-/// id with which the task was trained.
+/// Adds the tokens behind the vocabulary to the tokenizer's files in `fresh`, and reads these files again to check that
+/// each token has the id that it had in training.
 fn add_tokens(model: &Model, tokenizer: &Tokenizer, fresh: &Path) -> Result<(), Failure> {
     model_folder::add_tokens(fresh, &tokenizer.behind())?;
-    let written = Tokenizer::load(fresh, &model.task, rows(model))?;
+    let written = Tokenizer::load(fresh, &model.task, vocabulary_rows(model))?;
     let (wanted, found) = (tokenizer.ids(), written.ids());
     let shown = |id: Option<&u64>| id.map_or("none".to_owned(), u64::to_string);
     let names = wanted.keys().chain(found.keys());
@@ -248,7 +268,7 @@ fn add_tokens(model: &Model, tokenizer: &Tokenizer, fresh: &Path) -> Result<(), 
         Some(token) => Err(Failure::Data(DataError::Tokenizer {
             path: tokenizer.source().to_owned(),
             message: format!(
-                "with the task's tokens written into its files, `{token}` has the id {}, and {} when the task was trained; \
+                "with the task's tokens added to its files, `{token}` has the id {}, but it had {} in training; \
                  save the tokenizer once more with transformers, and merge again",
                 shown(found.get(token)),
                 shown(wanted.get(token))
@@ -258,12 +278,13 @@ fn add_tokens(model: &Model, tokenizer: &Tokenizer, fresh: &Path) -> Result<(), 
     }
 }
 
-/// The checkpoint's configuration with what the spec says of the model's form, and with the type of its weights.
-fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor]) -> Map<String, Value> {
+/// The base model's `config.json` with the keys that merging changes: sizes, flags, labels, the class of the head, and
+/// the type of the weights.
+fn merged_config(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor]) -> Map<String, Value> {
     let new = config.len() == 1;
     for (key, value) in &model.backbone.config {
-        // The vocabulary may have grown, and whether weights are tied the files decided; all else agreed when the
-        // weights were read.
+        // Only the vocabulary may have grown and flags such as weight tying may follow the tensors; all other keys were
+        // compared with the model when the weights were read.
         if new || key == "vocab_size" || matches!(value, ConfigValue::Bool(_)) {
             let value = match value {
                 ConfigValue::Bool(b) => json!(b),
@@ -279,7 +300,7 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
         let ids = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect::<Map<_, _>>();
         config.insert("id2label".into(), Value::Object(names));
         config.insert("label2id".into(), Value::Object(ids));
-        // How many there are `id2label` says.
+        // The number of labels follows from `id2label`.
         for count in ["num_labels", "_num_labels"] {
             config.remove(count);
         }
@@ -290,14 +311,14 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
         }
         TaskKind::Regression { .. } => {
             config.insert("problem_type".into(), json!("regression"));
-            // Two are what transformers takes where no key says how many.
+            // Without these keys transformers assumes two labels.
             ["id2label", "label2id", "_num_labels"].iter().for_each(|key| drop(config.remove(*key)));
             config.insert("num_labels".into(), json!(1));
         }
         _ => {}
     }
     if let Some(class) = config.get("architectures").and_then(|all| all.get(0)?.as_str()).map(str::to_owned) {
-        match architecture(&class, &model.task.kind) {
+        match architecture_with_head(&class, &model.task.kind) {
             Some(class) => drop(config.insert("architectures".into(), json!([class]))),
             None => drop(config.remove("architectures")),
         }
@@ -306,7 +327,7 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
     }
     let values_in = |dtype: Float| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.numbers.len()).sum::<usize>();
     if let Some(usual) = Float::ALL.into_iter().max_by_key(|&dtype| values_in(dtype)) {
-        // The key was renamed; whichever is there says what is written.
+        // transformers renamed `torch_dtype` to `dtype`; the key that the file has is updated.
         let there: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| config.contains_key(*key)).collect();
         for key in if there.is_empty() { vec!["torch_dtype"] } else { there } {
             config.insert(key.into(), json!(usual.torch()));
@@ -315,8 +336,9 @@ fn configured(model: &Model, mut config: Map<String, Value>, tensors: &[Tensor])
     config
 }
 
-/// The class of transformers that has the folder's head, by the name of the base model's. Without a name, transformers goes by `model_type`.
-fn architecture(class: &str, task: &TaskKind) -> Option<String> {
+/// The class of transformers for the task's head, derived from the name of the base model's class. If it is `None`,
+/// transformers chooses by `model_type`.
+fn architecture_with_head(class: &str, task: &TaskKind) -> Option<String> {
     const ENDS: [&str; 4] = ["WithLMHeadModel", "LMHeadModel", "DoubleHeadsModel", "Model"];
     let Some((head, _)) = labels::head(task) else {
         let generates = class.ends_with("LMHeadModel") || class.ends_with("ForCausalLM");
@@ -329,11 +351,13 @@ fn architecture(class: &str, task: &TaskKind) -> Option<String> {
     family.filter(|family| !family.is_empty()).map(|family| format!("{family}{head}"))
 }
 
-/// What the spec's model does that transformers' of this name does not.
+/// Notes for the user: arguments of the backbone that `config.json` has no key for, so that transformers ignores them.
 pub fn notes(model: &Model) -> Vec<String> {
     let say = |(key, value): (&String, &ConfigValue)| {
         let value = serde_json::to_string(value).unwrap_or_default();
-        format!("note: `{key}: {value}` has no place in config.json; transformers does not know of it")
+        format!(
+            "note: `{key}: {value}` cannot be written to config.json, so transformers computes the model without it"
+        )
     };
-    model.backbone.beyond.iter().map(say).collect()
+    model.backbone.extra_args.iter().map(say).collect()
 }

@@ -1,8 +1,8 @@
-//! A first spec for a checkpoint: the backbone by its family, every size as its configuration says, a method as its file
-//! shows it, a task for the data at hand.
+//! Writes a first spec for a checkpoint: the backbone of its family with the sizes of its configuration, a method with
+//! the settings that its file shows, and a task that fits the data.
 //!
-//! Sizes are not read here: [`checkpoint::Description::compare`] says what a file gives each argument of the backbone, so
-//! that a spec is written by the rules by which it is judged.
+//! Sizes are taken from [`checkpoint::Description::compare`], the comparison that judges a spec against a checkpoint.
+//! The spec therefore agrees with the checkpoint by the same rules.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -13,34 +13,42 @@ use peft_grammar::model::{Columns, Model};
 use peft_runtime::RuntimeError;
 use serde_json::Value;
 
-use crate::data::{self, Dataset, Form};
+use crate::data::{self, Dataset, Schema};
 use crate::failure::Failure;
 use crate::hub::checkpoint::{self, Comparison, Description};
 use crate::hub::tokenizer;
 
-/// Steps that a recipe takes at least, however few the examples are.
-const STEPS: f64 = 300.0;
-/// Times that it goes through the examples at least, and at most.
-const EPOCHS: (f64, f64) = (3.0, 60.0);
-/// Tokens of an example where there is no data to go by.
-const TOKENS: u64 = 128;
+/// The least number of steps that a proposed recipe aims at, however few the examples are.
+const MIN_STEPS: f64 = 300.0;
+/// The least and the largest number of epochs of a proposed recipe.
+const EPOCH_RANGE: (f64, f64) = (3.0, 60.0);
+/// `max_tokens` of a task if there is no data.
+const DEFAULT_MAX_TOKENS: u64 = 128;
 
-/// Tokens of an example at most, where a model takes any number.
-const LONGEST: u64 = 4096;
+/// The largest `max_tokens` for a model without a limit of its own, such as one with rotary positions.
+const MAX_TOKENS_IF_UNLIMITED: u64 = 4096;
 
-/// What diagnostics call the spec that is being written.
-const NAME: &str = "new.peft";
+/// The file name in diagnostics of the spec that is being written.
+const SPEC_NAME: &str = "new.peft";
 
-/// A spec that checks, and what there is to be said of how it came about.
+/// A proposed spec.
 pub struct Proposal {
+    /// The text of the spec, which checks and is formatted.
     pub text: String,
-    pub said: Vec<String>,
+    /// Lines for the user about the choices that were made.
+    pub notes: Vec<String>,
 }
 
-/// The arguments of a backbone as a spec writes them.
+/// The arguments of a backbone by name, as values of JSON.
 type Arguments = BTreeMap<String, Value>;
 
-/// Proposes a spec for the weights in `from` by the method of this name, for the data if there is some.
+/// Proposes a spec for the checkpoint `from` with the library's method `method`, and with a task for `data` if it is
+/// given.
+///
+/// # Errors
+///
+/// The library has no such method or no backbone that reads the checkpoint, the checkpoint does not say its sizes, or
+/// the data cannot be read or do not fit the model.
 pub fn propose(from: &Path, method: &str, data: Option<&Path>) -> Result<Proposal, Failure> {
     let Some(mut usage) = library::usage(method) else {
         let methods = library::methods();
@@ -49,45 +57,50 @@ pub fn propose(from: &Path, method: &str, data: Option<&Path>) -> Result<Proposa
         return Err(Failure::Usage(format!("the library has no method `{method}`; it has {}", names.join(", "))));
     };
     let Some(description) = Description::read(from)? else {
-        return Err(RuntimeError::file(from, "it holds no `config.json`, so the model's sizes are not known").into());
+        return Err(RuntimeError::file(
+            from,
+            "it holds no `config.json`, so the model's sizes are not known; fetch that file, too",
+        )
+        .into());
     };
     let backbone = backbone(from, &description)?;
-    let (model, arguments) = sized(from, &backbone, &description)?;
-    let mut said = vec![format!("backbone `{backbone}`, its sizes as the checkpoint says")];
+    let (model, arguments) = arguments_of_checkpoint(from, &backbone, &description)?;
+    let mut notes = vec![format!("backbone `{backbone}`, with the sizes of the checkpoint")];
 
-    let why_rate = scaled(&mut usage, &model);
-    // A prefix takes positions from the task.
+    let why_rate = scale_rate(&mut usage, &model);
+    // Methods such as a prefix add arguments to the backbone, which reduce the task's positions.
     let call_of = call(&backbone, &arguments, &usage.model);
     let model = untuned(&backbone, &call_of)?;
     let mut task = Task::of(&model, &call_of, &description, from, data)?;
-    said.append(&mut task.said);
-    said.push(format!("method `{method}` as its file shows it (`peftc methods {method}`)"));
-    let text = written(&backbone, &arguments, &usage, &task, from, &why_rate);
-    let text = peft_grammar::format(NAME, &text).map_err(|d| Failure::Spec(d.render(false)))?;
+    notes.append(&mut task.notes);
+    notes.push(format!("method `{method}`, with the settings of its file (`peftc methods {method}` shows it)"));
+    let text = spec_text(&backbone, &arguments, &usage, &task, from, &why_rate);
+    let text = peft_grammar::format(SPEC_NAME, &text).map_err(|d| Failure::Spec(d.render(false)))?;
     check(&text)?;
-    Ok(Proposal { text, said })
+    Ok(Proposal { text, notes })
 }
 
+/// Checks the text of a spec without imports of files.
 fn check(text: &str) -> Result<Model, Failure> {
-    peft_grammar::check(NAME, text, &peft_grammar::no_imports).map_err(|d| Failure::Spec(d.render(false)))
+    peft_grammar::check(SPEC_NAME, text, &peft_grammar::no_imports).map_err(|d| Failure::Spec(d.render(false)))
 }
 
-/// The model of a call such as `llama(layers: 2)`, to which no method is applied.
+/// The model of a backbone's call such as `llama(layers: 2)`, without a method.
 fn untuned(backbone: &str, call: &str) -> Result<Model, Failure> {
     check(&format!("import backbones.{backbone}\nmodel = {call}\n"))
 }
 
-/// The backbone that reads the checkpoint. The error says which is nearest, and what it lacks.
+/// The name of the backbone that reads the checkpoint. If there is none, the error names the backbone that knows most
+/// keys of the configuration, and what differs from it.
 fn backbone(from: &Path, description: &Description) -> Result<String, Failure> {
     let (family, reader) = description.family();
     if let Some(reader) = reader {
         return Ok(reader);
     }
-    let family = family.map_or("it does not say what model it is".into(), |name| {
-        format!("the library has no backbone that reads `{name}`")
-    });
+    let family = family
+        .map_or("it does not name its model".into(), |name| format!("the library has no backbone that reads `{name}`"));
     let keys = description.keys();
-    // How many keys of the file each backbone knows.
+    // The nearest backbone is the one that knows most keys of the file.
     let mut nearest: Option<(usize, Model)> = None;
     for backbone in library::backbones() {
         let model = untuned(&backbone.name, &format!("{}()", backbone.name))?;
@@ -97,7 +110,7 @@ fn backbone(from: &Path, description: &Description) -> Result<String, Failure> {
         }
     }
     let Some((_, model)) = nearest else {
-        return Err(RuntimeError::file(from, format!("{family}, and none knows any of its keys")).into());
+        return Err(RuntimeError::file(from, format!("{family}, and no backbone knows any of its keys")).into());
     };
     let name = &model.backbone.name;
     let lacks = match description {
@@ -105,27 +118,29 @@ fn backbone(from: &Path, description: &Description) -> Result<String, Failure> {
             let mut config = config.clone();
             let own = model.backbone.checkpoint.model_types.first().cloned().unwrap_or_default();
             config.insert("model_type".into(), own.into());
-            let found = fitted(name, &Description::Config(config))?.1;
+            let found = fit_arguments(name, &Description::Config(config))?.1;
             [found.wrong, found.warnings.iter().map(|w| format!("  {w}")).collect()].concat()
         }
         Description::Gguf(_) => vec![],
     };
     let lacks = match lacks.is_empty() {
-        true => "by the keys alone it would fit: if its equations are those, a copy of its file in `models/backbones` \
-                 under another `model_type` reads it"
+        true => "the keys agree with it: if the model has the same equations, a copy of that backbone's file in \
+                 `models/backbones` \
+                 with this `model_type` reads it"
             .to_owned(),
-        false => format!("of it, it lacks:\n{}", lacks.join("\n")),
+        false => format!("it differs in:\n{}", lacks.join("\n")),
     };
     Err(RuntimeError::file(from, format!("{family}; the nearest is `{name}`; {lacks}")).into())
 }
 
-/// The backbone with the checkpoint's arguments, and what of the comparison is left then.
-fn fitted(backbone: &str, description: &Description) -> Result<(Model, Comparison, Arguments), Failure> {
+/// The backbone with the arguments that the checkpoint gives, the comparison that remains, and these arguments.
+fn fit_arguments(backbone: &str, description: &Description) -> Result<(Model, Comparison, Arguments), Failure> {
     let mut arguments = Arguments::new();
     loop {
         let model = untuned(backbone, &call(backbone, &arguments, &[]))?;
         let found = description.compare(&model);
-        // What is absent may depend on what is there: a width of four times another. Each round settles one at least.
+        // The default of an absent key may depend on other arguments, such as a width of four times another. Each round
+        // fixes at least one argument, so the loop reaches a fixed point.
         let new = found.arguments.iter().any(|(name, value)| arguments.get(name) != Some(value));
         if !new {
             return Ok((model, found, arguments));
@@ -134,10 +149,15 @@ fn fitted(backbone: &str, description: &Description) -> Result<(Model, Compariso
     }
 }
 
-/// The backbone as the checkpoint has it, tensors included. What only they say (whether logits have a matrix of their
-/// own, in a GGUF file) is set by the mend that the refusal names.
-fn sized(from: &Path, backbone: &str, description: &Description) -> Result<(Model, Arguments), Failure> {
-    let (model, found, mut arguments) = fitted(backbone, description)?;
+/// The backbone and its arguments that agree with the checkpoint's configuration and its tensors. An argument that only
+/// the tensors determine, such as weight tying in a GGUF file, is set by the `--set` option that the refusal of the
+/// weights recommends.
+fn arguments_of_checkpoint(
+    from: &Path,
+    backbone: &str,
+    description: &Description,
+) -> Result<(Model, Arguments), Failure> {
+    let (model, found, mut arguments) = fit_arguments(backbone, description)?;
     if !found.wrong.is_empty() {
         return Err(RuntimeError::weights(from, found.wrong.join("\n")).into());
     }
@@ -154,7 +174,8 @@ fn sized(from: &Path, backbone: &str, description: &Description) -> Result<(Mode
     }
 }
 
-/// `llama(layers: 2, hidden: 64)`, in the order of the backbone's file. Words that are defaults are left out.
+/// The call of a backbone, such as `llama(layers: 2, hidden: 64)`, with arguments in the order of its signature and
+/// `more` behind them. Strings and flags that have their default are left out.
 fn call(backbone: &str, arguments: &Arguments, more: &[String]) -> String {
     let signature =
         library::backbones().into_iter().find(|b| b.name == backbone).map(|b| b.signature).unwrap_or_default();
@@ -183,20 +204,25 @@ fn call(backbone: &str, arguments: &Arguments, more: &[String]) -> String {
     format!("{backbone}({})", all.join(", "))
 }
 
-/// The task block and the recipe that suits it.
+/// The task block and the settings of the recipe that depend on the task.
 struct Task {
     name: &'static str,
+    /// The lines of the task block.
     settings: Vec<String>,
+    /// Sequences of a step.
     batch: u64,
     epochs: f64,
-    /// A line of comment in front of the recipe.
-    why: String,
-    /// A head is new.
-    heads: bool,
-    said: Vec<String>,
+    /// The reason for the number of epochs, for the comment in front of the recipe.
+    recipe_comment: String,
+    /// Whether the task has a head, which trains.
+    has_head: bool,
+    /// Lines for the user.
+    notes: Vec<String>,
 }
 
 impl Task {
+    /// The task for the data, or for the kind of the model if there is no data. `call` is the backbone's call, `from`
+    /// the checkpoint.
     fn of(
         model: &Model,
         call: &str,
@@ -204,45 +230,49 @@ impl Task {
         from: &Path,
         data: Option<&Path>,
     ) -> Result<Self, Failure> {
-        let limit = model.backbone.longest.unwrap_or(LONGEST);
+        let limit = model.backbone.max_sequence_tokens.unwrap_or(MAX_TOKENS_IF_UNLIMITED);
         let writes = model.task.kind.generates();
-        let form = data.map(|data| data::form(data, writes)).transpose()?;
+        let form = data.map(|data| data::infer_schema(data, writes)).transpose()?;
         let backbone = &model.backbone.name;
         let mut task = match (writes, form) {
-            (_, Some(Form::Labelled { columns, labels })) => Task::classification(&columns, named(labels, description)),
-            (_, Some(Form::Numbered(columns))) => Task::regression(&columns),
-            (_, Some(Form::Tagged { tokens, tags, labels })) => {
-                Task::token_classification([&tokens, &tags], named(labels, description))
+            (_, Some(Schema::Labelled { columns, labels })) => {
+                Task::classification(&columns, in_checkpoint_order(labels, description))
             }
-            (true, Some(Form::Records)) => Task::generation(model, description, from, &[]),
-            (true, Some(Form::Texts(columns))) => Task::generation(model, description, from, &columns),
-            (true, Some(Form::Conversations(columns))) => {
+            (_, Some(Schema::Numbered(columns))) => Task::regression(&columns),
+            (_, Some(Schema::Tagged { tokens, tags, labels })) => {
+                Task::token_classification([&tokens, &tags], in_checkpoint_order(labels, description))
+            }
+            (true, Some(Schema::Records)) => Task::generation(model, description, from, &[]),
+            (true, Some(Schema::Texts(columns))) => Task::generation(model, description, from, &columns),
+            (true, Some(Schema::Conversations(columns))) => {
                 let tokenizer = data::Tokenizer::load(from, &model.task, model.params[0].shape[0])?;
                 match (tokenizer.templates(), &columns[..]) {
                     (None, [_, ..]) => Task::generation(model, description, from, &columns),
                     _ => Task::chat(),
                 }
             }
-            (true, Some(Form::Plain)) => Task::text(ending(model, description, from)),
-            (false, Some(Form::Records | Form::Texts(_) | Form::Conversations(_) | Form::Plain)) => {
+            (true, Some(Schema::Plain)) => Task::text(end_token(model, description, from)),
+            (false, Some(Schema::Records | Schema::Texts(_) | Schema::Conversations(_) | Schema::Plain)) => {
                 return Err(Failure::Usage(format!(
-                    "{}: texts to be written, and `{backbone}` classifies; take weights of a model that generates",
+                    "{}: the data hold texts to be generated, and `{backbone}` classifies; take the weights of a \
+                     model that generates",
                     data.unwrap_or(from).display()
                 )));
             }
             (false, None) => {
                 let labels = ["negative", "positive"].map(String::from).to_vec();
-                let mut task = Task::classification(&Columns::default(), named(labels, description));
-                task.said.push("no data: the labels are a guess, write your own".into());
+                let mut task = Task::classification(&Columns::default(), in_checkpoint_order(labels, description));
+                task.notes.push("there are no data, so the labels are a guess: write your own".into());
                 task
             }
             (true, None) => {
                 let mut task = Task::generation(model, description, from, &[]);
-                task.said.push("no data: the template is for WebNLG's records, write your own".into());
+                task.notes
+                    .push("there are no data, so the template is the one for WebNLG's records: write your own".into());
                 task
             }
         };
-        let mut max_tokens = TOKENS.min(limit);
+        let mut max_tokens = DEFAULT_MAX_TOKENS.min(limit);
         if let Some(data) = data {
             let settings = task.settings.join("\n");
             let name = task.name;
@@ -254,31 +284,34 @@ impl Task {
             let read = Dataset::load(data, &model.task, &tokenizer)?;
             max_tokens = (read.longest() as u64).next_multiple_of(8).max(8).min(limit);
             let count = read.len() as f64;
-            let steps = STEPS * task.batch as f64 / count;
-            task.epochs = steps.ceil().clamp(EPOCHS.0, EPOCHS.1);
-            task.why = format!(
-                "{} examples, {} a step: {} times through them are {} steps",
+            let steps = MIN_STEPS * task.batch as f64 / count;
+            task.epochs = steps.ceil().clamp(EPOCH_RANGE.0, EPOCH_RANGE.1);
+            task.recipe_comment = format!(
+                "{} examples, {} a step: {} epochs are {} steps",
                 read.len(),
                 task.batch,
                 task.epochs,
                 (task.epochs * (count / task.batch as f64).ceil()) as u64
             );
-            task.said.push(format!("the longest example has {} tokens: `max_tokens` is {max_tokens}", read.longest()));
+            task.notes.push(format!("the longest example has {} tokens: `max_tokens` is {max_tokens}", read.longest()));
         }
         task.settings.insert(1, format!("  max_tokens: {max_tokens}"));
         Ok(task)
     }
 
+    /// A classification of sequences.
     fn classification(columns: &Columns, labels: Vec<String>) -> Self {
         let names: Vec<String> = labels.iter().map(|l| format!("\"{l}\"")).collect();
         let settings = vec!["  kind: classification".into(), format!("  labels: [{}]", names.join(", "))];
-        Task::heads("labels", settings, columns, format!("a classification into {}", labels.join(", ")))
+        Task::with_head("labels", settings, columns, format!("a classification into {}", labels.join(", ")))
     }
 
+    /// A regression, one number for each sequence.
     fn regression(columns: &Columns) -> Self {
-        Task::heads("numbers", vec!["  kind: regression".into()], columns, "a number for each text".into())
+        Task::with_head("numbers", vec!["  kind: regression".into()], columns, "a number for each text".into())
     }
 
+    /// A classification of tokens, with the columns of the words and of their tags.
     fn token_classification([tokens, tags]: [&str; 2], labels: Vec<String>) -> Self {
         let names: Vec<String> = labels.iter().map(|l| format!("\"{l}\"")).collect();
         let settings = vec![
@@ -287,12 +320,12 @@ impl Task {
             format!("  tokens: \"{tokens}\""),
             format!("  tags: \"{tags}\""),
         ];
-        let said = format!("each word is one of {}", labels.join(", "));
-        Task::heads("tags", settings, &Columns::default(), said)
+        let notes = format!("each word is one of {}", labels.join(", "));
+        Task::with_head("tags", settings, &Columns::default(), notes)
     }
 
-    /// Of a model with a head for what the data ask.
-    fn heads(name: &'static str, mut settings: Vec<String>, columns: &Columns, said: String) -> Self {
+    /// A task whose model has a head.
+    fn with_head(name: &'static str, mut settings: Vec<String>, columns: &Columns, notes: String) -> Self {
         let Columns { text, pair, label } = columns;
         let named = [("text", text), ("pair", pair), ("label", label)];
         settings.extend(named.into_iter().filter_map(|(key, name)| Some(format!("  {key}: \"{}\"", name.as_ref()?))));
@@ -300,47 +333,48 @@ impl Task {
             name,
             settings,
             batch: 16,
-            epochs: EPOCHS.0,
-            why: "three times through the data".into(),
-            heads: true,
-            said: vec![said],
+            epochs: EPOCH_RANGE.0,
+            recipe_comment: "three times through the data".into(),
+            has_head: true,
+            notes: vec![notes],
         }
     }
 
-    /// Of a model that writes, with what there is to be said of it.
-    fn writes(name: &'static str, settings: Vec<String>, said: String) -> Self {
+    /// A task whose model generates text.
+    fn generating(name: &'static str, settings: Vec<String>, notes: String) -> Self {
         Task {
             name,
             settings,
             batch: 8,
-            epochs: EPOCHS.0,
-            why: "three times through the data".into(),
-            heads: false,
-            said: vec![said],
+            epochs: EPOCH_RANGE.0,
+            recipe_comment: "three times through the data".into(),
+            has_head: false,
+            notes: vec![notes],
         }
     }
 
-    /// Of conversations, by the checkpoint's own template.
+    /// Conversations in the checkpoint's own chat template.
     fn chat() -> Self {
-        Task::writes(
+        Task::generating(
             "chat",
             vec!["  kind: chat".into()],
-            "conversations by the checkpoint's own chat template; the loss is on what the assistant says".into(),
+            "conversations in the checkpoint's own chat template; the loss is on the assistant's messages".into(),
         )
     }
 
-    /// Of texts as they stand, which a token may close.
+    /// Plain texts without a template, each ended by the token `end` if there is one.
     fn text(end: Option<String>) -> Self {
         let mut settings = vec!["  kind: text".to_owned()];
         settings.extend(end.as_ref().map(|token| format!("  end: \"{token}\"")));
-        let ends = end.map_or("nothing ends one: the checkpoint names no token".into(), |t| format!("`{t}` ends one"));
-        Task::writes("texts", settings, format!("texts as they stand, every token of them predicted; {ends}"))
+        let ends =
+            end.map_or("no token ends a text, since the checkpoint names none".into(), |t| format!("`{t}` ends each"));
+        Task::generating("texts", settings, format!("plain texts, the loss is on every token; {ends}"))
     }
 
-    /// Of rows with these columns, the last of which is to be written; of WebNLG's records if there are none. The model's
-    /// own token ends a text where its tokenizer has one.
+    /// Text generation from rows with these columns, of which the last is generated; from WebNLG's records if there are
+    /// none. The checkpoint's end token ends a text if its tokenizer has one.
     fn generation(model: &Model, description: &Description, from: &Path, columns: &[String]) -> Self {
-        let end = ending(model, description, from);
+        let end = end_token(model, description, from);
         let mut settings = vec!["  kind: generation".to_owned()];
         settings.extend(end.as_ref().map(|token| format!("  special: [\"{token}\"]")));
         let last = end.as_ref().map(|token| format!(" {token}")).unwrap_or_default();
@@ -351,8 +385,8 @@ impl Task {
             }
             Some((written, given)) => {
                 let fields: String =
-                    given.iter().map(|name| format!("'{}: ' {{{name}}} '\\n' ", titled(name))).collect();
-                let target = format!("'{}: '", titled(written));
+                    given.iter().map(|name| format!("'{}: ' {{{name}}} '\\n' ", field_title(name))).collect();
+                let target = format!("'{}: '", field_title(written));
                 (
                     format!("{fields}{target} {{{written}}}"),
                     target,
@@ -365,47 +399,51 @@ impl Task {
         };
         settings.push(format!("  template: \"{template}{last}\""));
         settings.push(format!("  target: \"{target}\""));
-        let ends = end.map_or("nothing ends it: the checkpoint names no token".into(), |t| format!("`{t}` ends it"));
-        Task::writes("texts", settings, format!("{what}; {ends}"))
+        let ends = end.map_or("no token ends it, since the checkpoint names none".into(), |t| format!("`{t}` ends it"));
+        Task::generating("texts", settings, format!("{what}; {ends}"))
     }
 }
 
-/// The checkpoint's own token at the end of a text, where its tokenizer has one that a template can hold.
-fn ending(model: &Model, description: &Description, from: &Path) -> Option<String> {
-    let id = description.end()?;
+/// The checkpoint's end-of-text token, if its tokenizer has one that can be written in a template.
+fn end_token(model: &Model, description: &Description, from: &Path) -> Option<String> {
+    let id = description.eos_token_id()?;
     let tokenizer = data::Tokenizer::load(from, &model.task, model.params[0].shape[0]).ok()?;
     let (token, _) = tokenizer.ids().into_iter().find(|(_, of)| *of == id)?;
     (!token.contains(['"', '\'', ' ', '(', ')', '{', '}'])).then_some(token)
 }
 
-/// A column's name as the head of its text, `Question`; what a template's literal cannot hold is left out.
-fn titled(name: &str) -> String {
+/// The heading of a column in a template: its name with a capital letter, without characters that a template's literal
+/// cannot hold.
+fn field_title(name: &str) -> String {
     let plain = name.replace(['\'', '"', '\\'], "");
     let mut letters = plain.chars();
     letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
 }
 
-/// Width of the models that methods' rates are of.
-const WIDTH: f64 = 768.0;
+/// The hidden size of the models for which the learning rates in the methods' files were chosen.
+const REFERENCE_WIDTH: f64 = 768.0;
 
-/// Raises the rate for a narrower model, whose best one grows as its width falls (Yang et al., 2021, table 3: Adam's, as
-/// 1 / width). Gives why the rate is what it is.
-fn scaled(usage: &mut Usage, model: &Model) -> String {
+/// Raises the learning rate for a model narrower than [`REFERENCE_WIDTH`], in proportion to 1 / width, which is the
+/// scaling of Adam's best rate (Yang et al. 2021, table 3). Returns the reason for the rate as text.
+fn scale_rate(usage: &mut Usage, model: &Model) -> String {
     let table = model.params.iter().find(|p| p.shape.len() == 2);
-    let width = table.map_or(WIDTH, |table| table.shape[1] as f64);
-    let factor = (WIDTH / width.max(1.0)).max(1.0);
+    let width = table.map_or(REFERENCE_WIDTH, |table| table.shape[1] as f64);
+    let factor = (REFERENCE_WIDTH / width.max(1.0)).max(1.0);
     let rate = usage.train.iter_mut().find(|(key, _)| key == "lr");
     match rate.and_then(|(_, value)| Some((value.parse::<f64>().ok()?, value))) {
         Some((rate, value)) if factor > 1.0 => {
             *value = format!("{:.1e}", rate * factor);
-            format!("The rate of the method's file, {rate:e}, for a width of {width} in place of {WIDTH}")
+            format!(
+                "The learning rate of the method's file, {rate:e}, scaled from a width of {REFERENCE_WIDTH} to \
+                 {width}"
+            )
         }
-        _ => "The rate is that of the method's file".into(),
+        _ => "The learning rate of the method's file".into(),
     }
 }
 
-/// The labels in the order of the checkpoint's own where that has the same ones.
-fn named(labels: Vec<String>, description: &Description) -> Vec<String> {
+/// The labels, in the order of the checkpoint's `id2label` if that holds the same labels.
+fn in_checkpoint_order(labels: Vec<String>, description: &Description) -> Vec<String> {
     let Description::Config(config) = description else { return labels };
     let Some(Value::Object(names)) = config.get("id2label") else { return labels };
     let own = (0..names.len()).map(|id| names.get(&id.to_string())?.as_str().map(str::to_owned));
@@ -414,13 +452,13 @@ fn named(labels: Vec<String>, description: &Description) -> Vec<String> {
     own.filter(same).unwrap_or(labels)
 }
 
-/// The spec's text, to be laid out.
-fn written(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, from: &Path, why: &str) -> String {
+/// The text of the spec, before it is formatted.
+fn spec_text(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, from: &Path, why: &str) -> String {
     let mut text = format!("// For {}.\nimport backbones.{backbone}\n\n", from.display());
-    let _ = writeln!(text, "// As the checkpoint has it.\nmodel = {}\n", call(backbone, arguments, &usage.model));
+    let _ = writeln!(text, "// The sizes of the checkpoint.\nmodel = {}\n", call(backbone, arguments, &usage.model));
     let _ = writeln!(text, "tune {{\n{}", usage.tune.join("\n"));
-    if task.heads {
-        text += "// The head is new, unless the checkpoint holds one.\nhead trainable\n";
+    if task.has_head {
+        text += "// The head is drawn at random if the checkpoint holds none.\nhead trainable\n";
     }
     let _ = writeln!(text, "}}\n\ntask {} {{\n{}\n}}\n", task.name, task.settings.join("\n"));
     let own = |key: &str| usage.train.iter().any(|(k, _)| k == key);
@@ -434,6 +472,6 @@ fn written(backbone: &str, arguments: &Arguments, usage: &Usage, task: &Task, fr
         ("epochs", task.epochs.to_string()),
     ];
     train.extend(others.iter().filter(|(key, _)| !own(key)).map(|(key, value)| format!("{key}: {value}")));
-    let _ = writeln!(text, "// {why}; {}.\ntrain {{\n{}\n}}", task.why, train.join("\n"));
+    let _ = writeln!(text, "// {why}; {}.\ntrain {{\n{}\n}}", task.recipe_comment, train.join("\n"));
     text
 }

@@ -1,8 +1,9 @@
-//! A method's counterpart in Hugging Face PEFT, as the method's file declares it: which keys of
-//! `adapter_config.json` mean which parameters, and which tensors of `adapter_model.safetensors` are which weights.
+//! The counterpart of a method in Hugging Face PEFT, as the method's file declares it: which keys of
+//! `adapter_config.json` correspond to which parameters, and which tensors of `adapter_model.safetensors` to which
+//! weights.
 //!
-//! It travels in the [`Model`](crate::model::Model), so that a program without the front end reads and writes PEFT's
-//! format, too.
+//! Counterparts are part of the [`Model`](crate::model::Model), so that a program without the front end can read and
+//! write PEFT's format.
 
 use std::collections::BTreeMap;
 
@@ -10,147 +11,198 @@ use serde::{Deserialize, Serialize};
 
 use crate::ast::BinaryOp;
 
-/// A value of a configuration's key.
+/// The value of a configuration key.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ConfigValue {
+    /// A boolean.
     Bool(bool),
+    /// An integer.
     Int(i64),
+    /// A float.
     Float(f64),
+    /// A string.
     Str(String),
 }
 
-/// What one definition of a method, for one kind of site, is in PEFT.
+/// The counterpart of one definition of a method, for one kind of site.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Counterpart {
+    /// The name of the method.
     pub method: String,
-    /// The kind of site it is for.
+    /// The kind of site of the definition.
     pub kind: String,
-    /// How many sites of this kind the backbone has; 0 for projections, which lie in other sites.
+    /// The number of sites of this kind in the backbone. It is 0 for projections, which are nested in other sites.
     pub sites: u64,
     /// The value of `peft_type`.
     pub peft_type: String,
+    /// The rules for keys of `adapter_config.json`.
     pub keys: Vec<Key>,
+    /// Effects of keys that have a certain value.
     pub conditions: Vec<Condition>,
+    /// The tensors of each module.
     pub tensors: Vec<Tensor>,
-    /// Tensors that hold the weights of all sites.
+    /// The tensors that hold the weights of all sites.
     pub tables: Vec<Table>,
-    /// Keys that list the modules of this definition, besides `target_modules`.
+    /// Keys that list the modules of this definition, in addition to `target_modules`.
     pub modules: Vec<String>,
 }
 
 impl Counterpart {
-    /// The method applies `weight` times a factor; this is the parameters' part of the tensors that are scaled.
+    /// The factor with which the method multiplies a weight, as an expression over the method's parameters; `None` if
+    /// no tensor is scaled.
     pub fn scale(&self) -> Option<&Scalar> {
         self.tensors.iter().find_map(|t| t.scale.as_ref())
     }
 }
 
-/// What a key of `adapter_config.json` may be.
+/// The rule for a key of `adapter_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Key {
+    /// The key.
     pub name: String,
+    /// Its rule.
     pub rule: Rule,
 }
 
+/// The values that a key may have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
-    /// One of these; the first is written. `patterns` names the key that holds other values by module; `hint` is the
-    /// mend of a value that is none of them.
-    Is { values: Vec<Constant>, patterns: Option<String>, hint: Option<String> },
-    /// Any value: the adapter computes the same. `written` is what an export writes.
-    Free { written: Option<Constant> },
+    /// The key has one of these values.
+    Is {
+        /// The accepted values. An export writes the first.
+        values: Vec<Constant>,
+        /// The key that holds other values by module.
+        patterns: Option<String>,
+        /// The advice of the error for any other value.
+        hint: Option<String>,
+    },
+    /// The key may have any value, since the adapter's function does not depend on it.
+    Free {
+        /// The value that an export writes.
+        written: Option<Constant>,
+    },
 }
 
+/// A value in a rule.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Constant {
-    /// `null`, or an empty object or list.
+    /// `null`, an empty object or an empty list.
     Null,
+    /// A literal.
     Value(ConfigValue),
-    /// A parameter of the method, or a variable it knows.
+    /// A parameter of the method, or a variable of the site.
     Name(String),
 }
 
-/// What follows when a key has a value.
+/// The effect of a key that has a certain value.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Condition {
+    /// The key.
     pub key: String,
+    /// The value that triggers the effect.
     pub value: ConfigValue,
+    /// The effect.
     pub then: Consequence,
 }
 
+/// The effect of a key's value.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Consequence {
-    /// A parameter of PEFT's has this value in place of what its key says.
-    Set { name: String, value: Scalar },
-    /// The matrix of the base model, as it is stored, becomes W − scale · part(W, rank).
-    Residual { scale: Scalar, part: Part, rank: Scalar },
+    /// A parameter in PEFT has this value instead of the one that its key holds.
+    Set {
+        /// The parameter.
+        name: String,
+        /// Its value.
+        value: Scalar,
+    },
+    /// The stored matrix W of the base model is replaced by W − scale · part(W, rank).
+    Residual {
+        /// The factor.
+        scale: Scalar,
+        /// The part that is subtracted.
+        part: Part,
+        /// The rank of the part.
+        rank: Scalar,
+    },
 }
 
-/// A part of a matrix W of this rank.
+/// A low-rank part of a matrix W.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Part {
-    /// Of W = U S Vᵀ the largest singular values' U_r S_r V_rᵀ.
+    /// U_r S_r V_rᵀ, the part of the r largest singular values of W = U S Vᵀ.
     Svd,
-    /// Of W = Q R the first columns of Q times the first rows of R.
+    /// The product of the first r columns of Q and the first r rows of R, where W = Q R.
     Qr,
 }
 
-/// A tensor that belongs to one module of PEFT's: `MODULE.NAME`.
+/// A tensor of one module, which PEFT names `MODULE.NAME`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tensor {
-    /// What follows the module's name: `lora_A.weight`.
+    /// The name after the module's: `lora_A.weight`.
     pub name: String,
+    /// The axes of the tensor in PEFT.
     pub axes: Vec<Axis>,
-    /// The projection of the site that it is for; none if the method is one of projections.
+    /// The projection of the site that the tensor belongs to; `None` if the method applies to projections.
     pub projection: Option<String>,
-    /// The name of the weight below the method's path: `a` of `layers.0.attention.q.lora.a`.
+    /// The name of the weight below the method's path: `a` in `layers.0.attention.q.lora.a`.
     pub weight: String,
-    /// What stands before the weight in the method's equations: `alpha / rank`.
+    /// The factor of the weight in the method's equations: `alpha / rank`.
     pub scale: Option<Scalar>,
-    /// The parameter, a `bool`, without which there is no such tensor.
+    /// A `bool` parameter; the tensor exists only where it is true.
     pub condition: Option<String>,
-    /// Its numbers at outputs of a fused matrix that no method changes; none if there may be no such outputs.
+    /// The value at outputs of a fused matrix that no method changes. `None` if there may be no such outputs.
     pub elsewhere: Option<f64>,
 }
 
+/// An axis of a tensor in PEFT.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Axis {
-    /// The module's inputs, and its outputs.
+    /// The inputs of the module.
     Inputs,
+    /// The outputs of the module.
     Outputs,
-    /// As long as this parameter says: methods at parts of a fused matrix lie side by side.
+    /// An axis whose length is this parameter. Methods on parts of a fused matrix are concatenated along it.
     Param(String),
-    /// An axis of length 1, which the weight lacks.
+    /// An axis of length 1, which the weight does not have.
     One,
 }
 
-/// A tensor [n, sites · weights · d] of the whole model: the weights [n, d] of the first site, then of the next.
+/// A tensor [n, sites · weights · d] of the whole model: the weights `[n, d]` of the first site, then those of the
+/// next.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Table {
+    /// The name of the tensor.
     pub name: String,
-    /// Names below the method's path.
+    /// The names of the weights below the method's path.
     pub weights: Vec<String>,
 }
 
-/// An expression over numbers that parameters have.
+/// An arithmetic expression over numeric parameters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scalar {
+    /// A literal.
     Number(f64),
+    /// A parameter.
     Name(String),
+    /// A square root.
     Sqrt(Box<Scalar>),
+    /// A sum, difference, product or quotient.
     Binary(BinaryOp, Box<Scalar>, Box<Scalar>),
 }
 
 impl Scalar {
-    /// Its value where names have the values `known`. The error is a name that has none, or an operator that is none
-    /// of numbers.
+    /// The value of the expression for these values of the names.
+    ///
+    /// # Errors
+    ///
+    /// The first name without a value, or the first operator that is not one of `+ - * /`.
     pub fn value(&self, known: &BTreeMap<String, f64>) -> Result<f64, String> {
         Ok(match self {
             Scalar::Number(x) => *x,
@@ -169,7 +221,7 @@ impl Scalar {
         })
     }
 
-    /// The names that it reads.
+    /// The names that the expression reads.
     pub fn names(&self) -> Vec<&str> {
         match self {
             Scalar::Number(_) => vec![],

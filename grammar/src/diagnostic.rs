@@ -1,4 +1,4 @@
-//! What is wrong with a spec: one plain [`Diagnostic`] for each place, rendered by ariadne.
+//! Errors in specs: plain [`Diagnostic`] values, which ariadne renders.
 
 use std::fmt;
 use std::ops::Range;
@@ -7,21 +7,25 @@ use ariadne::{CharSet, Color, Config, IndexType, Label, Report, ReportKind};
 
 use crate::source::{FileId, Sources, Span};
 
-/// An error.
+/// An error at a place of a spec.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Diagnostic {
+    /// One sentence that states the error.
     pub title: String,
+    /// The place of the error.
     pub span: Span,
-    /// What stands beside the marked place; empty = "here", the title says it.
+    /// The text printed at the place. When it is empty, "here" is printed.
     pub label: String,
-    /// Other places that have a part in it.
+    /// Other places that contribute to the error, with their labels.
     pub related: Vec<(Span, String)>,
+    /// Additional facts.
     pub notes: Vec<String>,
-    /// How to mend it.
+    /// Advice on how to fix the error.
     pub hint: Option<String>,
 }
 
 impl Diagnostic {
+    /// An error without label, related places, notes or hint.
     pub fn error(span: Span, title: impl Into<String>) -> Self {
         Diagnostic {
             title: title.into(),
@@ -32,23 +36,27 @@ impl Diagnostic {
             hint: None,
         }
     }
+    /// Sets the label of the place.
     pub fn label(mut self, label: impl Into<String>) -> Self {
         self.label = label.into();
         self
     }
+    /// Adds a related place.
     pub fn related(mut self, span: Span, label: impl Into<String>) -> Self {
         self.related.push((span, label.into()));
         self
     }
+    /// Adds a note.
     pub fn note(mut self, note: impl Into<String>) -> Self {
         self.notes.push(note.into());
         self
     }
+    /// Sets the hint.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
-    /// Offers the nearest of the known names, or lists them when none is near.
+    /// Sets the hint to the known name nearest to `found`, or to a list of the known names if none is near.
     pub fn suggest<'a>(self, found: &str, known: impl IntoIterator<Item = &'a str>) -> Self {
         let known: Vec<&str> = known.into_iter().collect();
         match (nearest(found, known.iter().copied()), list(&known)) {
@@ -59,14 +67,15 @@ impl Diagnostic {
     }
 }
 
-/// The known name that `found` most likely stands for.
+/// The known name that `found` is most likely a misspelling of: a prefix relation or a small Damerau–Levenshtein
+/// distance.
 pub fn nearest<'a>(found: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let lower = found.to_lowercase();
     let distance = |name: &str| strsim::damerau_levenshtein(&lower, &name.to_lowercase());
     let known: Vec<&str> = known.into_iter().collect();
     let (near, distance) = known.iter().map(|name| (*name, distance(name))).min_by_key(|(_, d)| *d)?;
     if distance > 1 || near.len() == 1 {
-        // `integer` for `int`, `qq` for `q`.
+        // A prefix relation goes before a distance: `integer` for `int`, `qq` for `q`.
         let part = known
             .iter()
             .find(|name| lower.starts_with(&name.to_lowercase()) || name.to_lowercase().starts_with(&lower));
@@ -78,33 +87,37 @@ pub fn nearest<'a>(found: &str, known: impl IntoIterator<Item = &'a str>) -> Opt
     (distance <= limit && near.chars().count() > distance).then_some(near)
 }
 
-/// ` (did you mean …?)` where a known name is near, else nothing.
+/// ` (did you mean …?)` if a known name is near, else the empty string.
 pub fn did_you_mean(found: &str, known: &[&str]) -> String {
     nearest(found, known.iter().copied()).map_or(String::new(), |near| format!(" (did you mean `{near}`?)"))
 }
 
-/// `a`, `b`, `c`; nothing when there are none, the first twelve when there are many.
+/// `a`, `b`, `c`. `None` for no names; only the first twelve of many.
 pub fn list(names: &[&str]) -> Option<String> {
     let shown: Vec<String> = names.iter().take(12).map(|n| format!("`{n}`")).collect();
     let rest = if names.len() > 12 { ", …" } else { "" };
     (!names.is_empty()).then(|| shown.join(", ") + rest)
 }
 
-/// Everything wrong with a spec, with the texts it was found in.
+/// All errors in a spec, with the texts of the files they refer to.
 #[derive(Clone, Debug)]
 pub struct Diagnostics {
+    /// The errors.
     pub list: Vec<Diagnostic>,
+    /// The files.
     pub sources: Sources,
 }
 
 impl Diagnostics {
-    /// In order of place, one for each place: an error in a method shows once, not once a layer.
+    /// Sorts the errors by place and keeps one for each place, so that an error in a method is reported once, not once
+    /// for each layer.
     pub fn new(mut list: Vec<Diagnostic>, sources: Sources) -> Self {
         list.sort_by_key(|d| d.span);
         list.dedup_by_key(|d| d.span);
         Diagnostics { list, sources }
     }
 
+    /// The errors as text for a terminal, with ANSI colours if `color`.
     pub fn render(&self, color: bool) -> String {
         let config = Config::new()
             .with_color(color)
@@ -138,11 +151,13 @@ impl std::error::Error for Diagnostics {}
 impl Diagnostic {
     fn report(&self, sources: &Sources, config: Config) -> Report<'_, (FileId, Range<usize>)> {
         let range = |span: Span| (span.file, span.start as usize..span.end.max(span.start) as usize);
-        // A place without a word beside it is marked by color alone: by nothing, in a log.
+        // Every place gets a label. A place without one would be marked by colour alone, which a log file does not
+        // show.
         let word = if self.label.is_empty() { "here" } else { &self.label };
         let related = self.related.iter().map(|(span, text)| (*span, text.as_str(), Color::Blue));
         let mut places: Vec<_> = std::iter::once((self.span, word, Color::Red)).chain(related).collect();
-        // A file is shown once if its places come line by line; on one line, the last first crosses no other's mark.
+        // Ariadne prints a file once if its places are sorted by line. Within a line, labels from right to left do not
+        // cross.
         let files: Vec<FileId> = places.iter().map(|(span, ..)| span.file).collect();
         let line = |span: &Span| sources.get(span.file).position(span.end.saturating_sub(1).max(span.start)).0;
         places.sort_by_key(|(span, ..)| {
@@ -185,7 +200,7 @@ mod tests {
     use crate::source::{Sources, Span};
 
     #[test]
-    fn a_file_is_shown_once() {
+    fn labels_of_one_file_share_an_excerpt() {
         let mut sources = Sources::default();
         let file = sources.add("a.peft", "one = 1\ntwo = 2\none = 3 + one\n");
         let place = |start, end| Span::new(file, start, end);
@@ -209,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_near_is_offered() {
+    fn nearest_suggests_only_similar_names() {
         let known = ["rank", "alpha", "dropout", "bias", "q", "k", "v"];
         for (found, expected) in [
             ("rnak", Some("rank")),

@@ -1,9 +1,10 @@
-//! The canonical layout of a spec: two spaces a level, one space where one belongs, at most one blank line.
+//! The formatter: two spaces of indentation for each level, normalised spaces between tokens, at most one blank line in
+//! a row.
 //!
-//! It works on tokens: line ends stay where the author put them, and comments are tokens like others,
-//! so that nothing can be lost. Formatting twice changes nothing.
+//! It works on tokens. Line breaks stay where the author put them, and comments are tokens, so that nothing is lost.
+//! Formatting is idempotent.
 
-/// Lays out a text that parses.
+/// Formats a text that parses.
 pub(crate) fn layout(text: &str) -> String {
     let mut out = String::new();
     let mut stack: Vec<Bracket> = Vec::new();
@@ -42,17 +43,18 @@ pub(crate) fn layout(text: &str) -> String {
     out
 }
 
-/// The tokens by line. A `{` that closes on a later line ends its own, and its `}` begins one.
+/// The tokens of each line. If a `{` closes on a later line, a line break follows the `{`, and another precedes its
+/// `}`.
 fn lines(text: &str) -> Vec<Vec<Token<'_>>> {
     let lines: Vec<Vec<Token>> = text.lines().map(tokens).collect();
     let mut open = Vec::new();
-    // Places before which a line breaks.
+    // The tokens that start a new line: (line, token).
     let mut breaks = Vec::new();
     for (number, line) in lines.iter().enumerate() {
         for (i, token) in line.iter().enumerate() {
-            if token.sign(&["{"]) {
+            if token.is_sign(&["{"]) {
                 open.push((number, i));
-            } else if token.sign(&["}"])
+            } else if token.is_sign(&["}"])
                 && let Some((from, at)) = open.pop()
                 && from != number
             {
@@ -78,13 +80,13 @@ fn lines(text: &str) -> Vec<Vec<Token<'_>>> {
     broken
 }
 
-/// An open bracket, and the line it is on.
+/// An open bracket and its line.
 struct Bracket {
     line: usize,
     square: bool,
 }
 
-/// Brackets opened on one line indent once.
+/// The indentation level. Brackets that open on the same line indent once.
 fn levels(stack: &[Bracket]) -> usize {
     let mut lines: Vec<usize> = stack.iter().map(|b| b.line).collect();
     lines.dedup();
@@ -106,7 +108,7 @@ struct Token<'a> {
     text: &'a str,
 }
 
-/// Words between operands, or before one.
+/// Words that separate operands or precede one.
 const OPERATOR_WORDS: &[&str] = &[
     "and", "or", "not", "if", "else", "in", "of", "as", "on", "return", "require", "expose", "store", "rows", "layers",
     "only", "except", "longest", "skip", "is",
@@ -119,10 +121,11 @@ impl Token<'_> {
     fn closes(&self) -> bool {
         self.kind == Kind::Sign && matches!(self.text, ")" | "]" | "}")
     }
-    fn sign(&self, signs: &[&str]) -> bool {
+    fn is_sign(&self, signs: &[&str]) -> bool {
         self.kind == Kind::Sign && signs.contains(&self.text)
     }
-    /// An operand ends here, so that a bracket after it is a call or an index, a minus a difference.
+    /// Whether an operand ends with this token. A bracket after an operand is a call or an index, and a minus is a
+    /// subtraction.
     fn ends_operand(&self) -> bool {
         match self.kind {
             Kind::Word => !OPERATOR_WORDS.contains(&self.text),
@@ -130,43 +133,43 @@ impl Token<'_> {
             _ => true,
         }
     }
-    fn binary(&self) -> bool {
+    fn is_binary(&self) -> bool {
         let signs = ["+", "-", "*", "/", "%", "@", "==", "!=", "<=", ">=", "<", ">", "=", "~"];
-        self.sign(&signs) || self.kind == Kind::Word && matches!(self.text, "and" | "or")
+        self.is_sign(&signs) || self.kind == Kind::Word && matches!(self.text, "and" | "or")
     }
 }
 
-/// The line goes on with what the line before began.
+/// Whether the line continues the statement of the previous line.
 fn continues(previous: &[Token], line: &[Token]) -> bool {
     let first = &line[0];
-    let goes_on = first.binary() || first.kind == Kind::Word && matches!(first.text, "on" | "as" | "of" | "from");
-    goes_on && !previous.is_empty() || previous.last().is_some_and(Token::binary)
+    let goes_on = first.is_binary() || first.kind == Kind::Word && matches!(first.text, "on" | "as" | "of" | "from");
+    goes_on && !previous.is_empty() || previous.last().is_some_and(Token::is_binary)
 }
 
-/// A space stands between what came before on the line and `token`.
+/// Whether a space separates `token` from the tokens before it on the line.
 fn spaced(before: &[Token], token: &Token, stack: &[Bracket]) -> bool {
     let Some(last) = before.last() else { return false };
     let in_square = stack.last().is_some_and(|b| b.square);
     if token.kind == Kind::Comment {
         return true;
     }
-    if last.sign(&["{"]) || token.sign(&["}"]) {
-        return !(last.sign(&["{"]) && token.sign(&["}"]));
+    if last.is_sign(&["{"]) || token.is_sign(&["}"]) {
+        return !(last.is_sign(&["{"]) && token.is_sign(&["}"]));
     }
-    if last.sign(&["(", "[", "..", "."]) || token.sign(&[")", "]", ",", "..", "."]) {
+    if last.is_sign(&["(", "[", "..", "."]) || token.is_sign(&[")", "]", ",", "..", "."]) {
         return false;
     }
-    if token.sign(&[":"]) {
-        return last.sign(&[","]);
+    if token.is_sign(&[":"]) {
+        return last.is_sign(&[","]);
     }
-    if last.sign(&[":"]) {
+    if last.is_sign(&[":"]) {
         return !in_square;
     }
-    if token.sign(&["(", "["]) {
+    if token.is_sign(&["(", "["]) {
         return !last.ends_operand() || last.kind == Kind::String;
     }
-    // A sign that belongs to the number after it.
-    if last.sign(&["-"]) {
+    // A minus after anything but an operand is the sign of the next token.
+    if last.is_sign(&["-"]) {
         return before.len() >= 2 && before[before.len() - 2].ends_operand();
     }
     true
@@ -195,7 +198,7 @@ fn tokens(line: &str) -> Vec<Token<'_>> {
     tokens
 }
 
-/// The length of the number at the start of `text`: the dots of `0..6` are not part of it.
+/// The length of the number at the start of `text`. The dots of a range `0..6` are not part of the number.
 fn number(text: &str) -> usize {
     let bytes = text.as_bytes();
     let digits = |mut at: usize| {

@@ -1,13 +1,16 @@
-//! The front end: `.peft` text to a checked model. Pure: no I/O, no MLIR.
+//! The front end, from `.peft` text to a checked model. It does no I/O and does not depend on MLIR.
 //!
-//! [`parse`] gives the syntax tree, [`check`] and [`compile_with`] the [`Model`](model::Model), [`format`]
-//! the canonical text. What is wrong with a text is a [`Diagnostics`], which renders itself.
+//! [`parse`] returns the syntax tree, [`check()`] and [`compile_with`] return the [`Model`], and [`format()`] returns
+//! the canonical text. All errors in a text are collected in a [`Diagnostics`], which renders itself.
+
+#![deny(missing_docs)]
 
 pub mod ast;
 pub mod bounds;
 mod check;
 pub mod counterpart;
 pub mod diagnostic;
+mod display;
 mod format;
 pub mod graph;
 pub mod library;
@@ -17,12 +20,11 @@ mod overrides;
 mod parser;
 pub mod pattern;
 pub mod recipe;
-mod show;
 pub mod source;
 
 pub use check::Resolver;
 pub use diagnostic::{Diagnostic, Diagnostics};
-pub use show::grouped;
+pub use display::group_digits;
 
 use model::Model;
 use source::{FileId, Sources};
@@ -33,18 +35,30 @@ fn open(name: &str, source: &str) -> Sources {
     sources
 }
 
-/// The syntax tree of a text. `name` stands in diagnostics.
+/// Parses a text. Diagnostics refer to it as `name`.
+///
+/// # Errors
+///
+/// The syntax errors of the text.
 pub fn parse(name: &str, source: &str) -> Result<ast::Ast, Diagnostics> {
     parser::parse(FileId(0), source).map_err(|errors| Diagnostics::new(errors, open(name, source)))
 }
 
-/// Checks a spec; `resolver` reads the files it imports.
+/// Checks a spec. `resolver` reads the files that it imports.
+///
+/// # Errors
+///
+/// All errors in the spec and in the files that it imports.
 pub fn check(name: &str, source: &str, resolver: &Resolver) -> Result<Model, Diagnostics> {
     compile_with(name, source, &[], resolver)
 }
 
-/// Checks a spec with some of its values set from outside: `train.steps=20`, `model.layers=2`,
-/// `task.max_tokens=64`, `lora.rank=4` (wherever the spec applies `lora`).
+/// Checks a spec with overrides: `train.steps=20`, `model.layers=2`, `task.max_tokens=64`, or `lora.rank=4`, which
+/// changes all applications of `lora`.
+///
+/// # Errors
+///
+/// All errors in the overrides, the spec and the files that it imports.
 pub fn compile_with(
     name: &str,
     source: &str,
@@ -60,13 +74,21 @@ pub fn compile_with(
     check::check(ast, sources, errors, resolver)
 }
 
-/// The canonical layout of a text that parses.
+/// Formats a text.
+///
+/// # Errors
+///
+/// The syntax errors of the text.
 pub fn format(name: &str, source: &str) -> Result<String, Diagnostics> {
     parse(name, source)?;
     Ok(format::layout(source))
 }
 
-/// For specs that import nothing but the library.
-pub fn no_imports(path: &str) -> Result<String, String> {
-    Err(format!("`{path}` is out of reach here"))
+/// A resolver for specs that import only the library.
+///
+/// # Errors
+///
+/// Always, since it reads no files.
+pub fn no_imports(_path: &str) -> Result<String, String> {
+    Err("only the library can be imported here".into())
 }

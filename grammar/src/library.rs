@@ -1,72 +1,75 @@
-//! The language's own library, embedded in the binary: backbones, methods and the functions they share, tasks and recipes.
+//! The standard library of the language, embedded in the binary: backbones, methods, shared functions, tasks and
+//! recipes.
 
 use serde::Serialize;
 
-use crate::ast::{Arg, Entry, Item, ParamDef, Setting, Settings};
+use crate::ast::{Arg, CheckpointEntry, Item, ParamDef, Setting, Settings};
 use crate::check::purposes;
 use crate::source::{FileId, Span};
 
-/// Modules by path below `models/`, with their texts: every file there is one.
+/// All modules: the path below `models/`, and the text.
 pub const MODULES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
-/// `backbones/gpt2.peft` as an import writes it: `backbones.gpt2`.
+/// The module name of a path: `backbones.gpt2` for `backbones/gpt2.peft`.
 pub(crate) fn module_name(path: &str) -> String {
     path.trim_end_matches(".peft").replace('/', ".")
 }
 
-/// A definition of the library, as its file describes it.
+/// A definition of the library with its documentation.
 #[derive(Clone, Debug, Serialize)]
-pub struct Described {
+pub struct LibraryEntry {
+    /// The name of the definition.
     pub name: String,
-    /// `lora(rank: int, alpha: float = rank, …) on projection`, `webnlg for generation`
+    /// The header: `lora(rank: int, alpha: float = rank, …) on projection`, `webnlg for generation`.
     pub signature: String,
-    /// Its doc comment, `///` taken off.
+    /// The doc comment without its `///`.
     pub doc: String,
-    /// Below `models/`.
+    /// The path of the file below `models/`.
     pub file: &'static str,
+    /// The text of the file.
     pub source: &'static str,
 }
 
-/// Every method, by file.
-pub fn methods() -> Vec<Described> {
-    described("methods/")
+/// All methods, by file.
+pub fn methods() -> Vec<LibraryEntry> {
+    entries_in("methods/")
 }
 
-/// Every backbone, by file.
-pub fn backbones() -> Vec<Described> {
-    described("backbones/")
+/// All backbones, by file.
+pub fn backbones() -> Vec<LibraryEntry> {
+    entries_in("backbones/")
 }
 
-/// Every task, by file.
-pub fn tasks() -> Vec<Described> {
-    described("tasks/")
+/// All tasks, by file.
+pub fn tasks() -> Vec<LibraryEntry> {
+    entries_in("tasks/")
 }
 
-/// Every training recipe, by file.
-pub fn recipes() -> Vec<Described> {
-    described("recipes/")
+/// All training recipes, by file.
+pub fn recipes() -> Vec<LibraryEntry> {
+    entries_in("recipes/")
 }
 
-/// The module of the library that defines a task: `tasks.webnlg`.
+/// The module that defines a task: `tasks.webnlg`.
 pub(crate) fn task_module(name: &str) -> Option<String> {
     tasks().into_iter().find(|task| task.name == name).map(|task| module_name(task.file))
 }
 
-/// The backbone whose checkpoints have this `model_type` in their `config.json`.
+/// The backbone whose checkpoints have this `model_type` in `config.json`.
 pub fn backbone_of(model_type: &str) -> Option<String> {
-    backbone_with(|entry| matches!(entry, Entry::ModelType(all) if all.iter().any(|t| t.text == model_type)))
+    backbone_with(|entry| matches!(entry, CheckpointEntry::ModelType(all) if all.iter().any(|t| t.text == model_type)))
 }
 
 /// The backbone whose GGUF files have this `general.architecture` in their metadata.
 pub fn backbone_of_gguf(architecture: &str) -> Option<String> {
     backbone_with(|entry| match entry {
-        Entry::Gguf { architectures, .. } => architectures.iter().any(|t| t.text == architecture),
+        CheckpointEntry::Gguf { architectures, .. } => architectures.iter().any(|t| t.text == architecture),
         _ => false,
     })
 }
 
-/// The first backbone of the library whose `checkpoint` block has an entry that fits.
-fn backbone_with(fits: impl Fn(&Entry) -> bool) -> Option<String> {
+/// The first backbone with a `checkpoint` entry that satisfies `fits`.
+fn backbone_with(fits: impl Fn(&CheckpointEntry) -> bool) -> Option<String> {
     let files = MODULES.iter().filter(|(path, _)| path.starts_with("backbones/"));
     let asts = files.filter_map(|(_, source)| crate::parser::parse(FileId(0), source).ok());
     asts.flat_map(|ast| ast.items).find_map(|item| match item {
@@ -75,7 +78,7 @@ fn backbone_with(fits: impl Fn(&Entry) -> bool) -> Option<String> {
     })
 }
 
-/// Methods that have a counterpart in PEFT, with its `peft_type`, by name.
+/// The methods that have a counterpart in PEFT, with their `peft_type`, sorted by name.
 pub fn counterparts() -> Vec<(String, String)> {
     let mut all = Vec::new();
     for &(_, source) in MODULES.iter().filter(|(path, _)| path.starts_with("methods/")) {
@@ -90,8 +93,8 @@ pub fn counterparts() -> Vec<(String, String)> {
     all
 }
 
-/// The method of a `peft_type` whose modules are listed by `key`, with the kind of site that it is written for.
-pub fn lister(peft_type: &str, key: &str) -> Option<(String, String)> {
+/// The method of this `peft_type` whose modules are listed under `key`, with its kind of site.
+pub fn method_listing(peft_type: &str, key: &str) -> Option<(String, String)> {
     use crate::ast::CounterpartLine::Modules;
     let asts = MODULES.iter().filter(|(path, _)| path.starts_with("methods/"));
     let asts = asts.filter_map(|(_, source)| crate::parser::parse(FileId(0), source).ok());
@@ -103,8 +106,8 @@ pub fn lister(peft_type: &str, key: &str) -> Option<(String, String)> {
     })
 }
 
-/// Methods of a `peft_type` that declare `key` to be `value`, as it is written there.
-pub fn methods_where(peft_type: &str, key: &str, value: &str) -> Vec<String> {
+/// The methods of this `peft_type` that declare the value of `key` to be `value`, which is compared as source text.
+pub fn methods_declaring(peft_type: &str, key: &str, value: &str) -> Vec<String> {
     use crate::ast::CounterpartLine::Is;
     let mut all = Vec::new();
     for &(_, source) in MODULES.iter().filter(|(path, _)| path.starts_with("methods/")) {
@@ -126,18 +129,18 @@ pub fn methods_where(peft_type: &str, key: &str, value: &str) -> Vec<String> {
     all
 }
 
-/// How a method is used where nothing else is known: the blocks that its file ends with.
+/// A default application of a method: the blocks at the end of its file.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Usage {
-    /// Arguments of the backbone, as they are written: `first_position: 16`.
+    /// Arguments of the backbone, as source text: `first_position: 16`.
     pub model: Vec<String>,
-    /// The rules of `tune`, as they are written.
+    /// The rules of `tune`, as source text.
     pub tune: Vec<String>,
-    /// Settings of `train`, with their values as they are written.
+    /// The settings of `train`, with their values as source text.
     pub train: Vec<(String, String)>,
 }
 
-/// The usage that the file of a method shows.
+/// The default application in the file of a method.
 pub fn usage(method: &str) -> Option<Usage> {
     let files = MODULES.iter().filter(|(path, _)| path.starts_with("methods/"));
     let parsed = files.filter_map(|&(_, source)| Some((source, crate::parser::parse(FileId(0), source).ok()?)));
@@ -166,10 +169,10 @@ fn argument(source: &str, arg: &Arg) -> String {
     name + slice(source, arg.value.span)
 }
 
-fn described(folder: &str) -> Vec<Described> {
+fn entries_in(folder: &str) -> Vec<LibraryEntry> {
     let mut all = Vec::new();
     for &(file, source) in MODULES.iter().filter(|(path, _)| path.starts_with(folder)) {
-        // The library's own files parse: the tests see to it.
+        // The tests ensure that all files of the library parse.
         let Ok(ast) = crate::parser::parse(FileId(0), source) else { continue };
         for item in ast.items {
             let (name, signature) = match item {
@@ -191,13 +194,13 @@ fn described(folder: &str) -> Vec<Described> {
             };
             let signature = name.text.clone() + &signature;
             let doc = doc_before(source, name.span.start as usize);
-            all.push(Described { name: name.text, signature, doc, file, source });
+            all.push(LibraryEntry { name: name.text, signature, doc, file, source });
         }
     }
     all
 }
 
-/// `(rank: int, alpha: float = rank)`
+/// A parameter list as source text: `(rank: int, alpha: float = rank)`.
 fn params(source: &str, params: &[ParamDef]) -> String {
     let param = |p: &ParamDef| {
         let default = p.default.as_ref().map(|e| format!(" = {}", slice(source, e.span))).unwrap_or_default();
@@ -210,7 +213,7 @@ fn slice(source: &str, span: Span) -> &str {
     &source[span.start as usize..span.end as usize]
 }
 
-/// The `///` lines right above the line that `at` lies in.
+/// The text of the `///` lines directly above the line that contains byte `at`.
 fn doc_before(source: &str, at: usize) -> String {
     let above: Vec<&str> = source[..at].lines().collect();
     let above = &above[..above.len().saturating_sub(1)];

@@ -1,5 +1,5 @@
-//! The checked model: names resolved, methods expanded at their sites, every shape known, the
-//! trainable set decided. It is what `--emit model` shows and what every later stage starts from.
+//! The checked model: names are resolved, methods are expanded at their sites, all shapes are known, and the set of
+//! trainable tensors is decided. `--emit model` prints it, and all later stages start from it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,226 +10,259 @@ pub use crate::counterpart::ConfigValue;
 use crate::counterpart::Counterpart;
 use crate::graph::{Graph, Value};
 
-pub use crate::recipe::{BatchSize, Decays, Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
+pub use crate::recipe::{BatchSize, DecayScope, Every, Hyper, Optimizer, Phase, Precision, Recipe, Schedule};
 
+/// A checked spec.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
-    /// The spec's file stem.
+    /// The file stem of the spec.
     pub name: String,
+    /// The backbone with its arguments.
     pub backbone: Backbone,
-    /// Every tensor of the model, in order of first use.
+    /// All tensors of the model, in order of first use.
     pub params: Vec<Param>,
-    /// The forward pass in its training form: dropouts and label smoothing are in it, inputs and
-    /// params are its arguments, `loss`, `logits` and everything exposed (`lambda.0`) its outputs.
+    /// The forward pass in its training form, with dropout and label smoothing. Its arguments are the inputs and the
+    /// params; its outputs are `loss`, `logits` and all exposed values, such as `lambda.0`.
     pub graph: Graph,
-    /// Every method at every site, in the order in which the backbone has the sites.
-    pub applied: Vec<Applied>,
-    /// What the methods at work are in Hugging Face PEFT, those that are something there.
+    /// All method applications, in the order of the backbone's sites.
+    pub applied: Vec<AppliedMethod>,
+    /// The counterparts in Hugging Face PEFT of the applied methods that have one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub counterparts: Vec<Counterpart>,
-    /// Every projection `y = x W + b` of the backbone.
+    /// All projections `y = x W + b` of the backbone.
     pub projections: Vec<Projection>,
-    /// What is kept in place of some trained tensors when training is over: values of the graph that depend on
-    /// weights alone, by name.
+    /// The values that are saved after training in place of some trained tensors, by name. They are values of the graph
+    /// that depend on weights alone.
     pub stored: Vec<(String, Value)>,
-    /// The tensors in whose place it is kept.
+    /// The trained tensors that the stored values replace.
     pub replaced: Vec<String>,
+    /// What the model is trained for: the format of the data.
     pub task: Task,
+    /// The training recipe.
     pub train: Recipe,
-    /// A hash of the equations. Only a model whose `graph` was left out has it: that of an artifact.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub equations: String,
-    /// The same of the function that they compute when nothing trains: without dropout and smoothing.
-    #[serde(default)]
-    pub function: String,
+    /// A hash of the equations. It is set only in the model of an artifact, whose `graph` is left out.
+    #[serde(rename = "equations", default, skip_serializing_if = "String::is_empty")]
+    pub equations_hash: String,
+    /// A hash of the function that the model computes without dropout and label smoothing, set in the same case.
+    #[serde(rename = "function", default)]
+    pub function_hash: String,
 }
 
 impl Model {
-    /// The method at work whose own tensor (or stored value) `name` is; none has what the sites share.
-    pub fn applied_to(&self, name: &str) -> Option<&Applied> {
+    /// The method application that the tensor or stored value `name` belongs to. Tensors that all sites share belong to
+    /// none.
+    pub fn applied_to(&self, name: &str) -> Option<&AppliedMethod> {
         self.applied.iter().find(|a| name.strip_prefix(&a.path()).is_some_and(|rest| rest.starts_with('.')))
     }
 }
 
+/// The backbone of a model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Backbone {
+    /// The name of the backbone's definition: `gpt2`.
     pub name: String,
-    /// `config.json` keys with the values this spec wants there, from `from "…"` in the backbone's file.
+    /// The keys of `config.json` that parameters name with `from "…"`, with the values of this spec's arguments.
     pub config: BTreeMap<String, ConfigValue>,
+    /// The checkpoint rules, with the arguments substituted.
     pub checkpoint: Checkpoint,
-    /// The most tokens a sequence may have; without it, as many as memory holds.
-    #[serde(default)]
-    pub longest: Option<u64>,
-    /// The token id that positions do not count, from `positions skip id`: RoBERTa's padding.
-    #[serde(default)]
-    pub skipped: Option<u64>,
-    /// Arguments that `config.json` has no key for and that are not at their defaults.
-    pub beyond: BTreeMap<String, ConfigValue>,
+    /// The maximum number of tokens of a sequence. Without it, memory is the only limit.
+    #[serde(rename = "longest", default)]
+    pub max_sequence_tokens: Option<u64>,
+    /// The token id that positions do not count, from `positions skip id`: RoBERTa's padding token.
+    #[serde(rename = "skipped", default)]
+    pub position_skip_id: Option<u64>,
+    /// The arguments that have no key in `config.json` and differ from their defaults.
+    #[serde(rename = "beyond")]
+    pub extra_args: BTreeMap<String, ConfigValue>,
 }
 
-/// What a backbone's file says of the checkpoints that it reads, arguments filled in.
+/// The rules for the checkpoints that a backbone reads, from its `checkpoint` block.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// Values of `model_type` in `config.json`; none where the backbone does not say.
+    /// The accepted values of `model_type` in `config.json`. Empty if the backbone names none.
     pub model_types: Vec<String>,
-    /// What base-model checkpoints leave out in front of a tensor's name: `transformer.`, `bert.`.
+    /// The prefix of tensor names that base-model checkpoints omit: `transformer.`, `bert.`.
     pub prefix: String,
-    /// Keys of `config.json`. A key inside an object is written with a dot: `rope_parameters.rope_theta`.
-    pub keys: BTreeMap<String, Key>,
+    /// The rules for keys of `config.json`. A key of a nested object is written with a dot:
+    /// `rope_parameters.rope_theta`.
+    pub keys: BTreeMap<String, KeyRule>,
+    /// The rules for tensors that are not plain parameters of the graph.
     pub tensors: Vec<TensorRule>,
-    /// How GGUF files write these checkpoints; `None` where the backbone does not say.
+    /// The rules for GGUF files; `None` if the backbone has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gguf: Option<Gguf>,
 }
 
-/// How GGUF files write a backbone's checkpoints, from `gguf "…" { … }` in the `checkpoint` block.
+/// The rules for GGUF files, from `gguf "…" { … }` in the `checkpoint` block.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Gguf {
-    /// Values of the metadata key `general.architecture`.
+    /// The accepted values of the metadata key `general.architecture`.
     pub architectures: Vec<String>,
-    /// Metadata keys. [`Key::Same`] leads to a key of `config.json`. A key of `config.json` that is [`Key::Free`] here
-    /// has no metadata key, and its absence says nothing.
-    pub keys: BTreeMap<String, Key>,
-    /// By the names in the file; [`Kind::Same`] leads to a name of the checkpoint in safetensors.
+    /// The rules for metadata keys. [`KeyRule::Same`] refers to a key of `config.json`. A key of `config.json` that is
+    /// [`KeyRule::Free`] here has no metadata key, and may be absent.
+    pub keys: BTreeMap<String, KeyRule>,
+    /// The rules for tensors, by their names in the file. [`TensorKind::Same`] refers to a name of the safetensors
+    /// checkpoint.
     pub tensors: Vec<TensorRule>,
-    /// Tensors whose rows the file holds in another order.
-    pub permuted: Vec<Permuted>,
+    /// The tensors whose rows have another order in the file.
+    pub permuted: Vec<RowPermutation>,
 }
 
-/// The order in which a file holds the rows of tensors whose name in the file fits the pattern.
+/// The row order of the tensors whose name in the file matches the pattern.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Permuted {
+pub struct RowPermutation {
+    /// A tensor name in the file; `*` matches any part of a name.
     pub pattern: String,
-    /// The file's rows are an array of this shape.
+    /// The shape to which the row axis of the file is reshaped.
     pub rows: Vec<u64>,
-    /// Axis i of the model's rows is axis `axes[i]` of the file's.
+    /// The permutation: axis i of the model's rows is axis `axes[i]` of the file's.
     pub axes: Vec<usize>,
 }
 
-/// What a key of `config.json` has to be.
+/// The rule for a key of `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Key {
-    /// It is an argument of the backbone, whose value is in [`Backbone::config`].
+pub enum KeyRule {
+    /// The key is an argument of the backbone. Its value is in [`Backbone::config`].
     Argument {
+        /// The parameter of the backbone.
         name: String,
-        /// What it counts as where the key is absent.
+        /// The value that an absent key stands for.
         absent: Option<ConfigValue>,
     },
-    /// One of these values; the first where the key is absent.
+    /// The key has one of these values. An absent key stands for the first.
     Is {
+        /// The accepted values.
         values: Vec<serde_json::Value>,
-        /// What the backbone computes.
+        /// What the backbone computes, for error messages.
         note: Option<String>,
     },
-    /// Without influence on what the backbone computes.
+    /// The key does not affect what the backbone computes.
     Free,
-    /// Another name of this key.
+    /// The key is an alias of this key.
     Same(String),
 }
 
-/// What tensors are whose name fits the pattern.
+/// The rule for the tensors whose name matches the pattern.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TensorRule {
-    /// A full name, `*` for any part of it.
+    /// A full tensor name; `*` matches any part of it.
     pub pattern: String,
-    pub is: Kind,
-    /// What they are, or what to do about them.
+    /// The kind of the tensors.
+    pub is: TensorKind,
+    /// A description of the tensors, or advice when they are missing, for error messages.
     pub note: Option<String>,
 }
 
+/// How tensors of a checkpoint are treated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Kind {
-    /// The files may lack them, and then they are drawn; the graph may not read them.
+pub enum TensorKind {
+    /// The file may lack the tensor, which is then initialised; the graph may leave it unread.
     Optional,
-    /// Parts of other models.
+    /// The tensor belongs to other models.
     Unused,
-    /// The graph reads them.
+    /// The graph reads the tensor, so the file must hold it.
     Required,
-    /// Another name of the tensor that the pattern stands for.
+    /// The name is an alias of this tensor.
     Same(String),
+    /// The tensor is a buffer.
     Buffer(Buffer),
 }
 
-/// A tensor that does not train and whose values are known.
+/// A tensor that does not train and whose values the backbone's definition determines.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Buffer {
-    /// [1,1,n,n], or [n,n]: 1 where a column is not behind its row, else 0.
+    /// `[1,1,n,n]` or `[n,n]`: 1 where the column is at or before the row, else 0.
     CausalMask,
     /// 0, 1, 2, …
     Positions,
-    /// theta^(−2j/width), j = 0 to width/2 − 1: the angles by which rotary positions turn.
-    Frequencies { theta: f64, width: u64 },
-    /// One of these numbers everywhere.
+    /// theta^(−2j/width) for j = 0 to width/2 − 1: the angular frequencies of rotary positions.
+    Frequencies {
+        /// The base.
+        theta: f64,
+        /// The width of a head.
+        width: u64,
+    },
+    /// Every element is one of these numbers.
     Numbers(Vec<f64>),
 }
 
-/// A method at work at one site.
+/// The application of a method at one site.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Applied {
+pub struct AppliedMethod {
+    /// The name of the method.
     pub method: String,
-    /// The site's path, `layers.0.attention.q`; empty for the whole model.
+    /// The path of the site, `layers.0.attention.q`. It is empty for the whole model.
     pub site: String,
-    /// Its arguments, defaults filled in.
+    /// The arguments, including defaults.
     pub args: BTreeMap<String, ConfigValue>,
-    /// The kind of site that it is written for.
+    /// The kind of site that the method's definition is for.
     #[serde(default)]
     pub kind: String,
-    /// What else its counterpart in PEFT speaks of: numbers of the model, such as how many layers there are.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub known: BTreeMap<String, ConfigValue>,
-    /// Why PEFT cannot hold it at this site.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unlike: Option<String>,
+    /// Variables of the site that the method's counterpart in PEFT refers to, such as the number of layers.
+    #[serde(rename = "known", default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub model_values: BTreeMap<String, ConfigValue>,
+    /// The reason why PEFT cannot represent the method at this site.
+    #[serde(rename = "unlike", default, skip_serializing_if = "Option::is_none")]
+    pub peft_obstacle: Option<String>,
 }
 
-impl Applied {
-    /// What the names of its own tensors begin with.
+impl AppliedMethod {
+    /// The prefix of the names of the method's own tensors.
     pub fn path(&self) -> String {
         if self.site.is_empty() { self.method.clone() } else { format!("{}.{}", self.site, self.method) }
     }
 }
 
-/// A projection of a site, found by its form in the graph: y = x W + b, perhaps some columns of a wider one.
+/// A projection of a site, y = x W + b, which is recognised by its form in the graph. It may be some columns of a wider
+/// projection.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Projection {
-    /// `layers.0.attention.q`
+    /// The path of the projection: `layers.0.attention.q`.
     pub path: String,
-    /// The tensor W is, or lies in.
+    /// The tensor that holds W, or that W is a part of.
     pub weight: String,
-    /// It is stored [out,in], not [in,out].
+    /// Whether the tensor is stored as `[out,in]` rather than `[in,out]`.
     pub transposed: bool,
+    /// The tensor that holds b.
     pub bias: Option<String>,
-    /// Outputs `start..end` of the stored matrix, when it serves several projections.
+    /// The outputs `start..end` of the stored matrix, if it serves several projections.
     pub columns: Option<(u64, u64)>,
-    /// x before a method touches it, and y when all methods are done.
+    /// The value x before any method changes it.
     pub input: Value,
+    /// The value y after all methods.
     pub output: Value,
 }
 
+/// A tensor of the model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Param {
-    /// Canonical: Hugging Face's name for backbone tensors, `layers.0.attention.q.lora.a` for methods.
+    /// The canonical name: Hugging Face's for tensors of the backbone, `layers.0.attention.q.lora.a` for methods.
     pub name: String,
+    /// The length of each axis.
     pub shape: Vec<u64>,
+    /// The initial values.
     pub init: Init,
+    /// Which of its values train.
     pub trainable: Trainable,
+    /// Where the tensor is declared.
     pub origin: Origin,
-    /// Weight decay applies: the recipe's `decays` says to what.
+    /// Whether weight decay applies, as the recipe's `decays` decides.
     pub decay: bool,
-    /// Its own learning rate, which stands in the place of the recipe's `lr`.
+    /// The tensor's own learning rate, which replaces the recipe's `lr`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
 }
 
 impl Param {
+    /// The number of values.
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
     }
-    /// What its learning rate is of the recipe's at every step, if it has one of its own.
+    /// The ratio of the tensor's own learning rate to the recipe's, which holds at every step.
     pub fn lr_factor(&self, recipe: &Recipe) -> Option<f64> {
         self.lr.map(|lr| lr / recipe.lr)
     }
-    /// Which of its rows train.
+    /// The range of rows that train.
     pub fn trained_rows(&self) -> Option<(u64, u64)> {
         match self.trainable {
             Trainable::No => None,
@@ -237,74 +270,90 @@ impl Param {
             Trainable::Rows(start, end) => Some((start, end)),
         }
     }
-    /// Its shape with no rows but those that train.
+    /// The shape of the rows that train.
     pub fn trained_shape(&self) -> Option<Vec<u64>> {
         let (start, end) = self.trained_rows()?;
         let mut shape = self.shape.clone();
         shape.iter_mut().take(1).for_each(|rows| *rows = end - start);
         Some(shape)
     }
-    /// How many of its values train.
+    /// The number of values that train.
     pub fn trainable_elements(&self) -> u64 {
         self.trained_shape().map_or(0, |shape| shape.iter().product())
     }
 }
 
+/// The initial values of a tensor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Init {
+    /// Zeros.
     Zeros,
+    /// Ones.
     Ones,
-    /// The same number everywhere.
+    /// The same number in every element.
     Fill {
+        /// The number.
         value: f64,
     },
     /// N(0, std).
     Normal {
+        /// The standard deviation.
         std: f64,
     },
-    /// fmod(N(0,1), 2) · scale, the inducer's TN.
+    /// fmod(N(0,1), 2) · scale, the truncated normal of inducer-tuning.
     Truncated {
+        /// The factor.
         scale: f64,
     },
     /// U(−bound, bound).
     Uniform {
+        /// The bound.
         bound: f64,
     },
     /// A value of the graph that depends on other weights alone.
     Value(Value),
 }
 
+/// Which values of a tensor train.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Trainable {
+    /// None.
     No,
+    /// All.
     All,
-    /// Rows `start..end` only: special tokens of an embedding.
+    /// The rows `start..end`, such as those of special tokens in an embedding.
     Rows(u64, u64),
 }
 
+/// The definition that declares a tensor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Origin {
+    /// The backbone.
     Backbone,
-    /// A task head: absent from base checkpoints, then drawn from `init`.
+    /// A task head. Base checkpoints lack it, so that it starts from its initial values.
     Head,
-    /// Written by this method.
+    /// The method of this name.
     Method(String),
 }
 
+/// The task: what the data is and how it becomes token sequences and labels.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Task {
+    /// The name of the task.
     pub name: String,
-    /// Longer examples are cut to this many tokens.
+    /// The maximum number of tokens of an example; longer examples are truncated.
     pub max_tokens: u64,
-    /// The model sees a text as a whole, between the marks that the tokenizer puts around it; a causal one does without.
-    #[serde(default)]
-    pub enclosed: bool,
+    /// Whether attention is not causal. The tokenizer then adds its special tokens around a text; for a causal model it
+    /// does not.
+    #[serde(rename = "enclosed", default)]
+    pub bidirectional: bool,
+    /// The kind of the task.
     pub kind: TaskKind,
 }
 
 impl Task {
-    /// Tokens that the task uses by name; at most as many rows of a vocabulary are its own.
-    pub fn special(&self) -> &[String] {
+    /// The special tokens that the task names. At most this many rows of the vocabulary are the task's own.
+    pub fn special_tokens(&self) -> &[String] {
         match &self.kind {
             TaskKind::Generation { special, .. } => special,
             TaskKind::Text { end, .. } => end.as_slice(),
@@ -314,10 +363,12 @@ impl Task {
 }
 
 impl TaskKind {
-    /// As a spec writes them.
-    pub const WORDS: [&str; 6] = ["generation", "chat", "text", "classification", "regression", "token_classification"];
+    /// The kinds as a spec writes them.
+    pub const KEYWORDS: [&str; 6] =
+        ["generation", "chat", "text", "classification", "regression", "token_classification"];
 
-    pub fn word(&self) -> &'static str {
+    /// The kind as a spec writes it.
+    pub fn keyword(&self) -> &'static str {
         match self {
             TaskKind::Generation { .. } => "generation",
             TaskKind::Chat => "chat",
@@ -328,7 +379,7 @@ impl TaskKind {
         }
     }
 
-    /// The names of the classes, if it asks for some.
+    /// The names of the classes of a classification.
     pub fn labels(&self) -> Option<&[String]> {
         match self {
             TaskKind::Classification { labels, .. } | TaskKind::TokenClassification { labels, .. } => Some(labels),
@@ -336,65 +387,75 @@ impl TaskKind {
         }
     }
 
-    /// It asks for the tokens of texts, which the backbone's own head gives; otherwise for what a head of the task gives.
+    /// Whether the task predicts tokens with the backbone's own head. The other kinds have a task head.
     pub fn generates(&self) -> bool {
         matches!(self, TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. })
     }
 }
 
+/// The kinds of tasks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum TaskKind {
-    /// Text from rows: `template` is laid out as ids and token types, loss on what follows `target`.
+    /// Text generation. `template` lays out a row as ids and token types, and the loss covers what follows `target`.
     Generation {
-        /// Tokens that the template uses. One that the tokenizer has keeps its id; the others are new, and have the ids
-        /// behind the tokenizer's own, in this order.
+        /// The special tokens of the template. A token that the tokenizer knows keeps its id; the others are new and
+        /// get the ids after the tokenizer's own, in this order.
         special: Vec<String>,
+        /// The pieces of the template.
         template: Vec<Piece>,
-        /// The piece of the template, as it is written there, after which the loss begins.
+        /// The piece of the template after which the loss begins, as the template writes it.
         target: String,
-        /// Lists of the row, one example for each of their items, which go in step; an example a row without one.
+        /// Lists of the row that are iterated in step, with one example for each item. Without them a row is one
+        /// example.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         each: Vec<String>,
-        /// The examples of one row share sequences wherever that leaves every loss what it is.
+        /// Whether the examples of a row share sequences where that leaves the loss of every example unchanged.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         pack: bool,
     },
-    /// Conversations, laid out by the checkpoint's own chat template; loss on what the assistant says.
+    /// Conversations, which the checkpoint's chat template lays out. The loss covers the assistant's turns.
     Chat,
-    /// Texts as they stand, loss on every token but the first.
+    /// Plain text. The loss covers all tokens but the first.
     Text {
-        /// Its column; `None` if it has a usual name.
+        /// The column of the text; `None` for a column of a usual name.
         text: Option<String>,
-        /// The token that closes a text, if one does.
+        /// The token that ends a text, if one does.
         end: Option<String>,
     },
-    /// One label a text; `labels[i]` is class i.
+    /// One label for each text. `labels[i]` is the name of class i.
     Classification {
+        /// The names of the classes.
         labels: Vec<String>,
-        #[serde(default, skip_serializing_if = "Columns::are_usual")]
+        /// The columns of the data.
+        #[serde(default, skip_serializing_if = "Columns::are_default")]
         columns: Columns,
     },
-    /// One number a text.
+    /// One number for each text.
     Regression {
-        #[serde(default, skip_serializing_if = "Columns::are_usual")]
+        /// The columns of the data.
+        #[serde(default, skip_serializing_if = "Columns::are_default")]
         columns: Columns,
     },
-    /// One label a word: a row holds a list of words and one of labels.
+    /// One label for each word. A row holds a list of words and a list of labels.
     TokenClassification {
+        /// The names of the classes.
         labels: Vec<String>,
-        /// The column of the words, and that of their labels; `None` if it has a usual name.
+        /// The column of the words; `None` for a column of a usual name.
         tokens: Option<String>,
+        /// The column of the labels; `None` for a column of a usual name.
         tags: Option<String>,
     },
 }
 
-/// The columns of a text or a pair of texts, and of what is asked of them, that the task names. A text or label column that is `None` has one of the usual
-/// names; without `pair` an example is one text.
+/// The columns that a task names for its texts and labels. A text or label column that is `None` has one of the usual
+/// names. Without `pair`, an example is a single text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Columns {
+    /// The text, or the first text of a pair.
     pub text: Option<String>,
     /// The second text of a pair.
     pub pair: Option<String>,
+    /// The label, or the number of a regression.
     pub label: Option<String>,
 }
 
@@ -405,8 +466,8 @@ impl From<[Option<String>; 3]> for Columns {
 }
 
 impl Columns {
-    /// The task names no column.
-    pub fn are_usual(&self) -> bool {
+    /// Whether the task names no column.
+    pub fn are_default(&self) -> bool {
         *self == Columns::default()
     }
 }
@@ -415,38 +476,42 @@ impl Columns {
 /// `<bos> (<subject> {subject} <property> {property} <object> {object})* <target> {text} <eos>`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Piece {
+    /// A special token.
     Special(String),
-    /// Text that stands in every example, `'Question: '`, tokenised by itself.
+    /// Literal text that all examples contain, `'Question: '`. It is tokenised separately.
     Literal(String),
-    /// The value of a column of the row, or of a field of an item inside a repetition.
+    /// The value of a column of the row or, inside a repetition, of a field of the item.
     Field(String),
-    /// `( … )*`: once for each item of the row's only list of objects, such as the triples of a WebNLG entry.
+    /// `( … )*`: repeats for each item of the row's only list of objects, such as the triples of a WebNLG entry.
     Repeat(Vec<Piece>),
-    /// `(turns: … )*`: once for each item of the list of objects in this column.
+    /// `(turns: … )*`: repeats for each item of the list of objects in this column.
     Each(String, Vec<Piece>),
-    /// `<bos> as <document>`: a special token that has the type of another one, as has what follows it.
+    /// `<bos> as <document>`: a special token that, like the tokens after it, has the token type of another special
+    /// token.
     As(String, String),
-    /// `{first 400 tokens of story}`, `(last 2 of turns: … )*`: of a field some tokens, of a list some items.
+    /// `{first 400 tokens of story}` or `(last 2 of turns: … )*`: some tokens of a field, or some items of a list.
     Cut(Extent, Box<Piece>),
 }
 
-/// How much is taken, from which end.
+/// A number of items to take, and from which end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Extent {
+    /// This many from the start.
     First(u64),
+    /// This many from the end.
     Last(u64),
 }
 
-/// What the item of a list is called in a template whose task has it in `each`: the last part of the list's name.
+/// The name that a template gives to the item of a list in `each`: the last part of the list's name.
 pub fn item_name(list: &str) -> &str {
     list.rsplit('.').next().unwrap_or(list)
 }
 
-/// What the items before it are called.
-pub const BEFORE: &str = "before";
+/// The name that a template gives to the list of the items before the current one.
+pub const EARLIER_ITEMS: &str = "before";
 
 impl Extent {
-    /// Where of `length` things those begin and end that are taken.
+    /// The range of indices that is taken of `length` items.
     pub fn range(self, length: usize) -> std::ops::Range<usize> {
         let least = |count: u64| usize::try_from(count).unwrap_or(usize::MAX).min(length);
         match self {
@@ -467,13 +532,14 @@ impl fmt::Display for Extent {
 }
 
 impl Piece {
-    /// It differs from row to row.
+    /// Whether the piece differs between rows.
     pub fn varies(&self) -> bool {
         !matches!(self, Piece::Special(_) | Piece::Literal(_) | Piece::As(..))
     }
 
-    /// A special token or a literal text as a template writes it: what the task's `target` names.
-    pub fn written(&self) -> Option<String> {
+    /// A special token or literal text as a template writes it, which is the form in which a task names its `target`.
+    /// `None` for other pieces.
+    pub fn literal_source(&self) -> Option<String> {
         (!self.varies()).then(|| self.to_string())
     }
 }
@@ -489,8 +555,8 @@ impl fmt::Display for Piece {
                 write!(f, "'{text}'")
             }
             Piece::Field(name) => write!(f, "{{{name}}}"),
-            Piece::Repeat(pieces) => write!(f, "({})*", written(pieces)),
-            Piece::Each(column, pieces) => write!(f, "({column}: {})*", written(pieces)),
+            Piece::Repeat(pieces) => write!(f, "({})*", template_source(pieces)),
+            Piece::Each(column, pieces) => write!(f, "({column}: {})*", template_source(pieces)),
             Piece::As(token, kind) => write!(f, "{token} as {kind}"),
             Piece::Cut(extent, piece) => match &**piece {
                 Piece::Field(name) => write!(f, "{{{extent} tokens of {name}}}"),
@@ -500,7 +566,7 @@ impl fmt::Display for Piece {
     }
 }
 
-/// A template as it is written.
-pub fn written(template: &[Piece]) -> String {
+/// The source text of a template.
+pub fn template_source(template: &[Piece]) -> String {
     template.iter().map(Piece::to_string).collect::<Vec<_>>().join(" ")
 }

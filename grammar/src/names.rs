@@ -1,10 +1,11 @@
-//! Names that artifacts, files and the parts of peftc share: of entries, of what they read and give, and of the
-//! optimizer's vectors.
+//! Names that artifacts, files and the crates of peftc share: those of entry points, of their inputs and outputs, and
+//! of the optimizer's vectors.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// Defines an enum whose variants have names: in text, in JSON and in the code generated for artifacts.
 macro_rules! named {
     ($(#[$doc:meta])* $type:ident { $($(#[$of:meta])* $variant:ident = $name:literal,)* }) => {
         $(#[$doc])*
@@ -14,15 +15,18 @@ macro_rules! named {
         }
 
         impl $type {
+            /// All variants, in order of declaration.
             pub const ALL: &'static [$type] = &[$($type::$variant),*];
 
+            /// The name in artifacts and files.
             pub const fn name(self) -> &'static str {
                 match self {
                     $($type::$variant => $name,)*
                 }
             }
 
-            pub fn of(name: &str) -> Option<Self> {
+            /// The variant of this name.
+            pub fn from_name(name: &str) -> Option<Self> {
                 Self::ALL.iter().copied().find(|known| known.name() == name)
             }
         }
@@ -36,43 +40,50 @@ macro_rules! named {
 }
 
 named! {
-    /// What is computed of a model's equations; the optimizer's entries, [`OptimizerEntry`], are the same for all models.
+    /// An entry point that is compiled from a model's graph. The optimizer's entry points, [`OptimizerEntry`], do not
+    /// depend on the model.
     Entry {
-        /// Loss, logits and what the model exposes, without dropout and smoothing.
+        /// Loss, logits and exposed values, without dropout and label smoothing.
         Forward = "forward",
-        /// What is reported of data held out: the loss, and a classifier's logits. Without dropout and smoothing.
+        /// What an evaluation on held-out data reports: the loss and, for a classifier, the logits. Without dropout and
+        /// label smoothing.
         Eval = "eval",
-        /// The training form: loss, logits, what is exposed, and every gradient.
+        /// The training form: loss, logits, exposed values, and the gradient of every trainable tensor.
         Grad = "grad",
-        /// The training form: loss and every gradient.
+        /// The training form: loss, and the gradient of every trainable tensor.
         Train = "train",
-        /// What weights that start from a value of others start from. Without a batch, as the next two.
+        /// The initial values of weights that are computed from other weights. `init`, `store` and `merge` read no
+        /// batch.
         Init = "init",
-        /// What is kept in place of trained weights.
+        /// The values that are saved in place of trained weights, from `store` statements.
         Store = "store",
-        /// Methods folded into the backbone's matrices; of no artifact, since it wants all weights as they are.
+        /// The backbone's matrices with the methods merged into them. No saved artifact contains this entry point,
+        /// since it needs all weights unmodified.
         Merge = "merge",
     }
 }
 
 named! {
-    /// What is computed of the optimizer's vectors. An artifact has it beside a model's entries if anything trains.
+    /// An entry point on the optimizer's vectors. An artifact contains them, next to a model's entry points, if
+    /// anything trains.
     OptimizerEntry {
-        /// The step.
+        /// One optimizer step.
         Update = "update",
-        /// Follows every batch of a step but the last one.
+        /// Adds the gradients of a batch to the sums. It runs after every batch of a step but the last.
         Accumulate = "accumulate",
-        /// Follows the last of a step's several batches.
+        /// Combines the sums with the gradients of the last of a step's several batches.
         Accumulated = "accumulated",
-        /// Follows the step where the recipe averages.
+        /// Updates the averages of the values. It runs after a step if the recipe has `average`.
         Average = "average",
     }
 }
 
 named! {
-    /// A vector over all trainable values.
+    /// A flat f32 vector with one element for each trainable value.
     Vector {
+        /// The trainable values.
         Values = "values",
+        /// The gradients of the current batch.
         Gradients = "gradients",
         /// The first moment, or the momentum.
         M = "m",
@@ -80,69 +91,85 @@ named! {
         V = "v",
         /// 1 where weight decay applies, else 0.
         Decay = "decay",
-        /// What each value's learning rate is of the step's.
+        /// The ratio of each value's learning rate to the step's.
         LrFactors = "lr_factors",
-        /// Gradients of batches before the last one of a step.
+        /// The sum of the gradients of a step's batches, all but the last.
         Sums = "sums",
-        /// Averages of the values over the steps.
+        /// The exponential moving averages of the values.
         Averages = "averages",
     }
 }
 
 named! {
-    /// What a run is given, or is derived from the sequences' lengths.
+    /// An input of a run, or an input that is derived from the lengths of the sequences.
     Input {
-        // A batch's, which equations may read.
+        /// `i32[tokens]`: the token ids.
         Ids = "ids",
+        /// `i32[tokens]`: the token types.
         Types = "types",
+        /// `i32[tokens]`: the position of each token in its sequence.
         Positions = "positions",
-        /// Where each sequence begins and ends.
+        /// `i32[sequences]`: the index of the first token of each sequence.
         Starts = "starts",
+        /// `i32[sequences]`: the index of the last token of each sequence.
         Ends = "ends",
-        /// Tokens that the loss is of.
+        /// `i32[targets]`: the indices of the tokens whose outputs enter the loss.
         Targets = "targets",
+        /// The labels: tokens, classes or numbers, depending on the task.
         Labels = "labels",
-        /// The seed and the step.
+        /// `i32[2]`: the seed and the step, the key of the random numbers.
         Rng = "rng",
-        // Of the packed axis.
+        /// `i32[sequences + 1]`: the index of the first token of each sequence, and the number of tokens.
         Offsets = "offsets",
+        /// `i32[tokens]`: the sequence of each token.
         Segments = "segments",
+        /// `i32[tokens + 1]`: the exclusive prefix sum of the sequence length of each token, which is the offset of
+        /// each row of a ragged axis.
         Pairs = "pairs",
-        // The optimizer's numbers.
+        /// f32: the optimizer's hyperparameters of a step, as [`Recipe::hyper`](crate::recipe::Recipe::hyper) lists
+        /// them.
         Hyper = "hyper",
+        /// `f32[2]`: the weights of the two vectors that `accumulate` and `accumulated` add.
         Shares = "shares",
+        /// `f32[2]`: the weights of the averages and of the values in the new averages.
         AverageShares = "average_shares",
     }
 }
 
 impl Vector {
-    /// What steps change, in the order in which states hold it.
-    pub const CHANGED: [Vector; 4] = [Vector::Values, Vector::M, Vector::V, Vector::Averages];
+    /// The vectors that a step updates, in the order of a saved state.
+    pub const UPDATED: [Vector; 4] = [Vector::Values, Vector::M, Vector::V, Vector::Averages];
 }
 
+/// The output that holds the loss, a scalar.
 pub const LOSS: &str = "loss";
+/// The output that holds the logits.
 pub const LOGITS: &str = "logits";
-/// The gradient's norm before clipping.
+/// The output that holds the norm of the gradient before clipping.
 pub const GRAD_NORM: &str = "grad_norm";
 const GRADIENT: &str = "grad.";
 const LAMBDA: &str = "lambda.";
 
-/// A result of an entry, by its name.
+/// An output of an entry point, identified by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Output<'a> {
+    /// The loss.
     Loss,
+    /// The logits.
     Logits,
+    /// The norm of the gradient before clipping.
     GradNorm,
-    /// Of a trained tensor, or of rows of it.
+    /// The gradient of this trained tensor, or of a range of its rows: `grad.layers.0.lora.a[0:3]`.
     Gradient(&'a str),
-    /// Of a layer; a number for each head and token.
+    /// The inducer's weights λ of this layer, one for each head and token: `lambda.0`.
     Lambda(&'a str),
-    /// Something else that is exposed, or kept.
+    /// Another exposed or stored value.
     Other(&'a str),
 }
 
 impl<'a> Output<'a> {
-    pub fn of(name: &'a str) -> Self {
+    /// The output of this name.
+    pub fn from_name(name: &'a str) -> Self {
         match name {
             LOSS => Output::Loss,
             LOGITS => Output::Logits,
@@ -155,7 +182,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Whose gradient it is, if it is one.
+    /// The tensor, or range of rows, that the output is the gradient of.
     pub fn gradient(self) -> Option<&'a str> {
         if let Output::Gradient(tensor) = self { Some(tensor) } else { None }
     }
@@ -179,16 +206,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_read_back() {
+    fn names_round_trip() {
         let outputs = ["loss", "logits", "grad_norm", "grad.layers.0.lora.a[0:3]", "lambda.11", "gradient", "scores"];
-        let found = outputs.map(Output::of);
+        let found = outputs.map(Output::from_name);
         assert_eq!(found.map(|output| output.to_string()), outputs);
         assert_eq!(
             found[3..6],
             [Output::Gradient("layers.0.lora.a[0:3]"), Output::Lambda("11"), Output::Other("gradient")]
         );
-        assert!(Entry::ALL.iter().all(|entry| Entry::of(entry.name()) == Some(*entry)));
-        assert_eq!((Entry::of("update"), Vector::of("lr_factors")), (None, Some(Vector::LrFactors)));
+        assert!(Entry::ALL.iter().all(|entry| Entry::from_name(entry.name()) == Some(*entry)));
+        assert_eq!((Entry::from_name("update"), Vector::from_name("lr_factors")), (None, Some(Vector::LrFactors)));
         assert_eq!(serde_json::to_string(&Vector::LrFactors).unwrap(), "\"lr_factors\"");
     }
 }

@@ -1,5 +1,5 @@
-//! Values set from outside a spec, `--set key=value`: the syntax tree is changed before it is checked,
-//! so that they meet the same checks as the spec's own. Each is a source of its own for diagnostics.
+//! Overrides of the form `--set key=value`. They change the syntax tree before it is checked, so that the checks of a
+//! spec apply to them. For diagnostics, each override is a source file.
 
 use crate::ast::*;
 use crate::diagnostic::{Diagnostic, Diagnostics};
@@ -8,11 +8,15 @@ use crate::source::{FileId, Sources, Span};
 use crate::{check, parser};
 
 impl Recipe {
-    /// The recipe with some of its settings changed, by the same checks as in a spec.
+    /// The recipe with some settings changed.
+    ///
+    /// # Errors
+    ///
+    /// A setting is unknown or out of range, as in a spec.
     pub fn with(&self, changes: &[(String, String)]) -> Result<Recipe, Diagnostics> {
         let mut sources = Sources::default();
-        sources.add("the recipe", self.written());
-        let ast = parser::parse(FileId(0), &self.written());
+        sources.add("the recipe", self.to_source());
+        let ast = parser::parse(FileId(0), &self.to_source());
         let mut ast: Ast = match ast {
             Ok(ast) => ast,
             Err(errors) => return Err(Diagnostics::new(errors, sources)),
@@ -22,26 +26,26 @@ impl Recipe {
     }
 }
 
-/// Changes `ast`; what cannot be applied comes back.
+/// Applies the overrides to `ast` and returns the errors of those that cannot be applied.
 pub(crate) fn apply(ast: &mut Ast, sources: &mut Sources, overrides: &[(String, String)]) -> Vec<Diagnostic> {
     let mut errors = Vec::new();
     for (key, value) in overrides {
         let text = format!("{key}={value}");
         let file = sources.add("--set", text.clone());
-        if let Err(error) = one(ast, file, &text, key) {
+        if let Err(error) = apply_one(ast, file, &text, key) {
             errors.extend(error);
         }
     }
     errors
 }
 
-fn one(ast: &mut Ast, file: FileId, text: &str, key: &str) -> Result<(), Vec<Diagnostic>> {
+fn apply_one(ast: &mut Ast, file: FileId, text: &str, key: &str) -> Result<(), Vec<Diagnostic>> {
     let whole = Span::new(file, 0, key.len());
     let Some((target, parameter)) = key.split_once('.') else {
-        let error = Diagnostic::error(whole, format!("`{key}` is no key"));
+        let error = Diagnostic::error(whole, format!("`{key}` is not a key"));
         return Err(vec![error.hint("such as `train.steps`, `model.layers`, `task.max_tokens` or `lora.rank`")]);
     };
-    // A time is a string in a spec, and may stand bare here.
+    // A duration is a string in a spec. In an override it needs no quotes.
     let bare = &text[key.len() + 1..];
     let value = match crate::recipe::seconds(bare) {
         Some(_) => {
@@ -102,7 +106,7 @@ fn one(ast: &mut Ast, file: FileId, text: &str, key: &str) -> Result<(), Vec<Dia
     Ok(())
 }
 
-/// Every place at which the spec applies a method.
+/// All applications of methods in the spec.
 fn uses(ast: &mut Ast) -> impl Iterator<Item = &mut Apply> {
     let rules =
         ast.items.iter_mut().filter_map(|i| if let Item::Tune(tune) = i { Some(&mut tune.rules) } else { None });
@@ -113,7 +117,7 @@ fn uses(ast: &mut Ast) -> impl Iterator<Item = &mut Apply> {
     })
 }
 
-/// The weight that `lr of B` names, none of `lr`.
+/// Parses a key `lr` or `lr of B`. The inner option is the weight.
 fn rate(key: &Name) -> Option<Option<&str>> {
     let rest = key.text.strip_prefix("lr")?.trim();
     if rest.is_empty() { Some(None) } else { rest.strip_prefix("of ").map(|weight| Some(weight.trim())) }

@@ -1,4 +1,4 @@
-//! Text to syntax tree: items and statements. Expressions are in [`expr`].
+//! The parser, from text to syntax tree. This module handles items and statements; expressions are in [`expr`].
 
 mod checkpoint;
 mod counterpart;
@@ -22,13 +22,14 @@ struct Grammar;
 
 type Node<'a> = Pair<'a, Rule>;
 
-/// Brackets inside each other, and operators on a path of an expression's tree.
-const DEEPEST: usize = 64;
-const LONGEST: usize = 100;
+/// The maximum depth of nested brackets, and the maximum height of an expression's tree. They bound the recursion of
+/// the parser and of later stages.
+const MAX_BRACKET_DEPTH: usize = 64;
+const MAX_OPERATORS: usize = 100;
 
-/// Parses one file. After a syntax error it goes on at the next item, so that one run shows several.
+/// Parses one file. After a syntax error it continues at the next item, so that one run reports several errors.
 pub(crate) fn parse(file: FileId, text: &str) -> Result<Ast, Vec<Diagnostic>> {
-    if let Some(error) = syntax_error::too_deep(file, text, DEEPEST) {
+    if let Some(error) = syntax_error::check_nesting(file, text, MAX_BRACKET_DEPTH) {
         return Err(vec![error]);
     }
     let mut errors = Vec::new();
@@ -53,29 +54,29 @@ pub(crate) fn parse(file: FileId, text: &str) -> Result<Ast, Vec<Diagnostic>> {
     }
 }
 
-/// Parses the value of an override: an expression on its own, which starts at byte `skip` of the file.
+/// Parses the value of an override, a single expression that starts at byte `skip` of the file.
 pub(crate) fn parse_value(file: FileId, text: &str, skip: usize) -> Result<Expr, Vec<Diagnostic>> {
-    if let Some(error) = syntax_error::too_deep(file, text, DEEPEST) {
+    if let Some(error) = syntax_error::check_nesting(file, text, MAX_BRACKET_DEPTH) {
         return Err(vec![error]);
     }
     let blanked = syntax_error::blank(text, skip);
     match Grammar::parse(Rule::value, &blanked) {
         Ok(mut pairs) => {
             let mut builder = Builder { file, errors: Vec::new() };
-            let value = builder.measured(&mut Children::of(pairs.next().expect("one `value`")));
+            let value = builder.with_unit(&mut Children::of(pairs.next().expect("one `value`")));
             if builder.errors.is_empty() { Ok(value) } else { Err(builder.errors) }
         }
         Err(e) => Err(vec![syntax_error::explain(file, &blanked, e).0]),
     }
 }
 
-/// Turns pest's pairs into the tree. The grammar guarantees which children there are.
+/// Builds the syntax tree from pest's pairs. The grammar guarantees which children a pair has.
 struct Builder {
     file: FileId,
     errors: Vec<Diagnostic>,
 }
 
-/// Children of a rule, taken in the grammar's order. Keywords are dropped.
+/// The children of a pair in grammar order, without keywords.
 struct Children<'a>(Peekable<Filter<Pairs<'a, Rule>, IsContent<'a>>>);
 
 type IsContent<'a> = fn(&Node<'a>) -> bool;
@@ -86,7 +87,7 @@ impl<'a> Children<'a> {
         Children(pair.into_inner().filter(filter).peekable())
     }
     fn next(&mut self) -> Node<'a> {
-        self.0.next().expect("the grammar says it is there")
+        self.0.next().expect("the grammar guarantees this child")
     }
     fn next_if(&mut self, rule: Rule) -> Option<Node<'a>> {
         self.0.next_if(|p| p.as_rule() == rule)
@@ -214,7 +215,7 @@ impl Builder {
             }
             Rule::train => {
                 let name = Name { text: "train".into(), span: Span { end: span.start + 5, ..span } };
-                let of = c.next_if(Rule::taken).map(|p| self.name(Children::of(p).next()));
+                let of = c.next_if(Rule::definition_name).map(|p| self.name(Children::of(p).next()));
                 let entries = c.next_if(Rule::settings).map_or(vec![], |p| self.settings(p));
                 Item::Train(Settings { name, entries, of })
             }
@@ -237,13 +238,13 @@ impl Builder {
     fn settings(&mut self, pair: Node) -> Vec<Setting> {
         let setting = |b: &mut Builder, pair| {
             let mut c = Children::of(pair);
-            Setting { key: b.name(c.next()), value: b.measured(&mut c) }
+            Setting { key: b.name(c.next()), value: b.with_unit(&mut c) }
         };
         pair.into_inner().map(|p| setting(self, p)).collect()
     }
 
-    /// An expression, with its unit if it has one.
-    fn measured(&mut self, c: &mut Children) -> Expr {
+    /// An expression with an optional unit.
+    fn with_unit(&mut self, c: &mut Children) -> Expr {
         let number = self.expr(c.next());
         let Some(unit) = c.next_if(Rule::unit).map(|p| self.name(p)) else { return number };
         let span = number.span.to(unit.span);
@@ -293,7 +294,7 @@ impl Builder {
     fn ordinals(&mut self, pair: Node) -> Vec<Ordinal> {
         let ordinal = |b: &mut Builder, pair: Node| {
             let mut c = pair.into_inner();
-            let start = b.expr(c.next().expect("the grammar says it is there"));
+            let start = b.expr(c.next().expect("the grammar guarantees this child"));
             Ordinal { start, end: c.next().map(|p| b.expr(p)) }
         };
         pair.into_inner().map(|p| ordinal(self, p)).collect()
@@ -334,7 +335,7 @@ impl Builder {
         }
         let mut c = Children::of(pair);
         let kind = match rule {
-            Rule::branch => {
+            Rule::if_stmt => {
                 let (condition, then) = (self.expr(c.next()), self.block(c.next()));
                 let otherwise = match c.0.next() {
                     None => vec![],
@@ -343,11 +344,11 @@ impl Builder {
                 };
                 StmtKind::If { condition, then, otherwise }
             }
-            Rule::repeat => {
+            Rule::for_loop => {
                 let (variable, start, end) = (self.name(c.next()), self.expr(c.next()), self.expr(c.next()));
                 StmtKind::For { variable, start, end, body: self.block(c.next()) }
             }
-            Rule::block_for => StmtKind::ForTask { purposes: self.purposes(c.next()), body: self.block(c.next()) },
+            Rule::for_task => StmtKind::ForTask { purposes: self.purposes(c.next()), body: self.block(c.next()) },
             Rule::site => {
                 let (kind, path) = (self.name(c.next()), self.text(c.next()));
                 StmtKind::Site { kind, path, body: self.block(c.next()) }
@@ -359,7 +360,7 @@ impl Builder {
             Rule::expose => StmtKind::Expose { value: self.expr(c.next()), name: self.text(c.next()) },
             Rule::store => StmtKind::Store { value: self.expr(c.next()), name: self.text(c.next()) },
             Rule::after => StmtKind::After { variable: self.name(c.next()), body: self.block(c.next()) },
-            Rule::give => StmtKind::Return(self.expr(c.next())),
+            Rule::return_stmt => StmtKind::Return(self.expr(c.next())),
             Rule::require => {
                 let (condition, message) = (self.expr(c.next()), self.text(c.next()));
                 StmtKind::Require { condition, message, hint: c.next_if(Rule::string).map(|p| self.text(p)) }
@@ -384,9 +385,9 @@ impl Builder {
         let mut marks = vec![];
         while let Some(mark) = c.next_if(Rule::mark) {
             marks.push(match mark.as_str().trim() {
-                "head" => Mark::Head,
-                "shared" => Mark::Shared,
-                _ => Mark::Frozen,
+                "head" => WeightMark::Head,
+                "shared" => WeightMark::Shared,
+                _ => WeightMark::Frozen,
             });
         }
         let (name, path, list) = (self.name(c.next()), self.text(c.next()), c.next());

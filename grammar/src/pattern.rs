@@ -1,6 +1,7 @@
-//! Patterns of tensors' names: `*` stands for any part of one.
+//! Patterns of tensor names, in which `*` matches any part of a name.
 
-/// What each `*` stands for, where the name fits. Each takes as little as it can, but for the last.
+/// The parts of `name` that the `*` of the pattern match; `None` if the name does not match. Each `*` but the last
+/// matches as little as possible.
 pub fn parts<'a>(pattern: &str, name: &'a str) -> Option<Vec<&'a str>> {
     let mut literals = pattern.split('*');
     let mut rest = name.strip_prefix(literals.next().unwrap_or(""))?;
@@ -16,12 +17,13 @@ pub fn parts<'a>(pattern: &str, name: &'a str) -> Option<Vec<&'a str>> {
     Some(parts)
 }
 
-/// The name fits.
+/// Whether the name matches the pattern.
 pub fn fits(pattern: &str, name: &str) -> bool {
     parts(pattern, name).is_some()
 }
 
-/// `to` with what the `*` of `from` stand for in the name: `*.gamma`, `*.weight` and `ln.gamma` give `ln.weight`.
+/// Substitutes the parts that the `*` of `from` match in the name into the `*` of `to`: `*.gamma`, `*.weight` and
+/// `ln.gamma` give `ln.weight`.
 pub fn renamed(from: &str, to: &str, name: &str) -> Option<String> {
     let mut parts = parts(from, name)?.into_iter();
     let mut literals = to.split('*');
@@ -38,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patterns_fit_names() {
+    fn pattern_matching() {
         for (pattern, name, matches) in [
             ("*", "a.b", true),
             ("*.bias", "h.0.ln_1.bias", true),
@@ -55,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_changed_by_patterns() {
+    fn pattern_substitution() {
         assert_eq!(renamed("*.gamma", "*.weight", "h.0.ln.gamma").as_deref(), Some("h.0.ln.weight"));
         assert_eq!(renamed("a.*.b.*", "*.c.*", "a.1.b.2").as_deref(), Some("1.c.2"));
         assert_eq!(renamed("head", "table", "head").as_deref(), Some("table"));

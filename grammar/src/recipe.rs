@@ -1,60 +1,72 @@
-//! The recipe of a training run: what the `train` block says, checked.
+//! The training recipe: the settings of a checked `train` block.
 
 use serde::{Deserialize, Serialize};
 
 use crate::names::Vector;
 
-/// Defaults of settings that not every choice reads.
+/// The default of `eps`.
 pub const EPS: f64 = 1e-8;
+/// The default of `power`, for `schedule: polynomial`.
 pub const POWER: f64 = 1.0;
+/// The default of `lr_decay`, for `schedule: wsd`.
 pub const LR_DECAY: Phase = Phase::Share(0.1);
 
-/// A field that an older peftc does not know is written only where it is not at its default, so that states and artifacts
-/// of before keep their meaning.
+/// The settings of a training run. Fields that older versions of peftc lack are serialised only when they differ from
+/// their defaults, so that existing states and artifacts keep their meaning.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
+    /// The optimizer.
     #[serde(default, skip_serializing_if = "is_default")]
     pub optimizer: Optimizer,
+    /// The peak learning rate.
     pub lr: f64,
+    /// The decay rates β₁ and β₂ of the moments.
     pub betas: (f64, f64),
+    /// The ε of Adam's denominator.
     pub eps: f64,
+    /// The weight decay.
     pub weight_decay: f64,
-    /// What it applies to.
+    /// The tensors that weight decay applies to.
     #[serde(default, skip_serializing_if = "is_default")]
-    pub decays: Decays,
-    /// Global norm over trainable values; 0 = none.
+    pub decays: DecayScope,
+    /// The maximum norm of the gradient over all trainable values; 0 disables clipping.
     pub clip: f64,
+    /// The mass that label smoothing moves from the label to all classes.
     pub label_smoothing: f64,
+    /// The learning-rate schedule after the warm-up.
     pub schedule: Schedule,
-    /// The rate at which a schedule's decay ends.
+    /// The learning rate at the end of the schedule.
     #[serde(default, skip_serializing_if = "is_default")]
     pub lr_end: f64,
-    /// Steps in which the rate rises from 0 to `lr`.
+    /// The steps in which the learning rate rises linearly from 0 to `lr`.
     pub warmup: Phase,
-    /// What is computed at once.
+    /// The size of a batch.
     pub batch: BatchSize,
-    /// So many batches are one step.
+    /// The number of batches whose gradients are accumulated into one step.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub accumulate: u64,
+    /// The number of passes over the data.
     pub epochs: f64,
-    /// Overrides `epochs`.
+    /// The number of steps, which overrides `epochs`.
     pub steps: Option<u64>,
+    /// The seed of the random numbers.
     pub seed: u64,
+    /// The precision of matrix products with frozen weights.
     #[serde(default)]
     pub precision: Precision,
-    /// When the run's state and its adapter are written.
+    /// When the state of the run and its adapter are saved.
     #[serde(default, skip_serializing_if = "is_default")]
     pub save: Every,
-    /// When it is judged by held-out data.
+    /// When the model is evaluated on held-out data.
     #[serde(default, skip_serializing_if = "is_default")]
     pub evaluate: Every,
-    /// What the average of the trained values keeps of itself at each step; without it there is none.
+    /// The decay of the exponential moving average of the trained values; `None` for no average.
     #[serde(default, skip_serializing_if = "is_default")]
     pub average: Option<f64>,
-    /// The run ends after so many evaluations in a row without a best one.
+    /// The run ends after this many evaluations in a row without a new best one.
     #[serde(default, skip_serializing_if = "is_default")]
     pub patience: Option<u64>,
-    /// So many rows of the data are held out, where no other data are.
+    /// The number of rows that are held out of the training data, if there is no separate evaluation data.
     #[serde(default, skip_serializing_if = "is_default")]
     pub hold_out: u64,
 }
@@ -71,18 +83,21 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// How large a batch is.
+/// The size of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum BatchSize {
-    /// So many sequences.
+    /// This many sequences.
     Sequences(u64),
-    /// As many sequences as have at most so many tokens, but one at least.
-    Tokens { tokens: u64 },
+    /// As many sequences as fit into a number of tokens, but at least one.
+    Tokens {
+        /// The maximum number of tokens.
+        tokens: u64,
+    },
 }
 
 impl BatchSize {
-    fn written(self) -> String {
+    fn to_source(self) -> String {
         match self {
             BatchSize::Sequences(sequences) => sequences.to_string(),
             BatchSize::Tokens { tokens } => format!("{tokens} tokens"),
@@ -90,73 +105,85 @@ impl BatchSize {
     }
 }
 
-/// What makes of gradients a step. The equations stand in `passes/src/interpret/optimizer.rs`.
+/// The optimizer. `passes/src/interpret/optimizer.rs` holds the equations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub enum Optimizer {
-    /// Decoupled weight decay (Loshchilov & Hutter, 2019).
+    /// AdamW: decoupled weight decay (Loshchilov & Hutter, 2019).
     #[default]
     AdamW,
-    /// Weight decay is an L2 term of the gradient (Kingma & Ba, 2015).
+    /// Adam (Kingma & Ba, 2015): weight decay is an L2 term of the gradient.
     Adam,
-    /// Weight decay is an L2 term of the gradient; heavy-ball momentum, 0 for none.
-    Sgd { momentum: f64 },
-    /// Decoupled weight decay (Chen et al., 2023).
+    /// Stochastic gradient descent with heavy-ball momentum: weight decay is an L2 term of the gradient.
+    Sgd {
+        /// The momentum; 0 for none.
+        momentum: f64,
+    },
+    /// Lion: decoupled weight decay (Chen et al., 2023).
     Lion,
 }
 
-/// Which trained tensors weight decay applies to.
+/// The trained tensors that weight decay applies to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Decays {
-    /// Those of two axes or more whose name does not end with `.bias`.
+pub enum DecayScope {
+    /// Tensors with two or more axes whose name does not end with `.bias`.
     #[default]
     Matrices,
+    /// All trained tensors.
     All,
 }
 
-impl Decays {
-    /// As a spec writes them.
-    pub const WORDS: [&str; 2] = ["matrices", "all"];
+impl DecayScope {
+    /// The scopes as a spec writes them.
+    pub const KEYWORDS: [&str; 2] = ["matrices", "all"];
 
-    pub fn word(self) -> &'static str {
+    /// The scope as a spec writes it.
+    pub fn keyword(self) -> &'static str {
         match self {
-            Decays::Matrices => "matrices",
-            Decays::All => "all",
+            DecayScope::Matrices => "matrices",
+            DecayScope::All => "all",
         }
     }
 
-    /// It applies to a tensor of so many axes.
+    /// Whether weight decay applies to the tensor `name` with this number of axes.
     pub fn applies(self, name: &str, axes: usize) -> bool {
-        self == Decays::All || axes >= 2 && !name.ends_with(".bias")
+        self == DecayScope::All || axes >= 2 && !name.ends_with(".bias")
     }
 }
 
-/// A number that the optimizer's kernel is told at each step.
+/// A hyperparameter that the optimizer's kernel receives at each step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Hyper {
+    /// The learning rate of the step.
     Lr,
+    /// β₁
     Beta1,
+    /// β₂
     Beta2,
+    /// ε
     Eps,
+    /// The weight decay.
     WeightDecay,
+    /// The maximum norm of the gradient.
     Clip,
     /// 1 − β₁
-    Rest1,
+    OneMinusBeta1,
     /// 1 − β₂
-    Rest2,
+    OneMinusBeta2,
     /// 1 − β₁ᵗ
-    Bias1,
+    BiasCorrection1,
     /// 1 − β₂ᵗ
-    Bias2,
+    BiasCorrection2,
+    /// The momentum of SGD.
     Momentum,
 }
 
 impl Optimizer {
-    /// SGD without momentum.
+    /// All optimizers; SGD without momentum.
     pub const ALL: [Optimizer; 4] =
         [Optimizer::AdamW, Optimizer::Adam, Optimizer::Sgd { momentum: 0.0 }, Optimizer::Lion];
 
-    /// As a spec writes it.
-    pub fn word(self) -> &'static str {
+    /// The optimizer as a spec writes it.
+    pub fn keyword(self) -> &'static str {
         match self {
             Optimizer::AdamW => "adamw",
             Optimizer::Adam => "adam",
@@ -165,7 +192,7 @@ impl Optimizer {
         }
     }
 
-    /// The betas that its paper recommends; nothing to SGD.
+    /// The default β₁ and β₂, which the optimizer's paper recommends. SGD does not read them.
     pub fn betas(self) -> (f64, f64) {
         match self {
             Optimizer::Lion => (0.9, 0.99),
@@ -173,13 +200,13 @@ impl Optimizer {
         }
     }
 
-    /// The same, with this momentum if it has one.
+    /// The same optimizer with this momentum, if it is SGD.
     pub fn with_momentum(self, momentum: f64) -> Self {
         if let Optimizer::Sgd { .. } = self { Optimizer::Sgd { momentum } } else { self }
     }
 
-    /// Settings that it does not read.
-    pub fn unread(self) -> &'static [&'static str] {
+    /// The settings that the optimizer does not read.
+    pub fn unread_settings(self) -> &'static [&'static str] {
         match self {
             Optimizer::AdamW | Optimizer::Adam => &["momentum"],
             Optimizer::Sgd { .. } => &["betas", "eps"],
@@ -187,7 +214,7 @@ impl Optimizer {
         }
     }
 
-    /// What it keeps of each trained value from step to step.
+    /// The state vectors of the optimizer.
     pub fn moments(self) -> &'static [Vector] {
         match self {
             Optimizer::AdamW | Optimizer::Adam => &[Vector::M, Vector::V],
@@ -196,8 +223,8 @@ impl Optimizer {
         }
     }
 
-    /// What it keeps, as messages name it.
-    pub fn kept(self) -> &'static str {
+    /// A description of the optimizer's state for messages.
+    pub fn state_description(self) -> &'static str {
         match self {
             Optimizer::AdamW | Optimizer::Adam => "Adam's moments",
             Optimizer::Lion => "Lion's momentum",
@@ -206,45 +233,58 @@ impl Optimizer {
         }
     }
 
-    /// What its kernel is told, in this order, which stands nowhere else: [`Recipe::hyper`] gives the numbers by it, and
-    /// the kernel finds them by it.
+    /// The hyperparameters that the kernel receives, in order. [`Recipe::hyper`] and the kernel both take the order
+    /// from here.
     pub fn hyper(self) -> &'static [Hyper] {
         use Hyper::*;
         match self {
-            Optimizer::AdamW | Optimizer::Adam => {
-                &[Lr, Beta1, Beta2, Eps, WeightDecay, Clip, Rest1, Rest2, Bias1, Bias2]
-            }
+            Optimizer::AdamW | Optimizer::Adam => &[
+                Lr,
+                Beta1,
+                Beta2,
+                Eps,
+                WeightDecay,
+                Clip,
+                OneMinusBeta1,
+                OneMinusBeta2,
+                BiasCorrection1,
+                BiasCorrection2,
+            ],
             Optimizer::Sgd { momentum: 0.0 } => &[Lr, WeightDecay, Clip],
             Optimizer::Sgd { .. } => &[Lr, WeightDecay, Clip, Momentum],
-            Optimizer::Lion => &[Lr, Beta1, Beta2, WeightDecay, Clip, Rest1, Rest2],
+            Optimizer::Lion => &[Lr, Beta1, Beta2, WeightDecay, Clip, OneMinusBeta1, OneMinusBeta2],
         }
     }
 }
 
-/// Of products with frozen weights. Everything else, trained values and their gradients above all, is f32.
+/// The precision of matrix products with frozen weights. All other computation, the trained values and their gradients
+/// included, is f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Precision {
+    /// Operands and sums are f32.
     #[default]
     F32,
-    /// Both operands are rounded to bf16, sums are f32: an element of x·w is off by at most little more than
-    /// 2⁻⁷ Σ|x||w|, and what sums in f32 are off by.
+    /// Operands are rounded to bf16 and sums are f32. The error of an element of x·w is at most about 2⁻⁷ Σ|x||w|, in
+    /// addition to the error of the f32 sum.
     Bf16,
 }
 
 impl Precision {
+    /// All precisions.
     pub const ALL: [Precision; 2] = [Precision::F32, Precision::Bf16];
-    /// As a spec writes them.
-    pub const WORDS: [&str; 2] = [Precision::F32.word(), Precision::Bf16.word()];
+    /// The precisions as a spec writes them.
+    pub const KEYWORDS: [&str; 2] = [Precision::F32.keyword(), Precision::Bf16.keyword()];
 
-    pub const fn word(self) -> &'static str {
+    /// The precision as a spec writes it.
+    pub const fn keyword(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
         }
     }
 
-    /// Products with frozen weights are of fewer bits than f32's.
-    pub fn narrows(self) -> bool {
+    /// Whether products with frozen weights have a reduced precision, below f32.
+    pub fn is_reduced(self) -> bool {
         match self {
             Precision::F32 => false,
             Precision::Bf16 => true,
@@ -252,29 +292,34 @@ impl Precision {
     }
 }
 
-/// How the rate goes on after the warm-up.
+/// The learning-rate schedule after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Schedule {
+    /// `lr` throughout.
     Constant,
-    /// A straight line from `lr` to `lr_end`.
+    /// Linear decay from `lr` to `lr_end`.
     Linear,
-    /// Half a period of the cosine, from `lr` to `lr_end`.
+    /// Cosine decay from `lr` to `lr_end`, half a period.
     Cosine,
-    /// `lr_end + (lr − lr_end) rest^power`, where `rest` falls from 1 to 0 in a straight line.
+    /// `lr_end + (lr − lr_end) rest^power`, where `rest` decreases linearly from 1 to 0.
     Polynomial {
+        /// The exponent.
         power: f64,
     },
-    /// Warm-up, stable, decay: `lr` until the last steps, in which the rate falls to `lr_end` as a cosine does.
+    /// Warm-up, stable, decay: `lr` until the last steps, in which the learning rate decreases to `lr_end` along a
+    /// cosine.
     Wsd {
+        /// The number of steps of the decay.
         decay: Phase,
     },
 }
 
 impl Schedule {
-    /// As a spec writes them.
-    pub const WORDS: [&str; 5] = ["linear", "constant", "cosine", "polynomial", "wsd"];
+    /// The schedules as a spec writes them.
+    pub const KEYWORDS: [&str; 5] = ["linear", "constant", "cosine", "polynomial", "wsd"];
 
-    pub fn word(self) -> &'static str {
+    /// The schedule as a spec writes it.
+    pub fn keyword(self) -> &'static str {
         match self {
             Schedule::Linear => "linear",
             Schedule::Constant => "constant",
@@ -285,20 +330,21 @@ impl Schedule {
     }
 }
 
-/// How often something is done; at the end of a run always.
+/// The interval of a recurring action, which also happens at the end of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Every {
+    /// At the end of each epoch.
     #[default]
     Epoch,
-    /// At steps that are multiples of this.
+    /// At steps that are multiples of this number.
     Steps(u64),
-    /// When so much time has gone by since the last time.
+    /// When this many seconds have passed since the last time.
     Seconds(u64),
 }
 
 impl Every {
-    /// The first step after `step` at which it is done, by its number alone; `epoch` is the first one after `step` that
-    /// ends an epoch.
+    /// The first step after `step` at which the action is due; `None` if it depends on time. `epoch` is the first step
+    /// after `step` that ends an epoch.
     pub fn next(self, step: u64, epoch: u64) -> Option<u64> {
         match self {
             Every::Epoch => Some(epoch),
@@ -307,7 +353,7 @@ impl Every {
         }
     }
 
-    fn written(self) -> String {
+    fn to_source(self) -> String {
         match self {
             Every::Epoch => "epoch".into(),
             Every::Steps(steps) => steps.to_string(),
@@ -316,7 +362,7 @@ impl Every {
     }
 }
 
-/// A time such as `30s`, `10min` or `2h`.
+/// The seconds of a duration such as `30s`, `10min` or `2h`; `None` if the text is not one, or is zero.
 pub(crate) fn seconds(text: &str) -> Option<u64> {
     let units = [("s", 1), ("min", 60), ("h", 3600)];
     let (number, unit) = units.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)))?;
@@ -324,16 +370,17 @@ pub(crate) fn seconds(text: &str) -> Option<u64> {
     digits.then(|| number.parse::<u64>().ok()?.checked_mul(*unit)).flatten().filter(|seconds| *seconds > 0)
 }
 
-/// A part of a run's steps.
+/// A number of steps, absolute or relative to the run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Phase {
+    /// This many steps.
     Steps(u64),
-    /// A share of all steps.
+    /// This fraction of all steps.
     Share(f64),
 }
 
 impl Phase {
-    /// How many of `total` steps it has, which may be more than there are.
+    /// The number of steps in a run of `total` steps. It may exceed `total`.
     pub fn steps(self, total: u64) -> u64 {
         match self {
             Phase::Steps(steps) => steps,
@@ -341,7 +388,7 @@ impl Phase {
         }
     }
 
-    fn written(self) -> String {
+    fn to_source(self) -> String {
         match self {
             Phase::Steps(steps) => steps.to_string(),
             Phase::Share(share) => format!("{share:?}"),
@@ -350,17 +397,17 @@ impl Phase {
 }
 
 impl Recipe {
-    /// Settings on which no trained value depends but by the number of steps.
-    pub const FREE: [&str; 5] = ["epochs", "steps", "save", "evaluate", "patience"];
+    /// The settings that a resumed run may change: trained values depend on them only through the number of steps.
+    pub const RESUME_MAY_CHANGE: [&str; 5] = ["epochs", "steps", "save", "evaluate", "patience"];
 
-    /// Settings that kernels are made for, with their values.
-    pub fn compiled(&self) -> Vec<(&'static str, String)> {
+    /// The settings that kernels are specialised for, with their values.
+    pub fn kernel_settings(&self) -> Vec<(&'static str, String)> {
         const COMPILED: [&str; 4] = ["optimizer", "decays", "label_smoothing", "precision"];
         let settings = self.settings().into_iter().filter(|(key, _)| COMPILED.contains(key));
         settings.chain([("momentum", self.optimizer.moments().len().to_string())]).collect()
     }
 
-    /// What the optimizer's kernel is told at step `step` (from 0), whose rate is `lr`.
+    /// The values of the kernel's hyperparameters at step `step` (from 0) with learning rate `lr`.
     pub fn hyper(&self, lr: f64, step: u64) -> Vec<f32> {
         let (beta1, beta2) = self.betas;
         let bias = |beta: f64| 1.0 - beta.powf((step + 1) as f64);
@@ -371,10 +418,10 @@ impl Recipe {
             Hyper::Eps => self.eps,
             Hyper::WeightDecay => self.weight_decay,
             Hyper::Clip => self.clip,
-            Hyper::Rest1 => 1.0 - beta1,
-            Hyper::Rest2 => 1.0 - beta2,
-            Hyper::Bias1 => bias(beta1),
-            Hyper::Bias2 => bias(beta2),
+            Hyper::OneMinusBeta1 => 1.0 - beta1,
+            Hyper::OneMinusBeta2 => 1.0 - beta2,
+            Hyper::BiasCorrection1 => bias(beta1),
+            Hyper::BiasCorrection2 => bias(beta2),
             Hyper::Momentum => match self.optimizer {
                 Optimizer::Sgd { momentum } => momentum,
                 _ => 0.0,
@@ -383,13 +430,14 @@ impl Recipe {
         self.optimizer.hyper().iter().map(|hyper| number(hyper) as f32).collect()
     }
 
-    /// What the average keeps of itself, and what it takes of the values, after step `step` (from 0); at first it is those.
-    pub fn average_shares(&self, step: u64) -> Option<[f64; 2]> {
+    /// The weights of the old average and of the values in the average after step `step` (from 0). At step 0 the
+    /// average is the values.
+    pub fn average_weights(&self, step: u64) -> Option<[f64; 2]> {
         self.average.map(|kept| if step == 0 { [0.0, 1.0] } else { [kept, 1.0 - kept] })
     }
 
-    /// The `train` block that gives this recipe.
-    pub fn written(&self) -> String {
+    /// The source text of a `train` block that yields this recipe.
+    pub fn to_source(&self) -> String {
         let lines = self.settings().into_iter().map(|(key, value)| format!("  {key}: {value}\n"));
         format!("train {{\n{}}}\n", lines.collect::<String>())
     }
@@ -397,21 +445,22 @@ impl Recipe {
     fn settings(&self) -> Vec<(&'static str, String)> {
         let float = |x: f64| format!("{x:?}");
         let mut all = vec![
-            ("optimizer", self.optimizer.word().into()),
+            ("optimizer", self.optimizer.keyword().into()),
             ("lr", float(self.lr)),
             ("weight_decay", float(self.weight_decay)),
-            ("decays", self.decays.word().into()),
+            ("decays", self.decays.keyword().into()),
             ("clip", float(self.clip)),
             ("label_smoothing", float(self.label_smoothing)),
-            ("schedule", self.schedule.word().into()),
-            ("warmup", self.warmup.written()),
-            ("batch", self.batch.written()),
+            ("schedule", self.schedule.keyword().into()),
+            ("warmup", self.warmup.to_source()),
+            ("batch", self.batch.to_source()),
             ("accumulate", self.accumulate.to_string()),
             ("epochs", float(self.epochs)),
             ("seed", self.seed.to_string()),
-            ("precision", self.precision.word().into()),
+            ("precision", self.precision.keyword().into()),
         ];
-        // At its default a setting is left out: another choice, which does not read it, may take this one's place.
+        // A setting at its default is omitted, because an override may select an optimizer or schedule that does not
+        // read it.
         if self.betas != self.optimizer.betas() {
             all.push(("betas", format!("[{:?}, {:?}]", self.betas.0, self.betas.1)));
         }
@@ -425,15 +474,15 @@ impl Recipe {
         all.extend(self.steps.map(|steps| ("steps", steps.to_string())));
         match self.schedule {
             Schedule::Polynomial { power } if power != POWER => all.push(("power", float(power))),
-            Schedule::Wsd { decay } if decay != LR_DECAY => all.push(("lr_decay", decay.written())),
+            Schedule::Wsd { decay } if decay != LR_DECAY => all.push(("lr_decay", decay.to_source())),
             _ => {}
         }
         if self.lr_end != 0.0 {
             all.push(("lr_end", float(self.lr_end)));
         }
         all.extend(self.average.map(|kept| ("average", float(kept))));
-        all.push(("save", self.save.written()));
-        all.push(("evaluate", self.evaluate.written()));
+        all.push(("save", self.save.to_source()));
+        all.push(("evaluate", self.evaluate.to_source()));
         all.extend(self.patience.map(|patience| ("patience", patience.to_string())));
         if self.hold_out > 0 {
             all.push(("hold_out", self.hold_out.to_string()));

@@ -1,6 +1,6 @@
-//! Parameter counts of the specs that ship, against the table of the paper.
+//! The parameter counts of the shipped specs, compared with the tables of the paper.
 
-#![allow(clippy::disallowed_methods)] // cases are files
+#![allow(clippy::disallowed_methods)] // test cases are files
 
 use peft_grammar::model::{BatchSize, Init, Model, Origin, Phase, Recipe, Schedule, Trainable};
 use peft_grammar::{check, no_imports};
@@ -11,7 +11,7 @@ fn model(path: &str) -> Model {
     check(path, &text, &no_imports).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Values of methods that train, and values of the backbone and its head that do.
+/// The number of trainable values of methods, and that of the backbone and its head.
 fn counts(model: &Model) -> (u64, u64) {
     let of = |method: bool| {
         let chosen = model.params.iter().filter(|p| matches!(p.origin, Origin::Method(_)) == method);
@@ -20,7 +20,7 @@ fn counts(model: &Model) -> (u64, u64) {
     (of(true), of(false))
 }
 
-/// Parameters of a backbone without methods.
+/// The number of parameters of a backbone without methods.
 fn backbone(call: &str) -> u64 {
     let model = check("spec.peft", &format!("model = {call}"), &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().all(|p| p.origin == Origin::Backbone));
@@ -28,7 +28,7 @@ fn backbone(call: &str) -> u64 {
 }
 
 #[test]
-fn nlg_rows_train_what_the_paper_says() {
+fn nlg_parameter_counts_match_the_paper() {
     const GPT2: u64 = 124_439_808;
     const SPECIAL: u64 = 16 * 768;
     for (spec, method) in [
@@ -57,8 +57,8 @@ fn nlg_rows_train_what_the_paper_says() {
 }
 
 #[test]
-fn nlu_rows_train_what_the_paper_says() {
-    // The paper's 124,645,632 hold RobertaModel's pooler, too, which its classifier does not read.
+fn nlu_parameter_counts_match_the_paper() {
+    // The paper's 124,645,632 include the pooler of RobertaModel, which the classifier does not read.
     const ROBERTA: u64 = 124_645_632 - (768 * 768 + 768);
     for (spec, method, backbone) in [
         ("inducer", 609_696, 0),
@@ -78,14 +78,14 @@ fn nlu_rows_train_what_the_paper_says() {
     }
 }
 
-/// The specs of a row of the tables, one for each of its tasks, with their names.
+/// The specs of a table row, one for each of its tasks, with their names.
 fn both(tasks: [&str; 2], row: &str) -> [(Model, String); 2] {
     tasks.map(|task| (model(&format!("paper/{task}/{row}.peft")), format!("{task}/{row}")))
 }
 
-/// Rates and batches that the paper gives, of its own methods.
+/// The learning rates and batch sizes that the paper states for its own methods.
 #[test]
-fn rows_train_as_the_paper_says() {
+fn hyperparameters_match_the_paper() {
     for row in ["adaptive", "extension", "gating", "inducer", "inducer_lora", "mam_inducer"] {
         for ((model, spec), (lr, epochs, max_tokens)) in
             both(["webnlg", "coqa"], row).into_iter().zip([(1.25e-3, 10.0, 512), (1e-3, 5.0, 896)])
@@ -111,16 +111,16 @@ fn rows_train_as_the_paper_says() {
             assert_eq!(schedule, Schedule::Polynomial { power: 1.0 }, "{spec}");
         }
     }
-    // Others have rates of their own.
+    // The baselines have other learning rates.
     for row in ["finetune", "adapter", "lora", "prefix", "mam_adapter"] {
         let all = both(["webnlg", "coqa"], row).into_iter().chain(both(["sst2", "mnli"], row));
         all.for_each(|(model, spec)| assert!(model.train.lr <= 5e-4, "{spec}"));
     }
 }
 
-/// Where the authors' code starts an adapter's down-projection from kaiming(√5), and not from N(0, 0.02).
+/// The authors' code initialises some down-projections with kaiming(√5) rather than with N(0, 0.02).
 #[test]
-fn how_adapters_start() {
+fn adapter_initialisation_matches_the_authors_code() {
     let starts = |path: &str| {
         let model = model(&format!("paper/{path}.peft"));
         let init = |end: &str| model.params.iter().find(|p| p.name.ends_with(end)).expect("an adapter").init.clone();
@@ -134,9 +134,9 @@ fn how_adapters_start() {
     assert_eq!(starts("webnlg/mam_inducer"), (normal.clone(), normal));
 }
 
-/// Every row of the tables has a spec for each of its tasks.
+/// Each table row has a spec for each of its tasks.
 #[test]
-fn every_row_has_its_specs() {
+fn every_table_row_has_a_spec_per_task() {
     let there = |task: &str| {
         let folder = format!("{}/../models/paper/{task}", env!("CARGO_MANIFEST_DIR"));
         let names = std::fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").file_name());
@@ -149,25 +149,25 @@ fn every_row_has_its_specs() {
     assert_eq!((there("webnlg"), there("sst2")), (there("coqa"), there("mnli")));
 }
 
-/// TinyLlama-1.1B, and Llama-2-7B by the defaults.
+/// TinyLlama-1.1B, and Llama-2-7B with the default arguments.
 #[test]
-fn llamas_have_the_parameters_of_their_checkpoints() {
+fn llama_parameter_counts() {
     let tiny = "layers: 22, hidden: 2048, heads: 32, kv_heads: 4, ffn: 5632, vocab: 32000";
     assert_eq!(backbone(&format!("llama({tiny})")), 1_100_048_384);
     assert_eq!(backbone("llama()"), 6_738_415_616);
 }
 
 #[test]
-fn tied_logits_have_no_matrix_of_their_own() {
+fn tied_embeddings_add_no_parameters() {
     for (name, matrix) in [("gpt2", 50257 * 768), ("llama", 32000 * 4096)] {
         let [tied, untied] = [true, false].map(|tied| backbone(&format!("{name}(tied: {tied})")));
         assert_eq!(untied - tied, matrix, "{name}");
     }
 }
 
-/// VeRA's random projections are there once, and do not train.
+/// VeRA's random projections exist once and do not train.
 #[test]
-fn what_is_shared_counts_once() {
+fn shared_weights_count_once() {
     let text = include_str!("../../tests/specs/good/vera_and_ia3.peft");
     let model = check("spec.peft", text, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let shared: Vec<_> = model.params.iter().filter(|p| p.name.starts_with("vera.")).collect();
@@ -178,7 +178,7 @@ fn what_is_shared_counts_once() {
 }
 
 #[test]
-fn demos_train_a_few_hundred_thousand_values() {
+fn demo_parameter_counts() {
     let inducer = |key: u64, value: u64| {
         let (heads, p, d) = (12, 32, 384);
         heads * (p * key + key + key * p + p) + heads * (p * value + value + value * d) + d

@@ -1,12 +1,12 @@
-//! The formatter: idempotent, loses nothing, and every file that ships is formatted.
+//! The formatter is idempotent and lossless, and all shipped files are formatted.
 
-#![allow(clippy::disallowed_methods)] // cases are files
+#![allow(clippy::disallowed_methods)] // test cases are files
 
 use std::path::{Path, PathBuf};
 
 use peft_grammar::format;
 
-/// Every `.peft` file below a folder of the repository.
+/// All `.peft` files below a folder of the repository.
 fn specs(folder: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder)];
@@ -29,7 +29,7 @@ fn squeezed(text: &str) -> String {
 }
 
 #[test]
-fn what_ships_is_formatted() {
+fn shipped_specs_are_formatted() {
     for path in [specs("models"), specs("tests/specs/good")].concat() {
         let text = std::fs::read_to_string(&path).expect("readable");
         let formatted = format("spec", &text).unwrap_or_else(|e| panic!("{e}"));
@@ -38,10 +38,10 @@ fn what_ships_is_formatted() {
 }
 
 #[test]
-fn formatting_twice_changes_nothing_and_loses_nothing() {
+fn formatting_is_idempotent_and_lossless() {
     for path in [specs("models"), specs("tests/specs")].concat() {
         let text = std::fs::read_to_string(&path).expect("readable");
-        // A file with syntax errors has no layout.
+        // A file with syntax errors cannot be formatted.
         let Ok(once) = format("spec", &text) else { continue };
         assert_eq!(squeezed(&once), squeezed(&text), "{}", path.display());
         assert_eq!(format("spec", &once).expect("it still parses"), once, "{}", path.display());
@@ -49,7 +49,7 @@ fn formatting_twice_changes_nothing_and_loses_nothing() {
 }
 
 #[test]
-fn a_crowded_spec_is_spread_out() {
+fn crowded_spec_is_formatted() {
     let crowded = "\n\nimport   backbones.gpt2 // the library's\nmodel=gpt2( layers :2,hidden: 8 *4 )\n\n\n\ntune{\n\n\
         every attention   only 0 .. 1,1{lora( rank:- 2+-x[ : ,0 : 2*n ]) on q ,v\n  }\n    // to the end\n\
         rows 0..3 of\"w\"}\n";

@@ -1,11 +1,11 @@
-//! What is wrong with a method in a file of its own (`tests/specs/methods`), as its author reads it: every
-//! message shows the place in that file and the place in the spec that applies it.
+//! Diagnostics for errors in a method of a separate file (`tests/specs/methods`). Each shows the place in that file and
+//! the place in the spec that applies the method.
 
-#![allow(clippy::disallowed_methods)] // cases are files
+#![allow(clippy::disallowed_methods)] // test cases are files
 
 use peft_grammar::check;
 
-/// The spec that applies a case: as its first line says, or at every attention.
+/// The spec that applies a case: with the rule in the case's first line, or at every attention.
 fn spec(method: &str) -> String {
     let first = method.lines().next().and_then(|line| line.strip_prefix("// "));
     let apply = first.unwrap_or("every attention { mine(width: 4) }");
@@ -16,7 +16,7 @@ fn spec(method: &str) -> String {
 }
 
 #[test]
-fn a_wrong_method_shows_itself_and_its_use() {
+fn errors_in_methods_show_definition_and_use() {
     insta::glob!("../../tests/specs/methods", "*.peft", |path| {
         let method = std::fs::read_to_string(path).expect("readable");
         let spec = spec(&method);

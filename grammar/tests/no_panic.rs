@@ -1,4 +1,5 @@
-//! Whatever the text, the front end answers: specs with tokens left out, doubled, swapped or cut never panic.
+//! The front end never panics, whatever the text. Specs are mutated by deleting, doubling, swapping, replacing and
+//! truncating tokens.
 
 use peft_grammar::{check, format, no_imports};
 use proptest::prelude::*;
@@ -11,7 +12,7 @@ const SPECS: &[&str] = &[
     include_str!("../../models/demo/sentiment.peft"),
 ];
 
-/// Words, numbers and signs, with the white space after them.
+/// Words, numbers and characters, each with the white space after it.
 fn pieces(text: &str) -> Vec<String> {
     let mut pieces: Vec<String> = Vec::new();
     let mut word = false;
@@ -57,12 +58,12 @@ fn apply(pieces: &mut Vec<String>, edit: &Edit) {
         Edit::Double(at) => pieces.insert(at % n, pieces[at % n].clone()),
         Edit::Swap(a, b) => pieces.swap(a % n, b % n),
         Edit::Replace(at, with) => pieces[at % n] = format!("{with} "),
-        // A cut is rare to be near the end, where most of the checks are behind.
+        // Truncations are near the end of the text, so that most checks still run.
         Edit::Cut(at) => pieces.truncate(n - at % n.min(40)),
     }
 }
 
-/// The first error of a backbone that calls `fn again(x: tensor) { BODY }`.
+/// The title of the first error for a backbone that calls `fn again(x: tensor) { BODY }`.
 fn title_of(body: &str) -> String {
     let spec = format!(
         "fn again(x: tensor) {{ {body} }}\nbackbone tiny() for generation {{ weight w \"w\": [3, 3] ~ zeros\n \
@@ -72,7 +73,7 @@ fn title_of(body: &str) -> String {
 }
 
 #[test]
-fn what_is_nested_beyond_reason_is_refused() {
+fn deep_nesting_is_rejected() {
     let deep = "calls and expressions are nested too deep";
     let call = "`again` calls itself without end";
     let brackets = |n: usize| format!("return {}again(x){}", "x + (".repeat(n), ")".repeat(n));
@@ -82,29 +83,29 @@ fn what_is_nested_beyond_reason_is_refused() {
     assert_eq!(title_of(&branches), call);
     assert_eq!(title_of(&format!("return again(x{})", " + x".repeat(95))), call);
     assert_eq!(title_of(&format!("return again(x){}", " + x".repeat(95))), deep);
-    assert_eq!(title_of(&format!("return x{}", " + x".repeat(50_000))), "this expression is too long to follow");
+    assert_eq!(title_of(&format!("return x{}", " + x".repeat(50_000))), "this expression has too many operators");
     assert_eq!(title_of(&format!("return {}x", "-".repeat(50_000))), "too many signs in a row");
     assert_eq!(title_of(&format!("return x{}", "[0:1]".repeat(50_000))), "too many indices in a row");
 }
 
-/// The title of the first error of a backbone with these statements.
+/// The title of the first error for a backbone with these statements.
 fn title_in(statements: &str) -> String {
     let spec = format!("backbone tiny() for generation {{ {statements} }}\nmodel = tiny()\n");
     check("spec.peft", &spec, &no_imports).expect_err("it is beyond reason").list[0].title.clone()
 }
 
-/// What doubles with each statement is stopped long before it fills a memory.
+/// Values that double with each statement are rejected before they exhaust memory.
 #[test]
-fn what_grows_beyond_reason_is_refused() {
-    let text = "this text grows beyond 4096 bytes when it is filled in";
+fn exponential_growth_is_rejected() {
+    let text = "this string exceeds 4096 bytes after interpolation";
     assert_eq!(title_in(&format!("s = \"ab\" {}", "s = \"{s}{s}\" ".repeat(60))), text);
     assert_eq!(title_in("s = \"ab\" for i in 0..60 { s = \"{s}{s}\" }"), text);
-    let list = "a list holds no lists, found ";
+    let list = "a list cannot contain lists, found ";
     assert!(title_in(&format!("l = [1, 2] {}", "l = [l, l] ".repeat(60))).starts_with(list));
 }
 
 #[test]
-fn imports_without_end_are_refused() {
+fn endless_imports_are_rejected() {
     let count = std::cell::Cell::new(0);
     let endless = |_: &str| {
         count.set(count.get() + 1);
@@ -118,7 +119,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn broken_specs_get_an_answer(spec in 0..SPECS.len(), edits in prop::collection::vec(edit(), 1..4)) {
+    fn mutated_specs_do_not_panic(spec in 0..SPECS.len(), edits in prop::collection::vec(edit(), 1..4)) {
         let mut pieces = pieces(SPECS[spec]);
         edits.iter().for_each(|e| apply(&mut pieces, e));
         let text = pieces.concat();
@@ -132,7 +133,7 @@ proptest! {
     }
 
     #[test]
-    fn noise_gets_an_answer(text in "(model|tune|\\{|\\}|\\(|\\)|\\[|[a-z0-9 \\n\"./:=,<>é-]){0,60}") {
+    fn random_text_does_not_panic(text in "(model|tune|\\{|\\}|\\(|\\)|\\[|[a-z0-9 \\n\"./:=,<>é-]){0,60}") {
         let _ = check("spec.peft", &text, &no_imports);
         let _ = format("spec.peft", &text);
     }

@@ -1,5 +1,5 @@
-//! Cases found by folder: what stands in `tests/specs/good` checks, what stands in `tests/specs/bad` fails
-//! with exactly the errors written below the lines they are at:
+//! Test cases in folders. Specs in `tests/specs/good` check without errors. Specs in `tests/specs/bad` fail with
+//! exactly the errors that comments state below the lines they occur on:
 //!
 //! ```text
 //!   every attentoin { lora(rank: 4) on q }
@@ -7,9 +7,9 @@
 //!   //~ HINT: did you mean `attention`?
 //! ```
 //!
-//! `PEFTC_BLESS=1 cargo test -p peft-grammar --test specs` writes what the checker says now.
+//! `PEFTC_BLESS=1 cargo test -p peft-grammar --test specs` updates the comments.
 
-#![allow(clippy::disallowed_methods)] // cases are files
+#![allow(clippy::disallowed_methods)] // test cases are files
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ use peft_grammar::{Diagnostics, check};
 
 const MARK: &str = "//~ ";
 
-/// Every file below a folder of `tests/specs`; all of them are specs.
+/// All files below a folder of `tests/specs`; each must be a spec.
 fn cases(folder: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/specs").join(folder)];
@@ -36,13 +36,13 @@ fn cases(folder: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Reads what a case imports, from beside it.
+/// Reads the imports of a case from its folder.
 fn import(case: &Path) -> impl Fn(&str) -> Result<String, String> {
     let folder = case.parent().expect("a folder").to_owned();
     move |path| std::fs::read_to_string(folder.join(path)).map_err(|_| "no such file".to_owned())
 }
 
-/// Errors as a case writes them: below the line each is at.
+/// The source with a comment for each error below the line on which it occurs.
 fn annotated(source: &str, errors: &Diagnostics) -> String {
     let mut lines: Vec<String> = source.lines().map(str::to_owned).collect();
     let mut notes: Vec<(usize, String)> = Vec::new();
@@ -74,7 +74,7 @@ fn good_specs_check() {
 }
 
 #[test]
-fn bad_specs_fail_as_written() {
+fn bad_specs_report_the_annotated_errors() {
     let bless = std::env::var_os("PEFTC_BLESS").is_some();
     let cases = cases("bad");
     let mut wrong = String::new();

@@ -1,10 +1,10 @@
-//! What comes out of the front end: rendered diagnostics, the model as text, trees that read back, overrides.
+//! The outputs of the front end: rendered diagnostics, the text of models, JSON round trips, and overrides.
 
 use peft_grammar::ast::Ast;
 use peft_grammar::graph::{Op, Role};
 use peft_grammar::model::{
-    BatchSize, Buffer, ConfigValue, Every, Extent, Key, Kind, Model, Origin, Phase, Piece, Schedule, TaskKind,
-    Trainable, written,
+    BatchSize, Buffer, ConfigValue, Every, Extent, KeyRule, Model, Origin, Phase, Piece, Schedule, TaskKind,
+    TensorKind, Trainable, template_source,
 };
 use peft_grammar::{check, compile_with, library, no_imports, parse};
 
@@ -31,7 +31,7 @@ fn refused(overrides: &[(&str, &str)]) -> String {
 }
 
 #[test]
-fn the_model_of_a_small_inducer_with_lora() {
+fn model_text_of_inducer_with_lora() {
     let source = "model = gpt2(layers: 1, hidden: 8, heads: 2, ffn: 16, vocab: 10, context: 4, embedding_dropout: 0.0)\n\
         tune { every attention { inducer(key: 1, value: 2)  lora(rank: 2, alpha: 4) on q } }\n";
     let model = check("small.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
@@ -39,32 +39,33 @@ fn the_model_of_a_small_inducer_with_lora() {
 }
 
 #[test]
-fn an_error_in_the_tune_block() {
+fn error_in_tune_block() {
     insta::assert_snapshot!(errors(
         "model = gpt2(layers: 2)\n\ntune {\n  every attention {\n    lora(rnak: 4) on q\n    indcer(value: 3)\n  }\n}\n"
     ));
 }
 
 #[test]
-fn an_error_in_a_method_shows_both_places() {
+fn error_in_method_shows_definition_and_use() {
     insta::assert_snapshot!(errors(
         "method gate(bottleneck: int) on attention(out) {\n  weight a \"down\": [bottleneck, width(out)] ~ zeros\n  \
-         after out { out = out + out @ a }\n}\n\nmodel = gpt2(layers: 2)\n\ntune {\n  every attention { gate(bottleneck: 10) }\n}\n"
+         after out { out = out + out @ a }\n}\n\nmodel = gpt2(layers: 2)\n\n\
+         tune {\n  every attention { gate(bottleneck: 10) }\n}\n"
     ));
 }
 
 #[test]
-fn an_error_of_the_library_shows_the_use() {
+fn error_in_library_shows_use() {
     insta::assert_snapshot!(errors("model = gpt2(layers: 2, hidden: 100, heads: 12)\n"));
 }
 
 #[test]
-fn a_syntax_error() {
+fn syntax_error_in_unclosed_block() {
     insta::assert_snapshot!(errors("model = gpt2(layers: 2)\n\ntune {\n  every attention { lora(rank: 4) on q\n}\n"));
 }
 
 #[test]
-fn an_override_that_is_wrong_shows_itself() {
+fn invalid_overrides_are_reported() {
     insta::assert_snapshot!(refused(&[
         ("train.stepz", "20"),
         ("lorra.rank", "4"),
@@ -74,14 +75,14 @@ fn an_override_that_is_wrong_shows_itself() {
 }
 
 #[test]
-fn color_is_only_there_when_asked_for() {
+fn colour_only_on_request() {
     let Err(errors) = check("spec.peft", "model = gtp2()", &no_imports) else { panic!("there is no gtp2") };
     assert!(!errors.render(false).contains('\u{1b}'));
     assert!(errors.render(true).contains('\u{1b}'));
 }
 
 #[test]
-fn a_tree_reads_back() {
+fn syntax_tree_json_round_trips() {
     for (path, text) in library::MODULES {
         let tree = parse(path, text).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(Ast::from_json(&tree.to_json()).expect("it reads back"), tree, "{path}");
@@ -89,7 +90,7 @@ fn a_tree_reads_back() {
 }
 
 #[test]
-fn overrides_reach_every_block() {
+fn overrides_apply_to_every_block() {
     let model = tiny(&[
         ("train.steps", "20"),
         ("train.schedule", "constant"),
@@ -107,7 +108,7 @@ fn overrides_reach_every_block() {
 }
 
 #[test]
-fn times_that_a_run_is_saved() {
+fn save_intervals() {
     let save = |value: &str| tiny(&[("train.save", value)]).train.save;
     assert_eq!(save("epoch"), Every::Epoch);
     assert_eq!(save("20"), Every::Steps(20));
@@ -117,9 +118,9 @@ fn times_that_a_run_is_saved() {
     assert_eq!(Every::Seconds(1).next(0, 5), None);
 }
 
-/// A batch is a number of sequences, or a number of tokens.
+/// The size of a batch is a number of sequences or a number of tokens.
 #[test]
-fn sizes_of_batches() {
+fn batch_sizes_in_sequences_and_tokens() {
     let batch = |value: &str| {
         let train = tiny(&[("train.batch", value)]).train;
         let read = train.with(&[]).unwrap_or_else(|e| panic!("{e}"));
@@ -131,9 +132,9 @@ fn sizes_of_batches() {
     assert_eq!((batch("4096 tokens"), batch("4096tokens")), (tokens.clone(), tokens));
 }
 
-/// A weight's rate is the one by its name, else that of its method's application, else the recipe's.
+/// A weight's own rate goes before the rate of its method's application, which goes before the recipe's.
 #[test]
-fn rates_of_weights_and_methods() {
+fn learning_rate_precedence() {
     let spec = |rates: &str, recipe: &str| {
         format!(
             "model = bert(layers: 1, hidden: 32, heads: 4, ffn: 48, vocab: 97)\n\
@@ -160,9 +161,9 @@ fn rates_of_weights_and_methods() {
     assert_eq!(given("{ lr of B: 4 }", &set), [own(1.0, 2.0), own(2.0, 4.0), recipe, (Some(0.5), Some(1.0))]);
 }
 
-/// Weight decay applies to matrices, or to all that trains.
+/// Weight decay applies to matrices, or to all trained tensors.
 #[test]
-fn what_decays() {
+fn weight_decay_scopes() {
     let decaying = |set: &[(&str, &str)]| {
         let model = tiny(set);
         let trained = model.params.iter().filter(|p| p.trainable != Trainable::No && p.name.contains("layers.0"));
@@ -209,7 +210,7 @@ fn canonical_names_and_shapes() {
 }
 
 #[test]
-fn only_what_is_read_is_an_input() {
+fn unread_inputs_are_not_arguments() {
     let inputs = |model: &Model| {
         let inputs = model.graph.args.iter().filter(|a| a.role == Role::Input);
         inputs.map(|a| a.name.clone()).collect::<Vec<_>>().join(" ")
@@ -220,7 +221,7 @@ fn only_what_is_read_is_an_input() {
 }
 
 #[test]
-fn every_dropout_has_a_stream_of_its_own() {
+fn dropouts_have_distinct_streams() {
     let model = tiny(&[("model.dropout", "0.1"), ("model.attention_dropout", "0.2"), ("lora.dropout", "0.3")]);
     let streams = model.graph.nodes.iter().filter_map(|n| match n.op {
         Op::Dropout { stream, .. } => Some(stream),
@@ -228,12 +229,12 @@ fn every_dropout_has_a_stream_of_its_own() {
     });
     let mut streams: Vec<u32> = streams.collect();
     streams.sort_unstable();
-    // A layer has two residuals, the attention's weights, λ and LoRA's input.
+    // Each layer has five dropouts: two on residuals, and one each on attention weights, λ and LoRA's input.
     assert_eq!(streams, (0..10).collect::<Vec<_>>());
 }
 
 #[test]
-fn special_rows_enter_in_parts() {
+fn trainable_rows_split_the_argument() {
     let source = TINY.replace("tune {", "tune {\n  rows 90..95 of \"transformer.wte.weight\"");
     let model = check("rows.peft", &source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let parts: Vec<(String, Role)> =
@@ -245,7 +246,7 @@ fn special_rows_enter_in_parts() {
 }
 
 #[test]
-fn the_head_is_no_part_of_the_backbone() {
+fn task_head_trains_unless_frozen() {
     let source = include_str!("../../tests/specs/good/classifier.peft");
     let trains = |source: &str| {
         let model = check("head.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
@@ -259,7 +260,7 @@ fn the_head_is_no_part_of_the_backbone() {
 }
 
 #[test]
-fn a_template_is_taken_apart() {
+fn template_is_parsed_into_pieces() {
     let source = include_str!("../../models/paper/webnlg/inducer_lora.peft");
     let model = check("webnlg.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let TaskKind::Generation { special, template, target, .. } = &model.task.kind else { panic!("it generates") };
@@ -280,22 +281,27 @@ fn a_template_is_taken_apart() {
     assert_eq!(template[..], whole);
 }
 
-/// The page's examples are checked: what it shows is the language.
+/// What the examples of the language reference mean; `tests/suite/documents.rs` checks that each of them is accepted.
 #[test]
-fn the_examples_of_the_page_check() {
-    let page = include_str!("../../models/README.md");
-    let blocks: Vec<&str> = page.split("```").skip(1).step_by(2).collect();
-    let [spec, names, packed, method, ..] = blocks[..] else { panic!("the page has a spec, tasks and a method") };
+fn the_examples_of_the_language_reference_check() {
+    let page = include_str!("../../docs/language.md");
+    let blocks = || page.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
+    let block = |language: &str, words: &str| {
+        let found = blocks().find(|(fence, text)| *fence == language && text.contains(words));
+        found.unwrap_or_else(|| panic!("the page has a block with `{words}`")).1
+    };
+    let spec = block("peft", "head frozen");
     check("page.peft", spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
-    let names = format!("{names}\nmodel = roberta()\ntune {{ full() }}");
+    let names = format!("{}\nmodel = roberta()\ntune {{ full() }}", block("peft", "import tasks.mnli"));
     let model = check("page.peft", &names, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!((&*model.task.name, model.task.max_tokens, model.train.batch), ("mnli", 512, BatchSize::Sequences(32)));
-    let model = check("page.peft", &format!("{packed}\nmodel = gpt2()"), &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let packed = format!("{}\nmodel = gpt2()", block("peft", "pack: true"));
+    let model = check("page.peft", &packed, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(matches!(model.task.kind, TaskKind::Generation { pack: true, .. }));
-    let spec = format!("{method}\nmodel = bert(layers: 1)\ntune {{ every attention {{ lora(rank: 3) on q }} }}\n");
-    let model = check("page.peft", &spec, &no_imports).unwrap_or_else(|e| panic!("{e}"));
+    let method = block("peft", "method lora");
+    let model = check("page.peft", method, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     assert!(model.params.iter().any(|p| p.name == "layers.0.attention.q.lora.a" && p.shape == [3, 768]));
-    let checkpoint = blocks.iter().find(|b| b.starts_with("\ncheckpoint")).expect("a backbone's block");
+    let checkpoint = block("peft-fragment", "checkpoint {");
     let backbone = format!(
         "backbone page(width: int = 8 from \"n_embd\", tied: bool = true) for generation {{ {checkpoint}
            weight e \"embed\": [10, width] ~ normal(0.02)
@@ -311,59 +317,59 @@ fn the_examples_of_the_page_check() {
 }
 
 #[test]
-fn errors_of_several_blocks_come_in_one_run() {
+fn errors_of_all_blocks_are_reported_at_once() {
     let source = "model = gpt2(layer: 2)\ntune { every attention { lorra(rank: 4) on q } }\ntrain { bacth: 4 }\n";
     let Err(errors) = check("spec.peft", source, &no_imports) else { panic!("it has three errors") };
     let hints: Vec<&str> = errors.list.iter().filter_map(|e| e.hint.as_deref()).collect();
     assert_eq!(hints, ["did you mean `layers`?", "did you mean `lora`?", "did you mean `batch`?"]);
 }
 
-/// The `checkpoint` block of a spec of one's own, with its arguments filled in.
+/// The `checkpoint` block of a user-defined backbone, with the arguments substituted.
 #[test]
-fn what_a_backbone_says_of_its_checkpoints() {
+fn checkpoint_block_is_evaluated() {
     let source = include_str!("../../tests/specs/good/own_backbone.peft");
     let model = check("own.peft", source, &no_imports).unwrap_or_else(|e| panic!("{e}"));
     let found = &model.backbone.checkpoint;
     assert_eq!((&found.model_types[..], &found.prefix[..]), (&["bag".to_string()][..], "bag."));
-    let is = |values: serde_json::Value, note: &str| Key::Is {
+    let is = |values: serde_json::Value, note: &str| KeyRule::Is {
         values: values.as_array().expect("a list").clone(),
         note: Some(note.into()),
     };
     let argument =
-        |name: &str, absent: i64| Key::Argument { name: name.into(), absent: Some(ConfigValue::Int(absent)) };
+        |name: &str, absent: i64| KeyRule::Argument { name: name.into(), absent: Some(ConfigValue::Int(absent)) };
     let keys = [
         ("vocab_size", argument("vocab", 100)),
         ("hidden_size", argument("width", 16)),
         ("hidden_act", is(serde_json::json!(["relu", null]), "residual blocks end in relu")),
         ("num_layers", is(serde_json::json!([3]), "there are 3 blocks")),
-        ("d_model", Key::Same("hidden_size".into())),
-        ("drop", Key::Free),
-        ("droppath", Key::Free),
+        ("d_model", KeyRule::Same("hidden_size".into())),
+        ("drop", KeyRule::Free),
+        ("droppath", KeyRule::Free),
     ];
     assert_eq!(found.keys, keys.map(|(name, key)| (name.to_string(), key)).into());
-    let tensors: Vec<(&str, &Kind)> = found.tensors.iter().map(|t| (&t.pattern[..], &t.is)).collect();
+    let tensors: Vec<(&str, &TensorKind)> = found.tensors.iter().map(|t| (&t.pattern[..], &t.is)).collect();
     let expected = [
-        ("bag.*.kernel", &Kind::Same("bag.*.weight".into())),
-        ("bag.extra.*", &Kind::Unused),
-        ("bag.scale", &Kind::Buffer(Buffer::Numbers(vec![-0.5, 0.5]))),
+        ("bag.*.kernel", &TensorKind::Same("bag.*.weight".into())),
+        ("bag.extra.*", &TensorKind::Unused),
+        ("bag.scale", &TensorKind::Buffer(Buffer::Numbers(vec![-0.5, 0.5]))),
     ];
     assert_eq!(tensors, expected);
     let shallow = compile_with("own.peft", source, &[("model.layers".into(), "1".into())], &no_imports);
     let shallow = shallow.unwrap_or_else(|e| panic!("{e}")).backbone.checkpoint.tensors;
-    assert_eq!(shallow[1].is, Kind::Buffer(Buffer::Positions));
+    assert_eq!(shallow[1].is, TensorKind::Buffer(Buffer::Positions));
 }
 
 #[test]
-fn the_library_knows_whose_checkpoints_it_reads() {
+fn library_finds_backbones_by_model_type() {
     for backbone in library::backbones() {
         assert_eq!(library::backbone_of(&backbone.name), Some(backbone.name));
     }
     assert_eq!(library::backbone_of("mistral"), None);
 }
 
-/// A recipe as an artifact has it: written out, it is the same, and a setting changes it by the checks of a spec.
+/// A recipe equals the recipe of its source text, and overrides of a recipe pass the checks of a spec.
 #[test]
-fn a_recipe_reads_back() {
+fn recipe_source_round_trips() {
     for settings in [
         &[][..],
         &[("train.schedule", "polynomial"), ("train.power", "2"), ("train.lr_end", "1e-7"), ("train.warmup", "500")],
@@ -391,9 +397,9 @@ fn a_recipe_reads_back() {
     assert!(refused("train.sclip", "1").contains("a recipe has no setting `sclip`"));
 }
 
-/// A task and a recipe by name: what the spec sets goes before the definition, and `--set` before both.
+/// Settings of the spec override the named definition, and `--set` overrides both.
 #[test]
-fn tasks_and_recipes_by_name() {
+fn precedence_of_named_tasks_and_recipes() {
     let spec = |blocks: &str, set: &[(&str, &str)]| {
         let source = format!("model = bert(layers: 1)\ntune {{ head trainable }}\n{blocks}");
         let set: Vec<(String, String)> = set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
@@ -414,9 +420,9 @@ fn tasks_and_recipes_by_name() {
     assert_eq!(taken(&spec("task sst2", &[("task.max_tokens", "64")])), of("negative positive", "sentence", 64));
     let import = "import tasks.sst2\ntask sst2 { text: \"review\"  max_tokens: 128 }";
     assert_eq!(taken(&spec(import, &[("task.max_tokens", "64")])), of("negative positive", "review", 64));
-    // Without an import a block with braces is a task of its own, whatever the library has.
+    // Without an import, a block with braces is a new task, even if the library has one of that name.
     assert_eq!(taken(&spec("task sst2 { labels: [\"x\", \"y\"] }", &[])), of("x y", "", 512));
-    // A file of one's own goes before the library.
+    // Imported files go before the library.
     assert_eq!(taken(&spec("import \"own.peft\"\ntask sst2", &[])), of("c d", "", 512));
     assert_eq!(taken(&spec("import \"own.peft\"\ntask own { text: \"t\" }", &[])), of("a b", "t", 32));
 
@@ -424,13 +430,13 @@ fn tasks_and_recipes_by_name() {
     assert_eq!((glue.lr, glue.lr_end, glue.batch, glue.epochs), (2e-4, 1e-7, BatchSize::Sequences(32), 3.0));
     let own = spec("import \"own.peft\"\ntrain own", &[]).train;
     assert_eq!((own.lr, own.schedule), (0.5, Schedule::Constant));
-    // What shows how a file's methods are used is passed over.
+    // The `train` block that shows how to use a file's methods does not affect the spec.
     assert_eq!(spec("import \"own.peft\"", &[]).train.lr, 1e-3);
 }
 
 #[test]
-fn the_library_describes_tasks_and_recipes() {
-    let signatures = |all: Vec<library::Described>| -> Vec<String> {
+fn library_signatures_of_tasks_and_recipes() {
+    let signatures = |all: Vec<library::LibraryEntry>| -> Vec<String> {
         assert!(all.iter().all(|d| !d.doc.is_empty()), "a definition without a doc comment");
         all.into_iter().map(|d| d.signature).collect()
     };
@@ -439,15 +445,16 @@ fn the_library_describes_tasks_and_recipes() {
     assert_eq!(signatures(library::recipes()), ["chen2022_webnlg", "chen2022_coqa", "chen2022_glue"]);
 }
 
-/// A template is written as it was read: cuts, a token with the type of another one, lists of the items before.
+/// The source of a template round-trips: truncations, a token with the type of another token, and the list of earlier
+/// items.
 #[test]
-fn a_template_reads_back() {
+fn template_source_round_trips() {
     let model = check("spec.peft", "model = gpt2(layers: 1)\ntune { full() }\ntask coqa", &no_imports);
     let task = model.unwrap_or_else(|e| panic!("{e}")).task;
     let TaskKind::Generation { template, each, .. } = &task.kind else { panic!("it generates") };
     assert_eq!(each[..], ["questions", "answers"]);
     let source = include_str!("../../models/tasks/coqa.peft");
-    assert!(source.contains(&format!("template: \"{}\"", written(template))), "{}", written(template));
+    assert!(source.contains(&format!("template: \"{}\"", template_source(template))), "{}", template_source(template));
     assert_eq!(template[0], Piece::As("<bos_qa>".into(), "<document>".into()));
     assert_eq!(template[2], Piece::Cut(Extent::First(400), Box::new(Piece::Field("story".into()))));
     let Piece::Cut(Extent::Last(2), turns) = &template[3] else { panic!("the last two turns") };

@@ -1,15 +1,15 @@
-//! What all of the paper's specs compile to, before a change of the lowering and after it.
+//! Compares the kernels and launches of all of the paper's specs before and after a change of the lowering.
 //!
 //! ```text
 //! cargo bench --profile dev -p peft-passes --bench kernels -- write BEFORE [PART OF A SPEC'S PATH]…
 //! cargo bench --profile dev -p peft-passes --bench kernels -- compare BEFORE AFTER
 //! ```
 //!
-//! `write` lowers every spec of `models/paper`, or those whose path has such a part, in f32 and bf16, for every machine
-//! below. It puts the text of each kernel once into a file of its own, named by the text's hash, and into a file for each
-//! spec, precision and machine how its entries launch them. Kernels' names are no part of either. `compare` holds two such
-//! folders against each other: where the text of a kernel has changed, both are compiled, and PTX or object code must be
-//! the same; what differs is listed by kernel, with the number of instructions before and after.
+//! `write` lowers every spec of `models/paper`, or those whose path contains one of the parts, in f32 and bf16, for
+//! every machine below. It writes the text of each kernel once, into a file named by the text's hash, and the launches
+//! of each spec, precision and machine into a plan file. Neither contains kernel names. `compare` compares two such
+//! folders: where the text of a kernel has changed, it compiles both, and their PTX or object code must be the same. It
+//! lists the kernels that differ, with their number of instructions before and after.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Files below a folder, sorted.
+/// The files below a folder, sorted.
 fn files(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
     let mut found = vec![];
     for entry in fs::read_dir(folder)? {
@@ -59,7 +59,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
     Ok(found)
 }
 
-/// Does the work on all processors.
+/// Runs `body` on each item, in parallel on all processors.
 fn each<T: Send>(work: Vec<T>, body: impl Fn(T) -> Result<(), Failure> + Sync) -> Result<(), Failure> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let left = Mutex::new(work);
@@ -77,8 +77,8 @@ fn write(folder: &Path, parts: &[&str]) -> Result<(), Failure> {
         fs::create_dir_all(folder.join("kernels").join(machine))?;
     }
     fs::create_dir_all(folder.join("plans"))?;
-    let asked = |path: &PathBuf| parts.is_empty() || parts.iter().any(|part| path.to_string_lossy().contains(part));
-    each(files(&specs)?.into_iter().filter(asked).collect(), |path| {
+    let selected = |path: &PathBuf| parts.is_empty() || parts.iter().any(|part| path.to_string_lossy().contains(part));
+    each(files(&specs)?.into_iter().filter(selected).collect(), |path| {
         let name = path.strip_prefix(&specs)?.display().to_string();
         let mut model = peft_grammar::check(&name, &fs::read_to_string(&path)?, &peft_grammar::no_imports)
             .map_err(|e| e.to_string())?;
@@ -86,9 +86,11 @@ fn write(folder: &Path, parts: &[&str]) -> Result<(), Failure> {
             model.train.precision = precision;
             for machine in MACHINES {
                 let options = Options { machine: machine.parse()?, until: Stage::Loops, ..Options::default() };
-                let compiled = pipeline::run(&Dialect::new()?, &model, &pipeline::of_artifact(&model), &options)?;
-                let plan =
-                    plan(&compiled.lowered.expect("the way led to loops"), &folder.join("kernels").join(machine))?;
+                let compiled = pipeline::run(&Dialect::new()?, &model, &pipeline::artifact_entries(&model), &options)?;
+                let plan = plan(
+                    &compiled.lowered.expect("the pipeline ran to the loops stage"),
+                    &folder.join("kernels").join(machine),
+                )?;
                 fs::write(folder.join("plans").join(format!("{}.{word}.{machine}", name.replace('/', "."))), plan)?;
             }
         }
@@ -97,7 +99,7 @@ fn write(folder: &Path, parts: &[&str]) -> Result<(), Failure> {
     })
 }
 
-/// The launches of all entries, a line each, by the hashes of their kernels.
+/// The plan of a program: its buffers, the launches of all entries with the hashes of their kernels, and the outputs.
 fn plan(lowered: &Lowered, kernels: &Path) -> Result<String, Failure> {
     let manifest = &lowered.manifest;
     let mut hashes = vec![];
@@ -113,7 +115,7 @@ fn plan(lowered: &Lowered, kernels: &Path) -> Result<String, Failure> {
     }
     let mut launches = |entry: &str, launches: &[Launch]| {
         launches.iter().try_for_each(|launch| {
-            // By what kernel it is, not by its number.
+            // The kernel's hash stands for its index.
             let rest = serde_json::to_string(&Launch { kernel: 0, ..launch.clone() })?;
             writeln!(plan, "{entry} {} {rest}", hashes[launch.kernel])?;
             Ok::<(), Failure>(())
@@ -137,10 +139,10 @@ fn compare(before: &Path, after: &Path) -> Result<bool, Failure> {
     let (old, new) = (names(before)?, names(after)?);
     let mut same = true;
     for name in old.symmetric_difference(&new) {
-        println!("{name}: there on one side alone");
+        println!("{name}: exists in only one of the folders");
         same = false;
     }
-    // By machine: kernels of which one stands where the other stood, and where that is.
+    // By machine, old hash and new hash: the first launch whose kernel's text has changed.
     let mut changed: BTreeMap<(String, String, String), String> = BTreeMap::new();
     for name in old.intersection(&new) {
         let machine = MACHINES.into_iter().find(|machine| name.ends_with(machine)).unwrap_or_default();
@@ -182,7 +184,7 @@ fn compare(before: &Path, after: &Path) -> Result<bool, Failure> {
     Ok(same && differing == 0)
 }
 
-/// PTX, or the disassembly of the object code.
+/// The PTX of a kernel, or the disassembly of its object code.
 fn code(text: &str, machine: &str) -> Result<String, Failure> {
     let machine: Machine = machine.parse()?;
     let kernels = [text.to_string()];
@@ -191,13 +193,13 @@ fn code(text: &str, machine: &str) -> Result<String, Failure> {
     }
     let library = tempfile::NamedTempFile::new()?;
     codegen::compile(&kernels, machine, None, library.path())?;
-    let said = std::process::Command::new("objdump")
+    let disassembly = std::process::Command::new("objdump")
         .args(["-d", "-s", "-j.text", "-j.rodata"])
         .arg(library.path())
         .output()?;
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
-    // Its first lines name the file.
-    Ok(said.lines().skip(3).fold(String::new(), |code, line| code + line + "\n"))
+    let disassembly = String::from_utf8_lossy(&disassembly.stdout).into_owned();
+    // The first lines contain the file's name.
+    Ok(disassembly.lines().skip(3).fold(String::new(), |code, line| code + line + "\n"))
 }
 
 fn instructions(code: &str) -> usize {

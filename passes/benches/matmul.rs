@@ -1,5 +1,5 @@
-//! GFLOP/s of the products that tuning consists of, packing included, beside this machine's own peak; then of those with
-//! frozen weights in bf16.
+//! GFLOP/s of the matrix products of a training step, packing included, next to the measured peak of this machine; then
+//! of those with frozen weights in bf16.
 //!
 //! ```text
 //! cargo bench -p peft-passes --bench matmul [-- [--peaks] [--threads N]]
@@ -16,12 +16,13 @@ use peft_passes::{codegen, lower};
 use peft_runtime::artifact::{Buffer, Element, Entry, Extent, Launch, Manifest, Storage, Tensor, Workgroup};
 use peft_runtime::{Inputs, Numbers, Profile, Program, Session};
 
-/// Rounds over all products; the least time of each counts.
+/// Rounds over all products; the shortest time of each counts.
 const ROUNDS: usize = 12;
-/// Rounds of the peak alone, of which the mean counts: what the machine gives for as long as a training step takes.
+/// Rounds of the peak kernel with `--peaks`; their mean counts, as the clock is sustained for as long as a training
+/// step takes.
 const PEAK_ROUNDS: usize = 1000;
 
-/// One product. Operands that hold tokens are computed beforehand, the others are weights.
+/// One product. Operands with a token axis are computed beforehand; the others are weights.
 struct Product {
     name: &'static str,
     tokens: u64,
@@ -29,7 +30,7 @@ struct Product {
     y: Type,
     transpose: (bool, bool),
     frozen: bool,
-    /// Multiplications for a token.
+    /// Multiplications for each token.
     size: u64,
 }
 
@@ -93,7 +94,7 @@ impl Product {
                 false => Role::Trainable,
             };
             let arg = graph.arg(format!("{side}{index}"), role, None, ty.clone());
-            // Into memory of the session's own.
+            // The scaling copies the input into the session's own memory.
             if tokens { graph.push(Op::Scale { by: 0.5 }, &[arg], &at).expect("fits") } else { arg }
         };
         let (x, y) = (operand("x", &self.x), operand("y", &self.y));
@@ -104,7 +105,8 @@ impl Product {
     }
 }
 
-/// Rounds of a kernel of nothing but multiplications and additions in registers, three in four of which hold sums.
+/// Loop iterations of the peak kernel, which only multiplies and adds in registers; three of four registers are
+/// accumulators.
 const PEAK_STEPS: u64 = 2_000_000;
 const PEAK_UNITS: u64 = 64;
 
@@ -160,9 +162,9 @@ fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let products = || if arguments.iter().any(|a| a == "--peaks") { vec![] } else { products() };
     let number = arguments.iter().skip_while(|a| *a != "--threads").nth(1);
-    let threads = number.map_or(0, |n| n.parse().expect("--threads wants a number"));
+    let threads = number.map_or(0, |n| n.parse().expect("--threads needs a number"));
     measure(Precision::F32, &products(), threads, "FMA in registers");
-    if Cpu::Native.multiplies_bf16() {
+    if Cpu::Native.has_bf16_dot() {
         let frozen: Vec<Product> = products().into_iter().filter(|p| p.frozen).collect();
         measure(Precision::Bf16, &frozen, threads, "bf16 in registers");
     }
@@ -232,10 +234,10 @@ fn measure(precision: Precision, products: &[Product], threads: usize, peak: &st
     }
 }
 
-/// The kernel of the peak as one more entry.
+/// Adds the peak kernel as one more entry.
 fn add_peak(manifest: &mut Manifest) {
     manifest.kernels.push("peak".into());
-    // As large as what the runtime shares among threads.
+    // The buffer is large enough that the runtime distributes the launch over threads.
     let shape = vec![Extent::Const(16 * PEAK_UNITS * 8)];
     manifest.buffers.push(Buffer { element: Element::F32, shape, storage: Storage::Temporary });
     let launch = Launch {
@@ -249,7 +251,7 @@ fn add_peak(manifest: &mut Manifest) {
     manifest.entries.insert("peak".into(), Entry { launches: vec![launch], outputs: vec![] });
 }
 
-/// One run of `entry`: the time of the product and its packing.
+/// Runs `entry` once and returns the time of the product and its packing.
 fn timed(session: &mut Session, entry: &str, inputs: &Inputs) -> Duration {
     session.profile = Some(Profile::new());
     session.run(entry, inputs).unwrap_or_else(|e| panic!("{entry}: {e}"));

@@ -6,17 +6,19 @@
 //! which IRDL cannot say, are [`Graph::verify`]'s.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::rc::Rc;
 
 use melior::Context;
 use melior::dialect::DialectRegistry;
 use melior::ir::attribute::AttributeLike;
-use melior::ir::operation::{OperationLike, OperationPrintingFlags, OperationRef};
+use melior::ir::operation::{OperationLike, OperationRef};
 use melior::ir::{Attribute, BlockLike, Module, RegionLike, Type as MlirType, ValueLike};
 use melior::utility::{load_irdl_dialects, register_all_dialects};
-use peft_grammar::graph::{Attr, DType, Dim, Graph, Location, MAX_PARTS, OPERATIONS, Op, Operation, Role, Type, Value};
+use peft_grammar::graph::{
+    Attr, DType, Dim, Graph, Location, MAX_VARIADIC_OPERANDS, OPERATIONS, Op, Operation, Role, Type, Value,
+};
 
 use crate::Error;
 
@@ -27,6 +29,10 @@ pub struct Dialect {
 }
 
 impl Dialect {
+    /// A new context with the dialect registered in it.
+    ///
+    /// # Errors
+    /// MLIR refuses the dialect's definition, which is a fault of the compiler.
     pub fn new() -> Result<Self, Error> {
         let context = Context::new();
         let registry = DialectRegistry::new();
@@ -44,17 +50,24 @@ impl Dialect {
         if loaded { Ok(dialect) } else { Err(dialect.error("the dialect's definition was refused")) }
     }
 
-    /// The graphs as one module, verified by MLIR and by [`Graph::verify`].
+    /// The text of one module with the graphs as functions, verified by MLIR and by [`Graph::verify`]. Values bear the
+    /// names of the variables and weights of the `.peft` files, with their site where a graph has several. MLIR's own
+    /// printer would number them.
+    ///
+    /// # Errors
+    /// A graph that breaks the dialect's rules.
     pub fn print(&self, graphs: &[&Graph]) -> Result<String, Error> {
-        let module = self.module(graphs)?;
-        Ok(module.as_operation().to_string())
+        self.module(graphs)?;
+        Ok(text(graphs, false))
     }
 
-    /// [`Dialect::print`] with the place in the `.peft` file behind every operation.
+    /// [`Dialect::print`] with the site and the place in the `.peft` file behind every operation.
+    ///
+    /// # Errors
+    /// As [`Dialect::print`].
     pub fn print_with_locations(&self, graphs: &[&Graph]) -> Result<String, Error> {
-        let module = self.module(graphs)?;
-        let flags = OperationPrintingFlags::new().enable_debug_info(true, false);
-        module.as_operation().to_string_with_flags(flags).map_err(|e| Error::Mlir(e.to_string()))
+        self.module(graphs)?;
+        Ok(text(graphs, true))
     }
 
     /// Checks the graphs as a stage's result; `stage` names the culprit in the message.
@@ -67,7 +80,7 @@ impl Dialect {
         for graph in graphs {
             graph.verify().map_err(Error::Mlir)?;
         }
-        self.parse(&text(graphs))
+        self.parse(&text(graphs, true))
     }
 
     pub(crate) fn context(&self) -> &Context {
@@ -89,7 +102,10 @@ impl Dialect {
         Error::Mlir(if said.is_empty() { what.to_string() } else { format!("{what}\n{said}") })
     }
 
-    /// Reads a printed module back.
+    /// Reads the functions of a module's text, with the names of their values.
+    ///
+    /// # Errors
+    /// Text that MLIR does not parse, and operations that break the dialect's rules, with their place.
     pub fn read(&self, source: &str) -> Result<Vec<Graph>, Error> {
         let module = self.parse(source)?;
         let mut graphs = vec![];
@@ -102,6 +118,7 @@ impl Dialect {
             }
             next = function.next_in_block();
         }
+        name_values(&mut graphs, &defined_names(source));
         Ok(graphs)
     }
 }
@@ -120,7 +137,7 @@ pub fn irdl() -> String {
                 })
                 .collect::<Vec<_>>(),
             // A variadic group has one constraint too, so there is an optional operand for each part.
-            None => (0..MAX_PARTS)
+            None => (0..MAX_VARIADIC_OPERANDS)
                 .map(|i| {
                     let _ = writeln!(out, "    %x{i} = irdl.base \"!builtin.tensor\"");
                     format!("x{i}: optional %x{i}")
@@ -150,31 +167,68 @@ pub fn irdl() -> String {
     out
 }
 
-fn text(graphs: &[&Graph]) -> String {
+fn text(graphs: &[&Graph], locations: bool) -> String {
     let mut out = String::from("module {\n");
     for graph in graphs {
-        write_function(&mut out, graph);
+        write_function(&mut out, graph, locations);
     }
     out.push_str("}\n");
     out
 }
 
-/// A value's name; results of one operation share theirs.
-fn name(graph: &Graph, value: Value) -> String {
-    match graph.def(value).map(|node| &node.results[..]) {
-        Some(results @ [first, _, ..]) => {
-            let which = results.iter().position(|v| *v == value).expect("its own");
-            format!("%{}#{which}", first.0)
+/// By value, its name in the text: of an argument its label, of an operation's result the variable, and a number where
+/// there is none. Results of one operation share a name.
+fn names(graph: &Graph) -> Vec<String> {
+    let mut names = vec![String::new(); graph.value_count()];
+    let mut taken: HashSet<String> = HashSet::new();
+    let mut unique = |name: &str| {
+        let plain = |c: char| if c.is_ascii_alphanumeric() || "_.$-".contains(c) { c } else { '_' };
+        let mut name: String = name.chars().map(plain).collect();
+        if name.starts_with(|c: char| c.is_ascii_digit()) {
+            name.insert(0, '_');
         }
-        _ => format!("%{}", value.0),
+        let first = name.clone();
+        let mut copies = 0;
+        while !taken.insert(name.clone()) {
+            copies += 1;
+            name = format!("{first}_{copies}");
+        }
+        name
+    };
+    for arg in &graph.args {
+        names[arg.value.0 as usize] = format!("%{}", unique(&arg.label()));
     }
+    let named = graph.nodes.iter().map(|node| &node.location).filter(|location| !location.name.is_empty());
+    let sites: HashSet<&str> = named.map(|location| &*location.site).collect();
+    let mut unnamed = 0;
+    for node in &graph.nodes {
+        let Location { site, name, .. } = &node.location;
+        let name = match (&**name, &**site) {
+            ("", _) => {
+                unnamed += 1;
+                (unnamed - 1).to_string()
+            }
+            (name, "") => unique(name),
+            (name, _) if sites.len() < 2 => unique(name),
+            (name, site) => unique(&format!("{site}.{name}")),
+        };
+        for (which, result) in node.results.iter().enumerate() {
+            let which = if node.results.len() > 1 { format!("#{which}") } else { String::new() };
+            names[result.0 as usize] = format!("%{name}{which}");
+        }
+    }
+    names
 }
 
-fn write_function(out: &mut String, graph: &Graph) {
+fn write_function(out: &mut String, graph: &Graph, locations: bool) {
+    let names = names(graph);
+    let name = |value: &Value| names[value.0 as usize].as_str();
+    let list = |values: &[Value]| values.iter().map(name).collect::<Vec<_>>().join(", ");
+    let types = |values: &[Value]| values.iter().map(|&v| type_text(graph.ty(v))).collect::<Vec<_>>().join(", ");
     let args = graph.args.iter().map(|arg| {
         let rows = arg.rows.map_or(String::new(), |(start, end)| format!(", peft.rows = [{start}, {end}]"));
         let (role, ty) = (role_name(arg.role), type_text(graph.ty(arg.value)));
-        format!("%{}: {ty} {{peft.name = {}, peft.role = \"{role}\"{rows}}}", arg.value.0, quoted(&arg.name))
+        format!("{}: {ty} {{peft.name = {}, peft.role = \"{role}\"{rows}}}", name(&arg.value), quoted(&arg.name))
     });
     let args = args.collect::<Vec<_>>().join(",\n    ");
     let results = graph.outputs.iter();
@@ -182,31 +236,102 @@ fn write_function(out: &mut String, graph: &Graph) {
     let results = results.collect::<Vec<_>>().join(", ");
     let _ = writeln!(out, "  func.func @{}({args}) -> ({results}) {{", graph.name);
     for node in &graph.nodes {
-        let types = |values: &[Value]| values.iter().map(|&v| type_text(graph.ty(v))).collect::<Vec<_>>().join(", ");
-        let operands = node.operands.iter().map(|&v| name(graph, v)).collect::<Vec<_>>().join(", ");
         let attributes = node.op.attributes();
         let attributes = attributes.iter().map(|(key, value)| format!("{key} = {}", attr_text(value)));
         let mut attributes = attributes.collect::<Vec<_>>();
-        // What may have any number of operands says how many it has.
+        // An operation with a variable number of operands has to give that number.
         if node.op.operation().operands.count().is_none() {
-            let present = (0..MAX_PARTS).map(|i| if i < node.operands.len() { "1" } else { "0" });
+            let present = (0..MAX_VARIADIC_OPERANDS).map(|i| if i < node.operands.len() { "1" } else { "0" });
             attributes.push(format!("operandSegmentSizes = array<i32: {}>", present.collect::<Vec<_>>().join(", ")));
+        }
+        if !node.location.rule.is_empty() {
+            attributes.push(format!("peft.rule = {}", quoted(&node.location.rule)));
         }
         let attributes = attributes.join(", ");
         let attributes = if attributes.is_empty() { attributes } else { format!(" {{{attributes}}}") };
-        let Location { file, line, column } = &node.location;
-        let at = if *line == 0 { "unknown".into() } else { format!("{}:{line}:{column}", quoted(file)) };
-        let (op, from, to) = (node.op.name(), types(&node.operands), types(&node.results));
+        let at = if locations { format!(" loc({})", location_text(&node.location)) } else { String::new() };
+        let (op, operands, from) = (node.op.name(), list(&node.operands), types(&node.operands));
+        let id = name(&node.results[0]).split('#').next().expect("a name");
         let (id, to) = match node.results[..] {
-            [one] => (format!("%{}", one.0), to),
-            _ => (format!("%{}:{}", node.results[0].0, node.results.len()), format!("({to})")),
+            [one] => (id.to_string(), type_text(graph.ty(one))),
+            _ => (format!("{id}:{}", node.results.len()), format!("({})", types(&node.results))),
         };
-        let _ = writeln!(out, "    {id} = \"peft.{op}\"({operands}){attributes} : ({from}) -> {to} loc({at})");
+        let _ = writeln!(out, "    {id} = \"peft.{op}\"({operands}){attributes} : ({from}) -> {to}{at}");
     }
-    let values = graph.outputs.iter().map(|(_, v)| name(graph, *v)).collect::<Vec<_>>().join(", ");
-    let types = graph.outputs.iter().map(|(_, v)| type_text(graph.ty(*v))).collect::<Vec<_>>().join(", ");
-    let colon = if types.is_empty() { "" } else { " : " };
-    let _ = writeln!(out, "    return {values}{colon}{types}\n  }}");
+    let outputs: Vec<Value> = graph.outputs.iter().map(|(_, v)| *v).collect();
+    let colon = if outputs.is_empty() { "" } else { " : " };
+    let _ = writeln!(out, "    return {}{colon}{}\n  }}", list(&outputs), types(&outputs));
+}
+
+/// `"layers.0.attention"("gpt2.peft":12:5)`, with what is known of it.
+fn location_text(Location { file, line, column, site, .. }: &Location) -> String {
+    let place = (*line > 0).then(|| format!("{}:{line}:{column}", quoted(file)));
+    match (&**site, place) {
+        ("", None) => "unknown".into(),
+        ("", Some(place)) => place,
+        (site, None) => quoted(site),
+        (site, Some(place)) => format!("{}({place})", quoted(site)),
+    }
+}
+
+/// The names before the equals signs of the dialect's operations, in the order of the text.
+fn defined_names(source: &str) -> Vec<&str> {
+    let mut found = vec![];
+    let mut rest = source;
+    while let Some(at) = rest.find(['"', '/', '%']) {
+        let (first, tail) = (rest.as_bytes()[at], &rest[at + 1..]);
+        match first {
+            b'"' => {
+                let mut escaped = false;
+                let end = tail.bytes().position(|c| {
+                    let ends = c == b'"' && !escaped;
+                    escaped = c == b'\\' && !escaped;
+                    ends
+                });
+                rest = end.map_or("", |end| &tail[end + 1..]);
+            }
+            b'/' if tail.starts_with('/') => rest = tail.split_once('\n').map_or("", |(_, rest)| rest),
+            b'%' => {
+                let part = |c: char| c.is_ascii_alphanumeric() || "_.$-".contains(c);
+                let (name, after) = tail.split_at(tail.find(|c| !part(c)).unwrap_or(tail.len()));
+                let count =
+                    after.strip_prefix(':').map_or(after, |n| n.trim_start_matches(|c: char| c.is_ascii_digit()));
+                if count.trim_start().strip_prefix('=').is_some_and(|op| op.trim_start().starts_with("\"peft.")) {
+                    found.push(name);
+                }
+                rest = after;
+            }
+            _ => rest = tail,
+        }
+    }
+    found
+}
+
+/// MLIR forgets the names of values when it parses: they are taken from the text, one operation after the other. A
+/// number that [`names`] has appended to tell equal names apart is removed.
+fn name_values(graphs: &mut [Graph], defined: &[&str]) {
+    let mut defined = defined.iter();
+    for graph in graphs {
+        name_values_of(graph, &mut defined);
+    }
+}
+
+fn name_values_of<'n>(graph: &mut Graph, defined: &mut impl Iterator<Item = &'n &'n str>) {
+    let mut seen: HashSet<&str> = HashSet::new();
+    for (node, full) in graph.nodes.iter_mut().zip(defined) {
+        if full.starts_with(|c: char| c.is_ascii_digit()) {
+            continue;
+        }
+        seen.insert(full);
+        let number = |text: &str| !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
+        let copy = full.rsplit_once('_').filter(|(first, copy)| number(copy) && seen.contains(first));
+        let name = copy.map_or(*full, |(first, _)| first);
+        let (site, name) = name.rsplit_once('.').unwrap_or(("", name));
+        if node.location.site.is_empty() {
+            node.location.site = site.into();
+        }
+        node.location.name = name.into();
+    }
 }
 
 fn quoted(text: &str) -> String {
@@ -239,13 +364,24 @@ fn dims_text(shape: &[Dim]) -> String {
 fn attr_text(attr: &Attr) -> String {
     match attr {
         Attr::Int(i) => i.to_string(),
-        // By its bits, so that nothing is lost in print.
-        Attr::Float(x) => format!("0x{:016X} : f64", x.to_bits()),
+        Attr::Float(x) => float_text(*x),
         Attr::Bool(b) => b.to_string(),
         Attr::Ints(v) if v.is_empty() => "array<i64>".into(),
         Attr::Ints(v) => format!("array<i64: {}>", v.iter().map(i64::to_string).collect::<Vec<_>>().join(", ")),
         // In brackets: melior cannot read an empty string.
         Attr::Dims(d) => format!("\"[{}]\"", dims_text(d)),
+    }
+}
+
+/// The shortest decimal that reads back as the same bits, in MLIR's form.
+fn float_text(x: f64) -> String {
+    if !x.is_finite() {
+        return format!("0x{:016X} : f64", x.to_bits());
+    }
+    let text = format!("{x:?}");
+    match text.split_once('e') {
+        Some((digits, power)) if !digits.contains('.') => format!("{digits}.0e{power}"),
+        _ => text,
     }
 }
 
@@ -292,14 +428,15 @@ fn read_function(function: OperationRef<'_, '_>) -> Result<Graph, Error> {
             break;
         }
         let short = full.strip_prefix("peft.").ok_or_else(|| broken("only operations of the dialect belong here"))?;
-        let op =
-            Op::from_parts(short, &|key| operation.attribute(key).ok().and_then(read_attr)).map_err(Error::Mlir)?;
-        let location = read_location(&operation.location().to_string());
-        let made = graph.push_node(op, &operands, &location).map_err(Error::Mlir)?.results.clone();
+        let faulty = |what: String| Error::Mlir(format!("{}: `{full}`: {what}", operation.location()));
+        let op = Op::from_parts(short, &|key| operation.attribute(key).ok().and_then(read_attr)).map_err(faulty)?;
+        let mut location = read_location(&operation.location().to_string());
+        location.rule = operation.attribute("peft.rule").ok().and_then(string).unwrap_or_default().into();
+        let made = graph.push_node(op, &operands, &location).map_err(faulty)?.results.clone();
         for (result, value) in operation.results().zip(made) {
             let written = read_type(result.r#type())?;
             if written != *graph.ty(value) {
-                return Err(broken(&format!("`{full}` gives {}, but {written} is written", graph.ty(value))));
+                return Err(faulty(format!("its result is {}, but {written} is written", graph.ty(value))));
             }
             values.insert(result.to_raw().ptr, value);
         }
@@ -373,13 +510,20 @@ fn lookup<'c>(dictionary: Attribute<'c>, key: &str) -> Option<Attribute<'c>> {
     }
 }
 
+/// The way back from [`location_text`] in `loc(…)`.
 fn read_location(text: &str) -> Location {
-    // `loc("file":12:5)`
-    let parse = || {
-        let inner = text.strip_prefix("loc(\"")?.strip_suffix(')')?;
-        let (file, place) = inner.split_once("\":")?;
+    let place = |text: &str| {
+        let (file, place) = text.strip_prefix('"')?.rsplit_once("\":")?;
         let (line, column) = place.split_once(':')?;
-        Some(Location { file: file.into(), line: line.parse().ok()?, column: column.parse().ok()? })
+        let (line, column) = (line.parse().ok()?, column.parse().ok()?);
+        Some(Location { file: file.into(), line, column, ..Location::default() })
     };
-    parse().unwrap_or_default()
+    let Some(text) = text.strip_prefix("loc(").and_then(|text| text.strip_suffix(')')) else {
+        return Location::default();
+    };
+    let named = text.strip_prefix('"').and_then(|text| text.strip_suffix(')')).and_then(|text| text.split_once("\"("));
+    match named {
+        Some((site, inner)) => Location { site: site.into(), ..place(inner).unwrap_or_default() },
+        None => place(text).unwrap_or_default(),
+    }
 }

@@ -1,22 +1,26 @@
-//! Folding methods into the backbone's matrices: what a method makes of a projection is folded when it is still
-//! affine in the projection's input.
+//! Folds methods into the matrices of the backbone. A method on a projection folds if the projection's output is still
+//! an affine function of its input.
 //!
 //! ```text
-//! y = x W + b            W, b of the backbone
-//! y = x M + c            with M, c made of weights alone: they take the place of W and b
+//! y = x W + b            the projection of the backbone
+//! y = x M + c            the projection with its methods, M and c functions of weights alone; they replace W and b
 //! ```
 //!
-//! It is decided from the graph, not from the method's name: LoRA, DoRA, VeRA and IA³ fold because of what they
-//! compute. A method that does anything else, an inducer or an adapter, is left over, and then nothing is folded.
+//! The decision depends on the graph, not on the method's name: LoRA, DoRA, VeRA and IA³ fold because of the equations
+//! they have. If any method remains, such as an inducer or an adapter, nothing is folded.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use peft_grammar::graph::{Dim, Graph, Location, Node, Op, Role, Value};
-use peft_grammar::model::{Applied, Model, Origin, Projection};
+use peft_grammar::model::{AppliedMethod, Model, Origin, Projection};
 use peft_grammar::names::{Entry, Input, LOGITS, LOSS};
 
-/// The graph of folded matrices and biases: outputs `PATH.weight` [in,out] and `PATH.bias` [out] for every
-/// projection that methods change. It has no batch. The error says which methods cannot be folded.
+/// Returns the graph that computes the folded matrices and biases: outputs `PATH.weight` [in,out] and `PATH.bias` [out]
+/// for every projection that methods change. It reads weights alone and no batch.
+///
+/// # Errors
+/// A method is not affine in the input of its projection, or adds a bias to a projection without one; the message names
+/// the methods.
 pub fn fold(model: &Model) -> Result<Graph, String> {
     let mut folder = Folder::new(model);
     let mut folded = HashMap::new();
@@ -24,43 +28,45 @@ pub fn fold(model: &Model) -> Result<Graph, String> {
         let Some(affine) = folder.affine(projection)? else { continue };
         folded.insert(projection.output, projection.input);
         if affine.changed {
-            folder.give(projection, &affine)?;
+            folder.push_outputs(projection, &affine)?;
         }
     }
-    match left_over(model, &folded) {
+    match unfolded(model, &folded) {
         None => Ok(folder.graph),
         Some(why) => Err(why),
     }
 }
 
-/// x M + c, row by row.
+/// An affine function x M + c of each row x of a projection's input.
 #[derive(Clone, Copy)]
 struct Affine {
-    by: Linear,
-    /// [n]
+    linear: Linear,
+    /// c [n]; `None` for 0.
     constant: Option<Value>,
-    /// A method has a part in it.
+    /// The function depends on a method's weights.
     changed: bool,
 }
 
+/// The matrix M of an affine function.
 #[derive(Clone, Copy)]
 enum Linear {
     Identity,
-    /// Element by element with [n].
+    /// diag(d) with d [n].
     Diagonal(Value),
     /// [in,out]
     Matrix(Value),
 }
 
+/// The state of the fold: the old graph and the graph of folded matrices under construction.
 struct Folder<'a> {
     model: &'a Model,
     old: &'a Graph,
     graph: Graph,
-    /// Old values that depend on the batch.
-    of_batch: HashSet<Value>,
-    /// Old values that a method's weight has a part in.
-    of_method: HashSet<Value>,
-    /// Old values that no batch has a part in, in the new graph.
+    /// Values of the old graph that depend on the batch.
+    batch_dependent: HashSet<Value>,
+    /// Values of the old graph that depend on a method's weights.
+    method_dependent: HashSet<Value>,
+    /// For values of the old graph that depend on weights alone, their values in the new graph.
     known: HashMap<Value, Value>,
 }
 
@@ -68,27 +74,28 @@ impl<'a> Folder<'a> {
     fn new(model: &'a Model) -> Self {
         let old = &model.graph;
         let mut graph = Graph::new(Entry::Merge.name());
-        // Dropouts alone read `rng`, and nothing is dropped here.
+        // Only dropout reads `rng`, and folding removes dropout.
         let inputs = old.args.iter().filter(|a| a.role == Role::Input && a.name != Input::Rng.name());
-        let of_batch = old.made_of(inputs.map(|a| a.value));
+        let batch_dependent = old.dependents_of(inputs.map(|a| a.value));
         let methods = method_weights(model);
-        let of_method = old.made_of(old.args.iter().filter(|a| methods.contains(&*a.name)).map(|a| a.value));
+        let method_dependent =
+            old.dependents_of(old.args.iter().filter(|a| methods.contains(&*a.name)).map(|a| a.value));
         let weights = old.args.iter().filter(|a| a.role != Role::Input);
         let known =
             weights.map(|a| (a.value, graph.arg(a.name.clone(), a.role, a.rows, old.ty(a.value).clone()))).collect();
-        Folder { model, old, graph, of_batch, of_method, known }
+        Folder { model, old, graph, batch_dependent, method_dependent, known }
     }
 
     fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
         self.graph.push(op, operands, &Location::default())
     }
 
-    /// A value of weights alone, in the new graph.
+    /// Rebuilds a value that depends on weights alone in the new graph, without dropout and `detach`.
     fn weights(&mut self, old: Value) -> Result<Value, String> {
         if let Some(&value) = self.known.get(&old) {
             return Ok(value);
         }
-        let node = self.old.def(old).expect("no argument");
+        let node = self.old.def(old).expect("all arguments are known");
         let value = if let Op::Dropout { .. } | Op::Detach = node.op {
             self.weights(node.operands[0])?
         } else {
@@ -99,58 +106,60 @@ impl<'a> Folder<'a> {
         Ok(value)
     }
 
-    /// The projection's output in terms of its input, if it is affine in it.
+    /// The projection's output as an affine function of its input; `None` if it is not affine.
     fn affine(&mut self, projection: &Projection) -> Result<Option<Affine>, String> {
         let mut found =
-            HashMap::from([(projection.input, Affine { by: Linear::Identity, constant: None, changed: false })]);
+            HashMap::from([(projection.input, Affine { linear: Linear::Identity, constant: None, changed: false })]);
         let old = self.old;
         let between = |n: &&Node| n.result() > projection.input && n.result() <= projection.output;
         for node in old.nodes.iter().filter(between) {
-            if let Some(affine) = self.step(node, &found)? {
+            if let Some(affine) = self.propagate(node, &found)? {
                 found.insert(node.result(), affine);
             }
         }
-        Ok(found.get(&projection.output).filter(|a| matches!(a.by, Linear::Matrix(_))).copied())
+        Ok(found.get(&projection.output).filter(|a| matches!(a.linear, Linear::Matrix(_))).copied())
     }
 
-    fn step(&mut self, node: &Node, found: &HashMap<Value, Affine>) -> Result<Option<Affine>, String> {
+    /// The result of `node` as an affine function of the projection's input, given those of its operands in `found`;
+    /// `None` if it does not depend on the input or is not affine in it.
+    fn propagate(&mut self, node: &Node, found: &HashMap<Value, Affine>) -> Result<Option<Affine>, String> {
         let at = |i: usize| node.operands.get(i).and_then(|v| found.get(v)).copied();
         match (&node.op, at(0), at(1)) {
             (Op::Dropout { .. } | Op::Detach, Some(x), _) => Ok(Some(x)),
             (Op::Scale { .. }, Some(x), _) => {
-                let by = match x.by {
+                let linear = match x.linear {
                     Linear::Identity => return Ok(None),
                     Linear::Diagonal(d) => Linear::Diagonal(self.op(node.op.clone(), &[d])?),
                     Linear::Matrix(m) => Linear::Matrix(self.op(node.op.clone(), &[m])?),
                 };
                 let constant = x.constant.map(|c| self.op(node.op.clone(), &[c])).transpose()?;
-                Ok(Some(Affine { by, constant, ..x }))
+                Ok(Some(Affine { linear, constant, ..x }))
             }
-            (Op::Slice { axis: 1, start, end }, Some(Affine { by: Linear::Matrix(m), constant, changed }), _) => {
+            (Op::Slice { axis: 1, start, end }, Some(Affine { linear: Linear::Matrix(m), constant, changed }), _) => {
                 let cut = |axis| Op::Slice { axis, start: *start, end: *end };
-                let by = Linear::Matrix(self.op(cut(1), &[m])?);
+                let linear = Linear::Matrix(self.op(cut(1), &[m])?);
                 let constant = constant.map(|c| self.op(cut(0), &[c])).transpose()?;
-                Ok(Some(Affine { by, constant, changed }))
+                Ok(Some(Affine { linear, constant, changed }))
             }
             (Op::Matmul { transpose_x: false, transpose_y }, Some(x), None) => {
                 self.times_matrix(x, node.operands[1], *transpose_y)
             }
             (Op::Add | Op::Sub, Some(x), Some(y)) => {
-                let (Linear::Matrix(a), Linear::Matrix(b)) = (x.by, y.by) else { return Ok(None) };
-                let by = Linear::Matrix(self.op(node.op.clone(), &[a, b])?);
+                let (Linear::Matrix(a), Linear::Matrix(b)) = (x.linear, y.linear) else { return Ok(None) };
+                let linear = Linear::Matrix(self.op(node.op.clone(), &[a, b])?);
                 let constant = match (x.constant, y.constant) {
                     (Some(c), Some(d)) => Some(self.op(node.op.clone(), &[c, d])?),
                     (None, Some(d)) if node.op == Op::Sub => Some(self.op(Op::Scale { by: -1.0 }, &[d])?),
                     (c, d) => c.or(d),
                 };
-                Ok(Some(Affine { by, constant, changed: x.changed || y.changed }))
+                Ok(Some(Affine { linear, constant, changed: x.changed || y.changed }))
             }
             (Op::Add, Some(x), None) => self.plus_row(x, node.operands[1], &Op::Add),
             (Op::Add, None, Some(x)) => self.plus_row(x, node.operands[0], &Op::Add),
             (Op::Sub, Some(x), None) => self.plus_row(x, node.operands[1], &Op::Sub),
             (Op::Mul | Op::Div, Some(x), None) => self.times_row(x, node.operands[1], &node.op),
             (Op::Mul, None, Some(x)) => self.times_row(x, node.operands[0], &Op::Mul),
-            // Nothing of x is in it, or it is not affine in x row by row.
+            // These operands do not depend on x, or the result is not an affine function of each row of x.
             (Op::Dropout { .. } | Op::Detach | Op::Scale { .. } | Op::Slice { .. } | Op::Matmul { .. }, ..) => Ok(None),
             (Op::Add | Op::Sub | Op::Mul | Op::Div | Op::Min | Op::Shift { .. } | Op::Float, ..) => Ok(None),
             (Op::Exp | Op::Log | Op::Sqrt | Op::Rsqrt | Op::Sin | Op::Cos | Op::Tanh | Op::Sigmoid, ..) => Ok(None),
@@ -159,7 +168,7 @@ impl<'a> Folder<'a> {
             (Op::Pad { .. } | Op::Concat { .. } | Op::Broadcast { .. } | Op::Reduce { .. }, ..) => Ok(None),
             (Op::Scores { .. } | Op::Attend { .. } | Op::AttendTransposed { .. }, ..) => Ok(None),
             (Op::Attention { .. } | Op::AttentionLse { .. } | Op::AttentionVjp { .. }, ..) => Ok(None),
-            // What only the last of the passes makes.
+            // Only multi-output fusion makes these operations, and folding precedes it.
             (Op::AttentionAndLse { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. }, ..) => Ok(None),
             (Op::LinearLseAndMean, ..) => Ok(None),
             (Op::LinearLse | Op::LinearMean | Op::Softmax | Op::LogSumExp | Op::SoftmaxVjp, ..) => Ok(None),
@@ -169,17 +178,18 @@ impl<'a> Folder<'a> {
         }
     }
 
+    /// x @ w, or x @ wᵀ if `transposed`.
     fn times_matrix(&mut self, x: Affine, w: Value, transposed: bool) -> Result<Option<Affine>, String> {
-        if self.of_batch.contains(&w) || self.old.ty(w).rank() != 2 {
+        if self.batch_dependent.contains(&w) || self.old.ty(w).rank() != 2 {
             return Ok(None);
         }
-        let changed = x.changed || self.of_method.contains(&w);
+        let changed = x.changed || self.method_dependent.contains(&w);
         let mut w = self.weights(w)?;
         if transposed {
             w = self.op(Op::Permute { axes: vec![1, 0] }, &[w])?;
         }
         let product = Op::Matmul { transpose_x: false, transpose_y: false };
-        let by = match x.by {
+        let linear = match x.linear {
             Linear::Identity => w,
             Linear::Diagonal(d) => {
                 let column = self.op(Op::Reshape { shape: vec![self.graph.ty(d).shape[0], Dim::Const(1)] }, &[d])?;
@@ -195,14 +205,14 @@ impl<'a> Folder<'a> {
                 Some(self.op(Op::Reshape { shape: vec![self.graph.ty(row).shape[1]] }, &[row])?)
             }
         };
-        Ok(Some(Affine { by: Linear::Matrix(by), constant, changed }))
+        Ok(Some(Affine { linear: Linear::Matrix(linear), constant, changed }))
     }
 
-    /// A row [n] of weights alone.
+    /// `k` as a row [n] in the new graph; `None` if it depends on the batch or is not a single row.
     fn row(&mut self, k: Value, n: Dim) -> Result<Option<Value>, String> {
         let shape = &self.old.ty(k).shape;
         let flat = shape.iter().rev().skip(1).all(|d| *d == Dim::Const(1));
-        if self.of_batch.contains(&k) || !flat {
+        if self.batch_dependent.contains(&k) || !flat {
             return Ok(None);
         }
         let last = shape.last().copied().unwrap_or(Dim::Const(1));
@@ -214,13 +224,15 @@ impl<'a> Folder<'a> {
         }
     }
 
+    /// The number n of columns of x M + c; `None` for the identity without a constant.
     fn width(&self, x: &Affine) -> Option<Dim> {
-        match (x.by, x.constant) {
+        match (x.linear, x.constant) {
             (Linear::Diagonal(v), _) | (Linear::Matrix(v), _) | (_, Some(v)) => self.graph.ty(v).last(),
             _ => None,
         }
     }
 
+    /// x + k or x − k for a row k.
     fn plus_row(&mut self, x: Affine, k: Value, op: &Op) -> Result<Option<Affine>, String> {
         let Some(n) = self.width(&x) else { return Ok(None) };
         let Some(row) = self.row(k, n)? else { return Ok(None) };
@@ -229,39 +241,41 @@ impl<'a> Folder<'a> {
             None if *op == Op::Sub => self.op(Op::Scale { by: -1.0 }, &[row])?,
             None => row,
         };
-        Ok(Some(Affine { constant: Some(constant), changed: x.changed || self.of_method.contains(&k), ..x }))
+        Ok(Some(Affine { constant: Some(constant), changed: x.changed || self.method_dependent.contains(&k), ..x }))
     }
 
+    /// x ⊙ k or x / k for a row k.
     fn times_row(&mut self, x: Affine, k: Value, op: &Op) -> Result<Option<Affine>, String> {
         let n = match self.width(&x) {
             Some(n) => n,
-            // x itself is as wide as the row it is multiplied by.
+            // The identity takes its width from the row that it is multiplied by.
             None => match self.old.ty(k).last() {
                 Some(n) if n != Dim::Const(1) && *op == Op::Mul => n,
                 _ => return Ok(None),
             },
         };
         let Some(row) = self.row(k, n)? else { return Ok(None) };
-        let by = match x.by {
+        let linear = match x.linear {
             Linear::Identity => Linear::Diagonal(row),
             Linear::Diagonal(d) => Linear::Diagonal(self.op(op.clone(), &[d, row])?),
             Linear::Matrix(m) => Linear::Matrix(self.op(op.clone(), &[m, row])?),
         };
         let constant = x.constant.map(|c| self.op(op.clone(), &[c, row])).transpose()?;
-        Ok(Some(Affine { by, constant, changed: x.changed || self.of_method.contains(&k) }))
+        Ok(Some(Affine { linear, constant, changed: x.changed || self.method_dependent.contains(&k) }))
     }
 
-    fn give(&mut self, projection: &Projection, affine: &Affine) -> Result<(), String> {
-        let Linear::Matrix(matrix) = affine.by else { unreachable!("`affine` gives matrices") };
+    /// Appends the outputs `PATH.weight` and `PATH.bias` of a changed projection.
+    fn push_outputs(&mut self, projection: &Projection, affine: &Affine) -> Result<(), String> {
+        let Linear::Matrix(matrix) = affine.linear else { unreachable!("`affine` returns matrices only") };
         self.graph.outputs.push((format!("{}.weight", projection.path), matrix));
         match (affine.constant, &projection.bias) {
             (Some(constant), Some(_)) => self.graph.outputs.push((format!("{}.bias", projection.path), constant)),
             (Some(constant), None) if !self.is_zero(constant) => {
                 let owner = self.model.applied.iter().find(|a| a.site == projection.path).map(|a| a.method.as_str());
                 let owner = owner.unwrap_or("a method");
-                let place = &projection.weight;
+                let weight = &projection.weight;
                 return Err(format!(
-                    "`{owner}` adds a bias to `{}`, and `{place}` has none beside it",
+                    "`{owner}` adds a bias to `{}`, but the backbone has no bias beside `{weight}` to fold it into",
                     projection.path
                 ));
             }
@@ -270,7 +284,7 @@ impl<'a> Folder<'a> {
         Ok(())
     }
 
-    /// 0 by its form: what a projection without a bias has for one.
+    /// Whether `value` is 0 for all weights, as the bias of a projection without one is.
     fn is_zero(&self, value: Value) -> bool {
         let Some(node) = self.graph.def(value) else { return false };
         let zero = |i: usize| self.is_zero(node.operands[i]);
@@ -284,13 +298,15 @@ impl<'a> Folder<'a> {
     }
 }
 
+/// The names of all weights that methods add.
 fn method_weights(model: &Model) -> HashSet<&str> {
-    let of_method = |p: &&peft_grammar::model::Param| matches!(p.origin, Origin::Method(_));
-    model.params.iter().filter(of_method).map(|p| p.name.as_str()).collect()
+    let from_method = |p: &&peft_grammar::model::Param| matches!(p.origin, Origin::Method(_));
+    model.params.iter().filter(from_method).map(|p| p.name.as_str()).collect()
 }
 
-/// Methods that loss and logits still read when every folded projection is x W + b again.
-fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
+/// The methods on which loss and logits still depend when every folded projection is x W + b, as an error message;
+/// `None` if there are none.
+fn unfolded(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
     let graph = &model.graph;
     let mut needed = HashSet::new();
     for name in [LOSS, LOGITS] {
@@ -311,9 +327,9 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
         let param = model.params.iter().find(|p| p.name == arg.name)?;
         let Origin::Method(method) = &param.origin else { continue };
         let sites = left.entry(method).or_default();
-        // What all applications of a method share is of every site.
-        let of = |a: &&Applied| a.method == *method;
-        let applied: Vec<&Applied> =
+        // A weight that all applications of a method share belongs to every site of the method.
+        let of = |a: &&AppliedMethod| a.method == *method;
+        let applied: Vec<&AppliedMethod> =
             model.applied_to(&arg.name).map_or_else(|| model.applied.iter().filter(of).collect(), |a| vec![a]);
         for site in applied.iter().map(|a| if a.site.is_empty() { "the model" } else { &a.site }) {
             if !sites.contains(&site) {
@@ -321,12 +337,12 @@ fn left_over(model: &Model, folded: &HashMap<Value, Value>) -> Option<String> {
             }
         }
     }
-    let say = |(method, sites): (&&str, &Vec<&str>)| {
+    let describe = |(method, sites): (&&str, &Vec<&str>)| {
         let more = if sites.len() > 1 { format!(" and {} more", sites.len() - 1) } else { String::new() };
         format!(
-            "`{method}` at {}{more} is no matrix and bias: what it makes of its input is not affine in it",
+            "`{method}` at {}{more} does not fold into a matrix and a bias: its output is not affine in its input",
             sites[0]
         )
     };
-    (!left.is_empty()).then(|| left.iter().map(say).collect::<Vec<_>>().join("\n"))
+    (!left.is_empty()).then(|| left.iter().map(describe).collect::<Vec<_>>().join("\n"))
 }

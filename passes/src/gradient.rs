@@ -1,34 +1,42 @@
-//! Reverse-mode differentiation: one graph in, one graph out with `grad.NAME` for every trainable tensor.
+//! Reverse-mode differentiation: extends a graph by its backward pass, with an output `grad.NAME` for every trainable
+//! tensor.
 //!
-//! Nothing is computed for a frozen weight or below the lowest trainable value: an operand's adjoint is
-//! asked for only if something trainable reaches it.
+//! The adjoint of an operand is computed only if the operand depends on a trainable tensor. Frozen weights have no
+//! gradient, and the backward pass ends at the lowest trainable value.
 
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Value};
 use peft_grammar::names::{LOSS, Output};
 
 use crate::rewrite::rewrite;
 
-/// The derivative of output `loss` with respect to every trainable argument.
+/// Returns `forward` with the gradient of its output `loss` with respect to every trainable argument. A trainable
+/// argument that the loss does not depend on has a gradient of zeros.
+///
+/// # Errors
+/// The graph has no output `loss`, or a trainable tensor reaches the loss through an operation without a derivative.
 pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
     let loss = forward.output(LOSS).ok_or("a graph without an output `loss` has no gradient")?;
     let mut tape = Tape { graph: forward.clone(), location: Location::default() };
 
-    let mut reached = vec![false; forward.values()];
+    let mut trained = vec![false; forward.value_count()];
     for arg in &forward.args {
-        reached[arg.value.0 as usize] = arg.role == Role::Trainable;
+        trained[arg.value.0 as usize] = arg.role == Role::Trainable;
     }
     for node in &forward.nodes {
         let detached = node.op == Op::Detach;
-        reached[node.result().0 as usize] = !detached && node.operands.iter().any(|v| reached[v.0 as usize]);
+        trained[node.result().0 as usize] = !detached && node.operands.iter().any(|v| trained[v.0 as usize]);
     }
 
-    let mut adjoints: Vec<Option<Value>> = vec![None; forward.values()];
+    let mut adjoints: Vec<Option<Value>> = vec![None; forward.value_count()];
     adjoints[loss.0 as usize] = Some(tape.op(Op::Constant { value: 1.0, shape: forward.ty(loss).shape.clone() }, &[])?);
     for node in forward.nodes.iter().rev() {
         let Some(dz) = adjoints[node.result().0 as usize] else { continue };
-        tape.location = node.location.clone();
+        if !node.location.name.is_empty() {
+            tape.graph.name_value(dz, &format!("d_{}", node.location.name));
+        }
+        tape.location = node.location.unnamed();
         for (i, &operand) in node.operands.iter().enumerate() {
-            if reached[operand.0 as usize] {
+            if trained[operand.0 as usize] {
                 let term = adjoint(&mut tape, &node.op, &node.operands, node.result(), dz, i)?;
                 let slot = &mut adjoints[operand.0 as usize];
                 *slot = Some(match *slot {
@@ -50,22 +58,25 @@ pub fn differentiate(forward: &Graph) -> Result<Graph, String> {
         };
         graph.outputs.push((Output::Gradient(&arg.label()).to_string(), gradient));
     }
-    settle(&graph)
+    drop_detach(&graph)
 }
 
-/// Once no derivative is asked for any more, `detach` has nothing to say.
-pub fn settle(graph: &Graph) -> Result<Graph, String> {
+/// Replaces every `detach` by its operand. Only differentiation tells the two apart.
+///
+/// # Errors
+/// Operands do not fit an operation, which a verified graph excludes.
+pub fn drop_detach(graph: &Graph) -> Result<Graph, String> {
     rewrite(graph, |_, op, operands| Ok((*op == Op::Detach).then(|| operands[0])))
 }
 
-/// The table of derivatives. For z = op(x, y, …) and its adjoint dz, the adjoint of operand `i`.
+/// The table of derivatives: for z = op(x, y, …) and the adjoint dz of z, returns the adjoint of operand `i`.
 fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: usize) -> Result<Value, String> {
     let x = operands[0];
     let y = operands.get(1).copied().unwrap_or(x);
     let own = t.graph.ty(operands[i]).shape.clone();
     let none = || Err(format!("`{}` has no derivative for operand {}", op.name(), i + 1));
     match (op, i) {
-        // z = x + y:  dx = dz,  dy = dz  (summed over what was broadcast)
+        // z = x + y:  dx = dz,  dy = dz;  here and below summed over the axes along which the operand was broadcast
         (Op::Add, _) => t.unbroadcast(dz, own),
         // z = x − y:  dx = dz,  dy = −dz
         (Op::Sub, 0) => t.unbroadcast(dz, own),
@@ -80,8 +91,9 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
             let negative = t.op(Op::Scale { by: -1.0 }, &[over_y])?;
             t.unbroadcast(negative, own)
         }
-        // z = by x;  z = x + by
+        // z = s x:  dx = s dz
         (Op::Scale { by }, _) => t.op(Op::Scale { by: *by }, &[dz]),
+        // z = x + s:  dx = dz
         (Op::Shift { .. }, _) => Ok(dz),
         // z = eˣ:  dx = dz z
         (Op::Exp, _) => t.op(Op::Mul, &[dz, z]),
@@ -117,27 +129,32 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
             let slope = t.op(Op::Mul, &[z, rest])?;
             t.op(Op::Mul, &[dz, slope])
         }
-        // z = f(x):  dx = dz f'(x)
+        // z = f(x):  dx = dz f'(x),  f' an operation of its own
         (Op::Relu, _) => t.times(dz, Op::Step, x),
         (Op::Gelu, _) => t.times(dz, Op::GeluGrad, x),
         (Op::GeluTanh, _) => t.times(dz, Op::GeluTanhGrad, x),
 
-        // What moves elements moves their adjoints back.
+        // z = reshape(x):  dx = reshape(dz) to the shape of x
         (Op::Reshape { .. }, _) => t.op(Op::Reshape { shape: own }, &[dz]),
+        // z = permute(x, π):  dx = permute(dz, π⁻¹)
         (Op::Permute { axes }, _) => {
             let mut inverse = vec![0; axes.len()];
             axes.iter().enumerate().for_each(|(to, &from)| inverse[from] = to);
             t.op(Op::Permute { axes: inverse }, &[dz])
         }
+        // z = x[start..end]:  dx = dz, padded with zeros to the shape of x
         (Op::Slice { axis, start, .. }, _) => t.op(Op::Pad { axis: *axis, start: *start, to: own[*axis] }, &[dz]),
+        // z = pad(x):  dx = dz[start..end], the range that x fills
         (Op::Pad { axis, start, .. }, _) => t.slice_like(dz, *axis, *start, own[*axis]),
+        // z = [x ; y ; …]:  dx, dy, … = the slices of dz that they fill
         (Op::Concat { axis }, _) => {
             let before = operands[..i].iter().map(|&v| t.graph.ty(v).shape[*axis].constant());
             let start = before.sum::<Option<u64>>().ok_or("only the last part of a `concat` may be ragged")?;
             t.slice_like(dz, *axis, start, own[*axis])
         }
-        // Repeating and adding up are each other's adjoints; so are repeating-and-dividing and averaging.
+        // z = broadcast(x):  dx = Σ dz over the copies;  a broadcast divided by the number of copies:  dx = mean dz
         (Op::Broadcast { mean, .. }, _) => t.reduce_to(dz, own, *mean),
+        // z = Σ x:  dx = broadcast(dz);  z = mean x:  dx = broadcast(dz), divided by the number of copies
         (Op::Reduce { axes, keep, mean }, _) => {
             let mut kept = dz;
             if !keep {
@@ -147,7 +164,7 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
             t.op(Op::Broadcast { shape: own, mean: *mean }, &[kept])
         }
 
-        // z = x y:  dx = dz yᵀ,  dy = xᵀ dz;  transposed operands likewise.
+        // z = x @ y:  dx = dz @ yᵀ,  dy = xᵀ @ dz;  for transposed operands accordingly
         (Op::Matmul { transpose_x, transpose_y }, _) => {
             let (left, right, tl, tr) = match (i, transpose_x, transpose_y) {
                 (0, false, ty) => (dz, y, false, !ty),
@@ -160,7 +177,7 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
             }
             t.op(Op::Matmul { transpose_x: tl, transpose_y: tr }, &[left, right])
         }
-        // s = q kᵀ within sequences:  dq = ds k,  dk = dsᵀ q
+        // s = q kᵀ within each sequence:  dq = ds k,  dk = dsᵀ q
         (Op::Scores { causal }, 0) => t.op(Op::Attend { causal: *causal }, &[dz, y]),
         (Op::Scores { causal }, _) => t.op(Op::AttendTransposed { causal: *causal }, &[dz, x]),
         // f = w v:  dw = df vᵀ,  dv = wᵀ df
@@ -176,28 +193,31 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
         (Op::LogSumExp, _) => t.times(dz, Op::Softmax, x),
         // x̂ = (x − μ)/σ:  dx = (dx̂ − mean(dx̂) − x̂ mean(dx̂ ⊙ x̂)) / σ
         (Op::Normalize { eps }, _) => t.op(Op::NormalizeVjp { eps: *eps }, &[x, dz]),
-        // Reading rows and adding into rows are each other's adjoints.
+        // z_r = x[ids_r]:  dx[ids_r] += dz_r
         (Op::Gather { start }, 0) => t.op(Op::Scatter { start: *start, rows: own[0] }, &[y, dz]),
+        // z[ids_r] += y_r:  dy_r = dz[ids_r]
         (Op::Scatter { start, .. }, 1) => t.op(Op::Gather { start: *start }, &[dz, x]),
+        // z_s = mean of x_t over the tokens t of sequence s of length n:  dx_t = dz_s / n;  and its adjoint
         (Op::SegmentMean, _) => t.op(Op::SegmentMeanVjp, &[dz]),
         (Op::SegmentMeanVjp, _) => t.op(Op::SegmentMean, &[dz]),
-        // ℓ = −Σ w ln softmax(x):  dx = dℓ (softmax(x) − w)
+        // ℓ = −Σ w ln softmax(x), w the smoothed labels:  dx = dℓ (softmax(x) − w)
         (Op::CrossEntropy { smoothing }, 0) => t.op(Op::CrossEntropyVjp { smoothing: *smoothing }, &[x, y, dz]),
-        // The same elements are kept, by the same counter.
+        // z = m ⊙ x / (1 − p):  dx = m ⊙ dz / (1 − p),  the mask m drawn again from the same Philox counters
         (Op::Dropout { .. }, 0) => t.op(op.clone(), &[&[dz], &operands[1..]].concat()),
 
-        // Integers.
+        // Operands and results that are integers, or that only integers determine, have no derivative.
         (Op::Gather { .. } | Op::Scatter { .. } | Op::CrossEntropy { .. } | Op::Dropout { .. } | Op::Float, _) => {
             none()
         }
-        // Constants, and what is one to the gradient.
+        // The derivative of a constant is zero; so is that of `detach` by definition, and that of `step` almost
+        // everywhere.
         (Op::Constant { .. } | Op::Iota { .. } | Op::Detach | Op::Step, _) => none(),
-        // So far it bounds what does not train.
+        // `min` is used to bound values that do not train, so it has no derivative yet.
         (Op::Min, _) => none(),
-        // Derivatives themselves.
+        // There are no second derivatives.
         (Op::GeluGrad | Op::GeluTanhGrad | Op::SoftmaxVjp | Op::NormalizeVjp { .. }, _) => none(),
         (Op::CrossEntropyVjp { .. } | Op::AttentionVjp { .. }, _) => none(),
-        // What only fusion makes.
+        // Differentiation precedes fusion, so operations that only fusion makes need no derivative.
         (Op::Attend { .. } | Op::AttendTransposed { .. }, _) => none(),
         (Op::Attention { .. } | Op::AttentionLse { .. } | Op::LinearLse | Op::LinearMean, _) => none(),
         (Op::AttentionAndLse { .. } | Op::AttentionVjpSides { .. } | Op::AttentionVjpAll { .. }, _) => none(),
@@ -205,7 +225,7 @@ fn adjoint(t: &mut Tape, op: &Op, operands: &[Value], z: Value, dz: Value, i: us
     }
 }
 
-/// The growing graph, and where what is added belongs.
+/// The graph under construction, and the source location of the operations that are appended to it.
 struct Tape {
     graph: Graph,
     location: Location,
@@ -216,6 +236,7 @@ impl Tape {
         self.graph.push(op, operands, &self.location)
     }
 
+    /// dz · slope(x)
     fn times(&mut self, dz: Value, slope: Op, x: Value) -> Result<Value, String> {
         let slope = self.op(slope, &[x])?;
         self.op(Op::Mul, &[dz, slope])
@@ -226,6 +247,7 @@ impl Tape {
         self.op(Op::Shift { by: 1.0 }, &[negative])
     }
 
+    /// The slice of `dz` of length `width` from `start` on.
     fn slice_like(&mut self, dz: Value, axis: usize, start: u64, width: Dim) -> Result<Value, String> {
         self.op(Op::Slice { axis, start, end: width.constant().map(|n| start + n) }, &[dz])
     }
@@ -235,19 +257,20 @@ impl Tape {
         self.reduce_to(dz, shape, false)
     }
 
+    /// Reduces `dz` to `shape` by a sum or a mean over the axes along which `shape` is broadcast to that of `dz`.
     fn reduce_to(&mut self, dz: Value, shape: Vec<Dim>, mean: bool) -> Result<Value, String> {
-        let wide = self.graph.ty(dz).shape.clone();
-        if wide == shape {
+        let from = self.graph.ty(dz).shape.clone();
+        if from == shape {
             return Ok(dz);
         }
-        let front = wide.len() - shape.len();
-        let stretched = |&a: &usize| a < front || shape[a - front] != wide[a];
-        let axes: Vec<usize> = (0..wide.len()).filter(stretched).collect();
+        let leading = from.len() - shape.len();
+        let broadcast = |&a: &usize| a < leading || shape[a - leading] != from[a];
+        let axes: Vec<usize> = (0..from.len()).filter(broadcast).collect();
         let reduced = self.op(Op::Reduce { axes, keep: true, mean }, &[dz])?;
-        if front == 0 { Ok(reduced) } else { self.op(Op::Reshape { shape }, &[reduced]) }
+        if leading == 0 { Ok(reduced) } else { self.op(Op::Reshape { shape }, &[reduced]) }
     }
 
-    /// dW of a rank-2 W that serves every leading axis of x: the sum of each one's xᵀ dz.
+    /// The gradient of a matrix W that all batches of x share: the sum of xᵀ dz over the leading axes.
     fn shared_weight_gradient(&mut self, x: Value, dz: Value, flip: bool, own: Vec<Dim>) -> Result<Value, String> {
         let (left, right) = if flip { (dz, x) } else { (x, dz) };
         let each = self.op(Op::Matmul { transpose_x: true, transpose_y: false }, &[left, right])?;

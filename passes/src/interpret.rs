@@ -1,7 +1,7 @@
-//! The reference interpreter: the meaning of every operation, in f64 and in plain loops.
+//! The reference interpreter: defines the meaning of every operation, in f64 and in plain loops.
 //!
-//! It is the arbiter for the compiled targets and is written for clarity alone: each operation says
-//! what the element at an index is, and one loop ([`Machine::build`]) walks the indices.
+//! Compiled kernels are tested against it. It is written for clarity alone: each operation defines the element at an
+//! index, and one loop ([`Evaluation::build`]) visits the indices.
 
 pub mod optimizer;
 
@@ -11,14 +11,20 @@ use peft_grammar::graph::{DType, Dim, Graph, Op, Type, Value};
 
 use peft_runtime::philox::{dropout_threshold, dropout_word};
 
-/// The content of a tensor, row-major; ragged ones as [`Batch`] lays them out.
+/// The elements of a tensor in row-major order. In a ragged tensor, rows of different lengths follow one another.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Data {
+    /// The elements of an f32 tensor, in f64.
     F64(Vec<f64>),
+    /// The elements of an i32 tensor.
     I32(Vec<i32>),
 }
 
 impl Data {
+    /// The elements of a float tensor.
+    ///
+    /// # Panics
+    /// The tensor holds integers.
     pub fn floats(&self) -> &[f64] {
         match self {
             Data::F64(x) => x,
@@ -39,21 +45,25 @@ impl Data {
     }
 }
 
-/// The sizes a batch brings, and where ragged rows lie.
+/// The sizes that a batch determines, and the layout of ragged tensors.
 #[derive(Clone, Debug)]
 pub struct Batch {
+    /// The number of tokens of each sequence.
     pub lengths: Vec<usize>,
+    /// The length of axes of [`Dim::Targets`].
     pub targets: usize,
+    /// The length of axes of [`Dim::Values`].
     pub values: usize,
-    /// First token of each sequence, and the end.
+    /// The first token of each sequence, followed by the number of tokens.
     offsets: Vec<usize>,
     /// The sequence of each token.
     segments: Vec<usize>,
-    /// For each token, how many (token, key) pairs come before its row.
+    /// For each token, the number of (token, key) pairs in the rows before its own; then the number of all pairs.
     pairs: Vec<usize>,
 }
 
 impl Batch {
+    /// A batch of sequences of these lengths, with `targets` targets and no values.
     pub fn new(lengths: &[usize], targets: usize) -> Self {
         let mut batch =
             Batch { lengths: lengths.to_vec(), targets, values: 0, offsets: vec![0], segments: vec![], pairs: vec![0] };
@@ -67,11 +77,12 @@ impl Batch {
         batch
     }
 
+    /// The number of tokens of all sequences.
     pub fn tokens(&self) -> usize {
         self.segments.len()
     }
 
-    /// The tokens that row `i` of a ragged tensor looks at.
+    /// The keys of token `i`: all tokens of its sequence.
     fn keys(&self, i: usize) -> std::ops::Range<usize> {
         let s = self.segments[i];
         self.offsets[s]..self.offsets[s + 1]
@@ -84,16 +95,16 @@ impl Batch {
             Dim::Sequences => self.lengths.len(),
             Dim::Targets => self.targets,
             Dim::Values => self.values,
-            Dim::Keys(_) => unreachable!("a ragged axis has no one length"),
+            Dim::Keys(_) => unreachable!("a ragged axis has no single length"),
         }
     }
 
-    /// Sizes of all axes but the last.
-    fn prefix(&self, shape: &[Dim]) -> Vec<usize> {
+    /// The lengths of all axes but the last.
+    fn leading(&self, shape: &[Dim]) -> Vec<usize> {
         shape[..shape.len().saturating_sub(1)].iter().map(|&d| self.dim(d)).collect()
     }
 
-    /// Where row `row` (all axes but the last, flattened) begins, and its length.
+    /// The offset and the length of row `row`, counted over all axes but the last.
     fn row(&self, shape: &[Dim], row: usize) -> (usize, usize) {
         match shape.last() {
             None => (0, 1),
@@ -107,19 +118,23 @@ impl Batch {
         }
     }
 
-    /// Elements in all.
+    /// The number of elements of a tensor of this shape.
     pub fn elements(&self, shape: &[Dim]) -> usize {
-        let rows: usize = self.prefix(shape).iter().product();
+        let rows: usize = self.leading(shape).iter().product();
         (0..rows).map(|r| self.row(shape, r).1).sum()
     }
 }
 
-/// Runs `graph` on the arguments, by [`label`](peft_grammar::graph::Arg::label); gives the outputs in order.
+/// Evaluates `graph` on arguments by their [`label`](peft_grammar::graph::Arg::label), and returns its outputs in
+/// order.
+///
+/// # Errors
+/// An argument is missing or does not fit its type.
 pub fn run(graph: &Graph, batch: &Batch, args: &HashMap<String, Data>) -> Result<Vec<(String, Data)>, String> {
-    let mut values: Vec<Option<Data>> = vec![None; graph.values()];
+    let mut values: Vec<Option<Data>> = vec![None; graph.value_count()];
     for arg in &graph.args {
         let label = arg.label();
-        let data = args.get(&label).ok_or_else(|| format!("`{}` wants an argument `{label}`", graph.name))?;
+        let data = args.get(&label).ok_or_else(|| format!("`{}` needs an argument `{label}`", graph.name))?;
         let ty = graph.ty(arg.value);
         let fits = matches!((data, ty.dtype), (Data::F64(_), DType::F32) | (Data::I32(_), DType::I32));
         if !fits || data.len() != batch.elements(&ty.shape) {
@@ -127,18 +142,18 @@ pub fn run(graph: &Graph, batch: &Batch, args: &HashMap<String, Data>) -> Result
         }
         values[arg.value.0 as usize] = Some(data.clone());
     }
-    let mut last_use = vec![usize::MAX; graph.values()];
+    let mut last_use = vec![usize::MAX; graph.value_count()];
     for (at, node) in graph.nodes.iter().enumerate() {
         node.operands.iter().for_each(|v| last_use[v.0 as usize] = at);
     }
     graph.outputs.iter().for_each(|(_, v)| last_use[v.0 as usize] = usize::MAX);
     for (at, node) in graph.nodes.iter().enumerate() {
-        let made = node.results.iter().zip(node.op.joins()).map(|(&result, op)| {
-            let operands = op.of_whole(&node.operands);
-            Data::F64(Machine { graph, batch, values: &values, op: &op, operands, result }.evaluate())
+        let results = node.results.iter().zip(node.op.components()).map(|(&result, op)| {
+            let operands = op.component_operands(&node.operands);
+            Data::F64(Evaluation { graph, batch, values: &values, op: &op, operands, result }.evaluate())
         });
-        let made: Vec<Data> = made.collect();
-        node.results.iter().zip(made).for_each(|(v, made)| values[v.0 as usize] = Some(made));
+        let results: Vec<Data> = results.collect();
+        node.results.iter().zip(results).for_each(|(v, data)| values[v.0 as usize] = Some(data));
         for v in &node.operands {
             if last_use[v.0 as usize] == at {
                 values[v.0 as usize] = None;
@@ -149,8 +164,8 @@ pub fn run(graph: &Graph, batch: &Batch, args: &HashMap<String, Data>) -> Result
     Ok(graph.outputs.iter().map(output).collect())
 }
 
-/// One operation of one result at work.
-struct Machine<'a> {
+/// The evaluation of one operation of one result.
+struct Evaluation<'a> {
     graph: &'a Graph,
     batch: &'a Batch,
     values: &'a [Option<Data>],
@@ -159,7 +174,7 @@ struct Machine<'a> {
     result: Value,
 }
 
-/// An operand: its content and shape.
+/// A float operand: its elements and its shape.
 #[derive(Clone, Copy)]
 struct Operand<'a> {
     data: &'a [f64],
@@ -176,12 +191,12 @@ impl<'a> Operand<'a> {
     /// The element at a full index.
     fn at(self, index: &[usize]) -> f64 {
         let Some((&last, lead)) = index.split_last() else { return self.data[0] };
-        let sizes = self.batch.prefix(self.shape);
+        let sizes = self.batch.leading(self.shape);
         let row = lead.iter().zip(&sizes).fold(0, |row, (i, n)| row * n + i);
         self.row(row)[last]
     }
 
-    /// The element that stands at `index` of a wider tensor after broadcasting.
+    /// The element that broadcasting repeats at `index` of a tensor of the result's shape.
     fn broadcast(self, index: &[usize]) -> f64 {
         let own = &index[index.len() - self.shape.len()..];
         let squeezed: Vec<usize> =
@@ -190,9 +205,9 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// The weights of attention, each computed when it is asked for.
+/// The weights of attention. Each is computed when it is read.
 #[derive(Clone, Copy)]
-struct Square<'a> {
+struct AttentionWeights<'a> {
     batch: &'a Batch,
     q: Operand<'a>,
     k: Operand<'a>,
@@ -200,33 +215,37 @@ struct Square<'a> {
     scale: f64,
 }
 
-impl Square<'_> {
+impl AttentionWeights<'_> {
+    /// The scaled and masked score of query `i` and key `j` of head `h`.
     fn score(&self, h: usize, i: usize, j: usize) -> f64 {
         let n = self.batch.tokens();
         let score = self.scale * dot(self.q.row(h * n + i), self.k.row(h * n + j));
         if self.causal && j > i { f64::NEG_INFINITY } else { score }
     }
+    /// The logsumexp of the scores of query `i`.
     fn lse(&self, h: usize, i: usize) -> f64 {
         let scores: Vec<f64> = self.batch.keys(i).map(|j| self.score(h, i, j)).collect();
         log_sum_exp(&scores)
     }
+    /// The softmax of the scores of query `i`, at key `j`.
     fn weight(&self, h: usize, i: usize, j: usize, lse: f64) -> f64 {
         (self.score(h, i, j) - lse).exp()
     }
 }
 
-/// Which elements dropout keeps, if there is any.
+/// The mask of a dropout, drawn by Philox (Salmon et al., 2011).
 #[derive(Clone, Copy)]
-struct Drop {
+struct DropoutMask {
+    /// The key of the generator; `None` keeps every element.
     key: Option<[u32; 2]>,
     p: f64,
     stream: u32,
-    /// Where columns are counted from.
+    /// The number that the mask gives to the first column.
     column: u64,
 }
 
-impl Drop {
-    /// 0, or 1/(1−p).
+impl DropoutMask {
+    /// The factor of an element: 0 if it is dropped, else 1/(1−p).
     fn factor(&self, lead: usize, row: usize, column: usize) -> f64 {
         let Some(key) = self.key else { return 1.0 };
         let column = (column as u64 + self.column) as u32;
@@ -240,35 +259,39 @@ fn log_sum_exp(x: &[f64]) -> f64 {
     max + x.iter().map(|x| (x - max).exp()).sum::<f64>().ln()
 }
 
-impl<'a> Machine<'a> {
+impl<'a> Evaluation<'a> {
+    /// The type of an operand.
     fn ty(&self, operand: usize) -> &'a Type {
         self.graph.ty(self.operands[operand])
     }
     fn data(&self, operand: usize) -> &'a Data {
         self.values[self.operands[operand].0 as usize].as_ref().expect("computed before")
     }
+    /// A float operand.
     fn f(&self, operand: usize) -> Operand<'a> {
         Operand { data: self.data(operand).floats(), shape: &self.ty(operand).shape, batch: self.batch }
     }
+    /// An integer operand.
     fn ids(&self, operand: usize) -> &'a [i32] {
         self.data(operand).ints()
     }
 
-    /// Of dropout that takes its key from `operand`.
-    fn drop(&self, p: f64, stream: u32, column: u64, operand: usize) -> Drop {
+    /// The mask of a dropout whose key is `operand`.
+    fn drop(&self, p: f64, stream: u32, column: u64, operand: usize) -> DropoutMask {
         let key = (p > 0.0).then(|| self.ids(operand)).map(|key| [key[0] as u32, key[1] as u32]);
-        Drop { key, p, stream, column }
+        DropoutMask { key, p, stream, column }
     }
 
-    /// The result, element by element of its index.
+    /// The result, from the element at each index.
     fn build(&self, element: impl Fn(&[usize]) -> f64) -> Vec<f64> {
         let mut out = vec![];
         self.walk(&self.graph.ty(self.result).shape, |index| out.push(element(index)));
         out
     }
 
+    /// Visits the indices of a tensor of this shape in row-major order.
     fn walk(&self, shape: &[Dim], mut visit: impl FnMut(&[usize])) {
-        let sizes = self.batch.prefix(shape);
+        let sizes = self.batch.leading(shape);
         for row in 0..sizes.iter().product() {
             let mut index = vec![0; shape.len()];
             let mut rest = row;
@@ -285,21 +308,24 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Row by row along the last axis.
+    /// The result, from its rows along the last axis.
     fn rows(&self, row: impl Fn(usize) -> Vec<f64>) -> Vec<f64> {
         let shape = &self.graph.ty(self.result).shape;
-        (0..self.batch.prefix(shape).iter().product()).flat_map(row).collect()
+        (0..self.batch.leading(shape).iter().product()).flat_map(row).collect()
     }
 
+    /// The result of an elementwise function of one operand.
     fn unary(&self, f: impl Fn(f64) -> f64) -> Vec<f64> {
         self.f(0).data.iter().map(|&x| f(x)).collect()
     }
 
+    /// The result of an elementwise function of two operands, with broadcasting.
     fn binary(&self, f: impl Fn(f64, f64) -> f64) -> Vec<f64> {
         let (x, y) = (self.f(0), self.f(1));
         self.build(|i| f(x.broadcast(i), y.broadcast(i)))
     }
 
+    /// The result of the operation.
     fn evaluate(&self) -> Vec<f64> {
         let batch = self.batch;
         match self.op {
@@ -344,13 +370,13 @@ impl<'a> Machine<'a> {
             }
             Op::Slice { axis, start, .. } => {
                 let x = self.f(0);
-                self.build(|i| x.at(&moved(i, *axis, |at| at + *start as usize)))
+                self.build(|i| x.at(&with_axis(i, *axis, |at| at + *start as usize)))
             }
             Op::Pad { axis, start, .. } => {
                 let (x, start) = (self.f(0), *start as usize);
                 self.build(|i| {
                     let inside = i[*axis] >= start && i[*axis] < start + self.width(0, *axis, i);
-                    if inside { x.at(&moved(i, *axis, |at| at - start)) } else { 0.0 }
+                    if inside { x.at(&with_axis(i, *axis, |at| at - start)) } else { 0.0 }
                 })
             }
             Op::Concat { axis } => self.build(|i| {
@@ -360,7 +386,7 @@ impl<'a> Machine<'a> {
                     at -= self.width(part, *axis, i);
                     part += 1;
                 }
-                self.f(part).at(&moved(i, *axis, |_| at))
+                self.f(part).at(&with_axis(i, *axis, |_| at))
             }),
             Op::Broadcast { mean, .. } => {
                 let x = self.f(0);
@@ -402,26 +428,26 @@ impl<'a> Machine<'a> {
                 })
             }
             Op::Attention { causal, scale, p, stream, column } => {
-                let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
+                let weights = AttentionWeights { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
                 let drop = self.drop(*p, *stream, *column, 3);
                 let (v, n) = (self.f(2), batch.tokens());
                 self.build(|at| {
                     let (h, i, e) = (at[0], at[1], at[2]);
-                    let lse = square.lse(h, i);
+                    let lse = weights.lse(h, i);
                     let first = batch.keys(i).start;
                     let d = |j: usize| drop.factor(h, i, j - first);
-                    batch.keys(i).map(|j| d(j) * square.weight(h, i, j, lse) * v.row(h * n + j)[e]).sum()
+                    batch.keys(i).map(|j| d(j) * weights.weight(h, i, j, lse) * v.row(h * n + j)[e]).sum()
                 })
             }
             Op::AttentionLse { causal, scale } => {
-                let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
-                self.build(|at| square.lse(at[0], at[1]))
+                let weights = AttentionWeights { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
+                self.build(|at| weights.lse(at[0], at[1]))
             }
             Op::AttentionVjp { of, causal, scale, p, stream, column } => {
-                let square = Square { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
+                let weights = AttentionWeights { batch, q: self.f(0), k: self.f(1), causal: *causal, scale: *scale };
                 let drop = self.drop(*p, *stream, *column, 6);
                 let (v, lse, df, r, n) = (self.f(2), self.f(3), self.f(4), self.f(5), batch.tokens());
-                let w = |h: usize, i: usize, j: usize| square.weight(h, i, j, lse.row(h * n + i)[0]);
+                let w = |h: usize, i: usize, j: usize| weights.weight(h, i, j, lse.row(h * n + i)[0]);
                 let d = |h: usize, i: usize, j: usize| drop.factor(h, i, j - batch.keys(i).start);
                 let ds = |h: usize, i: usize, j: usize| {
                     let dw = d(h, i, j) * dot(df.row(h * n + i), v.row(h * n + j));
@@ -430,8 +456,8 @@ impl<'a> Machine<'a> {
                 self.build(|at| {
                     let (h, row, e) = (at[0], at[1], at[2]);
                     let term = |other: usize| match of {
-                        0 => ds(h, row, other) * square.k.row(h * n + other)[e],
-                        1 => ds(h, other, row) * square.q.row(h * n + other)[e],
+                        0 => ds(h, row, other) * weights.k.row(h * n + other)[e],
+                        1 => ds(h, other, row) * weights.q.row(h * n + other)[e],
                         _ => d(h, other, row) * w(h, other, row) * df.row(h * n + other)[e],
                     };
                     batch.keys(row).map(term).sum()
@@ -457,11 +483,11 @@ impl<'a> Machine<'a> {
             Op::AttentionAndLse { .. }
             | Op::AttentionVjpSides { .. }
             | Op::AttentionVjpAll { .. }
-            | Op::LinearLseAndMean => unreachable!("asked of what it joins"),
+            | Op::LinearLseAndMean => unreachable!("evaluated by its components"),
 
             Op::Softmax => self.rows(|r| softmax(self.f(0).row(r))),
             Op::LogSumExp => {
-                (0..batch.prefix(self.f(0).shape).iter().product()).map(|r| log_sum_exp(self.f(0).row(r))).collect()
+                (0..batch.leading(self.f(0).shape).iter().product()).map(|r| log_sum_exp(self.f(0).row(r))).collect()
             }
             Op::SoftmaxVjp => self.rows(|r| {
                 let (y, dy) = (self.f(0).row(r), self.f(1).row(r));
@@ -551,7 +577,7 @@ impl<'a> Machine<'a> {
         (0..self.batch.dim(w.shape[0])).map(|v| dot(x.row(r), w.row(v))).collect()
     }
 
-    /// How far operand `part` reaches along `axis` in the row at `index`.
+    /// The length of operand `part` along `axis`, in the row at `index`.
     fn width(&self, part: usize, axis: usize, index: &[usize]) -> usize {
         match self.ty(part).shape[axis] {
             Dim::Keys(extra) => extra as usize + self.batch.keys(index[index.len() - 2]).len(),
@@ -559,11 +585,12 @@ impl<'a> Machine<'a> {
         }
     }
 
+    /// The sum or the mean over `axes`.
     fn reduce(&self, axes: &[usize], keep: bool, mean: bool) -> Vec<f64> {
         let x = self.f(0);
         let out = &self.graph.ty(self.result).shape;
         let mut sums = vec![0.0; self.batch.elements(out)];
-        let sizes = self.batch.prefix(out);
+        let sizes = self.batch.leading(out);
         self.walk(x.shape, |index| {
             let kept = |(axis, &i): (usize, &usize)| match (axes.contains(&axis), keep) {
                 (false, _) => Some(i),
@@ -585,13 +612,16 @@ impl<'a> Machine<'a> {
     }
 }
 
+/// The coefficient of the cubic term in the tanh approximation of GELU (Hendrycks & Gimpel, 2016).
 const GELU_CUBIC: f64 = 0.044715;
 
+/// The argument of tanh in the approximation of GELU, √(2/π) (x + 0.044715 x³).
 fn gelu_inner(x: f64) -> f64 {
     (2.0 / std::f64::consts::PI).sqrt() * (x + GELU_CUBIC * x * x * x)
 }
 
-fn moved(index: &[usize], axis: usize, to: impl Fn(usize) -> usize) -> Vec<usize> {
+/// `index` with its entry at `axis` mapped by `to`.
+fn with_axis(index: &[usize], axis: usize, to: impl Fn(usize) -> usize) -> Vec<usize> {
     let mut index = index.to_vec();
     index[axis] = to(index[axis]);
     index
@@ -608,7 +638,7 @@ fn softmax(x: &[f64]) -> Vec<f64> {
     e.into_iter().map(|e| e / sum).collect()
 }
 
-/// x̂ and the deviation √(var + eps).
+/// The normalized row x̂ and the standard deviation √(var + eps).
 fn normalize(x: &[f64], eps: f64) -> (Vec<f64>, f64) {
     let n = x.len() as f64;
     let mean = x.iter().sum::<f64>() / n;
@@ -616,15 +646,18 @@ fn normalize(x: &[f64], eps: f64) -> (Vec<f64>, f64) {
     (x.iter().map(|x| (x - mean) / deviation).collect(), deviation)
 }
 
+/// The smoothed label of a class, ε/V + (1 − ε) [class = label].
 fn label_weight(smoothing: f64, label: i32, class: usize, classes: usize) -> f64 {
     smoothing / classes as f64 + if label == class as i32 { 1.0 - smoothing } else { 0.0 }
 }
 
+/// φ(x), the density of the standard normal distribution.
 pub(crate) fn normal_density(x: f64) -> f64 {
     (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt()
 }
 
-/// Φ(x) to about 1e-15: the Taylor series near 0, the continued fraction of the tail elsewhere.
+/// Φ(x), the distribution function of the standard normal distribution, to about 1e-15: by its Taylor series for |x| <
+/// 3, and by the continued fraction of the tail elsewhere.
 pub(crate) fn normal_cdf(x: f64) -> f64 {
     let a = x.abs();
     if a < 3.0 {

@@ -1,10 +1,11 @@
-//! Tables of which only some rows train are read in parts.
+//! Splits reads of partly trained tables into reads of their frozen and trainable parts.
 //!
-//! The checker writes such a table as `concat(frozen rows, trainable rows)`. Reading is linear in the
-//! table, so it goes through to the parts, and the gradient of a frozen part is never asked for:
+//! The checker writes a table of which only some rows train as `concat(frozen rows, trainable rows)`. Gathers and
+//! products are linear in the table, so they distribute over its parts, and differentiation computes no gradient for
+//! the frozen part:
 //!
 //! ```text
-//! gather(concat₀(A, B), ids)  =  gather(A, ids) + gather(B, ids − rows(A))    (outside a part: zero)
+//! gather(concat₀(A, B), ids)  =  gather(A, ids) + gather(B, ids − rows(A))    0 for ids outside of a part
 //! x @ concat₀(A, B)ᵀ          =  concat₁(x @ Aᵀ, x @ Bᵀ)
 //! x @ permute(W, [1, 0])      =  x @ Wᵀ
 //! ```
@@ -13,6 +14,11 @@ use peft_grammar::graph::{Graph, Op, Value};
 
 use crate::rewrite::{Rewriter, rewrite};
 
+/// Returns `graph` with every gather from and product with a partly trained table distributed over the parts of the
+/// table.
+///
+/// # Errors
+/// Operands do not fit an operation, or a part has no fixed number of rows; a verified graph excludes both.
 pub fn partition(graph: &Graph) -> Result<Graph, String> {
     rewrite(graph, |new, op, operands| match op {
         Op::Gather { start: 0 } => gather_parts(new, operands[0], operands[1]),
@@ -35,7 +41,7 @@ pub fn partition(graph: &Graph) -> Result<Graph, String> {
     })
 }
 
-/// The parts of a table that is a `concat` of rows.
+/// The parts of a table that is a `concat` along its rows.
 fn parts(new: &Rewriter, table: Value) -> Option<Vec<Value>> {
     match new.source(table) {
         Some((Op::Concat { axis: 0 }, parts)) if new.graph.ty(table).rank() == 2 => Some(parts),
@@ -43,6 +49,7 @@ fn parts(new: &Rewriter, table: Value) -> Option<Vec<Value>> {
     }
 }
 
+/// The sum of the gathers from the parts of `table`; `None` if it has no parts.
 fn gather_parts(new: &mut Rewriter, table: Value, ids: Value) -> Result<Option<Value>, String> {
     let Some(parts) = parts(new, table) else { return Ok(None) };
     let mut start = 0;
@@ -58,15 +65,15 @@ fn gather_parts(new: &mut Rewriter, table: Value, ids: Value) -> Result<Option<V
     Ok(sum)
 }
 
-/// Looks through a transposition of the last two axes.
-fn untransposed(new: &Rewriter, value: Value, flag: bool) -> (Value, bool) {
+/// Looks through a transposition of the last two axes: returns its operand, with the flag `transposed` inverted.
+fn untransposed(new: &Rewriter, value: Value, transposed: bool) -> (Value, bool) {
     let rank = new.graph.ty(value).rank();
     if let Some((Op::Permute { axes }, operands)) = new.source(value) {
         let mut swapped: Vec<usize> = (0..rank).collect();
         swapped.swap(rank - 2, rank - 1);
         if axes == swapped {
-            return (operands[0], !flag);
+            return (operands[0], !transposed);
         }
     }
-    (value, flag)
+    (value, transposed)
 }

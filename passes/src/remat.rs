@@ -1,134 +1,145 @@
-//! What is cheap to compute again is not kept from the forward to the backward pass.
+//! Rematerialisation: recomputes values that are cheap to compute in the backward pass instead of keeping them in
+//! memory from the forward pass on.
 //!
 //! ```text
-//! v is read, then not for `gap` operations, then again. A chain of operations can make it there from what lies in
-//! memory at that place anyway:
+//! v is read, then not read for `gap` operations, then read again. A chain of operations recomputes v for the later
+//! read from values x that are in memory at that point anyway:
 //!
-//! |v| · gap  ≥  K · (Σ cost(op) |op| + MOVE (|v| + Σ |x|)), x what the chain reads    =>    there v is made again
+//! |v| · gap  ≥  K · (Σ cost(op) |op| + FLOPS_PER_TRANSFER (|v| + Σ |x|))    =>    v is recomputed
 //! ```
 //!
-//! |v| is how many elements v has for a token, cost(op) how many operations one of them takes. A chain is made of work
-//! element by element, normalizations and views. Dropout of a normalized input above all: its mask comes from a counter,
-//! never from memory.
+//! |v| is the number of elements of v per token, |op| that of the result of an operation of the chain, cost(op) the
+//! number of arithmetic operations per element, and K is [`Thresholds::max_kept_floats_per_op`]. A chain consists of
+//! elementwise operations, normalizations and views. The most frequent case is dropout of a normalized input: its mask
+//! is a function of a Philox counter and occupies no memory.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use peft_grammar::graph::{Dim, Graph, Node, Op, Type, Value};
 
-use crate::fuse::Limits;
+use crate::fuse::Thresholds;
 use crate::rewrite::live;
 
-/// Operations that take as long as a float takes on its way from memory or to it.
-const MOVE: f64 = 20.0;
-/// Keys of a token, where it has some: about as many as sequences are long.
+/// The number of arithmetic operations that take as long as reading one float from memory, or writing it.
+const FLOPS_PER_TRANSFER: f64 = 20.0;
+/// The assumed number of keys per token in a ragged tensor: a typical sequence length.
 const KEYS: f64 = 128.0;
 
-/// What lies in memory no longer between its reads, and what that costs.
+/// The memory that rematerialisation frees between the reads of values, and the arithmetic that it adds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Remade {
+pub struct RematSavings {
+    /// The number of values that are recomputed at least once.
     pub values: usize,
-    /// For each token.
+    /// The bytes per token that these values no longer occupy.
     pub bytes: f64,
-    /// For each token.
+    /// The floating-point operations per token that recomputing them adds.
     pub flops: f64,
 }
 
-impl fmt::Display for Remade {
+impl fmt::Display for RematSavings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Remade { values, bytes, flops } = self;
-        write!(f, "values made again: {values}, {bytes:.0} bytes a token less, {flops:.0} FLOP a token more")
+        let RematSavings { values, bytes, flops } = self;
+        write!(f, "recomputed values: {values}, {bytes:.0} bytes per token saved, {flops:.0} FLOP per token added")
     }
 }
 
-pub fn remat(graph: &Graph, limits: &Limits) -> Result<(Graph, Remade), String> {
-    let lives = Lives::of(graph, limits.keep);
+/// Returns `graph` with cheap values recomputed before distant reads, and what that saves.
+///
+/// # Errors
+/// Operands do not fit an operation, which a verified graph excludes.
+pub fn remat(graph: &Graph, thresholds: &Thresholds) -> Result<(Graph, RematSavings), String> {
+    let ranges = LiveRanges::of(graph, thresholds.max_kept_floats_per_op);
     let mut new = Graph::new(graph.name.clone());
-    let mut map = vec![Value(0); graph.values()];
+    let mut map = vec![Value(0); graph.value_count()];
     for arg in &graph.args {
         map[arg.value.0 as usize] = new.arg(arg.name.clone(), arg.role, arg.rows, graph.ty(arg.value).clone());
     }
-    let mut again = Again { lives: &lives, new, map, made: HashMap::new() };
+    let mut builder = Builder { ranges: &ranges, new, map, recomputed: HashMap::new() };
     for (at, node) in graph.nodes.iter().enumerate() {
-        let values = again.push(node, at)?;
-        node.results.iter().zip(values).for_each(|(old, new)| again.map[old.0 as usize] = new);
+        let values = builder.push(node, at)?;
+        node.results.iter().zip(values).for_each(|(old, new)| builder.map[old.0 as usize] = new);
     }
-    let Again { mut new, map, .. } = again;
+    let Builder { mut new, map, .. } = builder;
     new.outputs = graph.outputs.iter().map(|(name, v)| (name.clone(), map[v.0 as usize])).collect();
-    Ok((live(&new), lives.remade))
+    Ok((live(&new), ranges.savings))
 }
 
-/// Where values lie in memory.
-struct Lives<'g> {
+/// The live ranges of values.
+struct LiveRanges<'g> {
     graph: &'g Graph,
-    /// By value, from which operation to which; from the second span on it is made again. A view has none of its own.
+    /// For each value, its live ranges as positions of the first and the last operation. The value is recomputed at the
+    /// start of each range after the first. A view has no range; it extends those of the value that it views.
     spans: Vec<Vec<(usize, usize)>>,
-    remade: Remade,
+    savings: RematSavings,
 }
 
-impl<'g> Lives<'g> {
-    fn of(graph: &'g Graph, keep: f64) -> Self {
-        let mut reads = vec![vec![]; graph.values()];
-        let mut lives = Lives { graph, spans: vec![vec![]; graph.values()], remade: Remade::default() };
-        let own = || graph.nodes.iter().enumerate().filter(|(_, n)| !n.op.view());
-        for (at, node) in own() {
-            node.operands.iter().for_each(|&v| reads[lives.root(v).0 as usize].push(at));
+impl<'g> LiveRanges<'g> {
+    fn of(graph: &'g Graph, max_kept: f64) -> Self {
+        let mut reads = vec![vec![]; graph.value_count()];
+        let mut ranges =
+            LiveRanges { graph, spans: vec![vec![]; graph.value_count()], savings: RematSavings::default() };
+        let computing = || graph.nodes.iter().enumerate().filter(|(_, n)| !n.op.is_view());
+        for (at, node) in computing() {
+            node.operands.iter().for_each(|&v| reads[ranges.root(v).0 as usize].push(at));
         }
-        graph.outputs.iter().for_each(|(_, v)| reads[lives.root(*v).0 as usize].push(graph.nodes.len()));
-        let results = own().flat_map(|(at, node)| node.results.iter().map(move |result| (at, result)));
+        graph.outputs.iter().for_each(|(_, v)| reads[ranges.root(*v).0 as usize].push(graph.nodes.len()));
+        let results = computing().flat_map(|(at, node)| node.results.iter().map(move |result| (at, result)));
         for (at, result) in results {
-            let (size, mut spans) = (lives.elements(*result), vec![(at, at)]);
+            let (size, mut spans) = (ranges.elements(*result), vec![(at, at)]);
             for &read in &reads[result.0 as usize] {
                 let last = spans.last_mut().expect("the first");
-                let mut cost = Cost { flops: 0.0, moves: size, most: size * (read - last.1) as f64 / keep };
-                let given = graph.outputs.iter().any(|(_, v)| lives.root(*v) == *result);
-                if given || !lives.again(*result, read, &mut cost) {
+                let mut cost = Cost { flops: 0.0, transfers: size, max: size * (read - last.1) as f64 / max_kept };
+                let is_output = graph.outputs.iter().any(|(_, v)| ranges.root(*v) == *result);
+                if is_output || !ranges.recomputable(*result, read, &mut cost) {
                     last.1 = read;
                     continue;
                 }
                 if batched(graph.ty(*result)) {
-                    lives.remade.flops += cost.flops;
-                    lives.remade.bytes += if spans.len() == 1 { 4.0 * size } else { 0.0 };
+                    ranges.savings.flops += cost.flops;
+                    ranges.savings.bytes += if spans.len() == 1 { 4.0 * size } else { 0.0 };
                 }
-                lives.remade.values += usize::from(spans.len() == 1);
+                ranges.savings.values += usize::from(spans.len() == 1);
                 spans.push((read, read));
             }
-            lives.spans[result.0 as usize] = spans;
+            ranges.spans[result.0 as usize] = spans;
         }
-        lives
+        ranges
     }
 
-    /// What `value` is a view of.
+    /// The value that `value` is a view of, or `value` itself.
     fn root(&self, value: Value) -> Value {
         match self.graph.def(value) {
-            Some(node) if node.op.view() => self.root(node.operands[0]),
+            Some(node) if node.op.is_view() => self.root(node.operands[0]),
             _ => value,
         }
     }
 
-    /// When that which lies in memory at `at` was made; an argument always lies there.
-    fn made(&self, root: Value, at: usize) -> Option<usize> {
+    /// The operation that computed the copy of `root` that is in memory at `at`; 0 for arguments, which always are.
+    fn computed_at(&self, root: Value, at: usize) -> Option<usize> {
         let spans = &self.spans[root.0 as usize];
         let span = spans.iter().find(|(from, to)| (*from..=*to).contains(&at));
         span.map(|(from, _)| *from).or(self.graph.def(root).is_none().then_some(0))
     }
 
-    /// Whether `value` can be made at `at` for no more than `cost` allows.
-    fn again(&self, value: Value, at: usize, cost: &mut Cost) -> bool {
+    /// Whether `value` can be recomputed at `at` within the bound of `cost`, to which it adds.
+    fn recomputable(&self, value: Value, at: usize, cost: &mut Cost) -> bool {
         let Some(node) = self.graph.def(value) else { return false };
-        let Some(each) = each(&node.op) else { return false };
-        cost.flops += each * self.elements(value);
-        cost.allowed() && node.operands.iter().all(|&v| self.there(self.root(v), at, cost))
+        let Some(flops) = flops_per_element(&node.op) else { return false };
+        cost.flops += flops * self.elements(value);
+        cost.allowed() && node.operands.iter().all(|&v| self.available(self.root(v), at, cost))
     }
 
-    fn there(&self, root: Value, at: usize, cost: &mut Cost) -> bool {
-        if self.made(root, at).is_none() {
-            return self.again(root, at, cost);
+    /// Whether `root` is in memory at `at` or can be recomputed there, within the bound of `cost`.
+    fn available(&self, root: Value, at: usize, cost: &mut Cost) -> bool {
+        if self.computed_at(root, at).is_none() {
+            return self.recomputable(root, at, cost);
         }
-        cost.moves += if batched(self.graph.ty(root)) { self.elements(root) } else { 0.0 };
+        cost.transfers += if batched(self.graph.ty(root)) { self.elements(root) } else { 0.0 };
         cost.allowed()
     }
 
+    /// The number of elements of `value` per token.
     fn elements(&self, value: Value) -> f64 {
         let size = |d: &Dim| match d {
             Dim::Const(n) => *n as f64,
@@ -139,25 +150,29 @@ impl<'g> Lives<'g> {
     }
 }
 
+/// The cost of a recomputation per token.
 struct Cost {
     flops: f64,
-    moves: f64,
-    most: f64,
+    /// Floats that are read or written.
+    transfers: f64,
+    /// The upper bound, in arithmetic operations.
+    max: f64,
 }
 
 impl Cost {
     fn allowed(&self) -> bool {
-        self.flops + MOVE * self.moves <= self.most
+        self.flops + FLOPS_PER_TRANSFER * self.transfers <= self.max
     }
 }
 
-/// Grows with the batch. A weight's vector is in the cache.
+/// Whether the size of the type grows with the batch. Reads of other values, such as the vectors of a normalization,
+/// are free, because they stay in the cache.
 fn batched(ty: &Type) -> bool {
     ty.elements().is_none()
 }
 
-/// Operations for each element of what may be made again.
-fn each(op: &Op) -> Option<f64> {
+/// Arithmetic operations per element of the result; `None` for operations that are never recomputed.
+fn flops_per_element(op: &Op) -> Option<f64> {
     use Op::*;
     match op {
         Constant { .. } | Iota { .. } | Broadcast { .. } => Some(0.0),
@@ -167,7 +182,7 @@ fn each(op: &Op) -> Option<f64> {
         Exp | Sin | Cos => Some(16.0),
         Log | Tanh | Sigmoid | Dropout { .. } => Some(24.0),
         Gelu | GeluGrad | GeluTanh | GeluTanhGrad => Some(32.0),
-        // Views have no memory of their own.
+        // Views occupy no memory.
         Reshape { .. } | Permute { .. } | Slice { .. } => None,
         Detach | Pad { .. } | Concat { .. } | Reduce { .. } => None,
         Matmul { .. } | Scores { .. } | Attend { .. } | AttendTransposed { .. } => None,
@@ -180,35 +195,37 @@ fn each(op: &Op) -> Option<f64> {
 }
 
 /// The new graph under construction.
-struct Again<'a> {
-    lives: &'a Lives<'a>,
+struct Builder<'a> {
+    ranges: &'a LiveRanges<'a>,
     new: Graph,
-    /// Values as they were made first.
+    /// For each old value, its first computation in the new graph.
     map: Vec<Value>,
-    /// Made again, by when.
-    made: HashMap<(Value, usize), Value>,
+    /// Recomputed values, by old value and the start of the live range.
+    recomputed: HashMap<(Value, usize), Value>,
 }
 
-impl Again<'_> {
-    /// `node` on what lies in memory at `at`.
+impl Builder<'_> {
+    /// Appends `node` on the copies of its operands that are in memory at `at`.
     fn push(&mut self, node: &Node, at: usize) -> Result<Vec<Value>, String> {
         let operands = node.operands.iter().map(|&v| self.read(v, at)).collect::<Result<Vec<_>, _>>()?;
         Ok(self.new.push_node(node.op.clone(), &operands, &node.location)?.results.clone())
     }
 
+    /// The copy of `value` that is in memory at `at`, which is recomputed at the start of its live range.
     fn read(&mut self, value: Value, at: usize) -> Result<Value, String> {
-        let root = self.lives.root(value);
-        let first = self.lives.graph.def_at(root).unwrap_or(0);
-        let made = self.lives.made(root, at).unwrap_or(at);
-        if made == first {
+        let root = self.ranges.root(value);
+        let first = self.ranges.graph.def_at(root).unwrap_or(0);
+        let start = self.ranges.computed_at(root, at).unwrap_or(at);
+        if start == first {
             return Ok(self.map[value.0 as usize]);
         }
-        if let Some(&again) = self.made.get(&(value, made)) {
-            return Ok(again);
+        if let Some(&copy) = self.recomputed.get(&(value, start)) {
+            return Ok(copy);
         }
-        let node = self.lives.graph.def(value).expect("no argument");
-        let again = self.push(node, at)?[0];
-        self.made.insert((value, made), again);
-        Ok(again)
+        let mut node = self.ranges.graph.def(value).expect("arguments are never recomputed").clone();
+        node.location.rule = "remat".into();
+        let copy = self.push(&node, at)?[0];
+        self.recomputed.insert((value, start), copy);
+        Ok(copy)
     }
 }

@@ -1,9 +1,9 @@
-//! What the compiler writes and the runtime reads: a manifest beside a library of kernels.
+//! The artifact's manifest, which the compiler writes next to a library of kernels and the runtime reads.
 //!
-//! An entry point is a list of kernel launches over buffers whose sizes wait for a batch. Every
-//! kernel has one signature, `fn(args: *mut *mut c_void)`: its buffers as memref descriptors, then
-//! the entry's sizes it asks for, then the range `begin..end` of its units to compute. Units are
-//! independent of each other, so a pool may split them anyhow and the bits stay the same.
+//! An entry point is a list of kernel launches over buffers whose sizes depend on the batch. Every kernel has one
+//! signature, `fn(args: *mut *mut c_void)`: its buffers as memref descriptors, then the extents it takes, then the
+//! range `begin..end` of the units of work to compute. Units are independent of each other, so the result does not
+//! depend on how threads share them, not even in the last bit.
 
 use std::collections::BTreeMap;
 
@@ -11,38 +11,50 @@ use serde::{Deserialize, Serialize};
 
 use peft_grammar::names::Vector;
 
-/// Version of the format written here; others are refused.
+/// Version of the manifest's format. The runtime refuses any other version.
 pub const FORMAT: u32 = 4;
 
-/// A size known when a batch arrives.
+/// A size that is an expression in the extents of a batch.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Extent {
+    /// A constant.
     Const(u64),
+    /// The number of tokens of the batch.
     Tokens,
+    /// The number of sequences of the batch.
     Sequences,
+    /// The number of target tokens: those whose loss counts.
     Targets,
-    /// Σ over sequences of length².
+    /// The number of query-key pairs, Σ over sequences of length².
     Pairs,
-    /// All trainable values.
+    /// The number of trainable values of the model.
     Values,
+    /// A sum.
     Add(Box<Extent>, Box<Extent>),
+    /// A product.
     Mul(Box<Extent>, Box<Extent>),
+    /// A quotient, rounded up.
     CeilDiv(Box<Extent>, u64),
 }
 
-/// The sizes of one batch.
+/// The extents of one batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sizes {
+    /// The number of tokens.
     pub tokens: u64,
+    /// The number of sequences.
     pub sequences: u64,
+    /// The number of target tokens.
     pub targets: u64,
+    /// The number of query-key pairs, Σ over sequences of length².
     pub pairs: u64,
+    /// The number of trainable values of the model.
     pub values: u64,
 }
 
 impl Sizes {
-    /// The larger of each.
+    /// The larger of the two, extent by extent.
     pub fn max(self, other: Sizes) -> Sizes {
         Sizes {
             tokens: self.tokens.max(other.tokens),
@@ -55,7 +67,7 @@ impl Sizes {
 }
 
 impl Extent {
-    /// Saturates, so that a size no memory could hold fails when it is asked for.
+    /// The value for a batch. It saturates, so that a size that no memory could hold fails when it is allocated.
     pub fn eval(&self, sizes: &Sizes) -> u64 {
         match self {
             Extent::Const(n) => *n,
@@ -93,82 +105,102 @@ impl std::ops::Mul for Extent {
     }
 }
 
+/// The element type of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Element {
+    /// 32-bit floating point.
     F32,
+    /// 32-bit signed integer.
     I32,
 }
 
 impl Element {
+    /// Bytes of one element.
     pub fn bytes(self) -> u64 {
         4
     }
 }
 
-/// Where a buffer's content comes from and how long it stays.
+/// Where a buffer's content comes from and how long it lives.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {
-    /// Bound for every run, by its name as an [`Input`](peft_grammar::names::Input): `ids`, `labels`, `rng`; and what the
-    /// runtime derives from the sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (which sequence a
-    /// token is of), `pairs` i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts`
+    /// Uploaded for every run, by its name as an [`Input`](peft_grammar::names::Input). Given by the caller: `ids`,
+    /// `labels`, `rng`, … Derived from the sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (the
+    /// sequence of each token), `pairs` i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts`
     /// i32[sequences].
     Input(String),
-    /// Tensor of [`Manifest::tensors`], or rows of it.
-    Tensor { index: usize, rows: Option<(u64, u64)> },
-    /// The gradient of a trainable tensor (or of its trainable rows): a slice of one flat vector.
-    Gradient { index: usize },
-    /// One of the optimizer's vectors.
+    /// A tensor of [`Manifest::tensors`], or some of its rows.
+    Tensor {
+        /// Index into [`Manifest::tensors`].
+        index: usize,
+        /// Rows `start..end`; `None` for all.
+        rows: Option<(u64, u64)>,
+    },
+    /// The gradient of a trainable tensor (or of its trainable rows): a slice of the flat vector of gradients.
+    Gradient {
+        /// Index into [`Manifest::tensors`].
+        index: usize,
+    },
+    /// One of the flat vectors: values, gradients, or state of the optimizer.
     Flat(Vector),
-    /// Filled once by [`Manifest::prepare`] and kept: packed frozen weights.
+    /// Written once by [`Manifest::prepare`] and kept: packed frozen weights.
     Prepared,
-    /// Lives from the first launch of an entry that names it to the last (to the end, for outputs).
+    /// Live from the first launch of a run that uses it to the last; an output is live to the end of the run.
     Temporary,
 }
 
-/// A tensor in memory, row-major. Ragged ones are flat here.
+/// A tensor in memory, row-major. A ragged tensor is one-dimensional here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Buffer {
+    /// Element type.
     pub element: Element,
+    /// Sizes of the dimensions.
     pub shape: Vec<Extent>,
+    /// Where the content comes from.
     pub storage: Storage,
 }
 
 impl Buffer {
+    /// The number of elements for a batch.
     pub fn elements(&self, sizes: &Sizes) -> u64 {
         self.shape.iter().map(|e| e.eval(sizes)).fold(1, u64::saturating_mul)
     }
 }
 
+/// Index into [`Manifest::buffers`].
 pub type BufferId = usize;
 
+/// One kernel launch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Launch {
     /// Index into [`Manifest::kernels`].
     pub kernel: usize,
+    /// The kernel's buffer arguments, in order.
     pub buffers: Vec<BufferId>,
-    /// Passed as `index` after the buffers.
+    /// The kernel's `index` arguments, which follow the buffers.
     pub extents: Vec<Extent>,
-    /// How many units there are to split over threads.
+    /// The number of independent units of work, which threads or workgroups share.
     pub units: Extent,
-    /// How they are split; a processor's launches do not say.
+    /// The workgroup of a GPU launch; [`Workgroup::ONE`] on a CPU.
     #[serde(default, skip_serializing_if = "Workgroup::is_one")]
     pub group: Workgroup,
-    /// The operation it computes, for profiles and messages: `peft.matmul`.
+    /// The operation that the kernel computes, for profiles and messages, such as `peft.matmul`.
     pub op: String,
 }
 
-/// Threads that take units together, a GPU's block: a kernel is written for one size, and does not start in another.
+/// A GPU's thread block. A kernel is compiled for one workgroup and cannot be launched with another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Workgroup {
-    /// How many units a workgroup takes at once.
+    /// Units that a workgroup computes at a time.
     pub units: u64,
+    /// Threads of the workgroup.
     pub threads: u64,
 }
 
 impl Workgroup {
-    /// One thread, and a unit at a time: a processor's.
+    /// One thread that computes one unit at a time, as on a CPU.
     pub const ONE: Workgroup = Workgroup { units: 1, threads: 1 };
 
     fn is_one(&self) -> bool {
@@ -182,97 +214,113 @@ impl Default for Workgroup {
     }
 }
 
+/// An entry point: launches that execute in order, and their named results.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
+    /// The launches, in order.
     pub launches: Vec<Launch>,
+    /// The results.
     pub outputs: Vec<Output>,
 }
 
 /// A named result of an entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Output {
+    /// Name of the output.
     pub name: String,
+    /// The buffer that holds it.
     pub buffer: BufferId,
-    /// What the buffer holds, row-major; a ragged result is flat.
+    /// The shape of the result, row-major; a ragged result is one-dimensional.
     pub shape: Vec<Extent>,
 }
 
-/// A weight the artifact wants: canonical name and shape.
+/// A weight that the artifact reads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tensor {
+    /// Canonical name.
     pub name: String,
+    /// Shape, outermost dimension first.
     pub shape: Vec<u64>,
-    /// `None`: frozen. `Some((start, end))`: rows that train, all of them for a whole tensor.
+    /// `None` if the tensor is frozen, otherwise the rows `start..end` that train: all rows of a tensor that trains as
+    /// a whole.
     pub trainable: Option<(u64, u64)>,
-    /// Weight decay applies.
+    /// True if weight decay applies.
     pub decay: bool,
-    /// What its learning rate is of the step's; `None`: it is that.
+    /// Factor of the learning rate; `None` for 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr_factor: Option<f64>,
 }
 
 impl Tensor {
-    /// Values of one row.
+    /// The number of values of one row.
     pub fn row(&self) -> u64 {
         self.shape.iter().skip(1).product()
     }
-    /// Whether `rows` (`None`: all of them) train. The manifest is checked for rows that train in part.
+    /// True if all of `rows` (`None`: the whole tensor) train. Validation has ruled out ranges of which only a part
+    /// trains.
     pub fn trains(&self, rows: Option<(u64, u64)>) -> bool {
         let (start, end) = rows.unwrap_or((0, self.shape.first().copied().unwrap_or(1)));
         self.trainable.is_some_and(|(first, last)| first <= start && end <= last)
     }
-    /// How many of its values train.
+    /// The number of trainable values.
     pub fn trainable_elements(&self) -> u64 {
         self.trainable.map_or(0, |(start, end)| (end - start) * self.row())
     }
 }
 
-/// What the values of an input must be for kernels to find what they index.
+/// The range of an integer input that kernels use as an index.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Limit {
-    /// `ids`, `types`, `positions`, `starts`, `targets` or `labels`.
+    /// The input: `ids`, `types`, `positions`, `starts`, `targets` or `labels`.
     pub input: String,
-    /// Its values lie in `0..below`.
+    /// Values must be in `0..below`.
     pub below: Extent,
-    /// What it indexes, to follow a number: "rows of `transformer.wpe.weight`".
+    /// What the input indexes, as a message says it after a number: "rows of `transformer.wpe.weight`".
     pub of: String,
-    /// A value that the input must not have, although it is below: an id that positions do not count.
+    /// A value in the range that is refused nevertheless: the id of padding tokens, which positions do not count.
     #[serde(default)]
     pub except: Option<u64>,
 }
 
+/// Everything about an artifact but its machine code.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version of this format.
     pub format: u32,
-    /// `peftc 0.1.0`, and the LLVM it used.
+    /// The compiler: `peftc 0.1.0`.
     pub compiler: String,
+    /// The LLVM version that compiled the kernels.
     pub llvm: String,
-    /// `x86_64` and the processor features the library was compiled for; or `sm_70`, a GPU's.
+    /// The target: `x86_64`, or for a GPU its least compute capability, `sm_70`.
     pub arch: String,
+    /// Features of the processor that the kernels use, by LLVM's names.
     pub features: Vec<String>,
+    /// Names of the kernels.
     pub kernels: Vec<String>,
+    /// Weights, in the order in which [`crate::Session::new`] takes them.
     pub tensors: Vec<Tensor>,
+    /// Buffers of all entries.
     pub buffers: Vec<Buffer>,
-    /// What batches are checked against before a kernel reads them.
+    /// Ranges that integer inputs are checked against before a kernel reads them.
     pub limits: Vec<Limit>,
-    /// Run once when weights are there.
+    /// Launches that run once after the weights have been loaded, and pack them.
     pub prepare: Vec<Launch>,
+    /// Entry points by name.
     pub entries: BTreeMap<String, Entry>,
     /// The checked model without its graph: task, recipe, parameters.
     pub model: serde_json::Value,
-    /// blake3 of the library.
+    /// BLAKE3 hash of the library, in hexadecimal.
     pub library: String,
 }
 
 impl Manifest {
-    /// The least capability of a GPU that runs the kernels, if they are for one.
+    /// The least compute capability (major, minor) that runs the kernels, or `None` if they are for a CPU.
     pub fn gpu(&self) -> Option<(i32, i32)> {
         let number: i32 = self.arch.strip_prefix("sm_")?.parse().ok()?;
         Some((number / 10, number % 10))
     }
 
-    /// What the kernels' file is called.
+    /// The file name of the kernels.
     pub fn library_name(&self) -> &'static str {
         if self.gpu().is_some() { "kernels.ptx" } else { "kernels.so" }
     }

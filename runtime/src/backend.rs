@@ -1,5 +1,5 @@
-//! Where kernels run and the numbers they work on lie. A session says what is launched on which numbers; a backend
-//! knows how.
+//! A backend owns memory and runs kernels on it. A [`crate::Session`] decides what is launched on which memory; a
+//! backend decides how.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -9,111 +9,163 @@ use crate::artifact::Launch;
 use crate::error::RuntimeError;
 use crate::memory::Numbers;
 
-/// A row of numbers in a backend's memory.
+/// Handle of one allocation in a backend's memory: a row of 4-byte words, each an `f32` or an `i32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Block(pub usize);
+pub struct Allocation(pub usize);
 
-/// Some neighbours in a block, each an `f32` or an `i32`.
+/// A contiguous part of an allocation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub block: Block,
+pub struct MemoryRange {
+    /// The allocation that the range is in.
+    pub allocation: Allocation,
+    /// First word.
     pub start: usize,
+    /// Number of words.
     pub length: usize,
 }
 
-/// A launch with all that it waits for.
-pub struct Job<'a> {
+/// A kernel launch whose buffers have memory and whose extents are known numbers.
+pub struct BoundLaunch<'a> {
+    /// The kernel, the workgroup and the operation's name.
     pub launch: &'a Launch,
-    /// Its buffers. None of them reaches beyond its block.
-    pub places: Vec<Place>,
+    /// Memory of the launch's buffers, in order. Each range is within its allocation.
+    pub ranges: Vec<MemoryRange>,
+    /// Values of the launch's extents, in order.
     pub extents: Vec<u64>,
-    /// At least one.
+    /// The number of independent units of work, at least 1.
     pub units: u64,
-    /// What is to be filled with NaN before: what reads what nothing wrote then shows.
-    pub poisoned: Vec<Place>,
+    /// Temporaries that this launch is the first to use and that are filled with NaN before it: see
+    /// [`crate::Session::poison`].
+    pub poisoned: Vec<MemoryRange>,
 }
 
-/// Numbers that a backend was asked to keep.
+/// A read that a backend has started.
 #[derive(Debug)]
-pub enum Kept {
-    Here(Vec<f32>),
-    /// So many, to a piece of the host's memory.
-    Coming {
-        slot: usize,
+pub enum PendingRead {
+    /// The numbers have been read already.
+    Ready(Vec<f32>),
+    /// An asynchronous copy into pinned host memory is in flight.
+    InFlight {
+        /// Index of the pinned buffer.
+        readback: usize,
+        /// Number of words.
         length: usize,
     },
 }
 
-/// How long each operation took in all, and how often it ran.
+/// Total time and number of launches for each operation, by the operation's name.
 pub type Profile = BTreeMap<String, (Duration, u64)>;
 
-/// Memory, and what runs on it.
+/// Device memory and the means to launch kernels on it.
 pub trait Backend: Send {
-    /// `length` numbers, all 0.
-    fn alloc(&mut self, length: usize) -> Result<Block, RuntimeError>;
+    /// Allocates `length` words, all zero.
+    ///
+    /// # Errors
+    ///
+    /// [`RuntimeError::Memory`] if there is not enough memory.
+    fn alloc(&mut self, length: usize) -> Result<Allocation, RuntimeError>;
 
-    /// A block with these numbers.
-    fn take(&mut self, numbers: Numbers) -> Result<Block, RuntimeError> {
-        let block = self.alloc(numbers.len())?;
-        self.write(block, 0, Words::Floats(&numbers))?;
-        Ok(block)
+    /// Allocates memory with the given content.
+    ///
+    /// # Errors
+    ///
+    /// As [`Backend::alloc`].
+    fn alloc_with(&mut self, numbers: Numbers) -> Result<Allocation, RuntimeError> {
+        let allocation = self.alloc(numbers.len())?;
+        self.write(allocation, 0, Words::Floats(&numbers))?;
+        Ok(allocation)
     }
 
-    fn free(&mut self, block: Block);
+    /// Frees an allocation. Launches in flight that use it are completed first.
+    fn free(&mut self, allocation: Allocation);
 
-    /// Puts numbers into a block that reaches so far.
-    fn write(&mut self, block: Block, start: usize, words: Words) -> Result<(), RuntimeError>;
+    /// Copies `words` to an allocation, from word `start` on. The range must be within the allocation.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    fn write(&mut self, allocation: Allocation, start: usize, words: Words) -> Result<(), RuntimeError>;
 
-    /// Puts numbers into a block that no job reads which runs now; what runs goes on. What is started later finds them.
-    fn send(&mut self, block: Block, words: Words) -> Result<(), RuntimeError> {
-        self.write(block, 0, words)
+    /// Copies `words` to the start of an allocation that no launch in flight reads, without waiting for those launches.
+    /// Launches that are started later see the new content.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    fn write_async(&mut self, allocation: Allocation, words: Words) -> Result<(), RuntimeError> {
+        self.write(allocation, 0, words)
     }
 
-    fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError>;
+    /// Waits for the launches in flight and reads a range as `f32`.
+    ///
+    /// # Errors
+    ///
+    /// If the device or a launch failed.
+    fn read(&self, range: MemoryRange) -> Result<Cow<'_, [f32]>, RuntimeError>;
 
-    /// Jobs may be started before it is asked how those before them went.
+    /// True if launches may be started before those in flight have ended.
     fn overlaps(&self) -> bool {
         false
     }
 
-    /// Numbers as they are when all that was started has ended, and nothing else has; [`Backend::kept`] gives them. Of
-    /// two runs, at most.
-    fn keep(&mut self, places: &[Place]) -> Result<Kept, RuntimeError> {
+    /// Starts reading ranges as they are after the launches started so far; [`Backend::finish_read`] waits for the
+    /// numbers. At most two reads may be pending.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    fn begin_read(&mut self, ranges: &[MemoryRange]) -> Result<PendingRead, RuntimeError> {
         let mut all = vec![];
-        for &place in places {
-            all.extend_from_slice(&self.read(place)?);
+        for &range in ranges {
+            all.extend_from_slice(&self.read(range)?);
         }
-        Ok(Kept::Here(all))
+        Ok(PendingRead::Ready(all))
     }
 
-    /// Waits for them.
-    fn kept(&mut self, kept: Kept) -> Result<Vec<f32>, RuntimeError> {
-        match kept {
-            Kept::Here(numbers) => Ok(numbers),
-            Kept::Coming { .. } => unreachable!("another backend's"),
+    /// Waits for a pending read and returns its numbers, all ranges concatenated.
+    ///
+    /// # Errors
+    ///
+    /// If the device or a launch failed.
+    fn finish_read(&mut self, read: PendingRead) -> Result<Vec<f32>, RuntimeError> {
+        match read {
+            PendingRead::Ready(numbers) => Ok(numbers),
+            PendingRead::InFlight { .. } => unreachable!("another backend's"),
         }
     }
 
-    /// Starts the jobs, which run in their order, and may return before they end. With a profile it waits for each one.
-    fn run(&mut self, jobs: &[Job], profile: Option<&mut Profile>) -> Result<(), RuntimeError>;
+    /// Starts the launches, which execute in order; it may return before they have ended. With a profile it waits for
+    /// each launch and adds its time.
+    ///
+    /// # Errors
+    ///
+    /// If a launch is refused, or fails while it is being waited for.
+    fn run(&mut self, launches: &[BoundLaunch], profile: Option<&mut Profile>) -> Result<(), RuntimeError>;
 
-    /// Until all that was started has ended. That it failed shows here at the latest.
+    /// Waits for all launches in flight.
+    ///
+    /// # Errors
+    ///
+    /// If one of them failed.
     fn wait(&mut self) -> Result<(), RuntimeError> {
         Ok(())
     }
 
-    /// Bytes of all blocks.
-    fn held(&self) -> u64;
+    /// Bytes of all allocations.
+    fn allocated_bytes(&self) -> u64;
 }
 
-/// Numbers of either kind.
+/// Borrowed 4-byte words to upload.
 #[derive(Clone, Copy, Debug)]
 pub enum Words<'a> {
+    /// Floating-point numbers.
     Floats(&'a [f32]),
+    /// Integers.
     Ints(&'a [i32]),
 }
 
 impl Words<'_> {
+    /// The number of words.
     pub fn len(&self) -> usize {
         match self {
             Words::Floats(x) => x.len(),
@@ -121,14 +173,15 @@ impl Words<'_> {
         }
     }
 
+    /// True if there are no words.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// Adds a launch's time to the profile.
-pub(crate) fn record(profile: &mut Profile, job: &Job, time: Duration) {
-    let entry = profile.entry(job.launch.op.clone()).or_default();
+/// Adds the time of one launch to the profile.
+pub(crate) fn record(profile: &mut Profile, launch: &BoundLaunch, time: Duration) {
+    let entry = profile.entry(launch.launch.op.clone()).or_default();
     entry.0 += time;
     entry.1 += 1;
 }

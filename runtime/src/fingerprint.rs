@@ -1,12 +1,12 @@
-//! Fingerprints of weights: they tell one checkpoint from another.
+//! Fingerprints of weights, which tell checkpoints apart.
 
 use rayon::prelude::*;
 
 /// A tensor, or its first rows: name, shape, numbers.
 pub type Part<'a> = (&'a str, Vec<u64>, &'a [f32]);
 
-/// A hash of names, shapes and every number, in f32: a checkpoint in bf16 has the fingerprint of the same numbers in f32.
-/// The order of the parts does not matter.
+/// A BLAKE3 hash of names, shapes and numbers, in hexadecimal, shortened to 32 digits. Numbers are hashed as f32, so a
+/// checkpoint in bf16 has the fingerprint of the same numbers in f32. The order of the parts does not matter.
 pub fn fingerprint(parts: &[Part]) -> String {
     let one = |(name, shape, numbers): &Part| {
         let mut hash = blake3::Hasher::new();
@@ -24,7 +24,7 @@ pub fn fingerprint(parts: &[Part]) -> String {
     blake3::hash(&all.concat()).to_hex()[..32].to_string()
 }
 
-/// Numbers that are hashed at a time.
+/// Numbers that are converted to bytes at a time.
 const CHUNK: usize = 1 << 14;
 
 #[cfg(test)]
@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_shapes_and_numbers_count_and_order_does_not() {
+    fn the_fingerprint_depends_on_names_shapes_and_numbers_but_not_on_order() {
         let numbers = [1.0, 2.0, 3.0, 4.0];
         let a = ("a", vec![2, 2], &numbers[..]);
         let b = ("b", vec![4], &numbers[..]);

@@ -1,7 +1,8 @@
-//! GGUF, the file format of llama.cpp (`docs/gguf.md` of ggml): metadata and tensors of one model, quantised or not.
+//! GGUF, the file format of llama.cpp (specified in `docs/gguf.md` of ggml): metadata and tensors of one model,
+//! possibly quantised.
 //!
-//! Versions 2 and 3 are read, little-endian. No byte is trusted: counts, lengths and offsets are held to the file's size
-//! before anything is allocated for them.
+//! The reader takes versions 2 and 3 in little-endian byte order. It trusts no byte: counts, lengths and offsets are
+//! compared with the file's size before anything is allocated for them.
 
 mod blocks;
 
@@ -13,47 +14,53 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use crate::error::RuntimeError;
-use crate::json::{POINTER, POINTS};
+use crate::json::{LFS_POINTER_ADVICE, LFS_POINTER_PREFIX};
 use crate::source::{TensorSource, not_finite};
 use crate::tensor::Float;
 use blocks::{TYPES, Type};
 
-/// How a file begins.
+/// The first bytes of a GGUF file.
 const MAGIC: &[u8; 4] = b"GGUF";
 
-/// How files of the formats before GGUF begin.
-const BEFORE: [(&[u8; 4], &str); 3] = [(b"lmgg", "GGML"), (b"tjgg", "GGJT"), (b"algg", "GGLA")];
+/// The first bytes of formats older than GGUF.
+const OLDER_FORMATS: [(&[u8; 4], &str); 3] = [(b"lmgg", "GGML"), (b"tjgg", "GGJT"), (b"algg", "GGLA")];
 
-/// A tensor has at most this many axes.
-const AXES: u32 = 4;
+/// The largest number of dimensions of a tensor.
+const MAX_DIMENSIONS: u32 = 4;
 
-/// What `general.alignment` counts as where the file lacks it, in bytes.
+/// The default of `general.alignment`, in bytes.
 const ALIGNMENT: u64 = 32;
 
-/// A value of the metadata.
+/// A metadata value.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
+    /// An unsigned integer of any width.
     Unsigned(u64),
+    /// A signed integer of any width.
     Signed(i64),
-    /// The shortest decimal that is rounded to the file's number: 1e-5 for the f32 next to it.
+    /// The shortest decimal number that rounds to the number in the file: 1e-5 for the f32 nearest to it.
     Float(f64),
+    /// A boolean.
     Bool(bool),
+    /// A string.
     Text(String),
+    /// A list, whose elements are read on demand.
     List(List),
 }
 
-/// A list of the metadata: where it lies in the file.
+/// The type, length and byte range of a metadata list.
 #[derive(Clone, Debug, PartialEq)]
 pub struct List {
-    kind: Kind,
+    kind: ValueType,
+    /// Number of elements.
     pub count: u64,
     start: usize,
     end: usize,
 }
 
-/// The type of a metadata value.
+/// The type of a metadata value, in the order of GGUF's type numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Kind {
+enum ValueType {
     U8,
     I8,
     U16,
@@ -69,47 +76,48 @@ enum Kind {
     F64,
 }
 
-impl Kind {
-    /// As GGUF numbers them.
+impl ValueType {
+    /// The type with a GGUF type number.
     fn of(id: u32) -> Result<Self, String> {
-        use Kind::*;
+        use ValueType::*;
         let all = [U8, I8, U16, I16, U32, I32, F32, Bool, Text, List, U64, I64, F64];
         all.get(id as usize).copied().ok_or_else(|| format!("is of type {id}, and GGUF has the types 0 to 12"))
     }
 
-    /// Bytes of a value; of a text or a list, the least.
+    /// The size of a value in bytes; for texts and lists the least size.
     fn bytes(self) -> u64 {
         match self {
-            Kind::U8 | Kind::I8 | Kind::Bool => 1,
-            Kind::U16 | Kind::I16 => 2,
-            Kind::U32 | Kind::I32 | Kind::F32 => 4,
-            Kind::U64 | Kind::I64 | Kind::F64 | Kind::Text => 8,
-            Kind::List => 12,
+            ValueType::U8 | ValueType::I8 | ValueType::Bool => 1,
+            ValueType::U16 | ValueType::I16 => 2,
+            ValueType::U32 | ValueType::I32 | ValueType::F32 => 4,
+            ValueType::U64 | ValueType::I64 | ValueType::F64 | ValueType::Text => 8,
+            ValueType::List => 12,
         }
     }
 }
 
-/// Where a tensor lies in its file.
+/// Type, shape and byte range of a tensor in its file.
 #[derive(Clone, Debug)]
-struct Place {
+struct TensorEntry {
     ty: &'static Type,
-    /// Row-major: the file's dimensions, the last of them first.
+    /// Row-major: the file's dimensions in reverse order.
     shape: Vec<u64>,
-    /// In bytes, within the file.
+    /// First byte, counted from the start of the file.
     start: usize,
     end: usize,
 }
 
-/// A mapped file whose metadata and tensors' places have been checked.
+/// A memory-mapped GGUF file whose metadata and tensor entries have been checked.
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
     map: Mmap,
     metadata: BTreeMap<String, Value>,
-    tensors: BTreeMap<String, Place>,
+    tensors: BTreeMap<String, TensorEntry>,
 }
 
-/// The path names a GGUF file: it ends in `.gguf`, or it is a plain file that begins as one.
+/// True if the path is a GGUF file: its name ends in `.gguf`, or it is a regular file that starts with GGUF's magic
+/// bytes.
 pub fn is_gguf(path: &Path) -> bool {
     let begins = || {
         let mut first = [0; 4];
@@ -123,24 +131,32 @@ pub fn is_gguf(path: &Path) -> bool {
 }
 
 impl GgufFile {
-    /// Maps the file at `path` and checks its header. Refused are files of other formats, of version 1 and in big-endian
-    /// order, those that are cut short, and all whose counts, texts, types, offsets or dimensions do not fit.
+    /// Maps the file at `path` and checks its header.
+    ///
+    /// # Errors
+    ///
+    /// If the file is of another format, of version 1 or big-endian, if it is cut short, or if a count, text, type,
+    /// offset or dimension in it is not possible.
     pub fn open(path: &Path) -> Result<Self, RuntimeError> {
         let failed = |e: io::Error| RuntimeError::file(path, format!("cannot be read: {e}"));
-        // A pipe would be waited for.
+        // Only regular files are opened, since opening a pipe would block.
         if !std::fs::metadata(path).map_err(failed)?.is_file() {
             return Err(RuntimeError::file(path, "is no plain file, a GGUF file was expected"));
         }
         let file = File::open(path).map_err(failed)?;
-        // SAFETY: the mapping is only read. Whoever shortens the file meanwhile takes its pages away, as from every
-        // program that maps its weights.
+        // SAFETY: the mapping is only read. If another process truncates the file meanwhile, its pages vanish, as for
+        // every program that maps weights.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         let (metadata, tensors) =
             header(&map).map_err(|why| RuntimeError::file(path, format!("no GGUF file that is read: {why}")))?;
         Ok(GgufFile { path: path.to_path_buf(), map, metadata, tensors })
     }
 
-    /// The file at `path` and, where it is the first of a split model, the others beside it.
+    /// Opens the file at `path`; if it is the first part of a split model, it opens the other parts too.
+    ///
+    /// # Errors
+    ///
+    /// As [`GgufFile::open`], and if the parts do not belong together.
     pub fn open_all(path: &Path) -> Result<Vec<Self>, RuntimeError> {
         let first = Self::open(path)?;
         let refused = |why: String| Err(RuntimeError::file(path, why));
@@ -176,15 +192,17 @@ impl GgufFile {
         }
     }
 
-    /// Keys with their values, in the order of the keys.
+    /// Metadata keys and values, sorted by key.
     pub fn metadata(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.metadata.iter().map(|(key, value)| (key.as_str(), value))
     }
 
+    /// A metadata value.
     pub fn value(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
     }
 
+    /// A metadata string; `None` if the key is absent or has another type.
     pub fn text(&self, key: &str) -> Option<&str> {
         match self.value(key)? {
             Value::Text(text) => Some(text),
@@ -192,6 +210,7 @@ impl GgufFile {
         }
     }
 
+    /// A metadata boolean; `None` if the key is absent or has another type.
     pub fn bool(&self, key: &str) -> Option<bool> {
         match self.value(key)? {
             Value::Bool(flag) => Some(*flag),
@@ -199,7 +218,7 @@ impl GgufFile {
         }
     }
 
-    /// A whole number of any type.
+    /// A metadata integer of any width; `None` if the key is absent or has another type.
     pub fn integer(&self, key: &str) -> Option<i64> {
         match self.value(key)? {
             Value::Unsigned(n) => i64::try_from(*n).ok(),
@@ -212,32 +231,32 @@ impl GgufFile {
         self.integer(key).and_then(|n| u64::try_from(n).ok())
     }
 
-    /// The elements of a list; none of a list of texts or of lists.
+    /// The elements of a list of numbers or booleans; empty for other lists.
     pub fn elements(&self, list: &List) -> Vec<Value> {
         let mut cursor = Cursor { bytes: &self.map[..list.end], at: list.start };
         let mut next = || match list.kind {
-            Kind::Text | Kind::List => None,
+            ValueType::Text | ValueType::List => None,
             kind => value(&mut cursor, kind).ok(),
         };
         (0..list.count).map_while(|_| next()).collect()
     }
 
-    /// The texts of a list; `None` where the key is absent or of another type.
+    /// The strings of a list; `None` if the key is absent or has another type.
     pub fn texts(&self, key: &str) -> Option<Vec<&str>> {
         match self.value(key)? {
-            Value::List(list) if list.kind == Kind::Text => {
+            Value::List(list) if list.kind == ValueType::Text => {
                 let mut cursor = Cursor { bytes: &self.map[..list.end], at: list.start };
-                // They were checked when the file was opened.
+                // The strings were checked when the file was opened.
                 Some((0..list.count).map_while(|_| cursor.text().ok()).collect())
             }
             _ => None,
         }
     }
 
-    fn place(&self, name: &str) -> Result<(&Place, &[u8]), RuntimeError> {
-        let place = self.tensors.get(name);
-        let place = place.ok_or_else(|| RuntimeError::file(&self.path, format!("it holds no tensor `{name}`")))?;
-        Ok((place, &self.map[place.start..place.end]))
+    fn entry(&self, name: &str) -> Result<(&TensorEntry, &[u8]), RuntimeError> {
+        let entry = self.tensors.get(name);
+        let entry = entry.ok_or_else(|| RuntimeError::file(&self.path, format!("it holds no tensor `{name}`")))?;
+        Ok((entry, &self.map[entry.start..entry.end]))
     }
 }
 
@@ -251,7 +270,7 @@ impl TensorSource for GgufFile {
     }
 
     fn shape(&self, name: &str) -> Option<&[u64]> {
-        self.tensors.get(name).map(|place| place.shape.as_slice())
+        self.tensors.get(name).map(|entry| entry.shape.as_slice())
     }
 
     fn float(&self, name: &str) -> Option<Float> {
@@ -260,34 +279,34 @@ impl TensorSource for GgufFile {
     }
 
     fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError> {
-        let (Place { ty, shape, .. }, bytes) = self.place(name)?;
+        let (TensorEntry { ty, shape, .. }, bytes) = self.entry(name)?;
         let wrong = |message: String| RuntimeError::file(&self.path, format!("tensor `{name}` {message}"));
         if shape.iter().product::<u64>() != out.len() as u64 {
             return Err(wrong(format!("is {shape:?}, but {} numbers are wanted", out.len())));
         }
-        let Some(widen) = ty.widen else {
-            return Err(wrong(format!("is of type {}; read are {}", ty.name, blocks::read())));
+        let Some(dequantize) = ty.dequantize else {
+            return Err(wrong(format!("is of type {}; read are {}", ty.name, blocks::readable())));
         };
-        match widen(bytes, out) {
+        match dequantize(bytes, out) {
             Some(at) => Err(wrong(not_finite(out[at], at, shape))),
             None => Ok(()),
         }
     }
 
     fn numbers(&self, name: &str) -> Result<Vec<f64>, RuntimeError> {
-        let (place, _) = self.place(name)?;
-        let mut out = vec![0.0; place.shape.iter().product::<u64>() as usize];
+        let (entry, _) = self.entry(name)?;
+        let mut out = vec![0.0; entry.shape.iter().product::<u64>() as usize];
         self.floats(name, &mut out)?;
         Ok(out.into_iter().map(f64::from).collect())
     }
 
-    fn stored(&self, name: &str) -> Result<(String, &[u8]), RuntimeError> {
-        let (place, bytes) = self.place(name)?;
-        Ok((place.ty.name.to_owned(), bytes))
+    fn raw(&self, name: &str) -> Result<(String, &[u8]), RuntimeError> {
+        let (entry, bytes) = self.entry(name)?;
+        Ok((entry.ty.name.to_owned(), bytes))
     }
 }
 
-/// Bytes that are read one after the other.
+/// A reader of consecutive bytes.
 struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -326,7 +345,7 @@ impl<'a> Cursor<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// A length, and as many bytes of UTF-8.
+    /// A string: its length, then as many bytes of UTF-8.
     fn text(&mut self) -> Result<&'a str, String> {
         let length = self.u64()?;
         let at = self.at;
@@ -334,15 +353,15 @@ impl<'a> Cursor<'a> {
     }
 }
 
-type Header = (BTreeMap<String, Value>, BTreeMap<String, Place>);
+type Header = (BTreeMap<String, Value>, BTreeMap<String, TensorEntry>);
 
 fn header(file: &[u8]) -> Result<Header, String> {
-    if file.starts_with(POINTER) {
-        return Err(POINTS.into());
+    if file.starts_with(LFS_POINTER_PREFIX) {
+        return Err(LFS_POINTER_ADVICE.into());
     }
     let mut cursor = Cursor { bytes: file, at: 0 };
     let magic: [u8; 4] = cursor.array().map_err(|_| format!("it has {} bytes", file.len()))?;
-    if let Some((_, name)) = BEFORE.iter().find(|(before, _)| **before == magic) {
+    if let Some((_, name)) = OLDER_FORMATS.iter().find(|(before, _)| **before == magic) {
         return Err(format!(
             "it is in {name}, a format before GGUF; convert the model again with a llama.cpp of today"
         ));
@@ -354,8 +373,8 @@ fn header(file: &[u8]) -> Result<Header, String> {
     match cursor.u32().map_err(about("version"))? {
         2 | 3 => {}
         1 => {
-            let mend = "versions 2 and 3 are; convert the model again with a llama.cpp of today";
-            return Err(format!("it is of version 1, which is not read; {mend}"));
+            let remedy = "versions 2 and 3 are; convert the model again with a llama.cpp of today";
+            return Err(format!("it is of version 1, which is not read; {remedy}"));
         }
         other if other & 0xffff == 0 && other != 0 => {
             return Err(format!(
@@ -368,14 +387,14 @@ fn header(file: &[u8]) -> Result<Header, String> {
     }
     let tensors = cursor.u64().map_err(about("count of tensors"))?;
     let keys = cursor.u64().map_err(about("count of keys"))?;
-    // The least that a key and a tensor take.
+    // The least number of bytes that a key or a tensor entry takes.
     for (count, least, what) in [(keys, 13, "keys"), (tensors, 24, "tensors")] {
         if count > cursor.left() / least {
             return Err(format!("it counts {count} {what}, more than its {} bytes can hold", file.len()));
         }
     }
     let metadata = metadata(&mut cursor, keys)?;
-    let tensors = places(&mut cursor, tensors, alignment(&metadata)?)?;
+    let tensors = tensor_entries(&mut cursor, tensors, alignment(&metadata)?)?;
     Ok((metadata, tensors))
 }
 
@@ -384,7 +403,7 @@ fn metadata(cursor: &mut Cursor, count: u64) -> Result<BTreeMap<String, Value>, 
     for number in 0..count {
         let key = cursor.text().map_err(|why| format!("the name of key {number} {why}"))?;
         let about = |why: String| format!("key `{}` {why}", shown(key));
-        let kind = cursor.u32().and_then(Kind::of).map_err(about)?;
+        let kind = cursor.u32().and_then(ValueType::of).map_err(about)?;
         let value = value(cursor, kind).map_err(about)?;
         if all.insert(key.to_owned(), value).is_some() {
             return Err(about("is there twice".into()));
@@ -393,30 +412,30 @@ fn metadata(cursor: &mut Cursor, count: u64) -> Result<BTreeMap<String, Value>, 
     Ok(all)
 }
 
-fn value(cursor: &mut Cursor, kind: Kind) -> Result<Value, String> {
+fn value(cursor: &mut Cursor, kind: ValueType) -> Result<Value, String> {
     Ok(match kind {
-        Kind::U8 => Value::Unsigned(cursor.array().map(u8::from_le_bytes)?.into()),
-        Kind::I8 => Value::Signed(cursor.array().map(i8::from_le_bytes)?.into()),
-        Kind::U16 => Value::Unsigned(cursor.array().map(u16::from_le_bytes)?.into()),
-        Kind::I16 => Value::Signed(cursor.array().map(i16::from_le_bytes)?.into()),
-        Kind::U32 => Value::Unsigned(cursor.u32()?.into()),
-        Kind::I32 => Value::Signed(cursor.array().map(i32::from_le_bytes)?.into()),
-        Kind::F32 => {
+        ValueType::U8 => Value::Unsigned(cursor.array().map(u8::from_le_bytes)?.into()),
+        ValueType::I8 => Value::Signed(cursor.array().map(i8::from_le_bytes)?.into()),
+        ValueType::U16 => Value::Unsigned(cursor.array().map(u16::from_le_bytes)?.into()),
+        ValueType::I16 => Value::Signed(cursor.array().map(i16::from_le_bytes)?.into()),
+        ValueType::U32 => Value::Unsigned(cursor.u32()?.into()),
+        ValueType::I32 => Value::Signed(cursor.array().map(i32::from_le_bytes)?.into()),
+        ValueType::F32 => {
             let number = cursor.array().map(f32::from_le_bytes)?;
             Value::Float(number.to_string().parse().unwrap_or_else(|_| number.into()))
         }
-        Kind::Bool => match cursor.array::<1>()? {
+        ValueType::Bool => match cursor.array::<1>()? {
             [flag @ (0 | 1)] => Value::Bool(flag == 1),
             [other] => return Err(format!("is {other}, and true is 1, false 0")),
         },
-        Kind::Text => Value::Text(cursor.text()?.to_owned()),
-        Kind::U64 => Value::Unsigned(cursor.u64()?),
-        Kind::I64 => Value::Signed(cursor.array().map(i64::from_le_bytes)?),
-        Kind::F64 => Value::Float(cursor.array().map(f64::from_le_bytes)?),
-        Kind::List => {
-            let kind = cursor.u32().and_then(Kind::of)?;
+        ValueType::Text => Value::Text(cursor.text()?.to_owned()),
+        ValueType::U64 => Value::Unsigned(cursor.u64()?),
+        ValueType::I64 => Value::Signed(cursor.array().map(i64::from_le_bytes)?),
+        ValueType::F64 => Value::Float(cursor.array().map(f64::from_le_bytes)?),
+        ValueType::List => {
+            let kind = cursor.u32().and_then(ValueType::of)?;
             let count = cursor.u64()?;
-            if kind == Kind::List {
+            if kind == ValueType::List {
                 return Err("is a list of lists, which no key has".into());
             }
             if count > cursor.left() / kind.bytes() {
@@ -428,7 +447,7 @@ fn value(cursor: &mut Cursor, kind: Kind) -> Result<Value, String> {
             }
             let start = cursor.at;
             match kind {
-                Kind::Text => (0..count).try_for_each(|_| cursor.text().map(drop))?,
+                ValueType::Text => (0..count).try_for_each(|_| cursor.text().map(drop))?,
                 _ => drop(cursor.take(count * kind.bytes())?),
             }
             Value::List(List { kind, count, start, end: cursor.at })
@@ -436,7 +455,7 @@ fn value(cursor: &mut Cursor, kind: Kind) -> Result<Value, String> {
     })
 }
 
-/// Tensors begin at multiples of this many bytes.
+/// The number of bytes that the offsets of tensors are multiples of.
 fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, String> {
     match metadata.get("general.alignment") {
         None => Ok(ALIGNMENT),
@@ -445,16 +464,16 @@ fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, String> {
     }
 }
 
-/// Reads what the file says of its tensors: each has a name of its own, a type that is read, and lies within the file
-/// and apart from all others.
-fn places(cursor: &mut Cursor, count: u64, alignment: u64) -> Result<BTreeMap<String, Place>, String> {
+/// Reads the tensor entries and checks that names are unique, types readable, and byte ranges within the file and
+/// disjoint.
+fn tensor_entries(cursor: &mut Cursor, count: u64, alignment: u64) -> Result<BTreeMap<String, TensorEntry>, String> {
     let mut infos = vec![];
     for number in 0..count {
         let name = cursor.text().map_err(|why| format!("the name of tensor {number} {why}"))?;
         let about = |why: String| format!("tensor `{}` {why}", shown(name));
         let axes = cursor.u32().map_err(about)?;
-        if axes > AXES {
-            return Err(about(format!("has {axes} dimensions, and at most {AXES} are possible")));
+        if axes > MAX_DIMENSIONS {
+            return Err(about(format!("has {axes} dimensions, and at most {MAX_DIMENSIONS} are possible")));
         }
         let dimensions: Result<Vec<u64>, String> = (0..axes).map(|_| cursor.u64()).collect();
         let dimensions = dimensions.map_err(about)?;
@@ -467,10 +486,10 @@ fn places(cursor: &mut Cursor, count: u64, alignment: u64) -> Result<BTreeMap<St
     for (name, dimensions, ty, offset) in infos {
         let about = |why: String| format!("tensor `{}` {why}", shown(name));
         let Some(ty) = TYPES.iter().find(|known| known.id == ty) else {
-            return Err(about(format!("is of type {ty}, which is not known here; read are {}", blocks::read())));
+            return Err(about(format!("is of type {ty}, which is not known here; read are {}", blocks::readable())));
         };
-        if ty.widen.is_none() {
-            return Err(about(format!("is of type {}, which is not read; read are {}", ty.name, blocks::read())));
+        if ty.dequantize.is_none() {
+            return Err(about(format!("is of type {}, which is not read; read are {}", ty.name, blocks::readable())));
         }
         let elements = dimensions.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
         let row = dimensions.first().copied().unwrap_or(1);
@@ -493,19 +512,19 @@ fn places(cursor: &mut Cursor, count: u64, alignment: u64) -> Result<BTreeMap<St
             )));
         };
         let shape = dimensions.into_iter().rev().collect();
-        if all.insert(name.to_owned(), Place { ty, shape, start: start as usize, end: end as usize }).is_some() {
+        if all.insert(name.to_owned(), TensorEntry { ty, shape, start: start as usize, end: end as usize }).is_some() {
             return Err(about("is there twice".into()));
         }
     }
-    let mut order: Vec<(&String, &Place)> = all.iter().filter(|(_, place)| place.start < place.end).collect();
-    order.sort_by_key(|(_, place)| place.start);
+    let mut order: Vec<(&String, &TensorEntry)> = all.iter().filter(|(_, entry)| entry.start < entry.end).collect();
+    order.sort_by_key(|(_, entry)| entry.start);
     if let Some(pair) = order.windows(2).find(|pair| pair[0].1.end > pair[1].1.start) {
         return Err(format!("tensors `{}` and `{}` share bytes", shown(pair[0].0), shown(pair[1].0)));
     }
     Ok(all)
 }
 
-/// A name for a message: not all of a long one.
+/// A name as messages show it: long names are shortened.
 fn shown(name: &str) -> String {
     const LONGEST: usize = 80;
     match name.char_indices().nth(LONGEST) {

@@ -1,4 +1,10 @@
-//! Runs artifacts: buffers, weights, backends, execution. Knows no MLIR.
+//! The runtime: it loads compiled artifacts and weights, and runs them on a CPU or a GPU. It does not depend on MLIR.
+//!
+//! A compiled program on disk is an artifact ([`store`], [`artifact`]). A [`Session`] puts its weights into device
+//! memory, plans the memory of temporaries ([`arena`]) and launches the kernels through a [`backend`]. Other modules
+//! read and write files of tensors.
+
+#![deny(missing_docs)]
 
 pub mod adapter;
 pub mod arena;
@@ -25,6 +31,6 @@ mod validate;
 pub mod weights;
 
 pub use backend::Profile;
-pub use error::{BatchPlace, Beyond, RuntimeError};
+pub use error::{BatchPosition, OutOfRange, RuntimeError};
 pub use memory::Numbers;
-pub use session::{Inputs, Program, Promise, Session};
+pub use session::{Inputs, PendingOutputs, Program, Session};

@@ -1,31 +1,40 @@
-//! Memory for kernels, straight from the operating system: zeroed, at the start of a page, and without
-//! cost until it is written, so that an optimizer state no entry uses takes none.
+//! Host memory for kernels, mapped straight from the operating system: zeroed, page-aligned, and backed by physical
+//! memory only once it is written, so that optimizer state that no entry uses costs nothing.
 
 use memmap2::MmapMut;
 
 use crate::error::RuntimeError;
 
-/// Numbers on one cache line.
-pub const LINE: usize = 16;
+/// The number of `f32` in a cache line of 64 bytes.
+pub const CACHE_LINE_FLOATS: usize = 16;
 
-/// From this many bytes on large pages are asked for: fewer faults when a buffer is written first.
-const LARGE: usize = 4 << 20;
+/// Mappings of at least this many bytes ask for huge pages, which cause fewer page faults on first use.
+const MIN_HUGE_PAGE_BYTES: usize = 4 << 20;
 
-/// A vector of numbers that begins on a cache line. Kernels write into it through [`Numbers::cells`].
+/// A page-aligned vector of `f32`. Kernels write to it through [`Numbers::kernel_ptr`].
 #[derive(Debug, Default)]
 pub struct Numbers {
-    /// `None` when there is nothing to hold: an empty mapping does not exist.
+    /// `None` for an empty vector, since an empty mapping does not exist.
     map: Option<MmapMut>,
     length: usize,
 }
 
 impl Numbers {
-    /// Ends the process when there is no memory, as `Vec` does; see [`Numbers::try_zeros`].
+    /// Zeros.
+    ///
+    /// # Panics
+    ///
+    /// Like `Vec`, it aborts the process when there is not enough memory; see [`Numbers::try_zeros`].
     pub fn zeros(length: usize) -> Self {
         let layout = || std::alloc::Layout::array::<f32>(length).unwrap_or(std::alloc::Layout::new::<f32>());
         Numbers::try_zeros(length).unwrap_or_else(|_| std::alloc::handle_alloc_error(layout()))
     }
 
+    /// Zeros.
+    ///
+    /// # Errors
+    ///
+    /// [`RuntimeError::Memory`] when there is not enough memory.
     pub fn try_zeros(length: usize) -> Result<Self, RuntimeError> {
         if length == 0 {
             return Ok(Numbers::default());
@@ -35,30 +44,31 @@ impl Numbers {
             wanted: bytes as u64,
             free: None,
             why: e.to_string(),
-            mend: "make the batch smaller".into(),
+            remedy: "make the batch smaller".into(),
         })?;
         #[cfg(target_os = "linux")]
-        if bytes >= LARGE {
-            // A wish only: systems without large pages refuse it.
+        if bytes >= MIN_HUGE_PAGE_BYTES {
+            // This is advice only: a system without huge pages refuses it.
             let _ = map.advise(memmap2::Advice::HugePage);
         }
         Ok(Numbers { map: Some(map), length })
     }
 
-    /// For kernels. Writing through it is sound while no slice of these numbers is alive.
-    pub fn cells(&self) -> *mut f32 {
+    /// Address of the first number, for kernels. Writing through it is sound while no slice of these numbers is alive.
+    pub fn kernel_ptr(&self) -> *mut f32 {
         self.map.as_ref().map_or(std::ptr::dangling_mut(), |map| map.as_ptr().cast_mut().cast())
     }
 
+    /// Bytes of memory.
     pub fn bytes(&self) -> u64 {
         self.map.as_ref().map_or(0, |map| map.len() as u64)
     }
 }
 
-/// What has been freed goes back to the operating system: an allocator would keep it.
-pub fn release() {
+/// Returns freed heap memory to the operating system, which the allocator would keep.
+pub fn trim_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it touches only what is free.
+    // SAFETY: `malloc_trim` touches only memory that is free.
     unsafe {
         libc::malloc_trim(0);
     }
@@ -67,15 +77,15 @@ pub fn release() {
 impl std::ops::Deref for Numbers {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        // SAFETY: the mapping begins at a page, holds `length` numbers and lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.cells(), self.length) }
+        // SAFETY: the mapping is page-aligned, holds `length` numbers and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.kernel_ptr(), self.length) }
     }
 }
 
 impl std::ops::DerefMut for Numbers {
     fn deref_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as above, the mapping may be written, and `self` is ours alone.
-        unsafe { std::slice::from_raw_parts_mut(self.cells(), self.length) }
+        // SAFETY: as in `deref`; in addition the mapping is writable and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.kernel_ptr(), self.length) }
     }
 }
 
@@ -92,10 +102,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeroed_and_aligned() {
+    fn memory_is_zeroed_and_aligned() {
         let numbers = Numbers::zeros(1000);
         assert!(numbers.iter().all(|&x| x == 0.0));
-        assert!((numbers.cells() as usize).is_multiple_of(LINE * 4));
+        assert!((numbers.kernel_ptr() as usize).is_multiple_of(CACHE_LINE_FLOATS * 4));
         assert_eq!((numbers.len(), numbers.bytes()), (1000, 4000));
         assert!(Numbers::zeros(0).is_empty());
         let error = Numbers::try_zeros(usize::MAX / 8).unwrap_err().to_string();

@@ -1,10 +1,12 @@
-//! Philox4x32-10 (Salmon et al., 2011): a counter-based generator, so that dropout needs no state and
-//! gives the same bits on every target.
+//! Philox4x32-10 (Salmon et al. 2011), a counter-based random number generator. Dropout masks therefore need no state
+//! and are the same bits on every target.
 
+/// Multipliers of a round.
 pub const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+/// Increments of the key between rounds: the golden ratio and √3 − 1, as fractions of 2³².
 pub const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
-/// Ten rounds over a counter under a key.
+/// Ten rounds of Philox on a counter, under a key: four random 32-bit words.
 pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let product = |lane: usize| u64::from(MULTIPLIERS[lane / 2]) * u64::from(counter[lane]);
@@ -16,12 +18,13 @@ pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// The word that decides on one element of a dropout (see `Op::Dropout`).
+/// The random word that decides about one element of a dropout (see `Op::Dropout`). Four neighbouring columns share a
+/// counter.
 pub fn dropout_word(key: [u32; 2], stream: u32, lead: u32, row: u32, column: u32) -> u32 {
     philox4x32([column / 4, row, lead, stream], key)[column as usize % 4]
 }
 
-/// An element is kept iff its word is at least this.
+/// Dropout with rate `p` keeps an element iff its random word is at least this.
 pub fn dropout_threshold(p: f64) -> u32 {
     (p * f64::from(u32::MAX) + p) as u32
 }
@@ -30,9 +33,9 @@ pub fn dropout_threshold(p: f64) -> u32 {
 mod tests {
     use super::*;
 
-    /// The known answers of the authors' Random123 library.
+    /// Known answers from the authors' Random123 library.
     #[test]
-    fn known_answers() {
+    fn known_answers_of_random123() {
         assert_eq!(philox4x32([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         assert_eq!(philox4x32([!0; 4], [!0; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
         assert_eq!(
@@ -42,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn threshold_is_the_rate() {
+    fn the_threshold_is_the_rate_times_2_to_the_32() {
         assert_eq!(dropout_threshold(0.5), 1 << 31);
         assert_eq!(dropout_threshold(0.0), 0);
     }

@@ -1,7 +1,8 @@
-//! Threads that go through tasks together: each takes units of a task as long as there are some, and none begins the
-//! next task before all units of this one are done.
+//! A thread pool for kernels. All threads execute a list of tasks in order: each thread takes units of the current task
+//! while there are any, and no thread begins the next task before all units of this one are done.
 //!
-//! Until then it spins. A step has hundreds of tasks, many of them no longer than it takes to wake a thread that sleeps.
+//! Threads wait for each other by spinning. A step has hundreds of tasks, many of them no longer than it takes to wake
+//! a sleeping thread.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,20 +11,23 @@ use std::time::{Duration, Instant};
 
 use crate::error::RuntimeError;
 
-/// Turns of waiting before the processor is offered to others at each turn: some 50 µs.
-const TURNS: u32 = 2000;
+/// Spins, some 50 µs in all, after which a waiting thread yields the processor at each further one.
+const SPINS_BEFORE_YIELD: u32 = 2000;
 
+/// A fixed number of threads.
 pub struct Pool(rayon::ThreadPool);
 
-/// Units of work that may be done at once and in any order.
+/// Independent units of work, which may run in parallel and in any order.
 pub struct Task<'a> {
+    /// Number of units.
     pub units: u64,
-    /// The fewest that are worth a thread's while.
-    pub least: u64,
+    /// Units that a thread takes at least: fewer are not worth the synchronisation.
+    pub min_units: u64,
+    /// Computes a range of units.
     pub work: Box<dyn Fn(Range<u64>) + Sync + 'a>,
 }
 
-/// How far a task is. On a line of the cache of its own: all threads look at it.
+/// The progress of a task, on a cache line of its own, since all threads poll it.
 #[derive(Default)]
 #[repr(align(64))]
 struct Progress {
@@ -31,23 +35,27 @@ struct Progress {
     done: AtomicU64,
 }
 
-/// Counts units as done, be it that their work panicked: others wait for them.
-struct Done<'a>(&'a Progress, u64);
+/// Counts units as done when it is dropped, also when their work panics, because other threads wait for them.
+struct MarkDone<'a>(&'a Progress, u64);
 
-impl Drop for Done<'_> {
+impl Drop for MarkDone<'_> {
     fn drop(&mut self) {
         self.0.done.fetch_add(self.1, Ordering::AcqRel);
     }
 }
 
 impl Pool {
-    /// `threads` 0: as many as there are cores.
+    /// A pool of `threads` threads, 0 for one per core.
+    ///
+    /// # Errors
+    ///
+    /// If the threads cannot be started.
     pub fn new(threads: usize) -> Result<Self, RuntimeError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kernels {i}"));
         Ok(Pool(pool.build().map_err(|e| RuntimeError::Device(format!("no threads to run on: {e}")))?))
     }
 
-    /// Does the tasks in their order. How long each took.
+    /// Executes the tasks in order and returns the time that each took.
     pub fn run(&self, tasks: &[Task]) -> Vec<Duration> {
         let progress: Vec<Progress> = tasks.iter().map(|_| Progress::default()).collect();
         let threads = self.0.current_num_threads() as u64;
@@ -55,7 +63,7 @@ impl Pool {
         let ends: Vec<Vec<Instant>> = self.0.broadcast(|_| {
             let through = |(task, progress): (&Task, &Progress)| {
                 while let Some(units) = progress.take(task, threads) {
-                    let _done = Done(progress, units.end - units.start);
+                    let _done = MarkDone(progress, units.end - units.start);
                     (task.work)(units);
                 }
                 progress.wait(task.units);
@@ -63,7 +71,7 @@ impl Pool {
             };
             tasks.iter().zip(&progress).map(through).collect()
         });
-        // Whoever saw it first saw it when it was so: a thread may have come late, or been held up.
+        // The first thread to see that a task is done gives its end; others may have been descheduled.
         let end = |task: usize| ends.iter().map(|seen| seen[task]).min().expect("a thread");
         let time = |task| end(task) - std::mem::replace(&mut begun, end(task));
         (0..tasks.len()).map(time).collect()
@@ -71,11 +79,12 @@ impl Pool {
 }
 
 impl Progress {
-    /// Some of the units that are left: fewer as there are fewer, so that all threads end at about the same time.
+    /// Takes some of the units that are left. The fewer are left, the fewer it takes, so that all threads finish at
+    /// about the same time (guided self-scheduling).
     fn take(&self, task: &Task, threads: u64) -> Option<Range<u64>> {
         let end = |taken: u64| {
             let left = task.units - taken;
-            taken + left.div_ceil(2 * threads).max(task.least).min(left)
+            taken + left.div_ceil(2 * threads).max(task.min_units).min(left)
         };
         let next = |taken| (taken < task.units).then(|| end(taken));
         let taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()?;
@@ -83,10 +92,10 @@ impl Progress {
     }
 
     fn wait(&self, units: u64) {
-        let mut turns = 0;
+        let mut spins = 0;
         while self.done.load(Ordering::Acquire) < units {
-            if turns < TURNS {
-                turns += 1;
+            if spins < SPINS_BEFORE_YIELD {
+                spins += 1;
                 std::hint::spin_loop();
             } else {
                 thread::yield_now();
@@ -101,12 +110,12 @@ mod tests {
 
     use super::*;
 
-    fn task<'a>(units: u64, least: u64, work: impl Fn(Range<u64>) + Sync + 'a) -> Task<'a> {
-        Task { units, least, work: Box::new(work) }
+    fn task<'a>(units: u64, min_units: u64, work: impl Fn(Range<u64>) + Sync + 'a) -> Task<'a> {
+        Task { units, min_units, work: Box::new(work) }
     }
 
     #[test]
-    fn each_unit_once_and_each_task_after_the_one_before() {
+    fn each_unit_runs_once_and_tasks_run_in_order() {
         for threads in [1, 2, 5] {
             let pool = Pool::new(threads).unwrap();
             let seen = Mutex::new(vec![]);
@@ -129,11 +138,11 @@ mod tests {
     }
 
     #[test]
-    fn no_fewer_than_are_worth_it() {
+    fn a_thread_takes_at_least_min_units_and_a_panic_does_not_hang() {
         let pool = Pool::new(2).unwrap();
         let taken = Mutex::new(vec![]);
         pool.run(&[task(100, 64, |units| taken.lock().unwrap().push(units))]);
-        // Two threads took them, each at its own time.
+        // Two threads took the units, in an order that varies.
         let mut taken = taken.into_inner().unwrap();
         taken.sort_by_key(|units| units.start);
         assert_eq!(taken, [0..64, 64..100]);

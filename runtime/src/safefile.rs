@@ -1,5 +1,4 @@
-//! The safetensors format, read without trusting a byte and written so that the same tensors give the same
-//! bytes.
+//! The safetensors format. The reader trusts no byte of a file; the writer is deterministic.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,69 +11,78 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use crate::error::RuntimeError;
-use crate::json::{POINTER, POINTS};
+use crate::json::{LFS_POINTER_ADVICE, LFS_POINTER_PREFIX};
 use crate::source::{self, TensorSource, not_finite};
 use crate::tensor::{Data, Float, TensorFile};
 
-/// Bytes of the header's length.
-const PREFIX: usize = 8;
+/// Bytes of the number at the start of a file that gives the header's length.
+const LENGTH_BYTES: usize = 8;
 
-/// Data begins at a multiple of this many bytes.
+/// The writer aligns the data to this many bytes.
 const ALIGNMENT: usize = 64;
 
-/// Where a tensor lies in its file.
+/// Type, shape and byte range of a tensor in its file.
 #[derive(Clone, Debug)]
-struct Place {
+struct TensorEntry {
     dtype: Dtype,
     shape: Vec<u64>,
-    /// In bytes, within the file.
+    /// First byte, counted from the start of the file.
     start: usize,
     end: usize,
 }
 
-/// A mapped file whose header has been checked.
+/// A memory-mapped safetensors file whose header has been checked.
 #[derive(Debug)]
 pub struct SafeFile {
     path: PathBuf,
     map: Mmap,
-    tensors: BTreeMap<String, Place>,
+    tensors: BTreeMap<String, TensorEntry>,
+    /// The header's `__metadata__`.
     pub notes: BTreeMap<String, String>,
 }
 
 impl SafeFile {
+    /// Maps the file at `path` and checks its header.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read, or its header is malformed or refers to bytes beyond the file's end.
     pub fn open(path: &Path) -> Result<Self, RuntimeError> {
         let failed = |e: io::Error| RuntimeError::file(path, format!("cannot be read: {e}"));
         let file = File::open(path).map_err(failed)?;
         if file.metadata().map_err(failed)?.is_dir() {
             return Err(RuntimeError::file(path, "is a directory, a safetensors file was expected"));
         }
-        // SAFETY: the mapping is only read. Whoever shortens the file meanwhile takes its pages away, as from every
-        // program that maps its weights.
+        // SAFETY: the mapping is only read. If another process truncates the file meanwhile, its pages vanish, as for
+        // every program that maps weights.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         let (tensors, notes) = header(&map).map_err(|why| {
-            let mend = if why == POINTS { "" } else { "; write or fetch it again" };
-            RuntimeError::file(path, format!("no sound safetensors file: {why}{mend}"))
+            let remedy = if why == LFS_POINTER_ADVICE { "" } else { "; write or fetch it again" };
+            RuntimeError::file(path, format!("not a valid safetensors file: {why}{remedy}"))
         })?;
         Ok(SafeFile { path: path.to_path_buf(), map, tensors, notes })
     }
 
+    /// The file's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// Names of the tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// Shape of a tensor, outermost dimension first; `None` if there is no such tensor.
     pub fn shape(&self, name: &str) -> Option<&[u64]> {
-        self.tensors.get(name).map(|place| place.shape.as_slice())
+        self.tensors.get(name).map(|entry| entry.shape.as_slice())
     }
 
-    /// Holds integers, so that [`SafeFile::integers`] reads it.
-    pub fn integral(&self, name: &str) -> bool {
-        self.tensors.get(name).is_some_and(|place| {
+    /// True if the tensor holds integers or booleans, which [`SafeFile::integers`] reads.
+    pub fn is_integer(&self, name: &str) -> bool {
+        self.tensors.get(name).is_some_and(|entry| {
             matches!(
-                place.dtype,
+                entry.dtype,
                 Dtype::BOOL
                     | Dtype::U8
                     | Dtype::I8
@@ -88,7 +96,7 @@ impl SafeFile {
         })
     }
 
-    /// The type of a tensor's numbers, if it is one that is written here.
+    /// The element type, if it is one that [`encode`] writes.
     pub fn float(&self, name: &str) -> Option<Float> {
         match self.tensors.get(name)?.dtype {
             Dtype::F32 => Some(Float::F32),
@@ -98,15 +106,19 @@ impl SafeFile {
         }
     }
 
-    fn place(&self, name: &str) -> Result<(&Place, &[u8]), RuntimeError> {
-        let place = self.tensors.get(name);
-        let place = place.ok_or_else(|| RuntimeError::file(&self.path, format!("it holds no tensor `{name}`")))?;
-        Ok((place, &self.map[place.start..place.end]))
+    fn entry(&self, name: &str) -> Result<(&TensorEntry, &[u8]), RuntimeError> {
+        let entry = self.tensors.get(name);
+        let entry = entry.ok_or_else(|| RuntimeError::file(&self.path, format!("it holds no tensor `{name}`")))?;
+        Ok((entry, &self.map[entry.start..entry.end]))
     }
 
-    /// Reads a tensor in any floating-point type into `out`, which has its size. All of it is finite.
+    /// Reads a tensor of a floating-point type into `out`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such tensor, if it has another type or another size than `out`, or if a number is not finite.
     pub fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError> {
-        let (Place { dtype, shape, .. }, bytes) = self.place(name)?;
+        let (TensorEntry { dtype, shape, .. }, bytes) = self.entry(name)?;
         let wrong = |message: String| RuntimeError::file(&self.path, format!("tensor `{name}` {message}"));
         if shape.iter().product::<u64>() != out.len() as u64 {
             return Err(wrong(format!("is {shape:?}, but {} numbers are wanted", out.len())));
@@ -124,12 +136,17 @@ impl SafeFile {
         }
     }
 
+    /// Reads a tensor of integers or booleans. A `u64` that does not fit becomes `i64::MAX`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such tensor, or it holds floating-point numbers.
     pub fn integers(&self, name: &str) -> Result<Vec<i64>, RuntimeError> {
         fn all<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> i64) -> Vec<i64> {
             bytes.as_chunks::<N>().0.iter().map(|&b| read(b)).collect()
         }
-        let (place, bytes) = self.place(name)?;
-        Ok(match place.dtype {
+        let (entry, bytes) = self.entry(name)?;
+        Ok(match entry.dtype {
             Dtype::BOOL | Dtype::U8 => all(bytes, |[b]| b.into()),
             Dtype::I8 => all(bytes, |b| i8::from_le_bytes(b).into()),
             Dtype::I16 => all(bytes, |b| i16::from_le_bytes(b).into()),
@@ -137,7 +154,7 @@ impl SafeFile {
             Dtype::I32 => all(bytes, |b| i32::from_le_bytes(b).into()),
             Dtype::U32 => all(bytes, |b| u32::from_le_bytes(b).into()),
             Dtype::I64 => all(bytes, i64::from_le_bytes),
-            // What is beyond an i64 is beyond whatever is counted.
+            // No count or index in a file exceeds an i64, so clamping loses nothing.
             Dtype::U64 => all(bytes, |b| i64::try_from(u64::from_le_bytes(b)).unwrap_or(i64::MAX)),
             other => {
                 let message = format!(
@@ -148,13 +165,17 @@ impl SafeFile {
         })
     }
 
-    /// A tensor of any type, as numbers; booleans are 0 and 1.
+    /// Reads a tensor of any type as f64; booleans become 0 and 1.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such tensor, or its type is not numeric.
     pub fn numbers(&self, name: &str) -> Result<Vec<f64>, RuntimeError> {
         fn all<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f64) -> Vec<f64> {
             bytes.as_chunks::<N>().0.iter().map(|&b| read(b)).collect()
         }
-        let (place, bytes) = self.place(name)?;
-        Ok(match place.dtype {
+        let (entry, bytes) = self.entry(name)?;
+        Ok(match entry.dtype {
             Dtype::BOOL | Dtype::U8 => all(bytes, |[b]| f64::from(b)),
             Dtype::I8 => all(bytes, |b| f64::from(i8::from_le_bytes(b))),
             Dtype::I16 => all(bytes, |b| f64::from(i16::from_le_bytes(b))),
@@ -199,47 +220,54 @@ impl TensorSource for SafeFile {
         self.numbers(name)
     }
 
-    fn stored(&self, name: &str) -> Result<(String, &[u8]), RuntimeError> {
-        let (place, bytes) = self.place(name)?;
-        Ok((format!("{:?}", place.dtype), bytes))
+    fn raw(&self, name: &str) -> Result<(String, &[u8]), RuntimeError> {
+        let (entry, bytes) = self.entry(name)?;
+        Ok((format!("{:?}", entry.dtype), bytes))
     }
 }
 
-type Header = (BTreeMap<String, Place>, BTreeMap<String, String>);
+type Header = (BTreeMap<String, TensorEntry>, BTreeMap<String, String>);
 
-/// Reads the header and checks that every tensor lies within the file and has the size of its shape.
+/// Reads the header and checks that every tensor is within the file and has the size of its shape.
 fn header(file: &[u8]) -> Result<Header, String> {
-    if file.starts_with(POINTER) {
-        return Err(POINTS.into());
+    if file.starts_with(LFS_POINTER_PREFIX) {
+        return Err(LFS_POINTER_ADVICE.into());
     }
-    let length = file.first_chunk::<PREFIX>().ok_or("it is too short for a header")?;
+    let length = file.first_chunk::<LENGTH_BYTES>().ok_or("it is too short for a header")?;
     let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|e| e.to_string())?;
-    let base = length.checked_add(PREFIX).filter(|&end| end <= file.len());
+    let base = length.checked_add(LENGTH_BYTES).filter(|&end| end <= file.len());
     let base = base.ok_or_else(|| format!("its header of {length} bytes does not fit into {} bytes", file.len()))?;
-    let metadata: Metadata = serde_json::from_slice(&file[PREFIX..base]).map_err(|e| format!("its header: {e}"))?;
+    let metadata: Metadata =
+        serde_json::from_slice(&file[LENGTH_BYTES..base]).map_err(|e| format!("its header: {e}"))?;
     let mut tensors = BTreeMap::new();
     for (name, info) in metadata.tensors() {
-        let place = |offset: usize| base.checked_add(offset).filter(|&at| at <= file.len());
+        let entry = |offset: usize| base.checked_add(offset).filter(|&at| at <= file.len());
         let elements = info.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let bits = elements.and_then(|n| n.checked_mul(info.dtype.bitsize()));
-        match (place(info.data_offsets.0), place(info.data_offsets.1), bits) {
+        match (entry(info.data_offsets.0), entry(info.data_offsets.1), bits) {
             (Some(start), Some(end), Some(bits)) if start <= end && (end - start).checked_mul(8) == Some(bits) => {
                 let shape = info.shape.iter().map(|&d| d as u64).collect();
-                tensors.insert(name, Place { dtype: info.dtype, shape, start, end });
+                tensors.insert(name, TensorEntry { dtype: info.dtype, shape, start, end });
             }
-            (Some(_), Some(_), _) => return Err(format!("`{name}` has not the size of its shape {:?}", info.shape)),
+            (Some(_), Some(_), _) => {
+                return Err(format!("`{name}` does not have the size of its shape {:?}", info.shape));
+            }
             _ => return Err(format!("`{name}` lies beyond its end; it may be cut short")),
         }
     }
     Ok((tensors, metadata.metadata().clone().unwrap_or_default().into_iter().collect()))
 }
 
-/// Decodes number by number, and gives the index of the first that is not finite.
+/// Decodes each B bytes into a number, and returns the index of the first that is not finite.
 fn decode<const B: usize>(bytes: &[u8], out: &mut [f32], read: impl Fn([u8; B]) -> f32 + Sync) -> Option<usize> {
     source::decode(bytes, out, |b, x: &mut [f32; 1]| x[0] = read(*b))
 }
 
-/// Writes the file as a stream, header and notes in order of names.
+/// Writes tensors and metadata as safetensors, each sorted by name.
+///
+/// # Errors
+///
+/// If writing fails, or a tensor has not as many numbers as its shape.
 pub fn encode(to: impl Write, file: &TensorFile) -> io::Result<()> {
     let mut header = serde_json::Map::new();
     if !file.notes.is_empty() {
@@ -263,7 +291,7 @@ pub fn encode(to: impl Write, file: &TensorFile) -> io::Result<()> {
         offset = end;
     }
     let mut text = serde_json::to_vec(&header)?;
-    text.resize((text.len() + PREFIX).next_multiple_of(ALIGNMENT) - PREFIX, b' ');
+    text.resize((text.len() + LENGTH_BYTES).next_multiple_of(ALIGNMENT) - LENGTH_BYTES, b' ');
     let mut to = BufWriter::with_capacity(1 << 20, to);
     to.write_all(&(text.len() as u64).to_le_bytes())?;
     to.write_all(&text)?;

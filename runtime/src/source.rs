@@ -1,4 +1,4 @@
-//! Files of tensors, whatever their format: [`crate::safefile`] and [`crate::gguf`] read one each.
+//! The interface of tensor files, which [`crate::safefile`] and [`crate::gguf`] implement.
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -8,54 +8,70 @@ use rayon::prelude::*;
 use crate::error::RuntimeError;
 use crate::tensor::Float;
 
-/// Tensors of one mapped file whose header has been checked: every tensor lies within the file and has the size of its
-/// shape.
+/// The tensors of a memory-mapped file whose header has been checked: every tensor is within the file and has the size
+/// of its shape.
 pub trait TensorSource: Debug + Send + Sync {
+    /// The file's path.
     fn path(&self) -> &Path;
 
-    /// Names as the file has them, in order.
+    /// Names of the tensors as in the file, sorted.
     fn names(&self) -> Vec<&str>;
 
-    /// Row-major, the outermost axis first.
+    /// Shape of a tensor, outermost dimension first; `None` if the file has no such tensor.
     fn shape(&self, name: &str) -> Option<&[u64]>;
 
-    /// The type of a tensor's numbers, if it is one that [`crate::safefile`] writes.
+    /// The element type, if it is one that [`crate::safefile`] writes.
     fn float(&self, name: &str) -> Option<Float>;
 
-    /// How far a number of the tensor may be off for having been rounded to its type, relative to itself.
+    /// The largest relative error from rounding a number to the tensor's element type.
     fn rounding(&self, name: &str) -> f64 {
         self.float(name).map_or(0.0, Float::rounding)
     }
 
-    /// Reads a tensor of any floating-point type, or a quantised one, into `out`, which has its size. Refuses numbers
-    /// that are not finite, with their index.
+    /// Reads a tensor of a floating-point or quantised type into `out`.
+    ///
+    /// # Errors
+    ///
+    /// If the file has no such tensor, if it has another type or another size than `out`, or if a number is not finite.
     fn floats(&self, name: &str, out: &mut [f32]) -> Result<(), RuntimeError>;
 
-    /// A tensor of any type, as numbers.
+    /// Reads a tensor of any numeric type.
+    ///
+    /// # Errors
+    ///
+    /// If the file has no such tensor or its type is not readable.
     fn numbers(&self, name: &str) -> Result<Vec<f64>, RuntimeError>;
 
-    /// The name of a tensor's type and its bytes as they lie in the file.
-    fn stored(&self, name: &str) -> Result<(String, &[u8]), RuntimeError>;
+    /// The name of a tensor's type and its bytes in the file.
+    ///
+    /// # Errors
+    ///
+    /// If the file has no such tensor.
+    fn raw(&self, name: &str) -> Result<(String, &[u8]), RuntimeError>;
 }
 
-/// Both tensors have one shape and the same numbers.
+/// True if both tensors have the same shape and the same numbers.
+///
+/// # Errors
+///
+/// If a tensor is missing or cannot be read.
 pub fn equal(
     one: &dyn TensorSource,
     name: &str,
     other: &dyn TensorSource,
     of_other: &str,
 ) -> Result<bool, RuntimeError> {
-    let ((a, x), (b, y)) = (one.stored(name)?, other.stored(of_other)?);
+    let ((a, x), (b, y)) = (one.raw(name)?, other.raw(of_other)?);
     if one.shape(name) != other.shape(of_other) {
         return Ok(false);
     }
     Ok(if a == b { x == y } else { one.numbers(name)? == other.numbers(of_other)? })
 }
 
-/// Numbers that a thread decodes at a time.
+/// Numbers that one task decodes; tasks run in parallel.
 const CHUNK: usize = 1 << 16;
 
-/// Decodes blocks of B bytes into N numbers each, in parallel, and gives the index of the first number that is not
+/// Decodes blocks of B bytes into N numbers each, in parallel, and returns the index of the first number that is not
 /// finite. `out` has N numbers for each block of `bytes`.
 pub(crate) fn decode<const B: usize, const N: usize>(
     bytes: &[u8],
@@ -80,7 +96,7 @@ pub(crate) fn decode<const B: usize, const N: usize>(
     bad.min()
 }
 
-/// The number at place `at` of a tensor, as a part of a message: it is not finite.
+/// The part of a message that says which number of a tensor is not finite.
 pub(crate) fn not_finite(number: f32, at: usize, shape: &[u64]) -> String {
     let (mut index, mut at) = (vec![], at as u64);
     for &d in shape.iter().rev() {
@@ -88,5 +104,5 @@ pub(crate) fn not_finite(number: f32, at: usize, shape: &[u64]) -> String {
         at /= d;
     }
     index.reverse();
-    format!("holds {number} at {index:?}; the file is spoilt or a run diverged")
+    format!("holds {number} at {index:?}; the file is damaged or a run diverged")
 }

@@ -1,26 +1,32 @@
-//! What must hold between the parts of a manifest, so that execution may rely on it.
+//! Consistency checks of a manifest, which execution relies on.
 
 use crate::artifact::{Buffer, Element, Extent, Launch, Manifest, Sizes, Storage, Tensor, Workgroup};
 
-/// Every index within bounds, every buffer of the size of what it stands for.
+/// Checks that every index is in bounds and every buffer has the size of the tensor or vector that it refers to.
+///
+/// # Errors
+///
+/// The first inconsistency, as the end of a message.
 pub fn validate(manifest: &Manifest) -> Result<(), String> {
     let mut values = 0u64;
     for tensor in &manifest.tensors {
         check_tensor(tensor).map_err(|why| format!("tensor `{}` {why}", tensor.name))?;
-        values = values.checked_add(tensor.trainable_elements()).ok_or("its trainable values are beyond counting")?;
+        values = values
+            .checked_add(tensor.trainable_elements())
+            .ok_or("it has more trainable values than 64 bits can count")?;
     }
     for (id, buffer) in manifest.buffers.iter().enumerate() {
         check_buffer(manifest, buffer, values).map_err(|why| format!("buffer {id} {why}"))?;
     }
     for launch in &manifest.prepare {
-        check_launch(manifest, launch).map_err(|why| format!("a launch of `{}` to prepare {why}", launch.op))?;
+        check_launch(manifest, launch).map_err(|why| format!("a preparation launch of `{}` {why}", launch.op))?;
         let waits = launch.extents.iter().chain([&launch.units]).any(of_batch);
         let inputs = launch.buffers.iter().any(|&b| {
             let buffer = &manifest.buffers[b];
             matches!(buffer.storage, Storage::Input(_)) || buffer.shape.iter().any(of_batch)
         });
         if waits || inputs {
-            return Err(format!("a launch of `{}` to prepare waits for a batch", launch.op));
+            return Err(format!("a preparation launch of `{}` depends on a batch", launch.op));
         }
     }
     for (name, entry) in &manifest.entries {
@@ -41,7 +47,7 @@ pub fn validate(manifest: &Manifest) -> Result<(), String> {
 fn check_tensor(tensor: &Tensor) -> Result<(), String> {
     let elements = tensor.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
     if elements.is_none_or(|n| n > u64::MAX / 8) {
-        return Err("has a shape beyond counting".into());
+        return Err("has a shape with more elements than 64 bits can count".into());
     }
     let rows = tensor.shape.first().copied().unwrap_or(1);
     match tensor.trainable {
@@ -102,12 +108,12 @@ fn check_launch(manifest: &Manifest, launch: &Launch) -> Result<(), String> {
     }
 }
 
-/// Waits for a batch.
+/// True if the extent depends on the batch.
 fn of_batch(extent: &Extent) -> bool {
     mentions(extent, &|e| matches!(e, Extent::Tokens | Extent::Sequences | Extent::Targets | Extent::Pairs))
 }
 
-/// `found` holds for a part of the extent.
+/// True if `found` holds for the extent or a part of it.
 pub(crate) fn mentions(extent: &Extent, found: &dyn Fn(&Extent) -> bool) -> bool {
     found(extent)
         || match extent {

@@ -1,4 +1,4 @@
-//! Weights: from a Hugging Face directory or a GGUF file, or drawn from each tensor's initialisation.
+//! Weights of a model, read from a Hugging Face directory or a GGUF file, or drawn from each tensor's initialisation.
 
 mod buffers;
 mod names;
@@ -21,58 +21,61 @@ use crate::source::{TensorSource, equal};
 use crate::tensor::Float;
 use names::{Names, Role};
 
-/// What a directory or a file gave.
+/// The weights of a model and where they came from.
 pub struct Loaded {
-    /// In the order of the parameters.
+    /// The values of each parameter, in the order of the parameters.
     pub tensors: Vec<Numbers>,
-    /// Drawn from their initialisation, since the files do not hold them.
+    /// Names of the parameters that were drawn from their initialisation because the files do not have them.
     pub drawn: Vec<String>,
-    /// In the files and not read, for the model computes what it does without them.
+    /// Tensors of the files that were not read, because the model's result does not depend on them.
     pub unread: Vec<Unread>,
-    /// What the files hold of each parameter, in the same order; nothing of one that was drawn.
-    pub held: Vec<Option<Held>>,
+    /// For each parameter what the files hold of it; `None` if it was drawn.
+    pub from_files: Vec<Option<FromFile>>,
 }
 
-/// A tensor that the model has no part for.
+/// A tensor of a file that the model has no parameter for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Unread {
+    /// Its name in the file.
     pub name: String,
-    /// What it is, where the backbone's file says so.
+    /// What it is, if the backbone's definition says so.
     pub note: Option<String>,
 }
 
-/// What files hold of a parameter.
+/// The part of a parameter that was read from a file.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Held {
-    /// Its first rows; those behind them were drawn.
+pub struct FromFile {
+    /// The number of leading rows that were read; the rest was drawn.
     pub rows: u64,
-    /// In which type, if it is one that is written, too.
+    /// The element type in the file, if it is one that can be written too.
     pub dtype: Option<Float>,
 }
 
 impl Loaded {
-    /// Every tensor from its initialisation.
+    /// Every tensor drawn from its initialisation.
     pub fn random(params: &[Param], seed: u64) -> Self {
         Loaded {
             tensors: random(params, seed),
             drawn: params.iter().map(|p| p.name.clone()).collect(),
             unread: vec![],
-            held: vec![None; params.len()],
+            from_files: vec![None; params.len()],
         }
     }
 }
 
-/// Every tensor from its initialisation: the same numbers for the same seed, whatever the others are.
+/// Draws every tensor from its initialisation. A tensor's values depend only on the seed and its name.
 pub fn random(params: &[Param], seed: u64) -> Vec<Numbers> {
     params.iter().map(|p| draw(p, seed)).collect()
 }
 
-/// Reads `model.safetensors` of a directory (or its shards), or a GGUF file, by the rules of the backbone's `checkpoint`
-/// block. At most `appended` rows
-/// of the token embedding are the task's own special tokens: where a checkpoint lacks them they are drawn.
+/// Reads the weights from a directory with `model.safetensors` (or its shards) or from a GGUF file, by the naming rules
+/// of the backbone's `checkpoint` block. Up to `appended` last rows of the token embedding are the task's own special
+/// tokens; they are drawn if the checkpoint lacks them.
 ///
-/// Refused are tensors that are missing or of another shape, those inside the model that nothing reads, buffers whose
-/// values are not those that the equations mean, and two tensors for one parameter that differ.
+/// # Errors
+///
+/// If tensors are missing or have another shape, if the files hold tensors inside the model that nothing reads, if a
+/// buffer has other values than the equations imply, or if two tensors for one parameter differ.
 pub fn load(
     from: &Path,
     backbone: &Backbone,
@@ -112,13 +115,13 @@ pub fn load(
 
     let (mut tensors, mut drawn, mut missing, mut wrong) = (vec![], vec![], vec![], vec![]);
     let mut used = BTreeSet::new();
-    let mut held = vec![];
+    let mut from_files = vec![];
     for param in params {
         let found = spellings(param);
         used.extend(found.iter().cloned());
         let Some((name, others)) = found.split_first() else {
             let may_lack = match param.origin {
-                // A part may be absent as a whole.
+                // An optional part may be absent, but only as a whole.
                 Origin::Backbone => names.optional(&param.name).is_some_and(|part| {
                     let there = |p: &Param| pattern::fits(part, &p.name) && !spellings(p).is_empty();
                     !params.iter().any(there)
@@ -129,7 +132,7 @@ pub fn load(
             if may_lack {
                 drawn.push(param.name.clone());
                 tensors.push(draw(param, seed));
-                held.push(None);
+                from_files.push(None);
             } else {
                 missing.push(param.name.as_str());
             }
@@ -149,12 +152,12 @@ pub fn load(
             && param.shape[0] > shape[0]
             && param.shape[0] - shape[0] <= appended;
         if shape != param.shape && !grows {
-            wrong.push(misshapen(name, &shape, param));
+            wrong.push(shape_mismatch(name, &shape, param));
             continue;
         }
         let mut numbers = if grows { draw(param, seed) } else { Numbers::zeros(param.elements() as usize) };
         let count = shape.iter().product::<u64>() as usize;
-        // Once something does not fit, numbers are not read any more: only the message is left to make.
+        // Once there is an error, no more values are read; the remaining tensors are only checked for the message.
         if missing.is_empty() && wrong.is_empty() {
             file.floats(name, &mut numbers[..count])?;
             if let Some(order) = names.permuted(name) {
@@ -165,45 +168,47 @@ pub fn load(
             }
         }
         tensors.push(numbers);
-        held.push(Some(Held { rows: shape.first().copied().unwrap_or(1), dtype: file.float(name) }));
+        from_files.push(Some(FromFile { rows: shape.first().copied().unwrap_or(1), dtype: file.float(name) }));
     }
 
-    let (mut unread, mut strangers) = (vec![], vec![]);
+    let (mut unread, mut unexplained) = (vec![], vec![]);
     for (name, file) in stored.iter().filter(|(name, _)| !used.contains(**name)) {
         match names.role(name) {
-            Role::Buffer(buffer, note) => wrong.extend(buffers::differs(buffer, name, *file)?.map(|why| match note {
-                Some(note) => format!("  {why}: {note}"),
-                None => format!("  {why}"),
-            })),
+            Role::Buffer(buffer, note) => {
+                wrong.extend(buffers::difference(buffer, name, *file)?.map(|why| match note {
+                    Some(note) => format!("  {why}: {note}"),
+                    None => format!("  {why}"),
+                }))
+            }
             Role::Unread(note) => unread.push(Unread { name: name.to_string(), note: note.map(String::from) }),
-            Role::Stranger => strangers.push(name.to_string()),
+            Role::Unexplained => unexplained.push(name.to_string()),
         }
     }
     if !missing.is_empty() {
-        let left_over: Vec<&String> = strangers.iter().chain(unread.iter().map(|u| &u.name)).collect();
+        let left_over: Vec<&String> = unexplained.iter().chain(unread.iter().map(|u| &u.name)).collect();
         let lines = missing
             .iter()
-            .map(|name| lacking(&names.shown(name), names.note(name), &names.spellings(name), &left_over));
-        wrong.extend(lines.take(SHOWN));
-        if missing.len() > SHOWN {
-            wrong.push(format!("  and {} more are missing", missing.len() - SHOWN));
+            .map(|name| missing_message(&names.shown(name), names.note(name), &names.spellings(name), &left_over));
+        wrong.extend(lines.take(MAX_NAMES_SHOWN));
+        if missing.len() > MAX_NAMES_SHOWN {
+            wrong.push(format!("  and {} more are missing", missing.len() - MAX_NAMES_SHOWN));
         }
         if !left_over.is_empty() {
-            wrong.push(format!("  left over: {}", some(&left_over)));
+            wrong.push(format!("  left over: {}", first_names(&left_over)));
         }
         wrong.push(format!("  is this a `{}` of the shape the spec gives?", backbone.name));
-    } else if !strangers.is_empty() {
-        let strangers = some(&strangers.iter().collect::<Vec<_>>());
-        wrong.push(format!("  inside the model, and not read by `{}`: {strangers}", backbone.name));
+    } else if !unexplained.is_empty() {
+        let unexplained = first_names(&unexplained.iter().collect::<Vec<_>>());
+        wrong.push(format!("  inside the model, and not read by `{}`: {unexplained}", backbone.name));
         wrong.push("  the file computes something else than the spec".into());
     }
     if wrong.is_empty() {
-        return Ok(Loaded { tensors, drawn, unread, held });
+        return Ok(Loaded { tensors, drawn, unread, from_files });
     }
     Err(RuntimeError::weights(from, wrong.join("\n")))
 }
 
-fn misshapen(name: &str, shape: &[u64], param: &Param) -> String {
+fn shape_mismatch(name: &str, shape: &[u64], param: &Param) -> String {
     let wants = format!("`{name}` is {shape:?} in the file, the spec wants {:?}", param.shape);
     if param.origin == Origin::Head && shape.len() == param.shape.len() && shape[1..] == param.shape[1..] {
         let (found, labels) = (shape[0], param.shape[0]);
@@ -215,8 +220,9 @@ fn misshapen(name: &str, shape: &[u64], param: &Param) -> String {
     format!("  {wants}{turned}")
 }
 
-/// A tensor that is missing, and the name that it has instead: one of its own with something before it, or nearly so.
-fn lacking(name: &str, note: Option<&str>, spellings: &[String], left_over: &[&String]) -> String {
+/// The message for a missing tensor. It names the tensor of the file that may be meant: one with an additional prefix,
+/// or with a similar name.
+fn missing_message(name: &str, note: Option<&str>, spellings: &[String], left_over: &[&String]) -> String {
     let prefixed =
         |n: &&&String| spellings.iter().any(|own| n.strip_suffix(own).is_some_and(|rest| rest.ends_with('.')));
     let alike = || {
@@ -229,17 +235,21 @@ fn lacking(name: &str, note: Option<&str>, spellings: &[String], left_over: &[&S
     format!("  `{name}` is missing{near}{note}")
 }
 
-/// So many names a message has at most.
-const SHOWN: usize = 8;
+/// The largest number of names in a message.
+const MAX_NAMES_SHOWN: usize = 8;
 
-/// The first of them.
-fn some(names: &[&String]) -> String {
-    let first: Vec<&str> = names.iter().take(SHOWN).map(|n| n.as_str()).collect();
-    let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+/// The first names, and how many there are more.
+fn first_names(names: &[&String]) -> String {
+    let first: Vec<&str> = names.iter().take(MAX_NAMES_SHOWN).map(|n| n.as_str()).collect();
+    let more = if names.len() > MAX_NAMES_SHOWN {
+        format!(" and {} more", names.len() - MAX_NAMES_SHOWN)
+    } else {
+        String::new()
+    };
     first.join(", ") + &more
 }
 
-/// The files of a checkpoint.
+/// Opens the files of a checkpoint.
 fn open(from: &Path) -> Result<Vec<Box<dyn TensorSource>>, RuntimeError> {
     Ok(match gguf::is_gguf(from) {
         true => GgufFile::open_all(from)?.into_iter().map(|file| Box::new(file) as _).collect(),
@@ -247,14 +257,14 @@ fn open(from: &Path) -> Result<Vec<Box<dyn TensorSource>>, RuntimeError> {
     })
 }
 
-/// `model.safetensors` of a folder, or its shards.
+/// Opens `model.safetensors` of a folder, or its shards.
 fn open_folder(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
-    if json::there(&single)? {
+    if json::exists(&single)? {
         return Ok(vec![SafeFile::open(&single)?]);
     }
-    if !json::there(&index)? {
+    if !json::exists(&index)? {
         return Err(RuntimeError::file(dir, "it holds no `model.safetensors`"));
     }
     let refused = |why: String| RuntimeError::file(&index, format!("{why}; fetch it again"));
@@ -287,7 +297,7 @@ fn open_folder(dir: &Path) -> Result<Vec<SafeFile>, RuntimeError> {
     Ok(files)
 }
 
-/// One tensor from its initialisation, by a generator keyed on seed and name.
+/// Draws one tensor from its initialisation with a Philox generator keyed by seed and name.
 fn draw(param: &Param, seed: u64) -> Numbers {
     let mut numbers = Numbers::zeros(param.elements() as usize);
     let hash = blake3::hash(param.name.as_bytes());
@@ -297,7 +307,7 @@ fn draw(param: &Param, seed: u64) -> Numbers {
         f(philox4x32([block as u32, (block as u64 >> 32) as u32, word(2), word(3)], key))
     };
     let unit = |word: u32| (f64::from(word) + 0.5) / 4_294_967_296.0;
-    // Box and Muller: two words, two normals.
+    // Box–Muller transform: two uniform words give two normal numbers.
     let normals = |w: [u32; 4]| {
         let pair = |a: u32, b: u32| {
             let (radius, angle) = ((-2.0 * unit(a).ln()).sqrt(), std::f64::consts::TAU * unit(b));
@@ -312,7 +322,7 @@ fn draw(param: &Param, seed: u64) -> Numbers {
         });
     };
     match param.init {
-        // What a value of other weights starts from is computed when those are there: `Session::initialise`.
+        // A value that depends on other weights is computed later, by `Session::initialise`.
         Init::Zeros | Init::Value(_) => {}
         Init::Ones => numbers.fill(1.0),
         Init::Fill { value } => numbers.fill(value as f32),

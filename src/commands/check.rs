@@ -1,17 +1,26 @@
+//! `peftc check`: checks specs and reports how much of each model trains.
+
 use std::path::PathBuf;
 
 use crate::failure::Failure;
 use crate::spec;
 
+/// The command line of `peftc check`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
+    /// The specs to check
     #[arg(required = true, value_name = "SPEC")]
     specs: Vec<PathBuf>,
-    /// Set a value of the spec, such as `train.steps=20`
+    /// Set a value of every spec, such as `train.steps=20`
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
     set: Vec<(String, String)>,
 }
 
+/// Checks all specs, also after one with errors.
+///
+/// # Errors
+///
+/// [`Failure::Spec`] with the diagnostics of all specs that do not check.
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let mut wrong = vec![];
     for path in &arguments.specs {

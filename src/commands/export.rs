@@ -1,3 +1,5 @@
+//! `peftc export`: writes trained values in PEFT's format or in peftc's own.
+
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -5,8 +7,8 @@ use peft_grammar::model::{Model, Origin, Param, Trainable};
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use serde_json::json;
 
+use super::model_args::ModelArgs;
 use super::overwrite::Overwrite;
-use super::source::Source;
 use crate::adapters::{self, ADAPTER, Base};
 use crate::failure::Failure;
 use crate::hub::checkpoint;
@@ -14,21 +16,22 @@ use crate::hub::peft::{self, Tensors};
 use crate::spec;
 use crate::train::state::STATE;
 
-/// The spec beside an adapter in our own format.
+/// The name of the spec that is exported with an adapter in peftc's own format.
 const SPEC: &str = "spec.peft";
 
+/// The command line of `peftc export`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
-    source: Source,
-    /// Trained values: `adapter.safetensors`, or a folder that a run wrote
+    source: ModelArgs,
+    /// The trained values: `adapter.safetensors`, or a folder that a run wrote
     #[arg(long)]
     adapter: PathBuf,
-    /// The base model, a Hugging Face model directory, a GGUF file, or `random` as in training: a head that does not
-    /// train comes from it, and its name
+    /// The base model: a Hugging Face model directory, a GGUF file, or `random`, as in training. A head that does not
+    /// train is taken from it, and so is the base model's name for PEFT
     #[arg(long)]
     weights: Option<PathBuf>,
-    /// What PEFT is to load as the base model, such as `meta-llama/Llama-2-7b-hf`
+    /// The name under which PEFT loads the base model, such as `meta-llama/Llama-2-7b-hf`
     #[arg(long, value_name = "NAME")]
     base: Option<String>,
     /// The folder to write
@@ -36,29 +39,36 @@ pub struct Arguments {
     output: PathBuf,
     #[command(flatten)]
     overwrite: Overwrite,
-    /// `peft` or nothing; `own`; or, by default, `peft` where PEFT has the method
+    /// The format to write. `peft` fails if PEFT cannot hold the values
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     format: Format,
 }
 
+/// The format of an export.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Format {
+    /// PEFT's format if it can hold the values, else peftc's own
     Auto,
-    /// adapter_config.json and adapter_model.safetensors
+    /// PEFT's format: adapter_config.json and adapter_model.safetensors
     Peft,
-    /// adapter.safetensors under canonical names, with the spec beside it
+    /// peftc's own format: adapter.safetensors with canonical names, and the spec
     Own,
 }
 
+/// Writes the export and prints what it holds.
+///
+/// # Errors
+///
+/// The adapter does not fit the model, PEFT's format was asked for and cannot hold it, or a file cannot be written.
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
     let out = &arguments.output;
     let inputs = [&arguments.adapter, &arguments.source.path];
-    arguments.overwrite.folder(out, &inputs.map(PathBuf::as_path), exported)?;
-    let (model, kept, base) = kept(&arguments)?;
+    arguments.overwrite.folder(out, &inputs.map(PathBuf::as_path), is_export)?;
+    let (model, kept, base) = stored_values(&arguments)?;
     if arguments.format != Format::Own {
-        let frozen = frozen(&arguments, &model, &base)?;
-        match holds_all(&model, &base).and_then(|()| peft::export(&model, &kept, &frozen)) {
+        let frozen = frozen_tensors(&arguments, &model, &base)?;
+        match check_drawn_is_head(&model, &base).and_then(|()| peft::export(&model, &kept, &frozen)) {
             Ok(mut adapter) => {
                 clear(out)?;
                 let name = base_name(&arguments);
@@ -69,40 +79,44 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
                 }
                 if name.is_none() {
                     super::say(
-                        "note: `base_model_name_or_path` is null, so that PEFT has to be told the base; name it by `--base`",
+                        "note: `base_model_name_or_path` is null, so the user of PEFT has to name the base model; \
+                         `--base` sets it",
                     );
                 }
                 return report(out, "PEFT's format", &adapter.tensors);
             }
             Err(why) if arguments.format == Format::Peft => {
                 let spec = arguments.source.path.display();
-                return Err(Failure::Usage(format!("{spec}: not in PEFT's format: {why}\n`--format own` writes ours")));
+                return Err(Failure::Usage(format!(
+                    "{spec}: not in PEFT's format: {why}\n`--format own` writes peftc's own format"
+                )));
             }
             Err(why) => super::say(&format!("not in PEFT's format: {why}")),
         }
     }
-    let file = adapters::signed(TensorFile { tensors: kept, ..TensorFile::default() }, &model, &base);
+    let file = adapters::annotated(TensorFile { tensors: kept, ..TensorFile::default() }, &model, &base);
     clear(out)?;
     adapter::save(&out.join(ADAPTER), &file)?;
     if !arguments.source.is_artifact() {
         write_spec(&arguments.source, out, &model)?;
     }
-    report(out, "our own format", &file.tensors)
+    report(out, "peftc's own format", &file.tensors)
 }
 
+/// Prints the number of tensors and values that were written.
 fn report(out: &Path, format: &str, tensors: &Tensors) -> Result<(), Failure> {
     let values: u64 = tensors.values().map(|t| t.shape.iter().product::<u64>()).sum();
     super::print(&format!("{}: {} tensors, {values} values, in {format}", out.display(), tensors.len()));
     Ok(())
 }
 
-/// A folder that an export wrote, and not a run.
-fn exported(folder: &Path) -> bool {
+/// Whether an export wrote the folder, and not a run, whose folder holds a state.
+fn is_export(folder: &Path) -> bool {
     let holds = |name: &str| folder.join(name).is_file();
     (holds(ADAPTER) || holds(peft::CONFIG)) && !holds(STATE)
 }
 
-/// Removes what an earlier export wrote: the other format's files would be taken for a part of this one.
+/// Removes the files of an earlier export. Files of the other format would be taken for a part of this export.
 fn clear(folder: &Path) -> Result<(), Failure> {
     for path in [ADAPTER, SPEC, peft::CONFIG, peft::MODEL].map(|name| folder.join(name)) {
         if path.is_file() {
@@ -112,37 +126,37 @@ fn clear(folder: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// PEFT's format has a place for a head that was drawn at random, and for nothing else of the base model.
-fn holds_all(model: &Model, base: &Base) -> Result<(), String> {
+/// Checks that PEFT's format can hold the random base tensors of the adapter: only those of a head can be saved.
+fn check_drawn_is_head(model: &Model, base: &Base) -> Result<(), String> {
     let head = |key: &str| model.params.iter().any(|p| p.name == key && p.origin == Origin::Head);
     match base.drawn.keys().find(|key| !head(key)) {
         None => Ok(()),
         Some(key) => Err(format!(
-            "`{key}` was drawn at random in training, lies in no checkpoint, and PEFT's adapters would leave it out"
+            "`{key}` was drawn at random in training, the checkpoint does not hold it, and an adapter of PEFT cannot"
         )),
     }
 }
 
-/// The model, what is kept of its trained values, and what they were trained on.
-fn kept(arguments: &Arguments) -> Result<(Model, Tensors, Base), Failure> {
+/// The model, the values to be stored of it, and the base that they were trained on.
+fn stored_values(arguments: &Arguments) -> Result<(Model, Tensors, Base), Failure> {
     let model = arguments.source.model()?;
     let adapter = adapters::load(&model, &arguments.adapter)?;
-    adapter.stands_alone(&model)?;
+    adapter.reject_residuals(&model)?;
     let (base, values) = (adapter.base(), adapter.values);
     let kept = match model.stored.is_empty() {
         true => values,
-        false => adapters::kept(&model, arguments.source.store(&model)?, values)?,
+        false => adapters::stored_values(&model, arguments.source.store(&model)?, values)?,
     };
     Ok((model, kept, base))
 }
 
-/// What does not train, from `--weights`: PEFT wants a head beside the adapter, whether it was trained or drawn once,
-/// and all of a module of which a part trains.
-fn frozen(arguments: &Arguments, model: &Model, base: &Base) -> Result<Tensors, Failure> {
+/// The frozen tensors of `--weights` that PEFT's format needs: a head, which PEFT saves with the adapter whether it
+/// trained or not, and the other tensors of a module of which a part trains.
+fn frozen_tensors(arguments: &Arguments, model: &Model, base: &Base) -> Result<Tensors, Failure> {
     let mut tensors = Tensors::new();
     let wanted = |p: &Param| match p.origin {
         Origin::Head => p.trainable == Trainable::No,
-        Origin::Backbone => p.trainable == Trainable::No && model.params.iter().any(|o| beside(o, p)),
+        Origin::Backbone => p.trainable == Trainable::No && model.params.iter().any(|o| trains_in_module_of(o, p)),
         Origin::Method(_) => false,
     };
     if let (Some(from), true) = (&arguments.weights, model.params.iter().any(wanted)) {
@@ -151,18 +165,18 @@ fn frozen(arguments: &Arguments, model: &Model, base: &Base) -> Result<Tensors, 
             tensors.insert(param.name.clone(), Stored::f32(param.shape.clone(), numbers.to_vec()));
         }
     }
-    // What the adapter brings along was there in training, whatever the seed.
+    // Tensors that the adapter stores are those of training, so they replace the ones drawn now.
     tensors.extend(base.drawn.clone());
     Ok(tensors)
 }
 
-/// `one` trains and lies in the module of `other`.
-fn beside(one: &Param, other: &Param) -> bool {
+/// Whether `one` trains and is a tensor of the same module as `other`.
+fn trains_in_module_of(one: &Param, other: &Param) -> bool {
     let module = |p: &Param| p.name.rsplit_once('.').map(|(module, _)| module.to_owned());
     one.trainable != Trainable::No && module(one) == module(other)
 }
 
-/// What the base model is called: as `--base` says, else as its own files say, else by its folder.
+/// The name of the base model: that of `--base`, else that in its `config.json`, else its folder.
 fn base_name(arguments: &Arguments) -> Option<String> {
     if arguments.base.is_some() {
         return arguments.base.clone();
@@ -173,22 +187,25 @@ fn base_name(arguments: &Arguments) -> Option<String> {
     name.filter(|name| !name.is_empty()).or_else(|| Some(from.to_string_lossy().into_owned()))
 }
 
-/// The spec and what it imports. What was set from outside stands in a comment at its head.
-fn write_spec(source: &Source, out: &Path, model: &Model) -> Result<(), Failure> {
+/// Copies the spec and its imports. Values that `--set` changed are listed in a comment at the top.
+fn write_spec(source: &ModelArgs, out: &Path, model: &Model) -> Result<(), Failure> {
     let text = spec::read(&source.path)?;
     let mut head = String::new();
     for (key, value) in &source.set {
-        head += &format!("// set by hand: {key}={value}\n");
+        head += &format!("// changed by --set: {key}={value}\n");
     }
     if !model.replaced.is_empty() {
-        head += &format!("// `{ADAPTER}` holds what the methods store in place of {}\n", model.replaced.join(", "));
+        head += &format!(
+            "// `{ADAPTER}` holds the values that the methods store in place of {}\n",
+            model.replaced.join(", ")
+        );
     }
     for (path, text) in spec::imports(&source.path)? {
-        // A path that leaves the folder has no place in another one.
+        // An import outside the spec's folder has no corresponding path in the export.
         if path.components().all(|c| matches!(c, std::path::Component::Normal(_))) {
             super::write(&out.join(path), &text)?;
         } else {
-            super::say(&format!("{}: outside of the spec's folder, so it is not copied", path.display()));
+            super::say(&format!("{}: this import is outside the spec's folder, so it is not copied", path.display()));
         }
     }
     super::write(&out.join(SPEC), &(head + &text))

@@ -1,3 +1,5 @@
+//! `peftc inspect`: the parameter counts of a spec and the cost of a training step.
+
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -6,27 +8,29 @@ use crate::budget::Budget;
 use crate::failure::Failure;
 use crate::spec;
 
+/// The command line of `peftc inspect`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
+    /// The spec to inspect
     #[arg(value_name = "SPEC")]
     spec: PathBuf,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
     /// Set a value of the spec, such as `model.layers=2`
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::assignment)]
     set: Vec<(String, String)>,
-    /// For a GPU such as `cuda:sm_70`: what a step asks of it, and how long that takes at best
+    /// The target to compile for. For a GPU such as `cuda:sm_70` the roofline of a step and its kernels are shown, too
     #[cfg(feature = "compiler")]
     #[arg(long, default_value = "cpu")]
     target: String,
-    /// Tokens of each sequence of the batch that memory and time are counted for, 128 if not given
+    /// The length in tokens of each sequence of the batch that memory and time are computed for [default: 128]
     #[cfg(feature = "compiler")]
     #[arg(long, value_name = "N")]
     tokens: Option<u64>,
 }
 
-/// What `--json` prints.
+/// The report that `--json` prints.
 #[derive(Serialize)]
 struct Report {
     #[serde(flatten)]
@@ -36,10 +40,15 @@ struct Report {
     costs: crate::costs::Costs,
 }
 
+/// Prints the report.
+///
+/// # Errors
+///
+/// The spec does not check, the target does not exist, or the compiler fails.
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let model = spec::load(&arguments.spec, &arguments.set, super::color())?;
     let report = Report {
-        budget: Budget::of(&model, model.task.special().len() as u64),
+        budget: Budget::of(&model, model.task.special_tokens().len() as u64),
         #[cfg(feature = "compiler")]
         costs: crate::costs::costs(&model, &options(&arguments)?, arguments.tokens)?,
     };
@@ -49,7 +58,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     super::print(&report.budget.table());
     let mb = |bytes: f64| bytes / 1e6;
-    let kept = model.train.optimizer.kept();
+    let kept = model.train.optimizer.state_description();
     let averages = if model.train.average.is_some() { " and averages" } else { "" };
     super::print(&format!(
         "optimizer: {:.1} MB ({kept}{averages}), gradients {:.1} MB",
@@ -61,12 +70,14 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The compiler's options for `--target`.
 #[cfg(feature = "compiler")]
 fn options(arguments: &Arguments) -> Result<peft_passes::pipeline::Options, Failure> {
     let machine = arguments.target.parse().map_err(Failure::Usage)?;
     Ok(peft_passes::pipeline::Options { machine, ..Default::default() })
 }
 
+/// The costs as text for the terminal.
 #[cfg(feature = "compiler")]
 fn costs(costs: &crate::costs::Costs) -> String {
     let line = |what: &str, flops: &crate::costs::Flops| {
@@ -93,7 +104,8 @@ fn costs(costs: &crate::costs::Costs) -> String {
     if let Some(roofline) = &costs.roofline {
         let crate::costs::Roofline { card, launches, bytes, half_flops, flops, .. } = roofline;
         lines.push(format!(
-            "{card}: {launches} launches a step; {:.2} GB in {:.2} ms; {:.2} TFLOP in half precision and {:.2} in f32 in \
+            "{card}: {launches} launches a step; {:.2} GB in {:.2} ms; {:.2} TFLOP in half precision and {:.2} in f32 \
+             in \
              {:.2} ms; at best {:.0} tokens/s",
             bytes / 1e9,
             1e3 * roofline.memory_seconds,
@@ -107,7 +119,7 @@ fn costs(costs: &crate::costs::Costs) -> String {
     lines.join("\n")
 }
 
-/// The kinds of launches that take most of a step, and all together.
+/// A table of the groups of launches that take over 1% of a step, with the sums of the others and of all.
 #[cfg(feature = "compiler")]
 fn kernels(roofline: &crate::costs::Roofline) -> Vec<String> {
     let row = |launches: usize, flops: f64, bytes: f64, best: f64, modelled: f64, what: &str| {
@@ -122,13 +134,13 @@ fn kernels(roofline: &crate::costs::Roofline) -> Vec<String> {
         lines.push(row(kind.launches, kind.flops, kind.bytes, kind.best_seconds, kind.modelled_seconds, &what));
     }
     for (kinds, what) in [(&all[shown..], "          others"), (&all[..], "          all")] {
-        let sum = |of: fn(&crate::costs::Kind) -> f64| kinds.iter().map(of).sum::<f64>();
+        let sum = |of: fn(&crate::costs::LaunchGroup) -> f64| kinds.iter().map(of).sum::<f64>();
         let launches = kinds.iter().map(|kind| kind.launches).sum();
         let [flops, bytes] = [sum(|k| k.flops), sum(|k| k.bytes)];
         lines.push(row(launches, flops, bytes, sum(|k| k.best_seconds), sum(|k| k.modelled_seconds), what));
     }
     lines.push(format!(
-        "modelled: {:.2} ms a step, in which the roofline's {:.2} ms are {:.0}%",
+        "modelled: {:.2} ms a step; the roofline's {:.2} ms are {:.0}% of it",
         1e3 * roofline.modelled_seconds,
         1e3 * roofline.seconds(),
         100.0 * roofline.seconds() / roofline.modelled_seconds

@@ -1,21 +1,29 @@
+//! `peftc methods`, `backbones`, `tasks` and `recipes`: show the library.
+
 use peft_grammar::diagnostic::nearest;
-use peft_grammar::library::Described;
+use peft_grammar::library::LibraryEntry;
 
 use crate::failure::Failure;
 
+/// The command line of the commands that show the library.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// One of them, in full; all of them, briefly, without it
+    /// The entry to show in full. Without it all are listed with their summaries
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Shows what the library holds: `what` it is, in the singular.
-pub fn run(arguments: Arguments, what: &str, all: Vec<Described>) -> Result<(), Failure> {
-    let chosen: Vec<&Described> = match &arguments.name {
+/// Prints the entries `all` of the library, or the one that is named. `what` is their kind in the singular, such as
+/// `method`.
+///
+/// # Errors
+///
+/// The library has no entry of that name.
+pub fn run(arguments: Arguments, what: &str, all: Vec<LibraryEntry>) -> Result<(), Failure> {
+    let chosen: Vec<&LibraryEntry> = match &arguments.name {
         None => all.iter().collect(),
         Some(name) => all.iter().filter(|d| d.name == *name).collect(),
     };
@@ -44,7 +52,7 @@ pub fn run(arguments: Arguments, what: &str, all: Vec<Described>) -> Result<(), 
     Ok(())
 }
 
-/// The doc comment's first paragraph.
+/// The first paragraph of a doc comment.
 fn summary(doc: &str) -> String {
     doc.lines().take_while(|l| !l.is_empty()).collect::<Vec<_>>().join("\n")
 }

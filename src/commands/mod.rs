@@ -1,9 +1,10 @@
-//! The command line: one file a command.
+//! The command line. Each command is a file of this folder.
 
 mod check;
 #[cfg(feature = "compiler")]
 mod compile;
 mod data;
+mod data_args;
 mod eval;
 mod export;
 mod fmt;
@@ -12,11 +13,12 @@ mod inspect;
 mod library;
 #[cfg(feature = "compiler")]
 mod merge;
+mod model_args;
 mod new;
+#[cfg(feature = "compiler")]
+mod opt;
 mod overwrite;
-mod rows;
 mod run;
-mod source;
 mod train;
 
 use std::path::Path;
@@ -35,42 +37,55 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Write a first spec for a checkpoint and data
+    /// Write a first spec for a checkpoint and, if given, for a data set
     New(new::Arguments),
-    /// Check specs: diagnostics only
+    /// Check specs and print their diagnostics
     Check(check::Arguments),
-    /// Bring specs into the canonical form
+    /// Format specs in place
     Fmt(fmt::Arguments),
-    /// Show what a spec trains and stores, and what it costs
+    /// Show what a spec trains and stores, and what a training step costs
     Inspect(inspect::Arguments),
-    /// What methods the library has
+    /// List the methods of the library, or show one
     Methods(library::Arguments),
-    /// What backbones the library has
+    /// List the backbones of the library, or show one
     Backbones(library::Arguments),
-    /// What tasks the library has
+    /// List the tasks of the library, or show one
     Tasks(library::Arguments),
-    /// What training recipes the library has
+    /// List the training recipes of the library, or show one
     Recipes(library::Arguments),
     /// Compile a spec to an artifact, or show one of its stages
     #[cfg(feature = "compiler")]
     Compile(compile::Arguments),
-    /// Show examples of a data set as the model sees them, and how long they are
+    /// Run passes on text of the `peft` dialect
+    #[cfg(feature = "compiler")]
+    Opt(opt::Arguments),
+    /// Show examples of a data set as the model sees them, and the distribution of their lengths
     Data(data::Arguments),
-    /// Run an entry point on tensors from a file
+    /// Run the forward pass, or the forward and backward pass, on tensors from a file
     Run(run::Arguments),
-    /// Train
+    /// Train what a spec declares trainable on a data set
     Train(train::Arguments),
-    /// Loss and accuracy of an adapter on a data set
+    /// Evaluate an adapter, or the untrained model, on a data set
     Eval(eval::Arguments),
-    /// Write trained values in Hugging Face PEFT's format where it has the method, else in ours
+    /// Write trained values in Hugging Face PEFT's format if it has the method, else in peftc's own
     Export(export::Arguments),
-    /// Read an adapter that Hugging Face PEFT wrote
+    /// Convert an adapter that Hugging Face PEFT wrote to peftc's own format
     Import(import::Arguments),
     /// Fold trained values into the backbone's weights, for transformers to load
+    ///
+    /// A method folds if what it makes of a projection is still affine in the projection's input: LoRA, DoRA, VeRA, IA³
+    /// and the like, and mixtures of them. Trained tensors of the backbone (`full`, `bitfit`, `train`) and the head
+    /// replace those of the checkpoint. A method that computes anything else, such as an inducer, an adapter of two
+    /// layers or a prefix, cannot be folded, and the command refuses it.
     #[cfg(feature = "compiler")]
     Merge(merge::Arguments),
 }
 
+/// Runs the command that the command line names.
+///
+/// # Errors
+///
+/// The failure of the command.
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command {
         Command::New(a) => new::run(a),
@@ -83,6 +98,8 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Recipes(a) => library::run(a, "recipe", peft_grammar::library::recipes()),
         #[cfg(feature = "compiler")]
         Command::Compile(a) => compile::run(a),
+        #[cfg(feature = "compiler")]
+        Command::Opt(a) => opt::run(a),
         Command::Data(a) => data::run(a),
         Command::Run(a) => run::run(a),
         Command::Train(a) => train::run(a),
@@ -94,23 +111,24 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     }
 }
 
-/// Whether messages may carry color.
+/// Whether diagnostics on standard error are coloured: it is a terminal, and `NO_COLOR` is unset or empty.
 fn color() -> bool {
     use std::io::IsTerminal;
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
-/// What is printed on standard output; a closed pipe is no failure.
+/// Prints a result on standard output. A closed pipe is not an error.
 fn print(text: &str) {
     use std::io::Write;
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// Prints a note or a warning on standard error.
 pub(crate) fn say(text: &str) {
     eprintln!("{text}");
 }
 
-/// Writes a result, all of it or nothing.
+/// Writes a file atomically.
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    Ok(peft_runtime::files::write_whole(path, text.as_bytes())?)
+    Ok(peft_runtime::files::write_atomic(path, text.as_bytes())?)
 }

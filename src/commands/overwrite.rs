@@ -1,36 +1,40 @@
-//! Nothing that exists is overwritten unasked, and nothing that a command reads is overwritten at all.
+//! Protects files from being overwritten: existing files only with `--overwrite`, a command's own inputs never.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::failure::Failure;
 
-/// The flag of every command that writes.
+/// The option of every command that writes.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Overwrite {
-    /// Replace what is there already
+    /// Replace an existing output
     #[arg(long)]
     overwrite: bool,
 }
 
 impl Overwrite {
-    /// The file `path` may be written: it does not exist or is to be replaced, and neither is one of `inputs` nor lies
-    /// in one that is a folder.
+    /// Checks that the file `path` may be written.
+    ///
+    /// # Errors
+    ///
+    /// The file exists and `--overwrite` is not given, it is one of `inputs` or in one of them that is a folder, or it
+    /// is not a plain file.
     pub fn file(self, path: &Path, inputs: &[&Path]) -> Result<(), Failure> {
         let refuse = |why: &str| Err(Failure::Usage(format!("{}: {why}", path.display())));
-        no_link_to_nothing(path)?;
+        refuse_dangling_link(path)?;
         let Ok(found) = fs::metadata(path) else { return Ok(()) };
         if found.is_dir() {
-            return refuse("a folder, and a file is to be written; name one inside it");
+            return refuse("it is a folder, and this command writes a file; name a file in it");
         }
         if !found.is_file() {
-            return refuse("no plain file, so it cannot be replaced; name another");
+            return refuse("it is not a plain file, so it cannot be replaced; name another file");
         }
-        if let Some(input) = inputs.iter().find(|input| within(path, input)) {
+        if let Some(input) = inputs.iter().find(|input| is_within(path, input)) {
             return refuse(&match input.is_dir() {
-                false => "it is read by this command, so it is not written over; name another file".into(),
+                false => "this command reads it, so it is not overwritten; name another file".into(),
                 true => format!(
-                    "it lies in {}, which this command reads, so it is not written over; name another file",
+                    "it is in {}, which this command reads, so it is not overwritten; name another file",
                     input.display()
                 ),
             });
@@ -41,17 +45,22 @@ impl Overwrite {
         Ok(())
     }
 
-    /// The folder `path` may be replaced with all that it holds: it is not there, or empty, or is to be replaced, and
-    /// none of `inputs` lies in it. `ours` tells a folder that such a command wrote; another one is not replaced.
+    /// Checks that the folder `path` may be replaced with all its contents. `ours` returns whether a folder was written
+    /// by the same command.
+    ///
+    /// # Errors
+    ///
+    /// The folder is not empty, and it holds one of `inputs`, is not `ours`, or `--overwrite` is not given; or `path`
+    /// is not a folder.
     pub fn folder(self, path: &Path, inputs: &[&Path], ours: impl Fn(&Path) -> bool) -> Result<(), Failure> {
         let refuse = |why: &str| Err(Failure::Usage(format!("{}: {why}", path.display())));
-        no_file(path)?;
-        if names(path).is_empty() {
+        refuse_non_folder(path)?;
+        if entry_names(path).is_empty() {
             return Ok(());
         }
-        if let Some(input) = inputs.iter().find(|input| within(input, path)) {
+        if let Some(input) = inputs.iter().find(|input| is_within(input, path)) {
             return refuse(&format!(
-                "it holds {}, which this command reads, so it is not written over; name another folder",
+                "it holds {}, which this command reads, so it is not overwritten; name another folder",
                 input.display()
             ));
         }
@@ -66,27 +75,32 @@ impl Overwrite {
         Ok(())
     }
 
-    /// The files `there`, which are in the way in the folder `path`, may be replaced. `mend` is another way out.
+    /// Checks that the existing files `there` of the folder `path` may be replaced. `mend` is another remedy for the
+    /// message, ending in a comma.
+    ///
+    /// # Errors
+    ///
+    /// There are such files and `--overwrite` is not given, or `path` is not a folder.
     pub fn files(self, path: &Path, there: &[PathBuf], mend: &str) -> Result<(), Failure> {
-        no_file(path)?;
+        refuse_non_folder(path)?;
         if there.is_empty() || self.overwrite {
             return Ok(());
         }
         let names: Vec<String> =
             there.iter().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned())).collect();
         Err(Failure::Usage(format!(
-            "{}: it holds {} already; {mend}replace them with `--overwrite`, or name another folder",
+            "{}: it already holds {}; {mend}replace them with `--overwrite`, or name another folder",
             path.display(),
             names.join(", ")
         )))
     }
 }
 
-/// A link is followed to what it leads to; one to nothing leads nowhere that could be written.
-fn no_link_to_nothing(path: &Path) -> Result<(), Failure> {
+/// Refuses a symbolic link to a path that does not exist. Other links are followed.
+fn refuse_dangling_link(path: &Path) -> Result<(), Failure> {
     match fs::read_link(path) {
         Ok(to) if !path.exists() => Err(Failure::Usage(format!(
-            "{}: a link to {}, which is not there; name another",
+            "{}: it is a link to {}, which does not exist; name another path",
             path.display(),
             to.display()
         ))),
@@ -94,28 +108,29 @@ fn no_link_to_nothing(path: &Path) -> Result<(), Failure> {
     }
 }
 
-/// A folder can be at `path`: nothing else is there.
-fn no_file(path: &Path) -> Result<(), Failure> {
-    no_link_to_nothing(path)?;
+/// Refuses a path at which something other than a folder exists.
+fn refuse_non_folder(path: &Path) -> Result<(), Failure> {
+    refuse_dangling_link(path)?;
     match fs::metadata(path) {
-        Ok(found) if !found.is_dir() => {
-            Err(Failure::Usage(format!("{}: a file, and a folder is to be written; name another", path.display())))
-        }
+        Ok(found) if !found.is_dir() => Err(Failure::Usage(format!(
+            "{}: it is a file, and this command writes a folder; name another path",
+            path.display()
+        ))),
         _ => Ok(()),
     }
 }
 
-/// The names of what a folder holds.
-pub fn names(path: &Path) -> Vec<String> {
+/// The names of a folder's entries; empty if it cannot be read.
+pub fn entry_names(path: &Path) -> Vec<String> {
     let entries = fs::read_dir(path).into_iter().flatten().filter_map(|entry| entry.ok());
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// Every file in a folder and in those inside it, by its path from the folder.
+/// All files of a folder and its subfolders, by their paths relative to the folder.
 #[cfg(feature = "compiler")]
 pub fn files(folder: &Path) -> Vec<PathBuf> {
     let mut all = vec![];
-    for name in names(folder) {
+    for name in entry_names(folder) {
         let path = folder.join(&name);
         match path.symlink_metadata().is_ok_and(|found| found.is_dir()) {
             true => all.extend(files(&path).into_iter().map(|inner| Path::new(&name).join(inner))),
@@ -125,7 +140,7 @@ pub fn files(folder: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// `inner` is `outer`, or lies in it.
-pub fn within(inner: &Path, outer: &Path) -> bool {
+/// Whether both paths exist and `inner` is `outer` or in it.
+pub fn is_within(inner: &Path, outer: &Path) -> bool {
     matches!((inner.canonicalize(), outer.canonicalize()), (Ok(inner), Ok(outer)) if inner.starts_with(&outer))
 }

@@ -1,46 +1,56 @@
+//! `peftc run`: runs an entry of a model on the tensors of a file.
+
 use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use peft_grammar::names::{Entry, LOSS};
 use peft_runtime::{Session, adapter};
 
+use super::model_args::ModelArgs;
 use super::overwrite::Overwrite;
-use super::source::Source;
 use crate::failure::Failure;
 use crate::hub::checkpoint;
 use crate::{adapters, exchange};
 
+/// The command line of `peftc run`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
-    source: Source,
-    /// `forward`, or `grad` for every gradient as well
+    source: ModelArgs,
+    /// The entry to run: `forward` for the logits, or `grad` for all gradients as well
     #[arg(long, default_value = Entry::Grad.name(), value_parser = entry())]
     entry: Entry,
-    /// Tensors `inputs.*`, and `weights.*` unless `--weights` is given
+    /// A safetensors file with the batch as tensors `inputs.*`, and with the weights as `weights.*` unless `--weights`
+    /// is given
     #[arg(long, value_name = "FILE")]
     inputs: PathBuf,
-    /// A Hugging Face model directory, a GGUF file, or `random`
+    /// The base model's weights: a Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: Option<PathBuf>,
-    /// Trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote
+    /// The trained values: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// Where `loss`, `logits`, `lambda.*` and `grad.*` go
+    /// The safetensors file to write, with the tensors `loss`, `logits`, `lambda.*` and `grad.*`
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     #[command(flatten)]
     overwrite: Overwrite,
-    /// Of dropout
+    /// The seed of dropout
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
+/// The parser of `--entry`.
 fn entry() -> impl TypedValueParser<Value = Entry> {
     let names = [Entry::Forward, Entry::Grad].map(Entry::name);
-    PossibleValuesParser::new(names).map(|name| Entry::of(&name).expect("one of them"))
+    PossibleValuesParser::new(names).map(|name| Entry::from_name(&name).expect("one of them"))
 }
 
+/// Runs the entry and writes its results.
+///
+/// # Errors
+///
+/// The model, the batch, the weights or the adapter cannot be used, or the session fails.
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     arguments.weights = arguments.weights.as_deref().map(checkpoint::resolve).transpose()?;
     let read =
@@ -53,14 +63,14 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let path = arguments.adapter.as_deref();
     let (weights, adapter) = match &arguments.weights {
         Some(from) => {
-            let (loaded, adapter) = adapters::weights(from, &ready.model, path)?;
+            let (loaded, adapter) = adapters::weights(from, &ready.model, path, false)?;
             (loaded.tensors, adapter)
         }
         None => {
             let mut given = exchange::weights(&file, &ready.model, &arguments.inputs)?;
             let adapter = path.map(|path| adapters::load(&ready.model, path)).transpose()?;
             if let Some(adapter) = &adapter {
-                adapter.change_base(&ready.model, &mut given)?;
+                adapter.apply_to_base(&ready.model, &mut given)?;
             }
             (given, adapter)
         }

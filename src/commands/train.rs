@@ -1,3 +1,5 @@
+//! `peftc train`: trains a model, or continues a run.
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -5,69 +7,77 @@ use peft_grammar::names::Entry;
 use peft_grammar::names::OptimizerEntry::{self, Accumulate, Accumulated, Average, Update};
 use peft_runtime::{RuntimeError, Session};
 
+use super::data_args::DataArgs;
+use super::model_args::ModelArgs;
 use super::overwrite::{self, Overwrite};
-use super::rows::Rows;
-use super::source::Source;
 use crate::adapters::{self, Adapter, Base};
 use crate::budget::Budget;
 use crate::failure::Failure;
 use crate::hub::{checkpoint, tokenizer};
 use crate::train::interrupt;
-use crate::train::state::{Identity, Judged, State};
+use crate::train::state::{EvaluationHistory, Identity, State};
 use crate::train::{self, Ending, Training};
 
+/// The command line of `peftc train`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
-    source: Source,
-    /// What to train on: json, jsonl, csv, tsv, parquet or text, plain or compressed by gzip or zstd; several files by
-    /// repeating `--data`, or by a pattern in quotes such as `'train/*.jsonl'`
+    source: ModelArgs,
+    /// The data to train on: files of json, jsonl, csv, tsv, parquet or text, plain or compressed with gzip or zstd.
+    /// Repeat `--data` for several files, or give a pattern in quotes such as `'train/*.jsonl'`
     #[arg(long, required = true, value_name = "FILE")]
     data: Vec<PathBuf>,
-    /// Held-out data, named as `--data` is: judged by at `train.evaluate`, and the best values are kept in
-    /// `best.safetensors`. With `train.hold_out` they are rows of `--data`
+    /// Held-out data, given as `--data`. They are evaluated at the intervals of `train.evaluate`, and the values of the
+    /// best evaluation are kept in `best.safetensors`. `train.hold_out` takes rows of `--data` instead
     #[arg(long, value_name = "FILE")]
     dev: Vec<PathBuf>,
     #[command(flatten)]
-    rows: Rows,
-    /// A Hugging Face model directory, a GGUF file, or `random`
+    rows: DataArgs,
+    /// The base model's weights: a Hugging Face model directory, a GGUF file, or `random`
     #[arg(long)]
     weights: PathBuf,
-    /// Trained values to begin with: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote. The run
-    /// begins at step 0, without moments; to go on with one there is `--resume`
+    /// The values to start from: `adapter.safetensors`, or a folder that a run, `peftc export` or PEFT wrote. The run
+    /// starts at step 0 without the optimizer's moments; `--resume` continues a run instead
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// A directory or a GGUF file with a tokenizer; the weights' own if not given
+    /// A directory or a GGUF file with the tokenizer [default: the tokenizer of `--weights`]
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// Where the last values (`adapter.safetensors`), the best ones, states and metrics go; `runs/NAME` if not given
+    /// The folder to write the run to: the last values (`adapter.safetensors`), the best ones (`best.safetensors`),
+    /// states and metrics [default: `runs/NAME`]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Go on where the run in `--out` stopped, with the same spec, recipe, weights and data
+    /// Continue the run in `--out` from its last state, with the same spec, recipe, weights and data
     #[arg(long, conflicts_with = "overwrite")]
     resume: bool,
     #[command(flatten)]
     overwrite: Overwrite,
-    /// Of weights, order and dropout
+    /// The seed of random weights, of the order of the examples and of dropout; the same as `--set train.seed=N`
     #[arg(long)]
     seed: Option<u64>,
-    /// Show how the time was spent, by operation
+    /// Print the time spent in each operation
     #[arg(long)]
     profile: bool,
 }
 
+/// Trains and prints a summary.
+///
+/// # Errors
+///
+/// The model, the weights, the adapter or the data cannot be used, the state does not fit, the loss is not finite, or a
+/// signal stopped the run.
 pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     if let Some(seed) = arguments.seed {
         arguments.source.set.push(("train.seed".into(), seed.to_string()));
     }
-    // Before anything is compiled or read.
+    // The output folder is checked before anything is compiled or read.
     let out = match &arguments.out {
         Some(out) => out.clone(),
         None => PathBuf::from("runs").join(arguments.source.model()?.name),
     };
-    if let Some(adapter) = arguments.adapter.as_ref().filter(|adapter| overwrite::within(adapter, &out)) {
+    if let Some(adapter) = arguments.adapter.as_ref().filter(|adapter| overwrite::is_within(adapter, &out)) {
         return Err(Failure::Usage(format!(
-            "{}: it holds {}, which the run begins with and would write over; name another `--out`",
+            "{}: it holds {}, which the run starts from and would overwrite; name another `--out`",
             out.display(),
             adapter.display()
         )));
@@ -75,7 +85,11 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let state = match arguments.resume {
         true => Some(State::open(&out)?),
         false => {
-            arguments.overwrite.files(&out, &train::in_the_way(&out), "go on with a run there by `--resume`, ")?;
+            arguments.overwrite.files(
+                &out,
+                &train::blocking_files(&out),
+                "continue the run there with `--resume`, ",
+            )?;
             None
         }
     };
@@ -87,8 +101,9 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let read = |files: &[PathBuf]| arguments.rows.read(files, model, &tokenizer);
     let hold_out = model.train.hold_out;
     if hold_out > 0 && !arguments.dev.is_empty() {
-        let why = "`train.hold_out` takes held-out data out of `--data`, and `--dev` names others; leave `--dev` out, or \
-                   `--set train.hold_out=0`";
+        let why = "`train.hold_out` takes the held-out data from `--data`, and `--dev` names other data; leave \
+                   `--dev` out, \
+                   or use `--set train.hold_out=0`";
         return Err(Failure::Usage(why.into()));
     }
     let mut train = read(&arguments.data)?;
@@ -103,7 +118,7 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         ));
         (train, dev) = (rest, Some(held));
     }
-    train::fits(&model.train, &train)?;
+    train::check_batch_size(&model.train, &train)?;
     drop(tokenizer);
     if dev.is_none() && model.train.patience.is_some() {
         let why =
@@ -111,17 +126,18 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         return Err(Failure::Usage(why.into()));
     }
 
-    let (loaded, adapter) = adapters::weights(&arguments.weights, model, arguments.adapter.as_deref())?;
-    adapter.as_ref().map_or(Ok(()), Adapter::trains_on)?;
+    let (loaded, adapter) =
+        adapters::weights(&arguments.weights, model, arguments.adapter.as_deref(), state.is_some())?;
+    adapter.as_ref().map_or(Ok(()), Adapter::reject_residuals_for_training)?;
     let base = Base::of(model, &loaded);
     let total = train::total(&model.train, &train);
-    let identity = Identity::of(model, &base, &train, dev.as_ref(), total).begun_with(adapter.as_ref());
+    let identity = Identity::of(model, &base, &train, dev.as_ref(), total).starting_from(adapter.as_ref());
     if let Some(state) = &state {
         state.fallback.iter().for_each(|note| super::say(note));
         state.check(model, &identity)?.iter().for_each(|note| super::say(note));
-        let judged = state.judged(&identity);
-        // Without its last adapter or the last evaluation, the run ends once more with them: it may have been killed between
-        // the state and the adapter.
+        let judged = state.evaluations(&identity);
+        // A run that was killed after its last state may lack its last adapter or evaluation; then it is ended once
+        // more.
         let whole = adapters::step_of(&out.join(adapters::ADAPTER)) == Some(state.step)
             && (dev.is_none() || judged.step == Some(state.step));
         if whole && model.train.patience.is_some_and(|patience| judged.since >= patience) {
@@ -183,8 +199,12 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         outcome.tokens as f64 / outcome.seconds.max(1e-9),
         peak(&session) as f64 / 1e9
     ));
-    if outcome.steps > 0 {
-        super::print(&format!("loss {:.4} at first, {:.4} at last", outcome.first, outcome.last));
+    // The first and last loss are means over a tenth of the steps, which is a single step in a short run.
+    let (first, last) = (outcome.first, outcome.last);
+    match outcome.steps {
+        0 => {}
+        1..20 => super::print(&format!("loss {first:.4} at the first step, {last:.4} at the last")),
+        _ => super::print(&format!("mean loss {first:.4} over the first tenth of the steps, {last:.4} over the last")),
     }
     if let (Some(before), Some(after)) = (&outcome.before, &outcome.after) {
         super::print(&format!("held out: {} before\n          {} after", before.describe(), after.describe()));
@@ -193,22 +213,22 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
         return Err(Failure::Stopped(format!(
             "stopped and saved after step {} of {total}; the run goes on with\n  {}",
             outcome.done,
-            interrupt::command_that_goes_on()
+            interrupt::resume_command()
         )));
     }
-    if outcome.ending == Ending::Patience {
+    if outcome.ending == Ending::OutOfPatience {
         super::print(&format!(
             "ended after step {} of {total}: {} evaluations in a row were no better than {}",
             outcome.done,
-            outcome.judged.since,
-            best(&outcome.judged)
+            outcome.evaluations.since,
+            best(&outcome.evaluations)
         ));
     }
-    if dev.is_some() && outcome.judged.best.is_some() {
+    if dev.is_some() && outcome.evaluations.best.is_some() {
         super::print(&format!(
             "best: {}, {}",
             outcome.adapter.with_file_name(adapters::BEST).display(),
-            best(&outcome.judged)
+            best(&outcome.evaluations)
         ));
     }
     let size = std::fs::metadata(&outcome.adapter).map_or(0, |m| m.len());
@@ -216,12 +236,11 @@ pub fn run(mut arguments: Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
-fn best(judged: &Judged) -> String {
+fn best(judged: &EvaluationHistory) -> String {
     judged.best.map_or_else(String::new, |best| format!("the loss {:.4} at step {}", best.loss, best.step))
 }
 
-/// The most memory this process held at once, in bytes; of the session alone where that is a GPU's, or the system does
-/// not say.
+/// The peak memory of this process in bytes. On a GPU, or if the system does not report it, the session's own peak.
 fn peak(session: &Session) -> u64 {
     if session.manifest().gpu().is_some() {
         return session.peak_bytes();
@@ -232,6 +251,7 @@ fn peak(session: &Session) -> u64 {
     kilobytes.map_or(session.peak_bytes(), |kb| kb * 1024)
 }
 
+/// The 24 operations with the longest time: share, seconds and number of launches.
 fn table(profile: &peft_runtime::Profile) -> String {
     let mut rows: Vec<(&String, &(Duration, u64))> = profile.iter().collect();
     rows.sort_by_key(|(_, (time, _))| std::cmp::Reverse(*time));

@@ -7,26 +7,30 @@ use peft_grammar::model::BatchSize;
 use super::examples::NO_TAG;
 use super::{Dataset, Example, Examples, Goal};
 
-/// The inputs of a graph, by the names it has for them.
+/// The inputs of a compiled graph, each under the graph's name for it. One token axis holds all sequences.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
+    /// The token ids of all sequences, concatenated.
     pub ids: Vec<i32>,
+    /// The token type of every token.
     pub types: Vec<i32>,
-    /// 0, 1, 2, … within each sequence.
+    /// The position of every token within its sequence: 0, 1, 2, ….
     pub positions: Vec<i32>,
-    /// Index of each sequence's first token.
+    /// The index of each sequence's first token.
     pub starts: Vec<i32>,
+    /// The number of tokens of each sequence.
     pub lengths: Vec<i32>,
-    /// Indexes of the tokens of which something is asked, their next token or their class, in no order; one may stand there
-    /// twice. Empty where sequences are asked.
+    /// The indices of the tokens with a prediction target (their next token, or their own class). They are in no
+    /// particular order, and an index may occur twice. The list is empty if each sequence has one target.
     pub targets: Vec<i32>,
-    /// What each target predicts, or the class of each sequence.
+    /// The token or class that each entry of `targets` predicts, or the class of each sequence.
     pub labels: Vec<i32>,
-    /// The number of each sequence, of a regression.
+    /// The number that each sequence's regression predicts.
     pub numbers: Vec<f32>,
 }
 
 impl Batch {
+    /// Concatenates examples into one batch.
     pub fn pack(examples: impl IntoIterator<Item: Borrow<Example>>) -> Self {
         let mut batch = Batch::default();
         for example in examples {
@@ -43,9 +47,9 @@ impl Batch {
                         batch.targets.extend(range.clone().map(|at| start + at as i32 - 1));
                         batch.labels.extend_from_slice(&example.ids[range.clone()]);
                     }
-                    for aside in example.goal.asides() {
-                        batch.targets.push(start + aside.at as i32 - 1);
-                        batch.labels.push(aside.label);
+                    for extra in example.goal.extra_targets() {
+                        batch.targets.push(start + extra.at as i32 - 1);
+                        batch.labels.push(extra.label);
                     }
                 }
                 Goal::Class(class) => batch.labels.push(*class),
@@ -61,44 +65,44 @@ impl Batch {
         batch
     }
 
-    /// How many things are asked: the loss is a mean over them.
-    pub fn asked(&self) -> usize {
+    /// The number of prediction targets. The loss is the mean over them.
+    pub fn target_count(&self) -> usize {
         self.labels.len() + self.numbers.len()
     }
 
-    /// Index of each sequence's last token.
+    /// The index of each sequence's last token.
     pub fn ends(&self) -> Vec<i32> {
         self.starts.iter().zip(&self.lengths).map(|(start, length)| start + length - 1).collect()
     }
 
+    /// The number of tokens.
     pub fn tokens(&self) -> usize {
         self.ids.len()
     }
 
+    /// The number of sequences.
     pub fn sequences(&self) -> usize {
         self.starts.len()
     }
 }
 
-/// In which order an epoch takes the examples.
+/// The order in which an epoch reads the examples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
+    /// The order of the data set.
     AsStored,
-    /// A permutation that depends on these two numbers alone.
-    Shuffled {
-        seed: u64,
-        epoch: u64,
-    },
+    /// A pseudo-random permutation that is a function of these two numbers only.
+    Shuffled { seed: u64, epoch: u64 },
 }
 
 impl Order {
-    /// The order of `length` things.
+    /// The permutation of `0..length`.
     pub fn indices(self, length: usize) -> Vec<usize> {
         let mut indices: Vec<usize> = (0..length).collect();
         if let Order::Shuffled { seed, epoch } = self {
             let key = mix(mix(seed) ^ epoch);
             for i in (1..length).rev() {
-                // The high half of the product maps the word evenly onto 0..=i.
+                // The high 64 bits of the product map `word` uniformly onto 0..=i.
                 let word = mix(key.wrapping_add(i as u64));
                 let j = (u128::from(word) * (i as u128 + 1)) >> 64;
                 indices.swap(i, j as usize);
@@ -108,7 +112,7 @@ impl Order {
     }
 }
 
-/// The output function of SplitMix64 (Steele et al., 2014) at a counter.
+/// The output function of SplitMix64 (Steele et al., 2014), applied to a counter.
 fn mix(counter: u64) -> u64 {
     let mut z = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -116,22 +120,23 @@ fn mix(counter: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// One epoch's batches; the last may be smaller than the others. `nth` and `skip` are free, so that a resumed run goes
-/// straight to where it stopped.
+/// Iterates over one epoch's batches. The last batch may be smaller than the others. `nth` and `skip` build no batch,
+/// so a resumed run starts at its own batch at no cost.
 pub struct Batches<'a> {
     examples: &'a Examples,
     indices: Vec<usize>,
-    /// Where each batch ends among the indices.
+    /// The end of each batch in `indices`.
     ends: Vec<usize>,
     next: usize,
 }
 
 impl<'a> Batches<'a> {
-    /// Batches of `size` sequences, which must be at least 1.
+    /// Batches of `size` sequences each. `size` must be at least 1.
     pub fn new(dataset: &'a Dataset, size: usize, order: Order) -> Self {
         Batches::sized(dataset, BatchSize::Sequences(size as u64), order)
     }
 
+    /// Batches of `size`, which counts sequences or tokens.
     pub fn sized(dataset: &'a Dataset, size: BatchSize, order: Order) -> Self {
         let (examples, indices) = (&dataset.examples, order.indices(dataset.len()));
         let ends = match size {
@@ -141,20 +146,22 @@ impl<'a> Batches<'a> {
                 let begins = (0..indices.len()).step_by(size);
                 begins.map(|begin| begin.saturating_add(size).min(indices.len())).collect()
             }
-            BatchSize::Tokens { tokens } => filled(indices.iter().map(|&i| examples.ids(i).len() as u64), tokens),
+            BatchSize::Tokens { tokens } => {
+                token_batch_ends(indices.iter().map(|&i| examples.ids(i).len() as u64), tokens)
+            }
         };
         Batches { examples, indices, ends, next: 0 }
     }
 
-    /// Those from number `first` on.
+    /// Skips the batches before number `first`.
     pub fn starting_at(self, first: usize) -> Self {
         Batches { next: first, ..self }
     }
 }
 
-/// Where batches end of which each takes the sequences that come next as long as they have at most `tokens` together. A
-/// sequence that has more is a batch of its own.
-fn filled(lengths: impl Iterator<Item = u64>, tokens: u64) -> Vec<usize> {
+/// The end of each batch if a batch takes the next sequences while they have at most `tokens` tokens together. A
+/// sequence with more tokens than that is a batch by itself.
+fn token_batch_ends(lengths: impl Iterator<Item = u64>, tokens: u64) -> Vec<usize> {
     let (mut ends, mut held, mut count) = (vec![], 0, 0);
     for length in lengths {
         if held > 0 && held + length > tokens {

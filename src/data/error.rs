@@ -1,10 +1,11 @@
-//! What can be wrong with a data set or a tokenizer. Each message names the file, the place and the mend.
+//! Errors of data sets and tokenizers. Each message names the file, the place in it and the remedy.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::rows::{At, Fault};
+use super::rows::{Fault, Location};
 
+/// An error of a data set or of a tokenizer.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("cannot read `{path}`: {source}")]
@@ -16,17 +17,17 @@ pub enum DataError {
     #[error("`{path}`, compressed by {by}, cannot be unpacked: {message}")]
     Packed { path: PathBuf, by: &'static str, message: String },
 
-    /// What `--data` names is no file that could be read.
+    /// An argument of `--data` does not name a readable file.
     #[error("`{path}`: {message}")]
     Named { path: PathBuf, message: String },
 
-    /// A row, or a place in a file.
+    /// An error in a row, or at a location in a file.
     #[error("`{path}`, {at}: {message}")]
     Place {
         path: PathBuf,
-        at: At,
+        at: Location,
         message: String,
-        /// It is a single row, which can be left out.
+        /// The error concerns a single row, which can be skipped.
         skippable: bool,
     },
 
@@ -35,9 +36,9 @@ pub enum DataError {
          a WebNLG file is {{\"entries\": [{{\"1\": {{\"lexicalisations\": [{{\"comment\", \"lex\"}}], \
          \"modifiedtripleset\": [{{\"subject\", \"property\", \"object\"}}]}}}}]}}"
     )]
-    Webnlg { path: PathBuf, at: At, message: String },
+    Webnlg { path: PathBuf, at: Location, message: String },
 
-    /// Every row was left out as a bad one.
+    /// Every row was skipped as a bad one.
     #[error("no row is left: all {count} are bad; the first: {first}")]
     AllBad { count: usize, first: String },
 
@@ -50,11 +51,11 @@ pub enum DataError {
     #[error("no tokenizer in `{path}`: {message}")]
     NoTokenizer { path: PathBuf, message: String },
 
-    /// What stands beside a tokenizer's vocabulary.
+    /// A configuration file next to the tokenizer's vocabulary is wrong.
     #[error("`{path}`: {message}")]
     Settings { path: PathBuf, message: String },
 
-    #[error("`{path}` is no tokenizer that can be used: {message}")]
+    #[error("`{path}` cannot be used as a tokenizer: {message}")]
     Tokenizer { path: PathBuf, message: String },
 
     #[error(
@@ -68,11 +69,11 @@ pub enum DataError {
         found: u64,
         special: u64,
         wanted: u64,
-        /// Tokens that are no part of its vocabulary, as [`crate::hub::tokenizer::Behind::describe`] shows them.
+        /// Added tokens that follow the vocabulary, as [`crate::hub::tokenizer::AddedToken::describe`] shows them.
         behind: Vec<String>,
     },
 
-    /// Every example is too long for anything to be left of it to learn from.
+    /// After truncation no example has a prediction target left.
     #[error(
         "`{path}`: no example is left: `task.max_tokens` is {limit}, and the cut to it leaves {left} in any of the \
          {count} examples; the first, {place}, has {length} tokens{from}; raise `task.max_tokens` to {length}, or leave such examples out"
@@ -81,11 +82,11 @@ pub enum DataError {
         path: PathBuf,
         count: usize,
         limit: usize,
-        /// What the cut leaves.
+        /// What is missing after the truncation: a target or a sentence.
         left: &'static str,
         place: String,
         length: usize,
-        /// From which token on there is something to learn.
+        /// The number of the first target, as a clause of the message.
         from: String,
     },
 }
@@ -96,21 +97,22 @@ impl DataError {
     }
 }
 
-/// The tokens that stand between a vocabulary and the task's own tokens, and how they are taken away.
+/// A clause that names the added tokens between the vocabulary and the task's own tokens, and how to remove them.
 fn taken(behind: &[String]) -> String {
     match behind {
         [] => String::new(),
         _ => format!(
-            "; {} stand behind its vocabulary and take rows before the task's tokens: where the model has no row for them, \
-             leave them out of the tokenizer's settings, or name tokens there that the vocabulary has",
+            "; {} follow its vocabulary and take rows before the task's tokens: if the model has no row for them, \
+             remove them from the tokenizer's settings, or name tokens there that the vocabulary has",
             behind.join(", ")
         ),
     }
 }
 
-/// ` (did you mean …?)` when one of the candidates is close to what was found, else nothing.
+/// Returns ` (did you mean …?)` if a candidate is close to `found` in Damerau-Levenshtein distance, else an empty
+/// string.
 pub(crate) fn did_you_mean<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
-    // No name is longer, and comparing takes memory for each pair of letters.
+    // No valid name is longer than this, and the comparison takes memory quadratic in the length.
     const LONGEST: usize = 100;
     candidates
         .into_iter()

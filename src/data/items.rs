@@ -1,17 +1,17 @@
-//! Rows that hold several examples: one for each item of a list, such as the turns of a conversation.
+//! Expands rows into several examples: one for each item of a list, such as the turns of a conversation.
 
-use peft_grammar::model::{BEFORE, Extent, Piece, item_name};
+use peft_grammar::model::{EARLIER_ITEMS, Extent, Piece, item_name};
 
 use super::error::did_you_mean;
-use super::rows::{At, Fault, Row, Rows, Value};
+use super::rows::{Fault, FileRows, Location, Row, Value};
 
-/// What a task's `each` asks for.
+/// The expansion that a task's `each` specifies.
 pub struct Items {
-    /// The lists, which go in step.
+    /// The names of the lists, which are iterated in parallel.
     lists: Vec<String>,
-    /// Names of all fields and lists of the template.
+    /// The names of all fields and lists that the template reads.
     names: Vec<String>,
-    /// How many of the items before an item the template reads at most.
+    /// The largest number of earlier items that the template reads for an item.
     before: usize,
 }
 
@@ -42,20 +42,21 @@ impl Items {
 
     fn list(&mut self, name: &str, items: usize) {
         self.names.push(name.to_owned());
-        if name == BEFORE {
+        if name == EARLIER_ITEMS {
             self.before = self.before.max(items);
         }
     }
 
-    /// The template reads this column, or something in it.
+    /// Whether the template reads this column or a part of it.
     fn is_read(&self, column: &str) -> bool {
         let leads = |rest: &str| rest.is_empty() || rest.starts_with('.');
         self.names.iter().any(|name| name.strip_prefix(column).is_some_and(leads))
     }
 
-    /// Each row's items in their order, as rows: its other columns, the item of each list under the list's name, and the
-    /// items before it as a list. Of columns only those stay that the template reads.
-    pub fn rows<'f>(self, mut rows: Rows<'f>) -> Rows<'f> {
+    /// Expands each row into one row per item, in order. An expanded row holds the row's other columns, the item of
+    /// each list under the list's name, and the earlier items as a list. Columns that the template does not read are
+    /// dropped.
+    pub fn rows<'f>(self, mut rows: FileRows<'f>) -> FileRows<'f> {
         let (header, implied, left_out) = (rows.header.take(), rows.implied, rows.left_out);
         let items = std::rc::Rc::new(self);
         let each = rows.flat_map(move |row| -> Box<dyn Iterator<Item = Result<Row<'f>, Fault>> + 'f> {
@@ -72,16 +73,19 @@ impl Items {
                 let mut all = fields.clone();
                 all.extend(steps[i].clone());
                 let earlier = i - before.min(i)..i;
-                all.push((BEFORE.into(), Value::List(steps[earlier].iter().cloned().map(Value::Object).collect())));
-                Ok(Row::of(At::Part { of: Box::new(at.clone()), first: i + 1, last: i + 1 }, all))
+                all.push((
+                    EARLIER_ITEMS.into(),
+                    Value::List(steps[earlier].iter().cloned().map(Value::Object).collect()),
+                ));
+                Ok(Row::of(Location::Part { of: Box::new(at.clone()), first: i + 1, last: i + 1 }, all))
             }))
         });
-        let mut rows = Rows::new(each);
+        let mut rows = FileRows::new(each);
         (rows.header, rows.implied, rows.left_out) = (header, implied, left_out);
         rows
     }
 
-    /// The other columns of a row, and the items of its lists, step by step.
+    /// The other columns of a row, and for each step the items of its lists.
     #[allow(clippy::type_complexity)]
     fn of(&self, row: &Row) -> Result<(Vec<(String, Value)>, Vec<Vec<(String, Value)>>), String> {
         let Some(fields) = row.fields() else { return Err(NO_LISTS.into()) };
@@ -89,7 +93,7 @@ impl Items {
         for name in &self.lists {
             match super::rows::find(fields, name) {
                 Some(Value::List(items)) => lists.push((name, items)),
-                Some(other) => return Err(format!("`{name}` is {}, and `each` goes over a list", other.kind())),
+                Some(other) => return Err(format!("`{name}` is {}, but `each` needs a list", other.kind())),
                 None => {
                     let names = row.names();
                     let hint = did_you_mean(name, names.iter().copied());
@@ -100,18 +104,16 @@ impl Items {
         let (first, items) = lists[0];
         if let Some((other, others)) = lists.iter().find(|(_, other)| other.len() != items.len()) {
             let (many, as_many) = (items.len(), others.len());
-            return Err(format!("`{first}` and `{other}` go in step, but have {many} and {as_many} items"));
+            return Err(format!("`{first}` and `{other}` are iterated together, but have {many} and {as_many} items"));
         }
         if items.is_empty() {
             return Err(format!("`{first}` is empty: there is no item to make an example of"));
         }
         let is_list = |name: &String| self.lists.contains(name);
         let rest: Vec<_> = fields.iter().filter(|(name, _)| !is_list(name) && self.is_read(name)).cloned().collect();
-        let taken = |name: &String| name == BEFORE || self.lists.iter().any(|list| item_name(list) == name);
+        let taken = |name: &String| name == EARLIER_ITEMS || self.lists.iter().any(|list| item_name(list) == name);
         if let Some((name, _)) = rest.iter().find(|(name, _)| taken(name)) {
-            return Err(format!(
-                "a column is called `{name}`, as is what `each` makes; call the column something else"
-            ));
+            return Err(format!("the column name `{name}` is reserved for `each`; rename the column"));
         }
         let step =
             |i: usize| lists.iter().map(|(name, items)| (item_name(name).to_owned(), items[i].clone())).collect();
@@ -119,5 +121,5 @@ impl Items {
     }
 }
 
-/// Of a table of texts, whose task goes over lists.
+/// The error for a table of texts whose task iterates over lists.
 pub const NO_LISTS: &str = "a table of texts holds no lists for the task's `each`; write the rows as json";

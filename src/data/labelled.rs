@@ -1,48 +1,48 @@
-//! Sentences, or pairs of them, with labels: columns of a table that has a header or is JSON, or lines
-//! `sentence<TAB>label`. The label of a classification is a class's name or, where no name is a number, its index; that
-//! of a regression is a number.
+//! Sentences, or pairs of sentences, with labels: columns of a JSON file or of a table with a header, or lines
+//! `sentence<TAB>label`. The label of a classification task is a class name or, if no class name is a number, a class
+//! index. The label of a regression task is a number.
 
 use peft_grammar::model::Columns;
 
 use super::error::did_you_mean;
-use super::rows::{At, Fault, File, Format, Row, Rows, shortened};
-use super::{DataError, Example, Goal, Maker, Placed, Tokenizer};
+use super::rows::{Fault, File, FileRows, Format, Location, Row, shortened};
+use super::{DataError, Example, ExampleBuilder, Goal, LocatedExample, Tokenizer};
 
-/// Names that the columns have elsewhere, in any case.
+/// Usual names of the text column and of the label column, compared without case.
 pub(super) const TEXT: &[&str] = &["sentence", "text", "review"];
 pub(super) const LABEL: &[&str] = &["label", "labels", "target"];
-/// The columns of a file without a header.
+/// The column names of a file without a header.
 pub(super) const IMPLIED: &[&str] = &["sentence", "label"];
 
-/// What is asked of each text.
+/// The kind of label that a task has.
 #[derive(Clone, Copy)]
-pub enum Asked<'t> {
-    /// Which of these classes it is of.
+pub enum LabelKind<'t> {
+    /// A class, out of these names.
     Class(&'t [String]),
     Number,
 }
 
-/// Makes examples of texts with labels.
+/// Builds examples of labelled texts.
 pub struct Labelled<'t> {
-    pub asked: Asked<'t>,
+    pub label_kind: LabelKind<'t>,
     pub columns: &'t Columns,
     pub max_tokens: usize,
     pub tokenizer: &'t Tokenizer,
 }
 
-/// An example's texts and what is asked of them.
+/// The texts and the target of an example, not tokenised yet.
 pub struct Draft {
     text: String,
     pair: Option<String>,
     goal: Goal,
 }
 
-impl Maker for Labelled<'_> {
+impl ExampleBuilder for Labelled<'_> {
     type Draft = Draft;
 
-    fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
-        let implied = self.columns.are_usual().then_some(IMPLIED);
-        let rows = Rows::of(file, Format::Tsv, implied, |names| is_header(names, self.labels()));
+    fn open<'f>(&self, file: &'f File) -> Result<FileRows<'f>, DataError> {
+        let implied = self.columns.are_default().then_some(IMPLIED);
+        let rows = FileRows::of(file, Format::Tsv, implied, |names| is_header(names, self.labels()));
         let rows = rows.map_err(|fault| DataError::at(&file.path, fault))?;
         let why = "its `entries` are texts to generate, as WebNLG has them, and this task asks for labels";
         rows.without_entries(&file.path, why)
@@ -58,7 +58,7 @@ impl Maker for Labelled<'_> {
         Ok(())
     }
 
-    fn draft(&self, row: &Row, at_top: bool) -> Result<Draft, String> {
+    fn draft(&self, row: &Row, maybe_header: bool) -> Result<Draft, String> {
         let texts = self.wanted().map(|(wanted, usual, key)| {
             let name = match wanted {
                 Some(wanted) => wanted.to_owned(),
@@ -70,7 +70,7 @@ impl Maker for Labelled<'_> {
             };
             match cell.text() {
                 Some(text) => Ok(text.to_owned()),
-                None => Err(format!("`{name}` is {}; it is to be text or a number", cell.kind())),
+                None => Err(format!("`{name}` is {}; it must be text or a number", cell.kind())),
             }
         });
         let mut texts = texts.collect::<Result<Vec<String>, _>>()?.into_iter();
@@ -84,58 +84,60 @@ impl Maker for Labelled<'_> {
                 });
             }
         }
-        let goal = match self.asked {
-            Asked::Class(_) => Goal::Class(self.class(label.trim(), at_top.then_some(&text))?),
-            Asked::Number => {
+        let goal = match self.label_kind {
+            LabelKind::Class(_) => Goal::Class(self.class(label.trim(), maybe_header.then_some(&text))?),
+            LabelKind::Number => {
                 let number = number(label.trim());
-                Goal::Number(number.map_err(|error| error + &header(label.trim(), at_top.then_some(&text)))?)
+                Goal::Number(number.map_err(|error| error + &header(label.trim(), maybe_header.then_some(&text)))?)
             }
         };
         Ok(Draft { text, pair, goal })
     }
 
-    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
+    fn encode(&self, drafts: Vec<(Location, Draft)>) -> Result<Vec<Result<Vec<LocatedExample>, Fault>>, DataError> {
         if self.columns.pair.is_some() {
             return self.encode_pairs(drafts);
         }
         let ids = self.tokenizer.encode(drafts.iter().map(|(_, draft)| draft.text.as_str()).collect(), true)?;
         let marks = self.tokenizer.marks().count();
-        let one = |(ids, (at, draft)): (Vec<i32>, (At, Draft))| {
-            // What a tokenizer leaves out altogether, such as characters of no width, would train as marks alone.
+        let one = |(ids, (at, draft)): (Vec<i32>, (Location, Draft))| {
+            // If a tokenizer drops the whole text, such as zero-width characters, only special tokens would be left to
+            // train on.
             if ids.len() <= marks {
                 return Err(Fault::row(at, "the tokenizer makes no token of the sentence"));
             }
             let example = Example { types: vec![0; ids.len()], ids, goal: draft.goal };
-            Ok(vec![Placed { at, length: example.ids.len(), example }])
+            Ok(vec![LocatedExample { at, length: example.ids.len(), example }])
         };
         Ok(ids.into_iter().zip(drafts).map(one).collect())
     }
 
     fn empty(&self) -> &'static str {
-        match self.columns.are_usual() {
-            true => "write one `sentence<TAB>label` a line",
+        match self.columns.are_default() {
+            true => "write one `sentence<TAB>label` per line",
             false => "it has no row",
         }
     }
 }
 
 impl Labelled<'_> {
-    /// The names of the classes, if there are any.
+    /// The class names. They are empty for a regression task.
     fn labels(&self) -> &[String] {
-        match self.asked {
-            Asked::Class(labels) => labels,
-            Asked::Number => &[],
+        match self.label_kind {
+            LabelKind::Class(labels) => labels,
+            LabelKind::Number => &[],
         }
     }
 
-    /// The label's column, the text's and the second text's: the name that the task gives it, usual names, its key.
+    /// For the label column, the text column and the second text's column: the name given in the task, usual names, and
+    /// the key in the task.
     fn wanted(&self) -> impl Iterator<Item = (Option<&str>, &'static [&'static str], &'static str)> {
         let Columns { text, pair, label } = self.columns;
         let pair = pair.as_deref().map(|pair| (Some(pair), &[][..], "pair"));
         [(label.as_deref(), LABEL, "label"), (text.as_deref(), TEXT, "text")].into_iter().chain(pair)
     }
 
-    /// The class of a label. `first` is the text beside it where the row might be a header.
+    /// The class index of a label. `first` is the row's text if the row might be a header.
     fn class(&self, label: &str, first: Option<&String>) -> Result<i32, String> {
         let labels = self.labels();
         let error = match class(label, labels) {
@@ -146,33 +148,36 @@ impl Labelled<'_> {
         Err(error + &header(label, first.filter(|_| !near)))
     }
 
-    fn encode_pairs(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
+    fn encode_pairs(
+        &self,
+        drafts: Vec<(Location, Draft)>,
+    ) -> Result<Vec<Result<Vec<LocatedExample>, Fault>>, DataError> {
         let pairs = drafts.iter().map(|(_, draft)| (draft.text.as_str(), draft.pair.as_deref().unwrap_or_default()));
         let encoded = self.tokenizer.encode_pairs(pairs.collect(), self.max_tokens)?;
-        let one = |(pair, (at, draft)): (super::tokenizer::Pair, (At, Draft))| {
-            if let Some(key) = pair.nothing {
+        let one = |(pair, (at, draft)): (super::tokenizer::Pair, (Location, Draft))| {
+            if let Some(key) = pair.empty_text {
                 return Err(Fault::row(at, format!("the tokenizer makes no token of the `{key}`")));
             }
             let example = Example { ids: pair.ids, types: pair.types, goal: draft.goal };
-            Ok(vec![Placed { at, length: pair.whole, example }])
+            Ok(vec![LocatedExample { at, length: pair.untruncated, example }])
         };
         Ok(encoded.into_iter().zip(drafts).map(one).collect())
     }
 }
 
-/// Names of columns. Where a class has the second's name, a line of two is an example.
+/// Whether a line holds column names. If the second name is a class, a line of two fields is an example.
 pub(super) fn is_header(names: &[&str], labels: &[String]) -> bool {
     let usual = |all: &[&str]| names.iter().any(|name| all.iter().any(|usual| usual.eq_ignore_ascii_case(name)));
     let example = names.len() == 2 && labels.iter().any(|label| label.trim() == names[1]);
     usual(TEXT) && usual(LABEL) && !example
 }
 
-/// Refuses a column that is not among the names.
+/// Refuses a column name that is not among `names`.
 pub(super) fn known(wanted: &str, names: &[&str]) -> Result<(), String> {
     if names.contains(&wanted) { Ok(()) } else { Err(no_column(wanted, names)) }
 }
 
-/// That a column is not among the names.
+/// The error for a column name that is not among `names`.
 pub(super) fn no_column(wanted: &str, names: &[&str]) -> String {
     let hint = did_you_mean(wanted, names.iter().copied());
     match names {
@@ -181,7 +186,7 @@ pub(super) fn no_column(wanted: &str, names: &[&str]) -> String {
     }
 }
 
-/// The first names, for a message; of one that no one would call a name the beginning.
+/// The first names, for a message. Very long names are shortened.
 pub(super) fn listed(names: &[&str]) -> String {
     const SHOWN: usize = 16;
     let short = |name: &&str| if name.len() > 60 { shortened(name).into_owned() } else { name.to_string() };
@@ -189,7 +194,7 @@ pub(super) fn listed(names: &[&str]) -> String {
     if names.len() > SHOWN { shown + ", …" } else { shown }
 }
 
-/// The one column that has a usual name.
+/// The only column that has a usual name.
 pub(super) fn usual_column<'n>(names: &[&'n str], usual: &[&str], key: &str) -> Result<&'n str, String> {
     let is_usual = |name: &&&str| usual.iter().any(|usual| usual.eq_ignore_ascii_case(name));
     let found: Vec<&&str> = names.iter().filter(is_usual).collect();
@@ -206,7 +211,7 @@ pub(super) fn usual_column<'n>(names: &[&'n str], usual: &[&str], key: &str) -> 
     }
 }
 
-/// What to do if the line is a header; `text` stands beside the label where it might be.
+/// A hint for the case that the line is a header. `text` is the row's text if it might be one.
 fn header(label: &str, text: Option<&String>) -> String {
     let label = shortened(label);
     match text {
@@ -218,7 +223,7 @@ fn header(label: &str, text: Option<&String>) -> String {
     }
 }
 
-/// The class that a label names or counts.
+/// The class index of a label, which is a class name or an index.
 pub(super) fn class(label: &str, labels: &[String]) -> Result<i32, String> {
     let class = labels.iter().position(|l| l.trim() == label).or_else(|| index(label, labels));
     if let Some(class) = class {
@@ -233,22 +238,23 @@ pub(super) fn class(label: &str, labels: &[String]) -> Result<i32, String> {
     Err(format!("no label `{label}`{hint}; the task's labels are `{}`{indices}", labels.join("`, `")))
 }
 
-/// The class that a label counts. Beside names that are numbers there are no indices: `1` would be two classes.
+/// The class index that a label spells. If a class name is a number there are no indices, because `1` would be
+/// ambiguous.
 fn index(label: &str, labels: &[String]) -> Option<usize> {
     let counts = !labels.iter().any(|l| is_number(l));
     counts.then(|| (0..labels.len()).find(|i| i.to_string() == label)).flatten()
 }
 
-/// The number that a label is: a finite one, within what f32 holds.
+/// Parses a regression label, which has to be a finite f32.
 fn number(label: &str) -> Result<f32, String> {
     match label.parse::<f32>() {
         Ok(number) if number.is_finite() => Ok(number),
-        Ok(_) => Err(format!("the label `{}` is no finite number; a regression learns numbers", shortened(label))),
-        Err(_) => Err(format!("the label `{}` is no number, and a regression learns numbers", shortened(label))),
+        Ok(_) => Err(format!("the label `{}` is not a finite number; a regression learns numbers", shortened(label))),
+        Err(_) => Err(format!("the label `{}` is not a number, and a regression learns numbers", shortened(label))),
     }
 }
 
-/// A name that a person may read as a number: digits of any script with signs but no letters, an exponent, or
+/// Whether a class name may be read as a number: digits of any script with signs but without letters, an exponent, or
 /// hexadecimal digits.
 fn is_number(name: &str) -> bool {
     let name = name.trim();

@@ -1,6 +1,6 @@
-//! Data sets: files and a tokenizer in, examples out, batches of them packed for a graph.
+//! Data sets: reads files, tokenises them into examples and packs batches of examples for a graph.
 //!
-//! [`rows`] reads people's files; a [`Maker`] makes examples of their rows:
+//! [`rows`] parses data files into rows, and a [`ExampleBuilder`] builds examples of the rows:
 //!
 //! | task | rows | maker |
 //! | --- | --- | --- |
@@ -8,21 +8,21 @@
 //! | | WebNLG's JSON or XML: triples and their verbalisations | [`webnlg`] |
 //! | chat | conversations, in the usual forms | [`chat`] |
 //! | text | a text | [`text`] |
-//! | classification, regression | a text or a pair of them, and a label | [`labelled`] |
-//! | token classification | words with a label each | [`tags`] |
+//! | chat | conversations, in the usual layouts | [`chat`] |
+//! | text | a plain text | [`text`] |
 //!
-//! What a task packs, [`pack`] puts into fewer sequences.
+//! If a task sets `pack`, [`pack`] merges examples into fewer sequences.
 
 mod batch;
 mod cache;
 mod chat;
 mod error;
 mod examples;
-mod form;
 mod items;
 mod labelled;
 mod pack;
 mod rows;
+mod schema;
 mod tags;
 mod template;
 mod text;
@@ -35,137 +35,155 @@ use peft_grammar::model::{Task, TaskKind};
 use serde::{Deserialize, Serialize};
 
 use examples::Array;
-use labelled::{Asked, Labelled};
-use rows::{At, Fault, File, Row, Rows};
+use labelled::{LabelKind, Labelled};
+use rows::{Fault, File, FileRows, Location, Row};
 use tags::Tagged;
 
 pub use batch::{Batch, Batches, Order};
 pub use error::DataError;
 pub(crate) use error::did_you_mean;
-pub use examples::{Aside, Example, Examples, Goal, NO_TAG};
-pub use form::{Form, form};
-pub use tokenizer::{Marks, Spanned, Tokenizer};
+pub use examples::{Example, Examples, ExtraTarget, Goal, NO_TAG};
+pub use schema::{Schema, infer_schema};
+pub use tokenizer::{EncodedSpans, Marks, Tokenizer};
 
-/// An example with its place in the file.
-struct Placed {
-    at: At,
+/// An example with its location in the file.
+struct LocatedExample {
+    at: Location,
     example: Example,
-    /// Its tokens before any cut.
+    /// The number of tokens before truncation.
     length: usize,
 }
 
-/// Makes examples of rows.
-trait Maker {
-    /// What is made of a row before its texts are tokenised, many rows at once.
+/// Builds the examples of one kind of task.
+trait ExampleBuilder {
+    /// The intermediate form of a row, before its texts are tokenised together with those of many other rows.
     type Draft;
 
-    fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError>;
+    /// Opens the rows of a file.
+    fn open<'f>(&self, file: &'f File) -> Result<FileRows<'f>, DataError>;
 
-    /// Refuses names of columns among which one is missing.
+    /// Refuses a header that lacks a column.
     fn check(&self, names: &[&str]) -> Result<(), String>;
 
-    /// `at_top` says that the row is a file's first line, which might have been a header.
-    fn draft(&self, row: &Row, at_top: bool) -> Result<Self::Draft, String>;
+    /// Extracts a row's texts and targets. `maybe_header` tells that the row is the file's first line, which might be a
+    /// header.
+    fn draft(&self, row: &Row, maybe_header: bool) -> Result<Self::Draft, String>;
 
-    /// The examples of each row.
-    fn encode(&self, drafts: Vec<(At, Self::Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError>;
+    /// Tokenises drafts into the examples of each row.
+    fn encode(
+        &self,
+        drafts: Vec<(Location, Self::Draft)>,
+    ) -> Result<Vec<Result<Vec<LocatedExample>, Fault>>, DataError>;
 
-    /// What a file without a row lacks.
+    /// A hint for a file without rows.
     fn empty(&self) -> &'static str;
 
-    /// What to know about the examples that it made, a line each.
+    /// Notes for the user on the examples built, one line each.
     fn notes(&self) -> Vec<String> {
         vec![]
     }
 }
 
-/// As many rows are tokenised at once, and as many bytes of their texts.
-const TOGETHER: (usize, usize) = (1 << 14, 1 << 23);
+/// The largest chunk that is tokenised at once: a number of rows, and a number of bytes of their texts.
+const MAX_CHUNK: (usize, usize) = (1 << 14, 1 << 23);
 
+/// The examples of one or more files, with statistics for the user.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Dataset {
     /// The files, in the order in which they were read.
-    pub sources: Vec<Source>,
+    pub sources: Vec<FileSummary>,
+    /// The examples, truncated and packed.
     #[serde(skip)]
     pub examples: Examples,
-    /// Tokens of every example before any cut, those of dropped ones too.
+    /// The number of tokens of every example before truncation, dropped examples included.
     #[serde(skip)]
     lengths: Array<u32>,
-    /// The first example of each row.
+    /// The index of the first example of each row.
     #[serde(skip)]
     rows: Array<u32>,
-    /// What shares the examples where the task packs; otherwise 0.
+    /// The number of examples before packing. It is 0 if the task does not pack.
     pub turns: usize,
-    /// Of these, or of the examples, those longer than the task's `max_tokens`, which were cut to it.
+    /// The number of examples (before packing) that were longer than the task's `max_tokens` and were truncated.
     pub cut: usize,
-    /// Those of which the cut left nothing to predict; they are not among `examples`.
+    /// The number of truncated examples without a target left. They are not among `examples`.
     pub dropped: usize,
+    /// The parts of the files that give no example by design.
     pub left_out: LeftOut,
-    /// Rows that could not be used and were left out, as [`Reading::skip_bad`] asks.
+    /// The number of invalid rows that were skipped because of [`Reading::skip_bad`].
     pub skipped: usize,
-    /// The first of them, and what is wrong with it.
+    /// The first skipped row and its error.
     pub first_skipped: Option<String>,
-    /// Where the first examples are, at most [`PLACES`].
+    /// The locations of the first examples, at most [`MAX_PLACES`].
     places: Vec<String>,
-    /// What to know about the examples, a line each.
+    /// Notes for the user, one line each.
     notes: Vec<String>,
-    /// It was tokenised before.
+    /// Whether the data set came from the cache.
     #[serde(skip)]
     pub cached: bool,
 }
 
-/// A file, and how many examples it gave.
+/// A data file and the number of examples that it gave.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Source {
+pub struct FileSummary {
+    /// The file's path.
     pub path: PathBuf,
+    /// The number of examples.
     pub examples: usize,
 }
 
-/// The places of as many examples are kept.
-const PLACES: usize = 1000;
+/// The number of examples whose locations are kept.
+const MAX_PLACES: usize = 1000;
 
-/// What of a file makes no example.
+/// The parts of a file that give no example by design.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftOut {
-    /// Texts whose `comment` is not `good`.
+    /// The number of texts whose `comment` is not `good`.
     pub texts: usize,
-    /// Entries without a text.
+    /// The number of entries without a text.
     pub entries: usize,
-    /// Its first line, which names the columns.
+    /// Whether the first line was a header, which names the columns.
     pub header: bool,
 }
 
-/// How files are read.
+/// Options for reading data files.
 #[derive(Clone, Debug, Default)]
 pub struct Reading {
-    /// Leaves out rows that cannot be used and counts them; otherwise the first one is an error.
+    /// Skips and counts invalid rows. Otherwise the first one is an error.
     pub skip_bad: bool,
-    /// A folder for sets that were tokenised before.
+    /// The folder of the cache of tokenised data sets.
     pub cache: Option<PathBuf>,
 }
 
 impl Dataset {
-    /// Reads one file, all of whose rows have to be good.
+    /// Reads one file and requires every row to be valid.
+    ///
+    /// # Errors
+    ///
+    /// See [`Dataset::read`].
     pub fn load(path: &Path, task: &Task, tokenizer: &Tokenizer) -> Result<Self, DataError> {
         Dataset::read(&[path.to_owned()], task, tokenizer, &Reading::default())
     }
 
-    /// Reads files, named by paths or by patterns such as `data/*.jsonl`, one after the other.
+    /// Reads the files that paths or patterns such as `data/*.jsonl` name, in order.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read or parsed, a row is invalid, or no example has a target left after truncation.
     pub fn read(named: &[PathBuf], task: &Task, tokenizer: &Tokenizer, reading: &Reading) -> Result<Self, DataError> {
         let files = rows::expand(named)?;
-        // A pipe is read once.
+        // A pipe can be read only once, so its content cannot be hashed first.
         let again = files.iter().all(|file| file.is_file());
         let Some(folder) = reading.cache.as_ref().filter(|_| again) else {
             return Dataset::tokenise(&files, task, tokenizer, reading);
         };
-        let place = cache::place(folder, &files, task, tokenizer, reading)?;
-        if let Some(data) = cache::find(&place, tokenizer.rows()) {
+        let entry = cache::entry_path(folder, &files, task, tokenizer, reading)?;
+        if let Some(data) = cache::load(&entry, tokenizer.rows()) {
             return Ok(Dataset { cached: true, ..data });
         }
         let data = Dataset::tokenise(&files, task, tokenizer, reading)?;
-        // What was read may have changed meanwhile.
-        if cache::place(folder, &files, task, tokenizer, reading)? == place {
-            cache::keep(&place, &data);
+        // The files may have changed while they were read. The entry is stored only if the key is still the same.
+        if cache::entry_path(folder, &files, task, tokenizer, reading)? == entry {
+            cache::store(&entry, &data);
         }
         Ok(data)
     }
@@ -178,7 +196,7 @@ impl Dataset {
         let mut reader = Reader { data, skip_bad, max_tokens, marks, packer, row: None, first_dropped: None };
         match &task.kind {
             TaskKind::Generation { template, target, each, .. } => {
-                reader.files(files, &template::Layout::new((template, target, each), tokenizer)?)?;
+                reader.files(files, &template::ResolvedTemplate::new((template, target, each), tokenizer)?)?;
             }
             TaskKind::Chat => reader.files(files, &chat::Conversations::new(tokenizer)?)?,
             TaskKind::Text { text, end } => {
@@ -186,10 +204,11 @@ impl Dataset {
                 reader.files(files, &text::Texts { column: text.as_deref(), end, max_tokens, tokenizer })?;
             }
             TaskKind::Classification { labels, columns } => {
-                reader.files(files, &Labelled { asked: Asked::Class(labels), columns, max_tokens, tokenizer })?;
+                reader
+                    .files(files, &Labelled { label_kind: LabelKind::Class(labels), columns, max_tokens, tokenizer })?;
             }
             TaskKind::Regression { columns } => {
-                reader.files(files, &Labelled { asked: Asked::Number, columns, max_tokens, tokenizer })?;
+                reader.files(files, &Labelled { label_kind: LabelKind::Number, columns, max_tokens, tokenizer })?;
             }
             TaskKind::TokenClassification { labels, tokens, tags } => {
                 reader.files(files, &Tagged::new(labels, [tokens.as_deref(), tags.as_deref()], tokenizer))?;
@@ -198,7 +217,12 @@ impl Dataset {
         reader.finish()
     }
 
-    /// Takes rows out, which the seed chooses, with all their examples: the others, and those.
+    /// Splits off `count` rows with all their examples, chosen by the seed. Returns the remaining and the held-out
+    /// part.
+    ///
+    /// # Errors
+    ///
+    /// `count` is not less than the number of rows.
     pub fn hold_out(self, count: u64, seed: u64) -> Result<(Self, Self), DataError> {
         let rows = self.rows.len();
         let Some(count) = usize::try_from(count).ok().filter(|&count| count < rows) else {
@@ -228,7 +252,7 @@ impl Dataset {
         Ok((part(false), part(true)))
     }
 
-    /// The file, or the first one and how many others.
+    /// The path of the only file, or a short list.
     pub fn name(&self) -> String {
         match &self.sources[..] {
             [] => "no file".into(),
@@ -238,7 +262,7 @@ impl Dataset {
         }
     }
 
-    /// One line on what was read: `FILE: 104 examples, 2,000 tokens, the longest 40, 28 cut`.
+    /// One line that summarises what was read: `FILE: 104 examples, 2,000 tokens, the longest 40, 28 cut`.
     pub fn describe(&self) -> String {
         let cut = match (self.cut, self.dropped) {
             (0, _) => String::new(),
@@ -268,61 +292,68 @@ impl Dataset {
         line
     }
 
-    /// Where an example is, if it is one of the first.
+    /// The location of an example, if it is one of the first [`MAX_PLACES`].
     pub fn place(&self, index: usize) -> Option<&str> {
         self.places.get(index).map(String::as_str)
     }
 
+    /// The number of examples.
     pub fn len(&self) -> usize {
         self.examples.len()
     }
 
+    /// Whether there are no examples.
     pub fn is_empty(&self) -> bool {
         self.examples.is_empty()
     }
 
-    /// A mean over nothing is no number: what computes one asks for an example.
-    pub fn not_empty(&self) -> Result<(), DataError> {
+    /// Requires at least one example, because a mean over no examples is not a number.
+    ///
+    /// # Errors
+    ///
+    /// There are no examples.
+    pub fn require_examples(&self) -> Result<(), DataError> {
         match self.is_empty() {
             true => Err(DataError::Empty { path: self.name().into(), message: "there is nothing to run on".into() }),
             false => Ok(()),
         }
     }
 
+    /// The number of tokens of all examples.
     pub fn tokens(&self) -> usize {
         self.examples.tokens()
     }
 
-    /// Tokens of the longest example.
+    /// The number of tokens of the longest example.
     pub fn longest(&self) -> usize {
         (0..self.len()).map(|index| self.examples.ids(index).len()).max().unwrap_or(0)
     }
 
-    /// Tokens of every example before any cut, those of dropped ones too.
+    /// The number of tokens of every example before truncation, dropped examples included.
     pub fn lengths(&self) -> &[u32] {
         &self.lengths
     }
 }
 
-/// A data set in the making.
+/// A data set under construction.
 struct Reader {
     data: Dataset,
     skip_bad: bool,
     max_tokens: usize,
     marks: Marks,
-    /// Of a task that packs.
+    /// The packer, if the task packs.
     packer: Option<pack::Packer>,
     /// The row of the last example.
-    row: Option<At>,
-    /// Place and length of the first example that was dropped, and its first target.
+    row: Option<Location>,
+    /// The location and length of the first dropped example, and the number of its first target.
     first_dropped: Option<(String, usize, Option<usize>)>,
 }
 
 impl Reader {
-    fn files<M: Maker>(&mut self, files: &[PathBuf], maker: &M) -> Result<(), DataError> {
+    fn files<M: ExampleBuilder>(&mut self, files: &[PathBuf], maker: &M) -> Result<(), DataError> {
         for path in files {
             let before = self.data.len();
-            self.data.sources.push(Source { path: path.clone(), examples: 0 });
+            self.data.sources.push(FileSummary { path: path.clone(), examples: 0 });
             self.row = None;
             self.file(&File::open(path)?, maker, files.len() > 1)?;
             let examples = self.data.len() - before;
@@ -336,13 +367,13 @@ impl Reader {
         Ok(())
     }
 
-    /// `several` says that a place needs the file's name.
-    fn file<M: Maker>(&mut self, file: &File, maker: &M, several: bool) -> Result<(), DataError> {
+    /// Reads one file. `several` tells that a location needs the file's name.
+    fn file<M: ExampleBuilder>(&mut self, file: &File, maker: &M, several: bool) -> Result<(), DataError> {
         let path = &file.path;
         let rows = maker.open(file)?;
         if let Some((line, names)) = &rows.header {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            let refuse = |message| DataError::at(path, Fault::fatal(At::Line(*line), message));
+            let refuse = |message| DataError::at(path, Fault::fatal(Location::Line(*line), message));
             maker.check(&names).map_err(refuse)?;
             let again = (1..names.len()).find(|&at| !names[at].is_empty() && names[..at].contains(&names[at]));
             if let Some(at) = again {
@@ -353,10 +384,10 @@ impl Reader {
         left_out.texts += rows.left_out.texts;
         left_out.entries += rows.left_out.entries;
         left_out.header |= rows.left_out.header;
-        let (mut drafts, mut bytes, mut at_top, mut any) = (vec![], 0, rows.implied, false);
+        let (mut drafts, mut bytes, mut maybe_header, mut any) = (vec![], 0, rows.implied, false);
         for row in rows {
             any = true;
-            let top = std::mem::take(&mut at_top);
+            let top = std::mem::take(&mut maybe_header);
             let draft = row.and_then(|row| {
                 bytes += row.size();
                 let draft = maker.draft(&row, top).map_err(|message| Fault::row(row.at.clone(), message))?;
@@ -364,9 +395,9 @@ impl Reader {
             });
             match draft {
                 Ok(draft) => drafts.push(draft),
-                Err(fault) => self.bad(path, fault)?,
+                Err(fault) => self.reject(path, fault)?,
             }
-            if drafts.len() == TOGETHER.0 || bytes >= TOGETHER.1 {
+            if drafts.len() == MAX_CHUNK.0 || bytes >= MAX_CHUNK.1 {
                 self.encode(path, maker, std::mem::take(&mut drafts), several)?;
                 bytes = 0;
             }
@@ -381,24 +412,24 @@ impl Reader {
         Ok(())
     }
 
-    fn encode<M: Maker>(
+    fn encode<M: ExampleBuilder>(
         &mut self,
         path: &Path,
         maker: &M,
-        drafts: Vec<(At, M::Draft)>,
+        drafts: Vec<(Location, M::Draft)>,
         several: bool,
     ) -> Result<(), DataError> {
         for placed in maker.encode(drafts)? {
             match placed {
-                Ok(placed) => placed.into_iter().for_each(|placed| self.fit(path, placed, several)),
-                Err(fault) => self.bad(path, fault)?,
+                Ok(placed) => placed.into_iter().for_each(|placed| self.truncate(path, placed, several)),
+                Err(fault) => self.reject(path, fault)?,
             }
         }
         Ok(())
     }
 
-    /// Leaves a row out, or gives it as the error that it is.
-    fn bad(&mut self, path: &Path, fault: Fault) -> Result<(), DataError> {
+    /// Skips an invalid row, or returns its error.
+    fn reject(&mut self, path: &Path, fault: Fault) -> Result<(), DataError> {
         let fatal = fault.fatal;
         let error = DataError::at(path, fault);
         if fatal || !self.skip_bad {
@@ -409,9 +440,9 @@ impl Reader {
         Ok(())
     }
 
-    /// Cuts what is too long. A sequence between marks keeps the closing one. What the cut leaves nothing to learn from is
-    /// dropped, a continuation without a token to predict or marks without a sentence.
-    fn fit(&mut self, path: &Path, Placed { at, mut example, length }: Placed, several: bool) {
+    /// Truncates an example that is too long. A sequence between special tokens keeps the closing one. An example is
+    /// dropped if the truncation leaves nothing to learn: no predicted token, or no token of the sentence.
+    fn truncate(&mut self, path: &Path, LocatedExample { at, mut example, length }: LocatedExample, several: bool) {
         let (data, limit) = (&mut self.data, self.max_tokens);
         if length > limit {
             data.cut += 1;
@@ -419,7 +450,7 @@ impl Reader {
                 Goal::Tokens(ranges) | Goal::Turns(ranges, _) => ranges.first().map(|range| range.start),
                 _ => None,
             };
-            // A pair comes here cut already.
+            // A pair of texts is truncated by the tokenizer.
             if example.ids.len() > limit {
                 let closing = match example.goal {
                     Goal::Tokens(_) | Goal::Turns(..) => 0,
@@ -430,7 +461,7 @@ impl Reader {
                 example.close(&marks);
             }
             let left = match example.goal {
-                Goal::Tokens(_) | Goal::Turns(..) | Goal::Tags(_) => example.goal.targets() > 0,
+                Goal::Tokens(_) | Goal::Turns(..) | Goal::Tags(_) => example.goal.target_count() > 0,
                 Goal::Class(_) | Goal::Number(_) => example.ids.len() > self.marks.count(),
             };
             if !left {
@@ -440,7 +471,7 @@ impl Reader {
                 return;
             }
         }
-        let placed = Placed { at, example, length };
+        let placed = LocatedExample { at, example, length };
         let complete = match &mut self.packer {
             Some(packer) => packer.add(placed),
             None => Some(placed),
@@ -450,10 +481,10 @@ impl Reader {
         }
     }
 
-    fn push(&mut self, path: &Path, Placed { at, example, length }: Placed, several: bool) {
+    fn push(&mut self, path: &Path, LocatedExample { at, example, length }: LocatedExample, several: bool) {
         let data = &mut self.data;
         data.lengths.push(as_length(length));
-        if data.places.len() < PLACES {
+        if data.places.len() < MAX_PLACES {
             data.places.push(place(path, &at, several));
         }
         if self.row.as_ref() != Some(at.row()) {
@@ -463,7 +494,7 @@ impl Reader {
         data.examples.push(&example);
     }
 
-    /// The data set; an error if nothing is left of it.
+    /// Returns the data set, or an error if it has no example left.
     fn finish(self) -> Result<Dataset, DataError> {
         let mut data = self.data;
         data.examples.shrink();
@@ -483,8 +514,8 @@ impl Reader {
     }
 }
 
-/// A place, with its file's name if there are several.
-fn place(path: &Path, at: &At, several: bool) -> String {
+/// A location, with the file's name if there are several files.
+fn place(path: &Path, at: &Location, several: bool) -> String {
     if several { format!("{}, {at}", path.display()) } else { at.to_string() }
 }
 

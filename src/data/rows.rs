@@ -1,14 +1,14 @@
-//! Rows of people's own files: columns by name, with the place of each row.
+//! Parses data files into rows: named columns, with the location of each row.
 //!
-//! | file | rows | place |
+//! | file | rows | location |
 //! | --- | --- | --- |
-//! | json | the objects of a list, of an object's only list, or of an object that holds nothing but objects | [`At::Item`], [`At::Entry`] |
-//! | jsonl | an object a line | [`At::Line`] |
-//! | csv, tsv | records below a header | [`At::Line`] |
-//! | parquet | rows | [`At::Row`] |
-//! | xml | none: only WebNLG's entries are read from it |
+//! | json | the objects of a list, of an object's only list, or of an object that holds nothing but objects | [`Location::Item`], [`Location::Entry`] |
+//! | jsonl | an object a line | [`Location::Line`] |
+//! | csv, tsv | records below a header | [`Location::Line`] |
+//! | parquet | rows | [`Location::Row`] |
+//! | xml | no rows: only WebNLG entries are read from XML |
 //!
-//! Each may be compressed by gzip or zstd. What a file is follows from its first bytes and its name's ending.
+//! Each file may be compressed by gzip or zstd. The format follows from the first bytes and the file name's extension.
 
 mod compressed;
 mod delimited;
@@ -26,85 +26,86 @@ use super::{DataError, LeftOut};
 use delimited::Delimited;
 pub(super) use delimited::shortened;
 pub use file::{File, Format, expand};
-pub use json::in_words;
+pub use json::describe_error;
 use json::{Layout, Lines, List};
 pub use value::{Value, find};
 
-/// Where a row is in its file.
+/// The location of a row in its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum At {
+pub enum Location {
     Line(usize),
-    /// An object of a JSON list, counted from 1, and the line on which it begins.
+    /// An object of a JSON list: its number, counted from 1, and the line on which it begins.
     Item {
         number: usize,
         line: usize,
     },
     /// A row of a file without lines, counted from 1.
     Row(usize),
-    /// An object of JSON by its key.
+    /// The value of a key of a JSON object.
     Entry(Box<str>),
-    /// A place inside a JSON document.
+    /// A position inside a JSON document.
     Column {
         line: usize,
         column: usize,
     },
-    /// Items of a row's list, counted from 1.
+    /// A range of items of a row's list, counted from 1.
     Part {
-        of: Box<At>,
+        of: Box<Location>,
         first: usize,
         last: usize,
     },
 }
 
-impl At {
-    /// The row that a part is of, or itself.
-    pub fn row(&self) -> &At {
+impl Location {
+    /// The row that a range of items belongs to, or the location itself.
+    pub fn row(&self) -> &Location {
         match self {
-            At::Part { of, .. } => of,
+            Location::Part { of, .. } => of,
             row => row,
         }
     }
 
-    /// From this item of a row to that one.
-    pub fn through(&self, that: &At) -> At {
+    /// The range from this item of a row to `that` item.
+    pub fn through(&self, that: &Location) -> Location {
         match (self, that) {
-            (At::Part { of, first, .. }, At::Part { last, .. }) => {
-                At::Part { of: of.clone(), first: *first, last: *last }
+            (Location::Part { of, first, .. }, Location::Part { last, .. }) => {
+                Location::Part { of: of.clone(), first: *first, last: *last }
             }
             _ => self.clone(),
         }
     }
 }
 
-impl fmt::Display for At {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            At::Line(line) => write!(f, "line {line}"),
-            At::Item { number, line } => write!(f, "line {line}, row {number}"),
-            At::Row(number) => write!(f, "row {number}"),
-            At::Entry(key) => write!(f, "entry {key}"),
-            At::Column { line, column } => write!(f, "line {line}, column {column}"),
-            At::Part { of, first, last } if first == last => write!(f, "{of}, item {first}"),
-            At::Part { of, first, last } => write!(f, "{of}, items {first} to {last}"),
+            Location::Line(line) => write!(f, "line {line}"),
+            Location::Item { number, line } => write!(f, "line {line}, row {number}"),
+            Location::Row(number) => write!(f, "row {number}"),
+            Location::Entry(key) => write!(f, "entry {key}"),
+            Location::Column { line, column } => write!(f, "line {line}, column {column}"),
+            Location::Part { of, first, last } if first == last => write!(f, "{of}, item {first}"),
+            Location::Part { of, first, last } => write!(f, "{of}, items {first} to {last}"),
         }
     }
 }
 
-/// What is wrong at a place of a file.
+/// An error at a location of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    pub at: At,
+    pub at: Location,
     pub message: String,
-    /// Nothing can be read behind it, or it is wrong with every row: it is no single row that could be left out.
+    /// The error is not limited to one row that could be skipped: nothing can be parsed after it, or it concerns every
+    /// row.
     pub fatal: bool,
 }
 
 impl Fault {
-    pub fn row(at: At, message: impl Into<String>) -> Self {
+    pub fn row(at: Location, message: impl Into<String>) -> Self {
         Fault { at, message: message.into(), fatal: false }
     }
 
-    pub fn fatal(at: At, message: impl Into<String>) -> Self {
+    pub fn fatal(at: Location, message: impl Into<String>) -> Self {
         Fault { at, message: message.into(), fatal: true }
     }
 }
@@ -112,13 +113,13 @@ impl Fault {
 /// A row: columns in the order of the file.
 #[derive(Clone, Debug)]
 pub struct Row<'f> {
-    pub at: At,
+    pub at: Location,
     cells: Cells<'f>,
 }
 
 #[derive(Clone, Debug)]
 enum Cells<'f> {
-    /// Of a file with a header: its names, and one text each.
+    /// A row of a file with a header: the column names, and one text for each.
     Texts(Rc<[String]>, Vec<Cow<'f, str>>),
     Fields(Vec<(String, Value)>),
 }
@@ -131,7 +132,7 @@ pub enum Cell<'r> {
 }
 
 impl<'r> Cell<'r> {
-    /// It as text, if it is a scalar other than null.
+    /// The cell as text, if it is a scalar other than null.
     pub fn text(self) -> Option<&'r str> {
         match self {
             Cell::Text(text) => Some(text),
@@ -146,7 +147,7 @@ impl<'r> Cell<'r> {
         }
     }
 
-    /// What it is, for a message.
+    /// The kind of value, for a message.
     pub fn kind(self) -> &'static str {
         match self {
             Cell::Text(_) => "text",
@@ -156,11 +157,11 @@ impl<'r> Cell<'r> {
 }
 
 impl Row<'_> {
-    pub fn of(at: At, fields: Vec<(String, Value)>) -> Self {
+    pub fn of(at: Location, fields: Vec<(String, Value)>) -> Self {
         Row { at, cells: Cells::Fields(fields) }
     }
 
-    /// Its columns and their values, of a row of JSON.
+    /// The columns and their values, if the row is a JSON object.
     pub fn fields(&self) -> Option<&[(String, Value)]> {
         match &self.cells {
             Cells::Texts(..) => None,
@@ -168,7 +169,7 @@ impl Row<'_> {
         }
     }
 
-    /// Bytes of its texts.
+    /// The number of bytes of the row's texts.
     pub fn size(&self) -> usize {
         match &self.cells {
             Cells::Texts(_, texts) => texts.iter().map(|text| text.len()).sum(),
@@ -176,7 +177,7 @@ impl Row<'_> {
         }
     }
 
-    /// The names of its columns.
+    /// The names of the columns.
     pub fn names(&self) -> Vec<&str> {
         match &self.cells {
             Cells::Texts(names, _) => names.iter().map(String::as_str).collect(),
@@ -184,7 +185,7 @@ impl Row<'_> {
         }
     }
 
-    /// The cell of a column. In JSON a dotted path leads into objects and lists: `answers.text.0`.
+    /// The cell of a column. In JSON a dotted path addresses nested objects and lists: `answers.text.0`.
     pub fn get(&self, name: &str) -> Option<Cell<'_>> {
         match &self.cells {
             Cells::Texts(names, texts) => names.iter().position(|n| n == name).map(|i| Cell::Text(&texts[i])),
@@ -192,13 +193,13 @@ impl Row<'_> {
         }
     }
 
-    /// Its columns as an object.
+    /// The columns as a JSON object.
     pub fn json(&self) -> serde_json::Map<String, serde_json::Value> {
         let cell = |name: &&str| (name.to_string(), self.get(name).map_or(serde_json::Value::Null, Cell::json));
         self.names().iter().map(cell).collect()
     }
 
-    /// Its columns that hold a list of nothing but objects.
+    /// The columns that hold a list of objects.
     pub fn lists(&self) -> Vec<(&str, &[Value])> {
         let Cells::Fields(fields) = &self.cells else { return vec![] };
         let lists = fields.iter().filter_map(|(name, value)| match value {
@@ -209,31 +210,31 @@ impl Row<'_> {
     }
 }
 
-/// The rows of a file, good and bad.
-pub struct Rows<'f> {
+/// The rows of a file, valid and invalid ones.
+pub struct FileRows<'f> {
     rows: Box<dyn Iterator<Item = Result<Row<'f>, Fault>> + 'f>,
-    /// The columns' names and the line where they stand, of a file that says them once.
+    /// The line of the header and the column names, if the file has a header.
     pub header: Option<(usize, Vec<String>)>,
-    /// It is JSON with `entries`, as WebNLG's files are, or XML; it has no rows then.
+    /// The file is XML, or JSON with `entries` as WebNLG's files are. It has no rows then.
     pub entries: bool,
-    /// Its columns have the names that a file without a header has.
+    /// The columns have the default names of a file without a header.
     pub implied: bool,
-    /// What of the file makes no row.
+    /// The parts of the file that give no row by design.
     pub left_out: LeftOut,
 }
 
-impl<'f> Rows<'f> {
-    /// Refuses a file of `entries`, which some tasks do not take: `why` says what they are.
+impl<'f> FileRows<'f> {
+    /// Refuses a file with `entries`. `why` is the message.
     pub fn without_entries(self, path: &Path, why: &str) -> Result<Self, DataError> {
         if self.entries { Err(DataError::Empty { path: path.to_owned(), message: why.to_owned() }) } else { Ok(self) }
     }
 
     pub fn new(rows: impl Iterator<Item = Result<Row<'f>, Fault>> + 'f) -> Self {
-        Rows { rows: Box::new(rows), header: None, entries: false, implied: false, left_out: LeftOut::default() }
+        FileRows { rows: Box::new(rows), header: None, entries: false, implied: false, left_out: LeftOut::default() }
     }
 
-    /// The rows of a file; `unknown` is the format of one that does not tell. `implied` names the columns of a tsv without
-    /// a header, and `is_header` says whether its first record is one.
+    /// The rows of a file. `unknown` is the format to assume if neither content nor name determine it. `implied` names
+    /// the columns of a tsv file without a header, and `is_header` decides whether the first record is a header.
     pub fn of(
         file: &'f File,
         unknown: Format,
@@ -242,41 +243,41 @@ impl<'f> Rows<'f> {
     ) -> Result<Self, Fault> {
         let format = if file.format == Format::Unknown { unknown } else { file.format };
         match format {
-            Format::JsonLines => Ok(Rows::new(Lines::new(&file.bytes))),
-            Format::Json => Rows::json(file),
-            Format::Parquet => Ok(Rows::new(parquet::rows(&file.bytes)?)),
-            Format::Xml => Ok(Rows { entries: true, ..Rows::new(std::iter::empty()) }),
-            Format::Csv => Ok(Rows::delimited(Delimited::new(&file.bytes, true, None, is_header)?, false)),
+            Format::JsonLines => Ok(FileRows::new(Lines::new(&file.bytes))),
+            Format::Json => FileRows::json(file),
+            Format::Parquet => Ok(FileRows::new(parquet::rows(&file.bytes)?)),
+            Format::Xml => Ok(FileRows { entries: true, ..FileRows::new(std::iter::empty()) }),
+            Format::Csv => Ok(FileRows::delimited(Delimited::new(&file.bytes, true, None, is_header)?, false)),
             Format::Tsv | Format::Unknown => {
-                Ok(Rows::delimited(Delimited::new(&file.bytes, false, implied, is_header)?, implied.is_some()))
+                Ok(FileRows::delimited(Delimited::new(&file.bytes, false, implied, is_header)?, implied.is_some()))
             }
         }
     }
 
-    /// `guessed` says that the file might have had no header.
+    /// `guessed` tells that the file might have no header.
     fn delimited(file: Delimited<'f>, guessed: bool) -> Self {
         let header = file.header.map(|line| (line, file.names().into_iter().map(str::to_owned).collect()));
         let left_out = LeftOut { header: guessed && header.is_some(), ..LeftOut::default() };
         let implied = guessed && header.is_none();
-        Rows { header, left_out, implied, ..Rows::new(file) }
+        FileRows { header, left_out, implied, ..FileRows::new(file) }
     }
 
     fn json(file: &'f File) -> Result<Self, Fault> {
-        // In lines a bad one leaves the others as they are.
+        // In JSON lines one invalid line does not affect the others, so the text is parsed as a whole only here.
         let text = file.text()?;
         Ok(match Layout::of(text)? {
-            Layout::List(start) => Rows::new(List::new(text, start)),
-            Layout::Lines => Rows::new(Lines::new(&file.bytes)),
-            Layout::Single => Rows::new(std::iter::once(json::object(text, At::Line(1), 0..text.len()))),
-            Layout::Objects(objects) => {
-                Rows::new(objects.into_iter().map(move |(key, range)| json::object(text, At::Entry(key.into()), range)))
-            }
-            Layout::Entries => Rows { entries: true, ..Rows::new(std::iter::empty()) },
+            Layout::List(start) => FileRows::new(List::new(text, start)),
+            Layout::Lines => FileRows::new(Lines::new(&file.bytes)),
+            Layout::Single => FileRows::new(std::iter::once(json::object(text, Location::Line(1), 0..text.len()))),
+            Layout::Objects(objects) => FileRows::new(
+                objects.into_iter().map(move |(key, range)| json::object(text, Location::Entry(key.into()), range)),
+            ),
+            Layout::Entries => FileRows { entries: true, ..FileRows::new(std::iter::empty()) },
         })
     }
 }
 
-impl<'f> Iterator for Rows<'f> {
+impl<'f> Iterator for FileRows<'f> {
     type Item = Result<Row<'f>, Fault>;
 
     fn next(&mut self) -> Option<Self::Item> {

@@ -1,29 +1,29 @@
-//! Words with a label each: a row holds a list of words and a list of as many labels, names or indices of the classes.
+//! Token classification: a row holds a list of words and a list of as many labels, which are class names or indices.
 //!
-//! A word's first token has its class, and nothing is asked of its others, as is usual (Devlin et al., 2019, section 5.3).
+//! Only a word's first token has a class, as is usual (Devlin et al., 2019, section 5.3).
 
 use std::cell::Cell as Counter;
 
 use super::examples::NO_TAG;
 use super::labelled::{class, known, usual_column};
-use super::rows::{At, Cell, Fault, File, Format, Row, Rows, Value};
-use super::{DataError, Example, Goal, Maker, Placed, Tokenizer};
+use super::rows::{Cell, Fault, File, FileRows, Format, Location, Row, Value};
+use super::{DataError, Example, ExampleBuilder, Goal, LocatedExample, Tokenizer};
 
-/// Names that the columns have elsewhere, in any case.
+/// Usual names of the columns of words and of labels, compared without case.
 pub(super) const WORDS: &[&str] = &["tokens", "words"];
 pub(super) const TAGS: &[&str] = &["tags", "ner_tags", "pos_tags", "labels"];
 
-/// Makes examples of words with labels.
+/// Builds examples of labelled words.
 pub struct Tagged<'t> {
     labels: &'t [String],
-    /// The columns of words and of labels that the task names.
+    /// The columns of words and of labels, if the task names them.
     columns: [Option<&'t str>; 2],
     tokenizer: &'t Tokenizer,
-    /// Words so far of which the tokenizer makes no token.
+    /// The number of words for which the tokenizer gave no token.
     lost: Counter<usize>,
 }
 
-/// An example's words and their classes.
+/// The words of an example and their class indices.
 pub struct Draft {
     words: Vec<String>,
     classes: Vec<i32>,
@@ -44,32 +44,32 @@ impl<'t> Tagged<'t> {
     }
 }
 
-/// The texts and numbers of a column's list.
+/// The items of a list column as texts.
 fn list(row: &Row, name: &str) -> Result<Vec<String>, String> {
     let items = match row.get(name) {
         Some(Cell::Value(Value::List(items))) => items,
         cell => {
             let kind = cell.map_or("missing", Cell::kind);
-            return Err(format!("`{name}` is {kind}; it is to be a list, one item a word"));
+            return Err(format!("`{name}` is {kind}; it must be a list with one item per word"));
         }
     };
     let text = |(at, item): (usize, &Value)| match item.text() {
         Some(text) => Ok(text.to_owned()),
-        None => Err(format!("item {at} of `{name}` is {}; it is to be text or a number", item.kind())),
+        None => Err(format!("item {at} of `{name}` is {}; it must be text or a number", item.kind())),
     };
     (1..).zip(items).map(text).collect()
 }
 
-impl Maker for Tagged<'_> {
+impl ExampleBuilder for Tagged<'_> {
     type Draft = Draft;
 
-    fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
-        let rows = Rows::of(file, Format::Tsv, None, |_| false);
+    fn open<'f>(&self, file: &'f File) -> Result<FileRows<'f>, DataError> {
+        let rows = FileRows::of(file, Format::Tsv, None, |_| false);
         let rows = rows.map_err(|fault| DataError::at(&file.path, fault))?;
         if let Some((line, _)) = &rows.header {
             let message = "a table of texts holds no lists of words; write the rows as json, such as \
                            {\"tokens\": [\"Ann\", \"sings\"], \"tags\": [\"B-PER\", \"O\"]}";
-            return Err(DataError::at(&file.path, Fault::fatal(At::Line(*line), message)));
+            return Err(DataError::at(&file.path, Fault::fatal(Location::Line(*line), message)));
         }
         Ok(rows)
     }
@@ -97,26 +97,26 @@ impl Maker for Tagged<'_> {
         Ok(Draft { classes: classes.collect::<Result<_, _>>()?, words: items })
     }
 
-    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
+    fn encode(&self, drafts: Vec<(Location, Draft)>) -> Result<Vec<Result<Vec<LocatedExample>, Fault>>, DataError> {
         let words: Vec<Vec<&str>> =
             drafts.iter().map(|(_, draft)| draft.words.iter().map(String::as_str).collect()).collect();
         let encoded = self.tokenizer.encode_words(&words)?;
         drop(words);
-        let one = |(worded, (at, draft)): (super::tokenizer::Worded, (At, Draft))| {
-            let (mut tags, mut last) = (vec![NO_TAG; worded.ids.len()], None);
-            for (tag, word) in tags.iter_mut().zip(worded.words) {
+        let one = |(encoded, (at, draft)): (super::tokenizer::EncodedWords, (Location, Draft))| {
+            let (mut tags, mut last) = (vec![NO_TAG; encoded.ids.len()], None);
+            for (tag, word) in tags.iter_mut().zip(encoded.words) {
                 if let Some(word) = word.filter(|_| word != last) {
                     *tag = draft.classes[word];
                 }
                 last = word.or(last);
             }
             let goal = Goal::Tags(tags);
-            match goal.targets() {
+            match goal.target_count() {
                 0 => return Err(Fault::row(at, "the tokenizer makes no token of any word")),
                 found => self.lost.update(|lost| lost + draft.words.len() - found),
             }
-            let example = Example { types: vec![0; worded.ids.len()], ids: worded.ids, goal };
-            Ok(vec![Placed { at, length: example.ids.len(), example }])
+            let example = Example { types: vec![0; encoded.ids.len()], ids: encoded.ids, goal };
+            Ok(vec![LocatedExample { at, length: example.ids.len(), example }])
         };
         Ok(encoded.into_iter().zip(drafts).map(one).collect())
     }
@@ -126,7 +126,8 @@ impl Maker for Tagged<'_> {
     }
 
     fn notes(&self) -> Vec<String> {
-        let note = |lost| format!("words of which the tokenizer makes no token, and of which nothing is asked: {lost}");
+        let note =
+            |lost| format!("words of which the tokenizer makes no token, and of which nothing is label_kind: {lost}");
         Some(self.lost.get()).filter(|&lost| lost > 0).map(note).into_iter().collect()
     }
 }
@@ -140,18 +141,18 @@ mod tests {
     use crate::data::tests::{Case, folder_of};
     use crate::data::{Dataset, Reading};
 
-    fn task(max_tokens: u64, enclosed: bool) -> Task {
+    fn task(max_tokens: u64, bidirectional: bool) -> Task {
         let labels = ["O", "B-PER", "I-PER"].map(str::to_owned).to_vec();
         Task {
             name: "t".into(),
             max_tokens,
-            enclosed,
+            bidirectional,
             kind: TaskKind::TokenClassification { labels, tokens: None, tags: None },
         }
     }
 
     #[test]
-    fn words_with_their_labels() {
+    fn words_and_labels_become_token_classes() {
         let rows = "{\"tokens\": [\"Ann\", \"likes\", \"tea\"], \"tags\": [\"B-PER\", \"O\", 0]}\n\
                     {\"tokens\": [\"good tea\", \"Ann\"], \"tags\": [\"I-PER\", \"B-PER\"]}\n";
         let case = Case::named("a.jsonl", rows);
@@ -163,25 +164,25 @@ mod tests {
         let data = case.load(&task(64, true)).unwrap();
         let all = [example(&[1, 6, 7, 5, 2], &[-1, 1, 0, 0, -1]), example(&[1, 3, 5, 6, 2], &[-1, 2, -1, 1, -1])];
         assert_eq!(data.examples, all);
-        // A cut keeps the closing mark, and takes the labels along.
+        // Truncation keeps the closing special token and truncates the labels with the tokens.
         let data = case.load(&task(4, true)).unwrap();
         assert_eq!(data.examples, [example(&[1, 6, 7, 2], &[-1, 1, 0, -1]), example(&[1, 3, 5, 2], &[-1, 2, -1, -1])]);
         assert_eq!((data.cut, data.dropped), (2, 0));
         let batch = crate::data::Batch::pack(data.examples.iter());
         assert_eq!((batch.targets, batch.labels), (vec![1, 2, 5], vec![1, 0, 2]));
-        // Without marks nothing is kept behind the cut.
+        // Without special tokens, truncation keeps a prefix.
         case.set_marks(Json::Null);
         let data = case.load(&task(2, false)).unwrap();
         assert_eq!(data.examples, [example(&[6, 7], &[1, 0]), example(&[3, 5], &[2, -1])]);
     }
 
     #[test]
-    fn bad_rows() {
+    fn invalid_rows_are_refused() {
         let error = |row: Json| Case::named("a.jsonl", row.to_string()).error(&task(64, true));
         insta::assert_snapshot!(error(json!({"tokens": ["Ann", "sings"], "tags": ["B-PER"]})), @"`a.jsonl`, line 1: `tokens` and `tags` have 2 and 1 items; each word has one label");
         insta::assert_snapshot!(error(json!({"tokens": ["Ann"], "tags": ["B-PRE"]})), @"`a.jsonl`, line 1: word 1: no label `B-PRE` (did you mean `B-PER`?); the task's labels are `O`, `B-PER`, `I-PER`, or 0 to 2");
-        insta::assert_snapshot!(error(json!({"tokens": "Ann sings", "tags": ["O", "O"]})), @"`a.jsonl`, line 1: `tokens` is text; it is to be a list, one item a word");
-        insta::assert_snapshot!(error(json!({"tokens": ["Ann", null], "tags": ["O", "O"]})), @"`a.jsonl`, line 1: item 2 of `tokens` is null; it is to be text or a number");
+        insta::assert_snapshot!(error(json!({"tokens": "Ann sings", "tags": ["O", "O"]})), @"`a.jsonl`, line 1: `tokens` is text; it must be a list with one item per word");
+        insta::assert_snapshot!(error(json!({"tokens": ["Ann", null], "tags": ["O", "O"]})), @"`a.jsonl`, line 1: item 2 of `tokens` is null; it must be text or a number");
         insta::assert_snapshot!(error(json!({"tokens": [], "tags": []})), @"`a.jsonl`, line 1: `tokens` is empty: there is no word");
         insta::assert_snapshot!(error(json!({"text": "Ann", "tags": []})), @"`a.jsonl`, line 1: no column is called `tokens` or `words`; say in the task which it is, `tokens: \"…\"`, of `text`, `tags`");
         let table = Case::named("a.csv", "tokens,tags\nAnn,O\n").error(&task(64, true));
@@ -192,9 +193,9 @@ mod tests {
         assert_eq!((data.len(), data.skipped), (1, 1));
     }
 
-    /// Ids and labels, cut and not, as transformers has them.
+    /// Ids and labels are those of transformers, with and without truncation.
     #[test]
-    fn words_as_transformers_has_them() {
+    fn word_ids_and_labels_match_transformers() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/words.json");
         let fixtures: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         let words: Vec<Vec<String>> = serde_json::from_value(fixtures["words"].clone()).unwrap();

@@ -1,4 +1,4 @@
-//! The library's tasks, and others of their kind, on files of the forms in which the sets are published.
+//! Tests of the library's tasks, and of similar ones, on files in the layouts in which the data sets are published.
 
 use peft_grammar::model::{Task, TaskKind};
 use peft_grammar::{check, no_imports};
@@ -6,7 +6,7 @@ use peft_grammar::{check, no_imports};
 use super::tests::{Case, real_data};
 use super::*;
 
-/// The task of a spec that has this block.
+/// The task of a spec with this block.
 fn task(backbone: &str, block: &str) -> Task {
     let source = format!("model = {backbone}\ntune {{ full() }}\n{block}");
     check("spec.peft", &source, &no_imports).unwrap_or_else(|e| panic!("{e}")).task
@@ -31,7 +31,7 @@ pub(super) const TEA: i32 = 5;
 pub(super) const ANN: i32 = 6;
 pub(super) const LIKES: i32 = 7;
 
-/// A conversation in CoQA's form: questions and answers by turn.
+/// A conversation in CoQA's layout: questions and answers by turn.
 fn conversation(story: &str, turns: &[(&str, &str)]) -> String {
     let list = |what: &str, text: fn(&(&str, &str)) -> String| -> String {
         let turns = turns.iter().enumerate();
@@ -54,11 +54,11 @@ fn coqa(conversations: &[String]) -> String {
 }
 
 #[test]
-fn coqa_has_an_example_for_each_turn() {
+fn coqa_gives_one_example_per_turn() {
     let turns = [("good tea", "tea"), ("bad", "Ann likes"), ("likes", "good"), ("tea", "bad bad")];
     let file = coqa(&[conversation("Ann likes tea", &turns), conversation(&"tea ".repeat(500), &[("good", "bad")])]);
     let data = Case::named("coqa.json", file).load(&generates("task coqa")).unwrap();
-    // The task's tokens follow the eight of the tokenizer.
+    // The task's special tokens follow the eight tokens of the tokenizer.
     let (bos, eos, q, a, d) = (9, 10, 11, 12, 13);
     let first =
         continuation(&[bos, d, ANN, LIKES, TEA, q, GOOD, TEA, a, TEA, eos], &[d, d, d, d, d, q, q, q, a, a, a], 8);
@@ -72,13 +72,13 @@ fn coqa_has_an_example_for_each_turn() {
         &[d, d, d, d, d, q, q, q, a, a, q, q, a, a, a, q, q, a, a, a],
         17,
     );
-    // Two turns stand before the question: of five utterances the last is the question.
+    // The task allows two turns before the question.
     let fourth = continuation(
         &[bos, d, ANN, LIKES, TEA, q, BAD, a, ANN, LIKES, q, LIKES, a, GOOD, q, TEA, a, BAD, BAD, eos],
         &[d, d, d, d, d, q, q, a, a, a, q, q, a, a, q, q, a, a, a, a],
         16,
     );
-    // The story of the other conversation is cut.
+    // The other conversation's story is truncated.
     let ids = [&[bos, d][..], &[TEA; 400], &[q, GOOD, a, BAD, eos]].concat();
     let types = [&[d; 402][..], &[q, q, a, a, a]].concat();
     let cut = continuation(&ids, &types, 404);
@@ -86,7 +86,7 @@ fn coqa_has_an_example_for_each_turn() {
     assert_eq!(data.place(2), Some("line 1, row 1, item 3"));
 }
 
-/// Rows are held out with all their examples: no story is in both parts.
+/// Rows are held out with all their examples, so no story occurs in both parts.
 #[test]
 fn conversations_are_held_out_as_a_whole() {
     let stories: Vec<String> = (0..20).map(|i| "tea ".repeat(i + 1)).collect();
@@ -111,22 +111,22 @@ fn conversations_are_held_out_as_a_whole() {
         held.place(0),
         all.place((0..all.len()).find(|&i| all.examples.get(i) == held.examples.get(0)).unwrap())
     );
-    // The seed decides which.
+    // The selection depends on the seed.
     assert_eq!(stories(&load().hold_out(5, 1).unwrap().1), stories(&held));
     assert_ne!(stories(&load().hold_out(5, 2).unwrap().1), stories(&held));
     let message = case.plain(load().hold_out(20, 1).unwrap_err());
     insta::assert_snapshot!(message, @"`coqa.json`: `train.hold_out` takes 20 of its 20 rows, which leaves none to train on; set it to less, or to 0");
 }
 
-/// Lists of other names, one of them inside other lists, and other cuts.
+/// `each` over lists with other names, over a nested list, and with other cuts.
 #[test]
-fn each_item_of_a_list() {
+fn each_gives_one_example_per_item() {
     let block = |each: &str, template: &str| {
         let special = r#"special: ["<q>", "<a>", "<e>"]"#;
         generates(&format!("task t {{ {special}\n each: {each}\n template: \"{template}\"\n target: \"<a>\" }}"))
     };
     let (q, a, e) = (8, 9, 10);
-    // QuAC's form.
+    // QuAC's layout.
     let quac = r#"{"data": [{"title": "tea", "paragraphs": [{"context": "Ann likes tea", "qas": [
         {"question": "good", "answers": [{"text": "tea"}]}, {"question": "bad", "answers": [{"text": "Ann"}]},
         {"question": "tea", "answers": [{"text": "bad"}]}]}]}]}"#;
@@ -135,7 +135,7 @@ fn each_item_of_a_list() {
     let data = Case::named("quac.json", quac).load(&block("\"paragraphs.0.qas\"", template)).unwrap();
     let third = [LIKES, TEA, q, GOOD, TEA, q, BAD, ANN, q, TEA, a, BAD, e];
     assert_eq!((data.len(), data.examples.ids(2)), (3, &third[..]));
-    // Turns that are texts.
+    // Turns that are plain texts.
     let lines = "{\"turns\": [\"good\", \"bad\", \"tea\"]}\n{\"turns\": [\"Ann\"]}\n";
     let template = "(first 1 of before: {turns} <q>)* <a> {turns} <e>";
     let data = Case::named("a.jsonl", lines).load(&block("\"turns\"", template)).unwrap();
@@ -147,22 +147,22 @@ fn each_item_of_a_list() {
     let error = |name: &str, file: &str| Case::named(name, file).error(&two);
     insta::assert_snapshot!(error("a.jsonl", r#"{"asked": [], "sayd": []}"#), @"`a.jsonl`, line 1: no list `said` (did you mean `sayd`?); the row has `asked`, `sayd`");
     insta::assert_snapshot!(error("a.jsonl", r#"{"asked": [], "said": []}"#), @"`a.jsonl`, line 1: `asked` is empty: there is no item to make an example of");
-    insta::assert_snapshot!(error("a.jsonl", r#"{"asked": "good", "said": []}"#), @"`a.jsonl`, line 1: `asked` is text, and `each` goes over a list");
-    insta::assert_snapshot!(error("a.jsonl", r#"{"asked": [{"t": "good"}], "said": []}"#), @"`a.jsonl`, line 1: `asked` and `said` go in step, but have 1 and 0 items");
+    insta::assert_snapshot!(error("a.jsonl", r#"{"asked": "good", "said": []}"#), @"`a.jsonl`, line 1: `asked` is text, but `each` needs a list");
+    insta::assert_snapshot!(error("a.jsonl", r#"{"asked": [{"t": "good"}], "said": []}"#), @"`a.jsonl`, line 1: `asked` and `said` are iterated together, but have 1 and 0 items");
     insta::assert_snapshot!(error("a.jsonl", r#"{"asked": [{"t": "good"}], "said": [{"tt": "tea"}]}"#), @"`a.jsonl`, line 1, item 1: `said` has no field `t` (did you mean `tt`?); it has `tt`");
     insta::assert_snapshot!(error("a.jsonl", r#"{"asked": [{"t": "good"}], "said": [{"t": ""}]}"#), @"`a.jsonl`, line 1, item 1: `said.t` is empty: there is nothing to learn");
-    insta::assert_snapshot!(error("a.jsonl", r#"{"before": 1, "asked": [{"t": "good"}], "said": [{"t": "tea"}]}"#), @"`a.jsonl`, line 1: a column is called `before`, as is what `each` makes; call the column something else");
+    insta::assert_snapshot!(error("a.jsonl", r#"{"before": 1, "asked": [{"t": "good"}], "said": [{"t": "tea"}]}"#), @"`a.jsonl`, line 1: the column name `before` is reserved for `each`; rename the column");
     insta::assert_snapshot!(error("a.csv", "asked,said\ngood,tea\n"), @"`a.csv`, line 1: a table of texts holds no lists for the task's `each`; write the rows as json");
-    // A bad conversation is left out as a whole, a bad turn by itself.
+    // An invalid conversation is skipped as a whole, an invalid turn by itself.
     let lines = "{\"asked\": [{\"t\": \"tea\"}, {\"t\": \"bad\"}], \"said\": [{\"t\": \"\"}, {\"t\": \"good\"}]}\n{\"asked\": []}\n";
     let data =
         Case::named("a.jsonl", lines).read(&["a.jsonl"], &two, &Reading { skip_bad: true, cache: None }).unwrap();
     assert_eq!((data.len(), data.skipped, data.examples.ids(0)), (1, 2, &[TEA, BAD, 9, GOOD][..]));
 }
 
-/// GLUE's own files by the library's tasks, as they are and with other names of the columns.
+/// GLUE's own files, read by the library's tasks as published and with other column names.
 #[test]
-fn glue_by_the_tasks_of_the_library() {
+fn library_tasks_read_glue() {
     let Some(data) = real_data() else { return };
     let read = |file: &str, task: &Task| {
         let tokenizer = Tokenizer::load(&data.join("tokenizers/roberta"), task, 50265).unwrap();
@@ -211,7 +211,7 @@ fn benchmark(entries: &str) -> String {
 }
 
 #[test]
-fn webnlg_in_xml() {
+fn webnlg_xml_is_read() {
     let task = generates("task webnlg");
     let facts = [["Ann", "likes", "\"tea\" & <b>"], ["tea", "good", "Ann"]];
     let entries = xml_entry("Food", &facts, &[("good", "Ann likes tea"), ("toFix", "bad"), ("good", "tea")])
@@ -219,7 +219,7 @@ fn webnlg_in_xml() {
     let case = Case::named("train.xml", benchmark(&entries));
     let data = case.load(&task).unwrap();
     let (bos, eos, s, p, o, t) = (18, 19, 20, 21, 22, 23);
-    // A word that the tokenizer does not know is 0.
+    // A word that the tokenizer does not know has the id 0.
     let ids = [
         &[bos, s, ANN, p, LIKES, o][..],
         &[0, TEA, 0, 0, 0, 0, 0],
@@ -230,20 +230,20 @@ fn webnlg_in_xml() {
     assert_eq!((data.len(), data.left_out.texts), (3, 1));
     assert_eq!(data.examples.get(0), continuation(&ids, &types, 19));
     assert_eq!((data.place(0), data.place(2)), (Some("line 4"), Some("line 16")));
-    // Without an ending, and several files.
+    // A file without an extension, and several files.
     std::fs::write(case.dir.path().join("dev"), benchmark(&entries)).unwrap();
     assert_eq!(case.read(&["*.xml", "dev"], &task, &Reading::default()).unwrap().len(), 6);
 }
 
 #[test]
-fn xml_that_is_refused() {
+fn invalid_xml_is_refused() {
     let error = |text: &str| Case::named("a.xml", text).error(&generates("task webnlg"));
     let entry = xml_entry("Food", &[["Ann", "likes", "tea"]], &[("good", "tea")]);
     let with = |old: &str, new: &str| error(&benchmark(&entry).replace(old, new));
     insta::assert_snapshot!(with("</lex>", ""), @"`a.xml`, line 12, column 5: `</entry>` stands where `</lex>` is expected; close each element inside the one around it");
-    insta::assert_snapshot!(error("<?xml version=\"1.0\"?>\n<benchmark>\n  <entries>\n"), @"`a.xml`, line 3: the file ends inside the document; is it whole?");
-    insta::assert_snapshot!(error(""), @"`a.xml`, line 1: the file ends inside the document; is it whole?");
-    insta::assert_snapshot!(with("tea</lex>", "R&D</lex>"), @"`a.xml`, line 11, column 38: a `&` stands for itself, which is written `&amp;` in XML");
+    insta::assert_snapshot!(error("<?xml version=\"1.0\"?>\n<benchmark>\n  <entries>\n"), @"`a.xml`, line 3: the file ends inside the document; is it complete?");
+    insta::assert_snapshot!(error(""), @"`a.xml`, line 1: the file ends inside the document; is it complete?");
+    insta::assert_snapshot!(with("tea</lex>", "R&D</lex>"), @"`a.xml`, line 11, column 38: a `&` must be written `&amp;` in XML");
     insta::assert_snapshot!(with("<benchmark>", "<!DOCTYPE a [<!ENTITY e \"tea\">]><benchmark>"), @"`a.xml`, line 1, column 1: it declares a document type, which may bring in other files; remove the `<!DOCTYPE …>`");
     insta::assert_snapshot!(with("tea</lex>", "&e;</lex>"), @"`a.xml`, line 11, column 37: `&e;` is not declared; write the character itself, or `&amp;` for a `&`");
     insta::assert_snapshot!(error("<html><body>tea</body></html>"), @r#"
@@ -276,9 +276,9 @@ fn xml_that_is_refused() {
     insta::assert_snapshot!(classified, @"`a.xml` holds no example: its `entries` are texts to generate, as WebNLG has them, and this task asks for labels");
 }
 
-/// The corpus in XML gives the examples that it gives in JSON.
+/// The corpus in XML gives the same examples as in JSON.
 #[test]
-fn webnlg_in_xml_in_full() {
+fn webnlg_xml_gives_the_examples_of_json() {
     let Some(data) = real_data() else { return };
     let task = task("gpt2(token_types: true, vocab: 50273)", "task webnlg");
     let tokenizer = Tokenizer::load(&data.join("tokenizers/gpt2"), &task, 50273).unwrap();
@@ -301,7 +301,7 @@ fn webnlg_in_xml_in_full() {
                 texts.iter().map(|(comment, text)| (comment.as_str(), text.as_str())).collect();
             xml_entry(&text(entry, "category"), &triples, &texts)
         });
-        // Training data in two files, as the corpus has it in many.
+        // Each split is divided into two files, because the corpus is published in many.
         let entries: Vec<String> = entries.collect();
         let half = entries.len() / 2;
         for (part, entries) in [("1", &entries[..half]), ("2", &entries[half..])] {

@@ -1,4 +1,4 @@
-//! A generation task's template: rows in, ids and token types out.
+//! Generation tasks: fills a task's template with a row and gives ids and token types.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -9,38 +9,39 @@ use peft_grammar::model::{Extent, Piece};
 use super::error::did_you_mean;
 use super::items::{Items, NO_LISTS};
 use super::labelled::{known, no_column};
-use super::rows::{At, Cell, Fault, File, Format, Row, Rows, Value, find};
-use super::{DataError, Example, Goal, Maker, Placed, Tokenizer, webnlg};
+use super::rows::{Cell, Fault, File, FileRows, Format, Location, Row, Value, find};
+use super::{DataError, Example, ExampleBuilder, Goal, LocatedExample, Tokenizer, webnlg};
 
-/// A place in a row's template.
+/// A piece of a template with its tokens resolved.
 enum Slot {
     Special(i32),
-    /// The tokens of a text that stands in every example.
+    /// The tokens of a literal text.
     Literal(Rc<[i32]>),
-    /// A token with the type of another one, which goes on behind it.
+    /// A special token, and the special token whose type it and the following tokens have.
     As(i32, i32),
-    /// A field's text, or some of its tokens.
+    /// A field's text, or a part of its tokens.
     Field(String, Option<Extent>),
-    /// Once for each item of the list in a column, or for some of them; of the only list if it has no name.
+    /// A part that is repeated for each item of a list column, or for some of its items. Without a name it is the row's
+    /// only list.
     Each(Option<String>, Option<Extent>, Vec<Slot>),
 }
 
 /// A task's template with its tokens resolved.
-pub struct Layout<'t> {
+pub struct ResolvedTemplate<'t> {
     before: Vec<Slot>,
-    /// A special token, or a literal text: the loss is on what follows its last token.
+    /// A special token or a literal text. The loss covers the tokens after it.
     target: Slot,
     after: Vec<Slot>,
-    /// As the task writes it.
+    /// The template and the target as the task writes them.
     template: &'t [Piece],
-    written: &'t str,
-    /// Lists whose items make an example each.
+    target_text: &'t str,
+    /// The lists that are expanded into one example per item.
     each: &'t [String],
     tokenizer: &'t Tokenizer,
-    shared: Shared,
+    recent_texts: RecentTexts,
 }
 
-/// What a template makes of a row, texts not yet tokenised.
+/// A template filled with a row, with texts not tokenised yet.
 pub struct Draft {
     before: Vec<Part>,
     after: Vec<Part>,
@@ -53,17 +54,17 @@ enum Part {
     Text(Rc<str>, Option<Extent>),
 }
 
-/// Texts of earlier rows that a row may share, such as the story that all turns of a conversation are about.
+/// Recently seen long texts, which consecutive rows may share, such as the story of a conversation.
 #[derive(Default)]
-struct Shared(RefCell<VecDeque<Rc<str>>>);
+struct RecentTexts(RefCell<VecDeque<Rc<str>>>);
 
-impl Shared {
-    /// So many are remembered, and none that is shorter than this.
-    const MOST: usize = 4;
-    const SHORTEST: usize = 256;
+impl RecentTexts {
+    /// The number of texts that are remembered, and the length in bytes from which on a text is remembered.
+    const CAPACITY: usize = 4;
+    const MIN_BYTES: usize = 256;
 
     fn text(&self, text: &str) -> Rc<str> {
-        if text.len() < Shared::SHORTEST {
+        if text.len() < RecentTexts::MIN_BYTES {
             return text.into();
         }
         let mut known = self.0.borrow_mut();
@@ -71,33 +72,33 @@ impl Shared {
             return same.clone();
         }
         let text: Rc<str> = text.into();
-        known.truncate(Shared::MOST - 1);
+        known.truncate(RecentTexts::CAPACITY - 1);
         known.push_front(text.clone());
         text
     }
 }
 
-impl<'t> Layout<'t> {
+impl<'t> ResolvedTemplate<'t> {
     pub fn new(
         (template, target, each): (&'t [Piece], &'t str, &'t [String]),
         tokenizer: &'t Tokenizer,
     ) -> Result<Self, DataError> {
-        let Some(at) = template.iter().position(|p| p.written().as_deref() == Some(target)) else {
-            return Err(DataError::Template(format!("its target `{target}` does not stand in it outside `( … )*`")));
+        let Some(at) = template.iter().position(|p| p.literal_source().as_deref() == Some(target)) else {
+            return Err(DataError::Template(format!("its target `{target}` does not occur in it outside `( … )*`")));
         };
-        Ok(Layout {
+        Ok(ResolvedTemplate {
             before: slots(&template[..at], tokenizer)?,
             target: slot(&template[at], tokenizer)?,
             after: slots(&template[at + 1..], tokenizer)?,
             template,
-            written: target,
+            target_text: target,
             each,
             tokenizer,
-            shared: Shared::default(),
+            recent_texts: RecentTexts::default(),
         })
     }
 
-    /// Refuses what an entry of WebNLG does not have.
+    /// Refuses a template that reads fields that an entry of WebNLG does not have.
     fn fits_webnlg(&self) -> Result<(), DataError> {
         let unknown = |of: &str, name: &str, known: &[&str]| {
             let hint = did_you_mean(name, known.iter().copied());
@@ -137,7 +138,7 @@ impl<'t> Layout<'t> {
             }
         }
         if !self.after.iter().any(|slot| matches!(slot, Slot::Field(name, _) if name == "text")) {
-            return Err(DataError::Template(format!("`{{text}}` does not follow the target `{}`", self.written)));
+            return Err(DataError::Template(format!("`{{text}}` does not follow the target `{}`", self.target_text)));
         }
         Ok(())
     }
@@ -159,7 +160,7 @@ fn slot(piece: &Piece, tokenizer: &Tokenizer) -> Result<Slot, DataError> {
     let inside = |pieces: &[Piece]| {
         let inside = slots(pieces, tokenizer)?;
         match inside.iter().any(|slot| matches!(slot, Slot::Each(..))) {
-            true => Err(DataError::Template("a `( … )*` stands inside another".into())),
+            true => Err(DataError::Template("a `( … )*` is nested in another".into())),
             false => Ok(inside),
         }
     };
@@ -190,7 +191,7 @@ fn text<'r>(name: &str, cell: Cell<'r>) -> Result<&'r str, String> {
         let mend = match cell {
             Cell::Value(Value::Object(fields)) => match fields.first() {
                 Some((first, _)) => format!("name a field of it, `{{{name}.{first}}}`"),
-                None => "it is to be text".into(),
+                None => "it must be text".into(),
             },
             Cell::Value(Value::List(_)) => {
                 format!("name an item, `{{{name}.0}}`, or go over its objects by `({name}: … )*`")
@@ -201,7 +202,7 @@ fn text<'r>(name: &str, cell: Cell<'r>) -> Result<&'r str, String> {
     })
 }
 
-/// Why a row has no such field.
+/// The error for a row without a field.
 fn missing(name: &str, row: &Row) -> String {
     let inside = name.split_once('.').and_then(|(first, rest)| match row.get(first) {
         Some(Cell::Value(Value::Object(fields))) => Some((first, rest, fields)),
@@ -217,10 +218,10 @@ fn missing(name: &str, row: &Row) -> String {
     }
 }
 
-impl Layout<'_> {
-    /// What a slot makes of a row.
+impl ResolvedTemplate<'_> {
+    /// Appends the parts that a slot gives for a row.
     fn fill(&self, slot: &Slot, row: &Row, parts: &mut Vec<Part>) -> Result<(), String> {
-        let text = |name: &str, cell: Cell| text(name, cell).map(|text| self.shared.text(text));
+        let text = |name: &str, cell: Cell| text(name, cell).map(|text| self.recent_texts.text(text));
         match slot {
             Slot::Special(token) => parts.push(Part::Special(*token)),
             Slot::As(token, kind) => parts.push(Part::As(*token, *kind)),
@@ -262,7 +263,7 @@ impl Layout<'_> {
     }
 }
 
-/// The list that a part of the template goes over: that of a column, or the row's only one.
+/// The list that a repeated part iterates over: that of a column, or the row's only list.
 fn list<'r>(name: Option<&'r str>, row: &'r Row) -> Result<(&'r str, &'r [Value]), String> {
     if let Some(name) = name {
         return match row.get(name) {
@@ -287,11 +288,11 @@ fn list<'r>(name: Option<&'r str>, row: &'r Row) -> Result<(&'r str, &'r [Value]
     }
 }
 
-impl Maker for Layout<'_> {
+impl ExampleBuilder for ResolvedTemplate<'_> {
     type Draft = Draft;
 
-    fn open<'f>(&self, file: &'f File) -> Result<Rows<'f>, DataError> {
-        let rows = Rows::of(file, Format::Json, None, |_| true).map_err(|e| DataError::at(&file.path, e))?;
+    fn open<'f>(&self, file: &'f File) -> Result<FileRows<'f>, DataError> {
+        let rows = FileRows::of(file, Format::Json, None, |_| true).map_err(|e| DataError::at(&file.path, e))?;
         if !rows.entries {
             return Ok(match Items::new(self.each, self.template) {
                 Some(items) => items.rows(rows),
@@ -325,7 +326,7 @@ impl Maker for Layout<'_> {
         let (mut before, mut after) = (vec![], vec![]);
         self.before.iter().try_for_each(|slot| self.fill(slot, row, &mut before))?;
         self.after.iter().try_for_each(|slot| self.fill(slot, row, &mut after))?;
-        // A closing mark alone is nothing to learn.
+        // Closing special tokens alone are nothing to learn.
         if after.iter().all(|part| !matches!(part, Part::Text(text, _) if !text.trim().is_empty())) {
             let names: Vec<&str> = self
                 .after
@@ -337,14 +338,14 @@ impl Maker for Layout<'_> {
                 .collect();
             return Err(match names[..] {
                 [name] => format!("`{name}` is empty: there is nothing to learn"),
-                _ => format!("what follows the target `{}` is empty: there is nothing to learn", self.written),
+                _ => format!("what follows the target `{}` is empty: there is nothing to learn", self.target_text),
             });
         }
         Ok(Draft { before, after })
     }
 
-    fn encode(&self, drafts: Vec<(At, Draft)>) -> Result<Vec<Result<Vec<Placed>, Fault>>, DataError> {
-        // Each text once: in triples, properties and subjects recur.
+    fn encode(&self, drafts: Vec<(Location, Draft)>) -> Result<Vec<Result<Vec<LocatedExample>, Fault>>, DataError> {
+        // Each distinct text is tokenised once, because the properties and subjects of triples recur.
         let parts = drafts.iter().flat_map(|(_, draft)| draft.before.iter().chain(&draft.after));
         let mut texts: Vec<&str> = parts
             .filter_map(|part| match part {
@@ -356,13 +357,13 @@ impl Maker for Layout<'_> {
         texts.dedup();
         let ids = self.tokenizer.encode(texts.clone(), false)?;
         let encoded: HashMap<&str, Vec<i32>> = texts.into_iter().zip(ids).collect();
-        let one = |(at, draft): &(At, Draft)| {
-            let example = self.lay_out(draft, &encoded);
-            if example.goal.targets() == 0 {
+        let one = |(at, draft): &(Location, Draft)| {
+            let example = self.build_example(draft, &encoded);
+            if example.goal.target_count() == 0 {
                 let message = "the tokenizer makes no token of what follows the target: there is nothing to learn";
                 return Err(Fault::row(at.clone(), message));
             }
-            Ok(vec![Placed { at: at.clone(), length: example.ids.len(), example }])
+            Ok(vec![LocatedExample { at: at.clone(), length: example.ids.len(), example }])
         };
         Ok(drafts.iter().map(one).collect())
     }
@@ -372,22 +373,22 @@ impl Maker for Layout<'_> {
     }
 }
 
-/// An example in the making.
+/// An example under construction.
 #[derive(Default)]
-struct Sheet {
+struct SequenceBuilder {
     ids: Vec<i32>,
     types: Vec<i32>,
-    /// The type of what comes next.
+    /// The token type of the following tokens.
     kind: i32,
 }
 
-impl Sheet {
+impl SequenceBuilder {
     fn write(&mut self, ids: &[i32]) {
         self.ids.extend_from_slice(ids);
         self.types.resize(self.ids.len(), self.kind);
     }
 
-    /// A special token opens a segment of its own type.
+    /// Appends a special token, which begins a segment of its own type.
     fn open(&mut self, token: i32) {
         self.open_as(token, token);
     }
@@ -398,33 +399,34 @@ impl Sheet {
     }
 }
 
-impl Layout<'_> {
-    /// Ids and types in template order. A token's type is the special token last seen, but the target
-    /// keeps its type to the end, over the closing mark too. Literal text opens no type.
-    fn lay_out(&self, draft: &Draft, encoded: &HashMap<&str, Vec<i32>>) -> Example {
-        let mut sheet = Sheet::default();
-        let fill = |sheet: &mut Sheet, parts: &[Part], mark: fn(&mut Sheet, i32)| {
+impl ResolvedTemplate<'_> {
+    /// Ids and token types in template order. A token's type is the last special token before it. After the target
+    /// special tokens do not change the type, so the closing special token has the target's type too. A literal text
+    /// does not change the type.
+    fn build_example(&self, draft: &Draft, encoded: &HashMap<&str, Vec<i32>>) -> Example {
+        let mut sequence = SequenceBuilder::default();
+        let fill = |sequence: &mut SequenceBuilder, parts: &[Part], mark: fn(&mut SequenceBuilder, i32)| {
             for part in parts {
                 match part {
-                    Part::Special(token) => mark(sheet, *token),
-                    Part::As(token, kind) => sheet.open_as(*token, *kind),
-                    Part::Ids(ids) => sheet.write(ids),
+                    Part::Special(token) => mark(sequence, *token),
+                    Part::As(token, kind) => sequence.open_as(*token, *kind),
+                    Part::Ids(ids) => sequence.write(ids),
                     Part::Text(text, extent) => {
                         let ids = &encoded[text.as_ref()];
-                        sheet.write(&ids[extent.map_or(0..ids.len(), |extent| extent.range(ids.len()))]);
+                        sequence.write(&ids[extent.map_or(0..ids.len(), |extent| extent.range(ids.len()))]);
                     }
                 }
             }
         };
-        fill(&mut sheet, &draft.before, Sheet::open);
+        fill(&mut sequence, &draft.before, SequenceBuilder::open);
         match &self.target {
-            Slot::Special(token) => sheet.open(*token),
-            Slot::As(token, kind) => sheet.open_as(*token, *kind),
-            Slot::Literal(ids) => sheet.write(ids),
+            Slot::Special(token) => sequence.open(*token),
+            Slot::As(token, kind) => sequence.open_as(*token, *kind),
+            Slot::Literal(ids) => sequence.write(ids),
             Slot::Field(..) | Slot::Each(..) => {}
         }
-        let from = sheet.ids.len() - 1;
-        fill(&mut sheet, &draft.after, |sheet, token| sheet.write(&[token]));
-        Example { goal: Goal::after(from, sheet.ids.len()), ids: sheet.ids, types: sheet.types }
+        let from = sequence.ids.len() - 1;
+        fill(&mut sequence, &draft.after, |sequence, token| sequence.write(&[token]));
+        Example { goal: Goal::after(from, sequence.ids.len()), ids: sequence.ids, types: sequence.types }
     }
 }

@@ -1,4 +1,5 @@
-//! Readers on small files, good and bad; packing; and the real sets where `PEFTC_DATA` points at them.
+//! Tests of the readers on small files, valid and invalid; of packing; and of real data sets, if `PEFTC_DATA` names
+//! them.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -8,7 +9,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// A word-level tokenizer with `[CLS]` and `[SEP]`; ids 0.. in this order.
+/// The vocabulary of the tests' word-level tokenizer with `[CLS]` and `[SEP]`, in the order of the ids from 0.
 pub(super) const WORDS: [&str; 8] = ["[UNK]", "[CLS]", "[SEP]", "good", "bad", "tea", "Ann", "likes"];
 
 fn tokenizer_json(marks: bool) -> String {
@@ -38,7 +39,7 @@ pub(super) fn classification(max_tokens: u64) -> Task {
     Task {
         name: "sentiment".into(),
         max_tokens,
-        enclosed: true,
+        bidirectional: true,
         kind: TaskKind::Classification { labels, columns: Columns::default() },
     }
 }
@@ -52,7 +53,7 @@ fn pieces(text: &str) -> Vec<Piece> {
         .collect()
 }
 
-/// `head (repeat)* tail` with the special tokens of the file's tests.
+/// A generation task with the template `head (repeat)* tail` and the special tokens of these tests.
 fn generation(head: &str, repeat: &str, tail: &str) -> Task {
     let mut template = pieces(head);
     template.push(Piece::Repeat(pieces(repeat)));
@@ -61,7 +62,7 @@ fn generation(head: &str, repeat: &str, tail: &str) -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
-        enclosed: false,
+        bidirectional: false,
         kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
@@ -70,7 +71,7 @@ fn plain_generation() -> Task {
     generation("<b>", "<s> {subject} <p> {property} <o> {object}", "<t> {text} <e>")
 }
 
-/// A directory with a tokenizer and one data file.
+/// A folder with a tokenizer and one data file.
 pub(super) struct Case {
     pub dir: TempDir,
     pub file: PathBuf,
@@ -81,7 +82,7 @@ impl Case {
         Case::named("data", content)
     }
 
-    /// With a file of this name.
+    /// A case whose data file has this name.
     pub fn named(name: &str, content: impl AsRef<[u8]>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("tokenizer.json"), tokenizer_json(true)).unwrap();
@@ -91,25 +92,25 @@ impl Case {
     }
 
     pub fn load(&self, task: &Task) -> Result<Dataset, DataError> {
-        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + task.special().len()) as u64)?;
+        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + task.special_tokens().len()) as u64)?;
         Dataset::load(&self.file, task, &tokenizer)
     }
 
-    /// Files of the directory, or patterns of them.
+    /// Reads files of the folder, named by paths or patterns.
     pub fn read(&self, named: &[&str], task: &Task, reading: &Reading) -> Result<Dataset, DataError> {
-        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + task.special().len()) as u64)?;
+        let tokenizer = Tokenizer::load(self.dir.path(), task, (WORDS.len() + task.special_tokens().len()) as u64)?;
         let named: Vec<PathBuf> = named.iter().map(|name| self.dir.path().join(name)).collect();
         Dataset::read(&named, task, &tokenizer, reading)
     }
 
-    /// The tokenizer's post-processor.
+    /// Sets the tokenizer's post-processor.
     pub fn set_marks(&self, processor: serde_json::Value) {
         let mut json: serde_json::Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
         json["post_processor"] = processor;
         std::fs::write(self.dir.path().join("tokenizer.json"), json.to_string()).unwrap();
     }
 
-    /// The message without the directory, which differs from run to run.
+    /// The error's message without the folder, which differs from run to run.
     pub fn plain(&self, error: DataError) -> String {
         error.to_string().replace(&format!("{}/", self.dir.path().display()), "")
     }
@@ -139,7 +140,7 @@ pub(super) fn class(ids: &[i32], class: i32) -> Example {
 }
 
 #[test]
-fn sentences_with_labels() {
+fn labelled_sentences_are_encoded() {
     let case = Case::new("\u{feff}sentence\tlabel\r\ngood tea \t1\r\nbad\tnegative\n\n");
     let data = case.load(&classification(64)).unwrap();
     assert_eq!(data.examples, [class(&[1, 3, 5, 2], 1), class(&[1, 4, 2], 0)]);
@@ -147,28 +148,28 @@ fn sentences_with_labels() {
 }
 
 #[test]
-fn long_sentences_keep_their_closing_mark() {
+fn truncation_keeps_the_closing_token() {
     let data = Case::new("good tea good tea\t1\ntea\t1").load(&classification(4)).unwrap();
     assert_eq!(data.examples, [class(&[1, 3, 5, 2], 1), class(&[1, 5, 2], 1)]);
     assert_eq!((data.cut, data.dropped), (1, 0));
 }
 
-/// Rows are tokenised together up to so many bytes, and keep their order and their places.
+/// Rows are tokenised in chunks of limited size, and keep their order and their locations.
 #[test]
-fn long_rows_are_tokenised_by_parts() {
-    let row = |i: usize| format!("{} {}\t{}\n", ["good", "bad", "Ann"][i % 3], "tea ".repeat(TOGETHER.1 / 12), i % 2);
+fn long_rows_are_tokenised_in_chunks() {
+    let row = |i: usize| format!("{} {}\t{}\n", ["good", "bad", "Ann"][i % 3], "tea ".repeat(MAX_CHUNK.1 / 12), i % 2);
     let data = Case::new((0..8).map(row).collect::<String>()).load(&classification(4)).unwrap();
     let want: Vec<Example> = (0..8).map(|i| class(&[1, [3, 4, 6][i % 3], 5, 2], i as i32 % 2)).collect();
     assert_eq!(data.examples, want);
     assert_eq!((data.place(7), data.cut), (Some("line 8"), 8));
 }
 
-/// A causal model's sentences have no marks: the cut is a cut.
+/// The tokenizer of a causal model adds no special tokens, so truncation keeps a prefix.
 #[test]
-fn sentences_without_marks() {
+fn sentences_without_special_tokens_keep_a_prefix() {
     let case = Case::new("good tea good\t1\ntea\t1\n");
     case.set_marks(serde_json::Value::Null);
-    let task = Task { enclosed: false, ..classification(2) };
+    let task = Task { bidirectional: false, ..classification(2) };
     assert_eq!(case.load(&task).unwrap().examples, [class(&[3, 5], 1), class(&[5], 1)]);
     let opening = serde_json::json!({
         "type": "TemplateProcessing", "pair": [],
@@ -177,11 +178,11 @@ fn sentences_without_marks() {
     });
     case.set_marks(opening);
     assert_eq!(case.load(&task).unwrap().examples, [class(&[1, 3], 1), class(&[1, 5], 1)]);
-    assert!(case.error(&Task { enclosed: true, ..task }).contains("no opening and closing mark"));
+    assert!(case.error(&Task { bidirectional: true, ..task }).contains("no opening and closing mark"));
 }
 
 #[test]
-fn numbers_of_sentences() {
+fn regression_labels_are_numbers() {
     let columns = Columns { label: Some("score".into()), ..Columns::default() };
     let task = Task { kind: TaskKind::Regression { columns }, ..classification(64) };
     let read = |label: &str| Case::named("a.csv", format!("text,score\ngood,{label}\n")).load(&task);
@@ -189,15 +190,15 @@ fn numbers_of_sentences() {
         assert_eq!(read(label).unwrap().examples.get(0).goal, Goal::Number(number), "{label}");
     }
     let error = |label: &str| Case::named("a.csv", format!("text,score\ngood,{label}\n")).error(&task);
-    insta::assert_snapshot!(error("high"), @"`a.csv`, line 2: the label `high` is no number, and a regression learns numbers");
-    insta::assert_snapshot!(error("1e39"), @"`a.csv`, line 2: the label `1e39` is no finite number; a regression learns numbers");
-    insta::assert_snapshot!(error("nan"), @"`a.csv`, line 2: the label `nan` is no finite number; a regression learns numbers");
+    insta::assert_snapshot!(error("high"), @"`a.csv`, line 2: the label `high` is not a number, and a regression learns numbers");
+    insta::assert_snapshot!(error("1e39"), @"`a.csv`, line 2: the label `1e39` is not a finite number; a regression learns numbers");
+    insta::assert_snapshot!(error("nan"), @"`a.csv`, line 2: the label `nan` is not a finite number; a regression learns numbers");
     let batch = Batch::pack(read("2.5").unwrap().examples.iter());
     assert_eq!((batch.labels.len(), batch.numbers, batch.starts, batch.lengths), (0, vec![2.5], vec![0], vec![3]));
 }
 
 #[test]
-fn sentences_without_a_token() {
+fn sentences_without_tokens_are_refused() {
     let case = Case::new("good\t1\n\u{200b} \u{200b}\t0");
     let nothing = r#""normalizer":{"type":"Replace","pattern":{"String":"\u200b"},"content":""}"#;
     let json = tokenizer_json(true).replace(r#""normalizer":null"#, nothing);
@@ -207,7 +208,7 @@ fn sentences_without_a_token() {
 }
 
 #[test]
-fn bad_sentence_files() {
+fn invalid_sentence_files_are_refused() {
     let error = |content: &[u8]| Case::new(content).error(&classification(64));
     insta::assert_snapshot!(error(b"good tea\t1\nno tab here\n"), @"`data`, line 2: no tab; write `sentence<TAB>label`");
     insta::assert_snapshot!(error(b"good\ttea\t1"), @"`data`, line 1: 3 columns, `good`, `tea`, `1`; write `sentence<TAB>label` with one tab");
@@ -217,13 +218,13 @@ fn bad_sentence_files() {
     insta::assert_snapshot!(error(b"bad\t0\ngood\t-1"), @"`data`, line 2: no label `-1`; the task's labels are `negative`, `positive`, or 0 to 1");
     insta::assert_snapshot!(error(b"good\t18446744073709551616"), @"`data`, line 1: no label `18446744073709551616`; the task's labels are `negative`, `positive`, or 0 to 1");
     insta::assert_snapshot!(error(b"good\t1\nb\xffd\t0\n"), @"`data`, line 2: not UTF-8; save the file in that encoding");
-    insta::assert_snapshot!(error(b""), @"`data` holds no example: write one `sentence<TAB>label` a line");
-    insta::assert_snapshot!(error(b"sentence\tlabel\n"), @"`data` holds no example: write one `sentence<TAB>label` a line");
+    insta::assert_snapshot!(error(b""), @"`data` holds no example: write one `sentence<TAB>label` per line");
+    insta::assert_snapshot!(error(b"sentence\tlabel\n"), @"`data` holds no example: write one `sentence<TAB>label` per line");
 }
 
-/// The names of columns that are usual elsewhere, in any case and behind blank lines; that a line is taken so is said.
+/// Usual column names are found in any case and after blank lines. The summary says that a line was taken for a header.
 #[test]
-fn headers() {
+fn headers_are_recognised() {
     let examples = |content: &str| {
         let data = Case::new(content).load(&classification(64)).unwrap();
         (data.len(), data.describe().ends_with(", its first line is a header"))
@@ -240,16 +241,16 @@ fn headers() {
     insta::assert_snapshot!(error("index\ttitle\tlabel\n0\tgood\t1\n"), @"`data`, line 1: 3 columns, `index`, `title`, `label`; write `sentence<TAB>label` with one tab");
     insta::assert_snapshot!(error("good\t1\nsentence\tlabel\n"), @"`data`, line 2: no label `label`; the task's labels are `negative`, `positive`, or 0 to 1");
     insta::assert_snapshot!(error(&format!("{}\t1\t2\t3\t4\n", "good ".repeat(9))), @"`data`, line 1: 5 columns, `good good good good …`, `1`, `2`, `3`, …; write `sentence<TAB>label` with one tab");
-    // A class may have the column's name: then the line is an example.
+    // If a class has the name of a label column, the line is an example.
     let labels = ["label", "other"].map(String::from).to_vec();
     let task = Task { kind: TaskKind::Classification { labels, columns: Columns::default() }, ..classification(64) };
     let data = Case::new("sentence\tlabel\ngood\tother\n").load(&task).unwrap();
     assert_eq!((data.len(), data.left_out.header), (2, false));
 }
 
-/// Files that are no text, by their first bytes.
+/// Files of unsupported formats are recognised by their first bytes.
 #[test]
-fn files_that_are_no_text() {
+fn binary_files_are_refused_by_format() {
     let error = |content: &[u8]| Case::new(content).error(&classification(64));
     insta::assert_snapshot!(error(b"\x1f\x8b\x08\x00\x00"), @"`data`, compressed by gzip, cannot be unpacked: it is damaged or cut short (unexpected end of file); fetch or write it again");
     insta::assert_snapshot!(error(b"PK\x03\x04\x14\x00"), @"`data` is a zip archive, or a spreadsheet in one, which is not read here; unpack it, or save it as text with tabs");
@@ -257,9 +258,9 @@ fn files_that_are_no_text() {
     insta::assert_snapshot!(error(b"\xff\xfef\x00i\x00"), @"`data` is UTF-16, which is not read here; save it as UTF-8");
 }
 
-/// Lists in the places of objects, which serde takes for structs.
+/// Lists in place of objects are refused. Serde alone would accept them for structs.
 #[test]
-fn lists_in_the_places_of_objects() {
+fn lists_in_place_of_objects_are_refused() {
     let task = plain_generation();
     let error = |content: &str| Case::new(content).error(&task).lines().next().unwrap().to_owned();
     let entry = r#"{"lexicalisations":[{"comment":"good","lex":"tea"}],"modifiedtripleset":[{"subject":"a","property":"b","object":"c"}]}"#;
@@ -283,7 +284,7 @@ fn entry(comment: &str, triples: &str, text: &str) -> String {
 const TRIPLE: &str = r#"{"subject": "Ann", "property": "likes", "object": "tea"}"#;
 
 #[test]
-fn triples_and_their_text() {
+fn triples_and_texts_fill_the_template() {
     let case = Case::new(entry("good", &format!("{TRIPLE}, {TRIPLE}"), "good tea"));
     let data = case.load(&plain_generation()).unwrap();
     let (b, e, s, p, o, t) = (8, 9, 10, 11, 12, 13);
@@ -304,7 +305,7 @@ fn triples_and_their_text() {
 }
 
 #[test]
-fn cutting_may_leave_nothing_to_predict() {
+fn examples_truncated_before_the_target_are_dropped() {
     let case = Case::new(entry("good", TRIPLE, "good tea"));
     let (mut task, whole) = (plain_generation(), 11);
     for (max_tokens, cut) in [(whole, 0), (9, 1)] {
@@ -312,7 +313,7 @@ fn cutting_may_leave_nothing_to_predict() {
         let data = case.load(&task).unwrap();
         assert_eq!((data.len(), data.dropped, data.cut), (1, 0, cut));
     }
-    // 8 tokens and the target's own leave nothing to predict; 9 is the number of the first target.
+    // With at most 8 tokens plus the target token nothing remains to be predicted. The first target is number 9.
     for max_tokens in [8, 2, 1] {
         task.max_tokens = max_tokens;
         let limit = format!("`task.max_tokens` is {max_tokens},");
@@ -320,7 +321,7 @@ fn cutting_may_leave_nothing_to_predict() {
         assert!(message.contains(&limit), "{message}");
         insta::allow_duplicates! { insta::assert_snapshot!(message.replace(&limit, "LIMIT"), @"`data`: no example is left: LIMIT and the cut to it leaves no target in any of the 1 examples; the first, entry 1, has 11 tokens, its first target is number 9; raise `task.max_tokens` to 11, or leave such examples out"); }
     }
-    // Where something is left, the line on the data counts.
+    // If something remains, the summary counts the truncated examples.
     let long = format!("{TRIPLE}, {TRIPLE}");
     let both = entry("good", TRIPLE, "tea").replace("]}}]}", &format!("]}}}}, {}", &entry("good", &long, "tea")[13..]));
     task.max_tokens = 10;
@@ -331,9 +332,9 @@ fn cutting_may_leave_nothing_to_predict() {
     );
 }
 
-/// Marks without a sentence are nothing to learn from.
+/// Examples that truncation reduces to special tokens are dropped.
 #[test]
-fn cutting_may_leave_no_sentence() {
+fn examples_truncated_to_special_tokens_are_dropped() {
     let case = Case::new("good tea good\t1\ntea\t0\n");
     assert_eq!(case.load(&classification(3)).unwrap().examples, [class(&[1, 3, 2], 1), class(&[1, 5, 2], 0)]);
     for max_tokens in [2, 1] {
@@ -345,13 +346,13 @@ fn cutting_may_leave_no_sentence() {
     }
 }
 
-/// Blanks at a sentence's ends stay; only the line's end goes. What stands in the label's column is trimmed.
+/// Blanks at both ends of a sentence are kept, and only the line ending is removed. Labels are trimmed.
 #[test]
 fn sentences_are_not_trimmed() {
     let read = |line: &str| {
         let case = Case::new(line);
         let json = std::fs::read_to_string(case.dir.path().join("tokenizer.json")).unwrap();
-        // Every character is a token, a blank too.
+        // Every character is a token, blanks included.
         let chars: serde_json::Map<_, _> = ["[UNK]", "[CLS]", "[SEP]", " ", "a", "\u{a0}"]
             .iter()
             .enumerate()
@@ -370,16 +371,16 @@ fn sentences_are_not_trimmed() {
     assert_eq!(read(" a \t0\r\na\t 1 \n\u{a0}a\tnegative"), [vec![1, 3, 4, 3, 2], vec![1, 4, 2], vec![1, 5, 4, 2]]);
 }
 
-/// Where names are numbers, indices would be second names.
+/// If class names are numbers, labels are not read as indices, which would be ambiguous.
 #[test]
-fn labels_by_name_and_by_index() {
+fn labels_are_names_or_indices() {
     let case = Case::new("");
     let class = |labels: &[&str], label: &str| {
         let labels = labels.iter().map(|l| l.to_string()).collect();
         let task = Task {
             name: "t".into(),
             max_tokens: 8,
-            enclosed: true,
+            bidirectional: true,
             kind: TaskKind::Classification { labels, columns: Columns::default() },
         };
         std::fs::write(&case.file, format!("tea\t{label}\n")).unwrap();
@@ -408,18 +409,18 @@ fn labels_by_name_and_by_index() {
         assert!(message.contains("line 1: no label") && message.contains(&format!("`{}`", labels[0])), "{message}");
         assert!(!message.contains("or 0 to"), "{message}");
     }
-    // Numerals within a name are no number.
+    // Digits inside a name do not make it a number.
     assert_eq!(class(&["1 star", "2 stars"], "0"), Ok(Goal::Class(0)));
 }
 
 #[test]
-fn texts_that_are_left_out_are_counted() {
+fn skipped_texts_are_counted() {
     let text = |comment: &str| format!(r#"{{"comment": "{comment}", "lex": "tea"}}"#);
     let one = |number: u32, texts: &[String]| {
         format!(r#""{number}": {{"lexicalisations": [{}], "modifiedtripleset": [{TRIPLE}]}}"#, texts.join(", "))
     };
     let (good, bad) = (text("good"), text("toFix"));
-    // A number that recurs is read twice.
+    // An entry number that recurs is read twice.
     let all = [one(1, &[good.clone(), bad.clone(), bad.clone()]), one(1, &[good]), one(2, &[]), one(3, &[bad])];
     let data = Case::new(format!(r#"{{"entries": [{{{}}}]}}"#, all.join(", "))).load(&plain_generation()).unwrap();
     assert_eq!((data.len(), data.left_out), (2, LeftOut { texts: 3, entries: 1, header: false }));
@@ -428,7 +429,7 @@ fn texts_that_are_left_out_are_counted() {
 }
 
 #[test]
-fn bad_triple_files() {
+fn invalid_triple_files_are_refused() {
     let error = |content: &str| Case::new(content).error(&plain_generation());
     insta::assert_snapshot!(error(r#"{"entries": ["#), @r#"
     `data`, line 1, column 13: EOF while parsing a list
@@ -445,18 +446,18 @@ fn bad_triple_files() {
 }
 
 #[test]
-fn bad_templates() {
+fn invalid_templates_are_refused() {
     let case = Case::new(entry("good", TRIPLE, "tea"));
     let error = |head, repeat, tail| case.error(&generation(head, repeat, tail));
     insta::assert_snapshot!(error("<b>", "{subjct}", "<t> {text}"), @"the task's template: a triple has no field `subjct` (did you mean `subject`?); it has `subject`, `property`, `object`");
     insta::assert_snapshot!(error("{object}", "{object}", "<t> {text}"), @"the task's template: a record has no field `object`; it has `category`, `text`");
     insta::assert_snapshot!(error("<x>", "{object}", "<t> {text}"), @"the task's template: `<x>` is not among the task's special tokens");
-    insta::assert_snapshot!(error("<b>", "<t>", "{text}"), @"the task's template: its target `<t>` does not stand in it outside `( … )*`");
+    insta::assert_snapshot!(error("<b>", "<t>", "{text}"), @"the task's template: its target `<t>` does not occur in it outside `( … )*`");
     insta::assert_snapshot!(error("<b> {text}", "{object}", "<t> <e>"), @"the task's template: `{text}` does not follow the target `<t>`");
 }
 
 #[test]
-fn wrong_tokenizers() {
+fn unsuitable_tokenizers_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tokenizer.json");
     let error = |task: &Task, vocab| {
@@ -466,16 +467,16 @@ fn wrong_tokenizers() {
     let (sentences, triples) = (classification(8), plain_generation());
     insta::assert_snapshot!(error(&sentences, 8), @"no tokenizer in `DIR`: it holds nothing, and a tokenizer is `tokenizer.json`, `vocab.json` with `merges.txt`, or `vocab.txt`; copy the model's own there, or name its folder with `--tokenizer`");
     std::fs::write(&path, "{\"version\"").unwrap();
-    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: no JSON (EOF while parsing an object at line 1 column 10); write or fetch it again");
+    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` cannot be used as a tokenizer: no JSON (EOF while parsing an object at line 1 column 10); write or fetch it again");
     std::fs::write(&path, tokenizer_json(false)).unwrap();
-    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` is no tokenizer that can be used: it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: its `post_processor` is missing or of another model");
+    insta::assert_snapshot!(error(&sentences, 8), @"`DIR/tokenizer.json` cannot be used as a tokenizer: it puts no opening and closing mark (`[CLS]`, `[SEP]`) around a sentence: its `post_processor` is missing or of another model");
     insta::assert_snapshot!(error(&sentences, 7), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens, but the spec's `vocab` is 7");
     insta::assert_snapshot!(error(&triples, 8), @"the tokenizer `DIR/tokenizer.json` does not belong to this model: its vocabulary has 8 tokens (14 with the task's 6 special ones), but the spec's `vocab` is 8");
 }
 
-/// Tokens that the tokenizer has keep their ids and take no row; the others follow in the task's order.
+/// Special tokens that the tokenizer has keep their ids and add no row. The others follow in the task's order.
 #[test]
-fn special_tokens_old_and_new() {
+fn existing_special_tokens_keep_their_ids() {
     let case = Case::new("");
     let mut task = plain_generation();
     let TaskKind::Generation { special, .. } = &mut task.kind else { panic!("it generates") };
@@ -489,14 +490,14 @@ fn special_tokens_old_and_new() {
         message.contains("8 tokens (12 with the task's 4 special ones), but the spec's `vocab` is 11"),
         "{message}"
     );
-    // Rows beyond both are padding, and said.
+    // Further rows are padding, and the summary counts them.
     let line = Tokenizer::load(case.dir.path(), &task, 16).unwrap().describe();
     let line = line.replace(&case.dir.path().display().to_string(), "DIR");
     insta::assert_snapshot!(line, @"tokenizer: DIR/tokenizer.json, 8 tokens; the task's 4 new ones have the ids 8 to 11; the model's own in the task: `tea` (5), `[SEP]` (2); 4 rows of the model's 16 are left over");
 }
 
 #[test]
-fn literal_text() {
+fn literal_texts_can_be_targets() {
     let case = Case::new(entry("good", TRIPLE, "good tea"));
     let literal = |text: &str| Piece::Literal(text.into());
     let field = |name: &str| Piece::Field(name.into());
@@ -510,9 +511,9 @@ fn literal_text() {
     let task = |target: &str| {
         let (special, target) = (vec!["<t>".into()], target.into());
         let kind = TaskKind::Generation { special, template: template.clone(), target, each: vec![], pack: false };
-        Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }
+        Task { name: "t".into(), max_tokens: 64, bidirectional: false, kind }
     };
-    // The loss begins behind the target's last token; literals have the type of what is before them.
+    // The loss covers the tokens after the target's last one. Literal texts have the type of the tokens before them.
     for (target, from) in [("<t>", 4), ("'good bad'", 6)] {
         let expected = Example {
             ids: vec![4, 6, 7, 5, 8, 3, 4, 3, 5],
@@ -521,18 +522,18 @@ fn literal_text() {
         };
         assert_eq!(case.load(&task(target)).unwrap().examples, [expected], "{target}");
     }
-    assert!(case.error(&task("'good'")).contains("its target `'good'` does not stand in it"));
+    assert!(case.error(&task("'good'")).contains("its target `'good'` does not occur in it"));
 }
 
 #[test]
-fn missing_file() {
+fn a_missing_file_is_an_error() {
     let case = Case::new("");
     std::fs::remove_file(&case.file).unwrap();
     insta::assert_snapshot!(case.error(&classification(8)), @"cannot read `data`: No such file or directory (os error 2)");
 }
 
 #[test]
-fn epochs() {
+fn epochs_are_seeded_permutations() {
     let examples: Vec<_> = (0..10).map(|i| class(&[i], i % 2)).collect();
     let data = Dataset { examples: examples.into_iter().collect(), ..Dataset::default() };
     let ids = |order| Batches::new(&data, 4, order).map(|b| b.ids).collect::<Vec<_>>();
@@ -553,9 +554,9 @@ fn epochs() {
 
 const SHUFFLED: [i32; 10] = [1, 2, 3, 9, 6, 0, 5, 7, 8, 4];
 
-/// The sets that ship with the project, `data/sentiment` and `data/triples`.
+/// The data sets of this repository, `data/sentiment` and `data/triples`.
 #[test]
-fn shipped_sets() {
+fn shipped_data_sets_are_read() {
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("data");
     let task = classification(64);
     let words = Case::new("");
@@ -574,7 +575,7 @@ fn shipped_sets() {
     }
 }
 
-/// The real data sets below `PEFTC_DATA`, or a line that says it is not there.
+/// The real data sets below `PEFTC_DATA`. Prints a line if it is not set.
 pub(super) fn real_data() -> Option<PathBuf> {
     let root = std::env::var_os("PEFTC_DATA").filter(|root| !root.is_empty());
     let data = root.map(|root| PathBuf::from(root).join("data"));
@@ -584,7 +585,7 @@ pub(super) fn real_data() -> Option<PathBuf> {
     data
 }
 
-/// The task of WebNLG on GPT-2 in the inducer paper's layout.
+/// The task of WebNLG on GPT-2 in the layout of the inducer-tuning paper.
 fn webnlg() -> Task {
     let special = [
         "<pad>",
@@ -609,11 +610,11 @@ fn webnlg() -> Task {
     template.extend(pieces("<target> {text} <eos>"));
     let special = special.map(str::to_owned).to_vec();
     let kind = TaskKind::Generation { special, template, target: "<target>".into(), each: vec![], pack: false };
-    Task { name: "webnlg".into(), max_tokens: 1024, enclosed: false, kind }
+    Task { name: "webnlg".into(), max_tokens: 1024, bidirectional: false, kind }
 }
 
 #[test]
-fn webnlg_in_full() {
+fn the_whole_webnlg_is_read() {
     let Some(data) = real_data() else { return };
     let task = webnlg();
     let tokenizer = Tokenizer::load(&data.join("tokenizers/gpt2"), &task, 50273).unwrap();
@@ -628,7 +629,7 @@ fn webnlg_in_full() {
     assert_eq!((first.ids[0], first.ids[1], *first.ids.last().unwrap()), (50267, 50269, 50268));
     assert_eq!((first.types[0], first.types[2], *first.types.last().unwrap()), (50267, 50269, 50272));
 
-    // The two files of old, where there is no `tokenizer.json`.
+    // The two files of older checkpoints, without `tokenizer.json`.
     let old = tempfile::tempdir().unwrap();
     for name in ["vocab.json", "merges.txt"] {
         std::fs::copy(data.join("tokenizers/gpt2").join(name), old.path().join(name)).unwrap();

@@ -1,5 +1,5 @@
-//! WebNLG's entries: sets of triples, each with texts that say them. One row for each text marked `good`. They are read
-//! from JSON here, and from XML by [`xml`].
+//! WebNLG's entries: sets of triples, each with texts that verbalise them. Each text marked `good` is a row. This
+//! module reads JSON, and [`xml`] reads XML.
 
 mod xml;
 
@@ -11,13 +11,13 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::rows::{At, Format, Row, Rows, Value, in_words};
+use super::rows::{FileRows, Format, Location, Row, Value, describe_error};
 use super::{DataError, LeftOut};
 
-/// An object of JSON. Serde by itself takes a list for a struct as well, its items for the fields in their order.
+/// A JSON object. Serde alone would also accept a list for a struct, with one item for each field.
 struct Object<T>(T);
 
-/// What an object should be, for a message.
+/// The description of an expected object, for a message.
 trait Expected {
     const WHAT: &str;
 }
@@ -58,11 +58,11 @@ impl Expected for Triple {
 
 #[derive(Deserialize)]
 struct File {
-    /// Each a map of one key, the entry's number.
+    /// Each item is an object with a single key, which is the entry's number.
     entries: Vec<Numbered>,
 }
 
-/// Entries with their numbers. A number that recurs is read as often as it stands.
+/// Entries with their numbers. If a number recurs, each of its entries is read.
 struct Numbered(Vec<(String, Entry)>);
 
 impl<'de> Deserialize<'de> for Numbered {
@@ -108,14 +108,14 @@ struct Triple {
     object: String,
 }
 
-/// Fields of an entry, and of each of its triples, as a template names them.
+/// The fields of an entry and of a triple, as a template names them.
 pub const RECORD: &[&str] = &["category", "text"];
 pub const TRIPLE: &[&str] = &["subject", "property", "object"];
 /// The column that holds the triples.
 pub const TRIPLES: &str = "modifiedtripleset";
 
-/// One row for each text marked `good`.
-pub fn rows<'f>(text: &str, format: Format, path: &Path) -> Result<Rows<'f>, DataError> {
+/// The rows of a document, one for each text marked `good`.
+pub fn rows<'f>(text: &str, format: Format, path: &Path) -> Result<FileRows<'f>, DataError> {
     let entries = match format {
         Format::Xml => xml::parse(text).map_err(|fault| DataError::at(path, fault))?,
         _ => parse(text, path)?,
@@ -140,7 +140,7 @@ pub fn rows<'f>(text: &str, format: Format, path: &Path) -> Result<Rows<'f>, Dat
     let all = || entries.iter().map(|(_, entry)| entry.lexicalisations.len());
     let left_out =
         LeftOut { texts: all().sum::<usize>() - rows.len(), entries: all().filter(|&n| n == 0).count(), header: false };
-    let mut rows = Rows::new(rows.into_iter().map(Ok));
+    let mut rows = FileRows::new(rows.into_iter().map(Ok));
     rows.left_out = left_out;
     Ok(rows)
 }
@@ -157,17 +157,17 @@ fn good(entry: &Entry) -> impl Iterator<Item = &str> {
 }
 
 /// The entries with their numbers.
-fn parse(text: &str, path: &Path) -> Result<Vec<(At, Entry)>, DataError> {
+fn parse(text: &str, path: &Path) -> Result<Vec<(Location, Entry)>, DataError> {
     let Object(file) = serde_json::from_str::<Object<File>>(text).map_err(|error| {
-        let at = At::Column { line: error.line(), column: error.column() };
-        DataError::Webnlg { path: path.to_owned(), at, message: in_words(&error) }
+        let at = Location::Column { line: error.line(), column: error.column() };
+        DataError::Webnlg { path: path.to_owned(), at, message: describe_error(&error) }
     })?;
     let entries = file.entries.into_iter().flat_map(|numbered| numbered.0);
-    Ok(entries.map(|(number, entry)| (At::Entry(number.into()), entry)).collect())
+    Ok(entries.map(|(number, entry)| (Location::Entry(number.into()), entry)).collect())
 }
 
-/// Refuses entries without content.
-fn check(entries: &[(At, Entry)], path: &Path) -> Result<(), DataError> {
+/// Refuses entries without triples or with an empty text.
+fn check(entries: &[(Location, Entry)], path: &Path) -> Result<(), DataError> {
     for (at, entry) in entries {
         let fault = |message: &str| {
             let at = at.clone();

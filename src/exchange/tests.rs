@@ -2,7 +2,7 @@ use super::*;
 
 const CLASSIFIER: &str = "model = bert(layers: 1, hidden: 4, heads: 1, ffn: 4, vocab: 9, context: 8)";
 const GENERATOR: &str = "model = gpt2(layers: 1, hidden: 4, heads: 1, ffn: 4, vocab: 9, context: 8)";
-/// Positions skip id 1.
+/// A model whose positions skip the id 1.
 const SKIPPING: &str = "model = roberta(layers: 1, hidden: 4, heads: 1, ffn: 4, vocab: 9, context: 10)";
 
 fn ints(shape: &[u64], x: &[i64]) -> Stored {
@@ -18,7 +18,7 @@ fn read(spec: &str, tensors: &[(&str, Stored)]) -> Result<Padded, String> {
 }
 
 #[test]
-fn labels_that_do_not_fit() {
+fn labels_that_do_not_fit_are_refused() {
     let read = |spec, labels: Stored| {
         read(spec, &[("ids", ints(&[2, 1], &[7, 8])), ("labels", labels)]).map(|padded| padded.batch.labels)
     };
@@ -29,7 +29,7 @@ fn labels_that_do_not_fit() {
         (CLASSIFIER, ints(&[2], &[0, 1 << 32]), "`inputs.labels` holds 4294967296: too large"),
         (CLASSIFIER, ints(&[1], &[0]), "`inputs.labels` is [1], and for these ids it should be [2]"),
         (GENERATOR, ints(&[2], &[1, 0]), "`inputs.labels` is [2], and for these ids it should be [2, 1]"),
-        (CLASSIFIER, ints(&[2], &[-1, 0]), "`inputs.labels` is -1 in row 0; where nothing is asked it is -100"),
+        (CLASSIFIER, ints(&[2], &[-1, 0]), "`inputs.labels` is -1 in row 0; an ignored label is -100"),
         (GENERATOR, ints(&[2, 1], &[-100, -7]), "`inputs.labels` is -7 in row 1, column 0"),
         (CLASSIFIER, ints(&[2], &[0, -100]), "is -100 in row 1: give every row a class, or none"),
     ] {
@@ -39,19 +39,19 @@ fn labels_that_do_not_fit() {
 }
 
 #[test]
-fn what_a_mask_keeps() {
+fn masked_tokens_are_left_out_and_keep_their_positions() {
     let ids = || ("ids", ints(&[2, 4], &[1, 5, 6, 7, 8, 2, 1, 3]));
     let mask = |x: &[i64]| ("mask", ints(&[2, 4], x));
     let kept = |spec, mask| {
         let Padded { batch, columns, .. } = read(spec, &[ids(), mask]).expect("sound");
         (batch.lengths, batch.ids, batch.positions, columns)
     };
-    // Left padding and a hole: positions are columns.
+    // With padding on the left and a hole, positions are columns.
     let odd = || mask(&[0, 1, 1, 1, 1, 0, 0, 1]);
     assert_eq!(kept(GENERATOR, odd()), (vec![3, 2], vec![5, 6, 7, 8, 3], vec![1, 2, 3, 0, 3], vec![1, 2, 3, 0, 3]));
-    // Id 1 does not count, whether it is masked or not; id 2 does, though it is masked.
+    // The id 1 does not count towards positions, masked or not; the id 2 counts although it is masked.
     assert_eq!(kept(SKIPPING, odd()), (vec![3, 2], vec![5, 6, 7, 8, 3], vec![0, 1, 2, 0, 2], vec![1, 2, 3, 0, 3]));
-    // As before, where padding stands on the right.
+    // With padding on the right, positions count from 0.
     let right = mask(&[1, 1, 0, 0, 1, 1, 1, 1]);
     assert_eq!(kept(GENERATOR, right).2, [0, 1, 0, 1, 2, 3]);
 
@@ -65,7 +65,7 @@ fn what_a_mask_keeps() {
         (&[("lengths", ints(&[2], &[4, 0]))], "`inputs.lengths` is 0 in row 1"),
         (&[("lengths", ints(&[3], &[4, 3, 1]))], "`inputs.lengths` is [3]"),
         (&[("attention_mask", ints(&[2, 4], &[1; 8]))], "call it `inputs.mask`"),
-        (&[("colour", ints(&[1], &[1]))], "`inputs.colour` is nothing that a batch has"),
+        (&[("colour", ints(&[1], &[1]))], "`inputs.colour` is not a tensor of a batch"),
     ];
     for (tensors, words) in cases {
         let message = read(GENERATOR, &[&[ids()], tensors].concat()).expect_err("refused");
@@ -80,7 +80,7 @@ fn what_a_mask_keeps() {
 
 /// The token in the column before a label predicts it.
 #[test]
-fn labels_beside_a_mask() {
+fn masked_tokens_cannot_predict_labels() {
     let read = |mask: &[i64], labels: &[i64]| {
         let ids = ("ids", ints(&[1, 5], &[3, 4, 5, 6, 7]));
         read(GENERATOR, &[ids, ("mask", ints(&[1, 5], mask)), ("labels", ints(&[1, 5], labels))])
@@ -89,15 +89,15 @@ fn labels_beside_a_mask() {
     let no = -100;
     assert_eq!(read(&[1, 1, 1, 1, 1], &[2, 4, no, 6, 7]), Ok((vec![0, 2, 3], vec![4, 6, 7])));
     assert_eq!(read(&[0, 0, 1, 1, 1], &[no, no, no, 6, 7]), Ok((vec![0, 1], vec![6, 7])));
-    // The first masked column's label has a token before it.
+    // A label in the first masked column is predicted by the unmasked token before it.
     assert_eq!(read(&[1, 1, 0, 1, 1], &[no, no, 5, no, 7]), Ok((vec![1, 2], vec![5, 7])));
     let message = read(&[1, 1, 0, 0, 1], &[no, no, 5, 6, no]).expect_err("refused");
     assert!(message.contains("`inputs.labels` is 6 in row 0, column 3, which the masked token before it"), "{message}");
 }
 
-/// Labels of tokens stand at their own tokens, and numbers are one a sequence.
+/// Token labels belong to their own tokens, and a regression has one number for each sequence.
 #[test]
-fn labels_of_tokens_and_numbers() {
+fn token_labels_and_numbers_are_read() {
     let tagger = format!("{CLASSIFIER}\ntask t {{ kind: token_classification  labels: [\"O\", \"A\", \"B\"] }}");
     let ids = || ("ids", ints(&[2, 3], &[1, 5, 6, 7, 8, 2]));
     let mask = || ("mask", ints(&[2, 3], &[1, 1, 0, 1, 1, 1]));

@@ -1,8 +1,9 @@
-//! Checkpoints in Hugging Face's form, `config.json` beside `model.safetensors`, and in llama.cpp's, one GGUF file.
+//! Reads checkpoints in Hugging Face's format, a folder with `config.json` and `model.safetensors`, and in llama.cpp's,
+//! a GGUF file.
 //!
-//! What a checkpoint means is compared with the model before its numbers are read: the keys of `config.json` in
-//! [`config`], the metadata of GGUF in [`gguf`], the names of labels in [`labels`], tensors by the rules of the
-//! backbone's file in [`peft_runtime::weights`].
+//! A checkpoint's configuration is compared with the model before its tensors are read, so that weights of a model that
+//! computes something else are refused: the keys of `config.json` in [`config`], the metadata of GGUF in [`gguf`], the
+//! labels in [`labels`]. [`peft_runtime::weights`] matches the tensors by the rules of the backbone's file.
 
 pub mod config;
 mod folder;
@@ -22,19 +23,25 @@ use crate::commands::say;
 use crate::failure::Failure;
 
 pub use config::Comparison;
-pub use folder::{cached, named, resolve};
+pub use folder::{cached, resolve, resolve_cached};
 
-/// What stands for weights that are drawn from each tensor's initialisation.
+/// The value of `--weights` for random weights, drawn from each tensor's initialisation.
 pub const RANDOM: &str = "random";
 
-/// What a checkpoint says of itself: a folder's `config.json`, or the metadata of a GGUF file.
+/// The configuration of a checkpoint.
 pub enum Description {
+    /// The `config.json` of a folder.
     Config(Map<String, Value>),
+    /// A GGUF file, for its metadata.
     Gguf(Box<GgufFile>),
 }
 
 impl Description {
-    /// Reads it; `None` of a folder without `config.json`.
+    /// Reads the configuration of the checkpoint `from`; `None` for a folder without `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
     pub fn read(from: &Path) -> Result<Option<Self>, RuntimeError> {
         match is_gguf(from) {
             true => Ok(GgufFile::open_all(from)?.into_iter().next().map(|file| Description::Gguf(Box::new(file)))),
@@ -42,7 +49,7 @@ impl Description {
         }
     }
 
-    /// Compares every key with what the model computes.
+    /// Compares every key with the model.
     pub fn compare(&self, model: &Model) -> Comparison {
         match self {
             Description::Config(config) => config::compare(config, model),
@@ -50,7 +57,8 @@ impl Description {
         }
     }
 
-    /// What it calls its family, and the backbone of the library that reads it.
+    /// The name of the checkpoint's family (`model_type`, or GGUF's architecture), and the backbone of the library that
+    /// reads it.
     pub fn family(&self) -> (Option<&str>, Option<String>) {
         match self {
             Description::Config(config) => {
@@ -64,7 +72,7 @@ impl Description {
         }
     }
 
-    /// The names of the keys that it has.
+    /// The names of its keys.
     pub fn keys(&self) -> Vec<&str> {
         match self {
             Description::Config(config) => config.keys().map(String::as_str).collect(),
@@ -72,8 +80,8 @@ impl Description {
         }
     }
 
-    /// The token that ends a text, by its id.
-    pub fn end(&self) -> Option<u64> {
+    /// The id of the token that ends a text.
+    pub fn eos_token_id(&self) -> Option<u64> {
         match self {
             Description::Config(config) => {
                 let id = config.get("eos_token_id")?;
@@ -87,8 +95,12 @@ impl Description {
     }
 }
 
-/// Every tensor of the model: `random`, or from a Hugging Face directory or a GGUF file, whose meaning is that of the
-/// model.
+/// Loads all tensors of the model from the checkpoint `from`, or draws them if it is `random`. Tensors that a
+/// checkpoint may lack, such as a head, are drawn. Warnings and notes are printed on standard error.
+///
+/// # Errors
+///
+/// The configuration or a tensor does not fit the model, or a file cannot be read.
 pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
     if from == Path::new(RANDOM) {
         return Ok(Loaded::random(&model.params, model.train.seed));
@@ -108,24 +120,26 @@ pub fn weights(from: &Path, model: &Model) -> Result<Loaded, Failure> {
             found.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
         }
         None => say(&format!(
-            "warning: {} has no `config.json`: whether the model computes what its weights are made for was not checked",
+            "warning: {} has no `config.json`: whether the model computes what its weights are made for was not \
+             checked",
             from.display()
         )),
     }
     let loaded =
-        weights::load(from, &model.backbone, &model.params, model.task.special().len() as u64, model.train.seed)
-            .map_err(|error| about_the_head(error, config, model))?;
-    let head = model.params.iter().zip(&loaded.held).find(|(p, _)| p.origin == Origin::Head);
+        weights::load(from, &model.backbone, &model.params, model.task.special_tokens().len() as u64, model.train.seed)
+            .map_err(|error| with_head_mismatch(error, config, model))?;
+    let head = model.params.iter().zip(&loaded.from_files).find(|(p, _)| p.origin == Origin::Head);
     let has_head = head.is_some_and(|(_, held)| held.is_some());
     if let (Some(config), true) = (config, has_head) {
         refused(labels::compare(config, model))?;
     }
-    notes(&loaded.unread).iter().for_each(|note| say(note));
+    unread_notes(&loaded.unread).iter().for_each(|note| say(note));
     Ok(loaded)
 }
 
-/// What is said of a head's tensors is that they are of another head, where `config.json` says so.
-fn about_the_head(error: RuntimeError, config: Option<&Map<String, Value>>, model: &Model) -> RuntimeError {
+/// Adds to an error about the tensors of a head that the checkpoint's head is for another task, if `config.json` says
+/// so.
+fn with_head_mismatch(error: RuntimeError, config: Option<&Map<String, Value>>, model: &Model) -> RuntimeError {
     match (error, config.and_then(|config| labels::other_head(config, model))) {
         (RuntimeError::Weights { path, message }, Some(line)) => {
             let mut heads = model.params.iter().filter(|p| p.origin == Origin::Head);
@@ -136,8 +150,8 @@ fn about_the_head(error: RuntimeError, config: Option<&Map<String, Value>>, mode
     }
 }
 
-/// A line for tensors of one kind that are in the files, and that the model does without.
-fn notes(unread: &[Unread]) -> Vec<String> {
+/// Notes about tensors in the files that the model does not read, one for all tensors with the same reason.
+fn unread_notes(unread: &[Unread]) -> Vec<String> {
     let mut kinds: Vec<(&Option<String>, Vec<&str>)> = vec![];
     for tensor in unread {
         match kinds.iter_mut().find(|(note, _)| *note == &tensor.note) {
@@ -146,7 +160,7 @@ fn notes(unread: &[Unread]) -> Vec<String> {
         }
     }
     let line = |(note, names): (&Option<String>, Vec<&str>)| {
-        let what = note.as_deref().unwrap_or("they lie outside of the model");
+        let what = note.as_deref().unwrap_or("they are not part of the model");
         let shown = names.iter().take(4).copied().collect::<Vec<_>>().join(", ");
         let more = if names.len() > 4 { format!(" and {} more", names.len() - 4) } else { String::new() };
         format!("note: in the files and not read: {shown}{more} ({what})")

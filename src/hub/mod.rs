@@ -1,4 +1,5 @@
-//! Other people's formats: Hugging Face checkpoints, tokenizers and chat templates, GGUF files, PEFT's adapters.
+//! File formats of other programs: Hugging Face checkpoints, tokenizers and chat templates, llama.cpp's GGUF files, and
+//! the adapters of Hugging Face PEFT.
 
 pub mod chat;
 pub mod checkpoint;

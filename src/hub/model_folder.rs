@@ -1,4 +1,4 @@
-//! What lies in a model's folder beside its weights: tokenizer, configurations, templates, cards.
+//! The files of a model's folder other than its weights: tokenizer, configuration, templates, model card.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,12 @@ use serde_json::{Map, Value, json};
 use crate::failure::Failure;
 use crate::train::metrics;
 
+/// The configuration of a model.
 pub const CONFIG: &str = "config.json";
+/// The weights of a model.
 pub const MODEL: &str = "model.safetensors";
 
-/// What the names of files with weights end with, in any framework's format.
+/// Suffixes of files with weights, in the formats of all frameworks.
 const WEIGHTS: &[&str] = &[
     ".safetensors",
     ".index.json",
@@ -34,27 +36,32 @@ const WEIGHTS: &[&str] = &[
     ".mlmodel",
 ];
 
-/// Written anew, or of a run in the same folder: an adapter's configuration makes transformers look for its base model
-/// there.
+/// Files that are not copied. `config.json` is written separately. An adapter's configuration, from a run in the same
+/// folder, would make transformers load the adapter's base model.
 const NOT_COPIED: &[&str] = &[CONFIG, "adapter_config.json"];
 
-/// The files beside a folder's weights.
+/// The files of a model's folder other than its weights.
 #[derive(Debug, Default)]
 pub struct SideFiles {
-    /// By their paths from the folder.
+    /// Their paths relative to the folder.
     pub files: Vec<PathBuf>,
-    /// Folders inside that hold weights of their own (`onnx`, a run's), of which nothing is among the files.
+    /// Subfolders that hold weights (such as `onnx`, or a run's), whose files are not included.
     pub skipped: Vec<PathBuf>,
 }
 
 impl SideFiles {
-    /// Those of `folder`. Hidden ones (`.git`, `.cache`) do not count.
+    /// Lists the files of `folder`, without hidden ones (`.git`, `.cache`).
+    ///
+    /// # Errors
+    ///
+    /// A folder cannot be read.
     pub fn of(folder: &Path) -> Result<Self, Failure> {
         let mut found = SideFiles::default();
         found.look(folder, Path::new(""))?;
         Ok(found)
     }
 
+    /// Lists the files of the subfolder `inside`.
     fn look(&mut self, folder: &Path, inside: &Path) -> Result<(), Failure> {
         for name in names(&folder.join(inside))? {
             let path = inside.join(&name);
@@ -76,20 +83,24 @@ impl SideFiles {
         Ok(())
     }
 
-    /// Copies them from one folder into another.
+    /// Copies the files from one folder to another.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read or written.
     pub fn copy(&self, from: &Path, to: &Path) -> Result<(), Failure> {
         for file in &self.files {
             let (source, copy) = (from.join(file), to.join(file));
             let parent = copy.parent().unwrap_or(to);
             fs::create_dir_all(parent).map_err(Failure::file(parent))?;
             let bytes = fs::read(&source).map_err(Failure::file(&source))?;
-            files::write_whole(&copy, &bytes)?;
+            files::write_atomic(&copy, &bytes)?;
         }
         Ok(())
     }
 }
 
-/// The names in a folder, in order.
+/// The names of a folder's entries, sorted.
 fn names(folder: &Path) -> Result<Vec<String>, Failure> {
     let entries = fs::read_dir(folder).map_err(Failure::file(folder))?;
     let names: Result<Vec<_>, _> = entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect();
@@ -98,11 +109,12 @@ fn names(folder: &Path) -> Result<Vec<String>, Failure> {
     Ok(names)
 }
 
+/// Whether a file holds weights, by its name.
 fn is_weights(name: &str) -> bool {
     WEIGHTS.iter().any(|end| name.ends_with(end))
 }
 
-/// A file by the name of those that lie in models' folders: weights, configurations, tokenizers, templates.
+/// Whether a file, by its name, is a usual one of a model's folder: weights, configuration, tokenizer or template.
 pub fn usual(file: &Path) -> bool {
     const ENDS: &[&str] = &[".json", ".jinja", ".model"];
     const NAMES: &[&str] = &["vocab.txt", "merges.txt"];
@@ -111,6 +123,7 @@ pub fn usual(file: &Path) -> bool {
     at_top && (is_weights(&name) || NAMES.contains(&&*name) || ENDS.iter().any(|end| name.ends_with(end)))
 }
 
+/// Whether a folder or one of its subfolders holds weights.
 fn holds_weights(folder: &Path) -> Result<bool, Failure> {
     for name in names(folder)? {
         let path = folder.join(&name);
@@ -121,21 +134,32 @@ fn holds_weights(folder: &Path) -> Result<bool, Failure> {
     Ok(false)
 }
 
+/// Writes a JSON object, indented and atomically.
+///
+/// # Errors
+///
+/// The file cannot be written.
 pub fn write_object(path: &Path, object: &Map<String, Value>) -> Result<(), Failure> {
     let mut text = serde_json::to_string_pretty(object).expect("plain data");
     text.push('\n');
-    Ok(files::write_whole(path, text.as_bytes())?)
+    Ok(files::write_atomic(path, text.as_bytes())?)
 }
 
-/// Where [`add_tokens`] writes.
+/// The files that [`add_tokens`] may write.
 pub const TOKENS: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"];
 
-/// Writes tokens, each as `added_tokens` of a `tokenizer.json` has it, into the tokenizer's files in `folder`, so that
-/// transformers gives them their ids. It counts tokens up in the order of their ids, so all that stand behind the
-/// vocabulary have to be among them, those that only settings name (`pad_token`) included.
+/// Adds tokens to the tokenizer's files in `folder`, so that transformers gives them their ids. Each token has the
+/// format of `added_tokens` in a `tokenizer.json`.
 ///
-/// `tokenizer.json` has them in `added_tokens`, `tokenizer_config.json` in `added_tokens_decoder`. A tokenizer without
-/// either reads them from `added_tokens.json`.
+/// transformers numbers added tokens consecutively in the order of their ids, so `tokens` must hold all tokens behind
+/// the vocabulary, also those that only the settings name (such as `pad_token`).
+///
+/// The tokens are written to `added_tokens` of `tokenizer.json` and to `added_tokens_decoder` of
+/// `tokenizer_config.json`, or to `added_tokens.json` for a tokenizer without these.
+///
+/// # Errors
+///
+/// A file cannot be read, is malformed, or cannot be written.
 pub fn add_tokens(folder: &Path, tokens: &[Value]) -> Result<(), Failure> {
     let [whole, config, list] = TOKENS.map(|name| folder.join(name));
     let vocab = folder.join("vocab.json");
@@ -154,7 +178,7 @@ pub fn add_tokens(folder: &Path, tokens: &[Value]) -> Result<(), Failure> {
     if whole.is_file() && !lacking.is_empty() {
         let added = tokenizer.entry("added_tokens").or_insert_with(|| json!([]));
         let Value::Array(added) = added else {
-            return Err(RuntimeError::file(&whole, "`added_tokens` is no list; fetch it again").into());
+            return Err(RuntimeError::file(&whole, "`added_tokens` is not a list; fetch it again").into());
         };
         added.extend(lacking);
         added.sort_by_key(id);
@@ -183,12 +207,13 @@ pub fn add_tokens(folder: &Path, tokens: &[Value]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A `tokenizer.json` has the token, among those of its model or those that were added.
+/// Whether a `tokenizer.json` holds the token, in its vocabulary or among the added tokens.
 fn knows(tokenizer: &Map<String, Value>, token: &str) -> bool {
     let added = tokenizer.get("added_tokens").and_then(Value::as_array);
     in_vocabulary(tokenizer, token) || added.is_some_and(|added| added.iter().any(|old| old["content"] == token))
 }
 
+/// Whether the vocabulary of a `tokenizer.json` holds the token.
 fn in_vocabulary(tokenizer: &Map<String, Value>, token: &str) -> bool {
     match tokenizer.get("model").and_then(|model| model.get("vocab")) {
         Some(Value::Object(vocab)) => vocab.contains_key(token),

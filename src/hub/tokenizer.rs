@@ -1,4 +1,4 @@
-//! A model's tokenizer: where it is, and how its files are read.
+//! Finds a model's tokenizer and reads its files, in the formats of Hugging Face and in GGUF files.
 
 mod classes;
 mod files;
@@ -18,14 +18,18 @@ use crate::data::{DataError, Tokenizer};
 use crate::failure::Failure;
 use crate::hub::checkpoint;
 
-pub use files::{Behind, Opened, open};
+pub use files::{AddedToken, Opened, open};
 pub use template::{DEFAULT, Templates};
 
-/// The tokenizer that is named, or the weights' own. Random weights have none: then it is taken from beside the data or
-/// from Hugging Face's cache. Which one it is, is said.
+/// Loads the tokenizer that `named` names, or that of the weights. Random weights have none, so it is searched for near
+/// the data and in the Hugging Face cache. Prints on standard error which tokenizer is used.
+///
+/// # Errors
+///
+/// There is no tokenizer, or it cannot be used with the model.
 pub fn find(named: Option<&Path>, weights: &Path, data: &Path, model: &Model) -> Result<Tokenizer, Failure> {
     let place = match named {
-        Some(path) => checkpoint::named(path).unwrap_or_else(|| path.to_owned()),
+        Some(path) => checkpoint::resolve_cached(path).unwrap_or_else(|| path.to_owned()),
         None if weights == Path::new("random") => near(data, &model.backbone.name)?,
         None if weights.is_dir() || is_gguf(weights) => weights.to_owned(),
         None => {
@@ -40,7 +44,7 @@ pub fn find(named: Option<&Path>, weights: &Path, data: &Path, model: &Model) ->
     Ok(tokenizer)
 }
 
-/// Rows of the token embedding.
+/// The number of rows of the token embedding.
 fn rows(model: &Model) -> u64 {
     match model.backbone.config.get("vocab_size") {
         Some(ConfigValue::Int(rows)) => *rows as u64,
@@ -48,7 +52,8 @@ fn rows(model: &Model) -> u64 {
     }
 }
 
-/// The first place near the data that holds a tokenizer.
+/// The first folder that holds a tokenizer: the data's, the backbone's in `../tokenizers`, the backbone's in the
+/// Hugging Face cache.
 fn near(data: &Path, backbone: &str) -> Result<PathBuf, Failure> {
     let folder = data.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
     let mut places = vec![folder.clone(), folder.join("../tokenizers").join(backbone)];
@@ -60,7 +65,7 @@ fn near(data: &Path, backbone: &str) -> Result<PathBuf, Failure> {
     }
     let places: Vec<String> = places.iter().map(|p| format!("  {}", p.display())).collect();
     Err(Failure::Usage(format!(
-        "random weights have no tokenizer of their own; name one with `--tokenizer`. Looked in\n{}",
+        "random weights have no tokenizer of their own; name one with `--tokenizer`. These folders hold none:\n{}",
         places.join("\n")
     )))
 }

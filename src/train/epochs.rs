@@ -1,22 +1,22 @@
-//! Where the epochs of a run end.
+//! The steps at which the epochs of a run end.
 
 use peft_grammar::model::{BatchSize, Recipe};
 
 use crate::data::{Batches, Dataset, Order};
 
-/// The steps at which epochs end. In batches of so many sequences all epochs are equally long. In batches of so many
-/// tokens an epoch's length depends on its order, and is counted.
+/// The steps at which epochs end. If a batch is a fixed number of sequences, all epochs have the same number of steps.
+/// If a batch is a number of tokens, an epoch's number of steps depends on its order and has to be counted.
 pub(super) struct Epochs<'a> {
     data: &'a Dataset,
     batch: BatchSize,
     accumulate: u64,
     seed: u64,
-    /// Where those that were counted end.
+    /// The ends of the epochs counted so far.
     ends: Vec<u64>,
 }
 
 impl<'a> Epochs<'a> {
-    /// Of a run on `data`, which has an example.
+    /// The epochs of a run on `data`, which must not be empty.
     pub fn of(recipe: &Recipe, data: &'a Dataset) -> Self {
         let Recipe { batch, accumulate, seed, .. } = *recipe;
         Epochs { data, batch, accumulate, seed, ends: vec![] }
@@ -27,7 +27,7 @@ impl<'a> Epochs<'a> {
         Batches::sized(self.data, self.batch, Order::Shuffled { seed: self.seed, epoch })
     }
 
-    /// Steps of a whole run.
+    /// The number of steps of the whole run.
     pub fn total(&mut self, recipe: &Recipe) -> u64 {
         if let Some(steps) = recipe.steps {
             return steps;
@@ -42,7 +42,7 @@ impl<'a> Epochs<'a> {
         }
     }
 
-    /// The epoch that a step is of, the first step of that, and the one at which it ends.
+    /// The epoch of a step, and the range of that epoch's steps.
     pub fn around(&mut self, step: u64) -> (u64, std::ops::Range<u64>) {
         if let Some(steps) = self.equal() {
             let epoch = step / steps;
@@ -55,7 +55,7 @@ impl<'a> Epochs<'a> {
         (epoch, self.begin(epoch)..self.end_of(epoch))
     }
 
-    /// Steps of an epoch, if all have as many.
+    /// The number of steps of an epoch, if all epochs have the same number.
     fn equal(&self) -> Option<u64> {
         match self.batch {
             BatchSize::Sequences(sequences) => {
@@ -76,7 +76,7 @@ impl<'a> Epochs<'a> {
         self.ends[epoch as usize]
     }
 
-    /// Counts the steps of one more epoch.
+    /// Counts the steps of the next epoch.
     fn count(&mut self) {
         let batches = self.batches(self.ends.len() as u64).len() as u64;
         let begin = self.ends.last().copied().unwrap_or(0);

@@ -1,4 +1,4 @@
-//! The model as it stands, judged by a data set.
+//! Evaluates the current model on a data set.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,65 +11,73 @@ use crate::exchange::inputs;
 use crate::failure::Failure;
 use crate::train::metrics::{Mean, correct, pearson, spearman};
 
-/// Figures of a data set under the model as it stands.
+/// The loss and the task's metric on a data set.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
+    /// The mean loss over all targets.
     pub loss: f64,
-    pub other: Figure,
+    /// The metric of the task.
+    pub metric: TaskMetric,
 }
 
-/// What is said beside the loss.
+/// The metric of a task.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Figure {
-    /// Of classes: the share of those that have the largest logit.
+pub enum TaskMetric {
+    /// Classification: the share of targets whose class has the largest logit, from 0 to 1.
     Accuracy(f64),
-    /// Of tokens that are predicted: e to the loss.
+    /// Language modelling: e to the power of the mean loss.
     Perplexity(f64),
-    /// Of numbers: how they go with those of the model, by value and by rank. NaN where one side is constant.
+    /// Regression: the correlation of the labels with the model's outputs, by value (Pearson) and by rank (Spearman).
+    /// NaN if one side is constant.
     Correlation { pearson: f64, spearman: f64 },
 }
 
 impl Evaluation {
-    /// As `metrics.jsonl` has them.
+    /// The names and values that are written to `metrics.jsonl`.
     pub(super) fn figures(&self) -> Vec<(&'static str, f64)> {
-        let others = match self.other {
-            Figure::Accuracy(accuracy) => vec![("dev/accuracy", accuracy)],
-            Figure::Perplexity(perplexity) => vec![("dev/perplexity", perplexity)],
-            Figure::Correlation { pearson, spearman } => vec![("dev/pearson", pearson), ("dev/spearman", spearman)],
+        let others = match self.metric {
+            TaskMetric::Accuracy(accuracy) => vec![("dev/accuracy", accuracy)],
+            TaskMetric::Perplexity(perplexity) => vec![("dev/perplexity", perplexity)],
+            TaskMetric::Correlation { pearson, spearman } => vec![("dev/pearson", pearson), ("dev/spearman", spearman)],
         };
         std::iter::once(("dev/loss", self.loss)).chain(others).collect()
     }
 
+    /// A short text for the user.
     pub fn describe(&self) -> String {
-        let other = match self.other {
-            Figure::Accuracy(accuracy) => format!("accuracy {:.2}%", 100.0 * accuracy),
-            Figure::Perplexity(perplexity) => format!("perplexity {perplexity:.3}"),
-            Figure::Correlation { pearson, spearman } => {
+        let metric = match self.metric {
+            TaskMetric::Accuracy(accuracy) => format!("accuracy {:.2}%", 100.0 * accuracy),
+            TaskMetric::Perplexity(perplexity) => format!("perplexity {perplexity:.3}"),
+            TaskMetric::Correlation { pearson, spearman } => {
                 format!("correlation {pearson:.4} (Pearson), {spearman:.4} (Spearman)")
             }
         };
-        format!("loss {:.4}, {other}", self.loss)
+        format!("loss {:.4}, {metric}", self.loss)
     }
 }
 
-/// Runs `eval` over a data set.
+/// Evaluates the model on a data set.
+///
+/// # Errors
+///
+/// The data set is empty, or the session fails.
 pub fn evaluate(session: &mut Session, model: &Model, data: &Dataset) -> Result<Evaluation, Failure> {
     let found = evaluate_until(&AtomicBool::new(false), session, model, data)?;
     Ok(found.expect("nothing stops it"))
 }
 
-/// The same; gives nothing if it is stopped.
+/// Evaluates like [`evaluate`], but returns `None` if `stop` is set before the end.
 pub(super) fn evaluate_until(
     stop: &AtomicBool,
     session: &mut Session,
     model: &Model,
     data: &Dataset,
 ) -> Result<Option<Evaluation>, Failure> {
-    data.not_empty()?;
+    data.require_examples()?;
     let kind = &model.task.kind;
     let (mut mean, mut right, mut asked) = (Mean::default(), 0, 0);
     let (mut found, mut wanted) = (vec![], vec![]);
-    // There are no gradients to hold: batches are no smaller than this.
+    // An evaluation stores no activations for gradients, so its batches have at least 32 sequences.
     let size = match model.train.batch {
         BatchSize::Sequences(sequences) => BatchSize::Sequences(sequences.max(32)),
         tokens => tokens,
@@ -79,8 +87,8 @@ pub(super) fn evaluate_until(
             return Ok(None);
         }
         session.run(Entry::Eval.name(), &inputs(&batch, [0, 0]))?;
-        let get = |name: &str| session.output(name).ok_or_else(|| RuntimeError::input(name, "is no output"));
-        mean.add(f64::from(get(LOSS)?.1[0]), batch.asked() as f64);
+        let get = |name: &str| session.output(name).ok_or_else(|| RuntimeError::input(name, "is not an output"));
+        mean.add(f64::from(get(LOSS)?.1[0]), batch.target_count() as f64);
         match kind {
             TaskKind::Classification { .. } | TaskKind::TokenClassification { .. } => {
                 right += correct(&get(LOGITS)?.1, &batch.labels);
@@ -91,17 +99,17 @@ pub(super) fn evaluate_until(
             }
             TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => {}
         }
-        asked += batch.asked();
+        asked += batch.target_count();
     }
     let loss = mean.value();
-    let other = match kind {
+    let metric = match kind {
         TaskKind::Classification { .. } | TaskKind::TokenClassification { .. } => {
-            Figure::Accuracy(right as f64 / asked.max(1) as f64)
+            TaskMetric::Accuracy(right as f64 / asked.max(1) as f64)
         }
         TaskKind::Regression { .. } => {
-            Figure::Correlation { pearson: pearson(&found, &wanted), spearman: spearman(&found, &wanted) }
+            TaskMetric::Correlation { pearson: pearson(&found, &wanted), spearman: spearman(&found, &wanted) }
         }
-        TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => Figure::Perplexity(loss.exp()),
+        TaskKind::Generation { .. } | TaskKind::Chat | TaskKind::Text { .. } => TaskMetric::Perplexity(loss.exp()),
     };
-    Ok(Some(Evaluation { loss, other }))
+    Ok(Some(Evaluation { loss, metric }))
 }

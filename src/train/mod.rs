@@ -1,4 +1,5 @@
-//! Training: a step is a run of `train` and one of `update`; around it rates, batches, figures, files.
+//! The training loop. A step runs the compiled functions `train` and `update`; this module supplies learning rates and
+//! batches, and writes metrics, states and adapters.
 
 mod epochs;
 mod evaluation;
@@ -20,38 +21,48 @@ use peft_runtime::Session;
 use crate::adapters::Base;
 use crate::data::Dataset;
 use crate::failure::Failure;
-use crate::train::state::{Identity, Judged, State};
+use crate::train::state::{EvaluationHistory, Identity, State};
 
 use epochs::Epochs;
 
 pub use evaluation::{Evaluation, evaluate};
-pub use folder::{earlier, in_the_way};
-pub use schedule::{rate, stable};
-pub use step::{step, step_of_several};
+pub use folder::{blocking_files, earlier_files};
+pub use schedule::{decay_start, rate};
+pub use step::{accumulated_step, step};
 
 /// A training run.
 pub struct Training<'a> {
+    /// The model to train.
     pub model: &'a Model,
+    /// The session that runs it.
     pub session: &'a mut Session,
+    /// The training data.
     pub train: &'a Dataset,
+    /// The held-out data.
     pub dev: Option<&'a Dataset>,
+    /// The run's folder.
     pub out: PathBuf,
-    /// What it trains on.
+    /// The base weights.
     pub base: &'a Base,
+    /// Everything that the run's values depend on.
     pub identity: Identity,
-    /// Where it goes on.
+    /// The state to resume from.
     pub state: Option<State>,
-    /// Ends it early: the step that runs is finished and the state saved.
+    /// Stops the run early: the current step is finished and the state is saved.
     pub stop: &'a AtomicBool,
 }
 
-/// Steps of a whole run.
+/// The number of steps of the whole run.
 pub fn total(recipe: &Recipe, train: &Dataset) -> u64 {
     Epochs::of(recipe, train).total(recipe)
 }
 
-/// Refuses data of which an example alone has more tokens than a batch may.
-pub fn fits(recipe: &Recipe, train: &Dataset) -> Result<(), Failure> {
+/// Checks that every example fits into a batch.
+///
+/// # Errors
+///
+/// `train.batch` is a number of tokens, and an example has more tokens.
+pub fn check_batch_size(recipe: &Recipe, train: &Dataset) -> Result<(), Failure> {
     let longest = train.longest() as u64;
     match recipe.batch {
         BatchSize::Tokens { tokens } if longest > tokens => Err(Failure::Usage(format!(
@@ -63,45 +74,57 @@ pub fn fits(recipe: &Recipe, train: &Dataset) -> Result<(), Failure> {
     }
 }
 
-/// How a run ended.
+/// The reason why a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// All steps are done.
-    Whole,
-    /// `train.patience` is at its end.
-    Patience,
+    Completed,
+    /// The last `train.patience` evaluations found no lower loss.
+    OutOfPatience,
     /// [`Training::stop`] was set.
     Stopped,
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, Debug)]
 pub struct Outcome {
+    /// Why the run ended.
     pub ending: Ending,
-    /// Steps taken now, and by the whole run so far.
+    /// The number of steps taken by this process.
     pub steps: u64,
+    /// The number of steps of the whole run so far.
     pub done: u64,
-    pub judged: Judged,
-    /// Mean losses of the first and the last tenth of the run.
+    /// The results of the evaluations so far.
+    pub evaluations: EvaluationHistory,
+    /// The mean loss over the first tenth of this process's steps.
     pub first: f64,
+    /// The mean loss over the last tenth of this process's steps.
     pub last: f64,
+    /// The evaluation before the first step.
     pub before: Option<Evaluation>,
+    /// The last evaluation.
     pub after: Option<Evaluation>,
+    /// The duration of all steps in seconds.
     pub seconds: f64,
-    /// Of them in kernels, if the session takes a profile.
+    /// The part of `seconds` spent in kernels, if the session takes a profile.
     pub kernel_seconds: f64,
-    /// Real tokens.
+    /// The number of tokens trained on. Batches have no padding.
     pub tokens: u64,
+    /// The path of the trained adapter.
     pub adapter: PathBuf,
 }
 
 impl Training<'_> {
-    /// Trains to the end. A new run's folder is rid of what an earlier one left there.
+    /// Trains to the end. A new run first removes the files of an earlier run from its folder.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be written, the session fails, or the loss is not finite.
     pub fn run(self) -> Result<Outcome, Failure> {
         let mut run = run::Run::begin(self)?;
-        while run.goes_on() {
-            run.stretch()?;
-            run.halt()?;
+        while run.continues() {
+            run.run_steps()?;
+            run.evaluate_and_save()?;
         }
         run.end()
     }

@@ -1,23 +1,27 @@
-//! How far a run is: a bar on a terminal, a plain line now and then elsewhere (a log, a pipe, CI).
+//! Reports progress: a bar on a terminal, otherwise (log, pipe, CI) a line at intervals.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Elsewhere than on a terminal, a line each so many seconds of training.
+/// The interval between two lines if the output is not a terminal.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// What a step was like.
+/// The metrics of one step.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
+    /// The loss before the step.
     pub loss: f64,
+    /// The learning rate.
     pub lr: f64,
-    /// Real ones: there is no padding to count.
+    /// The number of tokens. Batches have no padding.
     pub tokens: u64,
+    /// The duration of the step.
     pub time: Duration,
 }
 
+/// The progress report of a run.
 pub struct Progress {
     total: u64,
     done: u64,
@@ -31,7 +35,7 @@ enum Display {
 }
 
 impl Progress {
-    /// Of `total` steps of which `done` are behind us already, on standard error.
+    /// Reports on standard error about `total` steps, of which `done` are complete already.
     pub fn new(total: u64, done: u64) -> Self {
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         let display = if io::stderr().is_terminal() && !dumb {
@@ -43,6 +47,7 @@ impl Progress {
         Progress { total, done, figures: Figures::default(), display }
     }
 
+    /// Reports a step.
     pub fn step(&mut self, step: Step) {
         self.done += 1;
         self.figures.add(step);
@@ -55,7 +60,7 @@ impl Progress {
             }
             Display::Lines { out, since } => {
                 *since += step.time;
-                // The first step shows that the run is alive, the last one how it ended.
+                // The first step shows that the run works, and the last one how it ended.
                 if *since >= INTERVAL || self.figures.steps == 1 || left == 0 {
                     *since = Duration::ZERO;
                     say(out, &format!("step {done}/{total}  {}", self.figures.describe(step.lr, left)));
@@ -64,7 +69,7 @@ impl Progress {
         }
     }
 
-    /// A line of its own: an evaluation, a saved file.
+    /// Prints a line, such as the result of an evaluation or the path of a saved file.
     pub fn line(&mut self, text: &str) {
         match &mut self.display {
             Display::Bar(bar) => bar.suspend(|| say(&mut io::stderr(), text)),
@@ -72,7 +77,7 @@ impl Progress {
         }
     }
 
-    /// Leaves the bar as it stands.
+    /// Leaves the bar on the terminal as it is.
     pub fn finish(self) {
         if let Display::Bar(bar) = self.display {
             bar.abandon();
@@ -80,7 +85,7 @@ impl Progress {
     }
 }
 
-/// A closed pipe is no reason to stop training.
+/// Writes a line and ignores errors, because a closed pipe should not stop the training.
 fn say(out: &mut dyn Write, text: &str) {
     let _ = writeln!(out, "{text}");
 }
@@ -94,11 +99,11 @@ fn bar(total: u64, done: u64, color: bool) -> ProgressBar {
     ProgressBar::with_draw_target(Some(total), target).with_style(style).with_position(done)
 }
 
-/// Running means, of about the last fifty steps.
+/// Exponential moving averages over about the last fifty steps.
 #[derive(Default)]
 struct Figures {
     steps: u64,
-    /// What the means below still lack of full weight.
+    /// One minus the total weight of the averages, which corrects their bias toward zero.
     missing: f64,
     loss: f64,
     tokens: f64,
@@ -132,7 +137,7 @@ impl Figures {
     }
 }
 
-/// `42s`, `3m05s`, `2h07m`.
+/// A duration as text: `42s`, `3m05s`, `2h07m`.
 pub fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     match seconds {
@@ -161,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_elsewhere() {
+    fn progress_lines_without_a_terminal() {
         let log = Log::default();
         let display = Display::Lines { out: Box::new(log.clone()), since: Duration::ZERO };
         let mut progress = Progress { total: 10, done: 0, figures: Figures::default(), display };
@@ -182,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn durations() {
+    fn durations_are_short_texts() {
         assert_eq!([0.4, 59.4, 59.6, 185.0, 7620.0].map(duration), ["0s", "59s", "1m00s", "3m05s", "2h07m"]);
     }
 }

@@ -1,4 +1,4 @@
-//! A run under way: stretches of steps, and between them halts, at which it is judged and saved.
+//! Executes a training run: runs steps, and between them evaluates the model and saves it.
 
 use std::fs;
 use std::sync::atomic::Ordering;
@@ -9,23 +9,23 @@ use peft_grammar::names::Vector;
 use peft_runtime::adapter::{self, Data, TensorFile};
 
 use super::evaluation::evaluate_until;
-use super::step::{Done, Stretch, diverged};
-use super::{Ending, Epochs, Evaluation, Outcome, Training, earlier, folder, rate};
-use crate::adapters::{ADAPTER, BEST, trained};
+use super::step::{StepPipeline, StepResult, diverged};
+use super::{Ending, Epochs, Evaluation, Outcome, Training, earlier_files, folder, rate};
+use crate::adapters::{ADAPTER, BEST, trained_values};
 use crate::failure::Failure;
 use crate::train::metrics::Metrics;
 use crate::train::progress::{Progress, Step};
-use crate::train::state::{self, Judged};
+use crate::train::state::{self, EvaluationHistory};
 
 pub(super) struct Run<'a> {
     training: Training<'a>,
-    calendar: Calendar<'a>,
+    timetable: Timetable<'a>,
     metrics: Metrics,
     progress: Progress,
-    /// Steps that were done when it began, and that are done now.
+    /// The number of steps done when this process began, and the number done now.
     from: u64,
     at: u64,
-    judged: Judged,
+    evaluations: EvaluationHistory,
     before: Option<Evaluation>,
     after: Option<Evaluation>,
     ending: Ending,
@@ -35,30 +35,30 @@ pub(super) struct Run<'a> {
     tally: Tally,
 }
 
-/// The first trained tensor of which a value is infinite or no number.
-fn odd(values: &TensorFile) -> Option<&str> {
-    let odd = |data: &Data| matches!(data, Data::F32(numbers) if numbers.iter().any(|x| !x.is_finite()));
-    values.tensors.iter().find(|(_, stored)| odd(&stored.data)).map(|(name, _)| name.as_str())
+/// The name of the first trained tensor with a value that is infinite or NaN.
+fn non_finite(values: &TensorFile) -> Option<&str> {
+    let has_non_finite = |data: &Data| matches!(data, Data::F32(numbers) if numbers.iter().any(|x| !x.is_finite()));
+    values.tensors.iter().find(|(_, stored)| has_non_finite(&stored.data)).map(|(name, _)| name.as_str())
 }
 
 impl<'a> Run<'a> {
-    /// The folder and the session as the run begins, or as its state has them.
+    /// Prepares the folder and the session, either from scratch or from the state to resume.
     pub fn begin(training: Training<'a>) -> Result<Self, Failure> {
-        training.train.not_empty()?;
-        let calendar = Calendar::of(&training);
+        training.train.require_examples()?;
+        let timetable = Timetable::of(&training);
         let out = &training.out;
         fs::create_dir_all(out).map_err(Failure::file(out))?;
-        let (mut from, mut judged, mut kept) = (0, Judged::default(), None);
+        let (mut from, mut evaluations, mut kept) = (0, EvaluationHistory::default(), None);
         let metrics = match &training.state {
             Some(state) => {
                 state.restore(training.session)?;
-                folder::remove(&earlier(out), folder::unfinished)?;
-                (from, judged) = (state.step, state.judged(&training.identity));
-                kept = folder::keep_best(out, state, judged)?;
+                folder::remove(&earlier_files(out), folder::unfinished)?;
+                (from, evaluations) = (state.step, state.evaluations(&training.identity));
+                kept = folder::preserve_best(out, state, evaluations)?;
                 Metrics::resume(out, from)?
             }
             None => {
-                folder::remove(&earlier(out), |_| true)?;
+                folder::remove(&earlier_files(out), |_| true)?;
                 Metrics::create(out)?
             }
         };
@@ -67,17 +67,17 @@ impl<'a> Run<'a> {
             _ => None,
         };
         let mut run = Run {
-            progress: Progress::new(calendar.total, from),
+            progress: Progress::new(timetable.total, from),
             saved: None,
             training,
-            calendar,
+            timetable,
             metrics,
             from,
             at: from,
-            judged,
+            evaluations,
             before,
             after: None,
-            ending: Ending::Whole,
+            ending: Ending::Completed,
             begin: Instant::now(),
             tally: Tally::default(),
         };
@@ -88,45 +88,45 @@ impl<'a> Run<'a> {
         if let Some(kept) = kept {
             run.progress.line(&kept);
         }
-        // A run that was stopped within an evaluation makes up for it; one that was at the end of its patience still is.
-        if from < run.calendar.total && run.judged.step == Some(from) && run.impatient() {
-            run.ending = Ending::Patience;
-        } else if from > 0 && run.calendar.judges(from) && run.judged.step != Some(from) {
-            run.judge()?;
+        // A run that was stopped during an evaluation repeats it. A run whose patience was used up stays ended.
+        if from < run.timetable.total && run.evaluations.step == Some(from) && run.out_of_patience() {
+            run.ending = Ending::OutOfPatience;
+        } else if from > 0 && run.timetable.evaluates_after(from) && run.evaluations.step != Some(from) {
+            run.evaluate()?;
         }
         run.saved = run.training.state.as_ref().map(|state| (state.step, Instant::now()));
         run.begin = Instant::now();
         Ok(run)
     }
 
-    pub fn goes_on(&self) -> bool {
-        self.at < self.calendar.total && self.ending == Ending::Whole
+    pub fn continues(&self) -> bool {
+        self.at < self.timetable.total && self.ending == Ending::Completed
     }
 
-    /// Steps up to the next one after which there is something else to do.
-    pub fn stretch(&mut self) -> Result<(), Failure> {
-        let recipe = self.calendar.recipe.clone();
-        let (epoch, steps) = self.calendar.epochs.around(self.at);
-        let batches = self.calendar.epochs.batches(epoch);
+    /// Runs the steps up to the next evaluation, save or epoch end.
+    pub fn run_steps(&mut self) -> Result<(), Failure> {
+        let recipe = self.timetable.recipe.clone();
+        let (epoch, steps) = self.timetable.epochs.around(self.at);
+        let batches = self.timetable.epochs.batches(epoch);
         let batches = batches.starting_at(((self.at - steps.start) * recipe.accumulate) as usize);
-        let steps = self.at..self.calendar.stretch_end(self.at);
-        let mut stretch = Stretch::new(batches, &recipe, steps, self.calendar.total);
+        let steps = self.at..self.timetable.next_event(self.at);
+        let mut pipeline = StepPipeline::new(batches, &recipe, steps, self.timetable.total);
         let mut begun = Instant::now();
-        while let Some(done) = stretch.step(self.training.session)? {
-            // From step to step: making its batches is a part of it, and writing figures down.
+        while let Some(done) = pipeline.step(self.training.session)? {
+            // Time is measured from step to step, so it includes building batches and writing metrics.
             let time = begun.elapsed();
             begun += time;
-            self.note(&done, time)?;
-            if self.stopped() || self.late() {
-                stretch.close();
+            self.record(&done, time)?;
+            if self.stopped() || self.save_overdue() {
+                pipeline.close();
             }
         }
         Ok(())
     }
 
-    /// Writes down what a step came to.
-    fn note(&mut self, done: &Done, time: Duration) -> Result<(), Failure> {
-        let lr = rate(&self.calendar.recipe, self.at, self.calendar.total);
+    /// Writes the metrics of a step.
+    fn record(&mut self, done: &StepResult, time: Duration) -> Result<(), Failure> {
+        let lr = rate(&self.timetable.recipe, self.at, self.timetable.total);
         self.at += 1;
         self.tally.add(done, time);
         let mut figures = vec![
@@ -142,16 +142,16 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// What is due after a stretch: the run is judged and saved, or ends.
-    pub fn halt(&mut self) -> Result<(), Failure> {
-        // A run that is stopped at the end of its last step is whole, but for an evaluation.
-        if self.stopped() && self.at < self.calendar.total {
+    /// Evaluates and saves if that is due, and decides whether the run ends.
+    pub fn evaluate_and_save(&mut self) -> Result<(), Failure> {
+        // A run that is stopped after its last step is complete except for an evaluation.
+        if self.stopped() && self.at < self.timetable.total {
             self.ending = Ending::Stopped;
         }
-        if self.calendar.judges(self.at) && self.ending == Ending::Whole {
-            self.judge()?;
+        if self.timetable.evaluates_after(self.at) && self.ending == Ending::Completed {
+            self.evaluate()?;
         }
-        if !self.goes_on() || self.calendar.saves(self.at) || self.late() {
+        if !self.continues() || self.timetable.saves_after(self.at) || self.save_overdue() {
             self.save()?;
         }
         Ok(())
@@ -161,21 +161,21 @@ impl<'a> Run<'a> {
         self.training.stop.load(Ordering::Relaxed)
     }
 
-    /// So much time has gone by since the newest state that another one is due.
-    fn late(&self) -> bool {
+    /// Whether the newest state is older than the interval of `train.save`.
+    fn save_overdue(&self) -> bool {
         let since = self.saved.map_or(self.begin, |(_, when)| when);
-        matches!(self.calendar.recipe.save, Every::Seconds(most) if since.elapsed().as_secs() >= most)
+        matches!(self.timetable.recipe.save, Every::Seconds(most) if since.elapsed().as_secs() >= most)
     }
 
-    /// Runs over the held-out data, if there are any; keeps the values if they are the best so far. It may be stopped, or
-    /// be the last one for which there is patience.
-    fn judge(&mut self) -> Result<(), Failure> {
+    /// Evaluates on the held-out data, if there are any, and saves the values if their loss is the lowest so far. The
+    /// evaluation may be interrupted, and it may use up the patience.
+    fn evaluate(&mut self) -> Result<(), Failure> {
         let Training { dev: Some(dev), model, base, stop, .. } = self.training else { return Ok(()) };
         let at = self.at;
-        let values = self.averaged()?;
+        let values = self.swap_in_averages()?;
         self.after = evaluate_until(stop, self.training.session, model, dev)?;
-        let judged = trained(self.training.session, model, base, at)?;
-        self.restored(values)?;
+        let evaluations = trained_values(self.training.session, model, base, at)?;
+        self.restore_values(values)?;
         let Some(figures) = self.after else {
             self.ending = Ending::Stopped;
             return Ok(());
@@ -185,35 +185,35 @@ impl<'a> Run<'a> {
         }
         self.progress.line(&format!("after step {}: {}", self.at, figures.describe()));
         self.metrics.record(self.at, &figures.figures())?;
-        if self.judged.add(self.at, figures.loss) {
-            adapter::save(&self.training.out.join(BEST), &judged)?;
+        if self.evaluations.add(self.at, figures.loss) {
+            adapter::save(&self.training.out.join(BEST), &evaluations)?;
         }
-        if self.at < self.calendar.total && self.impatient() {
-            self.ending = Ending::Patience;
+        if self.at < self.timetable.total && self.out_of_patience() {
+            self.ending = Ending::OutOfPatience;
         }
         Ok(())
     }
 
-    /// No evaluation for which there was patience found a best one.
-    fn impatient(&self) -> bool {
-        self.calendar.recipe.patience.is_some_and(|patience| self.judged.since >= patience)
+    /// Whether the last `train.patience` evaluations found no lower loss.
+    fn out_of_patience(&self) -> bool {
+        self.timetable.recipe.patience.is_some_and(|patience| self.evaluations.since >= patience)
     }
 
-    /// The state goes first: if the adapter cannot be written, a resumed run writes it.
+    /// Saves the state and then the adapter: if writing the adapter fails, a resumed run writes it.
     fn save(&mut self) -> Result<(), Failure> {
         let Training { session, model, identity, .. } = &self.training;
         let again = self.saved.is_some_and(|(step, _)| step == self.at);
-        // Nothing could go on from these, and what was saved before is whole.
-        let found = trained(session, self.training.model, self.training.base, self.at)?;
-        if let Some(name) = odd(&found) {
-            return Err(diverged(self.at, &format!("`{name}` holds values that are no numbers or infinite")));
+        // A state with non-finite values could not be resumed, so it is not written. The previous state is valid.
+        let found = trained_values(session, self.training.model, self.training.base, self.at)?;
+        if let Some(name) = non_finite(&found) {
+            return Err(diverged(self.at, &format!("`{name}` holds values that are infinite or not numbers")));
         }
-        state::save(&self.training.out, session, model, identity, self.at, &self.judged, again)?;
-        let saved = match self.averaged()? {
+        state::save(&self.training.out, session, model, identity, self.at, &self.evaluations, again)?;
+        let saved = match self.swap_in_averages()? {
             None => found,
             values => {
-                let saved = trained(self.training.session, self.training.model, self.training.base, self.at)?;
-                self.restored(values)?;
+                let saved = trained_values(self.training.session, self.training.model, self.training.base, self.at)?;
+                self.restore_values(values)?;
                 saved
             }
         };
@@ -222,10 +222,10 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// With `train.average`, puts the averages in the place of the values, and gives these. Before the first step there are
-    /// none.
-    fn averaged(&mut self) -> Result<Option<Vec<f32>>, Failure> {
-        if self.calendar.recipe.average.is_none() || self.at == 0 {
+    /// With `train.average`, replaces the trained values by their averages and returns the values. Before the first
+    /// step there are no averages.
+    fn swap_in_averages(&mut self) -> Result<Option<Vec<f32>>, Failure> {
+        if self.timetable.recipe.average.is_none() || self.at == 0 {
             return Ok(None);
         }
         let session = &mut *self.training.session;
@@ -235,12 +235,13 @@ impl<'a> Run<'a> {
         Ok(Some(values))
     }
 
-    /// Puts the values back that [`Self::averaged`] gave.
-    fn restored(&mut self, values: Option<Vec<f32>>) -> Result<(), Failure> {
+    /// Restores the values that [`Self::swap_in_averages`] returned.
+    fn restore_values(&mut self, values: Option<Vec<f32>>) -> Result<(), Failure> {
         Ok(values.map_or(Ok(()), |values| self.training.session.set_flat(Vector::Values, &values))?)
     }
 
-    /// What the run came to. One that took no step is saved all the same: it may have been judged, or lack its adapter.
+    /// Returns the result of the run. A run that took no step is saved too, because it may have been evaluated or lack
+    /// its adapter.
     pub fn end(mut self) -> Result<Outcome, Failure> {
         if self.at == self.from {
             self.save()?;
@@ -251,7 +252,7 @@ impl<'a> Run<'a> {
             ending: self.ending,
             steps: self.at - self.from,
             done: self.at,
-            judged: self.judged,
+            evaluations: self.evaluations,
             first,
             last,
             before: self.before,
@@ -264,37 +265,37 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What is due at which step.
-struct Calendar<'a> {
+/// Decides which actions are due at which step.
+struct Timetable<'a> {
     recipe: Recipe,
     epochs: Epochs<'a>,
-    /// Steps of the whole run.
+    /// The number of steps of the whole run.
     total: u64,
     has_dev: bool,
 }
 
-impl<'a> Calendar<'a> {
+impl<'a> Timetable<'a> {
     fn of(training: &Training<'a>) -> Self {
         let recipe = training.model.train.clone();
         let mut epochs = Epochs::of(&recipe, training.train);
-        Calendar { total: epochs.total(&recipe), recipe, epochs, has_dev: training.dev.is_some() }
+        Timetable { total: epochs.total(&recipe), recipe, epochs, has_dev: training.dev.is_some() }
     }
 
-    /// The first step after `step` at which there is something else to do.
-    fn stretch_end(&mut self, step: u64) -> u64 {
+    /// The first step after `step` at which an action is due or an epoch ends.
+    fn next_event(&mut self, step: u64) -> u64 {
         let next = [self.recipe.save, self.recipe.evaluate, Every::Epoch].map(|every| self.next(every, step));
         next.into_iter().flatten().fold(self.total, u64::min)
     }
 
-    fn judges(&mut self, step: u64) -> bool {
+    fn evaluates_after(&mut self, step: u64) -> bool {
         self.has_dev && (step == self.total || self.due(self.recipe.evaluate, step))
     }
 
-    fn saves(&mut self, step: u64) -> bool {
+    fn saves_after(&mut self, step: u64) -> bool {
         self.due(self.recipe.save, step)
     }
 
-    /// It is done after step `step`, by the step's number alone.
+    /// Whether an action is due after step `step`. This depends only on the step's number.
     fn due(&mut self, every: Every, step: u64) -> bool {
         self.next(every, step.saturating_sub(1)) == Some(step)
     }
@@ -314,14 +315,14 @@ struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, done: &Done, time: Duration) {
+    fn add(&mut self, done: &StepResult, time: Duration) {
         self.losses.push(done.loss);
         self.tokens += done.tokens;
         self.seconds += time.as_secs_f64();
         self.kernel_seconds += done.in_kernels.unwrap_or(0.0);
     }
 
-    /// Mean losses of the first and the last tenth.
+    /// The mean losses over the first and the last tenth of the steps.
     fn ends(&self) -> (f64, f64) {
         let losses = &self.losses;
         let tenth = (losses.len() / 10).max(1).min(losses.len());

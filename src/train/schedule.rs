@@ -1,10 +1,10 @@
-//! The learning rate over a run.
+//! Learning rate schedules.
 
 use std::f64::consts::PI;
 
 use peft_grammar::model::{Recipe, Schedule};
 
-/// The rate of step `step` (from 0) of `total`: a linear warm-up from 0 to `lr`, then what the schedule says.
+/// The learning rate of step `step` (from 0) of `total`: a linear warm-up from 0 to `lr`, then the schedule.
 pub fn rate(recipe: &Recipe, step: u64, total: u64) -> f64 {
     let warmup = recipe.warmup.steps(total);
     let (lr, end) = (recipe.lr, recipe.lr_end);
@@ -19,15 +19,15 @@ pub fn rate(recipe: &Recipe, step: u64, total: u64) -> f64 {
         Schedule::Linear => end + (lr - end) * left as f64 / decay as f64,
         Schedule::Cosine => cosine(left as f64 / decay as f64),
         Schedule::Polynomial { power } => end + (lr - end) * (left as f64 / decay as f64).powf(power),
-        Schedule::Wsd { .. } => match total - stable(recipe, total) {
+        Schedule::Wsd { .. } => match total - decay_start(recipe, total) {
             decay if left >= decay => lr,
             decay => cosine(left as f64 / decay as f64),
         },
     }
 }
 
-/// The step from which on the rate decays.
-pub fn stable(recipe: &Recipe, total: u64) -> u64 {
+/// The step at which the decay of the learning rate begins.
+pub fn decay_start(recipe: &Recipe, total: u64) -> u64 {
     let warmup = recipe.warmup.steps(total).min(total);
     match recipe.schedule {
         Schedule::Wsd { decay } => total.saturating_sub(decay.steps(total)).max(warmup),

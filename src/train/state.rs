@@ -1,14 +1,14 @@
-//! The state of a run, from which it is resumed: trained values, the optimizer's moments, the step, and what they belong to.
+//! The saved state of a run: trained values, the optimizer's moments, the step, and the run's identity.
 //!
-//! A resumed run gives the bits of one that was never stopped only if its spec, recipe, base weights and data are the
-//! same. The state records them, and is refused with others.
+//! A resumed run is bit-identical to an uninterrupted one only if spec, recipe, base weights and data are the same. The
+//! state records them, and resuming with others is refused.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, written};
+use peft_grammar::model::{Model, Recipe, Schedule, TaskKind, template_source};
 use peft_grammar::names::Vector;
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use peft_runtime::safefile::SafeFile;
@@ -19,26 +19,26 @@ use serde_json::{Map, Value, json};
 use crate::adapters::{Adapter, Base};
 use crate::data::{Dataset, Goal};
 use crate::failure::Failure;
-use crate::meaning::{equations, settings};
-use crate::train::{rate, stable};
+use crate::meaning::{equations_hash, settings};
+use crate::train::{decay_start, rate};
 
-/// A run's state, in its folder.
+/// The file name of a run's newest state.
 pub const STATE: &str = "state.safetensors";
-/// The one that was saved before it.
+/// The file name of the state before the newest.
 pub const PREVIOUS: &str = "state.previous.safetensors";
 
 const FORMAT: &str = "peftc state 3";
-/// The first format, which records the name of the spec and nothing else.
+/// The first format, which records only the name of the spec.
 const OLD_FORMAT: &str = "peftc state 1";
 
-/// The note that holds the hash of all else: see [`begin_checksum`].
+/// The key of the note that holds the checksum of the rest of the state: see [`begin_checksum`].
 const CHECKSUM: &str = "checksum";
 
-/// What the values of a run depend on: each setting, tensor and data set by the name that messages give it.
+/// Everything that a run's values depend on: settings, tensors and data sets by the names used in messages.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Identity(Map<String, Value>);
 
-// Keys that stand for something else than a setting or a tensor of the spec.
+// Keys that are neither a setting nor a tensor of the spec.
 const BASE: &str = "base weights";
 const BEGINNING: &str = "the adapter it begins with";
 const DATA: &str = "training data";
@@ -49,7 +49,7 @@ const EQUATIONS: &str = "the equations' hash";
 const RECIPE: &str = "train.";
 
 impl Identity {
-    /// `total` is the number of steps of the whole run.
+    /// The identity of a run of `total` steps.
     pub fn of(model: &Model, base: &Base, train: &Dataset, dev: Option<&Dataset>, total: u64) -> Self {
         let mut all = Map::new();
         let mut put = |key: String, value: Value| drop(all.insert(key, value));
@@ -60,7 +60,7 @@ impl Identity {
             TaskKind::Generation { special, template, target, each, pack } => {
                 put("task".into(), json!("generation"));
                 put("task.special".into(), json!(special));
-                put("task.template".into(), json!(written(template)));
+                put("task.template".into(), json!(template_source(template)));
                 put("task.target".into(), json!(target));
                 if !each.is_empty() {
                     put("task.each".into(), json!(each));
@@ -71,7 +71,7 @@ impl Identity {
             }
             TaskKind::Chat | TaskKind::Text { .. } => put("task".into(), json!(model.task.kind)),
             kind => {
-                put("task".into(), json!(kind.word()));
+                put("task".into(), json!(kind.keyword()));
                 put("task.labels".into(), json!(kind.labels()));
             }
         }
@@ -81,9 +81,9 @@ impl Identity {
             about.extend(param.lr.map(|lr| json!(lr)));
             put(param.name.clone(), json!(about));
         }
-        put(EQUATIONS.into(), json!(equations(model)));
+        put(EQUATIONS.into(), json!(equations_hash(model)));
         if let Value::Object(recipe) = json!(model.train) {
-            let recipe = recipe.into_iter().filter(|(key, _)| !Recipe::FREE.contains(&key.as_str()));
+            let recipe = recipe.into_iter().filter(|(key, _)| !Recipe::RESUME_MAY_CHANGE.contains(&key.as_str()));
             recipe.for_each(|(key, value)| put(format!("{RECIPE}{key}"), value));
         }
         put(STEPS.into(), json!(total));
@@ -93,13 +93,13 @@ impl Identity {
         Identity(all)
     }
 
-    /// The same of a run that begins with the values of an adapter.
-    pub fn begun_with(mut self, adapter: Option<&Adapter>) -> Self {
+    /// Adds the adapter whose values the run begins with.
+    pub fn starting_from(mut self, adapter: Option<&Adapter>) -> Self {
         self.0.extend(adapter.map(|adapter| (BEGINNING.into(), json!(adapter.fingerprint()))));
         self
     }
 
-    /// Every key whose values differ.
+    /// The keys whose values differ.
     fn differences<'a>(&'a self, now: &'a Identity) -> Vec<Difference<'a>> {
         let was = self.0.iter().map(|(key, was)| Difference { key, was, is: now.0.get(key).unwrap_or(&Value::Null) });
         let new = now.0.iter().filter(|(key, _)| !self.0.contains_key(*key));
@@ -108,11 +108,11 @@ impl Identity {
     }
 }
 
-/// The number of examples, and the hash of their tokens and labels as the model sees them.
+/// The number of examples, and a hash of their tokens, types and targets.
 fn content(data: &Dataset) -> String {
     let mut hash = blake3::Hasher::new();
     for example in data.examples.iter() {
-        // What stands before each range, and where all but the last token of the example are no targets, its end.
+        // For each range the index before its start and its end. An end at the example's end is omitted.
         let spans = |ranges: &[Range<usize>]| -> Vec<i32> {
             let numbers = ranges.iter().flat_map(|range| [range.start - 1, range.end]);
             let mut numbers: Vec<i32> = numbers.map(|n| n as i32).collect();
@@ -121,8 +121,8 @@ fn content(data: &Dataset) -> String {
         };
         let goal: Vec<i32> = match &example.goal {
             Goal::Tokens(ranges) => [vec![0], spans(ranges)].concat(),
-            Goal::Turns(ranges, asides) => {
-                let pairs: Vec<i32> = asides.iter().flat_map(|aside| [aside.at as i32, aside.label]).collect();
+            Goal::Turns(ranges, extra_targets) => {
+                let pairs: Vec<i32> = extra_targets.iter().flat_map(|extra| [extra.at as i32, extra.label]).collect();
                 [vec![2, pairs.len() as i32], pairs, spans(ranges)].concat()
             }
             Goal::Class(class) => vec![1, *class],
@@ -135,7 +135,7 @@ fn content(data: &Dataset) -> String {
     format!("{} examples, {}", data.len(), &hash.finalize().to_hex()[..16])
 }
 
-/// A key whose value was one thing in the state and is another now; null where there is none.
+/// A key with its value in the state and its current value. A missing value is null.
 struct Difference<'a> {
     key: &'a str,
     was: &'a Value,
@@ -143,7 +143,7 @@ struct Difference<'a> {
 }
 
 impl Difference<'_> {
-    /// What the state belongs to instead, as a message names it; `None` if a run may change this key.
+    /// What differs, for a message. `None` if a resumed run may change this key.
     fn concerns(&self) -> Option<&'static str> {
         match self.key {
             DEV => None,
@@ -152,14 +152,14 @@ impl Difference<'_> {
                 _ => Some("another recipe"),
             },
             BASE => Some("other base weights"),
-            BEGINNING => Some("another beginning"),
+            BEGINNING => Some("another initial adapter"),
             DATA => Some("other data"),
             key if key.starts_with(RECIPE) => Some("another recipe"),
             _ => Some("another spec"),
         }
     }
 
-    fn say(&self) -> String {
+    fn describe(&self) -> String {
         let value = |value: &Value| match value {
             Value::Null if self.key.starts_with(RECIPE) => "its default".to_string(),
             Value::Null => "none".to_string(),
@@ -170,25 +170,28 @@ impl Difference<'_> {
     }
 }
 
-/// What evaluations on held-out data have found in a run.
+/// The results of a run's evaluations on held-out data.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Judged {
-    /// The step of the latest one.
+pub struct EvaluationHistory {
+    /// The step of the latest evaluation.
     pub step: Option<u64>,
+    /// The evaluation with the lowest loss.
     pub best: Option<Best>,
-    /// Evaluations since the best one.
+    /// The number of evaluations since the best one.
     pub since: u64,
 }
 
 /// The evaluation with the lowest loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Best {
+    /// The number of steps done before the evaluation.
     pub step: u64,
+    /// The loss on the held-out data.
     pub loss: f64,
 }
 
-impl Judged {
-    /// Takes note of an evaluation; gives whether it is the best one so far.
+impl EvaluationHistory {
+    /// Adds an evaluation. Returns whether its loss is the lowest so far.
     pub fn add(&mut self, step: u64, loss: f64) -> bool {
         let better = self.best.is_none_or(|best| loss < best.loss);
         self.step = Some(step);
@@ -199,7 +202,7 @@ impl Judged {
         better
     }
 
-    /// Notes of a state, by key.
+    /// The notes of a state that record the evaluations.
     fn notes(&self) -> Vec<(&'static str, String)> {
         let step = self.step.map(|step| ("judged", step.to_string()));
         let best = self.best.map(|best| ("best", format!("{} {:?}", best.step, best.loss)));
@@ -213,38 +216,42 @@ impl Judged {
             Some(Best { step: step.parse().ok()?, loss: loss.parse().ok()? })
         });
         let number = |key: &str| notes.get(key).and_then(|note| note.parse().ok());
-        Judged { step: number("judged"), best, since: number("since best").unwrap_or(0) }
+        EvaluationHistory { step: number("judged"), best, since: number("since best").unwrap_or(0) }
     }
 }
 
-/// A state on disk. Its vectors are read by [`State::restore`].
+/// A state on disk. [`State::restore`] reads its vectors.
 pub struct State {
     path: PathBuf,
     file: SafeFile,
-    /// Steps that are done.
+    /// The number of steps done.
     pub step: u64,
-    /// `None` in a file of the older format.
+    /// The run's identity. `None` in a file of the first format.
     of: Option<Identity>,
-    judged: Judged,
-    /// Why it is not the newest one of its folder.
+    evaluations: EvaluationHistory,
+    /// A warning if this is not the newest state of its folder.
     pub fallback: Option<String>,
 }
 
-/// Why a state cannot be read.
+/// The reason why a state cannot be read.
 enum Unreadable {
-    /// The one before it may be whole.
+    /// The file is damaged, and the previous state may be intact.
     Damaged(RuntimeError),
     Other(RuntimeError),
 }
 
 impl State {
-    /// Opens the state of the run in the folder `out`: the newest, or if that is damaged or missing the one before it.
-    /// Fails with exit code 3 if there is none.
+    /// Opens the state of the run in the folder `out`. If the newest state is damaged or missing, the previous one is
+    /// opened.
+    ///
+    /// # Errors
+    ///
+    /// There is no readable state (exit code 3).
     pub fn open(out: &Path) -> Result<Self, Failure> {
         let [newest, previous] = [STATE, PREVIOUS].map(|name| out.join(name));
         if !newest.is_file() && !previous.is_file() {
             let why = match out.join(crate::train::metrics::LINES).is_file() {
-                true => "no state was saved there, as one is when an epoch ends; begin anew with `--overwrite`",
+                true => "no state was saved there, as one is when an epoch ends; start over with `--overwrite`",
                 false => "no run was stopped there; begin one without `--resume`, or name its folder with `--out`",
             };
             return Err(RuntimeError::file(out, format!("`--resume` finds no `{STATE}`: {why}")).into());
@@ -263,7 +270,7 @@ impl State {
                 Ok(State { fallback, ..state })
             }
             Err(_) => {
-                Err(RuntimeError::file(&newest, format!("{}; begin anew with `--overwrite`", reason(&why))).into())
+                Err(RuntimeError::file(&newest, format!("{}; start over with `--overwrite`", reason(&why))).into())
             }
         }
     }
@@ -279,41 +286,44 @@ impl State {
             Some(OLD_FORMAT) => None,
             Some(FORMAT) => {
                 let mut checksum = begin_checksum(&file.notes);
-                for name in Vector::CHANGED.map(Vector::name).into_iter().filter(|name| file.shape(name).is_some()) {
-                    checksum.update(file.stored(name).map_err(Damaged)?.1);
+                for name in Vector::UPDATED.map(Vector::name).into_iter().filter(|name| file.shape(name).is_some()) {
+                    checksum.update(file.raw(name).map_err(Damaged)?.1);
                 }
                 if note(CHECKSUM) != Some(&checksum.finalize().to_hex()) {
-                    return Err(Damaged(wrong("it is damaged: its checksum is that of other content")));
+                    return Err(Damaged(wrong("it is damaged: its checksum does not match its content")));
                 }
                 let of = note("of").and_then(|of| serde_json::from_str(of).ok());
-                Some(Identity(of.ok_or_else(|| Other(wrong("it does not say what it is of: it is damaged")))?))
+                Some(Identity(of.ok_or_else(|| Other(wrong("it is damaged: it does not record its run's identity")))?))
             }
             _ => {
-                return Err(Other(wrong("it is of a format that this peftc does not know; use the one that wrote it")));
+                return Err(Other(wrong("its format is unknown to this peftc; use the one that wrote it")));
             }
         };
-        let judged = Judged::read(&file.notes);
-        Ok(State { path: path.to_owned(), file, step, of, judged, fallback: None })
+        let evaluations = EvaluationHistory::read(&file.notes);
+        Ok(State { path: path.to_owned(), file, step, of, evaluations, fallback: None })
     }
 
-    /// The best evaluation, on whatever data.
-    pub fn found(&self) -> Option<Best> {
-        self.judged.best
+    /// The best evaluation, on whichever held-out data.
+    pub fn best(&self) -> Option<Best> {
+        self.evaluations.best
     }
 
-    /// What evaluations have found, if they were on the held-out data of `now`.
-    pub fn judged(&self, now: &Identity) -> Judged {
+    /// The evaluations so far, if they used the held-out data of `now`; else none.
+    pub fn evaluations(&self, now: &Identity) -> EvaluationHistory {
         let same = self.of.as_ref().is_some_and(|of| of.0.get(DEV) == now.0.get(DEV));
-        if same { self.judged } else { Judged::default() }
+        if same { self.evaluations } else { EvaluationHistory::default() }
     }
 
-    /// Refuses a state whose spec, recipe, base weights or data differ from `now`. Returns a line for each difference
-    /// that is allowed.
+    /// Compares the state's identity with that of the current run. Returns one line for each permitted difference.
+    ///
+    /// # Errors
+    ///
+    /// Spec, recipe, base weights or data differ.
     pub fn check(&self, model: &Model, now: &Identity) -> Result<Vec<String>, Failure> {
         let Some(of) = &self.of else {
             return Ok(vec![format!(
-                "warning: {}: an older peftc wrote it, without what it is of: spec, recipe, weights and data are taken on \
-                 trust",
+                "warning: {}: an older peftc wrote it without recording its run, so spec, recipe, weights and data \
+                 are not checked",
                 self.path.display()
             )]);
         };
@@ -323,12 +333,13 @@ impl State {
         let refused: Vec<&Difference> = differences.iter().filter(|d| d.concerns().is_some()).collect();
         if !refused.is_empty() {
             const SHOWN: usize = 8;
-            let mut lines: Vec<String> = refused.iter().take(SHOWN).map(|d| d.say()).collect();
+            let mut lines: Vec<String> = refused.iter().take(SHOWN).map(|d| d.describe()).collect();
             if refused.len() > SHOWN {
                 lines.push(format!("  and {} more", refused.len() - SHOWN));
             }
             let message = format!(
-                "it is of {}:\n{}\nresume with what it is of, or begin anew with `--overwrite` or another `--out`",
+                "it belongs to {}:\n{}\nresume with the same spec, recipe, weights and data, or start over with \
+                 `--overwrite` or another `--out`",
                 concerned.join(", "),
                 lines.join("\n")
             );
@@ -337,10 +348,10 @@ impl State {
         Ok(differences.iter().map(|d| self.allowed(model, d)).collect())
     }
 
-    /// The line for a difference that is allowed.
+    /// The line for a permitted difference.
     fn allowed(&self, model: &Model, Difference { key, was, is }: &Difference) -> String {
         let (Some(was), Some(is)) = (was.as_u64(), is.as_u64()) else {
-            return format!("note: {key}: other examples than before; figures on them do not compare");
+            return format!("note: {key}: other examples than before, so the results are not comparable");
         };
         let next = rate(&model.train, self.step, is);
         let step = self.step.saturating_add(1);
@@ -351,19 +362,23 @@ impl State {
             }
             Schedule::Wsd { .. } => format!(
                 "the rate goes on as in a run of {is} steps, with {next:.2e} at step {step}, and decays from step {} on",
-                stable(&model.train, is) + 1
+                decay_start(&model.train, is) + 1
             ),
         };
         format!("note: the run grows from {was} steps to {is}: {schedule}")
     }
 
-    /// Copies values and moments into the session. A damaged newer state makes room for this one.
+    /// Copies values and moments into the session. If the newest state is damaged, this one replaces it.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, or its vectors have another length than the session's.
     pub fn restore(&self, session: &mut Session) -> Result<(), Failure> {
         let count = session.trainable();
         let mut numbers = vec![0.0; count];
-        for vector in session.optimized() {
+        for vector in session.updated_vectors() {
             if self.file.shape(vector.name()) != Some(&[count as u64]) {
-                let message = "it is of another spec: the trained values differ in number; use another `--out`";
+                let message = "it belongs to another spec: the number of trained values differs; use another `--out`";
                 return Err(RuntimeError::file(&self.path, message).into());
             }
             self.file.floats(vector.name(), &mut numbers)?;
@@ -377,7 +392,7 @@ impl State {
     }
 }
 
-/// What an error says of its file.
+/// The message of a file error without its path.
 fn reason(error: &RuntimeError) -> String {
     match error {
         RuntimeError::File { message, .. } => message.clone(),
@@ -385,7 +400,7 @@ fn reason(error: &RuntimeError) -> String {
     }
 }
 
-/// Begins the hash of a state: its notes, but for the checksum itself. The bytes of the vectors follow, in their order.
+/// Starts the hash of a state with its notes, without the checksum itself. The bytes of the vectors follow in order.
 fn begin_checksum(notes: &BTreeMap<String, String>) -> blake3::Hasher {
     let mut hash = blake3::Hasher::new();
     for (key, value) in notes.iter().filter(|(key, _)| *key != CHECKSUM) {
@@ -396,7 +411,7 @@ fn begin_checksum(notes: &BTreeMap<String, String>) -> blake3::Hasher {
     hash
 }
 
-/// The newest state becomes the one before it. There is one at every moment.
+/// Makes the newest state the previous one. A state exists at every moment.
 fn keep_previous(out: &Path) -> Result<(), RuntimeError> {
     let [newest, previous] = [STATE, PREVIOUS].map(|name| out.join(name));
     let Ok(newest) = newest.canonicalize() else { return Ok(()) };
@@ -405,18 +420,23 @@ fn keep_previous(out: &Path) -> Result<(), RuntimeError> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
     }
-    // Where a file system has no second names, the state has this one until the next is written.
+    // If the file system has no hard links, the newest state is renamed until the next one is written.
     fs::hard_link(&newest, &previous).or_else(|_| fs::rename(&newest, &previous)).map_err(failed)
 }
 
-/// Writes the state of a session after `step` steps. `again`: the newest state is of this step too, and is replaced.
+/// Writes the state of a session after `step` steps. `again` tells that the newest state belongs to this step too and
+/// is overwritten.
+///
+/// # Errors
+///
+/// A file cannot be written, or the session's vectors cannot be read.
 pub fn save(
     out: &Path,
     session: &Session,
     model: &Model,
     of: &Identity,
     step: u64,
-    judged: &Judged,
+    evaluations: &EvaluationHistory,
     again: bool,
 ) -> Result<(), RuntimeError> {
     let mut file = TensorFile::default();
@@ -425,9 +445,9 @@ pub fn save(
     note("spec", model.name.clone());
     note("step", step.to_string());
     note("of", Value::Object(of.0.clone()).to_string());
-    judged.notes().into_iter().for_each(|(key, value)| note(key, value));
+    evaluations.notes().into_iter().for_each(|(key, value)| note(key, value));
     let mut checksum = begin_checksum(&file.notes);
-    for vector in session.optimized() {
+    for vector in session.updated_vectors() {
         let flat = session.flat(vector)?.into_owned();
         for part in flat.chunks(1 << 16) {
             checksum.update(&part.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());

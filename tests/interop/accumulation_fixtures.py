@@ -1,8 +1,8 @@
 """Writes accumulation.json: ten steps of AdamW on one batch of sixteen sequences.
 
-The model and its LoRA are the case llama_lora, trained by PEFT and PyTorch in float64. The sequences are padded; the
-loss is the mean over all their targets, of which a sequence has one to twelve. Run it in the environment that venv.sh
-makes.
+The model and its LoRA are those of the case llama_lora, trained by PEFT and PyTorch in float64. The sequences are
+padded. The loss is the mean over all targets; a sequence has one to twelve of them. Run this in the environment that
+venv.sh creates.
 """
 
 import json
@@ -13,7 +13,7 @@ from peft import PeftModel
 
 CASE = CASES / "llama_lora"
 STEPS = 10
-# Those with few targets come first, so that batches of neighbours differ in how many they have.
+# Sequences with few targets come first, so that batches of consecutive sequences differ in their numbers of targets.
 TARGETS = [1, 1, 2, 1, 1, 3, 2, 1, 12, 9, 1, 11, 12, 2, 10, 12]
 RECIPE = {"lr": 0.01, "weight_decay": 0.1, "clip": 0.5}
 

@@ -2,9 +2,9 @@
 
     python tests/interop/chat_fixtures.py
 
-The templates are written for this project, in the forms by which these models are known. `marked` is a template with
-`{% generation %}` around what the assistant says; `masks` are the ranges of tokens that transformers then masks.
-`probes` are single expressions, with the text that transformers' environment gives them. The date is a fixed one.
+The templates are written for this project in the styles of these models. `marked` is a template with `{% generation %}`
+around the assistant's messages, and `masks` are the token ranges that transformers then marks. `probes` are single
+expressions with their results in transformers' template environment. The date is fixed.
 """
 
 import datetime as dates
@@ -316,7 +316,8 @@ FAMILIES = {
 
 
 def unmarked(template):
-    """The template with blocks that do nothing in the place of its marks, so that blanks around them are treated alike."""
+    """The template with blocks without effect in place of the generation blocks, so that whitespace is treated
+    alike."""
     def block(tag):
         return "{%" + tag[1] + (" if true " if tag[2] == "generation" else " endif ") + tag[3] + "%}"
 

@@ -1,11 +1,10 @@
-"""Checks with transformers and PEFT what peftc wrote for the cases beside this file.
+"""Checks the folders that peftc wrote for the cases in this folder with transformers and PEFT.
 
     check.py WORK_DIR [--expect exported] [--expect merged]
 
-For each case NAME it takes, where present, WORK_DIR/NAME/exported (an adapter, put
-on the case's own base model) and WORK_DIR/NAME/merged (a whole model), and compares
-the logits with those of the case. `--expect` makes it an error that a case has no
-such folder; a prefix cannot be merged, so no `merged` is expected of it.
+For each case NAME it loads, if present, WORK_DIR/NAME/exported (an adapter, applied to the case's base model) and
+WORK_DIR/NAME/merged (a whole model), and compares the logits with those of the case. `--expect` makes a missing folder
+an error. A prefix cannot be merged, so no `merged` folder is expected for it.
 """
 
 import argparse
@@ -23,7 +22,7 @@ TOLERANCE = 1e-5
 
 
 def load_complete(folder):
-    """The model in `folder`, which must hold exactly its tensors."""
+    """The model in `folder`, which must hold exactly the model's tensors."""
     model, info = load_model(folder)
     complaints = {what: sorted(names) for what, names in info.items() if names}
     if complaints:
@@ -33,10 +32,10 @@ def load_complete(folder):
 
 def load_exported(case, folder):
     model = PeftModel.from_pretrained(load_complete(case / "base"), folder)
-    # PEFT itself says nothing of tensors it has no place for.
+    # PEFT ignores tensors that it does not know, so they are compared here.
     written = load_file(folder / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
-    # Copies of what `modules_to_save` and `bias` both name.
+    # `modules_to_save` and `bias` may both name a tensor, which PEFT then stores several times.
     loaded = {name: x for name, x in loaded.items() if ".modules_to_save." not in name and ".original_module." not in name}
     missing, unexpected = loaded.keys() - written.keys(), written.keys() - loaded.keys()
     if missing or unexpected:
@@ -48,7 +47,7 @@ def load_exported(case, folder):
 
 
 def gap(case, kind, folder):
-    """How far the logits are off, and how far they may be."""
+    """The difference between the logits and the expected ones, and the allowed difference."""
     model = load_exported(case, folder) if kind == "exported" else load_complete(folder)
     tensors = load_file(case / "case.safetensors")
     expected = tensors["expect.logits"]
@@ -61,7 +60,7 @@ def gap(case, kind, folder):
 def check(case, kind, folder):
     try:
         found, allowed = gap(case, kind, folder)
-    except Exception as error:  # a folder the libraries cannot load fails, whatever they raise
+    except Exception as error:  # whatever exception the libraries raise, the folder cannot be loaded
         print(f"{case.name} {kind}: FAILED, {type(error).__name__}: {error}")
         return False
     good = found <= allowed  # false for NaN
@@ -78,7 +77,7 @@ def main():
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--expect", action="append", choices=KINDS, default=[])
     args = parser.parse_args()
-    # load_exported looks at the tensors itself; the rest of the warnings is noise.
+    # load_exported checks the tensors itself, so the warnings are not needed.
     warnings.simplefilter("ignore")
 
     passed = failed = 0

@@ -1,10 +1,10 @@
-"""What make.py and check.py share: where the cases lie and how a model runs on one."""
+"""Shared by make.py and check.py: the location of the cases, and running a model on a case."""
 
 import json
 import os
 from pathlib import Path
 
-# Set before the libraries are imported. Nothing here may ask a model hub.
+# Set before the libraries are imported, because nothing here may access a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def load_model(folder):
-    """The model in `folder`, and what transformers had to say about its tensors."""
+    """The model in `folder`, and transformers' report about its tensors."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     heads = {
         "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
@@ -30,7 +30,7 @@ def load_model(folder):
 
 
 def run(model, case):
-    """Logits of a case's batch: [B,classes], or [B,n,V] and [B,n,classes] with zeros at padded positions."""
+    """The logits of a case's batch: [B,classes], or [B,n,V] and [B,n,classes] with zeros at padded positions."""
     mask = case["inputs.mask"]
     with torch.no_grad():
         logits = model.eval()(input_ids=case["inputs.ids"], attention_mask=mask).logits

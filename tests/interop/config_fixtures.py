@@ -1,18 +1,18 @@
-"""Writes what every key of transformers' configurations does to a tiny model.
+"""Records the effect of every key of transformers' configurations on a tiny model.
 
-For each family, below config/:
+For each family it writes to config/:
 
-    FAMILY.json         the base configuration, a batch, its logits, and for each key with another value: whether
+        FAMILY.json         the base configuration, a batch, its logits, and for each key with another value: whether
                         transformers loads it, whether the model is another one, and its logits where it is
     FAMILY.safetensors  the weights, the same for all
 
-A model is another one where its logits differ, or where it has other tensors than the file. Logits are computed in
-float64 but for what transformers itself computes in float32 (rotary angles, the softmax of its `eager` attention), so
-that a difference of more than a millionth is one of the function. Every key is tried with every value of `values`,
-which knows what a type allows and lists by hand what a name has to be; files of older versions are tried without the
-keys that have taken their place.
+A model is different if its logits differ, or if it has other tensors than the file. Logits are computed in float64,
+except for what transformers itself computes in float32 (rotary angles, and the softmax of its `eager` attention), so a
+difference of more than a millionth is one of the function. Every key is tried with every value of `values`, which knows
+the values that a type allows and lists names by hand. Keys of older versions are tried without the keys that replaced
+them.
 
-Run it in the environment that venv.sh makes; it takes the names of families, or writes all of them.
+Run this in the environment that venv.sh creates. Its arguments are names of families; without any, all are written.
 """
 
 import dataclasses
@@ -68,16 +68,16 @@ FAMILIES = {
         LlamaConfig(**SIZES | {"num_attention_heads": 4}, num_key_value_heads=2, max_position_embeddings=12),
     ),
 }
-# No token is a padding one: RoBERTa counts positions from those that are not.
+# No token is a padding token, because RoBERTa counts positions from the tokens that are not padding.
 IDS = [[3, 5, 7, 4, 11, 2], [9, 6, 12, 8, 10, 5]]
 
 ACTIVATIONS = ["relu", "gelu", "gelu_new", "gelu_python", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "quick_gelu"]
 ACTIVATIONS += ["silu", "swish", "tanh"]
 
-# By key: values where the type does not say what is allowed, and keys that files carry though the class has none of
-# that name, from older and newer versions and from other families.
+# Values by key, if the type does not determine the allowed values, and keys that occur in files although the class has
+# none of that name: those of older and newer versions and of other families.
 BY_HAND = {
-    "model_type": ["xlm-roberta", "camembert"],  # classes that say that they are RoBERTa's
+    "model_type": ["xlm-roberta", "camembert"],  # classes that declare themselves as RoBERTa
     "hidden_act": ACTIVATIONS,
     "activation_function": ACTIVATIONS,
     "num_attention_heads": [1, 4, 8],
@@ -98,7 +98,7 @@ BY_HAND = {
     "_name_or_path": ["somewhere/else"],
     "name_or_path": ["somewhere/else"],
     "eos_token_id": [1, [1, 2], None],
-    "pad_token_id": [0, 1, None],  # none of the batch's tokens
+    "pad_token_id": [0, 1, None],  # these ids do not occur in the batch
     "rope_parameters": [
         None,
         {},
@@ -159,7 +159,7 @@ BY_HAND = {
     "text_config": [{"hidden_size": 8}],
     "auto_map": [{"AutoModel": "modeling_mine.Mine"}],
 }
-# What older versions and other tools write.
+# Keys that older versions and other tools write.
 BY_HAND |= dict.fromkeys(["language", "license", "unsloth_version"], ["en"])
 BY_HAND |= dict.fromkeys(["custom_pipelines", "transformers.js_config"], [{"a": {"b": "c"}}])
 BY_HAND |= dict.fromkeys(["unsloth_fixed", "low_memory", "is_assistant", "disable_compile"], [True])
@@ -170,13 +170,13 @@ OLDER += ["forced_decoder_ids", "generation_kwargs", "prefill_chunk_size", "top_
 OLDER += ["assistant_early_exit", "max_matching_ngram_size", "continuous_batching_config"]
 BY_HAND |= dict.fromkeys(OLDER, [2])
 
-# Keys of older files, and what has taken their place since.
+# Keys of older files, and the keys that replaced them.
 BEFORE = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters", "rope_type": "rope_parameters"}
 BEFORE |= {"partial_rotary_factor": "rope_parameters", "num_attention_heads": "head_dim"}
 
 
 def keys(config):
-    """Every key of the configuration, of its class and the classes below it, and of generation."""
+    """Every key of the configuration, of its class and its base classes, and of generation."""
     found = dict.fromkeys(config.to_dict())
     found |= dict.fromkeys(field.name for field in dataclasses.fields(type(config)))
     found |= dict.fromkeys(type(config).attribute_map)
@@ -187,7 +187,7 @@ def keys(config):
 
 
 def values(key, base, config):
-    """Other values of a key."""
+    """Other values for a key."""
     if key == "model_type" and base[key] != "roberta":
         others = []
     elif key in BY_HAND:
@@ -212,7 +212,7 @@ def values(key, base, config):
 
 
 def load(config, weights):
-    """Logits, and whether the model has other tensors than the file."""
+    """The logits, and whether the model has other tensors than the file."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "config.json").write_text(json.dumps(config))
@@ -243,7 +243,7 @@ def numbers(logits):
 
 
 def plain(value):
-    """As JSON has it."""
+    """A value as JSON represents it."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -261,7 +261,7 @@ def write(family):
     own = keys(config)
     for key in dict.fromkeys([*own, *BY_HAND]):
         for value in plain(values(key, base, config)):
-            # What a key might draw is the same for all.
+            # Random initialisation that a key may cause is the same for all.
             torch.manual_seed(0)
             entries.append({"key": key, "value": value} | outcome(base | {key: value}, weights, logits))
             if (later := BEFORE.get(key)) in base:

@@ -1,4 +1,4 @@
-"""What the scripts that write tests/fixtures share: results of a model, and the files that hold them."""
+"""Shared by the scripts that write tests/fixtures: the results of a model, and the fixture files."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ IGNORED = -100
 
 
 def causal_loss(logits, labels):
-    """Not the loss of transformers: that one is float32."""
+    """The causal loss in the precision of its inputs. transformers computes its own in float32."""
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
     )
 
 
 def results(real, logits, hidden, loss, grads):
-    """A fixture's expected values, as numpy arrays. `real` is 1 where there is no padding."""
+    """A fixture's expected values as numpy arrays. `real` is 1 at tokens that are not padding."""
     expect = {"expect.logits": logits * real[..., None] if logits.dim() == 3 else logits}
     expect |= {"expect.loss": loss.reshape(1)}
     expect |= {f"expect.hidden.{i}": x * real[..., None] for i, x in enumerate(hidden)}
@@ -30,7 +30,7 @@ def results(real, logits, hidden, loss, grads):
 
 
 def rounding(exact, rounded):
-    """What float32 alone does to the values."""
+    """The differences that float32 alone causes."""
     grads = [name for name in exact if name.startswith("expect.grad.")]
     largest = {name: np.abs(exact[name]).max() for name in grads}
     zero = [name for name in grads if largest[name] < 1e-12]
@@ -45,7 +45,8 @@ def rounding(exact, rounded):
 
 
 def write(name, about, notes, backbone, peft, inputs, exact, rounded):
-    """`about`: backbone, method, loss and batch. `exact` are the results in float64, `rounded` those in float32."""
+    """`about` holds backbone, method, loss and batch. `exact` are the results in float64, `rounded` those in
+    float32."""
     sizes = {key.removeprefix("expect.grad."): x.size for key, x in exact.items() if key.startswith("expect.grad.")}
     total = sum(sizes.values())
     head = sum(size for key, size in sizes.items() if key.startswith(HEADS))
@@ -70,7 +71,7 @@ def write(name, about, notes, backbone, peft, inputs, exact, rounded):
     tensors |= inputs | {key: values.astype(np.float32) for key, values in exact.items()}
     path = FOLDER / f"{name}.safetensors"
     save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors leaves it readable by its owner only
+    path.chmod(0o644)  # safetensors makes the file readable by its owner only
     (FOLDER / f"{name}.json").write_text(json.dumps(description, indent=1))
     loss, float32 = description["expected_loss_float64"], description["float32_torch_vs_float64"]
     print(f"{name}: loss {loss:.6f}, float32 is off by {float32}")

@@ -1,9 +1,10 @@
-"""Asks the package gguf and transformers what a GGUF file holds.
+"""Writes what the package gguf and transformers read from a GGUF file.
 
     gguf_check.py FILE.gguf TEXTS.json OUT
 
-OUT/values.safetensors has every tensor in float32, as gguf.quants gives it; OUT/case.safetensors a padded batch and
-its logits; OUT/ids.json a thousand texts of WebNLG's TEXTS.json with the ids of transformers' tokenizer.
+OUT/values.safetensors holds every tensor in float32, as decoded by gguf.quants; OUT/case.safetensors holds a padded
+batch and its logits; OUT/ids.json holds a thousand texts of WebNLG's TEXTS.json with the ids of transformers'
+tokenizer.
 """
 
 import argparse
@@ -21,7 +22,7 @@ COUNT = 1000
 
 
 def texts(path):
-    """The sentences of a WebNLG file, in its order."""
+    """The sentences of a WebNLG file in order."""
     entries = json.loads(path.read_text())["entries"]
     examples = [example for entry in entries for example in entry.values()]
     found = [lexicalisation["lex"] for example in examples for lexicalisation in example["lexicalisations"]]

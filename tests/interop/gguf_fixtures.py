@@ -1,13 +1,13 @@
 """Writes the GGUF files of tests/interop/gguf, and what the package gguf and transformers read from them.
 
-    types.gguf      a tensor of each type that is read; types.safetensors has the numbers by gguf.quants
-    untied.gguf     a llama of mixed types with its own output matrix and a tokenizer
-    tied.gguf       one whose logits go through the token embedding
-    pre-NAME.gguf   the tokenizer alone, which splits text as NAME says; pre.json has the ids of each
+        types.gguf      a tensor of each supported type; types.safetensors holds the numbers by gguf.quants
+        untied.gguf     a llama with mixed types, its own output matrix, and a tokenizer
+        tied.gguf       a llama whose output matrix is the token embedding
+        pre-NAME.gguf   only a tokenizer, with the pre-tokenizer NAME; pre.json holds the ids of each
 
 untied.safetensors and tied.safetensors hold a padded batch, the logits of transformers' LlamaForCausalLM loaded from
-the GGUF file, and two of its matrices whose rows the file has in another order. All is random, from fixed seeds. Run it
-in the environment that venv.sh makes.
+the GGUF file, and two matrices whose rows the file stores in another order. All values are random, with fixed seeds.
+Run this in the environment that venv.sh creates.
 """
 
 import json
@@ -27,7 +27,7 @@ OUT = Path(__file__).resolve().parent / "gguf"
 
 READ = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
-# Bytes of a block that are f16 numbers: random bits there would be infinite or NaN at times.
+# The offsets of f16 numbers in a block. Random bits there would sometimes be infinite or NaN.
 HALVES = {
     "Q2_K": [80, 82],
     "Q3_K": [108],
@@ -64,7 +64,8 @@ CORPUS = LINES + [
 
 
 def quantised(rng, shape, kind):
-    """Bytes of a tensor, as rows of whole blocks: random numbers, or random bits where gguf only reads the type."""
+    """The bytes of a tensor with rows of whole blocks: random numbers, or random bits if gguf can only read the
+    type."""
     if kind not in HALVES:
         return gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32) * 0.3, Type[kind])
     block, size = gguf.GGML_QUANT_SIZES[Type[kind]]
@@ -96,7 +97,7 @@ def types():
 
 
 def vocabulary():
-    """Byte-level BPE of 320 tokens: tokens in the order of their ids, and merges."""
+    """Byte-level BPE with 320 tokens: the tokens in the order of their ids, and the merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -132,11 +133,11 @@ def plain(normalizer, pre_tokenizer, whole_words=False):
 
 
 def references():
-    """What splits text as each name of `tokenizer.ggml.pre` says, by the libraries' own definitions."""
+    """The pre-tokenizer for each name of `tokenizer.ggml.pre`, by the libraries' own definitions."""
     vocab = {token: id for id, token in enumerate(TOKENS)}
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
-    # The default pattern of transformers' converter of tiktoken files is Llama 3's.
+    # The default pattern of transformers' converter for tiktoken files is Llama 3's.
     pattern = TikTokenConverter().pattern
     bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bare])
@@ -171,7 +172,8 @@ SIZES = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "conte
 
 
 def pairwise(matrix, heads):
-    """Rows of q or k as llama.cpp has them: of each head, row j of its first half beside row j of its second."""
+    """The rows of q or k in llama.cpp's order: in each head, row j of the first half is followed by row j of the
+    second."""
     return matrix.reshape(heads, 2, -1, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
 
 
@@ -219,7 +221,7 @@ def llama(name, tied, kinds, seed, theta):
         add(f"{block}.ffn_down.weight", (hidden, ffn), kinds["down"])
     add("output_norm.weight", (hidden,), "F32")
     if tied:
-        # Factors of rotary positions, which Llama 3.1's files have: these scale nothing.
+        # Scaling factors of rotary positions, as in Llama 3.1's files. Factors of 1 have no effect.
         writer.add_tensor("rope_freqs.weight", np.ones(width // 2, dtype=np.float32))
     else:
         add("output.weight", (len(TOKENS), hidden), kinds["output"])

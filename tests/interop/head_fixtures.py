@@ -1,7 +1,7 @@
 """Writes the fixtures of heads, tests/fixtures/head_*, with transformers' classes for sequences and for tokens.
 
-Same format as the other fixtures: float32 weights, values computed in float64
-and stored as float32; everything trains. Run it in the environment that venv.sh makes.
+The format is that of the other fixtures: float32 weights, and values computed in float64 and stored as float32. All
+parameters train. Run this in the environment that venv.sh creates.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import transformers
 from fixture import IGNORED, results, write
 from llama_fixtures import every_step_in_float64
 
-# Awkward on purpose; of every sequence the last token is another one.
+# The lengths differ on purpose, so that each sequence's last token has another index.
 LENGTHS = [11, 1, 6, 3]
 VOCAB = 37
 CLASSES = 5
@@ -65,7 +65,7 @@ FAMILIES = {
         | DECODER,
     ),
 }
-# The encoders' heads for classes of sequences are in the fixtures of methods.
+# The encoders' sequence classification heads are covered by the fixtures of methods.
 CASES = [
     ("gpt2", "classification"),
     ("llama", "classification"),
@@ -128,7 +128,7 @@ def evaluate(family, task, weights, inputs, dtype):
         loss = torch.nn.functional.mse_loss(logits.squeeze(-1), labels)
     else:
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
-    # Theirs may be in float32 whatever the model's type.
+    # transformers may compute the loss in float32 whatever the model's type is.
     assert abs(found.loss.item() - loss.item()) < 1e-5 * abs(loss.item()), (found.loss, loss)
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     assert all(grad is not None for grad in grads)

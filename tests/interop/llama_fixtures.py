@@ -1,7 +1,7 @@
 """Writes the Llama fixtures of tests/fixtures with transformers' LlamaForCausalLM.
 
-Same format as the GPT-2 fixtures: float32 weights, values computed in float64
-and stored as float32. Run it in the environment that venv.sh makes.
+The format is that of the GPT-2 fixtures: float32 weights, and values computed in float64 and stored as float32. Run
+this in the environment that venv.sh creates.
 """
 
 import contextlib
@@ -13,8 +13,7 @@ from fixture import IGNORED, causal_loss, results, write
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-# Awkward on purpose: grouped key/value heads, and 6 entries a head, so that a
-# rotary half has 3.
+# The sizes are awkward on purpose: grouped key/value heads, and a head size of 6, so that a rotary half has 3 entries.
 SIZES = {
     "vocab_size": 53,
     "hidden_size": 24,
@@ -25,7 +24,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 LENGTHS = [13, 2, 8]
-# The shortest sequence keeps a single target.
+# The shortest sequence has a single target.
 PROMPTS = [5, 1, 3]
 
 CASES = {
@@ -67,7 +66,7 @@ def rotary_tables(self, x, position_ids):
 
 @contextlib.contextmanager
 def every_step_in_float64():
-    """transformers computes norms and rotary tables in float32 whatever the model's type."""
+    """transformers computes norms and rotary tables in float32 whatever the model's type is. This replaces them."""
     with (
         mock.patch.object(modeling_llama.LlamaRMSNorm, "forward", rms_norm),
         mock.patch.object(modeling_llama.LlamaRotaryEmbedding, "forward", rotary_tables),
@@ -128,7 +127,7 @@ def evaluate(config, method, backbone, peft, inputs, dtype):
         add_lora(model, method["lora"], adapters)
     trainable = adapters if method["train"] == "peft" else parameters
 
-    # Hooks, because transformers applies the last norm to its last hidden state.
+    # Hooks are needed because transformers applies the last norm to its last hidden state.
     hidden = []
     model.model.embed_tokens.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
     for layer in model.model.layers:

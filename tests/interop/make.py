@@ -1,13 +1,13 @@
-"""Writes the cases of interoperability with Hugging Face PEFT.
+"""Writes the interoperability cases for Hugging Face PEFT.
 
-Each case is a tiny model with random weights, a random adapter for it, both as
-the libraries save them, and the logits they give together:
+Each case is a tiny model with random weights and a random adapter for it, both as the libraries save them, and the
+logits of both together:
 
     cases/NAME/base/config.json, model.safetensors
     cases/NAME/adapter/adapter_config.json, adapter_model.safetensors
     cases/NAME/case.safetensors   inputs.ids, inputs.mask, inputs.labels, expect.logits
 
-Run it in the environment that venv.sh makes, for all cases or those named.
+Run this in the environment that venv.sh creates. Its arguments are names of cases; without any, all are written.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ from transformers import (
 VOCAB = 41
 LENGTHS = [9, 2, 6]
 CLASSES = 3
-# Part of every case's seed. A seed can be unlucky: a layer norm over nearly equal
-# values amplifies rounding until float32 alone uses up the tolerance.
+# A part of every case's seed. Some seeds are unsuitable: a layer norm over nearly equal values amplifies rounding until
+# float32 alone exceeds the tolerance.
 SEED = 1
 SIZES = {
     "vocab_size": VOCAB,
@@ -49,12 +49,12 @@ SIZES = {
     "intermediate_size": 32,
 }
 PREFIX = {"num_virtual_tokens": 3}
-# Only the last layer of the feed-forward block: attention.output.dense also ends in output.dense.
+# Matches only the last layer of the feed-forward block. attention.output.dense ends in output.dense, too.
 ROBERTA_FFN = r".*\.layer\.\d+\.output\.dense"
 
 
 def roberta():
-    # Published checkpoints have this eps; the library's default is another.
+    # Published checkpoints have this eps, which is not the library's default.
     options = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     config = RobertaConfig(**SIZES, **options, max_position_embeddings=34, num_labels=CLASSES)
     return RobertaForSequenceClassification(config)
@@ -139,11 +139,11 @@ def cases():
         ),
         "llama_lora": (llama, language_model(LoraConfig, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
         "llama_ia3": (lambda: llama(tied=True), language_model(IA3Config, **llama_ia3)),
-        # Heads.
+        # Cases with heads.
         "gpt2_classifier": (gpt2_classifier, classifier(LoraConfig, **c_attn)),
         "llama_tagger": (llama_tagger, tagger(LoraConfig, **q_v)),
         "roberta_number": (roberta_number, classifier(LoraConfig, **query_value)),
-        # What an adapter carries beside a method's tensors.
+        # Cases whose adapters hold more than the method's tensors.
         "bert_lora_bias": (bert, classifier(LoraConfig, **query_value, bias="all")),
         "gpt2_lora_bias": (gpt2, language_model(LoraConfig, **c_attn, bias="lora_only")),
         "gpt2_lora_tokens": (gpt2, language_model(LoraConfig, **c_attn, trainable_token_indices=[5, 6, 7, 8])),
@@ -161,7 +161,7 @@ def cases():
             llama,
             language_model(LoraConfig, **q_v, modules_to_save=["embed_tokens", "lm_head", "input_layernorm"]),
         ),
-        # Beginnings that are taken out of the base model's matrices.
+        # Initialisations that are subtracted from the base model's matrices.
         "gpt2_residual_pissa": (
             gpt2,
             language_model(LoraConfig, **c_attn | {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": "pissa"}),
@@ -175,7 +175,7 @@ def cases():
 
 
 def draw_base(model):
-    """Weights large enough that a misplaced one moves the logits."""
+    """Draws weights that are large enough for a misplaced one to change the logits."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.1)
@@ -186,7 +186,7 @@ def draw_base(model):
 
 
 def draw_adapter(model):
-    """PEFT starts every method as the identity: draw all that it trains."""
+    """Draws all trainable tensors, because PEFT initialises every method as the identity."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -202,7 +202,7 @@ def draw_adapter(model):
 
 
 def draw_inputs(config, task):
-    # RoBERTa takes positions from the padding id, so no real token may have it.
+    # RoBERTa computes positions from the padding id, so no real token may have it.
     pad = config.pad_token_id or 0
     ids = torch.full((len(LENGTHS), max(LENGTHS)), pad)
     mask = torch.zeros_like(ids)
@@ -219,14 +219,14 @@ def draw_inputs(config, task):
 
 
 def save(model, folder, names):
-    """`save_pretrained`, less the files that hold neither the tensors nor their config."""
+    """`save_pretrained` without the files that hold neither the tensors nor their configuration."""
     model.save_pretrained(folder)
     for path in folder.iterdir():
         if path.name in names:
             path.chmod(0o644)
         else:
             path.unlink()
-    # PEFT keeps names in sets and writes them in any order.
+    # PEFT keeps names in sets and writes them in arbitrary order, so they are sorted.
     path = folder / "adapter_config.json"
     if path.exists():
         config = json.loads(path.read_text())
@@ -247,7 +247,7 @@ def make(name, base, config):
     draw_adapter(adapted)
     save(adapted, folder / "adapter", {"adapter_config.json", "adapter_model.safetensors"})
 
-    # What the files hold, not what is in memory: PEFT saves a prefix without its MLP.
+    # The model is reloaded, because PEFT saves a prefix without its MLP.
     loaded = PeftModel.from_pretrained(load_model(folder / "base")[0], folder / "adapter").double()
     llama_model = model.config.model_type == "llama"
     with every_step_in_float64() if llama_model else contextlib.nullcontext():

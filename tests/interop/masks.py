@@ -1,10 +1,10 @@
-"""Masked batches as transformers computes them: left padding, holes, and padding that is no padding id.
+"""Masked batches with transformers' results: left padding, holes, and padding without the padding id.
 
     python tests/interop/masks.py
 
-writes `tests/interop/masks/NAME.safetensors`: `weights.*` of a tiny model, `inputs.*`, and `expect.logits`, at real
-tokens what `peftc run --entry forward` has to give. Positions are left to the model, as they are by who passes
-`input_ids` and `attention_mask` alone.
+writes `tests/interop/masks/NAME.safetensors`: `weights.*` of a tiny model, `inputs.*`, and `expect.logits`, which
+`peftc run --entry forward` has to reproduce at real tokens. The model computes the positions itself, as for callers
+that pass only `input_ids` and `attention_mask`.
 """
 
 import os
@@ -30,13 +30,13 @@ VOCAB, WIDTH, CONTEXT = 20, 16, 12
 ENCODER = dict(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=2
 )
-# Rows: left padding, a hole, right padding. Masked ids are of all kinds; id 1 is RoBERTa's padding.
+# The rows have left padding, a hole, and right padding. Masked ids vary; the id 1 is RoBERTa's padding.
 IDS = torch.tensor([[1, 7, 5, 6, 9, 3], [4, 8, 11, 2, 1, 5], [6, 3, 9, 5, 1, 1]])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0]])
 
 
 class MeanPooled(torch.nn.Module):
-    """BERT under the mean of its real tokens, as sentence encoders have it; our `pooling: "mean"`."""
+    """BERT with the mean over its real tokens, as in sentence encoders; our `pooling: "mean"`."""
 
     def __init__(self, model):
         super().__init__()
@@ -79,11 +79,11 @@ def models():
 def write(name, model, called):
     model.eval()
     with torch.no_grad():
-        # Differences have to show.
+        # Larger parameters make differences visible.
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(8)
-        # What reads the first column of a row gets rows that have a token there.
+        # Models that read the first token of a row get rows in which it is not masked.
         first = name in ("bert_first", "roberta")
         ids, mask = (IDS[1:], MASK[1:]) if first else (IDS, MASK)
         logits = called(input_ids=ids, attention_mask=mask)

@@ -1,11 +1,11 @@
-"""What transformers makes of a merged model's folder.
+"""Prints what transformers reads from a merged model's folder.
 
     merged.py FOLDER TOKEN…
     merged.py --ids TOKENS FOLDER…
 
-Prints JSON: the ids of the tokens, how each is split when it stands in a text, rows of the embedding, the type of the
-weights, what is missing or left over, and whether the logits of a text with the tokens are finite.
-With `--ids`, the ids of a JSON list of tokens in each folder alone.
+Prints JSON: the ids of the tokens, how each is split inside a text, the number of rows of the embedding, the type of
+the weights, missing and unexpected tensors, and whether the logits of a text with the tokens are finite. With `--ids`
+it prints only the ids of a JSON list of tokens in each folder.
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 
-# Set before the libraries are imported. Nothing here may ask a model hub.
+# Set before the libraries are imported, because nothing here may access a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

@@ -1,8 +1,7 @@
 """Writes the fixtures of DoRA, IA³ and VeRA of tests/fixtures with PEFT's own modules.
 
-Backbone weights and batch are those of the LoRA fixture of the same backbone;
-float32 weights, values computed in float64 and stored as float32. Run it in the
-environment that venv.sh makes.
+Backbone weights and batch are those of the LoRA fixture of the same backbone. The format is float32 weights, and values
+computed in float64 and stored as float32. Run this in the environment that venv.sh creates.
 """
 
 import json
@@ -24,7 +23,7 @@ MODELS = {
 
 
 def cases():
-    """The method as the fixture names it, and PEFT's config."""
+    """The methods by their names in the fixtures, with PEFT's configurations."""
     query_value = {"target_modules": ["query", "value"]}
     projections = {"target_modules": ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"], "fan_in_fan_out": True}
     roberta_ia3 = {"target_modules": rf".*\.(key|value)|{ROBERTA_FFN}", "feedforward_modules": ROBERTA_FFN}
@@ -34,7 +33,7 @@ def cases():
             {"dora": {"r": 4, "alpha": 8, "targets": ["q", "v"]}},
             classifier(LoraConfig, r=4, lora_alpha=8, use_dora=True, **query_value),
         ),
-        # Not c_attn: PEFT's DoRA on it has one A for q, k and v.
+        # Not on c_attn, because PEFT's DoRA there has one A for q, k and v.
         "gpt2_dora": (
             {"dora": {"r": 3, "alpha": 6, "targets": ["attention.out", "ffn.up", "ffn.out"]}},
             language_model(LoraConfig, r=3, lora_alpha=6, use_dora=True, **projections),
@@ -48,7 +47,7 @@ def cases():
     }
 
 
-# PEFT's names and ours. c_attn computes three projections; None is q, which stays as it is.
+# PEFT's names and ours. c_attn computes three projections. None stands for q, which is not adapted.
 PROJECTIONS = {
     "attention.self.query": "attention.q",
     "attention.self.value": "attention.v",
@@ -73,11 +72,11 @@ SCALES = {
 IN_LAYER = re.compile(r"base_model\.model\..+?\.(?:layer|h)\.(\d+)\.(.+)\.((?:lora|ia3|vera)_.+)")
 IN_HEAD = re.compile(r"base_model\.model\.classifier\.modules_to_save\.default\.(.+)")
 
-# Mean and deviation, by the end of our name.
+# Mean and standard deviation, by the suffix of our name.
 SPREAD = {
     "dora.a": (0.0, 0.05),
     "dora.b": (0.0, 0.05),
-    "dora.magnitude": (1.0, 0.1),  # times what it starts as
+    "dora.magnitude": (1.0, 0.1),  # relative to the initial value
     "ia3.key": (1.0, 0.2),
     "ia3.value": (1.0, 0.2),
     "ia3.hidden": (1.0, 0.2),
@@ -105,7 +104,7 @@ NOTES = {
 
 
 def ours(name, tensor):
-    """The parts of one of PEFT's tensors by our names."""
+    """The parts of one of PEFT's tensors under our names."""
     if head := IN_HEAD.fullmatch(name):
         return {f"classifier.{head[1]}": tensor}
     layer, module, kind = IN_LAYER.fullmatch(name).groups()
@@ -128,7 +127,7 @@ def adapt(base, backbone, config, dtype):
 
 
 def method_tensors(adapted):
-    """Views of what the method adds to the model, by our names."""
+    """Views of the tensors that the method adds to the model, under our names."""
     views = {}
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and not IN_HEAD.fullmatch(name):
@@ -155,7 +154,7 @@ def evaluate(adapted, peft, inputs):
     for name, values in peft.items():
         views[name].copy_(torch.from_numpy(values))
 
-    # Hooks, because transformers applies GPT-2's last norm to its last hidden state.
+    # Hooks are needed because transformers applies GPT-2's last norm to its last hidden state.
     hidden = []
     backbone = adapted.base_model.model.base_model
     layers = backbone.h if hasattr(backbone, "h") else backbone.encoder.layer

@@ -1,10 +1,10 @@
-"""Writes optimizers.json: what trained values are after 20 steps of each optimizer.
+"""Writes optimizers.json: the trained values after 20 steps of each optimizer.
 
-AdamW, Adam and SGD are PyTorch's, in float64, after torch.nn.utils.clip_grad_norm_; Lion is Algorithm 2 of Chen et al.
-(2023), written out. The first tensor decays; the second does where all do. Of a case with `factors` each tensor is a group
-of its own, whose rate is its factor times that of the step; of one with `average` there are PyTorch's averages of the
-values as well. Values and gradients are multiples of 1/256, which
-float32 holds. Run it in the environment that venv.sh makes.
+AdamW, Adam and SGD are PyTorch's, in float64, after torch.nn.utils.clip_grad_norm_. Lion is Algorithm 2 of Chen et al.
+(2023), implemented here. The first tensor has weight decay; the second has it only if all tensors have. In a case with
+`factors`, each tensor is a parameter group whose learning rate is its factor times that of the step. A case with
+`average` also has PyTorch's averages of the values. Values and gradients are multiples of 1/256, which float32
+represents exactly. Run this in the environment that venv.sh creates.
 """
 
 import json
@@ -31,7 +31,7 @@ CASES = [
     {"optimizer": "adamw", "average": 0.9},
 ]
 
-# Learning rates by group.
+# Cases with learning rates by group.
 CASES_OF_GROUPS = [
     ({"optimizer": "adamw", "weight_decay": 0.1}, [0.125, 2.0]),
     ({"optimizer": "adam", "weight_decay": 0.05}, [1.0, 0.125]),
@@ -102,7 +102,7 @@ def drawn(generator, scale):
 def main():
     generator = torch.Generator().manual_seed(7)
     values = drawn(generator, 1.0)
-    # Some steps are clipped and some are not.
+    # The scales are such that some steps are clipped and some are not.
     gradients = [drawn(generator, 0.5 if step % 3 else 0.1) for step in range(STEPS)]
     for gradient in gradients:
         gradient["a"][2, 3] = 0

@@ -1,9 +1,9 @@
-"""Writes pairs.json: pairs of texts as transformers encodes and cuts them, by tokenizers of tokenizers.json.
+"""Writes pairs.json: pairs of texts as transformers encodes and truncates them, with tokenizers of tokenizers.json.
 
     python tests/interop/pair_fixtures.py
 
-A case is a case of tokenizers.json and a limit: `ids` and `types` of each pair, with `truncation=True` and that limit.
-`types` are the tokenizer's own, also of models that take none.
+A case names a case of tokenizers.json and a limit, and holds `ids` and `types` of each pair with `truncation=True` and
+that limit. `types` are the tokenizer's own, also for models that use none.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Writes parquet/: the same rows as Arrow writes them with each compression, and as jsonl.
+"""Writes parquet/: the same rows as Parquet by Arrow, once with each compression, and as jsonl.
 
     python tests/interop/parquet_fixtures.py
 
-Several row groups, pages with and without a dictionary, nulls, lists of objects, an object of lists, whole and floating
-numbers, a date.
+The rows cover several row groups, pages with and without a dictionary, nulls, lists of objects, an object of lists,
+integers and floating-point numbers, and a date.
 """
 
 import datetime

@@ -1,17 +1,14 @@
-"""Writes what every key of PEFT's configurations does to an adapter's function.
+"""Records the effect of every key of PEFT's configurations on an adapter's function.
 
-For each case below `cases` that stands for a method, and for each key of the
-method's configuration class, the adapter is loaded by PEFT with other values of
-that key in its `adapter_config.json`:
+For each case in `cases` that represents a method, and for each key of the method's configuration class, PEFT loads the
+adapter with other values of that key in its `adapter_config.json`:
 
     keys/NAME.json          [{key, value, config, spec, variant, logits, changes, error}]
     keys/NAME.safetensors   VARIANT:TENSOR, where a value needs other tensors than the case's
 
-`config` is what else the file's configuration says beside the key. `logits` are
-what PEFT computes with it, `changes` whether they are others than with the case's
-own configuration; `error` is PEFT's own refusal. `spec` is the tune block of a spec
-that computes the same, if it is not the case's. Run it in the environment that
-venv.sh makes.
+`config` holds further changes of the configuration. `logits` are PEFT's results with it, and `changes` tells whether
+they differ from those with the case's own configuration. `error` is PEFT's refusal. `spec` is the tune block of a spec
+that computes the same, if it is not the case's own. Run this in the environment that venv.sh creates.
 """
 
 import dataclasses
@@ -110,7 +107,7 @@ METHODS = {
     "roberta_ia3": (IA3Config, IA3),
     "roberta_prefix": (PrefixTuningConfig, PREFIX),
 }
-# Beside a key's value, where PEFT wants it.
+# Other keys that PEFT requires together with a key's value.
 BESIDE = {
     "layers_pattern": {"layers_to_transform": [0, 1]},
     "loftq": {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
@@ -118,7 +115,7 @@ BESIDE = {
 
 
 def variants(case, model):
-    """Name, tune block, settings and tensors of adapters that hold more than the method's own."""
+    """Name, tune block, settings and tensors of adapters that hold more than the method's own tensors."""
     adapter = load_file(case / "adapter" / MODEL)
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     base = {name: x for name, x in model.named_parameters()}
@@ -175,7 +172,7 @@ def variants(case, model):
 
 
 def logits(case, config, tensors):
-    """What PEFT computes, and the words it refuses with."""
+    """PEFT's logits, and its error message if it refuses the adapter."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / CONFIG).write_text(json.dumps(config))
@@ -184,7 +181,7 @@ def logits(case, config, tensors):
             torch.manual_seed(0)
             model = PeftModel.from_pretrained(load_model(case / "base")[0], folder).double()
             return run(model, load_file(case / "case.safetensors")), None
-        except Exception as error:  # whatever it raises is a refusal
+        except Exception as error:  # every exception counts as a refusal
             return None, f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
 
 
@@ -212,7 +209,7 @@ def entries(name):
             entry["changes"] = not (same and (plain - found).abs().max().item() < 1e-6)
         if tensors is not None:
             variant = f"v{sum(1 for _ in {k.split(':')[0] for k in files})}"
-            # Those that the case's own adapter has are taken from there.
+            # Tensors that equal those of the case's adapter are not stored again.
             new = {t: x for t, x in tensors.items() if t not in adapter or not x.equal(adapter[t])}
             files |= {f"{variant}:{tensor}": x.clone().contiguous() for tensor, x in new.items()}
             entry["variant"] = variant

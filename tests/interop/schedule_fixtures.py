@@ -1,6 +1,7 @@
-"""Writes schedules.json: the learning rate at every step of a run, by transformers' schedules.
+"""Writes schedules.json: the learning rate at every step of a run by transformers' schedules.
 
-Run it in the environment that venv.sh makes. Each case has the settings of a `train` block and the rates of its steps.
+Run this in the environment that venv.sh creates. Each case holds the settings of a `train` block and the learning
+rates.
 """
 
 import json
@@ -24,7 +25,7 @@ CASES = [
         "get_cosine_with_min_lr_schedule_with_warmup",
         {"num_warmup_steps": 7, "min_lr": 1e-4},
     ),
-    # The paper's.
+    # The paper's schedule.
     (
         "schedule: polynomial  power: 1  lr_end: 1e-7  warmup: 5",
         "get_polynomial_decay_schedule_with_warmup",
@@ -45,7 +46,7 @@ CASES = [
         "get_wsd_schedule",
         {"num_warmup_steps": 4, "num_decay_steps": 12},
     ),
-    # 0.25 of 37 steps: 9.25. transformers' warm-up starts at the least rate, so there is none here.
+    # 0.25 of 37 steps is 9.25. transformers' warm-up starts at the minimal rate, so this case has none.
     (
         "schedule: wsd  lr_decay: 0.25  lr_end: 1e-4",
         "get_wsd_schedule",

@@ -1,11 +1,12 @@
-"""Writes tokenizers.json: small tokenizers in every form that is read, and the ids that transformers gives.
+"""Writes tokenizers.json: small tokenizers in every supported layout, and the ids that transformers gives.
 
     PEFTC_DATA=DIR python tests/interop/tokenizer_fixtures.py
 
-`DIR/data/tokenizers` holds the vocabularies of GPT-2 and RoBERTa, of which only ids are kept: `real`. A case is a folder: names of files with a key of `contents`, or with the content itself. `marked` are the ids with the
-model's sentence marks, `plain` those without; `length` is len(tokenizer). `models` is transformers' table from a
-`model_type` to a class of tokenizers, without the classes of packages that are not installed; of `overruled` models it
-counts before a class that is named.
+`DIR/data/tokenizers` holds the vocabularies of GPT-2 and RoBERTa, of which only ids are stored (`real`). A case is a
+folder: names of files with a key of `contents` or with the content itself. `marked` are the ids with the model's
+special tokens, `plain` those without, and `length` is len(tokenizer). `models` is transformers' table from a
+`model_type` to a tokenizer class, without classes of packages that are not installed; for models in `overruled` it
+takes precedence over a named class.
 """
 
 import json
@@ -67,7 +68,7 @@ def merges_txt(tokenizer):
 
 
 def without(tokenizer, **parts):
-    """A tokenizer.json with other parts."""
+    """A tokenizer.json with some parts replaced."""
     text = json.loads(tokenizer.to_str())
     text.update(parts)
     return json.dumps(text, ensure_ascii=False)
@@ -175,7 +176,7 @@ CASES = {
     "bytes with extra tokens of two files": GPT2 | settings("GPT2Tokenizer", extra_special_tokens=["<s>"]) | {
         "special_tokens_map.json": {"extra_special_tokens": ["<new>", "<s>"], "video_token": "<mask>"}},
 }
-# Folders that say nothing of the class, which AutoTokenizer does not read: by the class that their files are of.
+# Folders that do not name a class, which AutoTokenizer cannot read. They are read by the class of their files.
 UNNAMED = {
     "bytes alone": (GPT2, lambda d: GPT2Tokenizer.from_pretrained(d)),
     "marked bytes alone": (ROBERTA, lambda d: RobertaTokenizer.from_pretrained(d)),

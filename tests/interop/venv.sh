@@ -1,27 +1,27 @@
 #!/bin/sh
-# Makes target/interop-venv, the Python that the scripts beside this file run in.
-# Does nothing when the environment already holds these versions.
+# Creates target/interop-venv, the Python environment of the scripts in this folder. Does nothing if the environment
+# already holds these versions.
 set -eu
 
-# transformers 5.24 renames the argument past_key_values, by which this PEFT
-# finds out whether an encoder takes a prefix.
+# transformers 5.24 renames the argument past_key_values, by which this version of PEFT detects whether an encoder takes
+# a prefix.
 versions="torch==2.15.0 transformers==5.23.0 peft==0.21.2 safetensors==0.8.0 numpy==2.4.6"
 
-# Reads and writes GGUF. It comes last and by itself: an environment that lacks it is not made anew.
+# Reads and writes GGUF. It is installed last and separately: an environment without it is not recreated.
 gguf="gguf==0.19.0"
-# Writes Parquet; likewise.
+# Writes Parquet. It is installed separately, too.
 pyarrow="pyarrow==26.0.1"
 
 venv="$(cd "$(dirname "$0")/../.." && pwd)/target/interop-venv"
 if ! [ -f "$venv/ready" ] || [ "$(cat "$venv/ready")" != "$versions" ]; then
     rm -rf "$venv"
     python3 -m venv "$venv"
-    # The wheel of torch links against the CUDA libraries and does not load without
-    # them, so the whole set comes along although only the CPU is used.
+    # The wheel of torch links against the CUDA libraries and does not load without them, so all of them are installed
+    # although only the CPU is used.
     # shellcheck disable=SC2086  # one word per package
     "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check $versions
     "$venv/bin/python" -c "import peft, torch, transformers"
-    # Written last: an interrupted install leaves no marker and is made anew.
+    # The marker is written last, so an interrupted installation is repeated.
     echo "$versions" > "$venv/ready"
 fi
 if ! [ -f "$venv/gguf" ] || [ "$(cat "$venv/gguf")" != "$gguf" ]; then

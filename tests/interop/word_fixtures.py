@@ -1,9 +1,10 @@
-"""Writes words.json: lists of words as transformers encodes and cuts them, by tokenizers of tokenizers.json.
+"""Writes words.json: lists of words as transformers encodes and truncates them, with tokenizers of tokenizers.json.
 
     python tests/interop/word_fixtures.py
 
-A case is a case of tokenizers.json and a limit: `ids` and `tags` of each list, with `is_split_into_words=True`,
-`truncation=True` and that limit. The tag of word i is i modulo 3; a word's first token has it, others have -1.
+A case names a case of tokenizers.json and a limit, and holds `ids` and `tags` of each list with
+`is_split_into_words=True`, `truncation=True` and that limit. The tag of word i is i modulo 3. A word's first token has
+it, and others have -1.
 """
 
 import json
@@ -24,7 +25,7 @@ WORDS = [
     ["U.S.", "films-and-stories", "don't"], ["the", "电影", "🙂", "film"], ["film", "\u200b", "story", "", " film"], ["tea and", "coffee "],
     ["unforgettable"] * 9,
 ]
-# In front of a word of bytes a blank stands, as transformers asks for it.
+# Byte-level tokenizers get a blank before each word, as transformers requires.
 NAMES = {
     "pieces by model_type": {}, "pieces, cased": {}, "pieces, other marks": {}, "file of pieces, lower by its class": {},
     "bytes by model_type": {"add_prefix_space": True}, "marked bytes by model_type": {"add_prefix_space": True},

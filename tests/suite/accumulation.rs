@@ -1,10 +1,10 @@
-//! Steps of several batches beside steps of one with all their sequences, here and by PyTorch.
+//! Gradient accumulation: a step of several batches against one step on all of their sequences, and against PyTorch.
 
 use std::path::Path;
 
 use peft_grammar::names::Vector;
 use peft_passes::dialect::Dialect;
-use peft_passes::interpret::optimizer::accumulated;
+use peft_passes::interpret::optimizer::accumulate;
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_runtime::Session;
 use peftc::data::{Batch, Example, Goal};
@@ -16,7 +16,7 @@ use crate::parity::{fused, programs, session};
 
 const TOLERANCE: f64 = 1e-6;
 
-/// Sixteen sequences with one target to twelve, those with few first.
+/// Sixteen sequences with one to twelve targets each. Sequences with few targets come first, so that batches differ.
 fn examples() -> Vec<Example> {
     let example = |i: usize| {
         let targets = [1, 1, 2, 1, 1, 3, 2, 1, 12, 9, 1, 11, 12, 2, 10, 12][i];
@@ -39,9 +39,10 @@ fn close(found: &[f32], want: &[f32], what: &str) {
     }
 }
 
-/// Inducer and LoRA, without dropout: 2 × 8 and 4 × 4 and 3 × 5 with one left, beside 1 × 16.
+/// Inducer and LoRA without dropout: batches of 8 (two), of 4 (four) and of 5 (three and a rest of 1) against one batch
+/// of 16.
 #[test]
-fn parts_of_a_batch_are_the_batch() {
+fn accumulated_batches_equal_one_batch() {
     let fixture = fixture();
     let mut model = fixture.model();
     model.train.schedule = peft_grammar::model::Schedule::Constant;
@@ -58,30 +59,31 @@ fn parts_of_a_batch_are_the_batch() {
             assert!(counts.iter().max() > counts.iter().min().map(|least| 2 * least).as_ref(), "{counts:?}");
             let mut recipe = model.train.clone();
             recipe.accumulate = batches.len() as u64;
-            let found = train::step_of_several(session, &recipe, batches, step, 9).expect("a step");
+            let found = train::accumulated_step(session, &recipe, batches, step, 9).expect("a step");
             let what = format!("step {step} in batches of {size}");
             assert!((found.0 - loss).abs() <= TOLERANCE * loss, "{what}: the loss is {}, not {loss}", found.0);
             assert!((found.1 - norm).abs() <= TOLERANCE * norm, "{what}: the norm is {}, not {norm}", found.1);
             let [found, want] =
                 [&*session, &one].map(|session| session.flat(Vector::Gradients).expect("read").into_owned());
             close(&found, &want, &what);
-            // Adam makes the rounding of a gradient that is nearly nothing a step of the learning rate's size.
+            // The values are copied because Adam turns the rounding of a near-zero gradient into a step as large as the
+            // learning rate.
             let values = one.flat(Vector::Values).expect("read").into_owned();
             session.set_flat(Vector::Values, &values).expect("written");
         }
     }
 }
 
-/// The sum of a step's gradients is that of the interpreter, on a processor and with any number of parts.
+/// The CPU's sum of a step's gradients is that of the interpreter, with batches of different sizes.
 #[test]
-fn gradients_add_up_as_the_interpreter_has_them() {
+fn accumulated_gradients_match_the_interpreter() {
     let fixture = fixture();
     let model = fixture.model();
     let examples = examples();
     let batches: Vec<Batch> = examples.chunks(3).map(Batch::pack).collect();
     let mut alone = session(&fixture, &model, &fused(true));
     let mut recipe = model.train.clone();
-    // Rates of 0: values stay.
+    // A learning rate of 0 keeps the values.
     recipe.lr = 0.0;
     recipe.accumulate = 6;
     let gradients: Vec<(usize, Vec<f64>)> = batches
@@ -92,15 +94,15 @@ fn gradients_add_up_as_the_interpreter_has_them() {
             (batch.labels.len(), found.iter().map(|&x| f64::from(x)).collect())
         })
         .collect();
-    train::step_of_several(&mut alone, &recipe, batches, 0, 9).expect("a step");
-    let want: Vec<f32> = accumulated(&gradients).into_iter().map(|x| x as f32).collect();
+    train::accumulated_step(&mut alone, &recipe, batches, 0, 9).expect("a step");
+    let want: Vec<f32> = accumulate(&gradients).into_iter().map(|x| x as f32).collect();
     close(&alone.flat(Vector::Gradients).expect("read"), &want, "six batches");
 }
 
-/// Ten steps of LoRA by PEFT on one batch of sixteen, which `tests/interop/accumulation_fixtures.py` has taken, and the same
-/// in batches whose numbers of targets differ.
+/// Ten LoRA steps against PEFT's on one batch of sixteen sequences (`tests/interop/accumulation_fixtures.py`), run in
+/// batches with different numbers of targets.
 #[test]
-fn ten_steps_as_pytorch_takes_them() {
+fn ten_accumulated_steps_match_pytorch() {
     let written: Value = serde_json::from_str(include_str!("../interop/accumulation.json")).expect("JSON");
     let numbers = |value: &Value| -> Vec<f64> {
         value.as_array().expect("a list").iter().map(|x| x.as_f64().expect("a number")).collect()
@@ -126,8 +128,8 @@ fn ten_steps_as_pytorch_takes_them() {
     let dialect = Dialect::new().expect("a dialect");
     let compiled = pipeline::run(&dialect, &model, &[Entry::Train], &Options::default());
     let lowered = compiled.unwrap_or_else(|e| panic!("{e}")).lowered.expect("the whole way");
-    let (loaded, adapter) =
-        adapters::weights(&case.join("base"), &model, Some(&case.join("adapter"))).unwrap_or_else(|e| panic!("{e}"));
+    let (loaded, adapter) = adapters::weights(&case.join("base"), &model, Some(&case.join("adapter")), false)
+        .unwrap_or_else(|e| panic!("{e}"));
     let mut session = Session::new(programs(vec![lowered]).remove(0), loaded.tensors, 1).expect("a session");
     for size in [16, 8, 5, 4, 1] {
         adapters::apply(&mut session, &adapter.as_ref().expect("there").values).expect("written");
@@ -137,7 +139,7 @@ fn ten_steps_as_pytorch_takes_them() {
         recipe.accumulate = 16_u64.div_ceil(size);
         for (step, (loss, norm)) in (0..).zip(numbers(&written["losses"]).into_iter().zip(numbers(&written["norms"]))) {
             let batches = examples.chunks(size as usize).map(Batch::pack).collect();
-            let found = train::step_of_several(&mut session, &recipe, batches, step, 10).expect("a step");
+            let found = train::accumulated_step(&mut session, &recipe, batches, step, 10).expect("a step");
             for (what, found, want) in [("loss", found.0, loss), ("norm", found.1, norm)] {
                 let gap = (found - want).abs() / want;
                 assert!(gap <= 1e-4, "batches of {size}: the {what} of step {step} is {found}, not {want}");

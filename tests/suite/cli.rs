@@ -1,4 +1,4 @@
-//! The program itself: what it prints, what it refuses and how, and its exit codes.
+//! The command-line program: its output, its error messages and its exit codes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,27 +6,29 @@ use std::process::Command;
 
 use peft_runtime::adapter::{self, Stored, TensorFile};
 use peft_runtime::artifact::FORMAT;
-use peft_runtime::trust::{What, trusted};
+use peft_runtime::trust::{TrustSubject, trusted};
 
+/// The result of a run of the program.
 pub struct Ran {
     pub code: i32,
     pub out: String,
     pub err: String,
 }
 
-/// A folder of its own, and the program run beside it.
+/// A temporary folder in which tests write files and run the program.
 pub struct Bench {
     folder: tempfile::TempDir,
     pub cache: PathBuf,
 }
 
-/// Where all tests of one build keep compiled models: a process a test, and many of them run the same specs.
+/// The cache of compiled models that all tests of one build share. Each test is a process, and many compile the same
+/// specs.
 fn shared_cache() -> PathBuf {
     let program = Path::new(env!("CARGO_BIN_EXE_peftc"));
     let built = fs::metadata(program).and_then(|m| Ok((m.len(), m.modified()?))).expect("it is built");
     let name = format!("cache-{}", &blake3::hash(format!("{built:?}").as_bytes()).to_hex()[..16]);
     let all = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    // Those of older builds serve no one.
+    // Caches of older builds are removed.
     for entry in fs::read_dir(all).into_iter().flatten().flatten() {
         let old = entry.file_name();
         if old != *name && old.to_string_lossy().starts_with("cache-") {
@@ -36,13 +38,13 @@ fn shared_cache() -> PathBuf {
     all.join(name)
 }
 
-/// The cache that tests share, unless others may write to the checkout: that is no place for code.
+/// The shared cache, or `None` if other users can write to the checkout, because code is not loaded from such a folder.
 fn trusted_cache() -> Option<PathBuf> {
-    trusted(Path::new(env!("CARGO_TARGET_TMPDIR")), What::Cache).ok().map(|_| shared_cache())
+    trusted(Path::new(env!("CARGO_TARGET_TMPDIR")), TrustSubject::Cache).ok().map(|_| shared_cache())
 }
 
-/// Where tests that compile by themselves keep the machine code of kernels, for one another.
-pub fn kept() -> Option<PathBuf> {
+/// The folder in which tests that call the compiler directly share the machine code of kernels.
+pub fn kernel_cache() -> Option<PathBuf> {
     let folder = trusted_cache()?.join("kernels");
     fs::create_dir_all(&folder).expect("a folder");
     Some(folder)
@@ -55,7 +57,7 @@ impl Bench {
         Bench { folder, cache }
     }
 
-    /// With a cache that is empty and no other test's.
+    /// A bench whose cache is empty and not shared.
     pub fn with_own_cache() -> Self {
         let folder = tempfile::tempdir().expect("a directory");
         let cache = folder.path().join("cache");
@@ -77,7 +79,7 @@ impl Bench {
         self.with(&[], args)
     }
 
-    /// With these variables in its environment.
+    /// Runs the program with these environment variables.
     pub fn with<S: AsRef<std::ffi::OsStr>>(
         &self,
         environment: &[(&str, &str)],
@@ -102,7 +104,7 @@ impl Bench {
         ran
     }
 
-    /// Runs what must fail, with this code and these words.
+    /// Runs a command that must fail with this exit code and with these words in its message.
     pub fn refuses(&self, args: &[&str], code: i32, words: &[&str]) {
         let ran = self.peftc(args);
         assert_eq!(ran.code, code, "{args:?}: {}", ran.err);
@@ -119,7 +121,7 @@ pub fn text(path: &Path) -> &str {
 const IR: &str = "tests/ir/inducer.peft";
 
 #[test]
-fn check_fmt_and_usage() {
+fn check_and_fmt_report_errors_by_exit_code() {
     let bench = Bench::new();
     let ran = bench.peftc(["check", "models/paper/webnlg/inducer_lora.peft", "models/demo/sentiment.peft"]);
     assert_eq!((ran.code, ran.out.lines().count()), (0, 2), "{}", ran.err);
@@ -131,13 +133,14 @@ fn check_fmt_and_usage() {
     bench.refuses(&["check", IR, "--set", "train.lr"], 2, &["key=value"]);
     bench.refuses(&["check", IR, "--set", "train.lrr=1"], 1, &["lrr", "did you mean `lr`"]);
     let crowded = bench.write("crowded.peft", fs::read_to_string(IR).expect("readable").replace(": ", ":   "));
-    bench.refuses(&["fmt", "--check", text(&crowded)], 1, &["canonical form"]);
+    bench.refuses(&["fmt", "--check", text(&crowded)], 1, &["not formatted"]);
     assert_eq!(bench.peftc(["fmt", text(&crowded)]).code, 0);
     assert_eq!(bench.peftc(["fmt", "--check", text(&crowded)]).code, 0);
 }
 
-/// Rows of the paper's tables: the spec, what trains, what is kept, and both in percent of the backbone. The paper's
-/// RoBERTa is RobertaModel with its pooler, 590,592 values that the classifier does not read: it has 0.47 for LoRA.
+/// Rows of the paper's tables: the spec, the numbers of trainable and of stored parameters, and both in percent of the
+/// backbone. The paper's RoBERTa includes RobertaModel's pooler, 590,592 values that the classifier does not read, so
+/// its percentage for LoRA is 0.47.
 const ROWS: &[(&str, u64, u64, f64, f64)] = &[
     ("webnlg/finetune", 124_439_808, 124_439_808, 100.0, 100.0),
     ("webnlg/adapter", 2_019_600, 2_019_600, 1.62, 1.62),
@@ -162,7 +165,7 @@ const ROWS: &[(&str, u64, u64, f64, f64)] = &[
 ];
 
 #[test]
-fn inspect_counts_as_the_paper_does() {
+fn inspect_counts_match_the_paper() {
     let bench = Bench::new();
     for &(row, trainable, stored, trainable_percent, stored_percent) in ROWS {
         let ran = bench.peftc(["inspect", &format!("models/paper/{row}.peft"), "--json"]);
@@ -191,7 +194,7 @@ fn inspect_counts_as_the_paper_does() {
         };
         assert_eq!((sum("trainable"), sum("stored")), (trainable + special, stored + special), "{row}");
         assert_eq!(json["optimizer_bytes"], 8 * (trainable + special), "{row}");
-        // What is frozen has no weight gradient: the backward pass costs about what the forward pass does.
+        // Frozen weights have no gradient, so the backward pass costs about as much as the forward pass.
         let flops = |pass: &str| json[pass]["per_token"].as_f64().expect("a number");
         let ratio = flops("backward_flops") / flops("forward_flops");
         let expected = if row.ends_with("finetune") { 1.9..2.1 } else { 0.9..1.1 };
@@ -200,20 +203,20 @@ fn inspect_counts_as_the_paper_does() {
         assert!(json["activation_bytes_per_token"].as_f64().expect("a number") > 1e5, "{row}");
         assert!(json.get("roofline").is_none(), "{row}");
     }
-    // Nearly all of a step's arithmetic is products with frozen weights.
+    // Nearly all of a step's arithmetic is in gemms with frozen weights.
     let set = ["--set", "train.precision=bf16"];
     let arguments = ["inspect", "models/paper/webnlg/inducer_lora.peft", "--json", "--target", "cuda:sm_70"];
     let json: serde_json::Value = serde_json::from_str(&bench.peftc(arguments.iter().chain(&set)).out).expect("JSON");
     let roofline = |key: &str| json["roofline"][key].as_f64().expect("a number");
     assert!((0.6e12..1.0e12).contains(&roofline("half_flops")) && roofline("flops") < 0.1 * roofline("half_flops"));
     assert!(roofline("memory_seconds") > 1e-3 && roofline("product_seconds") > roofline("half_flops") / 125e12);
-    // Every row of the tables is among them. CoQA and MNLI have the same ones.
+    // Every spec of these folders is in the table. CoQA's and MNLI's specs are the same.
     let there = ["webnlg", "sst2"].map(|f| fs::read_dir(format!("models/paper/{f}")).expect("a folder").count());
     assert_eq!(there.iter().sum::<usize>(), ROWS.len());
 }
 
 #[test]
-fn the_library_describes_itself() {
+fn methods_and_backbones_are_documented() {
     let bench = Bench::new();
     let methods = bench.peftc(["methods"]).out;
     for name in
@@ -232,7 +235,7 @@ fn the_library_describes_itself() {
 }
 
 #[test]
-fn compile_and_emit() {
+fn compile_emits_each_stage_and_refuses_bad_options() {
     let bench = Bench::with_own_cache();
     for stage in ["ast", "model", "peft", "grad", "fused", "loops", "llvm"] {
         let ran = bench.peftc(["compile", IR, "--emit", stage]);
@@ -251,17 +254,21 @@ fn compile_and_emit() {
     bench.refuses(&["compile", IR, "--target", "gpu"], 2, &["(did you mean `cuda`?); there are cpu, ", "cuda:sm_90"]);
     #[cfg(target_arch = "x86_64")]
     bench.refuses(&["compile", IR, "--target", "cpu:x86-64-v9"], 2, &["native, x86-64, x86-64-v3, x86-64-v4"]);
-    bench.refuses(&["compile", IR, "--no-fuse=colunm"], 2, &["the rules are", "(did you mean `columns`?)"]);
+    bench.refuses(
+        &["compile", IR, "--no-fuse=concat_gradient"],
+        2,
+        &["the rules are", "(did you mean `concat_gradients`?)"],
+    );
     let out = bench.path("a.peftc");
     let ran = bench.peftc(["compile", IR, "-o", text(&out), "--timings"]);
     assert!(ran.code == 0 && ran.err.contains("llvm") && !ran.out.contains("cache"), "{}{}", ran.out, ran.err);
-    assert!(ran.err.contains("values made again: "), "{}", ran.err);
+    assert!(ran.err.contains("recomputed values: "), "{}", ran.err);
     assert!(bench.peftc(["compile", IR, "-o", text(&out), "--overwrite"]).out.contains("from the cache"));
 }
 
-/// The artifact runs by itself, and gives what the spec gives.
+/// An artifact gives the results of its spec, and a damaged artifact is refused.
 #[test]
-fn run_and_refuse_damaged_artifacts() {
+fn artifacts_run_and_damaged_ones_are_refused() {
     let bench = Bench::new();
     let fixture = crate::fixtures::all("gpt2_inducer_lora_strong").remove(0);
     let spec = bench.write("f.peft", fixture.spec());
@@ -274,7 +281,7 @@ fn run_and_refuse_damaged_artifacts() {
         assert_eq!(ran.code, 0, "{}", ran.err);
     }
     assert_eq!(fs::read(&results[0]).expect("written"), fs::read(&results[1]).expect("written"));
-    // One for every x86-64 asks for no feature, and one for another processor is written all the same.
+    // The baseline x86-64 target requires no CPU feature. An artifact for another CPU can be written as well.
     #[cfg(target_arch = "x86_64")]
     for (target, features) in
         [("cpu:x86-64", 0), ("cpu:x86-64-v3", 13), ("cpu:x86-64-v4", 18), ("cpu:x86-64-v4+bf16", 19)]
@@ -311,7 +318,7 @@ fn run_and_refuse_damaged_artifacts() {
     run(&manifest(|text| text.replace(&format!("\"format\":{FORMAT}"), "\"format\":99")), &["99", mend]);
 }
 
-/// A directory with MiniLM's form in small: four words, two layers.
+/// A small model in the layout of MiniLM: one layer and a vocabulary of six tokens. `spoil` may change its checkpoint.
 pub fn tiny_bert(bench: &Bench, spoil: impl FnOnce(&mut TensorFile)) -> (PathBuf, PathBuf) {
     let spec = bench.write(
         "tiny.peft",
@@ -344,9 +351,9 @@ pub fn tiny_bert(bench: &Bench, spoil: impl FnOnce(&mut TensorFile)) -> (PathBuf
     (spec, weights)
 }
 
-/// What PEFT has no format for goes out under canonical names, with the spec and what it imports.
+/// An adapter that PEFT's format cannot hold is exported under canonical names, with the spec and its imports.
 #[test]
-fn export_in_our_own_format() {
+fn export_in_our_own_format_round_trips() {
     let bench = Bench::new();
     let (spec, weights) = tiny_bert(&bench, |_| {});
     bench.write(
@@ -364,16 +371,22 @@ fn export_in_our_own_format() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     let out = bench.path("out");
     let export = ["export", text(&spec), "--adapter", text(&run), "-o", text(&out)];
-    bench.refuses(&[&export[..], &["--format", "peft"]].concat(), 2, &["PEFT has no `mine`", "--format own"]);
+    bench.refuses(
+        &[&export[..], &["--format", "peft"]].concat(),
+        2,
+        &["PEFT has no method that computes what `mine` computes", "--format own"],
+    );
     assert!(!out.exists());
     let ran = bench.peftc(export.iter().chain(&set));
     assert!(
-        ran.code == 0 && ran.err.contains("PEFT has no `mine`") && ran.out.contains("our own"),
+        ran.code == 0
+            && ran.err.contains("PEFT has no method that computes what `mine` computes")
+            && ran.out.contains("in peftc's own format"),
         "{}{}",
         ran.out,
         ran.err
     );
-    // What was written evaluates by itself, and gives what the run gave.
+    // The exported files evaluate without the original spec and give the run's results.
     let eval = |spec: &Path, adapter: &Path| {
         let all = ["eval", text(spec), "--weights", text(&weights), "--data", text(&data), "--adapter"];
         let ran = bench.peftc(all.iter().copied().chain([text(adapter)]));
@@ -384,7 +397,7 @@ fn export_in_our_own_format() {
     let merged = bench.path("merged");
     let merge = ["merge", text(&spec), "--weights", text(&weights), "--adapter", text(&out), "-o", text(&merged)];
     let ran = bench.peftc(merge);
-    // A scale on a projection's outputs folds, whoever wrote the method.
+    // A scale on a projection's outputs can be merged into its weight, whichever method it comes from.
     assert!(
         ran.code == 0 && ran.out.contains("1 projections") && ran.err.contains("pooling"),
         "{}{}",
@@ -392,7 +405,7 @@ fn export_in_our_own_format() {
         ran.err
     );
     assert!(merged.join("tokenizer.json").is_file() && merged.join("config.json").is_file());
-    // Adapters that do not fit.
+    // Adapters that do not fit the spec.
     let foreign = "tests/interop/cases/roberta_lora_qv/adapter";
     bench.refuses(&["import", text(&spec), foreign, "-o", text(&bench.path("x"))], 3, &["`mine`", "lora"]);
     let lora = "tests/interop/cases/roberta_lora_qv/spec.peft";
@@ -403,9 +416,9 @@ fn export_in_our_own_format() {
     assert!(!never.exists());
 }
 
-/// A spec and its artifact keep the same, and both refuse what the trained values alone do not give.
+/// A spec and its artifact store the same tensors, and both refuse stored tensors that depend on frozen weights.
 #[test]
-fn what_is_stored_is_made_of_what_trains() {
+fn stored_tensors_depend_only_on_trained_values() {
     let bench = Bench::new();
     let (spec, weights) = tiny_bert(&bench, |_| {});
     let tiny = fs::read_to_string(&spec).expect("readable").replace("lora(rank: 2) on q", "mine() on k");
@@ -429,24 +442,25 @@ fn what_is_stored_is_made_of_what_trains() {
             let export = ["export", text(source), "--adapter", text(&run), "--format", "own", "-o", text(&out)];
             let export = [&export[..], &["--overwrite"]].concat();
             if !fine {
-                bench.refuses(&export, 2, &["made of weights that do not train"]);
+                bench.refuses(&export, 2, &["depend on weights that do not train"]);
                 continue;
             }
             let ran = bench.peftc(export);
             assert_eq!(ran.code, 0, "{}", ran.err);
             kept.push(adapter::load(&out.join("adapter.safetensors")).expect("sound").tensors);
         }
-        if let [of_spec, of_artifact] = &kept[..] {
-            assert!(of_spec == of_artifact, "{of_spec:?} and {of_artifact:?}");
+        if let [of_spec, artifact_entries] = &kept[..] {
+            assert!(of_spec == artifact_entries, "{of_spec:?} and {artifact_entries:?}");
             let there = |tensor: &str| of_spec.contains_key(&format!("layers.0.attention.k.mine.{tensor}"));
             assert_eq!((there("scale"), there("l")), (true, false));
         }
     }
 }
 
-/// VeRA's projections and a frozen head are in no file; another seed would give others.
+/// VeRA's projections and a frozen head are in no file, and another seed would give other values, so the seed is
+/// required.
 #[test]
-fn what_is_drawn_and_frozen_wants_its_seed() {
+fn frozen_random_tensors_require_the_seed() {
     let bench = Bench::new();
     let (spec, weights) = tiny_bert(&bench, |_| {});
     let source = fs::read_to_string(&spec).expect("readable");
@@ -463,7 +477,7 @@ fn what_is_drawn_and_frozen_wants_its_seed() {
     let seed = ["--set", "train.seed=5"];
     let ran = bench.peftc(eval.iter().chain(&seed));
     assert_eq!(ran.code, 0, "{}", ran.err);
-    // Folded, it is in the weights for good.
+    // After merging, the random values are part of the weights.
     let merge = ["merge", text(&spec), "--weights", text(&weights), "--adapter", text(&run), "-o", text(&out)];
     let merged = bench.peftc(merge.iter().chain(&seed));
     assert_eq!(merged.code, 0, "{}", merged.err);
@@ -472,9 +486,9 @@ fn what_is_drawn_and_frozen_wants_its_seed() {
     assert_eq!((same.code, same.out), (0, ran.out), "{}", same.err);
 }
 
-/// Tensors of the backbone that train take their own place, and what folds goes beside them.
+/// Merging replaces backbone tensors that train, and folds the methods into the other weights.
 #[test]
-fn merge_takes_up_backbone_tensors() {
+fn merge_includes_trained_backbone_tensors() {
     let bench = Bench::new();
     let (spec, weights) = tiny_bert(&bench, |_| {});
     let source = fs::read_to_string(&spec).expect("readable");
@@ -506,7 +520,7 @@ fn merge_takes_up_backbone_tensors() {
 }
 
 #[test]
-fn train_eval_and_bad_input() {
+fn train_and_eval_refuse_bad_input() {
     let bench = Bench::new();
     let (spec, weights) = tiny_bert(&bench, |_| {});
     let data = bench.write("data.tsv", "good film\t1\nbad film\t0\ngood good\t1\nbad\t0\n");
@@ -537,7 +551,7 @@ fn train_eval_and_bad_input() {
     assert!(ran.code == 0 && ran.out.contains("accuracy"), "{}{}", ran.out, ran.err);
     let saved = fs::read(&adapter).expect("there");
 
-    // Data.
+    // Invalid data.
     refuses(args(&spec, &weights, &bench.write("empty.tsv", ""), &[]), 3, &["empty.tsv", "no example"]);
     refuses(
         args(&spec, &weights, &bench.write("odd.tsv", "good film\t1\nbad film 0\n"), &[]),
@@ -546,12 +560,12 @@ fn train_eval_and_bad_input() {
     );
     refuses(args(&spec, &weights, &bench.write("label.tsv", "good film\t7\n"), &[]), 3, &["`7`"]);
     refuses(args(&spec, &weights, &bench.path("none.tsv"), &[]), 3, &["none.tsv"]);
-    // Tokenizers.
+    // Invalid tokenizers.
     refuses(args(&spec, &weights, &data, &["--tokenizer", "data/triples"]), 3, &["1536", "6"]);
     refuses(args(&spec, Path::new("random"), &data, &[]), 2, &["--tokenizer"]);
     let broken = bench.write("broken/tokenizer.json", "{");
     refuses(args(&spec, &weights, &data, &["--tokenizer", text(&broken)]), 3, &["broken/tokenizer.json"]);
-    // Weights.
+    // Invalid weights.
     let file = weights.join("model.safetensors");
     let good = fs::read(&file).expect("there");
     fs::write(&file, &good[..good.len() / 2]).expect("written");
@@ -574,7 +588,7 @@ fn train_eval_and_bad_input() {
         });
         refuses(args(&spec, &weights, &data, &[]), 3, &[name, says]);
     }
-    // Numbers that run away.
+    // Weights that make the loss diverge.
     tiny_bert(&bench, |file| {
         file.tensors.insert(word.into(), Stored::f32(vec![6, 8], (0..48).map(|i| i as f32 * 1e36).collect()));
     });
@@ -582,17 +596,27 @@ fn train_eval_and_bad_input() {
     let away = ["train", text(&spec), "--weights", text(&weights), "--data", text(&data), "--out", text(&away)];
     bench.refuses(&away, 4, &["step 1", "train.lr"]);
     tiny_bert(&bench, |_| {});
-    // Where nothing can be written.
+    // An output folder that cannot be created.
     let file = bench.write("file", "");
     refuses(args(&spec, &weights, &data, &["--out", text(&file.join("x"))]), 2, &["--out"]);
     let blocked = ["train", text(&spec), "--weights", text(&weights), "--data", text(&data), "--out"];
     let ran = bench.peftc(blocked.iter().copied().chain([text(&file.join("x"))]));
     assert_eq!(ran.code, 3, "{}", ran.err);
-    // Another spec's adapter, and another spec's state.
+    // An adapter and a state of another spec.
     let ran = bench.peftc(eval.iter().copied().chain([text(&adapter), "--set", "lora.rank=3"]));
     assert!(ran.code == 3 && ran.err.contains("lora.a"), "{}", ran.err);
     refuses(args(&spec, &weights, &data, &["--resume", "--set", "lora.rank=3"]), 3, &["another spec"]);
-    // None of this took the trained values.
+    // None of these failures changed the trained values.
     assert_eq!(fs::read(&adapter).expect("there"), saved);
     assert!(!fs::read_dir(&out).expect("there").any(|e| text(&e.expect("an entry").path()).contains(".peftc-")));
+}
+
+/// The help of `merge` names the methods that fold, and what its options take.
+#[test]
+fn help_of_merge_names_what_folds() {
+    let ran = Bench::new().peftc(["merge", "--help"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    for word in ["LoRA", "DoRA", "VeRA", "IA³", "adapter.safetensors", "model.safetensors", "config.json"] {
+        assert!(ran.out.contains(word), "`peftc merge --help` should name {word}:\n{}", ran.out);
+    }
 }

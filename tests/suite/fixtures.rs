@@ -1,4 +1,4 @@
-//! PyTorch's answers on tiny models (`tests/fixtures`), and the specs of those models.
+//! PyTorch's results on tiny models (`tests/fixtures`), and the specs of those models.
 
 use std::path::{Path, PathBuf};
 
@@ -6,6 +6,7 @@ use peft_grammar::model::Model;
 use peft_runtime::adapter::{self, Data, TensorFile};
 use serde_json::Value;
 
+/// A model with inputs and PyTorch's results.
 pub struct Fixture {
     pub name: String,
     pub json: Value,
@@ -27,7 +28,7 @@ pub fn all(prefix: &str) -> Vec<Fixture> {
     names.into_iter().map(|name| read(&folder, name)).collect()
 }
 
-/// The fixture of that name.
+/// The fixture with this name.
 pub fn one(name: &str) -> Fixture {
     all(name).into_iter().find(|f| f.name == name).unwrap_or_else(|| panic!("no fixture is called `{name}`"))
 }
@@ -180,7 +181,7 @@ impl Fixture {
         )
     }
 
-    /// The kind of its task.
+    /// The kind of the fixture's task.
     fn kind(&self) -> &str {
         match self.json["loss"]["kind"].as_str() {
             Some("causal_lm") => "generation",
@@ -189,7 +190,7 @@ impl Fixture {
         }
     }
 
-    /// There are logits for every token.
+    /// Whether the model gives logits for every token.
     pub fn of_tokens(&self) -> bool {
         matches!(self.kind(), "generation" | "token_classification")
     }
@@ -201,7 +202,7 @@ impl Fixture {
     }
 }
 
-/// The options of `name` when the fixture has that method.
+/// The options of the method `name`, if the fixture applies it.
 fn options_of<'a>(method: &'a Value, name: &str) -> Option<&'a Value> {
     method.get(name).filter(|m| !m.is_null())
 }

@@ -1,5 +1,5 @@
-//! GGUF files: what the package `gguf` and transformers read from them (`tests/interop/gguf_fixtures.py`), and what is
-//! refused.
+//! GGUF files: values, logits and token ids against the package `gguf` and transformers
+//! (`tests/interop/gguf_fixtures.py`), and files that are refused.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use peft_runtime::weights;
 use peftc::hub::{checkpoint, tokenizer};
 use serde_json::Value;
 
-use crate::asked;
 use crate::cli::Bench;
+use crate::env_or_skip;
 use crate::reports::spec;
 
 fn folder() -> PathBuf {
@@ -28,7 +28,7 @@ fn floats<'f>(file: &'f TensorFile, name: &str) -> &'f [f32] {
     }
 }
 
-/// Every tensor that both files hold has the same bits in both; the number of them.
+/// Requires both files to have the same bits in every tensor of `found`. Returns the number of tensors.
 fn same_bits(found: &GgufFile, wanted: &SafeFile) -> usize {
     for name in found.names() {
         let count = found.shape(name).expect("it is there").iter().product::<u64>() as usize;
@@ -43,13 +43,13 @@ fn same_bits(found: &GgufFile, wanted: &SafeFile) -> usize {
 }
 
 #[test]
-fn each_type_is_widened_to_the_bits_of_the_reference() {
+fn each_type_decodes_to_the_reference_bits() {
     let found = GgufFile::open(&folder().join("types.gguf")).expect("sound");
     let wanted = SafeFile::open(&folder().join("types.safetensors")).expect("sound");
     assert_eq!(same_bits(&found, &wanted), 13);
 }
 
-/// The spec of the llama in `untied.gguf` or `tied.gguf`, some arguments replaced.
+/// The spec of the llama in `untied.gguf` or `tied.gguf`, with some arguments replaced.
 fn llama(tied: bool, replaced: &[(&str, &str)]) -> String {
     let theta = if tied { "500000.0" } else { "10000.0" };
     let tied = tied.to_string();
@@ -75,7 +75,7 @@ fn llama(tied: bool, replaced: &[(&str, &str)]) -> String {
     format!("model = llama({})\n", arguments.join(", "))
 }
 
-/// Logits of `peftc run` at real tokens, against those of transformers: the gap, relative to the largest.
+/// The largest difference between the logits of `peftc run` and those of transformers, relative to the largest logit.
 fn gap(bench: &Bench, spec: &Path, weights: &Path, case: &Path) -> f32 {
     let out = bench.path("out.safetensors");
     let head = ["run".as_ref(), spec.as_os_str(), "--entry".as_ref(), "forward".as_ref(), "--overwrite".as_ref()];
@@ -90,7 +90,7 @@ fn gap(bench: &Bench, spec: &Path, weights: &Path, case: &Path) -> f32 {
 }
 
 #[test]
-fn logits_are_those_of_transformers() {
+fn gguf_logits_match_transformers() {
     let bench = Bench::new();
     for (name, tied) in [("untied", false), ("tied", true)] {
         let (file, case) = (folder().join(format!("{name}.gguf")), folder().join(format!("{name}.safetensors")));
@@ -112,7 +112,7 @@ fn logits_are_those_of_transformers() {
 }
 
 #[test]
-fn text_is_split_as_the_file_says() {
+fn pre_tokenizers_match_transformers() {
     let expected: Value = serde_json::from_slice(&fs::read(folder().join("pre.json")).expect("a file")).expect("JSON");
     let texts: Vec<&str> = expected["lines"].as_array().expect("a list").iter().filter_map(Value::as_str).collect();
     for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2"] {
@@ -128,7 +128,7 @@ fn text_is_split_as_the_file_says() {
     }
 }
 
-/// A copy of a file in which `from` stands as `to`, which is as long, wherever it does.
+/// A copy of a file in which every `from` is replaced by `to`, which has the same length.
 fn changed(bench: &Bench, file: &str, from: &[u8], to: &[u8]) -> PathBuf {
     assert_eq!(from.len(), to.len());
     let mut bytes = fs::read(folder().join(file)).expect("a file");
@@ -146,7 +146,7 @@ fn contains(message: &str, parts: &[&str]) {
 }
 
 #[test]
-fn metadata_that_mean_another_model_are_refused() {
+fn mismatched_metadata_are_refused() {
     let bench = Bench::new();
     let refusal = |text: &str, file: &Path| {
         let (_, model) = spec(&bench, "spec.peft", text);
@@ -193,7 +193,7 @@ fn metadata_that_mean_another_model_are_refused() {
 }
 
 #[test]
-fn tokenizers_that_are_not_read_are_named() {
+fn unsupported_tokenizers_are_refused_by_name() {
     let bench = Bench::new();
     let refusal = |file: &Path| tokenizer::open(file).err().expect("it is refused").to_string();
     let file = |from: &[u8], to: &[u8]| refusal(&changed(&bench, "pre-smollm.gguf", from, to));
@@ -203,13 +203,13 @@ fn tokenizers_that_are_not_read_are_named() {
     contains(&file(b"ggml.pre", b"ggml.per"), &["does not say how its tokenizer splits text"]);
     contains(&file(b"ggml.tokens", b"ggml.tokenz"), &["no list of texts `tokenizer.ggml.tokens`"]);
     contains(&file(b"ggml.merges", b"ggml.mergez"), &["no list of texts `tokenizer.ggml.merges`"]);
-    contains(&file("\u{120} t".as_bytes(), "\u{120}_t".as_bytes()), &["merge", "is not two tokens and a blank"]);
+    contains(&file("\u{120} t".as_bytes(), "\u{120}_t".as_bytes()), &["merge", "is not two tokens and a space"]);
     contains(&file(b"<|im_start|>", b"<|im_start|\xff"), &["`tokenizer.ggml.tokens`", "UTF-8"]);
     contains(&refusal(&folder().join("types.gguf")), &["it holds no tokenizer"]);
 }
 
 #[test]
-fn a_folder_of_gguf_names_the_file() {
+fn a_folder_with_a_gguf_file_is_refused_naming_the_file() {
     let bench = Bench::new();
     let file = bench.path("weights/tied.gguf");
     fs::create_dir_all(bench.path("weights")).expect("a folder");
@@ -222,7 +222,7 @@ fn a_folder_of_gguf_names_the_file() {
 }
 
 #[test]
-fn a_merge_wants_the_tokenizers_folder() {
+fn merging_a_gguf_base_requires_a_tokenizer() {
     let bench = Bench::new();
     let (path, _) = spec(&bench, "spec.peft", &llama(true, &[]));
     let (file, out) = (folder().join("tied.gguf"), bench.path("merged"));
@@ -232,11 +232,13 @@ fn a_merge_wants_the_tokenizers_folder() {
     contains(&ran.err, &["tied.gguf", "`--tokenizer`"]);
 }
 
-/// SmolLM2-135M-Instruct (Q4_1 and Q8_0), which `make smollm2` fetches: every number, the logits and the ids of a
-/// thousand sentences, against the package `gguf` and transformers.
+/// Every tensor, the logits, and the ids of a thousand sentences of SmolLM2-135M-Instruct (Q4_1 and Q8_0, fetched by
+/// `make smollm2`), against the package `gguf` and transformers.
 #[test]
-fn smollm2_is_what_transformers_reads() {
-    let (Some(_), Some(file), Some(data)) = (asked("PEFTC_FULL"), asked("PEFTC_SMOLLM2"), asked("PEFTC_DATA")) else {
+fn smollm2_matches_transformers() {
+    let (Some(_), Some(file), Some(data)) =
+        (env_or_skip("PEFTC_FULL"), env_or_skip("PEFTC_SMOLLM2"), env_or_skip("PEFTC_DATA"))
+    else {
         return;
     };
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,38 +1,38 @@
-//! The program with CUDA's driver in its way, which is `tests/cuda-sim`: artifacts made where no GPU is, whole trainings
-//! by graphs, and drivers that are in trouble. No GPU is needed.
+//! The program on a simulated CUDA driver (`tests/cuda-sim`): compilation without a GPU, whole training runs by CUDA
+//! graphs, and driver errors. No GPU is needed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use peft_runtime::adapter::{self, Data};
-use peft_runtime::artifact::Storage;
+use peft_runtime::artifact::{Manifest, Storage};
 use peft_runtime::{device, store};
 
 use crate::cli::{Bench, Ran, text, tiny_bert};
-use crate::{fixtures, real};
+use crate::{fixtures, full_size};
 
-/// A folder with the driver, under the name by which it is found.
-pub struct Machine {
+/// A bench whose program loads the simulated driver instead of CUDA's.
+pub struct SimulatedGpu {
     pub bench: Bench,
 }
 
-impl Machine {
+impl SimulatedGpu {
     pub fn new() -> Self {
         let bench = Bench::new();
         let driver = std::env::current_exe().expect("a path").with_file_name("libcuda_sim.so");
         assert!(driver.is_file(), "{} is built with the tests", driver.display());
         fs::create_dir(bench.path("driver")).expect("a folder");
-        // Where no other test finds it.
+        // The folder is this test's own, so no other test loads the driver.
         std::os::unix::fs::symlink(&driver, bench.path("driver/libcuda.so")).expect("linked");
-        Machine { bench }
+        SimulatedGpu { bench }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.bench.path(name)
     }
 
-    /// Runs the program on a driver with these settings.
+    /// Runs the program with these settings of the simulated driver.
     fn peftc(&self, settings: &str, args: &[&str]) -> Ran {
         let driver = self.path("driver");
         self.bench.with(&[("LD_LIBRARY_PATH", text(&driver)), ("CUDA_SIM", settings)], args)
@@ -52,18 +52,27 @@ impl Machine {
         }
     }
 
-    /// An artifact of a tiny BERT for this GPU, and what training is given beside it.
-    pub fn trains(&self, target: &str) -> (PathBuf, Vec<String>) {
+    /// An artifact of a tiny BERT for this GPU, and the other arguments of its training.
+    pub fn training(&self, target: &str) -> (PathBuf, Vec<String>) {
         let (spec, weights) = tiny_bert(&self.bench, |_| {});
         let artifact = self.path("tiny.peftc");
         self.succeeds("", &["compile", text(&spec), "--target", target, "-o", text(&artifact)]);
-        // Batches of many sizes.
+        // Texts of different lengths give batches of different sizes.
         let lines = ["good film", "bad", "good good film", "bad bad bad film", "film", "good film good film good"];
         let lines = lines.iter().map(|l| format!("{l}\t{}\n", u8::from(l.starts_with("good"))));
         let data = self.bench.write("data.tsv", lines.collect::<String>());
         let given = ["--weights", text(&weights), "--data", text(&data), "--set", "train.steps=7", "--threads", "1"];
         (artifact, given.map(String::from).to_vec())
     }
+}
+
+/// The name of the kernel that computes `op`, from the artifact's manifest.
+fn kernel_of(artifact: &Path, op: &str) -> String {
+    let manifest = fs::read(artifact.join(store::MANIFEST)).expect("a manifest");
+    let manifest: Manifest = serde_json::from_slice(&manifest).expect("it is sound");
+    let mut launches = manifest.entries.values().flat_map(|entry| &entry.launches);
+    let launch = launches.find(|launch| launch.op == op).unwrap_or_else(|| panic!("no launch computes `{op}`"));
+    manifest.kernels[launch.kernel].clone()
 }
 
 fn with<'a>(first: &[&'a str], more: &'a [String]) -> Vec<&'a str> {
@@ -81,59 +90,60 @@ fn same(found: &Path, want: &Path) {
     }
 }
 
-/// Artifacts, the driver's calls, gradients.
+/// Compiles an artifact, runs it through the driver, and compares its gradients with the CPU's.
 #[test]
-fn a_gpu_by_its_driver() {
-    let machine = Machine::new();
+fn gradients_through_the_driver_match_the_cpu() {
+    let gpu = SimulatedGpu::new();
     let fixture = fixtures::all("gpt2_lora_qv").remove(0);
-    let spec = machine.bench.write("f.peft", fixture.spec());
-    let [artifact, found, want] = ["f.peftc", "found", "want"].map(|name| machine.path(name));
-    machine.succeeds("", &["compile", text(&spec), "--target", "cuda", "-o", text(&artifact)]);
+    let spec = gpu.bench.write("f.peft", fixture.spec());
+    let [artifact, found, want] = ["f.peftc", "found", "want"].map(|name| gpu.path(name));
+    gpu.succeeds("", &["compile", text(&spec), "--target", "cuda", "-o", text(&artifact)]);
     for (from, to) in [(&artifact, &found), (&spec, &want)] {
-        machine.succeeds("", &["run", text(from), "--inputs", text(&fixture.path), "-o", text(to)]);
+        gpu.succeeds("", &["run", text(from), "--inputs", text(&fixture.path), "-o", text(to)]);
     }
     same(&found, &want);
 }
 
-/// The whole step is one graph, which serves batches of every size; with `--profile` there is none. Both give the same
-/// bits, and what a processor gives.
+/// A whole step is one CUDA graph, which is updated for batches of every size. With `--profile` each kernel is launched
+/// separately. Both give the same bits, and the CPU's results.
 #[test]
-fn a_training_by_graphs() {
-    let machine = Machine::new();
-    let (artifact, given) = machine.trains("cuda");
-    let [graphs, plain, processor] = ["graphs", "plain", "processor"].map(|name| machine.path(name));
-    let report = machine.path("report");
+fn training_by_graphs_matches_single_launches() {
+    let gpu = SimulatedGpu::new();
+    let (artifact, given) = gpu.training("cuda");
+    let [graphs, plain, processor] = ["graphs", "plain", "processor"].map(|name| gpu.path(name));
+    let report = gpu.path("report");
     let settings = format!("report={}", text(&report));
     let done = |what: &str| {
         let report = fs::read_to_string(&report).expect("the driver wrote it");
         report.lines().find_map(|line| line.strip_prefix(what)?.trim().parse::<u64>().ok()).unwrap_or(0)
     };
-    machine.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&graphs)], &given));
-    // The first step shows what kernels there are. Then each differs from the one before in how many tokens it has.
-    assert_eq!((done("graphs made ready"), done("graphs run"), done("copies")), (1, 6, 7));
-    assert!(done("nodes told anew") > 0);
-    // Not those that larger batches want room for first, or that come after an epoch's end.
-    assert!(done("graphs before others ended") > 0);
-    machine.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&plain), "--profile"], &given));
-    assert_eq!((done("graphs made ready"), done("graphs run")), (0, 0));
-    let spec = machine.path("tiny.peft");
-    machine.succeeds("", &with(&["train", text(&spec), "--out", text(&processor)], &given));
+    gpu.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&graphs)], &given));
+    // The first step runs without a graph and records the kernels. Each later batch has another number of tokens.
+    assert_eq!((done("graphs instantiated"), done("graphs launched"), done("copies")), (1, 6, 7));
+    assert!(done("nodes updated") > 0);
+    // A step waits for the previous one only if it needs larger buffers or follows the end of an epoch.
+    assert!(done("graphs launched while others ran") > 0);
+    gpu.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&plain), "--profile"], &given));
+    assert_eq!((done("graphs instantiated"), done("graphs launched")), (0, 0));
+    let spec = gpu.path("tiny.peft");
+    gpu.succeeds("", &with(&["train", text(&spec), "--out", text(&processor)], &given));
     let values = |run: &Path| run.join("adapter.safetensors");
     assert_eq!(fs::read(values(&graphs)).expect("read"), fs::read(values(&plain)).expect("read"));
     same(&values(&graphs), &values(&processor));
 }
 
-/// What a session takes of the driver it gives back, whether it trained to its end or failed in between.
+/// A session frees all of the driver's resources, whether its training succeeded or failed.
 #[test]
-fn nothing_is_left_on_the_gpu() {
-    let machine = Machine::new();
-    let (artifact, given) = machine.trains("cuda");
-    let report = machine.path("report");
-    let kinds = ["blocks", "events", "graphs", "modules", "pinned", "ready graphs", "streams"];
-    for (trouble, code, least) in [("", 0, kinds.map(|_| 1)), ("refuse=adamw,", 4, [1, 1, 0, 1, 1, 0, 1])] {
-        let out = machine.path(&format!("out{code}"));
+fn sessions_free_all_driver_resources() {
+    let gpu = SimulatedGpu::new();
+    let (artifact, given) = gpu.training("cuda");
+    let report = gpu.path("report");
+    let kinds = ["allocations", "events", "graphs", "modules", "pinned", "graph executables", "streams"];
+    let refused = format!("refuse={},", kernel_of(&artifact, "adamw"));
+    for (trouble, code, least) in [("", 0, kinds.map(|_| 1)), (&*refused, 4, [1, 1, 0, 1, 1, 0, 1])] {
+        let out = gpu.path(&format!("out{code}"));
         let settings = format!("{trouble}report={}", text(&report));
-        let ran = machine.peftc(&settings, &with(&["train", text(&artifact), "--out", text(&out)], &given));
+        let ran = gpu.peftc(&settings, &with(&["train", text(&artifact), "--out", text(&out)], &given));
         assert_eq!(ran.code, code, "{}{}", ran.out, ran.err);
         let report = fs::read_to_string(&report).expect("the driver wrote it");
         for (kind, least) in kinds.into_iter().zip(least) {
@@ -147,28 +157,28 @@ fn nothing_is_left_on_the_gpu() {
     }
 }
 
-/// Steps of several batches are two graphs, one with the optimizer. They give the bits of launches one by one, and what a
-/// processor gives.
+/// Steps of several batches use two graphs, one of which includes the optimizer. They give the bits of separate
+/// launches, and the CPU's results.
 #[test]
-fn several_batches_a_step_by_graphs() {
-    let machine = Machine::new();
-    let (artifact, mut given) = machine.trains("cuda");
+fn accumulated_steps_by_graphs_match_single_launches() {
+    let gpu = SimulatedGpu::new();
+    let (artifact, mut given) = gpu.training("cuda");
     given.extend(["--set", "train.batch=2", "--set", "train.accumulate=2"].map(String::from));
-    let [graphs, plain, processor, report] = ["graphs", "plain", "processor", "report"].map(|name| machine.path(name));
+    let [graphs, plain, processor, report] = ["graphs", "plain", "processor", "report"].map(|name| gpu.path(name));
     let settings = format!("report={}", text(&report));
-    machine.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&graphs)], &given));
-    assert!(fs::read_to_string(&report).expect("the driver wrote it").contains("graphs made ready"));
-    machine.succeeds("", &with(&["train", text(&artifact), "--out", text(&plain), "--profile"], &given));
-    let spec = machine.path("tiny.peft");
-    machine.succeeds("", &with(&["train", text(&spec), "--out", text(&processor)], &given));
+    gpu.succeeds(&settings, &with(&["train", text(&artifact), "--out", text(&graphs)], &given));
+    assert!(fs::read_to_string(&report).expect("the driver wrote it").contains("graphs instantiated"));
+    gpu.succeeds("", &with(&["train", text(&artifact), "--out", text(&plain), "--profile"], &given));
+    let spec = gpu.path("tiny.peft");
+    gpu.succeeds("", &with(&["train", text(&spec), "--out", text(&processor)], &given));
     let values = |run: &Path| run.join("adapter.safetensors");
     assert_eq!(fs::read(values(&graphs)).expect("read"), fs::read(values(&plain)).expect("read"));
     same(&values(&graphs), &values(&processor));
 }
 
-/// Written for every chip where none is, and whole.
+/// Artifacts for every chip can be compiled without a GPU and are complete.
 #[test]
-fn artifacts_without_a_gpu() {
+fn artifacts_compile_without_a_gpu() {
     let bench = Bench::new();
     let (spec, weights) = tiny_bert(&bench, |_| {});
     let data = bench.write("data.tsv", "good film\t1\n");
@@ -190,10 +200,10 @@ fn artifacts_without_a_gpu() {
     }
 }
 
-/// In half precision no entry reads a frozen matrix as it was, but for the rows that it gathers: the session lets the
-/// others go when they are packed.
+/// With half precision the session frees the f32 copy of each frozen matrix once it is packed, because no entry reads
+/// it, except for matrices whose rows are gathered.
 #[test]
-fn frozen_matrices_are_there_in_half_alone() {
+fn frozen_matrices_stay_only_in_half_precision() {
     let bench = Bench::new();
     let (spec, _) = tiny_bert(&bench, |_| {});
     let artifact = bench.path("tiny.peftc");
@@ -217,38 +227,42 @@ fn frozen_matrices_are_there_in_half_alone() {
 }
 
 #[test]
-fn drivers_in_trouble() {
-    let machine = Machine::new();
-    let (artifact, given) = machine.trains("cuda");
-    let out = machine.path("out");
+fn driver_errors_name_cause_and_remedy() {
+    let gpu = SimulatedGpu::new();
+    let (artifact, given) = gpu.training("cuda");
+    let out = gpu.path("out");
     let train = with(&["train", text(&artifact), "--out", text(&out)], &given);
-    let spec = machine.path("tiny.peft");
+    let spec = gpu.path("tiny.peft");
     let of_spec = with(&["train", text(&spec), "--target", "cuda", "--out", text(&out)], &given);
     for (train, code) in [(&train, 3), (&of_spec, 2)] {
-        machine.refuses("gpus=0", train, code, &["shows no GPU", "nvidia-smi -L", "CUDA_VISIBLE_DEVICES"]);
-        machine.refuses("driver=11020", train, code, &["knows CUDA 11.2", "11.4 is the least", "R470"]);
+        gpu.refuses("gpus=0", train, code, &["shows no GPU", "nvidia-smi -L", "CUDA_VISIBLE_DEVICES"]);
+        gpu.refuses("driver=11020", train, code, &["knows CUDA 11.2", "11.4 is the least", "R470"]);
     }
-    machine.refuses("refuse=cross_entropy", &train, 4, &["does not start `cross_entropy", "LAUNCH_OUT_OF_RESOURCES"]);
-    // It is known that one failed, and which one when each is waited for.
+    let kernel = kernel_of(&artifact, "cross_entropy");
+    let words = [&*format!("does not start `{kernel}`"), "LAUNCH_OUT_OF_RESOURCES"];
+    gpu.refuses(&format!("refuse={kernel}"), &train, 4, &words);
+    // An asynchronous error is reported without the kernel's name. With `--profile` the failing kernel is known.
     let profiled = [&train[..], &["--profile"]].concat();
-    machine.refuses("fail=cross_entropy", &train, 4, &["ILLEGAL_ADDRESS", "started before", "--profile"]);
-    machine.refuses("fail=cross_entropy", &profiled, 4, &["failed in `cross_entropy", "computes `", "ILLEGAL_ADDRESS"]);
-    machine.refuses("memory=2000", &train, 4, &["cannot be had: of the GPU's", "are free", "more memory"]);
+    let fails = format!("fail={kernel}");
+    gpu.refuses(&fails, &train, 4, &["ILLEGAL_ADDRESS", "started before", "--profile"]);
+    let words = [&*format!("failed in `{kernel}`"), "computes `", "ILLEGAL_ADDRESS"];
+    gpu.refuses(&fails, &profiled, 4, &words);
+    gpu.refuses("memory=2000", &train, 4, &["cannot be had: of the GPU's", "are free", "more memory"]);
     assert!(!out.join("adapter.safetensors").exists());
 }
 
-/// A batch for which there is no room is told how much of it there is room for, and that is true.
+/// If a batch does not fit into memory, the message names a batch size that fits.
 #[test]
-fn what_would_fit() {
-    let machine = Machine::new();
-    let (artifact, given) = machine.trains("cuda");
+fn out_of_memory_names_a_batch_that_fits() {
+    let gpu = SimulatedGpu::new();
+    let (artifact, given) = gpu.training("cuda");
     let lines = "good film good film good film\t1\n".repeat(64);
-    machine.bench.write("data.tsv", lines);
-    let out = machine.path("out");
+    gpu.bench.write("data.tsv", lines);
+    let out = gpu.path("out");
     let train = |batch: &str| {
         let set = format!("train.batch={batch}");
         let first = ["train", text(&artifact), "--out", text(&out), "--set", &set];
-        machine.peftc("memory=100000", &with(&first, &given))
+        gpu.peftc("memory=100000", &with(&first, &given))
     };
     let ran = train("64");
     assert_eq!(ran.code, 4, "{}", ran.err);
@@ -263,9 +277,9 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Tables, limits of time and verdicts of `make bench-gpu`.
+/// Tests of the tables, time limits and verdicts of `make bench-gpu`.
 #[test]
-fn what_the_benchmark_does_beside_running() {
+fn benchmark_helpers_pass_their_tests() {
     let Ok(ran) = Command::new("python3").arg("benches/gpu_test.py").current_dir(root()).output() else {
         println!("skipped: there is no `python3` here");
         return;
@@ -273,19 +287,19 @@ fn what_the_benchmark_does_beside_running() {
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
 }
 
-/// The folder that is carried to a GPU is made, and its parity holds on the driver that is none.
+/// Builds the folder for `make bench-gpu`, and runs its parity check on the simulated driver.
 #[test]
-fn the_folder_for_a_gpu() {
+fn benchmark_folder_passes_its_parity_check() {
     let python = root().join("target/interop-venv/bin/python");
-    let Some(data) = real::data() else { return };
+    let Some(data) = full_size::data() else { return };
     if !data.is_dir() || !python.is_file() {
         println!("skipped: PEFTC_DATA holds no data, or `make interop` has not run");
         return;
     }
-    let machine = Machine::new();
-    let (peftc, folder) = (env!("CARGO_BIN_EXE_peftc"), machine.path("gpu"));
-    // For the small runner, which this is but for the compiler.
-    let small = machine.bench.write("small", format!("#!/bin/sh\nexec {peftc} \"$@\"\n"));
+    let gpu = SimulatedGpu::new();
+    let (peftc, folder) = (env!("CARGO_BIN_EXE_peftc"), gpu.path("gpu"));
+    // The full program replaces the small runner, which differs only by the missing compiler.
+    let small = gpu.bench.write("small", format!("#!/bin/sh\nexec {peftc} \"$@\"\n"));
     fs::set_permissions(&small, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("set");
     let mut make = Command::new(python);
     make.args(["benches/gpu.py", "make", "--peftc", peftc, "--small"]).arg(&small).arg("--data").arg(data);
@@ -298,7 +312,7 @@ fn the_folder_for_a_gpu() {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (ran.status.code(), text(&ran.stdout), text(&ran.stderr))
     };
-    let (code, out, err) = run(&machine.path("driver"));
+    let (code, out, err) = run(&gpu.path("driver"));
     assert!(code == Some(0) && out.matches("near enough").count() == 6, "{out}{err}");
     if device::gpus().is_err() {
         let (code, _, err) = run(Path::new(""));
@@ -306,12 +320,12 @@ fn the_folder_for_a_gpu() {
     }
 }
 
-/// A batch's integers are held to their tables before anything is started, on a GPU as on a processor.
+/// Integers of a batch are checked against the tables that they index before any kernel is launched, as on a CPU.
 #[test]
-fn indices_beyond_a_table() {
-    let machine = Machine::new();
-    let (artifact, given) = machine.trains("cuda:sm_80");
-    let (inputs, out) = (machine.path("in.safetensors"), machine.path("out.safetensors"));
+fn indices_beyond_a_table_are_refused_on_a_gpu() {
+    let gpu = SimulatedGpu::new();
+    let (artifact, given) = gpu.training("cuda:sm_80");
+    let (inputs, out) = (gpu.path("in.safetensors"), gpu.path("out.safetensors"));
     let mut file = adapter::TensorFile::default();
     for (name, shape, data) in
         [("ids", vec![1, 2], vec![3, 2_000_000_000]), ("types", vec![1, 2], vec![0, 0]), ("labels", vec![1], vec![1])]
@@ -322,6 +336,6 @@ fn indices_beyond_a_table() {
     let run = ["run", text(&artifact), "--entry", "forward", "--inputs", text(&inputs), "-o", text(&out)];
     let words =
         ["`inputs.ids` is 2000000000 in row 0, column 1", "the 6 rows of `bert.embeddings.word_embeddings.weight`"];
-    machine.refuses("", &with(&[&run[..], &["--weights", &given[1], "--threads", "1"]].concat(), &[]), 3, &words);
+    gpu.refuses("", &with(&[&run[..], &["--weights", &given[1], "--threads", "1"]].concat(), &[]), 3, &words);
     assert!(!out.exists());
 }

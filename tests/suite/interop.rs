@@ -1,7 +1,7 @@
-//! Hugging Face PEFT and transformers: what they write is read, what is written here they read.
+//! Interoperability with Hugging Face PEFT and transformers, in both directions.
 //!
-//! A case below `tests/interop/cases` is a base model, an adapter and the logits that PEFT computes with both, made by
-//! `tests/interop/make.py`; `spec.peft` beside them is the same model here. Python itself is asked in [`python`].
+//! A case in `tests/interop/cases` holds a base model, an adapter, and the logits that PEFT computes with both, written
+//! by `tests/interop/make.py`; its `spec.peft` describes the same model. The last test runs Python itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ fn name(case: &Path) -> String {
     case.file_name().expect("a name").to_string_lossy().into_owned()
 }
 
-/// A prefix is no matrix: nothing can take it up.
+/// Whether the adapter can be merged. A prefix is not a matrix, so it cannot.
 fn merges(case: &Path) -> bool {
     !name(case).contains("prefix")
 }
@@ -41,7 +41,7 @@ fn done(bench: &Bench, args: &[&str], paths: &[&Path]) {
     assert_eq!(ran.code, 0, "{args:?}: {}", ran.err);
 }
 
-/// The logits in `out` against those that PEFT computed, at real tokens.
+/// Compares the logits in `out` with those of PEFT, at tokens that are not padding.
 fn compare(case: &Path, out: &Path, what: &str) {
     let logits = |file: &TensorFile, name: &str| match &file.tensors[name].data {
         Data::F32(x) => x.clone(),
@@ -54,12 +54,12 @@ fn compare(case: &Path, out: &Path, what: &str) {
     assert!(gap <= 1e-5, "{}: {what} is off by {gap}", name(case));
 }
 
-/// It takes its beginning out of the base model, which `import` does not read.
+/// Whether the adapter's initialisation depends on the base model, which `import` does not read.
 fn residual(case: &Path) -> bool {
     name(case).contains("residual")
 }
 
-/// Reads PEFT's adapter, writes it again and folds it, all below `to`.
+/// Imports PEFT's adapter, exports it and merges it, all below the folder `to`.
 fn write(bench: &Bench, case: &Path, to: &Path) {
     let (spec, base, foreign) = (case.join("spec.peft"), case.join("base"), case.join("adapter"));
     let own = to.join("adapter.safetensors");
@@ -72,7 +72,7 @@ fn write(bench: &Bench, case: &Path, to: &Path) {
     }
 }
 
-fn there_and_back(prefix: &str) {
+fn round_trip(prefix: &str) {
     let bench = Bench::new();
     for case in cases(prefix).into_iter().filter(|case| !residual(case)) {
         let to = bench.path(&name(&case));
@@ -106,9 +106,9 @@ fn there_and_back(prefix: &str) {
             bench.refuses(&args, 1, &["`prefix` at layers.0.attention", "not affine"]);
         }
         if !name(&case).starts_with("gpt2") && !name(&case).ends_with("tied") {
-            // Where no matrix is fused, and no table tied, the file is PEFT's own, to the bit.
+            // Without fused matrices and tied tables the exported file is bit-identical to PEFT's.
             let read = |dir: &Path| adapter::load(&dir.join("adapter_model.safetensors")).expect("sound").tensors;
-            // PEFT writes what `modules_to_save` and `bias` both name three times over.
+            // PEFT writes tensors that both `modules_to_save` and `bias` name three times.
             let mut given = read(&case.join("adapter"));
             given.retain(|name, _| !name.contains(".modules_to_save.") && !name.contains(".original_module."));
             assert!(read(&to.join("exported")) == given, "{}: other bits", name(&case));
@@ -116,9 +116,9 @@ fn there_and_back(prefix: &str) {
     }
 }
 
-/// PiSSA's and OLoRA's beginnings: the base model is made what PEFT makes of it.
+/// The residual base models of PiSSA and OLoRA are those that PEFT computes.
 #[test]
-fn residuals() {
+fn residual_base_models_match_peft() {
     let bench = Bench::new();
     for case in cases("").into_iter().filter(|case| residual(case)) {
         let (spec, base, adapter) = (case.join("spec.peft"), case.join("base"), case.join("adapter"));
@@ -136,34 +136,34 @@ fn residuals() {
         done(&bench, &run, &[&given[..], &[&merged]].concat());
         compare(&case, &out, "the merged model");
         let (spec, adapter, own) = (spec.to_string_lossy(), adapter.to_string_lossy(), bench.path("own"));
-        let words = ["takes its beginning out of", "`eval`", "path_initial_model_for_weight_conversion"];
+        let words = ["initial values are subtracted from", "`eval`", "path_initial_model_for_weight_conversion"];
         bench.refuses(&["import", &spec, &adapter, "-o", &own.to_string_lossy()], 3, &words);
     }
 }
 
 #[test]
-fn gpt2() {
-    there_and_back("gpt2_");
+fn gpt2_adapters_round_trip() {
+    round_trip("gpt2_");
 }
 
 #[test]
-fn roberta() {
-    there_and_back("roberta_");
+fn roberta_adapters_round_trip() {
+    round_trip("roberta_");
 }
 
 #[test]
-fn bert() {
-    there_and_back("bert_");
+fn bert_adapters_round_trip() {
+    round_trip("bert_");
 }
 
 #[test]
-fn llama() {
-    there_and_back("llama_");
+fn llama_adapters_round_trip() {
+    round_trip("llama_");
 }
 
-/// PEFT and transformers themselves read what is written here, and compute the same logits.
+/// PEFT and transformers load the exported and the merged files and compute the same logits.
 #[test]
-fn python() {
+fn written_files_load_in_peft_and_transformers() {
     let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/interop-venv");
     if !venv.join("ready").is_file() {
         println!("skipped: no virtual environment with PEFT; `make interop` makes one");

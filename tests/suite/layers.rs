@@ -1,13 +1,13 @@
-//! Which files use which: one direction, and the machine in few places. What is seen are `use` statements at the left edge,
-//! of paths that begin with `crate`, `self` or `super`.
+//! Dependencies between modules: `use` statements form no cycle, and only few modules depend on the machine. Only `use`
+//! statements at the left margin are seen, with paths that begin with `crate`, `self` or `super`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// A crate's files by module, `lower::dispatch`, without those of tests.
+/// The source files of a crate by module path such as `lower::dispatch`, without test files.
 struct Crate {
     files: BTreeMap<String, String>,
-    /// Modules that stand in a folder's `mod.rs`, or beside a folder of their name: what is below them hangs on them.
+    /// Modules with submodules. Submodules may use their parent module.
     hubs: BTreeSet<String>,
 }
 
@@ -42,7 +42,7 @@ impl Crate {
         }
     }
 
-    /// Modules whose files the one of `module` uses.
+    /// The modules of the crate that `module` uses.
     fn uses(&self, module: &str) -> BTreeSet<String> {
         let text = &self.files[module];
         let statements = text.split("\nuse ").skip(1).chain(text.split("\npub use ").skip(1));
@@ -59,7 +59,7 @@ impl Crate {
         };
         let mut used = BTreeSet::new();
         for path in trees.flat_map(paths).filter_map(|path| inside(&path)) {
-            // The longest beginning of the path that is a module.
+            // The longest prefix of the path that is a module.
             let mut path = path.trim_start_matches("::");
             while !path.is_empty() && !self.files.contains_key(path) {
                 path = path.rsplit_once("::").map_or("", |(before, _)| before);
@@ -71,7 +71,8 @@ impl Crate {
         used
     }
 
-    /// Files of modules that use one another in a circle, or stand above one. What hangs on a hub may use it.
+    /// Modules that are part of a cycle or depend on one. Modules with submodules are ignored, because these may use
+    /// them.
     fn circles(&self) -> Vec<String> {
         let mut left: BTreeMap<&String, BTreeSet<String>> = self.files.keys().map(|m| (m, self.uses(m))).collect();
         left.retain(|module, _| !module.is_empty() && !self.hubs.contains(*module));
@@ -85,7 +86,7 @@ impl Crate {
     }
 }
 
-/// `a::{b, c::{d, e}}` as `a::b`, `a::c::d`, `a::c::e`.
+/// Expands `a::{b, c::{d, e}}` to `a::b`, `a::c::d`, `a::c::e`.
 fn paths(tree: &str) -> Vec<String> {
     let tree = tree.trim();
     let Some((prefix, inner)) = tree.split_once('{') else {
@@ -107,21 +108,21 @@ fn paths(tree: &str) -> Vec<String> {
 }
 
 #[test]
-fn files_use_one_another_in_one_direction() {
+fn modules_have_no_import_cycles() {
     for folder in ["grammar", "passes", "runtime"] {
         let circles = Crate::of(folder).circles();
         assert!(circles.is_empty(), "in {folder}, in a circle or above one: {circles:?}");
     }
-    // A circle is seen.
+    // The check detects a cycle.
     let file = |used: &str| format!("\nuse super::{{{used}::{{x, y}}, z}};");
     let files = [("a::b", file("c")), ("a::c", file("b")), ("a::z", String::new())];
     let files = files.into_iter().map(|(module, text)| (module.to_owned(), text)).collect();
     assert_eq!(Crate { files, hubs: BTreeSet::new() }.circles(), ["a::b", "a::c"]);
 }
 
-/// Kernels know what they are written in, and nothing of who launches them.
+/// Kernels depend only on the builder and the target, not on the lowering that launches them.
 #[test]
-fn kernels_know_no_lowering() {
+fn kernels_do_not_import_the_lowering() {
     let passes = Crate::of("passes");
     let below = |module: &str, folder: &str| module == folder || module.starts_with(&format!("{folder}::"));
     for (folder, allowed) in [
@@ -138,9 +139,9 @@ fn kernels_know_no_lowering() {
     }
 }
 
-/// Who asks which machine it is.
+/// Only these modules match on the machine.
 #[test]
-fn the_machine_is_matched_in_few_places() {
+fn only_allowed_modules_match_on_the_machine() {
     let passes = Crate::of("passes");
     let known = ["target", "codegen", "builder", "lower::schedule"];
     for (module, text) in &passes.files {

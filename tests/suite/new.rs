@@ -1,4 +1,4 @@
-//! `peftc new`: a spec for a checkpoint that checks, fits and trains as it is.
+//! `peftc new`: the proposed spec is valid, fits the checkpoint, and trains unchanged.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::reports::{
     random::{TOKENIZER, words},
 };
 
-/// Sizes that are nobody's defaults.
+/// Models whose sizes are not the defaults.
 const FAMILIES: &[(&str, &str)] = &[
     ("bert", "bert(layers: 2, hidden: 32, heads: 4, ffn: 48, vocab: 50, context: 40, token_types: 3, eps: 1e-6)"),
     ("roberta", "roberta(layers: 2, hidden: 32, heads: 2, ffn: 64, vocab: 50, context: 66)"),
@@ -30,16 +30,16 @@ fn folder(bench: &Bench, name: &str, call: &str) -> PathBuf {
     reports::checkpoint(bench, name, &model)
 }
 
-/// Every method's usage on every family: the spec checks, is in the canonical form, and the checkpoint fits it.
+/// The proposed spec of every method for every family is valid and in canonical form, and the checkpoint fits it.
 #[test]
-fn every_method_on_every_family() {
+fn every_method_gets_a_valid_spec_on_every_family() {
     let bench = Bench::new();
     let mut names: Vec<String> = library::methods().into_iter().map(|m| m.name).collect();
     names.dedup();
     for (family, call) in FAMILIES {
         let weights = folder(&bench, family, call);
         for method in &names {
-            // Llama has no biases to train, and that is said.
+            // Llama has no biases to train, and the error says so.
             if (*family, method.as_str()) == ("llama", "bitfit") {
                 let error = new::propose(&weights, method, None).err().expect("refused").to_string();
                 assert!(error.contains("no tensor of the backbone is named `*.bias`"), "{error}");
@@ -56,7 +56,7 @@ fn every_method_on_every_family() {
 }
 
 #[test]
-fn a_gguf_file_says_as_much() {
+fn a_gguf_file_gets_a_valid_spec() {
     let bench = Bench::new();
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/gguf/tied.gguf");
     let proposal = new::propose(&file, "lora", None).unwrap_or_else(|e| panic!("{e}"));
@@ -65,12 +65,12 @@ fn a_gguf_file_says_as_much() {
     checkpoint::weights(&file, &model).unwrap_or_else(|e| panic!("{e}"));
 }
 
-/// Untouched, the spec is trained to what the rows say.
+/// The proposed spec learns the labels of the rows without changes.
 #[test]
-fn sixty_four_rows_are_learnt() {
+fn a_proposed_classifier_learns_sixty_four_rows() {
     let bench = Bench::new();
     let weights = folder(&bench, "roberta", FAMILIES[1].1);
-    // RoBERTa's padding has the id 1.
+    // RoBERTa's padding token has the id 1.
     let tokenizer = TOKENIZER
         .replace("\"[UNK]\":0,\"[CLS]\":1,", "\"[CLS]\":0,\"[UNK]\":6,")
         .replace("[\"[CLS]\",1]", "[\"[CLS]\",0]");
@@ -99,9 +99,9 @@ fn sixty_four_rows_are_learnt() {
     assert!(ran.code == 2 && ran.err.contains("it exists; replace it with `--overwrite`"), "{}", ran.err);
 }
 
-/// Conversations on a decoder, by the template in its folder.
+/// A decoder learns conversations with the chat template in its folder.
 #[test]
-fn conversations_are_learnt() {
+fn a_proposed_chat_spec_learns_conversations() {
     let bench = Bench::new();
     let rows = |i: usize| {
         let asked: Vec<&str> = (0..4).map(|k| ["good", "bad", "film"][i / 3_usize.pow(k) % 3]).collect();
@@ -110,7 +110,7 @@ fn conversations_are_learnt() {
     };
     let data = bench.write("chat.jsonl", (0..64).map(rows).collect::<String>());
     for (family, call) in &FAMILIES[2..] {
-        // Wide enough that frozen logits can be sure of a word.
+        // The hidden size is large enough that frozen logits can express near-certainty.
         let call = call.replace("hidden: 32", "hidden: 64");
         let weights = folder(&bench, family, &call);
         words(&weights);
@@ -136,15 +136,19 @@ fn conversations_are_learnt() {
             text(&out),
         ]);
         assert_eq!(ran.code, 0, "{}", ran.err);
-        let last = ran.out.split(" at first, ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+        let last = ran
+            .out
+            .split(" over the first tenth of the steps, ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
         assert!(last.is_some_and(|loss| loss < 0.5), "{family}: {}", ran.out);
     }
 }
 
-/// Untouched, a decoder tells classes and an encoder words, and either gives numbers: `what` is in the spec, and the last
-/// loss is below the bound.
+/// Without changes, a decoder learns classes, an encoder learns tags, and a decoder learns a regression. The spec
+/// contains `what`, and the last loss is below the bound.
 #[test]
-fn heads_are_learnt() {
+fn proposed_heads_learn_their_tasks() {
     let bench = Bench::new();
     let words_of = |i: usize| (0..4).map(move |k| ["good", "bad", "film"][i / 3_usize.pow(k) % 3]).collect::<Vec<_>>();
     let classes = |i: usize| {
@@ -183,7 +187,10 @@ fn heads_are_learnt() {
         assert!(written.contains(what) && written.contains("head trainable"), "{written}");
         let common = [text(&path), "--weights", text(&weights), "--data", text(data)];
         let said = run(&[&["train"], &common[..], &["--out", text(&out)]].concat());
-        let last = said.split(" at first, ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+        let last = said
+            .split(" over the first tenth of the steps, ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
         assert!(last.is_some_and(|loss| loss < bound), "{family}: {said}");
         let adapter = out.join("adapter.safetensors");
         let said = run(&[&["eval"], &common[..], &["--adapter", text(&adapter)]].concat());
@@ -191,9 +198,9 @@ fn heads_are_learnt() {
     }
 }
 
-/// What no backbone reads is told with the nearest one and what it lacks.
+/// If no backbone supports a checkpoint, the error names the nearest one and what it lacks.
 #[test]
-fn families_that_none_reads() {
+fn unsupported_families_are_refused_naming_the_nearest() {
     let bench = Bench::new();
     let (_, llama) = reports::spec(&bench, "llama.peft", reports::LLAMA);
     let mut config = reports::config(&llama);
@@ -213,7 +220,7 @@ fn families_that_none_reads() {
     refused(Path::new("random"), &[], 2, &["random weights have no sizes"]);
     let bert = folder(&bench, "bert", FAMILIES[0].1);
     let records = bench.write("records.json", "{\"entries\": []}");
-    refused(&bert, &["--data", text(&records)], 2, &["texts to be written, and `bert` classifies"]);
+    refused(&bert, &["--data", text(&records)], 2, &["texts to be generated, and `bert` classifies"]);
     let empty = bench.write("rows.tsv", "no tab here\n");
     refused(&bert, &["--data", text(&empty)], 3, &["rows.tsv", "line 1", "no tab"]);
 }

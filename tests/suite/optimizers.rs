@@ -1,13 +1,13 @@
-//! Twenty steps of every optimizer beside PyTorch's: of the interpreter, of the processor's kernel, and of PTX.
+//! Twenty steps of every optimizer in the interpreter, on the CPU and in PTX, against PyTorch.
 //!
-//! `tests/interop/optimizer_fixtures.py` wrote the values.
+//! `tests/interop/optimizer_fixtures.py` wrote the expected values.
 
 use std::collections::BTreeSet;
 
-use peft_grammar::model::{Decays, Optimizer, Recipe};
+use peft_grammar::model::{DecayScope, Optimizer, Recipe};
 use peft_grammar::names::OptimizerEntry::{self, Accumulate, Accumulated};
 use peft_grammar::names::{GRAD_NORM, Input, Vector};
-use peft_passes::interpret::optimizer::{Trained, accumulated, average, step};
+use peft_passes::interpret::optimizer::{TrainedValue, accumulate, step, update_average};
 use peft_passes::lower::{self, lower};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Chip;
@@ -16,14 +16,14 @@ use peft_runtime::{Inputs, Numbers, Session};
 use serde_json::Value;
 
 use crate::parity::programs;
-use crate::ptx::{Simulated, module};
+use crate::ptx::{InterpretedGpu, module};
 
 const TOLERANCE: f64 = 1e-6;
 
 struct Case {
     name: String,
     recipe: Recipe,
-    /// What each tensor's learning rate is of the step's.
+    /// Each tensor's learning rate, relative to the step's.
     factors: [Option<f64>; 2],
     want: Vec<f64>,
     averages: Option<Vec<f64>>,
@@ -48,13 +48,13 @@ fn case(case: &Value) -> Case {
     Case { name, recipe: model.train, factors, want: numbers(&case["values"]), averages }
 }
 
-/// A matrix, and a vector that decays where all do.
-fn tensors(decays: Decays, factors: [Option<f64>; 2]) -> Vec<Tensor> {
+/// A matrix, and a vector that has weight decay only if all tensors have.
+fn tensors(decays: DecayScope, factors: [Option<f64>; 2]) -> Vec<Tensor> {
     let tensor = |name: &str, shape: &[u64], lr_factor| Tensor {
         name: name.into(),
         shape: shape.to_vec(),
         trainable: Some((0, shape[0])),
-        decay: decays == Decays::All || shape.len() > 1,
+        decay: decays == DecayScope::All || shape.len() > 1,
         lr_factor,
     };
     vec![tensor("a", &[5, 7], factors[0]), tensor("b", &[9], factors[1])]
@@ -66,8 +66,8 @@ fn session(optimizer: Optimizer, machine: Machine, tensors: &[Tensor], weights: 
     let mut session = match machine {
         Machine::Cpu(_) => Session::new(programs(vec![lowered]).remove(0), weights, 1),
         Machine::Cuda(_) => {
-            let simulated = Simulated::new(module(&lowered.kernels(), machine), &lowered.manifest);
-            Session::on(Box::new(simulated), lowered.manifest, weights)
+            let simulated = InterpretedGpu::new(module(&lowered.kernels(), machine), &lowered.manifest);
+            Session::with_backend(Box::new(simulated), lowered.manifest, weights)
         }
     }
     .expect("a session");
@@ -83,15 +83,16 @@ fn close(found: &[f64], want: &[f64], case: &Case, tolerance: f64, what: &str) {
 }
 
 #[test]
-fn twenty_steps() {
+fn twenty_steps_match_pytorch() {
     let fixture: Value = serde_json::from_str(include_str!("../interop/optimizers.json")).expect("JSON");
     let (rates, values) = (numbers(&fixture["rates"]), numbers(&fixture["values"]));
     let gradients: Vec<Vec<f64>> = fixture["gradients"].as_array().expect("steps").iter().map(numbers).collect();
     let mut words = BTreeSet::new();
     for case in fixture["cases"].as_array().expect("cases").iter().map(case) {
         let recipe = &case.recipe;
-        words.insert(recipe.optimizer.word());
-        let mut trained: Vec<Trained> = values.iter().map(|&value| Trained { value, ..Trained::default() }).collect();
+        words.insert(recipe.optimizer.keyword());
+        let mut trained: Vec<TrainedValue> =
+            values.iter().map(|&value| TrainedValue { value, ..TrainedValue::default() }).collect();
         let tensors = tensors(recipe.decays, case.factors);
         for (part, tensor) in [0..35, 35..44].into_iter().zip(&tensors) {
             let factor = tensor.lr_factor.unwrap_or(1.0);
@@ -103,7 +104,7 @@ fn twenty_steps() {
             .zip(&gradients)
             .map(|((at, &lr), gradients)| {
                 let norm = step(recipe, lr, at, &mut trained, gradients);
-                average(recipe, at, &mut averages, &trained);
+                update_average(recipe, at, &mut averages, &trained);
                 norm
             })
             .collect();
@@ -117,14 +118,14 @@ fn twenty_steps() {
             let weights = [&values[..35], &values[35..]].map(|part| Numbers::from(&narrow(part)[..]));
             let mut session = session(recipe.optimizer, machine, &tensors, weights.into());
             let moments = recipe.optimizer.moments();
-            assert_eq!(session.optimized(), [&[Vector::Values], moments, &[Vector::Averages]].concat());
+            assert_eq!(session.updated_vectors(), [&[Vector::Values], moments, &[Vector::Averages]].concat());
             for (at, gradients) in gradients.iter().enumerate() {
                 session.set_flat(Vector::Gradients, &narrow(gradients)).expect("written");
                 let floats = [(Input::Hyper.name().to_string(), recipe.hyper(rates[at], at as u64))].into();
                 session.run(OptimizerEntry::Update.name(), &Inputs { floats, ..Inputs::default() }).expect("a run");
                 let norm = f64::from(session.output(GRAD_NORM).expect("an output").1[0]);
                 assert!((norm - norms[at]).abs() <= TOLERANCE * norms[at], "step {at}: {norm}, not {}", norms[at]);
-                if let Some(shares) = recipe.average_shares(at as u64) {
+                if let Some(shares) = recipe.average_weights(at as u64) {
                     let floats = [(Input::AverageShares.name().to_string(), narrow(&shares))].into();
                     let inputs = Inputs { floats, ..Inputs::default() };
                     session.run(OptimizerEntry::Average.name(), &inputs).expect("a run");
@@ -137,7 +138,8 @@ fn twenty_steps() {
                 let found: Vec<f64> = found.iter().map(|&x| f64::from(x)).collect();
                 close(&found, want, &case, TOLERANCE, &format!("averages on {machine}"));
             }
-            for (moment, of) in recipe.optimizer.moments().iter().zip([|t: &Trained| t.m, |t: &Trained| t.v]) {
+            for (moment, of) in recipe.optimizer.moments().iter().zip([|t: &TrainedValue| t.m, |t: &TrainedValue| t.v])
+            {
                 let found = session.flat(*moment).expect("read");
                 for (found, want) in found.iter().zip(trained.iter().map(of)) {
                     let gap = (f64::from(*found) - want).abs();
@@ -153,17 +155,17 @@ fn twenty_steps() {
     assert_eq!(words.len(), Optimizer::ALL.len(), "an optimizer has no case");
 }
 
-/// Gradients of three batches, by their shares of the targets.
+/// Gradients of three batches are summed with their shares of the targets as weights.
 #[test]
-fn sums_of_gradients() {
+fn accumulation_weights_gradients_by_targets() {
     let fixture: Value = serde_json::from_str(include_str!("../interop/optimizers.json")).expect("JSON");
     let gradients = fixture["gradients"].as_array().expect("steps").iter().map(numbers).take(3);
     let parts: Vec<(usize, Vec<f64>)> = [1, 5, 94].into_iter().zip(gradients).collect();
-    let want = accumulated(&parts);
+    let want = accumulate(&parts);
     let zeros = || [35, 9].map(|length| Numbers::from(&vec![0.0; length][..])).into();
     for machine in [Machine::default(), Machine::Cuda(Chip::Sm70)] {
-        let mut session = session(Optimizer::AdamW, machine, &tensors(Decays::Matrices, [None; 2]), zeros());
-        // What an earlier step left is gone.
+        let mut session = session(Optimizer::AdamW, machine, &tensors(DecayScope::Matrices, [None; 2]), zeros());
+        // The sums of an earlier step are overwritten.
         session.set_flat(Vector::Sums, &[1e9; 44]).expect("written");
         let shares = [(Accumulate, [0.0, 0.01]), (Accumulate, [1.0, 0.05]), (Accumulated, [0.94, 1.0])];
         for ((entry, shares), (_, gradients)) in shares.into_iter().zip(&parts) {

@@ -1,4 +1,4 @@
-//! Conversations as packed sequences beside an example for each turn: the same loss and the same gradients.
+//! Packed conversations have the loss and the gradients of one example per turn.
 
 use std::collections::HashMap;
 
@@ -12,13 +12,13 @@ use peftc::exchange::inputs;
 use crate::fixtures::{self, Fixture};
 use crate::parity::{arguments, fused, session};
 
-/// A gradient in f32 is a sum over the batch's tokens, which packing adds up in another number and order. A sum of n
-/// numbers is off by up to n · 2⁻²⁴ of their sizes, which is this for the 170 or so that are added here.
+/// A gradient in f32 is a sum over the batch's tokens, and packing changes the number and the order of the terms. A sum
+/// of n terms has an error of up to n · 2⁻²⁴ relative to the terms, which is this value for the roughly 170 terms here.
 const TOLERANCE: f64 = 1e-5;
 
 const WORDS: [&str; 9] = ["[UNK]", "a", "b", "c", "d", "e", "f", "g", "h"];
 
-/// Two conversations with stories; in the first an answer is given twice.
+/// Two conversations with stories. The first one contains the same answer twice.
 const ROWS: &str = r#"
 {"story": "a b c d e f g h b d f", "turns": [{"q": "a c", "a": "e"}, {"q": "b", "a": "g h"}, {"q": "b h a", "a": "g h"}]}
 {"story": "h g f e d", "turns": [{"q": "d", "a": "c b"}, {"q": "a", "a": "a"}, {"q": "f f", "a": "e c a"}, {"q": "h", "a": "d"}]}
@@ -26,10 +26,10 @@ const ROWS: &str = r#"
 
 const TURNS: &str = "<p> {story} (before: <q> {turns.q} <a> {turns.a})* <q> {turns.q} <a> {turns.a} <e>";
 
-/// Without a history, examples of a row predict tokens at one place.
+/// Without a history in the template, several examples of a row have targets at the same position.
 const ALIKE: &str = "<p> {story} <q> <a> <e> {turns.q}";
 
-/// One batch of the rows, an example a turn or packed.
+/// One batch of the rows, with one example per turn or packed.
 fn batch(pack: bool, template: &str) -> Batch {
     let target = if template == ALIKE { "<e>" } else { "<a>" };
     let spec = format!(
@@ -54,7 +54,7 @@ fn batch(pack: bool, template: &str) -> Batch {
     Batch::pack(data.examples.iter())
 }
 
-/// The loss, and the gradient of each tensor that trains, by name.
+/// The loss, and the gradient of each trainable tensor, by name.
 type Results = HashMap<String, Vec<f64>>;
 
 fn close(found: &Results, want: &Results, tolerance: f64, what: &str) {
@@ -67,13 +67,13 @@ fn close(found: &Results, want: &Results, tolerance: f64, what: &str) {
     }
 }
 
-/// Adapted and whole models, whose trained values are drawn at random, without dropout.
+/// Fixtures with an adapter and with full fine-tuning, with random trained values and without dropout.
 fn fixtures() -> [Fixture; 2] {
     ["gpt2_inducer_lora_strong", "gpt2_finetune"].map(fixtures::one)
 }
 
 #[test]
-fn packed_turns_have_the_gradients_of_the_separate_ones() {
+fn packed_turns_have_the_gradients_of_separate_turns() {
     let batches = [TURNS, ALIKE].map(|template| [false, true].map(|pack| batch(pack, template)));
     let [[separate, packed], [_, alike]] = &batches;
     assert_eq!((separate.sequences(), packed.sequences()), (7, 2));
@@ -98,14 +98,14 @@ fn packed_turns_have_the_gradients_of_the_separate_ones() {
     }
 }
 
-/// Loss and gradients.
+/// Whether an output is the loss or a gradient.
 fn wanted(name: &str) -> bool {
-    matches!(Output::of(name), Output::Loss | Output::Gradient(_))
+    matches!(Output::from_name(name), Output::Loss | Output::Gradient(_))
 }
 
-/// The same by the reference interpreter, in f64: there the two differ by roundings of another order.
+/// The same in the reference interpreter in f64, where the two differ only by rounding.
 #[test]
-fn packed_turns_in_the_interpreter() {
+fn packed_turns_match_in_the_interpreter() {
     for fixture in fixtures() {
         let model = fixture.model();
         let options = Options { until: Stage::Grad, ..Options::default() };

@@ -1,5 +1,5 @@
-//! Every kernel that the paper's specs need, in PTX beside the processor's. Models of the same methods with fewer layers
-//! and narrower ones run; that they have the kernels of the models as they are is part of what is tested.
+//! Every kernel of the paper's specs, in PTX against the CPU. Models with the same methods but smaller sizes run; the
+//! tests check that they use all kernels of the full models.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -9,13 +9,13 @@ use peft_grammar::graph::Op;
 use peft_grammar::model::{Model, Param, Precision};
 use peft_grammar::names::{LOSS, Vector};
 use peft_passes::dialect::Dialect;
-use peft_passes::fuse::Limits;
-use peft_passes::kernels::attention::shape::Form;
+use peft_passes::fuse::Thresholds;
+use peft_passes::kernels::attention::shape::AttentionParams;
 use peft_passes::kernels::elementwise::{self, Expression};
 use peft_passes::kernels::epilogue::Epilogue;
-use peft_passes::kernels::rowwise::Lie;
-use peft_passes::kernels::{Function, Number, Schedule};
-use peft_passes::lower::{Lowered, together};
+use peft_passes::kernels::rowwise::RowStorage;
+use peft_passes::kernels::{FloatBits, Function, Schedule};
+use peft_passes::lower::{Lowered, link};
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Chip;
@@ -24,22 +24,22 @@ use peft_runtime::{Inputs, Numbers, Session};
 use peftc::data::{Batch, Example, Goal};
 use peftc::exchange;
 
-use crate::ptx::{self, Simulated};
-use crate::{asked, pairs, parity};
+use crate::ptx::{self, InterpretedGpu};
+use crate::{env_or_skip, method_pairs, parity};
 
-/// What training and evaluating run.
+/// The entries of training and evaluation.
 const ENTRIES: [Entry; 2] = [Entry::Eval, Entry::Train];
 
-/// A spec, perhaps with some of its text replaced.
+/// A spec of the paper, possibly with parts of its text replaced.
 pub struct Spec {
     pub name: String,
     source: String,
 }
 
-/// Specs with no kernel that the MAM adapter lacks, which joins the two methods.
+/// Specs whose kernels are all used by the MAM adapter, which combines the two methods.
 const LIKE_OTHERS: [&str; 2] = ["sst2/adapter.peft", "sst2/prefix.peft"];
 
-/// The paper's specs. CoQA's are those of WebNLG with other data, and MNLI's those of SST-2.
+/// The paper's specs. CoQA's specs are those of WebNLG with other data, and MNLI's are those of SST-2.
 pub fn specs() -> Vec<Spec> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/paper");
     let list = |folder: &Path| -> Vec<PathBuf> {
@@ -55,7 +55,7 @@ pub fn specs() -> Vec<Spec> {
     let parts = ["sst2", "webnlg"].map(|part| folder.join(part));
     let paths = parts.iter().flat_map(|part| list(part));
     let same = |path: &PathBuf| LIKE_OTHERS.iter().any(|like| path.ends_with(like));
-    paths.filter(|path| asked("PEFTC_FULL").is_some() || !same(path)).map(spec).collect()
+    paths.filter(|path| env_or_skip("PEFTC_FULL").is_some() || !same(path)).map(spec).collect()
 }
 
 impl Spec {
@@ -64,13 +64,13 @@ impl Spec {
         Spec { name: self.name.clone(), source: self.source.replace(old, new) }
     }
 
-    /// Layers between the first and the last are alike: of twelve, three have every kernel.
+    /// The spec with three of its twelve layers. Inner layers are alike, so three have every kernel.
     pub fn shallow(&self) -> Spec {
         self.with("layers: 12", "layers: 3")
     }
 
-    /// Heads of 64 where text is generated, of 8 where it is classified, and with an inducer of 36 as well; and widths
-    /// that fill no tile, yet are wide enough for the tiles of a large model.
+    /// The spec with small sizes: head sizes of 64 for generation and 8 for classification, and with an inducer also
+    /// 36. Widths are not multiples of a tile, but large enough for the tiles of a large model.
     pub fn small(&self) -> Vec<Spec> {
         const WIDTHS: &str = "layers: 12, hidden: 768, heads: 12, ffn: 3072";
         if self.source.contains("= gpt2(") {
@@ -92,33 +92,39 @@ impl Spec {
         checked.unwrap_or_else(|e| panic!("{e}"))
     }
 
-    pub fn lowered(&self, machine: Machine, precision: Precision, limits: Limits) -> Lowered {
+    pub fn lowered(&self, machine: Machine, precision: Precision, thresholds: Thresholds) -> Lowered {
         let mut model = self.model();
         model.train.precision = precision;
-        let options = Options { machine, limits, ..Options::default() };
+        let options = Options { machine, thresholds, ..Options::default() };
         let compiled = pipeline::run(&Dialect::new().expect("a dialect"), &model, &ENTRIES, &options);
         compiled.unwrap_or_else(|e| panic!("{}: {e}", self.name)).lowered.expect("the whole way")
     }
 }
 
-/// Sizes from which on small models are lowered as large ones are.
-pub fn limits() -> Limits {
-    Limits { wide: 64, block: 64, deep: 136, many: 65, ..Limits::default() }
+/// Thresholds at which small models are lowered like large ones.
+pub fn thresholds() -> Thresholds {
+    Thresholds {
+        min_chunked_vocab: 64,
+        vocab_chunk: 64,
+        min_split_k_depth: 136,
+        min_large_tile_columns: 65,
+        ..Thresholds::default()
+    }
 }
 
-/// What a kernel does, without the numbers it is made for.
+/// A kernel's schedule without the constants it is specialised for.
 fn kind(function: &Function) -> Schedule {
     let mut schedule = function.schedule.clone();
     match &mut schedule {
         Schedule::Elementwise(expression) => plain(expression),
         Schedule::Normalize(normalize) => {
             normalize.eps = 0.0.into();
-            if let Lie::Held(vectors) = &mut normalize.lie {
+            if let RowStorage::InRegisters(vectors) = &mut normalize.storage {
                 *vectors = 0;
             }
             plain_epilogue(&mut normalize.epilogue);
         }
-        Schedule::RowSums(sums) => {
+        Schedule::FusedRowSums(sums) => {
             sums.of.as_mut().map(plain);
             plain_epilogue(&mut sums.epilogue);
         }
@@ -126,37 +132,37 @@ fn kind(function: &Function) -> Schedule {
         Schedule::Simt(product) => plain_epilogue(&mut product.epilogue),
         Schedule::Skinny(product) => plain_epilogue(&mut product.epilogue),
         Schedule::Mma(product) => {
-            if product.form.copies() {
-                product.form.rows = 64;
+            if product.tile.async_copies() {
+                product.tile.rows = 64;
             }
             plain_epilogue(&mut product.epilogue);
         }
-        Schedule::LogitsBlock(block) => block.held = block.held.map(|_| 0),
+        Schedule::LogitsChunk(chunk) => chunk.scores_per_thread = chunk.scores_per_thread.map(|_| 0),
         Schedule::CrossEntropy(loss) => loss.smoothing = number(loss.smoothing),
-        Schedule::CpuAttention(attention) => attention.form = plain_form(attention.form),
-        Schedule::GpuAttention(attention) => attention.form = plain_form(attention.form),
+        Schedule::CpuAttention(attention) => attention.params = plain_params(attention.params),
+        Schedule::GpuAttention(attention) => attention.params = plain_params(attention.params),
         _ => {}
     }
     schedule
 }
 
-/// Whether it is 0.
-fn number(x: Number) -> Number {
+/// Reduces a constant to whether it is 0.
+fn number(x: FloatBits) -> FloatBits {
     if x.get() == 0.0 { x } else { 1.0.into() }
 }
 
-fn plain_form(form: Form) -> Form {
-    Form { scale: number(form.scale), p: number(form.p), ..form }
+fn plain_params(params: AttentionParams) -> AttentionParams {
+    AttentionParams { scale: number(params.scale), p: number(params.p), ..params }
 }
 
 fn plain_epilogue(epilogue: &mut Epilogue) {
-    epilogue.groups.iter_mut().chain(&mut epilogue.companions).for_each(|group| plain(&mut group.form));
+    epilogue.groups.iter_mut().chain(&mut epilogue.companions).for_each(|group| plain(&mut group.expression));
     if let Some(sum) = &mut epilogue.sum {
-        plain_epilogue(&mut sum.then);
+        plain_epilogue(&mut sum.epilogue);
     }
 }
 
-/// An expression is told by its first operations: each of them is held by itself elsewhere.
+/// Reduces an expression to its first operations. Each operation is tested separately elsewhere.
 fn plain(expression: &mut Expression) {
     let Expression { leaves, steps, axes, sizes, out, .. } = expression;
     leaves.clear();
@@ -175,9 +181,9 @@ fn plain(expression: &mut Expression) {
                 };
                 elementwise::Step::Op(op, vec![])
             }
-            elementwise::Step::Dropout { p, narrow, .. } => {
-                let (p, narrow) = (number(*p), *narrow);
-                elementwise::Step::Dropout { x: 0, p, column: 0, stream: 0, narrow, rows: None }
+            elementwise::Step::Dropout { p, single_column, .. } => {
+                let (p, single_column) = (number(*p), *single_column);
+                elementwise::Step::Dropout { x: 0, p, column: 0, stream: 0, single_column, rows: None }
             }
             other => other.clone(),
         };
@@ -189,12 +195,12 @@ fn kinds<'a>(lowered: impl IntoIterator<Item = &'a Lowered>) -> HashSet<Schedule
     lowered.into_iter().flat_map(|lowered| &lowered.functions).map(kind).collect()
 }
 
-/// Sequences that fill no tile, one of them a single token.
+/// A batch whose sequences fill no tile. One sequence is a single token.
 pub fn batch(model: &Model) -> Batch {
     let generates = model.task.kind.generates();
     let sequence = |(s, length, class): (i32, i32, i32)| Example {
         ids: (0..length).map(|i| (37 * s + 11 * i + 5) % 165).collect(),
-        // Among types and labels are special tokens, which train.
+        // Token types and labels include special tokens, whose rows train.
         types: (0..length).map(|i| if generates { 160 + (3 * s + i) % 20 } else { 0 }).collect(),
         goal: Goal::Class(class),
     };
@@ -205,8 +211,8 @@ pub fn batch(model: &Model) -> Batch {
     Batch { targets: vec![4, 6, 9, 11, 12, 21], labels: vec![7, 180, 0, 164, 165, 33], ..batch }
 }
 
-/// N(0, 0.2) everywhere: what starts at zero counts, too. In front of a relu lies 3 or −3 besides, or a rounding would now
-/// and then open or shut a gate.
+/// Random values from N(0, 0.2²) for all tensors, also those that are initialised to zero. The input of a relu is
+/// shifted by 3 or −3, because otherwise a rounding could change its sign.
 pub fn weights(model: &Model) -> Vec<Numbers> {
     let tensor = |(tensor, param): (usize, &Param)| {
         let gate = |i: usize| match (param.name.ends_with(".adapter.down.bias"), i % 2) {
@@ -214,28 +220,28 @@ pub fn weights(model: &Model) -> Vec<Numbers> {
             (true, 0) => 3.0,
             (true, _) => -3.0,
         };
-        let numbers = pairs::normal(0.2, 7, tensor, param.elements() as usize).into_iter().enumerate();
+        let numbers = method_pairs::normal(0.2, 7, tensor, param.elements() as usize).into_iter().enumerate();
         Numbers::from(&numbers.map(|(i, x)| (x + gate(i)) as f32).collect::<Vec<f32>>()[..])
     };
     model.params.iter().enumerate().map(tensor).collect()
 }
 
-/// Evaluates, and takes a step.
+/// Runs an evaluation and a training step.
 pub fn run(session: &mut Session, inputs: &Inputs) {
     for entry in ENTRIES.map(Entry::name) {
         session.run(entry, inputs).unwrap_or_else(|e| panic!("{e}"));
     }
 }
 
-/// The largest size among numbers, or what is none, which `f32::max` would pass over.
+/// The largest absolute value, or NaN if there is one. `f32::max` would ignore NaN.
 pub fn largest(numbers: impl IntoIterator<Item = f32>) -> f32 {
     numbers.into_iter().fold(0.0, |m: f32, x| if x.abs() > m || x.is_nan() { x.abs() } else { m })
 }
 
-/// By the name of its tensor.
+/// The name of a tensor and its gradient.
 type Gradient = (String, Vec<f32>);
 
-/// Of a step with dropout.
+/// The results of a step with dropout.
 struct Step {
     loss: f32,
     gradients: Vec<Gradient>,
@@ -256,8 +262,8 @@ impl Step {
         Step { loss, gradients: trained.map(gradient).collect() }
     }
 
-    /// How far this one is from `other`: the loss, and each gradient as a part of its largest number. Of one that is
-    /// nothing but rounding, a hundredth of all gradients' largest is the measure.
+    /// The differences to `other`: the loss relatively, and each gradient relative to its largest value plus a
+    /// hundredth of the largest of all gradients, which matters for gradients that are only rounding errors.
     fn gaps<'a>(&'a self, other: &'a Step) -> impl Iterator<Item = (&'a str, f32)> {
         let all = largest(other.gradients.iter().flat_map(|(_, x)| x).copied());
         assert!(all > 0.0);
@@ -270,7 +276,7 @@ impl Step {
     }
 }
 
-/// What a step may be off by.
+/// Bounds for the relative differences of a step.
 #[derive(Clone, Copy)]
 struct Bounds {
     loss: f32,
@@ -285,32 +291,33 @@ impl Bounds {
     }
 }
 
-/// In half precision `bounds` are of whole steps; what one product may be off by is held in `halves.rs`. In the full tests
-/// every spec runs, else as few as have every kernel between them.
+/// Compares steps on the simulated GPU with the CPU's. In half precision the bounds are for whole steps;
+/// `half_precision.rs` bounds single gemms. In the full tests every spec runs, otherwise as few as have every kernel
+/// together.
 fn every_kernel_runs(chip: Chip, precision: Precision, bounds: Bounds) {
     let machine = Machine::Cuda(chip);
     let small: Vec<Spec> = specs().iter().flat_map(Spec::small).collect();
-    let lowered: Vec<Lowered> = small.iter().map(|spec| spec.lowered(machine, precision, limits())).collect();
-    let large = specs().into_iter().map(|spec| spec.shallow().lowered(machine, precision, Limits::default()));
+    let lowered: Vec<Lowered> = small.iter().map(|spec| spec.lowered(machine, precision, thresholds())).collect();
+    let large = specs().into_iter().map(|spec| spec.shallow().lowered(machine, precision, Thresholds::default()));
     let (ran, wanted) = (kinds(&lowered), kinds(&large.collect::<Vec<_>>()));
     let left: Vec<&Schedule> = wanted.difference(&ran).collect();
     assert!(left.is_empty() && wanted.len() > 150, "in {precision:?} no small model has {left:?}");
 
     let mut pairs: Vec<(Spec, Lowered)> = small.into_iter().zip(lowered).collect();
-    if asked("PEFTC_FULL").is_none() {
+    if env_or_skip("PEFTC_FULL").is_none() {
         pairs = covering(pairs, |(_, lowered)| kinds(std::slice::from_ref(lowered)));
     }
-    // One text for all, since most kernels are shared.
-    let module = ptx::module(&together(pairs.iter_mut().map(|(_, lowered)| lowered)), machine);
-    let processor = |(spec, _): &(Spec, _)| spec.lowered(Machine::default(), Precision::F32, limits());
+    // The module holds the kernels of all specs, because most are shared.
+    let module = ptx::module(&link(pairs.iter_mut().map(|(_, lowered)| lowered)), machine);
+    let processor = |(spec, _): &(Spec, _)| spec.lowered(Machine::default(), Precision::F32, thresholds());
     let processor = parity::programs(pairs.iter().map(processor).collect());
     let mut wrong = vec![];
     for ((spec, lowered), program) in pairs.into_iter().zip(processor) {
         let model = spec.model();
         let inputs = exchange::inputs(&batch(&model), [3, 5]);
         let want = Step::of(Session::new(program, weights(&model), 2).expect("a session"), &inputs);
-        let backend = Simulated::new(module.clone(), &lowered.manifest);
-        let session = Session::on(Box::new(backend), lowered.manifest, weights(&model)).expect("a session");
+        let backend = InterpretedGpu::new(module.clone(), &lowered.manifest);
+        let session = Session::with_backend(Box::new(backend), lowered.manifest, weights(&model)).expect("a session");
         let step = Step::of(session, &inputs);
         let beyond = |&(name, gap): &(&str, f32)| gap.is_nan() || gap > bounds.of(name);
         let all: Vec<(&str, f32)> = step.gaps(&want).collect();
@@ -321,7 +328,8 @@ fn every_kernel_runs(chip: Chip, precision: Precision, bounds: Bounds) {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Some of them that have between them what all have: again and again the one that adds most.
+/// A greedy set cover: repeatedly takes the item that adds most, until the items have everything that all have
+/// together.
 pub fn covering<T, K: Eq + Hash>(all: Vec<T>, has: impl Fn(&T) -> HashSet<K>) -> Vec<T> {
     let mut left: Vec<(T, HashSet<K>)> = all
         .into_iter()
@@ -332,7 +340,7 @@ pub fn covering<T, K: Eq + Hash>(all: Vec<T>, has: impl Fn(&T) -> HashSet<K>) ->
         .collect();
     let mut chosen = vec![];
     loop {
-        // Of equals the first.
+        // Among equals the first is taken.
         let most = (0..left.len()).rev().max_by_key(|&i| left[i].1.len());
         match most {
             Some(most) if !left[most].1.is_empty() => {
@@ -346,19 +354,19 @@ pub fn covering<T, K: Eq + Hash>(all: Vec<T>, has: impl Fn(&T) -> HashSet<K>) ->
 }
 
 #[test]
-fn every_kernel_on_sm_70() {
+fn every_kernel_on_sm_70_matches_the_cpu() {
     every_kernel_runs(Chip::Sm70, Precision::F32, SINGLE);
 }
 
 #[test]
-fn every_kernel_on_sm_70_in_f16() {
+fn every_kernel_on_sm_70_in_f16_is_close_to_the_cpu() {
     every_kernel_runs(Chip::Sm70, Precision::Bf16, Bounds { loss: 1e-3, gradient: 5e-3 });
 }
 
-/// Where half precision is bf16, with eight bits.
+/// On sm_80 half precision is bf16, with eight bits of mantissa.
 #[test]
-fn every_kernel_on_sm_80() {
-    if asked("PEFTC_FULL").is_none() {
+fn every_kernel_on_sm_80_matches_the_cpu() {
+    if env_or_skip("PEFTC_FULL").is_none() {
         return;
     }
     every_kernel_runs(Chip::Sm80, Precision::F32, SINGLE);

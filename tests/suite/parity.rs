@@ -1,4 +1,4 @@
-//! Loss, logits, λ and every gradient against PyTorch: of the interpreter and of the compiled graph.
+//! Loss, logits, λ and every gradient against PyTorch, in the interpreter and compiled.
 
 use std::collections::HashMap;
 
@@ -7,26 +7,26 @@ use peft_grammar::model::{Init, Model, Origin, Param, Precision};
 use peft_grammar::names::{Input, LOGITS, Output};
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
-use peft_passes::fuse::Limits;
+use peft_passes::fuse::Thresholds;
 use peft_passes::interpret::{self, Batch, Data};
-use peft_passes::lower::{Lowered, together};
+use peft_passes::lower::{Lowered, link};
 use peft_passes::pipeline::{self, Entry, Options, Stage};
 use peft_runtime::adapter::{Stored, TensorFile};
 use peft_runtime::{Inputs, Program, Session, weights};
 use peftc::exchange::{self, Padded};
 
-use crate::cli::kept;
+use crate::cli::kernel_cache;
 use crate::fixtures::{self, Fixture};
 
-/// What may differ: the loss and gradients as a part of their largest value.
+/// Bounds for the differences. Those of the loss and of gradients are relative to their largest value.
 struct Bounds {
     loss: f64,
     gradient: f64,
-    /// A gradient behind a relu, whose gate a rounding can open or shut.
+    /// Bound for gradients behind a relu, where a rounding can change whether the relu is active.
     gated: f64,
-    /// Of any gradient as it is, however small all of its values are.
+    /// An absolute bound for gradients, for tensors whose values are all small.
     least: f64,
-    /// Logits, which reach 5 or so, and λ, as they are.
+    /// An absolute bound for logits, which are up to about 5, and for λ.
     other: f64,
 }
 
@@ -44,7 +44,7 @@ fn floats(stored: &Stored) -> &[f32] {
     }
 }
 
-/// Every difference beyond the tolerance.
+/// A message for each difference beyond its bound.
 fn differences(fixture: &Fixture, precision: Precision, padded: &Padded, found: &TensorFile) -> Vec<String> {
     let mut wrong = vec![];
     let bounds = bounds(precision);
@@ -64,8 +64,8 @@ fn differences(fixture: &Fixture, precision: Precision, padded: &Padded, found: 
         let largest = want.iter().fold(0.0_f64, |m, x| m.max(f64::from(x.abs())));
         let nearly_zero = fixture.json["float32_torch_vs_float64"]["grad_tensors_exactly_or_nearly_zero"]
             .as_array()
-            .is_some_and(|l| l.iter().any(|n| n.as_str() == Output::of(name).gradient()));
-        let tolerance = match Output::of(name) {
+            .is_some_and(|l| l.iter().any(|n| n.as_str() == Output::from_name(name).gradient()));
+        let tolerance = match Output::from_name(name) {
             Output::Loss => bounds.loss * largest,
             Output::Gradient(_) if nearly_zero => bounds.other,
             Output::Gradient(tensor) if tensor.contains(".adapter.down.") => bounds.least.max(bounds.gated * largest),
@@ -77,7 +77,7 @@ fn differences(fixture: &Fixture, precision: Precision, padded: &Padded, found: 
             wrong.push(format!("`{name}` differs by {gap:.3e} of at most {tolerance:.3e}"));
         }
     }
-    for name in found.tensors.keys().filter(|n| Output::of(n).gradient().is_some()) {
+    for name in found.tensors.keys().filter(|n| Output::from_name(n).gradient().is_some()) {
         if !fixture.file.tensors.contains_key(&format!("expect.{name}")) {
             wrong.push(format!("`{name}` is no gradient PyTorch has"));
         }
@@ -86,7 +86,7 @@ fn differences(fixture: &Fixture, precision: Precision, padded: &Padded, found: 
     wrong
 }
 
-/// What the interpreter is given: a batch, and the fixture's weights.
+/// The interpreter's arguments: a batch and the fixture's weights.
 pub fn arguments(graph: &Graph, fixture: &Fixture, model: &Model, inputs: &Inputs) -> HashMap<String, Data> {
     let argument = |arg: &peft_grammar::graph::Arg| {
         let data = if graph.ty(arg.value).dtype == DType::I32 {
@@ -105,7 +105,7 @@ pub fn arguments(graph: &Graph, fixture: &Fixture, model: &Model, inputs: &Input
     graph.args.iter().map(argument).collect()
 }
 
-/// The interpreter's results in the same form as the session's.
+/// The interpreter's results in the layout of the session's.
 fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded) -> TensorFile {
     let run = |inputs: &Inputs| {
         let lengths: Vec<usize> = inputs.lengths.iter().map(|&n| n as usize).collect();
@@ -117,13 +117,13 @@ fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded)
     let mut out = TensorFile::default();
     let of_tokens = fixture.of_tokens();
     if of_tokens {
-        let all = run(&padded.everywhere([0, 0]));
+        let all = run(&padded.inputs_with_all_targets([0, 0]));
         let logits = f32s(&all.iter().find(|(n, _)| n == LOGITS).expect("an output").1);
         out.tensors.insert(LOGITS.into(), padded.pad_tokens(&logits, logits.len() / padded.batch.tokens()));
     }
     for (name, data) in run(&padded.inputs([0, 0])) {
         let x = f32s(&data);
-        let (name, stored) = match Output::of(&name) {
+        let (name, stored) = match Output::from_name(&name) {
             Output::Logits if of_tokens => continue,
             Output::Lambda(_) => (name, padded.pad_heads(&x)),
             Output::Gradient(label) => {
@@ -147,7 +147,7 @@ fn interpreted(graph: &Graph, fixture: &Fixture, model: &Model, padded: &Padded)
     out
 }
 
-/// Every rule, or none.
+/// Options with all fusion rules, or with none.
 pub fn fused(all: bool) -> Options {
     Options { without: if all { vec![] } else { vec!["all".into()] }, ..Options::default() }
 }
@@ -158,12 +158,12 @@ pub fn lowered(fixture: &Fixture, model: &Model, options: &Options) -> Lowered {
     compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).lowered.expect("the whole way")
 }
 
-/// Programs of one library: what they share is compiled once.
+/// Compiles programs into one library, so that shared kernels are compiled once.
 pub fn programs(mut all: Vec<Lowered>) -> Vec<Program> {
-    let kernels = together(&mut all);
+    let kernels = link(&mut all);
     let folder = tempfile::tempdir().expect("a directory");
     let library = folder.path().join("kernels.so");
-    codegen::compile(&kernels, all[0].machine, kept().as_deref(), &library).unwrap_or_else(|e| panic!("{e}"));
+    codegen::compile(&kernels, all[0].machine, kernel_cache().as_deref(), &library).unwrap_or_else(|e| panic!("{e}"));
     all.into_iter().map(|lowered| Program::new(lowered.manifest, &library).expect("a program")).collect()
 }
 
@@ -195,7 +195,7 @@ pub fn check(models: &[(Fixture, Model)], mut results: impl FnMut(&Fixture, &Mod
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// What is wrong with the results for a fixture's batch.
+/// The errors in the results for a fixture's batch.
 fn faults(fixture: &Fixture, model: &Model, results: impl FnOnce(&Padded) -> TensorFile) -> Vec<String> {
     let padded = exchange::batch(&fixture.file, "inputs.", &fixture.path, model).expect("a batch");
     let found = differences(fixture, model.train.precision, &padded, &results(&padded));
@@ -205,7 +205,7 @@ fn faults(fixture: &Fixture, model: &Model, results: impl FnOnce(&Padded) -> Ten
 fn in_the_interpreter(prefix: &str) {
     check(&models(prefix, Precision::F32), |fixture, model, padded| {
         let dialect = Dialect::new().expect("a dialect");
-        // The naive form is the meaning: without fusion.
+        // The graph without fusion defines the semantics.
         let options = Options { until: Stage::Grad, ..Options::default() };
         let compiled = pipeline::run(&dialect, model, &[Entry::Grad], &options);
         let graph = compiled.unwrap_or_else(|e| panic!("{}: {e}", fixture.name)).graphs.remove(0);
@@ -223,7 +223,7 @@ fn compiled(prefix: &str, options: &Options, precision: Precision) {
     });
 }
 
-/// Fixtures by what their names begin with, three tests for each, so that all run side by side.
+/// Groups of fixtures by the prefix of their names, with three tests each, so that the tests run in parallel.
 macro_rules! families {
     ($($(#[$doc:meta])* $family:ident = $prefix:literal,)*) => {
         $($(#[$doc])*
@@ -253,21 +253,25 @@ families! {
     bert = "bert_",
     roberta = "roberta_",
     llama = "llama_",
-    /// What stands on a backbone for other tasks than its first.
+    /// Heads for other tasks than the backbone's first.
     heads = "head_",
 }
 
-/// Fixtures that give every rule something to do between them.
+/// Fixtures in which, taken together, every fusion rule applies.
 const RULED: [&str; 4] = ["gpt2_lora_qv", "gpt2_mam_inducer_smoothing", "llama_tied_lora", "roberta_mam_adapter"];
 
-/// Without a rule, if one is named; those that wait for large models do not wait here.
+/// Options without one rule, if given, and with thresholds low enough for small models.
 fn small(without: Option<&str>) -> Options {
     let without = without.into_iter().map(String::from).collect();
-    Options { without, limits: Limits { wide: 32, keep: 0.1, ..Limits::default() }, ..Options::default() }
+    Options {
+        without,
+        thresholds: Thresholds { min_chunked_vocab: 32, max_kept_floats_per_op: 0.1, ..Thresholds::default() },
+        ..Options::default()
+    }
 }
 
-/// The fixture's model. Where it is plain GPT-2, its equations leave to the rules what the library's see to: logits
-/// stand at every token, and the weights of attention are halved on their way.
+/// The fixture's model. For plain GPT-2 the equations are less optimised than the library's: logits are computed at
+/// every token, and attention weights are scaled twice. The fusion rules have to improve them.
 fn naively(fixture: &Fixture) -> Model {
     if fixture.name != "gpt2_lora_qv" {
         return fixture.model();
@@ -286,7 +290,7 @@ fn naively(fixture: &Fixture) -> Model {
     peft_grammar::check("spec.peft", &spec, &peft_grammar::no_imports).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// The rules that make a difference to a fixture when they alone are left out.
+/// The rules whose omission changes the code of a fixture.
 fn at_work(fixture: &Fixture, model: &Model) -> Vec<&'static str> {
     let all = lowered(fixture, model, &small(None)).manifest;
     let changes = |rule: &&str| lowered(fixture, model, &small(Some(rule))).manifest != all;
@@ -294,15 +298,15 @@ fn at_work(fixture: &Fixture, model: &Model) -> Vec<&'static str> {
 }
 
 #[test]
-fn each_rule_changes_something() {
+fn each_fusion_rule_changes_some_fixture() {
     let found: Vec<&str> = RULED.map(fixtures::one).iter().flat_map(|f| at_work(f, &naively(f))).collect();
     let idle: Vec<&str> = pipeline::rules().into_iter().filter(|rule| !found.contains(rule)).collect();
     assert!(idle.is_empty(), "leaving out {idle:?} changes nothing");
 }
 
-/// No rule leans on another.
+/// No rule depends on another: results stay correct if any single rule is left out.
 #[test]
-fn without_each_rule_alone() {
+fn results_hold_without_any_single_rule() {
     let fixtures = RULED.map(fixtures::one);
     let models = fixtures.each_ref().map(naively);
     let mut cases = vec![];
@@ -320,17 +324,18 @@ fn without_each_rule_alone() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Products with frozen weights in bf16, everything else as before.
+/// Gemms with frozen weights in bf16, everything else in f32.
 #[test]
-fn in_bf16() {
+fn bf16_gemms_are_close_to_pytorch() {
     for backbone in ["gpt2_", "bert_", "roberta_", "llama_"] {
         compiled(backbone, &fused(true), Precision::Bf16);
     }
 }
 
-/// Methods that read every head, where heads share keys and values: no PyTorch has them, so the interpreter decides.
+/// Methods that act on every head, on a model whose heads share keys and values. No PyTorch fixture covers them, so the
+/// interpreter is the reference.
 #[test]
-fn methods_on_shared_heads() {
+fn methods_on_grouped_heads_match_the_interpreter() {
     for attention in ["inducer(key: 2, value: 3) ia3() lora(rank: 2) on k, out", "prefix(length: 3, mid: 5)"] {
         let mut fixture = fixtures::all("llama_finetune").remove(0);
         let tune = format!("every attention {{ {attention} }} every ffn {{ ia3() lora(rank: 2) on gate, up, out }}");

@@ -1,5 +1,5 @@
-//! PTX through NVIDIA's own assembler, if `PEFTC_PTXAS` names it: it takes every kernel, for every chip, and none keeps
-//! in memory what is meant to be in registers. `make ptxas` fetches it; no GPU is needed.
+//! PTX through NVIDIA's own assembler, if `PEFTC_PTXAS` names it. It accepts every kernel for every chip, and no kernel
+//! spills registers. `make ptxas` fetches it; no GPU is needed.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -9,16 +9,16 @@ use std::process::Command;
 use peft_grammar::model::Precision;
 use peft_passes::codegen;
 use peft_passes::dialect::Dialect;
-use peft_passes::fuse::Limits;
+use peft_passes::fuse::Thresholds;
 use peft_passes::kernels::Schedule;
-use peft_passes::lower::{Lowered, together};
+use peft_passes::lower::{Lowered, link};
 use peft_passes::pipeline::{self, Entry, Options};
 use peft_passes::target::Machine;
 use peft_passes::target::cuda::Chip;
 
-use crate::{asked, paper};
+use crate::{env_or_skip, paper};
 
-/// What a kernel takes of a chip.
+/// The resources that a kernel uses.
 #[derive(Default)]
 struct Usage {
     kernel: String,
@@ -27,7 +27,7 @@ struct Usage {
     spilled: u64,
 }
 
-/// Of every kernel, from what `ptxas -v` says.
+/// Parses the resources of every kernel from the output of `ptxas -v`.
 fn usages(said: &str) -> Vec<Usage> {
     let mut usages: Vec<Usage> = vec![];
     let number = |text: &str, before: &str| {
@@ -47,13 +47,13 @@ fn usages(said: &str) -> Vec<Usage> {
     usages
 }
 
-/// What each of a module's kernels takes of a chip, by the assembler; none of them may keep registers in memory.
+/// Assembles kernels and returns their resources. No kernel may spill registers.
 fn assembled(ptxas: &OsStr, kernels: &[String], (chip, name): (Chip, &str)) -> Vec<Usage> {
     let folder = tempfile::tempdir().expect("a directory");
     let (text, code) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
     let ptx = codegen::ptx(&Dialect::new().expect("a dialect"), kernels, Machine::Cuda(chip));
     let ptx = ptx.unwrap_or_else(|e| panic!("{e}"));
-    // Of 64 bits it would be a call, and is a sign that what counts has them.
+    // A 64-bit division would be a call, and shows that an index has 64 bits where 32 suffice.
     let wide = ptx.lines().find(|line| ["div.u64", "div.s64", "rem.u64", "rem.s64"].iter().any(|op| line.contains(op)));
     assert_eq!(wide, None, "for {name}");
     std::fs::write(&text, ptx).expect("written");
@@ -72,7 +72,7 @@ fn assembled(ptxas: &OsStr, kernels: &[String], (chip, name): (Chip, &str)) -> V
 
 #[test]
 fn every_kernel_is_assembled() {
-    let Some(ptxas) = asked("PEFTC_PTXAS") else { return };
+    let Some(ptxas) = env_or_skip("PEFTC_PTXAS") else { return };
     let dialect = Dialect::new().expect("a dialect");
     let mut shown = String::new();
     let specs = [("models/paper/webnlg/inducer_lora.peft", "bf16"), ("models/demo/sentiment.peft", "f32")];
@@ -93,48 +93,48 @@ fn every_kernel_is_assembled() {
     insta::assert_snapshot!(shown);
 }
 
-/// Of all specs, in f32 and in half precision.
+/// Assembles the kernels of all specs, in f32 and in half precision.
 fn every_kernel_of_the_paper(chip: Chip) {
-    let Some(ptxas) = asked("PEFTC_PTXAS") else { return };
+    let Some(ptxas) = env_or_skip("PEFTC_PTXAS") else { return };
     let lowered = |precision| {
         let specs = paper::specs().into_iter().map(|spec| spec.shallow());
-        specs.map(move |spec| spec.lowered(Machine::Cuda(chip), precision, Limits::default()))
+        specs.map(move |spec| spec.lowered(Machine::Cuda(chip), precision, Thresholds::default()))
     };
     let mut all: Vec<Lowered> = [Precision::F32, Precision::Bf16].into_iter().flat_map(lowered).collect();
-    let kernels = together(&mut all);
+    let kernels = link(&mut all);
     assert!(kernels.len() > 200);
     assembled(&ptxas, &kernels, (chip, chip.name()));
 }
 
 #[test]
-fn the_paper_on_sm_70() {
+fn paper_kernels_assemble_without_spills_on_sm_70() {
     every_kernel_of_the_paper(Chip::Sm70);
 }
 
 #[test]
-fn the_paper_on_sm_80() {
+fn paper_kernels_assemble_without_spills_on_sm_80() {
     every_kernel_of_the_paper(Chip::Sm80);
 }
 
 #[test]
-fn the_paper_on_sm_90() {
+fn paper_kernels_assemble_without_spills_on_sm_90() {
     every_kernel_of_the_paper(Chip::Sm90);
 }
 
-/// By kind of kernel, whatever follows: how many there are, and what the one of them takes that fills a multiprocessor
-/// least.
+/// One line for each kind of kernel, without its epilogue: the number of kernels, and the resources of the one with the
+/// lowest occupancy.
 fn kinds(lowered: &Lowered, usages: &[Usage], chip: Chip) -> Vec<String> {
     let stem = |usage: &Usage| {
         let at = lowered.manifest.kernels.iter().position(|kernel| *kernel == usage.kernel).expect("one of them");
         let function = &lowered.functions[at];
-        if let Schedule::Elementwise(_) = function.schedule { "map".into() } else { function.word() }
+        if let Schedule::Elementwise(_) = function.schedule { "elementwise".into() } else { function.name_stem() }
     };
     let mut kinds: BTreeMap<String, Vec<&Usage>> = BTreeMap::new();
     usages.iter().for_each(|usage| kinds.entry(stem(usage)).or_default().push(usage));
     let show = |(stem, usages): (String, Vec<&Usage>)| {
-        let worst = usages.iter().min_by_key(|u| (chip.warps_held(u.registers, u.shared), u64::MAX - u.registers));
+        let worst = usages.iter().min_by_key(|u| (chip.resident_warps(u.registers, u.shared), u64::MAX - u.registers));
         let Usage { registers, shared, .. } = worst.expect("at least one");
-        let held = chip.warps_held(*registers, *shared);
+        let held = chip.resident_warps(*registers, *shared);
         format!("{:>3} {stem:<28} {registers:>3} registers {shared:>6} bytes shared {held:>2} warps", usages.len())
     };
     kinds.into_iter().map(show).collect()

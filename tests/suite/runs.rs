@@ -1,5 +1,5 @@
-//! Training on the sets that ship with the project: the loss falls, and the same seed gives the same bits
-//! for any number of threads, across save and resume, and from a saved artifact.
+//! Training on the data sets of the repository: the loss falls, and one seed gives the same bits for any number of
+//! threads, across save and resume, and from a saved artifact.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -16,7 +16,7 @@ use peftc::data::{Dataset, Tokenizer};
 use peftc::train::state::{Identity, State};
 use peftc::train::{self, Outcome, Training};
 
-use crate::cli::kept;
+use crate::cli::kernel_cache;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -27,14 +27,14 @@ fn model(overrides: &[(&str, &str)]) -> Model {
     peftc::spec::load(&root().join("models/demo/triples.peft"), &overrides, false).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// An artifact of the model in `folder`.
+/// Compiles the model into an artifact in `folder`.
 fn artifact(model: &Model, folder: &Path) -> std::path::PathBuf {
     let dialect = Dialect::new().expect("a dialect");
-    let entries = pipeline::of_artifact(model);
+    let entries = pipeline::artifact_entries(model);
     let compiled = pipeline::run(&dialect, model, &entries, &Options::default()).expect("compiled");
     let lowered = compiled.lowered.expect("the whole way");
     let library = folder.join("fresh.so");
-    codegen::compile(&lowered.kernels(), lowered.machine, kept().as_deref(), &library).expect("code");
+    codegen::compile(&lowered.kernels(), lowered.machine, kernel_cache().as_deref(), &library).expect("code");
     let manifest = Manifest { arch: std::env::consts::ARCH.into(), ..lowered.manifest };
     let path = folder.join("triples.peftc");
     store::save(&path, &manifest, &library).expect("saved");
@@ -79,12 +79,12 @@ fn the_same_seed_gives_the_same_bits() {
     let values = |name: &str| adapter::load(&at(name).join(ADAPTER)).expect("an adapter").tensors;
     assert!(values("two") == values("one"), "one thread and two differ");
 
-    // Stopped in the middle of an epoch, as an interrupt would: what was saved is the end of the first.
+    // Stopped at the end of the first epoch and resumed, against a run without interruption.
     let first = model(&[("train.epochs", "2"), ("train.steps", "26")]);
     assert_eq!(first.train.steps, Some(26));
     let mut part = first.clone();
     part.train.steps = Some(13);
-    // The same rates as the whole run has.
+    // A constant rate, because the schedule depends on the number of steps.
     part.train.schedule = peft_grammar::model::Schedule::Constant;
     let mut rest = first.clone();
     rest.train.schedule = peft_grammar::model::Schedule::Constant;

@@ -1,4 +1,4 @@
-//! Arguments to parameters.
+//! Binds arguments to parameters.
 
 use std::collections::HashMap;
 
@@ -12,8 +12,8 @@ use crate::source::Span;
 const TYPES: &[&str] = &["int", "float", "bool", "string", "tensor"];
 
 impl<'a> Checker<'a> {
-    /// The values of `params`. Positional arguments are for functions: a method's or a backbone's have names.
-    /// `None` when something is wrong with them, which is then reported.
+    /// The values of `params`. Only functions take positional arguments; methods and backbones take named ones. `None`
+    /// after an error, which has been reported.
     pub(super) fn bind(
         &mut self,
         what: &str,
@@ -64,7 +64,7 @@ impl<'a> Checker<'a> {
                 (None, Some(default)) => (self.eval(&frame, default), default.span),
                 (None, None) => {
                     if self.errors.len() == before {
-                        let title = format!("{what} wants `{}`", param.name.text);
+                        let title = format!("{what} requires `{}`", param.name.text);
                         let error =
                             Diagnostic::error(call, title).related(param.name.span, "declared without a default");
                         self.report(error.hint(format!("add `{}: …`", param.name.text)));
@@ -78,7 +78,7 @@ impl<'a> Checker<'a> {
         (self.errors.len() == before).then(|| frame.scopes.swap_remove(0))
     }
 
-    /// `value` as the parameter's type.
+    /// Converts `value` to the parameter's type.
     fn convert(&mut self, value: Val, param: &ParamDef, span: Span) -> Val {
         let ty = &*param.ty.text;
         match (ty, value) {
@@ -92,7 +92,7 @@ impl<'a> Checker<'a> {
             (_, value) if TYPES.contains(&ty) => {
                 let article = if ty == "int" { "an" } else { "a" };
                 let found = value.describe(&self.graph);
-                let title = format!("`{}` wants {article} {ty}, found {found}", param.name.text);
+                let title = format!("`{}` expects {article} {ty}, found {found}", param.name.text);
                 let error = Diagnostic::error(span, title).related(param.ty.span, "declared here");
                 let text = self.sources.slice(span);
                 self.report(match (ty, &value) {

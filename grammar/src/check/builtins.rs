@@ -1,15 +1,15 @@
-//! The operations equations are written in.
+//! The built-in functions of the language.
 
 use super::Checker;
 use super::frame::Frame;
 use super::value::Val;
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::graph::{Dim, MAX_PARTS, Op, Value};
+use crate::graph::{Dim, MAX_VARIADIC_OPERANDS, Op, Value};
 use crate::names::Input;
 use crate::source::Span;
 
-/// Every built-in function with its parameters; those after `?` may be left out.
+/// The built-in functions with their parameters. A parameter with `?` is optional.
 const BUILTINS: &[(&str, &[&str])] = &[
     ("exp", &["x"]),
     ("log", &["x"]),
@@ -45,7 +45,7 @@ const BUILTINS: &[(&str, &[&str])] = &[
     ("dropout", &["x", "p"]),
 ];
 
-/// The parameter beside the operands of `concat`.
+/// The only variadic built-in. Its other parameter is `axis`.
 const CONCAT: &str = "concat";
 
 impl<'a> Checker<'a> {
@@ -75,7 +75,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Arguments in the order of the parameters.
+    /// The arguments in parameter order.
     fn arguments(
         &mut self,
         frame: &Frame<'a>,
@@ -111,7 +111,7 @@ impl<'a> Checker<'a> {
             }
         }
         if let Some(missing) = (0..params.len()).find(|&i| values[i].is_none() && !params[i].starts_with('?')) {
-            let error = Diagnostic::error(span, format!("`{function}` wants `{}`", names[missing]));
+            let error = Diagnostic::error(span, format!("`{function}` requires `{}`", names[missing]));
             self.report(error.hint(signature(function, params)));
             return None;
         }
@@ -127,23 +127,23 @@ impl<'a> Checker<'a> {
         let mut args = args.into_iter();
         let mut next = || args.next().flatten();
         let first = next()?;
-        if let Some(value) = constant(name, &first.0) {
+        if let Some(value) = fold_constant(name, &first.0) {
             return Some(value);
         }
         if let "min" | "max" = name {
-            return Some(self.extreme(name, first, next()?, span));
+            return Some(self.min_or_max(name, first, next()?, span));
         }
         let at = first.1;
         if name == "iota" {
             return match &self.dims(Val::List(vec![first.0]), at)?[..] {
                 [Dim::Const(n)] => Some(self.push(Op::Iota { n: *n }, &[], span)),
                 _ => {
-                    self.report(Diagnostic::error(at, "`iota` counts to a number known when the spec is compiled"));
+                    self.report(Diagnostic::error(at, "`iota` expects a number that is known at compile time"));
                     None
                 }
             };
         }
-        let x = self.want_tensor(first.0, at)?;
+        let x = self.as_tensor(first.0, at)?;
         let plain = match name {
             "exp" => Some(Op::Exp),
             "log" => Some(Op::Log),
@@ -212,19 +212,19 @@ impl<'a> Checker<'a> {
             }
             "scores" => {
                 let (k, at) = next()?;
-                let k = self.want_tensor(k, at)?;
-                let causal = self.flag(next())?;
+                let k = self.as_tensor(k, at)?;
+                let causal = self.as_bool(next())?;
                 self.push(Op::Scores { causal }, &[x, k], span)
             }
-            // Where scores are causal the weights of later tokens are 0: all of them may be added up.
+            // Causal scores give later tokens a weight of 0 after the softmax, so the sum may include them.
             "attend" => {
                 let (v, at) = next()?;
-                let v = self.want_tensor(v, at)?;
+                let v = self.as_tensor(v, at)?;
                 self.push(Op::Attend { causal: false }, &[x, v], span)
             }
             "cross_entropy" => {
                 let (labels, at) = next()?;
-                let labels = self.want_tensor(labels, at)?;
+                let labels = self.as_tensor(labels, at)?;
                 let smoothing = match next() {
                     Some((value, at)) => self.as_number(value, at)?,
                     None => 0.0,
@@ -240,10 +240,10 @@ impl<'a> Checker<'a> {
         })
     }
 
-    /// Each dropout has a stream of its own, so that masks are independent. One that drops nothing is none.
+    /// Every dropout has its own random stream, so that masks are independent. A dropout with rate 0 is the identity.
     fn dropout(&mut self, x: Value, p: f64, at: Span, span: Span) -> Option<Val> {
         if !(0.0..1.0).contains(&p) {
-            let error = Diagnostic::error(at, format!("dropout wants a rate of at least 0 and below 1, found {p}"));
+            let error = Diagnostic::error(at, format!("dropout expects a rate of at least 0 and below 1, found {p}"));
             self.report(if (1.0..=100.0).contains(&p) {
                 error.hint(format!("a share, not percent: {} for {p}%", p / 100.0))
             } else {
@@ -255,8 +255,8 @@ impl<'a> Checker<'a> {
             return Some(Val::Tensor(x));
         }
         let rng = self.input(Input::Rng);
-        let stream = self.streams;
-        self.streams += 1;
+        let stream = self.dropout_streams;
+        self.dropout_streams += 1;
         Some(self.push(Op::Dropout { p, stream, column: 0 }, &[x, rng], span))
     }
 
@@ -273,25 +273,25 @@ impl<'a> Checker<'a> {
             Some((axis, at)) => vec![self.axis(axis, rank, at)?],
             None => (0..rank).collect(),
         };
-        let keep = self.flag(keep)?;
+        let keep = self.as_bool(keep)?;
         Some(self.push(Op::Reduce { axes, keep, mean }, &[x], span))
     }
 
-    pub(super) fn flag(&mut self, value: Option<(Val, Span)>) -> Option<bool> {
+    pub(super) fn as_bool(&mut self, value: Option<(Val, Span)>) -> Option<bool> {
         match value {
             None => Some(false),
             Some((Val::Bool(b), _)) => Some(b),
             Some((other, at)) => {
-                let title = format!("`true` or `false` should stand here, found {}", other.describe(&self.graph));
+                let title = format!("expected `true` or `false`, found {}", other.describe(&self.graph));
                 self.report(Diagnostic::error(at, title));
                 None
             }
         }
     }
 
-    /// An axis, counted from the back when negative.
+    /// The index of an axis. Negative numbers count from the last axis.
     fn axis(&mut self, value: Val, rank: usize, span: Span) -> Option<usize> {
-        let axis = self.as_whole(value, span)?;
+        let axis = self.as_integer(value, span)?;
         let from_front = if axis < 0 { axis.saturating_add(rank as i64) } else { axis };
         if !(0..rank as i64).contains(&from_front) {
             self.report(Diagnostic::error(span, format!("there is no axis {axis}: the tensor has {rank}")));
@@ -315,10 +315,11 @@ impl<'a> Checker<'a> {
                     Dim::Const(n as u64)
                 }
                 other => {
-                    let title = format!("an axis is a whole number above 0, found {}", other.describe(&self.graph));
+                    let found = other.describe(&self.graph);
+                    let title = format!("the length of an axis is a whole number above 0, found {found}");
                     let error = Diagnostic::error(span, title);
                     self.report(match other {
-                        Val::Float(_) => error.hint("a division that leaves a remainder makes a number such as this"),
+                        Val::Float(_) => error.hint("a division with a remainder yields a float"),
                         _ => error,
                     });
                     return None;
@@ -340,8 +341,8 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// The smaller or larger of two numbers; `min` also of two tensors.
-    fn extreme(&mut self, name: &str, x: (Val, Span), y: (Val, Span), span: Span) -> Val {
+    /// The minimum or maximum of two numbers, or the elementwise minimum of two tensors.
+    fn min_or_max(&mut self, name: &str, x: (Val, Span), y: (Val, Span), span: Span) -> Val {
         match (name, x.0, y.0) {
             ("min", Val::Int(x), Val::Int(y)) => Val::Int(x.min(y)),
             (_, Val::Int(x), Val::Int(y)) => Val::Int(x.max(y)),
@@ -349,7 +350,7 @@ impl<'a> Checker<'a> {
             (_, x, y) => match (x.number(), y.number()) {
                 (Some(x), Some(y)) => Val::Float(if name == "min" { x.min(y) } else { x.max(y) }),
                 _ => {
-                    self.report(Diagnostic::error(span, format!("`{name}` wants two numbers")));
+                    self.report(Diagnostic::error(span, format!("`{name}` expects two numbers")));
                     Val::Unknown
                 }
             },
@@ -373,8 +374,8 @@ impl<'a> Checker<'a> {
                 }
             }
         }
-        if parts.is_empty() || parts.len() > MAX_PARTS {
-            let title = format!("`concat` joins 1 to {MAX_PARTS} tensors, found {}", parts.len());
+        if parts.is_empty() || parts.len() > MAX_VARIADIC_OPERANDS {
+            let title = format!("`concat` joins 1 to {MAX_VARIADIC_OPERANDS} tensors, found {}", parts.len());
             self.report(Diagnostic::error(span, title));
             return Val::Unknown;
         }
@@ -387,8 +388,8 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// Functions of one number.
-fn constant(name: &str, x: &Val) -> Option<Val> {
+/// Evaluates a function of one number at compile time.
+fn fold_constant(name: &str, x: &Val) -> Option<Val> {
     let x = x.number()?;
     let result = match name {
         "exp" => x.exp(),

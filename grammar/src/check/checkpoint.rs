@@ -1,4 +1,4 @@
-//! The `checkpoint` block: arguments filled in, and every key and pattern said once.
+//! Checks the `checkpoint` block: substitutes the arguments and rejects keys and patterns that are declared twice.
 
 use std::collections::HashMap;
 
@@ -9,84 +9,84 @@ use super::frame::Frame;
 use super::value::Val;
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::model::{Buffer, Checkpoint, Gguf, Key, Kind, Permuted, TensorRule};
+use crate::model::{Buffer, Checkpoint, Gguf, KeyRule, RowPermutation, TensorKind, TensorRule};
 use crate::source::Span;
 
-/// Buffers by name, and what they are made of.
+/// The names of the buffers.
 const BUFFERS: &[&str] = &["causal_mask", "positions", "frequencies"];
 
 impl<'a> Checker<'a> {
-    /// What the backbone says of its checkpoints. `args` are all its arguments.
+    /// The checkpoint rules of a backbone, given all its arguments.
     pub(super) fn checkpoint(&mut self, backbone: &'a BackboneDef, args: &HashMap<String, Val>) -> Checkpoint {
         let frame = Frame::with(args.clone());
         let mut found = Checkpoint::default();
-        let mut said: HashMap<String, Span> = HashMap::new();
+        let mut declared_at: HashMap<String, Span> = HashMap::new();
         for param in &backbone.params {
             let Some(from) = &param.from else { continue };
             let absent = param.absent.as_ref().or(param.default.as_ref());
             let absent = absent.and_then(|e| self.eval(&frame, e).config());
-            self.declared_once(&mut said, from);
-            found.keys.insert(from.text.clone(), Key::Argument { name: param.name.text.clone(), absent });
+            self.declared_once(&mut declared_at, from);
+            found.keys.insert(from.text.clone(), KeyRule::Argument { name: param.name.text.clone(), absent });
         }
-        // A key that is an argument may be declared free all the same: it says so once more.
-        said.clear();
-        self.checkpoint_entries(&mut found, &mut said, &frame, &backbone.checkpoint);
-        self.names_lead_somewhere(&found, &said);
+        // The key of an argument may also be declared `free`, so the keys seen so far are forgotten.
+        declared_at.clear();
+        self.checkpoint_entries(&mut found, &mut declared_at, &frame, &backbone.checkpoint);
+        self.check_key_aliases(&found, &declared_at);
         found
     }
 
     fn checkpoint_entries(
         &mut self,
         found: &mut Checkpoint,
-        said: &mut HashMap<String, Span>,
+        declared_at: &mut HashMap<String, Span>,
         frame: &Frame<'a>,
-        entries: &'a [Entry],
+        entries: &'a [CheckpointEntry],
     ) {
         for entry in entries {
             match entry {
-                Entry::ModelType(types) => found.model_types.extend(types.iter().map(|t| t.text.clone())),
-                Entry::Prefix(prefix) => found.prefix.clone_from(&prefix.text),
-                Entry::If { condition, then, otherwise } => {
+                CheckpointEntry::ModelType(types) => found.model_types.extend(types.iter().map(|t| t.text.clone())),
+                CheckpointEntry::Prefix(prefix) => found.prefix.clone_from(&prefix.text),
+                CheckpointEntry::If { condition, then, otherwise } => {
                     let Some(holds) = self.condition(frame, condition) else { continue };
-                    self.checkpoint_entries(found, said, frame, if holds { then } else { otherwise });
+                    self.checkpoint_entries(found, declared_at, frame, if holds { then } else { otherwise });
                 }
-                Entry::ForTask { purposes, entries } => {
-                    if self.asked(purposes) {
-                        self.checkpoint_entries(found, said, frame, entries);
+                CheckpointEntry::ForTask { purposes, entries } => {
+                    if self.task_is_one_of(purposes) {
+                        self.checkpoint_entries(found, declared_at, frame, entries);
                     }
                 }
-                Entry::Gguf { architectures, entries } => {
+                CheckpointEntry::Gguf { architectures, entries } => {
                     if found.gguf.is_some() {
                         let span = architectures.first().map_or(Span::default(), |name| name.span);
-                        self.report(Diagnostic::error(span, "there is a second `gguf` block"));
+                        self.report(Diagnostic::error(span, "a `checkpoint` block has only one `gguf` block"));
                         continue;
                     }
                     let architectures = architectures.iter().map(|name| name.text.clone()).collect();
                     let mut gguf = Gguf { architectures, ..Gguf::default() };
-                    self.gguf_entries(&mut gguf, said, frame, entries);
+                    self.gguf_entries(&mut gguf, declared_at, frame, entries);
                     found.gguf = Some(gguf);
                 }
-                Entry::Key { names, rule, note } => {
-                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                CheckpointEntry::Key { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.interpolate(frame, n));
                     for name in names {
                         let Some(key) = self.key_rule(frame, name, rule, note.clone()) else { continue };
-                        let argument = matches!(found.keys.get(&name.text), Some(Key::Argument { .. }));
-                        if argument && key != Key::Free {
+                        let argument = matches!(found.keys.get(&name.text), Some(KeyRule::Argument { .. }));
+                        if argument && key != KeyRule::Free {
                             let title = format!("`{}` is the key of an argument", name.text);
                             let error = Diagnostic::error(name.span, title);
-                            self.report(error.hint("leave it out here; it may only be declared `free` besides"));
+                            self.report(error.hint("leave it out here; it may only be declared `free` in addition"));
                             continue;
                         }
-                        if self.declared_once(said, name) {
+                        if self.declared_once(declared_at, name) {
                             found.keys.insert(name.text.clone(), key);
                         }
                     }
                 }
-                Entry::Tensor { names, rule, note } => {
-                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                CheckpointEntry::Tensor { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.interpolate(frame, n));
                     for name in names {
                         let Some(is) = self.tensor_rule(frame, name, rule) else { continue };
-                        if self.declared_once(said, name) {
+                        if self.declared_once(declared_at, name) {
                             found.tensors.push(TensorRule { pattern: name.text.clone(), is, note: note.clone() });
                         }
                     }
@@ -95,69 +95,70 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// What a `gguf` block says. Names in the file and names of `config.json` share `said`: none is declared twice.
+    /// Adds the entries of a `gguf` block. Keys and tensors of the file and of `config.json` share `declared_at`, so
+    /// that no name is declared twice.
     fn gguf_entries(
         &mut self,
         found: &mut Gguf,
-        said: &mut HashMap<String, Span>,
+        declared_at: &mut HashMap<String, Span>,
         frame: &Frame<'a>,
-        entries: &'a [Entry],
+        entries: &'a [CheckpointEntry],
     ) {
         for entry in entries {
             match entry {
-                Entry::If { condition, then, otherwise } => {
+                CheckpointEntry::If { condition, then, otherwise } => {
                     let Some(holds) = self.condition(frame, condition) else { continue };
-                    self.gguf_entries(found, said, frame, if holds { then } else { otherwise });
+                    self.gguf_entries(found, declared_at, frame, if holds { then } else { otherwise });
                 }
-                Entry::ForTask { purposes, entries } => {
-                    if self.asked(purposes) {
-                        self.gguf_entries(found, said, frame, entries);
+                CheckpointEntry::ForTask { purposes, entries } => {
+                    if self.task_is_one_of(purposes) {
+                        self.gguf_entries(found, declared_at, frame, entries);
                     }
                 }
-                Entry::Key { names, rule, note } => {
-                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                CheckpointEntry::Key { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.interpolate(frame, n));
                     for name in names {
                         let Some(key) = self.key_rule(frame, name, rule, note.clone()) else { continue };
-                        // One of `config.json` that metadata lack may be declared `free` in both places.
-                        if key == Key::Free || self.declared_once(said, name) {
+                        // A key of `config.json` without a metadata key may be declared `free` in both places.
+                        if key == KeyRule::Free || self.declared_once(declared_at, name) {
                             found.keys.insert(name.text.clone(), key);
                         }
                     }
                 }
-                Entry::Tensor { names, rule, note } => {
-                    let note = note.as_ref().and_then(|n| self.fill(frame, n));
+                CheckpointEntry::Tensor { names, rule, note } => {
+                    let note = note.as_ref().and_then(|n| self.interpolate(frame, n));
                     for name in names {
                         let is = match rule {
                             EntryRule::Permuted { tensor, rows, axes } => {
                                 let Some((rows, axes)) = self.permutation(frame, rows, axes) else { continue };
-                                found.permuted.push(Permuted { pattern: name.text.clone(), rows, axes });
+                                found.permuted.push(RowPermutation { pattern: name.text.clone(), rows, axes });
                                 self.same_tensor(name, tensor)
                             }
                             _ => self.tensor_rule(frame, name, rule),
                         };
                         let Some(is) = is else { continue };
-                        if self.declared_once(said, name) {
+                        if self.declared_once(declared_at, name) {
                             found.tensors.push(TensorRule { pattern: name.text.clone(), is, note: note.clone() });
                         }
                     }
                 }
-                Entry::ModelType(names) | Entry::Gguf { architectures: names, .. } => {
+                CheckpointEntry::ModelType(names) | CheckpointEntry::Gguf { architectures: names, .. } => {
                     let span = names.first().map_or(Span::default(), |name| name.span);
                     self.report(Diagnostic::error(span, "a `gguf` block holds keys and tensors"));
                 }
-                Entry::Prefix(prefix) => {
+                CheckpointEntry::Prefix(prefix) => {
                     self.report(Diagnostic::error(prefix.span, "a `gguf` block holds keys and tensors"));
                 }
             }
         }
     }
 
-    /// The shape of the rows and the order of its axes: each axis once.
+    /// The shape and the permutation of `permute(…)`, in which every axis occurs once.
     fn permutation(&mut self, frame: &Frame<'a>, rows: &'a Expr, axes: &'a Expr) -> Option<(Vec<u64>, Vec<usize>)> {
         let mut all = |list: &'a Expr| -> Option<Vec<u64>> {
             let ExprKind::List(items) = &list.kind else { return None };
             let number = |item: &'a Expr| {
-                let found = self.whole(frame, item)?;
+                let found = self.integer(frame, item)?;
                 let number = u64::try_from(found).ok();
                 if number.is_none() {
                     let title = format!("sizes and axes are whole numbers from 0 on, found {found}");
@@ -171,17 +172,17 @@ impl<'a> Checker<'a> {
         let mut sorted = order.clone();
         sorted.sort_unstable();
         if shape.len() != order.len() || !sorted.into_iter().eq(0..order.len() as u64) {
-            let title = format!("{} axes are permuted, and each of them is named once", shape.len());
+            let title = format!("the permutation must name each of the {} axes once", shape.len());
             self.report(Diagnostic::error(axes.span, title));
             return None;
         }
         Some((shape, order.into_iter().map(|axis| axis as usize).collect()))
     }
 
-    /// Nothing was said of it before.
-    fn declared_once(&mut self, said: &mut HashMap<String, Span>, name: &Text) -> bool {
-        let Some(&first) = said.get(&name.text) else {
-            said.insert(name.text.clone(), name.span);
+    /// Records the declaration of a name, or reports that the name is already declared.
+    fn declared_once(&mut self, declared_at: &mut HashMap<String, Span>, name: &Text) -> bool {
+        let Some(&first) = declared_at.get(&name.text) else {
+            declared_at.insert(name.text.clone(), name.span);
             return true;
         };
         let error = Diagnostic::error(name.span, format!("`{}` is declared twice", name.text));
@@ -189,34 +190,40 @@ impl<'a> Checker<'a> {
         false
     }
 
-    fn key_rule(&mut self, frame: &Frame<'a>, name: &Text, rule: &'a EntryRule, note: Option<String>) -> Option<Key> {
+    fn key_rule(
+        &mut self,
+        frame: &Frame<'a>,
+        name: &Text,
+        rule: &'a EntryRule,
+        note: Option<String>,
+    ) -> Option<KeyRule> {
         match rule {
-            EntryRule::Free => Some(Key::Free),
-            EntryRule::Same(other) => Some(Key::Same(other.text.clone())),
+            EntryRule::Free => Some(KeyRule::Free),
+            EntryRule::Same(other) => Some(KeyRule::Same(other.text.clone())),
             EntryRule::Is(values) => {
                 let values = values.iter().map(|e| self.json(frame, e)).collect::<Option<_>>()?;
-                Some(Key::Is { values, note })
+                Some(KeyRule::Is { values, note })
             }
             EntryRule::Optional | EntryRule::Unused | EntryRule::Required | EntryRule::Permuted { .. } => {
-                let error = Diagnostic::error(name.span, "a key is a value, another key, or `free`");
+                let error = Diagnostic::error(name.span, "the rule of a key is a value, another key, or `free`");
                 self.report(error);
                 None
             }
         }
     }
 
-    fn tensor_rule(&mut self, frame: &Frame<'a>, name: &Text, rule: &'a EntryRule) -> Option<Kind> {
+    fn tensor_rule(&mut self, frame: &Frame<'a>, name: &Text, rule: &'a EntryRule) -> Option<TensorKind> {
         Some(match rule {
-            EntryRule::Optional => Kind::Optional,
-            EntryRule::Unused => Kind::Unused,
-            EntryRule::Required => Kind::Required,
+            EntryRule::Optional => TensorKind::Optional,
+            EntryRule::Unused => TensorKind::Unused,
+            EntryRule::Required => TensorKind::Required,
             EntryRule::Same(other) => self.same_tensor(name, other)?,
             EntryRule::Permuted { tensor, .. } => {
-                let error = Diagnostic::error(tensor.span, "rows are permuted in a `gguf` block alone");
+                let error = Diagnostic::error(tensor.span, "rows can be permuted only in a `gguf` block");
                 self.report(error.hint("safetensors hold the rows as the equations read them"));
                 return None;
             }
-            EntryRule::Is(values) => Kind::Buffer(self.buffer(frame, values)?),
+            EntryRule::Is(values) => TensorKind::Buffer(self.buffer(frame, values)?),
             EntryRule::Free => {
                 let error = Diagnostic::error(name.span, "a tensor is not `free`");
                 self.report(error.hint("write `unused` for what other models have, `optional` for what may be absent"));
@@ -225,15 +232,15 @@ impl<'a> Checker<'a> {
         })
     }
 
-    /// Another name: both patterns have the same parts.
-    fn same_tensor(&mut self, name: &Text, other: &Text) -> Option<Kind> {
+    /// An alias of a tensor. Both patterns must have the same number of `*`.
+    fn same_tensor(&mut self, name: &Text, other: &Text) -> Option<TensorKind> {
         let stars = |text: &Text| text.text.matches('*').count();
         if stars(name) != stars(other) {
-            let error = Diagnostic::error(other.span, "the two patterns have not as many `*`");
-            self.report(error.hint("each `*` stands for the same part of both names"));
+            let error = Diagnostic::error(other.span, "the two patterns differ in their number of `*`");
+            self.report(error.hint("each `*` matches the same part of both names"));
             return None;
         }
-        Some(Kind::Same(other.text.clone()))
+        Some(TensorKind::Same(other.text.clone()))
     }
 
     fn buffer(&mut self, frame: &Frame<'a>, values: &'a [Expr]) -> Option<Buffer> {
@@ -243,11 +250,11 @@ impl<'a> Checker<'a> {
                 ExprKind::Name(name) if name == "positions" => return Some(Buffer::Positions),
                 ExprKind::Call { function, args } if function.text == "frequencies" => {
                     let [theta, width] = &args[..] else {
-                        let error = Diagnostic::error(value.span, "`frequencies` wants a base and a width");
+                        let error = Diagnostic::error(value.span, "`frequencies` expects a base and a width");
                         self.report(error.hint("write `frequencies(rope_theta, head_dim)`"));
                         return None;
                     };
-                    let (theta, width) = (self.number(frame, &theta.value)?, self.whole(frame, &width.value)?);
+                    let (theta, width) = (self.number(frame, &theta.value)?, self.integer(frame, &width.value)?);
                     return Some(Buffer::Frequencies { theta, width: u64::try_from(width).unwrap_or(0) });
                 }
                 ExprKind::Name(name) if frame.get(name).is_none() => {
@@ -262,7 +269,7 @@ impl<'a> Checker<'a> {
         Some(Buffer::Numbers(numbers))
     }
 
-    /// A value as `config.json` has it; `null` is one here.
+    /// The JSON value of an expression. In this context `null` is a value.
     fn json(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<Value> {
         match &expr.kind {
             ExprKind::Name(name) if name == "null" => return Some(Value::Null),
@@ -287,15 +294,16 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Another name of a key is that of one which is declared, and no other name itself.
-    fn names_lead_somewhere(&mut self, found: &Checkpoint, said: &HashMap<String, Span>) {
+    /// Checks that an alias of a key refers to a declared key that is no alias itself.
+    fn check_key_aliases(&mut self, found: &Checkpoint, declared_at: &HashMap<String, Span>) {
         let gguf = found.gguf.iter().flat_map(|gguf| &gguf.keys);
         for (name, key) in found.keys.iter().chain(gguf) {
-            let Key::Same(other) = key else { continue };
-            let known = found.keys.iter().filter(|(_, k)| !matches!(k, Key::Same(_))).map(|(n, _)| n.as_str());
-            if found.keys.get(other).is_none_or(|k| matches!(k, Key::Same(_))) {
-                let span = said.get(name).copied().unwrap_or_default();
-                let error = Diagnostic::error(span, format!("`{name}` is another name of `{other}`, which is no key"));
+            let KeyRule::Same(other) = key else { continue };
+            let known = found.keys.iter().filter(|(_, k)| !matches!(k, KeyRule::Same(_))).map(|(n, _)| n.as_str());
+            if found.keys.get(other).is_none_or(|k| matches!(k, KeyRule::Same(_))) {
+                let span = declared_at.get(name).copied().unwrap_or_default();
+                let title = format!("`{name}` is an alias of `{other}`, which is not a declared key");
+                let error = Diagnostic::error(span, title);
                 self.report(error.suggest(other, known));
             }
         }

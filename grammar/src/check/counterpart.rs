@@ -1,29 +1,29 @@
-//! Counterparts in PEFT: what a method's file declares becomes part of the model.
+//! Checks `counterpart` blocks and lowers them to [`Counterpart`].
 
 use std::collections::HashMap;
 
 use super::Checker;
 use super::frame::{Body, Frame};
-use super::mentions::{self, named_weight};
-use super::site::Instance;
+use super::references::{expr_reads, weight_path};
+use super::site::MethodInstance;
 use crate::ast::*;
 use crate::counterpart::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::ConfigValue;
 use crate::source::Span;
 
-/// What is wrong with a line, and the words for it.
+/// The result of lowering a line, or the error in it.
 type Lowered<T> = Result<T, Box<Diagnostic>>;
 
-/// A line that is wrong, in words and with a mend.
-fn wrong<T>(span: Span, title: impl Into<String>, hint: &str) -> Lowered<T> {
+/// An error in a line.
+fn line_error<T>(span: Span, title: impl Into<String>, hint: &str) -> Lowered<T> {
     let error = Diagnostic::error(span, title.into());
     Err(Box::new(if hint.is_empty() { error } else { error.hint(hint) }))
 }
 
 impl<'a> Checker<'a> {
-    /// At the end of a site: what the method's counterpart says of this site, in numbers.
-    pub(super) fn in_peft(&mut self, frame: &Frame<'a>, instance: &Instance<'a>) {
+    /// Evaluates the method's counterpart at a site: the variables of the site that it refers to, and its requirements.
+    pub(super) fn resolve_counterpart(&mut self, frame: &Frame<'a>, instance: &MethodInstance<'a>) {
         let method = instance.applied.method;
         let Some(counterpart) = &method.counterpart else { return };
         if !self.errors.is_empty() {
@@ -36,18 +36,18 @@ impl<'a> Checker<'a> {
         inside.body = Body::Method(method);
         self.enter_method(&instance.applied);
         let mut known = vec![];
-        let mut unlike = None;
+        let mut peft_obstacle = None;
         for line in &counterpart.lines {
             let values = match line {
                 CounterpartLine::Is { values, .. } => &values[..],
                 CounterpartLine::Free { written, .. } => written.as_slice(),
                 CounterpartLine::Require { condition, message, hint } => {
-                    let read = method.variables.iter().filter(|v| mentions::expr(condition, &v.text));
+                    let read = method.variables.iter().filter(|v| expr_reads(condition, &v.text));
                     known.extend(read.filter_map(|v| Some((v.text.clone(), frame.get(&v.text)?.config()?))));
-                    if unlike.is_none() && self.condition(&inside, condition) == Some(false) {
-                        let hint = hint.as_ref().and_then(|h| self.fill(&inside, h));
-                        let title = self.fill(&inside, message).unwrap_or_default();
-                        unlike = Some(title + &hint.map(|h| format!("; {h}")).unwrap_or_default());
+                    if peft_obstacle.is_none() && self.condition(&inside, condition) == Some(false) {
+                        let hint = hint.as_ref().and_then(|h| self.interpolate(&inside, h));
+                        let title = self.interpolate(&inside, message).unwrap_or_default();
+                        peft_obstacle = Some(title + &hint.map(|h| format!("; {h}")).unwrap_or_default());
                     }
                     continue;
                 }
@@ -64,12 +64,12 @@ impl<'a> Checker<'a> {
         self.leave_method(&instance.applied);
         let site = instance.owner.path.trim_end_matches('.');
         if let Some(applied) = self.applied.iter_mut().rev().find(|a| a.path() == site) {
-            applied.known = known.into_iter().collect();
-            applied.unlike = unlike;
+            applied.model_values = known.into_iter().collect();
+            applied.peft_obstacle = peft_obstacle;
         }
     }
 
-    /// The counterparts of all methods at work.
+    /// The counterparts of all applied methods.
     pub(super) fn counterparts(&mut self) -> Vec<Counterpart> {
         let mut methods: Vec<&'a MethodDef> = vec![];
         for applied in self.plan.rules.iter().flat_map(|r| &r.uses) {
@@ -79,13 +79,14 @@ impl<'a> Checker<'a> {
         }
         let mut all = vec![];
         for method in methods {
-            let Some((mut counterpart, errors)) = declared(method) else { continue };
+            let Some((mut counterpart, errors)) = lower_counterpart(method) else { continue };
             for error in errors {
                 self.report_of(&method.name.text, None, error);
             }
-            counterpart.sites = self.kinds.iter().find(|(k, _)| *k == counterpart.kind).map_or(0, |(_, count)| *count);
+            counterpart.sites =
+                self.site_counts.iter().find(|(k, _)| *k == counterpart.kind).map_or(0, |(_, count)| *count);
             let others = self.definitions.methods.values().flatten().filter(|m| !std::ptr::eq(**m, method));
-            let mut others: Vec<Counterpart> = others.filter_map(|m| Some(declared(m)?.0)).collect();
+            let mut others: Vec<Counterpart> = others.filter_map(|m| Some(lower_counterpart(m)?.0)).collect();
             others.sort_by(|a, b| (&a.method, &a.kind).cmp(&(&b.method, &b.kind)));
             let kind = counterpart.peft_type.clone();
             inherit(method, &mut counterpart, others.iter().filter(|o| o.peft_type == kind));
@@ -95,8 +96,8 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// What a method's file says of PEFT, with what is wrong about it.
-fn declared(method: &MethodDef) -> Option<(Counterpart, Vec<Diagnostic>)> {
+/// Lowers the counterpart of a method and collects the errors in it.
+fn lower_counterpart(method: &MethodDef) -> Option<(Counterpart, Vec<Diagnostic>)> {
     let def = method.counterpart.as_ref()?;
     let mut counterpart = Counterpart {
         method: method.name.text.clone(),
@@ -109,12 +110,13 @@ fn declared(method: &MethodDef) -> Option<(Counterpart, Vec<Diagnostic>)> {
         tables: vec![],
         modules: vec![],
     };
-    let errors = def.lines.iter().filter_map(|line| Some(*lower(method, line, &mut counterpart).err()?)).collect();
+    let errors = def.lines.iter().filter_map(|line| Some(*lower_line(method, line, &mut counterpart).err()?)).collect();
     Some((counterpart, errors))
 }
 
-/// A type's keys need to be declared once: of other methods of its type a method has the keys that it does not speak
-/// of itself, if it has the parameters that they name. Where the others do not agree the key is off.
+/// Adds the keys that other methods of the same `peft_type` declare, so that keys need to be declared once for each
+/// type. A method inherits a key that it does not declare itself if it has the parameters that the key's rule names.
+/// Where the other methods disagree, the key is inherited only with a rule under which it is off.
 fn inherit<'c>(method: &MethodDef, to: &mut Counterpart, others: impl Iterator<Item = &'c Counterpart> + Clone) {
     let has = |name: &str| method.params.iter().any(|p| p.name.text == name);
     let own: Vec<String> = to.keys.iter().map(|k| k.name.clone()).collect();
@@ -142,7 +144,7 @@ fn inherit<'c>(method: &MethodDef, to: &mut Counterpart, others: impl Iterator<I
             to.conditions.extend(conditions(other, &key.name).into_iter().cloned());
         }
     }
-    // In the order of names: definitions have none of their own.
+    // The map of definitions has no order, so keys are sorted by name.
     inherited.sort_by(|a, b| a.name.cmp(&b.name));
     to.keys.extend(inherited);
     to.conditions.sort_by(|a, b| a.key.cmp(&b.key));
@@ -150,7 +152,7 @@ fn inherit<'c>(method: &MethodDef, to: &mut Counterpart, others: impl Iterator<I
 
 const NULL: &str = "null";
 
-fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lowered<()> {
+fn lower_line(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lowered<()> {
     match line {
         CounterpartLine::Is { key, values, patterns, hint } => {
             let values = values.iter().map(constant).collect::<Lowered<_>>()?;
@@ -164,7 +166,7 @@ fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lo
         }
         CounterpartLine::When { key, value, set } => {
             let Constant::Value(value) = constant(value)? else {
-                return wrong(value.span, "a condition is on a number, a string, `true` or `false`", "");
+                return line_error(value.span, "the value of a condition is a number, a string, `true` or `false`", "");
             };
             for (name, expr) in set {
                 let then = match &*name.text {
@@ -176,7 +178,8 @@ fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lo
         }
         CounterpartLine::Tensor { name, axes, projection, value, condition, elsewhere } => {
             if axes.iter().filter(|a| a.kind != ExprKind::Int(1)).count() > 2 {
-                return wrong(name.span, "a tensor in PEFT has two axes at most, but for those of 1", "");
+                let title = "a tensor in PEFT has two axes at most, not counting axes of length 1";
+                return line_error(name.span, title, "");
             }
             let (scale, weight) = match &value.kind {
                 ExprKind::Binary { op: BinaryOp::Mul, left, right } => (Some(scalar(left)?), &**right),
@@ -194,7 +197,7 @@ fn lower(method: &MethodDef, line: &CounterpartLine, to: &mut Counterpart) -> Lo
         }
         CounterpartLine::Table { name, weights } => {
             let named = |w: &Name| {
-                let found = named_weight(&method.body, &w.text).filter(|text| !text.contains('{'));
+                let found = weight_path(&method.body, &w.text).filter(|text| !text.contains('{'));
                 found.map_or_else(|| no_weight(method, &w.text, w.span), |path| Ok(path.to_owned()))
             };
             let weights = weights.iter().map(named).collect::<Lowered<_>>()?;
@@ -216,7 +219,7 @@ fn constant(expr: &Expr) -> Lowered<Constant> {
         ExprKind::Name(name) => Constant::Name(name.clone()),
         _ => {
             let title = "a key's value is a number, a string, `true`, `false`, `null` or a name";
-            return wrong(expr.span, title, "");
+            return line_error(expr.span, title, "");
         }
     })
 }
@@ -225,7 +228,7 @@ fn number(expr: &Expr) -> Lowered<f64> {
     match constant(expr)? {
         Constant::Value(ConfigValue::Int(n)) => Ok(n as f64),
         Constant::Value(ConfigValue::Float(x)) => Ok(x),
-        _ => wrong(expr.span, "a number should stand here", ""),
+        _ => line_error(expr.span, "expected a number", ""),
     }
 }
 
@@ -243,17 +246,17 @@ fn scalar(expr: &Expr) -> Lowered<Scalar> {
             Scalar::Binary(*op, Box::new(scalar(left)?), Box::new(scalar(right)?))
         }
         _ => {
-            let hint = "numbers, names of parameters, `+ - * /` and `sqrt(…)` may stand here";
-            return wrong(expr.span, "this is no number made of parameters", hint);
+            let hint = "numbers, names of parameters, `+ - * /` and `sqrt(…)` are allowed here";
+            return line_error(expr.span, "this is not an expression over numeric parameters", hint);
         }
     })
 }
 
-/// `W - scale * svd(W, rank)`
+/// Lowers `W - scale * svd(W, rank)`.
 fn residual(expr: &Expr) -> Lowered<Consequence> {
     let none = || {
         let hint = "write `W - svd(W, rank)` or `W - alpha / rank * qr(W, rank)`";
-        wrong(expr.span, "this is no residual of `W`", hint)
+        line_error(expr.span, "this is not a residual of `W`", hint)
     };
     let is_matrix = |e: &Expr| matches!(&e.kind, ExprKind::Name(name) if name == "W");
     let ExprKind::Binary { op: BinaryOp::Sub, left, right } = &expr.kind else { return none() };
@@ -283,7 +286,7 @@ fn axis(method: &MethodDef, expr: &Expr) -> Lowered<Axis> {
         ExprKind::Name(text) => Ok(Axis::Param(parameter(method, &Name { text: text.clone(), span: expr.span })?)),
         _ => {
             let hint = "an axis is `inputs`, `outputs`, a parameter of the method, or 1";
-            wrong(expr.span, "this is no axis of a tensor in PEFT", hint)
+            line_error(expr.span, "this is not an axis of a tensor in PEFT", hint)
         }
     }
 }
@@ -299,16 +302,16 @@ fn parameter(method: &MethodDef, name: &Name) -> Lowered<String> {
     }
 }
 
-/// The name in files of a weight of the method.
+/// The path of a weight of the method.
 fn weight_of(method: &MethodDef, expr: &Expr) -> Lowered<String> {
     let ExprKind::Name(name) = &expr.kind else {
-        return wrong(expr.span, "a tensor is a weight, or a weight times a number", "such as `alpha / rank * B`");
+        return line_error(expr.span, "a tensor is a weight, or a weight times a number", "such as `alpha / rank * B`");
     };
-    let found = named_weight(&method.body, name).filter(|text| !text.contains('{'));
+    let found = weight_path(&method.body, name).filter(|text| !text.contains('{'));
     found.map_or_else(|| no_weight(method, name, expr.span), |path| Ok(path.to_owned()))
 }
 
 fn no_weight<T>(method: &MethodDef, name: &str, span: Span) -> Lowered<T> {
     let title = format!("`{}` declares no weight `{name}` under a fixed name", method.name.text);
-    wrong(span, title, "name a `weight`, or what the method stores")
+    line_error(span, title, "name a `weight`, or what the method stores")
 }

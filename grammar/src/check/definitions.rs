@@ -1,4 +1,4 @@
-//! Every definition a spec can see: its own, those it imports, and the library's, in this order of precedence.
+//! The definitions that a spec can refer to: its own, imported ones, and the library's, in this order of precedence.
 
 use std::collections::HashMap;
 
@@ -8,19 +8,19 @@ use crate::library;
 use crate::parser;
 use crate::source::{FileId, Sources, Span};
 
-/// Reads an imported file by its path; the message says why it cannot be read.
+/// A function that returns the text of an imported file, given its path, or the reason why it cannot be read.
 pub type Resolver<'a> = dyn Fn(&str) -> Result<String, String> + 'a;
 
-/// A spec has a few files of its own: more are imports that never end.
-const MOST_FILES: usize = 256;
+/// The maximum number of files of a spec. It stops imports that generate further imports without end.
+const MAX_FILES: usize = 256;
 
-/// Parsed files, the spec first, the library last.
+/// The parsed files: the spec first, then the imported files, then the library.
 pub(super) struct Files {
     pub asts: Vec<Ast>,
 }
 
 impl Files {
-    /// Reads everything that `main` imports.
+    /// Parses the spec's imports and the library.
     pub fn load(main: Ast, sources: &mut Sources, resolver: &Resolver) -> Result<Files, Vec<Diagnostic>> {
         let mut asts = vec![main];
         let mut errors = Vec::new();
@@ -42,8 +42,8 @@ impl Files {
                         if paths.contains(&path) {
                             continue;
                         }
-                        if paths.len() == MOST_FILES {
-                            let title = format!("more than {MOST_FILES} files are imported");
+                        if paths.len() == MAX_FILES {
+                            let title = format!("more than {MAX_FILES} files are imported");
                             errors.push(Diagnostic::error(import.span, title));
                             return Err(errors);
                         }
@@ -85,7 +85,7 @@ fn imports(ast: &Ast) -> Vec<Import> {
     ast.items.iter().filter_map(import).collect()
 }
 
-/// `relative` seen from the folder of `file`.
+/// The path `relative` resolved against the folder of `file`.
 fn beside(file: &str, relative: &str) -> String {
     match file.rfind('/') {
         Some(end) if !relative.starts_with('/') => format!("{}/{}", &file[..end], relative.trim_start_matches("./")),
@@ -97,12 +97,12 @@ fn beside(file: &str, relative: &str) -> String {
 pub(super) struct Definitions<'a> {
     pub backbones: HashMap<&'a str, &'a BackboneDef>,
     pub functions: HashMap<&'a str, &'a FunctionDef>,
-    /// A method may be written for several kinds of site.
+    /// The definitions of each method, one for each kind of site.
     pub methods: HashMap<&'a str, Vec<&'a MethodDef>>,
 }
 
 impl<'a> Definitions<'a> {
-    /// Collects definitions; a name defined twice among the user's own files is an error.
+    /// Collects the definitions. A name that the user's own files define twice is an error.
     pub fn collect(files: &'a Files, sources: &Sources, errors: &mut Vec<Diagnostic>) -> Self {
         let mut all = Definitions::default();
         let own = |span: Span| !sources.get(span.file).library;

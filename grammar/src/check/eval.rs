@@ -1,24 +1,25 @@
-//! Expressions: numbers are computed, tensors become operations.
+//! Evaluates expressions: computes numbers, and adds operations to the graph for tensors.
 
 use super::frame::{Body, Frame};
 use super::value::Val;
 use super::{Checker, INPUTS};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
-use crate::graph::{DType, Dim, Op, Type, Value};
+use crate::graph::{DType, Dim, Location, Op, Type, Value};
 use crate::source::Span;
 
-/// Expressions inside each other, those of called functions among them: the stack is finite.
-const DEEPEST: usize = 160;
-/// The longest axis a spec may write.
-const LONGEST_AXIS: i64 = 1 << 31;
-/// The longest text with its variables filled in, in bytes: one that holds itself twice doubles with each statement.
-const LONGEST_TEXT: usize = 4096;
+/// The maximum nesting depth of expressions, including those of called functions. It bounds the use of the stack.
+const MAX_EXPR_DEPTH: usize = 160;
+/// The maximum length of an axis that a spec may declare, in elements.
+const MAX_AXIS_LENGTH: i64 = 1 << 31;
+/// The maximum length of an interpolated string in bytes. A string that contains itself twice doubles with each
+/// statement.
+const MAX_STRING_BYTES: usize = 4096;
 
 impl<'a> Checker<'a> {
     pub(super) fn eval(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Val {
         self.depth += 1;
-        let value = if self.depth > DEEPEST {
+        let value = if self.depth > MAX_EXPR_DEPTH {
             let error = Diagnostic::error(expr.span, "calls and expressions are nested too deep");
             self.report(error.hint("does a function call itself? For equations that repeat there is `for`"));
             Val::Unknown
@@ -36,15 +37,15 @@ impl<'a> Checker<'a> {
             ExprKind::Bool(b) => Val::Bool(*b),
             ExprKind::String(text) => {
                 let text = Text { text: text.clone(), span: expr.span };
-                self.fill(frame, &text).map_or(Val::Unknown, Val::Str)
+                self.interpolate(frame, &text).map_or(Val::Unknown, Val::Str)
             }
             ExprKind::Name(name) => self.variable(frame, name, expr.span),
             ExprKind::List(items) => {
                 let mut values = vec![];
                 for item in items {
                     values.push(match self.eval(frame, item) {
-                        // One that held itself twice would double with each statement.
-                        list @ Val::List(_) => self.misuse(list, "a list holds no lists", item.span),
+                        // A list that contains itself twice would double with each statement.
+                        list @ Val::List(_) => self.type_error(list, "a list cannot contain lists", item.span),
                         value => value,
                     });
                 }
@@ -56,22 +57,22 @@ impl<'a> Checker<'a> {
                 Val::Int(n) => n.checked_neg().map_or(Val::Unknown, Val::Int),
                 Val::Float(x) => Val::Float(-x),
                 Val::Tensor(x) => self.push(Op::Scale { by: -1.0 }, &[x], expr.span),
-                other => self.misuse(other, "only a number or a tensor has a sign", inner.span),
+                other => self.type_error(other, "only a number or a tensor can be negated", inner.span),
             },
             ExprKind::Not(inner) => match self.eval(frame, inner) {
                 Val::Bool(b) => Val::Bool(!b),
-                other => self.misuse(other, "`not` wants `true` or `false`", inner.span),
+                other => self.type_error(other, "`not` expects `true` or `false`", inner.span),
             },
             ExprKind::Binary { op, left, right } => self.binary(frame, *op, left, right, expr.span),
             ExprKind::Measured { unit, .. } => {
-                let error = Diagnostic::error(unit.span, format!("this is no number of {}", unit.text));
-                self.report(error.hint("a batch is measured so: `batch: 4096 tokens`"));
+                let error = Diagnostic::error(unit.span, format!("a number of {} is not allowed here", unit.text));
+                self.report(error.hint("only the size of a batch has a unit: `batch: 4096 tokens`"));
                 Val::Unknown
             }
         }
     }
 
-    fn misuse(&mut self, found: Val, title: &str, span: Span) -> Val {
+    fn type_error(&mut self, found: Val, title: &str, span: Span) -> Val {
         if found != Val::Unknown {
             let title = format!("{title}, found {}", found.describe(&self.graph));
             self.report(Diagnostic::error(span, title));
@@ -91,7 +92,7 @@ impl<'a> Checker<'a> {
             "sequences" => return Val::Dim(Dim::Sequences),
             "classes" => return Val::Int(self.classes as i64),
             "smoothing" => {
-                self.smoothing_unread = None;
+                self.unused_smoothing = None;
                 return Val::Float(self.smoothing);
             }
             _ => {}
@@ -119,8 +120,8 @@ impl<'a> Checker<'a> {
         Val::Unknown
     }
 
-    /// A string with `{name}` filled in.
-    pub(super) fn fill(&mut self, frame: &Frame<'a>, text: &Text) -> Option<String> {
+    /// Replaces each `{name}` in a string by the variable's value.
+    pub(super) fn interpolate(&mut self, frame: &Frame<'a>, text: &Text) -> Option<String> {
         let mut out = String::new();
         let mut at = 0;
         while let Some(open) = text.text[at..].find('{') {
@@ -131,7 +132,7 @@ impl<'a> Checker<'a> {
             };
             let Some(length) = text.text[open..].find('}') else {
                 let error = Diagnostic::error(inside(open, open + 1), "this `{` is not closed");
-                self.report(error.hint("write `{name}` to put a variable in"));
+                self.report(error.hint("write `{name}` to interpolate a variable"));
                 return None;
             };
             let (name, span) = (&text.text[open + 1..open + length], inside(open + 1, open + length));
@@ -140,13 +141,13 @@ impl<'a> Checker<'a> {
             match value.plain() {
                 Some(plain) => out.push_str(&plain),
                 None => {
-                    self.misuse(value, "only a number or a string goes into a name", span);
+                    self.type_error(value, "only a number or a string can be interpolated", span);
                     return None;
                 }
             }
             at = open + length + 1;
-            if out.len() > LONGEST_TEXT {
-                let title = format!("this text grows beyond {LONGEST_TEXT} bytes when it is filled in");
+            if out.len() > MAX_STRING_BYTES {
+                let title = format!("this string exceeds {MAX_STRING_BYTES} bytes after interpolation");
                 self.report(Diagnostic::error(text.span, title));
                 return None;
             }
@@ -159,41 +160,41 @@ impl<'a> Checker<'a> {
         match self.eval(frame, expr) {
             Val::Bool(b) => Some(b),
             other => {
-                self.misuse(other, "a condition is `true` or `false` when the spec is compiled", expr.span);
+                self.type_error(other, "a condition must be `true` or `false` at compile time", expr.span);
                 None
             }
         }
     }
 
-    pub(super) fn whole(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<i64> {
+    pub(super) fn integer(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<i64> {
         let value = self.eval(frame, expr);
-        self.as_whole(value, expr.span)
+        self.as_integer(value, expr.span)
     }
 
-    pub(super) fn as_whole(&mut self, value: Val, span: Span) -> Option<i64> {
+    pub(super) fn as_integer(&mut self, value: Val, span: Span) -> Option<i64> {
         match value {
             Val::Int(n) => Some(n),
             other => {
-                self.misuse(other, "a whole number should stand here", span);
+                self.type_error(other, "expected a whole number", span);
                 None
             }
         }
     }
 
     /// The length of an axis.
-    pub(super) fn extent(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<u64> {
+    pub(super) fn axis_length(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<u64> {
         let n = match self.eval(frame, expr) {
             Val::Float(x) => {
                 let text = self.sources.slice(expr.span);
-                let error = Diagnostic::error(expr.span, format!("an axis is a whole number long, found {x}"));
+                let error = Diagnostic::error(expr.span, format!("the length of an axis is a whole number, found {x}"));
                 let error = if text.contains('/') { error.hint(format!("`{text}` leaves a remainder")) } else { error };
                 self.report(error);
                 return None;
             }
-            value => self.as_whole(value, expr.span)?,
+            value => self.as_integer(value, expr.span)?,
         };
-        if !(1..=LONGEST_AXIS).contains(&n) {
-            self.report(Diagnostic::error(expr.span, format!("an axis cannot be {n} long")));
+        if !(1..=MAX_AXIS_LENGTH).contains(&n) {
+            self.report(Diagnostic::error(expr.span, format!("an axis cannot have length {n}")));
             return None;
         }
         Some(n as u64)
@@ -207,27 +208,27 @@ impl<'a> Checker<'a> {
     pub(super) fn as_number(&mut self, value: Val, span: Span) -> Option<f64> {
         let number = value.number();
         if number.is_none() {
-            self.misuse(value, "a number known when the spec is compiled should stand here", span);
+            self.type_error(value, "expected a number that is known at compile time", span);
         }
         number
     }
 
     pub(super) fn tensor(&mut self, frame: &Frame<'a>, expr: &'a Expr) -> Option<Value> {
         let value = self.eval(frame, expr);
-        self.want_tensor(value, expr.span)
+        self.as_tensor(value, expr.span)
     }
 
-    pub(super) fn want_tensor(&mut self, value: Val, span: Span) -> Option<Value> {
+    pub(super) fn as_tensor(&mut self, value: Val, span: Span) -> Option<Value> {
         match value {
             Val::Tensor(x) => Some(x),
             other => {
-                self.misuse(other, "a tensor should stand here", span);
+                self.type_error(other, "expected a tensor", span);
                 None
             }
         }
     }
 
-    /// Appends an operation; what does not fit is reported in the graph's words.
+    /// Appends an operation to the graph. If the operands do not fit, it reports the error of [`Op::infer`].
     pub(super) fn push(&mut self, op: Op, operands: &[Value], span: Span) -> Val {
         self.push_with(op, operands, span, |error| error)
     }
@@ -239,7 +240,8 @@ impl<'a> Checker<'a> {
         span: Span,
         explain: impl FnOnce(Diagnostic) -> Diagnostic,
     ) -> Val {
-        let location = self.sources.location(span);
+        let site = self.sites.last().map(|site| site.path.as_str().into()).unwrap_or_default();
+        let location = Location { site, ..self.sources.location(span) };
         match self.graph.push(op, operands, &location) {
             Ok(value) => Val::Tensor(value),
             Err(why) => {
@@ -249,8 +251,9 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// The operand of `transpose(…)`, which a matmul reads without moving anything.
-    fn side(&mut self, frame: &Frame<'a>, expr: &'a Expr, op: BinaryOp) -> (Val, bool) {
+    /// An operand of a binary operator. For a matmul, `transpose(x)` becomes an attribute of the operation rather than
+    /// a permutation.
+    fn matmul_operand(&mut self, frame: &Frame<'a>, expr: &'a Expr, op: BinaryOp) -> (Val, bool) {
         if let (BinaryOp::Matmul, ExprKind::Call { function, args }) = (op, &expr.kind)
             && let ("transpose", [Arg { name: None, value }]) = (&*function.text, &args[..])
         {
@@ -259,8 +262,8 @@ impl<'a> Checker<'a> {
         (self.eval(frame, expr), false)
     }
 
-    /// The type of a side as it is written.
-    fn seen(&self, x: Value, transposed: bool) -> Type {
+    /// The type of an operand as it is written, transposition included.
+    fn written_type(&self, x: Value, transposed: bool) -> Type {
         let mut ty = self.graph.ty(x).clone();
         if let (true, rank @ 2..) = (transposed, ty.rank()) {
             ty.shape.swap(rank - 1, rank - 2);
@@ -276,8 +279,8 @@ impl<'a> Checker<'a> {
             }
             return self.condition(frame, right).map_or(Val::Unknown, Val::Bool);
         }
-        let (x, transpose_x) = self.side(frame, left, op);
-        let (y, transpose_y) = self.side(frame, right, op);
+        let (x, transpose_x) = self.matmul_operand(frame, left, op);
+        let (y, transpose_y) = self.matmul_operand(frame, right, op);
         let symbol = op.symbol();
         match (x, y) {
             (Val::Unknown, _) | (_, Val::Unknown) => Val::Unknown,
@@ -290,11 +293,11 @@ impl<'a> Checker<'a> {
                     BinaryOp::Matmul => Op::Matmul { transpose_x, transpose_y },
                     _ => {
                         let error = Diagnostic::error(span, format!("`{symbol}` compares numbers, not tensors"));
-                        self.report(error.hint("the graph has no branches: a condition is known when it is compiled"));
+                        self.report(error.hint("the graph has no branches: a condition must be known at compile time"));
                         return Val::Unknown;
                     }
                 };
-                let (tx, ty) = (self.seen(x, transpose_x), self.seen(y, transpose_y));
+                let (tx, ty) = (self.written_type(x, transpose_x), self.written_type(y, transpose_y));
                 let (left, right) =
                     (self.sources.slice(left.span).to_owned(), self.sources.slice(right.span).to_owned());
                 let matrices = matches!(operation, Op::Matmul { .. });
@@ -311,14 +314,14 @@ impl<'a> Checker<'a> {
                         (false, Some(wide), Some(other)) if wide != other => {
                             error.title = format!("{both}: `{left}` is {wide} wide, `{right}` {other}");
                         }
-                        (false, ..) => error.title = format!("{both}: {tx} and {ty} have other rows"),
+                        (false, ..) => error.title = format!("{both}: {tx} and {ty} differ in their leading axes"),
                         _ => {}
                     }
                     let error = error.note(format!("`{left}` is {tx}, `{right}` is {ty}"));
                     if tx.dtype == DType::I32 || ty.dtype == DType::I32 {
-                        error.hint("row numbers only index a table: `table[ids]`")
+                        error.hint("row numbers can only index a table: `table[ids]`")
                     } else if op == BinaryOp::Mul && tx.rank() == 2 && ty.rank() == 2 {
-                        error.hint("`*` is element by element; the matrix product is `@`")
+                        error.hint("`*` is elementwise; the matrix product is `@`")
                     } else if op == BinaryOp::Matmul && tx.last() == ty.last() {
                         error.hint(match right.strip_prefix("transpose(") {
                             Some(inner) => {
@@ -333,14 +336,14 @@ impl<'a> Checker<'a> {
             }
             (Val::Tensor(x), y) if y.number().is_some() => self.with_number(op, x, y.number().unwrap_or(0.0), span),
             (x, Val::Tensor(y)) if x.number().is_some() => self.number_with(op, x.number().unwrap_or(0.0), y, span),
-            (Val::Int(x), Val::Int(y)) => self.whole_arithmetic(op, x, y, span),
+            (Val::Int(x), Val::Int(y)) => self.integer_arithmetic(op, x, y, span),
             (x, y) => match (op, x.number(), y.number()) {
                 (BinaryOp::Equal, ..) => Val::Bool(x == y),
                 (BinaryOp::Unequal, ..) => Val::Bool(x != y),
                 (_, Some(x), Some(y)) => self.arithmetic(op, x, y, span),
                 _ => {
                     let (x, y) = (x.describe(&self.graph), y.describe(&self.graph));
-                    self.report(Diagnostic::error(span, format!("`{symbol}` has no meaning between {x} and {y}")));
+                    self.report(Diagnostic::error(span, format!("`{symbol}` is not defined for {x} and {y}")));
                     Val::Unknown
                 }
             },
@@ -379,7 +382,7 @@ impl<'a> Checker<'a> {
     }
 
     fn no_mixture(&mut self, op: BinaryOp, span: Span) -> Val {
-        let title = format!("`{}` has no meaning between a tensor and a number", op.symbol());
+        let title = format!("`{}` is not defined for a tensor and a number", op.symbol());
         self.report(Diagnostic::error(span, title));
         Val::Unknown
     }
@@ -389,7 +392,7 @@ impl<'a> Checker<'a> {
         Val::Unknown
     }
 
-    fn whole_arithmetic(&mut self, op: BinaryOp, x: i64, y: i64, span: Span) -> Val {
+    fn integer_arithmetic(&mut self, op: BinaryOp, x: i64, y: i64, span: Span) -> Val {
         let result = match op {
             BinaryOp::Add => x.checked_add(y),
             BinaryOp::Sub => x.checked_sub(y),
@@ -422,7 +425,7 @@ impl<'a> Checker<'a> {
             BinaryOp::AtMost => return Val::Bool(x <= y),
             BinaryOp::AtLeast => return Val::Bool(x >= y),
             _ => {
-                let title = format!("`{}` has no meaning between {x} and {y}", op.symbol());
+                let title = format!("`{}` is not defined for {x} and {y}", op.symbol());
                 self.report(Diagnostic::error(span, title));
                 return Val::Unknown;
             }
@@ -430,10 +433,10 @@ impl<'a> Checker<'a> {
         if result.is_finite() { Val::Float(result) } else { self.by_zero(span) }
     }
 
-    /// `x[:, 0:n]` or `table[ids]`.
+    /// Evaluates `x[:, 0:n]` or `table[ids]`.
     fn index(&mut self, frame: &Frame<'a>, base: &'a Expr, subscripts: &'a [Subscript], span: Span) -> Val {
         let base_value = self.eval(frame, base);
-        let Some(mut x) = self.want_tensor(base_value, base.span) else { return Val::Unknown };
+        let Some(mut x) = self.as_tensor(base_value, base.span) else { return Val::Unknown };
         if let [Subscript::At(rows)] = subscripts {
             let Some(ids) = self.tensor(frame, rows) else { return Val::Unknown };
             let what = self.sources.slice(base.span).to_owned();
@@ -451,7 +454,7 @@ impl<'a> Checker<'a> {
                 Subscript::Slice { start: None, end: None, .. } => continue,
                 Subscript::Slice { start, end, span } => (start, end, *span),
                 Subscript::At(at) => {
-                    let error = Diagnostic::error(at.span, "an axis is cut by a slice");
+                    let error = Diagnostic::error(at.span, "an axis is indexed by a slice");
                     let slice = match &at.kind {
                         ExprKind::Int(n) => format!("{n}:{}", n.saturating_add(1)),
                         _ => format!("{0}:{0} + 1", self.sources.slice(at.span)),
@@ -462,11 +465,11 @@ impl<'a> Checker<'a> {
             };
             let mut bound = |e: &'a Option<Expr>| match e {
                 None => Some(None),
-                Some(e) => self.whole(frame, e).map(|n| Some((n, e.span))),
+                Some(e) => self.integer(frame, e).map(|n| Some((n, e.span))),
             };
             let (Some(start), Some(end)) = (bound(start), bound(end)) else { return Val::Unknown };
             if let Some((n, span)) = [start, end].into_iter().flatten().find(|(n, _)| *n < 0) {
-                self.report(Diagnostic::error(span, format!("a slice counts from the front, found {n}")));
+                self.report(Diagnostic::error(span, format!("the bounds of a slice cannot be negative, found {n}")));
                 return Val::Unknown;
             }
             let start = start.map_or(0, |(n, _)| n as u64);

@@ -1,35 +1,35 @@
-//! Statements: a definition's body is run, and what it says about tensors becomes the graph.
+//! Executes statements: runs the body of a definition and adds its tensors to the graph.
 
 use std::collections::HashMap;
 
 use super::frame::{Body, Frame};
 use super::value::Val;
-use super::{Call, Checker, Declared, Glob, Said, Stored};
+use super::{Call, Checker, Declared, Located, StoredValue, TrainPattern};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{Dim, Role, Type};
 use crate::model::{Init, Origin, Param, Trainable};
 use crate::source::Span;
 
-/// Statements a spec may run in all: a bound for loops that would never end.
-const MOST_STEPS: usize = 50_000;
-/// Errors after which the rest of the model has nothing new to say.
-const MOST_ERRORS: usize = 200;
-/// Calls inside calls.
-const DEEPEST_CALL: usize = 24;
-/// Values a tensor may hold: 4 TiB of them are a slip of the pen.
-const MOST_ELEMENTS: u64 = 1 << 40;
+/// The maximum number of statements that a spec executes. It stops loops with excessive bounds.
+const MAX_STATEMENTS: usize = 50_000;
+/// The number of errors after which the check stops.
+const MAX_ERRORS: usize = 200;
+/// The maximum depth of function calls.
+const MAX_CALL_DEPTH: usize = 24;
+/// The maximum number of values of a weight. 2⁴⁰ values take 4 TiB in f32, which can only be a mistake.
+const MAX_WEIGHT_ELEMENTS: u64 = 1 << 40;
 
 impl<'a> Checker<'a> {
     pub(super) fn run(&mut self, frame: &mut Frame<'a>, body: &'a [Stmt]) {
         for statement in body {
-            if self.errors.len() > MOST_ERRORS {
+            if self.errors.len() > MAX_ERRORS {
                 return;
             }
-            self.steps += 1;
-            if self.steps > MOST_STEPS {
-                if !std::mem::replace(&mut self.exhausted, true) {
-                    let error = Diagnostic::error(statement.span, "this spec never comes to an end");
+            self.statements_run += 1;
+            if self.statements_run > MAX_STATEMENTS {
+                if !std::mem::replace(&mut self.out_of_steps, true) {
+                    let error = Diagnostic::error(statement.span, "this spec executes too many statements");
                     let hint = "look at the bounds of its loops: a model has thousands of equations, not millions";
                     self.report(error.hint(hint));
                 }
@@ -52,23 +52,26 @@ impl<'a> Checker<'a> {
                 None => {}
             },
             StmtKind::For { variable, start, end, body } => {
-                let (start, end) = (self.whole(frame, start), self.whole(frame, end));
+                let (start, end) = (self.integer(frame, start), self.integer(frame, end));
                 let (Some(start), Some(end)) = (start, end) else { return };
                 for i in start..end {
                     frame.scopes.push(HashMap::from([(variable.text.clone(), Val::Int(i))]));
                     self.run(frame, body);
                     frame.scopes.pop();
-                    if frame.returned.is_some() || self.steps > MOST_STEPS || self.errors.len() > MOST_ERRORS {
+                    if frame.returned.is_some()
+                        || self.statements_run > MAX_STATEMENTS
+                        || self.errors.len() > MAX_ERRORS
+                    {
                         return;
                     }
-                    self.steps += 1;
+                    self.statements_run += 1;
                 }
             }
             StmtKind::ForTask { purposes, body } => {
                 if frame.body != Body::Backbone {
-                    let error = Diagnostic::error(span, "only a backbone computes something else for another task");
+                    let error = Diagnostic::error(span, "only a backbone can have `for` blocks for kinds of tasks");
                     self.report(error);
-                } else if self.asked(purposes) {
+                } else if self.task_is_one_of(purposes) {
                     self.run(frame, body);
                 }
             }
@@ -78,7 +81,7 @@ impl<'a> Checker<'a> {
                     Some(value) => self.tensor(frame, value),
                     None => {
                         let value = self.variable(frame, &name.text, name.span);
-                        self.want_tensor(value, name.span)
+                        self.as_tensor(value, name.span)
                     }
                 };
                 if let Some(value) = value {
@@ -86,14 +89,14 @@ impl<'a> Checker<'a> {
                 }
             }
             StmtKind::Expose { value, name } => {
-                let (value, text) = (self.tensor(frame, value), self.fill(frame, name));
+                let (value, text) = (self.tensor(frame, value), self.interpolate(frame, name));
                 if let (Some(value), Some(text)) = (value, text) {
                     self.output(text, value, name.span);
                 }
             }
             StmtKind::Store { value, name } => self.store(frame, value, name),
             StmtKind::Tune(rule) => match frame.body {
-                // A mixture's rules have been taken up with the tune block's.
+                // The `tune` block has already collected the rules of a mixture.
                 Body::Method(method) if method.kind.text == "model" => {}
                 _ => {
                     let error = Diagnostic::error(rule.span(), "only a mixture applies methods");
@@ -101,37 +104,42 @@ impl<'a> Checker<'a> {
                 }
             },
             StmtKind::After { .. } => {
-                let error = Diagnostic::error(span, "`after` stands at the top of a method's body");
-                self.report(error.hint("put the `if` or `for` inside of it"));
+                let error = Diagnostic::error(span, "`after` is allowed only at the top level of a method's body");
+                self.report(error.hint("put the `if` or `for` inside it"));
             }
             StmtKind::Return(value) => {
                 let value = self.eval(frame, value);
                 if frame.body != Body::Function {
-                    self.report(Diagnostic::error(span, "only a function returns something"));
+                    self.report(Diagnostic::error(span, "only a function can return a value"));
                 }
                 frame.returned = Some(value);
             }
             StmtKind::Require { condition, message, hint } => {
                 if self.condition(frame, condition) == Some(false) {
-                    self.unmet(frame, condition.span, message, hint.as_ref());
+                    self.report_requirement(frame, condition.span, message, hint.as_ref());
                 }
             }
             StmtKind::Longest(value) => {
-                let said = self.once(frame, value, 1, "how many tokens a sequence may have", self.longest);
-                self.longest = said.or(self.longest);
+                let said = self.set_once(frame, value, 1, "the maximum length of a sequence", self.max_sequence);
+                self.max_sequence = said.or(self.max_sequence);
             }
             StmtKind::Skip(value) => {
-                let said = self.once(frame, value, 0, "which token positions skip", self.skipped);
-                self.skipped = said.or(self.skipped);
+                let said = self.set_once(frame, value, 0, "the token id that positions skip", self.position_skip);
+                self.position_skip = said.or(self.position_skip);
             }
             StmtKind::Train(pattern) => match frame.body {
                 Body::Method(method) if method.kind.text == "model" => {
                     let (pattern, method) = (pattern.clone(), method.name.text.clone());
-                    self.globs.push(Glob { pattern, method, used: frame.owner.used, rates: frame.owner.rates.clone() });
+                    self.train_patterns.push(TrainPattern {
+                        pattern,
+                        method,
+                        used: frame.owner.used,
+                        rates: frame.owner.rates.clone(),
+                    });
                 }
                 _ => {
                     let error = Diagnostic::error(span, "`train` names tensors of the whole model");
-                    self.report(error.hint("only a method `on model` can say it"));
+                    self.report(error.hint("only a method `on model` can use it"));
                 }
             },
             StmtKind::Assign { name, value, nested } => {
@@ -139,13 +147,16 @@ impl<'a> Checker<'a> {
                 let value = self.eval(frame, value);
                 let known = frame.get(&name.text);
                 if let (Some(Val::Tensor(_)), false) = (known, matches!(value, Val::Tensor(_) | Val::Unknown)) {
-                    let title = format!("`{}` is a tensor, and {} is none", name.text, value.describe(&self.graph));
+                    let title = format!("`{}` is a tensor, and {} is not", name.text, value.describe(&self.graph));
                     self.report(Diagnostic::error(at, title).hint("use another name"));
                     return;
                 }
+                if let (Val::Tensor(tensor), Body::Backbone | Body::Method(_)) = (&value, frame.body) {
+                    self.graph.name_value(*tensor, &name.text);
+                }
                 frame.set(&name.text, value);
                 match (frame.body, nested) {
-                    (Body::Backbone, nested) => self.assigned(frame, name, nested.as_ref()),
+                    (Body::Backbone, nested) => self.after_assignment(frame, name, nested.as_ref()),
                     (_, Some(nested)) => {
                         let error = Diagnostic::error(nested.kind.span, "only a backbone has sites");
                         self.report(error.hint("leave out `as … of …`"));
@@ -156,33 +167,35 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// A whole number of at least `least` that a backbone says once.
-    fn once(
+    /// An integer of at least `least` that a backbone may set only once.
+    fn set_once(
         &mut self,
         frame: &Frame<'a>,
         value: &'a Expr,
         least: i64,
         what: &str,
-        first: Option<Said>,
-    ) -> Option<Said> {
-        let number = self.whole(frame, value)?;
+        first: Option<Located>,
+    ) -> Option<Located> {
+        let number = self.integer(frame, value)?;
         let error = match first {
-            _ if frame.body != Body::Backbone => Diagnostic::error(value.span, format!("only a backbone says {what}")),
-            Some(first) => Diagnostic::error(value.span, format!("the backbone says twice {what}"))
+            _ if frame.body != Body::Backbone => {
+                Diagnostic::error(value.span, format!("only a backbone can set {what}"))
+            }
+            Some(first) => Diagnostic::error(value.span, format!("the backbone sets {what} twice"))
                 .related(first.span, "the first is here"),
             None if number < least => {
                 Diagnostic::error(value.span, format!("{what} is at least {least}, found {number}"))
             }
-            None => return Some(Said { number: number as u64, span: value.span }),
+            None => return Some(Located { number: number as u64, span: value.span }),
         };
         self.report(error);
         None
     }
 
-    /// A `require` that does not hold is the caller's to mend, and is shown there.
-    fn unmet(&mut self, frame: &Frame<'a>, span: Span, message: &Text, hint: Option<&Text>) {
-        let Some(title) = self.fill(frame, message) else { return };
-        let hint = hint.and_then(|h| self.fill(frame, h));
+    /// Reports a `require` that does not hold. The caller has to fix it, so the error points to the call.
+    fn report_requirement(&mut self, frame: &Frame<'a>, span: Span, message: &Text, hint: Option<&Text>) {
+        let Some(title) = self.interpolate(frame, message) else { return };
+        let hint = hint.and_then(|h| self.interpolate(frame, h));
         let mut error = Diagnostic::error(span, title);
         error.hint = hint;
         let library = |span: Span| self.sources.get(span.file).library;
@@ -197,22 +210,22 @@ impl<'a> Checker<'a> {
         self.report(error);
     }
 
-    /// `store`: a method's word on what is kept of its weights.
+    /// Executes `store`: a value that replaces weights of the method after training.
     fn store(&mut self, frame: &Frame<'a>, value: &'a Expr, name: &Text) {
         let span = value.span;
-        let (value, text) = (self.tensor(frame, value), self.fill(frame, name));
+        let (value, text) = (self.tensor(frame, value), self.interpolate(frame, name));
         let (Some(value), Some(text)) = (value, text) else { return };
         let Some(Origin::Method(method)) = &frame.owner.origin else {
-            let error = Diagnostic::error(name.span, "only a method stores something in place of its weights");
+            let error = Diagnostic::error(name.span, "only a method can store values in place of its weights");
             self.report(error);
             return;
         };
         if self.graph.ty(value).elements().is_none() {
-            let title = format!("what is stored is made of weights alone, and this is {}", self.graph.ty(value));
+            let title = format!("a stored value must depend on weights alone, but this is {}", self.graph.ty(value));
             self.report(Diagnostic::error(span, title));
         } else {
             let name = format!("{}{text}", frame.owner.path);
-            self.stored.push(Stored { name, value, span, method: method.clone(), used: frame.owner.used });
+            self.stored.push(StoredValue { name, value, span, method: method.clone(), used: frame.owner.used });
         }
     }
 
@@ -227,20 +240,20 @@ impl<'a> Checker<'a> {
     }
 
     fn weight(&mut self, frame: &mut Frame<'a>, weight: &'a WeightDef, span: Span) {
-        let path = self.fill(frame, &weight.path);
-        let shape: Vec<Option<u64>> = weight.shape.iter().map(|e| self.extent(frame, e)).collect();
+        let path = self.interpolate(frame, &weight.path);
+        let shape: Vec<Option<u64>> = weight.shape.iter().map(|e| self.axis_length(frame, e)).collect();
         let shape: Option<Vec<u64>> = shape.into_iter().collect();
         let init = self.init(frame, weight, shape.as_deref());
         frame.set(&weight.name.text, Val::Unknown);
         let (Some(path), Some(shape), Some(init)) = (path, shape, init) else { return };
-        let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|&n| n <= MOST_ELEMENTS);
+        let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_WEIGHT_ELEMENTS);
         if elements.is_none() || shape.is_empty() {
             let shape: Vec<Dim> = shape.into_iter().map(Dim::Const).collect();
-            let title = format!("a weight of shape {} is not reasonable", Type::f32(shape));
+            let title = format!("a weight cannot have the shape {}", Type::f32(shape));
             self.report(Diagnostic::error(weight.shape_span, title));
             return;
         }
-        let shared = weight.marks.contains(&Mark::Shared);
+        let shared = weight.marks.contains(&WeightMark::Shared);
         let name = if shared { path } else { format!("{}{path}", frame.owner.path) };
         if shared && let Some((first, known, value)) = self.shared.get(&name).cloned() {
             if known != shape {
@@ -248,7 +261,7 @@ impl<'a> Checker<'a> {
                 self.report(Diagnostic::error(weight.shape_span, title).related(first, "declared here"));
             }
             frame.set(&weight.name.text, value);
-            self.shared_rate(&name, &frame.owner.rates, weight);
+            self.check_shared_rate(&name, &frame.owner.rates, weight);
             return;
         }
         if let Some(&Declared { name: first, .. }) = self.declared.get(&name) {
@@ -258,20 +271,20 @@ impl<'a> Checker<'a> {
             return;
         }
         self.declared.insert(name.clone(), Declared { name: weight.path.span, used: frame.owner.used });
-        let origin = match (&frame.owner.origin, weight.marks.contains(&Mark::Head)) {
+        let origin = match (&frame.owner.origin, weight.marks.contains(&WeightMark::Head)) {
             (Some(origin @ Origin::Method(_)), _) => origin.clone(),
             (_, true) => Origin::Head,
             _ => Origin::Backbone,
         };
         let trainable = match &origin {
-            Origin::Method(_) if weight.marks.contains(&Mark::Frozen) => Trainable::No,
+            Origin::Method(_) if weight.marks.contains(&WeightMark::Frozen) => Trainable::No,
             Origin::Method(_) => Trainable::All,
             Origin::Head if self.plan.head => Trainable::All,
             _ => self.plan.rows_of(&name, &shape, &mut self.errors),
         };
         let decay = self.decays.applies(&name, shape.len());
         let location = self.sources.location(span);
-        let value = self.enter(&name, &shape, &trainable, &location);
+        let value = self.add_weight_args(&name, &shape, &trainable, &location);
         if shared {
             self.shared.insert(name.clone(), (weight.shape_span, shape.clone(), Val::Tensor(value)));
         }
@@ -284,8 +297,9 @@ impl<'a> Checker<'a> {
         frame.set(&weight.name.text, Val::Tensor(value));
     }
 
-    /// The tensor as an argument of the graph; in parts when some of its rows train.
-    fn enter(
+    /// Adds a tensor to the graph's arguments. If only some rows train, the tensor is a concatenation of several
+    /// arguments.
+    fn add_weight_args(
         &mut self,
         name: &str,
         shape: &[u64],
@@ -310,7 +324,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// What a weight of this `shape` starts from.
+    /// The initial values of a weight with this shape.
     fn init(&mut self, frame: &Frame<'a>, weight: &'a WeightDef, shape: Option<&[u64]>) -> Option<Init> {
         let name = &weight.init;
         let wanted = match &*name.text {
@@ -351,7 +365,7 @@ impl<'a> Checker<'a> {
             return Some(Init::Fill { value: number });
         }
         if !(0.0..=1e6).contains(&number) {
-            let title = format!("`{}` wants a spread of 0 or more, found {number}", name.text);
+            let title = format!("`{}` expects a spread of 0 or more, found {number}", name.text);
             self.report(Diagnostic::error(weight.init_args[0].value.span, title));
             return None;
         }
@@ -364,10 +378,10 @@ impl<'a> Checker<'a> {
         })
     }
 
-    /// Runs a function of the language.
+    /// Calls a function that is defined in the language.
     pub(super) fn call(&mut self, caller: &Frame<'a>, function: &'a FunctionDef, args: &'a [Arg], span: Span) -> Val {
         let what = format!("`{}`", function.name.text);
-        if self.calls.len() >= DEEPEST_CALL {
+        if self.calls.len() >= MAX_CALL_DEPTH {
             let error = Diagnostic::error(span, format!("{what} calls itself without end"));
             self.report(error.hint("functions are for equations that repeat: use `for`"));
             return Val::Unknown;

@@ -1,12 +1,12 @@
-//! What can be said only when the whole model stands: patterns, rows and sites that met nothing, outputs,
-//! and the roles of tensors.
+//! The checks that need the complete model: patterns, rows and sites that do not exist, the outputs, and the roles of
+//! tensors.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::frame::Frame;
-use super::rates::two_rates;
+use super::learning_rates::conflicting_rates;
 use super::value::Val;
-use super::{Checker, Glob, Purpose, Said};
+use super::{Checker, Located, Purpose, TrainPattern};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::graph::{DType, Dim, Op, Role, Value};
@@ -24,20 +24,20 @@ impl<'a> Checker<'a> {
         args: HashMap<String, Val>,
         (task, train): (Task, Recipe),
     ) -> Option<Model> {
-        self.unmet_sites(backbone);
+        self.check_sites_exist(backbone);
         if self.errors.is_empty() {
-            self.unmet_rows();
-            self.train_by_name();
-            self.outputs_there(model);
-            self.smoothing_counts();
+            self.check_rows_exist();
+            self.apply_train_patterns();
+            self.check_outputs(model);
+            self.check_smoothing_is_used();
             if matches!(task.kind, TaskKind::Generation { pack: true, .. }) {
-                self.no_token_sees_later_ones(model);
+                self.check_causal(model);
             }
         }
         if self.errors.is_empty() {
-            self.every_weight_counts();
-            self.every_rate_counts();
-            self.stored_is_known_without_a_batch();
+            self.check_weights_reach_loss();
+            self.check_rates_are_used();
+            self.check_stored_without_batch();
         }
         if !self.errors.is_empty() {
             return None;
@@ -54,7 +54,7 @@ impl<'a> Checker<'a> {
             let all = trainable.get(&*arg.name) == Some(&&Trainable::All);
             arg.role = if all { Role::Trainable } else { Role::Frozen };
         }
-        // `loss` and `logits` first, then what methods expose.
+        // Outputs are sorted: `loss`, `logits`, then exposed values.
         let rank = |name: &str| [LOSS, LOGITS].iter().position(|n| *n == name).unwrap_or(2);
         self.graph.outputs.sort_by_key(|(name, _)| rank(name));
         let checkpoint = self.checkpoint(backbone, &args);
@@ -75,13 +75,13 @@ impl<'a> Checker<'a> {
         let file = &self.sources.get(model.span.file).name;
         let stem = file.rsplit('/').next().unwrap_or(file).trim_end_matches(".peft");
         if let Err(why) = self.graph.verify() {
-            self.errors.push(Diagnostic::error(model.span, format!("the graph does not hold: {why}")));
+            self.errors.push(Diagnostic::error(model.span, format!("the graph is invalid: {why}")));
             return None;
         }
-        let (longest, task) = (self.longest_sequence(&backbone.name.text), task);
+        let (longest, task) = (self.max_sequence_tokens(&backbone.name.text), task);
         let max_tokens = self.max_tokens(&backbone.name.text, longest, &task)?;
-        let enclosed = self.graph.nodes.iter().any(|node| matches!(node.op, Op::Scores { causal: false }));
-        let task = Task { max_tokens, enclosed, ..task };
+        let bidirectional = self.graph.nodes.iter().any(|node| matches!(node.op, Op::Scores { causal: false }));
+        let task = Task { max_tokens, bidirectional, ..task };
         let replaced = self.replaced();
         let counterparts = self.counterparts();
         Some(Model {
@@ -90,9 +90,9 @@ impl<'a> Checker<'a> {
                 name: backbone.name.text.clone(),
                 config,
                 checkpoint,
-                longest,
-                skipped: self.skipped.map(|said| said.number),
-                beyond,
+                max_sequence_tokens: longest,
+                position_skip_id: self.position_skip.map(|said| said.number),
+                extra_args: beyond,
             },
             params: std::mem::take(&mut self.params),
             graph: std::mem::take(&mut self.graph),
@@ -103,19 +103,21 @@ impl<'a> Checker<'a> {
             stored: std::mem::take(&mut self.stored).into_iter().map(|s| (s.name, s.value)).collect(),
             task,
             train,
-            equations: String::new(),
-            function: String::new(),
+            equations_hash: String::new(),
+            function_hash: String::new(),
         })
     }
 
-    /// How many tokens a sequence may have: what the backbone says, else the rows of the table of positions.
-    fn longest_sequence(&mut self, backbone: &str) -> Option<u64> {
+    /// The maximum number of tokens of a sequence: the backbone's `longest`, else the number of rows of the position
+    /// table.
+    fn max_sequence_tokens(&mut self, backbone: &str) -> Option<u64> {
         let tables = self.graph.bounds().into_iter().filter(|b| b.input == Input::Positions.name());
         let table = tables.filter_map(|b| Some((b.rows.constant()?, b.table))).min();
-        match (self.longest, table) {
-            (Some(Said { number, span }), Some((rows, table))) if number > rows => {
-                let title = format!("`{backbone}` takes {number} tokens, and its positions have the {rows} {table}");
-                self.report(Diagnostic::error(span, title).hint("let `longest` be no more than that"));
+        match (self.max_sequence, table) {
+            (Some(Located { number, span }), Some((rows, table))) if number > rows => {
+                let title =
+                    format!("`{backbone}` takes {number} tokens, but its positions index only the {rows} {table}");
+                self.report(Diagnostic::error(span, title).hint("reduce `longest` to at most that number"));
                 None
             }
             (Some(said), _) => Some(said.number),
@@ -123,15 +125,15 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// The task's `max_tokens`, which fits into the backbone's longest sequence.
+    /// The task's `max_tokens`, which must not exceed the maximum of the backbone.
     fn max_tokens(&mut self, backbone: &str, longest: Option<u64>, task: &Task) -> Option<u64> {
         match (self.max_tokens, longest) {
-            (Some(Said { number, span }), Some(most)) if number > most => {
+            (Some(Located { number, span }), Some(most)) if number > most => {
                 let title = format!("`max_tokens` is {number}, and a sequence of this `{backbone}` has at most {most}");
                 let hint = format!("set `max_tokens` to {most} or less: longer examples are cut to it");
                 let error = Diagnostic::error(span, title).hint(hint);
-                let error = match self.longest.filter(|said| !self.sources.get(said.span.file).library) {
-                    Some(said) => error.related(said.span, "the backbone says so here"),
+                let error = match self.max_sequence.filter(|said| !self.sources.get(said.span.file).library) {
+                    Some(said) => error.related(said.span, "the backbone sets the limit here"),
                     None => error,
                 };
                 self.errors.push(error);
@@ -142,18 +144,18 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Rules of the tune block whose sites do not exist.
-    fn unmet_sites(&mut self, backbone: &BackboneDef) {
+    /// Reports rules of the `tune` block whose sites do not exist.
+    fn check_sites_exist(&mut self, backbone: &BackboneDef) {
         let rules = std::mem::take(&mut self.plan.rules);
         let name = &backbone.name.text;
         for rule in &rules {
             let kind = &rule.kind.text;
-            let Some(&(_, count)) = self.kinds.iter().find(|(k, _)| k == kind) else {
-                if !self.kinds.is_empty() || self.errors.is_empty() {
+            let Some(&(_, count)) = self.site_counts.iter().find(|(k, _)| k == kind) else {
+                if !self.site_counts.is_empty() || self.errors.is_empty() {
                     let error = Diagnostic::error(rule.kind.span, format!("`{name}` has no site `{kind}`"));
                     let error = match kind.as_str() {
-                        "projection" => error.hint("projections lie inside sites: `every attention { … on q }`"),
-                        _ => error.suggest(kind, self.kinds.iter().map(|(k, _)| k.as_str())),
+                        "projection" => error.hint("projections are nested in sites: `every attention { … on q }`"),
+                        _ => error.suggest(kind, self.site_counts.iter().map(|(k, _)| k.as_str())),
                     };
                     self.errors.push(error);
                 }
@@ -173,7 +175,7 @@ impl<'a> Checker<'a> {
         self.plan.rules = rules;
     }
 
-    fn unmet_rows(&mut self) {
+    fn check_rows_exist(&mut self) {
         let known: Vec<&str> = self.params.iter().map(|p| &*p.name).collect();
         for rows in self.plan.rows.iter().filter(|r| !r.found) {
             let name = &rows.tensor.text;
@@ -182,9 +184,9 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// `train "…"`: backbone tensors by name.
-    fn train_by_name(&mut self) {
-        for Glob { pattern, method, used, rates } in std::mem::take(&mut self.globs) {
+    /// Marks the backbone tensors that match a `train "…"` pattern as trainable.
+    fn apply_train_patterns(&mut self) {
+        for TrainPattern { pattern, method, used, rates } in std::mem::take(&mut self.train_patterns) {
             let (mut any, mut new) = (false, false);
             let lr = self.rate_of(&rates, None);
             for param in self.params.iter_mut().filter(|p| p.origin == Origin::Backbone) {
@@ -198,7 +200,7 @@ impl<'a> Checker<'a> {
                     if param.trainable == Trainable::No {
                         param.lr = lr;
                     } else if param.lr != lr {
-                        let error = two_rates(used.unwrap_or(pattern.span), &param.name, param.lr, lr);
+                        let error = conflicting_rates(used.unwrap_or(pattern.span), &param.name, param.lr, lr);
                         self.errors.push(error.hint("let one rule train it, or give both the same `lr`"));
                     }
                     new |= param.trainable != Trainable::All;
@@ -206,21 +208,21 @@ impl<'a> Checker<'a> {
                 }
             }
             if any && !new {
-                let title = format!("everything `{method}` would train trains already");
+                let title = format!("all tensors that `{method}` selects train already");
                 let error = Diagnostic::error(used.unwrap_or(pattern.span), title);
                 self.errors.push(error.hint("leave it out"));
             }
             if !any {
                 let error =
                     Diagnostic::error(pattern.span, format!("no tensor of the backbone is named `{}`", pattern.text));
-                self.report_of(&method, used, error.hint("`*` stands for any part of a name: `\"*.bias\"`"));
+                self.report_of(&method, used, error.hint("`*` matches any part of a name: `\"*.bias\"`"));
             }
         }
     }
 
-    /// A method's weights must reach the loss, and a method without any that train is none.
-    fn every_weight_counts(&mut self) {
-        let read = self.reaching(&[]);
+    /// Checks that the loss depends on every weight of a method, and that every applied method trains something.
+    fn check_weights_reach_loss(&mut self) {
+        let read = self.loss_dependencies(&[]);
         let mut training: HashSet<Span> = HashSet::new();
         let mut unread: Vec<(String, Span, Diagnostic)> = Vec::new();
         for param in &self.params {
@@ -235,7 +237,7 @@ impl<'a> Checker<'a> {
             if arg.is_some_and(|a| !read.contains(&a.value)) {
                 let title = format!("`{}` is declared, and the loss does not depend on it", param.name);
                 let error = Diagnostic::error(declared.name, title);
-                let error = error.hint("let it change what the site computes, or leave it out");
+                let error = error.hint("use it in the equations of the site, or remove it");
                 unread.push((method.clone(), used, error));
             }
         }
@@ -244,14 +246,14 @@ impl<'a> Checker<'a> {
         }
         let mut idle: Vec<(Span, &MethodDef)> = Vec::new();
         for applied in self.plan.rules.iter().flat_map(|r| &r.uses) {
-            if !training.contains(&applied.asked()) && !idle.iter().any(|(span, _)| *span == applied.asked()) {
-                idle.push((applied.asked(), applied.method));
+            if !training.contains(&applied.spec_span()) && !idle.iter().any(|(span, _)| *span == applied.spec_span()) {
+                idle.push((applied.spec_span(), applied.method));
             }
         }
         for (used, method) in idle {
             let name = &method.name;
             if !self.applied.iter().any(|a| a.method == name.text) {
-                self.errors.push(Diagnostic::error(used, format!("`{}` is applied nowhere", name.text)));
+                self.errors.push(Diagnostic::error(used, format!("`{}` is applied at no site", name.text)));
                 continue;
             }
             let error = Diagnostic::error(name.span, format!("`{}` trains nothing", name.text));
@@ -259,31 +261,31 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// What is stored is a function of weights.
-    fn stored_is_known_without_a_batch(&mut self) {
+    /// Checks that stored values depend on weights alone.
+    fn check_stored_without_batch(&mut self) {
         let inputs = self.graph.args.iter().filter(|a| a.role == Role::Input);
-        let of_batch = self.graph.made_of(inputs.map(|a| a.value));
+        let of_batch = self.graph.dependents_of(inputs.map(|a| a.value));
         let stored = std::mem::take(&mut self.stored);
         for stored in stored.iter().filter(|s| of_batch.contains(&s.value)) {
-            let title = format!("`{}` depends on the batch: it cannot be kept", stored.name);
-            let error = Diagnostic::error(stored.span, title).hint("store what is made of weights alone");
+            let title = format!("`{}` depends on the batch, so it cannot be stored", stored.name);
+            let error = Diagnostic::error(stored.span, title).hint("store a value that depends on weights alone");
             self.report_of(&stored.method, stored.used, error);
         }
         self.stored = stored;
     }
 
-    /// Methods' tensors that the loss depends on through `store`d values alone.
+    /// The trained tensors of methods on which the loss depends only through stored values.
     fn replaced(&self) -> Vec<String> {
         let given: Vec<Value> = self.stored.iter().map(|s| s.value).collect();
-        let read = self.reaching(&given);
+        let read = self.loss_dependencies(&given);
         let trained = self.params.iter().filter(|p| matches!(p.origin, Origin::Method(_)));
         let trained = trained.filter(|p| p.trainable != Trainable::No);
         let unread = |name: &str| self.graph.args.iter().all(|a| a.name != name || !read.contains(&a.value));
         trained.filter(|p| unread(&p.name)).map(|p| p.name.clone()).collect()
     }
 
-    /// Everything the loss is made of, if the values `given` are there.
-    fn reaching(&self, given: &[Value]) -> HashSet<Value> {
+    /// The values that the loss depends on, not followed through the values `given`.
+    fn loss_dependencies(&self, given: &[Value]) -> HashSet<Value> {
         let mut needed: HashSet<Value> = self.graph.output(LOSS).into_iter().collect();
         for node in self.graph.nodes.iter().rev() {
             if needed.contains(&node.result()) && !given.contains(&node.result()) {
@@ -293,15 +295,15 @@ impl<'a> Checker<'a> {
         needed
     }
 
-    /// A loss that has no labels to smooth is not told to.
-    fn smoothing_counts(&mut self) {
-        let Some(span) = self.smoothing_unread.filter(|_| self.smoothing > 0.0) else { return };
-        let title = format!("the loss of a task of {} smooths no labels", self.purpose.word());
+    /// Rejects `label_smoothing` if the loss does not read it.
+    fn check_smoothing_is_used(&mut self) {
+        let Some(span) = self.unused_smoothing.filter(|_| self.smoothing > 0.0) else { return };
+        let title = format!("the loss of a task of {} does not use label smoothing", self.purpose.keyword());
         self.report(Diagnostic::error(span, title).hint("leave `label_smoothing` out"));
     }
 
-    /// The backbone gives a loss, and logits that suit the task.
-    fn outputs_there(&mut self, model: &ModelDef) {
+    /// Checks that the backbone outputs a loss, and logits that fit the task.
+    fn check_outputs(&mut self, model: &ModelDef) {
         let span = |checker: &Self, name| checker.outputs.get(name).copied().unwrap_or(model.span);
         for name in [LOSS, LOGITS] {
             if self.graph.output(name).is_none() {
@@ -318,38 +320,42 @@ impl<'a> Checker<'a> {
         }
         if let Some(logits) = self.graph.output(LOGITS) {
             let ty = self.graph.ty(logits).clone();
-            let (rows, what) = self.purpose.rows();
+            let (rows, what) = self.purpose.logits_rows();
             if ty.rank() != 2 || ty.shape[0] != rows {
-                let title = format!("logits are a row for {what}, f32[{rows},classes], found {ty}");
+                let title = format!("the logits must have a row for {what}, f32[{rows},classes], found {ty}");
                 self.report(Diagnostic::error(span(self, LOGITS), title));
             } else if self.purpose != Purpose::Generation && ty.shape[1] != Dim::Const(self.classes) {
                 let title = match self.purpose {
                     Purpose::Regression => format!("the task asks for one number, the logits are {ty}"),
                     _ => format!("the task has {} labels, the logits are {ty}", self.classes),
                 };
-                self.report(Diagnostic::error(span(self, LOGITS), title).hint("`classes` is how many there are"));
+                self.report(Diagnostic::error(span(self, LOGITS), title).hint("`classes` is the number of labels"));
             }
         }
     }
 
-    /// Examples that share a sequence are what they are by themselves only if none sees what follows it.
-    fn no_token_sees_later_ones(&mut self, model: &ModelDef) {
+    /// Checks that the model is causal, which `pack: true` requires: a packed example must not see the examples after
+    /// it.
+    fn check_causal(&mut self, model: &ModelDef) {
         if self.graph.nodes.iter().any(|node| sees_later_tokens(&node.op)) {
             let name = &model.backbone;
-            let title = format!("`pack: true` wants a causal model, and tokens of this `{}` see later ones", name.text);
+            let title = format!(
+                "`pack: true` requires a causal model, but in this `{}` tokens attend to later ones",
+                name.text
+            );
             let error = Diagnostic::error(name.span, title);
             self.report(error.hint("leave `pack` out, and each example is a sequence of its own"));
         }
     }
 }
 
-/// A token's row may be made of those of later ones; of an operation of the language.
+/// Whether the result row of a token may depend on later tokens, for an operation that the language can produce.
 fn sees_later_tokens(op: &Op) -> bool {
     use Op::*;
     match op {
         Scores { causal } => !causal,
         SegmentMean => true,
-        // Only tokens that the scores see have weights.
+        // Attention weights exist only for tokens that the scores cover.
         Attend { .. } => false,
         Constant { .. } | Iota { .. } | Add | Sub | Mul | Div | Min | Scale { .. } | Shift { .. } | Float => false,
         Exp | Log | Sqrt | Rsqrt | Sin | Cos | Tanh | Sigmoid | Relu | Step => false,
@@ -357,7 +363,7 @@ fn sees_later_tokens(op: &Op) -> bool {
         Reshape { .. } | Permute { .. } | Slice { .. } | Pad { .. } | Concat { .. } => false,
         Broadcast { .. } | Reduce { .. } | Matmul { .. } | Dropout { .. } => false,
         Softmax | LogSumExp | Normalize { .. } | Gather { .. } | Scatter { .. } | CrossEntropy { .. } => false,
-        // No name in the language stands for them.
+        // The language has no function for these operations.
         AttendTransposed { .. } | Attention { .. } | AttentionLse { .. } | AttentionAndLse { .. } => false,
         AttentionVjp { .. } | AttentionVjpSides { .. } | AttentionVjpAll { .. } => false,
         LinearLse

@@ -1,4 +1,4 @@
-//! What a body that runs has in sight, and whose weights it declares.
+//! The variables that are visible to the code being executed, and the owner of the weights that it declares.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -8,17 +8,17 @@ use crate::ast::MethodDef;
 use crate::model::Origin;
 use crate::source::Span;
 
-/// The variables of a body that runs.
+/// The environment of a body that is being executed.
 #[derive(Clone)]
 pub(super) struct Frame<'a> {
-    /// Innermost last; the first holds the parameters.
+    /// The scopes, innermost last. The first holds the parameters.
     pub scopes: Vec<HashMap<String, Val>>,
     pub owner: Owner,
     pub body: Body<'a>,
     pub returned: Option<Val>,
 }
 
-/// Whose body it is.
+/// The kind of definition that the body belongs to.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Body<'a> {
     Backbone,
@@ -27,18 +27,18 @@ pub(super) enum Body<'a> {
 }
 
 impl<'a> Frame<'a> {
-    /// A backbone's frame with these parameters.
+    /// The frame of a backbone with these parameters.
     pub fn with(scope: HashMap<String, Val>) -> Self {
         Frame { scopes: vec![scope], owner: Owner::default(), body: Body::Backbone, returned: None }
     }
-    /// One in which nothing is known.
+    /// A frame without variables.
     pub fn empty() -> Self {
         Frame::with(HashMap::new())
     }
     pub fn get(&self, name: &str) -> Option<&Val> {
         self.scopes.iter().rev().find_map(|s| s.get(name))
     }
-    /// Sets the variable where it lives, or makes it in the innermost scope.
+    /// Assigns to the variable in the scope that defines it, or defines it in the innermost scope.
     pub fn set(&mut self, name: &str, value: Val) {
         match self.scopes.iter_mut().rev().find_map(|s| s.get_mut(name)) {
             Some(slot) => *slot = value,
@@ -47,15 +47,15 @@ impl<'a> Frame<'a> {
     }
 }
 
-/// Who declares weights: what stands before their names, and whose they are.
+/// The owner of declared weights: the prefix of their names, and their origin.
 #[derive(Clone, Default)]
 pub(super) struct Owner {
     pub path: String,
     pub origin: Option<Origin>,
-    /// Where the spec applies the method, and at which rates it trains.
+    /// The place where the spec applies the method.
     pub used: Option<Span>,
     pub rates: Rates,
 }
 
-/// The rates of one application, in [`super::Checker::rates`].
+/// The learning rates of one application, as a range of `Checker::own_rates`.
 pub(super) type Rates = Range<usize>;

@@ -1,8 +1,8 @@
-//! From syntax to a [`Model`]: names resolved, methods expanded at their sites, every shape checked.
+//! The checker, from syntax tree to [`Model`]: it resolves names, expands methods at their sites and checks all shapes.
 //!
-//! The order is: definitions ([`definitions`]), the model's arguments ([`bind`]), task and recipe
-//! ([`settings`]), the tune block ([`tune`]), then the backbone's statements are run ([`expand`], [`site`]):
-//! numbers are computed, tensors become operations of the graph ([`eval`], [`builtins`]).
+//! The order is: definitions ([`definitions`]), the model's arguments ([`bind`]), task and recipe ([`settings`]), and
+//! the `tune` block ([`tune`]). Then the checker executes the backbone's statements ([`expand`], [`site`]): it computes
+//! numbers and turns tensor expressions into operations of the graph ([`eval`], [`builtins`]).
 
 mod bind;
 mod builtins;
@@ -13,13 +13,13 @@ mod eval;
 mod expand;
 mod finish;
 mod frame;
-mod mentions;
+mod learning_rates;
+mod named_blocks;
 mod projection;
 mod purpose;
-mod rates;
+mod references;
 mod settings;
 mod site;
-mod taken;
 mod template;
 mod tune;
 mod value;
@@ -29,22 +29,22 @@ use std::collections::HashMap;
 use crate::ast::*;
 use crate::diagnostic::{Diagnostic, Diagnostics};
 use crate::graph::{Graph, Role, Type, Value};
-use crate::model::{Applied, Model, Origin, Param, Projection};
+use crate::model::{AppliedMethod, Model, Origin, Param, Projection};
 use crate::names::{Entry, Input};
-use crate::recipe::{Decays, Recipe};
+use crate::recipe::{DecayScope, Recipe};
 use crate::source::{Sources, Span};
 
 pub use definitions::Resolver;
 use definitions::{Definitions, Files};
 use frame::{Frame, Rates};
-use mentions::{assigned, site_kinds};
+use learning_rates::OwnRate;
 pub(crate) use purpose::purposes;
-use rates::OwnRate;
+use references::{assigned_variables, site_kinds};
 use site::Site;
 use tune::Plan;
 use value::Val;
 
-/// What a backbone computes, of what it is made for; it decides what `labels` are.
+/// The kind of task that the backbone is built for. It determines the types of `labels` and `logits`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Purpose {
     Generation,
@@ -53,11 +53,11 @@ enum Purpose {
     TokenClassification,
 }
 
-/// Where code runs that was called from elsewhere.
+/// A caller of the code that is being executed.
 struct Call {
-    /// Of the call.
+    /// The place of the call.
     span: Span,
-    /// "`lora` is applied here"; empty for the backbone, whose place goes without saying.
+    /// A label such as "`lora` is applied here". It is empty for the backbone, whose call needs no mention.
     label: String,
 }
 
@@ -67,7 +67,7 @@ impl Call {
     }
 }
 
-/// State of one check.
+/// The state of one check.
 struct Checker<'a> {
     sources: &'a Sources,
     definitions: Definitions<'a>,
@@ -76,72 +76,72 @@ struct Checker<'a> {
     graph: Graph,
     params: Vec<Param>,
     declared: HashMap<String, Declared>,
-    /// Shared weights: where first declared, their shape and value.
+    /// The shared weights, with the place of the first declaration, the shape and the value.
     shared: HashMap<String, (Span, Vec<u64>, value::Val)>,
     inputs: HashMap<Input, Value>,
     outputs: HashMap<String, Span>,
     purpose: Purpose,
-    /// All that the backbone is for.
+    /// All purposes of the backbone.
     purposes: Vec<Purpose>,
     classes: u64,
     smoothing: f64,
-    /// Where the recipe asks for it, as long as nothing has read it.
-    smoothing_unread: Option<Span>,
-    /// What weight decay applies to.
-    decays: Decays,
-    /// Dropouts so far: each has a random stream of its own.
-    streams: u32,
-    /// Expressions being computed, each inside the one before.
+    /// The place of `label_smoothing` in the recipe, until an equation reads `smoothing`.
+    unused_smoothing: Option<Span>,
+    /// The tensors that weight decay applies to.
+    decays: DecayScope,
+    /// The number of dropouts so far. Each has its own random stream.
+    dropout_streams: u32,
+    /// The nesting depth of the expression that is being evaluated.
     depth: usize,
-    /// Statements run so far.
-    steps: usize,
-    /// They were too many.
-    exhausted: bool,
+    /// The number of statements executed so far.
+    statements_run: usize,
+    /// Whether [`expand`] has stopped because of too many statements.
+    out_of_steps: bool,
     plan: Plan<'a>,
     sites: Vec<Site<'a>>,
-    /// Kinds of site that the backbone has.
+    /// The kinds of sites that the backbone has.
     site_kinds: Vec<&'a str>,
-    /// How many sites there are of each kind, in order of appearance.
-    kinds: Vec<(String, u64)>,
-    /// Tensors that train by name.
-    globs: Vec<Glob>,
-    /// What the tune block says of learning rates.
-    rates: Vec<OwnRate<'a>>,
-    applied: Vec<Applied>,
+    /// The number of sites of each kind so far, in order of appearance.
+    site_counts: Vec<(String, u64)>,
+    /// The patterns of tensors that train by name.
+    train_patterns: Vec<TrainPattern>,
+    /// The learning rates of the `tune` block.
+    own_rates: Vec<OwnRate<'a>>,
+    applied: Vec<AppliedMethod>,
     projections: Vec<Projection>,
-    stored: Vec<Stored>,
-    /// The task's `max_tokens`.
-    max_tokens: Option<Said>,
-    /// The backbone's `longest`.
-    longest: Option<Said>,
-    /// The backbone's `positions skip`.
-    skipped: Option<Said>,
+    stored: Vec<StoredValue>,
+    /// The `max_tokens` of the task.
+    max_tokens: Option<Located>,
+    /// The `longest` of the backbone.
+    max_sequence: Option<Located>,
+    /// The `positions skip` of the backbone.
+    position_skip: Option<Located>,
 }
 
-/// A whole number, and where it is said.
+/// An integer and the place where it is written.
 #[derive(Clone, Copy)]
-struct Said {
+struct Located {
     number: u64,
     span: Span,
 }
 
-/// Where a tensor is declared, and where the spec applies the method it is of.
+/// The place where a tensor is declared, and the place where the spec applies its method.
 #[derive(Clone, Copy)]
 struct Declared {
     name: Span,
     used: Option<Span>,
 }
 
-/// `train "…"` of a method.
-struct Glob {
+/// A `train "…"` statement of a method or a `tune` block.
+struct TrainPattern {
     pattern: Text,
     method: String,
     used: Option<Span>,
     rates: Rates,
 }
 
-/// `store … as "…"` of a method.
-struct Stored {
+/// A `store … as "…"` statement of a method.
+struct StoredValue {
     name: String,
     value: Value,
     span: Span,
@@ -149,26 +149,30 @@ struct Stored {
     used: Option<Span>,
 }
 
-/// Checks a parsed spec. `sources` holds its text as file 0, and gets everything it imports.
+/// Checks a parsed spec. `sources` holds its text as file 0 and receives the files that it imports.
 pub(crate) fn check(
     main: Ast,
     sources: Sources,
     overrides: Vec<Diagnostic>,
     resolver: &Resolver,
 ) -> Result<Model, Diagnostics> {
-    checked(main, sources, overrides, resolver, |checker, main| checker.spec(main))
+    with_checker(main, sources, overrides, resolver, |checker, main| checker.spec(main))
 }
 
-/// Checks a text that has a `train` block and nothing else.
+/// Checks a text that consists of a `train` block.
 pub(crate) fn recipe(main: Ast, sources: Sources, overrides: Vec<Diagnostic>) -> Result<Recipe, Diagnostics> {
-    checked(main, sources, overrides, &crate::no_imports, |checker, main| {
+    with_checker(main, sources, overrides, &crate::no_imports, |checker, main| {
         let block = main.items.iter().find_map(|item| if let Item::Train(block) = item { Some(block) } else { None });
         checker.recipe(block)
     })
 }
 
-/// What `check` makes of a text and of the files that it imports, or everything that is wrong.
-fn checked<T>(
+/// Loads the imports of a text and applies `check` to it.
+///
+/// # Errors
+///
+/// All errors in the text and its imports.
+fn with_checker<T>(
     main: Ast,
     mut sources: Sources,
     overrides: Vec<Diagnostic>,
@@ -183,7 +187,7 @@ fn checked<T>(
             return Err(Diagnostics::new(errors, sources));
         }
     };
-    taken::take(&mut files, &sources, &mut errors);
+    named_blocks::resolve(&mut files, &sources, &mut errors);
     let definitions = Definitions::collect(&files, &sources, &mut errors);
     let mut checker = Checker::new(&sources, definitions, errors);
     let found = check(&mut checker, &files.asts[0]);
@@ -194,8 +198,8 @@ fn checked<T>(
     }
 }
 
-/// The only item of its kind in a spec; the others are errors.
-fn only<'a, T>(items: Vec<(&'a T, Span)>, what: &str, errors: &mut Vec<Diagnostic>) -> Option<(&'a T, Span)> {
+/// The first item of its kind. Further ones are errors.
+fn single_item<'a, T>(items: Vec<(&'a T, Span)>, what: &str, errors: &mut Vec<Diagnostic>) -> Option<(&'a T, Span)> {
     for (_, span) in items.iter().skip(1) {
         let error = Diagnostic::error(*span, format!("a spec has one {what}"));
         errors.push(error.related(items[0].1, "the first is here"));
@@ -220,24 +224,24 @@ impl<'a> Checker<'a> {
             purposes: vec![],
             classes: 2,
             smoothing: 0.0,
-            smoothing_unread: None,
-            decays: Decays::default(),
-            streams: 0,
-            steps: 0,
+            unused_smoothing: None,
+            decays: DecayScope::default(),
+            dropout_streams: 0,
+            statements_run: 0,
             depth: 0,
-            exhausted: false,
+            out_of_steps: false,
             plan: Plan::default(),
             sites: Vec::new(),
             site_kinds: Vec::new(),
-            kinds: Vec::new(),
-            globs: Vec::new(),
-            rates: Vec::new(),
+            site_counts: Vec::new(),
+            train_patterns: Vec::new(),
+            own_rates: Vec::new(),
             applied: Vec::new(),
             projections: Vec::new(),
             stored: Vec::new(),
             max_tokens: None,
-            longest: None,
-            skipped: None,
+            max_sequence: None,
+            position_skip: None,
         }
     }
 
@@ -247,7 +251,7 @@ impl<'a> Checker<'a> {
             ($item:ident, $what:literal, $span:expr) => {{
                 let found =
                     items.iter().filter_map(|i| if let Item::$item(x) = i { Some((x, $span(x))) } else { None });
-                only(found.collect(), $what, &mut self.errors)
+                single_item(found.collect(), $what, &mut self.errors)
             }};
         }
         let model = one!(Model, "`model = …`", |m: &ModelDef| m.span);
@@ -255,7 +259,7 @@ impl<'a> Checker<'a> {
         let task = one!(Task, "`task` block", |t: &Settings| t.name.span);
         let train = one!(Train, "`train` block", |t: &Settings| t.name.span);
         let Some((model, _)) = model else {
-            let error = Diagnostic::error(Span::default(), "this file names no model: it is no spec");
+            let error = Diagnostic::error(Span::default(), "this file has no `model = …`, so it is not a spec");
             self.errors.push(error.hint("add a line such as `model = gpt2(layers: 12)`"));
             return None;
         };
@@ -269,15 +273,15 @@ impl<'a> Checker<'a> {
         };
         self.purposes = self.purposes_of(backbone)?;
         self.purpose = self.purposes[0];
-        // What is wrong with one block does not hide what is wrong with another.
+        // The blocks are checked independently, so that one run reports the errors of all of them.
         let task = self.task(task.map(|t| t.0), model);
         let recipe = self.recipe(train.map(|t| t.0));
         self.smoothing = recipe.as_ref().map_or(0.0, |r| r.label_smoothing);
-        self.decays = recipe.as_ref().map_or_else(Decays::default, |r| r.decays);
+        self.decays = recipe.as_ref().map_or_else(DecayScope::default, |r| r.decays);
 
         let what = format!("backbone `{}`", backbone.name.text);
         let built = || Call { span: model.span, label: String::new() };
-        // A default that has no value is shown where it was left to itself.
+        // A default that cannot be evaluated is reported at the call that omits the argument.
         self.calls.push(built());
         let args = self.bind(&what, &backbone.params, &model.args, &Frame::empty(), model.span, false);
         self.calls.pop();
@@ -293,7 +297,7 @@ impl<'a> Checker<'a> {
         self.finish(backbone, model, tune.map(|t| t.1), args, (task?, recipe?))
     }
 
-    /// Files an error with the calls that lead to it. What lies in the library is shown where it is used.
+    /// Reports an error together with the calls that lead to it. An error inside the library is reported at its use.
     fn report(&mut self, mut error: Diagnostic) {
         let library = |span: Span| self.sources.get(span.file).library;
         let mut calls = self.calls.iter().rev().filter(|c| !library(c.span));
@@ -313,7 +317,7 @@ impl<'a> Checker<'a> {
         self.errors.push(error);
     }
 
-    /// Files an error about a method that does not run any more.
+    /// Reports an error in a method after the method has been executed.
     fn report_of(&mut self, method: &str, used: Option<Span>, error: Diagnostic) {
         let before = self.calls.len();
         self.calls.extend(used.map(|span| Call::applied(method, span)));
@@ -325,15 +329,15 @@ impl<'a> Checker<'a> {
         let mut frame = Frame::with(args);
         frame.owner.origin = Some(Origin::Backbone);
         let uses = std::mem::take(&mut self.plan.model);
-        let uses = self.once_each(uses, "");
-        self.applied.extend(uses.iter().filter(|u| !u.mixes()).map(|u| u.at("")));
-        self.sites.push(Site::model(uses, assigned(&backbone.body)));
+        let uses = self.reject_duplicates(uses, "");
+        self.applied.extend(uses.iter().filter(|u| !u.is_mixture()).map(|u| u.at_site("")));
+        self.sites.push(Site::model(uses, assigned_variables(&backbone.body)));
         frame.scopes.push(HashMap::new());
         self.run(&mut frame, &backbone.body);
         self.leave_site(&mut frame);
     }
 
-    /// An input of the batch, made an argument of the graph when first read.
+    /// An input of the batch. The first read adds it to the graph's arguments.
     fn input(&mut self, input: Input) -> Value {
         use crate::graph::Dim::*;
         let ty = match input {
@@ -348,6 +352,6 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// A batch's inputs that equations may read.
+/// The inputs of the batch that equations may read.
 const INPUTS: &[Input] =
     &[Input::Ids, Input::Types, Input::Positions, Input::Starts, Input::Ends, Input::Targets, Input::Labels];

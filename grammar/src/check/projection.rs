@@ -1,5 +1,5 @@
-//! Projections, y = x W + b: found by their form in the graph, so that a method can read `W` and `b` of one and
-//! later stages know where its matrix is stored.
+//! Projections, y = x W + b, are recognised by their form in the graph. Methods can then read `W` and `b`, and later
+//! stages know where the matrix is stored.
 
 use super::Checker;
 use super::frame::Frame;
@@ -9,19 +9,19 @@ use crate::diagnostic::Diagnostic;
 use crate::graph::{Dim, Node, Op, Value};
 use crate::model::Projection;
 
-/// A projection of the site that is being run.
-pub(super) struct Projecting {
-    /// The variable that is its y.
+/// A projection of the site that is being executed.
+pub(super) struct NestedProjection {
+    /// The variable that holds y.
     pub name: String,
-    /// x before a method touched it, and as the projection reads it.
+    /// The value x before any method changes it.
     pub input: Val,
     pub x: Val,
-    pub parts: Option<Parts>,
+    pub parts: Option<ProjectionParts>,
 }
 
-/// Where a projection's numbers lie.
+/// The tensors of a projection.
 #[derive(Clone, Copy)]
-pub(super) struct Parts {
+pub(super) struct ProjectionParts {
     weight: Value,
     transposed: bool,
     bias: Option<Value>,
@@ -29,8 +29,8 @@ pub(super) struct Parts {
 }
 
 impl<'a> Checker<'a> {
-    /// y as `x @ W + b`, or some columns of one.
-    pub(super) fn take_apart(&self, y: &Val) -> Option<Parts> {
+    /// Matches y against `x @ W + b`, or against some columns of it.
+    pub(super) fn match_projection(&self, y: &Val) -> Option<ProjectionParts> {
         let &Val::Tensor(mut y) = y else { return None };
         let is_weight = |value: Value| self.graph.args.iter().any(|a| a.value == value && a.rows.is_none());
         let mut columns = None;
@@ -56,13 +56,14 @@ impl<'a> Checker<'a> {
         {
             (weight, transposed) = (operands[0], !transposed);
         }
-        is_weight(weight).then_some(Parts { weight, transposed, bias, columns })
+        is_weight(weight).then_some(ProjectionParts { weight, transposed, bias, columns })
     }
 
-    /// `W` [in,out] or `b` [out] of a projection; b is 0 where it has none.
-    pub(super) fn part(&mut self, projection: &Projecting, variable: &Name) -> Val {
+    /// `W[in,out]` or `b[out]` of a projection. Without a bias, b is a constant 0.
+    pub(super) fn projection_part(&mut self, projection: &NestedProjection, variable: &Name) -> Val {
         let Some(parts) = projection.parts else {
-            let title = format!("`{}` is no `x @ W + b`, so it has no `{}`", projection.name, variable.text);
+            let (name, part) = (&projection.name, &variable.text);
+            let title = format!("`{name}` is not of the form `x @ W + b`, so it has no `{part}`");
             self.report(Diagnostic::error(variable.span, title));
             return Val::Unknown;
         };
@@ -89,8 +90,8 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// When a site is done its projections have come to their end.
-    pub(super) fn projections_of(&mut self, site: &str, nested: &[Projecting], frame: &Frame<'a>) {
+    /// Records the projections of a site after the site has been executed, when their outputs are final.
+    pub(super) fn record_projections(&mut self, site: &str, nested: &[NestedProjection], frame: &Frame<'a>) {
         let name = |value: Value| self.graph.args.iter().find(|a| a.value == value).map(|a| a.name.clone());
         for projecting in nested {
             let (Some(parts), &Val::Tensor(input)) = (projecting.parts, &projecting.input) else { continue };

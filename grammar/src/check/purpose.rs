@@ -1,13 +1,13 @@
-//! What a backbone is for. It decides what `labels` and `logits` are:
+//! The purposes of a backbone, which determine `labels` and `logits`:
 //!
 //! | purpose | `labels` | `logits` |
 //! | --- | --- | --- |
-//! | generation | `i32[targets]`, the token behind each target | `f32[targets, vocab]` |
+//! | generation | `i32[targets]`, the token that follows each target | `f32[targets, vocab]` |
 //! | classification | `i32[sequences]`, a class | `f32[sequences, classes]` |
 //! | regression | `f32[sequences, 1]`, a number | `f32[sequences, 1]` |
 //! | token_classification | `i32[targets]`, the class of each target | `f32[targets, classes]` |
 
-use super::mentions::purposes_within;
+use super::references::nested_purposes;
 use super::{Checker, Purpose};
 use crate::ast::{BackboneDef, Name};
 use crate::diagnostic::Diagnostic;
@@ -17,7 +17,7 @@ impl Purpose {
     const ALL: [Purpose; 4] =
         [Purpose::Generation, Purpose::Classification, Purpose::Regression, Purpose::TokenClassification];
 
-    pub fn word(self) -> &'static str {
+    pub fn keyword(self) -> &'static str {
         match self {
             Purpose::Generation => "generation",
             Purpose::Classification => "classification",
@@ -26,13 +26,13 @@ impl Purpose {
         }
     }
 
-    /// That of a task of this kind: all that write texts ask for the next token.
+    /// The purpose for a kind of task. All kinds that produce text predict the next token.
     pub fn of(kind: &str) -> Self {
-        Purpose::ALL.into_iter().find(|purpose| purpose.word() == kind).unwrap_or(Purpose::Generation)
+        Purpose::ALL.into_iter().find(|purpose| purpose.keyword() == kind).unwrap_or(Purpose::Generation)
     }
 
-    /// What there is a row of logits for.
-    pub fn rows(self) -> (Dim, &'static str) {
+    /// The first axis of the logits, and its description.
+    pub fn logits_rows(self) -> (Dim, &'static str) {
         match self {
             Purpose::Generation | Purpose::TokenClassification => (Dim::Targets, "each target"),
             Purpose::Classification | Purpose::Regression => (Dim::Sequences, "each sequence"),
@@ -40,7 +40,7 @@ impl Purpose {
     }
 
     pub fn labels(self) -> Type {
-        let rows = self.rows().0;
+        let rows = self.logits_rows().0;
         match self {
             Purpose::Regression => Type { dtype: DType::F32, shape: vec![rows, Dim::Const(1)] },
             _ => Type::i32([rows]),
@@ -49,23 +49,23 @@ impl Purpose {
 }
 
 impl<'a> Checker<'a> {
-    /// The purpose of this word.
+    /// The purpose of this name.
     pub(super) fn purpose_of(&mut self, name: &Name) -> Option<Purpose> {
-        let found = Purpose::ALL.into_iter().find(|purpose| purpose.word() == name.text);
+        let found = Purpose::ALL.into_iter().find(|purpose| purpose.keyword() == name.text);
         if found.is_none() {
             let error = Diagnostic::error(name.span, format!("a backbone cannot be made for `{}`", name.text));
-            self.report(error.suggest(&name.text, Purpose::ALL.map(Purpose::word)));
+            self.report(error.suggest(&name.text, Purpose::ALL.map(Purpose::keyword)));
         }
         found
     }
 
-    /// The task is one of these.
-    pub(super) fn asked(&mut self, names: &[Name]) -> bool {
+    /// Whether the spec's task is of one of these kinds.
+    pub(super) fn task_is_one_of(&mut self, names: &[Name]) -> bool {
         let purposes: Vec<_> = names.iter().filter_map(|name| self.purpose_of(name)).collect();
         purposes.contains(&self.purpose)
     }
 
-    /// All that a backbone is for; the first is that of a spec which does not say its task's kind.
+    /// All purposes of a backbone. The first applies to a spec that does not state its task's kind.
     pub(super) fn purposes_of(&mut self, backbone: &'a BackboneDef) -> Option<Vec<Purpose>> {
         let mut found = vec![];
         for name in purposes(backbone) {
@@ -75,7 +75,8 @@ impl<'a> Checker<'a> {
             }
         }
         if found.is_empty() {
-            let error = Diagnostic::error(backbone.name.span, "the backbone does not say what it is for");
+            let title = "the backbone does not declare the kinds of tasks it is for";
+            let error = Diagnostic::error(backbone.name.span, title);
             let hint = "write `for generation` or `for classification` after its parameters, \
                         or blocks `for generation { … }` in its body";
             self.report(error.hint(hint));
@@ -85,7 +86,7 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// What a backbone is for, each as often as it is said: in its head, or by the `for …` blocks of its body.
+/// The purposes that a backbone names, with repetitions: in its header, or in the `for …` blocks of its body.
 pub(crate) fn purposes(backbone: &BackboneDef) -> Vec<&Name> {
-    backbone.purposes.iter().chain(purposes_within(&backbone.body)).collect()
+    backbone.purposes.iter().chain(nested_purposes(&backbone.body)).collect()
 }

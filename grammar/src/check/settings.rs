@@ -1,15 +1,15 @@
-//! `task` and `train` blocks: every key is known, every value in its range.
+//! Checks `task` and `train` blocks: all keys are known, and all values are in range.
 
 use std::collections::HashMap;
 
 use super::frame::Frame;
 use super::template::{self, Template};
 use super::value::Val;
-use super::{Call, Checker, Purpose, Said};
+use super::{Call, Checker, Located, Purpose};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::{
-    BatchSize, Columns, Decays, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind, item_name,
+    BatchSize, Columns, DecayScope, Every, Optimizer, Phase, Precision, Recipe, Schedule, Task, TaskKind, item_name,
 };
 use crate::recipe::{EPS, LR_DECAY, POWER};
 use crate::source::FileId;
@@ -48,14 +48,14 @@ const RECIPE: &[&str] = &[
     "average",
 ];
 
-/// Of `pack` in other blocks.
+/// The hint for `pack` in a task of another kind.
 const OF_GENERATION: &str =
-    "a task of `kind: generation` has it, beside `each`; all turns of a chat are one sequence without it";
+    "only a task of `kind: generation` with `each` has `pack`; the turns of a chat always share one sequence";
 
-/// Of a task that does not say its `max_tokens`, where the backbone takes as many.
+/// The default of `max_tokens`, in tokens, if the backbone accepts that many.
 const DEFAULT_MAX_TOKENS: u64 = 512;
 
-/// Kinds of tasks by their settings.
+/// The settings of some kinds of tasks, to recognise a setting of another kind.
 const KINDS: &[(&str, &[&str])] = &[
     ("generation", GENERATION),
     ("classification", CLASSIFICATION),
@@ -63,11 +63,12 @@ const KINDS: &[(&str, &[&str])] = &[
     ("text", TEXT),
 ];
 
-/// The entries of a block by key.
+/// The values of a block by key.
 type Entries<'a> = HashMap<&'a str, &'a Expr>;
 
 impl<'a> Checker<'a> {
-    /// What a block sets. A setting of one of `kinds`, where there are any, is told from one of none.
+    /// The settings of a block, of which `known` are allowed. A setting of one of the other `kinds` gets a hint that
+    /// names that kind.
     fn entries(&mut self, block: &'a Settings, what: &str, known: &[&str], kinds: &[(&str, &[&str])]) -> Entries<'a> {
         let mut entries = Entries::new();
         for entry in &block.entries {
@@ -78,7 +79,7 @@ impl<'a> Checker<'a> {
                 let of = kinds.iter().find(|(kind, keys)| keys.contains(&&*key.text) && made(kind));
                 self.report(match (&*key.text, of) {
                     (_, Some((kind, _))) => {
-                        error.hint(format!("a task of another kind has it; say which this is, `kind: {kind}`"))
+                        error.hint(format!("a task of another kind has it; set the kind, `kind: {kind}`"))
                     }
                     ("pack", _) => error.hint(OF_GENERATION),
                     (unknown, _) => error.suggest(unknown, known.iter().copied()),
@@ -91,7 +92,7 @@ impl<'a> Checker<'a> {
         entries
     }
 
-    /// A number that `fits`; `range` says in words which do.
+    /// A number for which `fits` holds; `range` describes those numbers.
     fn setting(&mut self, entries: &Entries<'a>, key: &str, or: f64, range: &str, fits: fn(f64) -> bool) -> f64 {
         let Some(&value) = entries.get(key) else { return or };
         let Some(number) = self.number(&Frame::empty(), value) else { return or };
@@ -101,10 +102,10 @@ impl<'a> Checker<'a> {
         number
     }
 
-    /// A whole number of at least `least`.
+    /// An integer of at least `least`.
     fn count(&mut self, entries: &Entries<'a>, key: &str, least: i64) -> Option<u64> {
         let &value = entries.get(key)?;
-        let number = self.whole(&Frame::empty(), value)?;
+        let number = self.integer(&Frame::empty(), value)?;
         if number < least {
             self.report(Diagnostic::error(value.span, format!("`{key}` is at least {least}, found {number}")));
             return None;
@@ -112,7 +113,7 @@ impl<'a> Checker<'a> {
         Some(number as u64)
     }
 
-    /// A word out of a few.
+    /// One of several words.
     fn word<'w>(&mut self, entries: &Entries<'a>, key: &str, words: &[&'w str]) -> Option<&'w str> {
         let &value = entries.get(key)?;
         let (ExprKind::Name(found) | ExprKind::String(found)) = &value.kind else {
@@ -137,7 +138,7 @@ impl<'a> Checker<'a> {
         None
     }
 
-    /// A list of different strings.
+    /// A list of distinct strings.
     fn texts(&mut self, entries: &Entries<'a>, key: &str) -> Option<Vec<String>> {
         let &value = entries.get(key)?;
         let ExprKind::List(items) = &value.kind else {
@@ -154,30 +155,30 @@ impl<'a> Checker<'a> {
                 ExprKind::String(text) if text.is_empty() => {
                     self.report(Diagnostic::error(item.span, "this string is empty"));
                 }
-                // Blanks around a label do not count in the data, so two names could be one.
+                // The data reader trims labels, so two names that differ in blanks would be the same label.
                 ExprKind::String(text) if key == "labels" && text.trim() != text => {
                     let error = Diagnostic::error(item.span, "this label begins or ends with a blank");
                     self.report(error.hint(format!("write it as `{:?}`", text.trim())));
                 }
                 ExprKind::String(text) => texts.push(text.clone()),
-                _ => self.report(Diagnostic::error(item.span, "a string should stand here").hint("in double quotes")),
+                _ => self.report(Diagnostic::error(item.span, "expected a string").hint("write it in double quotes")),
             }
         }
         Some(texts)
     }
 
-    fn missing(&mut self, block: &Name, key: &str, example: &str) {
-        let error = Diagnostic::error(block.span, format!("the task does not say its `{key}`"));
+    fn report_missing(&mut self, block: &Name, key: &str, example: &str) {
+        let error = Diagnostic::error(block.span, format!("the task does not set `{key}`"));
         let module = crate::library::task_module(&block.text);
         self.report(error.hint(match module {
             Some(module) => {
-                format!("`import {module}` takes what is not set here from the library's task of this name")
+                format!("`import {module}` takes the missing settings from the library's task of this name")
             }
             None => format!("add `{key}: {example}`"),
         }));
     }
 
-    /// The task; without a block, one that has no data: the model can run, not train.
+    /// Checks the `task` block. Without a block the task has no data, so that the model can run but not train.
     pub(super) fn task(&mut self, block: Option<&'a Settings>, model: &ModelDef) -> Option<Task> {
         let before = self.errors.len();
         let Some(block) = block else {
@@ -191,7 +192,7 @@ impl<'a> Checker<'a> {
                 Purpose::Regression => TaskKind::Regression { columns },
                 Purpose::TokenClassification => TaskKind::TokenClassification { labels, tokens: None, tags: None },
             };
-            return Some(Task { name: "none".into(), max_tokens: DEFAULT_MAX_TOKENS, enclosed: false, kind });
+            return Some(Task { name: "none".into(), max_tokens: DEFAULT_MAX_TOKENS, bidirectional: false, kind });
         };
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
         let given = kind_entry.map(|e| Entries::from([("kind", &e.value)])).unwrap_or_default();
@@ -203,20 +204,20 @@ impl<'a> Checker<'a> {
 
     fn task_of(&mut self, block: &'a Settings, given: &Entries<'a>, model: &ModelDef) -> Option<Task> {
         let kind_entry = block.entries.iter().find(|e| e.key.text == "kind");
-        let kind = self.word(given, "kind", &TaskKind::WORDS);
+        let kind = self.word(given, "kind", &TaskKind::KEYWORDS);
         let purpose = match kind {
             None if kind_entry.is_some() => return None,
             None => self.purpose,
             Some(kind) => Purpose::of(kind),
         };
         if !self.purposes.contains(&purpose) {
-            let made: Vec<&str> = self.purposes.iter().map(|purpose| purpose.word()).collect();
+            let made: Vec<&str> = self.purposes.iter().map(|purpose| purpose.keyword()).collect();
             let span = kind_entry.map_or(block.name.span, |e| e.value.span);
             let title = format!(
                 "`{}` is made for {}, and this task is {}",
                 model.backbone.text,
                 made.join(", "),
-                kind.unwrap_or(purpose.word())
+                kind.unwrap_or(purpose.keyword())
             );
             self.report(Diagnostic::error(span, title).related(model.span, "the model"));
             return None;
@@ -235,14 +236,14 @@ impl<'a> Checker<'a> {
         let max_tokens = self.count(&entries, "max_tokens", 1);
         self.max_tokens = max_tokens.map(|number| {
             let span = entries["max_tokens"].span;
-            // What the library's task says is shown where the spec takes it.
+            // A setting of the library's task is reported where the spec names the task.
             let library = self.sources.get(span.file).library;
-            Said { number, span: if library { block.name.span } else { span } }
+            Located { number, span: if library { block.name.span } else { span } }
         });
         let max_tokens = max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let kind = match (kind, purpose) {
             (Some("chat"), _) => Some(TaskKind::Chat),
-            (Some("text"), _) => Some(self.texts_as_they_stand(&entries)),
+            (Some("text"), _) => Some(self.plain_text(&entries)),
             (_, Purpose::Generation) => self.generation(block, &entries),
             (_, Purpose::Classification) => self.classification(block, &entries),
             (_, Purpose::Regression) => {
@@ -251,7 +252,7 @@ impl<'a> Checker<'a> {
             }
             (_, Purpose::TokenClassification) => self.token_classification(block, &entries),
         };
-        Some(Task { name: block.name.text.clone(), max_tokens, enclosed: false, kind: kind? })
+        Some(Task { name: block.name.text.clone(), max_tokens, bidirectional: false, kind: kind? })
     }
 
     fn generation(&mut self, block: &Settings, entries: &Entries<'a>) -> Option<TaskKind> {
@@ -261,13 +262,13 @@ impl<'a> Checker<'a> {
         let (template, target) = (self.text(entries, "template"), self.text(entries, "target"));
         for (key, example) in [("template", "\"<in> … <out> {text} <end>\""), ("target", "\"<out>\"")] {
             if !entries.contains_key(key) {
-                self.missing(&block.name, key, example);
+                self.report_missing(&block.name, key, example);
             }
         }
         let (template, target) = (template?, target?);
         match template::parse(&template, &special, &target) {
             Ok(Template { pieces, target }) => {
-                if let Some(name) = template::without_item(&pieces, &each) {
+                if let Some(name) = template::unread_list(&pieces, &each) {
                     let title =
                         format!("the template has no field of the item of `{name}`: its examples would be alike");
                     let error = Diagnostic::error(template.span, title);
@@ -282,7 +283,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// The lists whose items make an example each: one, or several that go in step.
+    /// The lists whose items become examples: one list, or several that are iterated in step.
     fn each(&mut self, entries: &Entries<'a>) -> Vec<String> {
         let Some(&value) = entries.get("each") else { return vec![] };
         let names = match &value.kind {
@@ -303,11 +304,11 @@ impl<'a> Checker<'a> {
         names
     }
 
-    /// Whether the examples that `each` makes of a row share sequences.
+    /// Whether the examples that `each` makes from a row share sequences.
     fn pack(&mut self, entries: &Entries<'a>) -> bool {
         let Some(&value) = entries.get("pack") else { return false };
         let found = self.eval(&Frame::empty(), value);
-        let pack = self.flag(Some((found, value.span))).unwrap_or(false);
+        let pack = self.as_bool(Some((found, value.span))).unwrap_or(false);
         if pack && !entries.contains_key("each") {
             let title = "`pack: true` puts the examples of a row into one sequence, and without `each` a row makes one";
             let error = Diagnostic::error(value.span, title);
@@ -316,7 +317,7 @@ impl<'a> Checker<'a> {
         pack
     }
 
-    fn texts_as_they_stand(&mut self, entries: &Entries<'a>) -> TaskKind {
+    fn plain_text(&mut self, entries: &Entries<'a>) -> TaskKind {
         let [text, end] = ["text", "end"].map(|key| self.text(entries, key));
         for (key, value) in [("text", &text), ("end", &end)] {
             if let Some(value) = value.as_ref().filter(|value| value.text.trim().is_empty()) {
@@ -338,10 +339,10 @@ impl<'a> Checker<'a> {
         Some(TaskKind::TokenClassification { labels, tokens, tags })
     }
 
-    /// The names of the classes, in their order.
+    /// The names of the classes, in order.
     fn labels(&mut self, block: &Settings, entries: &Entries<'a>, example: &str) -> Option<Vec<String>> {
         if !entries.contains_key("labels") {
-            self.missing(&block.name, "labels", example);
+            self.report_missing(&block.name, "labels", example);
         }
         let labels = self.texts(entries, "labels")?;
         if labels.len() < 2 {
@@ -353,7 +354,7 @@ impl<'a> Checker<'a> {
         Some(labels)
     }
 
-    /// The columns of the data that the task names: each a name, no two the same.
+    /// The data columns that the task names. Names are not empty and distinct.
     fn columns<const N: usize>(&mut self, entries: &Entries<'a>, keys: [&str; N]) -> [Option<String>; N] {
         let names = keys.map(|key| self.text(entries, key));
         for (i, (key, name)) in keys.iter().zip(&names).enumerate() {
@@ -371,7 +372,7 @@ impl<'a> Checker<'a> {
         names.map(|name| name.map(|name| name.text))
     }
 
-    /// The recipe; what the block leaves out has PyTorch's usual value.
+    /// Checks the `train` block. Settings that it omits have PyTorch's usual values.
     pub(super) fn recipe(&mut self, block: Option<&'a Settings>) -> Option<Recipe> {
         let before = self.errors.len();
         let named = block.and_then(|block| block.of.as_ref());
@@ -379,7 +380,7 @@ impl<'a> Checker<'a> {
         let entries = block.map(|b| self.entries(b, "a recipe", RECIPE, &[])).unwrap_or_default();
         let share = |x: f64| (0.0..1.0).contains(&x);
         let optimizer = self.optimizer(&entries);
-        self.smoothing_unread = entries.get("label_smoothing").map(|value| value.span);
+        self.unused_smoothing = entries.get("label_smoothing").map(|value| value.span);
         let recipe = Recipe {
             optimizer,
             lr: self.setting(&entries, "lr", 1e-3, "above 0 and at most 10", |x| x > 0.0 && x <= 10.0),
@@ -398,8 +399,8 @@ impl<'a> Checker<'a> {
             steps: self.count(&entries, "steps", 1),
             seed: self.count(&entries, "seed", 0).unwrap_or(1),
             precision: {
-                let word = self.word(&entries, "precision", &Precision::WORDS);
-                Precision::ALL.into_iter().find(|precision| Some(precision.word()) == word).unwrap_or_default()
+                let word = self.word(&entries, "precision", &Precision::KEYWORDS);
+                Precision::ALL.into_iter().find(|precision| Some(precision.keyword()) == word).unwrap_or_default()
             },
             save: self.every(&entries, "save", true),
             evaluate: self.every(&entries, "evaluate", false),
@@ -411,7 +412,7 @@ impl<'a> Checker<'a> {
         };
         if let Some(&value) = entries.get("lr_end") {
             if recipe.schedule == Schedule::Constant {
-                self.unread(&entries, "lr_end", "`schedule: constant`");
+                self.reject_unread(&entries, "lr_end", "`schedule: constant`");
             } else if recipe.lr_end > recipe.lr {
                 let title = format!("`lr_end` is at most `lr`, {}, found {}", recipe.lr, recipe.lr_end);
                 self.report(Diagnostic::error(value.span, title));
@@ -421,7 +422,7 @@ impl<'a> Checker<'a> {
         (self.errors.len() == before).then_some(recipe)
     }
 
-    /// Every epoch, every so many steps or, where `times` are taken, when a time has gone by.
+    /// An interval: `epoch`, a number of steps or, if `times` are allowed, a duration.
     fn every(&mut self, entries: &Entries<'a>, key: &str, times: bool) -> Every {
         let Some(&value) = entries.get(key) else { return Every::Epoch };
         let found = match &value.kind {
@@ -444,11 +445,11 @@ impl<'a> Checker<'a> {
 
     fn optimizer(&mut self, entries: &Entries<'a>) -> Optimizer {
         let momentum = self.setting(entries, "momentum", 0.0, "at least 0 and below 1", |x| (0.0..1.0).contains(&x));
-        let word = self.word(entries, "optimizer", &Optimizer::ALL.map(Optimizer::word));
-        let chosen = Optimizer::ALL.into_iter().find(|optimizer| Some(optimizer.word()) == word);
+        let word = self.word(entries, "optimizer", &Optimizer::ALL.map(Optimizer::keyword));
+        let chosen = Optimizer::ALL.into_iter().find(|optimizer| Some(optimizer.keyword()) == word);
         let optimizer = chosen.unwrap_or_default().with_momentum(momentum);
-        let choice = format!("`optimizer: {}`", optimizer.word());
-        optimizer.unread().iter().for_each(|key| self.unread(entries, key, &choice));
+        let choice = format!("`optimizer: {}`", optimizer.keyword());
+        optimizer.unread_settings().iter().for_each(|key| self.reject_unread(entries, key, &choice));
         optimizer
     }
 
@@ -464,48 +465,45 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn decays(&mut self, entries: &Entries<'a>) -> Decays {
+    fn decays(&mut self, entries: &Entries<'a>) -> DecayScope {
         if let (Some(value), None) = (entries.get("decays"), entries.get("weight_decay")) {
-            let error =
-                Diagnostic::error(value.span, "`decays` says what `weight_decay` applies to, and there is none");
+            let error = Diagnostic::error(value.span, "`decays` has no effect without `weight_decay`");
             self.report(error.hint("such as `weight_decay: 0.01`"));
         }
-        match self.word(entries, "decays", &Decays::WORDS) {
-            Some("all") => Decays::All,
-            _ => Decays::Matrices,
+        match self.word(entries, "decays", &DecayScope::KEYWORDS) {
+            Some("all") => DecayScope::All,
+            _ => DecayScope::Matrices,
         }
     }
 
     fn schedule(&mut self, entries: &Entries<'a>) -> Schedule {
         let power = self.setting(entries, "power", POWER, "above 0", |x| x > 0.0);
         let decay = self.phase(entries, "lr_decay", LR_DECAY, "500 steps: `500`; ten percent: `0.1`");
-        let schedule = match self.word(entries, "schedule", &Schedule::WORDS) {
+        let schedule = match self.word(entries, "schedule", &Schedule::KEYWORDS) {
             Some("constant") => Schedule::Constant,
             Some("cosine") => Schedule::Cosine,
             Some("polynomial") => Schedule::Polynomial { power },
             Some("wsd") => Schedule::Wsd { decay },
             _ => Schedule::Linear,
         };
-        let choice = format!("`schedule: {}`", schedule.word());
+        let choice = format!("`schedule: {}`", schedule.keyword());
         if !matches!(schedule, Schedule::Polynomial { .. }) {
-            self.unread(entries, "power", &choice);
+            self.reject_unread(entries, "power", &choice);
         }
         if !matches!(schedule, Schedule::Wsd { .. }) {
-            self.unread(entries, "lr_decay", &choice);
+            self.reject_unread(entries, "lr_decay", &choice);
         }
         schedule
     }
 
-    /// Refuses a setting that is given beside a choice that does not read it.
-    fn unread(&mut self, entries: &Entries<'a>, key: &str, choice: &str) {
+    /// Rejects a setting that the chosen optimizer or schedule does not read.
+    fn reject_unread(&mut self, entries: &Entries<'a>, key: &str, choice: &str) {
         if let Some(value) = entries.get(key) {
             let error = Diagnostic::error(value.span, format!("{choice} does not read `{key}`"));
             let file = self.sources.get(value.span.file);
             self.report(error.hint(match value.span.file == FileId(0) || file.name == "--set" {
                 true => "leave it out",
-                false => {
-                    "it is of the recipe that the spec names; write the settings into a `train` block without a name"
-                }
+                false => "the named recipe sets it; write all settings in a `train` block without a name",
             }));
         }
     }
@@ -526,7 +524,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// A whole number counts steps, a fraction is a share of them all.
+    /// A number of steps if the value is an integer, or a fraction of all steps if it is a float.
     fn phase(&mut self, entries: &Entries<'a>, key: &str, or: Phase, examples: &str) -> Phase {
         let Some(&value) = entries.get(key) else { return or };
         match self.eval(&Frame::empty(), value) {

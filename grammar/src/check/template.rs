@@ -1,5 +1,5 @@
-//! A generation task's template: special tokens, literal text, columns of a row, and a part for each item of a list.
-//! Of columns and lists it may take a beginning or an end.
+//! Parses the template of a generation task: special tokens, literal text, columns of a row, and repetitions over the
+//! items of a list. A column or list may be truncated at either end.
 
 use crate::ast::Text;
 use crate::diagnostic::Diagnostic;
@@ -11,22 +11,21 @@ type Error = Box<Diagnostic>;
 /// A checked template.
 pub(super) struct Template {
     pub pieces: Vec<Piece>,
-    /// The piece after which the loss begins, as [`Piece::written`] gives it.
+    /// The piece after which the loss begins, as [`Piece::literal_source`] returns it.
     pub target: String,
 }
 
-/// Reads `<bos> (<subject> {subject} …)* 'Answer: ' {text} <eos>`.
+/// Parses a template such as `<bos> (<subject> {subject} …)* 'Answer: ' {text} <eos>`.
 pub(super) fn parse(template: &Text, special: &[String], target: &Text) -> Result<Template, Error> {
     let pieces = Reader { text: &template.text, span: template.span, special, at: 0 }.pieces(false)?;
-    // A literal is compared by what it says, not by how it is escaped.
+    // Literals are compared by content, so that different escapes of the same text are equal.
     let wanted = match target.text.starts_with('\'') {
-        true => Reader { text: &target.text, span: target.span, special, at: 0 }.literal()?.written(),
+        true => Reader { text: &target.text, span: target.span, special, at: 0 }.literal()?.literal_source(),
         false => Some(target.text.clone()),
     };
-    let Some(at) = pieces.iter().position(|p| p.written().is_some_and(|p| Some(p) == wanted)) else {
-        let error =
-            Diagnostic::error(target.span, format!("the target `{}` does not stand in the template", target.text));
-        let known: Vec<String> = pieces.iter().filter_map(Piece::written).collect();
+    let Some(at) = pieces.iter().position(|p| p.literal_source().is_some_and(|p| Some(p) == wanted)) else {
+        let error = Diagnostic::error(target.span, format!("the target `{}` is not in the template", target.text));
+        let known: Vec<String> = pieces.iter().filter_map(Piece::literal_source).collect();
         let error = error.related(template.span, "outside of `( … )*`");
         return Err(Box::new(error.suggest(&target.text, known.iter().map(String::as_str))));
     };
@@ -37,8 +36,8 @@ pub(super) fn parse(template: &Text, special: &[String], target: &Text) -> Resul
     Ok(Template { target: wanted.unwrap_or_default(), pieces })
 }
 
-/// A list of `each` of whose item no field stands in the template.
-pub(super) fn without_item<'n>(pieces: &[Piece], each: &'n [String]) -> Option<&'n String> {
+/// The first list of `each` whose items the template does not read.
+pub(super) fn unread_list<'n>(pieces: &[Piece], each: &'n [String]) -> Option<&'n String> {
     let is_of = |piece: &Piece, item: &str| match piece {
         Piece::Field(name) => name.strip_prefix(item).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')),
         _ => false,
@@ -74,7 +73,7 @@ impl Reader<'_> {
                 '\'' => pieces.push(self.literal()?),
                 '{' => pieces.push(self.field()?),
                 '<' => pieces.push(self.special()?),
-                '(' if inside => return Err(Box::new(self.error(start, start + 1, "`( … )*` stands inside another"))),
+                '(' if inside => return Err(Box::new(self.error(start, start + 1, "`( … )*` is nested in another"))),
                 '(' => {
                     self.at += 1;
                     let extent = self.extent()?;
@@ -82,13 +81,13 @@ impl Reader<'_> {
                     let column = self.column();
                     if extent.is_some() && column.is_none() {
                         let error =
-                            self.error(start, before, "this part does not name the list of which it takes some");
+                            self.error(start, before, "this repetition does not name the list that it truncates");
                         return Err(Box::new(error.hint("such as `(last 2 of turns: {question} {answer})*`")));
                     }
                     let repeated = self.pieces(true)?;
                     if !self.text[self.at..].starts_with(")*") {
                         let error = self.error(start, start + 1, "this `(` has no `)*`");
-                        return Err(Box::new(error.hint("`( … )*` stands once for each item of a list")));
+                        return Err(Box::new(error.hint("`( … )*` repeats for each item of a list")));
                     }
                     self.at += 2;
                     if !repeated.iter().any(Piece::varies) {
@@ -105,11 +104,11 @@ impl Reader<'_> {
                     });
                 }
                 ')' if inside => return Ok(pieces),
-                // `[SEP]` and other tokens that do not look like `<tokens>`.
+                // A declared token such as `[SEP]`, which has no angle brackets.
                 _ if self.declared().is_some() => pieces.push(self.special()?),
                 other => {
                     let error =
-                        self.error(start, start + other.len_utf8(), format!("`{other}` has no place in a template"));
+                        self.error(start, start + other.len_utf8(), format!("`{other}` is not allowed in a template"));
                     return Err(Box::new(error.hint("it holds `<tokens>`, `'text'`, `{fields}` and `( … )*`")));
                 }
             }
@@ -117,7 +116,7 @@ impl Reader<'_> {
         Ok(pieces)
     }
 
-    /// What stands up to `end`, which is taken, too.
+    /// The text up to and including `end`, with its range.
     fn until(&mut self, end: char, what: &str) -> Result<(&str, usize, usize), Error> {
         let start = self.at;
         let Some(length) = self.text[start..].find(end) else {
@@ -134,7 +133,7 @@ impl Reader<'_> {
             let error = self.error(from, to, "this field names no column");
             return Err(Box::new(error.hint("such as `{text}`")));
         }
-        // `first 400 tokens of story`
+        // A truncated field: `first 400 tokens of story`.
         let mut words = name.splitn(5, ' ');
         let (end, count) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         let digits = !count.is_empty() && count.chars().all(|c| c.is_ascii_digit());
@@ -146,10 +145,10 @@ impl Reader<'_> {
             return Err(Box::new(error.hint(format!("such as `{{{end} {count} tokens of text}}`"))));
         };
         let piece = Piece::Field(column.trim().to_owned());
-        Ok(Piece::Cut(self.taken(end, count, from, to)?, Box::new(piece)))
+        Ok(Piece::Cut(self.parse_extent(end, count, from, to)?, Box::new(piece)))
     }
 
-    /// The `last 2 of` at the beginning of `(last 2 of turns: … )*`.
+    /// The prefix `last 2 of` in `(last 2 of turns: … )*`.
     fn extent(&mut self) -> Result<Option<Extent>, Error> {
         let rest = self.text[self.at..].trim_start();
         let start = self.text.len() - rest.len();
@@ -162,11 +161,11 @@ impl Reader<'_> {
             return Ok(None);
         }
         self.at = start + end.len() + count.len() + "  of".len();
-        self.taken(end, count, start, self.at).map(Some)
+        self.parse_extent(end, count, start, self.at).map(Some)
     }
 
-    /// `first` or `last` so many.
-    fn taken(&self, end: &str, count: &str, from: usize, to: usize) -> Result<Extent, Error> {
+    /// Parses the count after `first` or `last`.
+    fn parse_extent(&self, end: &str, count: &str, from: usize, to: usize) -> Result<Extent, Error> {
         match count.parse::<u64>() {
             Ok(count) if count > 0 && end == "first" => Ok(Extent::First(count)),
             Ok(count) if count > 0 => Ok(Extent::Last(count)),
@@ -174,7 +173,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The `turns:` at the beginning of `(turns: … )*`.
+    /// The prefix `turns:` in `(turns: … )*`.
     fn column(&mut self) -> Option<String> {
         let rest = self.text[self.at..].trim_start();
         self.at = self.text.len() - rest.len();
@@ -185,7 +184,7 @@ impl Reader<'_> {
         Some(name.to_owned())
     }
 
-    /// The longest of the task's special tokens that stands here.
+    /// The longest of the task's special tokens at the current position.
     fn declared(&self) -> Option<&String> {
         let rest = &self.text[self.at..];
         self.special.iter().filter(|t| !t.is_empty() && rest.starts_with(t.as_str())).max_by_key(|t| t.len())
@@ -205,7 +204,7 @@ impl Reader<'_> {
         Ok(Piece::As(token, kind))
     }
 
-    /// A special token of the task, and where it stands.
+    /// A special token of the task, with its range.
     fn token(&mut self) -> Result<(String, usize, usize), Error> {
         if let Some(token) = self.declared().cloned() {
             let from = self.at;
@@ -218,12 +217,12 @@ impl Reader<'_> {
         let error = self.error(from, to, format!("`{token}` is not among the task's special tokens"));
         let error = error.suggest(&token, special.iter().map(String::as_str));
         Err(Box::new(error.note(format!(
-            "tokens are listed, `special: [\"{token}\"]`, new ones and those that the model's tokenizer has; text stands \
-             in single quotes"
+            "list all tokens, new ones and those of the model's tokenizer: `special: [\"{token}\"]`; write text in \
+             single quotes"
         ))))
     }
 
-    /// `'text'`, with `\n`, `\t`, `\'` and `\\` for what cannot stand there.
+    /// A literal `'text'` with the escapes `\n`, `\t`, `\'` and `\\`.
     fn literal(&mut self) -> Result<Piece, Error> {
         let start = self.at;
         let mut text = String::new();
@@ -244,7 +243,7 @@ impl Reader<'_> {
                     Some((_, same @ ('\'' | '\\'))) => same,
                     other => {
                         let end = other.map_or(at + 1, |(i, c)| i + c.len_utf8());
-                        let error = self.error(at, end, format!("`{}` is no escape", &self.text[at..end]));
+                        let error = self.error(at, end, format!("`{}` is not an escape sequence", &self.text[at..end]));
                         return Err(Box::new(error.hint("known here: `\\n`, `\\t`, `\\'`, `\\\\`")));
                     }
                 },

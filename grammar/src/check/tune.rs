@@ -1,21 +1,21 @@
-//! The `tune` block: which method works where, and what else trains.
+//! The `tune` block: which methods apply where, and what else trains.
 
 use super::frame::{Body, Frame, Rates};
-use super::mentions::{any_rule, mentions};
-use super::site::Use;
-use super::{Call, Checker, Glob};
+use super::references::{applies_methods, method_reads};
+use super::site::Application;
+use super::{Call, Checker, TrainPattern};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::model::Trainable;
 use crate::source::Span;
 
-/// What the tune block asks for, its arguments computed.
+/// The rules of the `tune` block with evaluated arguments.
 pub(super) struct Plan<'a> {
     pub rules: Vec<Sites<'a>>,
-    /// Methods on the whole model.
-    pub model: Vec<Use<'a>>,
-    pub rows: Vec<Rows>,
-    /// The task head trains, at which rate.
+    /// The methods on the whole model.
+    pub model: Vec<Application<'a>>,
+    pub rows: Vec<RowRange>,
+    /// Whether the task head trains.
     pub head: bool,
     pub head_rates: Rates,
 }
@@ -26,16 +26,16 @@ impl Default for Plan<'_> {
     }
 }
 
-/// Methods for sites of one kind.
+/// The methods for sites of one kind.
 pub(super) struct Sites<'a> {
     pub kind: &'a Name,
     pub only: bool,
-    /// Ordinals that are in (or out, unless `only`), with their places.
+    /// The site numbers that are selected if `only`, or excluded otherwise, with their places.
     pub ranges: Vec<(std::ops::Range<i64>, Span)>,
-    pub uses: Vec<Use<'a>>,
+    pub uses: Vec<Application<'a>>,
 }
 
-pub(super) struct Rows {
+pub(super) struct RowRange {
     pub tensor: Text,
     pub start: i64,
     pub end: i64,
@@ -44,8 +44,8 @@ pub(super) struct Rows {
 }
 
 impl<'a> Plan<'a> {
-    /// The methods at the site of this kind and number, in the order of the spec.
-    pub fn at(&self, kind: &str, ordinal: u64) -> Vec<Use<'a>> {
+    /// The methods at a site of this kind and number, in the order of the spec.
+    pub fn at(&self, kind: &str, ordinal: u64) -> Vec<Application<'a>> {
         let here = |rule: &&Sites<'a>| {
             let listed = rule.ranges.iter().any(|(range, _)| range.contains(&(ordinal as i64)));
             rule.kind.text == kind && listed == rule.only
@@ -53,19 +53,19 @@ impl<'a> Plan<'a> {
         self.rules.iter().filter(here).flat_map(|rule| rule.uses.iter().cloned()).collect()
     }
 
-    /// What trains of a backbone tensor by `rows … of`.
+    /// Which rows of a backbone tensor train, by a rule `rows … of`.
     pub fn rows_of(&mut self, name: &str, shape: &[u64], errors: &mut Vec<Diagnostic>) -> Trainable {
         let Some(rows) = self.rows.iter_mut().find(|r| r.tensor.text == name) else { return Trainable::No };
         rows.found = true;
         let (start, end, count) = (rows.start, rows.end, shape[0]);
         if start >= end || start < 0 || end as u64 > count {
             let title = match start >= end {
-                true => format!("rows {start}..{end} are none"),
-                false => format!("rows {start}..{end} lie outside of `{name}`, which has {count}"),
+                true => format!("the range {start}..{end} of rows is empty"),
+                false => format!("rows {start}..{end} are outside of `{name}`, which has {count}"),
             };
             let error = Diagnostic::error(rows.span, title);
             errors.push(match start >= end {
-                true => error.hint("the end comes after the last row: `0..3` are rows 0, 1 and 2"),
+                true => error.hint("the end is exclusive: `0..3` are rows 0, 1 and 2"),
                 false => error.hint(format!("make the tensor larger, such as with `vocab: {end}`")),
             });
             return Trainable::No;
@@ -80,7 +80,7 @@ impl<'a> Checker<'a> {
         let mut head: Option<Span> = None;
         for rule in &tune.rules {
             match rule {
-                TuneRule::Sites { .. } => plan.rules.extend(self.sites_of(frame, rule, None)),
+                TuneRule::Sites { .. } => plan.rules.extend(self.site_rule(frame, rule, None)),
                 TuneRule::Model(apply) => {
                     let Some(applied) = self.apply(frame, apply, "model", None) else { continue };
                     let mut inside = Frame::with(applied.args.clone());
@@ -88,7 +88,7 @@ impl<'a> Checker<'a> {
                     self.calls.push(Call::applied(&apply.method.text, apply.span));
                     let others = plan.rules.len();
                     self.mixture(&mut inside, &applied.method.body, apply, &mut plan);
-                    // The methods of a mixture train at its rates.
+                    // The methods of a mixture train at the mixture's rates.
                     plan.rules[others..].iter_mut().flat_map(|rule| &mut rule.uses).for_each(|mixed| {
                         mixed.rates = applied.rates.clone();
                     });
@@ -96,16 +96,16 @@ impl<'a> Checker<'a> {
                     plan.model.push(applied);
                 }
                 TuneRule::Rows { start, end, tensor, span } => {
-                    let (start, end) = (self.whole(frame, start), self.whole(frame, end));
+                    let (start, end) = (self.integer(frame, start), self.integer(frame, end));
                     if let Some(other) = plan.rows.iter().find(|r| r.tensor.text == tensor.text) {
                         let error = Diagnostic::error(*span, format!("rows of `{}` are chosen twice", tensor.text));
                         self.report(error.related(other.span, "first here").hint("one range of rows may train"));
                     } else if let (Some(start), Some(end)) = (start, end) {
-                        plan.rows.push(Rows { tensor: tensor.clone(), start, end, span: *span, found: false });
+                        plan.rows.push(RowRange { tensor: tensor.clone(), start, end, span: *span, found: false });
                     }
                 }
                 TuneRule::Train(pattern) => {
-                    self.globs.push(Glob {
+                    self.train_patterns.push(TrainPattern {
                         pattern: pattern.clone(),
                         method: "train".to_owned(),
                         used: None,
@@ -114,7 +114,7 @@ impl<'a> Checker<'a> {
                 }
                 TuneRule::Head { what, rates } => {
                     if let Some(first) = head {
-                        let error = Diagnostic::error(what.span, "the head is spoken of twice");
+                        let error = Diagnostic::error(what.span, "the `tune` block has two rules for the head");
                         self.report(error.related(first, "first here"));
                     }
                     head = Some(what.span);
@@ -141,8 +141,8 @@ impl<'a> Checker<'a> {
         plan
     }
 
-    /// Methods for sites of one kind. In a mixture, `mixture` is where the spec applies it.
-    fn sites_of(&mut self, frame: &Frame<'a>, rule: &'a TuneRule, mixture: Option<&'a Apply>) -> Option<Sites<'a>> {
+    /// A rule for sites of one kind. In a mixture, `mixture` is its application in the spec.
+    fn site_rule(&mut self, frame: &Frame<'a>, rule: &'a TuneRule, mixture: Option<&'a Apply>) -> Option<Sites<'a>> {
         let TuneRule::Sites { kind, select, apply, span } = rule else { return None };
         let (only, ordinals) = match select {
             Select::Every => (false, &[][..]),
@@ -158,12 +158,12 @@ impl<'a> Checker<'a> {
         Some(Sites { kind, only, ranges, uses })
     }
 
-    /// The rules of a method on the whole model that is a mixture of others.
+    /// Adds the rules of a mixture, which is a method on the whole model that applies other methods.
     fn mixture(&mut self, frame: &mut Frame<'a>, body: &'a [Stmt], applied: &'a Apply, plan: &mut Plan<'a>) {
         for statement in body {
             match &statement.kind {
-                StmtKind::Tune(rule) => plan.rules.extend(self.sites_of(frame, rule, Some(applied))),
-                StmtKind::If { condition, then, otherwise } if any_rule(then) || any_rule(otherwise) => {
+                StmtKind::Tune(rule) => plan.rules.extend(self.site_rule(frame, rule, Some(applied))),
+                StmtKind::If { condition, then, otherwise } if applies_methods(then) || applies_methods(otherwise) => {
                     match self.condition(frame, condition) {
                         Some(true) => self.mixture(frame, then, applied, plan),
                         Some(false) => self.mixture(frame, otherwise, applied, plan),
@@ -176,32 +176,32 @@ impl<'a> Checker<'a> {
     }
 
     fn ordinal(&mut self, frame: &Frame<'a>, ordinal: &'a Ordinal) -> Option<(std::ops::Range<i64>, Span)> {
-        let start = self.whole(frame, &ordinal.start)?;
+        let start = self.integer(frame, &ordinal.start)?;
         let Some(end) = &ordinal.end else {
             return Some((start..start.saturating_add(1), ordinal.start.span));
         };
-        let (last, span) = (self.whole(frame, end)?, ordinal.start.span.to(end.span));
+        let (last, span) = (self.integer(frame, end)?, ordinal.start.span.to(end.span));
         if last <= start {
             let error = Diagnostic::error(span, format!("`{start}..{last}` is empty"));
-            self.report(error.hint("the end is not part of it: `0..6` are the first six"));
+            self.report(error.hint("the end is exclusive: `0..6` are the first six"));
             return None;
         }
         Some((start..last, span))
     }
 
-    /// Methods for this kind of site can work in the model.
-    fn has_places(&self, kind: &str) -> bool {
+    /// Whether the model can have sites of this kind.
+    fn can_have_sites(&self, kind: &str) -> bool {
         matches!(kind, "model" | "projection") || self.site_kinds.contains(&kind)
     }
 
-    /// A method with its arguments, if it exists and fits a site of this kind.
+    /// Resolves the application of a method: the definition for this kind of site, and the arguments.
     fn apply(
         &mut self,
         frame: &Frame<'a>,
         apply: &'a Apply,
         site: &str,
         mixture: Option<&'a Apply>,
-    ) -> Option<Use<'a>> {
+    ) -> Option<Application<'a>> {
         let name = &apply.method;
         let Some(same_name) = self.definitions.methods.get(&*name.text) else {
             let mut known: Vec<&str> = self.definitions.methods.keys().copied().collect();
@@ -213,13 +213,13 @@ impl<'a> Checker<'a> {
         let kind = if apply.targets.is_empty() { site } else { "projection" };
         if kind == "projection" && site == "model" {
             let error =
-                Diagnostic::error(name.span, format!("`{}` does not know whose projection is meant", name.text));
+                Diagnostic::error(name.span, format!("`{}` applies to projections, but no site is named", name.text));
             self.report(error.hint(format!("write `every attention {{ {} }}`", self.sources.slice(apply.span))));
             return None;
         }
         let own = |span: Span| !self.sources.get(span.file).library;
         let Some(&method) = same_name.iter().find(|m| m.kind.text == kind) else {
-            let nowhere = |m: &&MethodDef| !self.has_places(&m.kind.text);
+            let nowhere = |m: &&MethodDef| !self.can_have_sites(&m.kind.text);
             if let Some(lost) = same_name.iter().copied().find(nowhere).filter(|m| own(m.kind.span)) {
                 let error = Diagnostic::error(lost.kind.span, format!("the backbone has no site `{}`", lost.kind.text));
                 let known = self.site_kinds.iter().copied().chain(["projection", "model"]);
@@ -228,11 +228,11 @@ impl<'a> Checker<'a> {
                 return None;
             }
             let kinds: Vec<&str> = same_name.iter().map(|m| &*m.kind.text).collect();
-            let fits: Vec<String> = kinds.iter().map(|k| places(k)).collect();
+            let fits: Vec<String> = kinds.iter().map(|k| describe_sites(k)).collect();
             let fits = fits.join(" or ");
             let title = match kind {
                 "model" => format!("`{}` does not work on the whole model: it is for {fits}", name.text),
-                _ => format!("`{}` does not work on {}: it is for {fits}", name.text, places(kind)),
+                _ => format!("`{}` does not work on {}: it is for {fits}", name.text, describe_sites(kind)),
             };
             let error = Diagnostic::error(name.span, title);
             let error = match own(same_name[0].kind.span) {
@@ -255,7 +255,7 @@ impl<'a> Checker<'a> {
             }
         }
         self.calls.push(Call::applied(&name.text, apply.span));
-        for param in method.params.iter().filter(|p| !mentions(method, &p.name.text)) {
+        for param in method.params.iter().filter(|p| !method_reads(method, &p.name.text)) {
             let title = format!("`{}` never reads its parameter `{}`", name.text, param.name.text);
             self.report(Diagnostic::error(param.name.span, title).hint("use it, or leave it out"));
         }
@@ -264,20 +264,20 @@ impl<'a> Checker<'a> {
         self.calls.pop();
         let args = args?;
         if let (Some(_), Some(rate)) = (mixture, apply.rates.first()) {
-            let error = Diagnostic::error(rate.span, "a method does not say at which rate another trains");
-            self.report(error.hint("a spec does, in its `tune` block"));
+            let error = Diagnostic::error(rate.span, "a method cannot set the learning rates of another");
+            self.report(error.hint("set them in the `tune` block of the spec"));
         }
         let rates = match mixture {
             Some(_) => 0..0,
             None => self.rates(frame, &apply.rates, Some(method)),
         };
         let mixture = mixture.map(|m| (&*m.method.text, m.span));
-        Some(Use { method, args, targets: &apply.targets, span: apply.span, mixture, rates })
+        Some(Application { method, args, targets: &apply.targets, span: apply.span, mixture, rates })
     }
 }
 
-/// A kind of site in words.
-fn places(kind: &str) -> String {
+/// A description of the sites of a kind.
+fn describe_sites(kind: &str) -> String {
     match kind {
         "model" => "the whole model".to_owned(),
         "projection" => "projections".to_owned(),

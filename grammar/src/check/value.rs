@@ -1,4 +1,4 @@
-//! What an expression is worth: numbers and words are known here, tensors when the graph runs.
+//! The value of an expression at compile time. Numbers and strings are known; a tensor is a value of the graph.
 
 use crate::graph::{Dim, Graph, Value};
 use crate::model::ConfigValue;
@@ -9,16 +9,16 @@ pub(super) enum Val {
     Float(f64),
     Bool(bool),
     Str(String),
-    /// An axis whose length a batch brings: `tokens`.
+    /// The symbolic length of an axis, such as `tokens`.
     Dim(Dim),
     List(Vec<Val>),
     Tensor(Value),
-    /// Of something reported already; nothing more is said about it.
+    /// The result of an error that has been reported. Uses of it report nothing.
     Unknown,
 }
 
 impl Val {
-    /// A number, whole or not.
+    /// The value of an integer or a float.
     pub fn number(&self) -> Option<f64> {
         match self {
             Val::Int(n) => Some(*n as f64),
@@ -27,7 +27,7 @@ impl Val {
         }
     }
 
-    /// As a model keeps it.
+    /// The value as the model stores it.
     pub fn config(&self) -> Option<ConfigValue> {
         match self {
             Val::Int(n) => Some(ConfigValue::Int(*n)),
@@ -38,7 +38,7 @@ impl Val {
         }
     }
 
-    /// For messages: `12 (an int)`.
+    /// A description for messages: `12 (an int)`.
     pub fn describe(&self, graph: &Graph) -> String {
         match self {
             Val::Int(n) => format!("{n} (an int)"),
@@ -52,7 +52,7 @@ impl Val {
         }
     }
 
-    /// As it reads inside a name or a message.
+    /// The text that replaces `{name}` in a string.
     pub fn plain(&self) -> Option<String> {
         match self {
             Val::Int(n) => Some(n.to_string()),

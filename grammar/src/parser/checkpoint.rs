@@ -1,40 +1,44 @@
-//! The `checkpoint` block of a backbone.
+//! Parses the `checkpoint` block of a backbone.
 
 use super::{Builder, Children, Node, Rule};
 use crate::ast::*;
 
 impl Builder {
-    pub(super) fn checkpoint(&mut self, pair: Node) -> Vec<Entry> {
+    pub(super) fn checkpoint(&mut self, pair: Node) -> Vec<CheckpointEntry> {
         self.entries(Children::of(pair).next())
     }
 
-    fn entries(&mut self, pair: Node) -> Vec<Entry> {
+    fn entries(&mut self, pair: Node) -> Vec<CheckpointEntry> {
         pair.into_inner().map(|p| self.entry(p)).collect()
     }
 
-    fn entry(&mut self, pair: Node) -> Entry {
+    fn entry(&mut self, pair: Node) -> CheckpointEntry {
         let rule = pair.as_rule();
         let mut c = Children::of(pair);
         match rule {
-            Rule::model_type => Entry::ModelType(self.strings(c.next())),
-            Rule::prefix => Entry::Prefix(self.text(c.next())),
-            Rule::gguf => Entry::Gguf { architectures: self.strings(c.next()), entries: self.entries(c.next()) },
-            Rule::choice => {
+            Rule::model_type => CheckpointEntry::ModelType(self.strings(c.next())),
+            Rule::prefix => CheckpointEntry::Prefix(self.text(c.next())),
+            Rule::gguf => {
+                CheckpointEntry::Gguf { architectures: self.strings(c.next()), entries: self.entries(c.next()) }
+            }
+            Rule::if_entries => {
                 let (condition, then) = (self.expr(c.next()), self.entries(c.next()));
                 let otherwise = match c.0.next() {
                     None => vec![],
                     Some(p) if p.as_rule() == Rule::entries => self.entries(p),
                     Some(p) => vec![self.entry(p)],
                 };
-                Entry::If { condition, then, otherwise }
+                CheckpointEntry::If { condition, then, otherwise }
             }
-            Rule::entries_for => Entry::ForTask { purposes: self.purposes(c.next()), entries: self.entries(c.next()) },
+            Rule::for_task_entries => {
+                CheckpointEntry::ForTask { purposes: self.purposes(c.next()), entries: self.entries(c.next()) }
+            }
             _ => {
                 let (names, says) = (self.strings(c.next()), self.entry_rule(c.next()));
                 let note = c.next_if(Rule::note).map(|p| self.text(Children::of(p).next()));
                 match rule {
-                    Rule::key => Entry::Key { names, rule: says, note },
-                    _ => Entry::Tensor { names, rule: says, note },
+                    Rule::key => CheckpointEntry::Key { names, rule: says, note },
+                    _ => CheckpointEntry::Tensor { names, rule: says, note },
                 }
             }
         }
@@ -63,7 +67,7 @@ impl Builder {
         }
     }
 
-    /// The values that a key may have, between them `or`.
+    /// The values of a key, which `or` separates.
     pub(super) fn values(&mut self, pair: Node) -> Vec<Expr> {
         pair.into_inner().filter(|p| p.as_rule() != Rule::or).map(|p| self.expr(p)).collect()
     }

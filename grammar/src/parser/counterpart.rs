@@ -1,4 +1,4 @@
-//! A method's body and, in it, its counterpart in PEFT.
+//! Parses the body of a method, including its `counterpart` block.
 
 use super::{Builder, Children, Node, Rule};
 use crate::ast::*;

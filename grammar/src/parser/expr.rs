@@ -1,25 +1,25 @@
-//! Expressions.
+//! Parses expressions.
 
-use super::{Builder, Children, LONGEST, Node, Rule};
+use super::{Builder, Children, MAX_OPERATORS, Node, Rule};
 use crate::ast::*;
 use crate::diagnostic::Diagnostic;
 use crate::source::Span;
 
-/// Indices after one operand.
-const MOST_INDICES: usize = 8;
+/// The maximum number of index brackets after one operand.
+const MAX_INDICES: usize = 8;
 
 impl Builder {
     pub(super) fn expr(&mut self, pair: Node) -> Expr {
         let expr = self.operand(pair);
-        if depth(&expr) > LONGEST {
-            let error = Diagnostic::error(expr.span, "this expression is too long to follow");
+        if depth(&expr) > MAX_OPERATORS {
+            let error = Diagnostic::error(expr.span, "this expression has too many operators");
             self.errors.push(error.hint("give parts of it names: `part = …`"));
             return Expr { kind: ExprKind::Int(0), span: expr.span };
         }
         expr
     }
 
-    /// Any level of the expression grammar.
+    /// An expression of any precedence level.
     fn operand(&mut self, pair: Node) -> Expr {
         let span = self.span(&pair);
         match pair.as_rule() {
@@ -27,7 +27,7 @@ impl Builder {
             Rule::negation | Rule::unary => {
                 let mut c: Vec<Node> = pair.into_inner().collect();
                 let inner = c.pop().map(|p| self.operand(p)).expect("an operand");
-                if c.len() > LONGEST {
+                if c.len() > MAX_OPERATORS {
                     self.errors.push(Diagnostic::error(span, "too many signs in a row"));
                     return inner;
                 }
@@ -45,7 +45,7 @@ impl Builder {
                 let mut c = pair.into_inner();
                 let mut base = c.next().map(|p| self.operand(p)).expect("an operand");
                 for (at, index) in c.enumerate() {
-                    if at == MOST_INDICES {
+                    if at == MAX_INDICES {
                         let error = Diagnostic::error(self.span(&index), "too many indices in a row");
                         self.errors.push(error.hint("give parts of it names: `part = …`"));
                         break;
@@ -73,7 +73,7 @@ impl Builder {
         }
     }
 
-    /// Operands with operators of one level between them, grouped from the left.
+    /// A chain of binary operators of one precedence level, which associate to the left.
     fn chain(&mut self, pair: Node) -> Expr {
         let mut c = pair.into_inner();
         let mut left = c.next().map(|p| self.operand(p)).expect("an operand");
@@ -81,8 +81,8 @@ impl Builder {
         while let (Some(sign), Some(right)) = (c.next(), c.next()) {
             let op = BinaryOp::from_symbol(sign.as_str()).expect("an operator of the grammar");
             operands += 1;
-            if operands > LONGEST {
-                let error = Diagnostic::error(left.span, "this expression is too long to follow");
+            if operands > MAX_OPERATORS {
+                let error = Diagnostic::error(left.span, "this expression has too many operators");
                 self.errors.push(error.hint("give parts of it names: `part = …`"));
                 return left;
             }
@@ -124,12 +124,12 @@ impl Builder {
         let span = self.span(&inner);
         let mut c = Children::of(inner);
         let mut bound = |rule| c.next_if(rule).and_then(|p| p.into_inner().next()).map(|p| self.expr(p));
-        let (start, end) = (bound(Rule::lower), bound(Rule::upper));
+        let (start, end) = (bound(Rule::slice_start), bound(Rule::slice_end));
         Subscript::Slice { start, end, span }
     }
 }
 
-/// The height of an expression's tree. Brackets and chains are limited before, so the recursion is too.
+/// The height of an expression's tree. The recursion is bounded, since the parser limits brackets and chains first.
 fn depth(expr: &Expr) -> usize {
     let deepest = |inner: &mut dyn Iterator<Item = &Expr>| inner.map(depth).max().unwrap_or(0);
     1 + match &expr.kind {

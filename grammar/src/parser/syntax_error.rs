@@ -1,4 +1,4 @@
-//! Syntax errors in words, and where to go on after one.
+//! Messages for syntax errors, and the recovery after one.
 
 use pest::error::{Error, ErrorVariant, InputLocation};
 
@@ -6,16 +6,16 @@ use super::Rule;
 use crate::diagnostic::Diagnostic;
 use crate::source::{FileId, Span};
 
-/// Words that begin an item.
+/// The keywords that begin an item.
 const ITEMS: &[&str] = &["import", "backbone", "method", "fn", "model", "tune", "task", "train"];
 
-/// Words that cannot be names.
+/// The keywords that cannot be names.
 const RESERVED: &[&str] = &[
     "weight", "site", "if", "else", "for", "in", "output", "expose", "store", "after", "return", "require", "as", "of",
     "on", "and", "or", "not", "true", "false",
 ];
 
-/// The error in words, and the byte it is at.
+/// The diagnostic for a syntax error, and the byte at which it occurred.
 pub(super) fn explain(file: FileId, text: &str, error: Error<Rule>) -> (Diagnostic, usize) {
     let at = match error.location {
         InputLocation::Pos(at) | InputLocation::Span((at, _)) => at,
@@ -40,13 +40,13 @@ pub(super) fn explain(file: FileId, text: &str, error: Error<Rule>) -> (Diagnost
     }
     let expected = match &expected[..] {
         [] => String::new(),
-        [one] => format!(": {one} should stand here"),
-        [most @ .., last] if most.len() < 6 => format!(": {} or {last} should stand here", most.join(", ")),
+        [one] => format!(": expected {one}"),
+        [most @ .., last] if most.len() < 6 => format!(": expected {} or {last}", most.join(", ")),
         _ => String::new(),
     };
     let title = match found {
-        "" => format!("the file ends too early{expected}"),
-        _ => format!("`{found}` does not fit here{expected}"),
+        "" => format!("unexpected end of file{expected}"),
+        _ => format!("unexpected `{found}`{expected}"),
     };
     let diagnostic = Diagnostic::error(span, title).label(if found.is_empty() { "end of file" } else { "unexpected" });
     let diagnostic = match hint(text, at, found) {
@@ -56,7 +56,7 @@ pub(super) fn explain(file: FileId, text: &str, error: Error<Rule>) -> (Diagnost
     (diagnostic, at)
 }
 
-/// Slips that have a mend of their own.
+/// Advice for frequent mistakes.
 fn hint(text: &str, at: usize, found: &str) -> Option<String> {
     let before = text[..at].trim_end();
     let line = before.rsplit('\n').next().unwrap_or("").trim_start();
@@ -97,7 +97,7 @@ fn hint(text: &str, at: usize, found: &str) -> Option<String> {
         return Some("a backbone begins with its `checkpoint` block".into());
     }
     if found == "'" {
-        return Some("strings stand in double quotes".into());
+        return Some("strings are written in double quotes".into());
     }
     if open.is_none() {
         let near = crate::diagnostic::nearest(found, ITEMS.iter().copied());
@@ -109,17 +109,17 @@ fn hint(text: &str, at: usize, found: &str) -> Option<String> {
     None
 }
 
-/// The word or sign at the start of `text`.
+/// The word or the single character at the start of `text`.
 fn token(text: &str) -> &str {
     let word = text.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(text.len());
     let sign = text.chars().next().map_or(0, char::len_utf8);
     &text[..word.max(sign)]
 }
 
-/// What a rule is called in a message; `None` when saying so helps no one.
+/// The name of a rule in an error message; `None` for rules that the message leaves out.
 fn describe(rule: Rule) -> Option<&'static str> {
     Some(match rule {
-        Rule::name | Rule::taken | Rule::arg_name | Rule::word => "a name",
+        Rule::name | Rule::definition_name | Rule::arg_name | Rule::word => "a name",
         Rule::expr
         | Rule::conjunction
         | Rule::negation
@@ -153,7 +153,7 @@ fn describe(rule: Rule) -> Option<&'static str> {
     })
 }
 
-/// Where the next item begins after byte `at`: a line that starts with an item's word.
+/// The start of the next item after byte `at`: a line that begins with the keyword of an item.
 pub(super) fn next_item(text: &str, at: usize) -> Option<usize> {
     let mut start = at + text[at..].find('\n')? + 1;
     loop {
@@ -165,14 +165,14 @@ pub(super) fn next_item(text: &str, at: usize) -> Option<usize> {
     }
 }
 
-/// `text` with everything before `end` blank, offsets kept.
+/// `text` with all bytes before `end` replaced by spaces, so that offsets are unchanged.
 pub(super) fn blank(text: &str, end: usize) -> String {
     let spaces = text[..end].bytes().map(|b| if b == b'\n' { '\n' } else { ' ' });
     spaces.collect::<String>() + &text[end..]
 }
 
-/// Refuses brackets nested beyond reason before the recursive parser meets them.
-pub(super) fn too_deep(file: FileId, text: &str, deepest: usize) -> Option<Diagnostic> {
+/// Rejects brackets that are nested too deeply, before the recursive parser sees them.
+pub(super) fn check_nesting(file: FileId, text: &str, deepest: usize) -> Option<Diagnostic> {
     let mut depth = 0usize;
     for (at, opens) in brackets(text) {
         depth = if opens { depth + 1 } else { depth.saturating_sub(1) };
@@ -185,7 +185,7 @@ pub(super) fn too_deep(file: FileId, text: &str, deepest: usize) -> Option<Diagn
     None
 }
 
-/// Brackets still open at byte `end`, outermost first.
+/// The brackets that are open at byte `end`, outermost first.
 fn open_brackets(text: &str, end: usize) -> Vec<usize> {
     let mut open = Vec::new();
     for (at, opens) in brackets(&text[..end]) {
@@ -198,7 +198,7 @@ fn open_brackets(text: &str, end: usize) -> Vec<usize> {
     open
 }
 
-/// Every bracket outside of strings and comments, and whether it opens.
+/// All brackets outside of strings and comments, and whether they open.
 fn brackets(text: &str) -> impl Iterator<Item = (usize, bool)> {
     let (mut quoted, mut comment) = (false, false);
     text.bytes().enumerate().filter_map(move |(at, byte)| {

@@ -1,10 +1,10 @@
-//! Places and counts as formulas: nothing of one is written until it is asked for.
+//! Index expressions as formulas. Their operations are emitted when [`Kernel::eval`] evaluates the formula.
 
 use std::ops::{Add, Div, Mul, Rem, Sub};
 
 use super::{INDEX, Kernel, Val};
 
-/// A place or a count that is still to be computed.
+/// An index or a count that is not yet computed.
 #[derive(Clone, Debug)]
 pub struct Index(Formula);
 
@@ -17,7 +17,7 @@ enum Formula {
 
 impl From<Val> for Index {
     fn from(x: Val) -> Index {
-        debug_assert_eq!(x.ty, INDEX, "places and counts alone are indices");
+        debug_assert_eq!(x.ty, INDEX, "only indices and counts have the index type");
         Index(Formula::Val(x))
     }
 }
@@ -45,7 +45,7 @@ macro_rules! operators {
 operators! { Add add, Sub sub, Mul mul, Div div, Rem rem }
 
 impl Kernel {
-    /// Computes a formula: its left side, its right side, and what it is of them.
+    /// Emits a formula: its left operand, its right operand, then the operation itself.
     pub fn eval(&mut self, index: impl Into<Index>) -> Val {
         match index.into().0 {
             Formula::Val(x) => x,
@@ -58,7 +58,7 @@ impl Kernel {
     }
 }
 
-/// What operations on numbers of any type take: a value, or a formula of an index.
+/// An argument of an operation on values of any type: a value, or an index formula.
 pub trait IntoVal {
     fn into_val(self, k: &mut Kernel) -> Val;
 }

@@ -1,8 +1,8 @@
-//! What differs between the two forms of a kernel. A processor's thread takes a range of units and works on vectors of
-//! [`LANES`] elements. On a GPU a unit is a warp's: of a vector each of its 32 threads holds one element, so that a
-//! vector has a scalar's type, and a scalar is a value that all of them hold.
+//! The two execution models of a kernel. On a CPU, a thread executes a range of units and computes with vectors of
+//! [`LANES`] elements. On a GPU, a warp executes a unit: each of its 32 threads holds one element of a vector, so a
+//! vector has the type of a scalar, and a scalar is a value that all threads hold.
 //!
-//! Lanes that hand something to each other through memory must [`Kernel::settle`] in between.
+//! Lanes that exchange values through memory must call [`Kernel::sync_lanes`] between store and load.
 
 use std::fmt::Write;
 
@@ -10,45 +10,51 @@ use super::{Buf, F32, I32, I64, INDEX, Index, Kernel, LANES, Order, Scalar, Ty, 
 use crate::target::Machine;
 use crate::target::cuda::{WARP, WARPS};
 
-/// How a kernel works, and what it knows of the thread it runs on.
+/// How a kernel executes, and the values that describe its thread.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Form {
-    /// Vectors; the units `begin..end`.
+pub(super) enum Execution {
+    /// On a CPU: the units `begin..end`.
     Vectors { begin: Val, end: Val },
-    /// Warps, which share `units`: the `thread` of a block, the warp that it is of, and the `lane` in that, as an index
-    /// and as a number of 32 bits; whether that is the first. The `block`, of so many; and how many of them a
-    /// multiprocessor is to have registers for, at least.
+    /// On a GPU: warps, which divide `units` units. A thread knows its index `thread` in the block, the index of its
+    /// `warp`, and its `lane` in the warp, as an index and as `lane_i32`; `is_first_lane` is whether that is 0. The
+    /// grid has `blocks` blocks, of which this is `block`. At least `resident_blocks` blocks must fit into a
+    /// multiprocessor's registers.
     Warps {
         units: Val,
         thread: Val,
         warp: Val,
         lane: Val,
-        number: Val,
-        leads: Val,
+        lane_i32: Val,
+        is_first_lane: Val,
         block: Val,
         blocks: Val,
-        resident: u64,
+        resident_blocks: u64,
     },
 }
 
-impl Form {
-    pub fn vectors(next: u32) -> (Form, u32) {
+impl Execution {
+    /// The execution on a CPU; its values are numbered from `next` on. Also returns the next number.
+    pub fn vectors(next: u32) -> (Execution, u32) {
         let [begin, end] = [0, 1].map(|i| Val { id: next + i, ty: INDEX });
-        (Form::Vectors { begin, end }, next + 2)
+        (Execution::Vectors { begin, end }, next + 2)
     }
 
-    pub fn warps(next: u32) -> (Form, u32) {
+    /// The execution on a GPU; its values are numbered from `next` on. Also returns the next number.
+    pub fn warps(next: u32) -> (Execution, u32) {
         let [units, thread, warp, lane, block, blocks] = [0, 1, 2, 3, 6, 7].map(|i| Val { id: next + i, ty: INDEX });
-        let number = Val { id: next + 4, ty: I32 };
-        let leads = Val { id: next + 5, ty: INDEX.of(Scalar::I1) };
-        (Form::Warps { units, thread, warp, lane, number, leads, block, blocks, resident: 1 }, next + 8)
+        let lane_i32 = Val { id: next + 4, ty: I32 };
+        let is_first_lane = Val { id: next + 5, ty: INDEX.of(Scalar::I1) };
+        (
+            Execution::Warps { units, thread, warp, lane, lane_i32, is_first_lane, block, blocks, resident_blocks: 1 },
+            next + 8,
+        )
     }
 
-    /// The function, around what has been written of it, for so many launches.
+    /// The function around a body, for so many merged launches.
     pub fn function(&self, name: &str, (buffers, sizes): (&[Buf], &[Val]), body: &str, launches: usize) -> String {
         match self {
-            Form::Vectors { begin, end } => {
-                assert_eq!(launches, 1, "launches go side by side on a GPU alone");
+            Execution::Vectors { begin, end } => {
+                assert_eq!(launches, 1, "only launches on a GPU are merged");
                 let buffers = buffers.iter().map(|b| format!("%{}: {b}", b.id));
                 let sizes = sizes.iter().chain([begin, end]).map(|v| format!("{v}: index"));
                 let signature: Vec<String> = buffers.chain(sizes).collect();
@@ -58,7 +64,7 @@ impl Form {
                     signature.join(", ")
                 )
             }
-            Form::Warps { units, thread, warp, lane, number, leads, block, blocks, resident } => {
+            Execution::Warps { units, thread, warp, lane, lane_i32, is_first_lane, block, blocks, resident_blocks } => {
                 let (pointers, numbers): (Vec<String>, Vec<String>) = (
                     buffers.iter().map(|b| format!("%{}", b.id)).collect(),
                     sizes.iter().chain([units]).map(|v| v.to_string()).collect(),
@@ -68,17 +74,17 @@ impl Form {
                         let own = format!("    {block} = gpu.block_id x\n    {blocks} = gpu.grid_dim x\n");
                         (arguments(&pointers, &numbers), own + body)
                     }
-                    _ => side_by_side(&pointers, &numbers, [block, blocks], body, launches),
+                    _ => merged_launches(&pointers, &numbers, [block, blocks], body, launches),
                 };
                 format!(
-                    "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>, nvvm.minctasm = {resident} : i32}} {{
+                    "  gpu.func @{name}({}) kernel attributes {{nvvm.reqntid = array<i32: {threads}>, nvvm.minctasm = {resident_blocks} : i32}} {{
     {thread} = gpu.thread_id x
     %width = arith.constant {WARP} : index
     {warp} = arith.divui {thread}, %width : index
     {lane} = arith.remui {thread}, %width : index
-    {number} = arith.index_cast {lane} : index to i32
+    {lane_i32} = arith.index_cast {lane} : index to i32
     %first = arith.constant 0 : index
-    {leads} = arith.cmpi eq, {lane}, %first : index
+    {is_first_lane} = arith.cmpi eq, {lane}, %first : index
 {body}    gpu.return\n  }}\n",
                     signature.join(", "),
                     threads = WARP * WARPS,
@@ -93,9 +99,10 @@ fn arguments(pointers: &[String], numbers: &[String]) -> Vec<String> {
     pointers.chain(numbers.iter().map(|name| format!("{name}: index"))).collect()
 }
 
-/// Arguments of several launches, and of all their units; a block takes those of the launch that it is of, and counts
-/// that one's blocks alone. The last of a launch's numbers are its units.
-fn side_by_side(
+/// The signature and the body of a function that does the work of several launches (horizontal fusion). Its arguments
+/// are those of all launches, then the sum of their units, where the last number of each launch is its units. A block
+/// selects the arguments of the launch that it belongs to, and counts only that launch's blocks.
+fn merged_launches(
     pointers: &[String],
     numbers: &[String],
     [block, blocks]: [&Val; 2],
@@ -127,7 +134,7 @@ fn side_by_side(
     for launch in 1..launches {
         let _ = writeln!(text, "    %is{launch} = arith.cmpi uge, %at, %begin{launch} : index");
     }
-    // Of the launches that have begun, the last.
+    // A block belongs to the last launch that begins at or before it.
     let mut choose = |name: &str, each: Vec<String>, ty: &str| {
         let mut chosen = each[0].clone();
         for (launch, other) in each.iter().enumerate().skip(1) {
@@ -152,113 +159,117 @@ fn side_by_side(
 }
 
 impl Kernel {
-    /// Elements of a vector: [`Machine::lanes`].
+    /// Elements of a vector; see [`Machine::lanes`].
     pub fn lane_count(&self) -> u64 {
-        match self.form {
-            Form::Vectors { .. } => LANES,
-            Form::Warps { .. } => WARP,
+        match self.execution {
+            Execution::Vectors { .. } => LANES,
+            Execution::Warps { .. } => WARP,
         }
     }
 
-    /// What is read for several things in hand is to be on its way before the first of them is waited for: registers are
-    /// many, and nothing else hides how far memory is.
-    pub fn reads_ahead(&self) -> bool {
-        matches!(self.form, Form::Warps { .. })
+    /// Whether loads for several items should be issued before the first is waited for. A GPU has many registers, and
+    /// hides the latency of memory only in this way.
+    pub fn loads_ahead(&self) -> bool {
+        matches!(self.execution, Execution::Warps { .. })
     }
 
-    /// Floats of a processor's register.
-    pub fn register(&self) -> u64 {
-        let Machine::Cpu(cpu) = self.machine else { unreachable!("asked of kernels for processors alone") };
+    /// Floats of a CPU's vector register.
+    pub fn register_floats(&self) -> u64 {
+        let Machine::Cpu(cpu) = self.machine else { unreachable!("only kernels for a CPU ask for this") };
         cpu.registers().floats
     }
 
     /// The type of a vector of such scalars.
     pub fn vector(&self, scalar: Ty) -> Ty {
-        match self.form {
-            Form::Vectors { .. } => scalar.times(LANES),
-            Form::Warps { .. } => scalar,
+        match self.execution {
+            Execution::Vectors { .. } => scalar.times(LANES),
+            Execution::Warps { .. } => scalar,
         }
     }
 
-    /// 0, 1, 2, … in `i32` lanes.
+    /// The lanes' numbers 0, 1, 2, … as i32.
     pub fn lane_numbers(&mut self) -> Val {
-        match self.form {
-            Form::Vectors { .. } => {
+        match self.execution {
+            Execution::Vectors { .. } => {
                 let numbers: Vec<String> = (0..LANES).map(|i| i.to_string()).collect();
                 let ty = I32.times(LANES);
                 self.emit(ty, format_args!("arith.constant dense<[{}]> : {ty}", numbers.join(", ")))
             }
-            Form::Warps { number, .. } => number,
+            Execution::Warps { lane_i32, .. } => lane_i32,
         }
     }
 
-    /// The thread's place in its warp.
+    /// The index of the thread in its warp.
     pub fn lane_index(&self) -> Val {
-        match self.form {
-            Form::Vectors { .. } => unreachable!("a processor has no warps"),
-            Form::Warps { lane, .. } => lane,
+        match self.execution {
+            Execution::Vectors { .. } => unreachable!("a CPU has no warps"),
+            Execution::Warps { lane, .. } => lane,
         }
     }
 
     /// `x` in every lane.
     pub fn splat(&mut self, x: Val) -> Val {
         let ty = self.vector(x.ty);
-        match self.form {
-            Form::Vectors { .. } => self.emit(ty, format_args!("vector.broadcast {x} : {} to {ty}", x.ty)),
-            Form::Warps { .. } => x,
+        match self.execution {
+            Execution::Vectors { .. } => self.emit(ty, format_args!("vector.broadcast {x} : {} to {ty}", x.ty)),
+            Execution::Warps { .. } => x,
         }
     }
 
-    /// The first `n` lanes.
+    /// The mask of the first `n` lanes.
     pub fn mask(&mut self, n: impl Into<Index>) -> Val {
         let n = self.eval(n);
-        match self.form {
-            Form::Vectors { .. } => self.mask_of(n, LANES),
-            Form::Warps { lane, .. } => self.compare(lane, Order::Lt, n),
+        match self.execution {
+            Execution::Vectors { .. } => self.mask_of(n, LANES),
+            Execution::Warps { lane, .. } => self.compare(lane, Order::Lt, n),
         }
     }
 
     // Across lanes.
 
+    /// The sum of all lanes, as a scalar.
     pub fn sum_lanes(&mut self, x: Val) -> Val {
-        match self.form {
-            Form::Vectors { .. } => {
-                // Halves are added to halves: an order of its own, whatever the target would prefer.
+        match self.execution {
+            Execution::Vectors { .. } => {
+                // Halves are added recursively. The order is explicit, so that it does not depend on the target.
                 let mut x = x;
                 while let Some(lanes) = x.ty.lanes.filter(|&n| n > 1) {
-                    let (low, high) = (self.part(x, 0, lanes / 2), self.part(x, lanes / 2, lanes / 2));
+                    let (low, high) = (self.slice_lanes(x, 0, lanes / 2), self.slice_lanes(x, lanes / 2, lanes / 2));
                     x = self.add(low, high);
                 }
                 self.lane(x, 0)
             }
-            Form::Warps { .. } => self.join_neighbours(x, WARP, Kernel::add),
+            Execution::Warps { .. } => self.reduce_neighbours(x, WARP, Kernel::add),
         }
     }
 
+    /// The greatest of all lanes, as a scalar.
     pub fn max_lanes(&mut self, x: Val) -> Val {
-        match self.form {
-            Form::Vectors { .. } => self.emit(F32, format_args!("vector.reduction <maxnumf>, {x} : {} into f32", x.ty)),
-            Form::Warps { .. } => self.join_neighbours(x, WARP, Kernel::greater),
+        match self.execution {
+            Execution::Vectors { .. } => {
+                self.emit(F32, format_args!("vector.reduction <maxnumf>, {x} : {} into f32", x.ty))
+            }
+            Execution::Warps { .. } => self.reduce_neighbours(x, WARP, Kernel::max_number),
         }
     }
 
-    /// The greater of two floats, of which one may be no number.
-    pub fn greater(&mut self, x: Val, y: Val) -> Val {
+    /// The greater of two floats; if one of them is NaN, the other.
+    pub fn max_number(&mut self, x: Val, y: Val) -> Val {
         self.emit(x.ty, format_args!("llvm.intr.maxnum({x}, {y}) : ({ty}, {ty}) -> {ty}", ty = x.ty))
     }
 
-    /// Of four words in every lane those of all lanes in order, x₀ y₀ z₀ w₀ x₁ …, as four vectors.
-    pub fn in_order(&mut self, words: [Val; 4]) -> [Val; 4] {
-        match self.form {
-            Form::Vectors { .. } => {
+    /// Each lane holds four words. Returns the words of all lanes in order, x₀ y₀ z₀ w₀ x₁ …, as four vectors.
+    pub fn interleave_words(&mut self, words: [Val; 4]) -> [Val; 4] {
+        match self.execution {
+            Execution::Vectors { .. } => {
                 let [x, y, z, w] = words;
                 let (even, odd) = (self.interleave(x, z), self.interleave(y, w));
                 let words = self.interleave(even, odd);
-                [0, 1, 2, 3].map(|part| self.part(words, part * LANES, LANES))
+                [0, 1, 2, 3].map(|part| self.slice_lanes(words, part * LANES, LANES))
             }
-            Form::Warps { number, .. } => {
+            Execution::Warps { lane_i32, .. } => {
                 let [two, three] = [2, 3].map(|n| self.int(n, I32));
-                let (quarter, word) = (self.shift_right(number, two), self.and(number, three));
+                let (quarter, word) = (self.shift_right(lane_i32, two), self.and(lane_i32, three));
                 [0, 1, 2, 3].map(|part| {
                     let first = self.int((part * WARP / 4) as i64, I32);
                     let source = self.add(first, quarter);
@@ -273,12 +284,12 @@ impl Kernel {
         }
     }
 
-    /// The upper and the lower 32 bits of x · `factor`, of unsigned words.
-    pub fn wide_product(&mut self, x: Val, factor: u32) -> (Val, Val) {
+    /// The upper and the lower 32 bits of x · `factor`, as unsigned words.
+    pub fn mul_wide(&mut self, x: Val, factor: u32) -> (Val, Val) {
         let (ty, factor) = (x.ty, i64::from(factor));
-        match self.form {
-            // A processor multiplies every second word, to twice its width.
-            Form::Vectors { .. } => {
+        match self.execution {
+            // A CPU multiplies every second word to a product of 64 bits.
+            Execution::Vectors { .. } => {
                 let wide = I64.times(LANES / 2);
                 let both = self.emit(wide, format_args!("vector.bitcast {x} : {ty} to {wide}"));
                 let (half, lower, factor) = (self.int(32, wide), self.int(0xFFFF_FFFF, wide), self.int(factor, wide));
@@ -287,35 +298,36 @@ impl Kernel {
                     self.emit(ty, format_args!("vector.bitcast {product} : {wide} to {ty}"))
                 });
                 let [low, high] =
-                    [0, 1].map(|first| self.picked(even, odd, |lane| lane / 2 * 2 + first + lane % 2 * LANES));
+                    [0, 1].map(|first| self.shuffle_lanes(even, odd, |lane| lane / 2 * 2 + first + lane % 2 * LANES));
                 (high, low)
             }
-            Form::Warps { .. } => {
-                let wide = self.widen(x);
+            Execution::Warps { .. } => {
+                let wide = self.extend_i64(x);
                 let (half, factor) = (self.int(32, wide.ty), self.int(factor, wide.ty));
                 let wide = self.mul(wide, factor);
                 let high = self.shift_right(wide, half);
-                (self.narrow(high), self.narrow(wide))
+                (self.truncate_i32(high), self.truncate_i32(wide))
             }
         }
     }
 
     /// One lane as a scalar.
     pub fn lane(&mut self, x: Val, lane: u64) -> Val {
-        match self.form {
-            Form::Vectors { .. } => {
+        match self.execution {
+            Execution::Vectors { .. } => {
                 let ty = Ty { lanes: None, ..x.ty };
                 self.emit(ty, format_args!("vector.extract {x}[{lane}] : {ty} from {}", x.ty))
             }
-            Form::Warps { .. } => {
+            Execution::Warps { .. } => {
                 let lane = self.int(lane as i64, I32);
                 self.shuffle("idx", x, lane)
             }
         }
     }
 
-    /// Of a warp's lanes `count` neighbours as one, in each of them: halves change places, so that each adds alike.
-    pub fn join_neighbours(&mut self, x: Val, count: u64, mut join: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
+    /// Reduces groups of `count` neighbouring lanes of a warp by butterfly shuffles, so that every lane gets the same
+    /// result.
+    pub fn reduce_neighbours(&mut self, x: Val, count: u64, mut join: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
         let mut x = x;
         let mut distance = count / 2;
         while distance > 0 {
@@ -327,14 +339,14 @@ impl Kernel {
         x
     }
 
-    fn shuffle(&mut self, way: &str, x: Val, by: Val) -> Val {
+    fn shuffle(&mut self, mode: &str, x: Val, by: Val) -> Val {
         let (all, last) = (self.int(-1, I32), self.int(WARP as i64 - 1, I32));
-        self.emit(x.ty, format_args!("nvvm.shfl.sync {way} {all}, {x}, {by}, {last} : {ty} -> {ty}", ty = x.ty))
+        self.emit(x.ty, format_args!("nvvm.shfl.sync {mode} {all}, {x}, {by}, {last} : {ty} -> {ty}", ty = x.ty))
     }
 
-    /// What lanes have written, others may read from here on.
-    pub fn settle(&mut self) {
-        if let Form::Warps { .. } = self.form {
+    /// A barrier of the warp: other lanes may then load what lanes have stored. It does nothing on a CPU.
+    pub fn sync_lanes(&mut self) {
+        if let Execution::Warps { .. } = self.execution {
             let all = self.int(-1, I32);
             self.line(format_args!("nvvm.bar.warp.sync {all} : i32"));
         }
@@ -342,154 +354,162 @@ impl Kernel {
 
     // Memory.
 
+    /// Loads one element as a scalar.
     pub fn load(&mut self, from: Buf, at: impl Into<Index>) -> Val {
         let at = self.eval(at);
-        match self.form {
-            Form::Vectors { .. } => self.emit(from.scalar(), format_args!("memref.load %{}[{at}] : {from}", from.id)),
-            Form::Warps { .. } => self.load_here(from, at),
+        match self.execution {
+            Execution::Vectors { .. } => {
+                self.emit(from.scalar(), format_args!("memref.load %{}[{at}] : {from}", from.id))
+            }
+            Execution::Warps { .. } => self.load_scalar(from, at),
         }
     }
 
-    /// An element of what no kernel writes: where it is read in a loop, it is read once.
+    /// Loads an element that no kernel writes, so that the load can be hoisted out of loops.
     pub fn load_input(&mut self, from: Buf, at: impl Into<Index>) -> Val {
         let at = self.eval(at);
-        match self.form {
-            Form::Vectors { .. } => self.load(from, at),
-            Form::Warps { .. } => {
-                let (place, ty) = (self.place(from, at), from.scalar());
+        match self.execution {
+            Execution::Vectors { .. } => self.load(from, at),
+            Execution::Warps { .. } => {
+                let (place, ty) = (self.pointer_to(from, at), from.scalar());
                 self.emit(ty, format_args!("llvm.load {place} invariant : {} -> {ty}", from.pointer()))
             }
         }
     }
 
-    /// An element if the condition holds, else `other`.
+    /// Loads an element if the condition holds, else gives `other`.
     pub fn load_or(&mut self, condition: Val, from: Buf, at: impl Into<Index>, other: Val) -> Val {
         let at = self.eval(at);
-        match self.form {
-            Form::Vectors { .. } => {
+        match self.execution {
+            Execution::Vectors { .. } => {
                 let x = self.load(from, at);
                 self.select(condition, x, other)
             }
-            Form::Warps { .. } => self.load_if(condition, from, at, other),
+            Execution::Warps { .. } => self.load_if(condition, from, at, other),
         }
     }
 
+    /// Stores a scalar.
     pub fn store(&mut self, x: Val, to: Buf, at: impl Into<Index>) {
         let at = self.eval(at);
-        match self.form {
-            Form::Vectors { .. } => self.line(format_args!("memref.store {x}, %{}[{at}] : {to}", to.id)),
-            Form::Warps { leads, .. } => self.when(leads, |k| k.store_here(x, to, at)),
+        match self.execution {
+            Execution::Vectors { .. } => self.line(format_args!("memref.store {x}, %{}[{at}] : {to}", to.id)),
+            Execution::Warps { is_first_lane, .. } => self.when(is_first_lane, |k| k.store_scalar(x, to, at)),
         }
     }
 
-    /// A vector of elements from `at` on, all of which must exist.
+    /// Loads a vector from `at` on; all of its elements must exist.
     pub fn load_vector(&mut self, from: Buf, at: impl Into<Index>) -> Val {
-        match self.form {
-            Form::Vectors { .. } => self.load_some(from, at, LANES),
-            Form::Warps { lane, .. } => self.load_here(from, at.into() + lane),
+        match self.execution {
+            Execution::Vectors { .. } => self.load_vector_of(from, at, LANES),
+            Execution::Warps { lane, .. } => self.load_scalar(from, at.into() + lane),
         }
     }
 
+    /// Stores a vector from `at` on; all of its elements must exist.
     pub fn store_vector(&mut self, x: Val, to: Buf, at: impl Into<Index>) {
         let at = self.eval(at);
-        match self.form {
-            Form::Vectors { .. } => self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty)),
-            Form::Warps { lane, .. } => self.store_here(x, to, at + lane),
+        match self.execution {
+            Execution::Vectors { .. } => self.line(format_args!("vector.store {x}, %{}[{at}] : {to}, {}", to.id, x.ty)),
+            Execution::Warps { lane, .. } => self.store_scalar(x, to, at + lane),
         }
     }
 
-    /// The lanes of `mask` from memory, `other` in those it leaves out.
+    /// Loads the lanes of `mask`; the others are those of `other`.
     pub fn load_masked(&mut self, from: Buf, at: impl Into<Index>, mask: Val, other: Val) -> Val {
         let at = self.eval(at);
         let ty = other.ty;
-        match self.form {
-            Form::Vectors { .. } => self.emit(
+        match self.execution {
+            Execution::Vectors { .. } => self.emit(
                 ty,
                 format_args!(
                     "vector.maskedload %{}[{at}], {mask}, {other} : {from}, {}, {ty} into {ty}",
                     from.id, mask.ty
                 ),
             ),
-            Form::Warps { lane, .. } => self.load_if(mask, from, at + lane, other),
+            Execution::Warps { lane, .. } => self.load_if(mask, from, at + lane, other),
         }
     }
 
-    /// The elements at `at + steps`, lane by lane; 0 in those `mask` leaves out.
+    /// Loads the elements at `at + steps`, lane by lane; lanes outside of `mask` are 0.
     pub fn gather_lanes(&mut self, from: Buf, at: impl Into<Index>, steps: Val, mask: Val) -> Val {
         let at = self.eval(at);
         let ty = self.vector(from.scalar());
         let zero = self.float(0.0, ty);
-        match self.form {
-            Form::Vectors { .. } => self.emit(
+        match self.execution {
+            Execution::Vectors { .. } => self.emit(
                 ty,
                 format_args!(
                     "vector.gather %{}[{at}][{steps}], {mask}, {zero} : {from}, {}, {}, {ty} into {ty}",
                     from.id, steps.ty, mask.ty
                 ),
             ),
-            Form::Warps { .. } => {
+            Execution::Warps { .. } => {
                 let steps = self.to_index(steps);
                 self.load_if(mask, from, at + steps, zero)
             }
         }
     }
 
+    /// Stores the lanes of `mask` from `at` on.
     pub fn store_lanes(&mut self, x: Val, to: Buf, at: impl Into<Index>, mask: Val) {
         let at = self.eval(at);
-        match self.form {
-            Form::Vectors { .. } => {
+        match self.execution {
+            Execution::Vectors { .. } => {
                 let some = |k: &mut Kernel| {
                     k.line(format_args!(
                         "vector.maskedstore %{}[{at}], {mask}, {x} : {to}, {}, {}",
                         to.id, mask.ty, x.ty
                     ));
                 };
-                let Machine::Cpu(cpu) = self.machine else { unreachable!("vectors are a processor's") };
+                let Machine::Cpu(cpu) = self.machine else { unreachable!("only a CPU has vectors") };
                 match self.counts.get(&mask.id).copied() {
-                    // A store under a mask is many instructions there, and few vectors are not whole.
-                    Some(count) if !cpu.masks() => {
+                    // These CPUs have no masked stores, which then take many instructions. Most vectors are whole, so
+                    // they are tested for that first.
+                    Some(count) if !cpu.has_masked_memory() => {
                         let whole = self.compare(count, Order::Gt, x.ty.lanes.unwrap_or(1) - 1);
                         self.branch(whole, |k| k.store_vector(x, to, at), some);
                     }
                     _ => some(self),
                 }
             }
-            Form::Warps { lane, .. } => self.when(mask, |k| k.store_here(x, to, at + lane)),
+            Execution::Warps { lane, .. } => self.when(mask, |k| k.store_scalar(x, to, at + lane)),
         }
     }
 
-    /// One thread's load.
-    pub fn load_here(&mut self, from: Buf, at: impl Into<Index>) -> Val {
-        let place = self.place(from, at);
+    /// Loads one element in each thread of a GPU.
+    pub fn load_scalar(&mut self, from: Buf, at: impl Into<Index>) -> Val {
+        let place = self.pointer_to(from, at);
         self.emit(from.scalar(), format_args!("llvm.load {place} : {} -> {}", from.pointer(), from.scalar()))
     }
 
-    pub fn store_here(&mut self, x: Val, to: Buf, at: impl Into<Index>) {
-        self.written(to);
-        let place = self.place(to, at);
+    /// Stores one element from each thread of a GPU.
+    pub fn store_scalar(&mut self, x: Val, to: Buf, at: impl Into<Index>) {
+        self.mark_written(to);
+        let place = self.pointer_to(to, at);
         self.line(format_args!("llvm.store {x}, {place} : {}, {}", x.ty, to.pointer()));
     }
 
-    /// Takes down that the kernel writes there, if that is one of its buffers.
-    pub(super) fn written(&mut self, to: Buf) {
+    /// Records that the kernel writes the buffer, if it is one of its arguments.
+    pub(super) fn mark_written(&mut self, to: Buf) {
         if let Some(written) = self.writes.get_mut(to.id as usize) {
             *written = true;
         }
     }
 
-    /// One thread's load if its condition holds, else `other`.
+    /// Loads one element in each thread whose condition holds; the others take `other`.
     pub fn load_if(&mut self, condition: Val, from: Buf, at: impl Into<Index>, other: Val) -> Val {
         let at = self.eval(at);
-        self.either(condition, other, |k| k.load_here(from, at))
+        self.if_else_one(condition, other, |k| k.load_scalar(from, at))
     }
 
-    /// What is computed if the condition holds, else `other`.
-    pub(super) fn either(&mut self, condition: Val, other: Val, yes: impl FnOnce(&mut Kernel) -> Val) -> Val {
-        self.either_of(condition, &[other], |k| vec![yes(k)])[0]
+    /// Evaluates `yes` if the condition holds, else gives `other`.
+    pub(super) fn if_else_one(&mut self, condition: Val, other: Val, yes: impl FnOnce(&mut Kernel) -> Val) -> Val {
+        self.if_else(condition, &[other], |k| vec![yes(k)])[0]
     }
 
-    /// The same for several.
-    pub fn either_of(&mut self, condition: Val, others: &[Val], yes: impl FnOnce(&mut Kernel) -> Vec<Val>) -> Vec<Val> {
+    /// Evaluates several values if the condition holds, else gives `others`.
+    pub fn if_else(&mut self, condition: Val, others: &[Val], yes: impl FnOnce(&mut Kernel) -> Vec<Val>) -> Vec<Val> {
         let results: Vec<Val> = others.iter().map(|other| self.fresh(other.ty)).collect();
         let types = list(others.iter().map(|other| other.ty));
         self.line(format_args!("{} = scf.if {condition} -> ({types}) {{", list(&results)));
@@ -503,13 +523,13 @@ impl Kernel {
         results
     }
 
-    /// A thread's pointer to the element at `at`, of the buffer's own type.
-    pub(super) fn place(&mut self, of: Buf, at: impl Into<Index>) -> Val {
-        self.place_of(of, at, of.scalar())
+    /// The pointer to the element at `at`, for the thread.
+    pub(super) fn pointer_to(&mut self, of: Buf, at: impl Into<Index>) -> Val {
+        self.pointer_to_type(of, at, of.scalar())
     }
 
-    /// The same in memory that holds such elements.
-    pub(super) fn place_of(&mut self, of: Buf, at: impl Into<Index>, element: Ty) -> Val {
+    /// The pointer to element `at` of memory that holds elements of the given type.
+    pub(super) fn pointer_to_type(&mut self, of: Buf, at: impl Into<Index>, element: Ty) -> Val {
         let at = self.eval(at);
         let at = self.emit(INDEX.of(Scalar::I64), format_args!("arith.index_cast {at} : index to i64"));
         let pointer = of.pointer();
@@ -518,24 +538,25 @@ impl Kernel {
 
     // Control.
 
-    /// The first of the units that a processor's thread takes in one go.
+    /// The first unit of the range that a CPU's thread executes.
     pub fn first_unit(&self) -> Val {
-        match self.form {
-            Form::Vectors { begin, .. } => begin,
-            Form::Warps { .. } => unreachable!("a warp's units are apart"),
+        match self.execution {
+            Execution::Vectors { begin, .. } => begin,
+            Execution::Warps { .. } => unreachable!("the units of a warp are not contiguous"),
         }
     }
 
-    /// Where the elements of a unit begin and end, of `count` that are dealt out in stretches; the last one is shorter.
+    /// The start and the end of a unit's elements, if `count` elements are divided into stretches of equal length; the
+    /// last one may be shorter.
     pub fn stretch(&mut self, unit: impl Into<Index>, count: impl Into<Index>) -> (Val, Val) {
-        let block = self.machine.stretch();
+        let block = self.machine.flat_unit_elements();
         let start = self.eval(unit.into() * block);
         let end = self.min(start + block, count.into());
         (start, end)
     }
 
-    /// The elements of a unit, a vector at a time: `body` is given the index of its first lane and the mask of those
-    /// that have an element.
+    /// A loop over the elements of a unit's stretch, one vector per step. `body` gets the index of the first lane, and
+    /// the mask of the elements that exist.
     pub fn each_of_stretch(
         &mut self,
         unit: impl Into<Index>,
@@ -549,11 +570,11 @@ impl Kernel {
         });
     }
 
-    /// The units asked for.
+    /// A loop over the units that the thread or warp executes.
     pub fn units(&mut self, body: impl FnOnce(&mut Kernel, Val)) {
-        match self.form {
-            Form::Vectors { begin, end } => self.each(begin, end, 1, body),
-            Form::Warps { units, warp, block, blocks, .. } => {
+        match self.execution {
+            Execution::Vectors { begin, end } => self.each(begin, end, 1, body),
+            Execution::Warps { units, warp, block, blocks, .. } => {
                 self.fold_by(block * WARPS + warp, units, blocks * WARPS, &[], |k, unit, _| {
                     body(k, unit);
                     vec![]

@@ -1,28 +1,32 @@
-//! Products of 16 × 16 numbers in half precision, which a warp's threads compute together in a GPU's tensor cores. Which
-//! of them holds what of a fragment is the chip's affair.
+//! Operations of a GPU's tensor cores (WMMA): products of 16 × 16 fragments in half precision, which the threads of a
+//! warp compute together. The distribution of a fragment's elements over the threads depends on the chip and stays
+//! opaque.
 
 use super::{Buf, F32, I32, INDEX, Index, Kernel, Scalar, Ty, Val};
 
 /// Rows and columns of a fragment.
 pub const SIDE: u64 = 16;
 
-/// Numbers of 16 bits; sums are in `f32`.
+/// A half-precision type of operands; sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Half {
-    /// Up to 65504, from 6·10⁻⁵ on in full precision.
+    /// IEEE half precision: up to 65504, and at full precision from 6·10⁻⁵ on.
     F16,
-    /// As far as `f32` reaches.
+    /// bfloat16, with the range of f32.
     BF16,
 }
 
-/// The left or the right side of a product.
+/// The side of a product that a fragment is.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Operand {
+    /// The left side.
     A,
+    /// The right side.
     B,
 }
 
 impl Half {
+    /// The type's name.
     pub fn name(self) -> &'static str {
         match self {
             Half::F16 => "f16",
@@ -37,7 +41,7 @@ impl Half {
         }
     }
 
-    /// What a thread holds of an operand: registers of two numbers.
+    /// The registers in which a thread holds its part of an operand's fragment.
     fn registers(self) -> (usize, Ty) {
         match self {
             Half::F16 => (8, Ty { scalar: Scalar::F16, lanes: Some(2) }),
@@ -46,10 +50,10 @@ impl Half {
     }
 }
 
-/// What a thread holds of a sum.
+/// Floats in which a thread holds its part of a fragment of sums.
 pub const SUMS: usize = 8;
 
-/// LLVM's own operations, for MLIR's know no bf16.
+/// The LLVM intrinsics; the corresponding MLIR operations do not support bf16.
 const WMMA: &str = "llvm.nvvm.wmma.m16n16k16";
 
 fn types(count: usize, ty: Ty) -> String {
@@ -57,8 +61,8 @@ fn types(count: usize, ty: Ty) -> String {
 }
 
 impl Kernel {
-    /// Two floats rounded, as a word: the first in its lower half.
-    pub fn word(&mut self, half: Half, [x, y]: [Val; 2]) -> Val {
+    /// Rounds two floats to a word, the first of them in its lower half.
+    pub fn pack_half2(&mut self, half: Half, [x, y]: [Val; 2]) -> Val {
         let scalar = half.scalar();
         let (one, two) = (Ty { scalar, lanes: None }, Ty { scalar, lanes: Some(2) });
         let mut pair = self.emit(two, format_args!("llvm.mlir.poison : {two}"));
@@ -70,19 +74,19 @@ impl Kernel {
         self.emit(I32, format_args!("llvm.bitcast {pair} : {two} to i32"))
     }
 
-    /// A number in every lane, rounded, to the `at`th place and those after it.
+    /// Rounds a float in every lane, and stores the lanes of the mask as 16-bit elements from `at` on.
     pub fn store_rounded(&mut self, half: Half, x: Val, to: Buf, at: impl Into<Index>, mask: Val) {
-        self.written(to);
+        self.mark_written(to);
         let at = self.eval(at.into() + self.lane_index());
         self.when(mask, |k| {
             let ty = Ty { scalar: half.scalar(), lanes: None };
             let rounded = k.emit(ty, format_args!("arith.truncf {x} : f32 to {ty}"));
-            let (place, pointer) = (k.place_of(to, at, ty), to.pointer());
+            let (place, pointer) = (k.pointer_to_type(to, at, ty), to.pointer());
             k.line(format_args!("llvm.store {rounded}, {place} : {ty}, {pointer}"));
         });
     }
 
-    /// The fragment at word `at` of shared memory, whose rows are `line` numbers apart.
+    /// Loads the fragment at word `at` of shared memory, whose rows are `line` 16-bit elements apart.
     pub fn load_fragment(
         &mut self,
         half: Half,
@@ -91,7 +95,7 @@ impl Kernel {
         at: impl Into<Index>,
         line: u64,
     ) -> Vec<Val> {
-        let place = self.place(from, at);
+        let place = self.pointer_to(from, at);
         let line = self.int(line as i64, I32);
         let (count, ty) = half.registers();
         let name = if operand == Operand::A { "a" } else { "b" };
@@ -104,14 +108,14 @@ impl Kernel {
                 types(count, ty)
             ),
         );
-        self.apart(loaded, count, ty)
+        self.unpack_struct(loaded, count, ty)
     }
 
     /// sums + a · b
     pub fn multiply_fragments(&mut self, half: Half, a: &[Val], b: &[Val], sums: &[Val]) -> Vec<Val> {
         let (count, ty) = half.registers();
         let (types, floats) = (types(2 * count, ty), types(SUMS, F32));
-        // Of f16 the sums have a choice.
+        // For f16, the intrinsic's name also states the types of the sums.
         let of = if half == Half::F16 { "f32.f32" } else { "bf16" };
         let product = self.emit(
             INDEX,
@@ -120,12 +124,12 @@ impl Kernel {
                 super::list(a.iter().chain(b).chain(sums)),
             ),
         );
-        self.apart(product, SUMS, F32)
+        self.unpack_struct(product, SUMS, F32)
     }
 
-    /// Puts a sum at float `at` of shared memory, its rows `line` floats apart.
+    /// Stores a fragment of sums at float `at` of shared memory, with rows `line` floats apart.
     pub fn store_fragment(&mut self, sums: &[Val], to: Buf, at: impl Into<Index>, line: u64) {
-        let place = self.place(to, at);
+        let place = self.pointer_to(to, at);
         let line = self.int(line as i64, I32);
         self.line(format_args!(
             "llvm.call_intrinsic \"{WMMA}.store.d.row.stride.f32\"({place}, {}, {line}) : ({}, {}, i32) -> ()",
@@ -135,7 +139,7 @@ impl Kernel {
         ));
     }
 
-    fn apart(&mut self, whole: Val, count: usize, ty: Ty) -> Vec<Val> {
+    fn unpack_struct(&mut self, whole: Val, count: usize, ty: Ty) -> Vec<Val> {
         let all = types(count, ty);
         let part = |i| self.emit(ty, format_args!("llvm.extractvalue {whole}[{i}] : !llvm.struct<({all})>"));
         (0..count).map(part).collect()

@@ -1,9 +1,8 @@
-//! Writes one kernel as MLIR text.
+//! Builds the text of one kernel in MLIR.
 //!
-//! A kernel is explicit about its vectors: loops over the last axis take a vector's elements a step
-//! under a mask, so nothing hangs on the vectoriser's mood and every sum has one fixed order.
-//! Buffers are flat; kernels compute their own addresses, which they state as formulas: `index.rs`. What a vector is, on a
-//! processor and on a GPU: `lanes.rs`.
+//! A kernel is explicit about its vectors: loops over the last axis process one vector per step under a mask. Nothing
+//! depends on LLVM's vectoriser, and every sum has one fixed order. Buffers are flat; kernels compute their own indices
+//! as formulas (`index.rs`). `lanes.rs` defines what a vector is on a CPU and on a GPU.
 
 mod gpu;
 mod index;
@@ -17,13 +16,15 @@ use peft_runtime::artifact::Element;
 
 use crate::target::Machine;
 pub use index::{Index, IntoVal};
-use lanes::Form;
+use lanes::Execution;
 
-/// Bytes of a scratch: threads have stacks of 2 MiB, and nothing would tell when one ends.
+/// The greatest number of bytes of a scratch buffer. It is far below a thread's stack of 2 MiB, because an overflow
+/// would not be detected.
 const SCRATCH: u64 = 1 << 18;
 
 pub use crate::target::LANES;
 
+/// The type of a scalar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scalar {
     Index,
@@ -35,19 +36,24 @@ pub enum Scalar {
     F32,
 }
 
-/// A scalar, or a vector of `lanes` of them.
+/// The type of a value: a scalar, or a vector of `lanes` scalars.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ty {
     scalar: Scalar,
     lanes: Option<u64>,
 }
 
+/// The type of indices.
 pub const INDEX: Ty = Ty { scalar: Scalar::Index, lanes: None };
+/// A 32-bit integer.
 pub const I32: Ty = Ty { scalar: Scalar::I32, lanes: None };
+/// A 64-bit integer.
 pub const I64: Ty = Ty { scalar: Scalar::I64, lanes: None };
+/// A 32-bit float.
 pub const F32: Ty = Ty { scalar: Scalar::F32, lanes: None };
 
 impl Ty {
+    /// A vector of so many lanes.
     pub const fn times(self, lanes: u64) -> Ty {
         Ty { scalar: self.scalar, lanes: Some(lanes) }
     }
@@ -81,6 +87,7 @@ impl std::fmt::Display for Ty {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Val {
     id: u32,
+    /// The value's type.
     pub ty: Ty,
 }
 
@@ -95,7 +102,7 @@ impl std::fmt::Display for Val {
 pub struct Buf {
     id: u32,
     element: Element,
-    /// By a block's threads.
+    /// Whether it is in a thread block's shared memory.
     shared: bool,
 }
 
@@ -107,12 +114,12 @@ impl Buf {
         }
     }
 
-    /// The same words as floats.
+    /// The same memory as floats.
     pub fn floats(self) -> Buf {
         Buf { element: Element::F32, ..self }
     }
 
-    /// Its type on a GPU.
+    /// Its pointer type on a GPU.
     fn pointer(self) -> &'static str {
         if self.shared { "!llvm.ptr<3>" } else { "!llvm.ptr<1>" }
     }
@@ -124,46 +131,47 @@ impl std::fmt::Display for Buf {
     }
 }
 
-/// A kernel that is written, but for its head.
+/// A kernel without its name: the body and the signature of the function.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Code {
     buffers: Vec<Buf>,
     sizes: Vec<Val>,
-    form: Form,
-    /// What stands before the function, whose name has a place in it.
+    execution: Execution,
+    /// Declarations in front of the function. [`NAME`] stands for its name.
     globals: String,
     body: String,
-    /// By buffer, whether it is written, if that is a GPU's.
+    /// On a GPU: for each buffer, whether the kernel writes it.
     pub writes: Vec<bool>,
 }
 
-/// Where memory that a kernel's blocks have for themselves bears its name.
+/// The placeholder for the kernel's name in the names of its shared memory.
 const NAME: &str = "<kernel>";
 
 impl Code {
-    /// The kernel as a function. On a GPU it may do the work of several `launches` side by side.
+    /// The kernel as a function. On a GPU, one launch of it may do the work of `launches` launches (horizontal fusion).
     pub fn function(&self, name: &str, launches: usize) -> String {
-        let function = self.form.function(name, (&self.buffers, &self.sizes), &self.body, launches);
+        let function = self.execution.function(name, (&self.buffers, &self.sizes), &self.body, launches);
         (self.globals.clone() + &function).replace(NAME, name)
     }
 }
 
-/// The function under construction.
+/// The kernel under construction. Its methods append operations to the body.
 pub struct Kernel {
+    /// The machine that the kernel is for.
     pub machine: Machine,
-    /// By mask: how many lanes it has, if they are the first ones.
+    /// For a mask of the first lanes: the number of these lanes.
     counts: HashMap<u32, Val>,
-    /// What stands before the function.
+    /// Declarations in front of the function.
     globals: String,
     body: String,
     depth: usize,
     next: u32,
-    form: Form,
-    /// By buffer, whether it is written.
+    execution: Execution,
+    /// For each buffer, whether the kernel writes it.
     writes: Vec<bool>,
 }
 
-/// The text of a kernel: `body` gets its buffers and its sizes.
+/// Builds a kernel. `body` gets its buffers and its sizes.
 pub fn define(
     machine: Machine,
     elements: &[Element],
@@ -175,16 +183,16 @@ pub fn define(
     let first = buffers.len() as u32;
     let sizes: Vec<Val> = (first..first + sizes as u32).map(|id| Val { id, ty: INDEX }).collect();
     let next = first + sizes.len() as u32;
-    let (form, next) = match machine {
-        Machine::Cpu(_) => Form::vectors(next),
-        Machine::Cuda(_) => Form::warps(next),
+    let (execution, next) = match machine {
+        Machine::Cpu(_) => Execution::vectors(next),
+        Machine::Cuda(_) => Execution::warps(next),
     };
     let writes = vec![false; buffers.len()];
     let (counts, globals, text) = (HashMap::new(), String::new(), String::new());
-    let mut kernel = Kernel { machine, counts, globals, body: text, depth: 2, next, form, writes };
+    let mut kernel = Kernel { machine, counts, globals, body: text, depth: 2, next, execution, writes };
     body(&mut kernel, &buffers, &sizes);
-    let Kernel { form, globals, body, writes, .. } = kernel;
-    Code { buffers, sizes, form, globals, body, writes }
+    let Kernel { execution, globals, body, writes, .. } = kernel;
+    Code { buffers, sizes, execution, globals, body, writes }
 }
 
 /// The first `N` of a kernel's buffers or sizes.
@@ -192,13 +200,16 @@ pub fn first<const N: usize, T: Copy>(all: &[T]) -> [T; N] {
     std::array::from_fn(|i| all[i])
 }
 
-/// What memory is fetched for.
+/// The access that memory is prefetched for.
 #[derive(Clone, Copy)]
 pub enum Access {
+    /// A load.
     Read,
+    /// A store.
     Write,
 }
 
+/// A comparison: less, greater, or equal.
 #[derive(Clone, Copy)]
 pub enum Order {
     Lt,
@@ -224,16 +235,17 @@ impl Kernel {
     }
 
     fn binary(&mut self, float: &str, int: &str, x: Val, y: Val) -> Val {
-        assert_eq!(x.ty, y.ty, "operands of one type");
+        assert_eq!(x.ty, y.ty, "the operands have one type");
         let name = if x.ty.float() { float } else { int };
         self.emit(x.ty, format_args!("{name} {x}, {y} : {}", x.ty))
     }
 
-    /// Of what counts or points there is never too much for its type: what is constant in a place then needs no register.
+    /// On a GPU, indices never overflow, and are marked so. LLVM can then fold the constant part of an address into a
+    /// load, which saves a register.
     fn without_overflow(&mut self, float: &str, int: &str, x: Val, y: Val) -> Val {
-        match self.form {
-            Form::Warps { .. } if x.ty == INDEX => {
-                assert_eq!(y.ty, INDEX, "operands of one type");
+        match self.execution {
+            Execution::Warps { .. } if x.ty == INDEX => {
+                assert_eq!(y.ty, INDEX, "the operands have one type");
                 self.emit(INDEX, format_args!("{int} {x}, {y} overflow<nsw> : index"))
             }
             _ => self.binary(float, int, x, y),
@@ -242,16 +254,17 @@ impl Kernel {
 
     // Constants.
 
+    /// A constant index.
     pub fn index(&mut self, n: u64) -> Val {
         self.emit(INDEX, format_args!("arith.constant {n} : index"))
     }
 
-    /// A float of type `ty`, the same in every lane.
+    /// A constant float of type `ty`, the same in every lane.
     pub fn float(&mut self, x: f64, ty: Ty) -> Val {
         let x = x as f32;
         let literal = if x.is_finite() {
             let text = format!("{x:e}");
-            // MLIR wants a point in every float.
+            // MLIR's syntax requires a decimal point in every float.
             if text.contains('.') { text } else { text.replacen('e', ".0e", 1) }
         } else {
             format!("0x{:08X}", x.to_bits())
@@ -259,11 +272,12 @@ impl Kernel {
         self.literal(&literal, ty)
     }
 
-    /// A float in every lane.
+    /// A constant float in every lane.
     pub fn floats(&mut self, x: f64) -> Val {
         self.float(x, self.vector(F32))
     }
 
+    /// A constant integer of type `ty`, the same in every lane.
     pub fn int(&mut self, x: i64, ty: Ty) -> Val {
         self.literal(&x.to_string(), ty)
     }
@@ -277,16 +291,19 @@ impl Kernel {
 
     // Arithmetic.
 
+    /// x + y
     pub fn add(&mut self, x: Val, y: Val) -> Val {
         self.without_overflow("arith.addf", "arith.addi", x, y)
     }
+    /// x − y
     pub fn sub(&mut self, x: Val, y: Val) -> Val {
         self.without_overflow("arith.subf", "arith.subi", x, y)
     }
+    /// x · y
     pub fn mul(&mut self, x: Val, y: Val) -> Val {
         self.without_overflow("arith.mulf", "arith.muli", x, y)
     }
-    /// Of integers: of non-negative ones.
+    /// x / y. Integers must not be negative.
     pub fn div(&mut self, x: Val, y: Val) -> Val {
         self.binary("arith.divf", "arith.divui", x, y)
     }
@@ -295,33 +312,38 @@ impl Kernel {
         let (x, y) = (self.eval(x), self.eval(y));
         self.eval((x + y - 1) / y)
     }
+    /// The remainder of x / y. Integers must not be negative.
     pub fn rem(&mut self, x: Val, y: Val) -> Val {
         self.binary("arith.remf", "arith.remui", x, y)
     }
+    /// Bitwise exclusive or.
     pub fn xor(&mut self, x: Val, y: Val) -> Val {
         self.binary("", "arith.xori", x, y)
     }
+    /// Bitwise and.
     pub fn and(&mut self, x: Val, y: Val) -> Val {
         self.binary("", "arith.andi", x, y)
     }
+    /// Bitwise or.
     pub fn or(&mut self, x: Val, y: Val) -> Val {
         self.binary("", "arith.ori", x, y)
     }
+    /// Shifts x left by y bits.
     pub fn shift_left(&mut self, x: Val, y: Val) -> Val {
         self.binary("", "arith.shli", x, y)
     }
-    /// Zeros come in.
+    /// Shifts x right by y bits; zeros come in.
     pub fn shift_right(&mut self, x: Val, y: Val) -> Val {
         self.binary("", "arith.shrui", x, y)
     }
-    /// x · y + z, rounded once where the processor can do that at no cost.
+    /// x · y + z, rounded once if the machine has a fused multiply-add.
     pub fn fma(&mut self, x: Val, y: Val, z: Val) -> Val {
         let ty = x.ty;
         self.emit(ty, format_args!("llvm.intr.fmuladd({x}, {y}, {z}) : ({ty}, {ty}, {ty}) -> {ty}"))
     }
-    /// sum + x · y of pairs of bf16, both products of each, where the processor has an instruction for it.
+    /// sum + x · y of pairs of bf16, adding both products of each pair. It requires AVX512-BF16.
     pub fn dot_pairs(&mut self, x: Val, y: Val, sum: Val) -> Val {
-        let [x, y] = [x, y].map(|pairs| self.halves(pairs));
+        let [x, y] = [x, y].map(|pairs| self.as_bf16(pairs));
         let (ty, pairs) = (sum.ty, x.ty);
         self.emit(
             ty,
@@ -331,8 +353,9 @@ impl Kernel {
             ),
         )
     }
-    /// A step of an outer product: row by row, `multiply(x, y, sum)` for every vector y; `x` gives a row's number.
-    pub fn outer(
+    /// Adds an outer product to `sums`, row by row: `multiply(x, y, sum)` for every vector y. `x` gives the scalar of a
+    /// row.
+    pub fn outer_product(
         &mut self,
         rows: u64,
         mut x: impl FnMut(&mut Kernel, usize) -> Val,
@@ -350,16 +373,18 @@ impl Kernel {
         }
         next
     }
+    /// The square root.
     pub fn sqrt(&mut self, x: Val) -> Val {
-        match self.form {
-            Form::Vectors { .. } => self.emit(x.ty, format_args!("math.sqrt {x} : {}", x.ty)),
-            // `math.sqrt` would be a call to a library that comes with CUDA's toolkit.
-            Form::Warps { .. } => {
+        match self.execution {
+            Execution::Vectors { .. } => self.emit(x.ty, format_args!("math.sqrt {x} : {}", x.ty)),
+            // `math.sqrt` would call libdevice, a library of the CUDA toolkit.
+            Execution::Warps { .. } => {
                 self.emit(F32, format_args!("llvm.call_intrinsic \"llvm.nvvm.sqrt.rn.f\"({x}) : (f32) -> f32"))
             }
         }
     }
 
+    /// Compares floats (ordered) or signed integers.
     pub fn compare(&mut self, x: impl IntoVal, order: Order, y: impl IntoVal) -> Val {
         let (x, y) = (x.into_val(self), y.into_val(self));
         let name = match order {
@@ -374,26 +399,29 @@ impl Kernel {
         };
         self.emit(x.ty.of(Scalar::I1), format_args!("arith.{op} {prefix}{name}, {x}, {y} : {}", x.ty))
     }
-    /// x ≥ y as unsigned numbers.
+    /// x ≥ y as unsigned integers.
     pub fn at_least_unsigned(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
         let (x, y) = (x.into_val(self), y.into_val(self));
         self.emit(x.ty.of(Scalar::I1), format_args!("arith.cmpi uge, {x}, {y} : {}", x.ty))
     }
-    /// x < y as unsigned numbers.
+    /// x < y as unsigned integers.
     pub fn below_unsigned(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
         let (x, y) = (x.into_val(self), y.into_val(self));
         self.emit(x.ty.of(Scalar::I1), format_args!("arith.cmpi ult, {x}, {y} : {}", x.ty))
     }
+    /// `yes` in the lanes where the condition holds, else `no`.
     pub fn select(&mut self, condition: Val, yes: impl IntoVal, no: impl IntoVal) -> Val {
         let (yes, no) = (yes.into_val(self), no.into_val(self));
         let ty = yes.ty;
         self.emit(ty, format_args!("arith.select {condition}, {yes}, {no} : {}, {ty}", condition.ty))
     }
+    /// x if x > y, else y.
     pub fn max(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
         let (x, y) = (x.into_val(self), y.into_val(self));
         let first = self.compare(x, Order::Gt, y);
         self.select(first, x, y)
     }
+    /// x if x < y, else y.
     pub fn min(&mut self, x: impl IntoVal, y: impl IntoVal) -> Val {
         let (x, y) = (x.into_val(self), y.into_val(self));
         let first = self.compare(x, Order::Lt, y);
@@ -402,47 +430,54 @@ impl Kernel {
 
     // Conversions.
 
-    /// The same bits read as another type.
+    /// The same bits as another type.
     fn bitcast(&mut self, x: Val, scalar: Scalar) -> Val {
         let ty = x.ty.of(scalar);
         self.emit(ty, format_args!("arith.bitcast {x} : {} to {ty}", x.ty))
     }
+    /// The bits of a float as an i32.
     pub fn bits(&mut self, x: Val) -> Val {
         self.bitcast(x, Scalar::I32)
     }
+    /// The float with the bits of an i32.
     pub fn from_bits(&mut self, x: Val) -> Val {
         self.bitcast(x, Scalar::F32)
     }
-    pub fn widen(&mut self, x: Val) -> Val {
+    /// An i32 as an i64, extended by zeros.
+    pub fn extend_i64(&mut self, x: Val) -> Val {
         let ty = x.ty.of(Scalar::I64);
         self.emit(ty, format_args!("arith.extui {x} : {} to {ty}", x.ty))
     }
-    pub fn narrow(&mut self, x: Val) -> Val {
+    /// The lower 32 bits of an i64.
+    pub fn truncate_i32(&mut self, x: Val) -> Val {
         let ty = x.ty.of(Scalar::I32);
         self.emit(ty, format_args!("arith.trunci {x} : {} to {ty}", x.ty))
     }
+    /// An integer as an index.
     pub fn to_index(&mut self, x: Val) -> Val {
         self.emit(INDEX, format_args!("arith.index_cast {x} : {} to index", x.ty))
     }
+    /// An index as an i32.
     pub fn to_i32(&mut self, x: impl Into<Index>) -> Val {
         let x = self.eval(x);
         self.emit(I32, format_args!("arith.index_cast {x} : index to i32"))
     }
-    /// A whole number as a float.
+    /// An integer as a float.
     pub fn to_float(&mut self, x: impl IntoVal) -> Val {
         let x = x.into_val(self);
-        let x = match (x.ty.scalar, &self.form) {
-            (Scalar::Index, Form::Vectors { .. }) => {
+        let x = match (x.ty.scalar, &self.execution) {
+            (Scalar::Index, Execution::Vectors { .. }) => {
                 self.emit(I64, format_args!("arith.index_cast {x} : index to i64"))
             }
-            (Scalar::Index, Form::Warps { .. }) => self.to_i32(x),
+            (Scalar::Index, Execution::Warps { .. }) => self.to_i32(x),
             _ => x,
         };
         let ty = x.ty.of(Scalar::F32);
         self.emit(ty, format_args!("arith.sitofp {x} : {} to {ty}", x.ty))
     }
-    /// Neighbours among floats, rounded to bf16, as words: the first in the lower half. `native`: the processor rounds.
-    pub fn pairs(&mut self, native: bool, x: Val) -> Val {
+    /// Rounds floats to bf16 and packs neighbours into words, the first in the lower half. `native` uses the CPU's own
+    /// rounding instruction.
+    pub fn to_bf16_pairs(&mut self, native: bool, x: Val) -> Val {
         let ty = x.ty.of(Scalar::BF16);
         let words = Ty { scalar: Scalar::I32, lanes: ty.lanes.map(|n| n / 2) };
         if native {
@@ -451,43 +486,43 @@ impl Kernel {
         }
         let (first, second) = (self.fresh(words.of(Scalar::F32)), self.fresh(words.of(Scalar::F32)));
         self.line(format_args!("{first}, {second} = vector.deinterleave {x} : {} -> {}", x.ty, first.ty));
-        self.paired(first, second)
+        self.pack_bf16(first, second)
     }
-    /// The same of floats that are not neighbours.
-    pub fn paired(&mut self, first: Val, second: Val) -> Val {
-        let (first, second) = (self.rounded_bits(first), self.rounded_bits(second));
+    /// Rounds two vectors of floats to bf16 and packs them lane by lane, the first in the lower half of each word.
+    pub fn pack_bf16(&mut self, first: Val, second: Val) -> Val {
+        let (first, second) = (self.bf16_bits(first), self.bf16_bits(second));
         let (upper, half) = (self.int(-1 << 16, first.ty), self.int(16, first.ty));
         let (first, second) = (self.shift_right(first, half), self.and(second, upper));
         self.or(first, second)
     }
-    /// Floats from words of two bf16 each.
-    pub fn widened(&mut self, words: Val) -> Val {
-        let halves = self.halves(words);
-        let ty = halves.ty.of(Scalar::F32);
-        self.emit(ty, format_args!("arith.extf {halves} : {} to {ty}", halves.ty))
+    /// Unpacks words of two bf16 to floats.
+    pub fn bf16_to_f32(&mut self, words: Val) -> Val {
+        let bf16 = self.as_bf16(words);
+        let ty = bf16.ty.of(Scalar::F32);
+        self.emit(ty, format_args!("arith.extf {bf16} : {} to {ty}", bf16.ty))
     }
-    /// The nearest bf16, as a float.
-    pub fn rounded(&mut self, x: Val) -> Val {
-        let bits = self.rounded_bits(x);
+    /// Rounds to the nearest bf16, as a float.
+    pub fn round_to_bf16(&mut self, x: Val) -> Val {
+        let bits = self.bf16_bits(x);
         let upper = self.int(-1 << 16, bits.ty);
         let bits = self.and(bits, upper);
         self.from_bits(bits)
     }
-    /// Bits of a float whose upper half is the nearest bf16, of two as near the even one.
-    fn rounded_bits(&mut self, x: Val) -> Val {
+    /// The bits of a float whose upper half is the nearest bf16; ties go to the even one.
+    fn bf16_bits(&mut self, x: Val) -> Val {
         let bits = self.bits(x);
         let [half, one, below, quiet] = [16, 1, 0x7fff, 0x40_0000].map(|n| self.int(n, bits.ty));
         let last = self.shift_right(bits, half);
         let last = self.and(last, one);
         let more = self.add(below, last);
         let rounded = self.add(bits, more);
-        // Carried too far, NaN would be a number.
+        // The carry of the rounding could turn a NaN into a number, so NaN is handled separately.
         let nan = self.or(bits, quiet);
         let number = self.compare(x, Order::Eq, x);
         self.select(number, rounded, nan)
     }
-    /// The other way, to bf16.
-    fn halves(&mut self, words: Val) -> Val {
+    /// The words as a vector of bf16.
+    fn as_bf16(&mut self, words: Val) -> Val {
         let ty = Ty { scalar: Scalar::BF16, lanes: words.ty.lanes.map(|n| 2 * n) };
         self.emit(ty, format_args!("vector.bitcast {words} : {} to {ty}", words.ty))
     }
@@ -497,32 +532,33 @@ impl Kernel {
         self.emit(ty, format_args!("vector.interleave {x}, {y} : {} -> {ty}", x.ty))
     }
 
-    /// `n` lanes of `x` from `at` on.
-    pub fn part(&mut self, x: Val, at: u64, n: u64) -> Val {
+    /// `n` lanes of `x` from lane `at` on.
+    pub fn slice_lanes(&mut self, x: Val, at: u64, n: u64) -> Val {
         let ty = Ty { lanes: Some(n), ..x.ty };
         let slice = format!("offsets = [{at}], sizes = [{n}], strides = [1]");
         self.emit(ty, format_args!("vector.extract_strided_slice {x} {{{slice}}} : {} to {ty}", x.ty))
     }
 
-    /// Of a processor's two vectors the lanes that `which` names, those of `y` after those of `x`.
-    pub fn picked(&mut self, x: Val, y: Val, which: impl Fn(u64) -> u64) -> Val {
+    /// On a CPU, the lanes of two vectors that `which` names; lanes of `y` are counted after those of `x`.
+    pub fn shuffle_lanes(&mut self, x: Val, y: Val, which: impl Fn(u64) -> u64) -> Val {
         let lanes = x.ty.lanes.expect("a vector");
         let places = list((0..lanes).map(which));
         self.emit(x.ty, format_args!("vector.shuffle {x}, {y} [{places}] : {}, {}", x.ty, x.ty))
     }
 
-    /// The columns of a square whose rows are vectors, or of each of several squares beside each other.
-    pub fn turned(&mut self, mut square: Vec<Val>) -> Vec<Val> {
+    /// Transposes a square whose rows are vectors, or several squares side by side.
+    pub fn transpose(&mut self, mut square: Vec<Val>) -> Vec<Val> {
         let side = square.len();
-        // Bit by bit, the row's number and the lane's change theirs. Lanes that are near come first: they are the cheap
-        // ones, and what is left to do in halves of a register is what a processor has instructions for.
+        // Each step exchanges one bit of the row's index with the same bit of the lane's index. Small distances come
+        // first, because shuffles within a 128-bit lane are cheap; for the remaining exchanges of half-registers CPUs
+        // have instructions.
         for bit in (0..side.ilog2()).map(|n| 1 << n) {
             for r in (0..side).filter(|r| r & bit == 0) {
                 let (x, y, bit) = (square[r], square[r + bit], bit as u64);
                 let lanes = x.ty.lanes.expect("a vector");
                 let without = |lane: u64| lane & bit == 0;
-                let upper = self.picked(x, y, |lane| if without(lane) { lane } else { lanes + lane - bit });
-                let lower = self.picked(x, y, |lane| if without(lane) { lane + bit } else { lanes + lane });
+                let upper = self.shuffle_lanes(x, y, |lane| if without(lane) { lane } else { lanes + lane - bit });
+                let lower = self.shuffle_lanes(x, y, |lane| if without(lane) { lane + bit } else { lanes + lane });
                 (square[r], square[r + bit as usize]) = (upper, lower);
             }
         }
@@ -531,33 +567,33 @@ impl Kernel {
 
     // Memory.
 
-    /// `n` elements, all of which must exist, in a processor's vector of their own.
-    pub fn load_some(&mut self, from: Buf, at: impl Into<Index>, n: u64) -> Val {
+    /// Loads a vector of `n` elements on a CPU; all of them must exist.
+    pub fn load_vector_of(&mut self, from: Buf, at: impl Into<Index>, n: u64) -> Val {
         let at = self.eval(at);
         let ty = from.scalar().times(n);
         self.emit(ty, format_args!("vector.load %{}[{at}] : {from}, {ty}", from.id))
     }
 
-    /// `n` elements of the kernel's own, on its stack: to be asked for outside of loops.
+    /// Allocates `n` elements on the kernel's stack. It must be called outside of loops.
     pub fn scratch(&mut self, n: u64, element: Element) -> Buf {
         assert!(n * element.bytes() <= SCRATCH, "{n} elements are too many for a thread's stack");
-        let (room, flat) = (self.fresh(INDEX), self.fresh(INDEX));
+        let (stack, flat) = (self.fresh(INDEX), self.fresh(INDEX));
         let buffer = Buf { id: flat.id, element, shared: false };
         let ty = format!("memref<{n}x{}>", buffer.scalar());
-        self.line(format_args!("{room} = memref.alloca() {{alignment = 64 : i64}} : {ty}"));
-        self.line(format_args!("{flat} = memref.cast {room} : {ty} to {buffer}"));
+        self.line(format_args!("{stack} = memref.alloca() {{alignment = 64 : i64}} : {ty}"));
+        self.line(format_args!("{flat} = memref.cast {stack} : {ty} to {buffer}"));
         buffer
     }
 
-    /// An `i32` element as an index.
+    /// Loads an i32 element as an index.
     pub fn load_index(&mut self, from: Buf, at: impl Into<Index>) -> Val {
         let x = self.load(from, at);
         self.to_index(x)
     }
-    /// Asks for the line of memory that holds the element at `at`, which need not exist.
+    /// Prefetches the cache line of the element at `at`, which need not exist. It does nothing on a GPU.
     pub fn prefetch(&mut self, of: Buf, at: impl Into<Index>, access: Access) {
         let at = self.eval(at);
-        if let Form::Warps { .. } = self.form {
+        if let Execution::Warps { .. } = self.execution {
             return;
         }
         let access = match access {
@@ -566,14 +602,14 @@ impl Kernel {
         };
         self.line(format_args!("memref.prefetch %{}[{at}], {access}, data : {of}", of.id));
     }
-    /// The lanes of `mask` from memory, 0 elsewhere.
+    /// Loads the lanes of `mask`; the others are 0.
     pub fn load_lanes(&mut self, from: Buf, at: impl Into<Index>, mask: Val) -> Val {
         let at = self.eval(at);
         let ty = Ty { lanes: mask.ty.lanes, ..from.scalar() };
         let zero = if ty.float() { self.float(0.0, ty) } else { self.int(0, ty) };
         self.load_masked(from, at, mask, zero)
     }
-    /// The first `n` of `lanes` lanes, of a processor's vector.
+    /// The mask of the first `n` of `lanes` lanes, on a CPU.
     pub fn mask_of(&mut self, n: impl Into<Index>, lanes: u64) -> Val {
         let n = self.eval(n);
         let ty = Ty { scalar: Scalar::I1, lanes: Some(lanes) };
@@ -584,7 +620,7 @@ impl Kernel {
 
     // Control.
 
-    /// For `from`, `from + step`, … below `to`.
+    /// A loop over `from`, `from + step`, … below `to`.
     pub fn each(
         &mut self,
         from: impl Into<Index>,
@@ -598,7 +634,7 @@ impl Kernel {
         });
     }
 
-    /// The same with values carried from round to round; gives the last ones.
+    /// A loop that carries values from iteration to iteration; returns the last ones.
     pub fn fold(
         &mut self,
         from: impl Into<Index>,
@@ -611,8 +647,9 @@ impl Kernel {
         self.fold_by(from, to, step, start, body)
     }
 
-    /// The same with `many` steps a turn, and one by one what is left of them: what a loop does beside its steps costs.
-    pub fn fold_in_turns(
+    /// A loop that carries values, unrolled by `many`; remaining steps run one by one. Unrolling amortises the loop's
+    /// own instructions.
+    pub fn fold_unrolled(
         &mut self,
         from: impl Into<Index>,
         to: impl Into<Index>,
@@ -661,10 +698,12 @@ impl Kernel {
         results
     }
 
+    /// Runs `body` if the condition holds.
     pub fn when(&mut self, condition: Val, body: impl FnOnce(&mut Kernel)) {
         self.branch(condition, body, |_| {});
     }
 
+    /// Runs `yes` if the condition holds, else `no`.
     pub fn branch(&mut self, condition: Val, yes: impl FnOnce(&mut Kernel), no: impl FnOnce(&mut Kernel)) {
         self.line(format_args!("scf.if {condition} {{"));
         self.depth += 1;
@@ -677,7 +716,8 @@ impl Kernel {
         self.line(format_args!("}}"));
     }
 
-    /// A vector a step over `length` elements: the offset and the mask of those that exist.
+    /// A loop over `length` elements, one vector per step. `body` gets the index of the first lane, and the mask of the
+    /// elements that exist.
     pub fn lanes(&mut self, length: impl Into<Index>, body: impl FnOnce(&mut Kernel, Val, Val)) {
         self.fold_lanes(length, &[], |k, j, mask, _| {
             body(k, j, mask);
@@ -685,6 +725,7 @@ impl Kernel {
         });
     }
 
+    /// The same with values carried from step to step; returns the last ones.
     pub fn fold_lanes(
         &mut self,
         length: impl Into<Index>,

@@ -1,5 +1,5 @@
-//! Machine code in a shared library, by MLIR and LLVM. Kernels do not know of each other, so each is compiled by itself, on
-//! all cores, and its machine code can be kept for the next model.
+//! CPU machine code in a shared library, by MLIR and LLVM. Kernels are independent, so each is compiled in a module of
+//! its own, on all cores, and its machine code can be cached for other models.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -10,13 +10,13 @@ use melior::ExecutionEngine;
 use melior::utility::register_all_llvm_translations;
 use peft_runtime::trust::trusted_file;
 
-use super::{lowered, module};
+use super::{lower_module, module};
 use crate::Error;
 use crate::dialect::Dialect;
 use crate::target::Machine;
 use crate::target::cpu::Cpu;
 
-/// From loops to the `llvm` dialect.
+/// The MLIR passes from loops to the `llvm` dialect.
 pub const PIPELINE: &str = "builtin.module(\
     func.func(canonicalize,cse),\
     convert-vector-to-scf,\
@@ -33,8 +33,12 @@ pub const PIPELINE: &str = "builtin.module(\
     reconcile-unrealized-casts,\
     canonicalize,cse)";
 
-/// The kernels as the library `out`.
-pub fn library(kernels: &[String], cpu: Cpu, kept: Option<&Path>, out: &Path) -> Result<(), Error> {
+/// Compiles the kernels and links them into the library `out`. `cache` is the folder of cached machine code.
+///
+/// # Errors
+///
+/// If MLIR or LLVM fails on a kernel, or if no linker links the library.
+pub fn library(kernels: &[String], cpu: Cpu, cache: Option<&Path>, out: &Path) -> Result<(), Error> {
     let folder = tempfile::tempdir().map_err(|e| Error::Link(format!("no temporary directory: {e}")))?;
     let kernels: Vec<Kernel> = kernels
         .iter()
@@ -43,21 +47,20 @@ pub fn library(kernels: &[String], cpu: Cpu, kept: Option<&Path>, out: &Path) ->
             let module = module(std::slice::from_ref(text), Machine::Cpu(cpu));
             Kernel {
                 object: folder.path().join(format!("kernel{i}.o")),
-                kept: kept.map(|folder| place(folder, cpu, &module)),
+                cached: cache.map(|folder| cache_file(folder, cpu, &module)),
                 module,
             }
         })
         .collect();
-    let mut left: Vec<&Kernel> = kernels.iter().filter(|kernel| !kernel.found()).collect();
-    // The largest is the last, and begun first.
+    let mut left: Vec<&Kernel> = kernels.iter().filter(|kernel| !kernel.load_cached()).collect();
+    // The largest kernel is last, so that it is taken first.
     left.sort_by_key(|kernel| kernel.module.len());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(left.len()).min(8);
     let left = Mutex::new(left);
     std::thread::scope(|scope| {
         let jobs: Vec<_> = (0..threads).map(|_| scope.spawn(|| compile_all(&left))).collect();
-        jobs.into_iter().try_for_each(|job| {
-            job.join().unwrap_or_else(|_| Err(Error::Mlir("a compiling thread ended early".into())))
-        })
+        jobs.into_iter()
+            .try_for_each(|job| job.join().unwrap_or_else(|_| Err(Error::Mlir("a compiler thread panicked".into()))))
     })?;
     link(&kernels.iter().map(|kernel| &kernel.object).collect::<Vec<_>>(), out)
 }
@@ -66,15 +69,16 @@ pub fn library(kernels: &[String], cpu: Cpu, kept: Option<&Path>, out: &Path) ->
 struct Kernel {
     module: String,
     object: PathBuf,
-    /// Where its machine code is kept, if it is.
-    kept: Option<PathBuf>,
+    /// The file of its cached machine code, if there is a cache.
+    cached: Option<PathBuf>,
 }
 
 impl Kernel {
-    /// Takes the machine code from where it is kept: what was damaged there, or may be another user's, counts as missing.
-    fn found(&self) -> bool {
-        let Some(kept) = &self.kept else { return false };
-        let (Some(folder), Some(name)) = (kept.parent(), kept.file_name().and_then(|name| name.to_str())) else {
+    /// Takes the machine code from the cache. A file that is damaged, or that another user could have written, counts
+    /// as missing.
+    fn load_cached(&self) -> bool {
+        let Some(cached) = &self.cached else { return false };
+        let (Some(folder), Some(name)) = (cached.parent(), cached.file_name().and_then(|name| name.to_str())) else {
             return false;
         };
         let content = trusted_file(folder, name).ok().and_then(|path| std::fs::read(path).ok()).unwrap_or_default();
@@ -82,26 +86,26 @@ impl Kernel {
         *blake3::hash(code).as_bytes() == *checksum && std::fs::write(&self.object, code).is_ok()
     }
 
-    /// Puts the machine code there, as a whole or not at all. Without it, it is compiled again.
-    fn keep(&self) {
-        let Some(kept) = &self.kept else { return };
+    /// Stores the machine code in the cache, in one atomic step. If that fails, the kernel is compiled again next time.
+    fn store_cached(&self) {
+        let Some(cached) = &self.cached else { return };
         let write = || -> io::Result<()> {
-            let folder = kept.parent().expect("it lies in a folder");
+            let folder = cached.parent().expect("the cache is a folder");
             let code = std::fs::read(&self.object)?;
             let mut file = tempfile::NamedTempFile::new_in(folder)?;
             file.write_all(blake3::hash(&code).as_bytes())?;
             file.write_all(&code)?;
-            file.persist(kept)?;
+            file.persist(cached)?;
             Ok(())
         };
         if let Err(error) = write() {
-            tracing::debug!("{}: {error}", kept.display());
+            tracing::debug!("{}: {error}", cached.display());
         }
     }
 }
 
-/// The file of a kernel's machine code: by the module and all that it depends on from there.
-fn place(folder: &Path, cpu: Cpu, module: &str) -> PathBuf {
+/// The cache file of a kernel's machine code. Its name is a hash of the module and of all that compilation depends on.
+fn cache_file(folder: &Path, cpu: Cpu, module: &str) -> PathBuf {
     let mut hash = blake3::Hasher::new();
     for part in [PIPELINE, &cpu.features().join(","), module] {
         hash.update(&(part.len() as u64).to_le_bytes());
@@ -114,22 +118,22 @@ fn place(folder: &Path, cpu: Cpu, module: &str) -> PathBuf {
 fn compile_all(left: &Mutex<Vec<&Kernel>>) -> Result<(), Error> {
     let dialect = Dialect::new()?;
     register_all_llvm_translations(dialect.context());
-    let next = || left.lock().expect("no thread panics with it").pop();
+    let next = || left.lock().expect("no thread panics while it holds the lock").pop();
     while let Some(kernel) = next() {
         let made = object_file(&dialect, &kernel.module, &kernel.object);
         if made.is_err() {
-            // Nothing is gained by the others.
-            left.lock().expect("no thread panics with it").clear();
+            // After a failure the remaining kernels need not be compiled.
+            left.lock().expect("no thread panics while it holds the lock").clear();
         }
         made?;
-        kernel.keep();
+        kernel.store_cached();
     }
     Ok(())
 }
 
 fn object_file(dialect: &Dialect, module: &str, out: &Path) -> Result<(), Error> {
-    let module = lowered(dialect, module, PIPELINE)?;
-    let path = out.to_str().ok_or_else(|| Error::Link(format!("`{}` is no UTF-8", out.display())))?;
+    let module = lower_module(dialect, module, PIPELINE)?;
+    let path = out.to_str().ok_or_else(|| Error::Link(format!("the path `{}` is not UTF-8", out.display())))?;
     let engine = ExecutionEngine::new(&module, 3, &[], true, true);
     engine.dump_to_object_file(path);
     match std::fs::metadata(out) {
@@ -138,20 +142,20 @@ fn object_file(dialect: &Dialect, module: &str, out: &Path) -> Result<(), Error>
     }
 }
 
-/// LLVM's listener for `perf`, of which there is none here.
+/// Returns no listener for `perf`.
 ///
-/// MLIR's execution engine registers one unless this function of LLVM returns null, as it does in an LLVM that is built
-/// without `perf`; its C interface has no option for it. LLVM's own listener writes a file for every process into
-/// `.debug/jit` of the home or temporary directory, although nothing is run by the engine. A definition here takes the
-/// place of the one in LLVM's archive.
+/// MLIR's execution engine registers LLVM's listener for `perf` unless this function of LLVM returns null, as it does
+/// in an LLVM built without `perf`; MLIR's C interface has no option for it. LLVM's own listener writes a file for
+/// every process into `.debug/jit` of the home or temporary directory, although the engine runs nothing here. This
+/// definition takes precedence over the one in LLVM's archive.
 // SAFETY: the name and the type are those of `static JITEventListener *JITEventListener::createPerfJITEventListener()`,
-// and its callers take null.
+// and its callers accept null.
 #[unsafe(export_name = "_ZN4llvm16JITEventListener26createPerfJITEventListenerEv")]
 extern "C" fn no_perf_listener() -> *mut std::ffi::c_void {
     std::ptr::null_mut()
 }
 
-/// A shared library of the object files, by whichever linker there is.
+/// Links the object files into a shared library, by the first linker that succeeds.
 fn link(objects: &[&PathBuf], out: &Path) -> Result<(), Error> {
     let mut said = vec![];
     for linker in ["cc", "clang-22", "ld"] {
@@ -162,5 +166,5 @@ fn link(objects: &[&PathBuf], out: &Path) -> Result<(), Error> {
             Err(e) => said.push(format!("{linker}: {e}")),
         }
     }
-    Err(Error::Link(format!("no linker made a library of the kernels; install `binutils`\n{}", said.join("\n"))))
+    Err(Error::Link(format!("no linker could link the library of kernels; install `binutils`\n{}", said.join("\n"))))
 }

@@ -1,6 +1,7 @@
-//! From kernels in `scf`, `vector` and `memref` to machine code in a shared library, or to PTX, by MLIR and LLVM.
+//! From kernels in the `scf`, `vector` and `memref` dialects to machine code in a shared library, or to PTX, by MLIR
+//! and LLVM.
 //!
-//! What is run at once is what is saved for later: there is no second way.
+//! A program that runs at once and one that is saved to a file are compiled in the same way.
 
 mod cpu;
 mod ptx;
@@ -16,7 +17,7 @@ use crate::Error;
 use crate::dialect::Dialect;
 use crate::target::Machine;
 
-/// Kernels as one module. Those for a processor name its attributes `#cpu`.
+/// Joins the kernels to one module. Kernels for a CPU refer to its attributes as `#cpu`.
 fn module(kernels: &[String], machine: Machine) -> String {
     let kernels = kernels.concat();
     match machine {
@@ -25,27 +26,39 @@ fn module(kernels: &[String], machine: Machine) -> String {
     }
 }
 
-/// The kernels as MLIR prints them.
+/// The kernels as a module of loops, as MLIR prints it.
+///
+/// # Errors
+///
+/// If MLIR does not parse the kernels.
 pub fn loops(dialect: &Dialect, kernels: &[String], machine: Machine) -> Result<String, Error> {
     Ok(dialect.parse(&module(kernels, machine))?.as_operation().to_string())
 }
 
-/// The kernels in the `llvm` dialect.
+/// The kernels in the `llvm` dialect, as MLIR prints them.
+///
+/// # Errors
+///
+/// If MLIR does not parse or lower the kernels.
 pub fn llvm(dialect: &Dialect, kernels: &[String], machine: Machine) -> Result<String, Error> {
-    Ok(lowered(dialect, &module(kernels, machine), &to_llvm(machine))?.as_operation().to_string())
+    Ok(lower_module(dialect, &module(kernels, machine), &to_llvm(machine))?.as_operation().to_string())
 }
 
-/// Reads a module of kernels back, from either form, and prints it again.
-pub fn read(dialect: &Dialect, text: &str) -> Result<String, Error> {
+/// Parses a module of kernels, of loops or in the `llvm` dialect, and prints it again.
+///
+/// # Errors
+///
+/// If MLIR does not parse the text.
+pub fn reprint(dialect: &Dialect, text: &str) -> Result<String, Error> {
     Ok(dialect.parse(text)?.as_operation().to_string())
 }
 
-fn lowered<'c>(dialect: &'c Dialect, text: &str, pipeline: &str) -> Result<Module<'c>, Error> {
-    through(dialect, dialect.parse(text)?, pipeline)
+fn lower_module<'c>(dialect: &'c Dialect, text: &str, pipeline: &str) -> Result<Module<'c>, Error> {
+    run_passes(dialect, dialect.parse(text)?, pipeline)
 }
 
-fn through<'c>(dialect: &'c Dialect, mut module: Module<'c>, pipeline: &str) -> Result<Module<'c>, Error> {
-    // The registry is the process's, and knows no locks.
+fn run_passes<'c>(dialect: &'c Dialect, mut module: Module<'c>, pipeline: &str) -> Result<Module<'c>, Error> {
+    // MLIR's registry of passes belongs to the process and is not thread-safe.
     static PASSES: Once = Once::new();
     PASSES.call_once(register_all_passes);
     let manager = PassManager::new(dialect.context());
@@ -54,11 +67,15 @@ fn through<'c>(dialect: &'c Dialect, mut module: Module<'c>, pipeline: &str) -> 
     Ok(module)
 }
 
-/// Compiles the kernels to the file `out`: a library, or PTX. The machine code of each for a processor is taken from the
-/// folder `kept` if it is there, and put there if it is not: models of one kind have most kernels in common.
-pub fn compile(kernels: &[String], machine: Machine, kept: Option<&Path>, out: &Path) -> Result<(), Error> {
+/// Compiles the kernels to the file `out`: a shared library for a CPU, PTX for a GPU. `cache` is the folder of cached
+/// machine code of CPU kernels, which is read and extended: similar models have most kernels in common.
+///
+/// # Errors
+///
+/// If MLIR or LLVM fails, if the library cannot be linked, or if the file cannot be written.
+pub fn compile(kernels: &[String], machine: Machine, cache: Option<&Path>, out: &Path) -> Result<(), Error> {
     match machine {
-        Machine::Cpu(cpu) => cpu::library(kernels, cpu, kept, out),
+        Machine::Cpu(cpu) => cpu::library(kernels, cpu, cache, out),
         Machine::Cuda(_) => {
             let text = ptx(&Dialect::new()?, kernels, machine)?;
             std::fs::write(out, text).map_err(|e| Error::Link(format!("{}: {e}", out.display())))
@@ -66,7 +83,7 @@ pub fn compile(kernels: &[String], machine: Machine, kept: Option<&Path>, out: &
     }
 }
 
-/// From loops to the `llvm` dialect, for the machine.
+/// The MLIR passes from loops to the `llvm` dialect.
 fn to_llvm(machine: Machine) -> String {
     match machine {
         Machine::Cpu(_) => cpu::PIPELINE.into(),
@@ -74,13 +91,17 @@ fn to_llvm(machine: Machine) -> String {
     }
 }
 
-/// The kernels as one module of PTX.
+/// The kernels as one PTX module.
+///
+/// # Errors
+///
+/// If MLIR or LLVM fails, or if the machine is not a GPU.
 pub fn ptx(dialect: &Dialect, kernels: &[String], machine: Machine) -> Result<String, Error> {
     let Machine::Cuda(chip) = machine else { return Err(Error::Mlir(format!("there is no PTX for {machine}"))) };
     ptx::write(dialect, &module(kernels, machine), chip)
 }
 
-/// LLVM's version, as the artifact records it.
+/// LLVM's version, which artifacts record.
 pub fn llvm_version() -> &'static str {
     "22"
 }

@@ -1,20 +1,20 @@
-//! A number that multiplies something wide goes where there is less to multiply.
+//! Moves a constant factor s to the tensor with the fewest columns.
 //!
 //! ```text
-//! (s x) @ y   =  s (x @ y)     where the product is narrower than x
-//! (s x)ᵀ @ y  =  xᵀ @ (s y)    where y is narrower than x, and the other way round
-//! Σ s x       =  s Σ x         of rows
+//! (s x) @ y   =  s (x @ y)     if the product has fewer columns than x
+//! (s x)ᵀ @ y  =  xᵀ @ (s y)    if y has fewer columns than x, and likewise with x and y exchanged
+//! Σ s x       =  s Σ x         for a sum over any axes but the last
 //! ```
 //!
-//! LoRA's adjoints are scaled that way: what comes from the layer above is as wide as the layer, what the update makes
-//! of it as its rank.
+//! The backward pass of LoRA contains such factors: the adjoint of a layer's output has as many columns as the layer,
+//! and its product with a LoRA matrix has as many columns as the rank.
 
 use peft_grammar::graph::{Dim, Op, Value};
 
-use super::Limits;
+use super::Thresholds;
 use crate::rewrite::Rewriter;
 
-pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Limits) -> Result<Option<Value>, String> {
+pub fn apply(new: &mut Rewriter, op: &Op, operands: &[Value], _: &Thresholds) -> Result<Option<Value>, String> {
     let scaled = |new: &Rewriter, value: Value| match new.source(value) {
         Some((Op::Scale { by }, x)) => Some((x[0], by)),
         _ => None,

@@ -1,4 +1,4 @@
-//! Moving elements.
+//! Copies: between strided views, into wider rows, and along ragged axes.
 
 use peft_runtime::artifact::Element;
 
@@ -8,19 +8,23 @@ use crate::builder::{Buf, Code, Kernel, Val, define};
 use crate::kernels::Scheduled;
 use crate::target::Machine;
 
-arguments! { CopyBuffers { from, to } }
+arguments! {
+    /// The source, and the target.
+    CopyBuffers { from, to }
+}
 
-/// From one view of `rank` axes to another, row by row; elements are gathered where another axis runs along the source's
-/// rows. Its sizes are the axes' lengths, the steps along them in the source, those in the target, and the first element of
-/// either.
+/// Copies one view of `rank` axes to another, row by row. Its sizes are the lengths of the axes, the source's strides,
+/// the target's strides, and the indices of the first elements of source and target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CopyView {
+    /// The number of axes.
     pub rank: usize,
+    /// Whether a row of the source is strided, so that its elements are gathered.
     pub gathers: bool,
 }
 
 impl Scheduled for CopyView {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         format!("copy{}_{}", self.rank, if self.gathers { "gather" } else { "rows" })
     }
 
@@ -42,12 +46,12 @@ impl Scheduled for CopyView {
                     target = k.eval(target + index * steps_to[axis]);
                 }
                 let lanes = k.lane_numbers();
-                let along = k.to_i32(step);
-                let along = k.splat(along);
-                let along = k.mul(lanes, along);
+                let lane_offsets = k.to_i32(step);
+                let lane_offsets = k.splat(lane_offsets);
+                let lane_offsets = k.mul(lanes, lane_offsets);
                 k.lanes(length, |k, j, mask| {
                     let x = if gathers {
-                        k.gather_lanes(from, source + j * step, along, mask)
+                        k.gather_lanes(from, source + j * step, lane_offsets, mask)
                     } else {
                         k.load_lanes(from, source + j, mask)
                     };
@@ -59,18 +63,19 @@ impl Scheduled for CopyView {
 }
 
 arguments! {
+    /// Sizes of a padding copy.
     PadSizes {
-        /// Elements of a row, where it begins in the wider one, and how many that has.
+        /// The length of a row, its first column in the wider row, and the length of the wider row.
         length, start, width
     }
 }
 
-/// Rows into wider ones, with zeros beside.
+/// Copies rows into wider rows, and fills the rest with zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Pad;
 
 impl Scheduled for Pad {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         "pad".into()
     }
 
@@ -84,7 +89,7 @@ impl Scheduled for Pad {
                 k.lanes(width, |k, j, mask| {
                     k.store_lanes(zero, to, target + j, mask);
                 });
-                k.settle();
+                k.sync_lanes();
                 let target = k.add(target, start);
                 move_row(k, (from, source), (to, target), length);
             });
@@ -92,29 +97,30 @@ impl Scheduled for Pad {
     }
 }
 
-/// Rows along a ragged axis, of the source or of the target or of both. Its buffers are [`CopyBuffers`] and the places of
-/// ragged rows.
+/// Copies rows along a ragged axis of the source, of the target, or of both. Its buffers are [`CopyBuffers`] and the
+/// offsets of the ragged rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CopyRagged {
-    /// The source, and the target.
+    /// Whether the source is ragged, and whether the target is.
     pub ragged: [bool; 2],
-    /// The whole row of the source is copied, otherwise the whole row of the target is filled.
+    /// Whether the length of a copy is that of the source's row; otherwise it is that of the target's row.
     pub by_source: bool,
-    /// What is not filled becomes zero.
+    /// Whether the rest of the target's row is filled with zeros.
     pub clear: bool,
 }
 
 arguments! {
-    /// After [`RowSizes`] of the source and of the target: of a row of either the first element that counts.
+    /// The first column that is copied from in a row of the source, and the first that is copied to in a row of the
+    /// target. They come after [`RowSizes`] of the source and of the target.
     RaggedSizes { start, start_to }
 }
 
 impl Scheduled for CopyRagged {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         let [source, target] = self.ragged.map(|ragged| if ragged { "ragged" } else { "dense" });
-        let way = if self.by_source { "source" } else { "target" };
+        let side = if self.by_source { "source" } else { "target" };
         let cleared = if self.clear { "_cleared" } else { "" };
-        format!("copy_{source}_to_{target}_by_{way}{cleared}")
+        format!("copy_{source}_to_{target}_by_{side}{cleared}")
     }
 
     fn emit(&self, machine: Machine) -> Code {
@@ -134,7 +140,7 @@ impl Scheduled for CopyRagged {
                     k.lanes(length_to, |k, j, mask| {
                         k.store_lanes(zero, to, base_to + j, mask);
                     });
-                    k.settle();
+                    k.sync_lanes();
                 }
                 let (source, target) = (k.add(base, start), k.add(base_to, start_to));
                 move_row(k, (from, source), (to, target), if by_source { length } else { length_to });

@@ -1,80 +1,99 @@
-//! Elements: an expression over leaves, evaluated a vector at a time. It is a kernel of its own, or one stage of several
-//! that go over the rows of a larger kernel's result.
+//! Elementwise operations: an expression over leaves, evaluated one vector at a time. It is a kernel of its own, or one
+//! stage of an epilogue on the rows of a larger kernel's result.
 
 use peft_grammar::graph::Op;
 use peft_runtime::artifact::Element;
 
 use super::span::bounds;
-use super::{Number, math, philox};
+use super::{FloatBits, math, philox};
 use crate::builder::mma::Half;
 use crate::builder::{Access, Buf, Code, Kernel, Order, Val, define};
 use crate::kernels::Scheduled;
 use crate::target::Machine;
 
-/// How a leaf, or the result, lies under the expression's shape: for each merged axis, whether it runs along it.
+/// The layout of an operand (a leaf), or of the result, under the expression's shape.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Leaf {
+    /// The type of its elements.
     pub element: Element,
+    /// For each axis of the expression, after merging, whether the leaf varies along it; otherwise it is broadcast.
     pub runs: Vec<bool>,
-    /// Where it is no row-major tensor: which of the sizes are its first element and its steps.
+    /// For a leaf that is not a row-major tensor: the index of the size that holds its first element's index; its
+    /// strides follow.
     pub view: Option<usize>,
 }
 
-/// One step of the expression on operands that come before it.
+/// One step of an expression. Operands are indices of earlier steps.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
+    /// The value of a leaf.
     Leaf(usize),
+    /// An operation on earlier steps.
     Op(Op, Vec<usize>),
-    /// Divided by how often a value was repeated: two of the sizes, out and in.
+    /// An operand, given by its step, divided by the number of its repetitions, as the adjoint of a mean is. The second
+    /// index is that of two sizes: the elements after the broadcast, and those before it.
     Mean(usize, usize),
-    /// Of columns from `column` on, or of rows of that column alone; the stream is one of the sizes, so that
-    /// layers share the kernel. A leaf may number the rows.
+    /// Dropout.
     Dropout {
+        /// The operand.
         x: usize,
-        p: Number,
+        /// The probability that an element is dropped.
+        p: FloatBits,
+        /// The random generator's column of the row's first element.
         column: u64,
+        /// The index of the size that is the generator's stream. It is a size so that layers share the kernel.
         stream: usize,
-        narrow: bool,
+        /// Whether rows have this column only.
+        single_column: bool,
+        /// The leaf that numbers the rows, if there is one.
         rows: Option<usize>,
     },
 }
 
-/// Steps on leaves, the last of which is the result. Its buffers are the leaves' arrays, the generator's key if it draws,
-/// the rows' places if they are ragged, and the result; its sizes are those of the merged axes, of ragged rows in place of
-/// the last one the extra columns and the size of what leads them, and then what the leaves and steps say.
+/// A fused elementwise expression, whose last step is the result.
+///
+/// Its buffers are the leaves, the random generator's key if it draws, the offsets of ragged rows if there are any, and
+/// the result. Its sizes are those of the merged axes, then those that leaves and steps refer to. If rows are ragged,
+/// the last axis has no size of its own; in its place are the number of extra columns and the size of a head's rows.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Expression {
+    /// The operands.
     pub leaves: Vec<Leaf>,
+    /// The layout of the result.
     pub out: Leaf,
+    /// The steps, in order.
     pub steps: Vec<Step>,
+    /// Whether rows are ragged.
     pub ragged: bool,
+    /// The number of axes, after merging.
     pub axes: usize,
-    /// How many sizes there are.
+    /// The number of sizes.
     pub sizes: usize,
+    /// Whether it draws random numbers.
     pub draws: bool,
-    /// Rows of one column each, which draw along the rows instead: lanes run along them.
-    pub narrow: bool,
+    /// Whether rows have one column each. Lanes then run along the rows, and so do the random numbers.
+    pub single_column: bool,
 }
 
 impl Expression {
-    /// Of the buffers.
+    /// The elements of the buffers.
     pub fn elements(&self) -> Vec<Element> {
         let leaves = self.leaves.iter().map(|leaf| leaf.element);
         let others = [(self.draws, Element::I32), (self.ragged, Element::I32), (true, self.out.element)];
         leaves.chain(others.into_iter().filter(|(there, _)| *there).map(|(_, element)| element)).collect()
     }
 
-    /// A call of the generator decides over several columns.
+    /// Whether one call of the random generator decides over several columns.
     fn draws_along(&self) -> bool {
-        !self.narrow && self.steps.iter().any(|step| matches!(step, Step::Dropout { narrow: false, .. }))
+        !self.single_column && self.steps.iter().any(|step| matches!(step, Step::Dropout { single_column: false, .. }))
     }
 
-    /// All leaves lie alike, or are single numbers.
+    /// Whether the expression has one axis at most, so that all leaves are contiguous or scalars.
     pub fn flat(&self) -> bool {
         !self.ragged && self.axes <= 1 && !self.draws
     }
 
-    /// The operations in order, for profiles.
+    /// The names of the operations in order, for profiles.
     pub fn label(&self) -> String {
         let names = self.steps.iter().filter_map(|step| match step {
             Step::Op(op, _) => Some(op.name()),
@@ -82,7 +101,7 @@ impl Expression {
             Step::Leaf(_) | Step::Mean(..) => None,
         });
         let names: Vec<&str> = names.collect();
-        // Repeating alone is no step: the leaf lies as it should.
+        // A broadcast alone has no step: the layout of its leaf expresses it.
         if names.is_empty() { "broadcast".into() } else { names.join("+") }
     }
 
@@ -111,14 +130,15 @@ impl Expression {
                 }
             };
             let zero = k.index(0);
-            let stage = Stage { form: self, buffers: buffers.to_vec(), sizes, made: &[], stays: true, half: None };
+            let stage =
+                Stage { expression: self, buffers: buffers.to_vec(), sizes, producers: &[], stored: true, half: None };
             write_row(k, &[stage], &indices, length, (zero, length), None, None);
         });
     }
 
-    /// The form on the row at `indices`, which is `length` long.
+    /// The expression's inputs on the row at `indices`, which is `length` long.
     fn row<'f>(&'f self, k: &mut Kernel, stage: &Stage<'f>, indices: &[Val], length: Val) -> Row<'f> {
-        let Stage { buffers, sizes, made, .. } = stage;
+        let Stage { buffers, sizes, producers, .. } = stage;
         let count = self.leaves.len();
         let key = self.draws.then(|| philox::key(k, buffers[count]));
         let pairs = self.ragged.then(|| buffers[count + usize::from(self.draws)]);
@@ -126,24 +146,24 @@ impl Expression {
         let base = self.base(k, &self.out, indices, sizes, length, pairs);
         let leaves = self.leaves.iter().zip(buffers).enumerate();
         let sources = leaves.map(|(i, (leaf, &array))| {
-            if let Some(&Some(stage)) = made.get(i) {
-                return Source::Made(stage);
+            if let Some(&Some(stage)) = producers.get(i) {
+                return StageInput::EarlierStage(stage);
             }
             let base = self.base(k, leaf, indices, sizes, length, pairs);
             self.source(k, leaf, array, base)
         });
         let sources = sources.collect();
-        // The last index counts rows, unless lanes do; all before it, flattened, lead them.
+        // The last index counts the rows, unless lanes do; the indices before it are flattened into `lead`.
         let zero = k.index(0);
         let (row, leads) = match indices {
-            [leads @ .., row] if !self.narrow => (*row, leads),
+            [leads @ .., row] if !self.single_column => (*row, leads),
             leads => (zero, leads),
         };
         let lead = leads.iter().zip(*sizes).fold(zero, |sum, (&index, &size)| k.eval(sum * size + index));
-        Row { form: self, sizes, sources, out, base, key, row, lead }
+        Row { expression: self, sizes, sources, out, base, key, row, lead }
     }
 
-    /// Blocks of elements.
+    /// Evaluates an expression of one axis, one stretch of elements for each unit.
     fn write_flat(&self, k: &mut Kernel, arrays: &[Buf], out: Buf, sizes: &[Val]) {
         let total = if self.axes == 0 { k.index(1) } else { sizes[0] };
         let base = |k: &mut Kernel, leaf: &Leaf| leaf.view.map_or_else(|| k.index(0), |at| sizes[at]);
@@ -152,7 +172,7 @@ impl Expression {
             let base = base(k, leaf);
             self.source(k, leaf, array, base)
         });
-        let sources: Vec<Source> = sources.collect();
+        let sources: Vec<StageInput> = sources.collect();
         k.units(|k, unit| {
             k.each_of_stretch(unit, total, |k, at, mask| {
                 let loaded = self.load(k, &sources, at, mask);
@@ -162,7 +182,7 @@ impl Expression {
         });
     }
 
-    /// Where the row at `indices` begins in a leaf.
+    /// The index of the first element of the row at `indices` of a leaf.
     fn base(
         &self,
         k: &mut Kernel,
@@ -199,30 +219,30 @@ impl Expression {
         }
     }
 
-    fn source(&self, k: &mut Kernel, leaf: &Leaf, array: Buf, base: Val) -> Source {
+    fn source(&self, k: &mut Kernel, leaf: &Leaf, array: Buf, base: Val) -> StageInput {
         if *leaf.runs.last().unwrap_or(&false) {
-            Source::Along(array, base)
+            StageInput::Vector(array, base)
         } else {
             let x = k.load(array, base);
-            Source::Repeated(k.splat(x))
+            StageInput::Scalar(k.splat(x))
         }
     }
 
-    /// The lanes of the leaves from `at` on, but of what earlier stages make.
-    fn load(&self, k: &mut Kernel, sources: &[Source], at: Val, mask: Val) -> Vec<Option<Val>> {
-        let load = |source: &Source| match *source {
-            Source::Repeated(x) => Some(x),
-            Source::Made(_) => None,
-            Source::Along(array, base) => Some(k.load_lanes(array, base + at, mask)),
+    /// Loads the leaves' lanes from `at` on, except those that earlier stages produce.
+    fn load(&self, k: &mut Kernel, sources: &[StageInput], at: Val, mask: Val) -> Vec<Option<Val>> {
+        let load = |source: &StageInput| match *source {
+            StageInput::Scalar(x) => Some(x),
+            StageInput::EarlierStage(_) => None,
+            StageInput::Vector(array, base) => Some(k.load_lanes(array, base + at, mask)),
         };
         sources.iter().map(load).collect()
     }
 
-    /// The lanes from `at` on, of leaves that have been loaded; `made` are the values of earlier stages there.
+    /// Evaluates the lanes from `at` on. `loaded` are the leaves' lanes, and `made` the values of earlier stages.
     fn evaluate(
         &self,
         k: &mut Kernel,
-        (sources, loaded, made): (&[Source], &[Option<Val>], &[Val]),
+        (sources, loaded, made): (&[StageInput], &[Option<Val>], &[Val]),
         at: Val,
         words: &[Val],
         sizes: &[Val],
@@ -232,16 +252,16 @@ impl Expression {
         for step in &self.steps {
             let value = match step {
                 Step::Leaf(leaf) => match sources[*leaf] {
-                    Source::Made(stage) => made[stage],
+                    StageInput::EarlierStage(stage) => made[stage],
                     _ => loaded[*leaf].expect("it is loaded"),
                 },
                 Step::Mean(x, size) => {
-                    let (wide, narrow) = (k.to_float(sizes[*size]), k.to_float(sizes[*size + 1]));
-                    let share = k.div(narrow, wide);
+                    let (after, before) = (k.to_float(sizes[*size]), k.to_float(sizes[*size + 1]));
+                    let share = k.div(before, after);
                     let share = k.splat(share);
                     k.mul(values[*x], share)
                 }
-                // A vector of its own axis alone: the place in the row is the number.
+                // The element of an iota along the row is its index in the row.
                 Step::Op(Op::Iota { .. }, _) => {
                     let (first, lanes) = (k.to_i32(at), k.lane_numbers());
                     let first = k.splat(first);
@@ -251,7 +271,7 @@ impl Expression {
                 Step::Dropout { x, p, .. } => {
                     let word = words[draws];
                     draws += 1;
-                    philox::dropped(k, values[*x], word, p.get())
+                    philox::dropout(k, values[*x], word, p.get())
                 }
                 Step::Op(op, operands) => {
                     let operands: Vec<Val> = operands.iter().map(|&i| values[i]).collect();
@@ -265,10 +285,10 @@ impl Expression {
 }
 
 impl Scheduled for Expression {
-    /// The first operations, for names.
-    fn word(&self) -> String {
+    /// The first operations, joined.
+    fn name_stem(&self) -> String {
         let label = self.label();
-        label.split('+').take(4).fold("map".into(), |word, op| format!("{word}_{op}"))
+        label.split('+').take(4).fold("elementwise".into(), |word, op| format!("{word}_{op}"))
     }
 
     fn emit(&self, machine: Machine) -> Code {
@@ -276,128 +296,136 @@ impl Scheduled for Expression {
     }
 }
 
-/// A form with a kernel's buffers and sizes.
+/// An expression with the buffers and sizes of a kernel.
 pub struct Stage<'f> {
-    pub form: &'f Expression,
+    /// The expression.
+    pub expression: &'f Expression,
+    /// Its buffers.
     pub buffers: Vec<Buf>,
+    /// Its sizes.
     pub sizes: &'f [Val],
-    /// By leaf, which of the stages before makes it, if one does; [`Given`] counts as the first.
-    pub made: &'f [Option<usize>],
-    /// What it makes is written.
-    pub stays: bool,
-    /// And in half precision, two numbers a word.
+    /// For each leaf, the earlier value that produces it, if one does; a [`RegisterInput`] counts as the first value.
+    pub producers: &'f [Option<usize>],
+    /// Whether the result is stored.
+    pub stored: bool,
+    /// The half-precision type in which the result is stored as well, two values in a word, and the buffer.
     pub half: Option<(Half, Buf)>,
 }
 
-/// Lanes of a row from a column on, of which a mask says what exists.
+/// Gives the lanes of a row from a column on, of which a mask says which exist.
 pub type Lanes<'a> = dyn Fn(&mut Kernel, Val, Val) -> Val + 'a;
 
-/// What stages find in registers.
-pub struct Given<'a> {
+/// A row that stages read from registers.
+pub struct RegisterInput<'a> {
+    /// The row's values.
     pub lanes: &'a Lanes<'a>,
-    /// Where it is written, if it is: the row's first element there.
+    /// The buffer that the row is also stored to, and the index of its first element, if it is stored.
     pub to: Option<(Buf, Val)>,
-    /// How many columns there are at most, where that is a tile's.
+    /// The greatest number of columns, if they are those of a tile.
     pub columns: Option<u64>,
 }
 
 /// A stage on one row.
 struct Row<'f> {
-    form: &'f Expression,
+    expression: &'f Expression,
     sizes: &'f [Val],
-    sources: Vec<Source>,
+    sources: Vec<StageInput>,
     out: Buf,
     base: Val,
     key: Option<[Val; 2]>,
-    /// What the generator counts.
+    /// The index of the row, and that of what leads it, as the random generator counts them.
     row: Val,
     lead: Val,
 }
 
-/// The lanes of a group that goes nowhere, on a row.
-pub fn lanes_of<'f>(
+/// The lanes of an expression's result on one row, which is not stored.
+pub fn row_lanes<'f>(
     k: &mut Kernel,
     stage: &Stage<'f>,
     indices: &[Val],
     length: Val,
 ) -> impl Fn(&mut Kernel, Val, Val) -> Val + use<'f> {
-    let row = stage.form.row(k, stage, indices, length);
+    let row = stage.expression.row(k, stage, indices, length);
     move |k, at, mask| {
-        let loaded = row.form.load(k, &row.sources, at, mask);
-        row.form.evaluate(k, (&row.sources, &loaded, &[]), at, &[], row.sizes)
+        let loaded = row.expression.load(k, &row.sources, at, mask);
+        row.expression.evaluate(k, (&row.sources, &loaded, &[]), at, &[], row.sizes)
     }
 }
 
 impl Row<'_> {
-    /// The generator's words for the columns from j to `end` that one call draws, for every dropout of the form; of rows
-    /// of one column for those from j on.
+    /// Draws the random words of every dropout for the columns of one call of the generator from `j` on, up to `end`;
+    /// for rows of one column, those of the rows from `j` on.
     fn draw(&self, k: &mut Kernel, (j, end): (Val, Val)) -> Vec<Vec<Val>> {
         let Some(key) = self.key else { return vec![] };
-        let streams = self.form.steps.iter().filter_map(|s| match s {
-            Step::Dropout { column, stream, narrow, rows, .. } => Some((self.sizes[*stream], *column, *narrow, *rows)),
+        let streams = self.expression.steps.iter().filter_map(|s| match s {
+            Step::Dropout { column, stream, single_column, rows, .. } => {
+                Some((self.sizes[*stream], *column, *single_column, *rows))
+            }
             _ => None,
         });
-        let (row, lead) = (philox::lanes_of(k, self.row), philox::lanes_of(k, self.lead));
-        let words = streams.map(|(stream, column, narrow, rows)| {
-            let stream = philox::lanes_of(k, stream);
+        let (row, lead) = (philox::splat_index(k, self.row), philox::splat_index(k, self.lead));
+        let words = streams.map(|(stream, column, single_column, rows)| {
+            let stream = philox::splat_index(k, stream);
             let row = match rows.map(|leaf| self.sources[leaf]) {
-                Some(Source::Repeated(number)) => number,
-                Some(Source::Along(numbers, base)) => {
+                Some(StageInput::Scalar(number)) => number,
+                Some(StageInput::Vector(numbers, base)) => {
                     let mask = k.mask(end - j);
                     k.load_lanes(numbers, base + j, mask)
                 }
-                None if self.form.narrow => {
-                    let (first, lanes) = (philox::lanes_of(k, j), k.lane_numbers());
+                None if self.expression.single_column => {
+                    let (first, lanes) = (philox::splat_index(k, j), k.lane_numbers());
                     k.add(first, lanes)
                 }
                 _ => row,
             };
-            if narrow || self.form.narrow {
+            if single_column || self.expression.single_column {
                 return vec![philox::draw_column(k, key, column, [row, lead, stream])];
             }
             let first = k.eval(column + j);
-            let draw = if column % 4 == 0 { philox::draw } else { philox::draw_anywhere };
+            let draw = if column % 4 == 0 { philox::draw } else { philox::draw_unaligned };
             draw(k, key, first, [row, lead, stream]).to_vec()
         });
         words.collect()
     }
 }
 
-/// Elements `start` to `end` of the row at `indices`, which is `length` long: one stage after the other, what one hands
-/// to the next in registers. Gives what lanes have of the sum of what `summed` numbers, [`Given`] being the first.
+/// Evaluates elements `start` to `end` of the row at `indices`, which is `length` long, one stage after the other;
+/// values pass from stage to stage in registers. Returns the lanes of the sum of value number `summed`, where a
+/// [`RegisterInput`] is the first value.
 pub fn write_row(
     k: &mut Kernel,
     stages: &[Stage],
     indices: &[Val],
     length: Val,
     columns: (Val, Val),
-    given: Option<Given>,
+    register_input: Option<RegisterInput>,
     summed: Option<usize>,
 ) -> Option<Val> {
-    write_rows(k, stages, &[(indices, given)], length, columns, summed).first().copied()
+    write_rows(k, stages, &[(indices, register_input)], length, columns, summed).first().copied()
 }
 
-/// The same for several rows of which stages find as many columns in registers. A GPU has all that it reads for them on
-/// its way before it waits for the first.
+/// Evaluates several rows, whose register inputs have the same columns. On a GPU, the loads of all rows are issued
+/// before the first of them is waited for.
 pub fn write_rows(
     k: &mut Kernel,
     stages: &[Stage],
-    rows: &[(&[Val], Option<Given>)],
+    rows: &[(&[Val], Option<RegisterInput>)],
     length: Val,
     (start, end): (Val, Val),
     summed: Option<usize>,
 ) -> Vec<Val> {
     let of_row = |k: &mut Kernel, indices: &[Val]| -> Vec<Row> {
-        stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect()
+        stages.iter().map(|stage| stage.expression.row(k, stage, indices, length)).collect()
     };
     let own: Vec<Vec<Row>> = rows.iter().map(|(indices, _)| of_row(k, indices)).collect();
     let lanes = k.lane_count();
-    let step = if stages.iter().any(|s| s.form.draws_along()) { philox::drawn(k) } else { lanes };
-    let most = rows.iter().find_map(|(_, given)| given.as_ref()?.columns);
-    let nothing: Vec<Val> = rows.iter().filter(|_| summed.is_some()).map(|_| k.floats(0.0)).collect();
-    let pieces: Vec<(usize, u64)> =
-        (0..rows.len()).flat_map(|row| (0..most.unwrap_or(step) / lanes).map(move |part| (row, part))).collect();
-    let at_once = if k.reads_ahead() { pieces.len() } else { 1 };
+    let step = if stages.iter().any(|s| s.expression.draws_along()) { philox::columns_per_call(k) } else { lanes };
+    let tile_columns = rows.iter().find_map(|(_, register_input)| register_input.as_ref()?.columns);
+    let zero_f32: Vec<Val> = rows.iter().filter(|_| summed.is_some()).map(|_| k.floats(0.0)).collect();
+    let pieces: Vec<(usize, u64)> = (0..rows.len())
+        .flat_map(|row| (0..tile_columns.unwrap_or(step) / lanes).map(move |part| (row, part)))
+        .collect();
+    let at_once = if k.loads_ahead() { pieces.len() } else { 1 };
     let columns = |k: &mut Kernel, j: Val, sums: &[Val]| {
         let mut sums = sums.to_vec();
         let draw = |k: &mut Kernel, own: &Vec<Row>| -> Vec<_> { own.iter().map(|row| row.draw(k, (j, end))).collect() };
@@ -411,64 +439,67 @@ pub fn write_rows(
                 })
                 .collect();
             for (&(row, part), piece) in pieces.iter().zip(&read) {
-                // A row of one column has one word.
+                // A row of one column has one random word.
                 let word = |words: &Vec<Val>| *words.get(part as usize).unwrap_or(&words[0]);
                 let words = words[row].iter().map(|words| words.iter().map(word).collect());
                 let made = piece.write(k, stages, &own[row], rows[row].1.as_ref(), words);
                 if let Some(of) = summed {
-                    // Beyond the row anything may have been computed.
-                    let x = k.select(piece.mask, made[of], nothing[row]);
+                    // Lanes beyond the row hold undefined values.
+                    let x = k.select(piece.mask, made[of], zero_f32[row]);
                     sums[row] = k.add(sums[row], x);
                 }
             }
         }
         sums
     };
-    match most {
-        Some(most) => {
-            assert!(most <= philox::drawn(k), "one call of the generator decides over them");
-            columns(k, start, &nothing)
+    match tile_columns {
+        Some(tile_columns) => {
+            assert!(tile_columns <= philox::columns_per_call(k), "one call of the generator decides over them");
+            columns(k, start, &zero_f32)
         }
-        None => k.fold(start, end, step, &nothing, columns),
+        None => k.fold(start, end, step, &zero_f32, columns),
     }
 }
 
-/// A vector of a row's columns, and what stages read for them.
+/// One vector of a row's columns, with the leaves that the stages load for it.
 struct Piece {
     at: Val,
     mask: Val,
-    given: Option<Val>,
-    /// By stage and leaf, but for what earlier stages make.
+    register_input: Option<Val>,
+    /// By stage and leaf; `None` if an earlier stage produces it.
     leaves: Vec<Vec<Option<Val>>>,
 }
 
 impl Piece {
-    /// The columns from `at` on, of which the last is before `end`.
-    fn read(k: &mut Kernel, row: &[Row], given: Option<&Given>, at: Val, end: Val) -> Piece {
+    /// Loads the columns from `at` on, up to `end`.
+    fn read(k: &mut Kernel, row: &[Row], register_input: Option<&RegisterInput>, at: Val, end: Val) -> Piece {
         let mask = k.mask(end - at);
-        let given = given.map(|given| (given.lanes)(k, at, mask));
-        let leaves = row.iter().map(|row| row.form.load(k, &row.sources, at, mask)).collect();
-        Piece { at, mask, given, leaves }
+        let register_input = register_input.map(|register_input| (register_input.lanes)(k, at, mask));
+        let leaves = row.iter().map(|row| row.expression.load(k, &row.sources, at, mask)).collect();
+        Piece { at, mask, register_input, leaves }
     }
 
-    /// Gives what was given and what the stages make of it; of each there are the generator's words.
+    /// Evaluates and stores all stages, with the random words of each. Returns the register input and the value of
+    /// every stage.
     fn write(
         &self,
         k: &mut Kernel,
         stages: &[Stage],
         row: &[Row],
-        given: Option<&Given>,
+        register_input: Option<&RegisterInput>,
         words: impl Iterator<Item = Vec<Val>>,
     ) -> Vec<Val> {
         let Piece { at, mask, .. } = *self;
-        let mut made: Vec<Val> = self.given.into_iter().collect();
-        if let (Some(first), Some((to, base))) = (self.given, given.and_then(|given| given.to)) {
+        let mut made: Vec<Val> = self.register_input.into_iter().collect();
+        if let (Some(first), Some((to, base))) =
+            (self.register_input, register_input.and_then(|register_input| register_input.to))
+        {
             k.store_lanes(first, to, base + at, mask);
         }
         for (((row, stage), words), leaves) in row.iter().zip(stages).zip(words).zip(&self.leaves) {
-            let value = row.form.evaluate(k, (&row.sources, leaves, &made), at, &words, row.sizes);
+            let value = row.expression.evaluate(k, (&row.sources, leaves, &made), at, &words, row.sizes);
             let place = k.eval(row.base + at);
-            if stage.stays {
+            if stage.stored {
                 k.store_lanes(value, row.out, place, mask);
             }
             if let Some((half, to)) = stage.half {
@@ -480,16 +511,16 @@ impl Piece {
     }
 }
 
-/// Fetches what [`write_row`] will read and write.
+/// Prefetches what [`write_row`] will read and write.
 pub fn prefetch_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: Val, (start, end): (Val, Val)) {
-    let rows: Vec<Row> = stages.iter().map(|stage| stage.form.row(k, stage, indices, length)).collect();
+    let rows: Vec<Row> = stages.iter().map(|stage| stage.expression.row(k, stage, indices, length)).collect();
     k.each(start, end, k.lane_count(), |k, j| {
         for row in &rows {
-            let along = row.sources.iter().filter_map(|source| match source {
-                Source::Along(array, base) => Some((*array, *base, Access::Read)),
+            let loads = row.sources.iter().filter_map(|source| match source {
+                StageInput::Vector(array, base) => Some((*array, *base, Access::Read)),
                 _ => None,
             });
-            for (array, base, access) in along.chain([(row.out, row.base, Access::Write)]) {
+            for (array, base, access) in loads.chain([(row.out, row.base, Access::Write)]) {
                 k.prefetch(array, base + j, access);
             }
         }
@@ -497,16 +528,16 @@ pub fn prefetch_row(k: &mut Kernel, stages: &[Stage], indices: &[Val], length: V
 }
 
 #[derive(Clone, Copy)]
-enum Source {
-    /// Runs along the last axis from a base.
-    Along(Buf, Val),
-    /// The same for the whole row.
-    Repeated(Val),
-    /// What an earlier stage makes.
-    Made(usize),
+enum StageInput {
+    /// A buffer that varies along the last axis, and the index of the row's first element.
+    Vector(Buf, Val),
+    /// A value that is the same for the whole row.
+    Scalar(Val),
+    /// The value with this number, which an earlier stage produces.
+    EarlierStage(usize),
 }
 
-/// One operation on vectors.
+/// Evaluates one operation on vectors.
 fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
     let number = |k: &mut Kernel, value: f64| k.floats(value);
     match op {
@@ -551,9 +582,9 @@ fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
         Op::GeluGrad => math::gelu_grad(k, x[0]),
         Op::GeluTanh => math::gelu_tanh(k, x[0]),
         Op::GeluTanhGrad => math::gelu_tanh_grad(k, x[0]),
-        // They are steps of their own.
+        // These are steps of their own.
         Op::Iota { .. } | Op::Broadcast { .. } | Op::Dropout { .. }
-        // And these no elements.
+        // These are not elementwise.
         | Op::Detach
         | Op::Reshape { .. }
         | Op::Permute { .. }
@@ -584,6 +615,6 @@ fn apply(k: &mut Kernel, op: &Op, x: &[Val]) -> Val {
         | Op::SegmentMean
         | Op::SegmentMeanVjp
         | Op::CrossEntropy { .. }
-        | Op::CrossEntropyVjp { .. } => unreachable!("a group has what works element by element"),
+        | Op::CrossEntropyVjp { .. } => unreachable!("an expression has elementwise operations only"),
     }
 }

@@ -1,32 +1,38 @@
-//! Rows of tables: reading them, and adding into them.
+//! Embedding tables: gathering rows, and the adjoint, which adds rows into the table (scatter-add).
 
 use peft_runtime::artifact::Element;
 
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, I32, Index, Kernel, Order, Val, define};
-use crate::cost::{Launched, MANY_UNDER_WAY, UNDER_WAY, Work};
+use crate::cost::{BATCHED_WARP_BYTES_IN_FLIGHT, LaunchCost, LaunchSizes, WARP_BYTES_IN_FLIGHT};
 use crate::kernels::Scheduled;
 use crate::target::Machine;
 use crate::target::cuda::{Card, WARPS};
 
-/// Columns a unit works on where units split the columns.
+/// Columns of a unit, where units divide the columns.
 pub const COLUMNS: u64 = 64;
-/// Ids that a warp looks at together where a table has few rows.
+/// Ids that a warp loads at once where a table has few rows.
 const AT_ONCE: u64 = 8;
 
-arguments! { GatherBuffers { table, ids, out } }
-arguments! { GatherSizes { rows, width, start } }
+arguments! {
+    /// The table, the ids of the rows, and the result.
+    GatherBuffers { table, ids, out }
+}
+arguments! {
+    /// The number of the table's rows, their width, and the id of its first row.
+    GatherSizes { rows, width, start }
+}
 
-/// Rows of a table, zeros where it has none: a row a unit.
+/// Gathers rows of a table; ids that are not in the table give zeros. A unit gathers one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Gather {
-    /// The table lies in panels of so many columns.
-    pub panels: Option<u64>,
+    /// The width of the column panels that the table is packed into, if it is.
+    pub panel_width: Option<u64>,
 }
 
 impl Scheduled for Gather {
-    fn word(&self) -> String {
-        self.panels.map_or("gather".into(), |across| format!("gather_panels{across}"))
+    fn name_stem(&self) -> String {
+        self.panel_width.map_or("gather".into(), |width| format!("gather_panels{width}"))
     }
 
     fn emit(&self, machine: Machine) -> Code {
@@ -34,7 +40,7 @@ impl Scheduled for Gather {
         define(machine, &elements, GatherSizes::<Val>::COUNT, |k, buffers, sizes| {
             let GatherBuffers { table, ids, out } = GatherBuffers::of(buffers);
             let GatherSizes { rows, width, start } = GatherSizes::of(sizes);
-            let across = self.panels;
+            let across = self.panel_width;
             k.units(|k, i| {
                 let (row, inside) = table_row(k, ids, i, start, rows);
                 let row = k.select(inside, row, 0);
@@ -61,25 +67,34 @@ impl Scheduled for Gather {
         })
     }
 
-    /// A table is not read whole.
-    fn work(&self, launched: Launched, _card: &Card) -> Work {
+    /// Only the gathered rows of the table are read.
+    fn cost(&self, launched: LaunchSizes, _card: &Card) -> LaunchCost {
         let width = GatherSizes::of(launched.sizes).width as f64;
-        let reads = if self.panels.is_none() { vec![4.0 * width * launched.units as f64] } else { vec![] };
-        Work { reads, ..launched.streams(UNDER_WAY) }
+        let max_read_bytes =
+            if self.panel_width.is_none() { vec![4.0 * width * launched.units as f64] } else { vec![] };
+        LaunchCost { max_read_bytes, ..launched.streaming(WARP_BYTES_IN_FLIGHT) }
     }
 }
 
-arguments! { ScatterBuffers { ids, y, out } }
-arguments! { ScatterSizes { count, rows, width, start } }
+arguments! {
+    /// The ids of the rows, the rows to add, and the result.
+    ScatterBuffers { ids, y, out }
+}
+arguments! {
+    /// The number of ids, the number of the table's rows, their width, and the id of its first row.
+    ScatterSizes { count, rows, width, start }
+}
 
-/// Units are blocks of [`COLUMNS`], and of these one of `parts` of the table's rows: each adds what is theirs, in its order.
+/// Adds rows into a table. A unit has a block of [`COLUMNS`] columns, and one of `parts` parts of the table's rows; it
+/// adds the rows in the order of the ids, so that results do not depend on scheduling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Scatter {
+    /// The number of parts of the table's rows.
     pub parts: u64,
 }
 
 impl Scheduled for Scatter {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         "scatter".into()
     }
 
@@ -95,17 +110,17 @@ impl Scheduled for Scatter {
                     _ => (k.eval(unit / parts), Some(k.eval(unit % parts))),
                 };
                 let first = part.unwrap_or_else(|| k.index(0));
-                let nothing = k.floats(0.0);
+                let zero_f32 = k.floats(0.0);
                 k.each(first, rows, parts, |k, row| {
                     let base = k.mul(row, width);
                     columns(k, unit, width, |k, column, mask| {
-                        k.store_lanes(nothing, out, base + column, mask);
+                        k.store_lanes(zero_f32, out, base + column, mask);
                     });
                 });
                 k.each(0, count, k.lane_count(), |k, block| {
                     let left = k.eval(count - block);
                     let some = some_inside(k, ids, (block, left), (start, rows), part.map(|part| (part, parts)));
-                    // Of a large table's few rows that train, most tokens have none.
+                    // If few rows of a large table train, most blocks of tokens have none of them.
                     k.when(some, |k| {
                         let end = k.min(block + k.lane_count(), count);
                         k.each(block, end, 1, |k, i| {
@@ -132,46 +147,47 @@ impl Scheduled for Scatter {
         })
     }
 
-    /// Of the tokens' rows those that train.
-    fn work(&self, launched: Launched, _card: &Card) -> Work {
+    /// Only rows whose ids are in the table are read; their number is bounded by that of the table's rows.
+    fn cost(&self, launched: LaunchSizes, _card: &Card) -> LaunchCost {
         let ScatterSizes { count, rows, width, .. } = ScatterSizes::of(launched.sizes).map(|n| n as f64);
-        Work { reads: vec![4.0 * count, 4.0 * rows * width], ..launched.streams(UNDER_WAY) }
+        LaunchCost { max_read_bytes: vec![4.0 * count, 4.0 * rows * width], ..launched.streaming(WARP_BYTES_IN_FLIGHT) }
     }
 }
 
 arguments! {
-    FewSizes {
+    /// Sizes of the kernel for few rows.
+    ScatterFewSizes {
         count,
         width,
-        /// Of columns.
+        /// The number of units that divide the columns.
         blocks,
         start,
     }
 }
 
-/// The same for a table of a few rows, each of which may get much: a team goes through all ids for a vector of columns of
-/// one, many at a time. Its buffers are [`ScatterBuffers`].
+/// Adds rows into a table that has few rows, each of which may receive many. For one row and one vector of columns, a
+/// team goes through all ids, several at a time. Its buffers are [`ScatterBuffers`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ScatterToFew;
+pub struct ScatterFewRows;
 
-impl Scheduled for ScatterToFew {
-    fn word(&self) -> String {
-        "scatter_to_few".into()
+impl Scheduled for ScatterFewRows {
+    fn name_stem(&self) -> String {
+        "scatter_few_rows".into()
     }
 
     fn emit(&self, machine: Machine) -> Code {
         let elements = ScatterBuffers { ids: Element::I32, y: Element::F32, out: Element::F32 }.list();
-        define(machine, &elements, FewSizes::<Val>::COUNT, |k, buffers, sizes| {
+        define(machine, &elements, ScatterFewSizes::<Val>::COUNT, |k, buffers, sizes| {
             let ScatterBuffers { ids, y, out } = ScatterBuffers::of(buffers);
-            let FewSizes { count, width, blocks, start } = FewSizes::of(sizes);
-            let room = k.shared(k.team() * k.lane_count());
+            let ScatterFewSizes { count, width, blocks, start } = ScatterFewSizes::of(sizes);
+            let shared = k.shared(k.team() * k.lane_count());
             k.team_units(|k, unit| {
                 let (row, block) = (k.div(unit, blocks), k.rem(unit, blocks));
                 let column = k.eval(block * k.lane_count());
                 let mask = k.mask(width - column);
                 let id = k.to_i32(start + row);
-                let (nothing, nobody) = (k.float(0.0, F32), k.int(-1, I32));
-                let sums = k.dealt_fold(0, count, AT_ONCE, &[nothing; AT_ONCE as usize], |k, token, sums| {
+                let (zero_f32, nobody) = (k.float(0.0, F32), k.int(-1, I32));
+                let sums = k.team_fold(0, count, AT_ONCE, &[zero_f32; AT_ONCE as usize], |k, token, sums| {
                     let tokens = (0..AT_ONCE).map(|n| {
                         let token = k.eval(token + n);
                         let exists = k.compare(token, Order::Lt, count);
@@ -187,7 +203,7 @@ impl Scheduled for ScatterToFew {
                     added.collect()
                 });
                 let sum = sums.into_iter().reduce(|sum, x| k.add(sum, x)).expect("some sums");
-                let sum = k.sum_team(sum, Some(room));
+                let sum = k.sum_team(sum, Some(shared));
                 k.first_of_team(|k| {
                     k.store_lanes(sum, out, row * width + column, mask);
                 });
@@ -195,26 +211,30 @@ impl Scheduled for ScatterToFew {
         })
     }
 
-    /// Of the tokens' rows those that train.
-    fn work(&self, launched: Launched, _card: &Card) -> Work {
-        let FewSizes { count, width, .. } = FewSizes::of(launched.sizes).map(|n| n as f64);
+    /// Only rows whose ids are in the table are read.
+    fn cost(&self, launched: LaunchSizes, _card: &Card) -> LaunchCost {
+        let ScatterFewSizes { count, width, .. } = ScatterFewSizes::of(launched.sizes).map(|n| n as f64);
         let rows = (launched.units / WARPS) as f64;
-        Work { reads: vec![4.0 * count, 4.0 * width * rows], ..launched.streams(MANY_UNDER_WAY) }
+        LaunchCost {
+            max_read_bytes: vec![4.0 * count, 4.0 * width * rows],
+            ..launched.streaming(BATCHED_WARP_BYTES_IN_FLIGHT)
+        }
     }
 }
 
-/// Row `ids[i] − start` of a table, and whether it exists.
+/// The row `ids[i] − start` of a table, and whether it exists.
 pub fn table_row(k: &mut Kernel, ids: Buf, i: Val, start: impl Into<Index>, rows: Val) -> (Val, Val) {
     let id = k.load_index(ids, i);
     let row = k.eval(id - start.into());
-    // A negative row is a huge unsigned one.
+    // A negative row wraps around to a large unsigned number.
     let outside = k.at_least_unsigned(row, rows);
     let flag = k.select(outside, 0, 1);
     let inside = k.compare(flag, Order::Gt, 0);
     (row, inside)
 }
 
-/// Some of the ids from `block` on, of which there are `left`, are rows of the table, and of the unit's part of it.
+/// Whether any of the ids from `block` on, of which `left` are left, is a row of the table, and of the unit's part of
+/// it if there are parts.
 fn some_inside(
     k: &mut Kernel,
     ids: Buf,
@@ -239,12 +259,12 @@ fn some_inside(
         let own = k.compare(of, Order::Eq, part);
         inside = k.select(own, inside, none);
     }
-    let most = k.max_lanes(inside);
+    let any_inside = k.max_lanes(inside);
     let none = k.float(0.0, F32);
-    k.compare(most, Order::Gt, none)
+    k.compare(any_inside, Order::Gt, none)
 }
 
-/// The lanes of block `unit` of the columns.
+/// Calls `body` for the vectors of block `unit` of the columns.
 pub fn columns(k: &mut Kernel, unit: Val, width: Val, mut body: impl FnMut(&mut Kernel, Val, Val)) {
     let start = k.eval(unit * COLUMNS);
     for lane in (0..COLUMNS).step_by(k.lane_count() as usize) {

@@ -1,68 +1,80 @@
-//! Work element by element on the rows of a larger kernel's result, done by that kernel while it has them: in the cache,
-//! in a GPU's shared memory, or in registers. Where it has a row whole, its sum is made there as well, and what follows
-//! that.
+//! Epilogues: elementwise operations on the rows of a larger kernel's result, which that kernel executes while the rows
+//! are in the cache, in a GPU's shared memory, or in registers. Where a kernel has a whole row, it also computes the
+//! row's sum, and the operations that follow the sum.
 
 use std::collections::BTreeMap;
 
 use peft_runtime::artifact::Element;
 
-use super::elementwise::{self as map, Expression};
+use super::elementwise::{self, Expression};
 use super::span::Span;
 use crate::builder::mma::Half;
 use crate::builder::{Buf, Code, F32, Kernel, Val, define};
 use crate::target::Machine;
 
-/// What a kernel does with its result. Its buffers and sizes come after the kernel's own.
+/// The operations that a kernel executes on its result. Their buffers and sizes come after the kernel's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Epilogue {
+    /// Elementwise operations, in order.
     pub groups: Vec<Group>,
-    pub sum: Option<Box<Sum>>,
-    /// What a sum's kernel does beside, each with its width in front of its sizes.
+    /// A sum of each row, after the groups.
+    pub sum: Option<Box<RowSum>>,
+    /// Elementwise operations on rows of other shapes, which the kernel executes after the sum. Each has its width in
+    /// front of its sizes.
     pub companions: Vec<Group>,
-    /// The result has an axis of batches, and who works on its rows asks for both indices.
+    /// Whether the result has an axis of batches; rows are then indexed by batch and row.
     pub batched: bool,
 }
 
-/// An expression on the rows.
+/// One fused expression on the rows.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
-    pub form: Expression,
-    /// Which of the kernel's buffers are the expression's.
+    /// The expression.
+    pub expression: Expression,
+    /// The indices, among the kernel's buffers, of the expression's buffers.
     pub buffers: Vec<usize>,
-    /// By leaf, which of the groups before makes it; what is in registers itself counts as the first.
-    pub made: Vec<Option<usize>>,
-    /// It is written; else only what comes after it in the kernel reads it.
-    pub stays: bool,
-    /// It is written in half precision, for products: to which of the kernel's buffers.
+    /// For each leaf, the number of the value that produces it in registers, if one does. The values are the kernel's
+    /// result, if it is in registers, and then the results of the groups that run at the same point.
+    pub producers: Vec<Option<usize>>,
+    /// Whether the value is stored; otherwise only later operations of the kernel read it.
+    pub stored: bool,
+    /// The half-precision type in which the value is stored as well, for later products, and the index of the buffer
+    /// that it is stored to.
     pub half: Option<(Half, usize)>,
 }
 
-/// The sum of a row, and what follows that.
+/// The sum of a row, and the operations that follow it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Sum {
-    /// Of what among the values made, the product being the first.
-    pub of: usize,
+pub struct RowSum {
+    /// The number of the value that is summed up: 0 is the kernel's result, `1 + i` that of group i.
+    pub input: usize,
+    /// Whether the sum is divided by the row's length.
     pub mean: bool,
-    /// Which of the kernel's buffers it goes to, if it is written.
+    /// The index of the buffer that the sum is stored to, if it is stored.
     pub out: Option<usize>,
-    pub then: Epilogue,
+    /// The operations on the sums.
+    pub epilogue: Epilogue,
 }
 
-/// A row in registers: where it is among all rows, its columns from where to where, and the way to its lanes.
-pub struct HeldRow<'a> {
+/// A row whose values are in registers.
+pub struct RowInRegisters<'a> {
+    /// The index of the batch.
     pub batch: Val,
+    /// The index of the row in its batch.
     pub row: Val,
+    /// The first column, and the end of the columns.
     pub columns: (Val, Val),
-    pub lanes: map::Given<'a>,
+    /// The row's values.
+    pub lanes: elementwise::RegisterInput<'a>,
 }
 
 impl Epilogue {
-    /// Nothing follows.
+    /// Whether there are no operations.
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty() && self.companions.is_empty() && self.sum.is_none()
     }
 
-    /// Of the buffers beyond the kernel's own, of which there are `own`.
+    /// The elements of the buffers beyond the kernel's `own` ones.
     fn elements(&self, own: usize) -> Vec<Element> {
         let mut elements = BTreeMap::new();
         self.note_elements(&mut elements);
@@ -71,17 +83,17 @@ impl Epilogue {
 
     fn note_elements(&self, elements: &mut BTreeMap<usize, Element>) {
         for group in self.groups.iter().chain(&self.companions) {
-            elements.extend(group.buffers.iter().copied().zip(group.form.elements()));
+            elements.extend(group.buffers.iter().copied().zip(group.expression.elements()));
             elements.extend(group.half.map(|(_, at)| (at, Element::I32)));
         }
         if let Some(sum) = &self.sum {
             elements.extend(sum.out.map(|at| (at, Element::F32)));
-            sum.then.note_elements(elements);
+            sum.epilogue.note_elements(elements);
         }
     }
 
-    /// A kernel of such buffers and so many sizes of its own, and those of what follows behind them: `body` gets all
-    /// buffers, its own sizes, and those of what follows.
+    /// Defines a kernel with buffers `own` and `sizes` sizes, followed by those of the epilogue. `body` gets all
+    /// buffers, the kernel's own sizes, and the epilogue's sizes.
     pub fn define(
         &self,
         machine: Machine,
@@ -96,61 +108,68 @@ impl Epilogue {
         })
     }
 
-    /// How many sizes there are beyond the kernel's own.
+    /// The number of the epilogue's sizes.
     fn sizes(&self) -> usize {
-        let groups: usize = self.groups.iter().map(|group| group.form.sizes).sum();
-        let companions: usize = self.companions.iter().map(|group| 1 + group.form.sizes).sum();
-        groups + companions + self.sum.as_ref().map_or(0, |sum| 1 + sum.then.sizes())
+        let groups: usize = self.groups.iter().map(|group| group.expression.sizes).sum();
+        let companions: usize = self.companions.iter().map(|group| 1 + group.expression.sizes).sum();
+        groups + companions + self.sum.as_ref().map_or(0, |sum| 1 + sum.epilogue.sizes())
     }
 
-    /// Something that follows drops numbers.
+    /// Whether any operation draws random numbers.
     pub fn draws(&self) -> bool {
-        self.groups.iter().any(|group| group.form.draws) || self.sum.as_ref().is_some_and(|sum| sum.then.draws())
+        self.groups.iter().any(|group| group.expression.draws)
+            || self.sum.as_ref().is_some_and(|sum| sum.epilogue.draws())
     }
 
-    /// For profiles.
+    /// The operations' names, for profiles.
     pub fn label(&self, product: &str) -> String {
         let groups = self.groups.iter().chain(&self.companions);
-        let groups = groups.fold(product.to_string(), |label, group| format!("{label}+{}", group.form.label()));
-        self.sum.iter().fold(groups, |label, sum| sum.then.label(&format!("{label}+reduce")))
+        let groups = groups.fold(product.to_string(), |label, group| format!("{label}+{}", group.expression.label()));
+        self.sum.iter().fold(groups, |label, sum| sum.epilogue.label(&format!("{label}+reduce")))
     }
 
-    /// The groups whose turn it is, on the part of the result that `part` gives: its first row and how many, and its
-    /// columns from where to where; a row is `width` wide. `sizes` are the groups' own.
+    /// Executes the groups that are due at `when` on the region of the result that `part` returns, reading the result
+    /// from memory. A row has `width` columns; `sizes` are the epilogue's.
     pub fn write(
         &self,
         k: &mut Kernel,
-        when: When,
+        when: EpiloguePoint,
         (buffers, sizes): (&[Buf], &[Val]),
         (batch, width): (Val, Val),
-        part: impl FnOnce(&mut Kernel) -> Part,
+        part: impl FnOnce(&mut Kernel) -> Region,
     ) {
         self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
-            map::write_row(k, stages, &self.indices(batch, row), width, columns, None, None);
+            elementwise::write_row(k, stages, &self.indices(batch, row), width, columns, None, None);
         });
     }
 
-    /// Of a row.
+    /// The indices of a row.
     fn indices(&self, batch: Val, row: Val) -> Vec<Val> {
         if self.batched { vec![batch, row] } else { vec![row] }
     }
 
-    /// All groups on a row in registers.
-    pub fn write_row(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: HeldRow) {
+    /// Executes all operations on a row in registers.
+    pub fn write_row(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, row: RowInRegisters) {
         self.write_rows(k, (buffers, sizes), width, vec![row]);
     }
 
-    /// The same on several, of the same columns.
-    pub fn write_rows(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), width: Val, rows: Vec<HeldRow>) {
+    /// Executes all operations on several rows in registers, which have the same columns.
+    pub fn write_rows(
+        &self,
+        k: &mut Kernel,
+        (buffers, sizes): (&[Buf], &[Val]),
+        width: Val,
+        rows: Vec<RowInRegisters>,
+    ) {
         let (stages, rest) = self.stages(buffers, sizes);
-        let summed = self.sum.as_ref().map(|sum| sum.of);
+        let summed = self.sum.as_ref().map(|sum| sum.input);
         let columns = rows[0].columns;
         let places: Vec<(Val, Val)> = rows.iter().map(|row| (row.batch, row.row)).collect();
         let indices: Vec<Vec<Val>> = places.iter().map(|&(batch, row)| self.indices(batch, row)).collect();
         let rows = indices.iter().zip(rows).map(|(indices, row)| (&indices[..], Some(row.lanes)));
-        let rows: Vec<(&[Val], Option<map::Given>)> = rows.collect();
-        let sums = map::write_rows(k, &stages, &rows, width, columns, summed);
-        let Some(Sum { mean, out, then, .. }) = self.sum.as_deref() else { return };
+        let rows: Vec<(&[Val], Option<elementwise::RegisterInput>)> = rows.collect();
+        let sums = elementwise::write_rows(k, &stages, &rows, width, columns, summed);
+        let Some(RowSum { mean, out, epilogue, .. }) = self.sum.as_deref() else { return };
         let share = mean.then(|| {
             let (one, width) = (k.float(1.0, F32), k.to_float(width));
             k.div(one, width)
@@ -158,64 +177,78 @@ impl Epilogue {
         for ((batch, row), lanes) in places.into_iter().zip(sums) {
             let place = if self.batched { k.eval(batch * rest[0] + row) } else { row };
             let out = out.map(|at| buffers[at]);
-            Follow { epilogue: then, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
+            RowSink { epilogue, buffers, sizes: &rest[1..], out, batch, row }.sum(k, place, lanes, share);
         }
     }
 
-    /// What a sum's kernel does beside, on a row of which all else is done.
+    /// Executes the companions of a row, after all other operations on it.
     fn write_companions(&self, k: &mut Kernel, (buffers, sizes): (&[Buf], &[Val]), (batch, row): (Val, Val)) {
         let (_, mut rest) = self.stages(buffers, sizes);
         for group in &self.companions {
-            // Other lanes have written what these read.
-            k.settle();
-            let (width, sizes) = (rest[0], &rest[1..=group.form.sizes]);
-            rest = &rest[1 + group.form.sizes..];
+            // The companions read what other lanes have stored.
+            k.sync_lanes();
+            let (width, sizes) = (rest[0], &rest[1..=group.expression.sizes]);
+            rest = &rest[1 + group.expression.sizes..];
             let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            let stage = map::Stage { form: &group.form, buffers, sizes, made: &[], stays: true, half: None };
+            let stage = elementwise::Stage {
+                expression: &group.expression,
+                buffers,
+                sizes,
+                producers: &[],
+                stored: true,
+                half: None,
+            };
             let zero = k.index(0);
-            map::write_row(k, &[stage], &self.indices(batch, row), width, (zero, width), None, None);
+            elementwise::write_row(k, &[stage], &self.indices(batch, row), width, (zero, width), None, None);
         }
     }
 
-    /// With the sizes that are no group's.
-    fn stages<'f>(&'f self, buffers: &[Buf], sizes: &'f [Val]) -> (Vec<map::Stage<'f>>, &'f [Val]) {
+    /// The groups with their buffers and sizes, and the remaining sizes.
+    fn stages<'f>(&'f self, buffers: &[Buf], sizes: &'f [Val]) -> (Vec<elementwise::Stage<'f>>, &'f [Val]) {
         let mut rest = sizes;
         let stages = self.groups.iter().map(|group| {
-            let (own, others) = rest.split_at(group.form.sizes);
+            let (own, others) = rest.split_at(group.expression.sizes);
             rest = others;
             let half = group.half.map(|(half, at)| (half, buffers[at]));
             let buffers = group.buffers.iter().map(|&at| buffers[at]).collect();
-            map::Stage { form: &group.form, buffers, sizes: own, made: &group.made, stays: group.stays, half }
+            elementwise::Stage {
+                expression: &group.expression,
+                buffers,
+                sizes: own,
+                producers: &group.producers,
+                stored: group.stored,
+                half,
+            }
         });
         (stages.collect(), rest)
     }
 
-    /// Fetches what [`Epilogue::write`] will read and write there.
+    /// Prefetches what [`Epilogue::write`] will read and write in the region.
     pub fn prefetch(
         &self,
         k: &mut Kernel,
-        when: When,
+        when: EpiloguePoint,
         (buffers, sizes): (&[Buf], &[Val]),
         (batch, width): (Val, Val),
-        part: impl FnOnce(&mut Kernel) -> Part,
+        part: impl FnOnce(&mut Kernel) -> Region,
     ) {
         self.rows(k, when, (buffers, sizes), part, |k, stages, row, columns| {
-            map::prefetch_row(k, stages, &self.indices(batch, row), width, columns);
+            elementwise::prefetch_row(k, stages, &self.indices(batch, row), width, columns);
         });
     }
 
     fn rows(
         &self,
         k: &mut Kernel,
-        when: When,
+        when: EpiloguePoint,
         (buffers, sizes): (&[Buf], &[Val]),
-        part: impl FnOnce(&mut Kernel) -> Part,
-        row: impl FnOnce(&mut Kernel, &[map::Stage], Val, (Val, Val)),
+        part: impl FnOnce(&mut Kernel) -> Region,
+        row: impl FnOnce(&mut Kernel, &[elementwise::Stage], Val, (Val, Val)),
     ) {
-        let early = self.groups.iter().take_while(|g| !g.form.draws).count();
+        let early = self.groups.iter().take_while(|g| !g.expression.draws).count();
         let turn = match when {
-            When::Tile { .. } => 0..early,
-            When::Unit => early..self.groups.len(),
+            EpiloguePoint::AfterTile { .. } => 0..early,
+            EpiloguePoint::AfterUnit => early..self.groups.len(),
         };
         if turn.is_empty() {
             return;
@@ -229,50 +262,56 @@ impl Epilogue {
             });
         };
         match when {
-            When::Tile { last } => k.when(last, body),
-            When::Unit => body(k),
+            EpiloguePoint::AfterTile { last } => k.when(last, body),
+            EpiloguePoint::AfterUnit => body(k),
         }
     }
 }
 
-/// Where a kernel's rows go: to memory, if they stay, and to what follows.
-pub struct Follow<'a> {
+/// The destination of a kernel's rows: the result, if it is stored, and the epilogue.
+pub struct RowSink<'a> {
+    /// The operations on the rows.
     pub epilogue: &'a Epilogue,
-    /// The kernel's, and the epilogue's sizes.
+    /// All of the kernel's buffers.
     pub buffers: &'a [Buf],
+    /// The sizes of the epilogue.
     pub sizes: &'a [Val],
+    /// The buffer of the result, if it is stored.
     pub out: Option<Buf>,
+    /// The index of the batch.
     pub batch: Val,
+    /// The index of the row in its batch.
     pub row: Val,
 }
 
-impl<'a> Follow<'a> {
-    /// `rows` are those of a batch.
+impl<'a> RowSink<'a> {
+    /// The destination of row `row` of all batches, of which each has `rows` rows.
     pub fn of(
         k: &mut Kernel,
         epilogue: &'a Epilogue,
         (buffers, sizes): (&'a [Buf], &'a [Val]),
         out: Option<Buf>,
         (row, rows): (Val, Val),
-    ) -> Follow<'a> {
+    ) -> RowSink<'a> {
         let (batch, row) = if epilogue.batched { (k.div(row, rows), k.rem(row, rows)) } else { (row, row) };
-        Follow { epilogue, buffers, sizes, out, batch, row }
+        RowSink { epilogue, buffers, sizes, out, batch, row }
     }
 
-    /// The row at `span` of the result, from its lanes at a place.
+    /// Computes the row at `span` of the result: `value` gives its lanes by their index in the result.
     pub fn fill(&self, k: &mut Kernel, span: Span, value: impl Fn(&mut Kernel, Val, Val) -> Val) {
         let lanes = |k: &mut Kernel, at: Val, mask: Val| {
             let place = k.eval(span.base + at);
             value(k, place, mask)
         };
         let columns = (k.index(0), span.length);
-        let lanes = map::Given { lanes: &lanes, to: self.out.map(|out| (out, span.base)), columns: None };
-        let row = HeldRow { batch: self.batch, row: self.row, columns, lanes };
+        let lanes =
+            elementwise::RegisterInput { lanes: &lanes, to: self.out.map(|out| (out, span.base)), columns: None };
+        let row = RowInRegisters { batch: self.batch, row: self.row, columns, lanes };
         self.epilogue.write_row(k, (self.buffers, self.sizes), span.length, row);
     }
 
-    /// The row of one column at `place` of the result: what the lanes have of a sum, or of a mean with so large a
-    /// `share` of each.
+    /// Reduces the lanes of a row's sum, and stores it at `place` of the result, a row of one column. For a mean,
+    /// `share` is the factor of the sum.
     pub fn sum(&self, k: &mut Kernel, place: Val, lanes: Val, share: Option<Val>) {
         let mut sum = k.sum_lanes(lanes);
         if let Some(share) = share {
@@ -285,16 +324,20 @@ impl<'a> Follow<'a> {
     }
 }
 
-/// Of a product's result: the first row and how many, and columns from where to where.
-type Part = ((Val, Val), (Val, Val));
+/// A region of a product's result: its first row and the number of rows, and its first column and the end of its
+/// columns.
+type Region = ((Val, Val), (Val, Val));
 
-/// A tile that is written is in the nearest cache, and what is stored for it goes to memory while the next one is
-/// computed. The generator draws for more columns than a tile has, so groups with dropout wait for the unit's end.
+/// The point of a product's kernel at which its epilogue runs. A finished tile is still in the L1 cache, and its stores
+/// overlap with the computation of the next tile. Groups with dropout wait for the end of the unit, because one call of
+/// the random generator covers more columns than a tile has.
 #[derive(Clone, Copy)]
-pub enum When {
-    /// A tile stands, if the block along k was the last.
-    Tile {
+pub enum EpiloguePoint {
+    /// After a tile, if `last` holds: the block of k was the last one.
+    AfterTile {
+        /// Whether the tile is finished.
         last: Val,
     },
-    Unit,
+    /// After all tiles of a unit.
+    AfterUnit,
 }

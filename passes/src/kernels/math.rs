@@ -1,12 +1,13 @@
 //! Functions of floats without branches and without calls, for any number of lanes.
 //!
-//! The coefficients are minimax fits made for these ranges (Lawson's iteration on Chebyshev nodes). The tests hold
-//! each function to the bound that it names, on floats of every size and with fused multiply-add or without. A bound in
-//! units of the last place is one for normal results; smaller ones may be 0, or the least normal number.
+//! The coefficients are minimax fits for the ranges used here (Lawson's iteration on Chebyshev nodes). The tests check
+//! that each function keeps the error bound that its documentation names, on floats of every magnitude, with and
+//! without fused multiply-add. Bounds in units in the last place hold for normal results; subnormal results may be 0 or
+//! the smallest normal number.
 
 use crate::builder::{Kernel, Order, Val};
 
-/// c₀ + c₁x + c₂x² + …
+/// c₀ + c₁x + c₂x² + … by Horner's rule.
 fn polynomial(k: &mut Kernel, x: Val, coefficients: &[f64]) -> Val {
     let (last, rest) = coefficients.split_last().expect("a polynomial has coefficients");
     let start = k.float(*last, x.ty);
@@ -16,9 +17,10 @@ fn polynomial(k: &mut Kernel, x: Val, coefficients: &[f64]) -> Val {
     })
 }
 
-/// 1.5·2²³: a float of less than 2²² is rounded to a whole number by adding it, which then stands in the low bits.
+/// 1.5 · 2²³. Adding it rounds a float below 2²² to an integer, which is then in the low bits of the sum.
 const ROUNDING: f64 = 12_582_912.0;
 
+/// |x|
 pub fn magnitude(k: &mut Kernel, x: Val) -> Val {
     let bits = k.bits(x);
     let rest = k.int(0x7FFF_FFFF, bits.ty);
@@ -35,7 +37,7 @@ fn with_sign(k: &mut Kernel, x: Val, sign: Val) -> Val {
     k.from_bits(bits)
 }
 
-/// x · 2ⁿ of n + [`ROUNDING`]: n goes straight into the exponent.
+/// x · 2ⁿ, given n + [`ROUNDING`]: n is added to the exponent bits.
 fn times_power_of_two(k: &mut Kernel, x: Val, shifted: Val) -> Val {
     let (bits, shifted) = (k.bits(x), k.bits(shifted));
     let place = k.int(23, bits.ty);
@@ -44,16 +46,16 @@ fn times_power_of_two(k: &mut Kernel, x: Val, shifted: Val) -> Val {
     k.from_bits(bits)
 }
 
-/// eˣ to 1 unit in the last place; 0 below the normal numbers.
+/// eˣ to 1 unit in the last place. Results below the normal numbers are 0.
 pub fn exp(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;
     // x = n ln 2 + r, |r| ≤ ln 2 / 2.
     let (log2e, magic) = (k.float(std::f64::consts::LOG2_E, ty), k.float(ROUNDING, ty));
-    // Beyond these, adding to the exponent leads out of the normal numbers.
+    // Beyond these limits, adding n to the exponent would leave the normal numbers.
     let (lowest, highest) = (k.float(-87.336_54, ty), k.float(88.722_83, ty));
     let shifted = k.fma(x, log2e, magic);
     let n = k.sub(shifted, magic);
-    // ln 2 in two parts, the first with so few bits that n times it is exact.
+    // ln 2 in two parts (Cody & Waite); the first has so few bits that its product with n is exact.
     let (high, low) = (k.float(-0.693_359_375, ty), k.float(2.121_944_4e-4, ty));
     let r = k.fma(n, high, x);
     let r = k.fma(n, low, r);
@@ -68,12 +70,12 @@ pub fn exp(k: &mut Kernel, x: Val) -> Val {
     let value = k.select(small, zero, value);
     let large = k.compare(x, Order::Gt, highest);
     let value = k.select(large, infinity, value);
-    // NaN passes both comparisons; adding the argument to itself keeps it.
+    // NaN passes both comparisons; it is returned unchanged.
     let number = k.compare(x, Order::Eq, x);
     k.select(number, value, x)
 }
 
-/// ln x to 1 unit in the last place; −∞ at 0, NaN below. Subnormal numbers count as 0.
+/// ln x to 1 unit in the last place; −∞ at 0, and NaN below. Subnormal numbers count as 0.
 pub fn log(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;
     // x = 2ⁿ (1 + f), √½ ≤ 1 + f < √2.
@@ -137,11 +139,12 @@ pub fn cos(k: &mut Kernel, x: Val) -> Val {
 /// sin(x + quarters · π/2)
 fn turn(k: &mut Kernel, x: Val, quarters: i64) -> Val {
     let ty = x.ty;
-    // x = n π/2 + r, |r| ≤ π/4: n as in `exp`.
+    // x = n π/2 + r, |r| ≤ π/4, with n as in `exp`.
     let (inverse, magic) = (k.float(std::f64::consts::FRAC_2_PI, ty), k.float(ROUNDING, ty));
     let shifted = k.fma(x, inverse, magic);
     let n = k.sub(shifted, magic);
-    // π/2 in three parts, the first two of 8 bits: n < 2¹⁶ times either is exact, and so is what it leaves of x.
+    // π/2 in three parts (Cody & Waite). The first two have 8 bits, so that their products with n < 2¹⁶ and the
+    // differences are exact.
     let (high, middle) = (1.570_312_5, 4.844_665_527_343_75e-4);
     let r = [high, middle, std::f64::consts::FRAC_PI_2 - high - middle].into_iter().fold(x, |r, part| {
         let part = k.float(-part, ty);
@@ -152,7 +155,7 @@ fn turn(k: &mut Kernel, x: Val, quarters: i64) -> Val {
     let cube = k.mul(square, r);
     let sine = k.fma(q, cube, r);
     let cosine = polynomial(k, square, &[1.0, -0.5, 4.166_664_3e-2, -1.388_717_76e-3, 2.441_650_21e-5]);
-    // Odd quarters read the other function, the third and fourth turn the sign.
+    // Odd quarters use the other function; the third and the fourth quarter change the sign.
     let bits = k.bits(shifted);
     let (quarters, one, two) = (k.int(quarters, bits.ty), k.int(1, bits.ty), k.int(2, bits.ty));
     let quarter = k.add(bits, quarters);
@@ -167,7 +170,7 @@ fn turn(k: &mut Kernel, x: Val, quarters: i64) -> Val {
     k.from_bits(value)
 }
 
-/// tanh x to 1.5 units in the last place, near 0 too.
+/// tanh x to 1.5 units in the last place, also near 0.
 pub fn tanh(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;
     let a = magnitude(k, x);
@@ -201,10 +204,10 @@ pub fn sigmoid(k: &mut Kernel, x: Val) -> Val {
     k.div(one, e)
 }
 
-/// 2ˣ for |x| ≤ 126, to 1.1·10⁻⁷ of it.
+/// 2ˣ for |x| ≤ 126, to a relative error of 1.1·10⁻⁷.
 fn power_of_two(k: &mut Kernel, x: Val) -> Val {
     let ty = x.ty;
-    // x = n + r, |r| ≤ ½: n as in `exp`.
+    // x = n + r, |r| ≤ ½, with n as in `exp`.
     let magic = k.float(ROUNDING, ty);
     let shifted = k.add(x, magic);
     let n = k.sub(shifted, magic);
@@ -214,24 +217,24 @@ fn power_of_two(k: &mut Kernel, x: Val) -> Val {
     times_power_of_two(k, power, shifted)
 }
 
-/// −`most` ≤ x ≤ `most`, or NaN.
-fn bounded(k: &mut Kernel, x: Val, most: f64) -> Val {
-    let (least, most) = (k.float(-most, x.ty), k.float(most, x.ty));
+/// x clamped to −`limit` ≤ x ≤ `limit`; NaN stays NaN.
+fn bounded(k: &mut Kernel, x: Val, limit: f64) -> Val {
+    let (least, limit) = (k.float(-limit, x.ty), k.float(limit, x.ty));
     let x = k.max(least, x);
-    k.min(most, x)
+    k.min(limit, x)
 }
 
-/// Φ(x) of the normal distribution to 1.7·10⁻⁷, and e^(−x²/2).
+/// The normal distribution's Φ(x) to 1.7·10⁻⁷, and e^(−x²/2).
 fn normal(k: &mut Kernel, x: Val) -> (Val, Val) {
     // Beyond 13 the power would leave the normal numbers.
     let a = magnitude(k, x);
-    let most = k.float(13.0, x.ty);
-    let a = k.min(most, a);
+    let limit = k.float(13.0, x.ty);
+    let a = k.min(limit, a);
     let square = k.mul(a, a);
     let weight = k.float(-0.5 * std::f64::consts::LOG2_E, x.ty);
     let exponent = k.mul(weight, square);
     let bell = power_of_two(k, exponent);
-    // Mills' ratio, (1 − Φ(a)) / e^(−a²/2), is as smooth as the rest is steep.
+    // Mills' ratio, (1 − Φ(a)) / e^(−a²/2), is smooth where its factors are steep.
     let ratio = polynomial(
         k,
         a,
@@ -256,13 +259,13 @@ fn normal(k: &mut Kernel, x: Val) -> (Val, Val) {
     (k.select(below, tail, rest), bell)
 }
 
-/// x Φ(x) to 1.7·10⁻⁷ of x
+/// x Φ(x), to 1.7·10⁻⁷ of x.
 pub fn gelu(k: &mut Kernel, x: Val) -> Val {
     let (phi, _) = normal(k, x);
     k.mul(x, phi)
 }
 
-/// Φ(x) + x φ(x) to 2·10⁻⁷, φ the normal density
+/// Φ(x) + x φ(x) to 2·10⁻⁷, where φ is the normal density.
 pub fn gelu_grad(k: &mut Kernel, x: Val) -> Val {
     let (phi, bell) = normal(k, x);
     let x = bounded(k, x, 13.0);
@@ -271,8 +274,8 @@ pub fn gelu_grad(k: &mut Kernel, x: Val) -> Val {
     k.fma(x, density, phi)
 }
 
-/// Of the approximation of gelu by tanh u = 2σ(2u) − 1: e^(−2u), and 2x du/dx where that is asked for;
-/// u = √(2/π) (x + 0.044715 x³).
+/// The common part of gelu's approximation, for u = √(2/π) (x + 0.044715 x³) and tanh u = 2σ(2u) − 1: e^(−2u), and 2x
+/// du/dx, which the derivative uses.
 fn gelu_tanh_core(k: &mut Kernel, x: Val) -> (Val, Val) {
     let twice_root = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
     let (linear, cubic) = (twice_root, twice_root * 0.044_715);
@@ -289,7 +292,7 @@ fn gelu_tanh_core(k: &mut Kernel, x: Val) -> (Val, Val) {
     (power_of_two(k, exponent), slope)
 }
 
-/// x σ(2u) to 1.5·10⁻⁷ of x, u as above
+/// x σ(2u) to 1.5·10⁻⁷ of x, with u as above.
 pub fn gelu_tanh(k: &mut Kernel, x: Val) -> Val {
     let (e, _) = gelu_tanh_core(k, x);
     let one = k.float(1.0, x.ty);
@@ -297,13 +300,13 @@ pub fn gelu_tanh(k: &mut Kernel, x: Val) -> Val {
     k.div(x, e)
 }
 
-/// σ + x σ (1 − σ) 2 du/dx to 2.5·10⁻⁷, σ = σ(2u)
+/// σ + x σ (1 − σ) 2 du/dx to 2.5·10⁻⁷, with σ = σ(2u).
 pub fn gelu_tanh_grad(k: &mut Kernel, x: Val) -> Val {
     let (e, slope) = gelu_tanh_core(k, x);
     let one = k.float(1.0, x.ty);
     let whole = k.add(e, one);
     let sigma = k.div(one, whole);
-    // 1 − σ = e^(−2u) σ, where nothing cancels.
+    // 1 − σ = e^(−2u) σ avoids the cancellation.
     let rest = k.mul(e, sigma);
     let slope = k.mul(slope, rest);
     k.fma(slope, sigma, sigma)

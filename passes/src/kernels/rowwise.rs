@@ -1,56 +1,62 @@
-//! Operations along rows: softmax and its like, normalization with what follows it, sums, cross entropy.
+//! Rowwise kernels: softmax, log-sum-exp, normalisation with an epilogue, sums of rows, cross-entropy, and means over
+//! sequences. Every sum has one fixed order.
 
 use peft_runtime::artifact::Element;
 
 use super::elementwise::{self, Expression, Stage};
-use super::epilogue::{Epilogue, Follow};
+use super::epilogue::{Epilogue, RowSink};
 use super::math;
 use super::span::{RowSizes, Span, bounds};
-use super::{Number, embedding::table_row};
+use super::{FloatBits, embedding::table_row};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Kernel, Val, define, first};
-use crate::cost::{Launched, MANY_UNDER_WAY, UNDER_WAY, Work};
+use crate::cost::{BATCHED_WARP_BYTES_IN_FLIGHT, LaunchCost, LaunchSizes, WARP_BYTES_IN_FLIGHT};
 use crate::kernels::Scheduled;
 use crate::target::Machine;
 use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
 
-/// What a row of the result is of the rows of the operands.
+/// An operation on rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum RowOp {
+    /// softmax(x).
     Softmax,
+    /// The adjoint of softmax's operand, from the result y and its adjoint dy: y ⊙ (dy − Σ y ⊙ dy).
     SoftmaxVjp,
+    /// ln Σ eˣ, one number for each row.
     LogSumExp,
 }
 
-/// An operation whose result has a row, or a number, for each row of its operands. Its buffers are the operands, the result
-/// and the places of rows that are ragged; its sizes [`RowSizes`].
+/// Computes one row, or one number, for each row of the operands. Its buffers are the operands, the result and, if rows
+/// are ragged, their offsets; its sizes are [`RowSizes`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Along {
-    pub kind: Kind,
+pub struct RowOperation {
+    /// The operation.
+    pub kind: RowOp,
+    /// Whether rows are ragged.
     pub ragged: bool,
 }
 
-impl Scheduled for Along {
-    fn word(&self) -> String {
+impl Scheduled for RowOperation {
+    fn name_stem(&self) -> String {
         let kind = match self.kind {
-            Kind::Softmax => "softmax",
-            Kind::SoftmaxVjp => "softmax_vjp",
-            Kind::LogSumExp => "log_sum_exp",
+            RowOp::Softmax => "softmax",
+            RowOp::SoftmaxVjp => "softmax_vjp",
+            RowOp::LogSumExp => "log_sum_exp",
         };
         format!("{kind}_{}", dense_or(self.ragged))
     }
 
     fn emit(&self, machine: Machine) -> Code {
-        let operands = if self.kind == Kind::SoftmaxVjp { 2 } else { 1 };
+        let operands = if self.kind == RowOp::SoftmaxVjp { 2 } else { 1 };
         let elements = [vec![Element::F32; operands + 1], places(self.ragged)].concat();
         define(machine, &elements, RowSizes::<Val>::COUNT, |k, buffers, sizes| {
             k.units(|k, row| {
                 let span = Span::of(k, row, sizes, buffers.get(operands + 1).copied());
                 match self.kind {
-                    Kind::Softmax => softmax(k, first(buffers), span),
-                    Kind::SoftmaxVjp => softmax_vjp(k, first(buffers), span),
-                    Kind::LogSumExp => {
+                    RowOp::Softmax => softmax(k, first(buffers), span),
+                    RowOp::SoftmaxVjp => softmax_vjp(k, first(buffers), span),
+                    RowOp::LogSumExp => {
                         let [x, out] = first(buffers);
                         let lse = logsumexp(k, x, span);
                         k.store(lse, out, row);
@@ -65,66 +71,72 @@ fn dense_or(ragged: bool) -> &'static str {
     if ragged { "ragged" } else { "dense" }
 }
 
-/// The buffer that ragged rows want beside.
+/// The elements of the buffer of offsets that ragged rows need.
 fn places(ragged: bool) -> Vec<Element> {
     if ragged { vec![Element::I32] } else { vec![] }
 }
 
-/// How a kernel has its rows.
+/// Where a kernel keeps the rows of its operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Lie {
+pub enum RowStorage {
+    /// In memory, all rows of one length.
     Dense,
+    /// In memory, ragged.
     Ragged,
-    /// So many of a GPU's vectors, in registers.
-    Held(u64),
+    /// In a GPU's registers, as so many vectors of a warp. All loads of a row are then in flight at once.
+    InRegisters(u64),
 }
 
-/// A normalization, or with the adjoint of its result that of its operand, and what follows. Its buffers are the operands,
-/// the result and the places of rows that are ragged.
+/// Normalises rows to mean 0 and variance 1, or computes the adjoint of the operand, followed by an epilogue. Its
+/// buffers are the operands, the result and, if rows are ragged, their offsets.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Normalize {
+    /// Whether it computes the adjoint of the operand, from the operand and the adjoint of the result.
     pub vjp: bool,
-    pub eps: Number,
-    pub lie: Lie,
-    /// The result is written.
-    pub stays: bool,
+    /// The number that is added to the variance.
+    pub eps: FloatBits,
+    /// Where the rows are kept.
+    pub storage: RowStorage,
+    /// Whether the result is stored.
+    pub stored: bool,
+    /// The operations on the result.
     pub epilogue: Epilogue,
 }
 
 arguments! {
-    /// Beside [`RowSizes`], which come first.
+    /// The size after [`RowSizes`], which come first.
     NormalizeSizes {
-        /// Of a batch.
+        /// The number of rows of one batch.
         rows,
     }
 }
 
 impl Scheduled for Normalize {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         let vjp = if self.vjp { "_vjp" } else { "" };
-        let lie = match self.lie {
-            Lie::Dense => "dense".into(),
-            Lie::Ragged => "ragged".into(),
-            Lie::Held(vectors) => format!("held{vectors}"),
+        let lie = match self.storage {
+            RowStorage::Dense => "dense".into(),
+            RowStorage::Ragged => "ragged".into(),
+            RowStorage::InRegisters(vectors) => format!("registers{vectors}"),
         };
         format!("normalize{vjp}_{lie}")
     }
 
     fn emit(&self, machine: Machine) -> Code {
-        let Normalize { vjp, eps, lie, stays, epilogue } = self;
+        let Normalize { vjp, eps, storage, stored, epilogue } = self;
         let operands = if *vjp { 2 } else { 1 };
-        let ragged = *lie == Lie::Ragged;
+        let ragged = *storage == RowStorage::Ragged;
         let own = [vec![Element::F32; operands + 1], places(ragged)].concat();
         let sizes = RowSizes::<Val>::COUNT + NormalizeSizes::<Val>::COUNT;
         epilogue.define(machine, &own, sizes, |k, buffers, sizes, follows| {
-            let held = if let Lie::Held(vectors) = *lie { Some(vectors) } else { None };
-            let room = held.map(|vectors| k.shared(vectors * WARP * WARPS));
+            let registers = if let RowStorage::InRegisters(vectors) = *storage { Some(vectors) } else { None };
+            let shared = registers.map(|vectors| k.shared(vectors * WARP * WARPS));
             let NormalizeSizes { rows } = NormalizeSizes::of(RowSizes::split(sizes).1);
             k.units(|k, row| {
                 let span = Span::of(k, row, sizes, ragged.then(|| buffers[operands + 1]));
-                let out = stays.then(|| buffers[operands]);
-                let follow = Follow::of(k, epilogue, (buffers, follows), out, (row, rows));
-                let row = Row::of(k, &buffers[..operands], span, held.zip(room));
+                let out = stored.then(|| buffers[operands]);
+                let follow = RowSink::of(k, epilogue, (buffers, follows), out, (row, rows));
+                let row = Row::of(k, &buffers[..operands], span, registers.zip(shared));
                 match vjp {
                     false => normalize(k, &row, &follow, eps.get()),
                     true => normalize_vjp(k, &row, &follow, eps.get()),
@@ -133,46 +145,55 @@ impl Scheduled for Normalize {
         })
     }
 
-    /// A whole row of each operand at once, if it is held.
-    fn work(&self, launched: Launched, _card: &Card) -> Work {
-        launched.streams(if let Lie::Held(_) = self.lie { MANY_UNDER_WAY } else { UNDER_WAY })
+    /// If rows are in registers, a warp has all loads of a row in flight.
+    fn cost(&self, launched: LaunchSizes, _card: &Card) -> LaunchCost {
+        launched.streaming(if let RowStorage::InRegisters(_) = self.storage {
+            BATCHED_WARP_BYTES_IN_FLIGHT
+        } else {
+            WARP_BYTES_IN_FLIGHT
+        })
     }
 }
 
-/// Sums of rows, with what is summed up computed on the way, and what follows. Its buffers are those of the expression, the
-/// last of which stands for what goes nowhere and is the result's, or the operand and the result.
+/// Sums or means of rows, where the rows are computed by a fused expression, and an epilogue follows. Its buffers are
+/// those of the expression, whose last one, which would be the expression's result, is that of the sums; or the operand
+/// and the result.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct RowSums {
+pub struct FusedRowSums {
+    /// Whether it computes means.
     pub mean: bool,
+    /// The expression that computes the rows; without one, rows are read from the operand.
     pub of: Option<Expression>,
-    /// There is an axis of batches.
+    /// Whether there is an axis of batches.
     pub batched: bool,
-    /// The result is written.
-    pub stays: bool,
+    /// Whether the sums are stored.
+    pub stored: bool,
+    /// The operations on the sums.
     pub epilogue: Epilogue,
 }
 
 arguments! {
-    /// Of a mean come [`Share`]'s after them, and then the expression's.
+    /// The length of a row, and the number of rows of one batch. For a mean, the sizes of [`Share`] come next, then
+    /// those of the expression.
     RowSumsSizes { length, rows }
 }
 
 arguments! {
-    /// How many elements a mean is of.
+    /// The number of elements that a mean divides by, as two sizes.
     Share {
-        /// Elements of the operand, and of the result.
+        /// The elements of the operand, and those of the result.
         all, kept
     }
 }
 
 impl Share<Val> {
-    /// 1 / how many elements went into one.
+    /// 1 / the number of elements in one mean.
     pub fn number(self, k: &mut Kernel) -> Val {
         let (all, kept) = (k.to_float(self.all), k.to_float(self.kept));
         k.div(kept, all)
     }
 
-    /// If it is a mean, and what is left of the sizes.
+    /// Splits off these sizes if it is a mean. Also returns the remaining sizes.
     pub fn split_if(mean: bool, sizes: &[Val]) -> (Option<Share<Val>>, &[Val]) {
         match mean {
             false => (None, sizes),
@@ -184,13 +205,13 @@ impl Share<Val> {
     }
 }
 
-impl Scheduled for RowSums {
-    fn word(&self) -> String {
+impl Scheduled for FusedRowSums {
+    fn name_stem(&self) -> String {
         if self.mean { "mean_of_rows" } else { "sum_of_rows" }.into()
     }
 
     fn emit(&self, machine: Machine) -> Code {
-        let RowSums { mean, of, batched, stays, epilogue } = self;
+        let FusedRowSums { mean, of, batched, stored, epilogue } = self;
         let own = of.as_ref().map_or(vec![Element::F32; 2], Expression::elements);
         let count = own.len();
         let share = if *mean { Share::<Val>::COUNT } else { 0 };
@@ -201,22 +222,22 @@ impl Scheduled for RowSums {
             let (share, of_expression) = Share::split_if(*mean, rest);
             let out = buffers[count - 1];
             k.units(|k, row| {
-                let follow = Follow::of(k, epilogue, (buffers, follows), stays.then_some(out), (row, rows));
+                let follow = RowSink::of(k, epilogue, (buffers, follows), stored.then_some(out), (row, rows));
                 let base = k.mul(row, length);
                 let lanes: Box<elementwise::Lanes> = match of {
                     Some(form) => {
                         let buffers = buffers[..count].to_vec();
-                        let (sizes, made) = (of_expression, &[][..]);
-                        let stage = Stage { form, buffers, sizes, made, stays: false, half: None };
+                        let (sizes, producers) = (of_expression, &[][..]);
+                        let stage = Stage { expression: form, buffers, sizes, producers, stored: false, half: None };
                         let indices = if *batched { vec![follow.batch, follow.row] } else { vec![row] };
-                        Box::new(elementwise::lanes_of(k, &stage, &indices, length))
+                        Box::new(elementwise::row_lanes(k, &stage, &indices, length))
                     }
                     None => Box::new(move |k: &mut Kernel, at, mask| k.load_lanes(buffers[0], base + at, mask)),
                 };
                 let zero = k.floats(0.0);
                 let sums = k.fold_lanes(length, &[zero], |k, j, mask, sums| {
                     let x = lanes(k, j, mask);
-                    // Beyond the row anything may have been computed.
+                    // Lanes beyond the row hold undefined values.
                     let x = if of.is_some() { k.select(mask, x, zero) } else { x };
                     vec![k.add(sums[0], x)]
                 });
@@ -227,16 +248,18 @@ impl Scheduled for RowSums {
     }
 }
 
-/// Sums or means of rows and nothing beside: the operand, the result and the places of rows that are ragged. After
-/// [`RowSizes`] come [`Share`]'s of a mean.
+/// Sums or means of rows in memory, dense or ragged, with nothing fused. Its buffers are the operand, the result and,
+/// if rows are ragged, their offsets. For a mean, the sizes of [`Share`] come after [`RowSizes`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SumRows {
+pub struct PlainRowSums {
+    /// Whether it computes means.
     pub mean: bool,
+    /// Whether rows are ragged.
     pub ragged: bool,
 }
 
-impl Scheduled for SumRows {
-    fn word(&self) -> String {
+impl Scheduled for PlainRowSums {
+    fn name_stem(&self) -> String {
         format!("{}_rows_{}", if self.mean { "mean" } else { "sum" }, dense_or(self.ragged))
     }
 
@@ -264,23 +287,29 @@ impl Scheduled for SumRows {
     }
 }
 
-/// The loss of each row; with the loss's adjoint, the adjoint of the logits.
+/// The cross-entropy loss of each row, with label smoothing (Szegedy et al. 2016), or the adjoint of the logits from
+/// that of the loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CrossEntropy {
+    /// Whether it computes the adjoint of the logits.
     pub vjp: bool,
-    pub smoothing: Number,
+    /// The weight of the uniform distribution in the target distribution.
+    pub smoothing: FloatBits,
 }
 
 arguments! {
-    /// Of the adjoint, that of the loss comes after them.
+    /// The kernel's buffers. For the adjoint, that of the loss comes after them.
     CrossEntropyBuffers { logits, labels, out }
 }
-arguments! { CrossEntropySizes { classes } }
+arguments! {
+    /// The number of classes, which is the length of a row.
+    CrossEntropySizes { classes }
+}
 
 impl Scheduled for CrossEntropy {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         let vjp = if self.vjp { "_vjp" } else { "" };
-        format!("cross_entropy{vjp}{}", self.smoothing.or_zero())
+        format!("cross_entropy{vjp}{}", self.smoothing.zero_suffix())
     }
 
     fn emit(&self, machine: Machine) -> Code {
@@ -293,7 +322,7 @@ impl Scheduled for CrossEntropy {
             let CrossEntropySizes { classes: width } = CrossEntropySizes::of(sizes);
             k.units(|k, row| {
                 let span = Span { base: k.mul(row, width), length: width };
-                // A label beyond the classes has weight nowhere.
+                // A label that is not one of the classes has weight 0.
                 let (class, inside) = table_row(k, labels, row, 0, width);
                 let class = k.select(inside, class, 0);
                 let label = k.eval(span.base + class);
@@ -313,20 +342,24 @@ impl Scheduled for CrossEntropy {
     }
 }
 
-/// The mean over each sequence's tokens, or its adjoint.
+/// The mean of the tokens of each sequence, or the adjoint of the tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SegmentMean {
+    /// Whether it computes the adjoint of the tokens.
     pub vjp: bool,
 }
 
 arguments! {
-    /// Of the adjoint, the tokens' sequences come after them.
+    /// The kernel's buffers. For the adjoint, the index of each token's sequence comes after them.
     SegmentBuffers { x, out, offsets }
 }
-arguments! { SegmentSizes { width } }
+arguments! {
+    /// The width of a token's row.
+    SegmentSizes { width }
+}
 
 impl Scheduled for SegmentMean {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         if self.vjp { "segment_mean_vjp" } else { "segment_mean" }.into()
     }
 
@@ -344,7 +377,7 @@ impl Scheduled for SegmentMean {
     }
 }
 
-/// A sequence's unit.
+/// The unit of one sequence.
 fn segment_mean(k: &mut Kernel, SegmentBuffers { x, out, offsets }: SegmentBuffers<Buf>, width: Val, s: Val) {
     let (from, to, length) = bounds(k, offsets, s);
     let length = k.to_float(length);
@@ -361,7 +394,7 @@ fn segment_mean(k: &mut Kernel, SegmentBuffers { x, out, offsets }: SegmentBuffe
     });
 }
 
-/// A token's unit.
+/// The unit of one token.
 fn segment_mean_vjp(
     k: &mut Kernel,
     SegmentBuffers { x: y, out, offsets }: SegmentBuffers<Buf>,
@@ -381,6 +414,7 @@ fn segment_mean_vjp(
     });
 }
 
+/// The largest element of the row, in every lane.
 pub fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
     let lowest = k.floats(f64::NEG_INFINITY);
     let largest = k.fold_lanes(span.length, &[lowest], |k, j, mask, largest| {
@@ -391,6 +425,7 @@ pub fn largest(k: &mut Kernel, x: Buf, span: Span) -> Val {
     k.splat(largest)
 }
 
+/// The sum of `term` along the row.
 pub fn sum(k: &mut Kernel, span: Span, mut term: impl FnMut(&mut Kernel, Val, Val) -> Val) -> Val {
     let zero = k.floats(0.0);
     let sum = k.fold_lanes(span.length, &[zero], |k, j, mask, sum| {
@@ -410,7 +445,7 @@ pub fn fill(k: &mut Kernel, span: Span, out: Buf, mut value: impl FnMut(&mut Ker
     });
 }
 
-/// `x` in the lanes of `mask`, 0 in the others.
+/// `x` in the lanes of `mask`, and 0 in the others.
 fn only(k: &mut Kernel, x: Val, mask: Val) -> Val {
     let zero = k.floats(0.0);
     k.select(mask, x, zero)
@@ -425,7 +460,7 @@ fn softmax(k: &mut Kernel, [x, out]: [Buf; 2], span: Span) {
     });
 }
 
-/// Σ e^{x − max} of a max in every lane; the powers themselves go to `out`, if there is one.
+/// Σ e^{x − max}, for a maximum in every lane. The exponentials are stored to `out`, if there is one.
 pub fn powers(k: &mut Kernel, x: Buf, span: Span, max: Val, out: Option<Buf>) -> Val {
     let lowest = k.floats(f64::NEG_INFINITY);
     sum(k, span, |k, place, mask| {
@@ -439,13 +474,13 @@ pub fn powers(k: &mut Kernel, x: Buf, span: Span, max: Val, out: Option<Buf>) ->
     })
 }
 
-/// The max, in every lane, and Σ e^{x − max}; the powers themselves go to `out`, if there is one.
+/// The maximum, in every lane, and Σ e^{x − max}. The exponentials are stored to `out`, if there is one.
 pub fn exponentials(k: &mut Kernel, x: Buf, span: Span, out: Option<Buf>) -> (Val, Val) {
     let max = largest(k, x, span);
     (max, powers(k, x, span, max, out))
 }
 
-/// One power's share of such a sum, in every lane.
+/// The factor 1 / total of each exponential in a softmax, in every lane.
 pub fn share(k: &mut Kernel, total: Val) -> Val {
     let one = k.float(1.0, F32);
     let share = k.div(one, total);
@@ -465,24 +500,25 @@ fn softmax_vjp(k: &mut Kernel, [y, dy, out]: [Buf; 3], span: Span) {
     });
 }
 
-/// A row of operands, in memory or in registers.
+/// A row of the operands, in memory or in registers.
 struct Row<'a> {
     operands: &'a [Buf],
     span: Span,
-    /// By operand its vectors, and by vector which lanes exist; shared memory for one row of a warp.
-    held: Option<(Vec<Vec<Val>>, Vec<Val>, Buf)>,
+    /// If the row is in registers: the vectors of each operand, the mask of each vector, and shared memory for one row
+    /// of the warp.
+    registers: Option<(Vec<Vec<Val>>, Vec<Val>, Buf)>,
 }
 
-/// A vector of it, by its place or its number.
+/// A vector of the row: the index of its first element in memory, or its number in registers.
 #[derive(Clone, Copy)]
-enum At {
-    Place(Val),
-    Held(usize),
+enum VectorIndex {
+    Memory(Val),
+    Register(usize),
 }
 
 impl<'a> Row<'a> {
-    fn of(k: &mut Kernel, operands: &'a [Buf], span: Span, held: Option<(u64, Buf)>) -> Row<'a> {
-        let held = held.map(|(vectors, room)| {
+    fn of(k: &mut Kernel, operands: &'a [Buf], span: Span, registers: Option<(u64, Buf)>) -> Row<'a> {
+        let registers = registers.map(|(vectors, shared)| {
             let places: Vec<(Val, Val)> = (0..vectors)
                 .map(|v| {
                     let left = k.eval(span.length - v * WARP);
@@ -490,51 +526,56 @@ impl<'a> Row<'a> {
                 })
                 .collect();
             let vector = |k: &mut Kernel, x: Buf, v: usize| match places[v] {
-                // Only the last may lack some.
+                // Only the last vector may be partial.
                 (place, mask) if v + 1 == places.len() => k.load_lanes(x, place, mask),
                 (place, _) => k.load_vector(x, place),
             };
             let all = operands.iter().map(|&x| (0..places.len()).map(|v| vector(k, x, v)).collect()).collect();
-            (all, places.iter().map(|&(_, mask)| mask).collect(), k.from(room, k.thread() / WARP * (vectors * WARP)))
+            (
+                all,
+                places.iter().map(|&(_, mask)| mask).collect(),
+                k.subbuffer(shared, k.thread() / WARP * (vectors * WARP)),
+            )
         });
-        Row { operands, span, held }
+        Row { operands, span, registers }
     }
 
-    /// A vector of an operand.
-    fn load(&self, k: &mut Kernel, operand: usize, at: At, mask: Val) -> Val {
-        match (at, &self.held) {
-            (At::Held(v), Some((vectors, ..))) => vectors[operand][v],
-            (At::Place(place), _) => k.load_lanes(self.operands[operand], place, mask),
-            _ => unreachable!("what is held has numbers"),
+    /// Loads a vector of an operand.
+    fn load(&self, k: &mut Kernel, operand: usize, at: VectorIndex, mask: Val) -> Val {
+        match (at, &self.registers) {
+            (VectorIndex::Register(v), Some((vectors, ..))) => vectors[operand][v],
+            (VectorIndex::Memory(place), _) => k.load_lanes(self.operands[operand], place, mask),
+            _ => unreachable!("a row in registers is read by the number of its vector"),
         }
     }
 
-    /// Σ along the row.
-    fn sum(&self, k: &mut Kernel, term: impl Fn(&mut Kernel, At, Val) -> Val) -> Val {
-        let Some((_, masks, _)) = &self.held else {
-            return sum(k, self.span, |k, place, mask| term(k, At::Place(place), mask));
+    /// The sum of `term` along the row.
+    fn sum(&self, k: &mut Kernel, term: impl Fn(&mut Kernel, VectorIndex, Val) -> Val) -> Val {
+        let Some((_, masks, _)) = &self.registers else {
+            return sum(k, self.span, |k, place, mask| term(k, VectorIndex::Memory(place), mask));
         };
-        let terms: Vec<Val> = masks.iter().enumerate().map(|(v, &mask)| term(k, At::Held(v), mask)).collect();
+        let terms: Vec<Val> =
+            masks.iter().enumerate().map(|(v, &mask)| term(k, VectorIndex::Register(v), mask)).collect();
         let all = terms.into_iter().reduce(|x, y| k.add(x, y)).expect("at least one");
         k.sum_lanes(all)
     }
 
-    /// The row of the result.
-    fn fill(&self, k: &mut Kernel, follow: &Follow, value: impl Fn(&mut Kernel, At, Val) -> Val) {
-        let Some((_, masks, room)) = &self.held else {
-            return follow.fill(k, self.span, |k, place, mask| value(k, At::Place(place), mask));
+    /// Computes the row of the result, and hands it to the epilogue.
+    fn fill(&self, k: &mut Kernel, follow: &RowSink, value: impl Fn(&mut Kernel, VectorIndex, Val) -> Val) {
+        let Some((_, masks, shared)) = &self.registers else {
+            return follow.fill(k, self.span, |k, place, mask| value(k, VectorIndex::Memory(place), mask));
         };
         for (v, &mask) in masks.iter().enumerate() {
-            let y = value(k, At::Held(v), mask);
-            k.store_vector(y, *room, v as u64 * WARP);
+            let y = value(k, VectorIndex::Register(v), mask);
+            k.store_vector(y, *shared, v as u64 * WARP);
         }
-        k.settle();
-        follow.fill(k, self.span, |k, place, mask| k.load_lanes(*room, place - self.span.base, mask));
-        k.settle();
+        k.sync_lanes();
+        follow.fill(k, self.span, |k, place, mask| k.load_lanes(*shared, place - self.span.base, mask));
+        k.sync_lanes();
     }
 }
 
-/// The mean, and 1 / √(var + eps), in every lane.
+/// The mean, and 1 / √(variance + eps), both in every lane.
 fn moments(k: &mut Kernel, row: &Row, eps: f64) -> (Val, Val) {
     let length = k.to_float(row.span.length);
     let total = row.sum(k, |k, at, mask| row.load(k, 0, at, mask));
@@ -555,7 +596,7 @@ fn moments(k: &mut Kernel, row: &Row, eps: f64) -> (Val, Val) {
     (mean, k.splat(scale))
 }
 
-fn normalize(k: &mut Kernel, row: &Row, follow: &Follow, eps: f64) {
+fn normalize(k: &mut Kernel, row: &Row, follow: &RowSink, eps: f64) {
     let (mean, scale) = moments(k, row, eps);
     row.fill(k, follow, |k, at, mask| {
         let x = row.load(k, 0, at, mask);
@@ -565,46 +606,46 @@ fn normalize(k: &mut Kernel, row: &Row, follow: &Follow, eps: f64) {
 }
 
 /// dx = (dy − mean(dy) − x̂ mean(dy ⊙ x̂)) / σ
-fn normalize_vjp(k: &mut Kernel, row: &Row, follow: &Follow, eps: f64) {
+fn normalize_vjp(k: &mut Kernel, row: &Row, follow: &RowSink, eps: f64) {
     let (mean, scale) = moments(k, row, eps);
-    let hat = |k: &mut Kernel, at: At, mask: Val| {
+    let hat = |k: &mut Kernel, at: VectorIndex, mask: Val| {
         let x = row.load(k, 0, at, mask);
         let d = k.sub(x, mean);
         k.mul(d, scale)
     };
     let length = k.to_float(row.span.length);
     let total = row.sum(k, |k, at, mask| row.load(k, 1, at, mask));
-    let along = row.sum(k, |k, at, mask| {
+    let projection = row.sum(k, |k, at, mask| {
         let hat = hat(k, at, mask);
         let dy = row.load(k, 1, at, mask);
         k.mul(hat, dy)
     });
-    let (total, along) = (k.div(total, length), k.div(along, length));
-    let (total, along) = (k.splat(total), k.splat(along));
+    let (total, projection) = (k.div(total, length), k.div(projection, length));
+    let (total, projection) = (k.splat(total), k.splat(projection));
     row.fill(k, follow, |k, at, mask| {
         let hat = hat(k, at, mask);
         let dy = row.load(k, 1, at, mask);
         let d = k.sub(dy, total);
-        let share = k.mul(hat, along);
+        let share = k.mul(hat, projection);
         let d = k.sub(d, share);
         k.mul(d, scale)
     });
 }
 
-/// ln Σ eˣ of a row.
+/// ln Σ eˣ of the row.
 pub fn logsumexp(k: &mut Kernel, x: Buf, span: Span) -> Val {
     let sum = exponentials(k, x, span, None);
     log_of(k, sum)
 }
 
-/// ln Σ eˣ of a max and Σ e^{x − max}.
+/// ln Σ eˣ, from the maximum and Σ e^{x − max}.
 pub fn log_of(k: &mut Kernel, (max, total): (Val, Val)) -> Val {
     let total = math::log(k, total);
     let max = k.lane(max, 0);
     k.add(max, total)
 }
 
-/// ℓ = lse − (1−e) x_label − e/V Σ x
+/// ℓ = lse − (1 − ε) x_label − ε / V Σ x, for the smoothing ε and V classes.
 fn cross_entropy(k: &mut Kernel, logits: Buf, span: Span, label: Val, inside: Val, lse: Val, smoothing: f64) -> Val {
     let x = k.load(logits, label);
     let zero = k.float(0.0, F32);
@@ -623,7 +664,7 @@ fn cross_entropy(k: &mut Kernel, logits: Buf, span: Span, label: Val, inside: Va
     k.sub(loss, spread)
 }
 
-/// dx = dℓ (softmax(x) − w)
+/// dx = dℓ (softmax(x) − w), for the target distribution w.
 fn cross_entropy_vjp(
     k: &mut Kernel,
     [logits, out]: [Buf; 2],
@@ -649,10 +690,10 @@ fn cross_entropy_vjp(
     k.when(inside, |k| {
         let weight = k.float(1.0 - smoothing, F32);
         let hit = k.mul(weight, dy);
-        k.settle();
+        k.sync_lanes();
         let d = k.load(out, label);
         let d = k.sub(d, hit);
-        k.settle();
+        k.sync_lanes();
         k.store(d, out, label);
     });
 }

@@ -1,29 +1,31 @@
-//! Rows along the last axis, dense or ragged: where row `r` begins and how long it is.
+//! Rows along the last axis of a tensor, dense or ragged: the index of a row's first element, and the row's length.
 
 use crate::abi::arguments;
 use crate::builder::{Buf, Kernel, Val};
 
 arguments! {
-    /// How the rows of a tensor lie.
+    /// The layout of a tensor's rows.
     RowSizes {
-        /// Of ragged rows: how many tokens there are.
+        /// The length of a dense row; for ragged rows, the number of tokens, each of which has a row.
         length,
-        /// Columns in front of a ragged row's keys.
+        /// The number of columns in front of the keys of a ragged row.
         extra,
-        /// Elements of all of a head's ragged rows.
+        /// The number of elements of all ragged rows of one head.
         lead,
     }
 }
 
-/// One row: its first element, and how many there are.
+/// One row.
 #[derive(Clone, Copy)]
 pub struct Span {
+    /// The index of its first element.
     pub base: Val,
+    /// The number of its elements.
     pub length: Val,
 }
 
 impl Span {
-    /// `pairs` are the places of rows that are ragged.
+    /// The span of a row. `pairs` holds the offsets of the rows if they are ragged.
     pub fn of(k: &mut Kernel, row: Val, sizes: &[Val], pairs: Option<Buf>) -> Span {
         let RowSizes { length, extra, lead: lead_size } = RowSizes::of(sizes);
         let Some(pairs) = pairs else {
@@ -36,7 +38,7 @@ impl Span {
     }
 }
 
-/// Where part `i` of a ragged axis begins, where it ends, and how long it is.
+/// The start, the end and the length of part `i` of a ragged axis.
 pub fn bounds(k: &mut Kernel, offsets: Buf, i: Val) -> (Val, Val, Val) {
     let next = k.eval(i + 1);
     let (from, to) = (k.load_index(offsets, i), k.load_index(offsets, next));

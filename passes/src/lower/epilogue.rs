@@ -1,28 +1,29 @@
-//! What a kernel takes along, with its arguments ([`crate::kernels::epilogue`]).
+//! The lowering of epilogues ([`crate::kernels::epilogue`]): builds a kernel's epilogue together with its arguments.
 
 use peft_grammar::graph::{Node, Op, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::dispatch::Taken;
-use super::entry::Turn;
+use super::dispatch::Fused;
+use super::entry::DispatchLowering;
 use super::sizes::dim_extent;
 use super::view::View;
-use crate::kernels::epilogue::{Epilogue, Group, Sum};
+use crate::kernels::epilogue::{Epilogue, Group, RowSum};
 
-/// An epilogue on its way, with its arguments.
+/// An epilogue under construction, with its arguments.
 #[derive(Default)]
-pub(super) struct Following {
+pub(super) struct LoweredEpilogue {
     pub epilogue: Epilogue,
-    /// What its groups make.
+    /// The results of its groups.
     results: Vec<Value>,
-    /// Beyond the kernel's own.
+    /// The buffers that follow the kernel's own.
     pub buffers: Vec<BufferId>,
+    /// The sizes that follow the kernel's own.
     pub sizes: Vec<Extent>,
 }
 
-impl Following {
-    /// Which of the kernel's buffers it is, the first of which are its `own`.
-    fn number(&mut self, own: &[BufferId], buffer: BufferId) -> usize {
+impl LoweredEpilogue {
+    /// The index of `buffer` among the kernel's buffers, which begin with its `own`; it is added if it is missing.
+    fn buffer_index(&mut self, own: &[BufferId], buffer: BufferId) -> usize {
         let known = own.iter().chain(&self.buffers).position(|&b| b == buffer);
         known.unwrap_or_else(|| {
             self.buffers.push(buffer);
@@ -30,94 +31,102 @@ impl Following {
         })
     }
 
-    fn numbers(&mut self, own: &[BufferId], buffers: &[BufferId]) -> Vec<usize> {
-        buffers.iter().map(|&buffer| self.number(own, buffer)).collect()
+    fn buffer_indices(&mut self, own: &[BufferId], buffers: &[BufferId]) -> Vec<usize> {
+        buffers.iter().map(|&buffer| self.buffer_index(own, buffer)).collect()
     }
 }
 
-impl Turn<'_, '_, '_, '_> {
-    /// Finds a place for the result of what takes others along in registers: what is not written has one all the same,
-    /// that of what is made of it.
-    pub(super) fn place_taken(&mut self, taken: &Taken) {
-        let result = self.graph.nodes[taken.at].result();
-        if let Some(sum) = &taken.sum {
-            self.place_taken(sum);
-            if sum.stays {
-                self.result(self.graph.nodes[sum.at].result());
+impl DispatchLowering<'_, '_, '_, '_> {
+    /// Allocates the results of a kernel that applies its epilogue in registers. A result that is not stored is given
+    /// the buffer of a value computed from it, since a kernel has an argument for it in any case.
+    pub(super) fn place_fused_results(&mut self, fused: &Fused) {
+        let result = self.graph.nodes[fused.node].result();
+        if let Some(sum) = &fused.row_sum {
+            self.place_fused_results(sum);
+            if sum.stored {
+                self.allocate_result(self.graph.nodes[sum.node].result());
             }
         }
-        if !taken.stays {
-            let written = taken.followers.iter().find(|&&root| self.facts.written(root, taken));
-            let (buffer, view) = match (written, &taken.sum) {
-                (Some(&root), _) => self.target(self.graph.nodes[root].result()),
+        if !fused.stored {
+            let written = fused.groups.iter().find(|&&root| self.analysis.is_stored(root, fused));
+            let (buffer, view) = match (written, &fused.row_sum) {
+                (Some(&root), _) => self.result_destination(self.graph.nodes[root].result()),
                 (None, Some(sum)) => {
-                    (self.place(self.graph.nodes[sum.at].result()).buffer, View::dense(&self.ty(result).shape))
+                    (self.buffer_view(self.graph.nodes[sum.node].result()).buffer, View::dense(&self.ty(result).shape))
                 }
-                (None, None) => unreachable!("something reads it"),
+                (None, None) => unreachable!("a result that is not stored has a reader in the epilogue"),
             };
-            self.show(result, buffer, view);
+            self.set_view(result, buffer, view);
         }
     }
 
-    /// What a kernel takes along, whose own buffers are `own`; if it has its result in `registers`, the groups do not
-    /// read it.
-    pub(super) fn epilogue(&mut self, taken: &Taken, own: &[BufferId], registers: bool) -> Result<Following, String> {
-        let product = self.graph.nodes[taken.at].result();
-        let batched = self.ty(product).rank() == 3 && (registers || !taken.followers.is_empty());
-        let mut following = Following { epilogue: Epilogue { batched, ..Epilogue::default() }, ..Following::default() };
-        for &root in &taken.followers {
+    /// Lowers the epilogue of a kernel whose own buffers are `own`. With `registers` the kernel holds its result in
+    /// registers, and the groups do not load it.
+    pub(super) fn lower_epilogue(
+        &mut self,
+        fused: &Fused,
+        own: &[BufferId],
+        registers: bool,
+    ) -> Result<LoweredEpilogue, String> {
+        let product = self.graph.nodes[fused.node].result();
+        let batched = self.ty(product).rank() == 3 && (registers || !fused.groups.is_empty());
+        let mut lowered =
+            LoweredEpilogue { epilogue: Epilogue { batched, ..Epilogue::default() }, ..LoweredEpilogue::default() };
+        for &root in &fused.groups {
             let result = self.graph.nodes[root].result();
-            let rounds = self.facts.rounds(result).filter(|_| registers);
-            let stays = self.facts.written(root, taken) && !matches!(rounds, Some((_, true)));
-            let nowhere = (!stays).then(|| self.place(product).buffer);
-            if let Some(buffer) = nowhere {
-                self.show(result, buffer, View::dense(&self.ty(result).shape));
+            let half_precision = self.analysis.half_precision_copy(result).filter(|_| registers);
+            let stored = self.analysis.is_stored(root, fused) && !matches!(half_precision, Some((_, true)));
+            let unstored = (!stored).then(|| self.buffer_view(product).buffer);
+            if let Some(buffer) = unstored {
+                self.set_view(result, buffer, View::dense(&self.ty(result).shape));
             }
-            let map = self.expression(root, true, nowhere)?;
-            let groups = &following.epilogue.groups;
-            let early = groups.iter().take_while(|g| !g.form.draws).count();
+            let map = self.lower_expression(root, true, unstored)?;
+            let groups = &lowered.epilogue.groups;
+            let early = groups.iter().take_while(|g| !g.expression.draws).count();
             let turn = match registers {
                 false if groups.len() > early || map.expression.draws => early,
                 _ => 0,
             };
-            let maker = |v: &Value| {
-                let results = following.results[turn..].iter().copied();
-                registers.then_some(product).into_iter().chain(results).position(|made| made == *v)
+            let producer_of = |v: &Value| {
+                let results = lowered.results[turn..].iter().copied();
+                registers.then_some(product).into_iter().chain(results).position(|computed| computed == *v)
             };
-            let made = map.arrays.iter().map(maker).collect();
-            let buffers = following.numbers(own, &map.buffers);
-            let half = rounds.filter(|_| self.place(result).view.is_none() || !stays).map(|(half, _)| {
-                let room = self.room_rounded(result);
-                (half, following.number(own, room))
-            });
-            following.epilogue.groups.push(Group { form: map.expression, buffers, made, stays, half });
-            following.results.push(result);
-            following.sizes.extend(map.sizes);
+            let producers = map.arrays.iter().map(producer_of).collect();
+            let buffers = lowered.buffer_indices(own, &map.buffers);
+            let half =
+                half_precision.filter(|_| self.buffer_view(result).view.is_none() || !stored).map(|(half, _)| {
+                    let copy = self.half_precision_result(result);
+                    (half, lowered.buffer_index(own, copy))
+                });
+            lowered.epilogue.groups.push(Group { expression: map.expression, buffers, producers, stored, half });
+            lowered.results.push(result);
+            lowered.sizes.extend(map.sizes);
         }
-        if let Some(sum) = &taken.sum {
+        if let Some(sum) = &fused.row_sum {
             let graph = self.graph;
-            let Node { op, operands, .. } = &graph.nodes[sum.at];
-            let result = graph.nodes[sum.at].result();
-            let made = [product].into_iter().chain(following.results.iter().copied());
-            let of = made.into_iter().position(|made| made == operands[0]).expect("what it is of");
-            let out = sum.stays.then(|| following.number(own, self.place(result).buffer));
-            let then = self.epilogue(sum, &[own, &following.buffers].concat(), true)?;
-            following.buffers.extend(then.buffers);
+            let Node { op, operands, .. } = &graph.nodes[sum.node];
+            let result = graph.nodes[sum.node].result();
+            let computed = [product].into_iter().chain(lowered.results.iter().copied());
+            let input =
+                computed.into_iter().position(|computed| computed == operands[0]).expect("the operand of the sum");
+            let out = sum.stored.then(|| lowered.buffer_index(own, self.buffer_view(result).buffer));
+            let then = self.lower_epilogue(sum, &[own, &lowered.buffers].concat(), true)?;
+            lowered.buffers.extend(then.buffers);
             let rows = self.ty(result).shape.iter().rev().nth(1);
-            following.sizes.push(dim_extent(*rows.expect("rows of one column")));
-            following.sizes.extend(then.sizes);
+            lowered.sizes.push(dim_extent(*rows.expect("the sum keeps the row axis")));
+            lowered.sizes.extend(then.sizes);
             let mean = matches!(op, Op::Reduce { mean: true, .. });
-            following.epilogue.sum = Some(Box::new(Sum { of, mean, out, then: then.epilogue }));
+            lowered.epilogue.sum = Some(Box::new(RowSum { input, mean, out, epilogue: then.epilogue }));
         }
-        for &root in &taken.companions {
+        for &root in &fused.companions {
             let result = self.graph.nodes[root].result();
-            let map = self.expression(root, true, None)?;
-            let buffers = following.numbers(own, &map.buffers);
-            let group = Group { form: map.expression, buffers, made: vec![], stays: true, half: None };
-            following.epilogue.companions.push(group);
-            following.sizes.push(dim_extent(*self.ty(result).shape.last().expect("rows")));
-            following.sizes.extend(map.sizes);
+            let map = self.lower_expression(root, true, None)?;
+            let buffers = lowered.buffer_indices(own, &map.buffers);
+            let group = Group { expression: map.expression, buffers, producers: vec![], stored: true, half: None };
+            lowered.epilogue.companions.push(group);
+            lowered.sizes.push(dim_extent(*self.ty(result).shape.last().expect("the result has columns")));
+            lowered.sizes.extend(map.sizes);
         }
-        Ok(following)
+        Ok(lowered)
     }
 }

@@ -1,125 +1,129 @@
-//! Products on a GPU: how their operands lie. Which kernel computes them is chosen in [`super::schedule`].
+//! Gemms on a GPU: operand layouts and launches. [`super::schedule`] chooses the kernel.
 
 use std::ops::Range;
 
 use peft_grammar::graph::Value;
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::dispatch::Taken;
-use super::entry::{Place, Turn};
-use super::epilogue::Following;
-use super::problem::{Axes, Contraction, operand};
-use super::schedule::{self, Chosen, tensor_cores};
-use super::sizes::product;
+use super::contraction::{Axes, Contraction, operand};
+use super::dispatch::Fused;
+use super::entry::{BufferView, DispatchLowering};
+use super::epilogue::LoweredEpilogue;
+use super::schedule::{self, ScheduledGemm, tensor_cores};
+use super::sizes::dims_product;
 use crate::builder::mma::Half;
-use crate::kernels::gemm::epilogue::Fate;
-use crate::kernels::gemm::{Buffers, Operand, Placed, Product};
+use crate::kernels::gemm::epilogue::ResultMode;
+use crate::kernels::gemm::{Buffers, Operand, Product, ResultLayout};
 
-impl Turn<'_, '_, '_, '_> {
-    pub(super) fn product_on_gpu(&mut self, taken: &Taken) -> Result<(), String> {
-        let node = &self.graph.nodes[taken.at];
+impl DispatchLowering<'_, '_, '_, '_> {
+    /// Emits a `matmul` on a GPU, with its epilogue.
+    pub(super) fn gpu_gemm(&mut self, fused: &Fused) -> Result<(), String> {
+        let node = &self.graph.nodes[fused.node];
         let (x, y, result) = (node.operands[0], node.operands[1], node.result());
         let (axes_x, axes_y) = Axes::of_product(&node.op, self.ty(x), self.ty(y));
         let Contraction { m, n, depth, batch } = Contraction::of(self.graph, node);
-        let left = self.strided(x, &axes_x);
-        let right = self.strided(y, &axes_y);
-        let place = self.place(y).clone();
-        let half = self.half(&left.1, &place).filter(|_| batch == Extent::Const(1));
+        let left = self.strided_operand(x, &axes_x);
+        let right = self.strided_operand(y, &axes_y);
+        let weight = self.buffer_view(y).clone();
+        let half = self.mma_type(&left.1, &weight).filter(|_| batch == Extent::Const(1));
         let ((a, left), (b, right)) = match half {
             Some(half) => {
-                let packed = self.pack_halves(half, &place, &right.1, (n.clone(), depth.clone()));
-                (self.rounded(half, (&m, &depth), left, Some(x)), packed.operand())
+                let packed = self.pack_half_precision(half, &weight, &right.1, (n.clone(), depth.clone()));
+                (self.half_precision_rows(half, (&m, &depth), left, Some(x)), packed.operand())
             }
             None => {
-                let alone = matches!(self.facts.rounds(x), Some((_, true)));
-                assert!(!alone, "what only such products read is there for them alone");
+                let half_precision_only = matches!(self.analysis.half_precision_copy(x), Some((_, true)));
+                assert!(!half_precision_only, "an f32 gemm reads a value that is stored in half precision alone");
                 (left, right)
             }
         };
-        self.place_taken(taken);
+        self.place_fused_results(fused);
         let axes = Axes::of_result(self.ty(result), self.ty(x), self.ty(y));
-        let (c, line, area, first) = self.product_place(result, axes);
-        let following = match taken.is_empty() {
-            true => Following::default(),
-            false => self.epilogue(taken, &Buffers { a, b, c }.list(), true)?,
+        let (c, row_stride, batch_stride, offset) = self.gemm_destination(result, axes);
+        let lowered = match fused.is_empty() {
+            true => LoweredEpilogue::default(),
+            false => self.lower_epilogue(fused, &Buffers { a, b, c }.list(), true)?,
         };
-        let fate = if taken.stays { Fate::Written } else { Fate::Passed };
-        let product = Product { m, n, depth, batch, a: left, b: right, c: Placed { line, area, first } };
-        self.launch_product(product, half, Buffers { a, b, c }, fate, following);
+        let mode = if fused.stored { ResultMode::Overwrite } else { ResultMode::EpilogueOnly };
+        let product =
+            Product { m, n, depth, batch, a: left, b: right, c: ResultLayout { row_stride, batch_stride, offset } };
+        self.launch_gpu_gemm(product, half, Buffers { a, b, c }, mode, lowered);
         Ok(())
     }
 
-    /// In what tensor cores compute the product, if they do.
-    fn half(&self, left: &Operand, place_b: &Place) -> Option<Half> {
-        tensor_cores(self.module.machine, self.precision(place_b, left.contiguous))
+    /// The half-precision type in which tensor cores compute the gemm, if they do.
+    fn mma_type(&self, left: &Operand, weight: &BufferView) -> Option<Half> {
+        tensor_cores(self.module.machine, self.gemm_precision(weight, left.contiguous))
     }
 
-    /// [`Turn::product_of_rows`].
-    pub(super) fn rows_on_gpu(
+    /// `gemm_with_weight_rows` on a GPU.
+    pub(super) fn gpu_gemm_with_weight_rows(
         &mut self,
         (x, m): (BufferId, Extent),
         y: Value,
         rows: Range<u64>,
         transpose_y: bool,
-        (out, kept): (BufferId, bool),
+        (out, accumulate): (BufferId, bool),
     ) {
-        let width = product(&self.ty(y).shape[1..]);
+        let width = dims_product(&self.ty(y).shape[1..]);
         let some = Extent::Const(rows.end - rows.start);
         let (one, zero) = (Extent::Const(1), Extent::Const(0));
         let (n, depth) = if transpose_y { (some, width.clone()) } else { (width.clone(), some) };
-        let side = |contiguous, line: Extent, first| {
-            let (along, deep) = if contiguous { (one.clone(), line) } else { (line, one.clone()) };
-            Operand { area: zero.clone(), along, deep, first, contiguous }
+        let matrix = |contiguous, leading: Extent, offset| {
+            let (row_stride, k_stride) = if contiguous { (one.clone(), leading) } else { (leading, one.clone()) };
+            Operand { batch_stride: zero.clone(), row_stride, k_stride, offset, contiguous }
         };
-        let left = side(false, depth.clone(), zero.clone());
-        let place = self.place(y).clone();
-        let half = self.half(&left, &place);
+        let left = matrix(false, depth.clone(), zero.clone());
+        let weight = self.buffer_view(y).clone();
+        let half = self.mma_type(&left, &weight);
         let ((a, left), (b, right)) = match half {
             Some(half) => {
-                let all = product(&self.ty(y).shape[..1]);
-                let whole = side(!transpose_y, width.clone(), zero.clone());
+                let all = dims_product(&self.ty(y).shape[..1]);
+                let whole = matrix(!transpose_y, width.clone(), zero.clone());
                 let size = if transpose_y { (all, width) } else { (width, all) };
-                let packed = self.pack_halves(half, &place, &whole, size);
+                let packed = self.pack_half_precision(half, &weight, &whole, size);
                 let (column, step) = if transpose_y { (rows.start, 0) } else { (0, rows.start) };
-                (self.rounded(half, (&m, &depth), (x, left), None), packed.from(column, step).operand())
+                (self.half_precision_rows(half, (&m, &depth), (x, left), None), packed.from(column, step).operand())
             }
             None => {
-                let first = Extent::Const(rows.start) * width.clone();
-                ((x, left), (place.buffer, side(!transpose_y, width, first)))
+                let offset = Extent::Const(rows.start) * width.clone();
+                ((x, left), (weight.buffer, matrix(!transpose_y, width, offset)))
             }
         };
-        let placed = Placed { line: n.clone(), area: zero.clone(), first: zero.clone() };
-        let product = Product { m, n, depth, batch: one.clone(), a: left, b: right, c: placed };
-        let fate = if kept { Fate::Added } else { Fate::Written };
-        self.launch_product(product, half, Buffers { a, b, c: out }, fate, Following::default());
+        let result_layout = ResultLayout { row_stride: n.clone(), batch_stride: zero.clone(), offset: zero.clone() };
+        let product = Product { m, n, depth, batch: one.clone(), a: left, b: right, c: result_layout };
+        let mode = if accumulate { ResultMode::Accumulate } else { ResultMode::Overwrite };
+        self.launch_gpu_gemm(product, half, Buffers { a, b, c: out }, mode, LoweredEpilogue::default());
     }
 
-    fn strided(&mut self, value: Value, axes: &Axes) -> (BufferId, Operand) {
+    /// A value as a strided gemm operand; it is copied to row-major if its view has no such strides.
+    fn strided_operand(&mut self, value: Value, axes: &Axes) -> (BufferId, Operand) {
         if operand(&self.view(value), axes).is_none() {
-            self.dense(value);
+            self.materialize(value);
         }
         let operand = operand(&self.view(value), axes).expect("row-major");
-        (self.place(value).buffer, operand)
+        (self.buffer_view(value).buffer, operand)
     }
 
-    fn launch_product(
+    /// Launches the gemm that the schedule chooses, and with split-K the sum of its partial results.
+    fn launch_gpu_gemm(
         &mut self,
         product: Product,
         half: Option<Half>,
         Buffers { a, b, c }: Buffers<BufferId>,
-        fate: Fate,
-        Following { epilogue, buffers, sizes: follows, .. }: Following,
+        mode: ResultMode,
+        LoweredEpilogue { epilogue, buffers, sizes: follows, .. }: LoweredEpilogue,
     ) {
-        let fours = half.is_some() && self.rows_in_fours(a, &product.a, &product.depth);
+        let vec4 = half.is_some() && self.rows_in_vec4(a, &product.a, &product.depth);
         self.label = epilogue.label(&self.label);
-        let chosen = schedule::product(&product, (half, fours), fate, epilogue, &self.module.limits);
-        let Chosen { schedule, sizes, units, shares } = chosen;
-        let elements = product.batch.clone() * product.whole();
-        let to = if shares > 1 { self.scratch(vec![Extent::Const(shares), elements.clone()]) } else { c };
+        let chosen = schedule::gpu_gemm(&product, (half, vec4), mode, epilogue, &self.module.thresholds);
+        let ScheduledGemm { schedule, sizes, units, splits } = chosen;
+        let elements = product.batch.clone() * product.batch_elements();
+        let to = if splits > 1 { self.scratch(vec![Extent::Const(splits), elements.clone()]) } else { c };
         let buffers = [Buffers { a, b, c: to }.list(), buffers].concat();
         self.launch(schedule, buffers, [sizes, follows].concat(), units);
-        if shares > 1 {
-            self.add_up(to, Extent::Const(shares), elements, c);
+        if splits > 1 {
+            self.sum_partials(to, Extent::Const(splits), elements, c);
         }
     }
 }

@@ -1,97 +1,99 @@
-//! Where values lie. A reader that cannot follow a [`View`] asks for a copy ([`Turn::dense`]), and a writer may lay its result
-//! out for the one who wants it side by side with others ([`Turn::target`]).
+//! Data layout: where values are stored. A reader whose kernel cannot read a strided [`View`] asks for a row-major copy
+//! ([`DispatchLowering::materialize`]). A kernel may store its result directly in the layout of a later value that only
+//! moves its elements, such as a concatenation ([`DispatchLowering::result_destination`]).
 
 use std::ops::Range;
 
 use peft_grammar::graph::{Op, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::entry::{Place, Turn};
-use super::sizes::product;
-use super::view::{ONE, View};
+use super::entry::{BufferView, DispatchLowering};
+use super::sizes::dims_product;
+use super::view::{UNIT_STRIDE, View};
 use crate::kernels::copy::{CopyBuffers, CopyView};
 
-impl Turn<'_, '_, '_, '_> {
-    /// How `value` lies in its place's buffer.
+impl DispatchLowering<'_, '_, '_, '_> {
+    /// The view of its buffer in which `value` is stored.
     pub(super) fn view(&self, value: Value) -> View {
-        self.place(value).view.clone().unwrap_or_else(|| View::dense(&self.ty(value).shape))
+        self.buffer_view(value).view.clone().unwrap_or_else(|| View::dense(&self.ty(value).shape))
     }
 
-    /// `value` is `view` of a buffer.
-    pub(super) fn show(&mut self, value: Value, buffer: BufferId, view: View) {
+    /// Records that `value` is stored as `view` of `buffer`.
+    pub(super) fn set_view(&mut self, value: Value, buffer: BufferId, view: View) {
         let view = Some(view).filter(|view| !view.is_dense());
-        self.places[value.0 as usize] = Some(Place { buffer, frozen: None, view });
+        self.buffer_views[value.0 as usize] = Some(BufferView { buffer, frozen: None, view });
     }
 
-    /// `result` is `view` of `x`. What is frozen is copied, once and for all.
-    pub(super) fn look(&mut self, x: Value, view: View, result: Value) {
-        let buffer = self.place(x).buffer;
+    /// Makes `result` the given view of `x`'s buffer. A frozen value is copied instead, once.
+    pub(super) fn alias(&mut self, x: Value, view: View, result: Value) {
+        let buffer = self.buffer_view(x).buffer;
         if self.frozen.is_none() {
-            return self.show(result, buffer, view);
+            return self.set_view(result, buffer, view);
         }
-        let copy = self.result(result);
+        let copy = self.allocate_result(result);
         self.copy_view((buffer, &view), (copy, &self.view(result)));
     }
 
-    /// A buffer in which `value` lies row-major: a copy, if it must be.
-    pub(super) fn dense(&mut self, value: Value) -> BufferId {
-        let place = self.place(value).clone();
+    /// A buffer in which `value` is stored row-major: a copy, unless it already is.
+    pub(super) fn materialize(&mut self, value: Value) -> BufferId {
+        let place = self.buffer_view(value).clone();
         let Some(view) = place.view else { return place.buffer };
-        let copy = self.result(value);
+        let copy = self.allocate_result(value);
         let whole = self.view(value);
-        self.labelled("copy").copy_view((place.buffer, &view), (copy, &whole));
+        self.helper("copy").copy_view((place.buffer, &view), (copy, &whole));
         copy
     }
 
-    /// A place for a result, its last axis without gaps: where its readers want it, which may be a part of what they put
-    /// together.
-    pub(super) fn target(&mut self, result: Value) -> (BufferId, View) {
+    /// Chooses the buffer and view in which a kernel stores `result`, contiguous along the last axis: the layout that
+    /// its readers prefer, which may be part of a larger value, or else a row-major buffer.
+    pub(super) fn result_destination(&mut self, result: Value) -> (BufferId, View) {
         if self.frozen.is_some() {
-            return (self.result(result), self.view(result));
+            return (self.allocate_result(result), self.view(result));
         }
         let own = || (result, View::dense(&self.ty(result).shape));
-        let (whole, view) = self.wish(result).filter(|(_, view)| view.runs()).unwrap_or_else(own);
-        let buffer = match self.wholes.get(&whole) {
+        let (whole, view) =
+            self.preferred_destination(result).filter(|(_, view)| view.has_contiguous_rows()).unwrap_or_else(own);
+        let buffer = match self.preallocated.get(&whole) {
             Some(&buffer) => buffer,
             None => {
-                let buffer = self.result(whole);
-                self.wholes.insert(whole, buffer);
+                let buffer = self.allocate_result(whole);
+                self.preallocated.insert(whole, buffer);
                 buffer
             }
         };
-        self.show(result, buffer, view.clone());
+        self.set_view(result, buffer, view.clone());
         (buffer, view)
     }
 
-    /// `axis` is the ragged one.
-    pub(super) fn along_rows(&self, axis: usize, value: Value) -> bool {
+    /// `axis` is the ragged axis of `value`.
+    pub(super) fn is_ragged_axis(&self, axis: usize, value: Value) -> bool {
         let ty = self.ty(value);
-        ty.ragged() && axis + 1 == ty.rank()
+        ty.is_ragged() && axis + 1 == ty.rank()
     }
 
-    /// The later value whose buffer `value` should be written into, and how it lies there: what readers that only move
-    /// elements make of it. A reshape alone asks for nothing new, but may merge axes that a permute before it swapped.
-    fn wish(&self, value: Value) -> Option<(Value, View)> {
+    /// The later value in whose buffer `value` should be stored, and the view of it: follows readers that only move
+    /// elements. A reshape alone gives no preference, but it may merge axes that an earlier permute has swapped.
+    fn preferred_destination(&self, value: Value) -> Option<(Value, View)> {
         let shape = &self.ty(value).shape;
-        if self.facts.claimed.contains_key(&value) {
+        if self.analysis.fixed_storage.contains_key(&value) {
             return Some((value, View::dense(shape)));
         }
-        let mut wishes = self.facts.readers(value).iter().filter_map(|&reader| {
+        let mut preferences = self.analysis.readers(value).iter().filter_map(|&reader| {
             let node = &self.graph.nodes[reader];
             let whole = || (node.result(), View::dense(&self.ty(node.result()).shape));
             match &node.op {
                 Op::Reshape { .. } => {
-                    let (root, view) = self.wish(node.result()).unwrap_or_else(whole);
+                    let (root, view) = self.preferred_destination(node.result()).unwrap_or_else(whole);
                     Some((root, view.reshape(shape)?))
                 }
                 Op::Permute { axes } => {
-                    let (root, view) = self.wish(node.result())?;
+                    let (root, view) = self.preferred_destination(node.result())?;
                     let mut back = vec![0; axes.len()];
                     axes.iter().enumerate().for_each(|(to, &from)| back[from] = to);
                     Some((root, view.permute(&back)))
                 }
-                Op::Concat { axis } if !self.along_rows(*axis, node.result()) => {
-                    let (root, view) = self.wish(node.result()).unwrap_or_else(whole);
+                Op::Concat { axis } if !self.is_ragged_axis(*axis, node.result()) => {
+                    let (root, view) = self.preferred_destination(node.result()).unwrap_or_else(whole);
                     let before = node.operands.iter().take_while(|&&part| part != value);
                     let start = before.map(|&part| self.ty(part).shape[*axis].constant()).sum::<Option<u64>>()?;
                     Some((root, view.slice(*axis, start, shape[*axis])))
@@ -99,40 +101,47 @@ impl Turn<'_, '_, '_, '_> {
                 _ => None,
             }
         });
-        // Among several the first that is more than the value itself.
-        let first = wishes.next()?;
-        if first.1.is_dense() { Some(wishes.find(|(_, view)| !view.is_dense()).unwrap_or(first)) } else { Some(first) }
+        // The first preference for a strided view wins over a row-major one.
+        let first = preferences.next()?;
+        if first.1.is_dense() {
+            Some(preferences.find(|(_, view)| !view.is_dense()).unwrap_or(first))
+        } else {
+            Some(first)
+        }
     }
 
-    /// Moves every element from one view to another of the same shape, whose last axis has no gaps.
+    /// Copies every element from one view to another of the same shape, which is contiguous along its last axis.
     pub(super) fn copy_view(&mut self, (from, source): (BufferId, &View), (to, target): (BufferId, &View)) {
-        // Axes that follow each other on both sides are one; rows stay, for threads to share.
+        // Axes with a common stride in both views are merged. The last axis is kept apart from the others, so that
+        // there are rows to distribute over threads.
         let shape = &source.shape;
-        let long: Vec<usize> = source.long().collect();
+        let long: Vec<usize> = source.nontrivial_axes().collect();
         let mut runs: Vec<Range<usize>> = vec![];
         for (at, &axis) in long.iter().enumerate() {
             let row = at + 1 == long.len() && runs.len() < 2;
             match runs.last_mut() {
-                Some(run) if !row && [source, target].iter().all(|v| v.along(run.start..axis + 1).is_some()) => {
+                Some(run)
+                    if !row && [source, target].iter().all(|v| v.merged_stride(run.start..axis + 1).is_some()) =>
+                {
                     run.end = axis + 1;
                 }
                 _ => runs.push(axis..axis + 1),
             }
         }
-        if runs.last().is_none_or(|run| target.along(run.clone()) != Some(ONE)) {
+        if runs.last().is_none_or(|run| target.merged_stride(run.clone()) != Some(UNIT_STRIDE)) {
             runs.push(shape.len()..shape.len());
         }
-        let sizes = |run: &Range<usize>| product(&shape[run.clone()]);
+        let sizes = |run: &Range<usize>| dims_product(&shape[run.clone()]);
         let steps = |view: &View| {
-            let step = |run: &Range<usize>| view.along(run.clone()).unwrap_or(ONE).extent();
+            let step = |run: &Range<usize>| view.merged_stride(run.clone()).unwrap_or(UNIT_STRIDE).extent();
             runs.iter().map(step).collect::<Vec<_>>()
         };
         let rank = runs.len();
-        let gathers = runs.last().is_some_and(|run| source.along(run.clone()) != Some(ONE));
+        let gathers = runs.last().is_some_and(|run| source.merged_stride(run.clone()) != Some(UNIT_STRIDE));
         let units = runs[..rank - 1].iter().map(sizes).fold(Extent::Const(1), |n, size| n * size);
         let mut extents: Vec<Extent> = runs.iter().map(sizes).collect();
         extents.extend([steps(source), steps(target)].concat());
-        extents.extend([source.first.clone(), target.first.clone()]);
+        extents.extend([source.offset.clone(), target.offset.clone()]);
         self.launch(CopyView { rank, gathers }, CopyBuffers { from, to }.list(), extents, units);
     }
 }

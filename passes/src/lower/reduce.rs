@@ -1,58 +1,59 @@
-//! Sums over axes: one axis at a time, the last one along rows, any other one down columns. Sums of rows alone compute
-//! what they sum up on the way, if nothing else reads it.
+//! Reductions: one axis at a time, the last axis as row sums, any other axis as column sums. A row sum may have a
+//! prologue that computes the summed values, if nothing else reads them, and an epilogue.
 
 use peft_grammar::graph::{Dim, Op, Type, Value};
 use peft_runtime::artifact::{BufferId, Extent};
 
-use super::dispatch::Taken;
-use super::entry::Turn;
+use super::dispatch::Fused;
+use super::entry::DispatchLowering;
+use super::row_layout::RowLayout;
 use super::schedule;
-use super::sizes::{dim_extent, extent, extents};
-use super::span::Rows;
+use super::sizes::{dim_extent, element_count, extents};
 use super::view::View;
-use crate::kernels::columns::{ColumnBuffers, ColumnSizes, SumColumns};
-use crate::kernels::rowwise::{RowSums, RowSumsSizes, Share, SumRows};
+use crate::kernels::columns::{ColumnBuffers, ColumnSizes, ColumnSums};
+use crate::kernels::rowwise::{FusedRowSums, PlainRowSums, RowSumsSizes, Share};
 
-impl Turn<'_, '_, '_, '_> {
-    /// Sums of rows, with what is summed up computed on the way, and what follows.
-    pub(super) fn row_sums(&mut self, inner: Option<usize>, taken: &Taken, mean: bool) -> Result<(), String> {
-        let node = &self.graph.nodes[taken.at];
+impl DispatchLowering<'_, '_, '_, '_> {
+    /// Sums of rows, with an optional prologue (the root of the group that computes them) and an epilogue.
+    pub(super) fn row_sums(&mut self, prologue: Option<usize>, fused: &Fused, mean: bool) -> Result<(), String> {
+        let node = &self.graph.nodes[fused.node];
         let (x, result) = (node.operands[0], node.result());
         let ty = self.ty(x);
-        let own = if inner.is_none() { vec![self.dense(x)] } else { vec![] };
-        self.place_taken(taken);
-        let stays = taken.stays;
-        let out = if stays { self.result(result) } else { self.place(result).buffer };
-        let map = inner.map(|root| self.expression(root, true, Some(out))).transpose()?;
+        let own = if prologue.is_none() { vec![self.materialize(x)] } else { vec![] };
+        self.place_fused_results(fused);
+        let stays = fused.stored;
+        let out = if stays { self.allocate_result(result) } else { self.buffer_view(result).buffer };
+        let map = prologue.map(|root| self.lower_expression(root, true, Some(out))).transpose()?;
         let mut buffers = own;
         if let Some(map) = &map {
-            // The last one stands for a result that goes nowhere.
+            // The expression's last buffer is the argument for its result, which is not stored.
             buffers = map.buffers.clone();
         } else {
             buffers.push(out);
         }
-        let following = self.epilogue(taken, &buffers, true)?;
+        let lowered = self.lower_epilogue(fused, &buffers, true)?;
         let [length, rows] =
             [1, 2].map(|n| ty.shape.len().checked_sub(n).map_or(Extent::Const(1), |i| dim_extent(ty.shape[i])));
         let mut sizes = RowSumsSizes { length, rows }.list();
         if mean {
-            sizes.extend(Share { all: extent(ty), kept: extent(self.ty(result)) }.list());
+            sizes.extend(Share { all: element_count(ty), kept: element_count(self.ty(result)) }.list());
         }
         let of = map.map(|map| {
             sizes.extend(map.sizes);
             map.expression
         });
-        sizes.extend(following.sizes);
-        buffers.extend(following.buffers);
-        self.label = following.epilogue.label(&match &of {
+        sizes.extend(lowered.sizes);
+        buffers.extend(lowered.buffers);
+        self.label = lowered.epilogue.label(&match &of {
             Some(of) => format!("{}+{}", of.label(), node.op.name()),
             None => node.op.name().to_string(),
         });
-        let schedule = RowSums { mean, of, batched: ty.rank() == 3, stays, epilogue: following.epilogue };
-        self.launch(schedule, buffers, sizes, Rows::count(ty));
+        let schedule = FusedRowSums { mean, of, batched: ty.rank() == 3, stored: stays, epilogue: lowered.epilogue };
+        self.launch(schedule, buffers, sizes, RowLayout::count(ty));
         Ok(())
     }
 
+    /// Sums, or means, over any axes.
     pub(super) fn reduce(
         &mut self,
         x: BufferId,
@@ -61,11 +62,11 @@ impl Turn<'_, '_, '_, '_> {
         mean: bool,
         result: Value,
     ) -> Result<(), String> {
-        // Neighbouring axes that share a fate are one.
+        // Neighbouring axes that are all reduced, or all kept, are merged.
         let mut runs: Vec<(Extent, bool)> = vec![];
-        let ragged_last = ty.ragged() && axes.contains(&(ty.rank() - 1));
-        let sizes: Vec<(Extent, bool)> = if ty.ragged() && !ragged_last {
-            // Rows of a ragged tensor stay together.
+        let ragged_last = ty.is_ragged() && axes.contains(&(ty.rank() - 1));
+        let sizes: Vec<(Extent, bool)> = if ty.is_ragged() && !ragged_last {
+            // The rows of a ragged tensor stay whole.
             extents(ty).into_iter().enumerate().map(|(axis, size)| (size, axes.contains(&axis))).collect()
         } else {
             let dense = &ty.shape[..ty.rank() - usize::from(ragged_last)];
@@ -74,17 +75,17 @@ impl Turn<'_, '_, '_, '_> {
         for (size, reduced) in sizes {
             match runs.last_mut() {
                 _ if size == Extent::Const(1) => {}
-                Some((last, fate)) if *fate == reduced => *last = last.clone() * size,
+                Some((last, last_reduced)) if *last_reduced == reduced => *last = last.clone() * size,
                 _ => runs.push((size, reduced)),
             }
         }
-        let ratio = mean.then(|| (extent(ty), extent(self.ty(result))));
+        let ratio = mean.then(|| (element_count(ty), element_count(self.ty(result))));
         let steps = runs.iter().filter(|(_, reduced)| *reduced).count() + usize::from(ragged_last);
         if steps == 0 {
-            // Only axes of one element go.
-            let out = self.result(result);
-            let whole = View::dense(&ty.shape);
-            self.copy_view((x, &whole), (out, &whole));
+            // Only axes of one element are reduced.
+            let out = self.allocate_result(result);
+            let layout = View::dense(&ty.shape);
+            self.copy_view((x, &layout), (out, &layout));
             return Ok(());
         }
 
@@ -93,11 +94,11 @@ impl Turn<'_, '_, '_, '_> {
         let mut left = steps;
         if ragged_last {
             left -= 1;
-            let rows = Rows::of(ty);
+            let rows = RowLayout::of(ty);
             from = self.sum_rows(
                 from,
                 &rows,
-                Rows::count(ty),
+                RowLayout::count(ty),
                 ratio.clone().filter(|_| left == 0),
                 (left == 0).then_some(result),
             );
@@ -109,11 +110,11 @@ impl Turn<'_, '_, '_, '_> {
             let (size, _) = runs.remove(at);
             let (outer, inner) = (product(&runs[..at]), product(&runs[at..]));
             from = if inner == Extent::Const(1) {
-                self.sum_rows(from, &Rows::Dense(size), outer, ratio, target)
+                self.sum_rows(from, &RowLayout::Dense(size), outer, ratio, target)
             } else {
-                let whole = Columns::dense(outer, size, inner);
-                let out = self.target_of(whole.outer.clone() * whole.inner.clone(), target);
-                self.sum_columns((from, whole), ratio, out);
+                let layout = ColumnLayout::dense(outer, size, inner);
+                let out = self.result_or_scratch(layout.outer.clone() * layout.inner.clone(), target);
+                self.sum_columns((from, layout), ratio, out);
                 out
             };
         }
@@ -121,80 +122,87 @@ impl Turn<'_, '_, '_, '_> {
         Ok(())
     }
 
-    fn target_of(&mut self, shape: Extent, target: Option<Value>) -> BufferId {
+    /// The buffer of `target`, or a scratch buffer for an intermediate sum.
+    fn result_or_scratch(&mut self, shape: Extent, target: Option<Value>) -> BufferId {
         match target {
-            Some(result) => self.result(result),
+            Some(result) => self.allocate_result(result),
             None => self.scratch(vec![shape]),
         }
     }
 
+    /// Launches row sums; with `ratio` the sums are scaled to means.
     fn sum_rows(
         &mut self,
         x: BufferId,
-        rows: &Rows,
+        rows: &RowLayout,
         count: Extent,
         ratio: Option<(Extent, Extent)>,
         target: Option<Value>,
     ) -> BufferId {
-        let out = self.target_of(count.clone(), target);
-        let schedule = SumRows { mean: ratio.is_some(), ragged: rows.ragged() };
+        let out = self.result_or_scratch(count.clone(), target);
+        let schedule = PlainRowSums { mean: ratio.is_some(), ragged: rows.is_ragged() };
         let mut buffers = vec![x, out];
-        buffers.extend(rows.places(self.module));
+        buffers.extend(rows.row_offsets(self.module));
         let mut sizes = rows.sizes().list();
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| Share { all, kept }.list()));
         self.launch(schedule, buffers, sizes, count);
         out
     }
 
-    /// The sum of `count` arrays in `x`.
-    pub(super) fn add_up(&mut self, x: BufferId, count: Extent, elements: Extent, out: BufferId) {
-        let columns = Columns::dense(Extent::Const(1), count, elements);
-        self.labelled("add_up").sum_columns((x, columns), None, out);
+    /// The sum of the `count` partial results in `x`, each of `elements` elements.
+    pub(super) fn sum_partials(&mut self, x: BufferId, count: Extent, elements: Extent, out: BufferId) {
+        let columns = ColumnLayout::dense(Extent::Const(1), count, elements);
+        self.helper("add_up").sum_columns((x, columns), None, out);
     }
 
-    /// Node `at` sums up columns of rows that lie somewhere in others.
-    pub(super) fn sums_columns(&self, at: usize) -> bool {
+    /// Node `at` sums the columns of a strided matrix, which the column-sum kernel can read in place.
+    pub(super) fn is_strided_column_sum(&self, at: usize) -> bool {
         let node = &self.graph.nodes[at];
         let Op::Reduce { axes, mean: false, .. } = &node.op else { return false };
-        let view = self.place(node.operands[0]).view.as_ref();
-        axes[..] == [0] && view.is_some_and(|view| view.shape.len() == 2 && view.runs())
+        let view = self.buffer_view(node.operands[0]).view.as_ref();
+        axes[..] == [0] && view.is_some_and(|view| view.shape.len() == 2 && view.has_contiguous_rows())
     }
 
-    /// What [`Turn::sums_columns`] says of it.
+    /// The column sums of a strided matrix; see [`DispatchLowering::is_strided_column_sum`].
     pub(super) fn column_sums(&mut self, at: usize) {
         let node = &self.graph.nodes[at];
-        let (x, view) = (self.place(node.operands[0]).buffer, self.view(node.operands[0]));
+        let (x, view) = (self.buffer_view(node.operands[0]).buffer, self.view(node.operands[0]));
         let [count, inner] = [0, 1].map(|axis| dim_extent(view.shape[axis]));
-        let line = view.steps[0].extent();
-        let out = self.result(node.result());
-        self.sum_columns((x, Columns { outer: Extent::Const(1), count, inner, line, first: view.first }), None, out);
+        let row_stride = view.strides[0].extent();
+        let out = self.allocate_result(node.result());
+        self.sum_columns(
+            (x, ColumnLayout { outer: Extent::Const(1), count, inner, row_stride, offset: view.offset }),
+            None,
+            out,
+        );
     }
 
-    fn sum_columns(&mut self, (x, of): (BufferId, Columns), ratio: Option<(Extent, Extent)>, out: BufferId) {
-        let Columns { outer, count, inner, line, first: begin } = of;
+    /// Launches column sums; with `ratio` the sums are scaled to means.
+    fn sum_columns(&mut self, (x, of): (BufferId, ColumnLayout), ratio: Option<(Extent, Extent)>, out: BufferId) {
+        let ColumnLayout { outer, count, inner, row_stride, offset: begin } = of;
         let machine = self.module.machine;
-        let (across, ahead) = schedule::columns(machine);
+        let (across, ahead) = schedule::column_sum_shape(machine);
         let blocks = Extent::CeilDiv(Box::new(inner.clone()), across);
-        let schedule = SumColumns { mean: ratio.is_some(), across, ahead };
-        let mut sizes = ColumnSizes { count, inner, blocks: blocks.clone(), line, begin }.list();
+        let schedule = ColumnSums { mean: ratio.is_some(), columns: across, rows_at_once: ahead };
+        let mut sizes = ColumnSizes { count, inner, blocks: blocks.clone(), row_stride, offset: begin }.list();
         sizes.extend(ratio.into_iter().flat_map(|(all, kept)| Share { all, kept }.list()));
-        let units = outer * blocks * Extent::Const(machine.team());
+        let units = outer * blocks * Extent::Const(machine.team_size());
         self.launch(schedule, ColumnBuffers { x, out }.list(), sizes, units);
     }
 }
 
-/// Areas of rows one below the other.
-struct Columns {
+/// A stack of `outer` dense matrices of `count` rows and `inner` columns, or a single strided matrix.
+struct ColumnLayout {
     outer: Extent,
     count: Extent,
     inner: Extent,
-    /// From row to row, and the first element.
-    line: Extent,
-    first: Extent,
+    /// The distance from one row to the next, in elements.
+    row_stride: Extent,
+    offset: Extent,
 }
 
-impl Columns {
-    fn dense(outer: Extent, count: Extent, inner: Extent) -> Columns {
-        Columns { outer, count, line: inner.clone(), inner, first: Extent::Const(0) }
+impl ColumnLayout {
+    fn dense(outer: Extent, count: Extent, inner: Extent) -> ColumnLayout {
+        ColumnLayout { outer, count, row_stride: inner.clone(), inner, offset: Extent::Const(0) }
     }
 }

@@ -1,64 +1,71 @@
-//! How a machine computes what is asked: the choices among kernels and their sizes, by the problem's sizes and what the
-//! machine is.
+//! Scheduling: chooses the kernel for an operation, and its tile sizes, by the operation's sizes and the target
+//! machine. This is the one file of the lowering that matches on the machine.
 
 use peft_grammar::model::Precision;
 use peft_runtime::artifact::Extent;
 
-use super::problem::Contraction;
-use super::span::Rows;
+use super::contraction::Contraction;
+use super::row_layout::RowLayout;
 use crate::builder::mma::Half;
-use crate::fuse::Limits;
+use crate::fuse::Thresholds;
 use crate::kernels::Schedule;
 use crate::kernels::embedding::Scatter;
 use crate::kernels::epilogue::Epilogue;
-use crate::kernels::gemm::epilogue::Fate;
-use crate::kernels::gemm::pack::Factors;
+use crate::kernels::gemm::epilogue::ResultMode;
+use crate::kernels::gemm::pack::OperandFormat;
 use crate::kernels::gemm::{Product, cpu, mma, simt, skinny};
-use crate::kernels::rowwise::Lie;
+use crate::kernels::rowwise::RowStorage;
 use crate::target::cpu::Registers;
-use crate::target::cuda::{Chip, TILE, WARP, WARPS};
+use crate::target::cuda::{Chip, GEMM_TILE, WARP, WARPS};
 use crate::target::{LANES, Machine};
 
-/// Registers that are no sums: for a line of B and a number of A; where there are many, LLVM fetches the next line early,
-/// if it is of several vectors, and keeps sums in memory when there is no room for it.
-const SPARE: u64 = 4;
-const SPARE_OF_MANY: u64 = 8;
+/// Vector registers of the micro-kernel that hold no accumulators: they hold a row of B and a broadcast element of A.
+/// With 32 registers LLVM also prefetches the next row of B if that has several vectors, and it spills accumulators
+/// without registers for that.
+const SPARE_REGISTERS: u64 = 4;
+const SPARE_REGISTERS_WITH_PREFETCH: u64 = 8;
 
-/// A processor's tile for m × n, of which some may be known: 12 × 32, 28 × 16 or 6 × 64 on AVX-512.
+/// The micro-kernel's tile for an m × n result, either of which may be constant: 12 × 32, 28 × 16 or 6 × 64 on AVX-512.
 fn gemm_tile(m: &Extent, n: &Extent, packed: bool, registers: Registers) -> cpu::Tile {
     let vector = LANES / registers.floats;
     let (depth, most, steps) = if vector == 1 { (384, 112, 4) } else { (256, 48, 8) };
     let tile = |vectors| {
-        let spare = if registers.count > 16 && vectors > 1 { SPARE_OF_MANY } else { SPARE };
-        cpu::Tile { rows: (registers.count - spare) / (vector * vectors), vectors, depth, most, steps }
+        let spare = if registers.count > 16 && vectors > 1 { SPARE_REGISTERS_WITH_PREFETCH } else { SPARE_REGISTERS };
+        cpu::Tile {
+            rows: (registers.count - spare) / (vector * vectors),
+            vectors,
+            k_block: depth,
+            max_rows: most,
+            unroll: steps,
+        }
     };
     let [narrow, usual, short] = if vector == 1 { [1, 2, 4] } else { [1, 1, 2] }.map(tile);
     match (m, n) {
         (_, Extent::Const(n)) if *n <= narrow.columns() => narrow,
-        // Packed panels are there for other products as well.
+        // Panels that are packed once serve gemms of any m, so their width must not depend on m.
         (Extent::Const(m), _) if *m <= short.rows && !packed => short,
         _ => usual,
     }
 }
 
-/// How a processor computes a product: its tile, and what it multiplies.
-pub fn gemm_form(
+/// How a processor computes a gemm: the micro-kernel's tile, the operand layouts, and the number format.
+pub fn cpu_gemm_shape(
     machine: Machine,
     (m, n): (&Extent, &Extent),
-    columns_a: bool,
+    a_column_major: bool,
     packed: bool,
     precision: Precision,
-) -> cpu::Form {
-    let Machine::Cpu(cpu) = machine else { unreachable!("asked of processors alone") };
-    let factors = match precision {
-        Precision::F32 => Factors::F32,
-        Precision::Bf16 if cpu.multiplies_bf16() => Factors::Pairs,
-        Precision::Bf16 => Factors::Widened,
+) -> cpu::CpuGemmShape {
+    let Machine::Cpu(cpu) = machine else { unreachable!("only a processor has CPU gemms") };
+    let format = match precision {
+        Precision::F32 => OperandFormat::F32,
+        Precision::Bf16 if cpu.has_bf16_dot() => OperandFormat::Bf16Pairs,
+        Precision::Bf16 => OperandFormat::Bf16Widened,
     };
-    cpu::Form { tile: gemm_tile(m, n, packed, cpu.registers()), columns_a, packed, factors }
+    cpu::CpuGemmShape { tile: gemm_tile(m, n, packed, cpu.registers()), a_column_major, packed, format }
 }
 
-/// In what a GPU's tensor cores multiply. Before sm_80 there is no bf16.
+/// The type in which a GPU's tensor cores multiply, if they are used: before sm_80 they have no bf16, so it is f16.
 pub fn tensor_cores(machine: Machine, precision: Precision) -> Option<Half> {
     match (machine, precision) {
         (Machine::Cpu(_), _) | (_, Precision::F32) => None,
@@ -66,32 +73,33 @@ pub fn tensor_cores(machine: Machine, precision: Precision) -> Option<Half> {
     }
 }
 
-/// Their tile, of a result of `n` columns, of which so many are `many`.
-fn mma_form(half: Half, n: &Extent, many: u64, fours: bool) -> mma::Form {
-    let few = matches!(n, Extent::Const(n) if *n < many);
+/// The tensor cores' tile for a result of `n` columns. A result of at least `large_columns` gets the tile of more rows.
+fn mma_tile(half: Half, n: &Extent, large_columns: u64, vec4: bool) -> mma::MmaTile {
+    let is_narrow = matches!(n, Extent::Const(n) if *n < large_columns);
     match half {
-        Half::BF16 => mma::Form { half, rows: if few { mma::FEWER } else { mma::ROWS }, fours: false },
-        Half::F16 => mma::Form { half, rows: mma::ROWS, fours },
+        Half::BF16 => mma::MmaTile { half, rows: if is_narrow { mma::FEWER_ROWS } else { mma::ROWS }, vec4: false },
+        Half::F16 => mma::MmaTile { half, rows: mma::ROWS, vec4 },
     }
 }
 
-/// A GPU's tile of a product of so many rows and columns.
+/// The SIMT gemm's tile for a result of m × n.
 fn simt_tile(m: &Extent, n: &Extent) -> simt::Tile {
-    let narrow = |size: &Extent| matches!(size, Extent::Const(size) if *size <= simt::NARROW);
+    let narrow = |size: &Extent| matches!(size, Extent::Const(size) if *size <= simt::NARROW_SIDE);
     let (rows, columns) = match (narrow(m), narrow(n)) {
-        (_, true) => (TILE, simt::NARROW),
-        (true, false) => (simt::NARROW, TILE),
-        (false, false) => (TILE, TILE),
+        (_, true) => (GEMM_TILE, simt::NARROW_SIDE),
+        (true, false) => (simt::NARROW_SIDE, GEMM_TILE),
+        (false, false) => (GEMM_TILE, GEMM_TILE),
     };
     simt::Tile { rows, columns }
 }
 
-/// Blocks of a product that are worth having, and how many may share a tile for that.
-const BLOCKS: u64 = 128;
-const SHARES: u64 = 8;
+/// The number of thread blocks that split-K aims at: about one for each multiprocessor.
+const SPLIT_K_BLOCKS: u64 = 128;
+/// The most blocks that split the k axis of one tile.
+const MAX_SPLIT_K: u64 = 8;
 
-/// Split-K: how many blocks share a tile of a weight's gradient, so that there are some for most of a chip's
-/// multiprocessors.
+/// Split-K: the number of blocks among which the k axis of each tile is divided, so that most multiprocessors have
+/// work. It applies to gradients of weights, whose k axis is the tokens; everything else gives 1.
 pub fn split_k(product: &Contraction) -> u64 {
     match *product {
         Contraction {
@@ -102,126 +110,135 @@ pub fn split_k(product: &Contraction) -> u64 {
         } => {
             let tile = simt_tile(&product.m, &product.n);
             let tiles = batch * m.div_ceil(tile.rows) * n.div_ceil(tile.columns);
-            (BLOCKS / tiles.max(1)).clamp(1, SHARES)
+            (SPLIT_K_BLOCKS / tiles.max(1)).clamp(1, MAX_SPLIT_K)
         }
         _ => 1,
     }
 }
 
-/// The tile of a product of few columns and many steps, whose rows of A do not lie side by side.
-fn skinny_tile(product: &Contraction, contiguous: bool, limits: &Limits) -> Option<skinny::Tile> {
+/// The tile of the skinny gemm, for a product of few columns and a long k axis in which A's element stride along i is
+/// not 1; `None` for every other product.
+fn skinny_tile(product: &Contraction, contiguous: bool, thresholds: &Thresholds) -> Option<skinny::Tile> {
     let Contraction { n: Extent::Const(n), depth: Extent::Const(depth), batch: Extent::Const(1), .. } = product else {
         return None;
     };
-    let such = *n > 0 && *n <= skinny::WIDEST && *depth >= limits.deep && !contiguous;
-    such.then(|| skinny::Tile::of(*n))
+    let is_skinny = *n > 0 && *n <= skinny::MAX_COLUMNS && *depth >= thresholds.min_split_k_depth && !contiguous;
+    is_skinny.then(|| skinny::Tile::of(*n))
 }
 
-/// What there is of attention's square at once.
+/// How much of the score matrix fused attention holds at once; the whole matrix is never materialised.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Square {
-    /// Some rows, or columns: a unit is a head of a sequence.
+pub enum AttentionTiling {
+    /// A few rows or columns. A unit is one head of one sequence.
     Rows,
-    /// A tile: a unit is a block's rows.
+    /// A square tile. A unit is one warp of a thread block, which has the rows of one tile.
     Tiles,
 }
 
-/// A processor's thread has its rows in the nearest cache, a GPU's block a tile in shared memory.
-pub fn square(machine: Machine) -> Square {
+/// On a processor the rows stay in a thread's L1 cache, on a GPU the tile is in a block's shared memory.
+pub fn attention_tiling(machine: Machine) -> AttentionTiling {
     match machine {
-        Machine::Cpu(_) => Square::Rows,
-        Machine::Cuda(_) => Square::Tiles,
+        Machine::Cpu(_) => AttentionTiling::Rows,
+        Machine::Cuda(_) => AttentionTiling::Tiles,
     }
 }
 
-/// A kernel for a product on a GPU, with its own sizes and how many units it is launched for.
-pub struct Chosen {
+/// The kernel chosen for a gemm on a GPU, with its arguments.
+pub struct ScheduledGemm {
+    /// The kernel.
     pub schedule: Schedule,
+    /// The kernel's sizes, before those of its epilogue.
     pub sizes: Vec<Extent>,
+    /// The number of units, one for each warp.
     pub units: Extent,
-    /// So many results are to be added up.
-    pub shares: u64,
+    /// The split-K factor: if it exceeds 1, the launch stores this many partial results, which are still to be summed.
+    pub splits: u64,
 }
 
-/// How a GPU computes a product: by tensor cores if B is packed for them, where rows of A may be read in `fours`; else by
-/// the tiles of a few columns, or by large ones.
-pub fn product(
+/// How a GPU computes a gemm: on tensor cores if B is packed in half precision (with `vec4`, A's rows allow 16-byte
+/// loads); otherwise by the skinny gemm or the SIMT gemm.
+pub fn gpu_gemm(
     product: &Product,
-    (half, fours): (Option<Half>, bool),
-    fate: Fate,
+    (half, vec4): (Option<Half>, bool),
+    mode: ResultMode,
     epilogue: Epilogue,
-    limits: &Limits,
-) -> Chosen {
+    thresholds: &Thresholds,
+) -> ScheduledGemm {
     let Product { m, n, a, b, .. } = product;
     if let Some(half) = half {
-        let kernel = mma::Mma { form: mma_form(half, n, limits.many, fours), fate, epilogue };
+        let kernel = mma::Mma { tile: mma_tile(half, n, thresholds.min_large_tile_columns, vec4), mode, epilogue };
         let (sizes, units) = kernel.arguments(product);
-        return Chosen { schedule: kernel.into(), sizes, units, shares: 1 };
+        return ScheduledGemm { schedule: kernel.into(), sizes, units, splits: 1 };
     }
-    let sizes_of =
+    let contraction =
         Contraction { m: m.clone(), n: n.clone(), depth: product.depth.clone(), batch: product.batch.clone() };
-    if let Some(tile) = skinny_tile(&sizes_of, a.contiguous, limits) {
-        let kernel = skinny::Skinny { tile, contiguous: b.contiguous, fate, epilogue };
+    if let Some(tile) = skinny_tile(&contraction, a.contiguous, thresholds) {
+        let kernel = skinny::Skinny { tile, contiguous: b.contiguous, mode, epilogue };
         let (sizes, units) = kernel.arguments(product);
-        return Chosen { schedule: kernel.into(), sizes, units, shares: 1 };
+        return ScheduledGemm { schedule: kernel.into(), sizes, units, splits: 1 };
     }
-    let shares = if fate == Fate::Written && product.is_dense() { split_k(&sizes_of) } else { 1 };
-    let kernel = simt::Simt { tile: simt_tile(m, n), contiguous: [a.contiguous, b.contiguous], fate, epilogue };
-    let (sizes, units) = kernel.arguments(product, shares);
-    Chosen { schedule: kernel.into(), sizes, units, shares }
+    let splits = if mode == ResultMode::Overwrite && product.is_dense() { split_k(&contraction) } else { 1 };
+    let kernel = simt::Simt { tile: simt_tile(m, n), contiguous: [a.contiguous, b.contiguous], mode, epilogue };
+    let (sizes, units) = kernel.arguments(product, splits);
+    ScheduledGemm { schedule: kernel.into(), sizes, units, splits }
 }
 
-/// Vectors of a row that a GPU's registers hold, at most.
-const HELD: u64 = 32;
+/// The longest row that a warp holds in registers, in elements for each lane.
+const MAX_ELEMENTS_PER_LANE: u64 = 32;
 
-/// A GPU holds a row in registers, if it can: then all of it is on its way at once.
-pub fn lie(machine: Machine, rows: &Rows) -> Lie {
+/// Where normalization keeps a row. A GPU holds it in registers if it fits, so that all of its loads are in flight at
+/// once.
+pub fn row_storage(machine: Machine, rows: &RowLayout) -> RowStorage {
     match (machine, rows) {
-        (_, Rows::Ragged(_)) => Lie::Ragged,
-        (Machine::Cuda(_), Rows::Dense(Extent::Const(n))) if (1..=HELD).contains(&n.div_ceil(WARP)) => {
-            Lie::Held(n.div_ceil(WARP))
+        (_, RowLayout::Ragged(_)) => RowStorage::Ragged,
+        (Machine::Cuda(_), RowLayout::Dense(Extent::Const(n)))
+            if (1..=MAX_ELEMENTS_PER_LANE).contains(&n.div_ceil(WARP)) =>
+        {
+            RowStorage::InRegisters(n.div_ceil(WARP))
         }
-        (_, Rows::Dense(_)) => Lie::Dense,
+        (_, RowLayout::Dense(_)) => RowStorage::Dense,
     }
 }
 
-/// Numbers of a row of `most` scores that a thread of a GPU's team holds.
-pub fn held_scores(machine: Machine, most: u64) -> Option<u64> {
+/// The number of scores that each thread of a GPU's block holds of a row of `most`; a processor holds none.
+pub fn scores_per_thread(machine: Machine, most: u64) -> Option<u64> {
     match machine {
         Machine::Cpu(_) => None,
         Machine::Cuda(_) => Some(most.div_ceil(WARP * WARPS)),
     }
 }
 
-/// Rows of a table that are few.
-const FEW: u64 = 64;
-/// How many units of a GPU share a table's rows: so many that few of the tokens are a unit's own.
-const PARTS: u64 = 256;
+/// The most rows of a table for which each block owns one row.
+const SMALL_TABLE_ROWS: u64 = 64;
+/// The number of parts among which a GPU divides a table's rows: so many that each part gets few of the tokens.
+const SCATTER_PARTS: u64 = 256;
 
-/// How rows are added into a table of so many; none if a team has each of its few rows for itself.
+/// How `scatter` adds rows into a table with this number of rows; `None` for a small table on a GPU, where each block
+/// owns one row.
 pub fn scatter(machine: Machine, rows: Option<u64>) -> Option<Scatter> {
     match (machine, rows) {
         (Machine::Cpu(_), _) => Some(Scatter { parts: 1 }),
-        (Machine::Cuda(_), Some(0..=FEW)) => None,
-        (Machine::Cuda(_), _) => Some(Scatter { parts: PARTS }),
+        (Machine::Cuda(_), Some(0..=SMALL_TABLE_ROWS)) => None,
+        (Machine::Cuda(_), _) => Some(Scatter { parts: SCATTER_PARTS }),
     }
 }
 
-/// Columns of a processor's unit where columns are added up.
-const COLUMNS: u64 = 64;
-/// Rows that a GPU's warp reads at once.
-const AHEAD: u64 = 16;
+/// Columns of one unit of a column sum on a processor.
+const CPU_SUM_COLUMNS: u64 = 64;
+/// Rows of a column sum that a GPU's warp has in flight at once.
+const GPU_SUM_ROWS: u64 = 16;
 
-/// Columns of a unit, and rows that are read at once. A GPU wants more units, and rows on their way.
-pub fn columns(machine: Machine) -> (u64, u64) {
+/// For a column sum: the columns of one unit, and the rows whose loads are in flight at once. A GPU needs narrower
+/// units, to have more of them, and several rows in flight.
+pub fn column_sum_shape(machine: Machine) -> (u64, u64) {
     match machine {
-        Machine::Cpu(_) => (COLUMNS, 1),
-        Machine::Cuda(_) => (machine.lanes(), AHEAD),
+        Machine::Cpu(_) => (CPU_SUM_COLUMNS, 1),
+        Machine::Cuda(_) => (machine.lanes(), GPU_SUM_ROWS),
     }
 }
 
-/// Vectors of partial sums that a member of a team reads at once.
-pub fn partial_sums(machine: Machine) -> u64 {
+/// Vectors of partial sums that each unit of a team loads at once.
+pub fn partial_sum_vectors(machine: Machine) -> u64 {
     match machine {
         Machine::Cpu(_) => 1,
         Machine::Cuda(_) => 8,

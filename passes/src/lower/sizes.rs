@@ -1,8 +1,9 @@
-//! Types and shapes as elements and extents.
+//! Element types, and shapes as extents: expressions over the batch's sizes.
 
 use peft_grammar::graph::{DType, Dim, Type};
 use peft_runtime::artifact::{Element, Extent};
 
+/// The element type of a buffer for values of this type.
 pub fn element(ty: &Type) -> Element {
     match ty.dtype {
         DType::F32 => Element::F32,
@@ -10,6 +11,7 @@ pub fn element(ty: &Type) -> Element {
     }
 }
 
+/// The size of one axis. A ragged axis `keys+c` gives the elements of `[tokens, keys+c]`.
 pub fn dim_extent(dim: Dim) -> Extent {
     match dim {
         Dim::Const(n) => Extent::Const(n),
@@ -17,33 +19,34 @@ pub fn dim_extent(dim: Dim) -> Extent {
         Dim::Sequences => Extent::Sequences,
         Dim::Targets => Extent::Targets,
         Dim::Values => Extent::Values,
-        // With the tokens before it.
-        Dim::Keys(extra) => lead_size(extra),
+        // It includes the tokens axis before it.
+        Dim::Keys(extra) => ragged_elements(extra),
     }
 }
 
-pub fn product(dims: &[Dim]) -> Extent {
+/// The product of the sizes of some axes.
+pub fn dims_product(dims: &[Dim]) -> Extent {
     dims.iter().fold(Extent::Const(1), |product, &d| product * dim_extent(d))
 }
 
-/// All elements of a type.
-pub fn extent(ty: &Type) -> Extent {
+/// The number of elements of a value of this type.
+pub fn element_count(ty: &Type) -> Extent {
     extents(ty).into_iter().fold(Extent::Const(1), |product, e| product * e)
 }
 
-/// Axis by axis; a ragged tail `tokens,keys+c` counts as one axis.
+/// The sizes of all axes; a ragged tail `tokens,keys+c` counts as one axis.
 pub fn extents(ty: &Type) -> Vec<Extent> {
     match ty.shape.last() {
         Some(Dim::Keys(extra)) => {
             let lead = &ty.shape[..ty.shape.len() - 2];
-            lead.iter().map(|&d| dim_extent(d)).chain([lead_size(*extra)]).collect()
+            lead.iter().map(|&d| dim_extent(d)).chain([ragged_elements(*extra)]).collect()
         }
         _ => ty.shape.iter().map(|&d| dim_extent(d)).collect(),
     }
 }
 
-/// Elements of one `[tokens, keys+extra]`.
-pub fn lead_size(extra: u64) -> Extent {
+/// The number of elements of one ragged matrix `[tokens, keys+extra]`.
+pub fn ragged_elements(extra: u64) -> Extent {
     match extra {
         0 => Extent::Pairs,
         _ => Extent::Pairs + Extent::Const(extra) * Extent::Tokens,

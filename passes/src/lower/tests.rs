@@ -1,5 +1,5 @@
-//! Every operation compiled, against the interpreter. Launches run one unit at a time over poisoned
-//! buffers, so that a kernel whose units lean on each other, or which reads what nothing wrote, shows.
+//! Tests that hold every compiled operation against the interpreter. Launches run one unit at a time over buffers
+//! filled with NaN, so that a kernel fails if its units depend on each other or if it reads uninitialised memory.
 
 pub(crate) mod cuda;
 
@@ -15,12 +15,12 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use super::{Lowered, Options, lower, together};
+use super::{Lowered, Options, link, lower};
 use crate::codegen;
-use crate::fuse::{Limits, fuse};
+use crate::fuse::{Thresholds, fuse};
 use crate::gradient::differentiate;
 use crate::interpret::{self, Batch, Data};
-use crate::siblings::join;
+use crate::multi_output::merge_siblings;
 use crate::target::Machine;
 use crate::target::cpu::{Cpu, Level};
 use crate::target::cuda::Chip;
@@ -35,11 +35,11 @@ struct Memory {
     stride: i64,
 }
 
-/// Words before and behind a buffer that nothing may write.
+/// Guard words before and after each buffer, which no kernel may write.
 const GUARD: usize = 64;
 const UNTOUCHED: u32 = 0x7fa5_5aa5;
 
-/// Runs a kernel on buffers, each with its length, and then on numbers: its sizes and the range of its units.
+/// Calls a kernel with buffers, each with its length, followed by its sizes and its range of units.
 pub(crate) fn call(library: &libloading::Library, name: &str, buffers: &[(*mut u32, usize)], numbers: &[i64]) {
     let symbol = format!("_mlir__mlir_ciface_{name}");
     // SAFETY: the symbol has the one signature every kernel has.
@@ -57,11 +57,11 @@ pub(crate) fn call(library: &libloading::Library, name: &str, buffers: &[(*mut u
     let mut numbers = numbers.to_vec();
     let pointers = pointers.iter_mut().map(|p| p as *mut *mut Memory as *mut c_void);
     let mut args: Vec<*mut c_void> = pointers.chain(numbers.iter_mut().map(|n| n as *mut i64 as *mut c_void)).collect();
-    // SAFETY: arguments as the kernel wants them, all alive.
+    // SAFETY: the arguments have the kernel's types, and they outlive the call.
     unsafe { kernel(args.as_mut_ptr()) };
 }
 
-/// Every level of processors that this one can stand for.
+/// Every processor level whose features this machine has.
 pub(crate) fn levels() -> Vec<Cpu> {
     let here = Cpu::Native.features();
     let missing = |cpu: &Cpu| cpu.features().into_iter().find(|f| !here.contains(f));
@@ -76,7 +76,7 @@ struct Run<'a> {
     manifest: &'a Manifest,
     library: &'a libloading::Library,
     sizes: &'a Sizes,
-    /// Every buffer between its guards.
+    /// Every buffer with its guards.
     memory: Vec<Vec<u32>>,
 }
 
@@ -111,17 +111,17 @@ fn sizes_of(batch: &Batch, lengths: &[usize]) -> Sizes {
     }
 }
 
-/// What rounding may do to sums of a few dozen terms.
+/// The tolerance for sums of a few dozen terms in f32, relative to the largest result.
 const CLOSE: f64 = 2e-6;
-/// And of some thousand.
+/// The tolerance for sums of thousands of terms.
 const LONG: f64 = 1e-5;
 
-/// Columns that a sweep over a vocabulary takes at a time.
-fn block() -> u64 {
-    Limits::default().block
+/// The rows of the vocabulary in one chunk of logits.
+fn vocab_chunk() -> u64 {
+    Thresholds::default().vocab_chunk
 }
 
-/// A graph's weights, as the manifest lists them.
+/// The weights of a graph, as the manifest lists them.
 fn tensors(graph: &Graph) -> Vec<Tensor> {
     let weights = graph.args.iter().filter(|a| a.role != Role::Input).map(|a| (a, graph.ty(a.value)));
     let tensor = |(arg, ty): (&Arg, &Type)| Tensor {
@@ -134,7 +134,7 @@ fn tensors(graph: &Graph) -> Vec<Tensor> {
     weights.map(tensor).collect()
 }
 
-/// What a graph's launches are called, but for the packing of operands.
+/// The labels of a graph's launches, without the packing of operands.
 pub(crate) fn launches(graph: &Graph, epilogues: bool) -> String {
     launches_on(Machine::default(), graph, epilogues)
 }
@@ -153,10 +153,10 @@ struct Compiled<'g> {
     library: libloading::Library,
 }
 
-/// Every kernel of the graphs once, and their manifests.
+/// The graphs' kernels, deduplicated, and their manifests.
 fn lowered(graphs: &[(Graph, Vec<usize>)], options: Options) -> (Vec<String>, Vec<Manifest>) {
     let mut programs: Vec<Lowered> = graphs.iter().map(|(graph, _)| program(graph, options)).collect();
-    let texts = together(&mut programs);
+    let texts = link(&mut programs);
     (texts, programs.into_iter().map(|program| program.manifest).collect())
 }
 
@@ -165,7 +165,7 @@ fn program(graph: &Graph, options: Options) -> Lowered {
     lowered.unwrap_or_else(|e| panic!("{}: {e}", graph.name))
 }
 
-/// A graph on numbers of its own, and what the interpreter makes of them.
+/// Inputs for a graph, and the interpreter's results for them.
 struct Case {
     batch: Batch,
     sizes: Sizes,
@@ -180,7 +180,7 @@ impl Case {
 
     fn of(graph: &Graph, lengths: &[usize], arguments: impl Fn(&Graph, &Batch) -> HashMap<String, Data>) -> Self {
         let batch = Batch::new(lengths, 3);
-        // The compiled graph computes on f32: let both start from the same numbers.
+        // The compiled graph computes in f32, so both start from numbers rounded to f32.
         let round = |data: Data| match data {
             Data::F64(x) => Data::F64(x.into_iter().map(|x| f64::from(x as f32)).collect()),
             ints => ints,
@@ -214,7 +214,7 @@ impl<'g> Compiled<'g> {
         Compiled { graphs, manifests, library }
     }
 
-    /// Every graph on numbers of its own: what it gives, and what the interpreter says.
+    /// Runs every graph and passes each output, with the interpreter's, to `judge`.
     fn run(&self, limit: i32, judge: impl FnMut(Outcome<'_>)) {
         self.run_on(|graph, batch| arguments(graph, batch, 11, limit), judge);
     }
@@ -224,7 +224,7 @@ impl<'g> Compiled<'g> {
         self.run_cases(cases, judge);
     }
 
-    /// A case of each graph.
+    /// Runs one case for each graph.
     fn run_cases<C: Borrow<Case>>(&self, cases: impl IntoIterator<Item = C>, mut judge: impl FnMut(Outcome<'_>)) {
         for (((graph, lengths), manifest), case) in self.graphs.iter().zip(&self.manifests).zip(cases) {
             let Case { batch, sizes, args, want } = case.borrow();
@@ -262,8 +262,8 @@ struct Outcome<'a> {
 }
 
 impl Outcome<'_> {
-    /// Holds a product to a part of what it would be without signs; whether anything was rounded to fewer bits than
-    /// f32 has.
+    /// Holds each element of a product to a share of the sum of its terms' magnitudes. Returns whether any element was
+    /// rounded to fewer bits than f32 has.
     fn product(self, share: f64, machine: Machine) -> bool {
         let Outcome { graph, batch, args, found, want, .. } = self;
         let absolute =
@@ -278,8 +278,8 @@ impl Outcome<'_> {
         rounded
     }
 
-    /// What that bound on products makes of a sweep: numbers are below 1.5, and so is what the softmax expects of them.
-    fn sweep(self, machine: Machine) {
+    /// The same bound carried over to chunked logits, where all numbers and their means are below 1.5.
+    fn chunked_logits(self, machine: Machine) {
         let Outcome { name, found, want, .. } = self;
         let share = 1.0 / 128.0 + 1e-4;
         let score = share * 3.0 * 1.5 * 1.5;
@@ -290,7 +290,7 @@ impl Outcome<'_> {
     }
 
     fn close(self, machine: Machine, tolerance: f64) {
-        // Thousands of either sign added up: rounding is all one would see.
+        // The loss sums thousands of terms of either sign, so that rounding dominates it.
         if self.name != "loss" {
             self.all_close(machine, tolerance);
         }
@@ -307,7 +307,7 @@ impl Outcome<'_> {
     }
 }
 
-/// What a buffer holds before the first launch, if it holds anything.
+/// The initial content of an input's or a tensor's buffer.
 fn content(buffer: &Buffer, manifest: &Manifest, lengths: &[usize], args: &HashMap<String, Data>) -> Option<Vec<u32>> {
     let derived = |name: &str| -> Option<Vec<i32>> {
         let mut offsets = vec![0];
@@ -338,14 +338,14 @@ fn content(buffer: &Buffer, manifest: &Manifest, lengths: &[usize], args: &HashM
     })
 }
 
-/// Holds every output of compiled graphs against the interpreter's.
+/// Compares every output of the compiled graphs with the interpreter's.
 pub(crate) fn compare(graphs: &[(Graph, Vec<usize>)], cpu: Cpu, limit: i32, tolerance: f64) {
     Compiled::new(graphs, cpu, Precision::F32).run(limit, |outcome| outcome.close(Machine::Cpu(cpu), tolerance));
 }
 
-/// A kernel is compiled once, whatever model has it, and again if what is kept of it was damaged.
+/// A cached kernel is not compiled again, unless its file was damaged or others may have written it.
 #[test]
-fn machine_code_is_kept() {
+fn machine_code_is_cached() {
     let mut graph = Graph::new("sum");
     let [x, y] = ["x", "y"].map(|name| graph.arg(name, Role::Input, None, Type::f32([Dim::Const(5)])));
     let sum = graph.push(Op::Add, &[x, y], &Location::default()).expect("fits");
@@ -374,7 +374,7 @@ fn machine_code_is_kept() {
     let of_difference = files().into_iter().find(|path| path != of_sum).expect("another file");
     let code = |path: &Path| std::fs::read(path).expect("there");
     let (kept, other) = (code(of_sum), code(&of_difference));
-    // What lies there is what runs, if nobody else may have put it there.
+    // The cached code runs as it is if only we can write the file.
     std::fs::write(of_sum, other).expect("written");
     assert!(!adds(sum));
     #[cfg(unix)]
@@ -407,17 +407,17 @@ fn operations(sizes: &[(u64, u64, u64)]) -> Cases {
 }
 
 #[test]
-fn every_operation_and_its_derivative() {
+fn every_operation_and_its_derivative_match_the_interpreter() {
     compare(&operations(&[(2, 3, 2), (3, 40, 17)]), Cpu::Native, 2, CLOSE);
 }
 
-/// The same, and what else is particular to one.
+/// The same on every processor level, with the gemms, attention and chunked logits whose kernels differ between levels.
 #[test]
-fn every_level_of_processors() {
-    // Of attention what differs from level to level: how its columns lie to those of a register.
-    let forms = [forms()[..2].to_vec(), forms()[6..10].to_vec()].concat();
-    let attention = attention(&[(2, 3, 5), (1, 40, 40)], &forms, &[vec![2, 17, 1], vec![62]]);
-    let graphs = [operations(&[(3, 40, 17)]), products(), attention, sweeps()].concat();
+fn every_processor_level_matches_the_interpreter() {
+    // Attention's kernels differ between levels in how columns are divided into registers.
+    let parameters = [attention_parameters()[..2].to_vec(), attention_parameters()[6..10].to_vec()].concat();
+    let attention = attention(&[(2, 3, 5), (1, 40, 40)], &parameters, &[vec![2, 17, 1], vec![62]]);
+    let graphs = [operations(&[(3, 40, 17)]), products(), attention, chunked_logits()].concat();
     let cases: Vec<Case> = graphs.iter().map(|(graph, lengths)| Case::new(graph, lengths, 2)).collect();
     for cpu in levels() {
         let compiled = Compiled::new(&graphs, cpu, Precision::F32);
@@ -425,7 +425,7 @@ fn every_level_of_processors() {
     }
 }
 
-/// What has no derivative of its own, or takes only some numbers.
+/// Operations without a derivative, and those that take only positive numbers.
 fn forward() -> Cases {
     let mut graphs = vec![];
     let heads = Type::f32([Dim::Const(3), Dim::Tokens, Dim::Const(21)]);
@@ -448,7 +448,7 @@ fn forward() -> Cases {
     let inverse = push(Op::Rsqrt, &[powers]);
     let least = push(Op::Min, &[roots, inverse]);
     let quotient = push(Op::Div, &[q, powers]);
-    // Frozen through and through: prepared.
+    // These depend on frozen values alone, so they are prepared once.
     let scaled = push(Op::Add, &[w, u]);
     let flipped = push(Op::Permute { axes: vec![1, 0] }, &[scaled]);
     let product = push(Op::Matmul { transpose_x: false, transpose_y: true }, &[least, flipped]);
@@ -465,12 +465,12 @@ fn forward() -> Cases {
 }
 
 #[test]
-fn forward_only() {
+fn operations_without_derivatives_match_the_interpreter() {
     compare(&forward(), Cpu::Native, 2, CLOSE);
 }
 
-/// Sizes around the tiles, the rows of a unit and the blocks along k; operands lying either way, weights
-/// packed beforehand and not, one result and several.
+/// Products of sizes just below, at and above the tiles, the rows of a unit and the blocks along k, with operands in
+/// either order, frozen and not, and with several batches.
 fn products() -> Cases {
     let mut graphs = vec![];
     let sizes = [(1, 1, 1), (1, 520, 130), (4, 3, 65), (7, 384, 5), (15, 1, 17), (29, 5, 16), (28, 385, 1)];
@@ -496,13 +496,13 @@ fn products() -> Cases {
 }
 
 #[test]
-fn products_of_awkward_sizes() {
+fn products_of_sizes_around_the_tiles_match_the_interpreter() {
     compare(&products(), Cpu::Native, 2, CLOSE);
 }
 
 type Push<'a> = dyn FnMut(Op, &[Value]) -> Value + 'a;
 
-/// What follows products element by element, each form of it with what the launches are then called.
+/// Products with elementwise readers, each with the expected labels of its launches.
 fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
     let mut all = vec![];
     let mut graph = |name: &str, launches: &'static str, write: &dyn Fn(&mut Push, [Value; 7])| {
@@ -522,7 +522,7 @@ fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
     };
     let plain = |transpose_y| Op::Matmul { transpose_x: false, transpose_y };
     let drop = Op::Dropout { p: 0.3, stream: 2, column: 0 };
-    // In place.
+    // The group overwrites the product.
     graph("bias", "matmul+add", &|push, [x, w, _, b, ..]| {
         let m = push(plain(false), &[x, w]);
         push(Op::Add, &[m, b]);
@@ -535,7 +535,7 @@ fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
         let s = push(Op::Reduce { axes: vec![0], keep: true, mean: false }, &[a]);
         push(Op::Mul, &[u, s]);
     });
-    // The product itself is read again, and what is added must be there first.
+    // The first product is read again, and must be computed before the second, to which it is added.
     graph("two", "matmul matmul+add+dropout+add", &|push, [x, w, v, _, r, _, rng]| {
         let m = push(plain(false), &[x, w]);
         let n = push(plain(true), &[x, v]);
@@ -543,13 +543,13 @@ fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
         let kept = push(drop.clone(), &[sum, rng]);
         push(Op::Add, &[kept, r]);
     });
-    // Part of something wider, with a number for each row.
+    // The result is part of a concatenation, and one leaf has one number for each row.
     graph("part", "matmul+mul concat", &|push, [x, w, _, _, r, one, _]| {
         let m = push(plain(false), &[x, w]);
         let z = push(Op::Mul, &[m, one]);
         push(Op::Concat { axis: 1 }, &[r, z]);
     });
-    // A group that waits for what comes later stays where it is.
+    // A group that reads a later reduction does not join the epilogue.
     graph("late", "matmul reduce add", &|push, [x, w, ..]| {
         let m = push(plain(false), &[x, w]);
         let s = push(Op::Reduce { axes: vec![0], keep: true, mean: true }, &[m]);
@@ -558,8 +558,8 @@ fn followed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
     all
 }
 
-/// Sums over a product's rows, and what follows them, each with what the launches of a GPU are called where a tile has
-/// rows whole.
+/// Products with row sums and their readers, each with the expected labels of a GPU's launches if a tile holds whole
+/// rows.
 fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
     let mut all = vec![];
     let mut graph =
@@ -584,9 +584,9 @@ fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
     let drop = Op::Dropout { p: 0.3, stream: 2, column: 0 };
     for heads in [&[][..], &[3]] {
         let sum = |mean| Op::Reduce { axes: vec![heads.len() + 1], keep: true, mean };
-        // Nothing but the sum is asked for.
+        // Only the sum is an output.
         graph("alone", heads, "matmul+reduce", &|push, [m, ..]| vec![push(sum(false), &[m])]);
-        // What an inducer does: of what is summed up the one part is read again, the other is not.
+        // The pattern of inducer-tuning (Chen et al., 2022): one factor of the summed products is read again.
         graph("weight", heads, "matmul+add+mul+reduce+sub+sigmoid", &|push, [m, b, r, one, ..]| {
             let p = push(Op::Add, &[m, b]);
             let products = push(Op::Mul, &[p, r]);
@@ -594,7 +594,7 @@ fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
             let s = push(Op::Sub, &[s, one]);
             vec![p, push(Op::Sigmoid, &[s])]
         });
-        // The product and its mean as well, and the generator on either side of it.
+        // The product and its mean are also outputs, with dropout before and after the mean.
         graph("drops", heads, "matmul+dropout+add+reduce+dropout+mul", &|push, [m, _, r, one, rng, _]| {
             let kept = push(drop.clone(), &[m, rng]);
             let kept = push(Op::Add, &[kept, r]);
@@ -602,8 +602,8 @@ fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
             let t = push(drop.clone(), &[s, rng]);
             vec![m, kept, s, push(Op::Mul, &[t, one])]
         });
-        // Beside the sum something that it does not wait for, and something wider than what it makes.
-        graph("beside", heads, "matmul+mul+reduce+sub+mul+mul+dropout+scale", &|push, [m, _, r, one, rng, x]| {
+        // Companions: one does not depend on the sum, and one is wider than the summed rows.
+        graph("companions", heads, "matmul+mul+reduce+sub+mul+mul+dropout+scale", &|push, [m, _, r, one, rng, x]| {
             let products = push(Op::Mul, &[m, r]);
             let s = push(sum(false), &[products]);
             let t = push(Op::Sub, &[s, one]);
@@ -612,7 +612,7 @@ fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
             let kept = push(drop.clone(), &[r, rng]);
             vec![m, t, wide, push(Op::Scale { by: 0.5 }, &[kept])]
         });
-        // Of two sums one has a launch of its own, with what is as wide as a row again.
+        // The second of two sums has a launch of its own, with a group as wide as a row.
         graph("two", heads, "matmul+mul+reduce reduce+sub", &|push, [m, _, r, ..]| {
             let s = push(sum(false), &[m]);
             let products = push(Op::Mul, &[m, r]);
@@ -624,7 +624,7 @@ fn summed(d: u64, n: u64) -> Vec<(Graph, &'static str)> {
 }
 
 #[test]
-fn products_with_sums_of_their_rows() {
+fn products_with_row_sums_match_the_interpreter() {
     let graphs = [(1, 5, 1), (29, 3, 70)]
         .into_iter()
         .flat_map(|(tokens, d, n)| summed(d, n).into_iter().map(move |(graph, _)| (graph, vec![tokens])));
@@ -632,11 +632,11 @@ fn products_with_sums_of_their_rows() {
 }
 
 #[test]
-fn products_with_what_follows() {
+fn products_with_epilogues_fuse_and_match_the_interpreter() {
     let mut graphs = vec![];
     for (tokens, d, n) in [(1, 5, 1), (113, 400, 33), (29, 3, 400), (6, 8, 784), (230, 16, 64)] {
         for (graph, called) in followed(d, n) {
-            // A single column lies in nothing wider.
+            // A result of a single column is not stored inside a concatenation.
             if (&graph.name[..], n) != ("part", 1) {
                 assert_eq!(launches(&graph, true), called, "{}", graph.name);
             }
@@ -651,9 +651,10 @@ fn frozen_products() -> Cases {
     products().into_iter().filter(|(graph, _)| graph.name == "frozen").collect()
 }
 
-/// The bound that `Precision::Bf16` names, with the processor's own instruction and without.
+/// Products in bf16 stay within the bound that `Precision::Bf16` documents, with the processor's bf16 instruction and
+/// without.
 #[test]
-fn products_in_bf16() {
+fn products_in_bf16_stay_within_their_bound() {
     let frozen = frozen_products();
     let portable = Cpu::Level(Level::V1);
     for cpu in [Cpu::Native, portable] {
@@ -665,19 +666,21 @@ fn products_in_bf16() {
     }
 }
 
-/// Whole and causal, without dropout and with it, behind columns that fill no call of the generator.
-fn forms() -> Vec<(bool, (f64, u64))> {
+/// Parameters of attention: whether it is causal, and dropout with the number of columns before the keys, which does
+/// not fill whole calls of the random generator.
+fn attention_parameters() -> Vec<(bool, (f64, u64))> {
     let drops = [(0.0, 0), (0.3, 0), (0.3, 1), (0.3, 3), (0.3, 30), (0.3, 108)];
     drops.into_iter().flat_map(|drop| [(false, drop), (true, drop)]).collect()
 }
 
-/// For heads, their width and that of the values, over batches of sequences of these lengths.
-fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &[Vec<usize>]) -> Cases {
+/// Attention and its vjps for each number of heads, width of queries and width of values, over batches of these
+/// lengths.
+fn attention(sizes: &[(u64, u64, u64)], parameters: &[(bool, (f64, u64))], lengths: &[Vec<usize>]) -> Cases {
     let mut graphs = vec![];
     for &(h, width, wide) in sizes {
         let heads = |n| Type::f32([Dim::Const(h), Dim::Tokens, Dim::Const(n)]);
         let row = heads(1);
-        for &(causal, (p, column)) in forms {
+        for &(causal, (p, column)) in parameters {
             let (scale, stream) = (0.2, 7);
             let rng = (p > 0.0).then(|| Type::i32([Dim::Const(2)]));
             let plain = [heads(width), heads(width), heads(wide)];
@@ -688,7 +691,7 @@ fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &
             for of in 0..3 {
                 graphs.push(single(Op::AttentionVjp { of, causal, scale, p, stream, column }, &with(&all)));
             }
-            // What the values' adjoint does not read need not be what the others read.
+            // The values' adjoint does not read operands 2 and 5, so they may differ from the other adjoints'.
             for adjoints in [&[2, 1][..], &[2, 0, 1]] {
                 let mut together = Graph::new("together");
                 let types = with(&all).into_iter().chain([heads(wide), row.clone()]);
@@ -702,7 +705,7 @@ fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &
                     together.outputs.push((format!("z{of}"), z));
                     [args[2], args[5]] = others;
                 }
-                let together = join(&together).expect("rebuilt");
+                let together = merge_siblings(&together).expect("rebuilt");
                 assert_eq!(launches(&together, false), "attention_vjp");
                 assert_eq!(launches_on(Machine::Cuda(Chip::Sm70), &together, false), "attention_vjp");
                 graphs.push(together);
@@ -713,36 +716,36 @@ fn attention(sizes: &[(u64, u64, u64)], forms: &[(bool, (f64, u64))], lengths: &
     all.collect()
 }
 
-/// Over lengths that fill no block of rows and no step of lanes.
+/// Sequence lengths that do not fill whole blocks of rows or whole vectors.
 fn short_attention() -> Cases {
     attention(
         &[(2, 3, 5), (1, 40, 40), (2, 1, 1)],
-        &forms(),
+        &attention_parameters(),
         &[vec![1], vec![2, 17, 1], vec![33, 3], vec![4, 65], vec![62]],
     )
 }
 
 #[test]
-fn attention_without_its_square() {
+fn fused_attention_matches_the_interpreter() {
     compare(&short_attention(), Cpu::Native, 2, CLOSE);
 }
 
-/// Kernels are compiled once for all lengths: many batches of them are tried.
+/// One compiled kernel serves every batch of random sequence lengths.
 #[test]
-fn attention_over_random_lengths() {
+fn attention_over_random_lengths_matches_the_interpreter() {
     let mut runner = TestRunner::deterministic();
     let lengths = proptest::collection::vec(prop_oneof![Just(1), 1usize..90], 1..6);
     let mut batch = || lengths.new_tree(&mut runner).expect("a batch").current();
     let lengths: Vec<Vec<usize>> = (0..8).map(|_| batch()).collect();
-    compare(&attention(&[(3, 17, 9), (1, 31, 33)], &forms()[..6], &lengths), Cpu::Native, 2, CLOSE);
+    compare(&attention(&[(3, 17, 9), (1, 31, 33)], &attention_parameters()[..6], &lengths), Cpu::Native, 2, CLOSE);
 }
 
 #[test]
-fn attention_over_a_long_sequence() {
+fn attention_over_a_long_sequence_matches_the_interpreter() {
     compare(&attention(&[(1, 1, 1)], &[(true, (0.0, 0))], &[vec![5000]]), Cpu::Native, 2, LONG);
 }
 
-/// Slices of a fused projection, its heads apart and together again, and the way back: nothing is copied.
+/// Slices of a fused projection are split into heads and merged again, forward and backward, without copies.
 fn heads() -> Cases {
     let mut graphs = vec![];
     for (heads, width, front) in [(2, 3, 0), (3, 16, 5), (1, 20, 1)] {
@@ -775,8 +778,9 @@ fn heads() -> Cases {
         let y = push(Op::Mul, &[y, y]);
         let loss = push(Op::Reduce { axes: vec![0, 1], keep: false, mean: true }, &[y]);
         graph.outputs.push(("loss".into(), loss));
-        let graph = fuse(&differentiate(&graph).expect("differentiable"), |_| true, &Limits::default()).expect("fused");
-        let graph = join(&graph).expect("rebuilt");
+        let graph =
+            fuse(&differentiate(&graph).expect("differentiable"), |_| true, &Thresholds::default()).expect("fused");
+        let graph = merge_siblings(&graph).expect("rebuilt");
         let launches = launches(&graph, true);
         let moved = ["copy", "slice", "permute", "concat"].iter().any(|op| launches.split(' ').any(|l| l == *op));
         assert!(!moved, "{launches}");
@@ -786,12 +790,12 @@ fn heads() -> Cases {
 }
 
 #[test]
-fn heads_stay_where_they_lie() {
-    // A chain of sums over tokens.
+fn splitting_and_merging_heads_copies_nothing() {
+    // Several sums over tokens follow each other.
     compare(&heads(), Cpu::Native, 2, 10.0 * CLOSE);
 }
 
-/// What moves elements, one after the other, and then everything that can read where they went.
+/// Chains of operations that move elements, followed by every kind of kernel that reads strided views.
 fn views() -> Cases {
     let mut graphs = vec![];
     let at = Location::default();
@@ -827,30 +831,30 @@ fn views() -> Cases {
 }
 
 #[test]
-fn views_of_views() {
+fn kernels_read_views_of_views() {
     compare(&views(), Cpu::Native, 2, CLOSE);
 }
 
-/// Both results of one sweep.
-fn sweep(rows: u64, width: u64, role: Role) -> Graph {
-    let mut graph = Graph::new("sweep");
+/// Both results of one pass over chunked logits.
+fn both_results(rows: u64, width: u64, role: Role) -> Graph {
+    let mut graph = Graph::new("chunked_logits");
     let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Tokens, Dim::Const(width)]));
     let w = graph.arg("w", role, None, Type::f32([Dim::Const(rows), Dim::Const(width)]));
     for op in [Op::LinearMean, Op::LinearLse] {
         let value = graph.push(op.clone(), &[x, w], &Location::default()).expect("fits");
         graph.outputs.push((op.name().into(), value));
     }
-    join(&graph).expect("rebuilt")
+    merge_siblings(&graph).expect("rebuilt")
 }
 
-/// One block and several, the last of them not full; each result alone and both of one sweep, over none, one and many
-/// rows; frozen weights and others.
-fn sweeps() -> Cases {
+/// Chunked logits of one chunk and of several, the last of them partial: each result alone and both of one pass, over
+/// no rows, one row and many, with frozen weights and others.
+fn chunked_logits() -> Cases {
     let mut graphs = vec![];
-    for (rows, width) in [(1, 3), (40, 17), (block(), 40), (2 * block() + 37, 3)] {
+    for (rows, width) in [(1, 3), (40, 17), (vocab_chunk(), 40), (2 * vocab_chunk() + 37, 3)] {
         let types = [Type::f32([Dim::Tokens, Dim::Const(width)]), Type::f32([Dim::Const(rows), Dim::Const(width)])];
         let alone = [Op::LinearLse, Op::LinearMean].map(|op| single(op, &types));
-        let both = [Role::Frozen, Role::Trainable].map(|role| sweep(rows, width, role));
+        let both = [Role::Frozen, Role::Trainable].map(|role| both_results(rows, width, role));
         for graph in alone.into_iter().chain(both) {
             graphs.extend([vec![], vec![1], vec![37, 3]].map(|lengths| (graph.clone(), lengths)));
         }
@@ -859,27 +863,28 @@ fn sweeps() -> Cases {
 }
 
 #[test]
-fn sweeps_over_blocks() {
-    compare(&sweeps(), Cpu::Native, 2, CLOSE);
+fn chunked_logits_match_the_interpreter() {
+    compare(&chunked_logits(), Cpu::Native, 2, CLOSE);
 }
 
-fn frozen_sweeps() -> Cases {
-    let sizes = [(block(), 3), (2 * block() + 37, 3)];
-    sizes.map(|(rows, width)| (sweep(rows, width, Role::Frozen), vec![37, 3])).into()
+fn frozen_chunked_logits() -> Cases {
+    let sizes = [(vocab_chunk(), 3), (2 * vocab_chunk() + 37, 3)];
+    sizes.map(|(rows, width)| (both_results(rows, width, Role::Frozen), vec![37, 3])).into()
 }
 
 #[test]
-fn sweeps_in_bf16() {
-    let graphs = frozen_sweeps();
+fn chunked_logits_in_bf16_stay_within_their_bound() {
+    let graphs = frozen_chunked_logits();
     for cpu in [Cpu::Native, Cpu::Level(Level::V1)] {
-        Compiled::new(&graphs, cpu, Precision::Bf16).run(2, |outcome| outcome.sweep(Machine::Cpu(cpu)));
+        Compiled::new(&graphs, cpu, Precision::Bf16).run(2, |outcome| outcome.chunked_logits(Machine::Cpu(cpu)));
     }
 }
 
-/// Rows of a table that products read as well, some of them beyond it; and of one whose numbers something else reads.
+/// `gather` from tables that a product also reads, with ids beyond the table, and from one that an addition reads as
+/// well.
 fn tables() -> Cases {
     let mut graphs = vec![];
-    for (rows, width, other) in [(7, 3, false), (40, 16, false), (block(), 41, false), (5, 20, true)] {
+    for (rows, width, other) in [(7, 3, false), (40, 16, false), (vocab_chunk(), 41, false), (5, 20, true)] {
         let mut graph = Graph::new("table");
         let table = Type::f32([Dim::Const(rows), Dim::Const(width)]);
         let w = graph.arg("w", Role::Frozen, None, table.clone());
@@ -903,9 +908,9 @@ fn tables() -> Cases {
     graphs
 }
 
-/// A table is kept once: as it was given where something wants it so, else in panels.
+/// A frozen table is kept once: in panels, unless a kernel reads it as it was given.
 #[test]
-fn rows_out_of_panels() {
+fn gather_reads_rows_from_packed_panels() {
     let graphs = tables();
     levels().into_iter().for_each(|cpu| compare(&graphs, cpu, 9, CLOSE));
     for (precision, panels) in [(Precision::F32, [true, true, true, false]), (Precision::Bf16, [false; 4])] {
@@ -918,32 +923,33 @@ fn rows_out_of_panels() {
     }
 }
 
-/// Logits beyond ±80: the largest so far grows from block to block, and e to most of them is nothing.
+/// With logits beyond ±80 the running maximum grows from chunk to chunk, and most exponentials underflow.
 #[test]
-fn sweeps_over_large_logits() {
-    let parts = [(2 * block() + 37, Role::Frozen), (3, Role::Trainable)];
+fn chunked_logits_are_stable_for_large_logits() {
+    let parts = [(2 * vocab_chunk() + 37, Role::Frozen), (3, Role::Trainable)];
     let graphs = [0.0, 0.1].map(|smoothing| {
         let graph = differentiate(&language_head(&parts, 3, smoothing, 32.0)).expect("differentiable");
-        let fused = fuse(&graph, |rule| rule == "head", &Limits::default()).expect("fused");
-        (join(&fused).expect("rebuilt"), vec![1])
+        let fused = fuse(&graph, |rule| rule == "chunked_logits", &Thresholds::default()).expect("fused");
+        (merge_siblings(&fused).expect("rebuilt"), vec![1])
     });
     assert!(graphs.iter().all(|(g, _)| g.nodes.iter().any(|n| n.op == Op::LinearLseAndMean)));
-    // Logits of a hundred are known to 10⁻⁵, and so is e to them, relatively.
-    compare(&graphs, Cpu::Native, 2 * block() as i32 + 40, 5e-5);
+    // Logits of about 100 have an absolute error of 10⁻⁵ in f32, which is the relative error of their exponentials.
+    compare(&graphs, Cpu::Native, 2 * vocab_chunk() as i32 + 40, 5e-5);
 }
 
-/// A label beyond the classes is hot nowhere, and nothing is read or written in its place: neither in whole logits nor
-/// in those of a head that is swept in part.
+/// A label beyond the classes has an all-zero one-hot row and causes no access out of bounds, for whole logits and for
+/// a head of which a part has chunked logits.
 #[test]
-fn labels_beyond_the_classes() {
+fn labels_beyond_the_classes_are_ignored() {
     let mut graphs = vec![];
     for smoothing in [0.0, 0.1] {
         let head = language_head(&[(40, Role::Frozen), (3, Role::Trainable)], 3, smoothing, 1.0);
         let whole = differentiate(&head).expect("differentiable");
-        let limits = Limits { wide: 40, ..Limits::default() };
-        let swept = join(&fuse(&whole, |rule| rule == "head", &limits).expect("fused")).expect("rebuilt");
-        assert!(swept.nodes.iter().any(|n| n.op == Op::LinearLseAndMean));
-        graphs.extend([whole, swept].map(|graph| (graph, vec![1])));
+        let thresholds = Thresholds { min_chunked_vocab: 40, ..Thresholds::default() };
+        let chunked = merge_siblings(&fuse(&whole, |rule| rule == "chunked_logits", &thresholds).expect("fused"))
+            .expect("rebuilt");
+        assert!(chunked.nodes.iter().any(|n| n.op == Op::LinearLseAndMean));
+        graphs.extend([whole, chunked].map(|graph| (graph, vec![1])));
     }
     let compiled = Compiled::new(&graphs, Cpu::Native, Precision::F32);
     for labels in [[-1, 43, 44], [39, -40, 42], [i32::MIN, 83, i32::MAX]] {

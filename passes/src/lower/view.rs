@@ -1,5 +1,5 @@
-//! Where the elements of a value lie in its buffer: an affine view of it. What only moves elements, `slice`, `reshape`,
-//! `permute`, makes another view of the same buffer.
+//! Strided views of buffers. The operations that only move elements, `slice`, `reshape` and `permute`, make another
+//! view of the same buffer.
 //!
 //! ```text
 //! qkv [tokens, 3·768] ─slice─► [tokens, 768] ─reshape─► [tokens, 12, 64] ─permute─► [12, tokens, 64]
@@ -11,119 +11,125 @@ use std::ops::Range;
 use peft_grammar::graph::Dim;
 use peft_runtime::artifact::Extent;
 
-use super::sizes::product;
+use super::sizes::dims_product;
 
-/// A distance in elements: a number times sizes of the batch.
+/// A stride in elements: a constant factor times symbolic sizes of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
-    by: u64,
-    of: Vec<Dim>,
+pub struct Stride {
+    factor: u64,
+    dims: Vec<Dim>,
 }
 
-pub const ONE: Step = Step { by: 1, of: vec![] };
+/// The stride of neighbouring elements.
+pub const UNIT_STRIDE: Stride = Stride { factor: 1, dims: vec![] };
 
-impl Step {
-    /// Over a whole axis, from one element to the next by `self`.
-    fn over(&self, dim: Dim) -> Step {
+impl Stride {
+    /// The stride over a whole axis of size `dim` whose own stride is `self`.
+    fn times(&self, dim: Dim) -> Stride {
         let mut whole = self.clone();
         match dim {
-            Dim::Const(n) => whole.by *= n,
+            Dim::Const(n) => whole.factor *= n,
             dim => {
-                whole.of.push(dim);
-                whole.of.sort_by_key(Dim::to_string);
+                whole.dims.push(dim);
+                whole.dims.sort_by_key(Dim::to_string);
             }
         }
         whole
     }
 
+    /// The stride as an expression over the batch's sizes.
     pub fn extent(&self) -> Extent {
-        product(&self.of) * Extent::Const(self.by)
+        dims_product(&self.dims) * Extent::Const(self.factor)
     }
 }
 
-/// Element i of a value of `shape` lies at `first + Σ iₐ · stepsₐ`. A ragged tail `tokens,keys+c` is one axis, `keys+c`.
+/// The element with index i of a value of `shape` is at `offset + Σₐ iₐ · stridesₐ`. A ragged tail `tokens,keys+c`
+/// counts as one axis, `keys+c`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct View {
     pub shape: Vec<Dim>,
-    pub steps: Vec<Step>,
-    pub first: Extent,
+    pub strides: Vec<Stride>,
+    pub offset: Extent,
 }
 
 impl View {
-    /// Row-major, without gaps.
+    /// The row-major view without gaps.
     pub fn dense(shape: &[Dim]) -> View {
-        let shape = flat(shape);
-        let mut steps = vec![ONE; shape.len()];
+        let shape = merge_ragged_tail(shape);
+        let mut strides = vec![UNIT_STRIDE; shape.len()];
         for axis in (1..shape.len()).rev() {
-            steps[axis - 1] = steps[axis].over(shape[axis]);
+            strides[axis - 1] = strides[axis].times(shape[axis]);
         }
-        View { shape, steps, first: Extent::Const(0) }
+        View { shape, strides, offset: Extent::Const(0) }
     }
 
+    /// The view is row-major from the first element of its buffer on.
     pub fn is_dense(&self) -> bool {
-        self.alike(&View::dense(&self.shape))
+        self.same_layout(&View::dense(&self.shape))
     }
 
-    /// The same elements in the same places; along an axis of one element there is no step.
-    pub fn alike(&self, other: &View) -> bool {
-        let steps = |view: &View| view.long().map(|axis| view.steps[axis].clone()).collect::<Vec<_>>();
-        self.shape == other.shape && self.first == other.first && steps(self) == steps(other)
+    /// Both views have the same elements at the same addresses. The stride of an axis of one element does not matter.
+    pub fn same_layout(&self, other: &View) -> bool {
+        let strides = |view: &View| view.nontrivial_axes().map(|axis| view.strides[axis].clone()).collect::<Vec<_>>();
+        self.shape == other.shape && self.offset == other.offset && strides(self) == strides(other)
     }
 
-    /// Axes of more than one element.
-    pub fn long(&self) -> impl DoubleEndedIterator<Item = usize> {
+    /// The axes that have more than one element.
+    pub fn nontrivial_axes(&self) -> impl DoubleEndedIterator<Item = usize> {
         (0..self.shape.len()).filter(|&axis| self.shape[axis] != Dim::Const(1))
     }
 
+    /// The elements from `start` on, `length` of them, along `axis`.
     pub fn slice(mut self, axis: usize, start: u64, length: Dim) -> View {
-        self.first = self.first + self.steps[axis].over(Dim::Const(start)).extent();
+        self.offset = self.offset + self.strides[axis].times(Dim::Const(start)).extent();
         self.shape[axis] = length;
         self
     }
 
+    /// The same elements with their axes in the given order.
     pub fn permute(&self, axes: &[usize]) -> View {
-        let steps = axes.iter().map(|&a| self.steps[a].clone()).collect();
-        View { shape: axes.iter().map(|&a| self.shape[a]).collect(), steps, first: self.first.clone() }
+        let strides = axes.iter().map(|&a| self.strides[a].clone()).collect();
+        View { shape: axes.iter().map(|&a| self.shape[a]).collect(), strides, offset: self.offset.clone() }
     }
 
-    /// `None` where axes would become one that do not follow each other in memory.
+    /// The same elements in another shape; `None` if that would merge axes that have no common stride.
     pub fn reshape(&self, shape: &[Dim]) -> Option<View> {
-        let shape = flat(shape);
-        let mut steps = vec![ONE; shape.len()];
-        let mut from = self.long();
+        let shape = merge_ragged_tail(shape);
+        let mut strides = vec![UNIT_STRIDE; shape.len()];
+        let mut from = self.nontrivial_axes();
         let mut to = (0..shape.len()).filter(|&axis| shape[axis] != Dim::Const(1));
-        // Runs of axes that hold the same elements on both sides.
+        // Matches runs of old axes with runs of new axes that have the same number of elements.
         while let Some(start) = from.next() {
-            let (mut end, mut whole) = (start + 1, ONE.over(self.shape[start]));
+            let (mut end, mut whole) = (start + 1, UNIT_STRIDE.times(self.shape[start]));
             let mut run = vec![to.next()?];
-            let mut parts = ONE.over(shape[run[0]]);
+            let mut parts = UNIT_STRIDE.times(shape[run[0]]);
             while whole != parts {
-                if (whole.of.len(), whole.by) < (parts.of.len(), parts.by) {
+                if (whole.dims.len(), whole.factor) < (parts.dims.len(), parts.factor) {
                     let axis = from.next()?;
-                    (end, whole) = (axis + 1, whole.over(self.shape[axis]));
+                    (end, whole) = (axis + 1, whole.times(self.shape[axis]));
                 } else {
                     let axis = to.next()?;
                     run.push(axis);
-                    parts = parts.over(shape[axis]);
+                    parts = parts.times(shape[axis]);
                 }
             }
-            let mut step = self.along(start..end)?;
+            let mut step = self.merged_stride(start..end)?;
             for axis in run.into_iter().rev() {
-                steps[axis] = step.clone();
-                step = step.over(shape[axis]);
+                strides[axis] = step.clone();
+                step = step.times(shape[axis]);
             }
         }
         let whole = to.next().is_none();
-        whole.then_some(View { shape, steps, first: self.first.clone() })
+        whole.then_some(View { shape, strides, offset: self.offset.clone() })
     }
 
-    /// The step of the one axis that these are together; `None` where they do not follow each other in memory.
-    pub fn along(&self, axes: Range<usize>) -> Option<Step> {
-        let mut long = self.long().filter(|axis| axes.contains(axis)).rev();
-        let Some(mut outer) = long.next() else { return Some(ONE) };
-        let inner = self.steps[outer].clone();
+    /// The stride of the single axis that `axes` merge into; `None` if they have no common stride.
+    pub fn merged_stride(&self, axes: Range<usize>) -> Option<Stride> {
+        let mut long = self.nontrivial_axes().filter(|axis| axes.contains(axis)).rev();
+        let Some(mut outer) = long.next() else { return Some(UNIT_STRIDE) };
+        let inner = self.strides[outer].clone();
         for axis in long {
-            if self.steps[outer].over(self.shape[outer]) != self.steps[axis] {
+            if self.strides[outer].times(self.shape[outer]) != self.strides[axis] {
                 return None;
             }
             outer = axis;
@@ -131,13 +137,14 @@ impl View {
         Some(inner)
     }
 
-    /// Elements of the last axis that has more than one stand side by side.
-    pub fn runs(&self) -> bool {
-        self.long().next_back().is_none_or(|axis| self.steps[axis] == ONE)
+    /// The last axis with more than one element has stride 1.
+    pub fn has_contiguous_rows(&self) -> bool {
+        self.nontrivial_axes().next_back().is_none_or(|axis| self.strides[axis] == UNIT_STRIDE)
     }
 }
 
-fn flat(shape: &[Dim]) -> Vec<Dim> {
+/// The shape with a ragged tail `tokens,keys+c` as one axis.
+fn merge_ragged_tail(shape: &[Dim]) -> Vec<Dim> {
     match shape {
         [lead @ .., Dim::Tokens, keys @ Dim::Keys(_)] => [lead, &[*keys]].concat(),
         dense => dense.to_vec(),
@@ -150,19 +157,20 @@ mod tests {
     use Dim::{Const, Tokens};
 
     #[test]
-    fn a_view_follows_until_axes_part() {
+    fn reshape_merges_axes_only_with_a_common_stride() {
         let wide = View::dense(&[Tokens, Const(30)]);
         let heads =
             wide.clone().slice(1, 12, Const(12)).reshape(&[Tokens, Const(3), Const(4)]).expect("one axis split");
         let heads = heads.permute(&[1, 0, 2]);
-        let by = |by| Step { by, of: vec![] };
-        assert_eq!((&heads.steps[..], &heads.first), (&[by(4), by(30), by(1)][..], &Extent::Const(12)));
-        assert!(heads.runs() && !heads.is_dense());
-        // Heads and tokens are no one axis; tokens and a head's width neither, for the other heads stand between.
-        assert_eq!(heads.along(0..2), None);
+        let by = |by| Stride { factor: by, dims: vec![] };
+        assert_eq!((&heads.strides[..], &heads.offset), (&[by(4), by(30), by(1)][..], &Extent::Const(12)));
+        assert!(heads.has_contiguous_rows() && !heads.is_dense());
+        // Heads and tokens have no common stride, and neither have tokens and a head's width, as the other heads are
+        // between.
+        assert_eq!(heads.merged_stride(0..2), None);
         assert_eq!(heads.reshape(&[Const(3), Const(2), Tokens, Const(2)]), None);
         let back = heads.permute(&[1, 0, 2]).reshape(&[Tokens, Const(12)]).expect("as they were");
-        assert!(back.alike(&wide.slice(1, 12, Const(12))));
+        assert!(back.same_layout(&wide.slice(1, 12, Const(12))));
         let own = View::dense(&[Const(3), Tokens, Const(4)]);
         assert_eq!(own.permute(&[1, 0, 2]).reshape(&[Tokens, Const(12)]), None);
         assert!(own.reshape(&[Const(1), Const(3), Tokens, Const(2), Const(2)]).is_some_and(|v| v.is_dense()));

@@ -1,21 +1,21 @@
-//! Processors, as kernels see them: how much their registers hold, and what they multiply.
+//! Processors as compilation targets: feature sets, vector registers, and the instructions that kernels choose by.
 
 use std::fmt;
 use std::str::FromStr;
 
 use peft_grammar::diagnostic::did_you_mean;
 
-/// What kernels are compiled for.
+/// The processor that kernels are compiled for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cpu {
-    /// This machine's own, with all it has.
+    /// The processor of this machine, with all of its features.
     #[default]
     Native,
-    /// A level that x86-64 processors share, whichever compiles for it.
+    /// A fixed x86-64 feature level; the machine that compiles need not have it.
     Level(Level),
 }
 
-/// The levels of x86-64's psABI that differ in vectors, and one above them.
+/// The x86-64 psABI levels that differ in vector width, and one above them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// SSE2: every x86-64.
@@ -24,15 +24,16 @@ pub enum Level {
     V3,
     /// AVX-512.
     V4,
-    /// That and products of bf16: Zen 4, Sapphire Rapids and later.
+    /// AVX-512 with the bf16 dot product (AVX512-BF16): Zen 4, Sapphire Rapids and later.
     V4Bf16,
 }
 
-/// Vector registers.
+/// The vector register file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Registers {
+    /// The number of architectural registers.
     pub count: u64,
-    /// Floats in each.
+    /// Floats in each register.
     pub floats: u64,
 }
 
@@ -42,6 +43,7 @@ const V4: &[&str] = &["avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"]
 const BF16: &str = "avx512bf16";
 
 impl Level {
+    /// All levels with the names that `--target cpu:LEVEL` takes.
     pub const ALL: [(Level, &str); 4] =
         [(Level::V1, "x86-64"), (Level::V3, "x86-64-v3"), (Level::V4, "x86-64-v4"), (Level::V4Bf16, "x86-64-v4+bf16")];
 
@@ -49,7 +51,7 @@ impl Level {
         Level::ALL.iter().find(|(level, _)| *level == self).expect("all are listed").1
     }
 
-    /// By LLVM's names, as the runtime asks for them.
+    /// The level's features beyond the x86-64 baseline, by LLVM's names, which the runtime checks for.
     fn features(self) -> Vec<&'static str> {
         match self {
             Level::V1 => vec![],
@@ -61,7 +63,7 @@ impl Level {
 }
 
 impl Cpu {
-    /// Features a machine must have to run the kernels, by LLVM's names.
+    /// The features that a machine needs to run the kernels, by LLVM's names.
     pub fn features(self) -> Vec<&'static str> {
         match self {
             Cpu::Native => peft_runtime::device::features(),
@@ -69,6 +71,7 @@ impl Cpu {
         }
     }
 
+    /// The vector registers that kernels are written for.
     pub fn registers(self) -> Registers {
         let features = self.features();
         let has = |name: &str| features.contains(&name);
@@ -80,17 +83,17 @@ impl Cpu {
         }
     }
 
-    /// Loads and stores of some lanes are instructions like any other.
-    pub fn masks(self) -> bool {
+    /// Masked loads and stores are single instructions (AVX-512).
+    pub fn has_masked_memory(self) -> bool {
         self.features().contains(&"avx512f")
     }
 
-    /// One instruction adds both products of two pairs of bf16 to a float, 16 times.
-    pub fn multiplies_bf16(self) -> bool {
+    /// `vdpbf16ps` is available: 16 lanes, each of which adds the products of two pairs of bf16 to a float.
+    pub fn has_bf16_dot(self) -> bool {
         self.features().contains(&BF16)
     }
 
-    /// What LLVM is told about a function, as an MLIR attribute.
+    /// The LLVM function attributes for this processor, as an MLIR array attribute.
     pub fn attributes(self) -> String {
         let width = self.registers().floats * 32;
         let level = match self {
@@ -99,12 +102,12 @@ impl Cpu {
                 let features: Vec<String> =
                     ["sse2"].into_iter().chain(level.features()).map(|f| format!("+{f}")).collect();
                 let base = level.name().trim_end_matches("+bf16");
-                // By Haswell's schedule, v3's own, sums in bf16 are moved to memory and back.
+                // With Haswell's scheduling model, the default for v3, LLVM spills the accumulators of bf16 gemms.
                 let tune = if level == Level::V3 { r#", ["tune-cpu", "znver3"]"# } else { "" };
                 format!(r#", ["target-cpu", "{base}"]{tune}, ["target-features", "{}"]"#, features.join(","))
             }
         };
-        // A kernel is called through two thin wrappers: without `noinline` each would hold a copy.
+        // Two thin wrappers call each kernel; without `noinline`, LLVM would inline a copy of it into both.
         format!(r#"["noinline", ["prefer-vector-width", "{width}"]{level}]"#)
     }
 }
@@ -132,7 +135,7 @@ impl FromStr for Cpu {
     }
 }
 
-/// All that can be compiled for here.
+/// The names that `--target cpu:NAME` accepts on this architecture.
 pub fn names() -> Vec<&'static str> {
     let levels = Level::ALL.iter().filter(|_| cfg!(target_arch = "x86_64"));
     ["native"].into_iter().chain(levels.map(|(_, name)| *name)).collect()

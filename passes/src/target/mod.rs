@@ -1,4 +1,4 @@
-//! What kernels are compiled for.
+//! Target machines: the processors and GPUs that kernels are compiled for, and the properties that lowering decides by.
 
 pub mod cpu;
 pub mod cuda;
@@ -13,22 +13,25 @@ use self::cpu::Cpu;
 use self::cuda::{Chip, WARP, WARPS};
 use crate::builder::mma::Half;
 
-/// Elements of a processor's vector: a register of AVX-512, two of AVX2.
+/// The vector width of processor kernels, in floats: one register of AVX-512, two of AVX2.
 pub const LANES: u64 = 16;
 
-/// Rows whose sums are in registers at once, and vectors of each, at most, where both are a kernel's own choice.
-pub const ROWS: u64 = 4;
-pub const VECTORS: u64 = 2;
+/// Rows of the accumulator tile that attention's processor kernels keep in registers.
+pub const ACCUMULATOR_ROWS: u64 = 4;
+/// Vectors in each row of that accumulator tile, at most (see [`Machine::accumulator_vectors`]).
+pub const ACCUMULATOR_VECTORS: u64 = 2;
 
 /// A processor or a GPU, as `--target` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machine {
+    /// A processor: `cpu` or `cpu:LEVEL`.
     Cpu(Cpu),
+    /// An NVIDIA GPU: `cuda` or `cuda:CHIP`.
     Cuda(Chip),
 }
 
 impl Machine {
-    /// As an artifact names it.
+    /// The architecture's name in an artifact's manifest.
     pub fn arch(self) -> &'static str {
         match self {
             Machine::Cpu(_) => std::env::consts::ARCH,
@@ -36,7 +39,7 @@ impl Machine {
         }
     }
 
-    /// Features a machine of this architecture must have to run the kernels, by LLVM's names.
+    /// The features that a machine of this architecture needs to run the kernels, by LLVM's names.
     pub fn features(self) -> Vec<&'static str> {
         match self {
             Machine::Cpu(cpu) => cpu.features(),
@@ -44,7 +47,7 @@ impl Machine {
         }
     }
 
-    /// Elements that a kernel has in hand at once.
+    /// Elements that one step of a kernel's loop processes: a vector's on a processor, a warp's on a GPU.
     pub fn lanes(self) -> u64 {
         match self {
             Machine::Cpu(_) => LANES,
@@ -52,46 +55,48 @@ impl Machine {
         }
     }
 
-    /// Elements of a unit where all stand in a row: a GPU has warps enough for few each.
-    pub fn stretch(self) -> u64 {
+    /// Elements of one unit of a flat loop over a whole buffer. A GPU has so many warps that each gets only two
+    /// elements per lane.
+    pub fn flat_unit_elements(self) -> u64 {
         match self {
             Machine::Cpu(_) => 8192,
             Machine::Cuda(_) => 64,
         }
     }
 
-    /// What a kernel does besides its own node's work, and which order of launches that wants.
-    pub fn fusion(self) -> Fusion {
+    /// What this machine's kernels can fuse.
+    pub fn fusion(self) -> FusionSupport {
         match self {
-            Machine::Cpu(_) => Fusion {
-                held_columns: None,
+            Machine::Cpu(_) => FusionSupport {
+                register_epilogue_columns: None,
                 companions: false,
-                rounds_ahead: None,
-                puts_off: false,
-                side_by_side: false,
+                half_precision_results: None,
+                sinks_products: false,
+                horizontal: false,
             },
-            Machine::Cuda(chip) => Fusion {
-                held_columns: Some(cuda::TILE),
+            Machine::Cuda(chip) => FusionSupport {
+                register_epilogue_columns: Some(cuda::GEMM_TILE),
                 companions: true,
-                rounds_ahead: (chip >= Chip::Sm80).then_some(Half::BF16),
-                puts_off: true,
-                side_by_side: true,
+                half_precision_results: (chip >= Chip::Sm80).then_some(Half::BF16),
+                sinks_products: true,
+                horizontal: true,
             },
         }
     }
 
-    /// Vectors beside each other, of four rows whose sums are in registers: half of those hold them.
-    pub fn vectors_across(self) -> u64 {
+    /// Vectors in each row of an accumulator tile of [`ACCUMULATOR_ROWS`] rows, such that the tile takes at most half
+    /// of the vector registers.
+    pub fn accumulator_vectors(self) -> u64 {
         match self {
             Machine::Cpu(cpu) => {
                 let cpu::Registers { count, floats } = cpu.registers();
-                (count * floats / (2 * ROWS * LANES)).clamp(1, VECTORS)
+                (count * floats / (2 * ACCUMULATOR_ROWS * LANES)).clamp(1, ACCUMULATOR_VECTORS)
             }
-            Machine::Cuda(_) => VECTORS,
+            Machine::Cuda(_) => ACCUMULATOR_VECTORS,
         }
     }
 
-    /// How a launch's units are split over threads.
+    /// How many units and threads one workgroup has: a thread block of [`WARPS`] warps, one unit each, on a GPU.
     pub fn workgroup(self) -> Workgroup {
         match self {
             Machine::Cpu(_) => Workgroup::ONE,
@@ -99,8 +104,8 @@ impl Machine {
         }
     }
 
-    /// Members of a team: units that a kernel counts as one.
-    pub fn team(self) -> u64 {
+    /// Units that work as one team, which shares memory and barriers: the warps of a GPU's thread block.
+    pub fn team_size(self) -> u64 {
         match self {
             Machine::Cpu(_) => 1,
             Machine::Cuda(_) => WARPS,
@@ -108,20 +113,20 @@ impl Machine {
     }
 }
 
-/// What a kernel does besides its own node's work.
+/// Which kinds of fusion the lowering applies for a machine.
 #[derive(Clone, Copy, Debug)]
-pub struct Fusion {
-    /// Products have rows of their results in registers when they write them, and of results of so many columns at most
-    /// whole rows; otherwise what follows reads them from the cache.
-    pub held_columns: Option<u64>,
-    /// A sum of rows does beside what else is done with these rows.
+pub struct FusionSupport {
+    /// `Some(n)`: a gemm applies its epilogue to rows of the result in registers, and holds whole rows of a result of
+    /// at most `n` columns, so that it can also sum them. `None`: the epilogue reads the stored tile from the cache.
+    pub register_epilogue_columns: Option<u64>,
+    /// The kernel of a row sum also computes other elementwise groups over the same rows (its companions).
     pub companions: bool,
-    /// What products read in half precision is rounded by the kernel that makes it.
-    pub rounds_ahead: Option<Half>,
-    /// Products wait for what follows them.
-    pub puts_off: bool,
-    /// Launches of one kernel that do not wait for each other are one.
-    pub side_by_side: bool,
+    /// The kernel that produces an operand of a half-precision gemm also stores it rounded, in this type.
+    pub half_precision_results: Option<Half>,
+    /// Products are moved down to their first reader, so that more of the nodes after them fuse into their epilogue.
+    pub sinks_products: bool,
+    /// Independent launches of one kernel are merged into one launch (horizontal fusion).
+    pub horizontal: bool,
 }
 
 impl Default for Machine {
@@ -151,7 +156,7 @@ impl FromStr for Machine {
             _ => {
                 let names = names();
                 let names: Vec<&str> = names.iter().map(String::as_str).collect();
-                // `cpu` is nearer by its letters alone, and a chip or a level may stand by itself.
+                // Edit distance alone would suggest `cpu` for `gpu`, and would miss a chip or level without its prefix.
                 let near = match text.to_lowercase() {
                     gpu if gpu.starts_with("gpu") => "cuda".to_string(),
                     chip if chip.parse::<Chip>().is_ok() => format!("cuda:{chip}"),
@@ -164,7 +169,7 @@ impl FromStr for Machine {
     }
 }
 
-/// All that are targets.
+/// The names of all targets.
 fn names() -> Vec<String> {
     let cpus = cpu::names().into_iter().map(|name| format!("cpu:{name}"));
     let chips = Chip::ALL.map(|(_, name)| format!("cuda:{name}"));
@@ -176,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn targets_by_name() {
+    fn target_names_parse_and_unknown_ones_get_suggestions() {
         for (text, name) in [("cpu", "cpu:native"), ("cuda", "cuda:sm_70"), ("cuda:sm_90", "cuda:sm_90")] {
             assert_eq!(text.parse::<Machine>().map(|m| m.to_string()), Ok(name.into()));
         }

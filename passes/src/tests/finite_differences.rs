@@ -1,4 +1,4 @@
-//! The table of derivatives against central differences of the interpreter, in f64.
+//! Tests the table of derivatives against central differences of the interpreter, in f64.
 
 use proptest::prelude::*;
 
@@ -7,7 +7,7 @@ use crate::gradient::differentiate;
 use crate::interpret::{Batch, Data, run};
 use peft_grammar::graph::{Dim, Graph, Location, Op, Role, Type};
 
-/// Every gradient of `graph` against (f(x + h) − f(x − h)) / 2h.
+/// Compares every gradient of `graph` with (f(x + h) − f(x − h)) / 2h.
 fn check(graph: &Graph, batch: &Batch, seed: u64) {
     let gradient = differentiate(graph).expect("differentiable");
     gradient.verify().expect("well-formed");
@@ -36,7 +36,7 @@ fn check(graph: &Graph, batch: &Batch, seed: u64) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
     #[test]
-    fn every_operation(
+    fn gradients_of_every_operation_match_differences(
         lengths in prop::collection::vec(1usize..4, 1..4),
         (h, p, r) in (1u64..3, 1u64..4, 1u64..4),
         targets in 1usize..4,
@@ -49,9 +49,9 @@ proptest! {
     }
 }
 
-/// √x, 1/√x, ln x and division want operands of one sign.
+/// √x, 1/√x, ln x and division are tested on positive operands, where they are differentiable.
 #[test]
-fn operations_on_positive_numbers() {
+fn gradients_of_operations_on_positive_numbers_match_differences() {
     let mut graph = Graph::new("positive");
     let at = Location::default();
     let x = graph.arg("x", Role::Trainable, None, Type::f32([Dim::Const(5)]));
@@ -70,9 +70,9 @@ fn operations_on_positive_numbers() {
     check(&graph, &Batch::new(&[1], 1), 5);
 }
 
-/// Causal attention as a whole: the masked scores are −∞ and must not reach any gradient.
+/// The masked scores of causal attention are −∞ and must not reach any gradient.
 #[test]
-fn causal_attention() {
+fn gradients_of_causal_attention_match_differences() {
     for lengths in [&[1][..], &[3, 1, 2]] {
         let mut graph = Graph::new("attention");
         let at = Location::default();

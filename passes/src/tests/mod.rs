@@ -1,8 +1,8 @@
-//! Tests over several passes. They live in the library so that only one test binary links MLIR.
+//! Tests that involve several passes. They are part of the library, so that only one test binary links MLIR.
 
 mod finite_differences;
 mod fusion;
+mod multi_output;
 mod round_trip;
 mod rules;
 pub(crate) mod samples;
-mod siblings;

@@ -1,4 +1,4 @@
-//! Every rule at work by itself: each function of `rules/RULE.mlir` goes through that rule alone.
+//! Snapshot tests of single rules: each function of `rules/RULE.mlir` is rewritten by that rule alone.
 
 use std::collections::BTreeSet;
 
@@ -7,35 +7,34 @@ use super::samples::arguments;
 use peft_grammar::graph::Graph;
 
 use crate::dialect::Dialect;
-use crate::fuse::{Limits, fuse};
+use crate::fuse::Thresholds;
 use crate::interpret::Batch;
 use crate::lower::tests::{compare, cuda, launches};
-use crate::pipeline::rules;
-use crate::remat::remat;
+use crate::pipeline::{self, Context, rules};
 use crate::target::cpu::Cpu;
 use crate::target::cuda::Chip;
 
-/// Low enough for cases as small as these.
-fn limits() -> Limits {
-    Limits { wide: 8, keep: 0.05, ..Limits::default() }
+/// Thresholds low enough for these small cases.
+fn thresholds() -> Thresholds {
+    Thresholds { min_chunked_vocab: 8, max_kept_floats_per_op: 0.05, ..Thresholds::default() }
 }
 
 const LENGTHS: [usize; 3] = [5, 1, 3];
 
-/// `graph` without the rule and with it, which give the same.
-fn forms(dialect: &Dialect, rule: &str, graph: &Graph) -> [String; 2] {
+/// The text of `graph` without and with the rule, after a check that both compute the same.
+fn without_and_with(dialect: &Dialect, rule: &str, graph: &Graph) -> [String; 2] {
     if rule == "epilogue" {
         compare(&[(graph.clone(), LENGTHS.to_vec())], Cpu::Native, 2, 2e-6);
         cuda::compare(&[(graph.clone(), LENGTHS.to_vec())], Chip::Sm70, 2, 2e-6);
-        return [false, true].map(|joined| launches(graph, joined));
+        return [false, true].map(|epilogues| launches(graph, epilogues));
     }
-    // Equal parts are one and what no one reads is gone in either.
-    let before = fuse(graph, |_| false, &limits()).expect("rebuilt");
-    let after = match rule {
-        "remat" => remat(&before, &limits()).map(|(after, _)| after),
-        _ => fuse(graph, |name| name == rule, &limits()),
+    let apply = |pass: &str| {
+        let mut context = Context { without: vec![], thresholds: thresholds(), savings: vec![] };
+        pipeline::apply(pass, graph, &mut context).expect("well-formed")
     };
-    let (after, batch) = (after.expect("well-formed"), Batch::new(&LENGTHS, 4));
+    // Without the rule, common subexpressions are merged and dead operations are removed all the same.
+    let (before, after) = (apply("canonicalize"), apply(rule));
+    let batch = Batch::new(&LENGTHS, 4);
     assert_same_on(rule, &before, &after, &batch, &arguments(&before, &batch, 3, 9));
     [before, after].map(|graph| dialect.print(&[&graph]).expect("valid"))
 }
@@ -49,13 +48,13 @@ fn every_rule_by_itself() {
         assert!(rules().contains(&&rule[..]), "no rule is called `{rule}`");
         let graphs = dialect.read(&std::fs::read_to_string(path).expect("readable")).unwrap_or_else(|e| panic!("{e}"));
         let shows = graphs.iter().map(|graph| {
-            let [without, with] = forms(&dialect, &rule, graph);
-            assert_ne!(without, with, "`{rule}` does nothing to `{}`", graph.name);
+            let [without, with] = without_and_with(&dialect, &rule, graph);
+            assert_ne!(without, with, "`{rule}` does not change `{}`", graph.name);
             format!("// without `{rule}`\n{without}\n// with `{rule}`\n{with}")
         });
         insta::assert_snapshot!(shows.collect::<Vec<_>>().join("\n"));
         shown.insert(rule);
     });
     let missing: Vec<&str> = rules().into_iter().filter(|rule| !shown.contains(*rule)).collect();
-    assert!(missing.is_empty(), "no case shows {missing:?}");
+    assert!(missing.is_empty(), "no case in `rules/` for {missing:?}");
 }

@@ -1,4 +1,4 @@
-//! Graphs and batches to test passes on.
+//! Graphs and arguments on which passes are tested.
 
 use std::collections::HashMap;
 
@@ -6,8 +6,8 @@ use peft_grammar::graph::{DType, Dim, Graph, Location, Op, Role, Type, Value};
 
 use crate::interpret::{Batch, Data};
 
-/// A graph of one operation on trainable operands, its result weighed and summed up to a loss, so
-/// that every element of the result has an adjoint of its own.
+/// A graph of one operation on trainable operands. The loss is a weighted sum of the elements of the result, so that
+/// each has a different adjoint.
 pub fn single(op: Op, operands: &[Type]) -> Graph {
     let mut graph = Graph::new("single");
     let at = Location::default();
@@ -20,14 +20,15 @@ pub fn single(op: Op, operands: &[Type]) -> Graph {
     let weights = graph.ty(z).clone();
     let rank = weights.rank();
     let w = graph.arg("weights", Role::Frozen, None, weights);
-    let weighed = graph.push(Op::Mul, &[z, w], &at).expect("alike");
+    let weighted = graph.push(Op::Mul, &[z, w], &at).expect("the shapes are equal");
     let axes = (0..rank).collect();
-    let loss = graph.push(Op::Reduce { axes, keep: false, mean: false }, &[weighed], &at).expect("all axes");
+    let loss = graph.push(Op::Reduce { axes, keep: false, mean: false }, &[weighted], &at).expect("all axes");
     graph.outputs.extend([("loss".into(), loss), ("z".into(), z)]);
     graph
 }
 
-/// The mean cross entropy of x Wᵀ at every target; W comes in `parts` of some rows each. Logits grow with `scale`.
+/// The mean cross-entropy of the logits scale · x Wᵀ over the targets. W consists of `parts`, given as numbers of rows
+/// with their roles; `width` is the number of its columns.
 pub fn language_head(parts: &[(u64, Role)], width: u64, smoothing: f64, scale: f64) -> Graph {
     let mut graph = Graph::new("head");
     let at = Location::default();
@@ -49,14 +50,15 @@ pub fn language_head(parts: &[(u64, Role)], width: u64, smoothing: f64, scale: f
     graph
 }
 
-/// Numbers in −1.5 … 1.5 from a counter; never too near 0, where relu and min have no derivative.
+/// `n` pseudorandom numbers in −1.5 … 1.5 with magnitudes of at least 0.05, because relu and min have no derivative at
+/// 0.
 pub fn numbers(seed: u64, n: usize) -> Vec<f64> {
     let word = |i: usize| peft_runtime::philox::philox4x32([i as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
     let number = |i| f64::from(word(i)) / f64::from(u32::MAX) * 3.0 - 1.5;
     (0..n).map(number).map(|x| if x.abs() < 0.05 { x.signum() * 0.05 } else { x }).collect()
 }
 
-/// An argument for every name; indices stay below `limit`.
+/// Pseudorandom arguments of `graph`, by label; integers are below `limit`.
 pub fn arguments(graph: &Graph, batch: &Batch, seed: u64, limit: i32) -> HashMap<String, Data> {
     let data = |(i, arg): (usize, &peft_grammar::graph::Arg)| {
         let ty = graph.ty(arg.value);
@@ -70,7 +72,7 @@ pub fn arguments(graph: &Graph, batch: &Batch, seed: u64, limit: i32) -> HashMap
     graph.args.iter().enumerate().map(data).collect()
 }
 
-/// Every differentiable operation with operand types, by a few sizes.
+/// Every differentiable operation with types of its operands, for `h` heads, `p` columns and sizes derived from `r`.
 pub fn cases(h: u64, p: u64, r: u64) -> Vec<(Op, Vec<Type>)> {
     use Dim::*;
     let f = |shape: &[Dim]| Type::f32(shape.to_vec());

@@ -14,19 +14,19 @@ fn sample(x: f32) -> TensorFile {
 }
 
 #[test]
-fn round_trip_in_place_of_an_older_file() {
+fn a_file_that_replaces_an_older_one_is_read_back() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("out/adapter.safetensors");
     for x in [1.0, 2.0] {
         save(&path, &sample(x)).unwrap();
         assert_eq!(load(&path).unwrap(), sample(x));
     }
-    // Nothing is left beside it.
+    // No temporary file is left next to it.
     assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
 }
 
 #[test]
-fn what_diverged_is_not_loaded() {
+fn numbers_that_are_not_finite_are_not_loaded() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("adapter.safetensors");
     save(&path, &sample(f32::NAN)).unwrap();
@@ -35,7 +35,7 @@ fn what_diverged_is_not_loaded() {
 }
 
 #[test]
-fn a_failure_leaves_the_older_file() {
+fn a_failed_write_leaves_the_older_file() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("adapter.safetensors");
     save(&path, &sample(1.0)).unwrap();
@@ -44,12 +44,12 @@ fn a_failure_leaves_the_older_file() {
     assert!(message.contains("free some space"), "{message}");
     assert_eq!(load(&path).unwrap(), sample(1.0));
     assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1);
-    // A file where a directory should be.
+    // A file is where a directory should be.
     assert!(save(&path.join("adapter.safetensors"), &sample(1.0)).is_err());
 }
 
 #[test]
-fn a_full_disk() {
+fn a_full_disk_is_reported() {
     let Ok(full) = File::options().write(true).open("/dev/full") else {
         eprintln!("skipped: no /dev/full here");
         return;
@@ -58,7 +58,7 @@ fn a_full_disk() {
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
 }
 
-/// 1 + 2⁻⁸ lies in the middle between two numbers of bf16, 1 + 3·2⁻⁸ too; ties go to the even one.
+/// 1 + 2⁻⁸ and 1 + 3·2⁻⁸ are halfway between two bf16 numbers; ties round to even.
 #[test]
 fn numbers_are_rounded_to_the_nearest_even() {
     let eighth = 2f32.powi(-8);
@@ -71,7 +71,7 @@ fn numbers_are_rounded_to_the_nearest_even() {
     save(&path, &file).unwrap();
     assert_eq!(load(&path).unwrap().tensors["x"].data, Data::F32(want.to_vec()));
     assert_eq!(SafeFile::open(&path).unwrap().float("x"), Some(Float::BF16));
-    // The largest of f16 is 65504; from 65520 on numbers are rounded to infinity.
+    // The largest f16 is 65504; numbers from 65520 on round to infinity.
     let Data::F16(halves) = Stored::rounded(vec![4], given, Float::F16).unwrap().data else { panic!("f16") };
     assert_eq!(halves[3].to_f32(), 65504.0);
     assert_eq!(Stored::rounded(vec![1], vec![65520.0], Float::F16), Err(65520.0));

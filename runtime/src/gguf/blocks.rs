@@ -1,32 +1,35 @@
-//! Types of tensors in GGUF, and how blocks of them become numbers.
+//! GGUF's tensor types and their dequantisation.
 //!
-//! The layouts are those of ggml's `ggml-common.h`; sums and products are rounded to f32 one by one and in the order of
-//! its `dequantize_row_*`, so that the numbers are the same to the bit.
+//! The block layouts are those of ggml's `ggml-common.h`. Products and sums are rounded to f32 one by one, in the order
+//! of ggml's `dequantize_row_*`, so that the results are bit-identical to ggml's.
 
 use half::{bf16, f16};
 
 use crate::source::decode;
 
-/// A type of tensors, as ggml numbers them.
+/// A tensor type of ggml.
 #[derive(Debug)]
 pub struct Type {
+    /// ggml's number for the type.
     pub id: u32,
+    /// ggml's name for the type.
     pub name: &'static str,
-    /// Numbers of a block.
+    /// Numbers in a block.
     pub numbers: u64,
     /// Bytes of a block.
     pub bytes: u64,
-    /// Widens whole blocks, and gives the index of the first number that is not finite; `None` where it is not read.
-    pub widen: Option<Widen>,
+    /// Decodes whole blocks and returns the index of the first number that is not finite; `None` if the type is not
+    /// supported.
+    pub dequantize: Option<Dequantize>,
 }
 
-type Widen = fn(&[u8], &mut [f32]) -> Option<usize>;
+type Dequantize = fn(&[u8], &mut [f32]) -> Option<usize>;
 
-const fn ty(id: u32, name: &'static str, numbers: u64, bytes: u64, widen: Option<Widen>) -> Type {
-    Type { id, name, numbers, bytes, widen }
+const fn ty(id: u32, name: &'static str, numbers: u64, bytes: u64, dequantize: Option<Dequantize>) -> Type {
+    Type { id, name, numbers, bytes, dequantize }
 }
 
-/// Every type that ggml has now.
+/// Every type of ggml at the time of writing.
 pub const TYPES: &[Type] = &[
     ty(0, "F32", 1, 4, Some(|bytes, out| decode(bytes, out, |&b, x: &mut [f32; 1]| x[0] = f32::from_le_bytes(b)))),
     ty(
@@ -76,17 +79,17 @@ pub const TYPES: &[Type] = &[
     ty(41, "Q1_0", 128, 18, None),
 ];
 
-/// The names of the types that are read.
-pub fn read() -> String {
-    TYPES.iter().filter(|t| t.widen.is_some()).map(|t| t.name).collect::<Vec<_>>().join(", ")
+/// The names of the supported types, for messages.
+pub fn readable() -> String {
+    TYPES.iter().filter(|t| t.dequantize.is_some()).map(|t| t.name).collect::<Vec<_>>().join(", ")
 }
 
-/// The f16 in the block's bytes `at` and `at + 1`.
+/// The f16 in bytes `at` and `at + 1` of the block.
 fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// x = d · (q − 8). d f16, q 16 bytes of which the low halves are the first 16 numbers.
+/// x = d · (q − 8). d is f16; q is 16 bytes, whose low nibbles are the first 16 numbers.
 fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
     let d = half(block, 0);
     for (i, &q) in block[2..].iter().enumerate() {
@@ -95,7 +98,7 @@ fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
     }
 }
 
-/// x = d · q + m. d f16, m f16, q as in Q4_0.
+/// x = d · q + m. d and m are f16; q as in Q4_0.
 fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
     let (d, m) = (half(block, 0), half(block, 2));
     for (i, &q) in block[4..].iter().enumerate() {
@@ -104,7 +107,7 @@ fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
     }
 }
 
-/// Numbers of 5 bits: 32 high bits in 4 bytes, and behind them the low ones as in Q4_0.
+/// Quants of 5 bits: 4 bytes with the 32 high bits, then the low nibbles as in Q4_0.
 fn five_bits(bytes: &[u8]) -> [f32; 32] {
     let high = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     std::array::from_fn(|i| {
@@ -113,25 +116,26 @@ fn five_bits(bytes: &[u8]) -> [f32; 32] {
     })
 }
 
-/// x = d · (q − 16). d f16, q of 5 bits.
+/// x = d · (q − 16). d is f16; q has 5 bits.
 fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
     let d = half(block, 0);
     *out = five_bits(&block[2..]).map(|q| d * (q - 16.0));
 }
 
-/// x = d · q + m. d f16, m f16, q of 5 bits.
+/// x = d · q + m. d and m are f16; q has 5 bits.
 fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
     let (d, m) = (half(block, 0), half(block, 2));
     *out = five_bits(&block[4..]).map(|q| d * q + m);
 }
 
-/// x = d · q. d f16, q 32 signed bytes.
+/// x = d · q. d is f16; q is 32 signed bytes.
 fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     let d = half(block, 0);
     out.iter_mut().zip(&block[2..]).for_each(|(x, &q)| *x = d * f32::from(q as i8));
 }
 
-/// x = (d · s) · q − (e · m) for 16 groups of 16. s and m 4 bits of a byte, q 2 bits, d and e f16 at the end.
+/// x = (d · s) · q − (e · m) for 16 groups of 16. s and m are the nibbles of a byte, q has 2 bits; d and e are f16 at
+/// the end.
 fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
     let (d, e) = (half(block, 80), half(block, 82));
     for (i, x) in out.iter_mut().enumerate() {
@@ -141,15 +145,15 @@ fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
     }
 }
 
-/// Number `i` of 256 that have 2 bits: 32 bytes hold 4 rows of 32.
+/// Quant `i` of 256 that have 2 bits each: 32 bytes hold 4 rows of 32.
 fn two_bits(bytes: &[u8], i: usize) -> u8 {
     bytes[i / 128 * 32 + i % 32] >> (2 * (i / 32 % 4)) & 3
 }
 
-/// x = (d · (s − 32)) · q for 16 groups of 16. q 2 bits, less 4 where its bit of the first 32 bytes is 0; s 6 bits; d f16
-/// at the end.
+/// x = (d · (s − 32)) · q for 16 groups of 16. q has 2 bits, minus 4 where its bit in the first 32 bytes is 0; s has 6
+/// bits; d is f16 at the end.
 fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
-    let (mask, quarters, scales) = (&block[..32], &block[32..96], &block[96..108]);
+    let (mask, quants, scales) = (&block[..32], &block[32..96], &block[96..108]);
     let d = half(block, 108);
     let scale: [f32; 16] = std::array::from_fn(|j| {
         let low = if j < 8 { scales[j] & 15 } else { scales[j - 8] >> 4 };
@@ -158,12 +162,12 @@ fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
     });
     for (i, x) in out.iter_mut().enumerate() {
         let less = if mask[i % 32] >> (i / 32) & 1 == 1 { 0.0 } else { 4.0 };
-        *x = scale[i / 16] * (f32::from(two_bits(quarters, i)) - less);
+        *x = scale[i / 16] * (f32::from(two_bits(quants, i)) - less);
     }
 }
 
-/// Eight scales and eight minima of 6 bits each, in 12 bytes: those from the fifth on have their high bits on top of the
-/// first four's.
+/// Eight scales and eight minima of 6 bits each, in 12 bytes. The high bits of the last four are the top bits of the
+/// first eight bytes.
 fn scales(bytes: &[u8]) -> [(f32, f32); 8] {
     std::array::from_fn(|j| {
         let (scale, min) = match j {
@@ -174,19 +178,19 @@ fn scales(bytes: &[u8]) -> [(f32, f32); 8] {
     })
 }
 
-/// x = (d · s) · q − (e · m) for 8 groups of 32. d and e f16, s and m 6 bits, q 4 bits.
+/// x = (d · s) · q − (e · m) for 8 groups of 32. d and e are f16, s and m have 6 bits, q has 4 bits.
 fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
-    let (d, e, quarters) = (half(block, 0), half(block, 2), &block[16..]);
+    let (d, e, quants) = (half(block, 0), half(block, 2), &block[16..]);
     for ((group, (scale, min)), out) in scales(&block[4..16]).into_iter().enumerate().zip(out.as_chunks_mut::<32>().0) {
         let (scale, min) = (d * scale, e * min);
         for (i, x) in out.iter_mut().enumerate() {
-            let q = quarters[group / 2 * 32 + i] >> (4 * (group % 2)) & 15;
+            let q = quants[group / 2 * 32 + i] >> (4 * (group % 2)) & 15;
             *x = scale * f32::from(q) - min;
         }
     }
 }
 
-/// As Q4_K, with a fifth bit of q in 32 bytes before the others.
+/// As Q4_K, but q has a fifth bit, in 32 bytes before the low nibbles.
 fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     let (d, e, high, low) = (half(block, 0), half(block, 2), &block[16..48], &block[48..]);
     for ((group, (scale, min)), out) in scales(&block[4..16]).into_iter().enumerate().zip(out.as_chunks_mut::<32>().0) {
@@ -198,7 +202,7 @@ fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     }
 }
 
-/// x = (d · s) · (q − 32) for 16 groups of 16. Low 4 bits of q, high 2 bits, s signed bytes, d f16.
+/// x = (d · s) · (q − 32) for 16 groups of 16. q has 4 low and 2 high bits, s is a signed byte, d is f16.
 fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = half(block, 208);

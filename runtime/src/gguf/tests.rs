@@ -1,6 +1,6 @@
 use super::*;
 
-/// Writes the parts of a file.
+/// Builds GGUF files part by part.
 #[derive(Default)]
 struct Writer {
     keys: u64,
@@ -15,14 +15,14 @@ fn text(text: &[u8]) -> Vec<u8> {
 }
 
 impl Writer {
-    /// A key with a value of this type.
+    /// Adds a key with a value of this type.
     fn key(mut self, name: &str, kind: u32, value: &[u8]) -> Self {
         self.keys += 1;
         self.metadata.extend([&text(name.as_bytes())[..], &kind.to_le_bytes(), value].concat());
         self
     }
 
-    /// What the file says of a tensor.
+    /// Adds a tensor entry.
     fn info(mut self, name: &str, dimensions: &[u64], ty: u32, offset: u64) -> Self {
         self.tensors += 1;
         self.infos.extend(text(name.as_bytes()));
@@ -33,7 +33,7 @@ impl Writer {
         self
     }
 
-    /// A tensor behind those before it.
+    /// Adds a tensor entry and its data, after those before.
     fn tensor(self, name: &str, dimensions: &[u64], ty: u32, bytes: &[u8]) -> Self {
         let offset = self.data.len().next_multiple_of(32);
         let mut new = self.info(name, dimensions, ty, offset as u64);
@@ -120,7 +120,7 @@ fn other_formats_and_versions_are_named() {
 }
 
 #[test]
-fn a_file_that_ends_anywhere_is_refused() {
+fn every_truncation_is_refused() {
     let bytes = sound().bytes();
     for end in 0..bytes.len() {
         assert!(open(&bytes[..end]).is_err(), "cut at {end}");
@@ -128,7 +128,7 @@ fn a_file_that_ends_anywhere_is_refused() {
 }
 
 #[test]
-fn any_byte_may_be_another() {
+fn no_changed_byte_makes_the_reader_panic() {
     let bytes = sound().bytes();
     let (mut accepted, mut refused) = (0, 0);
     for at in 0..bytes.len() {
@@ -137,7 +137,7 @@ fn any_byte_may_be_another() {
             changed[at] = byte;
             match header(&changed) {
                 Ok((_, tensors)) => {
-                    assert!(tensors.values().all(|place| place.start <= place.end && place.end <= changed.len()));
+                    assert!(tensors.values().all(|entry| entry.start <= entry.end && entry.end <= changed.len()));
                     accepted += 1;
                 }
                 Err(_) => refused += 1,

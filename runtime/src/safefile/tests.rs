@@ -29,7 +29,7 @@ fn sample() -> TensorFile {
 }
 
 #[test]
-fn the_same_bytes_each_time_and_others_read_them() {
+fn writing_is_deterministic_and_readable_by_the_safetensors_crate() {
     let (mut once, mut again) = (vec![], vec![]);
     encode(&mut once, &sample()).unwrap();
     encode(&mut again, &sample()).unwrap();
@@ -44,7 +44,7 @@ fn the_same_bytes_each_time_and_others_read_them() {
 }
 
 #[test]
-fn every_float_type_and_alignment() {
+fn every_float_type_is_read_at_every_alignment() {
     let values = [1.5f32, -0.25];
     let halves: Vec<u8> = values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
     let brains: Vec<u8> = values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
@@ -63,7 +63,7 @@ fn every_float_type_and_alignment() {
 }
 
 #[test]
-fn lying_headers() {
+fn inconsistent_headers_are_refused() {
     let header = |dtype: &str, shape: &str, start: u64, end: u64| {
         format!("{{\"x\":{{\"dtype\":\"{dtype}\",\"shape\":{shape},\"data_offsets\":[{start},{end}]}}}}")
     };
@@ -76,7 +76,7 @@ fn lying_headers() {
     for (shape, start, end) in [("[2]", 0, 4), ("[1]", 4, 0), ("[1]", 4, 8), ("[4611686018427387904, 4]", 0, 4)] {
         why(&raw(&header("F32", shape, start, end), &[0; 4]));
     }
-    // A sum of sizes that only fits the file once it wraps around.
+    // A sum of sizes that fits the file only because it overflows.
     let huge = u64::MAX - 100;
     why(&raw(&header("U8", &format!("[{huge}]"), 0, huge), &[0; 4]));
 
@@ -111,9 +111,9 @@ fn not_finite_numbers_are_named() {
     assert!(message.contains("`w` holds -inf at [1, 50001]"), "{message}");
 }
 
-/// Every type of integers has its numbers, booleans 0 and 1; ids and masks of other programs come in all of them.
+/// Every integer type is read, booleans as 0 and 1, since ids and masks of other programs come in all of them.
 #[test]
-fn every_integer_type() {
+fn every_integer_type_is_read() {
     let cases: [(&str, &[u8], [i64; 2]); 9] = [
         ("BOOL", &[1, 0], [1, 0]),
         ("U8", &[255, 1], [255, 1]),
@@ -129,7 +129,7 @@ fn every_integer_type() {
         let header = format!(r#"{{"x":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,{}]}}}}"#, bytes.len());
         let (_folder, path) = stored(&raw(&header, bytes));
         let file = SafeFile::open(&path).expect("sound");
-        assert!(file.integral("x"), "{dtype}");
+        assert!(file.is_integer("x"), "{dtype}");
         assert_eq!(file.integers("x").expect("integers"), wanted, "{dtype}");
         assert_eq!(file.numbers("x").expect("numbers"), wanted.map(|x| x as f64), "{dtype}");
     }

@@ -1,11 +1,11 @@
-//! Kernels in C, by the same convention as MLIR's.
+//! Sessions run kernels in C that follow the calling convention of MLIR's C interface.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::artifact::{BufferId, Entry, Extent, Output, Tensor, Workgroup};
-use crate::backend::Block;
+use crate::backend::Allocation;
 
 const KERNELS: &str = r"
 #include <stdint.h>
@@ -30,7 +30,7 @@ void _mlir__mlir_ciface_update(void **args) {
 void _mlir__mlir_ciface_idle(void **args) { (void)args; }
 ";
 
-/// `None` where there is no C compiler: then these tests have nothing to run.
+/// Compiles the kernels; `None` if there is no C compiler, and the tests then pass without running.
 fn library() -> Option<(tempfile::TempDir, std::path::PathBuf)> {
     let home = tempfile::tempdir().unwrap();
     let (source, library) = (home.path().join("kernels.c"), home.path().join("kernels.so"));
@@ -44,7 +44,7 @@ fn library() -> Option<(tempfile::TempDir, std::path::PathBuf)> {
     }
 }
 
-/// Tensors: `a` [3] frozen, `b` [4,2] whose rows 1..3 train, `c` [5] trainable with decay.
+/// A manifest with the tensors `a` [3], frozen, `b` [4,2], of which rows 1..3 train, and `c` [5], trainable with decay.
 fn manifest() -> Manifest {
     use Extent::{Const, Sequences, Tokens, Values};
     let tensor = |name: &str, shape: &[u64], trainable, decay| Tensor {
@@ -135,10 +135,10 @@ fn session(threads: usize) -> Option<(tempfile::TempDir, Session)> {
 }
 
 #[test]
-fn a_step() {
+fn a_step_computes_outputs_gradients_and_updated_values() {
     let Some((_home, mut session)) = session(2) else { return };
-    // `a` was packed twice over, then let go with what lay between.
-    assert!(session.home.tensors[0].is_none() && session.home.prepared.len() == 1);
+    // `a` was packed in two steps, then freed together with the intermediate result.
+    assert!(session.memory.tensors[0].is_none() && session.memory.prepared.len() == 1);
     assert_eq!(session.flat(Vector::Decay).unwrap()[..], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
 
     session.profile = Some(Profile::new());
@@ -154,13 +154,13 @@ fn a_step() {
     assert!(session.peak_bytes() > 0);
 }
 
-/// What no entry reads that is to run is not packed; what packs on the way to what one reads is.
+/// Preparation launches that only dropped entries need are dropped, also indirectly; the others are kept.
 #[test]
-fn only_some_entries() {
+fn weights_are_packed_for_the_retained_entries_only() {
     let Some((_home, library)) = library() else { return };
-    let program = |entries: &[&str]| Program::new(manifest(), &library).unwrap().only(entries);
+    let program = |entries: &[&str]| Program::new(manifest(), &library).unwrap().retain_entries(entries);
     let mut session = Session::new(program(&["update", "idle"]), weights(), 1).unwrap();
-    assert!(session.manifest().prepare.is_empty() && session.home.prepared.is_empty());
+    assert!(session.manifest().prepare.is_empty() && session.memory.prepared.is_empty());
     session.run("idle", &batch(&[1])).unwrap();
     assert!(session.run("train", &batch(&[1])).unwrap_err().to_string().contains("it has `idle`, `update`"));
     let mut session = Session::new(program(&["train"]), weights(), 1).unwrap();
@@ -169,24 +169,24 @@ fn only_some_entries() {
     assert_eq!(session.output("logits").unwrap().1[..], [40.0, 50.0, 1060.0]);
 }
 
-/// A tensor stays as it was given for rows that an entry reads and that do not train.
+/// A partly trained tensor is kept whole only if an entry reads rows of it that do not train.
 #[test]
-fn only_rows_that_are_read() {
+fn frozen_rows_are_uploaded_only_if_they_are_read() {
     let Some((_home, library)) = library() else { return };
     let session = |manifest: Manifest| Session::new(Program::new(manifest, &library).unwrap(), weights(), 1).unwrap();
-    assert!(session(manifest()).home.tensors[1].is_some());
+    assert!(session(manifest()).memory.tensors[1].is_some());
     let mut trained = manifest();
     let train = trained.entries.get_mut("train").unwrap();
     train.launches.remove(2);
     train.outputs.pop();
     let mut session = session(trained);
-    assert!(session.home.tensors[1].is_none());
+    assert!(session.memory.tensors[1].is_none());
     session.run("train", &batch(&[2, 1])).unwrap();
     assert_eq!(session.flat(Vector::Gradients).unwrap()[..4], [6.0, 9.0, 12.0, 15.0]);
 }
 
 #[test]
-fn bits_do_not_depend_on_threads_or_history() {
+fn results_do_not_depend_on_threads_or_earlier_batches() {
     let Some((_home, mut one)) = session(1) else { return };
     let (_home, mut three) = session(3).unwrap();
     for lengths in [&[20_000, 5][..], &[1], &[7, 30_000]] {
@@ -198,7 +198,7 @@ fn bits_do_not_depend_on_threads_or_history() {
 }
 
 #[test]
-fn poison_shows_what_nobody_wrote() {
+fn poison_reveals_reads_of_memory_that_nothing_wrote() {
     let Some((_home, mut session)) = session(1) else { return };
     session.poison = true;
     for lengths in [[3, 3], [3, 3], [9, 9]] {
@@ -212,7 +212,7 @@ fn poison_shows_what_nobody_wrote() {
 }
 
 #[test]
-fn refusals() {
+fn wrong_entries_inputs_weights_and_kernels_are_refused() {
     let Some((_home, mut session)) = session(1) else { return };
     let mut refuse = |entry: &str, batch: &Inputs, expected: &str| {
         let message = session.run(entry, batch).unwrap_err().to_string();
@@ -230,7 +230,7 @@ fn refusals() {
     let mut beyond = batch(&[3]);
     beyond.ints.insert("targets".into(), vec![3]);
     refuse("train", &beyond, "0..3");
-    // A value that means something else; and a label's place is that of its target.
+    // A padding id is refused although it is in range; the position of a label is that of its target.
     beyond.ints.extend([("targets".into(), vec![2]), ("ids".into(), vec![1, 2, 999_999])]);
     refuse("train", &beyond, "`ids`: value 2 is 999999 (token 2 of sequence 0): tokens of this id are padding");
     let mut two = batch(&[2, 3]);
@@ -254,7 +254,7 @@ fn refusals() {
     }
 }
 
-/// A processor with little memory, which counts how much is taken at most.
+/// A CPU with little memory, which records the most that was allocated at once.
 struct Small {
     cpu: Cpu,
     numbers: usize,
@@ -263,50 +263,50 @@ struct Small {
 
 impl Small {
     fn taken(&self) -> usize {
-        self.cpu.held() as usize / 4
+        self.cpu.allocated_bytes() as usize / 4
     }
 }
 
 impl Backend for Small {
-    fn alloc(&mut self, length: usize) -> Result<Block, RuntimeError> {
+    fn alloc(&mut self, length: usize) -> Result<Allocation, RuntimeError> {
         let free = self.numbers - self.taken();
         if length > free {
-            let (wanted, why, mend) = (4 * length as u64, "there is no more".into(), "take less".into());
-            return Err(RuntimeError::Memory { wanted, free: Some(4 * free as u64), why, mend });
+            let (wanted, why, remedy) = (4 * length as u64, "there is no more".into(), "take less".into());
+            return Err(RuntimeError::Memory { wanted, free: Some(4 * free as u64), why, remedy });
         }
-        let block = self.cpu.alloc(length);
+        let allocation = self.cpu.alloc(length);
         self.most.fetch_max(self.taken(), Ordering::Relaxed);
-        block
+        allocation
     }
-    fn free(&mut self, block: Block) {
-        self.cpu.free(block);
+    fn free(&mut self, allocation: Allocation) {
+        self.cpu.free(allocation);
     }
-    fn write(&mut self, block: Block, start: usize, words: Words) -> Result<(), RuntimeError> {
-        self.cpu.write(block, start, words)
+    fn write(&mut self, allocation: Allocation, start: usize, words: Words) -> Result<(), RuntimeError> {
+        self.cpu.write(allocation, start, words)
     }
-    fn read(&self, place: Place) -> Result<Cow<'_, [f32]>, RuntimeError> {
-        self.cpu.read(place)
+    fn read(&self, range: MemoryRange) -> Result<Cow<'_, [f32]>, RuntimeError> {
+        self.cpu.read(range)
     }
-    fn run(&mut self, jobs: &[Job], profile: Option<&mut Profile>) -> Result<(), RuntimeError> {
+    fn run(&mut self, jobs: &[BoundLaunch], profile: Option<&mut Profile>) -> Result<(), RuntimeError> {
         self.cpu.run(jobs, profile)
     }
-    fn held(&self) -> u64 {
-        self.cpu.held()
+    fn allocated_bytes(&self) -> u64 {
+        self.cpu.allocated_bytes()
     }
 }
 
-/// On so much memory: with the most that was taken.
+/// A session with this much memory in words, and the most that was allocated.
 fn small(manifest: Manifest, weights: Vec<Numbers>, numbers: usize) -> Option<(Session, Arc<AtomicUsize>)> {
     let (_home, library) = library()?;
     let library = Library::load(&library, &manifest.kernels).unwrap();
     let most = Arc::new(AtomicUsize::new(0));
     let backend = Small { cpu: Cpu::new(library, 1).unwrap(), numbers, most: most.clone() };
-    Some((Session::on(Box::new(backend), manifest, weights).unwrap(), most))
+    Some((Session::with_backend(Box::new(backend), manifest, weights).unwrap(), most))
 }
 
 #[test]
-fn says_how_much_of_a_batch_fits() {
-    // Two numbers a token are what `train` is given, and two are temporaries.
+fn an_out_of_memory_error_names_the_part_of_the_batch_that_fits() {
+    // Each token takes two words of inputs of `train` and two of temporaries.
     let Some((mut session, _)) = small(manifest(), weights(), 7000) else { return };
     let message = session.run("train", &batch(&[100; 20])).unwrap_err().to_string();
     assert!(message.contains("there is no more; of the batch's 20 sequences with 2000 tokens"), "{message}");
@@ -318,9 +318,10 @@ fn says_how_much_of_a_batch_fits() {
     session.run("train", &batch(&vec![100; fit])).unwrap();
 }
 
-/// Two batches, each with more of something than the other, have no room for both at their largest.
+/// Two batches, each larger than the other in one extent, fit one at a time, but not a plan for the larger of both
+/// extents.
 #[test]
-fn a_plan_for_one_batch_alone() {
+fn a_plan_falls_back_to_the_sizes_of_one_batch() {
     let buffer = |shape| Buffer { element: Element::F32, shape: vec![shape], storage: Storage::Temporary };
     let by_sequence = Extent::Sequences * Extent::Const(10);
     let reads = Launch { buffers: vec![0, 1], ..manifest().entries["idle"].launches[0].clone() };
@@ -338,7 +339,7 @@ fn a_plan_for_one_batch_alone() {
 }
 
 #[test]
-fn a_batch_is_staged_while_another_is_there() {
+fn a_batch_can_be_staged_before_outputs_of_the_last_one_are_read() {
     let Some((_home, mut session)) = session(1) else { return };
     session.stage(&["train"], &batch(&[2])).unwrap();
     session.start().unwrap();
@@ -347,14 +348,14 @@ fn a_batch_is_staged_while_another_is_there() {
     assert!(session.stage(&["train", "fly"], &batch(&[1])).unwrap_err().to_string().contains("`fly`"));
     session.start().unwrap();
     session.wait().unwrap();
-    // Entries that run one after the other keep the outputs of all.
+    // Entries that run together keep the outputs of all of them.
     assert_eq!(session.outputs(), ["logits", "row", "pooled"]);
     assert_eq!(session.output("logits").unwrap().1[..], [40.0, 1050.0, 1060.0, 1070.0]);
 }
 
-/// Frozen weights come one after the other, and go when they are packed.
+/// Frozen weights are uploaded one by one and freed once they are packed.
 #[test]
-fn weights_are_not_there_in_both_forms() {
+fn weights_never_exist_packed_and_unpacked_at_once() {
     const COUNT: usize = 8;
     let packs = |index: usize| Launch {
         kernel: 0,
@@ -381,5 +382,5 @@ fn weights_are_not_there_in_both_forms() {
     let Some((session, most)) = small(manifest, weights, 1 << 20) else { return };
     let pages = |numbers: usize| (numbers * 4).next_multiple_of(4096) / 4;
     assert!(most.load(Ordering::Relaxed) <= (COUNT + 1) * pages(1000), "{most:?}");
-    assert_eq!(session.home.tensors.iter().flatten().count(), 0);
+    assert_eq!(session.memory.tensors.iter().flatten().count(), 0);
 }

@@ -37,7 +37,7 @@ fn manifest() -> Manifest {
     }
 }
 
-/// An artifact of `manifest` in a directory of its own.
+/// An artifact of `manifest` in a temporary directory.
 fn stored(manifest: &Manifest) -> (tempfile::TempDir, PathBuf) {
     let home = tempfile::tempdir().unwrap();
     let library = home.path().join("built.so");
@@ -48,11 +48,11 @@ fn stored(manifest: &Manifest) -> (tempfile::TempDir, PathBuf) {
 }
 
 fn edit(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
-    let file = path.join(MANIFEST);
+    let file = path.join(MANIFEST_FILE);
     let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     value.as_object_mut().unwrap().shift_remove("checksum");
     change(&mut value);
-    fs::write(file, sealed(value.to_string().into_bytes())).unwrap();
+    fs::write(file, with_checksum(value.to_string().into_bytes())).unwrap();
 }
 
 fn refusal(path: &Path) -> String {
@@ -72,12 +72,12 @@ fn round_trip_and_replacement() {
     fs::write(&library, b"newer code").unwrap();
     save(&path, &Manifest { compiler: "newer".into(), ..manifest() }, &library).unwrap();
     assert_eq!(load(&path).unwrap().0.compiler, "newer");
-    // Nothing is left beside it.
+    // No temporary folder is left next to it.
     assert_eq!(fs::read_dir(home.path()).unwrap().count(), 2);
 }
 
 #[test]
-fn what_is_no_artifact_is_not_replaced() {
+fn a_folder_that_is_no_artifact_is_not_replaced() {
     let (home, _) = stored(&manifest());
     let mine = home.path().join("mine");
     fs::create_dir(&mine).unwrap();
@@ -88,7 +88,7 @@ fn what_is_no_artifact_is_not_replaced() {
 }
 
 #[test]
-fn foreign_artifacts() {
+fn artifacts_of_other_formats_and_machines_are_refused() {
     let (_home, path) = stored(&manifest());
     edit(&path, |m| m["format"] = 99.into());
     assert!(refusal(&path).contains("format 99"));
@@ -103,7 +103,7 @@ fn foreign_artifacts() {
 }
 
 #[test]
-fn damaged_artifacts() {
+fn damaged_artifacts_are_refused() {
     let (_home, path) = stored(&manifest());
     fs::write(path.join("kernels.so"), b"cod").unwrap();
     assert!(refusal(&path).contains("kernels.so"));
@@ -112,22 +112,22 @@ fn damaged_artifacts() {
     fs::write(path.join("kernels.so"), b"code").unwrap();
     load(&path).unwrap();
 
-    let text = fs::read(path.join(MANIFEST)).unwrap();
+    let text = fs::read(path.join(MANIFEST_FILE)).unwrap();
     for end in (0..text.len()).step_by(7) {
-        fs::write(path.join(MANIFEST), &text[..end]).unwrap();
+        fs::write(path.join(MANIFEST_FILE), &text[..end]).unwrap();
         refusal(&path);
     }
     for at in (0..text.len()).step_by(7) {
         let mut flipped = text.clone();
         flipped[at] ^= 1;
-        fs::write(path.join(MANIFEST), flipped).unwrap();
+        fs::write(path.join(MANIFEST_FILE), flipped).unwrap();
         refusal(&path);
     }
 }
 
-/// Every index out of bounds, every size that is not its owner's.
+/// Every index that is out of bounds and every size that does not fit is found.
 #[test]
-fn inconsistent_manifests() {
+fn inconsistent_manifests_are_refused() {
     type Change = fn(&mut Manifest);
     let cases: [(&str, Change); 13] = [
         ("kernel 7", |m| m.prepare[0].kernel = 7),
@@ -138,10 +138,10 @@ fn inconsistent_manifests() {
         ("has 2 values", |m| m.tensors[0].shape = vec![3]),
         ("rows 0..9", |m| m.tensors[1].trainable = Some((0, 9))),
         ("is frozen", |m| m.buffers[2].storage = Storage::Gradient { index: 0 }),
-        ("beyond counting", |m| m.tensors[0].shape = vec![u64::MAX, 3]),
+        ("more elements than 64 bits can count", |m| m.tensors[0].shape = vec![u64::MAX, 3]),
         ("workgroups of 0 threads", |m| m.prepare[0].group.threads = 0),
         ("take 0 units", |m| m.prepare[0].group.units = 0),
-        ("waits for a batch", |m| m.prepare[0].units = Extent::CeilDiv(Box::new(Extent::Tokens), 4)),
+        ("depends on a batch", |m| m.prepare[0].units = Extent::CeilDiv(Box::new(Extent::Tokens), 4)),
         ("not f32", |m| m.buffers[0].element = Element::I32),
     ];
     for (expected, change) in cases {
@@ -153,9 +153,9 @@ fn inconsistent_manifests() {
     }
 }
 
-/// A cache's entry for threads that all want it at once: one makes it, whatever was there, and no one sees a part of one.
+/// Threads that need the same cache entry at once: one compiles it, whatever was there, and none sees a partial one.
 #[test]
-fn many_at_one_entry() {
+fn one_of_many_threads_compiles_a_cache_entry() {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     let home = tempfile::tempdir().unwrap();
@@ -166,7 +166,7 @@ fn many_at_one_entry() {
             for _ in 0..8 {
                 scope.spawn(|| {
                     let folder = tempfile::tempdir().unwrap();
-                    let (found, library) = cached(&entry, || {
+                    let (found, library) = open_or_compile(&entry, || {
                         made.fetch_add(1, Ordering::Relaxed);
                         std::thread::sleep(std::time::Duration::from_millis(30));
                         let library = folder.path().join("built.so");
@@ -178,22 +178,22 @@ fn many_at_one_entry() {
                 });
             }
         });
-        // What is left is the entry alone.
+        // Only the entry is left.
         assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1);
         made.into_inner()
     };
     let damages: [&dyn Fn(); 5] = [
         &|| {},
         &|| fs::write(entry.join("kernels.so"), b"cod").unwrap(),
-        &|| fs::write(entry.join(MANIFEST), b"{").unwrap(),
-        &|| fs::remove_file(entry.join(MANIFEST)).unwrap(),
+        &|| fs::write(entry.join(MANIFEST_FILE), b"{").unwrap(),
+        &|| fs::remove_file(entry.join(MANIFEST_FILE)).unwrap(),
         &|| edit(&entry, |m| m["format"] = 2.into()),
     ];
     for damage in damages {
         damage();
         assert_eq!((race(), race()), (1, 0));
     }
-    // Without a lock each may make it; who comes later takes what is there, and it is not replaced.
+    // Without a lock each thread may compile the entry; an intact one that was stored first is not replaced.
     let library = home.path().join("built.so");
     fs::write(&library, b"other code").unwrap();
     publish(&entry, &manifest(), &library).unwrap();

@@ -1,4 +1,4 @@
-//! Tensors of a checkpoint that do not train: they are what the equations compute by themselves, or the file is of
+//! Buffers of a checkpoint: constant tensors that the model's equations imply. A file with other values belongs to
 //! another model.
 
 use peft_grammar::model::Buffer;
@@ -6,8 +6,8 @@ use peft_grammar::model::Buffer;
 use crate::error::RuntimeError;
 use crate::source::TensorSource;
 
-/// Where a buffer is not what the backbone computes, in words; `None` where it is.
-pub(super) fn differs(buffer: &Buffer, name: &str, file: &dyn TensorSource) -> Result<Option<String>, RuntimeError> {
+/// How a buffer's values differ from those that the backbone computes, as a message; `None` if they agree.
+pub(super) fn difference(buffer: &Buffer, name: &str, file: &dyn TensorSource) -> Result<Option<String>, RuntimeError> {
     let shape = file.shape(name).unwrap_or_default().to_vec();
     let last = shape.last().copied().unwrap_or(1);
     let elements: u64 = shape.iter().product();
@@ -20,13 +20,13 @@ pub(super) fn differs(buffer: &Buffer, name: &str, file: &dyn TensorSource) -> R
     if !fits {
         return Ok(Some(format!("`{name}` is {shape:?}, not {}", what(buffer))));
     }
-    // Frequencies are powers that were computed in f32: some roundings more than the one of being stored.
+    // Frequencies are powers that were computed in f32, with a few more roundings than the one to the element type.
     let rounding = match buffer {
         Buffer::Frequencies { .. } => file.rounding(name).max(f64::powi(2.0, -18)),
         _ => file.rounding(name),
     };
     let numbers = file.numbers(name)?;
-    // f16 has no smaller steps than 2⁻²⁴.
+    // The smallest step of f16 is 2⁻²⁴.
     let near = |x: f64, wanted: f64| (x - wanted).abs() <= 2.0 * rounding * wanted.abs() + f64::powi(2.0, -24);
     for (i, &x) in numbers.iter().enumerate() {
         let (row, column) = (i as u64 / last, i as u64 % last);

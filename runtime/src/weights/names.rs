@@ -1,45 +1,49 @@
-//! What a checkpoint's tensors are called, and what those are that the model does not read.
+//! Names of tensors in checkpoints, and the role of tensors that the model does not read.
 
 use std::collections::BTreeSet;
 
-use peft_grammar::model::{Buffer, Checkpoint, Gguf, Kind, Origin, Param, Permuted, TensorRule};
+use peft_grammar::model::{Buffer, Checkpoint, Gguf, Origin, Param, RowPermutation, TensorKind, TensorRule};
 use peft_grammar::pattern;
 
-/// Names by the rules of a backbone's `checkpoint` block.
+/// The naming rules of a backbone's `checkpoint` block.
 pub(super) struct Names<'a> {
     rules: &'a Checkpoint,
-    /// How the files write those names, where they are GGUF.
+    /// The additional rules for GGUF files, if the checkpoint is GGUF.
     gguf: Option<&'a Gguf>,
-    /// The first parts of the model's names, in full and without the prefix: `bert`, `embeddings`, `encoder`.
+    /// First components of the model's names, with and without the prefix: `bert`, `embeddings`, `encoder`.
     roots: BTreeSet<&'a str>,
 }
 
-/// What a tensor is that the model does not read.
+/// The role of a tensor that the model does not read.
 pub(super) enum Role<'a> {
-    /// Its values are known. With what the backbone's file says of it.
+    /// A buffer with known values, and the note in the backbone's definition.
     Buffer(&'a Buffer, Option<&'a str>),
-    /// A part of other models, with what it is.
+    /// A part of another model that shares the file, and the note in the backbone's definition.
     Unread(Option<&'a str>),
-    /// It lies inside the model, and changes what that computes.
-    Stranger,
+    /// A tensor inside the model that no rule explains, so the file computes something else than the model.
+    Unexplained,
 }
 
 impl<'a> Names<'a> {
-    /// `gguf` says how files in GGUF write the names; without it they are safetensors.
+    /// The rules for safetensors, or with `gguf` for GGUF files.
     pub fn new(rules: &'a Checkpoint, gguf: Option<&'a Gguf>, params: &'a [Param]) -> Self {
         let own = params.iter().filter(|p| matches!(p.origin, Origin::Backbone | Origin::Head));
         let names = own.flat_map(|p| [Some(p.name.as_str()), bare(&p.name, &rules.prefix)]).flatten();
-        // Other names of its tensors lie inside it, too: a bias beside `lm_head.weight`.
-        let same =
-            rules.tensors.iter().filter(|rule| matches!(rule.is, Kind::Same(_))).map(|rule| rule.pattern.as_str());
+        // Alternative names of the model's tensors are inside the model too, such as a bias next to `lm_head.weight`.
+        let same = rules
+            .tensors
+            .iter()
+            .filter(|rule| matches!(rule.is, TensorKind::Same(_)))
+            .map(|rule| rule.pattern.as_str());
         let roots = names.chain(same).map(root).filter(|root| !root.contains('*')).collect();
         Names { rules, gguf, roots }
     }
 
-    /// How checkpoints write a canonical name: in full or without the prefix, as it is or by another name.
+    /// The names that a canonical name may have in a checkpoint: with or without the prefix, as it is or by an
+    /// alternative name.
     pub fn spellings(&self, name: &str) -> Vec<String> {
         let others = self.rules.tensors.iter().filter_map(|rule| match &rule.is {
-            Kind::Same(canonical) => pattern::renamed(canonical, &rule.pattern, name),
+            TensorKind::Same(canonical) => pattern::renamed(canonical, &rule.pattern, name),
             _ => None,
         });
         let mut all = vec![];
@@ -55,24 +59,24 @@ impl<'a> Names<'a> {
         }
     }
 
-    /// The order in which the file holds a tensor's rows, where it is another than the model's.
-    pub fn permuted(&self, name: &str) -> Option<&'a Permuted> {
+    /// The order of a tensor's rows in the file, if it differs from the model's.
+    pub fn permuted(&self, name: &str) -> Option<&'a RowPermutation> {
         self.gguf?.permuted.iter().find(|permuted| pattern::fits(&permuted.pattern, name))
     }
 
-    /// A canonical name as a message tells it: as the files write it.
+    /// A canonical name as messages show it, as the files write it.
     pub fn shown(&self, name: &str) -> String {
         let written = self.gguf.and_then(|_| self.spellings(name).into_iter().next());
         written.unwrap_or_else(|| name.to_owned())
     }
 
-    /// The pattern of the part that files may lack, and in which the tensor lies.
+    /// The pattern of the optional part that the tensor belongs to.
     pub fn optional(&self, name: &str) -> Option<&'a str> {
-        let mut parts = self.rules.tensors.iter().filter(|rule| rule.is == Kind::Optional);
+        let mut parts = self.rules.tensors.iter().filter(|rule| rule.is == TensorKind::Optional);
         parts.find(|rule| pattern::fits(&rule.pattern, name)).map(|rule| &*rule.pattern)
     }
 
-    /// What the backbone's file says of it.
+    /// The note about the tensor in the backbone's definition.
     pub fn note(&self, name: &str) -> Option<&'a str> {
         let full = self.full(name);
         let own = self.gguf.into_iter().flat_map(|gguf| &gguf.tensors);
@@ -84,19 +88,19 @@ impl<'a> Names<'a> {
         rules.filter_map(|rule| rule.note.as_deref()).next()
     }
 
-    /// What a tensor of the files is that no parameter is read from.
+    /// The role of a tensor that no parameter is read from.
     pub fn role(&self, name: &str) -> Role<'a> {
         let mut full = self.full(name);
         let gguf = self.gguf.into_iter().flat_map(|gguf| &gguf.tensors);
         for rule in gguf.filter(|rule| pattern::fits(&rule.pattern, name)) {
             match &rule.is {
-                Kind::Same(_) => {}
-                Kind::Buffer(buffer) => return Role::Buffer(buffer, rule.note.as_deref()),
+                TensorKind::Same(_) => {}
+                TensorKind::Buffer(buffer) => return Role::Buffer(buffer, rule.note.as_deref()),
                 _ => return Role::Unread(rule.note.as_deref()),
             }
         }
         for rule in &self.rules.tensors {
-            if let Kind::Same(canonical) = &rule.is {
+            if let TensorKind::Same(canonical) = &rule.is {
                 full.extend(
                     full.iter().filter_map(|n| pattern::renamed(&rule.pattern, canonical, n)).collect::<Vec<_>>(),
                 );
@@ -105,19 +109,20 @@ impl<'a> Names<'a> {
         for rule in self.rules.tensors.iter().filter(|rule| full.iter().any(|n| pattern::fits(&rule.pattern, n))) {
             let note = rule.note.as_deref();
             match &rule.is {
-                Kind::Buffer(buffer) => return Role::Buffer(buffer, note),
-                Kind::Optional | Kind::Unused => return Role::Unread(note),
-                Kind::Required | Kind::Same(_) => {}
+                TensorKind::Buffer(buffer) => return Role::Buffer(buffer, note),
+                TensorKind::Optional | TensorKind::Unused => return Role::Unread(note),
+                TensorKind::Required | TensorKind::Same(_) => {}
             }
         }
-        // A GGUF file holds nothing but the model.
-        if self.gguf.is_some() || self.roots.contains(root(name)) { Role::Stranger } else { Role::Unread(None) }
+        // A GGUF file holds nothing but one model.
+        if self.gguf.is_some() || self.roots.contains(root(name)) { Role::Unexplained } else { Role::Unread(None) }
     }
 
-    /// The name as it is, and with the prefix; of a name in GGUF, those that it stands for.
+    /// The canonical names that a name may stand for: the name itself and the name with the prefix; for GGUF also the
+    /// names by its rules.
     fn full(&self, name: &str) -> Vec<String> {
         let meant = |rule: &TensorRule| match &rule.is {
-            Kind::Same(canonical) => pattern::renamed(&rule.pattern, canonical, name),
+            TensorKind::Same(canonical) => pattern::renamed(&rule.pattern, canonical, name),
             _ => None,
         };
         let own = self.gguf.into_iter().flat_map(|gguf| &gguf.tensors).filter_map(meant);
@@ -125,18 +130,20 @@ impl<'a> Names<'a> {
     }
 }
 
-/// How a GGUF file writes a name, by one of the rules.
+/// The GGUF name of a canonical name, by one rule.
 fn written(rule: &TensorRule, name: &str) -> Option<String> {
     match &rule.is {
-        Kind::Same(canonical) => pattern::renamed(canonical, &rule.pattern, name),
+        TensorKind::Same(canonical) => pattern::renamed(canonical, &rule.pattern, name),
         _ => None,
     }
 }
 
+/// The name without the prefix, if it has one.
 fn bare<'n>(name: &'n str, prefix: &str) -> Option<&'n str> {
     name.strip_prefix(prefix).filter(|_| !prefix.is_empty())
 }
 
+/// The first component of a name.
 fn root(name: &str) -> &str {
     name.split('.').next().unwrap_or(name)
 }

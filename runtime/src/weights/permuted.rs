@@ -1,10 +1,10 @@
-//! Rows that a file holds in another order than the model.
+//! Tensors whose rows have another order in the file than in the model.
 
-use peft_grammar::model::Permuted;
+use peft_grammar::model::RowPermutation;
 
-/// Puts the rows of a tensor of this shape, read in the file's order, into the model's. The error follows the tensor's
-/// name in a message.
-pub(super) fn restore(order: &Permuted, shape: &[u64], numbers: &mut [f32]) -> Result<(), String> {
+/// Permutes the rows of a tensor from the file's order to the model's. The error is a message that follows the tensor's
+/// name.
+pub(super) fn restore(order: &RowPermutation, shape: &[u64], numbers: &mut [f32]) -> Result<(), String> {
     let rows = shape.first().copied().unwrap_or(1);
     let declared = order.rows.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
     if declared != Some(rows) {
@@ -14,14 +14,14 @@ pub(super) fn restore(order: &Permuted, shape: &[u64], numbers: &mut [f32]) -> R
         return Ok(());
     }
     let width = numbers.len() / rows as usize;
-    // How far apart neighbours along each axis of the file's rows lie, in rows.
+    // Strides of the axes of the file's rows, in rows.
     let mut strides = vec![1; order.rows.len()];
     for axis in (1..strides.len()).rev() {
         strides[axis - 1] = strides[axis] * order.rows[axis] as usize;
     }
     let read = numbers.to_vec();
     for (row, to) in numbers.chunks_exact_mut(width).enumerate() {
-        // The row's index along each axis of the model's order, the last first.
+        // Index of the row along each axis of the model's order, the innermost first.
         let (mut rest, mut from) = (row, 0);
         for &axis in order.axes.iter().rev() {
             let size = order.rows[axis] as usize;
@@ -38,9 +38,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pairs_become_halves() {
-        let order = |rows: [u64; 3]| Permuted { pattern: "*".into(), rows: rows.to_vec(), axes: vec![0, 2, 1] };
-        // Two heads of width 6, a number a row: the file has the pairs (0,3), (1,4), (2,5) of each head.
+    fn interleaved_pairs_become_two_halves() {
+        let order = |rows: [u64; 3]| RowPermutation { pattern: "*".into(), rows: rows.to_vec(), axes: vec![0, 2, 1] };
+        // Two heads of width 6 with one number per row: the file interleaves the pairs (0,3), (1,4), (2,5) of each
+        // head.
         let mut numbers = [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11].map(|x| x as f32);
         restore(&order([2, 3, 2]), &[12], &mut numbers).unwrap();
         assert_eq!(numbers, std::array::from_fn(|i| i as f32));

@@ -1,6 +1,6 @@
 use std::fs;
 
-use peft_grammar::model::{Buffer, Checkpoint, Kind, TensorRule, Trainable};
+use peft_grammar::model::{Buffer, Checkpoint, TensorKind, TensorRule, Trainable};
 
 use super::*;
 use crate::adapter::{self, Stored, TensorFile};
@@ -21,26 +21,26 @@ fn params() -> Vec<Param> {
 }
 
 fn backbone() -> Backbone {
-    let rule = |pattern: &str, is: Kind, note: Option<&str>| TensorRule {
+    let rule = |pattern: &str, is: TensorKind, note: Option<&str>| TensorRule {
         pattern: pattern.into(),
         is,
         note: note.map(String::from),
     };
     let tensors = vec![
-        rule("*.LayerNorm.gamma", Kind::Same("*.LayerNorm.weight".into()), None),
-        rule("lm_head.weight", Kind::Same("t.wte.weight".into()), Some("untie them")),
-        rule("t.pooler.*", Kind::Optional, None),
-        rule("cls.*", Kind::Unused, Some("a head of the pretraining")),
-        rule("*.attn.bias", Kind::Buffer(Buffer::CausalMask), None),
-        rule("t.position_ids", Kind::Buffer(Buffer::Positions), None),
-        rule("*.inv_freq", Kind::Buffer(Buffer::Frequencies { theta: 100.0, width: 4 }), Some("turns")),
-        rule("*.masked_bias", Kind::Buffer(Buffer::Numbers(vec![-1e4, -1e9])), None),
+        rule("*.LayerNorm.gamma", TensorKind::Same("*.LayerNorm.weight".into()), None),
+        rule("lm_head.weight", TensorKind::Same("t.wte.weight".into()), Some("untie them")),
+        rule("t.pooler.*", TensorKind::Optional, None),
+        rule("cls.*", TensorKind::Unused, Some("a head of the pretraining")),
+        rule("*.attn.bias", TensorKind::Buffer(Buffer::CausalMask), None),
+        rule("t.position_ids", TensorKind::Buffer(Buffer::Positions), None),
+        rule("*.inv_freq", TensorKind::Buffer(Buffer::Frequencies { theta: 100.0, width: 4 }), Some("turns")),
+        rule("*.masked_bias", TensorKind::Buffer(Buffer::Numbers(vec![-1e4, -1e9])), None),
     ];
     let checkpoint = Checkpoint { prefix: "t.".into(), tensors, ..Checkpoint::default() };
     Backbone { name: "tiny".into(), config: BTreeMap::new(), checkpoint, ..Backbone::default() }
 }
 
-/// A directory with the tensors that fit, and these besides.
+/// A directory with a checkpoint that fits the model, and these additional tensors.
 fn with(more: &[(&str, &[u64], &[f32])]) -> tempfile::TempDir {
     let home = checkpoint(&FITTING);
     let path = home.path().join("model.safetensors");
@@ -81,7 +81,7 @@ fn refusal(tensors: &[(&str, &[u64])]) -> String {
 }
 
 #[test]
-fn names_with_and_without_prefix_and_in_old_spelling() {
+fn names_with_and_without_prefix_and_alternative_names_are_read() {
     for names in [
         ["t.wte.weight", "t.h.0.LayerNorm.weight", "t.pooler.dense.bias"],
         ["wte.weight", "h.0.LayerNorm.weight", "pooler.dense.bias"],
@@ -107,7 +107,7 @@ fn a_pooler_may_be_missing() {
 }
 
 #[test]
-fn shards() {
+fn shards_are_read_and_bad_indices_refused() {
     let home = tempfile::tempdir().unwrap();
     write_model(&home.path().join("1.safetensors"), &FITTING[..1]);
     write_model(&home.path().join("2.safetensors"), &FITTING[1..]);
@@ -139,7 +139,7 @@ fn shards() {
 }
 
 #[test]
-fn what_does_not_fit() {
+fn missing_and_misshapen_tensors_are_named() {
     let message = refusal(&[("t.wte.weight", &[2, 3]), ("t.h.0.LayerNorm.weigth", &[2])]);
     assert!(
         message.contains("`t.h.0.LayerNorm.weight` is missing; the file has `t.h.0.LayerNorm.weigth`"),
@@ -160,12 +160,12 @@ fn appended_rows_are_drawn() {
     assert_eq!(wte[..4], [1.0, 2.0, 3.0, 4.0]);
     assert_eq!(wte[4..], random(&params(), 7)[0][4..]);
     assert!(read(home.path(), 0).err().unwrap().contains("`t.wte.weight` is [2, 2]"));
-    // Some of a task's special tokens may be the checkpoint's own.
+    // Some of a task's special tokens may be in the checkpoint already.
     assert_eq!(read(home.path(), 2).unwrap().tensors[0][..], wte[..]);
 }
 
 #[test]
-fn numbers_that_are_not_finite() {
+fn numbers_that_are_not_finite_are_refused() {
     let home = checkpoint(&FITTING);
     let path = home.path().join("model.safetensors");
     let mut file = adapter::load(&path).unwrap();
@@ -188,7 +188,7 @@ fn drawn_weights_depend_on_seed_and_name_alone() {
 }
 
 #[test]
-fn moments() {
+fn drawn_weights_have_the_moments_of_their_distributions() {
     let drawn = |init| draw(&Param { init, ..param("a", &[200_000], Origin::Head) }, 7);
     let mean = |x: &[f32]| x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len() as f64;
     let std = |x: &[f32]| (x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / x.len() as f64).sqrt();
@@ -200,9 +200,10 @@ fn moments() {
     assert!(uniform.iter().all(|x| x.abs() < 0.5) && (std(&uniform) - 0.5 / 3f64.sqrt()).abs() < 2e-3);
 }
 
-/// What lies inside the model and is not read changes what it computes; what lies outside does not.
+/// Tensors inside the model that nothing reads are refused, since they would change its result; others are only
+/// reported.
 #[test]
-fn tensors_that_nothing_reads() {
+fn unread_tensors_inside_the_model_are_refused() {
     for inside in ["t.h.0.mlp.bias", "h.1.LayerNorm.weight", "wte.bias", "classifier.dense.weight", "t.odd"] {
         let message = read(with(&[(inside, &[1], &[0.0])]).path(), 0).err().unwrap();
         assert!(message.contains(&format!("not read by `tiny`: {inside}")), "{message}");
@@ -215,9 +216,9 @@ fn tensors_that_nothing_reads() {
 }
 
 #[test]
-fn buffers_hold_what_the_equations_mean() {
+fn buffers_must_hold_the_values_that_the_equations_imply() {
     let mask = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0];
-    // 100^(−2j/4): 1 and 0.1.
+    // 100^(−2j/4) is 1 and 0.1.
     let fine: [(&str, &[u64], &[f32]); 6] = [
         ("h.0.attn.bias", &[1, 1, 3, 3], &mask),
         ("t.h.1.attn.bias", &[3, 3], &mask),
@@ -244,7 +245,7 @@ fn buffers_hold_what_the_equations_mean() {
 }
 
 #[test]
-fn two_tensors_for_one_parameter_agree() {
+fn two_tensors_for_one_parameter_must_agree() {
     let table = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
     let other = [1.0, 2.0, 3.0, 4.0, 5.0, 7.0];
     for (name, note) in [("wte.weight", "differ"), ("lm_head.weight", "differ: untie them")] {
@@ -257,9 +258,9 @@ fn two_tensors_for_one_parameter_agree() {
     assert_eq!(read(home.path(), 0).unwrap().tensors[0][..], table);
 }
 
-/// A head is read whole, or drawn whole.
+/// A head is either read as a whole or drawn as a whole.
 #[test]
-fn half_a_head_is_missing() {
+fn an_incomplete_head_is_refused() {
     let mut params = params();
     params.push(param("classifier.bias", &[2], Origin::Head));
     let load = |home: &Path| load(home, &backbone(), &params, 0, 7).map_err(|e| e.to_string());
@@ -270,7 +271,8 @@ fn half_a_head_is_missing() {
     assert!(load(home.path()).err().unwrap().contains("a head for 3 classes, and the task has 2 labels"));
 }
 
-/// Untied logits have a matrix of their own; for tied ones a checkpoint's copy is the same.
+/// A model with untied logits has its own output matrix; with tied ones a copy in the checkpoint must equal the
+/// embedding.
 #[test]
 fn an_output_matrix_is_read_when_the_model_has_one() {
     let home = checkpoint(&[("t.wte.weight", &[3, 2]), ("lm_head.weight", &[3, 2])]);
@@ -280,7 +282,7 @@ fn an_output_matrix_is_read_when_the_model_has_one() {
     params.push(param("lm_head.weight", &[3, 2], Origin::Backbone));
     let mut backbone = backbone();
     for rule in backbone.checkpoint.tensors.iter_mut().filter(|rule| rule.pattern == "lm_head.weight") {
-        (rule.is, rule.note) = (Kind::Required, Some("tie them".into()));
+        (rule.is, rule.note) = (TensorKind::Required, Some("tie them".into()));
     }
     let untied = load(home.path(), &backbone, &params, 0, 7).unwrap();
     assert_eq!(untied.tensors[1][..], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
@@ -289,9 +291,9 @@ fn an_output_matrix_is_read_when_the_model_has_one() {
     assert!(message.contains("`lm_head.weight` is missing; tie them"), "{message}");
 }
 
-/// A tensor that two shards hold is one tensor, or the files are not of one model.
+/// A tensor may be in two shards only if both hold the same numbers.
 #[test]
-fn shards_agree() {
+fn a_tensor_in_two_shards_must_agree() {
     let home = tempfile::tempdir().unwrap();
     let map = serde_json::json!({ "weight_map": { FITTING[0].0: "1.safetensors", FITTING[1].0: "2.safetensors" } });
     fs::write(home.path().join("model.safetensors.index.json"), map.to_string()).unwrap();
@@ -306,15 +308,15 @@ fn shards_agree() {
     assert!(message.contains("`t.h.0.LayerNorm.weight` is in") && message.contains("and differs"), "{message}");
 }
 
-/// A bias beside a matrix that the model has by another name changes what it computes.
+/// A bias next to an alternative name of the model's matrix would change the model's result.
 #[test]
-fn strangers_beside_other_names() {
+fn unread_tensors_next_to_alternative_names_are_refused() {
     let message = read(with(&[("lm_head.bias", &[3], &[0.5; 3])]).path(), 0).err().unwrap();
     assert!(message.contains("inside the model") && message.contains("lm_head.bias"), "{message}");
 }
 
 #[test]
-fn files_that_are_there_and_are_none() {
+fn dangling_links_and_lfs_pointers_are_named() {
     let home = checkpoint(&FITTING);
     let path = home.path().join("model.safetensors");
     fs::remove_file(&path).unwrap();

@@ -9,13 +9,13 @@ use super::super::tests::{Case, WORDS};
 use super::super::{Batch, Dataset, Examples, Reading};
 use super::*;
 
-/// Ids of the task's tokens, which follow those of the words.
+/// Ids of the task's special tokens, which follow those of the words.
 const P: i32 = 8;
 const Q: i32 = 9;
 const A: i32 = 10;
 const E: i32 = 11;
 
-/// Data of a task whose examples are the items of `turns`.
+/// The data set of a task whose examples are the items of `turns`.
 fn read(rows: &str, template: &str, pack: bool, max_tokens: u64) -> Dataset {
     let block = format!(
         "task t {{ special: [\"<p>\", \"<q>\", \"<a>\", \"<e>\"]  each: \"turns\"  pack: {pack}  target: \"<a>\"
@@ -25,13 +25,13 @@ fn read(rows: &str, template: &str, pack: bool, max_tokens: u64) -> Dataset {
     case.load(&generates(&block)).unwrap_or_else(|error| panic!("{}", case.plain(error)))
 }
 
-/// A row: a story, and questions with their answers.
+/// A row with a story, and questions with their answers.
 fn row(story: &str, turns: &[(&str, &str)]) -> String {
     let turns: Vec<_> = turns.iter().map(|(q, a)| serde_json::json!({"q": q, "a": a})).collect();
     serde_json::json!({"story": story, "turns": turns}).to_string() + "\n"
 }
 
-/// What is said of the data behind the file's name.
+/// The summary of the data set after the file's name.
 fn said(data: &Dataset) -> String {
     data.describe().split_once("a.jsonl: ").expect("a name").1.to_owned()
 }
@@ -39,15 +39,18 @@ fn said(data: &Dataset) -> String {
 const WHOLE: &str = "<p> {story} (before: <q> {turns.q} <a> {turns.a})* <q> {turns.q} <a> {turns.a} <e>";
 
 #[test]
-fn a_conversation_is_one_sequence() {
+fn a_conversation_packs_into_one_sequence() {
     let turns = [("good tea", "tea"), ("bad", "Ann likes"), ("Ann", "bad")];
     let data = read(&(row("Ann likes", &turns) + &row("tea", &turns[..1])), WHOLE, true, 64);
-    // The closing mark of the first answer is predicted where the second question stands, that of the second answer where
-    // the third one does.
+    // The first answer's closing token is predicted at the position of the second question, and the second answer's at
+    // that of the third.
     let first = Example {
         ids: vec![P, ANN, LIKES, Q, GOOD, TEA, A, TEA, Q, BAD, A, ANN, LIKES, Q, ANN, A, BAD, E],
         types: vec![P, P, P, Q, Q, Q, A, A, Q, Q, A, A, A, Q, Q, A, A, A],
-        goal: Goal::Turns(vec![7..8, 11..13, 16..18], vec![Aside { at: 8, label: E }, Aside { at: 13, label: E }]),
+        goal: Goal::Turns(
+            vec![7..8, 11..13, 16..18],
+            vec![ExtraTarget { at: 8, label: E }, ExtraTarget { at: 13, label: E }],
+        ),
     };
     let second = Example {
         ids: vec![P, TEA, Q, GOOD, TEA, A, TEA, E],
@@ -65,14 +68,14 @@ fn a_conversation_is_one_sequence() {
 }
 
 #[test]
-fn a_cut_history_begins_a_sequence() {
+fn a_truncated_history_starts_a_new_sequence() {
     let turns = [("good", "tea"), ("bad", "Ann"), ("likes", "bad")];
     let template = WHOLE.replace("(before:", "(last 1 of before:");
     let data = read(&row("tea", &turns), &template, true, 64);
     let first = Example {
         ids: vec![P, TEA, Q, GOOD, A, TEA, Q, BAD, A, ANN, E],
         types: vec![P, P, Q, Q, A, A, Q, Q, A, A, A],
-        goal: Goal::Turns(vec![5..6, 9..11], vec![Aside { at: 6, label: E }]),
+        goal: Goal::Turns(vec![5..6, 9..11], vec![ExtraTarget { at: 6, label: E }]),
     };
     let second = Example {
         ids: vec![P, TEA, Q, BAD, A, ANN, Q, LIKES, A, BAD, E],
@@ -87,9 +90,9 @@ fn a_cut_history_begins_a_sequence() {
     ");
 }
 
-/// Templates by which no two turns share a sequence; the note says why.
+/// With these templates no two turns can be merged, and the note says why.
 #[test]
-fn turns_that_share_nothing() {
+fn unmergeable_turns_are_explained_in_a_note() {
     let note = |template: &str| {
         let data = read(&row("tea", &[("good", "tea"), ("bad", "Ann"), ("likes", "bad")]), template, true, 64);
         assert_eq!((data.len(), data.turns), (3, 3), "{template}");
@@ -113,13 +116,13 @@ fn turns_that_share_nothing() {
     ");
 }
 
-/// What the cut leaves of each turn is what is packed.
+/// Turns are truncated before they are packed.
 #[test]
-fn turns_beyond_the_longest() {
+fn turns_are_truncated_before_packing() {
     let turns = [("good", "tea"), ("bad", "Ann likes"), ("likes", "bad")];
     let data = read(&row("tea", &turns), WHOLE, true, 11);
     let ids = vec![P, TEA, Q, GOOD, A, TEA, Q, BAD, A, ANN, LIKES];
-    let goal = Goal::Turns(vec![5..6, 9..11], vec![Aside { at: 6, label: E }]);
+    let goal = Goal::Turns(vec![5..6, 9..11], vec![ExtraTarget { at: 6, label: E }]);
     assert_eq!(data.examples, [Example { ids, types: vec![P, P, Q, Q, A, A, Q, Q, A, A, A], goal }]);
     assert_eq!((data.cut, data.dropped, data.lengths()), (2, 1, &[16, 12][..]));
     insta::assert_snapshot!(said(&data), @"1 examples of 2 turns, 11 tokens, the longest 11, 2 cut, 1 of them dropped: no target is left");
@@ -129,25 +132,25 @@ fn example(ids: &[i32], from: usize) -> Example {
     Example { ids: ids.to_vec(), types: vec![0; ids.len()], goal: Goal::after(from, ids.len()) }
 }
 
-/// Two labels at one place count both: that of the sequence's own token, and an aside.
+/// Two labels at one position both count: that of the sequence's own token, and an extra target.
 #[test]
-fn labels_of_one_place() {
-    let goal = |earlier: &Example, next: &Example| together(earlier, next).map(|example| example.goal);
-    let aside = |at, label| Aside { at, label };
+fn two_labels_at_one_position_both_count() {
+    let goal = |earlier: &Example, next: &Example| merge(earlier, next).map(|example| example.goal);
+    let extra = |at, label| ExtraTarget { at, label };
     let long = example(&[5, 6, 7, 8], 1);
-    // The same example twice, one that the next goes beyond, and one that goes beyond the next.
-    assert_eq!(goal(&long, &long), Ok(Goal::Turns(vec![2..4], vec![aside(2, 7), aside(3, 8)])));
-    assert_eq!(goal(&example(&[5, 6, 7], 1), &long), Ok(Goal::Turns(vec![2..4], vec![aside(2, 7)])));
-    assert_eq!(goal(&long, &example(&[5, 6, 7], 1)), Ok(Goal::Turns(vec![2..3], vec![aside(2, 7), aside(3, 8)])));
+    // The same example twice, an example that the next one extends, and one that extends the next.
+    assert_eq!(goal(&long, &long), Ok(Goal::Turns(vec![2..4], vec![extra(2, 7), extra(3, 8)])));
+    assert_eq!(goal(&example(&[5, 6, 7], 1), &long), Ok(Goal::Turns(vec![2..4], vec![extra(2, 7)])));
+    assert_eq!(goal(&long, &example(&[5, 6, 7], 1)), Ok(Goal::Turns(vec![2..3], vec![extra(2, 7), extra(3, 8)])));
     // Another answer of one token to the same question.
-    assert_eq!(goal(&example(&[5, 6, 9], 1), &long), Ok(Goal::Turns(vec![2..4], vec![aside(2, 9)])));
-    assert_eq!(goal(&example(&[5, 6, 9, 8], 1), &long), Err(Apart::Answer));
-    assert_eq!(goal(&example(&[5, 4, 7], 1), &long), Err(Apart::History));
+    assert_eq!(goal(&example(&[5, 6, 9], 1), &long), Ok(Goal::Turns(vec![2..4], vec![extra(2, 9)])));
+    assert_eq!(goal(&example(&[5, 6, 9, 8], 1), &long), Err(NotMerged::Answer));
+    assert_eq!(goal(&example(&[5, 4, 7], 1), &long), Err(NotMerged::History));
     let typed = Example { types: vec![0, 1, 1], ..example(&[5, 6, 7], 1) };
-    assert_eq!(goal(&typed, &long), Err(Apart::Types));
+    assert_eq!(goal(&typed, &long), Err(NotMerged::Types));
 }
 
-/// What is predicted, how often: context, its types, and the label.
+/// How often each label is predicted, by its context and the context's types.
 fn predicted(examples: &Examples) -> BTreeMap<(Vec<i32>, Vec<i32>, i32), usize> {
     let mut all = BTreeMap::new();
     for example in examples.iter() {
@@ -160,7 +163,7 @@ fn predicted(examples: &Examples) -> BTreeMap<(Vec<i32>, Vec<i32>, i32), usize> 
     all
 }
 
-/// Histories that are whole, cut or laid out in other ways, and answers that are closed in several.
+/// Templates with whole, truncated and rearranged histories, and with different closings of answers.
 const TEMPLATES: &[&str] = &[
     WHOLE,
     "(before: <q> {turns.q} <a> {turns.a} <e>)* <q> {turns.q} <a> {turns.a} <e>",
@@ -179,9 +182,10 @@ fn words(count: impl Strategy<Value = usize>) -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    /// Packed or not, the same labels are predicted from the same tokens. Few words make turns alike.
+    /// With and without packing, the same labels are predicted from the same contexts. A small vocabulary makes turns
+    /// alike.
     #[test]
-    fn nothing_else_is_predicted(
+    fn packing_keeps_every_prediction(
         rows in proptest::collection::vec(
             (words(0usize..3), proptest::collection::vec((words(0usize..3), words(1usize..4)), 1..6)),
             1..4,
@@ -198,13 +202,14 @@ proptest! {
         prop_assert_eq!(predicted(&separate.examples), predicted(&packed.examples));
         prop_assert_eq!((separate.len(), separate.cut, separate.dropped), (packed.turns, packed.cut, packed.dropped));
         prop_assert!(packed.len() <= separate.len() && packed.tokens() <= separate.tokens());
-        prop_assert!(packed.examples.are_whole(64) && packed.longest() as u64 <= max_tokens);
+        prop_assert!(packed.examples.are_valid(64) && packed.longest() as u64 <= max_tokens);
     }
 }
 
-/// An entry of the cache has the asides, and belongs to the option. Rows are read so many at a time that one is divided.
+/// A cache entry stores extra targets and depends on the option `pack`. There are so many rows that a chunk boundary
+/// divides them.
 #[test]
-fn packed_data_in_the_cache() {
+fn packed_data_are_cached_with_extra_targets() {
     let turns = [("good", "tea"), ("bad", "Ann likes"), ("likes", "bad")];
     let case = Case::named("a.jsonl", row("tea", &turns).repeat(6000));
     let cache = case.dir.path().join("cache");
@@ -221,13 +226,13 @@ fn packed_data_in_the_cache() {
     assert_eq!((first.len(), first.turns, first.cached), (6000, 18000, false));
     let second = load(true);
     assert!(second.cached && first.examples.iter().eq(second.examples.iter()));
-    assert_eq!(second.examples.get(5999).goal.asides().len(), 2);
+    assert_eq!(second.examples.get(5999).goal.extra_targets().len(), 2);
     assert_eq!(
         (first.describe() + ", from the cache", first.examples.bytes()),
         (second.describe(), second.examples.bytes())
     );
     assert!(!load(false).cached);
-    // Of conversations that are held out no turn is left.
+    // No turn of a held-out conversation remains in the training data.
     let (train, held) = second.hold_out(1000, 1).unwrap();
     assert_eq!((train.len(), held.len()), (5000, 1000));
     assert_eq!(held.examples.get(999), first.examples.get(0));

@@ -1,23 +1,24 @@
-//! Files compressed by gzip and zstd, with a bound on what is unpacked.
+//! Decompression of gzip and zstd files, with a limit on the decompressed size.
 
 use std::io::{self, Read};
 
-/// No file unpacks to more bytes.
-const MOST: u64 = 16 << 30;
-/// Up to this many bytes any file may unpack to, however small it is.
-const ALWAYS: u64 = 64 << 20;
-/// Beyond [`ALWAYS`] a file unpacks to at most this many times its size. Text is compressed to a tenth, seldom less.
-const RATIO: u64 = 200;
+/// The largest decompressed size in bytes.
+const MAX_BYTES: u64 = 16 << 30;
+/// The decompressed size in bytes that is accepted for any compressed size.
+const FREE_BYTES: u64 = 64 << 20;
+/// The largest decompressed size beyond [`FREE_BYTES`], as a multiple of the compressed size. Text seldom compresses to
+/// less than a tenth.
+const MAX_RATIO: u64 = 200;
 
-/// Why a file was not unpacked.
+/// The reason why a file was not decompressed.
 #[derive(Debug)]
 pub enum Fault {
     Damaged(String),
-    /// It is larger than this many bytes.
+    /// The decompressed size is larger than this many bytes.
     Large(u64),
 }
 
-/// How a file is compressed, by its first bytes.
+/// The compression of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
     Gzip,
@@ -25,11 +26,12 @@ pub enum Compression {
 }
 
 impl Compression {
+    /// The compression that a file's magic bytes indicate.
     pub fn of(bytes: &[u8]) -> Option<Self> {
         match bytes {
             [0x1f, 0x8b, ..] => Some(Compression::Gzip),
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
-            // A skippable frame in front of the first one.
+            // A zstd file may begin with a skippable frame.
             [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Compression::Zstd),
             _ => None,
         }
@@ -42,7 +44,7 @@ impl Compression {
         }
     }
 
-    /// The endings of such files' names.
+    /// The usual extensions of compressed files.
     pub fn endings(self) -> &'static [&'static str] {
         match self {
             Compression::Gzip => &["gz", "gzip"],
@@ -50,9 +52,9 @@ impl Compression {
         }
     }
 
-    /// The whole content.
+    /// Decompresses the whole file.
     pub fn unpack(self, packed: &[u8]) -> Result<Vec<u8>, Fault> {
-        self.unpack_within(packed, (packed.len() as u64).saturating_mul(RATIO).clamp(ALWAYS, MOST))
+        self.unpack_within(packed, (packed.len() as u64).saturating_mul(MAX_RATIO).clamp(FREE_BYTES, MAX_BYTES))
     }
 
     pub(super) fn unpack_within(self, packed: &[u8], limit: u64) -> Result<Vec<u8>, Fault> {
@@ -69,7 +71,7 @@ impl Compression {
     }
 }
 
-/// Appends what the frames of a zstd file hold, in their order, until `plain` has `most` bytes.
+/// Decompresses the frames of a zstd file in order and appends them to `plain` until it has `most` bytes.
 fn frames(packed: &[u8], most: u64, plain: &mut Vec<u8>) -> io::Result<usize> {
     use ruzstd::decoding::StreamingDecoder;
     use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
@@ -86,7 +88,7 @@ fn frames(packed: &[u8], most: u64, plain: &mut Vec<u8>) -> io::Result<usize> {
                 let frame = frame.into_frame_decoder();
                 let (said, found) = (frame.get_checksum_from_data(), frame.get_calculated_checksum());
                 if frame.is_finished() && said.is_some() && said != found {
-                    return Err(io::Error::other("its checksum is that of other content"));
+                    return Err(io::Error::other("its checksum does not match its content"));
                 }
             }
             Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame { length, .. })) => {

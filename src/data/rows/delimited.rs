@@ -1,32 +1,32 @@
-//! csv and tsv. In csv fields may be quoted as in RFC 4180; in tsv, as in GLUE's files, a quote is a character like any
-//! other.
+//! Parses csv and tsv. Fields of csv may be quoted as in RFC 4180. In tsv, as in GLUE's files, a quote is an ordinary
+//! character.
 
 use std::borrow::Cow;
 use std::rc::Rc;
 
-use super::{At, Cells, Fault, Row};
+use super::{Cells, Fault, Location, Row};
 
-/// A record's texts and its first line.
+/// The number of a record's first line, and its fields.
 type Record<'f> = (usize, Vec<Cow<'f, str>>);
 
-/// Reads a file record by record.
+/// Parses a file record by record.
 pub struct Delimited<'f> {
     bytes: &'f [u8],
     at: usize,
-    /// The line that begins at `at`.
+    /// The number of the line that begins at `at`.
     line: usize,
     comma: bool,
     names: Rc<[String]>,
-    /// The line of the names, if they are the file's own.
+    /// The line of the header, if the file has one.
     pub header: Option<usize>,
-    /// The next record; what is read ahead to see whether it is a header.
+    /// A record that was parsed ahead to decide whether it is a header.
     ahead: Option<Record<'f>>,
     over: bool,
 }
 
 impl<'f> Delimited<'f> {
-    /// `implied` names the columns of a file without a header; `is_header` tells whether the first record is one. Without
-    /// `implied` it always is.
+    /// `implied` names the columns of a file without a header, and `is_header` decides whether the first record is a
+    /// header. If `implied` is `None` it always is.
     pub fn new(
         bytes: &'f [u8],
         comma: bool,
@@ -38,7 +38,7 @@ impl<'f> Delimited<'f> {
         let first: Record = match file.record() {
             None => return Ok(file),
             Some(Err(fault)) if implied.is_some() && !fault.fatal => {
-                // It is no header, and read again as a row.
+                // An invalid record is not a header, so it is parsed again as a row.
                 (file.at, file.line) = (0, 1);
                 return Ok(file);
             }
@@ -57,19 +57,19 @@ impl<'f> Delimited<'f> {
                  `.tsv` with tabs",
                 shortened(only)
             );
-            return Err(Fault::fatal(At::Line(first.0), message));
+            return Err(Fault::fatal(Location::Line(first.0), message));
         }
         file.names = texts.iter().map(|name| name.to_string()).collect();
         file.header = Some(first.0);
         Ok(file)
     }
 
-    /// The columns' names.
+    /// The column names.
     pub fn names(&self) -> Vec<&str> {
         self.names.iter().map(String::as_str).collect()
     }
 
-    /// The next record that is no blank line.
+    /// The next record that is not a blank line.
     fn record(&mut self) -> Option<Result<Record<'f>, Fault>> {
         if let Some(record) = self.ahead.take() {
             return Some(Ok(record));
@@ -98,12 +98,12 @@ impl<'f> Delimited<'f> {
         };
         Some(record.and_then(|fields| {
             let texts: Option<Vec<_>> = fields.into_iter().map(text).collect();
-            let not_utf8 = || Fault::row(At::Line(first), "not UTF-8; save the file in that encoding");
+            let not_utf8 = || Fault::row(Location::Line(first), "not UTF-8; save the file in that encoding");
             texts.map(|texts| (first, texts)).ok_or_else(not_utf8)
         }))
     }
 
-    /// A record of csv, which may go on over lines.
+    /// Parses a csv record, which may span several lines.
     fn quoted(&mut self) -> Result<Vec<Cow<'f, [u8]>>, Fault> {
         let mut fields = vec![];
         loop {
@@ -134,13 +134,13 @@ impl<'f> Delimited<'f> {
                 _ => {
                     let message =
                         "text follows a closing quote; a quote inside a quoted field is written twice, `\"\"`";
-                    return Err(Fault::fatal(At::Line(self.line), message));
+                    return Err(Fault::fatal(Location::Line(self.line), message));
                 }
             }
         }
     }
 
-    /// A quoted field, with `""` for a quote.
+    /// Parses a quoted field, in which `""` stands for a quote.
     fn quotation(&mut self) -> Result<Cow<'f, [u8]>, Fault> {
         let opened = self.line;
         self.at += 1;
@@ -150,7 +150,7 @@ impl<'f> Delimited<'f> {
             let Some(end) = rest.iter().position(|&b| b == b'"') else {
                 let message =
                     "the quote that opens here is never closed; close it, or write it twice, `\"\"`, inside quotes";
-                return Err(Fault::fatal(At::Line(opened), message));
+                return Err(Fault::fatal(Location::Line(opened), message));
             };
             self.line += rest[..end].iter().filter(|&&b| b == b'\n').count();
             let doubled = rest.get(end + 1) == Some(&b'"');
@@ -166,7 +166,7 @@ impl<'f> Delimited<'f> {
         })
     }
 
-    /// What is wrong with a record of another number of columns than there are names.
+    /// The error for a record whose number of fields is not the number of columns.
     fn ragged(&self, texts: &[Cow<str>]) -> String {
         let count = texts.len();
         match (self.header.is_some(), texts) {
@@ -194,7 +194,7 @@ impl<'f> Iterator for Delimited<'f> {
             return None;
         }
         let row = self.record()?.and_then(|(line, texts)| {
-            let at = At::Line(line);
+            let at = Location::Line(line);
             match texts.len() == self.names.len() {
                 true => Ok(Row { at, cells: Cells::Texts(self.names.clone(), texts) }),
                 false => Err(Fault::row(at, self.ragged(&texts))),
@@ -205,7 +205,7 @@ impl<'f> Iterator for Delimited<'f> {
     }
 }
 
-/// The first line without its end, and where the next one begins.
+/// The first line without its line ending, and the offset of the next line.
 pub(super) fn line(bytes: &[u8]) -> (&[u8], usize) {
     match bytes.iter().position(|&b| b == b'\n') {
         Some(end) => (bytes[..end].strip_suffix(b"\r").unwrap_or(&bytes[..end]), end + 1),
@@ -220,7 +220,7 @@ fn text(bytes: Cow<[u8]>) -> Option<Cow<str>> {
     }
 }
 
-/// The first characters of a text, for a message.
+/// The first 20 characters of a text, for a message.
 pub(crate) fn shortened(text: &str) -> Cow<'_, str> {
     match text.char_indices().nth(20) {
         Some((at, _)) => Cow::Owned(format!("{}…", &text[..at])),
@@ -232,7 +232,7 @@ fn columns(count: usize) -> String {
     if count == 1 { "1 column".into() } else { format!("{count} columns") }
 }
 
-/// Columns for a message: the first ones, none at full length.
+/// The first four fields for a message, each shortened.
 fn shown(columns: &[Cow<str>]) -> String {
     let more = if columns.len() > 4 { ", …" } else { "" };
     let shown: Vec<String> = columns.iter().take(4).map(|column| format!("`{}`", shortened(column))).collect();

@@ -1,4 +1,4 @@
-//! Data files: which ones are named, and what each is.
+//! Opens data files: expands file name patterns, decompresses, and detects the format.
 
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ use super::compressed::{Compression, Fault};
 use super::{delimited::line, parquet};
 use crate::data::DataError;
 
-/// What the content of a file is.
+/// The format of a file's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Json,
@@ -20,20 +20,20 @@ pub enum Format {
     Tsv,
     Parquet,
     Xml,
-    /// Neither its first bytes nor its name tell.
+    /// Neither the first bytes nor the name determine the format.
     Unknown,
 }
 
-/// A file's content, unpacked and without a byte order mark.
+/// A file's content, decompressed and without a byte order mark.
 pub struct File {
     pub path: PathBuf,
     pub bytes: Bytes,
     pub format: Format,
-    /// The ending of its name, without that of what compresses it.
+    /// The extension of the file's name in lower case, without the extension of the compression.
     ending: String,
 }
 
-/// Files that are not read, by their first bytes: what they are, and the mend.
+/// Formats that are not supported: magic bytes, a description, and the remedy.
 const FOREIGN: [(&[u8], &str, &str); 7] = [
     (b"BZh", "compressed by bzip2", "unpack it with `bzip2 -d`"),
     (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with `xz -d`"),
@@ -44,7 +44,7 @@ const FOREIGN: [(&[u8], &str, &str); 7] = [
     (b"ustar", "a tar archive", "unpack it with `tar -xf`"),
 ];
 
-/// Where a tar archive says that it is one.
+/// The offset of a tar archive's magic bytes.
 const TAR: usize = 257;
 
 impl File {
@@ -57,7 +57,7 @@ impl File {
             message: match fault {
                 Fault::Damaged(message) => format!("it is damaged or cut short ({message}); fetch or write it again"),
                 Fault::Large(limit) => format!(
-                    "its {} bytes unpack to more than {} MB, which no text does; unpack it yourself if it is what you expect",
+                    "its {} bytes unpack to more than {} MB, which is implausible for text; unpack it yourself if the size is right",
                     bytes.len(),
                     limit >> 20
                 ),
@@ -72,7 +72,7 @@ impl File {
         File::plain(path, unpacked.into(), inner)
     }
 
-    /// `ending` is that of its name, when what compresses it is taken away.
+    /// `ending` is the extension without that of the compression.
     fn plain(path: &Path, mut bytes: Bytes, ending: String) -> Result<Self, DataError> {
         let foreign = FOREIGN.iter().find(|(start, ..)| match *start {
             b"ustar" => bytes.get(TAR..).is_some_and(|rest| rest.starts_with(start)),
@@ -92,39 +92,39 @@ impl File {
         Ok(File { path: path.to_owned(), bytes, format, ending })
     }
 
-    /// Its name says that it is text without rows, or nothing says what it is.
+    /// Whether the file is plain text without rows: its extension is `txt`, or its format is unknown.
     pub fn is_plain_text(&self) -> bool {
         self.format == Format::Unknown || self.ending == "txt"
     }
 
-    /// Its content as text.
+    /// The content as text.
     pub fn text(&self) -> Result<&str, super::Fault> {
         std::str::from_utf8(&self.bytes).map_err(|error| {
             let line = 1 + self.bytes[..error.valid_up_to()].iter().filter(|&&b| b == b'\n').count();
-            super::Fault::fatal(super::At::Line(line), "not UTF-8; save the file in that encoding")
+            super::Fault::fatal(super::Location::Line(line), "not UTF-8; save the file in that encoding")
         })
     }
 }
 
-/// A file of as many bytes is mapped in place of being read.
+/// Files of at least this many bytes are memory-mapped.
 const LARGE: u64 = 1 << 26;
 
-/// What a file holds. A large one is mapped, so that no more of it is in memory than is being read.
+/// Reads a file. A large file is memory-mapped, so that only the pages in use are resident.
 fn content(path: &Path) -> io::Result<Bytes> {
     let about = fs::metadata(path)?;
     if !about.is_file() || about.len() < LARGE {
         return Ok(fs::read(path)?.into());
     }
-    // SAFETY: as with weights, no one writes to the file while it is read.
+    // SAFETY: as for weight files, no other process may write to the file while it is mapped.
     Ok(Bytes::from_owner(unsafe { Mmap::map(&fs::File::open(path)?) }?))
 }
 
-/// The ending of a file's name in small letters, or nothing.
+/// The extension of a file's name in lower case, or an empty string.
 fn ending(path: &Path) -> String {
     path.extension().map(|ending| ending.to_string_lossy().to_lowercase()).unwrap_or_default()
 }
 
-/// What a file is. The name decides between kinds of text, and content against it where no such file can begin so.
+/// The format of a file. The extension decides between text formats, unless the content rules its format out.
 fn format(bytes: &[u8], ending: &str) -> Format {
     let start = bytes.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(bytes.len());
     let (first, _) = line(&bytes[start..]);
@@ -148,7 +148,11 @@ fn format(bytes: &[u8], ending: &str) -> Format {
     }
 }
 
-/// The files that paths and patterns name, each pattern's in the order of their names.
+/// The files that paths and patterns name. The files of one pattern are sorted by name.
+///
+/// # Errors
+///
+/// A path is a folder, or a pattern is invalid or matches no file.
 pub fn expand(named: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
     let mut files = vec![];
     for path in named {
@@ -159,12 +163,13 @@ pub fn expand(named: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
                 format!("a folder; name its files, such as `{}/*.jsonl` in quotes", text.trim_end_matches('/'));
             return Err(refuse(message));
         }
-        // A file of that very name comes first.
+        // An existing file takes precedence over a pattern of the same text.
         if path.exists() || !text.contains(['*', '?', '[']) {
             files.push(path.clone());
             continue;
         }
-        let found = glob::glob(&text).map_err(|error| refuse(format!("no pattern of files: {}", error.msg)))?;
+        let found =
+            glob::glob(&text).map_err(|error| refuse(format!("not a valid pattern of files: {}", error.msg)))?;
         let before = files.len();
         for entry in found {
             let entry =
@@ -174,7 +179,7 @@ pub fn expand(named: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
             }
         }
         if files.len() == before {
-            return Err(refuse("no file fits this pattern".into()));
+            return Err(refuse("no file matches this pattern".into()));
         }
     }
     Ok(files)

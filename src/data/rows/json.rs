@@ -1,4 +1,4 @@
-//! JSON: a list of objects, an object that holds one, an object of objects, and an object a line.
+//! Parses JSON documents: a list of objects, an object that holds one, an object of objects, or one object per line.
 
 use std::ops::Range;
 
@@ -7,15 +7,15 @@ use serde::de::IgnoredAny;
 
 use super::delimited::line;
 use super::value::Object;
-use super::{At, Fault, Row};
+use super::{Fault, Location, Row};
 
-/// Serde's message in JSON's words, without its place.
-pub fn in_words(error: &serde_json::Error) -> String {
+/// Serde's message in JSON's terms, without the position.
+pub fn describe_error(error: &serde_json::Error) -> String {
     let message = error.to_string();
     let message = message.split(" at line ").next().unwrap_or_default();
     let types = message.strip_prefix("invalid type: ").and_then(|rest| rest.split_once(", expected "));
     let Some((found, expected)) = types else { return cut(message) };
-    // A text is shown by serde as a whole.
+    // Serde quotes a string in full, which may be arbitrarily long.
     let found = if found.starts_with("string ") { "a text" } else { found };
     let word = |name: &str| match name {
         "sequence" | "a sequence" => "a list".to_owned(),
@@ -25,7 +25,7 @@ pub fn in_words(error: &serde_json::Error) -> String {
     format!("{} where {} is expected", word(found), word(expected))
 }
 
-/// A message in which a person's file does not stand as a whole.
+/// The first 200 characters of a message, which may quote the user's file.
 fn cut(message: &str) -> String {
     match message.char_indices().nth(200) {
         Some((at, _)) => format!("{}…", &message[..at]),
@@ -38,7 +38,7 @@ fn cut(message: &str) -> String {
 struct Cursor<'f> {
     text: &'f str,
     at: usize,
-    /// The line at `counted`, so that lines are counted once.
+    /// The line number at offset `counted`, so that each line is counted only once.
     line: usize,
     counted: usize,
 }
@@ -48,13 +48,13 @@ impl<'f> Cursor<'f> {
         Cursor { text, at, line: 1, counted: 0 }
     }
 
-    /// Where the first character is that is no blank.
+    /// The offset of the first character that is not whitespace.
     fn first(mut self) -> usize {
         self.peek();
         self.at
     }
 
-    /// The next character that is no blank.
+    /// The next character that is not whitespace.
     fn peek(&mut self) -> Option<u8> {
         let rest = &self.text.as_bytes()[self.at..];
         self.at += rest.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(rest.len());
@@ -67,12 +67,12 @@ impl<'f> Cursor<'f> {
         self.line
     }
 
-    fn here(&mut self) -> At {
+    fn here(&mut self) -> Location {
         let column = self.text[..self.at].rfind('\n').map_or(self.at, |end| self.at - end - 1) + 1;
-        At::Column { line: self.line(), column }
+        Location::Column { line: self.line(), column }
     }
 
-    /// Reads a value and goes behind it.
+    /// Parses a value and moves behind it.
     fn value<T: Deserialize<'f>>(&mut self) -> Result<T, Fault> {
         self.peek();
         let mut values = serde_json::Deserializer::from_str(&self.text[self.at..]).into_iter::<T>();
@@ -82,17 +82,17 @@ impl<'f> Cursor<'f> {
                 Ok(value)
             }
             Some(Err(error)) => {
-                let At::Column { line, column } = self.here() else { unreachable!("a place in a document") };
+                let Location::Column { line, column } = self.here() else { unreachable!("a place in a document") };
                 let column = if error.line() == 1 { column - 1 } else { 0 } + error.column();
-                let at = At::Column { line: line + error.line().saturating_sub(1), column };
-                let whole = if error.is_eof() { "; is the file whole?" } else { "" };
-                Err(Fault::fatal(at, in_words(&error) + whole))
+                let at = Location::Column { line: line + error.line().saturating_sub(1), column };
+                let whole = if error.is_eof() { "; is the file complete?" } else { "" };
+                Err(Fault::fatal(at, describe_error(&error) + whole))
             }
-            None => Err(Fault::fatal(self.here(), "the file ends where a value should stand; is it whole?")),
+            None => Err(Fault::fatal(self.here(), "the file ends where a value is expected; is it complete?")),
         }
     }
 
-    /// Takes `,`, or the end of what is read.
+    /// Consumes `,` (true) or the end of the list or object (false).
     fn more(&mut self, end: u8) -> Result<bool, Fault> {
         let next = self.peek();
         if next != Some(b',') && next != Some(end) {
@@ -107,23 +107,23 @@ impl<'f> Cursor<'f> {
     }
 }
 
-/// What the rows of a document are.
+/// The rows of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Layout {
-    /// A list that begins here.
+    /// The objects of the list that begins at this offset.
     List(usize),
-    /// Objects by their keys.
+    /// The values of an object, which are all objects, with their keys and byte ranges.
     Objects(Vec<(String, Range<usize>)>),
-    /// One object, the only row.
+    /// The document is one object, which is the only row.
     Single,
-    /// An object, and others behind it.
+    /// The document is an object followed by further objects.
     Lines,
-    /// An object with `entries`, as WebNLG's files are.
+    /// The document is an object with `entries`, as WebNLG's files are.
     Entries,
 }
 
 impl Layout {
-    /// Finds the rows of a document.
+    /// Determines the rows of a document.
     pub fn of(text: &str) -> Result<Self, Fault> {
         let mut cursor = Cursor::new(text, 0);
         match cursor.peek() {
@@ -131,7 +131,7 @@ impl Layout {
             Some(b'[') => return Ok(Layout::List(cursor.at)),
             Some(b'{') => {}
             Some(_) => {
-                let message = "no JSON: it begins with neither `[` nor `{`";
+                let message = "not JSON: it begins with neither `[` nor `{`";
                 return Err(Fault::fatal(cursor.here(), message));
             }
         }
@@ -181,24 +181,24 @@ impl Layout {
                         "an object with several lists of objects, `{}`; write the one to read as a file of its own",
                         names.join("`, `")
                     );
-                    Err(Fault::fatal(At::Line(1), message))
+                    Err(Fault::fatal(Location::Line(1), message))
                 }
             },
         }
     }
 }
 
-/// The objects of a list.
+/// Iterates over the objects of a list.
 pub struct List<'f> {
     cursor: Cursor<'f>,
     number: usize,
     go_on: bool,
-    /// The list is the whole document, whose end has not been seen.
+    /// The list is the whole document, and its end has not been checked yet.
     document: bool,
 }
 
 impl<'f> List<'f> {
-    /// Reads the list that begins at `start`.
+    /// Iterates over the list that begins at `start`.
     pub fn new(text: &'f str, start: usize) -> Self {
         let first = Cursor::new(text, 0).first();
         let mut cursor = Cursor::new(text, start);
@@ -212,9 +212,9 @@ impl<'f> List<'f> {
     fn row(&mut self) -> Result<Row<'f>, Fault> {
         self.cursor.peek();
         self.number += 1;
-        let at = At::Item { number: self.number, line: self.cursor.line() };
+        let at = Location::Item { number: self.number, line: self.cursor.line() };
         if self.cursor.peek() != Some(b'{') {
-            // A value that is no object is one bad row.
+            // A value that is not an object is a single invalid row.
             let found: super::Value = self.cursor.value()?;
             self.go_on = self.cursor.more(b']')?;
             return Err(Fault::row(at, format!("{} where an object of columns is expected", found.kind())));
@@ -224,13 +224,13 @@ impl<'f> List<'f> {
         Ok(Row::of(at, fields))
     }
 
-    /// The list is the document: nothing follows it.
+    /// Checks that nothing follows a list that is the whole document.
     fn end(&mut self) -> Option<Fault> {
         let last = std::mem::take(&mut self.document);
         if !last || self.cursor.peek().is_none() {
             return None;
         }
-        let message = "something follows the list's end; write one list, or the objects alone, a line each";
+        let message = "something follows the list's end; write one list, or one object per line";
         Some(Fault::fatal(self.cursor.here(), message))
     }
 }
@@ -250,15 +250,15 @@ impl<'f> Iterator for List<'f> {
     }
 }
 
-/// The row of an object inside a document.
-pub fn object<'f>(text: &'f str, at: At, range: Range<usize>) -> Result<Row<'f>, Fault> {
+/// Parses the row in a byte range of a document.
+pub fn object<'f>(text: &'f str, at: Location, range: Range<usize>) -> Result<Row<'f>, Fault> {
     match serde_json::from_str::<Object>(&text[range]) {
         Ok(Object(fields)) => Ok(Row::of(at, fields)),
-        Err(error) => Err(Fault::row(at, in_words(&error))),
+        Err(error) => Err(Fault::row(at, describe_error(&error))),
     }
 }
 
-/// An object a line.
+/// Iterates over the lines of a file with one object per line.
 pub struct Lines<'f> {
     bytes: &'f [u8],
     at: usize,
@@ -286,16 +286,19 @@ impl<'f> Iterator for Lines<'f> {
             if text.iter().all(u8::is_ascii_whitespace) {
                 continue;
             }
-            let at = At::Line(self.line);
+            let at = Location::Line(self.line);
             let Ok(text) = std::str::from_utf8(text) else {
                 return Some(Err(Fault::row(at, "not UTF-8; save the file in that encoding")));
             };
             return Some(match serde_json::from_str::<Object>(text) {
                 Ok(Object(fields)) => Ok(Row::of(at, fields)),
-                Err(error) if error.is_data() => Err(Fault::row(at, in_words(&error))),
+                Err(error) if error.is_data() => Err(Fault::row(at, describe_error(&error))),
                 Err(error) => {
-                    let message =
-                        format!("no JSON, {} at column {}; write an object a line", in_words(&error), error.column());
+                    let message = format!(
+                        "not JSON, {} at column {}; write one object per line",
+                        describe_error(&error),
+                        error.column()
+                    );
                     Err(Fault::row(at, message))
                 }
             });

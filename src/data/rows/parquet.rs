@@ -1,4 +1,4 @@
-//! Parquet, as the sets of Hugging Face's hub are stored: a row group after the other, each row with its columns.
+//! Parses Parquet, the storage format of data sets on the Hugging Face hub. Row groups are read in order.
 
 use bytes::Bytes;
 use parquet::errors::ParquetError;
@@ -6,43 +6,43 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row as Record};
 
-use super::{At, Fault, Row, Value};
+use super::{Fault, Location, Row, Value};
 use crate::contained::contained;
 
-/// The first bytes of such a file, and the last.
+/// The first and the last bytes of a Parquet file.
 pub const MAGIC: &[u8] = b"PAR1";
 
-/// The rows of a file. Damage within it ends them.
+/// The rows of a file. Iteration ends at the first damaged row.
 pub fn rows<'f>(bytes: &Bytes) -> Result<impl Iterator<Item = Result<Row<'f>, Fault>> + use<'f>, Fault> {
     let open = || {
         let reader = SerializedFileReader::new(bytes.clone())?;
         let count = reader.metadata().file_metadata().num_rows();
         Ok((RowIter::from_file_into(Box::new(reader)), count))
     };
-    let (mut records, count) = caught(open).map_err(|message| Fault::fatal(At::Row(1), message))?;
+    let (mut records, count) = caught(open).map_err(|message| Fault::fatal(Location::Row(1), message))?;
     let (mut number, mut over) = (0, false);
     Ok(std::iter::from_fn(move || {
         if over {
             return None;
         }
         number += 1;
-        // Dates outside of the calendar panic only where they are written.
-        let next = || Ok(records.next().transpose()?.map(|record| row(record, At::Row(number))));
+        // The conversion is inside `caught` because the library panics when it formats a date out of range.
+        let next = || Ok(records.next().transpose()?.map(|record| row(record, Location::Row(number))));
         let row = match caught(next) {
             Ok(Some(row)) => row,
             Ok(None) if (number as i64) <= count => {
                 let message = format!("the file ends here, and says that it has {count} rows; fetch or write it again");
-                Err(Fault::fatal(At::Row(number), message))
+                Err(Fault::fatal(Location::Row(number), message))
             }
             Ok(None) => return None,
-            Err(message) => Err(Fault::fatal(At::Row(number), message)),
+            Err(message) => Err(Fault::fatal(Location::Row(number), message)),
         };
         over = matches!(&row, Err(fault) if fault.fatal);
         Some(row)
     }))
 }
 
-/// What the library says of a damaged file, or that it panicked over it.
+/// Runs the library. Its errors and its panics become messages.
 fn caught<T>(work: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, String> {
     let said = |why: String| format!("the Parquet file is damaged, cut short or of a kind that is not read ({why})");
     match contained("parquet", work) {
@@ -52,7 +52,7 @@ fn caught<T>(work: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, String
     }
 }
 
-fn row<'f>(record: Record, at: At) -> Result<Row<'f>, Fault> {
+fn row<'f>(record: Record, at: Location) -> Result<Row<'f>, Fault> {
     let fields = record.into_columns().into_iter().map(|(name, field)| Ok((name, value(field)?)));
     match fields.collect::<Result<Vec<_>, String>>() {
         Ok(fields) => Ok(Row::of(at, fields)),
@@ -72,7 +72,7 @@ fn value(field: Field) -> Result<Value, String> {
         Field::Byte(_) | Field::Short(_) | Field::Int(_) | Field::Long(_) => Value::Number(field.to_string()),
         Field::UByte(_) | Field::UShort(_) | Field::UInt(_) | Field::ULong(_) => Value::Number(field.to_string()),
         Field::Float16(x) => number(x.to_f64()),
-        // In the shortest form of its own precision.
+        // A float is written in the shortest form of its own precision.
         Field::Float(x) => number(x.to_string().parse().unwrap_or(f64::NAN)),
         Field::Double(x) => number(x),
         Field::Str(text) => Value::Text(text),

@@ -1,4 +1,4 @@
-//! People's files through the whole reader: rows of every format, files that are refused, and pairs of texts.
+//! Tests of user files through the whole reader: rows in every format, files that are refused, and pairs of texts.
 
 use std::io::Write;
 
@@ -9,7 +9,7 @@ use super::compressed::{Compression, Fault as Packed};
 use crate::data::tests::{Case, class, classification, folder_of, real_data};
 use crate::data::{DataError, Dataset, Example, Goal, Reading, Tokenizer};
 
-/// A classifier's task with columns `text`, `pair` and `label` by these names; an empty one is not said.
+/// A classification task with these column names. An empty name stands for none.
 fn columns(text: &str, pair: &str, label: &str) -> Task {
     let name = |name: &str| Some(name.to_owned()).filter(|name| !name.is_empty());
     let columns = Columns { text: name(text), pair: name(pair), label: name(label) };
@@ -17,7 +17,7 @@ fn columns(text: &str, pair: &str, label: &str) -> Task {
     Task { kind: TaskKind::Classification { labels, columns }, ..classification(64) }
 }
 
-/// `(turns: {q} <s> {a})* {question} <t> {answer} <e>`, or the same without a name of the list.
+/// The template `(turns: {q} <s> {a})* {question} <t> {answer} <e>`, or the same without the name of the list.
 fn turns(list: Option<&str>) -> Task {
     let field = |name: &str| Piece::Field(name.into());
     let token = |token: &str| Piece::Special(token.into());
@@ -31,12 +31,12 @@ fn turns(list: Option<&str>) -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
-        enclosed: false,
+        bidirectional: false,
         kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
 
-/// `{question} <t> {answer}`.
+/// The template `{question} <t> {answer}`.
 fn questions() -> Task {
     let field = |name: &str| Piece::Field(name.into());
     let template = vec![field("question"), Piece::Special("<t>".into()), field("answer")];
@@ -44,12 +44,12 @@ fn questions() -> Task {
     Task {
         name: "t".into(),
         max_tokens: 64,
-        enclosed: false,
+        bidirectional: false,
         kind: TaskKind::Generation { special, template, target: "<t>".into(), each: vec![], pack: false },
     }
 }
 
-/// BERT's marks, which know pairs.
+/// BERT's post-processor, which supports pairs.
 fn bert() -> Json {
     serde_json::json!({"type": "BertProcessing", "cls": ["[CLS]", 1], "sep": ["[SEP]", 2]})
 }
@@ -64,9 +64,9 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
     ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
 }
 
-/// The same two rows in every format, plain and compressed, named by its ending or not.
+/// The same two rows in every format, plain and compressed, with and without an extension.
 #[test]
-fn formats() {
+fn every_format_gives_the_same_rows() {
     let rows = [class(&[1, 3, 5, 2], 1), class(&[1, 4, 2], 0)];
     let json = r#"[{"text": "good tea", "label": 1, "id": null}, {"label": "negative", "text": "bad"}]"#;
     let object = format!(r#"{{"version": "1", "data": {json}, "tags": ["a"]}}"#);
@@ -101,7 +101,7 @@ fn formats() {
         assert_eq!(read(&format!("{name}.gz"), &gzip(content.as_bytes())), rows, "{name} {content}, gzip");
         assert_eq!(read(&format!("{name}.zst"), &zstd(content.as_bytes())), rows, "{name} {content}, zstd");
     }
-    // Members and frames one behind the other.
+    // Concatenated gzip members and zstd frames.
     let parts = bare.split_at(11);
     let two = |pack: fn(&[u8]) -> Vec<u8>| [pack(parts.0.as_bytes()), pack(parts.1.as_bytes())].concat();
     let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 9, 9], &two(zstd)[..]].concat();
@@ -110,21 +110,21 @@ fn formats() {
     }
 }
 
-/// What the program `zstd` writes of `good tea\t1\nbad\t0\n` forty times, with its checksum.
+/// The output of the program `zstd` for forty times `good tea\t1\nbad\t0\n`, with a checksum.
 const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd\x04\x68\xc5\x00\x00\x88\x67\x6f\x6f\x64\x20\x74\x65\x61\x09\x31\x0a\x62\x61\x64\x09\x30\x0a\x01\x00\x29\x51\x35\x97\x91\xcb\xa2\xb9";
 
 #[test]
-fn compressed_by_others() {
+fn files_compressed_by_other_programs_are_read() {
     let data = Case::named("a.tsv.zst", ZSTD).load(&classification(64)).unwrap();
     assert_eq!((data.len(), data.tokens()), (80, 280));
     let mut damaged = ZSTD.to_vec();
     *damaged.last_mut().unwrap() ^= 1;
     let message = Case::named("a.tsv.zst", damaged).error(&classification(64));
-    insta::assert_snapshot!(message, @"`a.tsv.zst`, compressed by zstd, cannot be unpacked: it is damaged or cut short (its checksum is that of other content); fetch or write it again");
+    insta::assert_snapshot!(message, @"`a.tsv.zst`, compressed by zstd, cannot be unpacked: it is damaged or cut short (its checksum does not match its content); fetch or write it again");
 }
 
 #[test]
-fn what_is_unpacked_has_a_bound() {
+fn decompression_is_limited() {
     let zeros = vec![b'a'; 1 << 20];
     for compression in [Compression::Gzip, Compression::Zstd] {
         let packed = if compression == Compression::Gzip { gzip(&zeros) } else { zstd(&zeros) };
@@ -136,10 +136,10 @@ fn what_is_unpacked_has_a_bound() {
     let bomb = gzip(&vec![b'a'; (64 << 20) + 1]);
     let message = Case::named("a.tsv.gz", &bomb).error(&classification(64));
     let message = message.replace(&bomb.len().to_string(), "COUNT");
-    insta::assert_snapshot!(message, @"`a.tsv.gz`, compressed by gzip, cannot be unpacked: its COUNT bytes unpack to more than 64 MB, which no text does; unpack it yourself if it is what you expect");
+    insta::assert_snapshot!(message, @"`a.tsv.gz`, compressed by gzip, cannot be unpacked: its COUNT bytes unpack to more than 64 MB, which is implausible for text; unpack it yourself if the size is right");
 }
 
-/// The case's tokenizer with a chat template: every message is `Ann` or `tea`, its content, and `likes`.
+/// Adds a chat template to the case's tokenizer: each message is `Ann` or `tea`, its content, and `likes`.
 fn talk(case: &Case) {
     let template = "{% for m in messages %}{{ ' Ann ' if m.role == 'user' else ' tea ' }}{{ m.content }} likes{% endfor %}\
                     {% if add_generation_prompt %}{{ ' tea ' }}{% endif %}";
@@ -147,13 +147,14 @@ fn talk(case: &Case) {
     std::fs::write(case.dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
 }
 
-/// Rows that Arrow wrote with each compression are those of the jsonl beside them.
+/// Rows that Arrow wrote with each compression equal those of the jsonl file.
 #[test]
-fn parquet_as_arrow_writes_it() {
+fn parquet_files_of_arrow_are_read() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/parquet");
     let rows = |name: &str| -> Vec<(Vec<String>, serde_json::Map<String, Json>)> {
         let file = super::File::open(&folder.join(name)).unwrap();
-        let rows = super::Rows::of(&file, super::Format::Unknown, None, |_| true).unwrap_or_else(|f| panic!("{f:?}"));
+        let rows =
+            super::FileRows::of(&file, super::Format::Unknown, None, |_| true).unwrap_or_else(|f| panic!("{f:?}"));
         let row = |row: Result<super::Row, super::Fault>| {
             let row = row.unwrap_or_else(|fault| panic!("{name}: {fault:?}"));
             (row.names().iter().map(|name| name.to_string()).collect(), row.json())
@@ -171,9 +172,9 @@ fn parquet_as_arrow_writes_it() {
     }
 }
 
-/// A damaged file is an error in words wherever the damage is, or changes values; it never ends the process.
+/// Damage at any offset of a file gives an error message or other values. It never ends the process.
 #[test]
-fn damaged_parquet() {
+fn damaged_parquet_is_an_error() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/parquet");
     let case = Case::named("a.parquet", "");
     let path = case.dir.path().join("a.parquet");
@@ -197,12 +198,12 @@ fn damaged_parquet() {
 }
 
 #[test]
-fn conversations() {
+fn conversations_learn_the_assistant_turns() {
     let rows = r#"{"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad bad"}, {"role": "user", "content": "likes"}, {"role": "assistant", "content": "good"}]}
 {"instruction": "good", "input": "", "output": "bad"}"#;
-    let task = Task { name: "t".into(), max_tokens: 64, enclosed: false, kind: TaskKind::Chat };
+    let task = Task { name: "t".into(), max_tokens: 64, bidirectional: false, kind: TaskKind::Chat };
     let case = Case::named("a.jsonl", rows);
-    insta::assert_snapshot!(case.error(&task), @"`tokenizer.json`: the tokenizer has no chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), so it does not say how a conversation is written: name the folder of one that has, such as the model's own instruction-tuned variant, with `--tokenizer`, or give the spec's task a `template`");
+    insta::assert_snapshot!(case.error(&task), @"`tokenizer.json`: the tokenizer has no chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), so it does not define how a conversation is written: name the folder of a tokenizer that has one, such as the model's own instruction-tuned variant, with `--tokenizer`, or give the spec's task a `template`");
     talk(&case);
     let data = case.load(&task).unwrap();
     let example = |ids: &[i32], ranges: &[std::ops::Range<usize>]| Example {
@@ -213,11 +214,11 @@ fn conversations() {
     let ann = 6;
     let first = example(&[ann, 3, 7, 5, 4, 4, 7, ann, 7, 7, 5, 3, 7], &[4..7, 11..13]);
     assert_eq!(data.examples, [first, example(&[ann, 3, 7, 5, 4, 7], &[4..6])]);
-    // Both turns of a packed batch are learned, each token by the one before it.
+    // In a packed batch both turns are targets, each token predicted from those before it.
     let batch = crate::data::Batch::pack(data.examples.iter());
     assert_eq!(batch.targets, [3, 4, 5, 10, 11, 16, 17]);
     assert_eq!(batch.labels, [4, 4, 7, 3, 7, 4, 7]);
-    // A cut takes the last turn, and a conversation without an answer is dropped.
+    // Truncation removes the last turn, and a conversation without an answer is dropped.
     let data = case.load(&Task { max_tokens: 8, ..task.clone() }).unwrap();
     assert_eq!((data.examples.get(0).goal, data.cut), (Goal::Tokens(vec![4..7]), 1));
     let skip = Reading { skip_bad: true, cache: None };
@@ -227,10 +228,10 @@ fn conversations() {
 }
 
 #[test]
-fn texts_as_they_stand() {
+fn plain_texts_are_split_with_one_token_overlap() {
     let task = |max_tokens, end: Option<&str>| {
         let kind = TaskKind::Text { text: None, end: end.map(str::to_owned) };
-        Task { name: "t".into(), max_tokens, enclosed: false, kind }
+        Task { name: "t".into(), max_tokens, bidirectional: false, kind }
     };
     let texts = |name: &str, content: &str, task: &Task| {
         let data = Case::named(name, content).load(task).unwrap();
@@ -238,7 +239,7 @@ fn texts_as_they_stand() {
     };
     let all = |ids: &[i32]| (ids.to_vec(), Goal::after(0, ids.len()));
     let five = "good bad\ntea Ann likes";
-    // A file of text is one text; in pieces, each token but the first is a target once.
+    // A text file is one text. If it is split, each token but the first is a target exactly once.
     assert_eq!(texts("a.txt", five, &task(64, None)), [all(&[3, 4, 5, 6, 7])]);
     assert_eq!(texts("a.txt", five, &task(3, None)), [all(&[3, 4, 5]), all(&[5, 6, 7])]);
     assert_eq!(texts("a.txt", five, &task(4, Some("[SEP]"))), [all(&[3, 4, 5, 6]), all(&[6, 7, 2])]);
@@ -249,14 +250,14 @@ fn texts_as_they_stand() {
     insta::assert_snapshot!(message, @"`a.jsonl`, line 2: the text has a single token, and there is none to predict");
 }
 
-/// Files that are refused, with the words in which they are.
+/// Files that are refused, with their messages.
 #[test]
-fn bad_files() {
+fn invalid_files_are_refused() {
     let (usual, named, pairs) =
         (classification(64), columns("premise", "", "gold"), columns("premise", "hypothesis", "gold"));
     let (chat, only, ask) = (turns(Some("turns")), turns(None), questions());
     let cases: &[(&str, &Task, &[u8])] = &[
-        // csv and tsv
+        // csv and tsv.
         ("a.csv", &usual, b""),
         ("a.csv", &usual, b"text,label\n"),
         ("a.csv", &usual, b"text;label\ngood;1\n"),
@@ -276,7 +277,7 @@ fn bad_files() {
         ("a.tsv", &pairs, b"premise\thypothesis\tgold\ngood\tbad\t-\n"),
         ("a.tsv", &ask, b"question\tanwser\ntea\tgood\n"),
         ("a.csv", &chat, b"turns,question,answer\na,tea,good\n"),
-        // json
+        // json.
         ("a.json", &usual, b""),
         ("a.json", &usual, b"[]"),
         ("a.json", &usual, b"text\tlabel\n"),
@@ -314,7 +315,7 @@ fn bad_files() {
             &only,
             b"{\"x\": [{\"q\": 1}], \"y\": [{\"q\": 2}], \"question\": \"tea\", \"answer\": \"good\"}\n",
         ),
-        // Others
+        // Other formats.
         ("a.tsv.gz", &usual, b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x4b"),
         ("a.tsv.zst", &usual, b"\x28\xb5\x2f\xfd\x04"),
         ("a.jsonl.xz", &usual, b"\xfd7zXZ\x00\x00"),
@@ -330,9 +331,9 @@ fn bad_files() {
     insta::assert_snapshot!(table);
 }
 
-/// A row of 10 MB is one like any other, and its messages are short.
+/// A row of 10 MB is read like any other, and its error messages are short.
 #[test]
-fn a_long_row() {
+fn a_long_row_has_short_messages() {
     let long = "g".repeat(10 << 20);
     let data = Case::named("a.jsonl", format!("{{\"text\": \"{long} tea\", \"label\": 1}}")).load(&classification(64));
     assert_eq!(data.unwrap().examples, [class(&[1, 0, 5, 2], 1)]);
@@ -351,7 +352,7 @@ fn a_long_row() {
 }
 
 #[test]
-fn any_column_of_a_row() {
+fn template_fields_read_any_column() {
     let words = |ids: &[i32], from, types: &[i32]| Example {
         ids: ids.to_vec(),
         types: types.to_vec(),
@@ -364,27 +365,27 @@ fn any_column_of_a_row() {
         let data = Case::named("a.jsonl", row).load(&turns(list)).unwrap();
         assert_eq!(data.examples, std::slice::from_ref(&expected));
     }
-    // An empty list is no turn; numbers are text; a blank cell before the target is no text.
+    // An empty list adds no turn, numbers are read as texts, and a blank cell before the target is an empty text.
     let empty = r#"{"turns": [], "question": "", "answer": true}"#;
     let data = Case::named("a.jsonl", empty).load(&turns(Some("turns"))).unwrap();
     assert_eq!(data.examples, [words(&[t, 0, e], 0, &[t, t, t])]);
-    // A path leads into objects and lists.
+    // A dotted path addresses nested objects and lists.
     let mut nested = questions();
     let TaskKind::Generation { template, .. } = &mut nested.kind else { panic!("it generates") };
     (template[0], template[2]) = (Piece::Field("a.b".into()), Piece::Field("answers.text.1".into()));
     let row = r#"{"a.b": "tea", "a": 1, "answers": {"text": ["bad", "good"]}}"#;
     let data = Case::named("a.jsonl", row).load(&nested).unwrap();
     assert_eq!(data.examples, [words(&[5, 8, 3], 1, &[0, 8, 8])]);
-    // In csv, too, with quotes.
+    // The same in csv, with quotes.
     let data = Case::named("a.csv", "answer,question\n\"good \"\"tea\"\"\",Ann\n").load(&questions()).unwrap();
     assert_eq!(data.examples.get(0).ids, [6, 8, 3, 0, 5, 0]);
-    // In tsv a quote is a character.
+    // In tsv a quote is an ordinary character.
     let data = Case::named("a.tsv", "question\tanswer\n\"good\t\"tea\n").load(&questions()).unwrap();
     assert_eq!(data.examples.get(0).ids, [0, 3, 8, 0, 5]);
 }
 
 #[test]
-fn bad_rows_are_left_out_if_asked() {
+fn bad_rows_are_skipped_on_request() {
     let (task, skip) = (classification(64), &Reading { skip_bad: true, cache: None });
     let case = Case::named("a.tsv", b"good\t1\nno tab\nbad\tmaybe\nb\xffd\t0\ntea\t0\n");
     let data = case.read(&["a.tsv"], &task, skip).unwrap();
@@ -395,7 +396,7 @@ fn bad_rows_are_left_out_if_asked() {
     let lines = "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"bad\"\n{\"text\": \"tea\", \"label\": null}\n[]\n";
     let data = Case::named("a.jsonl", lines).read(&["a.jsonl"], &task, skip).unwrap();
     assert_eq!((data.len(), data.skipped), (1, 3));
-    // What is wrong with the whole file stays an error, as does a file of nothing else.
+    // Errors of the whole file remain errors, and so does a file without a valid row.
     for (name, content) in
         [("a.csv", "text,label\n\"good,1\n"), ("a.csv", "comment,class\ngood,1\n"), ("a.json", "[{\"text\"")]
     {
@@ -407,7 +408,7 @@ fn bad_rows_are_left_out_if_asked() {
 }
 
 #[test]
-fn several_files_and_patterns() {
+fn several_files_and_patterns_are_read_in_order() {
     let case = Case::named("b.tsv", "bad\t0\n");
     let write = |name: &str, content: &str| std::fs::write(case.dir.path().join(name), content).unwrap();
     write("a.jsonl", "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"tea\", \"label\": 1}\n");
@@ -419,17 +420,17 @@ fn several_files_and_patterns() {
     assert_eq!(ids(&["b.tsv", "a.jsonl"]), Ok((vec![4, 3, 5], 2)));
     assert_eq!(ids(&["[ab].*"]), Ok((vec![3, 5, 4], 2)));
     assert_eq!(ids(&["c[1].tsv", "*.tsv"]), Ok((vec![5, 4, 5], 3)));
-    insta::assert_snapshot!(ids(&["*.csv"]).unwrap_err(), @"`*.csv`: no file fits this pattern");
-    insta::assert_snapshot!(ids(&["a[.csv"]).unwrap_err(), @"`a[.csv`: no pattern of files: invalid range pattern");
+    insta::assert_snapshot!(ids(&["*.csv"]).unwrap_err(), @"`*.csv`: no file matches this pattern");
+    insta::assert_snapshot!(ids(&["a[.csv"]).unwrap_err(), @"`a[.csv`: not a valid pattern of files: invalid range pattern");
     insta::assert_snapshot!(ids(&[""]).unwrap_err(), @"``: a folder; name its files, such as `*.jsonl` in quotes");
     insta::assert_snapshot!(ids(&["b.tsv", "d.tsv"]).unwrap_err(), @"cannot read `d.tsv`: No such file or directory (os error 2)");
     let data = case.read(&["b.tsv", "a.jsonl"], &classification(64), &Reading::default()).unwrap();
     assert!(data.place(1).unwrap().ends_with("a.jsonl, line 1"), "{:?}", data.place(1));
 }
 
-/// Ids and types of pairs, cut and not, as transformers has them.
+/// Ids and types of pairs are those of transformers, with and without truncation.
 #[test]
-fn pairs_as_transformers_has_them() {
+fn pair_ids_and_types_match_transformers() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/pairs.json");
     let fixtures: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let pairs: Vec<(String, String)> = serde_json::from_value(fixtures["pairs"].clone()).unwrap();
@@ -445,8 +446,8 @@ fn pairs_as_transformers_has_them() {
         for (i, pair) in tokenizer.encode_pairs(pairs.clone(), limit).unwrap().into_iter().enumerate() {
             assert_eq!((&pair.ids, &pair.types), (&ids[i], &types[i]), "{name}, {limit}: {:?}", pairs[i]);
             assert_eq!(
-                pair.whole > limit,
-                ids[i].len() == limit && pair.whole != limit,
+                pair.untruncated > limit,
+                ids[i].len() == limit && pair.untruncated != limit,
                 "{name}, {limit}: {:?}",
                 pairs[i]
             );
@@ -455,14 +456,14 @@ fn pairs_as_transformers_has_them() {
 }
 
 #[test]
-fn pairs_of_texts() {
+fn pairs_of_texts_are_encoded_and_truncated() {
     let task = columns("premise", "hypothesis", "");
     let case = Case::named("a.jsonl", r#"{"premise": "good tea good", "hypothesis": "bad", "label": "positive"}"#);
-    // Without a template for pairs the second text would be left out.
-    insta::assert_snapshot!(case.error(&task), @"`tokenizer.json` is no tokenizer that can be used: it puts no marks around and between the texts of a pair (`[CLS] a [SEP] b [SEP]`): its `post_processor` knows no pairs; leave `pair` out, or take the model's own tokenizer");
-    // A causal model's tokenizer may have none: the second text is behind the first, as in transformers.
+    // If the tokenizer does not support pairs, the second text would be dropped.
+    insta::assert_snapshot!(case.error(&task), @"`tokenizer.json` cannot be used as a tokenizer: it puts no marks around and between the texts of a pair (`[CLS] a [SEP] b [SEP]`): its `post_processor` knows no pairs; leave `pair` out, or take the model's own tokenizer");
+    // For a causal model this is accepted: the second text follows the first, as in transformers.
     case.set_marks(Json::Null);
-    let bare = case.load(&Task { enclosed: false, ..task.clone() }).unwrap().examples.get(0);
+    let bare = case.load(&Task { bidirectional: false, ..task.clone() }).unwrap().examples.get(0);
     assert_eq!((bare.ids, bare.types), (vec![3, 5, 3, 4], vec![0, 0, 0, 1]));
     case.set_marks(bert());
     let pair = |ids: &[i32], types: &[i32]| Example { ids: ids.to_vec(), types: types.to_vec(), goal: Goal::Class(1) };
@@ -476,9 +477,9 @@ fn pairs_of_texts() {
     insta::assert_snapshot!(message, @"`a.jsonl`: no example is left: `task.max_tokens` is 4, and the cut to it leaves no sentence in any of the 1 examples; the first, line 1, has 7 tokens; raise `task.max_tokens` to 7, or leave such examples out");
 }
 
-/// GLUE's files as they are.
+/// GLUE's files as published.
 #[test]
-fn glue_as_it_is() {
+fn published_glue_files_are_read() {
     let Some(data) = real_data() else { return };
     let read = |file: &str, task: &Task| {
         let tokenizer = Tokenizer::load(&data.join("tokenizers/roberta"), task, 50265).unwrap();
@@ -495,7 +496,7 @@ fn glue_as_it_is() {
     let dev = read("mnli/dev_matched_48.tsv", &mnli(["sentence1", "sentence2", "gold_label"]));
     let train = read("mnli/train.json", &mnli(["text_a", "text_b", "label"]));
     assert_eq!((dev.len(), train.len()), (48, 8999));
-    // `<s>a</s></s>b</s>`, all of type 0.
+    // The layout is `<s>a</s></s>b</s>`, all of type 0.
     let ids = &train.examples.get(0).ids;
     assert_eq!((ids[0], ids.last()), (0, Some(&2)));
     assert_eq!(ids.windows(2).filter(|pair| *pair == [2, 2]).count(), 1);

@@ -1,15 +1,16 @@
-//! A value of a row: what JSON can say, with the fields of objects in their order.
+//! The value of a cell: a JSON value that keeps the order of an object's fields.
 
 use std::fmt;
 
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+/// A JSON value.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     Null,
     Bool(bool),
-    /// As JSON writes it, in the shortest form.
+    /// A number in the shortest notation of JSON.
     Number(String),
     Text(String),
     List(Vec<Value>),
@@ -17,7 +18,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// What it is, for a message.
+    /// The kind of value, for a message.
     pub fn kind(&self) -> &'static str {
         match self {
             Value::Null => "null",
@@ -29,7 +30,7 @@ impl Value {
         }
     }
 
-    /// It as text, if it is a scalar other than null.
+    /// The value as text, if it is a scalar other than null.
     pub fn text(&self) -> Option<&str> {
         match self {
             Value::Text(text) | Value::Number(text) => Some(text),
@@ -39,7 +40,7 @@ impl Value {
         }
     }
 
-    /// Bytes of its texts and names.
+    /// The number of bytes of all texts and field names.
     pub fn size(&self) -> usize {
         match self {
             Value::Null | Value::Bool(_) => 0,
@@ -49,7 +50,7 @@ impl Value {
         }
     }
 
-    /// It as the JSON that it was read from.
+    /// The value as JSON.
     pub fn json(&self) -> serde_json::Value {
         use serde_json::Value as Json;
         match self {
@@ -62,7 +63,7 @@ impl Value {
         }
     }
 
-    /// The value at a path of fields and list indices, `text.0`.
+    /// The value at a path of field names and list indices such as `text.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
         match self {
             Value::Object(fields) => find(fields, path),
@@ -76,7 +77,7 @@ impl Value {
     }
 }
 
-/// The field of this name, or what a dotted path leads to: `answers.text.0`.
+/// The field of this name, or the value at a dotted path such as `answers.text.0`.
 pub fn find<'v>(fields: &'v [(String, Value)], path: &str) -> Option<&'v Value> {
     if let Some((_, value)) = fields.iter().find(|(name, _)| name == path) {
         return Some(value);
@@ -144,7 +145,7 @@ impl<'de> Visitor<'de> for Any {
     }
 }
 
-/// The fields of an object, none of them twice.
+/// The fields of an object. A duplicate name is an error.
 fn fields<'de, A: MapAccess<'de>>(mut map: A) -> Result<Vec<(String, Value)>, A::Error> {
     let mut fields: Vec<(String, Value)> = vec![];
     while let Some(field) = map.next_entry()? {
@@ -153,12 +154,12 @@ fn fields<'de, A: MapAccess<'de>>(mut map: A) -> Result<Vec<(String, Value)>, A:
     let mut names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(A::Error::custom(format!("`{}` stands there twice", pair[0]))),
+        Some(pair) => Err(A::Error::custom(format!("`{}` occurs twice", pair[0]))),
         None => Ok(fields),
     }
 }
 
-/// An object, whose fields are the columns of a row.
+/// An object whose fields are the columns of a row.
 pub struct Object(pub Vec<(String, Value)>);
 
 impl<'de> Deserialize<'de> for Object {

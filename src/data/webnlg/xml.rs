@@ -1,23 +1,24 @@
-//! The corpus's XML: `<benchmark><entries><entry category="…">`, with `<modifiedtripleset>` and `<lex comment="good">`.
+//! Reads the corpus's XML: `<benchmark><entries><entry category="…">`, with `<modifiedtripleset>` and `<lex
+//! comment="good">`.
 
 use roxmltree::{Document, Error, Node, ParsingOptions};
 
-use super::super::rows::{At, Fault};
+use super::super::rows::{Fault, Location};
 use super::{Entry, Lexicalisation, Object, Triple};
 
 const FORM: &str = "a WebNLG file in XML is <benchmark><entries><entry category=\"…\"><modifiedtripleset><mtriple>subject | \
                     property | object</mtriple>…</modifiedtripleset><lex comment=\"good\">text</lex>…</entry>…";
 
-/// The entries of a document with the lines on which they begin.
-pub fn parse(text: &str) -> Result<Vec<(At, Entry)>, Fault> {
+/// The entries of a document, with the lines on which they begin.
+pub fn parse(text: &str) -> Result<Vec<(Location, Entry)>, Fault> {
     let options = ParsingOptions { allow_dtd: false, ..ParsingOptions::default() };
     let document = Document::parse_with_options(text, options).map_err(|error| {
         let at = match (&error, error.pos()) {
-            // These have no place of their own.
-            (Error::UnclosedRootNode | Error::NoRootNode, _) => At::Line(text.lines().count().max(1)),
-            (_, pos) => At::Column { line: pos.row as usize, column: pos.col as usize },
+            // The library gives no position for these errors.
+            (Error::UnclosedRootNode | Error::NoRootNode, _) => Location::Line(text.lines().count().max(1)),
+            (_, pos) => Location::Column { line: pos.row as usize, column: pos.col as usize },
         };
-        Fault::fatal(at, in_words(&error))
+        Fault::fatal(at, describe_error(&error))
     })?;
     let mut lines = Lines { text, line: 1, at: 0 };
     let root = document.root_element();
@@ -30,7 +31,7 @@ pub fn parse(text: &str) -> Result<Vec<(At, Entry)>, Fault> {
     entries.filter(Node::is_element).map(|node| entry(&node, lines.of(&node))).collect()
 }
 
-fn entry(node: &Node, at: At) -> Result<(At, Entry), Fault> {
+fn entry(node: &Node, at: Location) -> Result<(Location, Entry), Fault> {
     let fault = |message: String| Err(Fault::fatal(at.clone(), format!("{message}\n{FORM}")));
     if !node.has_tag_name("entry") {
         return fault(format!("`<{}>` stands where an `<entry>` is expected", node.tag_name().name()));
@@ -63,7 +64,7 @@ fn entry(node: &Node, at: At) -> Result<(At, Entry), Fault> {
                     modifiedtripleset.push(Object(Triple { subject, property, object }));
                 }
             }
-            // The triples as DBpedia has them, and what links the corpus to it.
+            // Other elements are ignored: the original DBpedia triples, and links to DBpedia.
             _ => {}
         }
     }
@@ -73,23 +74,23 @@ fn entry(node: &Node, at: At) -> Result<(At, Entry), Fault> {
     Ok((at, Entry { category, lexicalisations, modifiedtripleset }))
 }
 
-/// The text of an element that holds nothing else.
+/// The text of an element without child elements.
 fn text_of(node: &Node) -> Option<String> {
     let parts = node.children().filter(|child| !child.is_comment());
     parts.map(|child| if child.is_text() { child.text() } else { None }).collect()
 }
 
-/// The message of a document that is not well-formed, without its place.
-fn in_words(error: &Error) -> String {
+/// The message for a document that is not well-formed, without the position.
+fn describe_error(error: &Error) -> String {
     match error {
         Error::DtdDetected => {
             "it declares a document type, which may bring in other files; remove the `<!DOCTYPE …>`".into()
         }
-        Error::MalformedEntityReference(_) => "a `&` stands for itself, which is written `&amp;` in XML".into(),
+        Error::MalformedEntityReference(_) => "a `&` must be written `&amp;` in XML".into(),
         Error::UnknownEntityReference(name, _) => {
             format!("`&{name};` is not declared; write the character itself, or `&amp;` for a `&`")
         }
-        Error::UnclosedRootNode | Error::NoRootNode => "the file ends inside the document; is it whole?".into(),
+        Error::UnclosedRootNode | Error::NoRootNode => "the file ends inside the document; is it complete?".into(),
         Error::UnexpectedCloseTag(expected, found, _) => {
             format!(
                 "`</{found}>` stands where `</{expected}>` is expected; close each element inside the one around it"
@@ -103,7 +104,7 @@ fn in_words(error: &Error) -> String {
     }
 }
 
-/// Counts the lines of a text once.
+/// Counts the lines of a text incrementally.
 struct Lines<'t> {
     text: &'t str,
     line: usize,
@@ -111,11 +112,11 @@ struct Lines<'t> {
 }
 
 impl Lines<'_> {
-    /// The line on which a node begins that is not in front of those asked for before.
-    fn of(&mut self, node: &Node) -> At {
+    /// The line on which a node begins. Nodes have to be passed in document order.
+    fn of(&mut self, node: &Node) -> Location {
         let start = node.range().start;
         self.line += self.text.as_bytes()[self.at..start].iter().filter(|&&byte| byte == b'\n').count();
         self.at = start;
-        At::Line(self.line)
+        Location::Line(self.line)
     }
 }

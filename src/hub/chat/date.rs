@@ -1,4 +1,4 @@
-//! `strftime_now`: the date and the time of the day in UTC, as C's `strftime` writes them in its own locale.
+//! The template function `strftime_now`: formats the date and time in UTC as C's `strftime` does in the C locale.
 
 const MONTHS: [&str; 12] = [
     "January",
@@ -17,7 +17,11 @@ const MONTHS: [&str; 12] = [
 
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
-/// `now`, in seconds since 1970, in a format.
+/// Formats `now`, in seconds since 1970, with the directives of `strftime`.
+///
+/// # Errors
+///
+/// The format has a directive that is not supported.
 pub fn format(format: &str, now: i64) -> Result<String, String> {
     let (days, second) = (now.div_euclid(86_400), now.rem_euclid(86_400));
     let (year, month, day) = civil(days);
@@ -72,14 +76,14 @@ pub fn format(format: &str, now: i64) -> Result<String, String> {
             Some('%') => "%".to_owned(),
             other => {
                 let other = other.map_or("a `%` at its end".into(), |c| format!("`%{c}`"));
-                return Err(format!("`strftime_now` has {other} in `{format}`, which is not written here"));
+                return Err(format!("`strftime_now` has {other} in `{format}`, which is not supported"));
             }
         };
     }
     Ok(out)
 }
 
-/// Year, month and day of a count of days since 1970 (Hinnant, "chrono-compatible low-level date algorithms").
+/// The year, month and day for a number of days since 1970 (Hinnant, "chrono-compatible low-level date algorithms").
 fn civil(days: i64) -> (i64, i64, i64) {
     let days = days + 719_468;
     let (era, of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
@@ -90,7 +94,7 @@ fn civil(days: i64) -> (i64, i64, i64) {
     (year + era * 400 + i64::from(month <= 2), month, of_year - (153 * part + 2) / 5 + 1)
 }
 
-/// The count of days since 1970 of the first day of a year.
+/// The number of days from 1970 to the first day of a year.
 fn from_civil(year: i64) -> i64 {
     let before = year - 1;
     365 * (year - 1970) + (before.div_euclid(4) - before.div_euclid(100) + before.div_euclid(400)) - 477

@@ -1,4 +1,5 @@
-//! A chat template's environment, as transformers sets one up (`utils/chat_template_utils.py`), with a bound on its work.
+//! The environment of a chat template, configured as in transformers (`utils/chat_template_utils.py`), with limits on
+//! steps, time and memory, since a template comes from a stranger's checkpoint.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,32 +14,35 @@ use serde_json::Value as Json;
 
 use super::{date, marks};
 
-/// Steps that a template may take for one conversation; 64 bytes of text that it makes or reads count as a step.
+/// The largest number of steps (minijinja's fuel) that a template may take for one conversation. 64 bytes of text that
+/// it writes or reads count as a step.
 const FUEL: u64 = 2_000_000;
 
-/// Calls of macros inside each other.
-const RECURSION: usize = 100;
+/// The largest depth of nested macro calls.
+const MAX_MACRO_DEPTH: usize = 100;
 
-/// Lists and objects inside each other that are written as JSON.
-const DEPTH: usize = 100;
+/// The largest depth of lists and objects that `tojson` writes.
+const MAX_JSON_DEPTH: usize = 100;
 
-/// The one template of an environment.
-const NAME: &str = "chat";
+/// The name of the environment's only template.
+const TEMPLATE_NAME: &str = "chat";
 
-/// Variables that hold the characters around a mark.
-const SENTINELS: [&str; 2] = ["__generation_open__", "__generation_close__"];
+/// Variables with the characters that are written before and after a marked range; undefined if none are.
+const SENTINEL_VARIABLES: [&str; 2] = ["__generation_open__", "__generation_close__"];
 
+/// A compiled chat template.
 pub struct Engine {
     environment: Environment<'static>,
     source: String,
-    /// Where the template is from, for messages.
+    /// The place of the template, for messages.
     place: String,
+    /// Variables such as `bos_token`, with their texts.
     tokens: Vec<(String, String)>,
     marked: bool,
     dated: bool,
 }
 
-/// What `raise_exception` says.
+/// The message that the template passes to `raise_exception`.
 #[derive(Debug)]
 struct Raised(String);
 
@@ -51,6 +55,12 @@ impl fmt::Display for Raised {
 impl std::error::Error for Raised {}
 
 impl Engine {
+    /// Compiles a template. `place` names it in messages, `tokens` are its variables of special tokens, `now` is the
+    /// time for `strftime_now` in seconds since 1970.
+    ///
+    /// # Errors
+    ///
+    /// The template has a syntax error.
     pub fn new(source: &str, place: String, tokens: &[(String, String)], now: i64) -> Result<Self, String> {
         let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
@@ -60,14 +70,14 @@ impl Engine {
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
-        environment.set_recursion_limit(RECURSION);
+        environment.set_recursion_limit(MAX_MACRO_DEPTH);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(|out, state, value| match f64::try_from(value.clone()) {
             Ok(number) if value.is_number() && !value.is_integer() => Ok(out.write_str(&float(number))?),
             _ => minijinja::escape_formatter(out, state, value),
         });
         environment.remove_global("debug");
-        // Not of Jinja2, and not held to the bound on work.
+        // These filters are not Jinja2's, and minijinja does not charge fuel for their work.
         for filter in ["chain", "zip", "split", "lines", "bool"] {
             environment.remove_filter(filter);
         }
@@ -79,33 +89,42 @@ impl Engine {
         environment.add_filter("tojson", to_json);
         let (rewritten, marked) = marks::rewrite(source);
         environment
-            .add_template_owned(NAME, rewritten)
-            .map_err(|error| format!("{place}{}: {}; correct the template", line(&error), said(&error)))?;
-        let names = environment.get_template(NAME).map_err(|e| e.to_string())?.undeclared_variables(false);
+            .add_template_owned(TEMPLATE_NAME, rewritten)
+            .map_err(|error| format!("{place}{}: {}; correct the template", line_suffix(&error), error_text(&error)))?;
+        let names = environment.get_template(TEMPLATE_NAME).map_err(|e| e.to_string())?.undeclared_variables(false);
         let dated = names.contains("strftime_now");
         Ok(Engine { environment, source: source.to_owned(), place, tokens: tokens.to_vec(), marked, dated })
     }
 
-    /// It marks what the assistant says.
+    /// Whether the template has `{% generation %}` tags.
     pub fn marked(&self) -> bool {
         self.marked
     }
 
-    /// It asks for the date.
+    /// Whether the template calls `strftime_now`.
     pub fn dated(&self) -> bool {
         self.dated
     }
 
+    /// Renders messages. `prompt`: the generation prompt follows them.
+    ///
+    /// # Errors
+    ///
+    /// The template raises an error or exceeds its limits.
     pub fn render(&self, messages: &[Value], tools: Option<&Json>, prompt: bool) -> Result<String, String> {
         self.text(messages, tools, prompt, None)
     }
 
-    /// The text of a conversation with a character before and one behind what is marked.
+    /// Renders messages with the characters `around` before and after each marked range.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::render`].
     pub fn render_marked(&self, messages: &[Value], tools: Option<&Json>, around: [char; 2]) -> Result<String, String> {
         self.text(messages, tools, false, Some(around))
     }
 
-    /// Two characters of private use that neither the template nor the conversation holds.
+    /// Two private-use characters that occur neither in the template nor in the conversation.
     pub fn sentinels(&self, messages: &[Json], tools: Option<&Json>) -> (char, char) {
         let held = |c: char| {
             let in_json = |value: &Json| holds(value, c);
@@ -131,16 +150,16 @@ impl Engine {
         context.push(("tools", tools.map_or(Value::from(()), |tools| Value::from(Serde(tools)))));
         context.push(("documents", Value::from(())));
         context.push(("add_generation_prompt", Value::from(prompt)));
-        for (name, c) in SENTINELS.iter().zip(around.into_iter().flatten()) {
+        for (name, c) in SENTINEL_VARIABLES.iter().zip(around.into_iter().flatten()) {
             context.push((name, Value::from(c.to_string())));
         }
-        let template = self.environment.get_template(NAME).map_err(|e| e.to_string())?;
+        let template = self.environment.get_template(TEMPLATE_NAME).map_err(|e| e.to_string())?;
         template
             .render(Value::from(context.into_iter().collect::<BTreeMap<_, _>>()))
             .map_err(|error| self.refusal(&error))
     }
 
-    /// Why a conversation is not rendered.
+    /// The message for an error of rendering.
     fn refusal(&self, error: &Error) -> String {
         let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
         while let Some(inner) = cause {
@@ -149,26 +168,31 @@ impl Engine {
             }
             if inner.downcast_ref::<Error>().is_some_and(|e| e.kind() == ErrorKind::OutOfFuel) {
                 return format!(
-                    "{}{}: the template does not come to an end within {FUEL} steps, or makes more than {} MB of text; \
-                     it is faulty, or the conversation is too long for it",
+                    "{}{}: the template does not come to an end within {FUEL} steps, or writes more than {} MB of \
+                     text; \
+                     the template is faulty, or the conversation is too long for it",
                     self.place,
-                    line(error),
+                    line_suffix(error),
                     FUEL * 64 / 1_000_000
                 );
             }
             cause = inner.source();
         }
-        format!("{}{}: {}", self.place, line(error), said(error))
+        format!("{}{}: {}", self.place, line_suffix(error), error_text(error))
     }
 }
 
-/// Runs the work of a template on a thread of its own, for `limit` at most.
+/// Runs a template's work on its own thread, with a limit on its time and on the growth of the process's memory.
 ///
-/// Its stack holds as many values inside each other as the template has steps for, since they are written, compared and
-/// freed by recursion; of the stack only what is used takes memory. A sum of lists counts as one step, whatever its
-/// length, so the memory of the process is watched as well. A thread that has gone too far cannot be stopped: it ends
-/// with the process, which the error is to end. `faulty` is set then, and no other work is begun.
-pub fn watched<T: Send + 'static>(
+/// The thread's stack of 1 GiB is large enough for values nested as deep as the template's steps allow, since values
+/// are written, compared and freed by recursion; only the used part of the stack takes memory. Memory is limited
+/// because the concatenation of lists counts as one step, whatever their length. A thread that exceeds a limit cannot
+/// be stopped: it runs until the process ends. `faulty` is then set, and later calls fail at once.
+///
+/// # Errors
+///
+/// The work fails, panics or exceeds a limit, or earlier work did.
+pub fn run_with_limits<T: Send + 'static>(
     limit: Duration,
     faulty: &AtomicBool,
     work: impl FnOnce() -> Result<T, String> + Send + 'static,
@@ -176,10 +200,10 @@ pub fn watched<T: Send + 'static>(
     const STACK: usize = 1 << 30;
     const PAUSE: Duration = Duration::from_secs(1);
     if faulty.load(Ordering::Relaxed) {
-        return Err("the chat template did not come to an end for another conversation".into());
+        return Err("the chat template did not come to an end for another conversation, so it is not run again".into());
     }
     let (sender, receiver) = mpsc::channel();
-    // Nobody may be there to receive any more.
+    // The receiver is gone if the time limit has passed.
     let run = move || drop(sender.send(work()));
     let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK).spawn(run);
     thread.map_err(|e| format!("no thread could be started for the chat template: {e}"))?;
@@ -189,13 +213,13 @@ pub fn watched<T: Send + 'static>(
             Ok(result) => return result,
             Err(RecvTimeoutError::Disconnected) => return Err("crate `minijinja` panics on the chat template".into()),
             Err(RecvTimeoutError::Timeout) => {
-                let now = resident();
+                let now = resident_bytes();
                 let grown = now.saturating_sub(*first.get_or_insert(now));
-                if start.elapsed() >= limit || grown > MEMORY {
+                if start.elapsed() >= limit || grown > MAX_MEMORY_GROWTH {
                     faulty.store(true, Ordering::Relaxed);
                     return Err(format!(
-                        "the chat template does not come to an end: it took {:.0} s, and {:.1} GB of memory were added \
-                         meanwhile; it is faulty",
+                        "the chat template does not come to an end: it took {:.0} s, and the memory grew by {:.1} GB; \
+                         the template is faulty",
                         start.elapsed().as_secs_f64(),
                         grown as f64 / 1e9
                     ));
@@ -205,21 +229,23 @@ pub fn watched<T: Send + 'static>(
     }
 }
 
-/// By how much the process may grow while a template that takes seconds runs.
-const MEMORY: u64 = 2 << 30;
+/// The largest growth of the process's resident memory, in bytes (2 GiB), while a template runs for more than a second.
+const MAX_MEMORY_GROWTH: u64 = 2 << 30;
 
-/// Bytes of the process's memory that are in use, 0 where the system does not say.
-fn resident() -> u64 {
+/// The resident memory of the process in bytes; 0 if the system does not report it.
+fn resident_bytes() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").ok();
     let pages = pages.and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok());
     pages.unwrap_or(0) * 4096
 }
 
-fn line(error: &Error) -> String {
+/// The line of an error for a message, such as `, line 3`.
+fn line_suffix(error: &Error) -> String {
     error.line().map_or(String::new(), |line| format!(", line {line}"))
 }
 
-fn said(error: &Error) -> String {
+/// The kind and the detail of an error.
+fn error_text(error: &Error) -> String {
     match error.detail() {
         Some(detail) => format!("{}: {detail}", error.kind()),
         None => error.kind().to_string(),
@@ -230,6 +256,7 @@ fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
 }
 
+/// Whether a text or a key in `value` contains the character.
 fn holds(value: &Json, c: char) -> bool {
     match value {
         Json::String(text) => text.contains(c),
@@ -239,11 +266,12 @@ fn holds(value: &Json, c: char) -> bool {
     }
 }
 
-/// What a mark holds, between two characters where they are asked for.
+/// The function behind a `{% generation %}` tag: the block's text, between the two sentinel characters if they are
+/// defined.
 fn mark(state: &mut State, kwargs: Kwargs) -> Result<String, Error> {
     let caller: Value = kwargs.get("caller")?;
     let text = caller.call(state, &[])?;
-    let [open, close] = SENTINELS.map(|name| state.lookup(name).map_or(String::new(), |c| c.to_string()));
+    let [open, close] = SENTINEL_VARIABLES.map(|name| state.lookup(name).map_or(String::new(), |c| c.to_string()));
     Ok(format!("{open}{text}{close}"))
 }
 
@@ -270,29 +298,30 @@ fn to_json(state: &mut State, value: &Value, arguments: Rest<Value>, kwargs: Kwa
         Some(_) => return Err(invalid("`separators` of `tojson` are two texts")),
         None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
     };
-    let mut writer = Writer { out: String::new(), indent, item, key, ascii, sort, paid: 0 };
+    let mut writer = JsonWriter { out: String::new(), indent, item, key, ascii, sort, charged: 0 };
     writer.value(state, value, 0)?;
     Ok(writer.out)
 }
 
-struct Writer {
+/// Writes values as Python's `json.dumps` does.
+struct JsonWriter {
     out: String,
     indent: Option<String>,
     item: String,
     key: String,
     ascii: bool,
     sort: bool,
-    /// Bytes that fuel was taken for.
-    paid: usize,
+    /// Bytes of `out` that fuel was consumed for.
+    charged: usize,
 }
 
-impl Writer {
+impl JsonWriter {
     fn value(&mut self, state: &State, value: &Value, depth: usize) -> Result<(), Error> {
-        if depth > DEPTH {
-            return Err(invalid(format!("`tojson` of more than {DEPTH} lists and objects inside each other")));
+        if depth > MAX_JSON_DEPTH {
+            return Err(invalid(format!("`tojson` of more than {MAX_JSON_DEPTH} lists and objects inside each other")));
         }
-        state.consume_fuel(1 + (self.out.len() - self.paid) as u64 / 64)?;
-        self.paid = self.out.len();
+        state.consume_fuel(1 + (self.out.len() - self.charged) as u64 / 64)?;
+        self.charged = self.out.len();
         match value.kind() {
             ValueKind::None => self.out += "null",
             ValueKind::Bool => self.out += if value.is_true() { "true" } else { "false" },
@@ -382,8 +411,8 @@ impl Writer {
     }
 }
 
-/// A floating-point number as Python writes it: the fewest digits that are read back as the number, with an exponent
-/// below 10⁻⁴ and from 10¹⁶ on.
+/// A floating-point number as Python writes it: the shortest digits that read back as the same number, with an exponent
+/// below 10⁻⁴ and from 10¹⁶.
 fn float(number: f64) -> String {
     if !number.is_finite() {
         return if number.is_nan() {

@@ -1,15 +1,15 @@
-//! `{% generation %}` … `{% endgeneration %}`, the marks around what the assistant says.
+//! The tags `{% generation %}` … `{% endgeneration %}`, with which a template marks the assistant's text.
 //!
-//! They are rewritten as a `call` block, which is a block as they are, so that whitespace around their tags is treated
-//! alike, and which has its own scope as they have in transformers. The called function puts a character before and one
-//! behind the text; both are taken out again.
+//! minijinja does not know them, so they are rewritten to a `call` block. That is a block with a scope of its own, as
+//! the tags are in transformers, and whitespace around its tags is controlled in the same way. The called function
+//! writes a marker character before and after the text, and [`strip_markers`] removes both again.
 
 use std::ops::Range;
 
-/// The function that is called with what a mark holds.
+/// The name of the function that the `call` block calls with the marked text.
 pub const FUNCTION: &str = "generation_mark";
 
-/// The template with its marks as calls, and whether it has any.
+/// The template with its generation tags rewritten to `call` blocks, and whether it has any.
 pub fn rewrite(source: &str) -> (String, bool) {
     let (mut out, mut rest, mut marked) = (String::with_capacity(source.len() + 64), source, false);
     let mut raw = false;
@@ -19,17 +19,17 @@ pub fn rewrite(source: &str) -> (String, bool) {
         let statement = tag.starts_with("{%");
         let length = match statement || tag.starts_with("{{") && !raw {
             _ if tag.starts_with("{#") && !raw => tag.find("#}").map_or(tag.len(), |end| end + 2),
-            true => length(tag, if statement { "%}" } else { "}}" }),
+            true => tag_length(tag, if statement { "%}" } else { "}}" }),
             false => 1,
         };
         let (whole, after) = tag.split_at(length);
-        let name = if statement { word(whole) } else { 0..0 };
+        let name = if statement { first_word(whole) } else { 0..0 };
         let call = match &whole[name.clone()] {
             "endraw" => {
                 raw = false;
                 None
             }
-            // Inside of `raw` a tag is text.
+            // Inside a `raw` block, tags are text.
             _ if raw => {
                 out += "{";
                 rest = &tag[1..];
@@ -57,8 +57,8 @@ pub fn rewrite(source: &str) -> (String, bool) {
     (out + rest, marked)
 }
 
-/// How long a tag is. What is quoted in it does not end it.
-fn length(tag: &str, end: &str) -> usize {
+/// The length in bytes of a tag up to `end`, ignoring `end` inside quotes.
+fn tag_length(tag: &str, end: &str) -> usize {
     let (mut quote, mut escaped) = (None, false);
     for (at, c) in tag.char_indices().skip(2) {
         match quote {
@@ -74,16 +74,17 @@ fn length(tag: &str, end: &str) -> usize {
     tag.len()
 }
 
-/// Where the first word of a block tag is.
-fn word(tag: &str) -> Range<usize> {
+/// The byte range of the first word of a block tag.
+fn first_word(tag: &str) -> Range<usize> {
     let inner = tag[2..].trim_start_matches(['-', '+']).trim_start();
     let start = tag.len() - inner.len();
     let end = inner.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(inner.len());
     start..start + end
 }
 
-/// Takes the two characters out of a text, and says what stood between them. Of marks in each other the outer one counts.
-pub fn take(marked: &str, open: char, close: char) -> (String, Vec<Range<usize>>) {
+/// Removes the marker characters from a text. Returns the text and the byte ranges that were between them. Of nested
+/// marks only the outermost counts.
+pub fn strip_markers(marked: &str, open: char, close: char) -> (String, Vec<Range<usize>>) {
     let (mut text, mut ranges, mut depth, mut start) = (String::with_capacity(marked.len()), vec![], 0u32, 0);
     for c in marked.chars() {
         if c == open {

@@ -1,4 +1,5 @@
-//! Templates held against transformers; rows of every form; templates and rows that are refused, with the words.
+//! Compares rendered templates with transformers', converts rows of every format, and checks the errors for templates
+//! and rows that are refused.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +16,7 @@ use crate::data::{DataError, Tokenizer};
 /// 2024-07-06 15:04:05
 const NOW: i64 = 1_720_278_245;
 
-/// What `tests/interop/chat_fixtures.py` wrote.
+/// The fixtures that `tests/interop/chat_fixtures.py` wrote.
 fn fixtures() -> Json {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/chat.json");
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
@@ -36,7 +37,7 @@ fn folder(tokenizer: &Json, files: &[(&str, Json)]) -> TempDir {
 fn load(folder: &TempDir) -> Result<Tokenizer, DataError> {
     let kind =
         TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![], pack: false };
-    Tokenizer::load(folder.path(), &Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }, 100_000)
+    Tokenizer::load(folder.path(), &Task { name: "t".into(), max_tokens: 64, bidirectional: false, kind }, 100_000)
 }
 
 /// A tokenizer with a template in its settings.
@@ -55,7 +56,7 @@ fn conversation(value: Json) -> Conversation {
     Conversation::of(row(&value)).unwrap_or_else(|why| panic!("{why}: {value}"))
 }
 
-/// A conversation whose turns are the user's and the assistant's by turns.
+/// A conversation in which the user and the assistant alternate.
 fn turns(texts: &[&str]) -> Conversation {
     let message =
         |(at, text): (usize, &&str)| json!({"role": if at % 2 == 0 { "user" } else { "assistant" }, "content": text});
@@ -71,9 +72,9 @@ fn chat(template: &str) -> Result<Chat, String> {
     Chat::new(&templates, vec!["</s>".into(), "<|im_end|>".into(), "<|end|>".into(), "<|user|>".into()], NOW)
 }
 
-/// What carries the loss.
+/// The texts that carry the loss.
 fn learned(rendered: &Rendered) -> Vec<&str> {
-    rendered.learned.iter().map(|range| &rendered.text[range.clone()]).collect()
+    rendered.loss_ranges.iter().map(|range| &rendered.text[range.clone()]).collect()
 }
 
 #[test]
@@ -88,7 +89,7 @@ fn eight_families_are_rendered_and_encoded_as_by_transformers() {
             let conversation = conversation(fixtures["conversations"][name].clone());
             let (found, with_marks) = match (unmarked.render(&conversation), by_marks.render(&conversation)) {
                 (Ok(found), Ok(with_marks)) => (found, with_marks),
-                // Templates without tools leave calls out, in transformers without a word.
+                // Templates without tools leave calls out; transformers does so silently, peftc refuses the row.
                 (Err(one), Err(other)) if expected["error"].is_null() => {
                     assert!(name.contains("call") || name == "tools", "{place}: {one}");
                     assert!(
@@ -103,7 +104,8 @@ fn eight_families_are_rendered_and_encoded_as_by_transformers() {
                     let said = expected["error"].as_str().unwrap_or_else(|| panic!("{place}: {one}"));
                     let detail = |why: &str| why.rsplit(", line ").next().unwrap_or_default().to_owned();
                     assert_eq!(detail(&one), detail(&other), "{place}");
-                    // What Python says of values it cannot work with is Python's own.
+                    // Errors of Python itself have Python's own text, so only those that the template raises are
+                    // compared.
                     assert!(
                         said.contains("no attribute") || one == format!("the chat template refuses it: {said}"),
                         "{one}"
@@ -116,10 +118,10 @@ fn eight_families_are_rendered_and_encoded_as_by_transformers() {
                 wrong.push(format!("{place}: {:?}, in transformers {}", found.text, expected["text"]));
                 continue;
             }
-            let encoded = plain.encode_spans(&[(&found.text, &found.learned[..])]).unwrap().remove(0);
-            let masked = marked.encode_spans(&[(&with_marks.text, &with_marks.learned[..])]).unwrap().remove(0);
+            let encoded = plain.encode_spans(&[(&found.text, &found.loss_ranges[..])]).unwrap().remove(0);
+            let masked = marked.encode_spans(&[(&with_marks.text, &with_marks.loss_ranges[..])]).unwrap().remove(0);
             let mut spans: Vec<[usize; 2]> = masked.spans.iter().map(|span| [span.start, span.end]).collect();
-            // The mark ends with a character of four tokens, of which transformers masks the first.
+            // The marked range ends with a character of four tokens, of which transformers' mask holds only the first.
             if place == "SmolLM2, unicode" {
                 spans[0][1] -= 3;
             }
@@ -129,14 +131,14 @@ fn eight_families_are_rendered_and_encoded_as_by_transformers() {
             if json!(spans) != expected["masks"] {
                 wrong.push(format!("{place}: masks {spans:?}, in transformers {}", expected["masks"]));
             }
-            // Without marks a turn begins where the marks have it, and ends behind its end mark.
+            // Without marks, a range begins where the marked range begins, and it ends after the turn's end token.
             let (turns, marks) = (learned(&found), learned(&with_marks));
-            // SmolLM2's template writes a call as a turn without text, which its mark does not hold.
+            // Both ways find the same number of ranges.
             assert_eq!(turns.len(), marks.len(), "{place}");
             for ((turn, mark), (range, at)) in
-                turns.iter().zip(marks).zip(found.learned.iter().zip(&with_marks.learned))
+                turns.iter().zip(marks).zip(found.loss_ranges.iter().zip(&with_marks.loss_ranges))
             {
-                // Qwen's mark of a call has the line break that the generation prompt ends with.
+                // Qwen's marked range of a call includes the line break at the end of the generation prompt.
                 let before = &found.text[at.start..range.start];
                 assert!(before.is_empty() || before == "\n", "{place}: {before:?}");
                 let rest = turn
@@ -153,7 +155,7 @@ fn eight_families_are_rendered_and_encoded_as_by_transformers() {
 }
 
 #[test]
-fn expressions_are_those_of_transformers() {
+fn expressions_evaluate_as_in_transformers() {
     let fixtures = fixtures();
     let messages = conversation(fixtures["conversations"]["several"].clone());
     let mut wrong = vec![];
@@ -173,7 +175,7 @@ fn expressions_are_those_of_transformers() {
 }
 
 #[test]
-fn marks_are_found_in_tags_alone() {
+fn generation_tags_are_found_only_in_tags() {
     let (text, marked) =
         marks::rewrite("{%- generation -%}a{%endgeneration+%}{# {% generation %} #}{{ '{% generation %}' }}");
     let rewritten = "{%- call generation_mark() -%}a{%endcall+%}{# {% generation %} #}{{ '{% generation %}' }}";
@@ -183,11 +185,11 @@ fn marks_are_found_in_tags_alone() {
     {
         assert_eq!(marks::rewrite(text), (text.to_owned(), false), "{text}");
     }
-    assert_eq!(marks::take("a[b[c]]d[]", '[', ']'), ("abcd".into(), vec![1..3, 4..4]));
+    assert_eq!(marks::strip_markers("a[b[c]]d[]", '[', ']'), ("abcd".into(), vec![1..3, 4..4]));
 }
 
 #[test]
-fn dates_are_those_of_strftime() {
+fn dates_are_formatted_as_by_strftime() {
     for (now, expected) in [
         (0, "1970-01-01 Thursday 001"),
         (NOW, "2024-07-06 Saturday 188"),
@@ -199,12 +201,12 @@ fn dates_are_those_of_strftime() {
     }
     assert_eq!(date::format("%d %b %y, %-I:%M %p; %e%%", NOW).as_deref(), Ok("06 Jul 24, 3:04 PM;  6%"));
     let said = date::format("%Q", 0).unwrap_err();
-    assert_eq!(said, "`strftime_now` has `%Q` in `%Q`, which is not written here");
+    assert_eq!(said, "`strftime_now` has `%Q` in `%Q`, which is not supported");
 }
 
-/// The template, the variables and the notes of every place that may hold them.
+/// The templates, the variables and the notes are read from every place that may hold them, in transformers' order.
 #[test]
-fn the_places_of_a_template() {
+fn templates_are_found_in_every_place() {
     let fixtures = fixtures();
     let named = json!([{"name": "tool_use", "template": "T"}, {"name": "default", "template": "K"}]);
     let settings = |template: Json| ("tokenizer_config.json", json!({"chat_template": template, "eos_token": "</s>"}));
@@ -233,7 +235,7 @@ fn the_places_of_a_template() {
         assert!(templates.from.contains(place), "{}", templates.from);
         assert_eq!(templates.tokens, [("eos_token".to_owned(), "</s>".to_owned())]);
     }
-    // With tools the template for them is taken, as by transformers.
+    // A conversation with tools uses the template `tool_use`, as in transformers.
     let both = json!([{"name": "tool_use", "template": "{% generation %}T{% endgeneration %}"},
         {"name": "default", "template": "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}"}]);
     let chat = Chat::at(&tokenizer(&fixtures, &both, &json!({})), NOW).unwrap();
@@ -244,8 +246,9 @@ fn the_places_of_a_template() {
     assert_eq!(
         chat.notes(),
         [
-            "of the chat templates `tool_use`, `default` `default` is used, `tool_use` for rows with tools",
-            "the chat template may write the date, which is taken as 2024-07-06 (UTC) for the whole run; a run that goes on \
+            "the tokenizer has the chat templates `tool_use`, `default`; `default` is used, `tool_use` for rows with \
+             tools",
+            "the chat template may write the date, which is 2024-07-06 (UTC) for the whole run; a run that is resumed \
              on another day has other data unless `SOURCE_DATE_EPOCH` fixes the date"
         ]
     );
@@ -260,24 +263,24 @@ fn the_places_of_a_template() {
         "{said}"
     );
     let said = refusal(&[settings(json!([{"name": "rag", "template": "R"}]))]);
-    assert!(said.ends_with("has the templates `rag`, and none is called `default`: name one so"), "{said}");
+    assert!(said.ends_with("has the templates `rag`, and none is called `default`: rename the one to use"), "{said}");
     let said = refusal(&[settings(json!(1))]);
     assert!(said.contains("its `chat_template` is 1, and should be a text"), "{said}");
     let said = refusal(&[settings(json!([{"name": "rag"}]))]);
-    assert!(said.contains("has not both a `name` and a `template`"), "{said}");
+    assert!(said.contains("should have a `name` and a `template`"), "{said}");
 }
 
 const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
                       {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 #[test]
-fn the_loss_is_on_what_a_turn_adds() {
+fn the_loss_is_on_the_text_after_the_generation_prompt() {
     let chat = chat(CHATML).unwrap();
     let talk = turns(&["Hi", "Hello", "<|im_end|></s>?", "No"]);
     let found = chat.render(&talk).unwrap();
     assert_eq!(learned(&found), ["Hello<|im_end|>\n", "No<|im_end|>\n"]);
     assert_eq!(found.special, 2);
-    // A weight of 0 takes a turn out; a row without any other is refused.
+    // A message with a weight of 0 carries no loss; a row in which all have it is refused.
     let mut row = json!({"messages": talk.messages});
     row["messages"][1]["weight"] = 0.into();
     assert_eq!(learned(&chat.render(&conversation(row.clone())).unwrap()), ["No<|im_end|>\n"]);
@@ -285,9 +288,9 @@ fn the_loss_is_on_what_a_turn_adds() {
     assert!(Conversation::of(self::row(&row)).unwrap_err().contains("nothing to learn"));
 }
 
-/// What a template writes behind the last message alone is of the last turn.
+/// Text that a template writes only after the last message belongs to the last message's range.
 #[test]
-fn an_end_of_the_conversation_is_no_part_of_earlier_turns() {
+fn the_end_of_the_conversation_belongs_to_the_last_turn() {
     let template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}\
                     {% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}";
     let found = chat(template).unwrap().render(&turns(&["a", "b", "c", "d"])).unwrap();
@@ -295,23 +298,23 @@ fn an_end_of_the_conversation_is_no_part_of_earlier_turns() {
 }
 
 #[test]
-fn marks_with_weights_and_blanks() {
-    let template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}\n  {%- generation -%}\n {{ m.content }}.\
-                    {% endgeneration %}\n\n{% else %}{{ m.content }} {% endif %}{% endfor %}";
+fn marked_ranges_respect_weights_and_whitespace_control() {
+    let template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}\n  {%- generation -%}\n {{ \
+                    m.content }}.{% endgeneration %}\n\n{% else %}{{ m.content }} {% endif %}{% endfor %}";
     let chat = chat(template).unwrap();
     let mut talk = turns(&["a", "b", "c", "d"]);
     assert_eq!(chat.render(&talk).unwrap().text, "user: a assistant: b.\nuser: c assistant: d.\n");
     assert_eq!(learned(&chat.render(&talk).unwrap()), ["b.", "d."]);
     talk.messages[1]["weight"] = 0.into();
     assert_eq!(learned(&chat.render(&talk).unwrap()), ["d."]);
-    // Characters that stand around marks for a while may stand in a text.
+    // The characters that delimit marks internally may occur in a message.
     talk.messages[3]["content"] = "\u{e000}\u{e001}".into();
     assert_eq!(learned(&chat.render(&talk).unwrap()), ["\u{e000}\u{e001}."]);
 }
 
 #[test]
 #[allow(clippy::single_range_in_vec_init)]
-fn tokens_of_ranges() {
+fn byte_ranges_become_token_ranges() {
     let tokenizer = tokenizer(&fixtures(), &"".into(), &json!({}));
     let text = "the film 🙂 is";
     let all = tokenizer.encode(vec![text], false).unwrap().remove(0);
@@ -319,7 +322,8 @@ fn tokens_of_ranges() {
     assert_eq!(spans(&[]).ids, all);
     let whole = 0..text.len();
     assert_eq!(spans(&[whole]).spans, [0..all.len()]);
-    // A token that is partly in a range is in it, and all of the tokens of a character are. The blank before it is one.
+    // A token that overlaps a range is in it, and so are all tokens of a character. The space before the character is a
+    // token.
     let film = tokenizer.encode(vec!["the"], false).unwrap()[0].len();
     let face = tokenizer.encode(vec!["the film"], false).unwrap()[0].len();
     let after = all.len() - tokenizer.encode(vec![" is"], false).unwrap()[0].len();
@@ -329,9 +333,9 @@ fn tokens_of_ranges() {
     assert!(spans(&[2..2]).spans.is_empty());
 }
 
-/// Templates that cannot be used, and what is said of them.
+/// Templates that cannot be used are refused with the place and the reason.
 #[test]
-fn bad_templates() {
+fn bad_templates_are_refused() {
     let talk = turns(&["a", "b", "c", "<think>x</think>d"]);
     for (template, said) in [
         ("a\n{% if %}", "`T`, line 2: syntax error: "),
@@ -352,7 +356,8 @@ fn bad_templates() {
             "`T`, line 1: the template does not come",
         ),
         (
-            "{% set ns = namespace(x=[1]) %}{% for a in range(24) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | list }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(24) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | \
+             list }}",
             "`T`, line 1: the template does not come",
         ),
         ("{{ [1] | chain([2]) }}", "`T`, line 1: unknown filter: "),
@@ -363,7 +368,8 @@ fn bad_templates() {
         ("{{ 'x' * 999999999 }}", "`T`, line 1: "),
         ("{{ ('x' * 99999).replace('x', 'y' * 99999) | length }}", "`T`, line 1: the template does not come to an end"),
         (
-            "{% set ns = namespace(x=[]) %}{% for a in range(300) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set ns = namespace(x=[]) %}{% for a in range(300) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | \
+             tojson }}",
             "`T`, line 1: invalid operation: `tojson` of more than 100",
         ),
         ("{{ raise_exception('it is <so>') }}", "the chat template refuses it: it is <so>"),
@@ -373,7 +379,7 @@ fn bad_templates() {
         ),
         (
             "{% for m in messages %}{{ m.content if loop.last else m.content | replace('b', 'z') }}{% endfor %}",
-            "message 2, the assistant's: the chat template writes it otherwise",
+            "message 2, the assistant's: the chat template writes it differently",
         ),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
@@ -381,7 +387,7 @@ fn bad_templates() {
         ),
         (
             "{% set x %}{% generation %} a {% endgeneration %}{% endset %}{{ x | trim }}",
-            "the chat template works on what it has marked",
+            "the chat template processes the text that it has marked",
         ),
         ("{% generation %}{% endgeneration %}x", "no token would carry the loss"),
     ] {
@@ -392,22 +398,22 @@ fn bad_templates() {
     }
 }
 
-/// Work that no bound ends is given up, and none is begun after it.
+/// Work that exceeds the time limit is an error, and no other work starts after it.
 #[test]
-fn work_that_does_not_end() {
+fn work_that_does_not_end_is_given_up() {
     let (faulty, limit) = (AtomicBool::new(false), Duration::from_millis(20));
-    assert_eq!(engine::watched(limit, &faulty, || Ok(1)), Ok(1));
-    assert_eq!(engine::watched(limit, &faulty, || Err::<(), _>("so".into())), Err("so".into()));
+    assert_eq!(engine::run_with_limits(limit, &faulty, || Ok(1)), Ok(1));
+    assert_eq!(engine::run_with_limits(limit, &faulty, || Err::<(), _>("so".into())), Err("so".into()));
     let (hold, held) = std::sync::mpsc::channel::<()>();
-    let said = engine::watched(limit, &faulty, move || held.recv().map_err(|e| e.to_string())).unwrap_err();
+    let said = engine::run_with_limits(limit, &faulty, move || held.recv().map_err(|e| e.to_string())).unwrap_err();
     assert!(said.starts_with("the chat template does not come to an end: it took 0 s"), "{said}");
     drop(hold);
-    assert!(engine::watched(limit, &faulty, || Ok(1)).unwrap_err().contains("for another conversation"));
+    assert!(engine::run_with_limits(limit, &faulty, || Ok(1)).unwrap_err().contains("for another conversation"));
 }
 
-/// Lists inside each other, as deep as a template can make them in its time, do not exhaust the stack.
+/// Nested lists, as deep as a template can build them within its limits, do not exhaust the stack.
 #[test]
-fn values_that_hold_each_other() {
+fn deeply_nested_values_do_not_exhaust_the_stack() {
     let template = |count: usize, value: &str, last: &str| {
         format!(
             "{{% set ns = namespace(x=[], y=[]) %}}{{% for a in range({count}) %}}{{% for b in range(1000) %}}\
@@ -430,13 +436,13 @@ fn values_that_hold_each_other() {
     }
 }
 
-/// SmolLM2-135M-Instruct's own template, by the text that transformers 5.23 gives.
+/// SmolLM2-135M-Instruct's own template renders to the text of transformers 5.23.
 #[test]
 fn smollm2_by_its_own_template() {
     let (Some(_), Some(file)) = (std::env::var_os("PEFTC_FULL"), std::env::var_os("PEFTC_SMOLLM2")) else { return };
     let kind =
         TaskKind::Generation { special: vec![], template: vec![], target: String::new(), each: vec![], pack: false };
-    let task = Task { name: "t".into(), max_tokens: 64, enclosed: false, kind };
+    let task = Task { name: "t".into(), max_tokens: 64, bidirectional: false, kind };
     let tokenizer = Tokenizer::load(Path::new(&file), &task, 49_152).unwrap();
     let tokens = &tokenizer.templates().unwrap().tokens;
     for (name, token) in [("bos_token", "<|im_start|>"), ("eos_token", "<|im_end|>")] {
@@ -454,18 +460,18 @@ fn smollm2_by_its_own_template() {
     let found = chat.render(&talk).unwrap();
     assert_eq!(
         found.text,
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\nZoë 🙂<|im_end|>\n\
-         <|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nBye!<|im_end|>\n"
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\nZoë \
+         🙂<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nBye!<|im_end|>\n"
     );
     assert_eq!(learned(&found), ["Zoë 🙂<|im_end|>\n", "Bye!<|im_end|>\n"]);
-    let encoded = tokenizer.encode_spans(&[(&found.text, &found.learned[..])]).unwrap().remove(0);
+    let encoded = tokenizer.encode_spans(&[(&found.text, &found.loss_ranges[..])]).unwrap().remove(0);
     let ends: Vec<i32> = encoded.spans.iter().map(|span| encoded.ids[span.end - 2]).collect();
     assert_eq!(ends, [2, 2], "the end of each turn, `<|im_end|>`");
 }
 
-/// Rows of every form, and the messages that they become: roles by their first letters.
+/// Rows of every format become messages, which are shown with the first letters of their roles.
 #[test]
-fn forms_of_rows() {
+fn rows_of_every_format_become_messages() {
     let call = json!({"name": "f", "arguments": {"x": 1}});
     for (row, expected) in [
         (
@@ -504,7 +510,8 @@ fn forms_of_rows() {
     }
     let tools = json!([{"type": "function"}]);
     let with = conversation(json!({"messages": [{"role": "user", "content": "q", "name": "n"},
-        {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]}],
+        {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{\"x\": \
+                                                                                                                           1}"}}]}],
         "tools": tools.to_string()}));
     assert_eq!(with.tools, Some(tools));
     assert_eq!(with.messages[0]["name"], "n");
@@ -514,7 +521,7 @@ fn forms_of_rows() {
 }
 
 #[test]
-fn rows_that_are_refused() {
+fn bad_rows_are_refused() {
     let user = json!({"role": "user", "content": "q"});
     let of = |message: Json| json!({"messages": [user, message]});
     let assistant = |content: Json| of(json!({"role": "assistant", "content": content}));
@@ -527,7 +534,8 @@ fn rows_that_are_refused() {
         (json!({"messages": [user]}), "no message is the assistant's, so there is nothing to learn"),
         (
             of(json!({"role": "asistant", "content": "x"})),
-            "message 2: unknown role `asistant` (did you mean `assistant`?); roles are system, developer, user, assistant, tool",
+            "message 2: unknown role `asistant` (did you mean `assistant`?); roles are system, developer, user, \
+             assistant, tool",
         ),
         (of(json!({"role": "GPT", "content": "x"})), "message 2: unknown role `GPT` (did you mean `assistant`?)"),
         (of(json!({"content": "x"})), "message 2: it has no `role`"),
@@ -538,7 +546,7 @@ fn rows_that_are_refused() {
         (assistant(3.into()), "message 2: its `content` is 3, and should be a text or a list of parts"),
         (
             assistant(json!([{"type": "image"}])),
-            "message 2: a part of its content is of type `image`, and text is read",
+            "message 2: a part of its content is of type `image`, and only text is read",
         ),
         (assistant(json!([{"type": "text"}])), "message 2: a part of its content is not"),
         (
@@ -559,16 +567,16 @@ fn rows_that_are_refused() {
         ),
         (
             json!({"conversations": [{"from": "humn", "value": "q"}]}),
-            "message 1: `from` is `humn`, which is no known speaker (did you mean `human`?)",
+            "message 1: `from` is `humn`, which is not a known speaker (did you mean `human`?)",
         ),
         (
             json!({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f()"}]}),
-            "message 2: the `value` of `function_call` is to be JSON",
+            "message 2: the `value` of `function_call` should be JSON",
         ),
         (json!({"conversations": [{"from": "human"}]}), "message 1: the user's message has no `content`"),
         (json!({"instruction": "i", "output": ""}), "`output` is empty"),
         (json!({"instruction": " ", "output": "o"}), "`instruction` is empty"),
-        (json!({"instruction": "i", "output": "o", "history": ["x"]}), "`history` is to be a list of pairs"),
+        (json!({"instruction": "i", "output": "o", "history": ["x"]}), "`history` should be a list of pairs"),
         (json!({"prompt": "p", "completion": ""}), "`completion` is empty"),
         (
             json!({"messages": [user, {"role": "assistant", "content": "x"}], "tools": {}}),
@@ -576,7 +584,7 @@ fn rows_that_are_refused() {
         ),
         (
             json!({"messages": [user, {"role": "assistant", "content": "x"}], "tools": "x"}),
-            "`tools` is a text that is no JSON list",
+            "`tools` is a text that is not a JSON list",
         ),
     ] {
         let found = Conversation::of(self::row(&row)).expect_err(&row.to_string());

@@ -1,19 +1,19 @@
-//! The keys of `config.json` against the model. What each means to a family stands in its backbone's file; what is the
-//! same for all families stands here.
+//! Compares the keys of `config.json` with the model. The backbone's file declares what each key means for its family;
+//! this module knows the keys that mean the same for all families.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use peft_grammar::library;
-use peft_grammar::model::{ConfigValue, Key, Model};
+use peft_grammar::model::{ConfigValue, KeyRule, Model};
 use peft_runtime::{RuntimeError, json};
 use serde_json::{Map, Value};
 
-/// Keys that change nothing of what a model computes from its weights, whatever its family: where it comes from, with
-/// what it was written, in which type, what its outputs hold besides, how text is drawn from it.
-pub const WITHOUT_INFLUENCE: &[&str] = &[
-    // Where from, and with what.
+/// Keys that do not change what a model of any family computes from its weights: they describe the model's origin, the
+/// program that wrote it, the type of its weights, additional outputs, and the sampling of text.
+pub const IGNORED_KEYS: &[&str] = &[
+    // Origin and program.
     "_name_or_path",
     "name_or_path",
     "_commit_hash",
@@ -35,7 +35,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "attn_implementation",
     "_experts_implementation",
     "experts_implementation",
-    // In which type, and by what.
+    // Type of the weights and implementation.
     "dtype",
     "torch_dtype",
     "use_bfloat16",
@@ -45,7 +45,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     // Initialisation.
     "initializer_range",
     "initializer_factor",
-    // Outputs.
+    // Additional outputs.
     "output_attentions",
     "output_hidden_states",
     "output_past",
@@ -54,7 +54,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "use_cache",
     "chunk_size_feed_forward",
     "is_composition",
-    // Tokens by their role.
+    // Special tokens.
     "bos_token_id",
     "eos_token_id",
     "sep_token_id",
@@ -63,7 +63,7 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "unk_token_id",
     "decoder_start_token_id",
     "prefix",
-    // Generation.
+    // Generation and sampling.
     "assistant_confidence_threshold",
     "assistant_early_exit",
     "assistant_ensemble_weight",
@@ -132,23 +132,25 @@ pub const WITHOUT_INFLUENCE: &[&str] = &[
     "watermarking_config",
 ];
 
-/// Keys about labels; [`super::labels`] compares them where the files hold a head.
+/// Keys about labels. [`super::labels`] compares them if the files hold a head.
 pub const LABELS: &[&str] = &["id2label", "label2id", "num_labels", "_num_labels", "problem_type"];
 
-/// Keys that mean the same to all families and that no backbone computes: what they may be, what else they say, and
-/// the mend.
+/// Keys for features of any family that no backbone computes: the values that turn the feature off, and the message for
+/// any other value.
 const REFUSED: &[(&str, &[&str], &str)] = &[
     (
         "quantization_config",
         &["null", "{}"],
-        "the weights are quantised; save them once as floating-point numbers (transformers: `model.dequantize()`, then `save_pretrained`)",
+        "the weights are quantised; save them once as floating-point numbers (transformers: `model.dequantize()`, \
+         then `save_pretrained`)",
     ),
-    ("pruned_heads", &["null", "{}"], "heads of its layers were taken out"),
-    ("per_layer_config", &["null", "{}"], "its layers are not alike"),
+    ("pruned_heads", &["null", "{}"], "heads of its layers were pruned"),
+    ("per_layer_config", &["null", "{}"], "its layers have different configurations"),
     (
         "auto_map",
         &["null", "{}"],
-        "it brings Python code of its own, which is not read; take the key out if transformers' own class computes the same",
+        "it comes with Python code of its own, which is not read; remove the key if transformers' own class computes \
+         the same",
     ),
     ("is_encoder_decoder", &["null", "false"], "it is an encoder with a decoder"),
     ("tie_encoder_decoder", &["null", "false"], "it is an encoder with a decoder"),
@@ -156,7 +158,7 @@ const REFUSED: &[(&str, &[&str], &str)] = &[
     (
         "transformers_weights",
         &["null", "\"model.safetensors\""],
-        "its weights are in a file of another name; call that `model.safetensors`, and take the key out",
+        "its weights are in a file of another name; rename it to `model.safetensors`, and remove the key",
     ),
     ("text_config", &["null"], "it is a model of several parts; take the folder of the text model"),
     ("vision_config", &["null"], "it is a model of several parts; take the folder of the text model"),
@@ -165,91 +167,103 @@ const REFUSED: &[(&str, &[&str], &str)] = &[
     ("decoder", &["null"], "it is a model of several parts"),
 ];
 
-/// The key that counts the token embedding's rows: a task's own special tokens may follow them.
+/// The key for the number of rows of the token embedding, which a task's special tokens may extend.
 pub(super) const VOCABULARY: &str = "vocab_size";
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Comparison {
-    /// Lines of a refusal.
+    /// Errors, a line each; empty if the checkpoint fits.
     pub wrong: Vec<String>,
+    /// Warnings, a line each.
     pub warnings: Vec<String>,
-    /// What the file says of each argument of the backbone; of one that it leaves out, what that counts as.
+    /// The value of each argument of the backbone by the file, or its default if the key is absent.
     pub arguments: BTreeMap<String, Value>,
 }
 
-/// `config.json` of a folder, where it has one.
+/// Reads the `config.json` of a folder; `None` if it has none.
+///
+/// # Errors
+///
+/// The file cannot be read or is not a JSON object.
 pub fn read(dir: &Path) -> Result<Option<Map<String, Value>>, RuntimeError> {
     let path = dir.join("config.json");
-    json::there(&path)?.then(|| json::object(&path)).transpose()
+    json::exists(&path)?.then(|| json::object(&path)).transpose()
 }
 
-/// Compares every key with what the model computes. A key that is absent counts as transformers' own default, which
-/// the backbone's file knows.
+/// Compares every key with the model. An absent key has the default of transformers, which the backbone's file
+/// declares.
 pub fn compare(config: &Map<String, Value>, model: &Model) -> Comparison {
     let mut found = Comparison::default();
     if let Some(wrong) = other_family(config, model, &mut found.warnings) {
         found.wrong.push(wrong);
         return found;
     }
-    let rules = Rules { model, keys: &model.backbone.checkpoint.keys, place: "config.json", written: None };
-    rules.compare(&leaves(config, &rules), found)
+    let rules = ConfigRules { model, keys: &model.backbone.checkpoint.keys, place: "config.json", file_keys: None };
+    rules.compare(&entries(config, &rules), found)
 }
 
-/// What the keys of a file are compared with.
-pub(super) struct Rules<'a> {
+/// The rules by which the keys of a file are compared with a model.
+pub(super) struct ConfigRules<'a> {
+    /// The model.
     pub model: &'a Model,
-    /// What each key has to be, [`Key::Same`] for another name of one.
-    pub keys: &'a BTreeMap<String, Key>,
-    /// What messages call the file: `config.json`.
+    /// The rule for each key; [`KeyRule::Same`] for an alias.
+    pub keys: &'a BTreeMap<String, KeyRule>,
+    /// The name of the file in messages, such as `config.json`.
     pub place: &'a str,
-    /// How the file writes keys of `config.json`; `None` where it is that file.
-    pub written: Option<&'a BTreeMap<String, String>>,
+    /// The file's own name for each key of `config.json`; `None` if it is that file.
+    pub file_keys: Option<&'a BTreeMap<String, String>>,
 }
 
-/// A key and its value.
-pub(super) struct Leaf<'c> {
-    /// That of a key inside an object has a dot.
+/// A key of the file and its value.
+pub(super) struct ConfigEntry<'c> {
+    /// The key; `OBJECT.KEY` for a key inside an object.
     pub path: String,
+    /// The value.
     pub value: Cow<'c, Value>,
-    /// It belongs to the family, which has to know it.
-    pub own: bool,
+    /// Whether the key belongs to the family, so that it is an error if the backbone does not know it.
+    pub must_be_known: bool,
 }
 
+/// The judgement on a key.
 enum Verdict {
+    /// The value agrees with the model, or the key does not matter.
     Fits,
-    /// Why it is refused, after "`key` is value".
+    /// The value disagrees. The text follows "`key` is value" in the message.
     Differs(String),
+    /// Nothing knows the key.
     Unknown,
 }
 
-impl Rules<'_> {
-    /// Compares all keys of a file, which are `leaves`, and adds what is found.
-    pub fn compare(&self, leaves: &[Leaf], mut found: Comparison) -> Comparison {
+impl ConfigRules<'_> {
+    /// Compares all keys of a file, and adds the result to `found`.
+    pub fn compare(&self, entries: &[ConfigEntry], mut found: Comparison) -> Comparison {
         let (mut present, mut unknown) = (BTreeSet::new(), vec![]);
-        for leaf in leaves {
-            if !leaf.value.is_null() {
-                let name = self.canonical(&leaf.path);
+        for entry in entries {
+            if !entry.value.is_null() {
+                let name = self.canonical(&entry.path);
                 present.insert(name.to_owned());
-                if let Some(Key::Argument { name, .. }) = self.keys.get(name) {
-                    found.arguments.insert(name.clone(), leaf.value.clone().into_owned());
+                if let Some(KeyRule::Argument { name, .. }) = self.keys.get(name) {
+                    found.arguments.insert(name.clone(), entry.value.clone().into_owned());
                 }
             }
-            match self.judge(leaf) {
+            match self.judge(entry) {
                 Verdict::Fits => {}
-                Verdict::Differs(why) => found.wrong.push(format!("  `{}` is {} {why}", leaf.path, short(&leaf.value))),
-                Verdict::Unknown => unknown.push(format!("`{}`: {}", leaf.path, short(&leaf.value))),
+                Verdict::Differs(why) => {
+                    found.wrong.push(format!("  `{}` is {} {why}", entry.path, abbreviated(&entry.value)))
+                }
+                Verdict::Unknown => unknown.push(format!("`{}`: {}", entry.path, abbreviated(&entry.value))),
             }
         }
         for (key, rule) in self.keys.iter().filter(|(key, _)| !present.contains(*key)) {
-            if let Key::Argument { name, absent: Some(absent) } = rule {
-                found.arguments.entry(name.clone()).or_insert_with(|| plain(absent));
-                found.wrong.extend(self.absent_key_differs(key, name, &plain(absent)));
+            if let KeyRule::Argument { name, absent: Some(absent) } = rule {
+                found.arguments.entry(name.clone()).or_insert_with(|| to_json(absent));
+                found.wrong.extend(self.absent_key_differs(key, name, &to_json(absent)));
             }
         }
         if !unknown.is_empty() {
             found.warnings.push(format!(
-                "{} has keys that `{}` does not know, so whether they matter was not checked: {}",
+                "{} has keys that `{}` does not know, so it was not checked whether they matter: {}",
                 self.place,
                 self.model.backbone.name,
                 unknown.join(", ")
@@ -258,32 +272,35 @@ impl Rules<'_> {
         found
     }
 
-    fn judge(&self, leaf: &Leaf) -> Verdict {
-        let name = self.canonical(&leaf.path);
-        let (backbone, place, value) = (&self.model.backbone.name, self.place, &*leaf.value);
+    /// Judges one key.
+    fn judge(&self, entry: &ConfigEntry) -> Verdict {
+        let name = self.canonical(&entry.path);
+        let (backbone, place, value) = (&self.model.backbone.name, self.place, &*entry.value);
         match self.keys.get(name) {
-            // Null is what an absent key is.
-            Some(Key::Argument { .. }) if value.is_null() => Verdict::Fits,
-            Some(Key::Argument { name: argument, .. }) => match self.model.backbone.config.get(name) {
+            // A key that is null counts as absent.
+            Some(KeyRule::Argument { .. }) if value.is_null() => Verdict::Fits,
+            Some(KeyRule::Argument { name: argument, .. }) => match self.model.backbone.config.get(name) {
                 Some(wants) if !fits(name, value, wants, self.model) => {
-                    let mend = mend(argument, value, wants).map_or(String::new(), |mend| format!("; {mend}"));
-                    Verdict::Differs(format!("in {place}, the spec wants {}{mend}", text(wants)))
+                    let mend = suggestion(argument, value, wants).map_or(String::new(), |mend| format!("; {mend}"));
+                    Verdict::Differs(format!("in {place}, the spec wants {}{mend}", to_text(wants)))
                 }
                 _ => Verdict::Fits,
             },
-            Some(Key::Is { values, .. }) if values.iter().any(|wanted| same(wanted, value)) => Verdict::Fits,
-            Some(Key::Is { values, note }) => {
+            Some(KeyRule::Is { values, .. }) if values.iter().any(|wanted| same(wanted, value)) => Verdict::Fits,
+            Some(KeyRule::Is { values, note }) => {
                 let values: Vec<String> = values.iter().map(Value::to_string).collect();
                 let note = note.as_ref().map_or(String::new(), |note| format!(": {note}"));
                 Verdict::Differs(format!("in {place}, and `{backbone}` computes {}{note}", values.join(" or ")))
             }
-            Some(Key::Free | Key::Same(_)) => Verdict::Fits,
-            // Objects that the backbone knows are understood key by key.
-            None if leaf.own && !value.is_null() => {
+            Some(KeyRule::Free | KeyRule::Same(_)) => Verdict::Fits,
+            // The backbone knows other keys of this object, so an unknown key may matter.
+            None if entry.must_be_known && !value.is_null() => {
                 Verdict::Differs(format!("in {place}, and `{backbone}` does not know it"))
             }
-            None if inside(name, self.keys) => Verdict::Differs(format!("in {place}, where an object was expected")),
-            None if WITHOUT_INFLUENCE.contains(&name) || LABELS.contains(&name) => Verdict::Fits,
+            None if has_nested_keys(name, self.keys) => {
+                Verdict::Differs(format!("in {place}, where an object was expected"))
+            }
+            None if IGNORED_KEYS.contains(&name) || LABELS.contains(&name) => Verdict::Fits,
             None => match REFUSED.iter().find(|(key, ..)| *key == name) {
                 Some((_, fine, _)) if fine.contains(&value.to_string().as_str()) => Verdict::Fits,
                 Some((.., why)) => Verdict::Differs(format!("in {place}: {why}")),
@@ -292,34 +309,34 @@ impl Rules<'_> {
         }
     }
 
-    /// The key that a path is a name of.
+    /// The canonical key for a path that may be an alias.
     fn canonical<'k>(&'k self, path: &'k str) -> &'k str {
         let mut name = path;
-        // A name of the file, and another name in `config.json`.
+        // A GGUF key may be an alias of a key of `config.json`, which may itself be an alias.
         for _ in 0..2 {
             match self.keys.get(name) {
-                Some(Key::Same(other)) => name = other,
+                Some(KeyRule::Same(other)) => name = other,
                 _ => break,
             }
         }
         name
     }
 
-    /// The line for an argument whose key the file lacks, if its default there is another than the spec's value.
+    /// The error for an absent key whose default differs from the spec's value; `None` if they agree.
     fn absent_key_differs(&self, key: &str, argument: &str, absent: &Value) -> Option<String> {
         let wants = self.model.backbone.config.get(key)?;
-        let mend = mend(argument, absent, wants).map_or(String::new(), |mend| format!("; {mend}"));
-        let written = self.written.and_then(|written| Some(&**written.get(key)?)).unwrap_or(key);
+        let mend = suggestion(argument, absent, wants).map_or(String::new(), |mend| format!("; {mend}"));
+        let written = self.file_keys.and_then(|file_keys| Some(&**file_keys.get(key)?)).unwrap_or(key);
         let line = format!(
             "  `{written}` is absent from {} and counts as {absent} there, the spec wants {}{mend}",
             self.place,
-            text(wants)
+            to_text(wants)
         );
         (!fits(key, absent, wants, self.model)).then_some(line)
     }
 }
 
-/// Refuses the checkpoint of another family, by the backbone that reads it.
+/// The error for a checkpoint of another family, with the backbone that reads it.
 fn other_family(config: &Map<String, Value>, model: &Model, warnings: &mut Vec<String>) -> Option<String> {
     let (types, backbone) = (&model.backbone.checkpoint.model_types, &model.backbone.name);
     match config.get("model_type") {
@@ -328,7 +345,7 @@ fn other_family(config: &Map<String, Value>, model: &Model, warnings: &mut Vec<S
             None
         }
         None | Some(Value::Null) => {
-            warnings.push(format!("config.json has no `model_type`: that it is a `{backbone}` was taken for granted"));
+            warnings.push(format!("config.json has no `model_type`, so it is assumed to be a `{backbone}`"));
             None
         }
         Some(Value::String(found)) if types.contains(found) => None,
@@ -344,30 +361,34 @@ fn other_family(config: &Map<String, Value>, model: &Model, warnings: &mut Vec<S
     }
 }
 
-/// Every key with its value; of objects of which the backbone knows a key, that of each entry.
-fn leaves<'c>(config: &'c Map<String, Value>, rules: &Rules) -> Vec<Leaf<'c>> {
+/// All keys with their values. Objects of which the backbone knows a key are flattened.
+fn entries<'c>(config: &'c Map<String, Value>, rules: &ConfigRules) -> Vec<ConfigEntry<'c>> {
     let mut all = vec![];
     for (key, value) in config {
         match value {
-            Value::Object(entries) if inside(key, rules.keys) => {
-                let entry = |(k, value)| Leaf { path: format!("{key}.{k}"), value: Cow::Borrowed(value), own: true };
-                all.extend(entries.iter().map(entry));
+            Value::Object(inner) if has_nested_keys(key, rules.keys) => {
+                let entry = |(k, value)| ConfigEntry {
+                    path: format!("{key}.{k}"),
+                    value: Cow::Borrowed(value),
+                    must_be_known: true,
+                };
+                all.extend(inner.iter().map(entry));
             }
-            // There is nothing in it.
-            Value::Null if inside(key, rules.keys) => {}
-            _ => all.push(Leaf { path: key.clone(), value: Cow::Borrowed(value), own: false }),
+            // A null object has no keys to compare.
+            Value::Null if has_nested_keys(key, rules.keys) => {}
+            _ => all.push(ConfigEntry { path: key.clone(), value: Cow::Borrowed(value), must_be_known: false }),
         }
     }
     all
 }
 
-/// The backbone knows keys of this object.
-fn inside(object: &str, keys: &BTreeMap<String, Key>) -> bool {
+/// Whether the backbone knows a key of this object.
+fn has_nested_keys(object: &str, keys: &BTreeMap<String, KeyRule>) -> bool {
     keys.keys().filter_map(|key| key.strip_prefix(object)).any(|rest| rest.starts_with('.'))
 }
 
-/// What makes the spec have the file's value, if it is one of the argument's type.
-fn mend(argument: &str, found: &Value, wants: &ConfigValue) -> Option<String> {
+/// The `--set` option that gives the spec the file's value; `None` if the value does not have the argument's type.
+fn suggestion(argument: &str, found: &Value, wants: &ConfigValue) -> Option<String> {
     let settable = match wants {
         ConfigValue::Bool(_) => found.is_boolean(),
         ConfigValue::Int(_) => found.is_i64(),
@@ -377,9 +398,9 @@ fn mend(argument: &str, found: &Value, wants: &ConfigValue) -> Option<String> {
     settable.then(|| format!("`--set model.{argument}={found}` follows the file"))
 }
 
-/// The value is the spec's; of the vocabulary, but for the task's own tokens.
+/// Whether the file's value agrees with the spec's. The vocabulary may differ by the task's special tokens.
 fn fits(key: &str, found: &Value, wants: &ConfigValue, model: &Model) -> bool {
-    let rows = if key == VOCABULARY { model.task.special().len() as i64 } else { 0 };
+    let rows = if key == VOCABULARY { model.task.special_tokens().len() as i64 } else { 0 };
     match wants {
         ConfigValue::Int(n) => {
             found.as_i64().is_some_and(|f| f <= *n && n.checked_sub(f).is_some_and(|more| more <= rows))
@@ -390,7 +411,7 @@ fn fits(key: &str, found: &Value, wants: &ConfigValue, model: &Model) -> bool {
     }
 }
 
-/// Values are the same, numbers whether they are written with a fraction or not.
+/// Whether two values are equal, where `1` equals `1.0`.
 fn same(wanted: &Value, found: &Value) -> bool {
     match (wanted, found) {
         (Value::Number(_), Value::Number(_)) => wanted.as_f64() == found.as_f64(),
@@ -399,7 +420,8 @@ fn same(wanted: &Value, found: &Value) -> bool {
     }
 }
 
-fn plain(value: &ConfigValue) -> Value {
+/// An argument's value as JSON.
+fn to_json(value: &ConfigValue) -> Value {
     match value {
         ConfigValue::Bool(b) => Value::from(*b),
         ConfigValue::Int(n) => Value::from(*n),
@@ -408,15 +430,16 @@ fn plain(value: &ConfigValue) -> Value {
     }
 }
 
-fn text(value: &ConfigValue) -> String {
-    plain(value).to_string()
+/// An argument's value as JSON text.
+fn to_text(value: &ConfigValue) -> String {
+    to_json(value).to_string()
 }
 
-/// A value for a message: not all of a long one.
-fn short(value: &Value) -> String {
-    const LONGEST: usize = 120;
+/// A value for a message, cut after 120 characters.
+fn abbreviated(value: &Value) -> String {
+    const MAX_CHARACTERS: usize = 120;
     let text = value.to_string();
-    match text.char_indices().nth(LONGEST) {
+    match text.char_indices().nth(MAX_CHARACTERS) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text,
     }

@@ -1,4 +1,5 @@
-//! What `--weights` names: a folder, a name of the Hugging Face hub, or something that is taken for one of them.
+//! Resolves `--weights`: a model folder, a GGUF file, or a name of the Hugging Face hub. Other paths are refused with
+//! what they are.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -9,11 +10,11 @@ use super::RANDOM;
 use crate::commands::say;
 use crate::failure::Failure;
 
-/// What makes a folder one of safetensors.
+/// Files that a folder with safetensors weights holds one of.
 const SAFETENSORS: &[&str] = &["model.safetensors", "model.safetensors.index.json"];
 
-/// Other forms of weights by how their names end: what they are, and the mend.
-const OTHERS: &[(&str, &str)] = &[
+/// Other formats of weights, by the end of the file's name: what they are, and what to use instead.
+const OTHER_FORMATS: &[(&str, &str)] = &[
     (
         ".bin",
         "PyTorch's pickled weights, which may run code and are not read here; transformers writes \
@@ -22,22 +23,26 @@ const OTHERS: &[(&str, &str)] = &[
     (".bin.index.json", "an index of PyTorch's pickled weights, which may run code and are not read here"),
     (".pt", "PyTorch's pickled weights, which may run code and are not read here"),
     (".pth", "PyTorch's pickled weights, which may run code and are not read here"),
-    (".gguf", "weights in llama.cpp's GGUF, which are read where `--weights` names the file itself"),
+    (".gguf", "weights in llama.cpp's GGUF, which are read if `--weights` names the file itself"),
     (".h5", "TensorFlow's weights, which are not read here; take the checkpoint's `model.safetensors`"),
     (".msgpack", "Flax's weights, which are not read here; take the checkpoint's `model.safetensors`"),
-    (".onnx", "an ONNX graph, which is not read here; take the checkpoint that it was made of"),
+    (".onnx", "an ONNX graph, which is not read here; take the checkpoint that it was converted from"),
     (".npz", "NumPy's arrays, which are not read here; take the checkpoint's `model.safetensors`"),
 ];
 
-/// The folder or the GGUF file that `--weights` means: itself, or the snapshot of a hub's name in the Hugging Face cache. `random` stays
-/// what it is.
+/// The model folder or GGUF file that `--weights` names: the path itself, or the cached snapshot of a name of the
+/// Hugging Face hub. `random` is returned unchanged.
+///
+/// # Errors
+///
+/// The path is not a checkpoint that can be read, or the cache does not hold the model.
 pub fn resolve(from: &Path) -> Result<PathBuf, Failure> {
     if from == Path::new(RANDOM) {
         return Ok(from.to_path_buf());
     }
     let refused = |why: String| Err(RuntimeError::file(from, why).into());
     if from.is_dir() {
-        return match otherwise(from) {
+        return match why_no_safetensors(from) {
             Some(why) => refused(why),
             None => Ok(from.to_path_buf()),
         };
@@ -46,23 +51,23 @@ pub fn resolve(from: &Path) -> Result<PathBuf, Failure> {
         if is_gguf(from) {
             return Ok(from.to_path_buf());
         }
-        return refused(file(from));
+        return refused(why_not_a_folder(from));
     }
-    let Some((name, hub)) = hub_name(from).zip(cache()) else {
+    let Some((name, hub)) = hub_name(from).zip(hub_cache()) else {
         return refused(
             "no such directory; `--weights` takes a Hugging Face model directory, a GGUF file, or `random`".into(),
         );
     };
     match snapshot(&hub, &name) {
         Ok(Some(folder)) => {
-            if let Some(why) = otherwise(&folder) {
+            if let Some(why) = why_no_safetensors(&folder) {
                 return Err(RuntimeError::file(folder, why).into());
             }
             say(&format!("weights: {name} of the Hugging Face cache, {}", folder.display()));
             Ok(folder)
         }
         Ok(None) => {
-            let near = near(&hub, &name);
+            let near = same_name_elsewhere(&hub, &name);
             let near = near.map_or(String::new(), |near| format!("; the cache has `{near}`"));
             refused(format!(
                 "no such directory, and no model of this name in the Hugging Face cache ({}){near}; \
@@ -74,22 +79,24 @@ pub fn resolve(from: &Path) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The folder of a model's name in the Hugging Face cache, where the path is no file or folder and the cache has it.
-pub fn named(path: &Path) -> Option<PathBuf> {
+/// The cached folder of a model of the Hugging Face hub, if no file or folder has the path and the cache holds the
+/// model.
+pub fn resolve_cached(path: &Path) -> Option<PathBuf> {
     if path.symlink_metadata().is_ok() {
         return None;
     }
     cached(&hub_name(path)?)
 }
 
-/// The folder of a model's name in the Hugging Face cache, where the cache has it.
+/// The folder of a model in the Hugging Face cache; `None` if the cache does not hold it.
 pub fn cached(name: &str) -> Option<PathBuf> {
-    snapshot(&cache()?, name).ok().flatten()
+    snapshot(&hub_cache()?, name).ok().flatten()
 }
 
-/// What a folder is that holds no weights in safetensors; `None` where it does, or where nothing is known of it.
-fn otherwise(folder: &Path) -> Option<String> {
-    // What is wrong with one that is there is told where it is read.
+/// Why a folder holds no safetensors weights, and what it holds instead; `None` if it does hold them, or cannot be
+/// read.
+fn why_no_safetensors(folder: &Path) -> Option<String> {
+    // Errors in an existing file are reported when it is read.
     if SAFETENSORS.iter().any(|name| folder.join(name).symlink_metadata().is_ok()) {
         return None;
     }
@@ -99,7 +106,8 @@ fn otherwise(folder: &Path) -> Option<String> {
     if let Some(name) = names.iter().find(|n| n.starts_with("adapter")) {
         let path = folder.display();
         return Some(format!(
-            "it holds an adapter (`{name}`), not a model: `--adapter {path}`, and the model by `--weights`"
+            "it holds an adapter (`{name}`), not a model: name it with `--adapter {path}`, and the model with \
+             `--weights`"
         ));
     }
     if let Some(name) = names.iter().find(|n| n.ends_with(".safetensors")) {
@@ -116,7 +124,7 @@ fn otherwise(folder: &Path) -> Option<String> {
         let name = names.iter().find(|n| n.ends_with(ending))?;
         Some(format!("it holds `{name}`: {what}"))
     };
-    if let Some(why) = OTHERS.iter().find_map(other) {
+    if let Some(why) = OTHER_FORMATS.iter().find_map(other) {
         return Some(why);
     }
     let folders: Vec<&String> =
@@ -127,21 +135,23 @@ fn otherwise(folder: &Path) -> Option<String> {
     }
 }
 
-/// What a file is that was named in place of a folder.
-fn file(path: &Path) -> String {
+/// Why a file cannot be used as `--weights`.
+fn why_not_a_folder(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = format!("`--weights` takes the folder: `--weights {}`", parent.display());
     if SAFETENSORS.contains(&&*name) || name == "config.json" {
-        return format!("a file; {folder}");
+        return format!("it is a file; {folder}");
     }
-    match OTHERS.iter().find(|(ending, _)| name.ends_with(ending)) {
+    match OTHER_FORMATS.iter().find(|(ending, _)| name.ends_with(ending)) {
         Some((_, what)) => what.to_string(),
-        None => format!("a file, where a folder with `config.json` and `model.safetensors` was expected; {folder}"),
+        None => {
+            format!("it is a file, where a folder with `config.json` and `model.safetensors` was expected; {folder}")
+        }
     }
 }
 
-/// `NAME` or `ORGANISATION/NAME`, as the hub has them.
+/// The path as a name of the hub, `NAME` or `ORGANISATION/NAME`; `None` if it is not of that form.
 fn hub_name(path: &Path) -> Option<String> {
     let text = path.to_str()?;
     let plain = |part: Component| matches!(part, Component::Normal(_));
@@ -150,8 +160,8 @@ fn hub_name(path: &Path) -> Option<String> {
     (path.components().all(plain) && parts <= 2 && text.chars().all(spelt) && !text.ends_with('/')).then(|| text.into())
 }
 
-/// Where downloads of the hub lie: `HF_HUB_CACHE`, `HF_HOME/hub`, `~/.cache/huggingface/hub`.
-fn cache() -> Option<PathBuf> {
+/// The folder of the Hugging Face cache: `HF_HUB_CACHE`, else `HF_HOME/hub`, else `~/.cache/huggingface/hub`.
+fn hub_cache() -> Option<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     if let Some(hub) = set("HF_HUB_CACHE").or_else(|| set("HUGGINGFACE_HUB_CACHE")) {
         return Some(hub);
@@ -161,8 +171,8 @@ fn cache() -> Option<PathBuf> {
     Some(home.join("hub"))
 }
 
-/// The snapshot of a model that `main` stands for; `None` where the cache does not have the model. The error says what
-/// is wrong with what it has.
+/// The snapshot of a model's revision `main` in the cache; `None` if the cache does not hold the model. The error
+/// describes an incomplete model.
 fn snapshot(hub: &Path, name: &str) -> Result<Option<PathBuf>, String> {
     let model = hub.join(format!("models--{}", name.replace('/', "--")));
     if !model.is_dir() {
@@ -177,14 +187,14 @@ fn snapshot(hub: &Path, name: &str) -> Result<Option<PathBuf>, String> {
     match plain && folder.is_dir() {
         true => Ok(Some(folder)),
         false => Err(format!(
-            "`{name}` is not whole in the Hugging Face cache: there is no {}; `hf download {name}` fetches it again",
+            "`{name}` is incomplete in the Hugging Face cache: {} is missing; `hf download {name}` fetches it again",
             folder.display()
         )),
     }
 }
 
-/// A model of the cache that has the same name with another organisation.
-fn near(hub: &Path, name: &str) -> Option<String> {
+/// A model in the cache with the same name and another organisation.
+fn same_name_elsewhere(hub: &Path, name: &str) -> Option<String> {
     let last = name.rsplit('/').next()?;
     let entries = std::fs::read_dir(hub).ok()?;
     let names = entries

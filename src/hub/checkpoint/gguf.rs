@@ -1,40 +1,41 @@
-//! The metadata of a GGUF file against the model: the comparison of [`super::config`], with the names that the backbone's
-//! `gguf` block declares.
+//! Compares the metadata of a GGUF file with the model, by the rules of [`super::config`] and the names that the `gguf`
+//! block of the backbone's file declares.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use peft_grammar::library;
-use peft_grammar::model::{Key, Model};
+use peft_grammar::model::{KeyRule, Model};
 use peft_runtime::gguf::{GgufFile, Value as Stored};
 use serde_json::{Value, json};
 
-use super::config::{Comparison, Leaf, Rules, VOCABULARY};
+use super::config::{Comparison, ConfigEntry, ConfigRules, VOCABULARY};
 
-/// What messages call the metadata.
+/// The name of the metadata in messages.
 const PLACE: &str = "the metadata";
 
+/// The key that names the model's family.
 pub const ARCHITECTURE: &str = "general.architecture";
 
-/// What files are whose `general.type` is not `model`.
+/// Values of `general.type` other than `model`, and the message for each.
 const KINDS: &[(&str, &str)] = &[
     ("adapter", "it holds an adapter of llama.cpp, not a model"),
-    ("mmproj", "it holds the part of a model that reads images or sound; take the file of the text model"),
-    ("vocab", "it holds a tokenizer, and no tensors"),
+    ("mmproj", "it holds the image or audio encoder of a model; take the file of the text model"),
+    ("vocab", "it holds a tokenizer and no tensors"),
     ("imatrix", "it holds statistics for quantisation, and no model"),
 ];
 
-/// Beginnings of keys that change nothing of what a model computes from its tensors: where it comes from, its tokenizer,
-/// how it was quantised and cut.
-const WITHOUT_INFLUENCE: &[&str] = &["general.", "tokenizer.", "quantize.", "split.", "mradermacher."];
+/// Prefixes of keys that do not change what a model computes from its tensors: its origin, its tokenizer, its
+/// quantisation and its splitting into files.
+const IGNORED_PREFIXES: &[&str] = &["general.", "tokenizer.", "quantize.", "split.", "mradermacher."];
 
-/// The tokenizer's list of tokens. Its length is the size of the vocabulary where no key says it.
+/// The tokenizer's list of tokens. Its length is the size of the vocabulary if no key gives it.
 pub const TOKENS: &str = "tokenizer.ggml.tokens";
 
-/// Elements of a list that is compared; no key of a model's form has more.
-const LONGEST: u64 = 4096;
+/// The largest number of elements of a list that is compared; a backbone's keys have fewer.
+const MAX_ELEMENTS: u64 = 4096;
 
-/// Compares every key with what the model computes. One that is absent counts as `config.json`'s would.
+/// Compares every key with the model. An absent key has the default that it has in `config.json`.
 pub fn compare(file: &GgufFile, model: &Model) -> Comparison {
     let mut found = Comparison::default();
     let backbone = &model.backbone.name;
@@ -68,30 +69,30 @@ pub fn compare(file: &GgufFile, model: &Model) -> Comparison {
 
     let mut keys = model.backbone.checkpoint.keys.clone();
     keys.extend(gguf.keys.iter().map(|(key, rule)| (key.clone(), rule.clone())));
-    let written = |(key, rule): (&String, &Key)| match rule {
-        Key::Same(other) => Some((other.clone(), key.clone())),
+    let written = |(key, rule): (&String, &KeyRule)| match rule {
+        KeyRule::Same(other) => Some((other.clone(), key.clone())),
         _ => None,
     };
-    // Of several names of one key the first that the block has in order.
+    // The first alias of a key in alphabetical order is the one in messages.
     let written: BTreeMap<String, String> = gguf.keys.iter().rev().filter_map(written).collect();
     let own = format!("{architecture}.");
-    let compared = file.metadata().filter(|(key, _)| !WITHOUT_INFLUENCE.iter().any(|begin| key.starts_with(begin)));
-    let mut leaves: Vec<Leaf> = compared
-        .map(|(key, value)| Leaf {
+    let compared = file.metadata().filter(|(key, _)| !IGNORED_PREFIXES.iter().any(|begin| key.starts_with(begin)));
+    let mut entries: Vec<ConfigEntry> = compared
+        .map(|(key, value)| ConfigEntry {
             path: key.to_owned(),
             value: Cow::Owned(json_of(file, value)),
-            own: key.starts_with(&own),
+            must_be_known: key.starts_with(&own),
         })
         .collect();
     let counted = written.get(VOCABULARY).is_some_and(|key| file.value(key).is_some());
     if let (false, Some(Stored::List(tokens))) = (counted, file.value(TOKENS)) {
-        keys.insert(TOKENS.into(), Key::Same(VOCABULARY.into()));
-        leaves.push(Leaf { path: TOKENS.into(), value: Cow::Owned(json!(tokens.count)), own: false });
+        keys.insert(TOKENS.into(), KeyRule::Same(VOCABULARY.into()));
+        entries.push(ConfigEntry { path: TOKENS.into(), value: Cow::Owned(json!(tokens.count)), must_be_known: false });
     }
-    Rules { model, keys: &keys, place: PLACE, written: Some(&written) }.compare(&leaves, found)
+    ConfigRules { model, keys: &keys, place: PLACE, file_keys: Some(&written) }.compare(&entries, found)
 }
 
-/// A value as `config.json` would have it. A number that JSON lacks is its text, and no key is that.
+/// A value as JSON. A float that JSON cannot represent becomes text, which agrees with no key.
 fn json_of(file: &GgufFile, value: &Stored) -> Value {
     match value {
         Stored::Unsigned(n) => json!(n),
@@ -100,7 +101,7 @@ fn json_of(file: &GgufFile, value: &Stored) -> Value {
         Stored::Float(x) => json!(x.to_string()),
         Stored::Bool(flag) => json!(flag),
         Stored::Text(text) => json!(text),
-        Stored::List(list) if list.count > LONGEST => json!(format!("a list of {}", list.count)),
+        Stored::List(list) if list.count > MAX_ELEMENTS => json!(format!("a list of {}", list.count)),
         Stored::List(list) => file.elements(list).iter().map(|element| json_of(file, element)).collect(),
     }
 }

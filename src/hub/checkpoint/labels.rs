@@ -1,13 +1,12 @@
-//! The labels of a checkpoint's head against those of the task.
+//! Compares the labels of a checkpoint's head with those of the task.
 
 use peft_grammar::model::{Model, TaskKind};
 use serde_json::{Map, Value};
 
-/// Lines of a refusal where the head that the files hold is made for other labels than the task has, or for something
-/// else than classes.
+/// The errors, a line each, if the head in the files is for other labels than the task's, or for another kind of task.
 ///
-/// Names are compared in the order of the classes. `LABEL_0`, `LABEL_1`, … are the names that transformers gives where
-/// no one has given any, and fit all.
+/// Names are compared in the order of the classes. `LABEL_0`, `LABEL_1`, … are the default names of transformers and
+/// agree with any labels.
 pub fn compare(config: &Map<String, Value>, model: &Model) -> Vec<String> {
     let kind = &model.task.kind;
     if kind.generates() {
@@ -35,30 +34,34 @@ pub fn compare(config: &Map<String, Value>, model: &Model) -> Vec<String> {
     match config.get("id2label") {
         None | Some(Value::Null) => {}
         Some(Value::Object(names)) => wrong.extend(names_differ(names, labels)),
-        Some(other) => wrong.push(format!("  `id2label` is {other} in config.json, and no object of names")),
+        Some(other) => wrong.push(format!("  `id2label` is {other} in config.json, and should be an object of names")),
     }
     match config.get("label2id") {
         None | Some(Value::Null) => {}
         Some(Value::Object(ids)) => wrong.extend(ids_differ(ids, config.get("id2label"), labels)),
-        Some(other) => wrong.push(format!("  `label2id` is {other} in config.json, and no object of numbers")),
+        Some(other) => {
+            wrong.push(format!("  `label2id` is {other} in config.json, and should be an object of numbers"))
+        }
     }
     wrong
 }
 
-/// Where `label2id` gives a name another class than `id2label` does or, where that is absent, than the task.
+/// The error if `label2id` gives a name another class than `id2label` does or, if that is absent, than the task does.
 fn ids_differ(ids: &Map<String, Value>, names: Option<&Value>, labels: &[String]) -> Option<String> {
     let class = |id: &Value| id.as_u64().or_else(|| id.as_str()?.parse().ok());
     let unnamed = ids.iter().all(|(name, id)| class(id).is_some_and(|id| *name == format!("LABEL_{id}")));
     for (name, id) in ids {
         let Some(class) = class(id) else {
-            return Some(format!("  `label2id` has {id} for \"{name}\" in config.json, and no class's number"));
+            return Some(format!(
+                "  `label2id` has {id} for \"{name}\" in config.json, which is not the number of a class"
+            ));
         };
         match names {
             Some(Value::Object(names)) => match names.get(&class.to_string()) {
                 Some(other) if *other != *name => {
                     return Some(format!(
-                        "  \"{name}\" is class {class} by `label2id` of config.json, and `id2label` names that class {other}; \
-                         make them agree"
+                        "  \"{name}\" is class {class} by `label2id` of config.json, and `id2label` names that class \
+                         {other}; make them agree"
                     ));
                 }
                 _ => {}
@@ -84,7 +87,7 @@ fn ids_differ(ids: &Map<String, Value>, names: Option<&Value>, labels: &[String]
     None
 }
 
-/// A line where the files' head is not one for the task, by `architectures`.
+/// The error if the class in `architectures` has a head for another kind of task.
 pub fn other_head(config: &Map<String, Value>, model: &Model) -> Option<String> {
     let (head, of) = head(&model.task.kind)?;
     let all: Vec<&str> =
@@ -92,13 +95,14 @@ pub fn other_head(config: &Map<String, Value>, model: &Model) -> Option<String> 
     (!all.is_empty() && !all.iter().any(|a| a.ends_with(head))).then(|| {
         format!(
             "  `architectures` is {} in config.json, so the head in the files is not one for {of}; \
-             take the folder of the pretrained model, and the head is drawn anew",
+             take the folder of the pretrained model, for which the head is drawn at random",
             all.join(", ")
         )
     })
 }
 
-/// How the names of transformers' classes with the task's head end, and what that head is for.
+/// The suffix of the transformers classes with the task's head, and what that head classifies; `None` for tasks that
+/// generate.
 pub fn head(kind: &TaskKind) -> Option<(&'static str, &'static str)> {
     match kind {
         TaskKind::Classification { .. } | TaskKind::Regression { .. } => {
@@ -109,12 +113,13 @@ pub fn head(kind: &TaskKind) -> Option<(&'static str, &'static str)> {
     }
 }
 
+/// The error if the names in `id2label` are not the task's labels.
 fn names_differ(names: &Map<String, Value>, labels: &[String]) -> Option<String> {
     let plain = |name: &Value| name.as_str().map_or_else(|| name.to_string(), String::from);
     let found: Option<Vec<String>> = (0..names.len()).map(|i| Some(plain(names.get(&i.to_string())?))).collect();
     let Some(found) = found else {
         let keys: Vec<&String> = names.keys().collect();
-        return Some(format!("  `id2label` in config.json has the keys {keys:?}, where 0, 1, … were wanted"));
+        return Some(format!("  `id2label` in config.json has the keys {keys:?}, which should be 0, 1, …"));
     };
     let quoted =
         |all: &[String]| format!("[{}]", all.iter().map(|l| format!("\"{l}\"")).collect::<Vec<_>>().join(", "));
@@ -136,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_of_names_agree_with_names_of_numbers() {
+    fn label2id_has_to_agree_with_id2label() {
         let labels = ["bad", "good"].map(String::from);
         let differ = |ids: Value, names: Option<Value>| ids_differ(ids.as_object().unwrap(), names.as_ref(), &labels);
         let names = || Some(json!({"0": "bad", "1": "good"}));

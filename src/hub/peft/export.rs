@@ -1,4 +1,4 @@
-//! Trained values in PEFT's format.
+//! Exports trained values in PEFT's format.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,33 +8,37 @@ use peft_runtime::adapter::{Data, Stored};
 use serde_json::{Map, Value, json};
 
 use super::config::{by_module, json as value, plain, settings};
-use super::modules::{self, Module, Piece};
+use super::modules::{self, Application, Module};
 use super::names::{INDICES, ROWS};
 use super::tables;
 use super::{Adapter, Tensors, list, tied};
 
-/// What stands before the base model's own names, and before them beside a prefix.
+/// The prefix of the base model's names in an adapter at modules, and in one with a prefix table.
 const BASE: &str = "base_model.model.";
 const BASE_OF_TABLES: &str = "base_model.";
 
-/// The model's trained values in PEFT's format. `values` are what is kept (with [`Model::stored`] in place of what
-/// it replaces), `base` tensors of the base model, for what PEFT wants beside them: a head, the rest of a module that
-/// is saved whole. The error says why PEFT cannot hold them.
+/// The model's trained values in PEFT's format. `values` are the values to be stored (with [`Model::stored`] in place
+/// of what it replaces). `base` holds frozen tensors of the base model that PEFT saves, too: a head, and the other
+/// tensors of a module that is saved whole.
+///
+/// # Errors
+///
+/// The reason why PEFT's format cannot hold the values.
 pub fn export(model: &Model, values: &Tensors, base: &Tensors) -> Result<Adapter, String> {
     let methods: BTreeSet<&str> =
         model.applied.iter().filter(|a| a.kind != "model").map(|a| a.method.as_str()).collect();
     let methods: Vec<&str> = methods.into_iter().collect();
     let method = match methods[..] {
-        [] => return Err("the spec applies no method of PEFT's".into()),
+        [] => return Err("the spec applies no method that PEFT has".into()),
         [one] => one,
-        _ => return Err(format!("PEFT holds one method in an adapter, and the spec mixes {}", list(&methods))),
+        _ => return Err(format!("an adapter of PEFT holds one method, and the spec mixes {}", list(&methods))),
     };
     let at_work = model.applied.iter().filter(|a| a.kind != "model");
     let counterparts: Vec<&Counterpart> = model.counterparts.iter().filter(|c| c.method == method).collect();
-    if at_work.clone().any(|a| modules::of(model, a).is_none()) {
-        return Err(format!("PEFT has no `{method}` as this project defines it"));
+    if at_work.clone().any(|a| modules::counterpart_of(model, a).is_none()) {
+        return Err(format!("PEFT has no method that computes what `{method}` computes"));
     }
-    if let Some(why) = at_work.clone().find_map(|a| a.unlike.as_ref()) {
+    if let Some(why) = at_work.clone().find_map(|a| a.peft_obstacle.as_ref()) {
         return Err(why.clone());
     }
     let mut adapter = Adapter { config: Map::new(), tensors: Tensors::new() };
@@ -45,9 +49,9 @@ pub fn export(model: &Model, values: &Tensors, base: &Tensors) -> Result<Adapter
         let settings = settings(module)?;
         for tensor in module.tensors() {
             let active =
-                |m: &Module| m.pieces.iter().any(|p| p.has(&tensor.name).is_some() && p.holds(&tensor.condition));
+                |m: &Module| m.applications.iter().any(|p| p.has(&tensor.name).is_some() && p.holds(&tensor.condition));
             if modules.iter().any(active) {
-                let stored = tensor_of(module, tensor, values, &settings, &mut written)?;
+                let stored = module_tensor(module, tensor, values, &settings, &mut written)?;
                 adapter.tensors.insert(format!("{BASE}{}.{}", module.name, tensor.name), stored);
             }
         }
@@ -61,15 +65,15 @@ pub fn export(model: &Model, values: &Tensors, base: &Tensors) -> Result<Adapter
     if let Some(param) = model.params.iter().find(lost) {
         return Err(format!("PEFT's format has no place for `{}`", param.name));
     }
-    let at: Vec<&peft_grammar::model::Applied> = at_work.collect();
-    keys(&counterparts, &modules, &at, &mut adapter.config)?;
+    let at: Vec<&peft_grammar::model::AppliedMethod> = at_work.collect();
+    write_method_keys(&counterparts, &modules, &at, &mut adapter.config)?;
     if !modules.is_empty() {
         let names: Vec<&str> = modules.iter().map(|m| m.name).collect();
         adapter.config.insert("target_modules".into(), json!(names));
-        adapter.config.insert("fan_in_fan_out".into(), json!(modules.iter().any(|m| m.conv)));
+        adapter.config.insert("fan_in_fan_out".into(), json!(modules.iter().any(|m| m.stored_in_out)));
     }
     let before = if modules.is_empty() { BASE_OF_TABLES } else { BASE };
-    carried(model, (values, base), &modules, before, &mut adapter)?;
+    export_base_tensors(model, (values, base), &modules, before, &mut adapter)?;
     let task = match model.task.kind {
         TaskKind::Classification { .. } | TaskKind::Regression { .. } => "SEQ_CLS",
         TaskKind::TokenClassification { .. } => "TOKEN_CLS",
@@ -80,7 +84,11 @@ pub fn export(model: &Model, values: &Tensors, base: &Tensors) -> Result<Adapter
     Ok(adapter)
 }
 
-/// The numbers of a tensor that must be there.
+/// The values of a tensor.
+///
+/// # Errors
+///
+/// There is no such tensor of floats.
 pub fn numbers<'a>(values: &'a Tensors, name: &str) -> Result<&'a [f32], String> {
     match values.get(name).map(|t| &t.data) {
         Some(Data::F32(x)) => Ok(x),
@@ -88,8 +96,8 @@ pub fn numbers<'a>(values: &'a Tensors, name: &str) -> Result<&'a [f32], String>
     }
 }
 
-/// A tensor of a module, put together from its pieces.
-fn tensor_of(
+/// A tensor of a module, assembled from the tensors of its applications.
+fn module_tensor(
     module: &Module,
     tensor: &Tensor,
     values: &Tensors,
@@ -97,35 +105,36 @@ fn tensor_of(
     written: &mut BTreeSet<String>,
 ) -> Result<Stored, String> {
     let names = || module.projections.iter().map(|p| Module::short(p)).collect::<Vec<_>>().join(", ");
-    let peft = |piece: &Piece| format!("PEFT's {}", piece.counterpart.peft_type);
+    let peft = |application: &Application| format!("PEFT's {}", application.counterpart.peft_type);
     let shape = module.shape(tensor, |name| module.total(name));
-    let untouched = module.untouched(&tensor.name);
-    if let (None, false, true) = (tensor.elsewhere, untouched.is_empty(), Module::spans(tensor)) {
-        let piece = &module.pieces[0];
+    let untouched = module.unadapted(&tensor.name);
+    if let (None, false, true) = (tensor.elsewhere, untouched.is_empty(), Module::has_output_axis(tensor)) {
+        let application = &module.applications[0];
         return Err(format!(
             "{} has a `{}` for all of `{}`, and the spec applies `{}` to a part of it; apply it to {}",
-            peft(piece),
+            peft(application),
             tensor.name,
             module.name,
-            piece.applied.method,
+            application.applied.method,
             names()
         ));
     }
-    if module.pieces.len() > 1 && !Module::apart(tensor) {
+    if module.applications.len() > 1 && !Module::is_partitioned(tensor) {
         return Err(format!("PEFT has one `{}` for `{}`, which computes {}", tensor.name, module.name, names()));
     }
     let length = shape.iter().product::<u64>() as usize;
     let mut numbers_of_module = vec![tensor.elsewhere.unwrap_or(0.0) as f32; length];
-    for (at, piece) in module.pieces.iter().enumerate() {
-        let Some(own) = piece.has(&tensor.name).filter(|t| piece.holds(&t.condition)) else { continue };
-        let name = piece.weight(own);
+    for (at, application) in module.applications.iter().enumerate() {
+        let Some(own) = application.has(&tensor.name).filter(|t| application.holds(&t.condition)) else { continue };
+        let name = application.weight(own);
         let from = numbers(values, &name)?;
         let block = module.block(own, at, false);
         let ratio = match &own.scale {
             None => 1.0,
             Some(scale) => {
-                let no = |name: String| format!("`{}` has no number `{name}`", piece.applied.method);
-                let (ours, theirs) = (scale.value(&piece.numbers()).map_err(no)?, scale.value(settings).map_err(no)?);
+                let no = |name: String| format!("`{}` has no number `{name}`", application.applied.method);
+                let (ours, theirs) =
+                    (scale.value(&application.numbers()).map_err(no)?, scale.value(settings).map_err(no)?);
                 if ours == theirs { 1.0 } else { (ours / theirs) as f32 }
             }
         };
@@ -138,23 +147,23 @@ fn tensor_of(
     Ok(Stored::f32(shape, numbers_of_module))
 }
 
-/// The keys that the method declares.
-fn keys(
+/// Writes the keys that the method's counterparts declare.
+fn write_method_keys(
     counterparts: &[&Counterpart],
     modules: &[Module],
-    at: &[&peft_grammar::model::Applied],
+    at: &[&peft_grammar::model::AppliedMethod],
     config: &mut Map<String, Value>,
 ) -> Result<(), String> {
     let of_modules = modules.iter().map(|m| Ok((m, settings(m)?))).collect::<Result<Vec<_>, String>>()?;
     for counterpart in counterparts {
-        let here = |m: &&Module| m.pieces.iter().any(|p| std::ptr::eq(p.counterpart, *counterpart));
+        let here = |m: &&Module| m.applications.iter().any(|p| std::ptr::eq(p.counterpart, *counterpart));
         for list in &counterpart.modules {
             let names: Vec<&str> = modules.iter().filter(here).map(|m| m.name).collect();
             config.insert(list.clone(), json!(names));
         }
         let known = |name: &str| {
             let of = at.iter().filter(|a| a.method == counterpart.method && a.kind == counterpart.kind);
-            of.filter_map(|a| a.args.get(name).or(a.known.get(name))).collect::<Vec<&ConfigValue>>()
+            of.filter_map(|a| a.args.get(name).or(a.model_values.get(name))).collect::<Vec<&ConfigValue>>()
         };
         for key in &counterpart.keys {
             let (constant, patterns) = match &key.rule {
@@ -163,13 +172,13 @@ fn keys(
             };
             let free = matches!(key.rule, Rule::Free { .. });
             let written = match constant {
-                // PEFT's defaults go without saying.
+                // Keys with PEFT's default are left out.
                 None | Some(Constant::Null | Constant::Value(ConfigValue::Bool(false))) => continue,
                 Some(Constant::Value(constant)) => value(constant),
                 Some(Constant::Name(name)) => {
                     let mut all: Vec<&ConfigValue> = known(name);
                     all.dedup();
-                    let numbers = of_modules.iter().filter(|(m, _)| m.pieces[0].counterpart == *counterpart);
+                    let numbers = of_modules.iter().filter(|(m, _)| m.applications[0].counterpart == *counterpart);
                     let numbers = numbers.filter_map(|(m, s)| Some((m.name, plain(*s.get(name)?))));
                     let numbers: Vec<(&str, Value)> = numbers.collect();
                     match (&all[..], patterns) {
@@ -202,9 +211,9 @@ fn keys(
     Ok(())
 }
 
-/// What an adapter carries besides the method's tensors: heads, tensors of the backbone that train, and rows of its
-/// tables.
-fn carried(
+/// Exports what an adapter holds besides the method's tensors: heads, tensors of the backbone that train, and trained
+/// rows of its tables.
+fn export_base_tensors(
     model: &Model,
     (values, base): (&Tensors, &Tensors),
     modules: &[Module],
@@ -221,7 +230,7 @@ fn carried(
         match (&param.origin, &param.trainable) {
             (Origin::Method(_), _) => {}
             (Origin::Backbone, Trainable::No) if !values.contains_key(&param.name) => {}
-            // Where logits go through the table that tokens are looked up in, PEFT changes both by rows alone.
+            // PEFT trains a tied table, which embeds tokens and computes logits, only by rows.
             (Origin::Backbone, _) if in_part(param) || trains && tied(model, &param.name) => {
                 let stored =
                     values.get(&param.name).ok_or_else(|| format!("the trained values lack `{}`", param.name))?;
@@ -237,7 +246,7 @@ fn carried(
             }
             (Origin::Backbone, _) if adapted(module) => {
                 return Err(format!(
-                    "PEFT trains `{}` by its adapter alone, and the spec trains all of it, too",
+                    "in PEFT a module with an adapter is otherwise frozen, and the spec trains all of `{}`",
                     param.name
                 ));
             }
@@ -250,7 +259,7 @@ fn carried(
                     _ => format!("the trained values lack `{}`", param.name),
                 })?;
                 adapter.tensors.insert(format!("{before}{}", param.name), stored.clone());
-                // A head goes by the name of its outermost module.
+                // PEFT names a head by its outermost module.
                 let name =
                     if *origin == Origin::Head { param.name.split('.').next().unwrap_or(module) } else { module };
                 if !whole.iter().any(|w| w == name) {
@@ -259,7 +268,7 @@ fn carried(
             }
         }
     }
-    // A module is saved whole: what of it does not train is wanted, too.
+    // A module is saved whole, so its frozen tensors are written, too.
     for module in &whole {
         for param in model.params.iter().filter(|p| p.origin == Origin::Backbone) {
             let key = format!("{before}{}", param.name);
@@ -271,14 +280,14 @@ fn carried(
             }
         }
     }
-    // Those of a module that is saved whole come with it.
+    // The biases of a module that is saved whole are part of it.
     biases.retain(|b: &&str| !whole.iter().any(|w| w == b));
     let lacks = |key: &str, what: &str| {
         let kind = model.counterparts.first().map_or("", |c| &c.peft_type);
         format!("{what}, and PEFT's {kind} has no `{key}`")
     };
     if let Some(first) = biases.first() {
-        let which = which_biases(model, modules, &biases);
+        let which = bias_setting(model, modules, &biases);
         let which = which.ok_or_else(|| lacks(BIAS, &format!("the bias of `{first}` trains")))?;
         adapter.config.insert(BIAS.into(), json!(which));
     }
@@ -293,11 +302,12 @@ fn carried(
     Ok(())
 }
 
-/// The key that says which biases of the base model train.
+/// The key for which biases of the base model train.
 const BIAS: &str = "bias";
 
-/// Its value: those of adapted modules alone, or some of all; none if the method has no such key.
-fn which_biases<'a>(model: &'a Model, modules: &[Module], biases: &[&str]) -> Option<&'a str> {
+/// The value of [`BIAS`]: for the biases of adapted modules alone, or for others, too. `None` if the method has no such
+/// key.
+fn bias_setting<'a>(model: &'a Model, modules: &[Module], biases: &[&str]) -> Option<&'a str> {
     let own = modules.iter().filter(|m| m.projections.iter().any(|p| p.bias.is_some()));
     let own: BTreeSet<&str> = own.map(|m| m.name).collect();
     let keys = model.counterparts.iter().flat_map(|c| &c.keys).filter(|k| k.name == BIAS);
@@ -307,22 +317,24 @@ fn which_biases<'a>(model: &'a Model, modules: &[Module], biases: &[&str]) -> Op
     words.find(|word| *word != "none").map(String::as_str)
 }
 
-/// What an adapter in PEFT's format does not say of the model, and what it computes depends on.
+/// Notes for the user about properties of the model that PEFT's format cannot express.
 pub fn notes(model: &Model) -> Vec<String> {
     let beyond = |(key, value): (&String, &ConfigValue)| {
         let value = serde_json::to_string(value).unwrap_or_default();
-        format!("note: `{key}: {value}` has no place in PEFT's format; its reader computes something else without it")
+        format!(
+            "note: `{key}: {value}` cannot be written in PEFT's format, and PEFT computes something else without it"
+        )
     };
-    // What a counterpart asks of the model, its reader does as well.
-    let settled = |key: &String| model.applied.iter().any(|a| a.known.contains_key(key));
-    let mut notes: Vec<String> = model.backbone.beyond.iter().filter(|(key, _)| !settled(key)).map(beyond).collect();
-    if !model.task.special().is_empty() {
-        let tokens = list(&model.task.special().iter().map(String::as_str).collect::<Vec<_>>());
+    // A property that a counterpart requires of the model is known to PEFT.
+    let known = |key: &String| model.applied.iter().any(|a| a.model_values.contains_key(key));
+    let mut notes: Vec<String> = model.backbone.extra_args.iter().filter(|(key, _)| !known(key)).map(beyond).collect();
+    if !model.task.special_tokens().is_empty() {
+        let tokens = list(&model.task.special_tokens().iter().map(String::as_str).collect::<Vec<_>>());
         let trained = |p: &&Param| p.origin == Origin::Backbone && p.shape.len() == 2 && p.trainable != Trainable::No;
         notes.push(match model.params.iter().find(trained) {
             None => format!(
-                "note: the rows of {tokens} in the token table do not train, so the adapter does not hold them: PEFT's \
-                 reader needs a base model that has them"
+                "note: the rows of {tokens} in the token table do not train, so the adapter does not hold them: PEFT \
+                 needs a base model that has them"
             ),
             Some(table) => format!(
                 "note: the token table has {rows} rows here, for {tokens}, too: where the base model has fewer, PEFT's \

@@ -1,8 +1,8 @@
 //! Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 //!
-//! What a method is there stands in the method's file (`counterpart`), and is only interpreted here. Names come from
-//! the model: a projection knows the tensor its matrix lies in, and PEFT's modules are those tensors' names without
-//! `.weight`.
+//! The `counterpart` block of a method's file declares the corresponding method of PEFT; this module interprets it. The
+//! names of modules come from the model: a projection knows the tensor that holds its matrix, and the name of PEFT's
+//! module is the tensor's name without `.weight`.
 
 mod config;
 mod export;
@@ -24,23 +24,31 @@ use serde_json::{Map, Value};
 
 pub use export::{export, notes};
 pub use import::{Imported, import};
-pub use residual::{Residual, take_out};
+pub use residual::{Residual, subtract_residuals};
 
-/// Tensors under canonical names.
+/// Tensors by their canonical names.
 pub type Tensors = BTreeMap<String, Stored>;
 
+/// The file with an adapter's settings.
 pub const CONFIG: &str = "adapter_config.json";
+/// The file with an adapter's tensors.
 pub const MODEL: &str = "adapter_model.safetensors";
 
-/// An adapter as PEFT has it.
+/// An adapter in PEFT's format.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
+    /// The contents of `adapter_config.json`.
     pub config: Map<String, Value>,
+    /// The tensors, with PEFT's names.
     pub tensors: Tensors,
 }
 
 impl Adapter {
-    /// Reads a folder that PEFT wrote. The error says what else it is.
+    /// Reads a folder that PEFT wrote.
+    ///
+    /// # Errors
+    ///
+    /// A file is missing or damaged, or another program wrote the folder, which the error names.
     pub fn load(dir: &Path) -> Result<Self, RuntimeError> {
         let path = dir.join(CONFIG);
         let config = json::object(&path)?;
@@ -50,21 +58,26 @@ impl Adapter {
         Ok(Adapter { config, tensors })
     }
 
+    /// Writes both files into a folder.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be written.
     pub fn save(&self, dir: &Path) -> Result<(), RuntimeError> {
         let mut text = serde_json::to_string_pretty(&self.config).expect("plain data");
         text.push('\n');
-        // Other readers want to know which framework wrote a file; its numbers are laid out as PyTorch's.
+        // The note `format` tells readers that the tensors are laid out as PyTorch's.
         let notes = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         adapter::save(&dir.join(MODEL), &TensorFile { tensors: self.tensors.clone(), notes })?;
-        files::write_whole(&dir.join(CONFIG), text.as_bytes())
+        files::write_atomic(&dir.join(CONFIG), text.as_bytes())
     }
 }
 
-/// The tensor is a table that tokens are looked up in and that logits are computed from.
+/// Whether the tensor is a tied table: the token embedding is gathered from it, and the logits are a product with it.
 fn tied(model: &Model, name: &str) -> bool {
     let graph = &model.graph;
     let mut values: Vec<_> = graph.args.iter().filter(|a| a.name == name).map(|a| a.value).collect();
-    // Its parts, put together, and what is a mere view of it.
+    // Concatenations and permutations of the table count as the table.
     for node in &graph.nodes {
         let view = matches!(node.op, Op::Concat { .. } | Op::Permute { .. });
         if view && node.operands.iter().any(|v| values.contains(v)) {
@@ -77,6 +90,7 @@ fn tied(model: &Model, name: &str) -> bool {
     reads(|op| matches!(op, Op::Matmul { .. })) && reads(|op| matches!(op, Op::Gather { .. }))
 }
 
+/// Up to six names, quoted, for a message.
 fn list(names: &[&str]) -> String {
     let shown: Vec<String> = names.iter().take(6).map(|n| format!("`{n}`")).collect();
     let more = if names.len() > 6 { format!(" and {} more", names.len() - 6) } else { String::new() };

@@ -1,4 +1,4 @@
-//! Names of an adapter's tensors, as different writers leave them.
+//! Normalises the names of an adapter's tensors, which depend on the program that wrote them.
 
 use std::collections::BTreeMap;
 
@@ -8,75 +8,84 @@ use peft_runtime::adapter::{Data, Stored};
 
 use super::Tensors;
 
-/// Parts of a name that wrappers put in front of the model's own: PEFT, compilation, sharding, sentence-transformers.
+/// Parts that wrappers of the model put in front of its names: PEFT, compilation, sharding, sentence-transformers.
 const WRAPPERS: &[&str] = &["base_model", "model", "module", "auto_model", "_orig_mod", "_forward_module", "0"];
-/// Those that may stand anywhere in it.
-const INSIDE: &[&str] = &["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"];
-/// The key that names rows of a table that train, and what their tensor is called.
+/// Parts of wrappers that may occur anywhere in a name.
+const INNER_WRAPPERS: &[&str] = &["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"];
+/// The key with the rows of a table that train.
 pub const INDICES: &str = "trainable_token_indices";
+/// The name of the tensor with these rows.
 pub const ROWS: &str = "token_adapter.trainable_tokens_delta";
 
-/// A tensor as its file calls it.
+/// A tensor, with its name in the file.
 struct Entry<'a> {
     written: &'a str,
     stored: &'a Stored,
 }
 
-/// What of an adapter has not been read yet, under names without prefixes.
-pub struct Rest<'a> {
+/// The tensors of an adapter that have not been read yet, by their names without wrappers.
+pub struct UnreadTensors<'a> {
     entries: BTreeMap<String, Entry<'a>>,
     prefix: String,
 }
 
-/// A tensor in the words of a message, with its shape.
-fn wrong(name: &str, found: &[u64], wanted: &[u64]) -> String {
+/// The error for a tensor of another shape.
+fn shape_mismatch(name: &str, found: &[u64], wanted: &[u64]) -> String {
     match found.contains(&0) {
         true => format!(
-            "`{name}` is empty ({found:?}): it was gathered from no rank; save it once more inside \
-             `deepspeed.zero.GatheredParameters`, or by a Trainer with `stage3_gather_16bit_weights_on_model_save`"
+            "`{name}` is empty ({found:?}): it was saved from a sharded model without gathering it; save it again \
+             inside `deepspeed.zero.GatheredParameters`, or by a Trainer with \
+             `stage3_gather_16bit_weights_on_model_save`"
         ),
-        false => format!("`{name}` is {found:?} in the adapter, the spec wants {wanted:?}"),
+        false => format!("`{name}` is {found:?} in the adapter, and should be {wanted:?} for this spec"),
     }
 }
 
-impl<'a> Rest<'a> {
-    /// Reads names; nothing is taken yet. The error is two tensors of one name, such as those of two adapters.
+impl<'a> UnreadTensors<'a> {
+    /// Normalises the names of all tensors.
+    ///
+    /// # Errors
+    ///
+    /// Two tensors have the same normalised name, such as those of two adapters.
     pub fn new(model: &Model, counterparts: &[&Counterpart], tensors: &'a Tensors) -> Result<Self, String> {
         let mut known: Vec<&str> = counterparts.iter().flat_map(|c| &c.tensors).map(|t| t.name.as_str()).collect();
         known.push(ROWS);
-        let mut rest = Rest { entries: BTreeMap::new(), prefix: model.backbone.checkpoint.prefix.clone() };
-        let own: Vec<String> = model.params.iter().map(|p| rest.plain(&p.name)).collect();
+        let mut unread = UnreadTensors { entries: BTreeMap::new(), prefix: model.backbone.checkpoint.prefix.clone() };
+        let own: Vec<String> = model.params.iter().map(|p| unread.plain(&p.name)).collect();
         for (written, stored) in tensors {
-            // PEFT's copy of what is there in its trained form, too.
+            // PEFT's `original_module` is the untrained copy of a module that is saved in its trained form, too.
             if written.split('.').any(|part| part == "original_module") {
                 continue;
             }
-            let name = rest.plain(&without_adapter(written, &known));
-            let (name, copy) = saved(&name, &own);
-            if let Some(first) = rest.entries.get(&name) {
+            let name = unread.plain(&without_adapter(written, &known));
+            let (name, copy) = without_modules_to_save(&name, &own);
+            if let Some(first) = unread.entries.get(&name) {
                 let of_one = copy || first.written.contains(".modules_to_save.");
                 match (of_one, stored == first.stored) {
                     (true, true) => continue,
                     (true, false) => {
-                        return Err(format!("`{}` and `{written}` are one tensor, and differ", first.written));
+                        return Err(format!(
+                            "`{}` and `{written}` are the same tensor, and their values differ",
+                            first.written
+                        ));
                     }
                     (false, _) => {
                         return Err(format!(
-                            "`{}` and `{written}` are one tensor of two adapters; save one of them by itself: PEFT's \
-                             `save_pretrained(…, selected_adapters=[…])`",
+                            "`{}` and `{written}` are the same tensor of two adapters; save one adapter by itself \
+                             with PEFT's `save_pretrained(…, selected_adapters=[…])`",
                             first.written
                         ));
                     }
                 }
             }
-            rest.entries.insert(name, Entry { written, stored });
+            unread.entries.insert(name, Entry { written, stored });
         }
-        Ok(rest)
+        Ok(unread)
     }
 
-    /// A name without what wrappers and heads put in front of the backbone's own.
+    /// A name without the parts of wrappers and without the backbone's prefix.
     pub fn plain(&self, name: &str) -> String {
-        let mut parts: Vec<&str> = name.split('.').filter(|p| !INSIDE.contains(p)).collect();
+        let mut parts: Vec<&str> = name.split('.').filter(|p| !INNER_WRAPPERS.contains(p)).collect();
         let prefix: Vec<&str> = self.prefix.split('.').filter(|p| !p.is_empty()).collect();
         loop {
             if !prefix.is_empty() && parts.starts_with(&prefix) && parts.len() > prefix.len() {
@@ -89,67 +98,80 @@ impl<'a> Rest<'a> {
         }
     }
 
+    /// Whether a tensor of this name has not been read yet.
     pub fn has(&self, name: &str) -> bool {
         self.entries.contains_key(&self.plain(name))
     }
 
-    /// The shape of a tensor that must be there. The error names the nearest that is.
+    /// The shape of a tensor.
+    ///
+    /// # Errors
+    ///
+    /// There is no such tensor; the error names the one with the most similar name. Or the tensor is empty.
     pub fn shape(&self, name: &str) -> Result<&'a [u64], String> {
         match self.entries.get(&self.plain(name)) {
-            Some(entry) if entry.stored.shape.contains(&0) => Err(wrong(entry.written, &entry.stored.shape, &[])),
+            Some(entry) if entry.stored.shape.contains(&0) => {
+                Err(shape_mismatch(entry.written, &entry.stored.shape, &[]))
+            }
             Some(entry) => Ok(&entry.stored.shape),
-            None => Err(self.lacks(name)),
+            None => Err(self.missing_message(name)),
         }
     }
 
-    fn lacks(&self, name: &str) -> String {
+    /// The error for a missing tensor.
+    fn missing_message(&self, name: &str) -> String {
         let plain = self.plain(name);
         let near = self.entries.iter().map(|(n, e)| (strsim::normalized_levenshtein(n, &plain), e.written));
         match near.max_by(|a, b| a.0.total_cmp(&b.0)) {
-            Some((_, near)) => format!("the adapter lacks `{name}`; the nearest that it holds is `{near}`"),
-            None => format!("the adapter lacks `{name}`, and holds nothing that has not been read"),
+            Some((_, near)) => format!("the adapter lacks `{name}`; the most similar name in it is `{near}`"),
+            None => format!("the adapter lacks `{name}`, and all its tensors have been read"),
         }
     }
 
-    /// The name of a module in the model that PEFT trained, whose expressions are of such names: `layers.0.…` for
-    /// `model.layers.0.…` where that model had no head. None if the file does not hold the tensor, or not under PEFT's
-    /// own name.
+    /// The name of a module in the model that PEFT trained, which the expressions in the configuration refer to:
+    /// `layers.0.…` for `model.layers.0.…` if that model had no head. `None` if the file does not hold the tensor under
+    /// PEFT's own name.
     pub fn trained_as(&self, module: &str, tensor: &str) -> Option<String> {
         let written = self.entries.get(&self.plain(&format!("{module}.{tensor}")))?.written;
         let (_, name) = written.split_once("base_model.model.")?;
         let first = tensor.split('.').next().unwrap_or(tensor);
         let (name, _) = name.rsplit_once(&format!(".{first}"))?;
-        let parts: Vec<&str> = name.split('.').filter(|p| !INSIDE.contains(p)).collect();
+        let parts: Vec<&str> = name.split('.').filter(|p| !INNER_WRAPPERS.contains(p)).collect();
         Some(parts.join("."))
     }
 
-    /// Takes a tensor of this shape.
+    /// Reads a tensor of this shape and removes it.
+    ///
+    /// # Errors
+    ///
+    /// There is no such tensor, or it has another shape, or it holds integers.
     pub fn take(&mut self, name: &str, shape: &[u64]) -> Result<&'a [f32], String> {
-        let Some(entry) = self.entries.remove(&self.plain(name)) else { return Err(self.lacks(name)) };
+        let Some(entry) = self.entries.remove(&self.plain(name)) else { return Err(self.missing_message(name)) };
         match &entry.stored.data {
             Data::F32(x) if entry.stored.shape == shape => Ok(x),
             _ if entry.stored.shape == shape => Err(format!(
                 "`{}` holds integers; numbers are read from f32, f16, bf16 or f64, so save the adapter in one of these",
                 entry.written
             )),
-            _ => Err(wrong(entry.written, &entry.stored.shape, shape)),
+            _ => Err(shape_mismatch(entry.written, &entry.stored.shape, shape)),
         }
     }
 
-    /// Drops tensors that say nothing beyond what has been read, and counts them.
-    pub fn drop(&mut self, said: impl Fn(&Stored) -> bool) -> usize {
+    /// Removes tensors for which `redundant` holds, and returns their number.
+    pub fn drop(&mut self, redundant: impl Fn(&Stored) -> bool) -> usize {
         let before = self.entries.len();
-        self.entries.retain(|_, entry| !said(entry.stored));
+        self.entries.retain(|_, entry| !redundant(entry.stored));
         before - self.entries.len()
     }
 
-    /// What is left: names without prefixes, as written, and shapes.
-    pub fn left(&self) -> Vec<(&str, &'a str, &'a [u64])> {
+    /// The tensors that have not been read: names without wrappers, names in the file, and shapes.
+    pub fn remaining(&self) -> Vec<(&str, &'a str, &'a [u64])> {
         self.entries.iter().map(|(name, e)| (name.as_str(), e.written, &*e.stored.shape)).collect()
     }
 }
 
-/// `q.lora_A.default.weight` as `q.lora_A.weight`: PEFT's state dict names the adapter in it.
+/// A name without the name of the adapter, which PEFT's state dict contains: `q.lora_A.default.weight` becomes
+/// `q.lora_A.weight`.
 fn without_adapter(name: &str, known: &[&str]) -> String {
     let parts: Vec<&str> = name.split('.').collect();
     for tensor in known {
@@ -168,8 +190,9 @@ fn without_adapter(name: &str, known: &[&str]) -> String {
     name.to_owned()
 }
 
-/// `classifier.modules_to_save.default.bias` as `classifier.bias`, and whether it was written so.
-fn saved(name: &str, own: &[String]) -> (String, bool) {
+/// A name without PEFT's `modules_to_save`, and whether it had one: `classifier.modules_to_save.default.bias` becomes
+/// `classifier.bias`.
+fn without_modules_to_save(name: &str, own: &[String]) -> (String, bool) {
     let Some((module, rest)) = name.split_once(".modules_to_save.") else { return (name.to_owned(), false) };
     let named = rest.split_once('.').map(|(_, rest)| format!("{module}.{rest}"));
     let plain = format!("{module}.{rest}");

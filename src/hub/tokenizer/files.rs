@@ -1,4 +1,4 @@
-//! Files that hold a tokenizer, each brought to the form of `tokenizer.json`.
+//! Reads the files of a tokenizer, all of which are converted to the form of `tokenizer.json`.
 
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -10,55 +10,59 @@ use peft_runtime::{RuntimeError, json as outside};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
 
-use super::classes::{self, Class, Form};
+use super::classes::{self, Class, TokenizerKind};
 use super::gguf::{self, Contained};
-use super::settings::{Declared, Settings, entries, refused, unfast};
+use super::settings::{Declared, Settings, entries, refused, strip_fast};
 use super::template::Templates;
 use crate::contained::contained;
 use crate::data::DataError;
 
-/// Arrays and objects inside each other beyond which a file is refused: the library reads them by recursion.
-const DEPTH: usize = 32;
+/// The largest depth of nested arrays and objects in a file. The library reads them by recursion, so deeper files could
+/// exhaust the stack.
+const MAX_DEPTH: usize = 32;
 
-/// A tokenizer, and what stands beside it.
+/// A tokenizer that was read, with the settings beside it.
 pub struct Opened {
+    /// The tokenizer of the library `tokenizers`.
     pub library: Library,
     /// The file of its vocabulary.
     pub source: PathBuf,
-    /// `model_max_length`
+    /// The setting `model_max_length`, in tokens.
     pub max_length: Option<u64>,
-    /// Jinja templates of conversations, if there are any.
+    /// The chat templates, if there are any.
     pub templates: Option<Templates>,
-    /// Settings that are understood and not followed, as lines for the person.
+    /// Notes for the user, about settings that are not followed.
     pub notes: Vec<String>,
-    /// Tokens that the vocabulary does not have, in the order of their ids.
-    pub behind: Vec<Behind>,
+    /// The added tokens that the vocabulary does not hold, in the order of their ids.
+    pub behind: Vec<AddedToken>,
 }
 
 /// A token that was added behind a vocabulary.
-pub struct Behind {
-    /// As `added_tokens` of a `tokenizer.json` has it, with its id.
+pub struct AddedToken {
+    /// The token with its id, in the form of `added_tokens` in a `tokenizer.json`.
     pub token: Value,
-    /// Which key of which file it is from.
+    /// The key and file that it is from, for messages.
     pub from: String,
 }
 
-impl Behind {
+impl AddedToken {
+    /// The token's text.
     pub fn content(&self) -> &str {
         self.token["content"].as_str().unwrap_or_default()
     }
 
+    /// The token's id.
     pub fn id(&self) -> u64 {
         self.token["id"].as_u64().unwrap_or(0)
     }
 
-    /// `` `[PAD]` (50257, `pad_token` of its settings) ``
+    /// The token for messages, such as `` `[PAD]` (50257, `pad_token` of its settings) ``.
     pub fn describe(&self) -> String {
         format!("`{}` ({}, {})", self.content(), self.id(), self.from)
     }
 }
 
-/// Files of formats that are not read, what they are, and how they become one that is.
+/// Files of formats that are not read, and what they are.
 const FOREIGN: [(&str, &str); 6] = [
     ("tokenizer.model", "a sentencepiece model"),
     ("spiece.model", "a sentencepiece model"),
@@ -68,9 +72,13 @@ const FOREIGN: [(&str, &str); 6] = [
     ("tekken.json", "Mistral's tekken vocabulary"),
 ];
 
-/// Reads a `tokenizer.json`, or the tokenizer of a folder as transformers would: `tokenizer.json`, else `vocab.json` with
-/// `merges.txt`, else `vocab.txt`, each with `tokenizer_config.json` and what else stands beside it. A GGUF file has its
-/// tokenizer inside.
+/// Reads the tokenizer at `path`: a `tokenizer.json`, a GGUF file, or a folder as transformers reads it. A folder holds
+/// `tokenizer.json`, else `vocab.json` with `merges.txt`, else `vocab.txt`, each with `tokenizer_config.json` and other
+/// settings.
+///
+/// # Errors
+///
+/// There is no tokenizer, its format is not supported, or a file is damaged.
 pub fn open(path: &Path) -> Result<Opened, DataError> {
     if is_gguf(path) {
         let Contained { json, templates } = gguf::read(path)?;
@@ -80,12 +88,13 @@ pub fn open(path: &Path) -> Result<Opened, DataError> {
     build(describe(path)?)
 }
 
+/// Builds the tokenizer from its description.
 fn build((mut json, source, settings): Description) -> Result<Opened, DataError> {
-    // Files often hold the padding and the cut of their last user; sequences here have neither.
+    // Files often hold padding and truncation settings of an earlier use, which do not apply here.
     json.retain(|key, _| key != "padding" && key != "truncation");
     let mut notes = classes::apply(&mut json, &settings, &source)?;
-    sound(&json).map_err(|message| malformed(&source, message))?;
-    notes.extend(settings_to_tell(&settings)?);
+    check_limits(&json).map_err(|message| malformed(&source, message))?;
+    notes.extend(setting_notes(&settings)?);
     let split = settings.flag("split_special_tokens")?.unwrap_or(false);
     let added = json.get("added_tokens").cloned().unwrap_or_default();
     let library = contained("tokenizers", || {
@@ -94,20 +103,20 @@ fn build((mut json, source, settings): Description) -> Result<Opened, DataError>
         Ok(library)
     });
     let library = library.and_then(|loaded| loaded).map_err(|message| malformed(&source, message))?;
-    added_as_said(&added, &library).map_err(|message| malformed(&source, message))?;
+    check_added_ids(&added, &library).map_err(|message| malformed(&source, message))?;
     let words = library.get_vocab(false);
     let new =
         |token: &&Value| token["content"].as_str().is_some_and(|token| !token.is_empty() && !words.contains_key(token));
     let described = |token: &Value| {
         let from = settings.origin(token["content"].as_str().unwrap_or_default());
-        Behind { token: token.clone(), from }
+        AddedToken { token: token.clone(), from }
     };
-    let behind: Vec<Behind> = added.as_array().into_iter().flatten().filter(new).map(described).collect();
-    // Where numbers of a vocabulary are left out, its length is the id of one of its tokens.
+    let behind: Vec<AddedToken> = added.as_array().into_iter().flatten().filter(new).map(described).collect();
+    // If a vocabulary skips ids, its length is the id of one of its tokens, which an added token would take.
     let both = behind.iter().find_map(|b| Some((b, words.iter().find(|(_, id)| u64::from(**id) == b.id())?.0)));
     if let Some((b, word)) = both {
         let message = format!(
-            "{} has the id of `{word}`: the vocabulary leaves numbers out or has a token twice, and what is added counts \
+            "{} has the id of `{word}`: the vocabulary skips ids or has a token twice, and added tokens count \
              on from its length; fetch it again",
             b.describe()
         );
@@ -121,9 +130,10 @@ fn build((mut json, source, settings): Description) -> Result<Opened, DataError>
     Ok(Opened { library, source, max_length: settings.max_length(), templates, notes, behind })
 }
 
-/// A tokenizer in the form of `tokenizer.json`, the file that it is from, and the settings beside it.
+/// A tokenizer in the form of `tokenizer.json`, the file of its vocabulary, and its settings.
 type Description = (Map<String, Value>, PathBuf, Settings);
 
+/// Reads the description of the tokenizer at a path other than a GGUF file.
 fn describe(path: &Path) -> Result<Description, DataError> {
     if path.is_dir() {
         return describe_folder(path);
@@ -132,7 +142,7 @@ fn describe(path: &Path) -> Result<Description, DataError> {
     if let Some((_, what)) = FOREIGN.iter().find(|(foreign, _)| *foreign == name) {
         return Err(foreign(path, what));
     }
-    // A part of a folder stands for it.
+    // The path of one of a tokenizer's files means its folder.
     let part = ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].contains(&&*name) && path.is_file();
     match path.parent() {
         Some(folder) if part && folder.as_os_str().is_empty() => describe_folder(Path::new(".")),
@@ -141,31 +151,38 @@ fn describe(path: &Path) -> Result<Description, DataError> {
     }
 }
 
+/// Reads the description of the tokenizer in a folder.
 fn describe_folder(folder: &Path) -> Result<Description, DataError> {
     let [json, vocabulary, merges, pieces] =
         ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"].map(|name| folder.join(name));
     if there(&json) {
         return Ok((object(&json)?, json, Settings::read(folder)?));
     }
-    // A class sets the parts around the model as it wants them; here they are only of its kind.
-    let (source, form, normalizer, pre_tokenizer, model) = if there(&vocabulary) && there(&merges) {
-        let model = bytes(&vocabulary, &merges)?;
-        (vocabulary, Form::Bytes, Value::Null, json!({"type": "ByteLevel"}), model)
+    // The class replaces the parts around the model later; these are placeholders of the right type.
+    let (source, kind, normalizer, pre_tokenizer, model) = if there(&vocabulary) && there(&merges) {
+        let model = read_bpe(&vocabulary, &merges)?;
+        (vocabulary, TokenizerKind::ByteLevelBpe, Value::Null, json!({"type": "ByteLevel"}), model)
     } else if there(&pieces) {
-        let model = word_pieces(&pieces)?;
-        (pieces, Form::WordPiece, json!({"type": "BertNormalizer"}), json!({"type": "BertPreTokenizer"}), model)
+        let model = read_word_pieces(&pieces)?;
+        (
+            pieces,
+            TokenizerKind::WordPiece,
+            json!({"type": "BertNormalizer"}),
+            json!({"type": "BertPreTokenizer"}),
+            model,
+        )
     } else {
-        return Err(nothing(folder));
+        return Err(no_tokenizer(folder));
     };
     let mut settings = Settings::read(folder)?;
-    let fits = |class: &Class| match class.form {
-        Form::WordPiece | Form::Bytes => class.form == form,
-        Form::MarkedBytes => form == Form::Bytes,
+    let fits = |class: &Class| match class.kind {
+        TokenizerKind::WordPiece | TokenizerKind::ByteLevelBpe => class.kind == kind,
+        TokenizerKind::RobertaBpe => kind == TokenizerKind::ByteLevelBpe,
         _ => false,
     };
-    // What is named counts before the model: other than a `tokenizer.json`, these files do not stand for themselves.
+    // A named class takes precedence over the `model_type`, since these files do not describe a whole tokenizer.
     if let Some(name) = &settings.named {
-        settings.declared = Declared::ByName(unfast(name).to_owned());
+        settings.declared = Declared::ByName(strip_fast(name).to_owned());
     }
     match (&settings.declared, settings.declared.class()) {
         (_, Some(class)) if fits(class) => {}
@@ -173,8 +190,8 @@ fn describe_folder(folder: &Path) -> Result<Description, DataError> {
         (Declared::ByModel { class, .. }, None) if Class::unknown(class) => {
             return Err(unread(&source, &settings.declared));
         }
-        // The files say more than a `model_type`.
-        _ => settings.declared = Declared::ByFiles(Class::of_files(form, &model)),
+        // The kind of the files is more specific than a `model_type`.
+        _ => settings.declared = Declared::ByFiles(Class::of_files(kind, &model)),
     }
     let parts = [
         ("version", "1.0".into()),
@@ -187,8 +204,9 @@ fn describe_folder(folder: &Path) -> Result<Description, DataError> {
     Ok((parts.map(|(key, part)| (key.to_owned(), part)).into_iter().collect(), source, settings))
 }
 
-/// BPE over bytes: `vocab.json`, `{"token": id}`, and `merges.txt`, two tokens a line.
-fn bytes(vocabulary: &Path, merges: &Path) -> Result<Value, DataError> {
+/// Reads a byte-level BPE model from `vocab.json`, an object of ids by token, and `merges.txt`, two tokens on each
+/// line.
+fn read_bpe(vocabulary: &Path, merges: &Path) -> Result<Value, DataError> {
     let vocab = object(vocabulary)?;
     let text = text(merges)?;
     let mut pairs = vec![];
@@ -207,22 +225,22 @@ fn bytes(vocabulary: &Path, merges: &Path) -> Result<Value, DataError> {
         let whole = format!("{first}{second}");
         if let Some(lacking) = [first, second, &whole].into_iter().find(|token| !vocab.contains_key(*token)) {
             return Err(fault(format!(
-                "is of `{lacking}`, which `vocab.json` does not have: either file is cut off or another model's; \
+                "uses `{lacking}`, which `vocab.json` does not have: either file is truncated or another model's; \
                  fetch both again"
             )));
         }
         pairs.push(json!([first, second]));
         made.insert(whole);
     }
-    // Special tokens and words of a person are made by no merge, but not most of a vocabulary.
+    // No merge produces special tokens and words that a user added, but these are a small part of a vocabulary.
     let longer = |token: &&String| token.chars().nth(1).is_some();
     let words = vocab.keys().filter(longer).count();
-    if words - made.len() > words / 2 && words - made.len() > SPARE {
+    if words - made.len() > words / 2 && words - made.len() > MAX_UNMERGED {
         return Err(malformed(
             merges,
             format!(
-                "it makes {} of the {words} tokens of `vocab.json` that are longer than a character: it is cut off, or \
-                 another model's; fetch it again",
+                "it produces {} of the {words} tokens of `vocab.json` that are longer than a character: it is \
+                 truncated, or another model's; fetch it again",
                 made.len()
             ),
         ));
@@ -233,13 +251,14 @@ fn bytes(vocabulary: &Path, merges: &Path) -> Result<Value, DataError> {
     }))
 }
 
-/// Tokens that a vocabulary may have without a merge that makes them, whatever its size.
-const SPARE: usize = 256;
+/// The number of tokens that a vocabulary of any size may have without a merge that produces them.
+const MAX_UNMERGED: usize = 256;
 
-/// WordPiece: `vocab.txt`, a token a line, its id the line's number from 0.
-fn word_pieces(path: &Path) -> Result<Value, DataError> {
+/// Reads a WordPiece model from `vocab.txt`, with a token on each line. The number of the line, from 0, is the token's
+/// id.
+fn read_word_pieces(path: &Path) -> Result<Value, DataError> {
     let text = text(path)?;
-    // Blanks at a line's end are no part of its token.
+    // Whitespace at the end of a line is not part of the token.
     let ids = text.lines().zip(0u32..).map(|(token, id)| (token.trim_end().to_owned(), id.into()));
     let ids: Map<String, Value> = ids.collect();
     Ok(json!({
@@ -248,8 +267,8 @@ fn word_pieces(path: &Path) -> Result<Value, DataError> {
     }))
 }
 
-/// What the library must not be given, or would read silently otherwise than people mean it.
-fn sound(json: &Map<String, Value>) -> Result<(), String> {
+/// Checks for nesting that the library cannot read, and for BPE dropout, which would make ids random.
+fn check_limits(json: &Map<String, Value>) -> Result<(), String> {
     fn depth(value: &Value) -> usize {
         match value {
             Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
@@ -257,8 +276,8 @@ fn sound(json: &Map<String, Value>) -> Result<(), String> {
             _ => 0,
         }
     }
-    if let Some((key, _)) = json.iter().find(|(_, value)| depth(value) > DEPTH) {
-        return Err(format!("`{key}` holds more than {DEPTH} lists and objects inside each other"));
+    if let Some((key, _)) = json.iter().find(|(_, value)| depth(value) > MAX_DEPTH) {
+        return Err(format!("`{key}` holds lists and objects nested deeper than {MAX_DEPTH}"));
     }
     match json.get("model").and_then(|model| model.get("dropout")) {
         Some(Value::Number(dropout)) if dropout.as_f64() != Some(0.0) => Err(format!(
@@ -269,15 +288,15 @@ fn sound(json: &Map<String, Value>) -> Result<(), String> {
     }
 }
 
-/// Every added token has the id that the file gives it. The library counts them up instead of reading it.
-fn added_as_said(added: &Value, library: &Library) -> Result<(), String> {
+/// Checks that every added token has the id in the file. The library ignores these ids and numbers the tokens itself.
+fn check_added_ids(added: &Value, library: &Library) -> Result<(), String> {
     for token in added.as_array().into_iter().flatten() {
         let content = token["content"].as_str().unwrap_or_default();
         let (said, found) = (token["id"].as_u64(), library.token_to_id(content).map(u64::from));
         if said != found && !content.is_empty() {
             let shown = |id: Option<u64>| id.map_or("none".into(), |id| id.to_string());
             return Err(format!(
-                "its added token `{content}` is said to have the id {}, and has {}: added tokens keep the vocabulary's \
+                "its added token `{content}` should have the id {}, and gets {}: added tokens keep the vocabulary's \
                  id, or count on from its end",
                 shown(said),
                 shown(found)
@@ -287,12 +306,12 @@ fn added_as_said(added: &Value, library: &Library) -> Result<(), String> {
     Ok(())
 }
 
-/// Settings that transformers follows and that do not apply here.
-fn settings_to_tell(settings: &Settings) -> Result<Vec<String>, DataError> {
+/// Notes about settings that transformers follows and peftc does not.
+fn setting_notes(settings: &Settings) -> Result<Vec<String>, DataError> {
     let mut notes = vec![];
     if settings.flag("fix_mistral_regex")? == Some(true) {
-        let message = "`fix_mistral_regex` is true: transformers then splits text otherwise than `tokenizer.json` says; \
-                       save the tokenizer once more with transformers, and leave the key out";
+        let message = "`fix_mistral_regex` is true: transformers then splits text differently from `tokenizer.json`; \
+                       save the tokenizer once more with transformers, and remove the key";
         return Err(refused(&settings.path, message));
     }
     if settings.text("truncation_side") == Some("left") {
@@ -301,8 +320,8 @@ fn settings_to_tell(settings: &Settings) -> Result<Vec<String>, DataError> {
     Ok(notes)
 }
 
-/// Why a folder holds no tokenizer: what is there instead.
-fn nothing(folder: &Path) -> DataError {
+/// The error for a folder without a tokenizer, with what it holds instead.
+fn no_tokenizer(folder: &Path) -> DataError {
     let names = entries(folder);
     let has = |name: &str| names.iter().any(|n| n == name);
     if let Some((name, what)) = FOREIGN.iter().find(|(name, _)| has(name)) {
@@ -334,24 +353,26 @@ fn nothing(folder: &Path) -> DataError {
     }
 }
 
+/// The error for a file of a format that is not read.
 fn foreign(path: &Path, what: &str) -> DataError {
     malformed(path, format!("it is {what}, which is not read here; {}", resave(path)))
 }
 
+/// The error for vocabulary files of a class that is not known.
 fn unread(source: &Path, declared: &Declared) -> DataError {
-    let message = format!("{}, which is not read from this file", declared.said());
+    let message = format!("{}, which is not read from this file", declared.describe());
     malformed(source, format!("{message}; {}", resave(source)))
 }
 
-/// How the tokenizer that a file is part of becomes a `tokenizer.json`, where its class can be one.
+/// The suggestion for converting a tokenizer to a `tokenizer.json` with transformers, if its class can be converted.
 fn resave(file: &Path) -> String {
     let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if let Ok(settings) = Settings::read(folder)
         && let Some(class) = settings.declared.name()
-        && classes::WITHOUT_FILE.contains(&class)
+        && classes::PYTHON_ONLY.contains(&class)
     {
         return format!(
-            "transformers has `{class}` in Python alone, so it cannot be written as `tokenizer.json` either"
+            "transformers implements `{class}` only in Python, so it cannot be written as `tokenizer.json` either"
         );
     }
     let folder = folder.display();
@@ -361,7 +382,7 @@ fn resave(file: &Path) -> String {
     )
 }
 
-/// Something of this name is in the folder, if only a link to nothing: reading it says what is wrong.
+/// Whether the path exists, also as a dangling link, about which reading it then reports an error.
 pub fn there(path: &Path) -> bool {
     match path.symlink_metadata() {
         Ok(_) => true,
@@ -369,16 +390,25 @@ pub fn there(path: &Path) -> bool {
     }
 }
 
-/// A file's text, without a byte order mark.
+/// The text of a file, without a byte order mark.
+///
+/// # Errors
+///
+/// The file cannot be read.
 pub fn text(path: &Path) -> Result<String, DataError> {
     outside::text(path).map_err(|error| unusable(path, error))
 }
 
-/// A file that holds one JSON object.
+/// The JSON object in a file.
+///
+/// # Errors
+///
+/// The file cannot be read or does not hold an object.
 pub fn object(path: &Path) -> Result<Map<String, Value>, DataError> {
     outside::object(path).map_err(|error| unusable(path, error))
 }
 
+/// An error of the runtime as one about a tokenizer's file.
 fn unusable(path: &Path, error: RuntimeError) -> DataError {
     match error {
         RuntimeError::File { message, .. } => malformed(path, message),
@@ -386,6 +416,7 @@ fn unusable(path: &Path, error: RuntimeError) -> DataError {
     }
 }
 
+/// An error about a tokenizer's file.
 pub fn malformed(path: &Path, message: impl Display) -> DataError {
     DataError::Tokenizer { path: path.to_owned(), message: message.to_string() }
 }

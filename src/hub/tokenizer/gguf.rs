@@ -1,4 +1,4 @@
-//! The tokenizer in a GGUF file, brought to the form of `tokenizer.json`.
+//! Reads the tokenizer in a GGUF file, which is converted to the form of `tokenizer.json`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,15 +13,16 @@ use super::template::Templates;
 use crate::data::DataError;
 use crate::hub::checkpoint::gguf::TOKENS;
 
+// Keys of the metadata.
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
 const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 
-/// The one kind of tokenizer that is read.
+/// The value of [`MODEL`] for byte-level BPE, the only kind of tokenizer that is read.
 const BYTES: &str = "gpt2";
 
-/// Other kinds, and what they are.
+/// Other values of [`MODEL`], and what they are.
 const KINDS: &[(&str, &str)] = &[
     ("llama", "a sentencepiece model, merged by scores"),
     ("t5", "a sentencepiece model, unigram"),
@@ -32,7 +33,7 @@ const KINDS: &[(&str, &str)] = &[
     ("no_vocab", "no tokenizer"),
 ];
 
-/// Types of tokens, as llama.cpp numbers them.
+/// The types of tokens, with llama.cpp's numbers.
 const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
@@ -40,52 +41,71 @@ const USER_DEFINED: i64 = 4;
 const UNUSED: i64 = 5;
 const BYTE: i64 = 6;
 
-/// What a text goes through before merges, by the file's `tokenizer.ggml.pre`.
-struct Pre {
+/// The processing of a text before the merges, selected by the file's `tokenizer.ggml.pre`.
+struct PreTokenizer {
+    /// The values of `tokenizer.ggml.pre`.
     names: &'static [&'static str],
-    /// Before anything else: Unicode's NFC.
-    composed: bool,
+    /// Whether the text is first normalised to Unicode's NFC.
+    nfc: bool,
+    /// How the text is split into words.
     split: Split,
-    /// A word that the vocabulary has is one token, whatever merges say.
-    whole_words: bool,
-    /// The first token is put before a text where the file does not say.
-    begins: bool,
+    /// Whether a word of the vocabulary is one token regardless of the merges (`ignore_merges`).
+    ignore_merges: bool,
+    /// Whether the token `bos` begins a text if the file does not say.
+    add_bos: bool,
 }
 
+/// How a text is split into words.
 enum Split {
-    /// GPT-2's pattern.
+    /// By GPT-2's pattern.
     Words,
-    /// Each digit by itself, the rest by GPT-2's pattern.
+    /// Each digit is a word, and the rest is split by GPT-2's pattern.
     Digits,
+    /// By this regular expression.
     Pattern(&'static str),
 }
 
 /// Llama 3's pattern.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-const PRES: &[Pre] = &[
-    Pre { names: &["gpt-2"], composed: false, split: Split::Words, whole_words: false, begins: false },
-    Pre { names: &["smollm", "starcoder"], composed: false, split: Split::Digits, whole_words: false, begins: false },
-    Pre {
-        names: &["llama-bpe", "llama3", "llama-v3"],
-        composed: false,
-        split: Split::Pattern(LLAMA3_SPLIT),
-        whole_words: true,
-        begins: true,
+const PRE_TOKENIZERS: &[PreTokenizer] = &[
+    PreTokenizer { names: &["gpt-2"], nfc: false, split: Split::Words, ignore_merges: false, add_bos: false },
+    PreTokenizer {
+        names: &["smollm", "starcoder"],
+        nfc: false,
+        split: Split::Digits,
+        ignore_merges: false,
+        add_bos: false,
     },
-    Pre { names: &["qwen2"], composed: true, split: Split::Pattern(QWEN2_SPLIT), whole_words: false, begins: false },
+    PreTokenizer {
+        names: &["llama-bpe", "llama3", "llama-v3"],
+        nfc: false,
+        split: Split::Pattern(LLAMA3_SPLIT),
+        ignore_merges: true,
+        add_bos: true,
+    },
+    PreTokenizer {
+        names: &["qwen2"],
+        nfc: true,
+        split: Split::Pattern(QWEN2_SPLIT),
+        ignore_merges: false,
+        add_bos: false,
+    },
 ];
 
-/// What a GGUF file says of its tokenizer.
+/// The tokenizer in a GGUF file.
 pub struct Contained {
-    /// As `tokenizer.json`.
+    /// The tokenizer in the form of `tokenizer.json`.
     pub json: Map<String, Value>,
-    /// Jinja templates of conversations, if it holds any.
+    /// The chat templates, if the file holds any.
     pub templates: Option<Templates>,
 }
 
-/// Reads the tokenizer of the GGUF file at `path`: byte-level BPE whose way of splitting text is known here. Others are
-/// refused by name.
+/// Reads the tokenizer of the GGUF file at `path`, which must be byte-level BPE with a known pre-tokenizer.
+///
+/// # Errors
+///
+/// The file cannot be read, or holds no tokenizer or one of another kind.
 pub fn read(path: &Path) -> Result<Contained, DataError> {
     let file = GgufFile::open(path).map_err(|error| match error {
         RuntimeError::File { path, message } => malformed(&path, message),
@@ -96,16 +116,19 @@ pub fn read(path: &Path) -> Result<Contained, DataError> {
     Ok(Contained { json, templates })
 }
 
-/// How a tokenizer that is not read is given otherwise.
+/// The suggestion for a file whose tokenizer is not read.
 const MEND: &str = "name the folder of the model's own tokenizer with `--tokenizer`";
 
+/// Converts the metadata to a `tokenizer.json`.
 fn describe(file: &GgufFile) -> Result<Map<String, Value>, String> {
     let pre = match file.text(MODEL) {
         Some(BYTES) => pre(file)?,
         Some(other) => {
             let what =
                 KINDS.iter().find(|(kind, _)| *kind == other).map_or(String::new(), |(_, what)| format!(" ({what})"));
-            return Err(format!("its `{MODEL}` is `{other}`{what}, and byte-level BPE, `{BYTES}`, is read; {MEND}"));
+            return Err(format!(
+                "its `{MODEL}` is `{other}`{what}, and only byte-level BPE, `{BYTES}`, is read; {MEND}"
+            ));
         }
         None => return Err(format!("it holds no tokenizer (`{MODEL}`); {MEND}")),
     };
@@ -113,12 +136,12 @@ fn describe(file: &GgufFile) -> Result<Map<String, Value>, String> {
     let (vocab, added) = vocabulary(file, &tokens)?;
     let merges = file.texts(MERGES).ok_or_else(|| format!("it has no list of texts `{MERGES}`; {MEND}"))?;
     let pair = |(number, merge): (usize, &&str)| {
-        // A token may begin with the blank that otherwise stands between the two.
+        // The first character is skipped, since a token may begin with a space, which is also the separator.
         let at = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(at, _)| at);
         let (first, second) = at.map(|at| (&merge[..at], &merge[at + 1..])).unwrap_or_default();
         match first.is_empty() || second.is_empty() || second.contains(' ') {
             true => {
-                Err(format!("merge {number} of `{MERGES}`, `{}`, is not two tokens and a blank", merge.escape_debug()))
+                Err(format!("merge {number} of `{MERGES}`, `{}`, is not two tokens and a space", merge.escape_debug()))
             }
             false => Ok(json!([first, second])),
         }
@@ -127,31 +150,33 @@ fn describe(file: &GgufFile) -> Result<Map<String, Value>, String> {
     let space = flag(file, "tokenizer.ggml.add_space_prefix")?.unwrap_or(false);
     let model = json!({
         "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-        "fuse_unk": false, "byte_fallback": false, "ignore_merges": pre.whole_words, "vocab": vocab, "merges": merges?,
+        "fuse_unk": false, "byte_fallback": false, "ignore_merges": pre.ignore_merges,
+        "vocab": vocab, "merges": merges?,
     });
     let parts = [
         ("version", json!("1.0")),
         ("added_tokens", added),
-        ("normalizer", if pre.composed { json!({"type": "NFC"}) } else { Value::Null }),
+        ("normalizer", if pre.nfc { json!({"type": "NFC"}) } else { Value::Null }),
         ("pre_tokenizer", split(&pre.split, space)),
-        ("post_processor", marks(file, &tokens, pre.begins)?),
+        ("post_processor", marks(file, &tokens, pre.add_bos)?),
         ("decoder", json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true})),
         ("model", model),
     ];
     Ok(parts.map(|(key, part)| (key.to_owned(), part)).into_iter().collect())
 }
 
-fn pre(file: &GgufFile) -> Result<&'static Pre, String> {
-    let known = || PRES.iter().flat_map(|pre| pre.names).copied().collect::<Vec<_>>().join(", ");
+/// The pre-tokenizer that the file names.
+fn pre(file: &GgufFile) -> Result<&'static PreTokenizer, String> {
+    let known = || PRE_TOKENIZERS.iter().flat_map(|pre| pre.names).copied().collect::<Vec<_>>().join(", ");
     let Some(name) = file.text(PRE) else {
         return Err(format!("it does not say how its tokenizer splits text (`{PRE}`); {MEND}"));
     };
-    let found = PRES.iter().find(|pre| pre.names.contains(&name));
-    found.ok_or_else(|| format!("its `{PRE}` is `{name}`, and text is split as {} have it; {MEND}", known()))
+    let found = PRE_TOKENIZERS.iter().find(|pre| pre.names.contains(&name));
+    found.ok_or_else(|| format!("its `{PRE}` is `{name}`, and the known ones are {}; {MEND}", known()))
 }
 
-/// Ids by token, and the tokens that are found in a text before it is split, as `added_tokens`. Unused ones are not in
-/// either.
+/// The vocabulary as ids by token, and `added_tokens`, which are found in a text before it is split. Unused tokens are
+/// in neither.
 fn vocabulary(file: &GgufFile, tokens: &[&str]) -> Result<(Value, Value), String> {
     let types = match file.value(TYPES) {
         None => vec![NORMAL; tokens.len()],
@@ -163,7 +188,7 @@ fn vocabulary(file: &GgufFile, tokens: &[&str]) -> Result<(Value, Value), String
             };
             file.elements(list).into_iter().map(number).collect()
         }
-        Some(_) => return Err(format!("its `{TYPES}` is no list")),
+        Some(_) => return Err(format!("its `{TYPES}` is not a list")),
     };
     if types.len() != tokens.len() {
         return Err(format!("it has {} tokens in `{TOKENS}` and {} numbers in `{TYPES}`", tokens.len(), types.len()));
@@ -191,6 +216,7 @@ fn vocabulary(file: &GgufFile, tokens: &[&str]) -> Result<(Value, Value), String
     Ok((Value::Object(vocab), Value::Array(added)))
 }
 
+/// The pre-tokenizer in the form of `tokenizer.json`.
 fn split(split: &Split, space: bool) -> Value {
     let bytes = |pattern: bool| json!({"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": true, "use_regex": pattern});
     let both = |first: Value, bytes: Value| json!({"type": "Sequence", "pretokenizers": [first, bytes]});
@@ -204,8 +230,8 @@ fn split(split: &Split, space: bool) -> Value {
     }
 }
 
-/// What is put around a text: the tokens that `add_bos_token` and `add_eos_token` ask for.
-fn marks(file: &GgufFile, tokens: &[&str], begins: bool) -> Result<Value, String> {
+/// The post-processor, which adds the tokens of `add_bos_token` and `add_eos_token` around a text.
+fn marks(file: &GgufFile, tokens: &[&str], add_bos: bool) -> Result<Value, String> {
     let mark = |name: &str, default: bool| -> Result<Option<(String, i64)>, String> {
         if !flag(file, &format!("tokenizer.ggml.add_{name}_token"))?.unwrap_or(default) {
             return Ok(None);
@@ -216,10 +242,10 @@ fn marks(file: &GgufFile, tokens: &[&str], begins: bool) -> Result<Value, String
         match (id, token) {
             (Some(id), Some(token)) => Ok(Some((token.to_string(), id))),
             (Some(id), None) => Err(format!("its `{key}` is {id}, and it has {} tokens", tokens.len())),
-            (None, _) => Err(format!("it puts a mark around texts (`add_{name}_token`) and has no `{key}`")),
+            (None, _) => Err(format!("its `add_{name}_token` is true, and it has no `{key}`")),
         }
     };
-    let (first, last) = (mark("bos", begins)?, mark("eos", false)?);
+    let (first, last) = (mark("bos", add_bos)?, mark("eos", false)?);
     if first.is_none() && last.is_none() {
         return Ok(Value::Null);
     }
@@ -238,7 +264,7 @@ fn marks(file: &GgufFile, tokens: &[&str], begins: bool) -> Result<Value, String
     }))
 }
 
-/// A key that is true or false.
+/// The value of a flag; `None` if it is absent.
 fn flag(file: &GgufFile, key: &str) -> Result<Option<bool>, String> {
     match (file.value(key), file.bool(key)) {
         (None, _) => Ok(None),

@@ -1,11 +1,11 @@
-//! Which class of transformers reads the tokenizer of a model: its `TOKENIZER_MAPPING_NAMES`, version 5.23, without
-//! `Fast`. Models of which it has no configuration are left out, since their files stand for themselves there; classes
-//! of Python packages that a person may lack are not.
+//! The class with which transformers reads the tokenizer of each model: the table `TOKENIZER_MAPPING_NAMES` of version
+//! 5.23, without the suffix `Fast`. Models that transformers has no configuration for are left out, since it then reads
+//! `tokenizer.json` without a class. Classes that need optional Python packages are included.
 
-/// Not a class of its own: `tokenizer.json` counts as it stands.
+/// The generic class, which reads `tokenizer.json` unchanged.
 pub const AS_IT_STANDS: &str = "TokenizersBackend";
 
-/// A class, and the `model_type`s of `config.json` with blanks between them.
+/// Classes, each with the `model_type`s of `config.json` that use it, separated by spaces.
 const MODELS: &[(&str, &str)] = &[
     ("AlbertTokenizer", "albert yoso"),
     ("BartTokenizer", "florence2"),
@@ -122,16 +122,16 @@ const MODELS: &[(&str, &str)] = &[
     ("XLNetTokenizer", "xlnet"),
 ];
 
-/// Models whose published settings name a wrong class: that of the table counts before a named one.
+/// Models whose published settings name a wrong class, so that transformers prefers the class of the table.
 const OVERRULED: &[&str] =
     &["hyperclovax_vision_v2", "qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "siglip2"];
 
-/// The class of a `model_type`, or nothing where transformers does not know the model.
+/// The class for a `model_type`; `None` if transformers does not know the model.
 pub fn class_of(model: &str) -> Option<&'static str> {
     MODELS.iter().find(|(_, models)| models.split(' ').any(|known| known == model)).map(|(class, _)| *class)
 }
 
-/// The class of the `model_type` counts, whatever the settings name.
+/// Whether the class of the `model_type` is used even if the settings name another.
 pub fn overrules(model: &str) -> bool {
     OVERRULED.contains(&model)
 }

@@ -1,5 +1,5 @@
-//! What stands beside a tokenizer's vocabulary: `tokenizer_config.json`, `special_tokens_map.json`,
-//! `added_tokens.json`, and of `config.json` the class.
+//! Reads a tokenizer's settings: `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, and the class
+//! in `config.json`.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -16,34 +16,38 @@ use crate::data::DataError;
 /// The keys that name special tokens, in the order in which transformers adds them.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// A list of further special tokens, or an object of them by name.
+/// The key with further special tokens, as a list or as an object by name.
 const EXTRA: &str = "extra_special_tokens";
 
-/// The older name of [`EXTRA`], which counts where that is absent or empty.
+/// The older name of [`EXTRA`], which is used if that is absent or empty.
 const ADDITIONAL: &str = "additional_special_tokens";
 
-/// Special tokens by names that are a model's own. Other keys that end in `_token` and hold a token are such names, too.
+/// The key with special tokens that are specific to a model, by name. Other keys that end in `_token` and hold a token
+/// are such names, too.
 const OF_MODEL: &str = "model_specific_special_tokens";
 
-/// Which class of transformers would read the folder.
+/// How the class of transformers that reads a folder is determined.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Declared {
     /// `tokenizer_class` of `tokenizer_config.json` or of `config.json`, without `Fast`.
     ByName(String),
-    /// The class that belongs to the `model_type` of `config.json`.
+    /// The class for the `model_type` of `config.json`.
     ByModel {
+        /// The `model_type`.
         model: String,
+        /// The name of the class.
         class: &'static str,
     },
-    /// The class whose files lie there, where nothing names one.
+    /// The class for the vocabulary files, if nothing names one.
     ByFiles(&'static Class),
+    /// No class is known.
     Nothing,
 }
 
 impl Declared {
-    /// As transformers 5 chooses where there is a `tokenizer.json`.
+    /// The class that transformers 5 chooses for a `tokenizer.json`, from the named class and the `model_type`.
     fn of(named: Option<&str>, model: Option<&str>) -> Self {
-        let named = named.map(unfast);
+        let named = named.map(strip_fast);
         let registered = model.and_then(models::class_of);
         let by_model = || match (model, registered) {
             (Some(model), Some(class)) => Declared::ByModel { model: model.to_owned(), class },
@@ -51,7 +55,7 @@ impl Declared {
         };
         match named {
             Some(name) if registered.is_none_or(|class| class == name) => Declared::ByName(name.to_owned()),
-            // The file stands for itself, whatever is named.
+            // For these models transformers reads the file unchanged, whatever class is named.
             Some(_) if registered == Some(models::AS_IT_STANDS) => by_model(),
             Some(_) if model.is_some_and(models::overrules) => by_model(),
             Some(name) => Declared::ByName(name.to_owned()),
@@ -59,7 +63,7 @@ impl Declared {
         }
     }
 
-    /// The name of the class, if one is named or belongs to the model.
+    /// The name of the class, if there is one.
     pub fn name(&self) -> Option<&str> {
         match self {
             Declared::ByName(name) => Some(name),
@@ -69,13 +73,13 @@ impl Declared {
         }
     }
 
-    /// The class, if it is one whose parts are known here.
+    /// The class, if it is known.
     pub fn class(&self) -> Option<&'static Class> {
         Class::named(self.name()?)
     }
 
-    /// What says which class it is, for a message.
-    pub fn said(&self) -> String {
+    /// The origin of the class as text, for messages.
+    pub fn describe(&self) -> String {
         match self {
             Declared::ByModel { model, class } => {
                 format!("the `model_type` of `config.json` is `{model}`, whose tokenizer is `{class}`")
@@ -85,23 +89,30 @@ impl Declared {
     }
 }
 
+/// The settings of a tokenizer.
 pub struct Settings {
-    /// `tokenizer_config.json`, where it is or would be.
+    /// The path of `tokenizer_config.json`, whether it exists or not.
     pub path: PathBuf,
-    /// The folder that they are of, unless a file stands alone.
+    /// The tokenizer's folder; `None` for a single file.
     pub folder: Option<PathBuf>,
+    /// The class.
     pub declared: Declared,
-    /// The keys of `tokenizer_config.json`; those of `special_tokens_map.json` too, where transformers reads it.
+    /// The keys of `tokenizer_config.json`, and of `special_tokens_map.json` if transformers reads that.
     keys: Map<String, Value>,
-    /// Tokens with the ids that the folder gives them, as objects of `added_tokens` in `tokenizer.json`.
+    /// Tokens with ids in the settings, in the form of `added_tokens` in a `tokenizer.json`.
     added: Vec<Value>,
-    /// Which file or key these are from.
+    /// The file or key that these are from.
     source: &'static str,
-    /// `tokenizer_class`, as the folder has it.
+    /// The value of `tokenizer_class`.
     pub named: Option<String>,
 }
 
 impl Settings {
+    /// Reads the settings of a folder. Missing files count as empty.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read or is malformed.
     pub fn read(folder: &Path) -> Result<Self, DataError> {
         let optional = |name: &str| match folder.join(name) {
             path if there(&path) => object(&path).map_err(|error| match error {
@@ -114,9 +125,10 @@ impl Settings {
         let mut keys = optional("tokenizer_config.json")?;
         let mut added = vec![];
         let mut source = "added_tokens_decoder";
-        // As transformers does, which reads the two older files only where `added_tokens_decoder` is absent.
+        // transformers reads the two older files only if `added_tokens_decoder` is absent.
         if let Some(decoder) = keys.get("added_tokens_decoder") {
-            let entries = decoder.as_object().ok_or_else(|| refused(&path, "`added_tokens_decoder` is no object"))?;
+            let entries =
+                decoder.as_object().ok_or_else(|| refused(&path, "`added_tokens_decoder` is not an object"))?;
             for (id, token) in entries {
                 let parsed = id.parse::<u32>().ok().zip(token_of(token, false));
                 let (id, token) =
@@ -126,7 +138,7 @@ impl Settings {
         } else {
             source = "added_tokens.json";
             for (key, mut value) in optional("special_tokens_map.json")? {
-                // Lists are joined; of anything else this file's counts.
+                // Lists are concatenated; other values of this file take precedence.
                 if let (EXTRA, Value::Array(more), Some(Value::Array(list))) = (&key[..], &mut value, keys.get(EXTRA)) {
                     let new: Vec<Value> = more.drain(..).filter(|token| !list.contains(token)).collect();
                     *more = list.iter().cloned().chain(new).collect();
@@ -136,12 +148,13 @@ impl Settings {
             for (token, id) in optional("added_tokens.json")? {
                 let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
                 let file = folder.join("added_tokens.json");
-                let number = number.ok_or_else(|| refused(&file, format!("`{token}` has {id} for an id")))?;
+                let number = number
+                    .ok_or_else(|| refused(&file, format!("the id of `{token}` is {id}, and should be a number")))?;
                 added.push(with_id(plain(&token, false), number));
             }
         }
         added.sort_by_key(|token| token["id"].as_u64());
-        // A damaged config.json is reported with the weights.
+        // A damaged config.json is reported when the weights are read.
         let config = object(&folder.join("config.json")).unwrap_or_default();
         let named = [&keys, &config].into_iter().find_map(|keys| keys.get("tokenizer_class")?.as_str());
         let named = named.map(str::to_owned);
@@ -149,13 +162,17 @@ impl Settings {
         Ok(Settings { path, folder: Some(folder.to_owned()), declared, keys, added, source, named })
     }
 
-    /// Nothing stands beside the file at `path`.
+    /// The settings of a single file without a folder, which are empty.
     pub fn none(path: &Path) -> Self {
         let (path, declared) = (path.to_owned(), Declared::Nothing);
         Settings { path, folder: None, declared, keys: Map::new(), added: vec![], source: "", named: None }
     }
 
-    /// A key that is true or false; `null` is as if it were absent.
+    /// The value of a flag; `None` if it is absent or null.
+    ///
+    /// # Errors
+    ///
+    /// The value is neither true nor false.
     pub fn flag(&self, key: &str) -> Result<Option<bool>, DataError> {
         match self.keys.get(key) {
             None | Some(Value::Null) => Ok(None),
@@ -164,12 +181,12 @@ impl Settings {
         }
     }
 
-    /// A key's value, as the file has it.
+    /// The value of a key.
     pub fn value(&self, key: &str) -> Option<&Value> {
         self.keys.get(key)
     }
 
-    /// The special tokens that have names, with their texts, as a template of conversations is given them.
+    /// The named special tokens with their texts, which are the variables of a chat template.
     pub fn variables(&self) -> Vec<(String, String)> {
         let class = self.declared.class();
         let usual = NAMED.iter().filter_map(|key| Some((key.to_string(), self.named(key, class)?)));
@@ -184,17 +201,18 @@ impl Settings {
         variables
     }
 
+    /// The value of a key that is text.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.keys.get(key)?.as_str()
     }
 
-    /// `model_max_length`, where it is a length: transformers writes 10³⁰ for none.
+    /// The setting `model_max_length` in tokens. `None` if there is no limit, for which transformers writes 10³⁰.
     pub fn max_length(&self) -> Option<u64> {
         let length = self.keys.get("model_max_length")?.as_f64()?;
         (0.0..1e15).contains(&length).then_some(length as u64)
     }
 
-    /// The content of the token that `key` names; the class's own where the settings are silent.
+    /// The text of the special token `key`, or the class's default if the settings do not have the key.
     pub fn named(&self, key: &str, class: Option<&Class>) -> Option<String> {
         match self.keys.get(key).filter(|value| !value.is_null()) {
             Some(value) => token_of(value, true)?["content"].as_str().map(str::to_owned),
@@ -202,7 +220,7 @@ impl Settings {
         }
     }
 
-    /// Special tokens with the keys that hold them, in the order in which transformers 5 adds them.
+    /// The special tokens with their keys, in the order in which transformers 5 adds them.
     fn special(&self) -> Vec<(&str, &Value)> {
         fn by_name(tokens: Option<&Value>) -> impl Iterator<Item = (&str, &Value)> {
             tokens.and_then(Value::as_object).into_iter().flatten().map(|(key, value)| (key.as_str(), value))
@@ -213,7 +231,7 @@ impl Settings {
             keys.filter(move |(_, value)| if object { marked(value) } else { value.is_string() })
                 .map(|(key, value)| (key.as_str(), value))
         };
-        // Names of a model are either all in one object, or each a key.
+        // Special tokens of a model are either keys of their own, or all in one object.
         let mut of_model: Vec<_> = own(false).chain(by_name(self.keys.get(EXTRA))).collect();
         if of_model.is_empty() {
             of_model = by_name(self.keys.get(OF_MODEL)).collect();
@@ -225,7 +243,7 @@ impl Settings {
         named.chain(own(true)).chain(of_model).chain(extra).collect()
     }
 
-    /// Where a token comes from that stands behind the vocabulary, for a message.
+    /// The key or file that an added token is from, for messages.
     pub fn origin(&self, token: &str) -> String {
         let holds = |value: &Value| token_of(value, true).is_some_and(|found| found["content"] == token);
         if let Some((key, _)) = self.special().into_iter().find(|(_, value)| holds(value)) {
@@ -235,8 +253,12 @@ impl Settings {
         format!("`{}`", if listed { self.source } else { "added_tokens" })
     }
 
-    /// Puts every token that the settings know into `added_tokens` of a `tokenizer.json`, which the vocabulary or the
-    /// order of adding gives their ids. The class's own tokens count only where the vocabulary has them.
+    /// Adds all tokens of the settings to `added_tokens` of a `tokenizer.json`. A token has its id in the vocabulary,
+    /// or the next free id. The class's default tokens are added only if the vocabulary has them.
+    ///
+    /// # Errors
+    ///
+    /// The settings give a token another id than the file.
     pub fn add_tokens(&self, json: &mut Map<String, Value>, class: Option<&Class>) -> Result<(), DataError> {
         let mut tokens = match json.remove("added_tokens") {
             Some(Value::Array(tokens)) => tokens,
@@ -284,8 +306,8 @@ impl Settings {
     }
 }
 
-/// A class's name, which version 4 of transformers ends with `Fast`.
-pub fn unfast(name: &str) -> &str {
+/// The name of a class without the suffix `Fast` of transformers 4.
+pub fn strip_fast(name: &str) -> &str {
     name.strip_suffix("Fast").unwrap_or(name)
 }
 
@@ -293,6 +315,7 @@ pub fn unfast(name: &str) -> &str {
 struct Vocabulary<'a>(Option<&'a Value>);
 
 impl Vocabulary<'_> {
+    /// The id of a token.
     fn id(&self, token: &str) -> Option<u64> {
         match self.0? {
             Value::Object(ids) => ids.get(token)?.as_u64(),
@@ -301,6 +324,7 @@ impl Vocabulary<'_> {
         }
     }
 
+    /// The number of tokens.
     fn len(&self) -> usize {
         match self.0 {
             Some(Value::Object(ids)) => ids.len(),
@@ -310,18 +334,19 @@ impl Vocabulary<'_> {
     }
 }
 
-/// The id of a token in a `tokenizer.json`, added or of the vocabulary.
+/// The id of a token in a `tokenizer.json`, among the added tokens or in the vocabulary.
 pub fn id_of(json: &Map<String, Value>, token: &str) -> Option<u64> {
     let added = json.get("added_tokens").and_then(Value::as_array);
     let added = added.and_then(|tokens| tokens.iter().find(|t| t["content"] == token)?["id"].as_u64());
     added.or_else(|| Vocabulary(json.get("model")?.get("vocab")).id(token))
 }
 
+/// An error about a file of settings.
 pub fn refused(path: &Path, message: impl Display) -> DataError {
     DataError::Settings { path: path.to_owned(), message: message.to_string() }
 }
 
-/// A token without options.
+/// A token with default options.
 fn plain(content: &str, special: bool) -> Value {
     json!({
         "content": content, "single_word": false, "lstrip": false, "rstrip": false,
@@ -329,12 +354,12 @@ fn plain(content: &str, special: bool) -> Value {
     })
 }
 
-/// An object that transformers takes as a token.
+/// Whether an object is a serialised token of transformers.
 fn marked(value: &Value) -> bool {
     value["__type"] == "AddedToken"
 }
 
-/// What Python takes as false.
+/// Whether Python treats the value as false.
 fn empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -345,7 +370,7 @@ fn empty(value: &Value) -> bool {
     }
 }
 
-/// A token as settings write it: a string, or an object with its content and options.
+/// The token in a value of the settings: a string, or an object with its content and options.
 fn token_of(value: &Value, special: bool) -> Option<Value> {
     let content = value.as_str().or_else(|| value.get("content")?.as_str())?;
     if content.is_empty() {
@@ -360,12 +385,13 @@ fn token_of(value: &Value, special: bool) -> Option<Value> {
     Some(token)
 }
 
+/// The token with an id.
 fn with_id(mut token: Value, id: u32) -> Value {
     token["id"] = id.into();
     token
 }
 
-/// The names of what a folder holds, in order.
+/// The names of a folder's entries, sorted; empty if it cannot be read.
 pub fn entries(folder: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(folder) else { return vec![] };
     let mut names: Vec<String> =

@@ -1,4 +1,4 @@
-//! Where a checkpoint keeps its Jinja template of conversations, in transformers' order of precedence.
+//! Reads the chat templates of a checkpoint from all files that may hold them, in transformers' order of precedence.
 
 use std::path::Path;
 
@@ -9,36 +9,41 @@ use super::files::{object, text, there};
 use super::settings::{Settings, entries, refused};
 use crate::data::DataError;
 
-/// The templates of a checkpoint and the variables that they are given.
+/// The chat templates of a checkpoint, and the variables for them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Templates {
-    /// Where they were found, `` `chat_template` of `DIR/tokenizer_config.json` ``.
+    /// The place of the templates for messages, such as `` `chat_template` of `DIR/tokenizer_config.json` ``.
     pub from: String,
-    /// Templates by name; one that has no name is `default`.
+    /// The templates by name. A template without a name is called `default`.
     pub named: Vec<(String, String)>,
-    /// `bos_token`, `eos_token` and the like with their texts.
+    /// The variables with special tokens, such as `bos_token` and `eos_token`, and their texts.
     pub tokens: Vec<(String, String)>,
 }
 
-/// The name of the template that is used unless another is called for.
+/// The name of the template that is used by default.
 pub const DEFAULT: &str = "default";
 
-/// A file that holds the template, and nothing else.
+/// The file that holds only the template.
 const FILE: &str = "chat_template.jinja";
 
-/// A folder of further templates, `NAME.jinja` each.
+/// The folder with further templates, in files `NAME.jinja`.
 const FOLDER: &str = "additional_chat_templates";
 
-/// An older file of processors: an object with the key `chat_template`.
+/// The file of older multimodal processors, an object with the key `chat_template`.
 const OLDER: &str = "chat_template.json";
 
 impl Templates {
+    /// The template of this name.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.named.iter().find(|(other, _)| other == name).map(|(_, template)| template.as_str())
     }
 
-    /// Reads the templates of a folder: the files of their own, else the key of `tokenizer_config.json`, else
-    /// `chat_template.json`, which transformers reads for processors alone.
+    /// Reads the templates of a folder: from template files, else from `tokenizer_config.json`, else from
+    /// `chat_template.json`, which transformers reads only for processors. `None` if there is no template.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read or is malformed.
     pub fn of_folder(folder: &Path, settings: &Settings) -> Result<Option<Self>, DataError> {
         let mut named = vec![];
         let file = folder.join(FILE);
@@ -66,7 +71,8 @@ impl Templates {
         Ok((!named.is_empty()).then_some(Templates { from, named, tokens: vec![] }))
     }
 
-    /// The template of a GGUF file, whose further ones are `tokenizer.chat_template.NAME`.
+    /// Reads the templates of a GGUF file: `tokenizer.chat_template`, and further ones as
+    /// `tokenizer.chat_template.NAME`. `None` if there is no template.
     pub fn of_gguf(file: &GgufFile, path: &Path, tokens: &[&str]) -> Option<Self> {
         const KEY: &str = "tokenizer.chat_template";
         let mut named: Vec<(String, String)> =
@@ -86,7 +92,7 @@ impl Templates {
     }
 }
 
-/// Special tokens as GGUF names them, and their names in a template.
+/// The names of special tokens in GGUF's metadata (with GGUF's own spelling), and in a template.
 const IN_GGUF: [(&str, &str); 7] = [
     ("bos", "bos_token"),
     ("eos", "eos_token"),
@@ -97,11 +103,11 @@ const IN_GGUF: [(&str, &str); 7] = [
     ("mask", "mask_token"),
 ];
 
-/// A key's value: a template, or a list of templates with names.
+/// The templates in the value of `chat_template`: one template, or a list with names.
 fn of_key(value: &Value) -> Result<Vec<(String, String)>, String> {
     let one = |entry: &Value| match (entry["name"].as_str(), entry["template"].as_str()) {
         (Some(name), Some(template)) => Ok((name.to_owned(), template.to_owned())),
-        _ => Err("an entry of its `chat_template` has not both a `name` and a `template`".to_owned()),
+        _ => Err("an entry of its `chat_template` should have a `name` and a `template`".to_owned()),
     };
     match value {
         Value::Null => Ok(vec![]),

@@ -1,4 +1,5 @@
-//! Tokenizers in every form, held against ids of transformers; files that are none; damaged ones.
+//! Compares the ids of tokenizers in every format with transformers', and checks the errors for files that are not
+//! tokenizers, are damaged, or contradict each other.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +12,7 @@ use tempfile::TempDir;
 use super::models;
 use crate::data::{DataError, Tokenizer};
 
-/// What `tests/interop/tokenizer_fixtures.py` wrote.
+/// The fixtures that `tests/interop/tokenizer_fixtures.py` wrote.
 fn fixtures() -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/tokenizers.json");
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
@@ -25,18 +26,18 @@ fn folder(files: &[(String, String)]) -> TempDir {
     folder
 }
 
-/// A task that asks nothing of the tokenizer.
+/// A task with these special tokens and no other demands on the tokenizer.
 fn task(special: &[&str]) -> Task {
     let special = special.iter().map(|t| t.to_string()).collect();
     let kind = TaskKind::Generation { special, template: vec![], target: String::new(), each: vec![], pack: false };
-    Task { name: "t".into(), max_tokens: 64, enclosed: false, kind }
+    Task { name: "t".into(), max_tokens: 64, bidirectional: false, kind }
 }
 
 fn load(path: &Path) -> Result<Tokenizer, DataError> {
     Tokenizer::load(path, &task(&[]), 100_000)
 }
 
-/// Why a folder with these files is refused, without its path.
+/// The error for a folder with these files, with `DIR` in place of its path.
 fn refusal(files: &[(&str, &str)]) -> String {
     let files: Vec<_> = files.iter().map(|(name, text)| (name.to_string(), text.to_string())).collect();
     let folder = folder(&files);
@@ -44,11 +45,12 @@ fn refusal(files: &[(&str, &str)]) -> String {
     error.replace(&folder.path().display().to_string(), "DIR")
 }
 
-/// Texts whose ids differ from those of transformers, and a length that does.
+/// The texts whose ids differ from those of transformers, and the number of tokens if it differs. `marked`: texts with
+/// special tokens are compared, too.
 fn differences(name: &str, tokenizer: &Tokenizer, texts: &[&str], expected: &Value, marked: bool) -> Vec<String> {
     let mut wrong = vec![];
     for (kind, marks) in [("plain", false), ("marked", true)] {
-        // GPT-2's tokenizers have no marks here: a template states its own.
+        // GPT-2's tokenizers add no special tokens, since a template contains them.
         if marks && !marked {
             continue;
         }
@@ -80,7 +82,7 @@ fn files(fixtures: &Value, case: &Value) -> Vec<(String, String)> {
 }
 
 #[test]
-fn every_form_gives_the_ids_of_transformers() {
+fn every_format_gives_the_ids_of_transformers() {
     let fixtures = fixtures();
     let texts = texts(&fixtures);
     let mut wrong = vec![];
@@ -95,7 +97,7 @@ fn every_form_gives_the_ids_of_transformers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// The class that belongs to a model is the one in transformers' table.
+/// The class of a `model_type` is the one in transformers' table.
 #[test]
 fn every_model_has_the_class_of_transformers() {
     let fixtures = fixtures();
@@ -107,13 +109,13 @@ fn every_model_has_the_class_of_transformers() {
         assert_eq!(models::overrules(model), overruled, "{model}");
     }
     assert_eq!(models::class_of("bert "), None);
-    // Models that transformers has no class for, or no configuration.
+    // transformers has no class for the first model, and no configuration for the second.
     assert_eq!(["llama", "realm"].map(models::class_of), [None; 2]);
 }
 
-/// A class that follows from the model counts as one that is named: it is followed, or said to be unknown.
+/// A class that follows from the `model_type` is used, or reported as unknown, like one that is named.
 #[test]
-fn classes_that_follow_from_the_model() {
+fn classes_follow_from_the_model() {
     let unigram = unigram();
     let with = |model: &str, keys: &str, json: &Value| {
         let config = format!(r#"{{"model_type": "{model}"}}"#);
@@ -128,12 +130,13 @@ fn classes_that_follow_from_the_model() {
     {
         let line = said(&with(model, "{}", &unigram)).unwrap();
         let wanted = format!(
-            "warning: the `model_type` of `config.json` is `{model}`, whose tokenizer is `{class}Tokenizer`, which is not known here"
+            "warning: the `model_type` of `config.json` is `{model}`, whose tokenizer is `{class}Tokenizer`, which is \
+             not known here"
         );
         assert!(line.contains(&wanted), "{line}");
         let named = said(&with("", &format!(r#"{{"tokenizer_class": "{class}Tokenizer"}}"#), &unigram)).unwrap();
         assert!(named.contains(&format!("`{class}Tokenizer`, which is not known here")), "{named}");
-        // Metaspace has a say in `add_prefix_space`, inside a sequence and alone.
+        // A Metaspace, inside a sequence or alone, has to agree with `add_prefix_space`.
         let mut alone = unigram.clone();
         alone["pre_tokenizer"] = alone["pre_tokenizer"]["pretokenizers"][1].clone();
         for json in [&unigram, &alone] {
@@ -142,65 +145,67 @@ fn classes_that_follow_from_the_model() {
             said(&with(model, r#"{"add_prefix_space": true}"#, json)).unwrap();
         }
     }
-    // Nothing is to be said where the file stands for itself, whatever class is named.
+    // There is no warning if transformers reads the file unchanged, whatever class is named.
     for (model, keys) in
         [("mistral", "{}"), ("mistral", r#"{"tokenizer_class": "T5Tokenizer"}"#), ("no-such-model", "{}")]
     {
         let line = said(&with(model, keys, &unigram)).unwrap();
         assert!(!line.contains("warning"), "{line}");
     }
-    // A model that overrules what its settings name.
+    // The class of this model takes precedence over the one in its settings.
     let message = said(&with("qwen2", r#"{"tokenizer_class": "LlamaTokenizer"}"#, &blanks())).unwrap_err().to_string();
     assert!(message.contains("`Qwen2Tokenizer`") && message.contains("whatever is named"), "{message}");
-    // Older files of a class that is not known are refused by the model as by the name.
+    // Vocabulary files of an unknown class are refused, whether the class is named or follows from the model.
     let config = r#"{"model_type": "mpnet"}"#;
     let message = refusal(&[("vocab.txt", WORDS), ("config.json", config)]);
     assert!(message.contains("whose tokenizer is `MPNetTokenizer`, which is not read from this file"), "{message}");
     let message = refusal(&[("vocab.txt", WORDS), ("config.json", r#"{"model_type": "esm"}"#)]);
-    assert!(message.contains("has `EsmTokenizer` in Python alone"), "{message}");
+    assert!(message.contains("implements `EsmTokenizer` only in Python"), "{message}");
 }
 
-/// Which of the files that belong together is damaged.
+/// The error names which of the files that belong together is damaged.
 #[test]
-fn merges_that_are_cut_off() {
+fn truncated_merges_are_refused() {
     let fixtures = fixtures();
     let content = |name: &str| fixtures["contents"][name].as_str().unwrap();
     let (vocab, merges) = (content("gpt2_vocab"), content("gpt2_merges"));
     for end in ["the fil", "zz zz\n"] {
         let message = refusal(&[("vocab.json", vocab), ("merges.txt", &(merges.to_owned() + end))]);
         assert!(
-            message.contains("`DIR/merges.txt` is no tokenizer") && message.contains("`vocab.json` does not have"),
+            message.contains("`DIR/merges.txt` cannot be used as a tokenizer")
+                && message.contains("`vocab.json` does not have"),
             "{message}"
         );
     }
-    // Cut between two lines, it lacks most of what makes the vocabulary.
+    // A file that is cut between two lines lacks most merges of the vocabulary.
     let mut ids: serde_json::Map<String, Value> = serde_json::from_str(vocab).unwrap();
     for more in 0..300 {
         ids.insert(format!("word{more}"), (340 + more).into());
     }
     let vocab = Value::Object(ids).to_string();
     let message = refusal(&[("vocab.json", &vocab), ("merges.txt", merges)]);
-    assert!(message.contains("`DIR/merges.txt`") && message.contains("it is cut off"), "{message}");
+    assert!(message.contains("`DIR/merges.txt`") && message.contains("it is truncated"), "{message}");
 }
 
-/// A token that is added behind a vocabulary with holes would take the id of one of its tokens.
+/// An added token after a vocabulary that skips ids would take the id of one of its tokens.
 #[test]
-fn tokens_behind_a_vocabulary_with_holes() {
+fn added_tokens_after_skipped_ids_are_refused() {
     for vocab in ["[UNK]\n[CLS]\n[SEP]\nfilm\nfilm\n##s\n", "[UNK]\n[CLS]\n[SEP]\n##s\nfilm\n##s\n"] {
         let message = refusal(&[
             ("vocab.txt", vocab),
             ("tokenizer_config.json", r#"{"tokenizer_class": "BertTokenizer", "pad_token": "<new>"}"#),
         ]);
-        let wanted = "`DIR/vocab.txt` is no tokenizer that can be used: `<new>` (5, `pad_token` of its settings) has the id of `##s`";
+        let wanted = "`DIR/vocab.txt` cannot be used as a tokenizer: `<new>` (5, `pad_token` of its settings) has the \
+                      id of `##s`";
         assert!(message.contains(wanted), "{message}");
         let whole = folder(&[("vocab.txt".into(), vocab.into())]);
         load(whole.path()).unwrap();
     }
 }
 
-/// A token without a row of the model's is no fault until a text holds it.
+/// A token without a row in the model's embedding is an error only when a text contains it.
 #[test]
-fn tokens_without_a_row() {
+fn tokens_without_a_row_are_refused_in_texts() {
     let sound = [("vocab.txt".to_owned(), WORDS.to_owned())];
     let with = |name: &str, keys: &str| folder(&[&sound[..], &[(name.to_owned(), keys.to_owned())]].concat());
     for (name, keys, from) in [
@@ -229,21 +234,21 @@ fn tokens_without_a_row() {
             "{message}"
         );
         assert!(!load(6, &[]).unwrap().describe().contains("have none"));
-        // The task's own need theirs.
+        // The task's special tokens need rows of their own.
         for (rows, special) in [(5, "<new>"), (5, "<task>"), (6, "<task>")] {
             let message = load(rows, &[special]).err().expect("it is refused").to_string();
             assert!(message.contains(&format!("`<new>` (5, {from})")), "{message}");
         }
         assert_eq!(load(7, &["<task>"]).unwrap().special("<task>"), Some(6));
-        // Rows for fewer than the vocabulary are another model's.
+        // A model with fewer rows than the vocabulary has another tokenizer.
         let message = load(4, &[]).err().expect("it is refused").to_string();
         assert!(message.contains("does not belong to this model") && !message.contains("<new>"), "{message}");
     }
 }
 
-/// GPT-2's and RoBERTa's own vocabularies, the first in both of its forms.
+/// GPT-2's vocabulary in both of its formats, and RoBERTa's, give the ids of transformers.
 #[test]
-fn the_real_vocabularies() {
+fn the_real_vocabularies_give_the_ids_of_transformers() {
     let Some(root) = std::env::var_os("PEFTC_DATA").filter(|root| !root.is_empty()) else {
         println!("skipped: PEFTC_DATA is not set");
         return;
@@ -258,13 +263,13 @@ fn the_real_vocabularies() {
         let wrong = differences(name, &tokenizer, &texts, &fixtures["real"][name], name == "roberta");
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         if name == "roberta" {
-            // A blank at the end is a token of its own.
+            // A space at the end is a token of its own.
             assert_eq!(tokenizer.encode(vec!["film "], true).unwrap()[0][2..], [1437, 2]);
         }
     }
 }
 
-/// A small tokenizer.json with a part of most kinds.
+/// A small `tokenizer.json` with parts of most types.
 const PARTS: &str = r###"{
     "version": "1.0", "truncation": {"max_length": 512, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
     "padding": {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"},
@@ -288,7 +293,7 @@ const PARTS: &str = r###"{
         "vocab": [["<unk>", 0.0], ["▁", -2.5], ["▁the", -3.0], ["film", -4.25], ["e", -5.0], ["s", -5.5]]}
 }"###;
 
-/// SplitMix64.
+/// The random number generator SplitMix64 (Steele et al. 2014).
 struct Draws(u64);
 
 impl Draws {
@@ -335,7 +340,7 @@ impl Draws {
         bytes
     }
 
-    /// Changes a value of a JSON file, a key of it, or leaves one out.
+    /// Changes or removes a random value or key of a JSON file.
     fn json(&mut self, text: &str) -> Vec<u8> {
         let mut whole: Value = serde_json::from_str(text).unwrap();
         let mut at = &mut whole;
@@ -390,7 +395,7 @@ impl Draws {
     }
 }
 
-/// Damaged files are read, or refused with their folder named; nothing panics, on any thread.
+/// Damaged files are read, or refused with the path of their folder; no thread panics.
 #[test]
 fn damaged_files_are_contained() {
     let fixtures = fixtures();
@@ -402,7 +407,7 @@ fn damaged_files_are_contained() {
     let mut draws = Draws(22);
     let (mut read, mut refused) = (0, 0);
     for number in 0..MUTATIONS {
-        // Every other one is of the file with most parts.
+        // Every other mutation is of the file with most parts.
         let sound = if number % 2 == 0 { &all[all.len() - 1] } else { &all[draws.below(all.len())] };
         let folder = folder(sound);
         let (name, text) = &sound[draws.below(sound.len())];
@@ -421,13 +426,13 @@ fn damaged_files_are_contained() {
             }
         }
     }
-    // Either would mean that the damage misses its aim.
+    // If nearly all files were read, or refused, the mutations would test little.
     assert!(read > MUTATIONS / 10 && refused > MUTATIONS / 10, "{read} read, {refused} refused");
 }
 
 const MUTATIONS: usize = 750;
 
-/// Files on which the library panics: at reading, and when text comes.
+/// Files on which the library panics, when it reads them or when it encodes a text.
 #[test]
 fn a_panic_of_the_library_is_a_refusal() {
     let damaged = [
@@ -454,7 +459,7 @@ fn a_panic_of_the_library_is_a_refusal() {
     }
 }
 
-/// Recursion has an end before the stack has.
+/// Deeply nested files are refused before recursion exhausts the stack.
 #[test]
 fn nesting_has_a_limit() {
     for depth in [14, 15, 50, 100, 5000] {
@@ -471,7 +476,7 @@ fn nesting_has_a_limit() {
     }
 }
 
-/// Patterns that nest, that grow, and that take long to match.
+/// Patterns that are nested deeply, compile to large programs or take long to match are bounded.
 #[test]
 fn patterns_have_limits() {
     let begun = Instant::now();
@@ -496,49 +501,134 @@ const VOCAB: &str = r#"{"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}"#;
 const MERGES: &str = "#version: 0.2\na b\n";
 const WORDS: &str = "[UNK]\n[CLS]\n[SEP]\nfilm\n##s\n";
 
-/// What a folder holds is named as what it is, with a mend.
+/// The error for a folder without a tokenizer names what it holds and what to do.
 #[test]
-fn what_is_no_tokenizer() {
-    insta::assert_snapshot!(refusal(&[("config.json", "{}"), ("model.safetensors", "")]), @"no tokenizer in `DIR`: it holds `config.json`, `model.safetensors`, and a tokenizer is `tokenizer.json`, `vocab.json` with `merges.txt`, or `vocab.txt`; copy the model's own there, or name its folder with `--tokenizer`");
-    insta::assert_snapshot!(refusal(&[("sentencepiece.bpe.model", "")]), @r#"`DIR/sentencepiece.bpe.model` is no tokenizer that can be used: it is a sentencepiece model, which is not read here; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
-    insta::assert_snapshot!(refusal(&[("tiktoken.model", "")]), @r#"`DIR/tiktoken.model` is no tokenizer that can be used: it is a tiktoken vocabulary, which is not read here; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
-    insta::assert_snapshot!(refusal(&[("vocab.json", VOCAB)]), @"no tokenizer in `DIR`: `vocab.json` is there, but the `merges.txt` that belongs to it is not: fetch it, too");
-    insta::assert_snapshot!(refusal(&[("merges.txt", MERGES)]), @"no tokenizer in `DIR`: `merges.txt` is there, but the `vocab.json` that belongs to it is not: fetch it, too");
-    insta::assert_snapshot!(refusal(&[("encoder.json", VOCAB), ("vocab.bpe", MERGES)]), @"no tokenizer in `DIR`: `encoder.json` and `vocab.bpe` are the first names of `vocab.json` and `merges.txt`: rename both");
+fn folders_without_a_tokenizer_are_refused() {
+    insta::assert_snapshot!(refusal(&[("config.json", "{}"), ("model.safetensors", "")]), @"no tokenizer in `DIR`: it \
+                                                                                            holds `config.json`, \
+                                                                                            `model.safetensors`, and \
+                                                                                            a tokenizer is \
+                                                                                            `tokenizer.json`, \
+                                                                                            `vocab.json` with \
+                                                                                            `merges.txt`, or \
+                                                                                            `vocab.txt`; copy the \
+                                                                                            model's own there, or \
+                                                                                            name its folder with \
+                                                                                            `--tokenizer`");
+    insta::assert_snapshot!(refusal(&[("sentencepiece.bpe.model", "")]), @r#"`DIR/sentencepiece.bpe.model` cannot be used as a tokenizer: it is a sentencepiece model, which is not read here; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
+    insta::assert_snapshot!(refusal(&[("tiktoken.model", "")]), @r#"`DIR/tiktoken.model` cannot be used as a tokenizer: it is a tiktoken vocabulary, which is not read here; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
+    insta::assert_snapshot!(refusal(&[("vocab.json", VOCAB)]), @"no tokenizer in `DIR`: `vocab.json` is there, but \
+                                                                 the `merges.txt` that belongs to it is not: fetch \
+                                                                 it, too");
+    insta::assert_snapshot!(refusal(&[("merges.txt", MERGES)]), @"no tokenizer in `DIR`: `merges.txt` is there, but \
+                                                                  the `vocab.json` that belongs to it is not: fetch \
+                                                                  it, too");
+    insta::assert_snapshot!(refusal(&[("encoder.json", VOCAB), ("vocab.bpe", MERGES)]), @"no tokenizer in `DIR`: \
+                                                                                          `encoder.json` and \
+                                                                                          `vocab.bpe` are the first \
+                                                                                          names of `vocab.json` and \
+                                                                                          `merges.txt`: rename both");
     let other = ("tokenizer_config.json", r#"{"tokenizer_class": "MPNetTokenizer"}"#);
-    insta::assert_snapshot!(refusal(&[("vocab.txt", WORDS), other]), @r#"`DIR/vocab.txt` is no tokenizer that can be used: its `tokenizer_class` is `MPNetTokenizer`, which is not read from this file; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
-    // By the file's own path, too.
+    insta::assert_snapshot!(refusal(&[("vocab.txt", WORDS), other]), @r#"`DIR/vocab.txt` cannot be used as a tokenizer: its `tokenizer_class` is `MPNetTokenizer`, which is not read from this file; transformers writes it as `tokenizer.json`: python -c "from transformers import AutoTokenizer as T; T.from_pretrained('DIR').save_pretrained('DIR')""#);
+    // The path of the file itself is refused, too.
     let folder = folder(&[("tokenizer.model".into(), "".into()), ("vocab.txt".into(), WORDS.into())]);
     let message = load(&folder.path().join("tokenizer.model")).err().unwrap().to_string();
     assert!(message.contains("tokenizer.model") && message.contains("a sentencepiece model"), "{message}");
     assert_eq!(load(&folder.path().join("vocab.txt")).unwrap().vocabulary(), 5);
 }
 
-/// Settings that contradict a file, or that nothing here follows.
+/// Settings that contradict a file or are not supported are refused.
 #[test]
-fn settings_that_are_refused() {
+fn bad_settings_are_refused() {
     let pieces = |keys: &str| refusal(&[("vocab.txt", WORDS), ("tokenizer_config.json", keys)]);
-    insta::assert_snapshot!(pieces("{"), @"`DIR/tokenizer_config.json`: no JSON (EOF while parsing an object at line 1 column 1); write or fetch it again");
+    insta::assert_snapshot!(pieces("{"), @"`DIR/tokenizer_config.json`: no JSON (EOF while parsing an object at line \
+                                           1 column 1); write or fetch it again");
     insta::assert_snapshot!(pieces(r#"{"do_lower_case": "no"}"#), @r#"`DIR/tokenizer_config.json`: `do_lower_case` is "no", and should be true or false"#);
-    insta::assert_snapshot!(pieces(r#"{"sep_token": "</s>", "added_tokens_decoder": {"x": {"content": "y"}}}"#), @"`DIR/tokenizer_config.json`: `added_tokens_decoder` has no token at `x`");
-    insta::assert_snapshot!(pieces(r#"{"added_tokens_decoder": {"9": {"content": "film"}}}"#), @"`DIR/vocab.txt` is no tokenizer that can be used: its added token `film` is said to have the id 9, and has 3: added tokens keep the vocabulary's id, or count on from its end");
-    insta::assert_snapshot!(pieces(r#"{"added_tokens_decoder": {"9": {"content": "<new>"}}}"#), @"`DIR/vocab.txt` is no tokenizer that can be used: its added token `<new>` is said to have the id 9, and has 5: added tokens keep the vocabulary's id, or count on from its end");
-    insta::assert_snapshot!(refusal(&[("vocab.txt", "film\n[UNK]\n")]), @"`DIR/vocab.txt` is no tokenizer that can be used: it lacks the `sep_token` of `BertTokenizer`, `[SEP]`");
-    insta::assert_snapshot!(refusal(&[("vocab.json", VOCAB), ("merges.txt", "a b c\n")]), @"`DIR/merges.txt` is no tokenizer that can be used: line 1, `a b c`, is not two tokens and a space");
+    insta::assert_snapshot!(pieces(r#"{"sep_token": "</s>", "added_tokens_decoder": {"x": {"content": "y"}}}"#), @"`DIR/tokenizer_config.json`: \
+                                                                                                                   `added_tokens_decoder` \
+                                                                                                                   has \
+                                                                                                                   no \
+                                                                                                                   token \
+                                                                                                                   at \
+                                                                                                                   `x`");
+    insta::assert_snapshot!(pieces(r#"{"added_tokens_decoder": {"9": {"content": "film"}}}"#), @"`DIR/vocab.txt` \
+                                                                                                 cannot be used as a \
+                                                                                                 tokenizer: its added \
+                                                                                                 token `film` should \
+                                                                                                 have the id 9, and \
+                                                                                                 gets 3: added tokens \
+                                                                                                 keep the \
+                                                                                                 vocabulary's id, or \
+                                                                                                 count on from its \
+                                                                                                 end");
+    insta::assert_snapshot!(pieces(r#"{"added_tokens_decoder": {"9": {"content": "<new>"}}}"#), @"`DIR/vocab.txt` \
+                                                                                                  cannot be used as a \
+                                                                                                  tokenizer: its \
+                                                                                                  added token `<new>` \
+                                                                                                  should have the id \
+                                                                                                  9, and gets 5: \
+                                                                                                  added tokens keep \
+                                                                                                  the vocabulary's \
+                                                                                                  id, or count on \
+                                                                                                  from its end");
+    insta::assert_snapshot!(refusal(&[("vocab.txt", "film\n[UNK]\n")]), @"`DIR/vocab.txt` cannot be used as a \
+                                                                          tokenizer: it lacks the `sep_token` of \
+                                                                          `BertTokenizer`, `[SEP]`");
+    insta::assert_snapshot!(refusal(&[("vocab.json", VOCAB), ("merges.txt", "a b c\n")]), @"`DIR/merges.txt` cannot \
+                                                                                            be used as a tokenizer: \
+                                                                                            line 1, `a b c`, is not \
+                                                                                            two tokens and a space");
     let file = |json: &str, keys: &str| refusal(&[("tokenizer.json", json), ("tokenizer_config.json", keys)]);
     let level = r#"{"version": "1.0", "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true},
         "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1}, "merges": []}}"#;
-    insta::assert_snapshot!(file(level, r#"{"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": false}"#), @"`DIR/tokenizer_config.json`: `add_prefix_space` is false, and `tokenizer.json` has true for it; versions of transformers differ in which of the two counts, so make them agree");
+    insta::assert_snapshot!(file(level, r#"{"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": false}"#), @"`DIR/tokenizer_config.json`: \
+                                                                                                                           `add_prefix_space` \
+                                                                                                                           is \
+                                                                                                                           false, \
+                                                                                                                           and \
+                                                                                                                           `tokenizer.json` \
+                                                                                                                           has \
+                                                                                                                           true \
+                                                                                                                           for \
+                                                                                                                           it; \
+                                                                                                                           versions \
+                                                                                                                           of \
+                                                                                                                           transformers \
+                                                                                                                           differ \
+                                                                                                                           in \
+                                                                                                                           which \
+                                                                                                                           of \
+                                                                                                                           the \
+                                                                                                                           two \
+                                                                                                                           counts, \
+                                                                                                                           so \
+                                                                                                                           make \
+                                                                                                                           them \
+                                                                                                                           agree");
     insta::assert_snapshot!(file(level, r#"{"tokenizer_class": "BertTokenizer"}"#), @r#"`DIR/tokenizer_config.json`: its `tokenizer_class` is `BertTokenizer`, but the model of `tokenizer.json` is not that class's; versions of transformers differ in which of the two counts. If `tokenizer.json` is right as it stands, write `"tokenizer_class": "PreTrainedTokenizerFast"`"#);
-    insta::assert_snapshot!(file(level, r#"{"fix_mistral_regex": true}"#), @"`DIR/tokenizer_config.json`: `fix_mistral_regex` is true: transformers then splits text otherwise than `tokenizer.json` says; save the tokenizer once more with transformers, and leave the key out");
+    insta::assert_snapshot!(file(level, r#"{"fix_mistral_regex": true}"#), @"`DIR/tokenizer_config.json`: \
+                                                                             `fix_mistral_regex` is true: \
+                                                                             transformers then splits text \
+                                                                             differently from `tokenizer.json`; save \
+                                                                             the tokenizer once more with \
+                                                                             transformers, and remove the key");
     insta::assert_snapshot!(file(level, r#"{"added_tokens_decoder": {"5": {"content": "<s>"}}}"#), @r#"`DIR/tokenizer_config.json`: it gives "<s>" the id 5, and `tokenizer.json` 0"#);
-    insta::assert_snapshot!(file(&level.replace("\"BPE\"", "\"BPE\", \"dropout\": 0.1"), "{}"), @"`DIR/tokenizer.json` is no tokenizer that can be used: its `model.dropout` is 0.1: merges would be left out at random, and ids differ from run to run; set it to null");
+    insta::assert_snapshot!(file(&level.replace("\"BPE\"", "\"BPE\", \"dropout\": 0.1"), "{}"), @"`DIR/tokenizer.json` \
+                                                                                                  cannot be used as a \
+                                                                                                  tokenizer: its \
+                                                                                                  `model.dropout` is \
+                                                                                                  0.1: merges would \
+                                                                                                  be left out at \
+                                                                                                  random, and ids \
+                                                                                                  differ from run to \
+                                                                                                  run; set it to \
+                                                                                                  null");
 }
 
-/// Settings that are understood and only told of.
+/// Settings that are not followed are reported.
 #[test]
-fn settings_to_know_about() {
+fn ignored_settings_are_reported() {
     let keys = r#"{"model_max_length": 32, "truncation_side": "left"}"#;
     let folder = folder(&[("vocab.txt".into(), WORDS.into()), ("tokenizer_config.json".into(), keys.into())]);
     let line = Tokenizer::load(folder.path(), &task(&[]), 5).unwrap().describe();
@@ -549,7 +639,7 @@ fn settings_to_know_about() {
     "#);
 }
 
-/// Added tokens, a vocabulary of BPE with all bytes, and the merges that make `▁film` of its letters.
+/// A BPE tokenizer with all bytes, and with the merges that produce `▁film` from its letters.
 fn blanks() -> Value {
     let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
     vocab.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
@@ -579,9 +669,9 @@ fn with_settings(json: &Value, name: &str, keys: &str) -> TempDir {
     folder(&[("tokenizer.json".into(), json.to_string()), (name.into(), keys.into())])
 }
 
-/// Classes that build their parts anew: ids of transformers 5.23 on the same files.
+/// Classes that replace the parts of the file give the ids of transformers 5.23 on the same files.
 #[test]
-fn classes_that_build_their_own_parts() {
+fn classes_build_their_own_parts() {
     let (blanks, unigram) = (blanks(), unigram());
     let mut inner = blanks.clone();
     inner["normalizer"] = serde_json::json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
@@ -605,9 +695,9 @@ fn classes_that_build_their_own_parts() {
     assert_eq!(load(folder.path()).unwrap().encode(vec!["film"], true).unwrap(), [[0, 5, 2]]);
 }
 
-/// Parts that are not the class's, whether the class is named or follows from the model.
+/// Parts that differ from the class's are refused, whether the class is named or follows from the model.
 #[test]
-fn parts_of_another_class() {
+fn parts_of_another_class_are_refused() {
     let change = |json: &Value, pointer: &str, value: Value| {
         let mut json = json.clone();
         let (parent, key) = pointer.rsplit_once('/').unwrap();
@@ -675,7 +765,7 @@ fn parts_of_another_class() {
             let message = load(folder.path()).err().expect(part).to_string();
             assert!(message.contains(part) && message.contains(class), "{part}: {message}");
         }
-        // The mend works.
+        // The change that the error suggests works.
         let mend = r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
         load(with_settings(&json, "tokenizer_config.json", mend).path()).unwrap();
     }
@@ -684,9 +774,9 @@ fn parts_of_another_class() {
     assert!(line.contains("warning: its `tokenizer_class` is `T5Tokenizer`, which is not known here"), "{line}");
 }
 
-/// Files that are there and cannot be used do not count as absent.
+/// A file that exists and cannot be read is an error, and does not count as missing.
 #[test]
-fn files_that_are_there_and_are_none() {
+fn unreadable_files_do_not_count_as_missing() {
     for name in ["tokenizer.json", "vocab.txt", "tokenizer_config.json"] {
         let sound = [("vocab.txt".to_owned(), WORDS.to_owned())];
         let folder = folder(&sound);
@@ -706,7 +796,7 @@ fn files_that_are_there_and_are_none() {
     }
 }
 
-/// A byte order mark before settings, blanks behind a piece, and a mark that is null.
+/// A byte order mark before the settings, spaces after a token, and a special token that is null are accepted.
 #[test]
 fn harmless_differences_of_spelling() {
     let keys = "\u{feff}{\"do_lower_case\": false, \"cls_token\": null}";
@@ -718,13 +808,13 @@ fn harmless_differences_of_spelling() {
     );
 }
 
-/// The mend of a class that has no other form is none.
+/// The error for a class that cannot be converted does not suggest a conversion.
 #[test]
-fn classes_in_python_alone() {
+fn classes_only_in_python_have_no_suggestion() {
     for (file, class) in [("vocab.txt", "TapasTokenizer"), ("tokenizer.model", "SiglipTokenizer")] {
         let keys = format!(r#"{{"tokenizer_class": "{class}"}}"#);
         let message = refusal(&[(file, WORDS), ("tokenizer_config.json", &keys)]);
-        assert!(message.contains(&format!("has `{class}` in Python alone")), "{message}");
+        assert!(message.contains(&format!("implements `{class}` only in Python")), "{message}");
         assert!(!message.contains("save_pretrained"), "{message}");
     }
 }

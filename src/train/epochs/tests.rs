@@ -3,7 +3,7 @@ use peft_grammar::model::{BatchSize, Recipe};
 use super::Epochs;
 use crate::data::{Dataset, Example, Goal};
 
-/// Examples of these lengths.
+/// Examples with these numbers of tokens.
 fn data(lengths: &[usize]) -> Dataset {
     let example =
         |&length: &usize| Example { ids: vec![length as i32; length], types: vec![0; length], goal: Goal::Class(0) };
@@ -18,7 +18,7 @@ fn recipe(settings: &str) -> Recipe {
 }
 
 #[test]
-fn epochs_of_so_many_sequences() {
+fn sequence_batches_give_equal_epochs() {
     let data = data(&[3; 10]);
     let mut epochs = Epochs::of(&recipe("batch: 2  accumulate: 2"), &data);
     assert_eq!([0, 2, 3].map(|step| epochs.around(step)), [(0, 0..3), (0, 0..3), (1, 3..6)]);
@@ -28,9 +28,9 @@ fn epochs_of_so_many_sequences() {
     }
 }
 
-/// Each epoch ends where its own batches do, and all of a run's steps are counted.
+/// Each epoch ends with its own batches, and the total counts the steps of all epochs.
 #[test]
-fn epochs_of_so_many_tokens() {
+fn token_batches_give_counted_epochs() {
     let data = data(&[5, 1, 4, 2, 3, 5, 1, 2, 4, 3, 1]);
     for accumulate in [1, 3] {
         let recipe = recipe(&format!("batch: 6 tokens  accumulate: {accumulate}  epochs: 20"));

@@ -1,6 +1,6 @@
-//! TensorBoard's event files: protobuf messages, each framed by its length and two checksums.
+//! Writes TensorBoard event files: protobuf messages, each framed by its length and two checksums.
 
-/// Writes records of one moment, in seconds since 1970.
+/// Encodes records with one wall time, in seconds since 1970.
 pub struct Events {
     time: f64,
 }
@@ -18,7 +18,7 @@ mod field {
     pub const STATUS: u32 = 1;
 }
 
-/// `SessionLog.START`: readers drop what earlier files have of this step and later ones.
+/// `SessionLog.START`: readers drop the records of this step and later ones in earlier files.
 const START: u64 = 1;
 
 impl Events {
@@ -26,7 +26,7 @@ impl Events {
         Events { time }
     }
 
-    /// How a file begins; `resumed` is the last step that stays valid.
+    /// The records at the beginning of a file. `resumed` is the last step whose earlier records stay valid.
     pub fn start(&self, resumed: Option<u64>) -> Vec<u8> {
         let mut bytes = record(self.event(0).bytes(field::FILE_VERSION, b"brain.Event:2").done());
         if let Some(step) = resumed {
@@ -36,6 +36,7 @@ impl Events {
         bytes
     }
 
+    /// A record with the scalars of one step.
     pub fn scalars(&self, step: u64, figures: &[(&str, f64)]) -> Vec<u8> {
         let summary = figures.iter().fold(Message::default(), |summary, (tag, value)| {
             let value = Message::default().bytes(field::TAG, tag.as_bytes()).float(field::SIMPLE_VALUE, *value as f32);
@@ -49,7 +50,7 @@ impl Events {
     }
 }
 
-/// A record: length, its checksum, the data, its checksum; all little-endian.
+/// A framed record: length, checksum of the length, data, checksum of the data. All numbers are little-endian.
 fn record(data: Vec<u8>) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     let mut bytes = length.to_vec();
@@ -59,23 +60,23 @@ fn record(data: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// The checksum of a checksum is weak, so that stored ones are rotated and shifted.
+/// The TFRecord format stores masked checksums, because the checksum of data that contain their own checksum is weak.
 fn masked(crc: u32) -> u32 {
     crc.rotate_right(15).wrapping_add(0xA282_EAD8)
 }
 
-/// CRC-32C (Castagnoli), reflected. Bit by bit: a run writes a few records a second.
+/// CRC-32C (Castagnoli), reflected. It works bit by bit, which is fast enough for a few records per second.
 fn crc32c(data: &[u8]) -> u32 {
     !data.iter().fold(!0, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0x82F6_3B78 & (crc & 1).wrapping_neg()))
     })
 }
 
-/// A protobuf message in the making.
+/// A protobuf message under construction.
 #[derive(Default)]
 struct Message(Vec<u8>);
 
-/// Wire types.
+/// Protobuf wire types.
 const VARINT: u32 = 0;
 const I64: u32 = 1;
 const LEN: u32 = 2;
@@ -130,14 +131,14 @@ mod tests {
 
     /// The check value of the algorithm, and the test vectors of RFC 3720, B.4.
     #[test]
-    fn checksums() {
+    fn crc32c_matches_published_vectors() {
         assert_eq!(crc32c(b"123456789"), 0xE306_9283);
         assert_eq!(crc32c(&[0; 32]), 0x8A91_36AA);
         assert_eq!(crc32c(&[0xFF; 32]), 0x62A8_AB43);
     }
 
     #[test]
-    fn bytes_of_an_event() {
+    fn an_event_has_the_documented_bytes() {
         let bytes = Events::at(1.5).scalars(300, &[("loss", 0.25)]);
         let data = [
             &[0x09][..],

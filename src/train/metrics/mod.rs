@@ -1,5 +1,4 @@
-//! What a run measures: figures written as they come to `metrics.jsonl`, one object a line, and to
-//! a TensorBoard event file beside it.
+//! Metrics of a run, written after each step to `metrics.jsonl` (one object per line) and to a TensorBoard event file.
 
 mod events;
 
@@ -12,11 +11,13 @@ use serde_json::{Map, Value};
 
 use events::Events;
 
-/// A file of metrics could not be written or read back.
+/// An error in writing a metrics file, or in reading it for a resumed run.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write metrics to `{path}`: {source}")]
 pub struct MetricsError {
+    /// The metrics file.
     pub path: PathBuf,
+    /// The error of the operating system.
     pub source: io::Error,
 }
 
@@ -41,23 +42,31 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> MetricsError + '_ {
     |source| MetricsError { path: path.to_owned(), source }
 }
 
-/// The figures, one object a line.
+/// The name of the metrics file, which has one JSON object per line.
 pub const LINES: &str = "metrics.jsonl";
 const FRESH_LINES: &str = "metrics.jsonl.new";
 const EVENTS: &str = "events.out.tfevents.";
 
-/// A file of this name in a run's folder is one of metrics.
+/// Whether a file in a run's folder is a metrics file.
 pub fn is_file(name: &str) -> bool {
     [LINES, FRESH_LINES].contains(&name) || (name.starts_with(EVENTS) && name.contains(".peftc."))
 }
 
 impl Metrics {
-    /// Starts anew in the directory `dir`, which must exist.
+    /// Creates empty metrics files in the directory `dir`, which must exist.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be written.
     pub fn create(dir: &Path) -> Result<Self, MetricsError> {
         Self::open(dir, String::new(), None)
     }
 
-    /// Goes on after `step`: what was written of later steps is taken back.
+    /// Continues after `step`. Lines of later steps are removed.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read or written.
     pub fn resume(dir: &Path, step: u64) -> Result<Self, MetricsError> {
         let path = dir.join(LINES);
         let text = match fs::read_to_string(&path) {
@@ -69,7 +78,7 @@ impl Metrics {
     }
 
     fn open(dir: &Path, kept: String, resumed: Option<u64>) -> Result<Self, MetricsError> {
-        // Written beside and renamed: a crash here loses nothing of an earlier run.
+        // The file is written under another name and renamed, so that a crash loses no lines of an earlier run.
         let (path, fresh) = (dir.join(LINES), dir.join(FRESH_LINES));
         let mut file = File::create(&fresh).map_err(failed(&fresh))?;
         file.write_all(kept.as_bytes()).map_err(failed(&fresh))?;
@@ -85,13 +94,17 @@ impl Metrics {
         Ok(Metrics { lines, events })
     }
 
-    /// Writes figures of one step, at once: a run that is killed keeps all it has reported.
-    /// `dev/loss` and the like group in TensorBoard.
+    /// Writes the metrics of one step without buffering, so that a run that is killed keeps all of them. TensorBoard
+    /// groups names such as `dev/loss` by their prefix.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be written.
     pub fn record(&mut self, step: u64, figures: &[(&str, f64)]) -> Result<(), MetricsError> {
         let mut line = Map::new();
         line.insert("step".into(), step.into());
         for &(name, value) in figures {
-            // JSON has no NaN and no infinity: both become null.
+            // JSON has no NaN and no infinity, so both become null.
             line.insert(name.into(), Value::from(value));
         }
         self.lines.write(format!("{}\n", Value::from(line)).as_bytes())?;
@@ -100,12 +113,12 @@ impl Metrics {
     }
 }
 
-/// The step a whole line is of; `None` for one that was cut short.
+/// The step of a complete line, or `None` for a truncated one.
 fn step_of(line: &str) -> Option<u64> {
     serde_json::from_str::<Value>(line.strip_suffix('\n')?).ok()?.get("step")?.as_u64()
 }
 
-/// A mean over things of different weight: a loss over batches with different numbers of targets.
+/// A weighted mean, such as a loss over batches with different numbers of targets.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Mean {
     sum: f64,
@@ -113,24 +126,25 @@ pub struct Mean {
 }
 
 impl Mean {
+    /// Adds a value with a weight.
     pub fn add(&mut self, value: f64, weight: f64) {
         self.sum += value * weight;
         self.weight += weight;
     }
 
-    /// NaN of nothing.
+    /// The mean, or NaN if nothing was added.
     pub fn value(&self) -> f64 {
         self.sum / self.weight
     }
 
-    /// e to the mean, of a cross entropy in nats.
+    /// e to the power of the mean, for a cross entropy in nats.
     pub fn perplexity(&self) -> f64 {
         self.value().exp()
     }
 }
 
-/// How many rows of `logits` (row-major, one row a label) are largest at their label. The first of
-/// equal ones counts; a row of NaN is wrong.
+/// The number of rows of `logits` (row-major, one row per label) whose largest logit is at the label. The first of
+/// equal logits counts, and a row of NaN is wrong.
 pub fn correct(logits: &[f32], labels: &[i32]) -> usize {
     if labels.is_empty() {
         return 0;
@@ -143,13 +157,13 @@ pub fn correct(logits: &[f32], labels: &[i32]) -> usize {
     logits.chunks_exact(classes.max(1)).zip(labels).filter(|&pair| right(pair)).count()
 }
 
-/// Pearson's correlation of two samples, one number each of the same things; NaN where one is constant.
+/// Pearson's correlation of two samples of equal length. NaN if one is constant.
 pub fn pearson(x: &[f32], y: &[f32]) -> f64 {
     let [x, y] = [x, y].map(|numbers| numbers.iter().map(|&n| f64::from(n)).collect::<Vec<f64>>());
     correlation(&x, &y)
 }
 
-/// Spearman's: that of their ranks, of which equal numbers have the mean.
+/// Spearman's correlation: Pearson's correlation of the ranks, where equal numbers have their mean rank.
 pub fn spearman(x: &[f32], y: &[f32]) -> f64 {
     correlation(&ranks(x), &ranks(y))
 }
@@ -182,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_taken_back_on_resume() {
+    fn lines_of_later_steps_are_removed_on_resume() {
         let dir = tempfile::tempdir().unwrap();
         let mut metrics = Metrics::create(dir.path()).unwrap();
         for step in 1..=4 {
@@ -204,14 +218,14 @@ mod tests {
     }
 
     #[test]
-    fn no_directory() {
+    fn a_missing_directory_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let error = Metrics::create(&dir.path().join("none")).err().unwrap().to_string();
         assert!(error.starts_with("cannot write metrics to `") && error.contains("No such file"), "{error}");
     }
 
     #[test]
-    fn means() {
+    fn weighted_means_and_perplexity() {
         let mut mean = Mean::default();
         assert!(mean.value().is_nan());
         mean.add(1.0, 3.0);
@@ -220,9 +234,10 @@ mod tests {
         assert_eq!(mean.perplexity(), 2f64.exp());
     }
 
-    /// Against NumPy: `corrcoef` of these numbers, and of their ranks 1, 2, 3, 4, 5.5, 5.5 and 2, 1, 4, 3, 6, 5.
+    /// Reference values are from NumPy: `corrcoef` of these numbers, and of their ranks 1, 2, 3, 4, 5.5, 5.5 and 2, 1,
+    /// 4, 3, 6, 5.
     #[test]
-    fn correlations() {
+    fn correlations_match_numpy() {
         let (x, y) = ([1.0, 2.0, 3.0, 4.0, 5.0, 5.0], [2.0, 1.0, 4.0, 3.0, 7.0, 6.0]);
         assert!((pearson(&x, &y) - 0.863_511_536_641_545_6).abs() < 1e-12, "{}", pearson(&x, &y));
         assert!((spearman(&x, &y) - 0.869_656_553_478_672_7).abs() < 1e-12, "{}", spearman(&x, &y));
@@ -230,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn accuracy() {
+    fn accuracy_counts_the_first_largest_logit() {
         assert_eq!(correct(&[0.1, 0.9, 2.0, -1.0, 0.5, 0.5], &[1, 1, 0]), 2);
         assert_eq!(correct(&[f32::NAN, f32::NAN, 1.0, f32::NAN], &[0, 0]), 1);
         assert_eq!(correct(&[], &[]), 0);

@@ -1,13 +1,16 @@
-//! As much of CUDA's driver as the runtime calls: a program that finds this library as `libcuda.so` sees one small GPU,
-//! whose kernels the interpreter of PTX executes. A kernel that does wrong ends the process with the interpreter's words.
+//! A simulated CUDA driver with the functions that the runtime calls. A program that finds this library as `libcuda.so`
+//! sees one small GPU, whose kernels the PTX interpreter executes. A kernel that faults ends the process with the
+//! interpreter's message.
 //!
-//! Addresses are the interpreter's. Blocks of memory count as written from the start, for the runtime zeroes them.
+//! Device addresses are those of the interpreter. Allocations count as written from the start, since the runtime zeroes
+//! them.
 //!
-//! What may be asynchronous is as late as the driver allows: launches and copies wait in their stream until something
-//! waits for them. Who overwrites too early what a copy still reads, or reads too early what it brings, gets other
-//! numbers.
+//! Asynchronous work is done as late as the driver permits: launches and copies stay queued in their stream until
+//! something waits for them. A program that overwrites the source of a copy too early, or reads its destination too
+//! early, therefore gets wrong numbers.
 //!
-//! `CUDA_SIM` makes a driver that is in trouble, and lets it say what it did, see [`Settings`].
+//! The environment variable `CUDA_SIM` makes the driver fail in various ways and write a report of its calls; see
+//! [`Settings`].
 
 #![allow(non_snake_case)] // the driver's names
 
@@ -29,36 +32,36 @@ const ILLEGAL_ADDRESS: Status = 700;
 const OUT_OF_RESOURCES: Status = 701;
 const NOT_SUPPORTED: Status = 801;
 
-/// What it says of itself.
-const NAME: &[u8] = b"a GPU that is none\0";
+/// The device's name.
+const NAME: &[u8] = b"simulated GPU\0";
 const CAPABILITY: [c_int; 2] = [9, 0];
-const DRIVER: c_int = 11_040;
-const MEMORY: usize = 1 << 28;
-const PROCESSORS: c_int = 2;
+const DRIVER_VERSION: c_int = 11_040;
+const MEMORY_BYTES: usize = 1 << 28;
+const MULTIPROCESSORS: c_int = 2;
 
-/// Attributes of a device that someone asks for.
-const PROCESSOR_COUNT: c_uint = 16;
+/// Device attributes that the runtime queries.
+const MULTIPROCESSOR_COUNT: c_uint = 16;
 const CAPABILITY_MAJOR: c_uint = 75;
 const CAPABILITY_MINOR: c_uint = 76;
 const MEMORY_POOLS: c_uint = 115;
-/// Options of the compiler: where it may write what is wrong, and how much.
+/// Options of the PTX compiler: the buffer for its messages, and the size of that buffer.
 const ERROR_LOG: c_uint = 5;
 const ERROR_LOG_SIZE: c_uint = 6;
 
-/// From `CUDA_SIM`, such as `memory=4096,fail=matmul`.
+/// Settings from `CUDA_SIM`, such as `memory=4096,fail=KERNEL`.
 #[derive(Default)]
 struct Settings {
-    /// The version of CUDA that the driver knows: `driver=11020` is 11.2.
+    /// The CUDA version that the driver supports: `driver=11020` is 11.2.
     driver: Option<c_int>,
-    /// `gpus=0`: there is none.
+    /// `gpus=0`: there is no GPU.
     gpus: Option<c_int>,
-    /// Bytes.
+    /// Bytes of device memory.
     memory: Option<usize>,
-    /// Kernels with this in their name do not start.
+    /// The kernel of this name is refused at launch.
     refuse: Option<String>,
-    /// They start, and fail.
+    /// The kernel of this name is launched, and then fails.
     fail: Option<String>,
-    /// The file that says at the end what was called how often, and what was not freed.
+    /// The file for the report, which counts calls and handles that were not destroyed.
     report: Option<String>,
 }
 
@@ -79,7 +82,7 @@ static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
 });
 
 fn memory() -> usize {
-    SETTINGS.memory.unwrap_or(MEMORY)
+    SETTINGS.memory.unwrap_or(MEMORY_BYTES)
 }
 
 #[derive(Default)]
@@ -88,40 +91,40 @@ struct State {
     modules: Vec<Module>,
     /// By handle: the module, and the kernel's name.
     functions: Vec<(usize, String)>,
-    /// Bytes of each block of memory.
-    blocks: HashMap<u64, usize>,
-    /// The first is the null stream.
+    /// Bytes of each allocation, by address.
+    allocations: HashMap<u64, usize>,
+    /// The first stream is the null stream.
     streams: Vec<Stream>,
-    /// By handle: the stream, and how many of its tasks were there when the event was recorded last.
+    /// By handle: the stream, and the number of its tasks when the event was last recorded.
     events: Vec<(usize, u64)>,
-    /// By handle.
+    /// The launches of each graph in order, by handle.
     graphs: Vec<Vec<Call>>,
-    /// By handle: the graph, and the place in it.
+    /// By handle: the graph, and the index of the node in it.
     nodes: Vec<(usize, usize)>,
-    /// By handle: the graph, and its launches.
-    ready: Vec<(usize, Vec<Call>)>,
+    /// Instantiated graphs by handle: the graph, and its launches.
+    executables: Vec<(usize, Vec<Call>)>,
     pinned: HashMap<usize, Vec<u64>>,
-    /// Once a kernel has failed, every call does.
+    /// The error of a failed kernel, which every later call returns.
     failed: Option<Status>,
-    /// How often what was done.
-    done: HashMap<&'static str, u64>,
-    /// How many handles of each kind were made.
-    made: HashMap<&'static str, usize>,
-    /// Handles that were made and not destroyed.
+    /// How often each kind of call was made.
+    calls_by_kind: HashMap<&'static str, u64>,
+    /// How many handles of each kind were created.
+    created: HashMap<&'static str, usize>,
+    /// Handles that have not been destroyed.
     alive: HashSet<(&'static str, usize)>,
 }
 
 #[derive(Default)]
 struct Stream {
     tasks: VecDeque<Task>,
-    /// How many tasks it was ever given, and how many of them have ended.
-    given: u64,
+    /// The number of tasks that were ever queued, and how many of them have ended.
+    enqueued: u64,
     ended: u64,
 }
 
 enum Task {
     Launch(Call),
-    Copy {
+    Upload {
         to: u64,
         from: usize,
         bytes: usize,
@@ -130,13 +133,13 @@ enum Task {
         to: u64,
         content: Vec<u8>,
     },
-    /// To the host.
-    Bring {
+    /// A copy to the host.
+    Download {
         to: usize,
         from: u64,
         bytes: usize,
     },
-    /// Until another stream has ended so many tasks.
+    /// Waits until another stream has ended this many tasks.
     Wait(usize, u64),
 }
 
@@ -151,11 +154,11 @@ struct Call {
 
 impl State {
     fn count(&mut self, what: &'static str) {
-        *self.done.entry(what).or_default() += 1;
+        *self.calls_by_kind.entry(what).or_default() += 1;
     }
 
     fn make(&mut self, kind: &'static str, handle: usize) {
-        *self.made.entry(kind).or_default() += 1;
+        *self.created.entry(kind).or_default() += 1;
         self.alive.insert((kind, handle));
     }
 
@@ -164,10 +167,11 @@ impl State {
     }
 
     fn report(&self) -> String {
-        let mut lines: Vec<String> = self.done.iter().map(|(what, count)| format!("{what} {count}\n")).collect();
-        for (kind, made) in &self.made {
+        let mut lines: Vec<String> =
+            self.calls_by_kind.iter().map(|(what, count)| format!("{what} {count}\n")).collect();
+        for (kind, created) in &self.created {
             let left = self.alive.iter().filter(|(of, _)| of == kind).count();
-            lines.extend([format!("{kind} made {made}\n"), format!("{kind} left {left}\n")]);
+            lines.extend([format!("{kind} made {created}\n"), format!("{kind} left {left}\n")]);
         }
         lines.sort();
         lines.concat()
@@ -180,16 +184,16 @@ impl State {
         &mut self.streams[index]
     }
 
-    fn give(&mut self, stream: usize, task: Task) {
+    fn enqueue(&mut self, stream: usize, task: Task) {
         let stream = self.stream(stream);
         stream.tasks.push_back(task);
-        stream.given += 1;
+        stream.enqueued += 1;
     }
 
-    /// Until the stream has ended so many tasks.
-    fn reach(&mut self, stream: usize, tasks: u64) {
+    /// Executes tasks until the stream has ended this many.
+    fn run_until(&mut self, stream: usize, tasks: u64) {
         while self.stream(stream).ended < tasks {
-            let task = self.stream(stream).tasks.pop_front().expect("it was given so many");
+            let task = self.stream(stream).tasks.pop_front().expect("as many tasks have been queued");
             if self.failed.is_none() {
                 self.execute(task);
             }
@@ -198,8 +202,8 @@ impl State {
     }
 
     fn finish(&mut self, stream: usize) {
-        let given = self.stream(stream).given;
-        self.reach(stream, given);
+        let enqueued = self.stream(stream).enqueued;
+        self.run_until(stream, enqueued);
     }
 
     fn finish_all(&mut self) -> Status {
@@ -207,7 +211,7 @@ impl State {
         self.failed.unwrap_or(SUCCESS)
     }
 
-    /// The host's memory there cannot be moved.
+    /// True if the host memory at this address is pinned.
     fn pinned(&self, at: usize) -> bool {
         self.pinned.iter().any(|(&start, words)| (start..start + 8 * words.len()).contains(&at))
     }
@@ -216,7 +220,7 @@ impl State {
         match task {
             Task::Launch(call) => {
                 let (module, name) = &self.functions[call.function];
-                if SETTINGS.fail.as_ref().is_some_and(|part| name.contains(part)) {
+                if SETTINGS.fail.as_ref().is_some_and(|kernel| name == kernel) {
                     self.failed = Some(ILLEGAL_ADDRESS);
                     return;
                 }
@@ -226,51 +230,51 @@ impl State {
                     std::process::exit(134);
                 }
             }
-            Task::Copy { to, from, bytes } => {
-                // SAFETY: whoever copies keeps the memory until it has arrived.
+            Task::Upload { to, from, bytes } => {
+                // SAFETY: the caller of the copy keeps its source until the copy has completed.
                 let content = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
                 self.gpu.write_u8(Ptr::at(to), content);
             }
-            Task::Bring { to, from, bytes } => {
+            Task::Download { to, from, bytes } => {
                 let content = self.gpu.read(Ptr::at(from), bytes);
-                // SAFETY: whoever asked for it keeps the memory until it has arrived.
+                // SAFETY: the caller of the copy keeps its destination until the copy has completed.
                 unsafe { (to as *mut u8).copy_from_nonoverlapping(content.as_ptr(), bytes) };
             }
             Task::Fill { to, content } => self.gpu.write_u8(Ptr::at(to), &content),
-            Task::Wait(stream, tasks) => self.reach(stream, tasks),
+            Task::Wait(stream, tasks) => self.run_until(stream, tasks),
         }
     }
 
-    /// Why the kernel does not start: blocks of another size than it is for, or the settings.
+    /// Why a kernel is refused at launch: a block of another size than it requires, or the settings.
     fn refuses(&self, function: usize, block: [c_uint; 3]) -> Option<Status> {
         let (module, name) = &self.functions[function];
         if self.modules[*module].block(name).is_some_and(|own| own != block) {
             return Some(INVALID_VALUE);
         }
-        SETTINGS.refuse.as_ref().is_some_and(|part| name.contains(part)).then_some(OUT_OF_RESOURCES)
+        SETTINGS.refuse.as_ref().is_some_and(|kernel| name == kernel).then_some(OUT_OF_RESOURCES)
     }
 
     /// # Safety
-    /// `parameters` point to as many arguments as the kernel has.
+    /// `parameters` must point to as many arguments as the kernel has.
     unsafe fn args(&self, function: usize, parameters: *mut *mut c_void) -> Vec<Arg> {
         let (module, name) = &self.functions[function];
         let sizes = self.modules[*module].parameters(name).expect("a kernel").into_iter().enumerate();
-        // SAFETY: as promised.
+        // SAFETY: as the function requires.
         let bytes = |(n, size)| unsafe { std::slice::from_raw_parts((*parameters.add(n)).cast::<u8>(), size).to_vec() };
         sizes.map(bytes).map(Arg::Bytes).collect()
     }
 
     /// # Safety
-    /// As of the node's arguments.
+    /// The parameters of `node` must be as [`State::args`] requires.
     unsafe fn call(&self, node: &NodeParams) -> Call {
         let function = index(node.function);
-        // SAFETY: as promised.
+        // SAFETY: as the function requires.
         let args = unsafe { self.args(function, node.parameters) };
         Call { function, grid: node.grid, block: node.block, shared: node.shared as usize, args }
     }
 }
 
-/// `CUDA_KERNEL_NODE_PARAMS` in its first form.
+/// The first version of `CUDA_KERNEL_NODE_PARAMS`.
 #[repr(C)]
 pub struct NodeParams {
     function: *mut c_void,
@@ -281,7 +285,7 @@ pub struct NodeParams {
     extra: *mut *mut c_void,
 }
 
-/// The null stream, or another.
+/// The index of a stream; the null stream is the first.
 fn stream_of(handle: *mut c_void) -> usize {
     handle.addr()
 }
@@ -292,7 +296,7 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().expect("no thread has failed")
 }
 
-/// Handles are numbers from 1 on.
+/// Handles are indices, counted from 1.
 fn handle<T>(index: usize) -> *mut T {
     std::ptr::without_provenance_mut(index + 1)
 }
@@ -306,11 +310,11 @@ macro_rules! driver {
         $(
             $(#[$doc])*
             /// # Safety
-            /// As the driver's documentation says.
+            /// The arguments must be as the documentation of the driver function requires.
             #[unsafe(no_mangle)]
-            #[allow(unused_unsafe)] // not every one reads what it is given
+            #[allow(unused_unsafe)] // some functions do not dereference their arguments
             pub unsafe extern "C" fn $name($($arg: $ty),*) -> Status {
-                // SAFETY: whoever calls keeps to what the driver asks.
+                // SAFETY: the caller keeps to the requirements of the driver's documentation.
                 unsafe { $body }
             }
         )*
@@ -326,7 +330,7 @@ driver! {
     }
 
     fn cuDriverGetVersion(version: *mut c_int) {
-        *version = SETTINGS.driver.unwrap_or(DRIVER);
+        *version = SETTINGS.driver.unwrap_or(DRIVER_VERSION);
         SUCCESS
     }
 
@@ -360,7 +364,7 @@ driver! {
         *value = match attribute {
             CAPABILITY_MAJOR => CAPABILITY[0],
             CAPABILITY_MINOR => CAPABILITY[1],
-            PROCESSOR_COUNT => PROCESSORS,
+            MULTIPROCESSOR_COUNT => MULTIPROCESSORS,
             MEMORY_POOLS => 0,
             _ => return INVALID_VALUE,
         };
@@ -402,9 +406,9 @@ driver! {
             Err(error) => {
                 let option = |name| (0..count as usize).find(|&i| *options.add(i) == name).map(|i| *values.add(i));
                 if let (Some(log), Some(size)) = (option(ERROR_LOG), option(ERROR_LOG_SIZE)) {
-                    let said = error.to_string();
-                    let length = said.len().min(size.addr().saturating_sub(1));
-                    log.cast::<u8>().copy_from_nonoverlapping(said.as_ptr(), length);
+                    let message = error.to_string();
+                    let length = message.len().min(size.addr().saturating_sub(1));
+                    log.cast::<u8>().copy_from_nonoverlapping(message.as_ptr(), length);
                 }
                 INVALID_PTX
             }
@@ -425,41 +429,41 @@ driver! {
     }
 
     fn cuMemGetInfo_v2(free: *mut usize, all: *mut usize) {
-        *free = memory() - state().blocks.values().sum::<usize>();
+        *free = memory() - state().allocations.values().sum::<usize>();
         *all = memory();
         SUCCESS
     }
 
     fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {
         let mut state = state();
-        if bytes == 0 || state.blocks.values().sum::<usize>().saturating_add(bytes) > memory() {
+        if bytes == 0 || state.allocations.values().sum::<usize>().saturating_add(bytes) > memory() {
             return OUT_OF_MEMORY;
         }
         *address = state.gpu.alloc(vec![0; bytes]).address();
-        state.blocks.insert(*address, bytes);
-        state.make("blocks", *address as usize);
+        state.allocations.insert(*address, bytes);
+        state.make("allocations", *address as usize);
         state.failed.unwrap_or(SUCCESS)
     }
 
     fn cuMemFree_v2(address: u64) {
         let mut state = state();
         let status = state.finish_all();
-        match state.blocks.remove(&address) {
+        match state.allocations.remove(&address) {
             Some(_) => state.gpu.free(Ptr::at(address)),
             None => return INVALID_VALUE,
         }
-        state.destroy("blocks", address as usize);
+        state.destroy("allocations", address as usize);
         status
     }
 
     fn cuMemsetD8_v2(address: u64, value: u8, count: usize) {
-        state().give(0, Task::Fill { to: address, content: vec![value; count] });
+        state().enqueue(0, Task::Fill { to: address, content: vec![value; count] });
         SUCCESS
     }
 
     fn cuMemsetD32_v2(address: u64, value: c_uint, count: usize) {
         let content = std::iter::repeat_n(value.to_le_bytes(), count).flatten().collect();
-        state().give(0, Task::Fill { to: address, content });
+        state().enqueue(0, Task::Fill { to: address, content });
         SUCCESS
     }
 
@@ -478,7 +482,10 @@ driver! {
             Some(words) => start.addr()..start.addr() + 8 * words.len(),
             None => return INVALID_VALUE,
         };
-        let uses = |task: &Task| matches!(task, Task::Copy { from: at, .. } | Task::Bring { to: at, .. } if range.contains(at));
+        let uses = |task: &Task| match task {
+            Task::Upload { from: at, .. } | Task::Download { to: at, .. } => range.contains(at),
+            _ => false,
+        };
         if state.streams.iter().flat_map(|stream| &stream.tasks).any(uses) {
             eprintln!("pinned memory is freed while it is being copied");
             std::process::exit(134);
@@ -500,7 +507,7 @@ driver! {
             return INVALID_VALUE;
         }
         state.count("copies");
-        state.give(stream_of(stream), Task::Copy { to, from: from.addr(), bytes });
+        state.enqueue(stream_of(stream), Task::Upload { to, from: from.addr(), bytes });
         SUCCESS
     }
 
@@ -516,7 +523,7 @@ driver! {
         if !state.pinned(to.addr()) {
             return INVALID_VALUE;
         }
-        state.give(stream_of(stream), Task::Bring { to: to.addr(), from, bytes });
+        state.enqueue(stream_of(stream), Task::Download { to: to.addr(), from, bytes });
         SUCCESS
     }
 
@@ -534,7 +541,7 @@ driver! {
     fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, _flags: c_uint) {
         let mut state = state();
         let (of, tasks) = state.events[index(event)];
-        state.give(stream_of(stream), Task::Wait(of, tasks));
+        state.enqueue(stream_of(stream), Task::Wait(of, tasks));
         SUCCESS
     }
 
@@ -550,15 +557,15 @@ driver! {
 
     fn cuEventRecord(event: *mut c_void, stream: *mut c_void) {
         let mut state = state();
-        let given = state.stream(stream_of(stream)).given;
-        state.events[index(event)] = (stream_of(stream), given);
+        let enqueued = state.stream(stream_of(stream)).enqueued;
+        state.events[index(event)] = (stream_of(stream), enqueued);
         SUCCESS
     }
 
     fn cuEventSynchronize(event: *mut c_void) {
         let mut state = state();
         let (of, tasks) = state.events[index(event)];
-        state.reach(of, tasks);
+        state.run_until(of, tasks);
         state.failed.unwrap_or(SUCCESS)
     }
 
@@ -583,7 +590,7 @@ driver! {
         }
         let call = Call { function, grid, block, shared: shared as usize, args: state.args(function, parameters) };
         state.count("launches");
-        state.give(stream_of(stream), Task::Launch(call));
+        state.enqueue(stream_of(stream), Task::Launch(call));
         state.failed.unwrap_or(SUCCESS)
     }
 
@@ -595,7 +602,7 @@ driver! {
         SUCCESS
     }
 
-    /// Nodes that wait for the one before alone: no other graph is asked for.
+    /// Supports only graphs in which each node depends on the one before.
     fn cuGraphAddKernelNode(
         node: *mut *mut c_void,
         graph: *mut c_void,
@@ -623,41 +630,41 @@ driver! {
         SUCCESS
     }
 
-    fn cuGraphInstantiateWithFlags(ready: *mut *mut c_void, graph: *mut c_void, _flags: u64) {
+    fn cuGraphInstantiateWithFlags(executable: *mut *mut c_void, graph: *mut c_void, _flags: u64) {
         let mut state = state();
-        state.count("graphs made ready");
+        state.count("graphs instantiated");
         let calls = state.graphs[index(graph)].clone();
-        state.ready.push((index(graph), calls));
-        *ready = handle(state.ready.len() - 1);
-        state.make("ready graphs", (*ready).addr());
+        state.executables.push((index(graph), calls));
+        *executable = handle(state.executables.len() - 1);
+        state.make("graph executables", (*executable).addr());
         SUCCESS
     }
 
-    fn cuGraphExecKernelNodeSetParams(ready: *mut c_void, node: *mut c_void, parameters: *const NodeParams) {
+    fn cuGraphExecKernelNodeSetParams(executable: *mut c_void, node: *mut c_void, parameters: *const NodeParams) {
         let mut state = state();
         let ((graph, place), call) = (state.nodes[index(node)], state.call(&*parameters));
-        let (of, calls) = &mut state.ready[index(ready)];
+        let (of, calls) = &mut state.executables[index(executable)];
         if *of != graph || calls[place].function != call.function {
             return INVALID_VALUE;
         }
         calls[place] = call;
-        state.count("nodes told anew");
+        state.count("nodes updated");
         SUCCESS
     }
 
-    fn cuGraphLaunch(ready: *mut c_void, stream: *mut c_void) {
+    fn cuGraphLaunch(executable: *mut c_void, stream: *mut c_void) {
         let mut state = state();
-        state.count("graphs run");
+        state.count("graphs launched");
         if state.stream(stream_of(stream)).tasks.iter().any(|task| matches!(task, Task::Launch(_))) {
-            state.count("graphs before others ended");
+            state.count("graphs launched while others ran");
         }
-        for call in state.ready[index(ready)].1.clone() {
-            state.give(stream_of(stream), Task::Launch(call));
+        for call in state.executables[index(executable)].1.clone() {
+            state.enqueue(stream_of(stream), Task::Launch(call));
         }
         state.failed.unwrap_or(SUCCESS)
     }
 
-    fn cuGraphExecDestroy(ready: *mut c_void) { state().destroy("ready graphs", ready.addr()) }
+    fn cuGraphExecDestroy(executable: *mut c_void) { state().destroy("graph executables", executable.addr()) }
 
     fn cuGraphDestroy(graph: *mut c_void) { state().destroy("graphs", graph.addr()) }
 }

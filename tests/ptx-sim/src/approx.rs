@@ -1,8 +1,8 @@
-//! The approximate functions, within the errors that the PTX ISA (9.1) documents.
+//! Approximate functions, within the error bounds that the PTX ISA (9.1) documents.
 //!
-//! The exact value is computed; then, unless the options forbid it, it is moved by up to the documented error, by an
-//! amount that depends on seed and operands alone. So the same input gives the same output, as on hardware, and no
-//! test can lean on an exactness that hardware lacks.
+//! The exact value is computed first. Unless the options disable it, the value is then perturbed by up to the
+//! documented error, depending on the seed and the operands only. Equal inputs therefore give equal outputs, as on
+//! hardware, and no test can rely on more accuracy than hardware has.
 
 use crate::number::Rounding;
 use crate::types::Float;
@@ -21,8 +21,8 @@ pub enum Function {
     Div,
 }
 
-/// How far a result may lie from the true one.
-enum Error {
+/// The bound on the distance between a result and the exact value.
+enum ErrorBound {
     Ulp(f64),
     Relative(f64),
     Absolute(f64),
@@ -43,27 +43,29 @@ impl Function {
         }
     }
 
-    fn error(self, float: Float, a: f64) -> Error {
+    fn error(self, float: Float, a: f64) -> ErrorBound {
         let power = |n: f64| n.exp2();
         match (self, float) {
-            (Function::Ex2, Float::F16) => Error::Relative(power(-9.9)),
-            (Function::Ex2, Float::BF16) => Error::Relative(power(-7.0)),
-            (Function::Ex2, _) => Error::Ulp(2.0),
-            (Function::Lg2, _) if a > 0.5 && a < 2.0 => Error::Absolute(power(-22.0)),
-            (Function::Lg2, _) => Error::Relative(power(-22.0)),
-            (Function::Rcp, _) => Error::Ulp(1.0),
-            (Function::Sqrt, _) => Error::Relative(power(-23.0)),
-            (Function::Rsqrt, _) => Error::Relative(power(-22.9)),
-            (Function::Sin | Function::Cos, _) if a.abs() <= std::f64::consts::TAU => Error::Absolute(power(-20.5)),
-            (Function::Sin | Function::Cos, _) => Error::Absolute(power(-14.7)),
-            (Function::Tanh, Float::F16) => Error::Absolute(power(-10.987)),
-            (Function::Tanh, Float::BF16) => Error::Absolute(power(-8.0)),
-            (Function::Tanh, _) => Error::Relative(power(-11.0)),
-            (Function::Div, _) => Error::Ulp(2.0),
+            (Function::Ex2, Float::F16) => ErrorBound::Relative(power(-9.9)),
+            (Function::Ex2, Float::BF16) => ErrorBound::Relative(power(-7.0)),
+            (Function::Ex2, _) => ErrorBound::Ulp(2.0),
+            (Function::Lg2, _) if a > 0.5 && a < 2.0 => ErrorBound::Absolute(power(-22.0)),
+            (Function::Lg2, _) => ErrorBound::Relative(power(-22.0)),
+            (Function::Rcp, _) => ErrorBound::Ulp(1.0),
+            (Function::Sqrt, _) => ErrorBound::Relative(power(-23.0)),
+            (Function::Rsqrt, _) => ErrorBound::Relative(power(-22.9)),
+            (Function::Sin | Function::Cos, _) if a.abs() <= std::f64::consts::TAU => {
+                ErrorBound::Absolute(power(-20.5))
+            }
+            (Function::Sin | Function::Cos, _) => ErrorBound::Absolute(power(-14.7)),
+            (Function::Tanh, Float::F16) => ErrorBound::Absolute(power(-10.987)),
+            (Function::Tanh, Float::BF16) => ErrorBound::Absolute(power(-8.0)),
+            (Function::Tanh, _) => ErrorBound::Relative(power(-11.0)),
+            (Function::Div, _) => ErrorBound::Ulp(2.0),
         }
     }
 
-    /// The bits of the result for the bits of the operands; `seed`: of the error, `None` for none.
+    /// Maps the bits of the operands to those of the result. `seed` determines the perturbation, `None` disables it.
     pub fn apply(self, float: Float, flush: bool, a: u64, b: u64, seed: Option<u64>) -> u64 {
         let operand = |bits: u64| {
             let x = float.decode(bits);
@@ -72,20 +74,21 @@ impl Function {
         let (x, y) = (operand(a), operand(b));
         let exact = self.exact(x, y);
         let near = float.round(exact, Rounding::Nearest);
-        // Zeros, infinities and the value at zero are exact by the tables of special cases.
+        // Zeros, infinities and the value at zero are exact by the ISA's tables of special cases.
         let fixed = x == 0.0 || near == 0.0 || !near.is_finite();
         let result = match seed {
             Some(seed) if !fixed => {
                 let ulp = float.ulp(near);
                 let spread = match self.error(float, x) {
-                    // Counted from the rounded result, so whole steps.
-                    Error::Ulp(n) => n * ulp,
-                    Error::Relative(e) => e * exact.abs() - ulp / 2.0,
-                    Error::Absolute(e) => e - ulp / 2.0,
+                    // The bound counts units in the last place from the rounded result, so the perturbation is a whole
+                    // number of them.
+                    ErrorBound::Ulp(n) => n * ulp,
+                    ErrorBound::Relative(e) => e * exact.abs() - ulp / 2.0,
+                    ErrorBound::Absolute(e) => e - ulp / 2.0,
                 };
-                let moved = exact + share(seed ^ (self as u64) << 56, a, b) * spread.max(0.0);
+                let moved = exact + signed_fraction(seed ^ (self as u64) << 56, a, b) * spread.max(0.0);
                 let moved = float.round(moved, Rounding::Nearest);
-                if matches!(self.error(float, x), Error::Ulp(_)) {
+                if matches!(self.error(float, x), ErrorBound::Ulp(_)) {
                     moved.clamp(near - spread, near + spread)
                 } else {
                     moved
@@ -97,12 +100,12 @@ impl Function {
     }
 }
 
-/// In [−1, 1], by seed and operands.
-pub fn share(seed: u64, a: u64, b: u64) -> f64 {
+/// A pseudo-random number in [−1, 1], determined by the seed and the operands.
+pub fn signed_fraction(seed: u64, a: u64, b: u64) -> f64 {
     mix(seed ^ mix(a ^ mix(b))) as i64 as f64 / -(i64::MIN as f64)
 }
 
-/// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+/// The finaliser of SplitMix64 (Steele, Lea and Flood 2014).
 pub fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -119,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn moved_but_within_the_documented_error() {
+    fn perturbed_results_are_within_the_documented_error() {
         let (mut moved, mut count) = (0, 0);
         for n in 1..20_000u32 {
             let x = n as f32 * 7e-4;
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn special_values_stay() {
+    fn special_values_are_exact() {
         for (function, x, y) in [
             (Function::Ex2, 0.0, 1.0),
             (Function::Ex2, f32::NEG_INFINITY, 0.0),

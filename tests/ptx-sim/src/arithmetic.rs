@@ -1,6 +1,6 @@
-//! Instructions that make one register of up to three: each becomes a function over the 32 lanes of a warp.
+//! Instructions that compute one register from up to three: each becomes a function on the 32 lanes of a warp.
 //!
-//! The functions compute all lanes; whoever calls them keeps those of the active ones.
+//! The functions compute all lanes; the caller keeps the results of the active ones.
 
 use std::array::from_fn;
 
@@ -9,12 +9,12 @@ use crate::opcode::{Decoded, Opcode, unknown, wrong};
 use crate::report::Kind;
 use crate::types::{Float, Type};
 
-/// A register of each lane, zero above its width.
+/// The value of a register in each lane; the bits above its width are zero.
 pub type Lanes = [u64; 32];
 
 pub type Map = Box<dyn Fn(&Lanes, &Lanes, &Lanes) -> Lanes + Send + Sync>;
 
-/// What an instruction computes, and what its operands are taken for.
+/// What an instruction computes, and the types of its operands.
 pub struct Arithmetic {
     pub kind: Kind,
     pub map: Map,
@@ -40,7 +40,7 @@ pub fn mask(bits: u32) -> u64 {
     if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
 }
 
-/// The number that `bits` bits stand for.
+/// The signed number that the lowest `bits` bits represent.
 fn signed(x: u64, bits: u32) -> i64 {
     (x << (64 - bits)) as i64 >> (64 - bits)
 }
@@ -53,7 +53,7 @@ pub fn sign_extend(x: u64, from: u32, to: u32) -> u64 {
     signed(x, from) as u64 & mask(to)
 }
 
-/// `None`: not an instruction of this kind.
+/// `None` if the instruction is not of this kind.
 pub fn decode(op: &mut Opcode) -> Option<Decoded<Arithmetic>> {
     Some(match op.name {
         "add" | "sub" | "mul" | "mad" | "fma" | "div" | "rem" | "min" | "max" | "neg" | "abs" => arithmetic(op),
@@ -103,7 +103,7 @@ fn integer_arithmetic(op: &Opcode, ty: Type, width: Option<Width>, saturate: boo
     let bits = ty.bits();
     let all = mask(bits);
     let wide = if ty.signed() { Type::Signed(bits * 2) } else { Type::Unsigned(bits * 2) };
-    // Of a product: the part that `width` names.
+    // The part of a product that `width` selects.
     let part = move |x: i128, width: Width| match width {
         Width::Low => x as u64 & all,
         Width::High => (x >> bits) as u64 & all,
@@ -146,7 +146,7 @@ fn integer_arithmetic(op: &Opcode, ty: Type, width: Option<Width>, saturate: boo
             operands.push(wide);
             map3(move |a, b, c| part(int(a).wrapping_mul(int(b)), Width::Wide).wrapping_add(c) & mask(2 * bits))
         }
-        // Division by zero has no defined result; this is what hardware gives.
+        // Division by zero has an undefined result; this is the result of hardware.
         ("div", _) => map2(move |a, b| if b == 0 { all } else { (int(a) / int(b)) as u64 & all }),
         ("rem", _) => map2(move |a, b| if b == 0 { a } else { (int(a) % int(b)) as u64 & all }),
         ("min", _) => map2(move |a, b| if int(a) < int(b) { a } else { b }),
@@ -167,7 +167,7 @@ fn integer_arithmetic(op: &Opcode, ty: Type, width: Option<Width>, saturate: boo
     Ok(Arithmetic { kind: Kind::Integer, map, result, operands, loose: false })
 }
 
-/// How an operation on floats rounds, and what it does around that.
+/// Rounding, flushing and saturation of a floating-point operation.
 #[derive(Clone, Copy)]
 struct Modes {
     float: Float,
@@ -189,7 +189,7 @@ impl Modes {
             x = self.float.flush(x);
         }
         if self.saturate {
-            // Of a NaN, zero.
+            // A NaN saturates to zero.
             x = number::min(number::max(x, 0.0), 1.0);
         }
         if self.relu && x < 0.0 {
@@ -198,14 +198,14 @@ impl Modes {
         self.float.encode(x)
     }
 
-    /// f32 and f64 to nearest with nothing around it: the machine's own arithmetic.
+    /// True if this is f32 or f64 arithmetic that rounds to nearest and does nothing else, as native arithmetic does.
     fn plain(self) -> bool {
         matches!(self.float, Float::F32 | Float::F64)
             && self.rounding == Rounding::Nearest
             && !(self.flush || self.saturate || self.relu)
     }
 
-    /// An exact operation on f64 (or rounded to odd) as one on the bits of numbers or pairs.
+    /// Turns an operation on f64 that is exact (or rounded to odd) into one on the bits of numbers or packed pairs.
     fn lift<const N: usize>(
         self,
         pair: bool,
@@ -234,7 +234,7 @@ fn float_arithmetic(op: &mut Opcode, ty: Type, modes: Modes, keep_nan: bool) -> 
     let Modes { float, .. } = modes;
     let pair = matches!(ty, Type::Pair(_));
     if float == Float::BF16 {
-        // add, sub and mul came with sm_90; before it there is fma.
+        // add, sub and mul came with sm_90; earlier targets have only fma.
         op.needs(if matches!(op.name, "add" | "sub" | "mul") { 90 } else { 80 });
     }
     if modes.relu {
@@ -259,13 +259,13 @@ fn float_arithmetic(op: &mut Opcode, ty: Type, modes: Modes, keep_nan: bool) -> 
         "fma" if plain => map3(|a, b, c| out64(f64::from_bits(a).mul_add(f64::from_bits(b), f64::from_bits(c)))),
         "add" => two(number::add),
         "sub" => two(|a, b| number::add(a, -b)),
-        // Exact: at most 24 bits each.
+        // The product is exact, since both factors have at most 24 bits.
         "mul" => two(|a, b| a * b),
         "fma" => {
             let f = modes.lift(pair, |[a, b, c]| number::fma(a, b, c));
             map3(move |a, b, c| f([a, b, c]))
         }
-        // Enough digits for one more rounding to f32 (Figueroa, 1995).
+        // f64 has enough digits that a second rounding to f32 is harmless (Figueroa 1995).
         "div" => two(|a, b| a / b),
         "min" if keep_nan => two(|a, b| if a.is_nan() || b.is_nan() { f64::NAN } else { number::min(a, b) }),
         "max" if keep_nan => two(|a, b| if a.is_nan() || b.is_nan() { f64::NAN } else { number::max(a, b) }),
@@ -295,7 +295,7 @@ fn float_arithmetic(op: &mut Opcode, ty: Type, modes: Modes, keep_nan: bool) -> 
     Ok(Arithmetic { kind, map, result: ty, operands: vec![ty; count], loose: false })
 }
 
-/// `neg` and `abs` touch the sign alone, of a NaN too.
+/// `neg` and `abs` change only the sign bit, also of a NaN.
 fn sign_map(neg: bool, modes: Modes, pair: bool) -> Map {
     let bits = modes.float.bits();
     let sign = 1u64 << (bits - 1) | if pair { 1 << 31 } else { 0 };
@@ -319,7 +319,7 @@ fn logic(op: &mut Opcode) -> Decoded<Arithmetic> {
         ("or", None, None) => (map2(|a, b| a | b), vec![ty, ty]),
         ("xor", None, None) => (map2(|a, b| a ^ b), vec![ty, ty]),
         ("not", None, None) => (map1(move |a| !a & all), vec![ty]),
-        // Shifts beyond the width give what shifting bit by bit would.
+        // A shift beyond the width gives the same result as shifting bit by bit.
         ("shl", None, None) => (map2(move |a, n| if n >= bits.into() { 0 } else { a << n & all }), vec![ty, shift]),
         ("shr", None, None) if ty.signed() => {
             (map2(move |a, n| (signed(a, bits) >> n.min(63)) as u64 & all), vec![ty, shift])
@@ -371,14 +371,14 @@ fn bits(op: &mut Opcode) -> Decoded<Arithmetic> {
                 if length == 0 {
                     return 0;
                 }
-                // What lies beyond the top is the sign, or zero.
+                // Bits above the top are copies of the sign, or zero.
                 let field = (a >> start.min(127)) as u64;
                 let kept = length.min(u64::from(bits)) as u32;
                 if ty.signed() { sign_extend(field, kept, bits) } else { field & mask(kept) }
             };
             (map3(extract), ty, vec![ty, count, count])
         }
-        "bfi" => return unknown("`bfi` with registers as place and length"),
+        "bfi" => return unknown("`bfi` with registers as position and length"),
         "prmt" => {
             let permute = |a: u64, b: u64, selector: u64| {
                 let bytes = (b << 32 | a).to_le_bytes();
@@ -396,14 +396,14 @@ fn bits(op: &mut Opcode) -> Decoded<Arithmetic> {
     Ok(Arithmetic { kind: Kind::Integer, map, result, operands, loose: false })
 }
 
-/// `bfi d, a, b, place, length`: the lowest `length` bits of `a` into `b` at `place`.
-pub fn insert_bits(bits: u32, place: u32, length: u32) -> Map {
-    let (place, length) = (place & 0xFF, length & 0xFF);
-    let field = if place >= bits { 0 } else { mask(length) << place & mask(bits) };
-    map2(move |a, b| b & !field | (a.checked_shl(place).unwrap_or(0)) & field)
+/// `bfi d, a, b, position, length`: inserts the lowest `length` bits of `a` into `b` at bit `position`.
+pub fn insert_bits(bits: u32, position: u32, length: u32) -> Map {
+    let (position, length) = (position & 0xFF, length & 0xFF);
+    let field = if position >= bits { 0 } else { mask(length) << position & mask(bits) };
+    map2(move |a, b| b & !field | (a.checked_shl(position).unwrap_or(0)) & field)
 }
 
-/// Any function of three bits, bit by bit: `table` has the result for each of the eight.
+/// Applies any function of three bits to each bit position: `table` holds the result for each of the eight inputs.
 pub fn lookup_bits(table: u8) -> Map {
     map3(move |a, b, c| {
         (0..8).filter(|n| table >> n & 1 == 1).fold(0, |out, n| {
@@ -413,7 +413,7 @@ pub fn lookup_bits(table: u8) -> Map {
     })
 }
 
-/// The exact forms; the approximate ones are decoded elsewhere.
+/// The exact forms only; the approximate ones are decoded elsewhere.
 fn float_functions(op: &mut Opcode) -> Decoded<Arithmetic> {
     let test = (op.name == "testp").then(|| {
         op.needed_one_of(&[
@@ -441,7 +441,7 @@ fn float_functions(op: &mut Opcode) -> Decoded<Arithmetic> {
         map1(move |a| f([a]))
     };
     let (map, result, operands) = match op.name {
-        // f64 has digits enough that rounding once more to f32 changes nothing (Figueroa, 1995).
+        // f64 has enough digits that a second rounding to f32 is harmless (Figueroa 1995).
         "sqrt" => (one(f64::sqrt), ty, vec![ty]),
         "rcp" => (one(|a| 1.0 / a), ty, vec![ty]),
         "copysign" => {
@@ -482,15 +482,15 @@ enum Order {
     LessEqual,
     Greater,
     GreaterEqual,
-    /// Both, or not both, are numbers.
+    /// True if both operands are numbers (and for `NotNumbers`, if not both are).
     Numbers,
     NotNumbers,
 }
 
-/// The lanes in which a comparison of two operands holds, as a mask.
+/// Maps two operands to the mask of the lanes in which a comparison holds.
 pub type Compare = Box<dyn Fn(&Lanes, &Lanes) -> u32 + Send + Sync>;
 
-/// The lanes whose predicate is set.
+/// The mask of the lanes whose predicate is set.
 pub fn to_mask(predicate: &Lanes) -> u32 {
     (0..32).fold(0, |mask, lane| mask | u32::from(predicate[lane] != 0) << lane)
 }
@@ -503,7 +503,7 @@ fn compare(f: impl Fn(u64, u64) -> bool + Send + Sync + 'static) -> Compare {
     Box::new(move |a, b| (0..32).fold(0, |mask, lane| mask | u32::from(f(a[lane], b[lane])) << lane))
 }
 
-/// Takes comparison, `.ftz` and the operands' type.
+/// Decodes a comparison; `flush` is `.ftz`, `ty` the type of the operands, `unordered` the result if one is a NaN.
 pub fn comparison(op: &mut Opcode, ty: Type, flush: bool, (order, unordered): (Comparison, bool)) -> Decoded<Compare> {
     let order = order.0;
     let float = matches!(ty, Type::Float(_) | Type::Pair(_));
@@ -540,7 +540,7 @@ pub fn comparison(op: &mut Opcode, ty: Type, flush: bool, (order, unordered): (C
             }))
         }
         _ => {
-            // Unsigned as the bits are; signed numbers are in the same order with the top bit flipped.
+            // Unsigned numbers compare as their bits; signed numbers do so after their top bit has been flipped.
             let bits = ty.bits();
             let top = if ty.signed() { 1 << (bits - 1) } else { 0 };
             let key = move |x: u64| (x & mask(bits)) ^ top;
@@ -556,11 +556,11 @@ pub fn comparison(op: &mut Opcode, ty: Type, flush: bool, (order, unordered): (C
     }
 }
 
-/// An order, as the opcode names it.
+/// The relation that the opcode names.
 #[derive(Clone, Copy)]
 pub struct Comparison(Order);
 
-/// The comparison of a `set` or `setp`, and whether it holds where one of the operands is not a number.
+/// The comparison of a `set` or `setp`, and its result if one of the operands is a NaN.
 pub fn take_comparison(op: &mut Opcode) -> Decoded<(Comparison, bool)> {
     op.needed_one_of(&[
         ("eq", (Comparison(Order::Equal), false)),
@@ -651,7 +651,7 @@ fn convert(op: &mut Opcode) -> Decoded<Arithmetic> {
         (Type::Float(wide), Type::Float(narrow)) => {
             let widens = narrow.bits() < wide.bits();
             if rounding.is_none() && !widens && wide != narrow {
-                return wrong("a conversion to fewer bits wants a rounding");
+                return wrong("a conversion to fewer bits needs a rounding mode");
             }
             map1(move |bits| {
                 let x = flushed(narrow, narrow.decode(bits));
@@ -664,7 +664,7 @@ fn convert(op: &mut Opcode) -> Decoded<Arithmetic> {
         }),
         (_, Type::Float(float)) => {
             let Some(rounding) = to_integral else {
-                return wrong("a conversion to an integer wants `.rzi` or the like");
+                return wrong("a conversion to an integer needs a rounding mode such as `.rzi`");
             };
             let (least, most) = range(to);
             let nan = if float == Float::F64 || to.bits() == 64 { 1 << (to.bits() - 1) } else { 0 };
@@ -673,7 +673,7 @@ fn convert(op: &mut Opcode) -> Decoded<Arithmetic> {
                 if x.is_nan() {
                     return nan;
                 }
-                // Out of range, the nearest integer in it.
+                // A value out of range becomes the nearest integer in range.
                 (rounding.integral(x) as i128).clamp(least, most) as u64 & mask(to.bits())
             })
         }

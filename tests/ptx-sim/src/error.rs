@@ -1,4 +1,4 @@
-//! What can be wrong with a module, a launch or a kernel. A fault of a kernel names its place.
+//! Errors of modules, launches and kernels. A fault of a kernel names its thread and its line.
 
 use std::fmt;
 
@@ -8,25 +8,25 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Error {
-    /// The text is not PTX, or not consistent: an unknown name, a register of the wrong width.
+    /// The text is not PTX or is inconsistent, such as an unknown name or a register of the wrong width.
     Parse { line: usize, text: String, message: String },
-    /// An instruction or modifier that is not modelled.
+    /// An instruction or a modifier is not modelled.
     Unknown { line: usize, text: String, message: String },
-    /// An instruction that the module's `.target` does not have; `needs` is the first `sm_` that does.
+    /// The module's `.target` lacks an instruction; `needs` is the first `sm_` version that has it.
     Target { line: usize, text: String, needs: u32 },
-    /// The launch itself is wrong: the grid, the arguments, too much shared memory.
+    /// The launch is invalid: its grid, its arguments, or too much shared memory.
     Launch { kernel: String, message: String },
-    /// A thread did what it must not.
+    /// A thread did something wrong.
     Fault(Box<Fault>),
 }
 
-/// A wrong step of one thread, the lowest of those that took it.
+/// A fault of a thread; if several threads of a warp fault at once, of the lowest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fault {
     pub kernel: String,
     pub block: [u32; 3],
     pub thread: [u32; 3],
-    /// Line of the PTX text, from 1, and what stands there.
+    /// Line number in the PTX text, from 1, and the text of that line.
     pub line: usize,
     pub text: String,
     pub kind: FaultKind,
@@ -34,7 +34,7 @@ pub struct Fault {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum FaultKind {
-    /// The access is not within one buffer or variable.
+    /// An access that is not within one buffer or variable.
     OutOfBounds {
         space: Space,
         address: u64,
@@ -50,48 +50,49 @@ pub enum FaultKind {
         space: Space,
         address: u64,
     },
-    /// Another thread touches the byte with nothing to order the two; `line` is where it does.
+    /// A data race: an access of another thread to the same byte is not ordered with this one; `line` is the line of
+    /// that access.
     Race {
         space: Space,
         address: u64,
         line: usize,
-        other: Other,
+        other: ConflictingAccess,
     },
-    /// Touches the target of a `cp.async` that has not been waited for.
+    /// An access to the destination of a `cp.async` that has not been waited for.
     PendingCopy {
         address: u64,
     },
-    /// A write to constant memory or to parameters of the kernel.
+    /// A write to constant memory or to kernel parameters.
     ReadOnly {
         space: Space,
         address: u64,
     },
-    /// `ld.global.nc` of a byte that the same launch writes.
+    /// An `ld.global.nc` of a byte that the same launch writes.
     NotConstant {
         address: u64,
     },
-    /// Not all threads of a warp come to a barrier or `.aligned` instruction together; `missing` is a mask of lanes.
+    /// Not all threads of a warp reach a barrier or an `.aligned` instruction together; `missing` is a mask of lanes.
     Divergent {
         missing: u32,
     },
-    /// Some warps wait at one barrier, others at another.
+    /// Warps of one block wait at different barriers.
     Deadlock,
-    /// The mask of a `.sync` instruction names lanes that are not there, or lacks the lane itself.
+    /// The mask of a `.sync` instruction names lanes that are not active, or lacks the executing lane.
     Membership {
         mask: u32,
         active: u32,
     },
-    /// A shuffle reads a lane that takes no part in it.
+    /// A shuffle reads a lane that does not take part in it.
     AbsentLane {
         lane: u32,
     },
-    /// `bra.uni` and the like, with lanes that go different ways, or an operand that must be one for the warp.
+    /// A `.uni` branch diverges, or an operand that must be uniform differs between lanes.
     NotUniform,
-    /// A fragment whose elements are not as `wmma` put them.
+    /// The elements of a fragment are not where `wmma` put them.
     Fragment,
-    /// A floating-point atomic: its order, so its result, is not determined.
+    /// A floating-point atomic, whose result depends on scheduling.
     FloatAtomic,
-    /// The launch took more instructions than allowed.
+    /// The launch executed more instructions than allowed.
     Steps {
         limit: u64,
     },
@@ -101,9 +102,9 @@ pub enum FaultKind {
     Unmodelled(&'static str),
 }
 
-/// The other side of a race.
+/// The earlier access of a data race.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Other {
+pub enum ConflictingAccess {
     ReadInBlock,
     WriteInBlock,
     ReadInAnotherBlock,
@@ -145,10 +146,10 @@ impl fmt::Display for FaultKind {
             }
             FaultKind::Race { space, address, line, other } => {
                 let other = match other {
-                    Other::ReadInBlock => "another thread's read",
-                    Other::WriteInBlock => "another thread's write",
-                    Other::ReadInAnotherBlock => "another block's read",
-                    Other::WriteInAnotherBlock => "another block's write",
+                    ConflictingAccess::ReadInBlock => "another thread's read",
+                    ConflictingAccess::WriteInBlock => "another thread's write",
+                    ConflictingAccess::ReadInAnotherBlock => "another block's read",
+                    ConflictingAccess::WriteInAnotherBlock => "another block's write",
                 };
                 write!(f, "races at {address:#x} of {space} memory with {other} in line {line}")
             }

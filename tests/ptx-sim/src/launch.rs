@@ -1,39 +1,42 @@
-//! The machine: memory, launches, the blocks of a grid and their barriers.
+//! The simulated GPU: global memory, launches, the blocks of a grid and their barriers.
 
 use std::sync::Arc;
 
 use crate::approx::mix;
 use crate::arithmetic::{Lanes, mask};
 use crate::error::{Error, Fault, FaultKind, Result};
-use crate::matrix::{Fragment, Spread};
-use crate::memory::{Checks, GLOBAL_STRIDE, Global, Private, Region, space_of};
+use crate::matrix::{Fragment, FragmentLayout};
+use crate::memory::{Checks, GLOBAL_STRIDE, Global, PrivateMemory, Region, space_of};
 use crate::program::{Function, Module};
-use crate::race::Now;
+use crate::race::AccessContext;
 use crate::report::{Count, Kind, Report};
 use crate::types::Space;
-use crate::warp::{KINDS, State, Trouble, Warp, lanes, lowest};
+use crate::warp::{KINDS, LaneFault, Warp, WarpState, lanes, lowest};
 
-/// What is checked, and what is drawn where PTX leaves a choice.
+/// Which checks are made, and the random choices where PTX leaves one open.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Of everything that is drawn: errors of approximations, layouts of fragments, what registers hold at first.
+    /// Seed of all random choices: errors of approximations, layouts of fragments, initial content of registers.
     pub seed: u64,
-    /// Approximations (`ex2.approx`, tensor cores' sums) are off by up to their documented error.
+    /// Perturbs approximate results (`ex2.approx`, tensor-core sums) by up to their documented error.
     pub perturb: bool,
-    /// Two threads of a block touch a byte with nothing to order them, one of them writing.
+    /// Reports races within a block: unordered accesses of two threads to a byte, at least one a write.
     pub races: bool,
-    /// The same of two blocks of a launch, in global memory. Off: for kernels that pass data by fences and atomics.
+    /// Reports races between blocks of a launch in global memory. Turn it off for kernels that pass data between blocks
+    /// with fences and atomics.
     pub races_across_blocks: bool,
-    /// Shuffles, votes and `redux` order the lanes' accesses as `bar.warp.sync` does. The PTX ISA promises it of
-    /// `bar.warp.sync` alone.
+    /// Shuffles, votes and `redux` order the memory accesses of the lanes as `bar.warp.sync` does, although the PTX ISA
+    /// promises this only of `bar.warp.sync`.
     pub shuffles_order: bool,
+    /// Reports reads of memory that nothing has written.
     pub uninitialised: bool,
-    /// Floating-point atomics are allowed. Their order is not determined, so neither is a sum's last bit.
+    /// Allows floating-point atomics. Their order, and so the last bit of a sum, is unspecified.
     pub float_atomics: bool,
-    /// Instructions of warps that a launch may take.
+    /// The largest number of instructions that the warps of a launch may execute.
     pub steps: u64,
-    /// What the rows of a `wmma` matrix begin at a multiple of, in bytes, where the fragment is not smaller. 16 is
-    /// what CUDA C++ asks of a stride; the PTX ISA asks for the size of the fragment, as it does here of the whole.
+    /// Required alignment in bytes of the rows of a `wmma` matrix, unless the fragment is smaller. CUDA C++ requires 16
+    /// bytes of a stride. The PTX ISA requires the alignment of the fragment's size, which is checked here for the
+    /// matrix as a whole.
     pub matrix_row_alignment: u64,
 }
 
@@ -53,17 +56,17 @@ impl Default for Options {
     }
 }
 
-/// An address of global memory, as a kernel gets it.
+/// An address in global memory, as a kernel receives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ptr(u64);
 
 impl Ptr {
-    /// What [`Ptr::address`] gave.
+    /// The pointer with an address that [`Ptr::address`] returned.
     pub fn at(address: u64) -> Ptr {
         Ptr(address)
     }
 
-    /// So many bytes on.
+    /// The pointer `bytes` bytes further on.
     pub fn offset(self, bytes: u64) -> Ptr {
         Ptr(self.0.wrapping_add(bytes))
     }
@@ -73,7 +76,7 @@ impl Ptr {
     }
 }
 
-/// An argument of a kernel. Its size must be the parameter's.
+/// An argument of a kernel; its size must be that of the parameter.
 #[derive(Clone, Debug)]
 pub enum Arg {
     Ptr(Ptr),
@@ -84,7 +87,7 @@ pub enum Arg {
     I64(i64),
     F32(f32),
     F64(f64),
-    /// Of a parameter that is an array of bytes.
+    /// A parameter that is an array of bytes.
     Bytes(Vec<u8>),
 }
 
@@ -103,7 +106,7 @@ impl Arg {
     }
 }
 
-/// Blocks of a grid, or threads of a block.
+/// Sizes of a grid in blocks, or of a block in threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent(pub [u32; 3]);
 
@@ -130,30 +133,30 @@ impl From<[u32; 3]> for Extent {
 pub struct Gpu {
     pub options: Options,
     global: Global,
-    /// Epochs that have begun, see `race.rs`.
+    /// The number of epochs so far; see `race.rs`.
     epoch: u32,
-    spreads: Spreads,
+    layouts: FragmentLayouts,
 }
 
-/// Layouts of fragments that have been drawn, by the seed.
-type Spreads = Vec<(u64, Fragment, Arc<Spread>)>;
+/// Fragment layouts that have been drawn, with their seed.
+type FragmentLayouts = Vec<(u64, Fragment, Arc<FragmentLayout>)>;
 
 macro_rules! typed {
     ($($alloc:ident $read:ident $write:ident $type:ty;)*) => {
         $(
-            /// A buffer with this content.
+            /// Allocates a buffer with this content.
             pub fn $alloc(&mut self, content: &[$type]) -> Ptr {
                 self.alloc(content.iter().flat_map(|x| x.to_le_bytes()).collect())
             }
 
-            /// The whole buffer that begins here. Panics where it holds bytes that nothing has written.
+            /// The content of the whole buffer that starts at `ptr`. Panics if nothing has written one of its bytes.
             pub fn $read(&self, ptr: Ptr) -> Vec<$type> {
                 const SIZE: usize = size_of::<$type>();
                 let bytes = self.whole(ptr);
                 bytes.chunks_exact(SIZE).map(|x| <$type>::from_le_bytes(x.try_into().expect("their size"))).collect()
             }
 
-            /// From here on, within one buffer.
+            /// Writes to one buffer, from `ptr` on.
             pub fn $write(&mut self, ptr: Ptr, content: &[$type]) {
                 self.write(ptr, &content.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
             }
@@ -170,24 +173,24 @@ impl Gpu {
         Gpu { options, ..Gpu::default() }
     }
 
-    /// A buffer with this content, at an address that is a multiple of 256 and more.
+    /// Allocates a buffer with this content, at an address that is a multiple of at least 256.
     pub fn alloc(&mut self, content: Vec<u8>) -> Ptr {
         Ptr(self.global.add(content, true))
     }
 
-    /// A buffer of which reading a byte before writing it is a fault.
+    /// Allocates a buffer of which reading a byte before writing it is a fault.
     pub fn alloc_unwritten(&mut self, bytes: usize) -> Ptr {
         Ptr(self.global.add(vec![0; bytes], false))
     }
 
-    /// Reading these bytes of a buffer is a fault until they are written again.
+    /// Makes reading these bytes of a buffer a fault until they are written again.
     pub fn erase(&mut self, ptr: Ptr, bytes: usize) {
         let region = self.global.find(ptr.0).unwrap_or_else(|| panic!("{ptr:?} is no buffer"));
         let start = (ptr.0 % GLOBAL_STRIDE) as usize;
         region.erase(start..start + bytes);
     }
 
-    /// Bytes of one buffer from here on. Panics where nothing has written them.
+    /// Bytes of one buffer, from `ptr` on. Panics if nothing has written one of them.
     pub fn read(&self, ptr: Ptr, bytes: usize) -> &[u8] {
         let region = self.global.get(ptr.0).unwrap_or_else(|| panic!("{ptr:?} is no buffer"));
         let start = (ptr.0 % GLOBAL_STRIDE) as usize;
@@ -197,7 +200,7 @@ impl Gpu {
         &region.content()[start..start + bytes]
     }
 
-    /// Touching the buffer from now on is out of bounds. `ptr`: its beginning, or any address in it.
+    /// Frees a buffer, given any address in it. Accessing it from now on is out of bounds.
     pub fn free(&mut self, ptr: Ptr) {
         assert!(self.global.remove(ptr.0), "{ptr:?} is no buffer");
     }
@@ -224,7 +227,8 @@ impl Gpu {
         region.fill((ptr.0 % GLOBAL_STRIDE) as usize, content);
     }
 
-    /// Runs a kernel to its end, block after block. `dynamic_shared`: bytes for `.extern .shared` arrays.
+    /// Runs a kernel to its end, block after block. `dynamic_shared` is the number of bytes for `.extern .shared`
+    /// arrays.
     pub fn launch(
         &mut self,
         module: &Module,
@@ -272,7 +276,7 @@ impl Gpu {
             launch_epoch: self.epoch + 1,
             steps: 0,
             counts: [Count::default(); KINDS],
-            spreads: &mut self.spreads,
+            layouts: &mut self.layouts,
             report: Report::default(),
         };
         let result = machine.grid(entry);
@@ -284,7 +288,7 @@ impl Gpu {
     }
 }
 
-/// The kernel's parameters in memory, or what is wrong with the launch.
+/// Checks the launch and lays out the kernel's parameters in memory.
 fn check(
     module: &Module,
     function: &Function,
@@ -303,9 +307,9 @@ fn check(
     if let Some(block) = function.block
         && block != size
     {
-        return Err(format!("a block of {size:?} threads where the kernel wants {block:?}"));
+        return Err(format!("a block of {size:?} threads where the kernel requires {block:?}"));
     }
-    if let Some(most) = function.most_threads
+    if let Some(most) = function.max_threads
         && threads > most.into()
     {
         return Err(format!("{threads} threads in a block where the kernel has room for {most}"));
@@ -314,7 +318,7 @@ fn check(
     if declared > 48 << 10 {
         return Err(format!("{declared} bytes of declared shared memory where 48 KiB are the most"));
     }
-    // What a block may have on V100; T4; A100; consumer Ampere and Ada; H100.
+    // The limits per block of V100; T4; A100; consumer Ampere and Ada; H100.
     let most = match module.target {
         ..=72 => 96,
         73..=79 => 64,
@@ -339,10 +343,10 @@ fn check(
     Ok(params)
 }
 
-/// What an access gives, or what is wrong with it.
+/// The result of an access, or what is wrong with it.
 type Checked<T> = std::result::Result<T, FaultKind>;
 
-/// A launch in progress, and the block at hand.
+/// A launch in progress, and the block that is being executed.
 pub struct Machine<'a> {
     pub module: &'a Module,
     pub options: &'a Options,
@@ -351,16 +355,20 @@ pub struct Machine<'a> {
     pub shared: &'a mut Region,
     params: &'a [u8],
     pub grid: [u32; 3],
-    /// Threads of a block.
+    /// Threads of a block along each axis.
     pub size: [u32; 3],
+    /// Index of the current block along each axis.
     pub block: [u32; 3],
+    /// Bytes of the `.extern .shared` arrays.
     pub dynamic_shared: usize,
+    /// The current epoch, and the first ones of this block and of this launch; see `race.rs`.
     pub epoch: u32,
     pub block_epoch: u32,
     pub launch_epoch: u32,
+    /// Instructions that warps have executed so far.
     pub steps: u64,
     counts: [Count; KINDS],
-    spreads: &'a mut Spreads,
+    layouts: &'a mut FragmentLayouts,
     pub report: Report,
 }
 
@@ -387,32 +395,32 @@ impl Machine<'_> {
         let mut warps: Vec<Warp> = (0..self.warps()).map(|index| Warp::new(self, entry, index)).collect();
         loop {
             for warp in &mut warps {
-                warp.run(self).map_err(|trouble| self.fault(warp, trouble))?;
+                warp.run(self).map_err(|fault| self.fault(warp, fault))?;
             }
-            let mut waiting = warps.iter().filter(|warp| warp.state != State::Done);
+            let mut waiting = warps.iter().filter(|warp| warp.state != WarpState::Done);
             let Some(first) = waiting.next() else { return Ok(()) };
             if let Some(other) = waiting.find(|warp| warp.state != first.state) {
-                let trouble = Trouble { lane: lowest(other.live), kind: FaultKind::Deadlock };
-                return Err(self.fault(other, trouble));
+                let fault = LaneFault { lane: lowest(other.live), kind: FaultKind::Deadlock };
+                return Err(self.fault(other, fault));
             }
             self.epoch += 1;
-            for warp in warps.iter_mut().filter(|warp| warp.state != State::Done) {
-                warp.state = State::Ready;
+            for warp in warps.iter_mut().filter(|warp| warp.state != WarpState::Done) {
+                warp.state = WarpState::Ready;
                 warp.sync = 0;
             }
         }
     }
 
-    fn fault(&self, warp: &Warp, trouble: Trouble) -> Error {
+    fn fault(&self, warp: &Warp, fault: LaneFault) -> Error {
         let function = warp.frames.first().map_or(0, |frame| frame.function);
         let line = warp.line as usize;
         Error::Fault(Box::new(Fault {
             kernel: self.module.functions[function].name.clone(),
             block: self.block,
-            thread: [0, 1, 2].map(|axis| warp.threads[axis][trouble.lane] as u32),
+            thread: [0, 1, 2].map(|axis| warp.threads[axis][fault.lane] as u32),
             line,
             text: self.module.text(line),
-            kind: trouble.kind,
+            kind: fault.kind,
         }))
     }
 
@@ -430,7 +438,7 @@ impl Machine<'_> {
         if self.steps > self.options.steps { Err(FaultKind::Steps { limit: self.options.steps }) } else { Ok(()) }
     }
 
-    /// What a register holds that nothing has written: not zero, so that no one counts on that.
+    /// Initial content of a register: not zero, so that no kernel can rely on zero.
     pub fn garbage(&self, register: usize, bits: u32) -> Lanes {
         let value = mix(self.options.seed ^ mix(register as u64));
         std::array::from_fn(|lane| value.rotate_left(lane as u32) & mask(bits))
@@ -440,33 +448,33 @@ impl Machine<'_> {
         self.options.perturb.then_some(self.options.seed)
     }
 
-    pub fn spread(&mut self, fragment: &Fragment) -> Arc<Spread> {
+    pub fn layout(&mut self, fragment: &Fragment) -> Arc<FragmentLayout> {
         let seed = self.options.seed;
-        let known = self.spreads.iter().find(|(drawn, kind, _)| (*drawn, kind) == (seed, fragment));
-        if let Some((_, _, spread)) = known {
-            return spread.clone();
+        let known = self.layouts.iter().find(|(drawn, kind, _)| (*drawn, kind) == (seed, fragment));
+        if let Some((_, _, layout)) = known {
+            return layout.clone();
         }
-        let spread = Arc::new(fragment.spread(seed));
-        self.spreads.push((seed, *fragment, spread.clone()));
-        spread
+        let layout = Arc::new(fragment.layout(seed));
+        self.layouts.push((seed, *fragment, layout.clone()));
+        layout
     }
 
-    /// One lane's read, in whatever space it falls.
+    /// A read by one lane, in any address space.
     pub fn read(
         &mut self,
-        local: &Private,
+        local: &PrivateMemory,
         space: Space,
         address: u64,
         constant: bool,
-        now: &Now,
+        context: &AccessContext,
         out: &mut [u8],
     ) -> Checked<()> {
         let bytes = out.len();
         let (space, address) = if space == Space::Generic { space_of(address) } else { (space, address) };
         match space {
-            Space::Global => return self.read_global(address, bytes as u64, constant, now, out),
+            Space::Global => return self.read_global(address, bytes as u64, constant, context, out),
             Space::Shared => {
-                let data = self.shared.read(address, bytes, bytes as u64, constant, now, self.checks)?;
+                let data = self.shared.read(address, bytes, bytes as u64, constant, context, self.checks)?;
                 out.copy_from_slice(data);
             }
             Space::Local => out.copy_from_slice(local.read(space, address, bytes, self.checks)?),
@@ -483,49 +491,70 @@ impl Machine<'_> {
         Ok(())
     }
 
-    pub fn read_global(&mut self, address: u64, align: u64, constant: bool, now: &Now, out: &mut [u8]) -> Checked<()> {
+    pub fn read_global(
+        &mut self,
+        address: u64,
+        align: u64,
+        constant: bool,
+        context: &AccessContext,
+        out: &mut [u8],
+    ) -> Checked<()> {
         let bytes = out.len();
         let nowhere = FaultKind::OutOfBounds { space: Space::Global, address, bytes };
         let region = self.global.find(address).ok_or(nowhere)?;
-        out.copy_from_slice(region.read(address, bytes, align, constant, now, self.checks)?);
+        out.copy_from_slice(region.read(address, bytes, align, constant, context, self.checks)?);
         Ok(())
     }
 
-    /// A warp's read of global or shared memory.
+    /// A read by a whole warp in global or shared memory.
     pub fn read_region(
         &mut self,
         space: Space,
         address: u64,
         align: u64,
         constant: bool,
-        now: &Now,
+        context: &AccessContext,
         out: &mut [u8],
     ) -> Checked<()> {
         if space == Space::Global {
-            return self.read_global(address, align, constant, now, out);
+            return self.read_global(address, align, constant, context, out);
         }
-        out.copy_from_slice(self.shared.read(address, out.len(), align, constant, now, self.checks)?);
+        out.copy_from_slice(self.shared.read(address, out.len(), align, constant, context, self.checks)?);
         Ok(())
     }
 
-    pub fn write(&mut self, local: &mut Private, space: Space, address: u64, now: &Now, data: &[u8]) -> Checked<()> {
+    pub fn write(
+        &mut self,
+        local: &mut PrivateMemory,
+        space: Space,
+        address: u64,
+        context: &AccessContext,
+        data: &[u8],
+    ) -> Checked<()> {
         let (space, address) = if space == Space::Generic { space_of(address) } else { (space, address) };
         match space {
-            Space::Global | Space::Shared => self.write_region(space, address, data.len() as u64, now, data),
+            Space::Global | Space::Shared => self.write_region(space, address, data.len() as u64, context, data),
             Space::Local => local.write(space, address, data),
             _ => Err(FaultKind::ReadOnly { space, address }),
         }
     }
 
-    pub fn write_region(&mut self, space: Space, address: u64, align: u64, now: &Now, data: &[u8]) -> Checked<()> {
+    pub fn write_region(
+        &mut self,
+        space: Space,
+        address: u64,
+        align: u64,
+        context: &AccessContext,
+        data: &[u8],
+    ) -> Checked<()> {
         if space == Space::Shared {
-            return self.shared.write(address, data, align, now, self.checks);
+            return self.shared.write(address, data, align, context, self.checks);
         }
         let nowhere = FaultKind::OutOfBounds { space, address, bytes: data.len() };
-        self.global.find(address).ok_or(nowhere)?.write(address, data, align, now, self.checks)
+        self.global.find(address).ok_or(nowhere)?.write(address, data, align, context, self.checks)
     }
 
-    /// Adds an access of these lanes, `bytes` each, to the report.
+    /// Adds an access of `bytes` bytes in each of these lanes to the report.
     pub fn account(&mut self, space: Space, addresses: &Lanes, active: u32, bytes: usize, write: bool, line: u32) {
         let mut shared = [0; 32];
         let (mut shared_count, mut global) = (0, Sectors::default());
@@ -549,8 +578,8 @@ impl Machine<'_> {
         self.add_shared(&shared[..shared_count], bytes, write, line);
     }
 
-    /// The same for a warp that touches contiguous pieces. Which lane takes what of shared memory is unknown: it is
-    /// counted as `ldmatrix` does it, 16 bytes of eight pieces at once.
+    /// Adds an access of a whole warp to contiguous pieces. It is unspecified which lane accesses which part of shared
+    /// memory, so conflicts are counted as for `ldmatrix`: 16 bytes of eight pieces at once.
     pub fn account_pieces(&mut self, space: Space, starts: &[u64], bytes: usize, write: bool, line: u32) {
         if space == Space::Global {
             let mut sectors = Sectors::default();
@@ -586,7 +615,7 @@ impl Machine<'_> {
     }
 }
 
-/// Distinct sectors of 32 bytes.
+/// Counts distinct sectors of 32 bytes.
 #[derive(Default)]
 struct Sectors {
     seen: Vec<u64>,
@@ -604,7 +633,8 @@ impl Sectors {
     }
 }
 
-/// How many words of one bank lanes want at once: 32 banks of 4 bytes; as many lanes at once as 128 bytes serve.
+/// The degree of a bank conflict: the largest number of words of one bank that are accessed at once. There are 32 banks
+/// of 4 bytes, and as many lanes are served at once as access 128 bytes together.
 fn conflict(addresses: &[u64], bytes: usize) -> u32 {
     let words = bytes.div_ceil(4) as u64;
     let mut worst = 1;
@@ -654,19 +684,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn conflicts_of_strides() {
+    fn bank_conflicts_depend_on_the_stride() {
         let strided = |stride: u64| (0..32).map(|lane| 4 * stride * lane).collect::<Vec<u64>>();
         let degrees: Vec<u32> = [0, 1, 2, 3, 8, 32, 33].iter().map(|&s| conflict(&strided(s), 4)).collect();
         assert_eq!(degrees, [1, 1, 2, 1, 8, 32, 1]);
         let wide: Vec<u64> = (0..32).map(|lane| 16 * lane).collect();
         assert_eq!(conflict(&wide, 16), 1);
-        // Eight rows of 16 bytes: 32 bytes apart they collide, 48 bytes apart they do not.
+        // Eight rows of 16 bytes conflict with a stride of 32 bytes, but not with one of 48 bytes.
         let rows = |stride: u64| (0..8).map(|row| stride * row).collect::<Vec<u64>>();
         assert_eq!([32, 48, 64, 128, 144].map(|s| conflict(&rows(s), 16)), [2, 1, 4, 8, 1]);
     }
 
     #[test]
-    fn kinds_are_in_order() {
+    fn all_kinds_lists_the_kinds_in_declaration_order() {
         assert!(ALL_KINDS.iter().enumerate().all(|(n, &kind)| kind as usize == n));
     }
 }

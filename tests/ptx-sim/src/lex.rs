@@ -1,6 +1,6 @@
-//! PTX text to tokens.
+//! The lexer: PTX text to tokens.
 
-/// A token and the line it stands in, from 1.
+/// A token and its line number, from 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Token<'a> {
     pub kind: Kind<'a>,
@@ -12,13 +12,13 @@ pub enum Kind<'a> {
     /// A name, directive or opcode with its modifiers: `%r1`, `.reg`, `ld.global.v4.b32`.
     Word(&'a str),
     Integer(u64),
-    /// The bits of an f64; written as `0f…`, it is the exact value of that f32.
+    /// An f64; for the syntax `0f…` it is the exact value of that f32.
     Float(f64),
     String(&'a str),
     Symbol(char),
 }
 
-/// `Err` is a line and a message.
+/// The tokens of a text, or a line number and a message.
 pub fn tokens(text: &str) -> Result<Vec<Token<'_>>, (usize, String)> {
     let bytes = text.as_bytes();
     let (mut at, mut line) = (0, 1);
@@ -71,7 +71,7 @@ fn is_word(c: u8) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, b'_' | b'$' | b'%' | b'.')
 }
 
-/// `::` belongs to a word when a word goes on behind it (`.L2::128B`), a single `:` ends a label.
+/// `::` belongs to a word if the word continues behind it (`.L2::128B`); a single `:` ends a label.
 fn word_length(text: &str) -> usize {
     let bytes = text.as_bytes();
     let mut n = 0;
@@ -87,7 +87,7 @@ fn word_length(text: &str) -> usize {
     n
 }
 
-/// Digits and letters, and the sign of a decimal exponent.
+/// Length of a number: digits, letters, and the sign of a decimal exponent.
 fn number_length(text: &str) -> usize {
     let bytes = text.as_bytes();
     let decimal = !text.starts_with("0x") && !text.starts_with("0X") && !text.starts_with("0f");

@@ -1,34 +1,36 @@
-//! An interpreter of PTX, so that kernels can be tested where there is no GPU.
+//! A PTX interpreter, so that GPU kernels can be tested on machines without a GPU.
 //!
-//! [`Module::parse`] takes PTX text as LLVM's NVPTX back end writes it for sm_70 to sm_90; [`Gpu::launch`] executes a
-//! kernel and gives a [`Report`] of what it did, or the [`Fault`] of the first thread that did wrong.
+//! [`Module::parse`] reads PTX text as LLVM's NVPTX back end writes it for sm_70 to sm_90. [`Gpu::launch`] executes a
+//! kernel and returns a [`Report`] of what it did, or the [`Fault`] of the first thread that did something wrong.
 //!
-//! **Execution.** Blocks run one after the other, the warps of a block from barrier to barrier, the 32 lanes of a warp
-//! in lockstep. Lanes that branch apart come together at the branch's immediate post-dominator. Everything is
-//! determined by the module, the arguments and [`Options::seed`].
+//! **Execution.** Thread blocks run one after the other, the warps of a block from barrier to barrier, the 32 lanes of
+//! a warp in lockstep. Lanes that diverge at a branch reconverge at its immediate post-dominator. The module, the
+//! arguments and [`Options::seed`] determine every result.
 //!
-//! **Checked**, beyond what hardware does:
-//! - every access against its buffer or variable, not merely the space (of local memory, against what the functions at
-//!   hand declare), and its alignment. A shared variable lies at an address with just the alignment it declares;
-//! - reads of what nothing has written. A register that nothing has written holds garbage;
-//! - races: within a block, in shared and global memory; across the blocks of a launch, in global memory (`race.rs`);
+//! **Checks** beyond those of hardware:
+//! - every access against its buffer or variable, not only against its state space (local memory is checked against the
+//!   declarations of the functions on the call stack), and its alignment. A shared variable is placed at an address
+//!   with exactly the alignment that it declares;
+//! - reads of memory that nothing has written. A register that nothing has written holds garbage;
+//! - data races: within a block in shared and global memory, and between the blocks of a launch in global memory
+//!   (`race.rs`);
 //! - `.sync` and `.aligned` instructions that not all their lanes reach together, barriers that not all warps reach,
-//!   `.uni` branches that part. Barriers must be reached by all lanes of a warp at once, also where `.aligned` is
+//!   and `.uni` branches that diverge. All lanes of a warp must reach a barrier at once, also where `.aligned` is
 //!   missing;
-//! - `cp.async` data touched before it is waited for; `ld.global.nc` of what the launch writes;
-//! - floating-point atomics, which are refused: their sums have no determined last bit;
-//! - instructions that the module's target lacks, and register widths that do not fit, as `ptxas` would.
+//! - `cp.async` data that is accessed before it is waited for, and `ld.global.nc` of data that the launch writes;
+//! - floating-point atomics, which are refused because the last bit of their sums depends on scheduling;
+//! - instructions that the module's target lacks, and registers of the wrong width, as `ptxas` checks them.
 //!
-//! **Chosen freely where PTX leaves it open**, by the seed, so that no test can lean on it: the errors of approximate
-//! functions and tensor cores within what is documented (`approx.rs`), and how `wmma` fragments lie in registers
-//! (`matrix.rs`).
+//! **Random choices.** Where PTX leaves a choice the seed decides, so that no test can rely on one outcome: the errors
+//! of approximate functions and tensor cores within the documented bounds (`approx.rs`), and the layout of `wmma`
+//! fragments in registers (`matrix.rs`).
 //!
-//! **Not modelled**: time, caches, and the reordering of memory accesses that fences forbid (the race check stands in
-//! for it); independent progress of lanes that have parted, so a spin lock within a warp never ends and runs into
+//! **Not modelled**: time; caches; the reordering of memory accesses that fences forbid (the race check covers it);
+//! independent progress of diverged lanes, so that a spin lock within a warp never ends and runs into
 //! [`Options::steps`]; barriers of some of the warps; clusters, `mbarrier`, TMA, `wgmma`; textures; indirect calls and
 //! functions of other modules; rounding modes other than to nearest for division and square root. Bank conflicts of
-//! `wmma` accesses are an estimate, since who loads what is not known. What is not modelled is refused when the module
-//! is parsed, by line and name; nothing is skipped.
+//! `wmma` accesses are estimated, since it is unspecified which lane loads what. What is not modelled is refused when
+//! the module is parsed, with line and name; nothing is skipped silently.
 
 mod approx;
 mod arithmetic;
@@ -49,7 +51,7 @@ mod tensor;
 mod types;
 mod warp;
 
-pub use error::{Error, Fault, FaultKind, Other, Result};
+pub use error::{ConflictingAccess, Error, Fault, FaultKind, Result};
 pub use launch::{Arg, Extent, Gpu, Options, Ptr};
 pub use program::Module;
 pub use report::{Count, Kind, Report, Traffic};

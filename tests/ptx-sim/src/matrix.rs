@@ -1,11 +1,11 @@
-//! Fragments of matrices in the registers of a warp, and their products.
+//! Matrix fragments in the registers of a warp, and their products.
 //!
-//! `wmma` does not say which lane holds which element, and says that it differs between chips. So its fragments are
-//! spread by a permutation drawn from the seed, one for each kind of fragment: elementwise work on a fragment is
-//! right as it must be, and whatever knows more about the layout goes wrong. `mma` and `ldmatrix` have the layouts
-//! the PTX ISA documents.
+//! It is unspecified which lane holds which element of a `wmma` fragment, and the layout differs between chips. The
+//! layout here is therefore a random permutation, drawn from the seed for each kind of fragment: elementwise work on a
+//! fragment gives correct results, and code that relies on a particular layout fails. `mma` and `ldmatrix` have the
+//! layouts that the PTX ISA documents.
 
-use crate::approx::{mix, share};
+use crate::approx::{mix, signed_fraction};
 use crate::arithmetic::Lanes;
 use crate::number::Rounding;
 use crate::types::Float;
@@ -17,7 +17,7 @@ pub enum Role {
     Accumulator,
 }
 
-/// d = a·b + c, with a: m×k, b: k×n.
+/// d = a·b + c, where a is m×k and b is k×n.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     pub m: usize,
@@ -31,16 +31,16 @@ pub struct Fragment {
     pub role: Role,
     pub shape: Shape,
     pub float: Float,
-    /// Of a factor: whether it was loaded by columns. Its use must say the same.
+    /// For a factor: whether it was loaded column-major, which must agree with its use.
     pub column_major: bool,
-    /// Of `wmma`; otherwise of `mma`.
+    /// True for `wmma`, false for `mma`.
     pub opaque: bool,
 }
 
-/// For each register, lane and (of 16-bit elements) half the element that lies there, row by row.
-pub struct Spread {
+/// The index (row-major) of the element in each register, lane and, for 16-bit elements, half of the register.
+pub struct FragmentLayout {
     elements: Vec<u16>,
-    halves: usize,
+    per_register: usize,
 }
 
 impl Fragment {
@@ -52,18 +52,18 @@ impl Fragment {
         if self.role == Role::A { self.shape.k } else { self.shape.n }
     }
 
-    fn halves(&self) -> usize {
+    fn per_register(&self) -> usize {
         if self.float == Float::F32 { 1 } else { 2 }
     }
 
-    /// Registers of 32 bits in each lane.
+    /// Number of 32-bit registers in each lane.
     pub fn registers(&self) -> usize {
-        let exact = self.rows() * self.columns() / (32 * self.halves());
-        // Factors in f16 have eight whatever the shape, so an element lies in several lanes.
+        let exact = self.rows() * self.columns() / (32 * self.per_register());
+        // Factors in f16 have eight registers whatever their shape, so each element is held by several lanes.
         if self.opaque && self.role != Role::Accumulator && self.float == Float::F16 { 8 } else { exact }
     }
 
-    /// A small number for each kind.
+    /// A small number that identifies the kind.
     pub fn index(&self) -> u32 {
         match (self.role, self.column_major) {
             (Role::A, false) => 0,
@@ -74,9 +74,9 @@ impl Fragment {
         }
     }
 
-    pub fn spread(&self, seed: u64) -> Spread {
-        let halves = self.halves();
-        let slots = self.registers() * 32 * halves;
+    pub fn layout(&self, seed: u64) -> FragmentLayout {
+        let per_register = self.per_register();
+        let slots = self.registers() * 32 * per_register;
         let size = self.rows() * self.columns();
         let mut elements: Vec<u16> = (0..slots).map(|slot| (slot % size) as u16).collect();
         if self.opaque {
@@ -89,40 +89,42 @@ impl Fragment {
             }
         } else {
             for (slot, element) in elements.iter_mut().enumerate() {
-                let (register, lane, half) = (slot / (32 * halves), slot / halves % 32, slot % halves);
+                let (register, lane, half) =
+                    (slot / (32 * per_register), slot / per_register % 32, slot % per_register);
                 let (group, member) = (lane / 4, lane % 4);
                 let (row, column) = match self.role {
                     Role::A => (group + 8 * (register % 2), 2 * member + 8 * (register / 2) + half),
                     Role::B => (2 * member + 8 * register + half, group),
-                    Role::Accumulator if halves == 1 => (group + 8 * (register / 2), 2 * member + register % 2),
+                    Role::Accumulator if per_register == 1 => (group + 8 * (register / 2), 2 * member + register % 2),
                     Role::Accumulator => (group + 8 * register, 2 * member + half),
                 };
                 *element = (row * self.columns() + column) as u16;
             }
         }
-        Spread { elements, halves }
+        FragmentLayout { elements, per_register }
     }
 }
 
-impl Spread {
-    /// Elements, row by row, to registers.
+impl FragmentLayout {
+    /// Moves elements, in row-major order, to registers.
     pub fn scatter(&self, elements: &[u64]) -> Vec<Lanes> {
-        let per = 32 * self.halves;
+        let per = 32 * self.per_register;
         let mut out = vec![[0; 32]; self.elements.len() / per];
         for (slot, &element) in self.elements.iter().enumerate() {
-            out[slot / per][slot / self.halves % 32] |= elements[element as usize] << (16 * (slot % self.halves));
+            out[slot / per][slot / self.per_register % 32] |=
+                elements[element as usize] << (16 * (slot % self.per_register));
         }
         out
     }
 
-    /// Registers to elements; `None` if the copies of one differ.
+    /// Moves registers to elements; `None` if the copies of an element differ.
     pub fn gather(&self, registers: &[Lanes], size: usize) -> Option<Vec<u64>> {
         const UNSEEN: u64 = u64::MAX;
         let mut out = vec![UNSEEN; size];
-        let per = 32 * self.halves;
-        let mask = if self.halves == 1 { 0xFFFF_FFFF } else { 0xFFFF };
+        let per = 32 * self.per_register;
+        let mask = if self.per_register == 1 { 0xFFFF_FFFF } else { 0xFFFF };
         for (slot, &element) in self.elements.iter().enumerate() {
-            let bits = registers[slot / per][slot / self.halves % 32] >> (16 * (slot % self.halves)) & mask;
+            let bits = registers[slot / per][slot / self.per_register % 32] >> (16 * (slot % self.per_register)) & mask;
             let seen = &mut out[element as usize];
             if *seen != UNSEEN && *seen != bits {
                 return None;
@@ -133,10 +135,10 @@ impl Spread {
     }
 }
 
-/// a·b + c in f64, each element rounded once.
+/// a·b + c in f64, with one rounding per element.
 ///
-/// Tensor cores add in an order of their own and to a precision of at least f32: with a seed, an element is moved by
-/// up to 2⁻²³ of the sum of its terms' sizes.
+/// Tensor cores add in an unspecified order and with at least the precision of f32. With a seed, an element is
+/// therefore perturbed by up to 2⁻²³ of the sum of the magnitudes of its terms.
 pub fn multiply(shape: Shape, a: &[f64], b: &[f64], c: &[f64], float: Float, seed: Option<u64>) -> Vec<u64> {
     let Shape { m, n, k } = shape;
     let mut out = Vec::with_capacity(m * n);
@@ -154,7 +156,7 @@ pub fn multiply(shape: Shape, a: &[f64], b: &[f64], c: &[f64], float: Float, see
             if let Some(seed) = seed
                 && size.is_finite()
             {
-                sum += share(seed, sum.to_bits(), size.to_bits()) * size * 2f64.powi(-23);
+                sum += signed_fraction(seed, sum.to_bits(), size.to_bits()) * size * 2f64.powi(-23);
             }
             out.push(float.encode(float.round(sum, Rounding::Nearest)));
         }
@@ -191,30 +193,30 @@ mod tests {
     }
 
     #[test]
-    fn every_element_lies_somewhere() {
+    fn every_element_is_in_some_register() {
         for fragment in fragments() {
             let size = fragment.rows() * fragment.columns();
             let elements: Vec<u64> = (0..size as u64).collect();
             for seed in 0..3 {
-                let spread = fragment.spread(seed);
-                let registers = spread.scatter(&elements);
+                let layout = fragment.layout(seed);
+                let registers = layout.scatter(&elements);
                 assert_eq!(registers.len(), fragment.registers());
-                assert_eq!(spread.gather(&registers, size).unwrap(), elements, "{fragment:?}");
+                assert_eq!(layout.gather(&registers, size).unwrap(), elements, "{fragment:?}");
             }
         }
     }
 
     #[test]
-    fn numbers_of_registers_are_the_documented_ones() {
+    fn register_counts_are_the_documented_ones() {
         let counts: Vec<usize> = fragments().iter().map(Fragment::registers).collect();
         assert_eq!(counts, [8, 4, 8, 4, 4, 8, 8, 8, 8, 2, 4, 8, 8, 2, 8, 8, 4, 8, 4, 2, 4]);
     }
 
     #[test]
-    fn seeds_and_kinds_have_layouts_of_their_own() {
+    fn layouts_differ_between_seeds_and_kinds() {
         let [a, b] = [fragments()[0], fragments()[2]];
-        assert_ne!(a.spread(1).elements, a.spread(2).elements);
-        assert_ne!(a.spread(1).elements, Fragment { column_major: true, ..a }.spread(1).elements);
-        assert_ne!(a.spread(1).elements, b.spread(1).elements);
+        assert_ne!(a.layout(1).elements, a.layout(2).elements);
+        assert_ne!(a.layout(1).elements, Fragment { column_major: true, ..a }.layout(1).elements);
+        assert_ne!(a.layout(1).elements, b.layout(1).elements);
     }
 }

@@ -1,20 +1,20 @@
-//! Memory that knows what may be touched, and by whom.
+//! Memory with a state for each byte: whether it is mapped, written, or the destination of a pending copy.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::error::FaultKind;
-use crate::race::{Ledger, Now, Race};
+use crate::race::{AccessContext, AccessLog, Race};
 use crate::types::Space;
 
-/// Generic addresses: windows for the spaces that are not global, and one stretch for each global buffer.
+/// Generic addresses: each state space other than global has a window, and each global buffer a range.
 pub const SHARED_WINDOW: u64 = 1 << 28;
 pub const LOCAL_WINDOW: u64 = 2 << 28;
 pub const CONST_WINDOW: u64 = 3 << 28;
 pub const PARAM_WINDOW: u64 = 4 << 28;
 pub const GLOBAL_STRIDE: u64 = 1 << 36;
 
-/// The space of a generic address, and the address in that space.
+/// The state space of a generic address, and the address in that space.
 pub fn space_of(address: u64) -> (Space, u64) {
     match address >> 28 {
         1 => (Space::Shared, address - SHARED_WINDOW),
@@ -25,7 +25,7 @@ pub fn space_of(address: u64) -> (Space, u64) {
     }
 }
 
-/// Which checks are made, see `Options`.
+/// Which checks are made; see `Options`.
 #[derive(Clone, Copy, Debug)]
 pub struct Checks {
     pub races: bool,
@@ -33,16 +33,17 @@ pub struct Checks {
     pub uninitialised: bool,
 }
 
-/// Of each byte.
+/// Flags of each byte.
 mod flag {
-    /// Part of a buffer or variable.
-    pub const THERE: u8 = 1;
+    /// The byte belongs to a buffer or variable.
+    pub const MAPPED: u8 = 1;
+    /// The byte has been written, in this launch or before.
     pub const WRITTEN_EVER: u8 = 2;
-    /// In this launch.
+    /// This and the next flags concern the current launch.
     pub const READ: u8 = 4;
     pub const WRITTEN: u8 = 8;
     pub const READ_AS_CONSTANT: u8 = 16;
-    /// A `cp.async` is under way to it.
+    /// The byte is the destination of a pending `cp.async`.
     pub const PENDING: u8 = 32;
 }
 
@@ -52,9 +53,9 @@ pub struct Region {
     base: u64,
     bytes: Vec<u8>,
     flags: Vec<u8>,
-    /// Made at the first access that is checked.
-    ledger: Ledger,
-    /// What this launch touched.
+    /// Created by the first access that is checked for races.
+    log: AccessLog,
+    /// Contains all bytes that this launch has accessed.
     touched: Range<usize>,
     pub unique_read: u64,
     pub unique_written: u64,
@@ -62,17 +63,17 @@ pub struct Region {
 
 impl Region {
     pub fn buffer(base: u64, bytes: Vec<u8>, written: bool) -> Region {
-        let flags = vec![flag::THERE | if written { flag::WRITTEN_EVER } else { 0 }; bytes.len()];
+        let flags = vec![flag::MAPPED | if written { flag::WRITTEN_EVER } else { 0 }; bytes.len()];
         Region::new(Space::Global, base, bytes, flags)
     }
 
-    /// Shared memory with these variables.
+    /// Shared memory that holds these variables.
     pub fn shared(variables: impl Iterator<Item = Range<u64>> + Clone) -> Region {
         let end = variables.clone().map(|range| range.end).max().unwrap_or(0) as usize;
         let base = variables.clone().map(|range| range.start).min().unwrap_or(0) as usize;
         let mut flags = vec![0; end - base];
         for range in variables {
-            flags[range.start as usize - base..range.end as usize - base].fill(flag::THERE);
+            flags[range.start as usize - base..range.end as usize - base].fill(flag::MAPPED);
         }
         Region::new(Space::Shared, base as u64, vec![0; end - base], flags)
     }
@@ -83,22 +84,22 @@ impl Region {
             base,
             bytes,
             flags,
-            ledger: Ledger::default(),
+            log: AccessLog::default(),
             touched: 0..0,
             unique_read: 0,
             unique_written: 0,
         }
     }
 
-    /// As a new block finds shared memory.
+    /// Resets shared memory for a new block.
     pub fn forget(&mut self) {
-        self.flags.iter_mut().for_each(|flags| *flags &= flag::THERE);
+        self.flags.iter_mut().for_each(|flags| *flags &= flag::MAPPED);
     }
 
-    /// Ends a launch; gives the bytes that it read and wrote, each counted once.
+    /// Ends a launch; returns the numbers of bytes that it has read and written, each counted once.
     pub fn end_launch(&mut self) -> (u64, u64) {
         let touched = std::mem::replace(&mut self.touched, 0..0);
-        let keep = flag::THERE | flag::WRITTEN_EVER;
+        let keep = flag::MAPPED | flag::WRITTEN_EVER;
         self.flags[touched].iter_mut().for_each(|flags| *flags &= keep);
         (std::mem::take(&mut self.unique_read), std::mem::take(&mut self.unique_written))
     }
@@ -107,13 +108,13 @@ impl Region {
         &self.bytes
     }
 
-    /// From outside of any launch.
+    /// Writes from outside of any launch.
     pub fn fill(&mut self, offset: usize, bytes: &[u8]) {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
         self.flags[offset..offset + bytes.len()].iter_mut().for_each(|flags| *flags |= flag::WRITTEN_EVER);
     }
 
-    /// As if nothing had written these bytes.
+    /// Marks these bytes as never written.
     pub fn erase(&mut self, range: Range<usize>) {
         self.flags[range].iter_mut().for_each(|flags| *flags &= !flag::WRITTEN_EVER);
     }
@@ -124,12 +125,12 @@ impl Region {
         found.map(|at| range.start + at)
     }
 
-    fn place(&self, address: u64, bytes: usize, align: u64) -> Result<Range<usize>, FaultKind> {
+    fn locate(&self, address: u64, bytes: usize, align: u64) -> Result<Range<usize>, FaultKind> {
         let space = self.space;
         let start = address.wrapping_sub(self.base);
         let range = usize::try_from(start).ok().and_then(|start| Some(start..start.checked_add(bytes)?));
         match range {
-            Some(range) if self.flags.get(range.clone()).is_some_and(|f| f.iter().all(|f| f & flag::THERE != 0)) => {
+            Some(range) if self.flags.get(range.clone()).is_some_and(|f| f.iter().all(|f| f & flag::MAPPED != 0)) => {
                 if !address.is_multiple_of(align) {
                     return Err(FaultKind::Misaligned { space, address, align });
                 }
@@ -145,8 +146,8 @@ impl Region {
         } else {
             self.touched = self.touched.start.min(range.start)..self.touched.end.max(range.end);
         }
-        if checks.races && self.ledger.is_empty() {
-            self.ledger = Ledger::new(self.bytes.len());
+        if checks.races && self.log.is_empty() {
+            self.log = AccessLog::new(self.bytes.len());
         }
     }
 
@@ -154,13 +155,14 @@ impl Region {
         FaultKind::Race { space: self.space, address: self.base + at as u64, line, other }
     }
 
-    /// The present as this region sees it: each block has shared memory of its own.
-    fn now(&self, now: &Now, checks: Checks) -> Now {
+    /// The access context for this region: in shared memory only accesses of the same block matter.
+    fn context(&self, context: &AccessContext, checks: Checks) -> AccessContext {
         let own = self.space == Space::Shared || !checks.across_blocks;
-        Now { launch: if own { now.block } else { now.launch }, ..*now }
+        AccessContext { launch: if own { context.block } else { context.launch }, ..*context }
     }
 
-    /// Bytes become what `is` says, if they are what they must be. Else: the first that is not.
+    /// Sets the flags `is` of these bytes, provided that all have the flags `must` and none has a flag of `must_not`.
+    /// Otherwise returns the first byte that violates this.
     fn mark(&mut self, range: &Range<usize>, is: u8, must: u8, must_not: u8) -> Option<usize> {
         let flags = &mut self.flags[range.clone()];
         let (all, any) = flags.iter().fold((!0, 0), |(all, any), &flags| (all & flags, any | flags));
@@ -183,12 +185,12 @@ impl Region {
         bytes: usize,
         align: u64,
         constant: bool,
-        now: &Now,
+        context: &AccessContext,
         checks: Checks,
     ) -> Result<&[u8], FaultKind> {
-        let range = self.place(address, bytes, align)?;
+        let range = self.locate(address, bytes, align)?;
         self.touch(&range, checks);
-        let now = self.now(now, checks);
+        let context = self.context(context, checks);
         let is = flag::READ | if constant { flag::READ_AS_CONSTANT } else { 0 };
         let must = if checks.uninitialised { flag::WRITTEN_EVER } else { 0 };
         let must_not = flag::PENDING | if constant { flag::WRITTEN } else { 0 };
@@ -201,54 +203,73 @@ impl Region {
             });
         }
         if checks.races {
-            self.ledger.read(range.clone(), &now).map_err(|race| self.race(race))?;
+            self.log.read(range.clone(), &context).map_err(|race| self.race(race))?;
         }
         Ok(&self.bytes[range])
     }
 
-    pub fn write(&mut self, address: u64, data: &[u8], align: u64, now: &Now, checks: Checks) -> Result<(), FaultKind> {
-        let range = self.place(address, data.len(), align)?;
-        self.mark_written(&range, now, checks)?;
+    pub fn write(
+        &mut self,
+        address: u64,
+        data: &[u8],
+        align: u64,
+        context: &AccessContext,
+        checks: Checks,
+    ) -> Result<(), FaultKind> {
+        let range = self.locate(address, data.len(), align)?;
+        self.mark_written(&range, context, checks)?;
         self.bytes[range].copy_from_slice(data);
         Ok(())
     }
 
-    fn mark_written(&mut self, range: &Range<usize>, now: &Now, checks: Checks) -> Result<(), FaultKind> {
+    fn mark_written(&mut self, range: &Range<usize>, context: &AccessContext, checks: Checks) -> Result<(), FaultKind> {
         self.touch(range, checks);
-        let now = self.now(now, checks);
+        let context = self.context(context, checks);
         let (is, must_not) = (flag::WRITTEN | flag::WRITTEN_EVER, flag::PENDING | flag::READ_AS_CONSTANT);
         if let Some(at) = self.mark(range, is, 0, must_not) {
             let (pending, address) = (self.flags[at] & flag::PENDING != 0, self.base + at as u64);
             return Err(if pending { FaultKind::PendingCopy { address } } else { FaultKind::NotConstant { address } });
         }
         if checks.races {
-            self.ledger.write(range.clone(), &now).map_err(|race| self.race(race))?;
+            self.log.write(range.clone(), &context).map_err(|race| self.race(race))?;
         }
         Ok(())
     }
 
-    /// A `cp.async` may write from now on.
-    pub fn begin_copy(&mut self, address: u64, bytes: usize, now: &Now, checks: Checks) -> Result<(), FaultKind> {
-        let range = self.place(address, bytes, bytes as u64)?;
-        self.mark_written(&range, now, checks)?;
+    /// Starts a `cp.async`, which may write from now on.
+    pub fn begin_copy(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        context: &AccessContext,
+        checks: Checks,
+    ) -> Result<(), FaultKind> {
+        let range = self.locate(address, bytes, bytes as u64)?;
+        self.mark_written(&range, context, checks)?;
         self.flags[range].iter_mut().for_each(|flags| *flags |= flag::PENDING);
         Ok(())
     }
 
-    /// A `cp.async` has written, and the thread that waited for it sees that.
-    pub fn end_copy(&mut self, address: u64, data: &[u8], now: &Now, checks: Checks) -> Result<(), FaultKind> {
-        let range = self.place(address, data.len(), data.len() as u64)?;
+    /// Completes a `cp.async`; the thread that waited for it sees the data.
+    pub fn end_copy(
+        &mut self,
+        address: u64,
+        data: &[u8],
+        context: &AccessContext,
+        checks: Checks,
+    ) -> Result<(), FaultKind> {
+        let range = self.locate(address, data.len(), data.len() as u64)?;
         self.flags[range].iter_mut().for_each(|flags| *flags &= !flag::PENDING);
-        self.write(address, data, data.len() as u64, now, checks)
+        self.write(address, data, data.len() as u64, context, checks)
     }
 }
 
 /// All global buffers.
 #[derive(Default)]
 pub struct Global {
-    /// Buffer `n` begins at `(n + 1) · GLOBAL_STRIDE`.
+    /// Buffer `n` starts at `(n + 1) · GLOBAL_STRIDE`.
     buffers: Vec<Option<Region>>,
-    /// Variables of modules, by the number of their buffer.
+    /// Variables of modules, by buffer number.
     variables: HashMap<u64, Region>,
 }
 
@@ -269,7 +290,7 @@ impl Global {
         self.buffers.get_mut(index).and_then(Option::take).is_some()
     }
 
-    /// The buffer an address falls to, if there is one.
+    /// The buffer that an address belongs to, if any.
     pub fn find(&mut self, address: u64) -> Option<&mut Region> {
         let number = address / GLOBAL_STRIDE;
         match self.buffers.get_mut((number as usize).wrapping_sub(1)) {
@@ -292,21 +313,21 @@ impl Global {
     }
 }
 
-/// The memory of one thread that no other sees: local variables, or parameters of calls.
+/// Memory that is private to one thread: local variables, or call parameters.
 #[derive(Clone, Default)]
-pub struct Private {
+pub struct PrivateMemory {
     bytes: Vec<u8>,
     written: Vec<bool>,
 }
 
-impl Private {
-    /// Grows or shrinks; what is new holds nothing yet.
+impl PrivateMemory {
+    /// Grows or shrinks; new bytes count as not written.
     pub fn resize(&mut self, bytes: usize) {
         self.bytes.resize(bytes, 0);
         self.written.resize(bytes, false);
     }
 
-    fn place(&self, space: Space, address: u64, bytes: usize) -> Result<Range<usize>, FaultKind> {
+    fn locate(&self, space: Space, address: u64, bytes: usize) -> Result<Range<usize>, FaultKind> {
         let range = usize::try_from(address).ok().and_then(|start| Some(start..start.checked_add(bytes)?));
         let range = range.filter(|range| range.end <= self.bytes.len());
         let range = range.ok_or(FaultKind::OutOfBounds { space, address, bytes })?;
@@ -317,7 +338,7 @@ impl Private {
     }
 
     pub fn read(&self, space: Space, address: u64, bytes: usize, checks: Checks) -> Result<&[u8], FaultKind> {
-        let range = self.place(space, address, bytes)?;
+        let range = self.locate(space, address, bytes)?;
         if checks.uninitialised
             && let Some(at) = self.written[range.clone()].iter().position(|written| !written)
         {
@@ -327,14 +348,14 @@ impl Private {
     }
 
     pub fn write(&mut self, space: Space, address: u64, data: &[u8]) -> Result<(), FaultKind> {
-        let range = self.place(space, address, data.len())?;
+        let range = self.locate(space, address, data.len())?;
         self.written[range.clone()].fill(true);
         self.bytes[range].copy_from_slice(data);
         Ok(())
     }
 
-    /// What passes between frames, written or not.
-    pub fn transfer(&mut self, at: usize, from: &Private, range: Range<usize>) {
+    /// Copies parameters between frames, including which bytes have been written.
+    pub fn transfer(&mut self, at: usize, from: &PrivateMemory, range: Range<usize>) {
         let to = at..at + range.len();
         self.bytes[to.clone()].copy_from_slice(&from.bytes[range.clone()]);
         self.written[to].copy_from_slice(&from.written[range]);

@@ -1,8 +1,8 @@
-//! Floating-point numbers as PTX rounds them.
+//! Floating-point rounding as PTX defines it.
 //!
-//! Every narrow operation goes through f64: the sum or product there, rounded to odd where it is not exact,
-//! then rounded once to its own format. Rounding to odd keeps what the second rounding must know, so the result
-//! is that of one rounding.
+//! Every operation in a narrower format is computed in f64, rounded to odd where it is inexact, and then rounded once
+//! to its own format. Rounding to odd preserves what the second rounding needs, so the result equals that of a single
+//! rounding (Boldo and Melquiond 2008).
 
 use crate::types::Float;
 
@@ -46,7 +46,7 @@ impl Float {
         (2.0 - power(-mantissa)) * power(1 - least)
     }
 
-    /// The distance to the next number from a finite `x`.
+    /// The distance from a finite `x` to the next number.
     pub fn ulp(self, x: f64) -> f64 {
         let (mantissa, least) = self.shape();
         power(exponent(x).max(least) - mantissa)
@@ -74,12 +74,12 @@ impl Float {
         if to_infinity { f64::INFINITY.copysign(x) } else { largest.copysign(x) }
     }
 
-    /// The bits of a number that the format has; of any NaN, PTX's canonical one.
+    /// The bits of a number that is exact in this format; any NaN becomes PTX's canonical one.
     pub fn encode(self, x: f64) -> u64 {
         match self {
             Float::F64 => return if x.is_nan() { 0x7FFF_FFFF_FFFF_FFFF } else { x.to_bits() },
             Float::F32 => return if x.is_nan() { 0x7FFF_FFFF } else { u64::from((x as f32).to_bits()) },
-            // Sixteen bits of f32.
+            // bf16 is the upper 16 bits of f32.
             Float::BF16 => return if x.is_nan() { 0x7FFF } else { u64::from((x as f32).to_bits() >> 16) },
             Float::F16 => {}
         }
@@ -108,13 +108,13 @@ impl Float {
         }
     }
 
-    /// Subnormal numbers to zero of the same sign.
+    /// Replaces subnormal numbers by zero of the same sign.
     pub fn flush(self, x: f64) -> f64 {
         if x.abs() < self.smallest_normal() { 0.0f64.copysign(x) } else { x }
     }
 }
 
-/// f16 to f32, which is exact. The exponent is moved by a multiplication, which normalises subnormal numbers.
+/// Converts f16 to f32 exactly. A multiplication adjusts the exponent, which normalises subnormal numbers.
 pub fn half_to_f32(bits: u16) -> f32 {
     let (sign, rest) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7FFF));
     if rest >= 0x7C00 {
@@ -132,7 +132,7 @@ fn power(exponent: i32) -> f64 {
     }
 }
 
-/// Of the leading bit.
+/// The exponent of the leading bit.
 fn exponent(x: f64) -> i32 {
     match (x.to_bits() >> 52 & 0x7FF) as i32 {
         0 => -1022,
@@ -140,13 +140,13 @@ fn exponent(x: f64) -> i32 {
     }
 }
 
-/// The sum rounded to odd: where inexact, the neighbour whose last bit is set.
+/// The sum, rounded to odd: an inexact result is the neighbour whose last bit is set.
 pub fn add(a: f64, b: f64) -> f64 {
     let sum = a + b;
     if !sum.is_finite() {
         return sum;
     }
-    // What rounding lost (Knuth's two-sum).
+    // The rounding error of the sum (Knuth's two-sum).
     let bb = sum - a;
     to_odd(sum, (a - (sum - bb)) + (b - bb))
 }
@@ -159,7 +159,7 @@ fn to_odd(x: f64, lost: f64) -> f64 {
     f64::from_bits(if (lost > 0.0) == (x > 0.0) { bits + 1 } else { bits - 1 })
 }
 
-/// `a·b + c` of numbers of at most 24 bits, whose product f64 holds.
+/// `a·b + c` of numbers of at most 24 bits, whose product is exact in f64.
 pub fn fma(a: f64, b: f64, c: f64) -> f64 {
     add(a * b, c)
 }
@@ -170,7 +170,7 @@ pub fn from_integer(x: i128) -> f64 {
     to_odd(near, (x - near as i128) as f64)
 }
 
-/// PTX's `min` and `max`: the number if the other is none, and −0 below +0.
+/// PTX's `min` and `max`: a NaN yields to a number, and −0 is below +0.
 pub fn min(a: f64, b: f64) -> f64 {
     match (a.is_nan(), b.is_nan()) {
         (true, _) => b,
@@ -196,7 +196,7 @@ mod tests {
     use half::{bf16, f16};
 
     #[test]
-    fn every_half_there_and_back() {
+    fn every_f16_survives_a_round_trip() {
         for bits in 0..=u16::MAX {
             let (ours, theirs) = (Float::F16.decode(bits.into()), f16::from_bits(bits).to_f64());
             assert!(ours == theirs || ours.is_nan() && theirs.is_nan(), "{bits:#x}: {ours} {theirs}");
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn rounding_to_nearest_is_that_of_the_half_crate() {
+    fn rounding_to_nearest_agrees_with_the_half_crate() {
         for x in samples().filter(|x| !x.is_nan()) {
             let ours = Float::F16.encode(Float::F16.round(x.into(), Rounding::Nearest));
             assert_eq!(ours, f16::from_f32(x).to_bits().into(), "{x:e}");
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn directed_rounding_encloses() {
+    fn directed_roundings_enclose_the_exact_value() {
         for x in samples().filter(|x| x.is_finite()).map(f64::from) {
             for float in [Float::F16, Float::BF16] {
                 let (down, up) = (float.round(x, Rounding::Down), float.round(x, Rounding::Up));
@@ -240,8 +240,8 @@ mod tests {
     }
 
     #[test]
-    fn one_rounding_not_two() {
-        // Halfway between two f32, and a little more: f64 would drop the little.
+    fn results_are_rounded_once_not_twice() {
+        // Halfway between two f32, plus a little that f64 would lose.
         let (a, b) = (1.0, f64::from(f32::EPSILON) / 2.0);
         assert_eq!(Float::F32.round(add(add(a, b), 1e-30), Rounding::Nearest), f64::from(1.0f32.next_up()));
         for n in 0..1u64 << 16 {
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn minimum_of_zeros_and_nans() {
+    fn minimum_and_maximum_of_zeros_and_nans() {
         assert!(min(0.0, -0.0).is_sign_negative() && min(-0.0, 0.0).is_sign_negative());
         assert!(max(0.0, -0.0).is_sign_positive() && max(-0.0, 0.0).is_sign_positive());
         assert_eq!((min(f64::NAN, 1.0), max(1.0, f64::NAN)), (1.0, 1.0));

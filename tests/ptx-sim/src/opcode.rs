@@ -1,4 +1,4 @@
-//! An opcode taken apart. Whoever decodes it must take every modifier; one left over is not modelled.
+//! An opcode and its modifiers. A decoder must take every modifier; one that is left over is not modelled.
 
 use crate::number::Rounding;
 use crate::types::Type;
@@ -6,15 +6,15 @@ use crate::types::Type;
 pub struct Opcode<'a> {
     pub name: &'a str,
     modifiers: Vec<&'a str>,
-    /// The first `sm_` that has it.
+    /// The first `sm_` version that has the instruction.
     pub needs: u32,
 }
 
 /// Why an instruction is refused.
 pub enum Refusal {
-    /// Known, but written wrongly.
+    /// The instruction is known but malformed.
     Wrong(String),
-    /// Not modelled.
+    /// The instruction is not modelled.
     Unknown(String),
 }
 
@@ -44,13 +44,14 @@ impl<'a> Opcode<'a> {
         }
     }
 
-    /// The value beside the first modifier, from the left, that is one of these words.
+    /// The value that belongs to the first modifier, from the left, that is one of these words.
     pub fn one_of<T: Copy>(&mut self, words: &[(&str, T)]) -> Option<T> {
         let value = |m: &str| words.iter().find(|(word, _)| *word == m).map(|&(_, value)| value);
         let at = self.modifiers.iter().position(|m| value(m).is_some())?;
         value(self.modifiers.remove(at))
     }
 
+    /// As [`Opcode::one_of`], but refuses the instruction if there is none.
     pub fn needed_one_of<T: Copy>(&mut self, words: &[(&str, T)]) -> Decoded<T> {
         match self.one_of(words) {
             Some(value) => Ok(value),
@@ -66,7 +67,7 @@ impl<'a> Opcode<'a> {
         self.needed_one_of(&words.iter().map(|&word| (word, word)).collect::<Vec<_>>())
     }
 
-    /// The next type from the left.
+    /// The next type among the modifiers, from the left.
     pub fn ty(&mut self) -> Decoded<Type> {
         match self.modifiers.iter().position(|m| Type::parse(m).is_some()) {
             Some(at) => Ok(Type::parse(self.modifiers.remove(at)).expect("it parsed")),
@@ -78,8 +79,8 @@ impl<'a> Opcode<'a> {
         self.one_of(&[("rn", Rounding::Nearest), ("rz", Rounding::Zero), ("rm", Rounding::Down), ("rp", Rounding::Up)])
     }
 
-    /// Modifiers that change nothing here: hints to caches, and the scopes and orders of the memory model, whose
-    /// weakest member is no weaker than what is checked.
+    /// Drops modifiers without effect here: cache hints, and the scopes and orders of the memory model, since the race
+    /// check demands no less than the weakest of these.
     pub fn drop_memory_hints(&mut self) {
         const HINTS: [&str; 20] = [
             "weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "cta", "gpu", "sys", "cluster", "ca",

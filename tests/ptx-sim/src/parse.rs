@@ -1,4 +1,4 @@
-//! Tokens to a syntax tree: names are still text, opcodes too.
+//! The parser: tokens to a syntax tree, in which names and opcodes are still text.
 
 use crate::error::{Error, Result};
 use crate::lex::{self, Kind, Token};
@@ -18,7 +18,7 @@ pub struct Variable<'a> {
     pub line: usize,
     pub space: Space,
     pub align: u64,
-    /// `None`: `.extern .shared` of a size that the launch tells.
+    /// `None` for an `.extern .shared` array, whose size the launch determines.
     pub bytes: Option<usize>,
     pub content: Option<Vec<u8>>,
 }
@@ -29,18 +29,18 @@ pub struct Function<'a> {
     pub line: usize,
     pub results: Vec<Variable<'a>>,
     pub params: Vec<Variable<'a>>,
-    /// `.maxntid`: at most so many threads in a block.
-    pub most_threads: Option<u32>,
-    /// `.reqntid`: exactly this block.
+    /// `.maxntid`: the largest number of threads of a block.
+    pub max_threads: Option<u32>,
+    /// `.reqntid`: the required size of a block.
     pub block: Option<[u32; 3]>,
-    /// `None`: only declared.
+    /// `None` for a declaration without a body.
     pub body: Option<Vec<Statement<'a>>>,
 }
 
 pub enum Statement<'a> {
     Open,
     Close,
-    /// `count`: `%r<9>` stands for `%r0` to `%r8`.
+    /// With `count`, `%r<9>` stands for `%r0` to `%r8`.
     Registers {
         name: &'a str,
         count: Option<u32>,
@@ -64,26 +64,26 @@ pub struct Instruction<'a> {
 
 #[derive(Clone, Debug)]
 pub enum Arg<'a> {
-    /// A register, special register, variable, function or label; with an offset for `symbol+4`.
+    /// A register, special register, variable, function or label, with an offset for `symbol+4`.
     Name(&'a str, i64),
     Integer(i128),
     Float(f64),
-    /// `[base+offset]`; without a base, an absolute address.
+    /// `[base+offset]`; without a base it is an absolute address.
     Address(Option<&'a str>, i64),
     Vector(Vec<Arg<'a>>),
     /// `!%p1`
     Not(&'a str),
     /// `%p1|%p2`
     Both(&'a str, &'a str),
-    /// The lists of a call.
+    /// A list of arguments or results of a call.
     List(Vec<Arg<'a>>),
 }
 
-/// Bytes of a variable, and what an address may be a multiple of.
-const LARGEST: usize = 1 << 30;
-const COARSEST: u64 = 1 << 12;
+/// Upper limits for the size and the alignment of a variable, in bytes.
+const MAX_VARIABLE_BYTES: usize = 1 << 30;
+const MAX_ALIGNMENT: u64 = 1 << 12;
 
-/// Words that say how a function is linked; they change nothing here.
+/// Linkage directives, which have no effect here.
 const LINKAGE: [&str; 4] = [".visible", ".weak", ".common", ".extern"];
 
 pub fn module<'a>(text: &'a str, lines: &[&str]) -> Result<Module<'a>> {
@@ -108,7 +108,9 @@ impl<'a> Parser<'a> {
     fn module(&mut self) -> Parsed<Module<'a>> {
         let mut module = Module { target: 0, variables: vec![], functions: vec![] };
         while let Some(kind) = self.peek() {
-            let Kind::Word(word) = kind else { return Err(format!("{} where a directive is due", describe(kind))) };
+            let Kind::Word(word) = kind else {
+                return Err(format!("{} where a directive is expected", describe(kind)));
+            };
             match word {
                 ".version" => {
                     self.next += 2;
@@ -168,7 +170,7 @@ impl<'a> Parser<'a> {
                 }
                 module.variables.append(&mut variables);
             }
-            _ => return Err("a declaration is due".into()),
+            _ => return Err("expected a declaration".into()),
         }
         Ok(())
     }
@@ -179,12 +181,12 @@ impl<'a> Parser<'a> {
         let results = if !entry && self.peek() == Some(Kind::Symbol('(')) { self.parameters()? } else { vec![] };
         let name = self.word("a function's name")?;
         let params = if self.peek() == Some(Kind::Symbol('(')) { self.parameters()? } else { vec![] };
-        let mut function = Function { name, entry, line, results, params, most_threads: None, block: None, body: None };
+        let mut function = Function { name, entry, line, results, params, max_threads: None, block: None, body: None };
         loop {
             match self.peek() {
                 Some(Kind::Word(".maxntid")) => {
                     let [x, y, z] = self.extents()?;
-                    function.most_threads = Some(x.saturating_mul(y).saturating_mul(z));
+                    function.max_threads = Some(x.saturating_mul(y).saturating_mul(z));
                 }
                 Some(Kind::Word(".reqntid")) => function.block = Some(self.extents()?),
                 Some(Kind::Word(".minnctapersm" | ".maxnreg" | ".maxnctapersm")) => {
@@ -274,7 +276,7 @@ impl<'a> Parser<'a> {
                         out.push(Statement::Instruction(Instruction { line, guard: None, opcode: word, args }));
                     }
                 }
-                kind => return Err(format!("{} where a statement is due", describe(kind))),
+                kind => return Err(format!("{} where a statement is expected", describe(kind))),
             }
         }
     }
@@ -313,14 +315,14 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// A declaration of one variable or several, with the `;`.
+    /// A declaration of one or several variables, up to and including the `;`.
     fn variables(&mut self) -> Parsed<Vec<Variable<'a>>> {
         let variables = self.one_variable()?;
         self.expect(';')?;
         Ok(variables)
     }
 
-    /// `.space .align 4 .b8 name[16] = {…}`; parameters have the same form, with `.ptr` beside the type.
+    /// `.space .align 4 .b8 name[16] = {…}`. Parameters have the same form, with `.ptr` next to the type.
     fn one_variable(&mut self) -> Parsed<Vec<Variable<'a>>> {
         let word = self.word("a state space")?;
         let space = word.strip_prefix('.').and_then(Space::parse).ok_or(format!("`{word}` is no state space"))?;
@@ -335,7 +337,7 @@ impl<'a> Parser<'a> {
             }
         };
         if self.peek() == Some(Kind::Word(".ptr")) {
-            // What a pointer's value points to: nothing of the parameter itself.
+            // The state space and alignment that a pointer's target has do not concern the parameter itself.
             self.next += 1;
             while let Some(Kind::Word(word)) =
                 self.peek().filter(|kind| matches!(kind, Kind::Word(w) if w.starts_with('.')))
@@ -375,11 +377,11 @@ impl<'a> Parser<'a> {
             } else {
                 None
             };
-            if bytes.is_some_and(|n| n > LARGEST) {
+            if bytes.is_some_and(|n| n > MAX_VARIABLE_BYTES) {
                 return Err(format!("`{name}` is larger than any memory"));
             }
             out.push(Variable { name, line, space, align, bytes, content });
-            // In a list of parameters the comma belongs to the list, and a directive follows.
+            // In a parameter list a comma before a directive separates parameters.
             let behind = self.tokens.get(self.next + 1).map(|token| token.kind);
             let more = self.peek() == Some(Kind::Symbol(','))
                 && matches!(behind, Some(Kind::Word(word)) if !word.starts_with('.'));
@@ -392,7 +394,11 @@ impl<'a> Parser<'a> {
 
     fn alignment(&mut self) -> Parsed<u64> {
         let align = self.integer()?;
-        if align.is_power_of_two() && align <= COARSEST { Ok(align) } else { Err(format!("an alignment of {align}")) }
+        if align.is_power_of_two() && align <= MAX_ALIGNMENT {
+            Ok(align)
+        } else {
+            Err(format!("an alignment of {align}"))
+        }
     }
 
     fn initialiser(&mut self, ty: Type) -> Parsed<Vec<u8>> {
@@ -415,13 +421,13 @@ impl<'a> Parser<'a> {
         Ok(bits.to_le_bytes()[..ty.bytes()].to_vec())
     }
 
-    /// The operands of an instruction, with the `;`.
+    /// The operands of an instruction, up to and including the `;`.
     fn args(&mut self) -> Parsed<Vec<Arg<'a>>> {
         let mut args = vec![];
         while !self.accept(';') {
             if !args.is_empty() && !self.accept(',') {
-                // Before a matrix store's fragment the back end writes no space, but always a comma.
-                return Err("`,` or `;` is due".into());
+                // Before the fragment of a matrix store LLVM writes no space, but always a comma.
+                return Err("expected `,` or `;`".into());
             }
             args.push(self.arg()?);
         }
@@ -437,7 +443,7 @@ impl<'a> Parser<'a> {
             Kind::Symbol('-') => match self.arg()? {
                 Arg::Integer(value) => Arg::Integer(-value),
                 Arg::Float(value) => Arg::Float(-value),
-                _ => return Err("a number is due behind `-`".into()),
+                _ => return Err("expected a number after `-`".into()),
             },
             Kind::Symbol('!') => Arg::Not(self.word("a predicate")?),
             Kind::Symbol('{') => Arg::Vector(self.list('}')?),
@@ -461,7 +467,7 @@ impl<'a> Parser<'a> {
                     Arg::Name(word, self.offset()?)
                 }
             }
-            kind => return Err(format!("{} where an operand is due", describe(kind))),
+            kind => return Err(format!("{} where an operand is expected", describe(kind))),
         })
     }
 
@@ -498,7 +504,7 @@ impl<'a> Parser<'a> {
         self.tokens.get(self.next).map(|token| token.kind)
     }
 
-    /// The line of the token at hand, or of the last.
+    /// The line of the current token, or of the last one.
     fn line(&self) -> usize {
         self.tokens.get(self.next).or(self.tokens.last()).map_or(1, |token| token.line)
     }
@@ -510,7 +516,7 @@ impl<'a> Parser<'a> {
     }
 
     fn expect(&mut self, symbol: char) -> Parsed<()> {
-        if self.accept(symbol) { Ok(()) } else { Err(format!("`{symbol}` is due")) }
+        if self.accept(symbol) { Ok(()) } else { Err(format!("expected `{symbol}`")) }
     }
 
     fn word(&mut self, what: &str) -> Parsed<&'a str> {
@@ -519,7 +525,7 @@ impl<'a> Parser<'a> {
                 self.next += 1;
                 Ok(word)
             }
-            _ => Err(format!("{what} is due")),
+            _ => Err(format!("expected {what}")),
         }
     }
 
@@ -529,7 +535,7 @@ impl<'a> Parser<'a> {
                 self.next += 1;
                 Ok(value)
             }
-            _ => Err("an integer is due".into()),
+            _ => Err("expected an integer".into()),
         }
     }
 
@@ -547,7 +553,7 @@ impl<'a> Parser<'a> {
 
     fn skip_statement(&mut self) -> Parsed<()> {
         while !self.accept(';') {
-            self.peek().ok_or("`;` is due")?;
+            self.peek().ok_or("expected `;`")?;
             self.next += 1;
         }
         Ok(())
@@ -555,7 +561,7 @@ impl<'a> Parser<'a> {
 
     fn skip_section(&mut self) -> Parsed<()> {
         while !self.accept('}') {
-            self.peek().ok_or("`}` is due")?;
+            self.peek().ok_or("expected `}`")?;
             self.next += 1;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! A module ready to execute: names are resolved to places, opcodes to actions.
+//! A decoded module, ready to execute: names are resolved to addresses and registers, opcodes to actions.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use crate::matrix::{Fragment, Shape};
 use crate::report::Kind;
 use crate::types::{Float, Space};
 
-/// Parsed PTX. Parsing is where an instruction that is not modelled is refused, executed or not.
+/// A parsed PTX module. Parsing refuses instructions that are not modelled, whether they are executed or not.
 pub struct Module {
     pub(crate) lines: Vec<String>,
     pub(crate) target: u32,
     pub(crate) functions: Vec<Function>,
-    /// Shared variables, with room between them, so that no overrun falls into the next.
+    /// Shared variables, with gaps between them, so that an access beyond the end of one is out of bounds.
     pub(crate) shared: Vec<SharedVariable>,
-    /// `.global` variables: the number of their buffer, which no other module's has, and their content.
+    /// `.global` variables: a buffer number that is unique among all modules, and the initial content.
     pub(crate) globals: Vec<(u64, Vec<u8>)>,
     pub(crate) constants: Vec<u8>,
 }
@@ -23,19 +23,19 @@ pub struct Module {
 pub(crate) struct Function {
     pub name: String,
     pub entry: bool,
-    pub code: Vec<Step>,
-    /// The width of each register of a thread.
+    pub code: Vec<Instruction>,
+    /// Width in bits of each register of a thread.
     pub registers: Vec<u32>,
-    /// Where each parameter of a kernel lies.
+    /// Offset and size of each parameter of a kernel.
     pub params: Vec<Slot>,
     pub param_bytes: usize,
-    /// Parameters of calls, and of a function itself: private to each thread.
+    /// Bytes of call parameters, including the function's own: private to each thread.
     pub frame_bytes: usize,
     pub local_bytes: usize,
-    /// Which shared variables it and its callees name.
+    /// Indices of the shared variables that this function and its callees name.
     pub shared: Vec<usize>,
     pub callees: Vec<usize>,
-    pub most_threads: Option<u32>,
+    pub max_threads: Option<u32>,
     pub block: Option<[u32; 3]>,
 }
 
@@ -48,12 +48,12 @@ pub(crate) struct Slot {
 pub(crate) struct SharedVariable {
     pub address: u64,
     pub align: u64,
-    /// `None`: as large as the launch says.
+    /// `None` if the launch determines the size.
     pub bytes: Option<usize>,
 }
 
-pub(crate) struct Step {
-    /// A predicate, and whether it must be false.
+pub(crate) struct Instruction {
+    /// A predicate register, and whether it must be false.
     pub guard: Option<(u32, bool)>,
     pub line: u32,
     pub kind: Kind,
@@ -80,7 +80,7 @@ pub(crate) enum Special {
     Lane,
     Warp,
     Warps,
-    /// Lanes below, at or above one's own: `%lanemask_lt`, `_le`, `_eq`, `_ge`, `_gt`.
+    /// Masks of the lanes below, up to, at, from or above one's own: `%lanemask_lt`, `_le`, `_eq`, `_ge`, `_gt`.
     LanesBelow,
     LanesUpTo,
     LaneBit,
@@ -96,20 +96,22 @@ pub(crate) struct Address {
     pub offset: i64,
 }
 
-/// What a memory instruction reaches.
+/// The memory that an instruction accesses.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Place {
+pub(crate) enum AddressSpace {
     Space(Space),
-    /// Parameters of calls.
+    /// Call parameters.
     Frame,
 }
 
 pub(crate) enum Action {
+    /// A register computed from up to three operands.
     Map {
         map: Map,
         result: u32,
         operands: Vec<Operand>,
     },
+    /// An approximate function; `flush` replaces subnormal numbers by zero.
     Approximate {
         function: Approximate,
         float: Float,
@@ -118,11 +120,13 @@ pub(crate) enum Action {
         result: u32,
         operands: [Operand; 2],
     },
+    /// Packs parts of `bits` bits into one register.
     Pack {
         result: u32,
         parts: Vec<Operand>,
         bits: u32,
     },
+    /// Splits a register into parts of `bits` bits.
     Unpack {
         results: Vec<Option<u32>>,
         whole: Operand,
@@ -131,12 +135,13 @@ pub(crate) enum Action {
     Compare(Box<Comparing>),
     Load(Load),
     Store {
-        place: Place,
+        space: AddressSpace,
         address: Address,
         bytes: usize,
         values: Vec<Operand>,
     },
     Atomic(Box<Atomic>),
+    /// `cp.async`: reads `filled` bytes (all, if `None`) and fills the rest with zeros.
     CopyAsync {
         bytes: usize,
         to: Address,
@@ -144,31 +149,35 @@ pub(crate) enum Action {
         filled: Option<Operand>,
     },
     CommitCopies,
-    /// All but so many groups; `None`: everything, committed or not.
+    /// Waits until at most this many groups are pending; `None`: for all copies, committed or not.
     AwaitCopies(Option<usize>),
+    /// A branch; `uniform` forbids divergence.
     Branch {
         target: u32,
-        meet: u32,
+        reconvergence: u32,
         uniform: bool,
     },
+    /// A branch to one of several targets (`brx.idx`).
     BranchTable {
         targets: Arc<[u32]>,
         index: Operand,
-        meet: u32,
+        reconvergence: u32,
         uniform: bool,
     },
     Call {
         function: usize,
-        arguments: Vec<Pass>,
-        results: Vec<Pass>,
+        arguments: Vec<ParamCopy>,
+        results: Vec<ParamCopy>,
     },
     Return,
     Exit,
     Trap,
+    /// A barrier of the thread block.
     Barrier {
         id: Operand,
         threads: Option<Operand>,
     },
+    /// `bar.warp.sync`.
     WarpBarrier {
         members: Operand,
     },
@@ -179,6 +188,7 @@ pub(crate) enum Action {
         operand: Operand,
         members: Operand,
     },
+    /// `redux.sync`.
     Reduce {
         function: Combine,
         result: u32,
@@ -191,7 +201,7 @@ pub(crate) enum Action {
     LoadMatrix(Box<MatrixAccess>),
     StoreMatrix(Box<MatrixAccess>),
     Multiply(Box<Multiply>),
-    /// `ldmatrix`: 8×8 matrices of 16 bits, a row's address in each lane.
+    /// `ldmatrix`: loads 8×8 matrices of 16-bit elements; each lane holds the address of a row.
     LoadTiles {
         results: Vec<u32>,
         address: Address,
@@ -202,7 +212,7 @@ pub(crate) enum Action {
 
 pub(crate) struct Comparing {
     pub compare: Compare,
-    /// Of two halves, the second has the second result.
+    /// For packed pairs: the second result is that of the second elements.
     pub pair: bool,
     pub combine: Option<(Logic, Operand)>,
     pub results: [Option<u32>; 2],
@@ -217,33 +227,33 @@ pub(crate) enum Logic {
 }
 
 pub(crate) struct Load {
-    pub place: Place,
+    pub space: AddressSpace,
     pub address: Address,
-    /// Of one element.
+    /// Bytes of one element.
     pub bytes: usize,
-    /// Each with its width.
+    /// Result registers with their widths in bits.
     pub results: Vec<Option<(u32, u32)>>,
     pub signed: bool,
-    /// `.nc`: nothing writes there while the kernel runs.
+    /// `.nc`: the kernel must not write this memory.
     pub constant: bool,
 }
 
 pub(crate) type Combine = Box<dyn Fn(u64, u64) -> u64 + Send + Sync>;
 
 pub(crate) struct Atomic {
-    pub place: Place,
+    pub space: AddressSpace,
     pub address: Address,
     pub bytes: usize,
-    /// Old value and operands to the new value.
+    /// Maps the old value and the operands to the new value.
     pub function: Box<dyn Fn(u64, u64, u64) -> u64 + Send + Sync>,
     pub float: bool,
     pub result: Option<u32>,
     pub operands: [Operand; 2],
 }
 
-/// One argument or result of a call: from a place in one frame to one in the other.
+/// The copy of one argument or result of a call, from an offset in one frame to an offset in another.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Pass {
+pub(crate) struct ParamCopy {
     pub from: usize,
     pub to: usize,
     pub bytes: usize,
@@ -252,7 +262,7 @@ pub(crate) struct Pass {
 pub(crate) struct Shuffle {
     pub mode: ShuffleMode,
     pub result: Option<u32>,
-    /// Whether the source lane was in range.
+    /// Receives whether the source lane was in range.
     pub in_range: Option<u32>,
     pub operand: Operand,
     pub lane: Operand,
@@ -282,14 +292,14 @@ pub(crate) struct MatrixAccess {
     pub column_major: bool,
     pub space: Space,
     pub address: Address,
-    /// From row to row (or column to column), in elements.
+    /// Distance between rows (or columns), in elements.
     pub stride: Option<Operand>,
     pub registers: Vec<Operand>,
 }
 
 pub(crate) struct Multiply {
     pub shape: Shape,
-    /// Of `wmma`, opaque; of `mma`, as documented.
+    /// Fragments of `wmma` are opaque, those of `mma` have the documented layout.
     pub a: (Fragment, Vec<Operand>),
     pub b: (Fragment, Vec<Operand>),
     pub c: (Fragment, Vec<Operand>),
@@ -307,18 +317,18 @@ impl Module {
         self.target
     }
 
-    /// Bytes of shared memory that a kernel declares, without what a launch adds.
+    /// Bytes of shared memory that a kernel declares, without the dynamic part.
     pub fn shared_bytes(&self, kernel: &str) -> Option<usize> {
         let kernel = self.functions.iter().find(|function| function.entry && function.name == kernel)?;
         Some(self.declared_shared(kernel))
     }
 
-    /// Threads of a block along each axis, if the kernel is for one size of block alone.
+    /// Threads of a block along each axis, if the kernel requires one size (`.reqntid`).
     pub fn block(&self, kernel: &str) -> Option<[u32; 3]> {
         self.functions.iter().find(|function| function.entry && function.name == kernel)?.block
     }
 
-    /// Bytes of each of a kernel's parameters.
+    /// Bytes of each parameter of a kernel.
     pub fn parameters(&self, kernel: &str) -> Option<Vec<usize>> {
         let kernel = self.functions.iter().find(|function| function.entry && function.name == kernel)?;
         Some(kernel.params.iter().map(|slot| slot.bytes).collect())
@@ -336,7 +346,7 @@ impl Module {
     }
 }
 
-/// All lanes the same.
+/// The same value in all lanes.
 pub(crate) fn splat(value: u64) -> Lanes {
     [value; 32]
 }

@@ -1,103 +1,114 @@
-//! Who touched a byte last, and whether something orders that before what happens now.
+//! Race detection: the last accesses to each byte, and whether they are ordered before the current one.
 //!
-//! Time is counted in epochs: one begins with each block and at each barrier of a block, and the count goes on from
-//! launch to launch. Within an epoch a warp counts the points that order its lanes (`bar.warp.sync` and, if the
-//! options say so, shuffles). Two accesses to a byte, one of them a write, are ordered if
+//! Time is counted in epochs. An epoch begins with each block and at each barrier of a block, and counting continues
+//! from launch to launch. Within an epoch each warp counts the points that order its lanes (`bar.warp.sync` and,
+//! depending on the options, shuffles). Two accesses to a byte, at least one of them a write, are ordered if
 //!
 //! - the same thread makes both, or both are atomic;
-//! - they lie in different launches, or in different epochs of one block;
-//! - they come from one warp with such a point between.
+//! - they belong to different launches, or to different epochs of one block;
+//! - they belong to one warp and there is such a point between them.
 //!
 //! Blocks of one launch are never ordered.
 
 use std::ops::Range;
 
-use crate::error::Other;
+use crate::error::ConflictingAccess;
 
-/// An access to a byte. Zeroed: none.
+/// An access to a byte. All zero stands for none.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Stamp {
+pub struct Access {
     epoch: u32,
     sync: u32,
-    who: Who,
+    accessor: Accessor,
     line: u32,
 }
 
-/// A thread of a block, or something wider.
+/// The origin of an access: a thread of a block, or something wider.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Who(u32);
+pub struct Accessor(u32);
 
-impl Who {
-    /// Several lanes of a warp; the warp is added.
+impl Accessor {
+    /// Several lanes of a warp; the warp's index is added.
     const LANES: u32 = 1 << 16;
-    const WARPS: Who = Who(1 << 17);
-    const BLOCKS: Who = Who(1 << 18);
-    pub const ATOMIC: Who = Who(1 << 19);
+    /// Several warps of a block.
+    const WARPS: Accessor = Accessor(1 << 17);
+    /// Several blocks.
+    const BLOCKS: Accessor = Accessor(1 << 18);
+    /// An atomic instruction of any thread.
+    pub const ATOMIC: Accessor = Accessor(1 << 19);
     const MATRIX: u32 = 1 << 14;
 
-    pub fn thread(warp: usize, lane: usize) -> Who {
-        Who((warp * 32 + lane) as u32)
+    pub fn thread(warp: usize, lane: usize) -> Accessor {
+        Accessor((warp * 32 + lane) as u32)
     }
 
-    /// A whole warp with one of its kinds of fragment, where it is opaque which lane touches what.
-    pub fn matrix(warp: usize, kind: u32) -> Who {
-        Who(Who::MATRIX | (warp as u32) << 4 | kind)
+    /// A whole warp that accesses a fragment of some kind, where it is unspecified which lane accesses what.
+    pub fn matrix(warp: usize, kind: u32) -> Accessor {
+        Accessor(Accessor::MATRIX | (warp as u32) << 4 | kind)
     }
 
     fn warp(self) -> Option<u32> {
         match self.0 {
-            n if n < Who::MATRIX => Some(n / 32),
-            n if n < Who::LANES => Some((n & !Who::MATRIX) >> 4),
-            n if n < Who::WARPS.0 => Some(n & !Who::LANES),
+            n if n < Accessor::MATRIX => Some(n / 32),
+            n if n < Accessor::LANES => Some((n & !Accessor::MATRIX) >> 4),
+            n if n < Accessor::WARPS.0 => Some(n & !Accessor::LANES),
             _ => None,
         }
     }
 }
 
-/// The present, as the accesses of one thread see it.
+/// The origin and time of the current access.
 #[derive(Clone, Copy, Debug)]
-pub struct Now {
+pub struct AccessContext {
     pub epoch: u32,
     pub sync: u32,
-    pub who: Who,
+    pub accessor: Accessor,
     pub line: u32,
     /// The first epoch of this block, and of the launch.
     pub block: u32,
     pub launch: u32,
 }
 
-/// Last read and last write of a byte.
+/// The last read and the last write of a byte.
 #[derive(Clone, Copy, Debug, Default)]
-struct Stamps {
-    read: Stamp,
-    write: Stamp,
+struct LastAccesses {
+    read: Access,
+    write: Access,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Relation {
     Ordered,
+    /// Unordered, with an access of the same block.
     InBlock,
+    /// Unordered, with an access of another block.
     InAnotherBlock,
 }
 
-impl Now {
-    fn stamp(&self) -> Stamp {
-        Stamp { epoch: self.epoch, sync: self.sync, who: self.who, line: self.line }
+impl AccessContext {
+    fn access(&self) -> Access {
+        Access { epoch: self.epoch, sync: self.sync, accessor: self.accessor, line: self.line }
     }
 
-    fn relation(&self, before: &Stamp) -> Relation {
-        if before.epoch < self.launch || before.who == Who::ATOMIC && self.who == Who::ATOMIC {
+    fn relation(&self, before: &Access) -> Relation {
+        if before.epoch < self.launch || before.accessor == Accessor::ATOMIC && self.accessor == Accessor::ATOMIC {
             return Relation::Ordered;
         }
-        if before.epoch < self.block || before.who == Who::BLOCKS {
+        if before.epoch < self.block || before.accessor == Accessor::BLOCKS {
             return Relation::InAnotherBlock;
         }
-        let in_warp = before.who.warp().is_some() && before.who.warp() == self.who.warp();
-        let ordered = before.epoch < self.epoch || before.who == self.who || in_warp && before.sync < self.sync;
+        let in_warp = before.accessor.warp().is_some() && before.accessor.warp() == self.accessor.warp();
+        let ordered =
+            before.epoch < self.epoch || before.accessor == self.accessor || in_warp && before.sync < self.sync;
         if ordered { Relation::Ordered } else { Relation::InBlock }
     }
 
-    fn ordered(&self, before: &Stamp, in_block: Other, in_another: Other) -> Result<(), (Other, usize)> {
+    fn ordered(
+        &self,
+        before: &Access,
+        in_block: ConflictingAccess,
+        in_another: ConflictingAccess,
+    ) -> Result<(), (ConflictingAccess, usize)> {
         match self.relation(before) {
             Relation::Ordered => Ok(()),
             Relation::InBlock => Err((in_block, before.line as usize)),
@@ -106,70 +117,70 @@ impl Now {
     }
 }
 
-impl Stamps {
-    /// `Err`: the access this one races with, and its line.
-    fn read(&mut self, now: &Now) -> Result<(), (Other, usize)> {
-        now.ordered(&self.write, Other::WriteInBlock, Other::WriteInAnotherBlock)?;
-        let mut stamp = now.stamp();
-        // Several readers become one that stands for all of them.
-        stamp.who = match now.relation(&self.read) {
-            Relation::Ordered => now.who,
-            Relation::InAnotherBlock => Who::BLOCKS,
-            Relation::InBlock => match (self.read.who.warp(), now.who.warp()) {
-                (Some(a), Some(b)) if a == b => Who(Who::LANES | a),
-                _ => Who::WARPS,
+impl LastAccesses {
+    /// If the access races with an earlier one, the kind of that access and its line.
+    fn read(&mut self, context: &AccessContext) -> Result<(), (ConflictingAccess, usize)> {
+        context.ordered(&self.write, ConflictingAccess::WriteInBlock, ConflictingAccess::WriteInAnotherBlock)?;
+        let mut access = context.access();
+        // Unordered readers are merged into one origin that covers all of them.
+        access.accessor = match context.relation(&self.read) {
+            Relation::Ordered => context.accessor,
+            Relation::InAnotherBlock => Accessor::BLOCKS,
+            Relation::InBlock => match (self.read.accessor.warp(), context.accessor.warp()) {
+                (Some(a), Some(b)) if a == b => Accessor(Accessor::LANES | a),
+                _ => Accessor::WARPS,
             },
         };
-        self.read = stamp;
+        self.read = access;
         Ok(())
     }
 
-    fn write(&mut self, now: &Now) -> Result<(), (Other, usize)> {
-        now.ordered(&self.write, Other::WriteInBlock, Other::WriteInAnotherBlock)?;
-        now.ordered(&self.read, Other::ReadInBlock, Other::ReadInAnotherBlock)?;
-        self.write = now.stamp();
+    fn write(&mut self, context: &AccessContext) -> Result<(), (ConflictingAccess, usize)> {
+        context.ordered(&self.write, ConflictingAccess::WriteInBlock, ConflictingAccess::WriteInAnotherBlock)?;
+        context.ordered(&self.read, ConflictingAccess::ReadInBlock, ConflictingAccess::ReadInAnotherBlock)?;
+        self.write = context.access();
         Ok(())
     }
 }
 
-/// The stamps of a stretch of memory. Bytes of a word that are always touched together share theirs.
+/// The last accesses to a range of memory, kept per word as long as all bytes of the word are accessed together.
 #[derive(Default)]
-pub struct Ledger {
+pub struct AccessLog {
     words: Vec<Word>,
-    apart: Vec<[Stamps; 4]>,
+    apart: Vec<[LastAccesses; 4]>,
 }
 
 #[derive(Clone, Default)]
 struct Word {
-    together: Stamps,
-    /// Where the stamps of the single bytes are in `apart`, plus one; 0: they are together.
+    together: LastAccesses,
+    /// Index plus one in `apart` of the accesses per byte; 0 if the word is still treated as a whole.
     apart: u32,
 }
 
-/// A race: the byte, the access it races with and that one's line.
-pub type Race = (usize, Other, usize);
+/// A race: the byte, the earlier access that it races with, and the line of that access.
+pub type Race = (usize, ConflictingAccess, usize);
 
-impl Ledger {
-    pub fn new(bytes: usize) -> Ledger {
-        Ledger { words: vec![Word::default(); bytes.div_ceil(4)], apart: vec![] }
+impl AccessLog {
+    pub fn new(bytes: usize) -> AccessLog {
+        AccessLog { words: vec![Word::default(); bytes.div_ceil(4)], apart: vec![] }
     }
 
     pub fn is_empty(&self) -> bool {
         self.words.is_empty()
     }
 
-    pub fn read(&mut self, range: Range<usize>, now: &Now) -> Result<(), Race> {
-        self.each(range, |stamps| stamps.read(now))
+    pub fn read(&mut self, range: Range<usize>, context: &AccessContext) -> Result<(), Race> {
+        self.each(range, |accesses| accesses.read(context))
     }
 
-    pub fn write(&mut self, range: Range<usize>, now: &Now) -> Result<(), Race> {
-        self.each(range, |stamps| stamps.write(now))
+    pub fn write(&mut self, range: Range<usize>, context: &AccessContext) -> Result<(), Race> {
+        self.each(range, |accesses| accesses.write(context))
     }
 
     fn each(
         &mut self,
         range: Range<usize>,
-        touch: impl Fn(&mut Stamps) -> Result<(), (Other, usize)>,
+        touch: impl Fn(&mut LastAccesses) -> Result<(), (ConflictingAccess, usize)>,
     ) -> Result<(), Race> {
         let mut at = range.start;
         while at < range.end {
@@ -197,60 +208,67 @@ impl Ledger {
 mod tests {
     use super::*;
 
-    fn now(epoch: u32, sync: u32, thread: usize) -> Now {
-        Now { epoch, sync, who: Who::thread(thread / 32, thread % 32), line: 1, block: 5, launch: 3 }
+    fn context(epoch: u32, sync: u32, thread: usize) -> AccessContext {
+        AccessContext {
+            epoch,
+            sync,
+            accessor: Accessor::thread(thread / 32, thread % 32),
+            line: 1,
+            block: 5,
+            launch: 3,
+        }
     }
 
     #[test]
-    fn a_barrier_orders() {
-        let mut byte = Stamps::default();
-        byte.write(&now(5, 0, 0)).unwrap();
-        assert!(byte.read(&now(5, 0, 40)).is_err());
-        byte.read(&now(6, 0, 40)).unwrap();
-        assert!(byte.write(&now(6, 0, 0)).is_err());
-        byte.write(&now(7, 0, 0)).unwrap();
+    fn a_barrier_orders_accesses() {
+        let mut byte = LastAccesses::default();
+        byte.write(&context(5, 0, 0)).unwrap();
+        assert!(byte.read(&context(5, 0, 40)).is_err());
+        byte.read(&context(6, 0, 40)).unwrap();
+        assert!(byte.write(&context(6, 0, 0)).is_err());
+        byte.write(&context(7, 0, 0)).unwrap();
     }
 
     #[test]
-    fn a_point_of_the_warp_orders_its_lanes_alone() {
-        let mut byte = Stamps::default();
-        byte.write(&now(5, 0, 0)).unwrap();
-        assert!(byte.read(&now(5, 0, 1)).is_err());
-        assert!(byte.read(&now(5, 1, 32)).is_err());
-        byte.read(&now(5, 1, 1)).unwrap();
-        byte.read(&now(5, 1, 2)).unwrap();
-        assert!(byte.write(&now(5, 1, 1)).is_err(), "lane 2 has read it, too");
-        byte.write(&now(5, 2, 1)).unwrap();
+    fn a_sync_point_of_a_warp_orders_only_its_own_lanes() {
+        let mut byte = LastAccesses::default();
+        byte.write(&context(5, 0, 0)).unwrap();
+        assert!(byte.read(&context(5, 0, 1)).is_err());
+        assert!(byte.read(&context(5, 1, 32)).is_err());
+        byte.read(&context(5, 1, 1)).unwrap();
+        byte.read(&context(5, 1, 2)).unwrap();
+        assert!(byte.write(&context(5, 1, 1)).is_err(), "lane 2 has read it, too");
+        byte.write(&context(5, 2, 1)).unwrap();
     }
 
     #[test]
     fn own_accesses_and_earlier_launches_are_ordered() {
-        let mut byte = Stamps::default();
-        byte.write(&Now { launch: 1, block: 1, ..now(2, 0, 9) }).unwrap();
-        byte.read(&now(5, 0, 1)).unwrap();
-        byte.write(&now(5, 0, 1)).unwrap();
-        byte.read(&now(5, 0, 1)).unwrap();
+        let mut byte = LastAccesses::default();
+        byte.write(&AccessContext { launch: 1, block: 1, ..context(2, 0, 9) }).unwrap();
+        byte.read(&context(5, 0, 1)).unwrap();
+        byte.write(&context(5, 0, 1)).unwrap();
+        byte.read(&context(5, 0, 1)).unwrap();
     }
 
     #[test]
-    fn blocks_are_not_ordered() {
-        let mut byte = Stamps::default();
-        byte.read(&Now { block: 3, ..now(4, 0, 0) }).unwrap();
-        byte.read(&now(5, 0, 0)).unwrap();
-        assert_eq!(byte.write(&now(6, 0, 0)), Err((Other::ReadInAnotherBlock, 1)));
+    fn blocks_of_one_launch_are_not_ordered() {
+        let mut byte = LastAccesses::default();
+        byte.read(&AccessContext { block: 3, ..context(4, 0, 0) }).unwrap();
+        byte.read(&context(5, 0, 0)).unwrap();
+        assert_eq!(byte.write(&context(6, 0, 0)), Err((ConflictingAccess::ReadInAnotherBlock, 1)));
     }
 
     #[test]
-    fn bytes_of_a_word_touched_apart() {
-        let mut ledger = Ledger::new(10);
-        ledger.write(0..8, &now(5, 0, 0)).unwrap();
-        ledger.write(8..9, &now(5, 0, 1)).unwrap();
-        ledger.write(9..10, &now(5, 0, 2)).unwrap();
-        assert_eq!(ledger.read(6..8, &now(5, 0, 1)), Err((6, Other::WriteInBlock, 1)));
-        ledger.write(6..8, &now(6, 0, 1)).unwrap();
-        ledger.write(4..6, &now(6, 0, 0)).unwrap();
-        assert_eq!(ledger.read(4..8, &now(6, 0, 0)), Err((6, Other::WriteInBlock, 1)));
-        assert_eq!(ledger.read(8..10, &now(5, 0, 2)), Err((8, Other::WriteInBlock, 1)));
-        ledger.read(0..10, &now(7, 0, 2)).unwrap();
+    fn bytes_of_a_word_are_tracked_separately_when_accessed_separately() {
+        let mut log = AccessLog::new(10);
+        log.write(0..8, &context(5, 0, 0)).unwrap();
+        log.write(8..9, &context(5, 0, 1)).unwrap();
+        log.write(9..10, &context(5, 0, 2)).unwrap();
+        assert_eq!(log.read(6..8, &context(5, 0, 1)), Err((6, ConflictingAccess::WriteInBlock, 1)));
+        log.write(6..8, &context(6, 0, 1)).unwrap();
+        log.write(4..6, &context(6, 0, 0)).unwrap();
+        assert_eq!(log.read(4..8, &context(6, 0, 0)), Err((6, ConflictingAccess::WriteInBlock, 1)));
+        assert_eq!(log.read(8..10, &context(5, 0, 2)), Err((8, ConflictingAccess::WriteInBlock, 1)));
+        log.read(0..10, &context(7, 0, 2)).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! What a launch did: instructions by kind, bytes moved, conflicts.
+//! Statistics of a launch: instructions by kind, memory traffic, bank conflicts.
 
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
@@ -7,47 +7,47 @@ use std::ops::AddAssign;
 pub enum Kind {
     Move,
     Integer,
-    /// f32 and f64, but for fused multiply-adds.
+    /// Operations on f32 and f64, except fused multiply-adds.
     Float,
     /// Fused multiply-adds of f32 and f64.
     Fma,
-    /// f16 and bf16, but for fused multiply-adds.
+    /// Operations on f16 and bf16, except fused multiply-adds.
     Half,
     HalfFma,
-    /// `ex2.approx` and the like.
+    /// Approximate functions such as `ex2.approx`.
     Approximate,
     Convert,
     Compare,
     Load,
     Store,
     Atomic,
-    /// `cp.async`
+    /// `cp.async`.
     CopyAsync,
     Shuffle,
     Barrier,
     Branch,
-    /// `wmma.mma` and `mma`
+    /// `wmma.mma` and `mma`.
     Matrix,
-    /// `wmma.load`, `wmma.store` and `ldmatrix`
+    /// `wmma.load`, `wmma.store` and `ldmatrix`.
     MatrixMove,
     Other,
 }
 
-/// Executions of instructions: by warps, and by each active lane.
+/// The number of times that instructions were executed: by warps, and by active lanes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
     pub warps: u64,
     pub lanes: u64,
 }
 
-/// Bytes of global memory.
+/// Traffic of global memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// As lanes asked for them.
+    /// Bytes that the lanes access.
     pub bytes: u64,
-    /// Counted once, however often touched.
+    /// Bytes that are accessed at least once.
     pub unique: u64,
-    /// In whole sectors of 32 bytes, each once for an instruction of a warp: what goes over the bus without caches.
+    /// Bytes of the 32-byte sectors that each instruction of a warp touches: the traffic without caches.
     pub sectors: u64,
 }
 
@@ -57,14 +57,15 @@ pub struct Report {
     pub instructions: BTreeMap<Kind, Count>,
     pub read: Traffic,
     pub written: Traffic,
-    /// Bytes of shared memory read and written, as lanes asked for them.
+    /// Bytes of shared memory that lanes read and write.
     pub shared_read: u64,
     pub shared_written: u64,
-    /// Shared memory of a block: what the kernel declares and what the launch adds.
+    /// Shared memory of a block in bytes, declared and dynamic.
     pub shared_bytes: u64,
     /// Multiplications and additions on tensor cores.
     pub matrix_flops: u64,
-    /// By line of the PTX text, where accesses to shared memory conflict: how many words of one bank the worst wants.
+    /// The worst bank conflict of each line of the PTX text: how many words of one bank are accessed at once. Lines
+    /// without conflicts are absent.
     pub conflicts: BTreeMap<usize, u32>,
 }
 
@@ -73,18 +74,18 @@ impl Report {
         self.instructions.get(&kind).copied().unwrap_or_default()
     }
 
-    /// 1 where no access to shared memory conflicts.
+    /// The worst bank conflict of the launch; 1 if there is none.
     pub fn worst_conflict(&self) -> u32 {
         self.conflicts.values().copied().max().unwrap_or(1)
     }
 
-    /// Instructions of warps.
+    /// The number of instructions executed by warps.
     pub fn steps(&self) -> u64 {
         self.instructions.values().map(|count| count.warps).sum()
     }
 }
 
-/// Adds up launches; `unique` stays a sum over them, `shared_bytes` is the largest. Lines are those of one module.
+/// Adds up launches of one module: `unique` is the sum over launches, `shared_bytes` the maximum.
 impl AddAssign<&Report> for Report {
     fn add_assign(&mut self, other: &Report) {
         self.blocks += other.blocks;

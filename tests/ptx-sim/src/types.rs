@@ -9,7 +9,7 @@ pub enum Space {
     Local,
     Const,
     Param,
-    /// An address that tells by itself which of the others it lies in.
+    /// A generic address, whose value determines the actual space.
     Generic,
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for Space {
     }
 }
 
-/// What an instruction takes the bits of an operand for.
+/// The type that an instruction gives to the bits of an operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Type {
     Pred,
@@ -47,7 +47,7 @@ pub(crate) enum Type {
     Unsigned(u32),
     Signed(u32),
     Float(Float),
-    /// Two floats in 32 bits, the first in the lower half.
+    /// Two floats packed into 32 bits, the first in the low half.
     Pair(Float),
 }
 

@@ -1,4 +1,4 @@
-//! Executes a warp: 32 lanes in lockstep, with a stack of the ways they have gone apart.
+//! Executes a warp: 32 lanes in lockstep, with a stack of diverged paths.
 
 use std::collections::VecDeque;
 
@@ -6,24 +6,26 @@ use crate::arithmetic::{Lanes, from_mask, mask as width_mask, sign_extend, to_ma
 use crate::error::FaultKind;
 use crate::flow::END;
 use crate::launch::Machine;
-use crate::memory::Private;
+use crate::memory::PrivateMemory;
 use crate::program::*;
-use crate::race::{Now, Who};
+use crate::race::{AccessContext, Accessor};
 use crate::report::Kind;
 use crate::types::Space;
 
-/// What went wrong, and in which lane.
-pub struct Trouble {
+/// A fault and the lane that it happened in.
+pub struct LaneFault {
     pub lane: usize,
     pub kind: FaultKind,
 }
 
-pub type Step<T> = Result<T, Trouble>;
+pub type LaneResult<T> = Result<T, LaneFault>;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum State {
+pub enum WarpState {
     Ready,
+    /// The warp waits at the barrier of this number.
     AtBarrier(u64),
+    /// All lanes have exited.
     Done,
 }
 
@@ -31,55 +33,60 @@ pub struct Warp {
     pub index: usize,
     /// Lanes that have not exited.
     pub live: u32,
-    pub state: State,
+    pub state: WarpState,
     pub frames: Vec<Frame>,
-    /// The line of the instruction at hand.
+    /// Line number of the current instruction.
     pub line: u32,
-    /// Points in this epoch that ordered the lanes.
+    /// The number of points in this epoch that ordered the memory accesses of the lanes.
     pub sync: u32,
-    /// Thread numbers within the block.
+    /// Thread indices within the block, by axis.
     pub threads: [Lanes; 3],
-    pub local: Vec<Private>,
-    copies: Vec<Copies>,
+    pub local: Vec<PrivateMemory>,
+    copies: Vec<AsyncCopies>,
 }
 
-/// A function being executed by some of the lanes.
+/// A function call of some of the lanes.
 pub struct Frame {
     pub function: usize,
     pub registers: Vec<Lanes>,
-    stack: Vec<Way>,
-    /// Parameters of calls, for each lane.
-    params: Vec<Private>,
+    stack: Vec<DivergentPath>,
+    /// Call parameters of each lane.
+    params: Vec<PrivateMemory>,
     local_start: usize,
-    /// Lanes that called, and what they get back.
+    /// The lanes that made the call, and the results that they receive.
     called: u32,
-    results: Vec<Pass>,
+    results: Vec<ParamCopy>,
 }
 
-/// Lanes that go one way, until they meet others.
-struct Way {
+/// Lanes that follow one path until they reconverge with others.
+struct DivergentPath {
+    /// The next instruction.
     next: u32,
-    meet: u32,
+    /// The instruction at which the path ends.
+    reconvergence: u32,
+    /// Mask of the lanes.
     lanes: u32,
 }
 
-/// The `cp.async` of one thread that it has not waited for.
+/// The `cp.async` copies of one thread that have not been waited for.
 #[derive(Clone, Default)]
-struct Copies {
-    groups: VecDeque<Vec<Pending>>,
-    open: Vec<Pending>,
+struct AsyncCopies {
+    /// Committed groups, the oldest first.
+    groups: VecDeque<Vec<AsyncCopy>>,
+    /// Copies that no group contains yet.
+    open: Vec<AsyncCopy>,
 }
 
 #[derive(Clone)]
-struct Pending {
+struct AsyncCopy {
     address: u64,
     data: [u8; 16],
     bytes: usize,
 }
 
-const MOST_CALLS: usize = 64;
+const MAX_CALL_DEPTH: usize = 64;
 
-/// The lanes of a mask, from the lowest.
+/// The lanes of a mask, in ascending order.
 pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     (0..32).filter(move |lane| mask >> lane & 1 == 1)
 }
@@ -88,12 +95,12 @@ pub fn lowest(mask: u32) -> usize {
     mask.trailing_zeros().min(31) as usize
 }
 
-pub fn at<T>(lane: usize, result: Result<T, FaultKind>) -> Step<T> {
-    result.map_err(|kind| Trouble { lane, kind })
+pub fn at<T>(lane: usize, result: Result<T, FaultKind>) -> LaneResult<T> {
+    result.map_err(|kind| LaneFault { lane, kind })
 }
 
-fn fail<T>(lane: usize, kind: FaultKind) -> Step<T> {
-    Err(Trouble { lane, kind })
+fn fail<T>(lane: usize, kind: FaultKind) -> LaneResult<T> {
+    Err(LaneFault { lane, kind })
 }
 
 impl Warp {
@@ -103,13 +110,13 @@ impl Warp {
         let mut warp = Warp {
             index,
             live: 0,
-            state: State::Ready,
+            state: WarpState::Ready,
             frames: vec![],
             line: 0,
             sync: 0,
             threads: [[0; 32]; 3],
-            local: vec![Private::default(); 32],
-            copies: vec![Copies::default(); 32],
+            local: vec![PrivateMemory::default(); 32],
+            copies: vec![AsyncCopies::default(); 32],
         };
         for lane in 0..32 {
             let thread = (index * 32 + lane) as u64;
@@ -125,30 +132,30 @@ impl Warp {
         warp
     }
 
-    /// Starts a function in these lanes.
-    fn enter(&mut self, machine: &Machine, index: usize, lanes: u32, results: Vec<Pass>) {
+    /// Calls a function in these lanes.
+    fn enter(&mut self, machine: &Machine, index: usize, lanes: u32, results: Vec<ParamCopy>) {
         let function = &machine.module.functions[index];
         let local_start = self.frames.last().map_or(0, |frame| {
             let used = frame.local_start + machine.module.functions[frame.function].local_bytes;
             used.next_multiple_of(16)
         });
         for private in &mut self.local {
-            // What a frame before has left there is gone.
+            // Data that an earlier call left there is gone.
             private.resize(local_start);
             private.resize(local_start + function.local_bytes);
         }
-        let mut params = vec![Private::default(); 32];
+        let mut params = vec![PrivateMemory::default(); 32];
         params.iter_mut().for_each(|private| private.resize(function.frame_bytes));
         let registers = function.registers.iter().enumerate().map(|(n, &bits)| machine.garbage(n, bits)).collect();
-        let stack = vec![Way { next: 0, meet: END, lanes }];
+        let stack = vec![DivergentPath { next: 0, reconvergence: END, lanes }];
         self.frames.push(Frame { function: index, registers, stack, params, local_start, called: lanes, results });
     }
 
-    /// All lanes have returned.
+    /// Returns from a function, in all its lanes.
     fn leave(&mut self) {
         let frame = self.frames.pop().expect("it is being left");
         let Some(caller) = self.frames.last_mut() else {
-            self.state = State::Done;
+            self.state = WarpState::Done;
             return;
         };
         for lane in lanes(frame.called & self.live) {
@@ -163,19 +170,19 @@ impl Warp {
         self.frames.last_mut().expect("a warp that runs has a frame")
     }
 
-    pub fn now(&self, machine: &Machine, who: Who) -> Now {
-        Now {
+    pub fn context(&self, machine: &Machine, accessor: Accessor) -> AccessContext {
+        AccessContext {
             epoch: machine.epoch,
             sync: self.sync,
-            who,
+            accessor,
             line: self.line,
             block: machine.block_epoch,
             launch: machine.launch_epoch,
         }
     }
 
-    /// The value of an operand in each lane; in `room`, unless a register holds it.
-    fn held<'a>(&'a self, machine: &Machine, operand: Operand, room: &'a mut Lanes) -> &'a Lanes {
+    /// The value of an operand in each lane; it is stored in `room`, unless a register holds it.
+    fn value_ref<'a>(&'a self, machine: &Machine, operand: Operand, room: &'a mut Lanes) -> &'a Lanes {
         if let Operand::Register(slot) = operand {
             return &self.frames.last().expect("a warp that runs has a frame").registers[slot as usize];
         }
@@ -229,21 +236,21 @@ impl Warp {
     }
 
     /// Runs until the warp waits at a barrier or is done.
-    pub fn run(&mut self, machine: &mut Machine) -> Step<()> {
+    pub fn run(&mut self, machine: &mut Machine) -> LaneResult<()> {
         let module = machine.module;
-        while self.state == State::Ready {
+        while self.state == WarpState::Ready {
             let frame = self.frame();
-            let Some(way) = frame.stack.last_mut() else {
+            let Some(path) = frame.stack.last_mut() else {
                 self.leave();
                 continue;
             };
-            if way.lanes == 0 || way.next == way.meet {
+            if path.lanes == 0 || path.next == path.reconvergence {
                 frame.stack.pop();
                 continue;
             }
-            let here = way.lanes;
-            let step = &module.functions[frame.function].code[way.next as usize];
-            way.next += 1;
+            let here = path.lanes;
+            let step = &module.functions[frame.function].code[path.next as usize];
+            path.next += 1;
             let active = match step.guard {
                 None => here,
                 Some((slot, negated)) => {
@@ -260,13 +267,13 @@ impl Warp {
         Ok(())
     }
 
-    fn execute(&mut self, machine: &mut Machine, action: &Action, here: u32, active: u32) -> Step<()> {
+    fn execute(&mut self, machine: &mut Machine, action: &Action, here: u32, active: u32) -> LaneResult<()> {
         match action {
             Action::Map { map, result, operands } => {
                 let mut room = [[0; 32]; 3];
                 let [a, b, c] = &mut room;
                 let value = |n: usize, room| match operands.get(n) {
-                    Some(&operand) => self.held(machine, operand, room),
+                    Some(&operand) => self.value_ref(machine, operand, room),
                     None => room,
                 };
                 let out = map(value(0, a), value(1, b), value(2, c));
@@ -304,8 +311,8 @@ impl Warp {
             }
             Action::Compare(comparing) => self.compare(machine, comparing, active),
             Action::Load(load) => self.load(machine, load, active)?,
-            Action::Store { place, address, bytes, values } => {
-                self.store(machine, *place, *address, *bytes, values, active)?
+            Action::Store { space, address, bytes, values } => {
+                self.store(machine, *space, *address, *bytes, values, active)?
             }
             Action::Atomic(atomic) => self.atomic(machine, atomic, active)?,
             Action::CopyAsync { bytes, to, from, filled } => {
@@ -319,39 +326,39 @@ impl Warp {
                 }
             }
             Action::AwaitCopies(groups) => self.await_copies(machine, *groups, active)?,
-            Action::Branch { target, meet, uniform } => {
+            Action::Branch { target, reconvergence, uniform } => {
                 let rest = here & !active;
-                let way = self.frame().stack.last_mut().expect("it is executing");
-                let on = way.next;
+                let path = self.frame().stack.last_mut().expect("it is executing");
+                let on = path.next;
                 if rest == 0 {
-                    way.next = *target;
+                    path.next = *target;
                 } else if *uniform {
                     return fail(lowest(rest), FaultKind::NotUniform);
                 } else {
-                    self.part(*meet, &[(on, rest), (*target, active)]);
+                    self.diverge(*reconvergence, &[(on, rest), (*target, active)]);
                 }
             }
-            Action::BranchTable { targets, index, meet, uniform } => {
+            Action::BranchTable { targets, index, reconvergence, uniform } => {
                 let index = self.value(machine, *index);
                 let on = self.frame().stack.last().expect("it is executing").next;
-                let mut ways: Vec<(u32, u32)> = vec![(on, here & !active)];
+                let mut paths: Vec<(u32, u32)> = vec![(on, here & !active)];
                 for lane in lanes(active) {
                     let Some(&target) = targets.get(index[lane] as usize) else {
                         return fail(lane, FaultKind::Unmodelled("an index beyond the table"));
                     };
-                    match ways.iter_mut().find(|way| way.0 == target) {
-                        Some(way) => way.1 |= 1 << lane,
-                        None => ways.push((target, 1 << lane)),
+                    match paths.iter_mut().find(|path| path.0 == target) {
+                        Some(path) => path.1 |= 1 << lane,
+                        None => paths.push((target, 1 << lane)),
                     }
                 }
-                ways.retain(|way| way.1 != 0);
-                if *uniform && ways.len() > 1 {
-                    return fail(lowest(ways[1].1), FaultKind::NotUniform);
+                paths.retain(|path| path.1 != 0);
+                if *uniform && paths.len() > 1 {
+                    return fail(lowest(paths[1].1), FaultKind::NotUniform);
                 }
-                self.part(*meet, &ways);
+                self.diverge(*reconvergence, &paths);
             }
             Action::Call { function, arguments, results } => {
-                if self.frames.len() == MOST_CALLS {
+                if self.frames.len() == MAX_CALL_DEPTH {
                     return fail(lowest(active), FaultKind::CallDepth);
                 }
                 self.enter(machine, *function, active, results.clone());
@@ -363,11 +370,11 @@ impl Warp {
                 }
             }
             Action::Return if self.frames.len() > 1 => {
-                self.frame().stack.iter_mut().for_each(|way| way.lanes &= !active);
+                self.frame().stack.iter_mut().for_each(|path| path.lanes &= !active);
             }
             Action::Return | Action::Exit => {
                 self.live &= !active;
-                self.frames.iter_mut().flat_map(|frame| &mut frame.stack).for_each(|way| way.lanes &= !active);
+                self.frames.iter_mut().flat_map(|frame| &mut frame.stack).for_each(|path| path.lanes &= !active);
             }
             Action::Trap => return fail(lowest(active), FaultKind::Trap),
             Action::Barrier { id, threads } => {
@@ -382,14 +389,14 @@ impl Warp {
                     }
                 }
                 let id = self.uniform(machine, *id, active)?;
-                self.state = State::AtBarrier(id);
+                self.state = WarpState::AtBarrier(id);
             }
             Action::WarpBarrier { members } => {
-                self.members(machine, *members, active, true)?;
+                self.check_members(machine, *members, active, true)?;
             }
             Action::Shuffle(shuffle) => self.shuffle(machine, shuffle, active)?,
             Action::Vote { vote, result, operand, members } => {
-                self.members(machine, *members, active, machine.options.shuffles_order)?;
+                self.check_members(machine, *members, active, machine.options.shuffles_order)?;
                 let yes = active & to_mask(&self.value(machine, *operand));
                 let value = match vote {
                     Vote::All => u64::from(yes == active),
@@ -400,7 +407,7 @@ impl Warp {
                 self.set(*result, active, &splat(value));
             }
             Action::Reduce { function, result, operand, members } => {
-                self.members(machine, *members, active, machine.options.shuffles_order)?;
+                self.check_members(machine, *members, active, machine.options.shuffles_order)?;
                 let operand = self.value(machine, *operand);
                 let value = lanes(active).map(|lane| operand[lane]).reduce(function).unwrap_or(0);
                 self.set(*result, active, &splat(value));
@@ -417,19 +424,20 @@ impl Warp {
         Ok(())
     }
 
-    /// The way at hand goes on where all meet; before that, each of these, the last first.
-    fn part(&mut self, meet: u32, ways: &[(u32, u32)]) {
+    /// Splits the current path into several; they run one after the other, the last of `paths` first, and reconverge at
+    /// `reconvergence`.
+    fn diverge(&mut self, reconvergence: u32, paths: &[(u32, u32)]) {
         let stack = &mut self.frame().stack;
-        if let [(next, _)] = ways {
+        if let [(next, _)] = paths {
             stack.last_mut().expect("it is executing").next = *next;
             return;
         }
-        if meet == END {
+        if reconvergence == END {
             stack.pop();
         } else {
-            stack.last_mut().expect("it is executing").next = meet;
+            stack.last_mut().expect("it is executing").next = reconvergence;
         }
-        stack.extend(ways.iter().map(|&(next, lanes)| Way { next, meet, lanes }));
+        stack.extend(paths.iter().map(|&(next, lanes)| DivergentPath { next, reconvergence, lanes }));
     }
 
     fn compare(&mut self, machine: &Machine, comparing: &Comparing, active: u32) {
@@ -438,7 +446,7 @@ impl Warp {
             let half = |x: &Lanes, shift: u32| x.map(|bits| bits >> shift & 0xFFFF);
             [0, 16].map(|shift| (comparing.compare)(&half(&a, shift), &half(&b, shift)))
         } else {
-            // The second result is that of the opposite comparison.
+            // The second result is that of the negated comparison.
             let holds = (comparing.compare)(&a, &b);
             [holds, !holds]
         };
@@ -456,21 +464,21 @@ impl Warp {
         }
     }
 
-    fn load(&mut self, machine: &mut Machine, load: &Load, active: u32) -> Step<()> {
+    fn load(&mut self, machine: &mut Machine, load: &Load, active: u32) -> LaneResult<()> {
         let addresses = self.addresses(machine, load.address);
         let bytes = load.bytes * load.results.len();
         for lane in lanes(active) {
             let mut data = [0; 16];
             let data = &mut data[..bytes];
-            let result = match load.place {
-                Place::Frame => {
+            let result = match load.space {
+                AddressSpace::Frame => {
                     let params = &self.frame().params[lane];
                     let read = params.read(Space::Param, addresses[lane], bytes, machine.checks);
                     read.map(|read| data.copy_from_slice(read))
                 }
-                Place::Space(space) => {
-                    let now = self.now(machine, Who::thread(self.index, lane));
-                    machine.read(&self.local[lane], space, addresses[lane], load.constant, &now, data)
+                AddressSpace::Space(space) => {
+                    let context = self.context(machine, Accessor::thread(self.index, lane));
+                    machine.read(&self.local[lane], space, addresses[lane], load.constant, &context, data)
                 }
             };
             at(lane, result)?;
@@ -485,7 +493,7 @@ impl Warp {
                 }
             }
         }
-        if let Place::Space(space) = load.place {
+        if let AddressSpace::Space(space) = load.space {
             machine.account(space, &addresses, active, bytes, false, self.line);
         }
         Ok(())
@@ -494,12 +502,12 @@ impl Warp {
     fn store(
         &mut self,
         machine: &mut Machine,
-        place: Place,
+        space: AddressSpace,
         address: Address,
         bytes: usize,
         values: &[Operand],
         active: u32,
-    ) -> Step<()> {
+    ) -> LaneResult<()> {
         let addresses = self.addresses(machine, address);
         let values: Vec<Lanes> = values.iter().map(|&operand| self.value(machine, operand)).collect();
         let size = bytes * values.len();
@@ -509,23 +517,23 @@ impl Warp {
                 part.copy_from_slice(&value[lane].to_le_bytes()[..bytes]);
             }
             let data = &data[..size];
-            let result = match place {
-                Place::Frame => self.frame().params[lane].write(Space::Param, addresses[lane], data),
-                Place::Space(space) => {
-                    let now = self.now(machine, Who::thread(self.index, lane));
-                    machine.write(&mut self.local[lane], space, addresses[lane], &now, data)
+            let result = match space {
+                AddressSpace::Frame => self.frame().params[lane].write(Space::Param, addresses[lane], data),
+                AddressSpace::Space(space) => {
+                    let context = self.context(machine, Accessor::thread(self.index, lane));
+                    machine.write(&mut self.local[lane], space, addresses[lane], &context, data)
                 }
             };
             at(lane, result)?;
         }
-        if let Place::Space(space) = place {
+        if let AddressSpace::Space(space) = space {
             machine.account(space, &addresses, active, size, true, self.line);
         }
         Ok(())
     }
 
-    fn atomic(&mut self, machine: &mut Machine, atomic: &Atomic, active: u32) -> Step<()> {
-        let Place::Space(space) = atomic.place else {
+    fn atomic(&mut self, machine: &mut Machine, atomic: &Atomic, active: u32) -> LaneResult<()> {
+        let AddressSpace::Space(space) = atomic.space else {
             return fail(lowest(active), FaultKind::Unmodelled("an atomic on a parameter"));
         };
         if atomic.float && !machine.options.float_atomics {
@@ -533,15 +541,15 @@ impl Warp {
         }
         let addresses = self.addresses(machine, atomic.address);
         let [b, c] = atomic.operands.map(|operand| self.value(machine, operand));
-        let now = self.now(machine, Who::ATOMIC);
+        let context = self.context(machine, Accessor::ATOMIC);
         let mut out = [0; 32];
         for lane in lanes(active) {
             let mut data = [0; 8];
             let local = &mut self.local[lane];
-            at(lane, machine.read(local, space, addresses[lane], false, &now, &mut data[..atomic.bytes]))?;
+            at(lane, machine.read(local, space, addresses[lane], false, &context, &mut data[..atomic.bytes]))?;
             out[lane] = u64::from_le_bytes(data);
             let new = (atomic.function)(out[lane], b[lane], c[lane]).to_le_bytes();
-            at(lane, machine.write(local, space, addresses[lane], &now, &new[..atomic.bytes]))?;
+            at(lane, machine.write(local, space, addresses[lane], &context, &new[..atomic.bytes]))?;
         }
         machine.account(space, &addresses, active, atomic.bytes, false, self.line);
         machine.account(space, &addresses, active, atomic.bytes, true, self.line);
@@ -559,12 +567,12 @@ impl Warp {
         from: Address,
         filled: Option<Operand>,
         active: u32,
-    ) -> Step<()> {
+    ) -> LaneResult<()> {
         let to = self.addresses(machine, to);
         let from = self.addresses(machine, from);
         let filled = filled.map_or(splat(bytes as u64), |operand| self.value(machine, operand));
         for lane in lanes(active) {
-            let now = self.now(machine, Who::thread(self.index, lane));
+            let context = self.context(machine, Accessor::thread(self.index, lane));
             let filled = filled[lane] as usize;
             if filled > bytes {
                 return fail(lane, FaultKind::Unmodelled("a cp.async that reads more than it writes"));
@@ -575,10 +583,10 @@ impl Warp {
                     let (space, address) = (Space::Global, from[lane]);
                     return fail(lane, FaultKind::Misaligned { space, address, align: bytes as u64 });
                 }
-                at(lane, machine.read_global(from[lane], 1, false, &now, &mut data[..filled]))?;
+                at(lane, machine.read_global(from[lane], 1, false, &context, &mut data[..filled]))?;
             }
-            at(lane, machine.shared.begin_copy(to[lane], bytes, &now, machine.checks))?;
-            self.copies[lane].open.push(Pending { address: to[lane], data, bytes });
+            at(lane, machine.shared.begin_copy(to[lane], bytes, &context, machine.checks))?;
+            self.copies[lane].open.push(AsyncCopy { address: to[lane], data, bytes });
         }
         for size in 1..=bytes {
             let lanes = lanes(active).filter(|&lane| filled[lane] as usize == size);
@@ -589,9 +597,9 @@ impl Warp {
         Ok(())
     }
 
-    fn await_copies(&mut self, machine: &mut Machine, groups: Option<usize>, active: u32) -> Step<()> {
+    fn await_copies(&mut self, machine: &mut Machine, groups: Option<usize>, active: u32) -> LaneResult<()> {
         for lane in lanes(active) {
-            let now = self.now(machine, Who::thread(self.index, lane));
+            let context = self.context(machine, Accessor::thread(self.index, lane));
             let copies = &mut self.copies[lane];
             if groups.is_none() {
                 let open = std::mem::take(&mut copies.open);
@@ -599,15 +607,18 @@ impl Warp {
             }
             while copies.groups.len() > groups.unwrap_or(0) {
                 for copy in copies.groups.pop_front().into_iter().flatten() {
-                    at(lane, machine.shared.end_copy(copy.address, &copy.data[..copy.bytes], &now, machine.checks))?;
+                    at(
+                        lane,
+                        machine.shared.end_copy(copy.address, &copy.data[..copy.bytes], &context, machine.checks),
+                    )?;
                 }
             }
         }
         Ok(())
     }
 
-    /// The operand, which must be the same in all these lanes.
-    pub fn uniform(&self, machine: &Machine, operand: Operand, active: u32) -> Step<u64> {
+    /// The value of an operand that must be the same in all these lanes.
+    pub fn uniform(&self, machine: &Machine, operand: Operand, active: u32) -> LaneResult<u64> {
         let values = self.value(machine, operand);
         let value = values[lowest(active)];
         match lanes(active).find(|&lane| values[lane] != value) {
@@ -616,10 +627,10 @@ impl Warp {
         }
     }
 
-    /// Checks that the lanes a `.sync` instruction names are those that execute it.
-    fn members(&mut self, machine: &Machine, members: Operand, active: u32, orders: bool) -> Step<()> {
+    /// Checks that the lanes that a `.sync` instruction names are those that execute it.
+    fn check_members(&mut self, machine: &Machine, members: Operand, active: u32, orders: bool) -> LaneResult<()> {
         let mask = self.uniform(machine, members, active)? as u32;
-        // Lanes that have exited, or never were, are not waited for.
+        // Lanes that have exited, or never existed, are not waited for.
         if active & !mask != 0 || mask & self.live & !active != 0 {
             let lane = lowest(if active & !mask != 0 { active & !mask } else { active });
             return fail(lane, FaultKind::Membership { mask, active });
@@ -630,8 +641,8 @@ impl Warp {
         Ok(())
     }
 
-    fn shuffle(&mut self, machine: &Machine, shuffle: &Shuffle, active: u32) -> Step<()> {
-        self.members(machine, shuffle.members, active, machine.options.shuffles_order)?;
+    fn shuffle(&mut self, machine: &Machine, shuffle: &Shuffle, active: u32) -> LaneResult<()> {
+        self.check_members(machine, shuffle.members, active, machine.options.shuffles_order)?;
         let value = self.value(machine, shuffle.operand);
         let (b, c) = (self.value(machine, shuffle.lane), self.value(machine, shuffle.clamp));
         let (mut out, mut in_range) = ([0; 32], [0; 32]);
@@ -666,11 +677,11 @@ impl Warp {
 }
 
 impl Warp {
-    /// An `.aligned` instruction wants all 32 lanes.
-    pub fn together(&self, active: u32) -> Step<()> {
+    /// Checks that all 32 lanes execute an `.aligned` instruction.
+    pub fn require_all_lanes(&self, active: u32) -> LaneResult<()> {
         if active == u32::MAX { Ok(()) } else { fail(lowest(active), FaultKind::Divergent { missing: !active }) }
     }
 }
 
-/// Kinds whose number is an index, for counting without a map.
+/// The number of instruction kinds, for counting in an array.
 pub const KINDS: usize = Kind::Other as usize + 1;

@@ -1,10 +1,10 @@
-//! Foreign files, damaged at random: `config.json`, tokenizers, PEFT's configurations, safetensors headers, GGUF, rows of
-//! data.
+//! Fuzzing of files from outside: `config.json`, tokenizers, PEFT's configurations, safetensors headers, GGUF, and rows
+//! of data are damaged at random.
 //!
-//! Each is read as a command would read it. Whatever is in them, the answer is a value or an error: no panic, no abort,
-//! no more than 1 GB, nothing that takes longer than [`PATIENCE`]. The work is done by a child process, so that an abort
-//! is seen and memory is this test's alone. A failure names its seed and keeps its folder; `PEFTC_FUZZ_SEED=N` runs that
-//! one alone, `PEFTC_FUZZ_SECONDS=N` says for how long to go on.
+//! Each file is read as a command would read it. The result must be a value or an error: no panic, no abort, at most 1
+//! GB of memory, and at most [`MAX_TIME`] of time. A child process does the reading, so that an abort is noticed and
+//! its memory can be measured. A failure prints its seed and keeps its folder. `PEFTC_FUZZ_SEED=N` repeats one seed,
+//! and `PEFTC_FUZZ_SECONDS=N` sets the duration.
 
 mod mutate;
 
@@ -26,10 +26,10 @@ use peftc::{adapters, exchange};
 use crate::cli::Bench;
 use crate::reports;
 
-const MOST_BYTES: u64 = 1_000_000_000;
-const PATIENCE: Duration = Duration::from_secs(20);
+const MAX_BYTES: u64 = 1_000_000_000;
+const MAX_TIME: Duration = Duration::from_secs(20);
 
-/// Names the folder of the inputs for the child, and asks for it.
+/// The variable that makes the test act as the child. Its value is the folder of the inputs.
 const CHILD: &str = "PEFTC_FUZZ_CHILD";
 
 fn number(name: &str) -> Option<u64> {
@@ -37,7 +37,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn damaged_files_are_refused_and_nothing_worse() {
+fn damaged_files_are_refused_without_a_crash() {
     if std::env::var_os(CHILD).is_some() {
         return child();
     }
@@ -46,11 +46,11 @@ fn damaged_files_are_refused_and_nothing_worse() {
     let bench = Bench::new();
     let program = std::env::current_exe().expect("its path");
     let (said, complained) = (bench.path("said"), bench.path("complained"));
-    // What is reserved counts as well as what is touched: an allocation for a size that a file made up fails here.
+    // The limit counts reserved memory too, so an allocation of a size that a damaged file claims fails here.
     let run = Command::new("prlimit")
-        .arg(format!("--data={MOST_BYTES}"))
+        .arg(format!("--data={MAX_BYTES}"))
         .arg(program)
-        .args(["fuzz::damaged_files_are_refused_and_nothing_worse", "--exact", "--nocapture", "--test-threads=1"])
+        .args(["fuzz::damaged_files_are_refused_without_a_crash", "--exact", "--nocapture", "--test-threads=1"])
         .env(CHILD, bench.path("world"))
         .env("PEFTC_FUZZ_SECONDS", seconds.to_string())
         .env("NO_COLOR", "1")
@@ -74,14 +74,14 @@ fn last_lines(path: &Path, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
-/// A spec with every file that its commands read from outside.
-struct World {
+/// A spec with all files that its commands read.
+struct FuzzCase {
     name: &'static str,
     model: Model,
-    /// Its files, sound: paths below the folder, and contents.
+    /// The undamaged files: paths below the folder, and contents.
     files: Vec<(PathBuf, Vec<u8>)>,
     data: &'static str,
-    /// Folder or file that `--weights` names.
+    /// The folder or file that `--weights` names.
     weights: &'static str,
 }
 
@@ -103,7 +103,7 @@ task triples {
 }
 "#;
 
-/// The model of `tests/interop/gguf/untied.gguf`, with new tokens behind its own.
+/// The model of `tests/interop/gguf/untied.gguf`, extended by new tokens.
 const GGUF: &str = r#"
 model = llama(layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 322, context: 64, eps: 1e-5)
 tune { every attention { lora(rank: 2, alpha: 4) on q, v } }
@@ -126,10 +126,10 @@ const TRIPLES: &str = r#"{"entries": [
 const WORDS: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nfilm\nis\ngood\nbad\n##ly\n##s\na\nb\nc\nd\ne\nf\ng\nh\ni\nj\nk\n\
     l\nm\nn\no\np\nq\nr\ns\nt\nu\nv\nw\nx\ny\nz\n.\n,";
 
-fn worlds(bench: &Bench) -> [World; 3] {
+fn cases(bench: &Bench) -> [FuzzCase; 3] {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let rows = "the film is good\tgood\nbadly made , films\tbad\ngood\t1\n";
-    let classifier = world(
+    let classifier = case(
         bench,
         "bert",
         CLASSIFIER,
@@ -152,7 +152,7 @@ fn worlds(bench: &Bench) -> [World; 3] {
     let mut first: serde_json::Value = serde_json::from_slice(&entries).expect("JSON");
     first["entries"].as_array_mut().expect("a list").truncate(4);
     let tokenizer = fs::read(root.join("data/triples/tokenizer.json")).expect("it ships with the project");
-    let generator = world(
+    let generator = case(
         bench,
         "gpt2",
         GENERATOR,
@@ -167,31 +167,34 @@ fn worlds(bench: &Bench) -> [World; 3] {
         ],
     );
     let file = fs::read(root.join("tests/interop/gguf/untied.gguf")).expect("it is part of the repository");
-    let mut gguf = world(bench, "llama", GGUF, "data.json", TRIPLES.as_bytes(), &[("weights.gguf", file)]);
+    let mut gguf = case(bench, "llama", GGUF, "data.json", TRIPLES.as_bytes(), &[("weights.gguf", file)]);
     gguf.files.retain(|(path, _)| !path.starts_with("weights"));
     gguf.weights = "weights.gguf";
     [classifier, generator, gguf]
 }
 
-fn world(
+fn case(
     bench: &Bench,
     name: &'static str,
     text: &str,
     data: &'static str,
     rows: &[u8],
     beside: &[(&str, Vec<u8>)],
-) -> World {
+) -> FuzzCase {
     let (_, model) = reports::spec(bench, &format!("{name}.peft"), text);
     let folder = bench.path(&format!("sound-{name}"));
     let checkpoint = reports::checkpoint(bench, &format!("sound-{name}/weights"), &model);
     assert!(checkpoint.starts_with(&folder));
-    // Trained values, in our own format and in PEFT's.
+    // Trained values in our own format and in PEFT's.
     let drawn = model.params.iter().zip(weights::random(&model.params, 3));
     let trained = drawn.filter_map(|(p, x)| Some((p.name.clone(), Stored::f32(p.trained_shape()?, x.to_vec()))));
     let values: Tensors = trained.collect();
     let own = TensorFile { tensors: values.clone(), ..TensorFile::default() };
-    adapter::save(&folder.join("own/adapter.safetensors"), &adapters::signed(own, &model, &adapters::Base::default()))
-        .expect("written");
+    adapter::save(
+        &folder.join("own/adapter.safetensors"),
+        &adapters::annotated(own, &model, &adapters::Base::default()),
+    )
+    .expect("written");
     let head = model.params.iter().zip(weights::random(&model.params, 3)).filter(|(p, _)| p.origin == Origin::Head);
     let drawn_head = head.map(|(p, x)| (p.name.clone(), Stored::f32(p.shape.clone(), x.to_vec()))).collect();
     let foreign = peft::export(&model, &values, &drawn_head).unwrap_or_else(|e| panic!("{e}"));
@@ -215,7 +218,7 @@ fn world(
     let mut files = vec![];
     collect(&folder, &folder, &mut files);
     files.sort();
-    World { name, model, files, data, weights: "weights" }
+    FuzzCase { name, model, files, data, weights: "weights" }
 }
 
 fn collect(root: &Path, folder: &Path, files: &mut Vec<(PathBuf, Vec<u8>)>) {
@@ -233,11 +236,11 @@ fn collect(root: &Path, folder: &Path, files: &mut Vec<(PathBuf, Vec<u8>)>) {
 fn child() {
     let folder = PathBuf::from(std::env::var_os(CHILD).expect("the parent names it"));
     let bench = Bench::new();
-    let worlds = worlds(&bench);
-    for world in &worlds {
-        let answers = read(world, &lay_out(world, &folder, &world.files));
+    let cases = cases(&bench);
+    for case in &cases {
+        let answers = read(case, &write_files(case, &folder, &case.files));
         let refused: Vec<&String> = answers.iter().filter_map(|(_, a)| a.as_ref().err()).collect();
-        assert!(refused.is_empty(), "{}: sound files are refused: {refused:?}", world.name);
+        assert!(refused.is_empty(), "{}: sound files are refused: {refused:?}", case.name);
     }
     let until = Instant::now() + Duration::from_secs(number("PEFTC_FUZZ_SECONDS").unwrap_or(5));
     let first = number("PEFTC_FUZZ_SEED");
@@ -245,15 +248,15 @@ fn child() {
     loop {
         println!("seed {seed}");
         let mut random = Random(seed);
-        let world = random.of(&worlds);
-        let mut files = world.files.clone();
+        let case = random.of(&cases);
+        let mut files = case.files.clone();
         for _ in 0..1 + random.below(2) {
             let at = random.below(files.len());
             damage(&mut random, &files[at].0.clone(), &mut files[at].1);
         }
-        let folder = lay_out(world, &folder, &files);
+        let folder = write_files(case, &folder, &files);
         let begun = Instant::now();
-        match catch_unwind(AssertUnwindSafe(|| read(world, &folder))) {
+        match catch_unwind(AssertUnwindSafe(|| read(case, &folder))) {
             Ok(answers) => {
                 let count = answers.iter().filter(|(_, a)| a.is_err()).count() as u64;
                 (accepted, refused) = (accepted + answers.len() as u64 - count, refused + count);
@@ -266,7 +269,7 @@ fn child() {
             }
         }
         let took = begun.elapsed();
-        if took > PATIENCE || peak() > MOST_BYTES {
+        if took > MAX_TIME || peak() > MAX_BYTES {
             println!("seed {seed} took {took:?}; the most memory so far is {} bytes", peak());
             std::process::exit(1);
         }
@@ -279,7 +282,7 @@ fn child() {
     assert!(first.is_some() || (accepted > 0 && refused > 0), "the damage is of no kind");
 }
 
-/// Another beginning each time: what is found is told by its seed.
+/// A first seed that differs from run to run. A failure prints its seed.
 fn start() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(1, |d| d.as_nanos() as u64)
@@ -295,9 +298,9 @@ fn damage(random: &mut Random, path: &Path, data: &mut Vec<u8>) {
     }
 }
 
-/// The world's files in a folder of its name, in place of what was there.
-fn lay_out(world: &World, folder: &Path, files: &[(PathBuf, Vec<u8>)]) -> PathBuf {
-    let folder = folder.join(world.name);
+/// Writes the case's files into a folder of its name, which is emptied first.
+fn write_files(case: &FuzzCase, folder: &Path, files: &[(PathBuf, Vec<u8>)]) -> PathBuf {
+    let folder = folder.join(case.name);
     let _ = fs::remove_dir_all(&folder);
     for (path, content) in files {
         let path = folder.join(path);
@@ -309,10 +312,10 @@ fn lay_out(world: &World, folder: &Path, files: &[(PathBuf, Vec<u8>)]) -> PathBu
 
 type Answers = Vec<(&'static str, Result<(), String>)>;
 
-/// Everything that commands read from these files. None of them stops the others.
-fn read(world: &World, folder: &Path) -> Answers {
-    let World { model, .. } = world;
-    let (weights, data) = (folder.join(world.weights), folder.join(world.data));
+/// Reads everything that commands read from these files. An error does not stop the other readers.
+fn read(case: &FuzzCase, folder: &Path) -> Answers {
+    let FuzzCase { model, .. } = case;
+    let (weights, data) = (folder.join(case.weights), folder.join(case.data));
     let text = |e: peftc::failure::Failure| e.to_string();
     let tokens = || -> Result<(), String> {
         let tokenizer = tokenizer::find(None, &weights, &data, model).map_err(text)?;
@@ -336,7 +339,7 @@ fn read(world: &World, folder: &Path) -> Answers {
     ]
 }
 
-/// The most memory that this process held at once, in bytes.
+/// The peak memory of this process in bytes.
 fn peak() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));

@@ -1,8 +1,8 @@
-//! Mutations: of bytes, of JSON by its structure, of a safetensors header, of the fields of GGUF, of rows of text.
+//! Mutations of bytes, JSON values, safetensors headers, GGUF fields and rows of text.
 
 use serde_json::{Map, Number, Value};
 
-/// SplitMix64 (Steele et al., 2014): one seed, one sequence of choices.
+/// SplitMix64 (Steele et al., 2014). One seed gives one sequence of choices.
 pub struct Random(pub u64);
 
 impl Random {
@@ -14,7 +14,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Of `0..n`; 0 where `n` is 0.
+    /// A number in `0..n`, or 0 if `n` is 0.
     pub fn below(&mut self, n: usize) -> usize {
         if n == 0 { 0 } else { (self.word() % n as u64) as usize }
     }
@@ -24,7 +24,7 @@ impl Random {
     }
 }
 
-/// A few edits that know nothing of the content.
+/// A few edits that ignore the structure of the content.
 pub fn bytes(random: &mut Random, data: &mut Vec<u8>) {
     for _ in 0..1 + random.below(4) {
         let at = random.below(data.len());
@@ -70,22 +70,22 @@ const TOKENS: &[&[u8]] = &[
     b",",
 ];
 
-/// Of a JSON text that was edited by its structure.
-const MOST_BYTES: usize = 1 << 20;
+/// The largest mutated JSON text, in bytes.
+const MAX_BYTES: usize = 1 << 20;
 
-/// A few edits of a JSON text by its structure; what is no JSON any more is edited as bytes.
+/// A few edits of a JSON value's structure. Content that is not JSON is edited as bytes.
 pub fn json(random: &mut Random, data: &mut Vec<u8>) {
     let Ok(mut value) = serde_json::from_slice::<Value>(data) else { return bytes(random, data) };
     for _ in 0..1 + random.below(3) {
         edit(random, &mut value);
     }
-    // Copies of copies may be more than a file is.
-    let mut text = vec![0; MOST_BYTES];
+    // Repeated copies may exceed the limit.
+    let mut text = vec![0; MAX_BYTES];
     let mut left = &mut text[..];
     if serde_json::to_writer(&mut left, &value).is_err() {
         return bytes(random, data);
     }
-    let written = MOST_BYTES - left.len();
+    let written = MAX_BYTES - left.len();
     text.truncate(written);
     *data = text;
     if random.below(8) == 0 {
@@ -93,7 +93,7 @@ pub fn json(random: &mut Random, data: &mut Vec<u8>) {
     }
 }
 
-/// Walks to a random place and changes it there.
+/// Changes a random part of a value.
 fn edit(random: &mut Random, value: &mut Value) {
     let deeper = random.below(5) > 0;
     match value {
@@ -132,7 +132,7 @@ fn edit(random: &mut Random, value: &mut Value) {
     }
 }
 
-/// Another value: near to what was there, of another type, or beyond what anyone expects.
+/// Another value: a close one, one of another type, or an extreme one.
 fn strange(random: &mut Random, was: &Value) -> Value {
     match random.below(12) {
         0 => Value::Null,
@@ -167,7 +167,7 @@ fn strange_text(random: &mut Random) -> String {
     }
 }
 
-/// A file whose first eight bytes are the length of the JSON header that follows.
+/// Mutates a safetensors file, whose first eight bytes are the length of the following JSON header.
 pub fn safetensors(random: &mut Random, data: &mut Vec<u8>) {
     let length = data.first_chunk().map_or(0, |c| u64::from_le_bytes(*c) as usize);
     if random.below(4) == 0 || data.len() < 8 + length {
@@ -180,7 +180,7 @@ pub fn safetensors(random: &mut Random, data: &mut Vec<u8>) {
     } else {
         json(random, &mut header)
     }
-    // A header that is said to be longer or shorter than it is must be found out, too.
+    // The stored header length may be wrong too.
     let off = if random.below(8) == 0 { random.word() >> random.below(64) } else { 0 };
     data.clear();
     data.extend((header.len() as u64).wrapping_add(off).to_le_bytes());
@@ -188,14 +188,14 @@ pub fn safetensors(random: &mut Random, data: &mut Vec<u8>) {
     data.extend(body);
 }
 
-/// A GGUF file, some of whose counts, lengths, types, dimensions and offsets say something else.
+/// Mutates counts, lengths, types, dimensions and offsets in the header of a GGUF file.
 pub fn gguf(random: &mut Random, data: &mut Vec<u8>) {
     let fields = fields(data);
     if random.below(4) == 0 || fields.is_empty() {
         return bytes(random, data);
     }
     for _ in 0..1 + random.below(3) {
-        // Those of tokens are many, and all alike.
+        // Most fields belong to the list of tokens, so the first fields are preferred.
         let near = random.below(4) > 0;
         let (at, width) = match near {
             true => fields[random.below(fields.len().min(64))],
@@ -215,7 +215,7 @@ pub fn gguf(random: &mut Random, data: &mut Vec<u8>) {
     }
 }
 
-/// Where the numbers of a sound GGUF file's header stand, and their bytes: those of tensors and of the file first.
+/// Offsets and widths in bytes of the numbers in a valid GGUF header. Those of the file and of tensors come first.
 fn fields(data: &[u8]) -> Vec<(usize, usize)> {
     fn number(data: &[u8], at: &mut usize, width: usize, all: &mut Vec<(usize, usize)>) -> Option<u64> {
         let mut value = [0; 8];
@@ -265,7 +265,7 @@ fn fields(data: &[u8]) -> Vec<(usize, usize)> {
     [head, infos, keys].concat()
 }
 
-/// Rows of text: fields and line ends come and go.
+/// Mutates rows of text: inserts and removes fields and line endings.
 pub fn rows(random: &mut Random, data: &mut Vec<u8>) {
     let mut lines: Vec<Vec<u8>> = data.split(|&b| b == b'\n').map(<[u8]>::to_vec).collect();
     for _ in 0..1 + random.below(4) {

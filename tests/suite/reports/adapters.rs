@@ -1,4 +1,5 @@
-//! Adapters whose configuration changes the function, those of other writers, and what an export says of itself.
+//! Adapters in PEFT's format: configurations that change the function, files of other libraries, and the notes of an
+//! export.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ const CONFIG: &str = "adapter_config.json";
 const MODEL: &str = "adapter_model.safetensors";
 const TASK: &str = "task t { kind: classification labels: [\"0\", \"1\"] }\n";
 
-/// A tiny model with LoRA on q and v, its checkpoint, and an adapter for it in PEFT's format, by `export`.
+/// A tiny model with LoRA on q and v, its checkpoint, and an exported adapter in PEFT's format.
 struct Case {
     bench: Bench,
     spec: PathBuf,
@@ -25,7 +26,7 @@ struct Case {
     peft: PathBuf,
 }
 
-/// `more` stands in the tune block beside the method.
+/// A case whose tune block also contains `more`.
 fn case(backbone: &str, more: &str) -> Case {
     let bench = Bench::new();
     let (path, model) = spec(&bench, "spec.peft", &tuned(backbone, more));
@@ -48,7 +49,7 @@ fn tuned(backbone: &str, more: &str) -> String {
     format!("{backbone}tune {{\n  every attention {{ lora(rank: 3, alpha: 6) on q, v }}\n  {more}\n}}\n{task}")
 }
 
-/// Trained values that are not what they began with.
+/// Trained values that differ from the initial ones.
 fn drawn(model: &Model) -> TensorFile {
     let mut file = TensorFile::default();
     for (at, param) in model.params.iter().enumerate() {
@@ -60,7 +61,7 @@ fn drawn(model: &Model) -> TensorFile {
             file.notes.insert(format!("rows of {}", param.name), format!("{start}:{end}"));
         }
     }
-    adapters::signed(file, model, &adapters::Base::default())
+    adapters::annotated(file, model, &adapters::Base::default())
 }
 
 impl Case {
@@ -78,7 +79,7 @@ impl Case {
         numbers(&adapter::load(&self.bench.path("out.safetensors")).expect("sound"), "logits")
     }
 
-    /// PEFT's folder with its files changed.
+    /// A copy of PEFT's folder with changed files.
     fn changed(&self, name: &str, change: impl FnOnce(&mut Map<String, Value>, &mut TensorFile)) -> PathBuf {
         let to = self.bench.path(name);
         let config = fs::read_to_string(self.peft.join(CONFIG)).expect("readable");
@@ -90,7 +91,8 @@ impl Case {
         to
     }
 
-    /// What every command that takes an adapter says; `import` compiles nothing.
+    /// Requires `import` to refuse the adapter with these words. All commands that read an adapter refuse it alike, and
+    /// `import` compiles nothing.
     fn refuses(&self, adapter: &Path, words: &[&str]) {
         self.refuses_for(&self.spec, adapter, words);
     }
@@ -122,7 +124,7 @@ fn renamed(file: &mut TensorFile, rename: impl Fn(&str) -> String) {
 }
 
 #[test]
-fn names_as_writers_leave_them() {
+fn tensor_name_variants_of_other_writers_are_read() {
     let case = case(LLAMA, "");
     let want = case.logits(&case.spec, &case.peft);
     let none = "base_model.model.";
@@ -156,9 +158,9 @@ fn names_as_writers_leave_them() {
     case.refuses(&two, &["two adapters", "selected_adapters"]);
 }
 
-/// Expressions are of names in the model that PEFT trained, which has no prefix where it has no head.
+/// Expressions in the configuration match names in the model that PEFT trained. Without a head, these have no prefix.
 #[test]
-fn expressions_are_of_the_trained_model() {
+fn expressions_match_names_of_the_trained_model() {
     let cases = [
         (LLAMA, "model.", "layers.0.self_attn.q_proj", r"layers\.\d\.self_attn\.[qv]_proj"),
         (BERT, "bert.", "encoder.layer.0.*query", r"encoder\.layer\.\d\.attention\.self\.(query|value)"),
@@ -182,24 +184,27 @@ fn expressions_are_of_the_trained_model() {
 }
 
 #[test]
-fn tensors_that_no_rank_gathered() {
+fn empty_tensors_of_unsaved_ranks_are_refused() {
     let case = case(BERT, "");
     let empty = case.changed("empty", |_, file| {
         for stored in file.tensors.values_mut() {
             *stored = Stored::f32(vec![0], vec![]);
         }
     });
-    case.refuses(&empty, &["is empty ([0]): it was gathered from no rank", "GatheredParameters"]);
+    case.refuses(
+        &empty,
+        &["is empty ([0]): it was saved from a sharded model without gathering it", "GatheredParameters"],
+    );
 }
 
 #[test]
-fn keys_that_are_set_and_unknown() {
+fn unknown_keys_with_values_are_refused() {
     let case = case(BERT, "");
     let with =
         |name: &str, key: &str, value: Value| case.changed(name, |config, _| drop(config.insert(key.into(), value)));
     case.refuses(
         &with("new", "lora_nudge", json!(0.5)),
-        &["`lora_nudge` of adapter_config.json is 0.5", "take the key out"],
+        &["`lora_nudge` of adapter_config.json is 0.5", "remove the key"],
     );
     case.refuses(&with("typo", "lora_alhpa", json!(4)), &["`lora_alhpa`", "is `lora_alpha` meant?"]);
     case.refuses(
@@ -211,22 +216,22 @@ fn keys_that_are_set_and_unknown() {
         &["type IA3 (`peft_type`), which is `ia3`", "applies `lora`"],
     );
     case.refuses(&with("dora", "use_dora", json!(true)), &["`use_dora` is true", "apply `dora`"]);
-    // What is not set says nothing.
+    // A key without a value has no effect.
     let (unset, out) = (with("unset", "lora_nudge", Value::Null), case.bench.path("imported.safetensors"));
     assert_eq!(case.bench.peftc(["import", text(&case.spec), text(&unset), "-o", text(&out)]).code, 0);
     let start = with("start", "init_lora_weights", json!("pissa_niter_16"));
     case.refuses(&start, &["`init_lora_weights` is \"pissa_niter_16\"", "path_initial_model_for_weight_conversion"]);
-    case.refuses(&with("text", "lora_alpha", json!("16")), &["`lora_alpha`", "is \"16\", a number was expected"]);
+    case.refuses(&with("text", "lora_alpha", json!("16")), &["`lora_alpha`", "is \"16\", but should be a number"]);
     case.refuses(&with("flag", "use_rslora", json!("true")), &["`use_rslora` is \"true\"", "it is false or true"]);
     let regex = case.changed("regex", |config, _| drop(config.insert("alpha_pattern".into(), json!({ "que(": 3 }))));
     case.refuses(&regex, &["`alpha_pattern`", "cannot be matched"]);
     let rank = case.changed("rank", |config, _| drop(config.insert("r".into(), json!(4))));
-    case.refuses(&rank, &["has rank 3, adapter_config.json says 4"]);
+    case.refuses(&rank, &["has rank 3, and `r` of adapter_config.json is 4"]);
 }
 
-/// The line that a refusal names makes the spec fit.
+/// If a trained tensor is missing from the spec, the refusal names a line that makes the spec fit.
 #[test]
-fn what_trains_in_the_base_model_is_asked_for() {
+fn trained_base_tensors_must_train_in_the_spec() {
     let table = "\"bert.embeddings.word_embeddings.weight\"";
     let (rows, whole) = (format!("rows 3..6 of {table}"), format!("train {table}"));
     let query = "train \"bert.encoder.layer.*.attention.self.query.bias\"";
@@ -241,9 +246,9 @@ fn what_trains_in_the_base_model_is_asked_for() {
     }
 }
 
-/// PEFT's file holds a head that does not train, too, and the spec that wrote it reads it.
+/// PEFT's file also contains a frozen head, and the spec that wrote the file can read it.
 #[test]
-fn a_frozen_head_comes_back() {
+fn a_frozen_head_round_trips() {
     let case = case(BERT, "");
     let (frozen, model) = spec(&case.bench, "frozen.peft", &tuned(BERT, "head frozen"));
     let (file, peft) = (case.bench.path("frozen.safetensors"), case.bench.path("frozen"));
@@ -253,7 +258,7 @@ fn a_frozen_head_comes_back() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     let want = case.logits(&frozen, &file);
     assert_eq!(case.logits(&frozen, &peft), want);
-    // A head of the adapter's own is the one that is used.
+    // A head in the adapter takes precedence.
     let mut other = adapter::load(&peft.join(MODEL)).expect("sound");
     for (_, stored) in other.tensors.iter_mut().filter(|(name, _)| name.contains("classifier")) {
         let count = stored.shape.iter().product::<u64>();
@@ -263,14 +268,15 @@ fn a_frozen_head_comes_back() {
     assert_ne!(case.logits(&frozen, &peft), want);
     let said = case.run(&frozen, &peft).err;
     assert!(
-        said.contains("the adapter holds `classifier.weight`, which is used") && !said.contains("random"),
+        said.contains("the adapter holds `classifier.weight`, which replaces that of these weights")
+            && !said.contains("random"),
         "{said}"
     );
 }
 
-/// A configuration that speaks of more than the file holds: PEFT cannot load that either.
+/// A configuration that names tensors missing from the file is refused. PEFT cannot load it either.
 #[test]
-fn what_the_configuration_promises_is_in_the_file() {
+fn tensors_named_by_the_configuration_must_exist() {
     let case = case(BERT, "");
     let (frozen, _) = spec(&case.bench, "frozen.peft", &tuned(BERT, "head frozen"));
     let lost = |name: &str, key: &str, value: Value| {
@@ -288,10 +294,10 @@ fn what_the_configuration_promises_is_in_the_file() {
         file.tensors.retain(|name, _| name.contains("lora"));
     });
     refuses(&rows, &["`trainable_token_indices`", "is set", "holds no tensor of that kind"]);
-    // PEFT lists every usual head, whether the model has it or not.
+    // PEFT lists all usual head names, whether the model has them or not.
     let usual = lost("usual", "modules_to_save", json!(["score"]));
     assert_eq!(case.run(&frozen, &usual).code, 0);
-    // Numbers in a type that holds none.
+    // Values of an integer type.
     let whole = case.changed("whole", |_, file| {
         for stored in file.tensors.values_mut() {
             let count = stored.shape.iter().product::<u64>() as usize;
@@ -301,9 +307,9 @@ fn what_the_configuration_promises_is_in_the_file() {
     case.refuses(&whole, &["holds integers; numbers are read from f32"]);
 }
 
-/// PEFT's `lora_bias` is of all modules, a spec's of each: where it is off PEFT has zeros.
+/// PEFT's `lora_bias` applies to all modules, a spec's to each module. Modules without a bias are exported with zeros.
 #[test]
-fn a_bias_at_some_modules() {
+fn a_bias_at_some_modules_is_exported_with_zeros_elsewhere() {
     let case = case(LLAMA, "every attention { lora(rank: 3, alpha: 6, bias: true) on k }");
     let want = case.logits(&case.spec, &case.bench.path("own.safetensors"));
     assert_eq!(case.logits(&case.spec, &case.peft), want);
@@ -315,9 +321,9 @@ fn a_bias_at_some_modules() {
     case.refuses(&other, &["q_proj.lora_B.bias", "has `bias: false`; write `bias: true`"]);
 }
 
-/// An MLP that all layers share is at every one of them.
+/// A prefix MLP that all layers share is reported with the number of its sites.
 #[test]
-fn what_cannot_be_merged_is_named_with_its_sites() {
+fn unmergeable_methods_are_named_with_their_sites() {
     let bench = Bench::new();
     let text_of = format!("{GPT2}tune {{ every attention {{ prefix(length: 3, mid: 8) }} }}\n");
     let prefixed = text_of.replace("context: 64", "context: 64, first_position: 3");
@@ -330,9 +336,9 @@ fn what_cannot_be_merged_is_named_with_its_sites() {
     bench.refuses(&args, 1, &["`prefix` at layers.0.attention and 1 more", "not affine"]);
 }
 
-/// `feedforward_modules` scales what goes into a module; where no spec could, that is the reason.
+/// `feedforward_modules` scales a module's input. If no spec can express this, the message says why.
 #[test]
-fn modules_that_another_site_has() {
+fn feedforward_modules_without_a_site_are_refused() {
     let bench = Bench::new();
     let (path, model) = spec(&bench, "ia3.peft", &format!("{LLAMA}tune {{ every attention {{ ia3() on k, v }} }}\n"));
     let file = bench.path("own.safetensors");
@@ -348,18 +354,18 @@ fn modules_that_another_site_has() {
     bench.refuses(
         &["import", text(&path), text(&peft), "-o", text(&out)],
         3,
-        &["`feedforward_modules` of adapter_config.json is [\"o_proj\"]", "`ia3` is applied at the site of every ffn"],
+        &["`feedforward_modules` of adapter_config.json is [\"o_proj\"]", "`ia3` is applied at every ffn site"],
     );
 }
 
 #[test]
-fn token_indices_are_a_range() {
+fn token_indices_must_be_one_range() {
     let case = case(BERT, "rows 3..6 of \"bert.embeddings.word_embeddings.weight\"");
     let config = fs::read_to_string(case.peft.join(CONFIG)).expect("readable");
     let config: Value = serde_json::from_str(&config).expect("JSON");
     assert_eq!(config["trainable_token_indices"], json!({ "bert.embeddings.word_embeddings": [3, 4, 5] }));
     let want = case.logits(&case.spec, &case.peft);
-    // Rows are where the list says.
+    // The order of the rows is that of the list.
     let turned = case.changed("turned", |config, file| {
         config.insert("trainable_token_indices".into(), json!([5, 3, 4]));
         let name = "base_model.model.bert.embeddings.word_embeddings.token_adapter.trainable_tokens_delta";
@@ -371,14 +377,14 @@ fn token_indices_are_a_range() {
     assert_eq!(case.logits(&case.spec, &turned), want);
     let gaps =
         case.changed("gaps", |config, _| drop(config.insert("trainable_token_indices".into(), json!([3, 5, 9]))));
-    case.refuses(&gaps, &["are 3, 5, 9, the spec trains rows 3..6", "one range of rows", "merge_and_unload()"]);
+    case.refuses(&gaps, &["are 3, 5, 9, and the spec trains rows 3..6", "one range of rows", "merge_and_unload()"]);
     let other =
         case.changed("other", |config, _| drop(config.insert("trainable_token_indices".into(), json!([7, 8, 9]))));
     case.refuses(&other, &["are 7..10", "write `rows 7..10 of"]);
 }
 
 #[test]
-fn lora_where_a_backbone_has_no_site() {
+fn lora_on_modules_without_a_site_is_refused() {
     let case = case(LLAMA, "");
     let with = |name: &str, tensors: &[(&str, [u64; 2])]| {
         case.changed(name, |_, file| {
@@ -413,9 +419,9 @@ fn lora_where_a_backbone_has_no_site() {
     case.refuses(&key, &["write `on …, out` for `layers.0.attention.out`"]);
 }
 
-/// A base model of 50 tokens, tables of 52 in the adapter.
+/// The base model has 50 tokens, and the adapter's tables have 52.
 #[test]
-fn tables_that_have_grown_are_saved_whole() {
+fn grown_tables_are_exported_whole() {
     let bench = Bench::new();
     let (_, small) = spec(&bench, "small.peft", LLAMA);
     let weights = checkpoint(&bench, "weights", &small);
@@ -439,7 +445,7 @@ fn tables_that_have_grown_are_saved_whole() {
     assert_eq!(want.len() % 52, 0);
 }
 
-/// A batch of one sequence, each of whose tokens follows from those before.
+/// A batch with one sequence, in which each token is predicted from those before it.
 fn tokens(bench: &Bench, ids: &[i64]) -> PathBuf {
     let mut file = TensorFile::default();
     for name in ["inputs.ids", "inputs.labels"] {
@@ -452,7 +458,7 @@ fn tokens(bench: &Bench, ids: &[i64]) -> PathBuf {
 }
 
 #[test]
-fn folders_of_others_are_named() {
+fn folders_of_other_libraries_are_refused_by_name() {
     let case = case(BERT, "");
     let bench = &case.bench;
     let config = fs::read(case.peft.join(CONFIG)).expect("readable");
@@ -503,7 +509,7 @@ fn folders_of_others_are_named() {
     for (name, words) in cases {
         case.refuses(&bench.path(name), words);
     }
-    // Files by the names of their tensors.
+    // Files that are recognised by the names of their tensors.
     let named = |name: &str, tensor: &str| {
         let mut file = TensorFile::default();
         file.tensors.insert(tensor.into(), Stored::f32(vec![2, 2], vec![0.0; 4]));
@@ -514,7 +520,7 @@ fn folders_of_others_are_named() {
     let kohya = named("kohya.safetensors", "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight");
     case.refuses(&kohya, &["image model"]);
     case.refuses(&named("mlx.safetensors", "model.layers.0.self_attn.q_proj.lora_a"), &["mlx-lm"]);
-    case.refuses(&case.peft.join(MODEL), &["name the folder"]);
+    case.refuses(&case.peft.join(MODEL), &["name its folder"]);
     case.refuses(&case.weights.join("model.safetensors"), &["a whole model"]);
 }
 
@@ -542,7 +548,7 @@ fn an_export_names_its_base() {
 }
 
 #[test]
-fn an_export_says_what_the_format_cannot() {
+fn an_export_notes_what_the_format_cannot_hold() {
     let bench = Bench::new();
     let mean = BERT.replace("context: 64", "context: 64, pooling: \"mean\"");
     let text_of = format!("{mean}tune {{ every attention {{ lora(rank: 3) on q }} }}\n{TASK}");
@@ -552,7 +558,7 @@ fn an_export_says_what_the_format_cannot() {
     let out = bench.path("out");
     let ran = bench.peftc(["export", text(&path), "--adapter", text(&file), "-o", text(&out), "--overwrite"]);
     assert_eq!(ran.code, 0, "{}", ran.err);
-    assert!(ran.err.contains("`pooling: \"mean\"` has no place in PEFT's format"), "{}", ran.err);
+    assert!(ran.err.contains("`pooling: \"mean\"` cannot be written in PEFT's format"), "{}", ran.err);
 
     let task = "task t { kind: generation special: [\"<a>\"] template: \"<a> {text}\" target: \"<a>\" }\n";
     let (path, model) = spec(&bench, "special.peft", &(tuned(LLAMA, "") + task));
@@ -561,7 +567,7 @@ fn an_export_says_what_the_format_cannot() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(ran.err.contains("rows of `<a>`"), "{}", ran.err);
 
-    // Rows that train are in the file, and the base has to have a place for them.
+    // The file contains the trained rows, and the base model needs a row for each of them.
     let (path, model) =
         spec(&bench, "rows.peft", &(tuned(LLAMA, "rows 48..50 of \"model.embed_tokens.weight\"") + task));
     adapter::save(&file, &drawn(&model)).expect("written");
@@ -569,7 +575,7 @@ fn an_export_says_what_the_format_cannot() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(ran.err.contains("`model.resize_token_embeddings(50)`"), "{}", ran.err);
 
-    // What a counterpart asks for, PEFT's reader does.
+    // A requirement of the equivalent model in transformers is met by PEFT's reader.
     let prefix = GPT2.replace("context: 64", "context: 64, first_position: 3");
     let text_of = format!("{prefix}tune {{ every attention {{ prefix(length: 3, direct: true) }} }}\n");
     let (path, model) = spec(&bench, "prefix.peft", &text_of);
@@ -579,8 +585,8 @@ fn an_export_says_what_the_format_cannot() {
     assert!(ran.err.is_empty() || !ran.err.contains("first_position"), "{}", ran.err);
 }
 
-/// Every key of PEFT's configurations, as `tests/interop/peft_fixtures.py` found it to change what PEFT computes, or
-/// not: peftc computes the same, or refuses and names the key.
+/// Every key of PEFT's configurations. `tests/interop/peft_fixtures.py` recorded whether the key changes PEFT's
+/// results. peftc either computes the same results, or refuses the adapter and names the key.
 mod keys {
     use super::*;
 
@@ -623,7 +629,7 @@ mod keys {
             let (inputs, base, out) = (case.join("case.safetensors"), case.join("base"), bench.path("out.safetensors"));
             let args = ["run", text(&spec), "--entry", "forward", "--inputs", text(&inputs), "--weights", text(&base)];
             let ran = bench.peftc(args.iter().chain(&["--adapter", text(&adapter), "-o", text(&out), "--overwrite"]));
-            assert!(!ran.err.contains("nothing is known here"), "{what} is unknown:\n{}", ran.err);
+            assert!(!ran.err.contains("this key is not known"), "{what} is unknown:\n{}", ran.err);
             let logits = entry.get("logits").and_then(Value::as_array);
             match (ran.code, logits) {
                 (0, Some(logits)) => {
@@ -633,7 +639,7 @@ mod keys {
                     assert!(gap <= 1e-5, "{what} is off by {gap}");
                     equal += 1;
                 }
-                // PEFT itself refuses it.
+                // PEFT itself refuses this configuration.
                 (0, None) => {}
                 (3, _) => {
                     assert!(ran.err.contains(&format!("`{key}`")), "{what} is refused without its name:\n{}", ran.err);
@@ -641,7 +647,7 @@ mod keys {
                 }
                 (code, _) => panic!("{what}: exit code {code}\n{}", ran.err),
             }
-            // Whatever a spec was written for is computed.
+            // A configuration with a spec of its own must not be refused.
             assert!(entry["spec"].is_null() || ran.code == 0, "{what}:\n{}", ran.err);
         }
         println!("{name}: {equal} equal, {refused} refused");

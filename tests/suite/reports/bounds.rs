@@ -1,4 +1,4 @@
-//! Indices beyond a table, sequences beyond the context, masks, and `run` without labels.
+//! Bounds checks: indices beyond a table, sequences beyond the context, masks, and `run` without labels.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use peft_runtime::adapter::{self, Data, Stored, TensorFile};
 use super::{BERT, GPT2, LLAMA, ROBERTA, checkpoint, spec};
 use crate::cli::{Bench, Ran, text};
 
-/// A classifier's two labels, or a template, with this much of a task beside them.
+/// A classification task with two labels, with `more` added to its block.
 fn classifies(more: &str) -> String {
     format!("task t {{ kind: classification labels: [\"no\", \"yes\"] {more} }}\n")
 }
@@ -18,10 +18,10 @@ fn generates(more: &str) -> String {
     )
 }
 
-/// A batch's tensors by name. `classes` are labels of which each row has one.
+/// A batch's tensors by name. `classes` stands for `labels` with one value per row.
 type Tensors<'a> = [(&'a str, &'a [&'a [i64]])];
 
-/// A batch file of tensors `inputs.NAME`.
+/// Writes a batch file of tensors `inputs.NAME`.
 fn batch(bench: &Bench, name: &str, tensors: &Tensors) -> PathBuf {
     let mut file = TensorFile::default();
     for (tensor, rows) in tensors {
@@ -93,11 +93,11 @@ fn floats(stored: &Stored) -> &[f32] {
     x
 }
 
-/// What a sequence may have is said by the backbone, and a task that asks for more is refused by all that read the spec.
+/// The backbone declares the longest sequence, and every command that reads the spec refuses a task with a longer one.
 #[test]
-fn a_task_longer_than_the_context() {
+fn a_task_longer_than_the_context_is_refused() {
     let bench = Bench::new();
-    // By backbone: how many of its 64 or 66 positions a sequence has.
+    // For each backbone, the number of positions available to a sequence.
     let prefixed = GPT2.replace("context: 64", "context: 64, first_position: 10");
     for (name, model, task, most) in [
         ("bert", BERT, classifies as fn(&str) -> String, 64),
@@ -116,24 +116,24 @@ fn a_task_longer_than_the_context() {
         for command in [&["check"][..], &["inspect"], &["compile", "--emit", "peft"]] {
             bench.refuses(&[command, &[text(&path)]].concat(), 1, &says);
         }
-        // The mend that it names works, and one more does not.
+        // The limit in the message is accepted, and one more is not.
         let set = |n: u64| format!("task.max_tokens={n}");
         assert_eq!(bench.peftc(["check", text(&path), "--set", &set(most)]).code, 0, "{name}");
         bench.refuses(&["check", text(&path), "--set", &set(most + 1)], 1, &["--set", &format!("is {}", most + 1)]);
-        // A task that does not say takes what there is, up to 512.
+        // The default is the longest sequence, but at most 512.
         for (context, default) in [(64, most), (2000, 512)] {
             let model = model.replace("context: 64", &format!("context: {context}"));
             let model = model.replace("context: 66", &format!("context: {}", context + 2));
             let (_, model) = spec(&bench, "short.peft", &format!("{model}{}", task("")));
             assert_eq!(model.task.max_tokens, default, "{name} of {context}");
-            assert_eq!(model.backbone.longest, Some(most + context - 64), "{name} of {context}");
+            assert_eq!(model.backbone.max_sequence_tokens, Some(most + context - 64), "{name} of {context}");
         }
     }
 }
 
-/// The report's row: MiniLM's context of 512 and a task of 2,000 tokens, by `--set`.
+/// A reported case: MiniLM's context of 512 with a task of 2,000 tokens, set by `--set`.
 #[test]
-fn a_task_of_2000_tokens_for_minilm() {
+fn a_task_of_2000_tokens_is_refused_for_minilm() {
     let bench = Bench::new();
     let sentiment = "models/demo/sentiment.peft";
     let set = ["--set", "task.max_tokens=2000"];
@@ -147,7 +147,7 @@ fn a_task_of_2000_tokens_for_minilm() {
 }
 
 #[test]
-fn what_a_backbone_of_ones_own_says() {
+fn a_custom_backbone_declares_its_longest_sequence() {
     let bench = Bench::new();
     let own = |longest: &str| {
         format!(
@@ -158,17 +158,17 @@ fn what_a_backbone_of_ones_own_says() {
             generates("max_tokens: 20")
         )
     };
-    // The table of positions alone is enough.
+    // The size of the position table implies the limit.
     for (says, longest) in [("", 20), ("longest context", 20), ("longest 20", 20)] {
         let (_, model) = spec(&bench, "own.peft", &own(says));
-        assert_eq!(model.backbone.longest, Some(longest));
+        assert_eq!(model.backbone.max_sequence_tokens, Some(longest));
     }
     for (says, words) in [
-        ("longest 12", &["`max_tokens` is 20", "has at most 12", "the backbone says so here"][..]),
+        ("longest 12", &["`max_tokens` is 20", "has at most 12", "the backbone sets the limit here"][..]),
         ("longest context + 1", &["takes 21 tokens", "the 20 rows of `p`"]),
-        ("longest 0", &["how many tokens a sequence may have is at least 1, found 0"]),
-        ("longest 9 longest 9", &["says twice how many tokens"]),
-        ("positions skip -1", &["which token positions skip is at least 0, found -1"]),
+        ("longest 0", &["the maximum length of a sequence is at least 1, found 0"]),
+        ("longest 9 longest 9", &["sets the maximum length of a sequence twice"]),
+        ("positions skip -1", &["the token id that positions skip is at least 0, found -1"]),
     ] {
         let path = bench.write("own.peft", own(says));
         bench.refuses(&["check", text(&path)], 1, words);
@@ -177,9 +177,9 @@ fn what_a_backbone_of_ones_own_says() {
 
 const ZEROS: [i64; 65] = [0; 65];
 
-/// The report's rows, on RoBERTa: ids, types, positions, labels.
+/// Reported cases on RoBERTa: ids, types, positions and labels out of range.
 #[test]
-fn roberta_reads_no_row_that_is_not_there() {
+fn roberta_refuses_indices_out_of_range() {
     let bench = Bench::new();
     let runs = Runs::new(&bench, &format!("{ROBERTA}{}", classifies("")));
     let labels: (&str, &[&[i64]]) = ("classes", &[&[0, 1]]);
@@ -196,18 +196,18 @@ fn roberta_reads_no_row_that_is_not_there() {
     };
     [50, 2_000_000_000, -1].into_iter().for_each(ids);
     runs.refuses(&[("ids", &[&row(1 << 40), &row(4)]), labels], &["`inputs.ids` holds 1099511627776: too large"]);
-    // Its one token type.
+    // The model has one token type.
     let types: (&str, &[&[i64]]) = ("types", &[&[0, 0, 0], &[0, 1, 0]]);
     let words =
         ["`inputs.types` is 1 in row 1, column 1", "the 1 rows of `roberta.embeddings.token_type_embeddings.weight`"];
     runs.refuses(&[("ids", &[&row(4), &row(5)]), types, labels], &words);
-    // Two classes.
+    // The task has two classes.
     let words = ["`inputs.labels` is 2 in row 1", "the 2 classes of the loss"];
     runs.refuses(&[("ids", &[&row(4), &row(5)]), ("classes", &[&[1, 2]])], &words);
-    // A padding id that is no padding: its position would be the padding's.
+    // The padding id at a token that is not masked would get the padding's position.
     let words = ["`inputs.ids` is 1 in row 0, column 2", "padding, which the model's positions do not count"];
     runs.refuses(&[("ids", &[&row(1), &row(4)]), labels], &words);
-    // 64 of 66 positions are tokens'. The mask leaves none out.
+    // 64 of the 66 positions are available to tokens. The mask excludes none.
     let long = |n: usize| ZEROS[..n].iter().map(|_| 7).collect::<Vec<i64>>();
     runs.results(&[("ids", &[&long(64)]), ("classes", &[&[0]])]);
     let words = [
@@ -217,9 +217,9 @@ fn roberta_reads_no_row_that_is_not_there() {
     runs.refuses(&[("ids", &[&long(65)]), ("classes", &[&[0]])], &words);
 }
 
-/// A prefix of ten positions leaves 54; llama has no table, and the same limit.
+/// A prefix of ten positions leaves 54. Llama has no position table, but the same limit.
 #[test]
-fn positions_behind_a_prefix_and_without_a_table() {
+fn positions_after_a_prefix_and_without_a_table_are_limited() {
     let bench = Bench::new();
     let prefixed = GPT2.replace("context: 64", "context: 64, first_position: 10");
     for (model, most, what) in [
@@ -230,33 +230,33 @@ fn positions_behind_a_prefix_and_without_a_table() {
         runs.results(&[("ids", &[&ZEROS[..most]])]);
         let words = [&format!("`inputs.ids` has a token of position {most} in row 0, column {most}"), what];
         runs.refuses(&[("ids", &[&ZEROS[..most + 1]])], &words);
-        // Left padding counts, and it may not push a token beyond the end.
+        // Left padding counts towards the positions, and must not push a token beyond the limit.
         let mut mask = [1; 65];
         mask[..65 - most + 1].fill(0);
         runs.refuses(&[("ids", &[&ZEROS]), ("mask", &[&mask])], &["has a token of position"]);
     }
 }
 
-/// What a generating model predicts are rows of its vocabulary.
+/// The labels of a generation model index its vocabulary.
 #[test]
-fn labels_beyond_the_vocabulary() {
+fn labels_beyond_the_vocabulary_are_refused() {
     let bench = Bench::new();
     let runs = Runs::new(&bench, GPT2);
     let ids: (&str, &[&[i64]]) = ("ids", &[&[1, 2, 3]]);
     runs.results(&[ids, ("labels", &[&[-100, 49, 0]])]);
     for (labels, words) in [
         ([-100, -100, 50], "`inputs.labels` is 50 in row 0, column 2: it indexes the 50 classes of the loss"),
-        ([-100, -1, 3], "`inputs.labels` is -1 in row 0, column 1; where nothing is asked it is -100"),
+        ([-100, -1, 3], "`inputs.labels` is -1 in row 0, column 1; an ignored label is -100"),
     ] {
         runs.refuses(&[ids, ("labels", &[&labels])], &[words]);
     }
-    // It has no token types to look up.
+    // The model has no table of token types.
     runs.refuses(&[ids, ("types", &[&[0, 1, 0]])], &["`inputs.types` is 1 in row 0, column 1", "has no token types"]);
 }
 
-/// Left padding, holes and odd padding ids against transformers, which `tests/interop/masks.py` asked.
+/// Left padding, masks with holes and unusual padding ids, against transformers (`tests/interop/masks.py`).
 #[test]
-fn masks_as_transformers_has_them() {
+fn masked_logits_match_transformers() {
     let bench = Bench::new();
     let sizes = "layers: 2, hidden: 16, heads: 2, ffn: 24, vocab: 20, context: 12";
     for (name, model) in [
@@ -285,20 +285,21 @@ fn masks_as_transformers_has_them() {
         let (want, found) = (&given.tensors["expect.logits"], &found.tensors["logits"]);
         assert_eq!(want.shape, found.shape, "{name}");
         let Data::I64(mask) = &given.tensors["inputs.mask"].data else { panic!("integers") };
-        // Of a row, or of a token where that is real.
+        // Logits of a row, or of a token that is not masked.
         let width = *want.shape.last().expect("an axis") as usize;
         let real = |at: usize| want.shape.len() == 2 || mask[at / width] == 1;
         let largest = floats(want).iter().fold(0.0_f32, |most, x| most.max(x.abs()));
-        // Two layers of sums of 24 and fewer terms in f32, each within 24 · 2⁻²⁴ of what it sums: far below 10⁻⁴.
+        // Two layers of sums of at most 24 terms in f32, each with a relative error of at most 24 · 2⁻²⁴, which is far
+        // below 10⁻⁴.
         for (at, (f, w)) in floats(found).iter().zip(floats(want)).enumerate().filter(|(at, _)| real(*at)) {
             assert!((f - w).abs() <= 1e-4 * largest, "{name}: {f} for {w} at {at}, the largest is {largest}");
         }
     }
 }
 
-/// A model that reads the first token of a row needs one there.
+/// A model that reads the first token of a row refuses a mask that excludes it.
 #[test]
-fn a_mask_over_the_first_token() {
+fn a_mask_that_excludes_the_first_token_is_refused() {
     let bench = Bench::new();
     let runs = Runs::new(&bench, BERT);
     let ids: (&str, &[&[i64]]) = ("ids", &[&[3, 4, 5], &[6, 7, 8]]);
@@ -307,9 +308,9 @@ fn a_mask_over_the_first_token() {
     runs.results(&[ids, ("mask", &[&[1, 1, 0], &[1, 0, 1]])]);
 }
 
-/// `forward` needs no labels; what a loss is needed for says so.
+/// `forward` needs no labels. Entries that need a loss refuse their absence.
 #[test]
-fn run_without_labels() {
+fn forward_runs_without_labels() {
     let bench = Bench::new();
     let no = [-100; 3];
     let ids: (&str, &[&[i64]]) = ("ids", &[&[3, 4, 5], &[6, 7, 8]]);
@@ -318,7 +319,7 @@ fn run_without_labels() {
         (GPT2, ("labels", &[&[3, 4, 5][..], &[-100, 7, 8]][..]), ("labels", &[&no[..], &no][..])),
     ] {
         let mut runs = Runs::new(&bench, &format!("{model}tune {{ every attention {{ lora(rank: 2) on q }} }}\n"));
-        // No token stands before a row's first.
+        // A label at the first token is no target, because no token precedes it.
         let first: &[&[i64]] = &[&[3, -100, -100], &no];
         let first = (model == GPT2).then_some(("labels", first));
         let (with, ran) = runs.results(&[ids, given]);
@@ -326,7 +327,7 @@ fn run_without_labels() {
         for (labels, why) in [
             (None, "no loss: there are no `inputs.labels`"),
             (Some(nothing), "no loss: every one of `inputs.labels` is -100: there is no target"),
-            (first, "no loss: `inputs.labels` asks for nothing behind column 0"),
+            (first, "no loss: `inputs.labels` has labels in column 0 alone"),
         ] {
             if labels.is_none() && !why.contains("there are no") {
                 continue;
@@ -334,7 +335,7 @@ fn run_without_labels() {
             let tensors: Vec<_> = [ids].into_iter().chain(labels).collect();
             let (without, ran) = runs.results(&tensors);
             assert!(ran.out.contains(why) && !ran.out.contains("NaN"), "{}", ran.out);
-            // All that was there before but the loss, to the bit.
+            // All results except the loss are bit-identical.
             let mut expected = with.clone();
             expected.tensors.remove("loss");
             assert!(expected == without, "{why}: {:?} and {:?}", expected.tensors.keys(), without.tensors.keys());
@@ -346,14 +347,14 @@ fn run_without_labels() {
     }
 }
 
-/// Data is held to the tables as well: a tokenizer with more tokens than the model's table has rows.
+/// Ids in the data are checked too: a tokenizer with more tokens than the model's table has rows is refused.
 #[test]
-fn ids_of_a_tokenizer_with_more_tokens_than_the_table() {
+fn a_tokenizer_with_more_tokens_than_the_table_is_refused() {
     use crate::cli::tiny_bert;
     let bench = Bench::new();
     let (spec, weights) = tiny_bert(&bench, |_| {});
     let tokenizer = weights.join("tokenizer.json");
-    // Id 7 for a word, of 6 rows; the number of tokens alone would fit.
+    // The word has the id 7, and the table has 6 rows. The number of tokens alone would fit.
     let json = std::fs::read_to_string(&tokenizer).expect("readable").replace("\"film\":5", "\"film\":7");
     std::fs::write(&tokenizer, json).expect("written");
     let data = bench.write("data.tsv", "good film\t1\nbad\t0\n");
@@ -364,9 +365,9 @@ fn ids_of_a_tokenizer_with_more_tokens_than_the_table() {
     }
 }
 
-/// A part of a batch without its prefix is not passed over.
+/// A tensor of a batch whose name lacks the prefix is refused instead of ignored.
 #[test]
-fn parts_of_a_batch_by_other_names() {
+fn misnamed_batch_tensors_are_refused() {
     let bench = Bench::new();
     let runs = Runs::new(&bench, BERT);
     let ids: (&str, &[&[i64]]) = ("ids", &[&[3, 4, 5], &[6, 7, 8]]);
@@ -388,6 +389,6 @@ fn parts_of_a_batch_by_other_names() {
         let args = ["run", text(&runs.source), "--entry", "forward", "--weights", text(&runs.weights), "--inputs"];
         let out = runs.out();
         let args = [&args[..], &[text(&file), "-o", text(&out)]].concat();
-        bench.refuses(&args, 3, &[&format!("`{name}` would be passed over; call it `inputs.{known}`")]);
+        bench.refuses(&args, 3, &[&format!("`{name}` would be ignored; call it `inputs.{known}`")]);
     }
 }

@@ -1,5 +1,5 @@
-//! A checkpoint's meaning is compared with the graph: every key of `config.json`, every tensor, what labels are called,
-//! and what `--weights` names.
+//! A checkpoint is compared with the graph: every key of `config.json`, every tensor, the label names, and the argument
+//! of `--weights`.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::cli::{Ran, text};
 
-/// `peftc run SPEC --entry forward` with these weights.
+/// Runs `peftc run SPEC --entry forward` with these weights.
 fn forward(bench: &Bench, spec: &Path, weights: &Path) -> Ran {
     let labels: &[i64] = &[0, 1];
     let causal = fs::read_to_string(spec).expect("readable").contains("= gpt2(")
@@ -66,7 +66,7 @@ fn runs(bench: &Bench, spec: &Path, weights: &Path) -> Ran {
     ran
 }
 
-/// What a comparison says of a configuration with one key more, or another.
+/// The errors of a configuration in which one key is added or changed.
 fn wrong(model: &Model, key: &str, value: Value) -> String {
     let mut config = config(model);
     config.insert(key.into(), value);
@@ -77,7 +77,7 @@ fn model(bench: &Bench, text: &str) -> Model {
     spec(bench, "compared.peft", text).1
 }
 
-/// The reports' rows: each key names its value, and what the backbone computes.
+/// Reported cases: the refusal names each key with its value, and what the backbone computes.
 #[test]
 fn keys_that_change_the_function_are_refused() {
     let bench = Bench::new();
@@ -85,7 +85,7 @@ fn keys_that_change_the_function_are_refused() {
         ("bert", BERT, "hidden_act", json!("relu"), &["`hidden_act` is \"relu\"", "\"gelu\"", "error function"][..]),
         ("gpt2", GPT2, "activation_function", json!("relu"), &["`activation_function` is \"relu\"", "hyperbolic"]),
         ("llama", LLAMA, "attention_bias", json!(true), &["`attention_bias` is true", "no bias"]),
-        // Read by what all of transformers' classes share, and no key of one of them.
+        // This key is read by the base class of transformers' configurations, not by the classes of the families.
         ("gpt2", GPT2, "is_causal", json!(false), &["`is_causal` is false", "every token sees those before it"]),
         ("llama", LLAMA, "is_causal", json!(false), &["`is_causal` is false", "every token sees those before it"]),
         ("bert", BERT, "is_causal", json!(true), &["`is_causal` is true", "every token sees all the others"]),
@@ -125,7 +125,7 @@ fn another_family_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_compared_is_said() {
+fn keys_that_cannot_be_compared_are_reported() {
     let bench = Bench::new();
     let (path, bert) = spec(&bench, "bert.peft", BERT);
     let weights = checkpoint(&bench, "weights", &bert);
@@ -145,10 +145,10 @@ fn what_cannot_be_compared_is_said() {
     assert!(said.contains("no `model_type`"), "{said}");
 }
 
-/// Every argument that a key stands for is named with the change that makes the spec follow the file, and the change
-/// works.
+/// If a key that corresponds to an argument differs, the refusal names the `--set` that makes the spec fit, and it
+/// does.
 #[test]
-fn arguments_follow_the_file_by_the_mend_that_is_named() {
+fn suggested_arguments_make_the_spec_fit() {
     let bench = Bench::new();
     for (source, key, value, set) in [
         (BERT, "layer_norm_eps", json!(1e-5), "model.eps=1e-5"),
@@ -177,9 +177,9 @@ fn arguments_follow_the_file_by_the_mend_that_is_named() {
     }
 }
 
-/// An absent key is transformers' default, which is not always that of the spec.
+/// A missing key means transformers' default, which may differ from the spec's.
 #[test]
-fn absent_keys_count_as_their_class_has_them() {
+fn missing_keys_have_the_defaults_of_transformers() {
     let bench = Bench::new();
     let without = |source: &str, key: &str| {
         let model = model(&bench, source);
@@ -215,9 +215,9 @@ fn absent_keys_count_as_their_class_has_them() {
     }
 }
 
-/// Objects inside the configuration are understood key by key.
+/// Nested objects of a configuration are compared key by key.
 #[test]
-fn rotary_positions_by_any_of_their_names() {
+fn rotary_positions_are_read_under_every_name() {
     let bench = Bench::new();
     let llama = model(&bench, LLAMA);
     let compared = |more: Value| {
@@ -252,12 +252,12 @@ fn rotary_positions_by_any_of_their_names() {
 }
 
 #[test]
-fn what_no_family_computes_is_refused_by_name() {
+fn unsupported_features_are_refused_by_name() {
     let bench = Bench::new();
     let bert = model(&bench, BERT);
     for (key, value, words) in [
         ("quantization_config", json!({ "quant_method": "bitsandbytes", "load_in_4bit": true }), "bitsandbytes"),
-        ("pruned_heads", json!({ "0": [1] }), "taken out"),
+        ("pruned_heads", json!({ "0": [1] }), "pruned"),
         ("auto_map", json!({ "AutoModel": "modeling_mine.Mine" }), "Python code"),
         ("per_layer_config", json!({ "1": { "intermediate_size": 8 } }), "not alike"),
         ("text_config", json!({ "hidden_size": 32 }), "several parts"),
@@ -274,11 +274,11 @@ fn what_no_family_computes_is_refused_by_name() {
     {
         assert_eq!(wrong(&bert, key, value), "");
     }
-    // Rates of dropout are the recipe's.
+    // Dropout rates belong to the recipe and are not compared.
     assert_eq!(wrong(&bert, "hidden_dropout_prob", json!(0.5)), "");
 }
 
-/// Configurations as they lie beside published checkpoints.
+/// The configurations of published checkpoints are accepted.
 #[test]
 fn published_configurations_fit() {
     let bench = Bench::new();
@@ -326,9 +326,9 @@ fn published_configurations_fit() {
     }
 }
 
-/// Heads of the pretraining are a note; a bias inside a layer refuses.
+/// Unused tensors of pretraining heads are a note; an unused bias inside a layer is an error.
 #[test]
-fn harmless_and_fatal_leftovers_are_told_apart() {
+fn unused_tensors_outside_the_model_are_notes_and_inside_errors() {
     let bench = Bench::new();
     let (path, bert) = spec(&bench, "bert.peft", BERT);
     let one = || Stored::f32(vec![32], vec![0.5; 32]);
@@ -337,7 +337,7 @@ fn harmless_and_fatal_leftovers_are_told_apart() {
     file.tensors.insert("mask_head.bias".into(), one());
     let said = runs(&bench, &path, &folder(&bench, "masked", &config(&bert), &file)).err;
     assert!(said.contains("cls.predictions.transform.dense.bias (heads of the pretraining)"), "{said}");
-    assert!(said.contains("mask_head.bias (they lie outside of the model)"), "{said}");
+    assert!(said.contains("mask_head.bias (they are not part of the model)"), "{said}");
     let (path, llama) = spec(&bench, "llama.peft", LLAMA);
     for name in [
         "model.layers.0.self_attn.q_proj.bias",
@@ -354,11 +354,11 @@ fn harmless_and_fatal_leftovers_are_told_apart() {
 }
 
 #[test]
-fn buffers_are_checked_where_they_mean_something() {
+fn buffers_with_a_meaning_are_checked() {
     let bench = Bench::new();
     let (path, llama) = spec(&bench, "llama.peft", LLAMA);
     let name = "model.layers.0.self_attn.rotary_emb.inv_freq";
-    // A head of width 8: 10000^(−2j/8).
+    // Heads have size 8, so the frequencies are 10000^(−2j/8).
     for (base, fine) in [(1e4_f32, true), (5e5, false)] {
         let mut file = tensors(&llama, false);
         let numbers = (0..4).map(|j| base.powf(-(j as f32) / 4.0)).collect();
@@ -382,9 +382,10 @@ fn buffers_are_checked_where_they_mean_something() {
     }
 }
 
-/// Tied logits are those of the file, or refused with the mend; and the mend works.
+/// Logits with tied weights use the file's tensor if both copies agree. Otherwise the refusal names the argument that
+/// unties them, and it works.
 #[test]
-fn tied_weights_that_differ_in_the_file() {
+fn tied_weights_that_differ_in_the_file_are_refused() {
     let bench = Bench::new();
     for (source, table) in [
         (GPT2.to_string(), "transformer.wte.weight"),
@@ -406,7 +407,7 @@ fn tied_weights_that_differ_in_the_file() {
         };
         let (path, model) = spec(&bench, "untied.peft", &source);
         runs(&bench, &path, &weights);
-        // The other way: an untied model, and a file without the matrix.
+        // The reverse case: an untied model, and a file without the matrix.
         let tied = folder(&bench, "tied", &config(&model), &{
             file.tensors.remove("lm_head.weight");
             file
@@ -416,19 +417,19 @@ fn tied_weights_that_differ_in_the_file() {
 }
 
 #[test]
-fn a_part_that_may_be_absent_is_drawn_and_said() {
+fn an_optional_missing_part_is_initialised_with_a_note() {
     let bench = Bench::new();
     let (path, bert) = spec(&bench, "bert.peft", BERT);
     let mut file = tensors(&bert, true);
     file.tensors.retain(|name, _| !name.contains("pooler"));
     let said = runs(&bench, &path, &folder(&bench, "bare", &config(&bert), &file)).err;
     assert!(said.contains("drawn at random") && said.contains("bert.pooler.dense.weight"), "{said}");
-    // A half of it is no part that was left out.
+    // If only a half of the optional part is missing, the file is refused.
     let mut half = tensors(&bert, true);
     half.tensors.remove("bert.pooler.dense.bias");
     let half = folder(&bench, "half", &config(&bert), &half);
     refused(&bench, &path, &half, &["`bert.pooler.dense.bias` is missing"]);
-    // Where the graph has none, the files' own is no fault.
+    // If the graph does not use the part, its tensors in the file are accepted.
     let (path, mean) = spec(&bench, "mean.peft", &BERT.replace("context: 64", "context: 64, pooling: \"mean\""));
     runs(&bench, &path, &folder(&bench, "pooled", &config(&mean), &tensors(&bert, true)));
 }
@@ -436,7 +437,7 @@ fn a_part_that_may_be_absent_is_drawn_and_said() {
 const LABELLED: &str = "task t { kind: classification  labels: [\"no\", \"yes\"] }\n";
 
 #[test]
-fn labels_are_those_of_the_head() {
+fn labels_must_match_the_head() {
     let bench = Bench::new();
     let (path, bert) = spec(&bench, "labelled.peft", &format!("{BERT}{LABELLED}"));
     let base = config(&bert);
@@ -467,13 +468,13 @@ fn labels_are_those_of_the_head() {
     ] {
         assert_eq!(labels::compare(&with(more), &bert), [""; 0]);
     }
-    // Of a head that is drawn anew nothing is asked.
+    // Labels are not compared if the head is initialised at random.
     let other = with(json!({ "id2label": { "0": "yes", "1": "no" }, "problem_type": "regression" }));
     let weights = folder(&bench, "headed", &other, &tensors(&bert, true));
     refused(&bench, &path, &weights, &["`id2label`", "`labels: [\"yes\", \"no\"]`", "problem_type"]);
     let said = runs(&bench, &path, &folder(&bench, "bare", &other, &tensors(&bert, false))).err;
     assert!(said.contains("drawn at random: classifier.weight, classifier.bias"), "{said}");
-    // Another task's head, whose tensors are called otherwise.
+    // The head of another task, whose tensors have other names.
     let (robertas, roberta) = spec(&bench, "roberta.peft", &format!("{ROBERTA}{LABELLED}"));
     let mut file = tensors(&roberta, false);
     file.tensors.insert("classifier.weight".into(), Stored::f32(vec![3, 32], vec![0.0; 96]));
@@ -487,9 +488,9 @@ fn labels_are_those_of_the_head() {
     refused(&bench, &path, &weights, &["`classifier.weight` is [3, 32]", "3 classes", "2 labels"]);
 }
 
-/// A `config.json` that is there and cannot be used does not count as absent; a byte order mark is no fault.
+/// A `config.json` that exists but cannot be read is an error, not treated as missing. A byte order mark is accepted.
 #[test]
-fn a_config_that_is_there() {
+fn an_unreadable_config_is_an_error() {
     let bench = Bench::new();
     let (path, bert) = spec(&bench, "bert.peft", BERT);
     let weights = checkpoint(&bench, "weights", &bert);
@@ -513,7 +514,7 @@ fn a_config_that_is_there() {
     refused(&bench, &path, &weights, &["model.safetensors", "a link to nowhere, which is not there"]);
 }
 
-/// Whoever brings other weights does not wait for a compiler.
+/// Unsuitable weights are refused before compilation.
 #[test]
 fn weights_are_refused_before_anything_is_compiled() {
     let bench = Bench::with_own_cache();
@@ -526,9 +527,9 @@ fn weights_are_refused_before_anything_is_compiled() {
     assert!(fs::read_dir(&cache).map_or(0, Iterator::count) == 0, "{} is not empty", cache.display());
 }
 
-/// What `--weights` names, and what it is taken for.
+/// The names that `--weights` accepts, and how each is interpreted.
 #[test]
-fn what_weights_may_name() {
+fn weights_accepts_folders_and_cached_names() {
     let bench = Bench::new();
     let (path, bert) = spec(&bench, "bert.peft", BERT);
     let weights = checkpoint(&bench, "hub/models--google--tiny/snapshots/abc123", &bert);
@@ -566,7 +567,7 @@ fn what_weights_may_name() {
     for (name, words) in [
         ("bert-base-uncased", &["bert-base-uncased", "no such directory", "Hugging Face cache"][..]),
         ("tiny", &["no such directory", "the cache has `google/tiny`"]),
-        ("broken", &["no such directory", "`broken` is not whole"]),
+        ("broken", &["no such directory", "`broken` is incomplete"]),
         ("bare", &["no such directory", "without a `main`"]),
         ("./tiny/x/y", &["no such directory; `--weights` takes"]),
     ] {
@@ -574,19 +575,19 @@ fn what_weights_may_name() {
         assert_eq!(ran.code, 3, "{}", ran.err);
         words.iter().for_each(|word| assert!(ran.err.contains(word), "{word}: {}", ran.err));
     }
-    // A file in place of its folder.
+    // A file where a folder is expected.
     let file = weights.join("model.safetensors");
     for (name, words) in [
         (file.clone(), vec!["a file".to_string(), format!("`--weights {}`", weights.display())]),
         (bench.write("m.gguf", "GGUF"), vec!["GGUF".into()]),
         (bench.write("pytorch_model.bin", ""), vec!["pickled".into()]),
-        (bench.write("notes.txt", ""), vec!["a file, where a folder".into()]),
+        (bench.write("notes.txt", ""), vec!["it is a file, where a folder".into()]),
     ] {
         let ran = run(&[], text(&name));
         assert_eq!(ran.code, 3, "{}", ran.err);
         words.iter().for_each(|word| assert!(ran.err.contains(word), "{word}: {}", ran.err));
     }
-    // Folders that hold something else.
+    // Folders with other content.
     for (name, words) in [
         ("pytorch_model.bin", "pickled"),
         ("model-q4.gguf", "GGUF"),

@@ -1,14 +1,14 @@
-//! Every key of transformers' own configuration classes, with other values, and what each does to a tiny model there:
-//! `tests/interop/config_fixtures.py` has tried them. Where the model becomes another one, the key is refused by its
-//! name, and where it is an argument of the backbone the spec that has it computes the same logits.
+//! Every key of transformers' configuration classes with other values. `tests/interop/config_fixtures.py` recorded the
+//! effect of each on a tiny model. If a key changes the model, it is refused by name; if the key corresponds to an
+//! argument of the backbone, the spec with that argument computes the same logits.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use peft_grammar::model::Key;
+use peft_grammar::model::KeyRule;
 use peft_runtime::adapter::{self, Data, Stored, TensorFile};
-use peftc::hub::checkpoint::config::{LABELS, WITHOUT_INFLUENCE, compare};
+use peftc::hub::checkpoint::config::{IGNORED_KEYS, LABELS, compare};
 use serde_json::{Map, Value};
 
 use super::spec;
@@ -28,14 +28,14 @@ impl Fixture {
     fn base(&self) -> &Map<String, Value> {
         self.json["base"].as_object().expect("an object")
     }
-    /// Keys of the class, not those of other families.
+    /// The keys of the family's own class.
     fn keys(&self) -> Vec<&str> {
         self.json["keys"].as_array().expect("a list").iter().map(|k| k.as_str().expect("a name")).collect()
     }
     fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
         self.json["entries"].as_array().expect("a list").iter().map(|e| Entry(e.as_object().expect("an object")))
     }
-    /// The base with the entry's change.
+    /// The base configuration with the entry's change.
     fn config(&self, entry: &Entry) -> Map<String, Value> {
         let mut config = self.base().clone();
         match entry.0.get("value") {
@@ -55,7 +55,7 @@ impl Entry<'_> {
     fn key(&self) -> &str {
         self.0["key"].as_str().expect("a name")
     }
-    /// `None` where transformers refuses the value.
+    /// Whether the value changes the model, or `None` if transformers refuses it.
     fn changes(&self) -> Option<bool> {
         self.0.get("changes").map(|c| c.as_bool().expect("a bool"))
     }
@@ -69,7 +69,7 @@ fn numbers(value: &Value) -> Vec<f64> {
     value.as_array().expect("a list").iter().map(|x| x.as_f64().expect("a number")).collect()
 }
 
-/// The batch of a fixture, every token of it with a label.
+/// The batch of a fixture, in which every token has a label.
 fn inputs(bench: &Bench, fixture: &Fixture, causal: bool) -> std::path::PathBuf {
     let rows = fixture.json["ids"].as_array().expect("rows");
     let ids: Vec<i64> = rows.iter().flat_map(numbers).map(|x| x as i64).collect();
@@ -87,7 +87,7 @@ fn inputs(bench: &Bench, fixture: &Fixture, causal: bool) -> std::path::PathBuf 
     path
 }
 
-/// Logits of a checkpoint with this configuration; what is said where it is refused.
+/// The logits of a checkpoint with this configuration, or the message of the refusal.
 fn logits(
     bench: &Bench,
     fixture: &Fixture,
@@ -148,7 +148,7 @@ fn every_key(family: &'static str, source: &str) {
         "the base",
     );
 
-    // Other families are read only where transformers computes the same for them.
+    // Another `model_type` is accepted only if transformers computes the same for it.
     for other in model.backbone.checkpoint.model_types.iter().filter(|t| *t != family) {
         let mut same = fixture.entries().filter(|e| e.key() == "model_type" && e.0["value"] == **other);
         assert_eq!(same.next().and_then(|e| e.changes()), Some(false), "{other}");
@@ -162,7 +162,7 @@ fn every_key(family: &'static str, source: &str) {
         if own.contains(&key) {
             assert!(found.warnings.is_empty(), "{what}\n{:?}", found.warnings);
         }
-        let free = matches!(rules.get(key), Some(Key::Free)) || WITHOUT_INFLUENCE.contains(&key);
+        let free = matches!(rules.get(key), Some(KeyRule::Free)) || IGNORED_KEYS.contains(&key);
         if free || LABELS.contains(&key) {
             assert_ne!(entry.changes(), Some(true), "{what}: it is declared to be without influence");
             assert_eq!(found.wrong, [""; 0], "{what}");
@@ -172,10 +172,10 @@ fn every_key(family: &'static str, source: &str) {
         }
         let named = |said: &str| said.contains(&format!("`{key}`")) || said.contains(&format!("`{key}."));
         assert!(found.wrong.iter().any(|line| named(line)), "{what} is not refused by name: {:?}", found.wrong);
-        // The mend that the refusal names, if the key is an argument: the same logits, or a refusal in words.
+        // If the refusal names an argument to set, setting it gives the same logits, or another refusal.
         let line = found.wrong.iter().find(|line| named(line)).expect("it is named");
         let Some(set) = line.split("`--set ").nth(1).and_then(|rest| rest.split('`').next()) else { continue };
-        // One value of a key is enough: each compiles a model.
+        // One value of each key is enough, because each compiles a model.
         if !tried.insert(key.to_owned()) {
             continue;
         }
@@ -216,17 +216,17 @@ fn every_key_of_llama() {
     );
 }
 
-/// A key is on the list without influence only if it was tried, and only if it never changed anything.
+/// The keys in `IGNORED_KEYS` were tried, and never changed a model.
 #[test]
-fn what_is_without_influence_was_tried() {
+fn ignored_keys_were_tried() {
     let fixtures = ["bert", "roberta", "gpt2", "llama"].map(Fixture::read);
-    for key in WITHOUT_INFLUENCE.iter().filter(|key| **key != "model_type") {
+    for key in IGNORED_KEYS.iter().filter(|key| **key != "model_type") {
         let entries = || fixtures.iter().flat_map(Fixture::entries).filter(|e| e.key() == *key);
         assert!(entries().any(|e| e.changes() == Some(false)), "`{key}` was never tried");
         assert!(entries().all(|e| e.changes() != Some(true)), "`{key}` changes a model");
     }
-    let mut sorted = WITHOUT_INFLUENCE.to_vec();
+    let mut sorted = IGNORED_KEYS.to_vec();
     sorted.sort_unstable();
     sorted.dedup();
-    assert_eq!(sorted.len(), WITHOUT_INFLUENCE.len(), "a key is listed twice");
+    assert_eq!(sorted.len(), IGNORED_KEYS.len(), "a key is listed twice");
 }

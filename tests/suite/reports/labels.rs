@@ -1,9 +1,9 @@
-//! Labels by name and index, and data of which the cut leaves nothing.
+//! Labels by name and by index, and data of which truncation leaves no target.
 
 use super::{BERT, GPT2};
 use crate::cli::{Bench, text};
 
-/// BERT's tiny model with a tokenizer of words beside the data.
+/// A tiny BERT with a word tokenizer next to the data.
 fn classifier(labels: &str) -> Bench {
     let bench = Bench::new();
     let task = format!("task t {{ kind: classification max_tokens: 16 labels: [{labels}] }}\n");
@@ -13,7 +13,7 @@ fn classifier(labels: &str) -> Bench {
 }
 
 #[test]
-fn numbers_as_names_have_no_index() {
+fn numeric_class_names_have_no_index() {
     let bench = classifier(r#""1", "2", "3", "4", "5""#);
     let [spec, data] = ["spec.peft", "data.tsv"].map(|name| bench.path(name));
     let eval = ["eval", text(&spec), "--weights", "random", "--data", text(&data)];
@@ -22,7 +22,7 @@ fn numbers_as_names_have_no_index() {
     bench.write("data.tsv", "good film\t5\nbad\t1\n");
     let ran = bench.peftc(eval);
     assert!(ran.code == 0 && ran.out.contains("2 examples"), "{}", ran.err);
-    // `train` reads the same way, the held-out set as well.
+    // `train` parses labels like `eval`, also those of the held-out data.
     let good = bench.write("good.tsv", "bad\t1\n");
     bench.write("data.tsv", "bad\t6\n");
     let out = bench.path("run");
@@ -32,7 +32,7 @@ fn numbers_as_names_have_no_index() {
 }
 
 #[test]
-fn sentences_of_which_marks_are_left() {
+fn sentences_truncated_to_special_tokens_are_refused() {
     let bench = classifier(r#""bad", "good""#);
     let [spec, out] = ["spec.peft", "run"].map(|name| bench.path(name));
     let data = bench.write("data.tsv", "good film\t1\nbad\t0\n");
@@ -50,9 +50,9 @@ fn sentences_of_which_marks_are_left() {
     assert!(ran.code == 0 && ran.err.contains("2 examples, 6 tokens, the longest 3, 1 cut\n"), "{}", ran.err);
 }
 
-/// The records of `data/triples` with its tokenizer.
+/// The data set `data/triples` with its tokenizer.
 #[test]
-fn records_of_which_no_target_is_left() {
+fn records_truncated_before_the_target_are_refused() {
     let bench = Bench::new();
     let task = "task t {\n  kind: generation\n  special: [\"<bos>\", \"<eos>\", \"<target>\"]\n  \
                 template: \"<bos> ({subject} {property} {object})* <target> {text} <eos>\"\n  target: \"<target>\"\n}\n";
@@ -81,11 +81,11 @@ fn records_of_which_no_target_is_left() {
         assert!(!out.exists(), "no adapter is left of it");
     }
     bench.refuses(&[&["eval", text(&spec), "--data", text(&data)], &given[..], &limit].concat(), 3, &words);
-    // A held-out set of which nothing is left is refused as well.
+    // A held-out data set without targets is refused too.
     let dev = ["train", text(&spec), "--data", "data/triples/dev.json", "--dev", text(&data), "--out", text(&out)];
     bench.refuses(&[&dev[..], &given, &limit].concat(), 3, &words);
 
-    // Of the shipped set 26 of 28 are dropped at 12 tokens, and the line on the data says so.
+    // Truncation to 12 tokens drops 26 of the 28 examples of the shipped data set, and the summary says so.
     let eval = ["eval", text(&spec), "--data", "data/triples/dev.json", "--set", "task.max_tokens=12"];
     let ran = bench.peftc([&eval[..], &given].concat());
     assert_eq!(ran.code, 0, "{}", ran.err);

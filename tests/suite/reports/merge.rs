@@ -1,4 +1,5 @@
-//! A merged folder is whole: weights in their types, the tokenizer with new tokens, everything that lies beside them.
+//! `merge` writes a complete folder: weights in their types, the tokenizer with the new tokens, and all other files of
+//! the base.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 use super::random::{CLASSIFIER, Case, classifier, generator, generator_of};
 use crate::cli::{Bench, Ran, text};
 
-/// A case with an adapter, trained for a step.
+/// A case with an adapter that was trained for one step.
 fn trained(case: Case) -> Case {
     let ran = case.with("train", &["--set", "train.steps=1", "--out", text(&case.path("run"))]);
     assert_eq!(ran.code, 0, "{}", ran.err);
@@ -29,7 +30,7 @@ fn json(path: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(path).expect("readable")).expect("JSON")
 }
 
-/// Writes the weights again, each tensor in the type that `of` gives.
+/// Rewrites the weights with the type that `of` gives for each tensor.
 fn retyped(case: &Case, of: impl Fn(&str) -> Float) {
     let path = case.weights.join("model.safetensors");
     let mut file = adapter::load(&path).expect("sound");
@@ -44,7 +45,7 @@ const VALUE: &str = "bert.encoder.layer.0.attention.self.value.weight";
 const QUERY: &str = "bert.encoder.layer.0.attention.self.query.weight";
 
 #[test]
-fn types_are_kept_or_chosen() {
+fn merged_types_are_kept_or_chosen() {
     let case = trained(classifier(CLASSIFIER, |_| {}));
     let out = case.path("merged");
     let types = |name: &str| SafeFile::open(&out.join("model.safetensors")).expect("sound").float(name);
@@ -58,13 +59,13 @@ fn types_are_kept_or_chosen() {
         let ran = merge(&case, &out, &["--overwrite"]);
         let said = format!("written in {}, as in the files", dtype.name());
         assert!(ran.code == 0 && ran.out.contains(&said), "{}{}", ran.out, ran.err);
-        // What no method changed has the bits of the file; the head, which is new, has the type of the rest.
+        // Unchanged tensors keep the bits of the file. The new head has the type of the other tensors.
         assert_eq!([VALUE, QUERY, "classifier.weight"].map(types), [Some(dtype); 3]);
         let read = |folder: &Path| adapter::load(&folder.join("model.safetensors")).expect("sound").tensors;
         assert_eq!(read(&out)[VALUE], read(&case.weights)[VALUE]);
         assert_eq!(configured("torch_dtype"), dtype.torch());
     }
-    // Norms in f32 beside matrices in bf16.
+    // Norms in f32 and matrices in bf16.
     let norm = |name: &str| name.contains("LayerNorm");
     retyped(&case, |name| if norm(name) { Float::F32 } else { Float::BF16 });
     let mut config = json(&case.weights.join("config.json"));
@@ -86,7 +87,7 @@ fn types_are_kept_or_chosen() {
     let ran = merge(&case, &out, &["--dtype", "int8"]);
     assert!(ran.code == 2 && ran.err.contains("f32, f16, bf16"), "{}", ran.err);
 
-    // A number for which the type is too small: refused, and what was there stands.
+    // A value that overflows the type is refused, and the existing output is kept.
     retyped(&case, |_| Float::F32);
     let path = case.weights.join("model.safetensors");
     let mut file = adapter::load(&path).expect("sound");
@@ -96,7 +97,7 @@ fn types_are_kept_or_chosen() {
     let before = fs::read(out.join("model.safetensors")).expect("there");
     let ran = merge(&case, &out, &["--overwrite", "--dtype", "f16"]);
     assert!(
-        ran.code == 2 && ran.err.contains(VALUE) && ran.err.contains("1e5, for which f16 is too small"),
+        ran.code == 2 && ran.err.contains(VALUE) && ran.err.contains("1e5, which is out of range for f16"),
         "{}",
         ran.err
     );
@@ -105,7 +106,7 @@ fn types_are_kept_or_chosen() {
 }
 
 #[test]
-fn what_lies_beside_the_weights_is_copied() {
+fn other_files_of_the_base_are_copied() {
     let case = trained(classifier(CLASSIFIER, |_| {}));
     let write = |name: &str| drop(case.bench.write(&format!("weights/{name}"), name));
     let copied = [
@@ -131,7 +132,7 @@ fn what_lies_beside_the_weights_is_copied() {
         "adapter_config.json",
         "onnx/model.onnx",
         "onnx/config.json",
-        // A run's own, which was made into the folder of its weights.
+        // Files that a run wrote into the folder of its weights.
         "metrics.jsonl",
         "events.out.tfevents.1764489600.host.peftc.0",
     ];
@@ -139,7 +140,7 @@ fn what_lies_beside_the_weights_is_copied() {
     let out = case.path("merged");
     let ran = merge(&case, &out, &[]);
     assert_eq!(ran.code, 0, "{}", ran.err);
-    assert!(ran.err.contains("not copied, since weights lie there: onnx"), "{}", ran.err);
+    assert!(ran.err.contains("these folders hold weights and were not copied: onnx"), "{}", ran.err);
     for name in copied {
         assert_eq!(fs::read_to_string(out.join(name)).unwrap_or_else(|e| panic!("{name}: {e}")), name);
     }
@@ -164,7 +165,7 @@ fn a_base_is_never_written_over_and_a_model_only_when_asked() {
     for more in [&[][..], &["--overwrite"]] {
         let ran = merge(&case, &case.weights, more);
         assert!(ran.code == 2 && ran.err.contains("which this command reads"), "{}", ran.err);
-        // By another name, and a folder that holds it.
+        // By another path, and by a folder that contains it.
         let ran = merge(&case, &case.weights.join("../weights"), more);
         assert!(ran.code == 2 && ran.err.contains("which this command reads"), "{}", ran.err);
         let ran = merge(&case, case.weights.parent().expect("a parent"), more);
@@ -174,12 +175,12 @@ fn a_base_is_never_written_over_and_a_model_only_when_asked() {
     assert_eq!(merge(&case, &out, &[]).code, 0);
     let ran = merge(&case, &out, &[]);
     assert!(ran.code == 2 && ran.err.contains("it exists; replace it with `--overwrite`"), "{}", ran.err);
-    // An older model goes with all that lies beside it.
+    // Replacing a merged model removes all files next to it.
     fs::write(out.join("model-00001-of-00002.safetensors"), "old").expect("written");
     fs::write(out.join("chat_template.jinja"), "old").expect("written");
     assert_eq!(merge(&case, &out, &["--overwrite"]).code, 0);
     assert!(!out.join("model-00001-of-00002.safetensors").exists() && !out.join("chat_template.jinja").exists());
-    // What is no model is not replaced, and a repository neither.
+    // A folder that holds no model, or a repository, is not replaced.
     let notes = case.bench.write("notes/todo.txt", "mine");
     let ran = merge(&case, notes.parent().expect("a folder"), &["--overwrite"]);
     assert!(ran.code == 2 && ran.err.contains("other things than this command writes"), "{}", ran.err);
@@ -197,7 +198,7 @@ fn a_base_is_never_written_over_and_a_model_only_when_asked() {
     case.bench.write("merged/.git/HEAD", "ref");
     let ran = merge(&case, &out, &["--overwrite"]);
     assert!(ran.code == 2 && out.join(".git/HEAD").is_file(), "{}", ran.err);
-    // An empty folder is as good as none; nothing is left beside what was written.
+    // An empty folder is treated as a missing one. No temporary files are left.
     let empty = case.path("empty");
     fs::create_dir(&empty).expect("a folder");
     assert_eq!(merge(&case, &empty, &[]).code, 0);
@@ -205,7 +206,7 @@ fn a_base_is_never_written_over_and_a_model_only_when_asked() {
     assert!(!beside.into_iter().any(|name| name.to_string_lossy().starts_with(".peftc-")));
 }
 
-/// What transformers makes of a folder, if it is there to be asked.
+/// What transformers reads from a folder, or `None` if it is not installed.
 fn asked(folder: &Path, tokens: &[&str]) -> Option<Value> {
     ask(&[&[text(folder)], tokens].concat())
 }
@@ -226,7 +227,7 @@ fn ask(arguments: &[&str]) -> Option<Value> {
 const TOKENS: [&str; 6] = ["<bos>", "<eos>", "<subject>", "<property>", "<object>", "<target>"];
 
 #[test]
-fn new_tokens_are_in_the_tokenizer() {
+fn new_tokens_are_added_to_the_tokenizer() {
     let case = trained(generator(""));
     let first = json(&case.weights.join("tokenizer.json"));
     let whole = |folder: &Path| {
@@ -256,7 +257,7 @@ fn new_tokens_are_in_the_tokenizer() {
     assert_eq!(merge(&case, &out, &[]).code, 0);
     whole(&out);
     transformers(&out);
-    // A configuration beside it that lists added tokens lists these as well.
+    // The new tokens are also added to a tokenizer configuration that lists added tokens.
     let types = json!({"added_tokens_decoder": {}, "tokenizer_class": "PreTrainedTokenizerFast"});
     fs::write(case.weights.join("tokenizer_config.json"), types.to_string()).expect("written");
     assert_eq!(merge(&case, &out, &["--overwrite"]).code, 0);
@@ -265,7 +266,7 @@ fn new_tokens_are_in_the_tokenizer() {
     assert_eq!(decoder["1541"]["content"], "<target>");
     assert_eq!(decoder["1536"]["special"], true);
 
-    // Without a tokenizer the tokens have no place, and that is said; one from elsewhere takes them.
+    // Without a tokenizer the new tokens cannot be written, and a note says so. `--tokenizer` may name one elsewhere.
     let elsewhere = case.path("elsewhere");
     fs::create_dir(&elsewhere).expect("a folder");
     for name in ["tokenizer.json", "tokenizer_config.json"] {
@@ -282,10 +283,10 @@ fn new_tokens_are_in_the_tokenizer() {
     whole(&out);
 }
 
-/// The base's own tokens behind its vocabulary stand in its settings alone: the task's follow them in the merged folder
+/// If the base's added tokens appear only in its tokenizer settings, the task's tokens follow them in the merged folder
 /// as in training.
 #[test]
-fn new_tokens_follow_those_of_the_settings() {
+fn new_tokens_follow_added_tokens_of_the_settings() {
     let case = trained_with_padding();
     let sound = json(&case.weights.join("tokenizer.json"));
     let model = &sound["model"];
@@ -368,7 +369,7 @@ fn new_tokens_follow_those_of_the_settings() {
     }
 }
 
-/// A generator of which the base has a padding token with a row, trained for a step.
+/// A generator whose base has a padding token with a row of its own, trained for one step.
 fn trained_with_padding() -> Case {
     let case = generator_of("", 1537);
     let settings = json!({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"});
@@ -376,9 +377,9 @@ fn trained_with_padding() -> Case {
     trained(case)
 }
 
-/// A configuration says what the merged folder is: its head, its classes, the kind of its task.
+/// The merged configuration describes the merged model: its head, its classes, and its kind of task.
 #[test]
-fn the_configuration_is_that_of_the_task() {
+fn the_merged_configuration_describes_the_task() {
     let case = trained(classifier(CLASSIFIER, |_| {}));
     let path = case.weights.join("config.json");
     let sound = json(&path);
@@ -404,7 +405,7 @@ fn the_configuration_is_that_of_the_task() {
     ] {
         assert_eq!(merged(json!({"architectures": [base]}))["architectures"], wanted, "{base}");
     }
-    // What the base says of another task is gone.
+    // Keys of the base's own task are removed.
     for keys in [
         json!({"problem_type": "regression", "num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
         json!({"problem_type": "multi_label_classification", "_num_labels": 3}),
@@ -446,7 +447,7 @@ fn the_configuration_is_that_of_the_task() {
     }
 }
 
-/// Shards become one file, with no index of what is not there.
+/// A sharded base becomes one file without an index.
 #[test]
 fn a_base_in_shards_is_merged_into_one_file() {
     let case = trained(generator(""));
@@ -480,9 +481,10 @@ fn a_base_in_shards_is_merged_into_one_file() {
     }
 }
 
-/// A tokenizer of `vocab.json` and `merges.txt` reads new tokens from `added_tokens.json`; what it knows stays as it is.
+/// For a tokenizer of `vocab.json` and `merges.txt`, new tokens are written to `added_tokens.json`. Existing tokens are
+/// not repeated.
 #[test]
-fn tokens_of_a_tokenizer_without_its_own_file() {
+fn new_tokens_of_vocab_json_go_to_added_tokens_json() {
     let bench = Bench::new();
     bench.write("vocab.json", r#"{"a":0,"<eos>":1}"#);
     let folder = bench.path("");
@@ -495,7 +497,7 @@ fn tokens_of_a_tokenizer_without_its_own_file() {
     assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 2);
     add_tokens(&folder, &tokens(&[("<eos>", 1), ("<sep>", 3)])).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(json(&folder.join("added_tokens.json")), json!({"<bos>": 2, "<sep>": 3}));
-    // In one file, the token of the model itself is not listed once more.
+    // In `tokenizer.json` a token of the vocabulary is not listed again.
     bench.write("tokenizer.json", r#"{"added_tokens":[{"id":1,"content":"<eos>"}],"model":{"vocab":{"a":0}}}"#);
     add_tokens(&folder, &tokens(&[("<eos>", 1), ("a", 0), ("<new>", 4)])).unwrap_or_else(|e| panic!("{e}"));
     let added = json(&folder.join("tokenizer.json"))["added_tokens"].clone();

@@ -1,6 +1,7 @@
-//! Inputs after public reports: each is understood, or refused in words that name the place and the mend.
+//! Inputs modelled on public bug reports. Each is either handled correctly, or refused with a message that names the
+//! place and the remedy.
 //!
-//! A class of fault is a file. Tests make their inputs themselves; nothing is fetched.
+//! Each file covers one class of errors. The tests create their inputs themselves; nothing is downloaded.
 
 mod adapters;
 mod bounds;
@@ -24,7 +25,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::Bench;
 
-/// Tiny models: width 32, 2 layers, 4 heads, a context of 64, 50 tokens.
+/// Tiny models with hidden size 32, 2 layers, 4 heads, a context of 64 tokens, and 50 tokens.
 pub const GPT2: &str = "model = gpt2(layers: 2, hidden: 32, heads: 4, ffn: 64, vocab: 50, context: 64)\n";
 pub const LLAMA: &str =
     "model = llama(layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 50, context: 64)\n";
@@ -38,7 +39,7 @@ pub fn spec(bench: &Bench, name: &str, text: &str) -> (PathBuf, Model) {
     (path, model)
 }
 
-/// The model's `config.json` as transformers writes it: what the backbone reads of it, and what names the family.
+/// The model's `config.json` as transformers writes it: the keys that the backbone reads, and `model_type`.
 pub fn config(model: &Model) -> Map<String, Value> {
     let value = |v: &ConfigValue| match v {
         ConfigValue::Bool(b) => json!(b),
@@ -51,7 +52,7 @@ pub fn config(model: &Model) -> Map<String, Value> {
     config
 }
 
-/// The tensors of a checkpoint of the model: matrices eight times as large as they are drawn, so that differences show.
+/// The tensors of a checkpoint. Matrices are scaled by eight, so that differences between models become visible.
 pub fn tensors(model: &Model, head: bool) -> TensorFile {
     let mut file = TensorFile::default();
     file.notes.insert("format".into(), "pt".into());
@@ -67,7 +68,7 @@ pub fn tensors(model: &Model, head: bool) -> TensorFile {
     file
 }
 
-/// Writes a Hugging Face folder.
+/// Writes a folder in Hugging Face's layout.
 pub fn folder(bench: &Bench, name: &str, config: &Map<String, Value>, tensors: &TensorFile) -> PathBuf {
     let folder = bench.path(name);
     fs::create_dir_all(&folder).expect("a folder");
@@ -77,7 +78,7 @@ pub fn folder(bench: &Bench, name: &str, config: &Map<String, Value>, tensors: &
     folder
 }
 
-/// The folder of a checkpoint that is just as the model wants it.
+/// A folder with a checkpoint that fits the model.
 pub fn checkpoint(bench: &Bench, name: &str, model: &Model) -> PathBuf {
     folder(bench, name, &config(model), &tensors(model, true))
 }
@@ -102,7 +103,7 @@ pub fn inputs(bench: &Bench, name: &str, ids: &[&[i64]], labels: &[i64]) -> Path
 }
 
 #[test]
-fn a_checkpoint_as_it_should_be_runs() {
+fn a_fitting_checkpoint_runs() {
     let bench = Bench::new();
     let (path, model) = spec(&bench, "bert.peft", BERT);
     let weights = checkpoint(&bench, "weights", &model);

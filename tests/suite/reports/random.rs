@@ -1,4 +1,4 @@
-//! What a run drew at random and does not train: it lies in the adapter's file, or is pinned by the seed.
+//! Frozen tensors that a run initialised at random are saved with the adapter, or determined by the seed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ pub struct Case {
     pub data: PathBuf,
 }
 
-/// Six words, of which a sentence's first and last token are marks.
+/// A tokenizer with six tokens, which adds a special token at both ends of a sentence.
 pub const TOKENIZER: &str = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
     "pre_tokenizer":{"type":"Whitespace"},
     "post_processor":{"type":"BertProcessing","sep":["[SEP]",2],"cls":["[CLS]",1]},"decoder":null,
@@ -29,7 +29,7 @@ pub const CLASSIFIER: &str = "model = bert(layers: 1, hidden: 8, heads: 2, ffn: 
     task t { kind: classification\n max_tokens: 16\n labels: [\"0\", \"1\"] }\n\
     train { lr: 5e-2\n batch: 2\n epochs: 20 }\n";
 
-/// A classifier, and a checkpoint of its backbone from which `spoil` may take tensors.
+/// A classifier with a checkpoint of its backbone. `spoil` may remove tensors from the checkpoint.
 pub fn classifier(text: &str, spoil: impl FnOnce(&mut TensorFile)) -> Case {
     let bench = Bench::new();
     let (spec, model) = spec(&bench, "tiny.peft", text);
@@ -43,7 +43,7 @@ pub fn classifier(text: &str, spoil: impl FnOnce(&mut TensorFile)) -> Case {
     Case { bench, spec, model, weights, data }
 }
 
-/// Puts the six words' tokenizer into a folder; its parts are those of the file.
+/// Writes the tokenizer with six tokens into a folder.
 pub fn words(folder: &Path) {
     fs::write(folder.join("tokenizer.json"), TOKENIZER).expect("written");
     let class = r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
@@ -54,12 +54,13 @@ fn without_pooler(file: &mut TensorFile) {
     file.tensors.retain(|name, _| !name.contains("pooler"));
 }
 
-/// A GPT-2 for `data/triples`, whose six special tokens its checkpoint lacks. `rows` is a rule of the tune block.
+/// A GPT-2 for `data/triples` whose checkpoint lacks the task's six special tokens. `rows` is a rule for the tune
+/// block.
 pub fn generator(rows: &str) -> Case {
     generator_of(rows, 1536)
 }
 
-/// As [`generator`], of a checkpoint with another number of tokens.
+/// A [`generator`] whose checkpoint has another number of tokens.
 pub fn generator_of(rows: &str, tokens: usize) -> Case {
     let bench = Bench::new();
     let demo = fs::read_to_string("models/demo/triples.peft").expect("readable");
@@ -94,7 +95,7 @@ impl Case {
         self.bench.peftc(given.iter().chain(more))
     }
 
-    /// Trains into `out`; gives the figures on the training data after it.
+    /// Trains into `out`. Returns the metrics on the training data after the last step.
     pub fn train(&self, out: &Path, more: &[&str]) -> (Ran, String) {
         let ran = self.with("train", &[&["--dev", text(&self.data), "--out", text(out)], more].concat());
         assert_eq!(ran.code, 0, "{}", ran.err);
@@ -102,7 +103,7 @@ impl Case {
         (ran, after)
     }
 
-    /// The figures of `eval`, and what it says.
+    /// The metrics that `eval` prints, and its messages.
     pub fn eval(&self, adapter: &Path, more: &[&str]) -> (String, String) {
         let ran = self.with("eval", &[&["--adapter", text(adapter)], more].concat());
         assert_eq!(ran.code, 0, "{}", ran.err);
@@ -110,7 +111,7 @@ impl Case {
     }
 }
 
-/// The file of an adapter without what was drawn, as one was written that did not know of it.
+/// Copies an adapter without its random tensors, as older versions wrote it.
 fn forgetful(run: &Path, to: &Path) {
     let mut file = adapter::load(&run.join("adapter.safetensors")).expect("sound");
     let keys: Vec<String> = serde_json::from_str(&file.notes["drawn"]).expect("a list");
@@ -122,22 +123,22 @@ fn forgetful(run: &Path, to: &Path) {
 }
 
 #[test]
-fn a_pooler_that_no_file_holds_goes_with_the_adapter() {
+fn a_random_pooler_is_saved_with_the_adapter() {
     let case = classifier(CLASSIFIER, without_pooler);
     let run = case.path("run");
     let (ran, after) = case.train(&run, &["--seed", "7"]);
-    let new = "new here, drawn at random: bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias";
+    let new = "not in the weights, so drawn at random: bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias";
     assert!(ran.err.contains(new), "{}", ran.err);
     let (figures, said) = case.eval(&run, &[]);
     assert_eq!(figures, after);
     assert!(!said.contains("drawn at random") && !said.contains("warning"), "{said}");
-    // Drawn anew it is another model, and that is said.
+    // New random values give another model, and a message says so.
     let forgot = case.path("forgot.safetensors");
     forgetful(&run, &forgot);
     let (figures, said) = case.eval(&forgot, &[]);
     assert!(figures != after && said.contains("drawn at random: bert.pooler.dense.weight"), "{figures} {said}");
 
-    // A checkpoint that holds one: the adapter's is used, and that is said.
+    // If the checkpoint has the tensors too, the adapter's are used, and a message says so.
     let mut whole = tensors(&case.model, false);
     let other = folder(&case.bench, "other", &config(&case.model), &whole);
     words(&other);
@@ -151,7 +152,7 @@ fn a_pooler_that_no_file_holds_goes_with_the_adapter() {
     assert_eq!(figures, after);
     assert!(said.contains("these weights hold `bert.pooler.dense.weight`") && !said.contains("warning"), "{said}");
 
-    // Other numbers below the adapter.
+    // Other values of the base are reported.
     let Data::F32(numbers) = &mut whole.tensors.get_mut("bert.encoder.layer.0.output.dense.bias").expect("there").data
     else {
         panic!("f32")
@@ -161,7 +162,7 @@ fn a_pooler_that_no_file_holds_goes_with_the_adapter() {
     words(&other);
     assert!(elsewhere(&other).1.contains("was trained on other base weights than these"));
 
-    // Exported and merged, it is there as well.
+    // Export and merge include the random tensors.
     let own = case.path("own");
     let export = ["export", text(&case.spec), "--adapter", text(&run), "-o", text(&own)];
     case.bench.refuses(
@@ -184,14 +185,31 @@ fn a_pooler_that_no_file_holds_goes_with_the_adapter() {
     assert!(ran.out.contains(&after), "{}{}", ran.out, ran.err);
 }
 
-/// The same numbers in bf16 are the same base; a frozen head that was drawn is a part of the model, too.
+/// A head whose values come from an adapter or from a resumed state is not reported as drawn at random.
 #[test]
-fn a_frozen_head_goes_with_the_adapter_and_types_do_not_matter() {
+fn only_random_tensors_are_reported_as_random() {
+    let case = classifier(CLASSIFIER, without_pooler);
+    let run = case.path("run");
+    let (ran, _) = case.train(&run, &["--seed", "7"]);
+    assert!(ran.err.contains("drawn at random") && ran.err.contains("classifier.weight"), "{}", ran.err);
+    let (ran, _) = case.train(&case.path("next"), &["--seed", "7", "--adapter", text(&run)]);
+    assert!(!ran.err.contains("drawn at random"), "{}", ran.err);
+    // A resumed run evaluates nothing before its first step, so it prints no figures of before and after.
+    let more = ["--dev", text(&case.data), "--out", text(&run), "--seed", "7", "--set", "train.epochs=21", "--resume"];
+    let ran = case.with("train", &more);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let pooler = "drawn at random: bert.pooler.dense.weight, bert.pooler.dense.bias\n";
+    assert!(ran.err.contains(pooler) && !ran.err.contains("classifier"), "{}", ran.err);
+}
+
+/// A random frozen head is saved with the adapter. A base in bf16 with the same values is the same base.
+#[test]
+fn a_frozen_random_head_is_saved_with_the_adapter() {
     let text_of = CLASSIFIER.replace("on q }", "on q } head frozen");
     let rounded = |file: &mut TensorFile| {
         for stored in file.tensors.values_mut() {
             let Data::F32(numbers) = &mut stored.data else { panic!("f32") };
-            // bf16 keeps the upper half of a number.
+            // bf16 keeps the upper half of an f32.
             numbers.iter_mut().for_each(|x| *x = f32::from_bits(x.to_bits() & 0xFFFF_0000));
         }
     };
@@ -209,24 +227,26 @@ fn a_frozen_head_goes_with_the_adapter_and_types_do_not_matter() {
     let (figures, said) = case.eval(&run, &[]);
     assert_eq!(figures, after);
     assert!(!said.contains("warning"), "{said}");
-    // A spec in which the head trains is another one.
+    // A spec in which the head trains is a different one.
     let trains = case.bench.write("trains.peft", CLASSIFIER);
     let eval =
         ["eval", text(&trains), "--weights", text(&case.weights), "--data", text(&case.data), "--adapter", text(&run)];
     case.bench.refuses(
         &eval,
         3,
-        &["`classifier.weight` was drawn at random and did not train", "in the spec it trains"],
+        &["`classifier.weight` was drawn at random and did not train", "but in the spec it trains"],
     );
 }
 
 #[test]
-fn rows_of_new_tokens_go_with_the_adapter() {
+fn rows_of_new_tokens_are_saved_with_the_adapter() {
     for rows in ["", "rows 1536..1538 of \"transformer.wte.weight\""] {
         let case = generator(rows);
         let run = case.path("run");
         let (ran, after) = case.train(&run, &["--seed", "7"]);
         assert!(ran.err.contains("drawn at random: transformer.wte.weight[1536:1542]"), "{}", ran.err);
+        // The recipe has six steps, so a tenth of them is one step.
+        assert!(ran.out.contains(" at the first step, "), "{}", ran.out);
         let (figures, said) = case.eval(&run, &[]);
         assert_eq!(figures, after);
         assert!(!said.contains("drawn at random") && !said.contains("warning"), "{said}");
@@ -238,14 +258,14 @@ fn rows_of_new_tokens_go_with_the_adapter() {
         assert!(figures != after && said.contains("drawn at random"), "{figures} {said}");
         let own = case.path("own");
         let ran = case.bench.peftc(["export", text(&case.spec), "--adapter", text(&run), "-o", text(&own)]);
-        assert!(ran.code == 0 && ran.out.contains("our own format"), "{}{}", ran.out, ran.err);
+        assert!(ran.code == 0 && ran.out.contains("peftc's own format"), "{}{}", ran.out, ran.err);
         assert_eq!(case.eval(&own, &[]).0, after);
     }
 }
 
-/// A base that is all random is pinned by its seed.
+/// Random base weights are determined by the seed, which is required to use the adapter.
 #[test]
-fn random_weights_want_their_seed() {
+fn random_base_weights_require_their_seed() {
     let case = classifier(CLASSIFIER, |_| {});
     let run = case.path("run");
     let tokenizer = ["--tokenizer", text(&case.weights)];
@@ -264,7 +284,7 @@ fn random_weights_want_their_seed() {
     assert!(ran.code == 0 && ran.out.contains(after), "{}{}", ran.out, ran.err);
     let ran = on("eval", text(&case.weights), &adapter);
     assert!(ran.code == 3 && ran.err.contains("use `--weights random --set train.seed=7`"), "{}{}", ran.out, ran.err);
-    // Where everything trains, nothing is left of the base, so that its seed does not matter.
+    // With full fine-tuning nothing of the base remains, so its seed is not required.
     let all = case.bench.write("full.peft", CLASSIFIER.replace("every attention { lora(rank: 2) on q }", "full()"));
     let given = [text(&all), "--weights", "random", "--data", text(&case.data), "--tokenizer", text(&case.weights)];
     let full = case.path("full");
@@ -274,7 +294,7 @@ fn random_weights_want_their_seed() {
     let after = ran.out.lines().find_map(|line| line.trim().strip_suffix(" after")).expect("judged");
     let ran = case.bench.peftc(["eval", "--adapter", text(&full)].iter().chain(&given));
     assert!(ran.code == 0 && ran.out.contains(after), "{}{}", ran.out, ran.err);
-    // An export keeps the seed that the run had.
+    // An export keeps the seed of its run.
     let own = case.path("own");
     let ran =
         case.bench.peftc(["export", text(&case.spec), "--format", "own", "--adapter", text(&run), "-o", text(&own)]);
@@ -283,13 +303,13 @@ fn random_weights_want_their_seed() {
     assert!(ran.code == 3 && ran.err.contains("use `--set train.seed=7`"), "{}{}", ran.out, ran.err);
 }
 
-/// Tensors of the right shapes are not enough: an adapter is used only as a part of the function it was trained in.
+/// An adapter is refused by a spec with another function, even if the shapes of all tensors match.
 #[test]
-fn an_adapter_is_of_one_function() {
+fn an_adapter_of_another_function_is_refused() {
     let case = classifier(CLASSIFIER, |_| {});
     let run = case.path("run");
     let (_, after) = case.train(&run, &[]);
-    // What matters in training alone may differ.
+    // Settings that affect only training may differ.
     assert_eq!(case.eval(&run, &["--set", "lora.dropout=0.3", "--set", "train.label_smoothing=0.1"]).0, after);
     let refused = |spec: &str, more: &[&str], words: &[&str]| {
         let given = ["--weights", text(&case.weights), "--data", text(&case.data), "--adapter", text(&run)];
@@ -313,11 +333,12 @@ fn an_adapter_is_of_one_function() {
     case.bench.refuses(&merge, 3, &["`labels` was"]);
     let export = ["export", text(&swapped), "--adapter", text(&run), "-o", text(&out)];
     case.bench.refuses(&export, 3, &["`labels` was"]);
-    // Notes that say what the file is are read.
+    // The notes in the file are checked.
     let mut file = adapter::load(&run.join("adapter.safetensors")).expect("sound");
-    for (note, value, words) in
-        [("format", "peftc adapter 9", "use the peftc that wrote it"), ("backbone", "gpt2", "it was trained on `gpt2`")]
-    {
+    for (note, value, words) in [
+        ("format", "peftc adapter 9", "use the peftc that wrote it"),
+        ("backbone", "gpt2", "trained on the backbone `gpt2`"),
+    ] {
         let before = file.notes.insert(note.into(), value.into()).expect("it is there");
         let other = case.path("other.safetensors");
         adapter::save(&other, &file).expect("written");
@@ -326,7 +347,7 @@ fn an_adapter_is_of_one_function() {
         file.notes.insert(note.into(), before);
     }
 
-    // A task's tokens are rows by number, and the number is given by the list.
+    // Special tokens are identified by the numbers of their rows, which depend on the order in the list.
     let case = generator("rows 1536..1542 of \"transformer.wte.weight\"");
     let run = case.path("run");
     case.train(&run, &[]);
@@ -338,9 +359,9 @@ fn an_adapter_is_of_one_function() {
     case.bench.refuses(&[&["eval", text(&swapped)], &given[..]].concat(), 3, &["`special` was [\"<bos>\",\"<eos>\""]);
 }
 
-/// An adapter that PEFT wrote holds nothing that was drawn beside it.
+/// An adapter in PEFT's format lacks random tensors of the base, so a base without them is refused.
 #[test]
-fn an_adapter_of_pefts_beside_random_numbers() {
+fn an_adapter_in_pefts_format_lacks_random_tensors() {
     let case = classifier(CLASSIFIER, |_| {});
     let (run, peft) = (case.path("run"), case.path("peft"));
     case.train(&run, &[]);

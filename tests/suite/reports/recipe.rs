@@ -1,4 +1,4 @@
-//! Recipes: what a setting of the `train` block changes, from the command line as well.
+//! Recipes: the effects of the settings in the `train` block, in the spec and on the command line.
 
 use std::fs;
 use std::path::Path;
@@ -10,9 +10,9 @@ use peft_runtime::adapter;
 use super::random::{CLASSIFIER, Case, classifier};
 use crate::cli::text;
 
-/// An artifact takes every setting that its kernels do not depend on, by the checks of a spec.
+/// An artifact accepts every recipe setting that its kernels do not depend on, with the same checks as a spec.
 #[test]
-fn the_recipe_of_an_artifact() {
+fn an_artifact_accepts_recipe_settings() {
     let case = classifier(&CLASSIFIER.replace("epochs: 20", "epochs: 2"), |_| {});
     let artifact = case.path("tiny.peftc");
     assert_eq!(case.bench.peftc(["compile", text(&case.spec), "-o", text(&artifact)]).code, 0);
@@ -43,9 +43,10 @@ fn the_recipe_of_an_artifact() {
     }
 }
 
-/// A rate of its own stays what it is where `train.lr` changes: in a spec, in the cache of compiled models, in an artifact.
+/// A tensor's own learning rate does not change with `train.lr`: in a spec, in the cache of compiled models, and in an
+/// artifact.
 #[test]
-fn rates_of_their_own_and_the_rate_of_the_recipe() {
+fn own_learning_rates_do_not_follow_the_recipe() {
     let source = CLASSIFIER.replace("on q", "on q { lr of B: 0.05 }").replace("epochs: 20", "steps: 3");
     let case = classifier(&source, |_| {});
     let artifact = case.path("tiny.peftc");
@@ -66,7 +67,7 @@ fn rates_of_their_own_and_the_rate_of_the_recipe() {
     let [slow_a, slow_b] = moved(&case.spec, "train.lr=1e-9");
     let [fast_a, fast_b] = moved(&case.spec, "train.lr=0.05");
     assert!(slow_a != fast_a, "A does not follow the recipe");
-    // B begins at zero, and Adam's first steps are of the size of the rate.
+    // B is initialised to zero, and Adam's first steps are as large as the learning rate.
     let largest = |numbers: &[f32]| numbers.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
     assert!((0.05..0.2).contains(&largest(&slow_b)) && (0.05..0.2).contains(&largest(&fast_b)));
     for (lr, values) in [("train.lr=1e-9", [slow_a, slow_b]), ("train.lr=0.05", [fast_a, fast_b])] {
@@ -76,9 +77,9 @@ fn rates_of_their_own_and_the_rate_of_the_recipe() {
     assert!(ran.out.contains(" of these at lr 0.05\n"), "{}", ran.out);
 }
 
-/// A run that grows says from where on its rate falls.
+/// A resumed run with more steps says when its learning rate begins to decay.
 #[test]
-fn a_stable_phase_goes_on() {
+fn a_longer_resumed_run_says_when_its_rate_decays() {
     let text_of = |recipe: &str| CLASSIFIER.replace("epochs: 20", recipe);
     let case = classifier(&text_of("steps: 4\n schedule: wsd\n lr_decay: 2"), |_| {});
     let out = case.path("run");
@@ -90,9 +91,9 @@ fn a_stable_phase_goes_on() {
     assert!(ran.err.contains(note), "{}", ran.err);
 }
 
-/// A state has the vectors of its optimizer, and a run that goes on has the bits of one that was not stopped.
+/// A state holds the vectors of its optimizer, and a resumed run is bit-identical to an uninterrupted one.
 #[test]
-fn a_state_of_each_optimizer() {
+fn each_optimizer_resumes_to_the_same_bits() {
     for (recipe, kept) in [
         ("optimizer: sgd", &["values"][..]),
         ("optimizer: sgd\n momentum: 0.9", &["m", "values"]),
@@ -121,7 +122,7 @@ fn a_state_of_each_optimizer() {
     }
 }
 
-/// Steps that the figures of a run have, and those of its evaluations.
+/// The steps in a run's metrics, and the steps and losses of its evaluations.
 pub fn figures(out: &Path) -> (Vec<u64>, Vec<(u64, f64)>) {
     let lines = fs::read_to_string(out.join("metrics.jsonl")).expect("figures");
     let (mut steps, mut judged) = (vec![], vec![]);
@@ -140,9 +141,9 @@ fn notes(path: &Path) -> std::collections::BTreeMap<String, String> {
     adapter::load(path).unwrap_or_else(|e| panic!("{e}")).notes
 }
 
-/// Evaluations and states within an epoch; of the states the last two are kept, and of the values the best.
+/// Evaluations and states within an epoch. The last two states are kept, and the best values.
 #[test]
-fn saved_and_judged_by_steps() {
+fn saves_and_evaluations_follow_their_intervals() {
     let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 9\n save: 2\n evaluate: 3\n lr_end: 0.01"), |_| {});
     let (out, epochs) = (case.path("run"), case.path("epochs"));
     let (ran, _) = case.train(&out, &[]);
@@ -154,10 +155,10 @@ fn saved_and_judged_by_steps() {
     let (best, loss) = judged[1..].iter().copied().reduce(|a, b| if b.1 < a.1 { b } else { a }).expect("three");
     assert_eq!(step("best.safetensors"), best.to_string());
     assert!(ran.out.contains(&format!("best.safetensors, the loss {loss:.4} at step {best}")), "{}", ran.out);
-    // The best values are read as any others.
+    // The best values can be read like an adapter.
     let (figures_of_best, _) = case.eval(&out.join("best.safetensors"), &[]);
     assert!(figures_of_best.starts_with(&format!("loss {loss:.4}")), "{figures_of_best}");
-    // When it is saved and judged changes nothing of what is trained.
+    // The intervals of saves and evaluations do not change the trained values.
     case.train(&epochs, &["--set", "train.save=1min", "--set", "train.evaluate=epoch"]);
     let values = |out: &Path| adapter::load(&out.join("adapter.safetensors")).expect("whole").tensors;
     assert!(values(&out) == values(&epochs));
@@ -174,15 +175,16 @@ fn saved_and_judged_by_steps() {
     }
 }
 
-/// A damaged or missing state makes room for the one before it, and the bits are those of an undisturbed run.
+/// A damaged or missing state is replaced by the previous one, and the results are bit-identical to those of an
+/// undisturbed run.
 #[test]
-fn a_damaged_state_falls_back() {
+fn a_damaged_state_falls_back_to_the_previous_one() {
     let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 9\n save: 2\n evaluate: 3"), |_| {});
     let (alone, out) = (case.path("alone"), case.path("run"));
     case.train(&alone, &[]);
     type Spoiled = (&'static str, fn(&Path));
     let spoiled: [Spoiled; 3] = [
-        ("it is damaged: its checksum is that of other content", |path| {
+        ("it is damaged: its checksum does not match its content", |path| {
             let mut bytes = fs::read(path).expect("there");
             *bytes.last_mut().expect("not empty") ^= 1;
             fs::write(path, bytes).expect("written");
@@ -206,12 +208,12 @@ fn a_damaged_state_falls_back() {
             &["state.safetensors", "state.previous.safetensors", "adapter.safetensors", "best.safetensors"],
         );
     }
-    // Both are damaged.
+    // Both states are damaged.
     for name in ["state.safetensors", "state.previous.safetensors"] {
         spoiled[0].1(&out.join(name));
     }
     let ran = case.with("train", &["--out", text(&out), "--resume"]);
-    assert!(ran.code == 3 && ran.err.contains("begin anew with `--overwrite`"), "{}", ran.err);
+    assert!(ran.code == 3 && ran.err.contains("start over with `--overwrite`"), "{}", ran.err);
 }
 
 pub fn same(alone: &Path, out: &Path, names: &[&str]) {
@@ -223,9 +225,9 @@ pub fn same(alone: &Path, out: &Path, names: &[&str]) {
     }
 }
 
-/// A run ends when held-out figures get no better, and goes on if it is given more patience.
+/// A run ends after `train.patience` evaluations without improvement, and continues with more patience.
 #[test]
-fn patience() {
+fn patience_ends_a_run_and_more_patience_continues_it() {
     let rate = "steps: 40\n evaluate: 1\n patience: 2\n lr: 1\n schedule: constant";
     let case = classifier(&CLASSIFIER.replace("lr: 5e-2", "").replace("epochs: 20", rate), |_| {});
     let out = case.path("run");
@@ -242,7 +244,7 @@ fn patience() {
     assert!(last < 40 && last == best as u64 + 2, "{losses:?}");
     assert!(ran.out.contains(&format!("ended after step {last} of 40: 2 evaluations in a row")), "{}", ran.out);
     let again = [&given[..], &["--resume"]].concat();
-    // Killed before the adapter was written, it ends where it ended.
+    // If it was killed before the adapter was written, the resumed run ends at the same step.
     let adapter = fs::read(out.join("adapter.safetensors")).expect("written");
     fs::remove_file(out.join("adapter.safetensors")).expect("removed");
     let ran = case.with("train", &again);
@@ -255,14 +257,14 @@ fn patience() {
     assert!(figures(&out).0.len() as u64 > last);
 }
 
-/// Rows of the data judge a run where no other data do.
+/// `train.hold_out` evaluates on rows of the training data.
 #[test]
-fn rows_that_are_held_out() {
+fn held_out_rows_evaluate_the_run() {
     let case = classifier(CLASSIFIER, |_| {});
     let out = case.path("run");
     let hold = ["--set", "train.hold_out=1", "--set", "train.epochs=2", "--out", text(&out)];
     let ran = case.with("train", &[&hold[..], &["--dev", text(&case.data)]].concat());
-    assert!(ran.code == 2 && ran.err.contains("leave `--dev` out, or `--set train.hold_out=0`"), "{}", ran.err);
+    assert!(ran.code == 2 && ran.err.contains("leave `--dev` out, or use `--set train.hold_out=0`"), "{}", ran.err);
     let ran = case.with("train", &hold);
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(
@@ -275,7 +277,7 @@ fn rows_that_are_held_out() {
     assert!(ran.code == 3 && ran.err.contains("which leaves none to train on"), "{}", ran.err);
 }
 
-/// `train` in a process of its own, on the case's data, judged by them too.
+/// Starts `train` in another process, evaluated on its training data.
 fn begin(case: &Case, out: &Path, more: &[&str]) -> Child {
     let given = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data)];
     Command::new(env!("CARGO_BIN_EXE_peftc"))
@@ -289,7 +291,7 @@ fn begin(case: &Case, out: &Path, more: &[&str]) -> Child {
         .expect("it starts")
 }
 
-/// Waits until the run has written figures of a step behind `step`.
+/// Waits until the run has written metrics of a step after `step`.
 fn at_work(out: &Path, child: &mut Child, step: u64) -> bool {
     let begun = Instant::now();
     let last = || {
@@ -310,11 +312,10 @@ fn at_work(out: &Path, child: &mut Child, step: u64) -> bool {
 pub const FILES: [&str; 4] =
     ["state.safetensors", "state.previous.safetensors", "adapter.safetensors", "best.safetensors"];
 
-/// The first signal ends a run after its step, with its state saved and the command that goes on; another while it is at
-/// that ends it at once.
+/// The first signal ends a run after its current step, saves the state, and prints the command that resumes it.
 #[cfg(unix)]
 #[test]
-fn a_run_that_is_stopped_goes_on() {
+fn an_interrupted_run_resumes_to_the_same_bits() {
     let case = classifier(&CLASSIFIER.replace("epochs: 20", "steps: 4000\n save: 1000\n evaluate: 500"), |_| {});
     let (alone, out) = (case.path("alone"), case.path("a run"));
     case.train(&alone, &[]);
@@ -348,15 +349,15 @@ fn a_run_that_is_stopped_goes_on() {
     assert_eq!(figures(&alone).1, figures(&out).1);
 }
 
-/// Steps of several batches, dropout with them: an epoch's last step may have fewer, a run goes on to the same bits, and
-/// from an artifact that was compiled without.
+/// Gradient accumulation with dropout: the last step of an epoch may have fewer batches, a resumed run is
+/// bit-identical, and an artifact compiled without accumulation works too.
 #[test]
-fn accumulated_steps_go_on() {
+fn accumulated_steps_resume_to_the_same_bits() {
     let source = CLASSIFIER.replace("lora(rank: 2)", "lora(rank: 2, dropout: 0.5)");
     let case = classifier(&source.replace("batch: 2\n epochs: 20", "batch: 1\n epochs: 3\n accumulate: 3"), |_| {});
     let [alone, parts, plain] = ["alone", "parts", "plain"].map(|name| case.path(name));
     case.train(&alone, &[]);
-    // Four examples, three and one a step.
+    // Four examples give steps of three batches and of one.
     assert_eq!(figures(&alone).0, (1..=6).collect::<Vec<_>>());
     case.train(&parts, &["--set", "train.save=1"]);
     fs::remove_file(parts.join("state.safetensors")).expect("there");
@@ -374,14 +375,14 @@ fn accumulated_steps_go_on() {
     assert!(values(&plain) == values(&alone));
 }
 
-/// Batches of so many tokens: epochs end where their own batches do, a run goes on within one to the same bits, and an
-/// example that no batch holds is refused.
+/// Batches with a maximum number of tokens: epochs end with their own batches, a run resumed within an epoch is
+/// bit-identical, and an example that exceeds a batch is refused.
 #[test]
-fn batches_of_so_many_tokens() {
+fn token_batches_end_with_epochs_and_resume() {
     let source = CLASSIFIER.replace("lora(rank: 2)", "lora(rank: 2, dropout: 0.5)");
     let recipe = "batch: 9 tokens\n epochs: 4\n accumulate: 2\n evaluate: epoch";
     let mut case = classifier(&source.replace("batch: 2\n epochs: 20", recipe), |_| {});
-    // With their two marks these have 24 tokens, and 2 in common: a batch has from one to three.
+    // Including two special tokens each, the texts have 24 tokens together, so a batch holds one to three of them.
     let texts = ["good film", "bad", "good good film good", "bad bad bad film bad bad", "film"];
     let lines = texts.iter().map(|line| format!("{line}\t{}\n", u8::from(line.starts_with("good"))));
     case.data = case.bench.write("data.tsv", lines.collect::<String>());
@@ -408,9 +409,9 @@ fn batches_of_so_many_tokens() {
     assert!(ran.code == 2 && why.iter().all(|word| ran.err.contains(word)), "{}", ran.err);
 }
 
-/// Averages are judged and saved in the values' place, and a run goes on with both to the same bits.
+/// Averages are evaluated and saved in place of the values, and a resumed run continues with both, bit-identically.
 #[test]
-fn averages_of_the_values() {
+fn averages_are_evaluated_and_saved() {
     let source = CLASSIFIER.replace("epochs: 20", "epochs: 3\n schedule: constant\n average: 0.75");
     let case = classifier(&source, |_| {});
     let [alone, parts, plain] = ["alone", "parts", "plain"].map(|name| case.path(name));

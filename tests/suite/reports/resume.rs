@@ -1,4 +1,4 @@
-//! A state knows what it is of, and nothing that exists is overwritten unasked.
+//! A state records the identity of its run, and no existing file is overwritten without `--overwrite`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,18 +13,18 @@ use super::random::{CLASSIFIER, Case, classifier, words};
 use super::{config, folder, tensors};
 use crate::cli::{Bench, text};
 
-/// Two steps an epoch.
+/// A run with two steps per epoch.
 fn case() -> Case {
     classifier(&CLASSIFIER.replace("epochs: 20", "epochs: 2"), |_| {})
 }
 
-/// Every file of a folder.
+/// The content of every file of a folder.
 fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let files = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
     files.map(|path| (path.clone(), fs::read(path).expect("readable"))).collect()
 }
 
-/// Two checkpoints of the same form.
+/// A checkpoint that differs in one value.
 fn other_weights(case: &Case, model: &Model) -> PathBuf {
     let mut file = tensors(model, false);
     let Data::F32(numbers) = &mut file.tensors.get_mut("bert.encoder.layer.0.output.dense.bias").expect("there").data
@@ -38,7 +38,7 @@ fn other_weights(case: &Case, model: &Model) -> PathBuf {
 }
 
 #[test]
-fn a_state_is_refused_with_what_it_is_not_of() {
+fn a_state_of_another_run_is_refused() {
     let case = case();
     let out = case.path("run");
     let (_, _) = case.train(&out, &[]);
@@ -58,7 +58,7 @@ fn a_state_is_refused_with_what_it_is_not_of() {
         assert!(content(&out) == before, "{more:?} changed the run");
     };
     let (spec, weights, data) = (&case.spec, &case.weights, &case.data);
-    // As many values train in each of these.
+    // The number of trained values is the same in each of these specs.
     let source = CLASSIFIER.replace("epochs: 20", "epochs: 2");
     let of = |name: &str, from: &str, to: &str| case.bench.write(name, source.replace(from, to));
     let moved = of("moved.peft", "on q", "on k");
@@ -67,7 +67,7 @@ fn a_state_is_refused_with_what_it_is_not_of() {
         weights,
         data,
         &[],
-        &["of another spec", "layers.0.attention.q.lora: applied in the state, none now"],
+        &["belongs to another spec", "layers.0.attention.q.lora: applied in the state, none now"],
     );
     let scaled = of("scaled.peft", "rank: 2", "rank: 2, alpha: 8");
     refuses(
@@ -85,23 +85,23 @@ fn a_state_is_refused_with_what_it_is_not_of() {
     refuses(&mine, weights, data, &[], &["another spec"]);
     let labels = of("labels.peft", "[\"0\", \"1\"]", "[\"1\", \"0\"]");
     refuses(&labels, weights, data, &[], &["task.labels: [\"0\",\"1\"] in the state, [\"1\",\"0\"] now"]);
-    // The recipe.
+    // Differences in the recipe.
     refuses(spec, weights, data, &["--seed", "9"], &["another recipe", "train.seed: 1 in the state, 9 now"]);
     refuses(spec, weights, data, &["--set", "train.batch=4"], &["train.batch: 2 in the state, 4 now"]);
     refuses(spec, weights, data, &["--set", "train.lr=1e-3"], &["train.lr: 0.05 in the state, 0.001 now"]);
     refuses(spec, weights, data, &["--set", "train.schedule=constant"], &["train.schedule"]);
     refuses(spec, weights, data, &["--set", "train.epochs=1"], &["steps in all: 4 in the state, 2 now"]);
-    // Base weights and data.
+    // Differences in base weights and data.
     let other = other_weights(&case, &case.model);
-    refuses(spec, &other, data, &[], &["of other base weights", "base weights: files "]);
+    refuses(spec, &other, data, &[], &["belongs to other base weights", "base weights: files "]);
     let fewer = case.bench.write("fewer.tsv", "good film\t1\nbad film\t0\ngood good\t1\n");
     refuses(spec, weights, &fewer, &[], &["training data: 4 examples, ", " in the state, 3 examples, "]);
     let turned = case.bench.write("turned.tsv", "good film\t0\nbad film\t0\ngood good\t1\nbad\t0\n");
-    refuses(spec, weights, &turned, &[], &["of other data"]);
-    // A word of several at once.
-    refuses(spec, &other, &turned, &["--seed", "3"], &["it is of another recipe, other base weights, other data"]);
+    refuses(spec, weights, &turned, &[], &["belongs to other data"]);
+    // Several differences at once.
+    refuses(spec, &other, &turned, &["--seed", "3"], &["it belongs to another recipe, other base weights, other data"]);
 
-    // Comments, lines and the file's name are no part of it; more epochs are said, and other held-out data.
+    // Comments, formatting and the file's name are not compared. More epochs and other held-out data are reported.
     let best = fs::read(out.join("best.safetensors")).expect("written");
     let step = adapter::load(&out.join("best.safetensors")).expect("whole").notes["step"].clone();
     let commented = case.bench.write("commented.peft", format!("// the same\n\n{source}"));
@@ -128,13 +128,13 @@ fn a_state_is_refused_with_what_it_is_not_of() {
     );
     assert!(ran.err.contains("held-out data: other examples than before"), "{}", ran.err);
     assert!(ran.out.starts_with("2 steps"), "{}", ran.out);
-    // Nothing takes the place of the best values on the first.
-    assert!(ran.err.contains("the best values on the held-out data of before are kept in"), "{}", ran.err);
+    // The best values on the first held-out data are kept.
+    assert!(ran.err.contains("the best values on the previous held-out data are kept in"), "{}", ran.err);
     assert_eq!(fs::read(out.join(format!("best.step-{step}.safetensors"))).expect("kept"), best);
 }
 
 #[test]
-fn what_is_finished_or_not_there_is_said() {
+fn finished_and_missing_runs_are_reported() {
     let case = case();
     let out = case.path("run");
     let resume = |more: &[&str]| case.with("train", &[&["--out", text(&out), "--resume"], more].concat());
@@ -147,7 +147,7 @@ fn what_is_finished_or_not_there_is_said() {
         ran.code == 3
             && ran
                 .err
-                .contains("no state was saved there, as one is when an epoch ends; begin anew with `--overwrite`"),
+                .contains("no state was saved there, as one is when an epoch ends; start over with `--overwrite`"),
         "{}",
         ran.err
     );
@@ -163,13 +163,13 @@ fn what_is_finished_or_not_there_is_said() {
         ran.err
     );
     assert!(content(&out) == before);
-    // An adapter that is gone is written once more.
+    // A missing adapter is written again.
     fs::remove_file(out.join("adapter.safetensors")).expect("there");
     let ran = resume(&[]);
     assert!(ran.code == 0 && ran.out.starts_with("0 steps"), "{}{}", ran.out, ran.err);
     let content_of = |all: &BTreeMap<PathBuf, Vec<u8>>| all[&out.join("adapter.safetensors")].clone();
     assert!(content_of(&content(&out)) == content_of(&before));
-    // And so is one of an earlier step, beside which the run was killed.
+    // An adapter of an earlier step is replaced, as after a kill between writing the state and the adapter.
     let path = out.join("adapter.safetensors");
     let mut earlier = adapter::load(&path).expect("sound");
     earlier.notes.insert("step".into(), "3".into());
@@ -177,10 +177,10 @@ fn what_is_finished_or_not_there_is_said() {
     let ran = resume(&[]);
     assert!(ran.code == 0 && ran.out.starts_with("0 steps"), "{}{}", ran.out, ran.err);
     assert!(content_of(&content(&out)) == content_of(&before));
-    // One number or one note of another state.
+    // Changes of one value or one note are detected.
     let path = out.join("state.safetensors");
     let sound = adapter::load(&path).expect("sound");
-    // There is none before it to go on from.
+    // No previous state is available as a fallback.
     fs::remove_file(out.join("state.previous.safetensors")).expect("there");
     let damaged = |damage: &dyn Fn(&mut adapter::TensorFile)| {
         let mut state = sound.clone();
@@ -196,19 +196,19 @@ fn what_is_finished_or_not_there_is_said() {
         v[0] = -1.0;
     });
     adapter::save(&path, &sound).expect("written");
-    // From an artifact of the same spec.
+    // An artifact of the same spec can resume the run.
     let artifact = case.path("tiny.peftc");
     assert_eq!(case.bench.peftc(["compile", text(&case.spec), "-o", text(&artifact)]).code, 0);
-    let of_artifact = |more: &[&str]| {
+    let artifact_entries = |more: &[&str]| {
         let given = ["train", text(&artifact), "--weights", text(&case.weights), "--data", text(&case.data)];
         case.bench.peftc(given.iter().chain(&["--out", text(&out), "--resume"]).chain(more))
     };
-    let ran = of_artifact(&[]);
+    let ran = artifact_entries(&[]);
     assert!(ran.code == 0 && ran.out.contains("is finished"), "{}{}", ran.out, ran.err);
-    let ran = of_artifact(&["--set", "train.epochs=3"]);
+    let ran = artifact_entries(&["--set", "train.epochs=3"]);
     assert!(ran.code == 0 && ran.out.starts_with("2 steps"), "{}{}", ran.out, ran.err);
 
-    // A state of before says nothing of what it is of.
+    // A state of the first format does not record the identity.
     let path = out.join("state.safetensors");
     let mut state = adapter::load(&path).expect("sound");
     state.notes.remove("of");
@@ -219,20 +219,24 @@ fn what_is_finished_or_not_there_is_said() {
     state.notes.insert("format".into(), "peftc state 9".into());
     adapter::save(&path, &state).expect("written");
     let ran = resume(&["--set", "train.epochs=5"]);
-    assert!(ran.code == 3 && ran.err.contains("a format that this peftc does not know"), "{}", ran.err);
+    assert!(ran.code == 3 && ran.err.contains("its format is unknown to this peftc"), "{}", ran.err);
 }
 
 #[test]
-fn nothing_is_overwritten_unasked() {
+fn nothing_is_overwritten_without_the_option() {
     let case = case();
     let out = case.path("run");
     case.train(&out, &[]);
     let before = content(&out);
     let train = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
     let onto = [&train[..], &[text(&out)]].concat();
-    case.bench.refuses(&onto, 2, &["it holds state.safetensors, adapter.safetensors", "`--resume`", "`--overwrite`"]);
+    case.bench.refuses(
+        &onto,
+        2,
+        &["it already holds state.safetensors, adapter.safetensors", "`--resume`", "`--overwrite`"],
+    );
     assert!(content(&out) == before);
-    // Before weights, data or tokenizer are looked at.
+    // The check comes before weights, data and tokenizer are read.
     case.bench.refuses(
         &["train", text(&case.spec), "--weights", "none", "--data", "none", "--out", text(&out)],
         2,
@@ -242,9 +246,9 @@ fn nothing_is_overwritten_unasked() {
     let file = case.bench.write("file", "mine");
     for more in [&[][..], &["--overwrite"]] {
         let onto = [&train[..], &[text(&file)], more].concat();
-        case.bench.refuses(&onto, 2, &["file: a file, and a folder is to be written"]);
+        case.bench.refuses(&onto, 2, &["file: it is a file, and this command writes a folder"]);
     }
-    // Nothing of the old run is left beside the new one.
+    // Files of the old run are removed.
     fs::write(out.join("notes.txt"), "mine").expect("written");
     fs::write(out.join("adapter_config.json"), "{}").expect("written");
     let ran = case.bench.peftc(onto.iter().chain(&["--overwrite", "--set", "train.steps=1"]));
@@ -256,7 +260,7 @@ fn nothing_is_overwritten_unasked() {
     assert!(names.contains(&"notes.txt".into()), "{names:?}");
     assert_eq!(fs::read_to_string(out.join("metrics.jsonl")).expect("there").lines().count(), 1);
 
-    // The other commands that write.
+    // The other commands that write files.
     let twice = |args: &[&str], out: &Path| {
         let args = [args, &["-o", text(out)]].concat();
         let ran = case.bench.peftc(&args);
@@ -275,44 +279,40 @@ fn nothing_is_overwritten_unasked() {
     let batch = super::inputs(&case.bench, "in.safetensors", &[&[1, 3, 2]], &[0]);
     let run = ["run", spec, "--entry", "forward", "--weights", text(&case.weights), "--inputs", text(&batch)];
     twice(&run, &case.path("logits.safetensors"));
-    // Never what is read.
+    // Files that a command reads are never overwritten.
     let over = |args: &[&str], path: &Path, words: &[&str]| {
         let before = fs::metadata(path).expect("there").modified().expect("a time");
         case.bench.refuses(&[args, &["-o", text(path), "--overwrite"]].concat(), 2, words);
         assert_eq!(fs::metadata(path).expect("there").modified().expect("a time"), before);
     };
-    over(&run, &batch, &["it is read by this command"]);
+    over(&run, &batch, &["this command reads it"]);
     over(&run, &case.weights.join("model.safetensors"), &["weights, which this command reads"]);
     let tuned = [&run[..], &adapter[..]].concat();
     over(&tuned, &out.join("adapter.safetensors"), &["run, which this command reads"]);
-    over(&["compile", spec, "--emit", "model"], &case.spec, &["it is read by this command"]);
-    over(
-        &["import", spec, text(&exported)],
-        &exported.join("adapter_model.safetensors"),
-        &["it is read by this command"],
-    );
+    over(&["compile", spec, "--emit", "model"], &case.spec, &["this command reads it"]);
+    over(&["import", spec, text(&exported)], &exported.join("adapter_model.safetensors"), &["this command reads it"]);
     over(&[&["export", spec, "--format", "own"], &adapter[..]].concat(), &out, &["which this command reads"]);
     over(&["export", spec, "--adapter", text(&imported)], &out, &["other things than this command writes"]);
     over(&["compile", spec], &case.weights, &["other things than this command writes"]);
-    over(&run, Path::new("/dev/null"), &["no plain file"]);
-    // By a link: to nothing, or to a file, which is written where it lies.
+    over(&run, Path::new("/dev/null"), &["not a plain file"]);
+    // A dangling link is refused. A link to a file is followed, and the target is written.
     let (link, target) = (case.path("link.safetensors"), case.path("target.safetensors"));
     std::os::unix::fs::symlink(&target, &link).expect("a link");
     let onto = [&run[..], &["-o", text(&link), "--overwrite"]].concat();
-    case.bench.refuses(&onto, 2, &["a link to", "which is not there; name another"]);
+    case.bench.refuses(&onto, 2, &["a link to", "which does not exist; name another"]);
     fs::write(&target, "old").expect("written");
     assert_eq!(case.bench.peftc(&onto).code, 0);
     assert!(fs::read_link(&link).is_ok() && adapter::load(&target).is_ok());
-    // One format after the other: nothing of the first is left.
+    // Exporting in another format removes the files of the first.
     twice(&[&["export", spec, "--format", "own"], &adapter[..]].concat(), &own);
     let ran = case.bench.peftc(["export", spec, "--adapter", text(&out), "-o", text(&own), "--overwrite"]);
     assert!(ran.code == 0 && !own.join("adapter.safetensors").exists() && own.join("adapter_config.json").is_file());
 }
 
-/// A run begins with the values of another, and with what that drew: its figures before the first step are those of the
-/// other after its last. What it begins with is a part of what it is.
+/// A run that begins with an adapter starts with its values and its random tensors, so its first evaluation equals the
+/// adapter's last one. The adapter is part of the run's identity.
 #[test]
-fn a_run_that_begins_with_an_adapter() {
+fn a_run_can_begin_with_an_adapter() {
     let source = CLASSIFIER.replace("epochs: 20", "epochs: 2\n schedule: constant");
     let case = classifier(&source, |file| file.tensors.retain(|name, _| !name.contains("pooler")));
     let [first, second, parts] = ["first", "second", "parts"].map(|name| case.path(name));
@@ -326,23 +326,23 @@ fn a_run_that_begins_with_an_adapter() {
     let state = adapter::load(&second.join("state.safetensors")).expect("whole");
     assert_eq!(state.notes["step"], "4");
 
-    // Stopped and gone on.
+    // Such a run can be stopped and resumed.
     let train =
         |more: &[&str]| case.with("train", &[&["--dev", text(&case.data), "--out", text(&parts)], more].concat());
     assert_eq!(train(&[&begin[..], &["--set", "train.epochs=1"]].concat()).code, 0);
     let ran = train(&["--resume"]);
-    let words = ["it is of another beginning", "the adapter it begins with: ", " in the state, none now"];
+    let words = ["it belongs to another initial adapter", "the adapter it begins with: ", " in the state, none now"];
     assert!(ran.code == 3 && words.iter().all(|word| ran.err.contains(word)), "{}", ran.err);
     let ran = train(&[&begin[..], &["--resume"]].concat());
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(drawn(&second) == drawn(&parts));
-    // Another one.
+    // Another adapter is refused.
     let ran = train(&["--adapter", text(&second), "--resume", "--set", "train.epochs=3"]);
-    assert!(ran.code == 3 && ran.err.contains("another beginning"), "{}", ran.err);
-    // What the run would write over, and what is no part of this function.
+    assert!(ran.code == 3 && ran.err.contains("another initial adapter"), "{}", ran.err);
+    // An adapter that the run would overwrite, or of another function, is refused.
     let own = parts.join("adapter.safetensors");
     let ran = train(&["--adapter", text(&own), "--overwrite"]);
-    assert!(ran.code == 2 && ran.err.contains("which the run begins with and would write over"), "{}", ran.err);
+    assert!(ran.code == 2 && ran.err.contains("which the run starts from and would overwrite"), "{}", ran.err);
     assert!(own.is_file());
     let scaled = case.bench.write("scaled.peft", source.replace("rank: 2", "rank: 2, alpha: 8"));
     let given = ["train", text(&scaled), "--weights", text(&case.weights), "--data", text(&case.data)];
@@ -351,9 +351,9 @@ fn a_run_that_begins_with_an_adapter() {
     case.bench.refuses(&given, 3, &["it was trained as a part of another function", "`alpha`"]);
 }
 
-/// Killed in the middle, a run's files are whole, and it goes on to the bits of one that was left alone.
+/// A killed run leaves complete files, and the resumed run is bit-identical to an uninterrupted one.
 #[test]
-fn a_run_that_is_killed_goes_on() {
+fn a_killed_run_resumes_to_the_same_bits() {
     let case = classifier(&CLASSIFIER.replace("epochs: 20", "epochs: 120"), |_| {});
     let args = |out: &Path| {
         let given = ["train", text(&case.spec), "--weights", text(&case.weights), "--data", text(&case.data), "--out"];
@@ -370,7 +370,7 @@ fn a_run_that_is_killed_goes_on() {
         .spawn()
         .expect("it starts");
     let begun = Instant::now();
-    // It is written after the state.
+    // The adapter is written after the state.
     while !killed.join("adapter.safetensors").is_file() && begun.elapsed() < Duration::from_secs(120) {
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -387,12 +387,12 @@ fn a_run_that_is_killed_goes_on() {
     }
 }
 
-/// A run that failed before it had anything to keep is in no one's way.
+/// A folder of a run that failed before it saved anything can be used again without `--overwrite`.
 #[test]
-fn a_run_that_left_nothing_may_be_begun_again() {
+fn a_folder_without_saved_files_can_be_reused() {
     let bench = Bench::new();
     bench.write("run/metrics.jsonl", "");
     bench.write("run/events.out.tfevents.1.peftc.2", "");
-    assert!(peftc::train::in_the_way(&bench.path("run")).is_empty());
-    assert_eq!(peftc::train::earlier(&bench.path("run")).len(), 2);
+    assert!(peftc::train::blocking_files(&bench.path("run")).is_empty());
+    assert_eq!(peftc::train::earlier_files(&bench.path("run")).len(), 2);
 }

@@ -1,4 +1,4 @@
-//! The tokenizer is the checkpoint's own, read as transformers reads it, or refused as what it is.
+//! The tokenizer is the checkpoint's own, read as transformers reads it, or refused by name.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,14 @@ use serde_json::Value;
 use super::{BERT, GPT2, LLAMA, ROBERTA, checkpoint, spec};
 use crate::cli::{Bench, Ran, text};
 
-/// WordPiece of 45 tokens, fewer than the 50 rows of the models' tables.
+/// A WordPiece vocabulary of 45 tokens, fewer than the 50 rows of the models' embeddings.
 fn word_pieces() -> String {
     let letters = ('a'..='t').flat_map(|c| [c.to_string(), format!("##{c}")]);
     let tokens = ["[UNK]", "[CLS]", "[SEP]", "film", "##s"].map(str::to_owned).into_iter().chain(letters);
     tokens.map(|token| token + "\n").collect()
 }
 
-/// Another model's tokenizer, of as many tokens.
+/// Another model's tokenizer with the same number of tokens.
 fn stranger() -> String {
     let mut vocab = serde_json::Map::new();
     for (id, token) in
@@ -31,14 +31,14 @@ fn stranger() -> String {
     .to_string()
 }
 
-/// Files that transformers wrote, of byte-level BPE with 340 tokens: `gpt2_vocab` and the like.
+/// A file that transformers wrote for byte-level BPE with 340 tokens, such as `gpt2_vocab`.
 fn content(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/tokenizers.json");
     let all: Value = serde_json::from_str(&fs::read_to_string(path).expect("readable")).expect("JSON");
     all["contents"][name].as_str().expect("there").to_owned()
 }
 
-/// A bench with a checkpoint of the spec, in whose folder no tokenizer is.
+/// A bench with a checkpoint of the spec, without a tokenizer.
 fn model(source: &str) -> (Bench, PathBuf, PathBuf) {
     let bench = Bench::new();
     let (path, model) = spec(&bench, "spec.peft", source);
@@ -51,20 +51,20 @@ fn eval(bench: &Bench, spec: &Path, weights: &Path, data: &Path, more: &[&str]) 
     bench.peftc(all.iter().chain(more))
 }
 
-/// What `eval` prints without the data's name.
+/// The output of `eval` without the name of the data.
 fn figures(ran: &Ran) -> &str {
     assert_eq!(ran.code, 0, "{}", ran.err);
     ran.out.split_once(": ").expect("a name and figures").1
 }
 
 #[test]
-fn the_checkpoints_own_and_no_other() {
+fn only_the_checkpoints_own_tokenizer_is_used() {
     let (bench, spec, weights) = model(BERT);
     let beside = bench.write("set/data.tsv", "films\t1\na film\t0\n");
     bench.write("set/tokenizer.json", stranger());
     let apart = bench.write("apart/data.tsv", "films\t1\na film\t0\n");
 
-    // Nothing in the weights' folder: the one beside the data is not taken.
+    // Without a tokenizer in the weights' folder, the one next to the data is not used.
     let lacking = eval(&bench, &spec, &weights, &beside, &[]);
     assert_eq!(lacking.code, 3, "{}", lacking.err);
     for word in
@@ -72,7 +72,7 @@ fn the_checkpoints_own_and_no_other() {
     {
         assert!(lacking.err.contains(word), "{word}: {}", lacking.err);
     }
-    // Both mends work.
+    // Both suggested remedies work.
     let named = eval(&bench, &spec, &weights, &beside, &["--tokenizer", text(&bench.path("set"))]);
     assert!(named.err.contains("tokenizer: ") && named.err.contains("set/tokenizer.json, 45 tokens"), "{}", named.err);
     bench.write("weights/vocab.txt", word_pieces());
@@ -81,7 +81,7 @@ fn the_checkpoints_own_and_no_other() {
     assert_ne!(figures(&own), figures(&named), "the two give other ids");
     assert_eq!(figures(&own), figures(&eval(&bench, &spec, &weights, &apart, &[])));
 
-    // A name of Hugging Face's cache, for `--tokenizer` as for weights.
+    // `--tokenizer` accepts a name in Hugging Face's cache, as `--weights` does.
     bench.write("hub/models--google--tiny/refs/main", "abc");
     bench.write("hub/models--google--tiny/snapshots/abc/tokenizer.json", stranger());
     let hub = bench.path("hub");
@@ -90,14 +90,14 @@ fn the_checkpoints_own_and_no_other() {
     assert!(cached.err.contains("snapshots/abc/tokenizer.json, 45 tokens"), "{}", cached.err);
     assert_eq!(figures(&cached), figures(&named));
 
-    // Random weights have none: the data's is taken, and said.
+    // Random weights have no tokenizer, so the one next to the data is used, and a message says so.
     let random = Path::new("random");
     let drawn = eval(&bench, &spec, random, &beside, &[]);
     assert!(drawn.code == 0 && drawn.err.contains("set/tokenizer.json"), "{}", drawn.err);
     let drawn = eval(&bench, &spec, random, &apart, &[]);
     assert!(drawn.code == 2 && drawn.err.contains("no tokenizer of their own"), "{}", drawn.err);
 
-    // Options are as the folder says: cased, `Films` is unknown.
+    // Settings of the folder apply: if the tokenizer is cased, `Films` is unknown.
     let cased = bench.write("cased.tsv", "Films\t1\na film\t0\n");
     assert_eq!(figures(&eval(&bench, &spec, &weights, &cased, &[])), figures(&own));
     bench.write("weights/tokenizer_config.json", r#"{"do_lower_case": false, "model_max_length": 32}"#);
@@ -106,9 +106,9 @@ fn the_checkpoints_own_and_no_other() {
     assert!(cased.err.contains("its `model_max_length` is 32, less than the 64 of `task.max_tokens`"), "{}", cased.err);
 }
 
-/// More rows than tokens are padding; fewer are another model's.
+/// Rows beyond the tokens are padding. A tokenizer with more tokens than rows is refused.
 #[test]
-fn rows_and_tokens() {
+fn tokens_must_fit_the_rows() {
     let (bench, spec, weights) = model(BERT);
     let data = bench.write("data.tsv", "films\t1\n");
     for (tokens, fits) in [(50, true), (51, false)] {
@@ -119,7 +119,7 @@ fn rows_and_tokens() {
         assert!(fits || ran.err.contains("its vocabulary has 51 tokens, but the spec's `vocab` is 50"), "{}", ran.err);
         assert!(!ran.err.contains("left over"), "{}", ran.err);
     }
-    // A padding token that only the settings name has no row, and no text asks for one.
+    // A padding token that only the settings name has no row. A text that contains it is refused.
     let more: String = (44..50).map(|i| format!("word{i}\n")).collect();
     bench.write("weights/vocab.txt", word_pieces().replacen("##s\n", "", 1) + &more);
     let plain = eval(&bench, &spec, &weights, &data, &[]);
@@ -132,7 +132,7 @@ fn rows_and_tokens() {
 }
 
 #[test]
-fn what_is_not_read_is_named() {
+fn unreadable_tokenizers_are_refused_by_name() {
     let (bench, spec, weights) = model(BERT);
     let data = bench.write("data.tsv", "films\t1\n");
     let refused = |words: &[&str]| {
@@ -145,7 +145,7 @@ fn what_is_not_read_is_named() {
     let sentencepiece = bench.write("weights/tokenizer.model", "\n\u{e}\n");
     refused(&["weights/tokenizer.model", "a sentencepiece model", "AutoTokenizer", "save_pretrained"]);
     fs::remove_file(sentencepiece).expect("there");
-    // The decoder is damaged: a number too large, a key that is no string, and what the library panics on.
+    // Damaged decoders: a number out of range, a key that is not a string, and input on which the library panics.
     let sound = stranger();
     let damaged = |decoder: &str| format!(r#"{{"decoder": {decoder}, {}"#, &sound[1..]);
     for decoder in [
@@ -155,19 +155,19 @@ fn what_is_not_read_is_named() {
         r#"{"type": 3}"#,
     ] {
         bench.write("weights/tokenizer.json", damaged(decoder));
-        refused(&["weights/tokenizer.json", "is no tokenizer that can be used"]);
+        refused(&["weights/tokenizer.json", "cannot be used as a tokenizer"]);
     }
     bench.write("weights/tokenizer.json", sound.replace("Whitespace\"", "FixedLength\", \"length\": 0"));
     refused(&["weights/tokenizer.json", "crate `tokenizers` panics on it"]);
-    // A folder that is not there.
+    // A folder that does not exist.
     let ran = eval(&bench, &spec, Path::new("no-such-model"), &data, &[]);
     assert!(ran.code == 3 && ran.err.contains("no-such-model"), "{}", ran.err);
     assert!(!ran.err.contains("no tokenizer"), "{}", ran.err);
 }
 
-/// `vocab.json` and `merges.txt` are RoBERTa's or GPT-2's; a blank before the tab is a token.
+/// `vocab.json` and `merges.txt` are read as RoBERTa's or GPT-2's. A blank before the tab is a token.
 #[test]
-fn bytes_with_marks_and_blanks() {
+fn byte_level_bpe_keeps_blanks_and_special_tokens() {
     let (bench, spec, weights) = model(&ROBERTA.replace("vocab: 50", "vocab: 340"));
     bench.write("weights/vocab.json", content("roberta_vocab"));
     bench.write("weights/merges.txt", content("roberta_merges"));
@@ -183,21 +183,21 @@ fn bytes_with_marks_and_blanks() {
     }
     assert_eq!(figures("the film\t 0 \r\n").0, plain, "the line's end and blanks around a label are no text");
     assert_eq!(eval(&bench, &spec, &weights, &bench.write("data.tsv", " \u{a0} \t0\n"), &[]).code, 3);
-    // The same by tokenizer.json, which counts before the older files.
+    // `tokenizer.json` takes precedence over the older files.
     bench.write("weights/tokenizer.json", content("roberta.json"));
     let ran = eval(&bench, &spec, &weights, &bench.write("data.tsv", "the film\t0\n"), &[]);
     assert!(ran.err.contains("weights/tokenizer.json"), "{}", ran.err);
     assert_eq!(self::figures(&ran), plain);
-    // GPT-2's has no marks for a classifier.
+    // GPT-2's tokenizer adds no special tokens, which a classifier requires.
     fs::remove_file(bench.path("weights/tokenizer.json")).expect("there");
     bench.write("weights/tokenizer_config.json", r#"{"tokenizer_class": "GPT2Tokenizer"}"#);
     let ran = eval(&bench, &spec, &weights, &bench.write("data.tsv", "the film\t0\n"), &[]);
     assert!(ran.code == 3 && ran.err.contains("no opening and closing mark"), "{}", ran.err);
 }
 
-/// A `model_type` that no class is called after: the vocabulary's own tokens tell whose files they are.
+/// If no tokenizer class belongs to the `model_type`, the vocabulary's special tokens determine the class.
 #[test]
-fn files_of_no_named_class() {
+fn the_vocabulary_determines_an_unnamed_class() {
     let bench = Bench::new();
     let (_, model) = spec(&bench, "spec.peft", &LLAMA.replace("vocab: 50", "vocab: 340"));
     let weights = checkpoint(&bench, "weights", &model);
@@ -212,9 +212,9 @@ fn files_of_no_named_class() {
     }
 }
 
-/// A task's template holds tokens that the model has, new ones, and text.
+/// A template may contain special tokens of the model, new special tokens, and literal text.
 #[test]
-fn the_models_own_tokens_and_literal_text() {
+fn templates_mix_own_tokens_new_tokens_and_text() {
     let (bench, _, weights) = model(&GPT2.replace("vocab: 50", "vocab: 340"));
     bench.write("weights/vocab.json", content("gpt2_vocab"));
     bench.write("weights/merges.txt", content("gpt2_merges"));
@@ -226,7 +226,7 @@ fn the_models_own_tokens_and_literal_text() {
         );
         bench.write("task.peft", text)
     };
-    // An end that the model has, and text before and as the target: no row is new.
+    // The model's own end token, and literal texts before the fields and as the target, add no row.
     let spec = task(
         340,
         "\"<|endoftext|>\"",
@@ -239,7 +239,7 @@ fn the_models_own_tokens_and_literal_text() {
         "{}",
         own.err
     );
-    // One new token besides: the checkpoint's table grows by one row, although two are listed.
+    // The spec lists two special tokens, but only the new one adds a row.
     let spec = task(341, "\"<|endoftext|>\", \"<t>\"", "'Facts:' ({subject})* <t> {text} <|endoftext|>", "<t>");
     let out = bench.path("run");
     let train = [
@@ -257,9 +257,9 @@ fn the_models_own_tokens_and_literal_text() {
     let ran = bench.peftc(train);
     assert_eq!(ran.code, 0, "{}", ran.err);
     let said = "340 tokens; the task's new one has the id 340; the model's own in the task: `<|endoftext|>` (0)\n";
-    // 32 values of one row, not of two.
+    // Special tokens: the 32 values of one row.
     assert!(ran.err.contains(said) && ran.err.contains("+ 32 special tokens"), "{}", ran.err);
-    // Two new ones have no room in 341 rows.
+    // Two new tokens do not fit into 341 rows.
     let spec = task(341, "\"<a>\", \"<t>\"", "<a> ({subject})* <t> {text}", "<t>");
     let ran = eval(&bench, &spec, &weights, &data, &[]);
     assert!(
@@ -268,7 +268,7 @@ fn the_models_own_tokens_and_literal_text() {
         "{}",
         ran.err
     );
-    // What is not declared is an error of the spec, with the way to declare it.
+    // An undeclared token is an error of the spec, and the message says how to declare it.
     let spec = task(341, "\"<t>\"", "<|endoftext|> <t> {text}", "<t>");
     let ran = bench.peftc(["check", text(&spec)]);
     assert_eq!(ran.code, 1, "{}", ran.err);

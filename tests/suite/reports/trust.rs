@@ -1,4 +1,5 @@
-//! An artifact is code: it is loaded from where only its user and root can have written it. Many processes, one cache.
+//! Artifacts are code, so they are loaded only from files that only the user and root can write. Also: many processes
+//! with one cache.
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -9,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use crate::cli::{Bench, Ran, text, tiny_bert};
 
-/// A user who is neither root nor who runs the tests.
+/// The id of a user who is neither root nor the user who runs the tests.
 const STRANGER: u32 = 65534;
 
 fn root() -> bool {
@@ -28,7 +29,7 @@ fn permissions(path: &Path) -> u32 {
     fs::metadata(path).expect("there").permissions().mode() & 0o7777
 }
 
-/// Runs the command that a message names between backquotes, from its first to its last.
+/// Runs the last command that a message names in backquotes, and returns it.
 fn mended(ran: &Ran, home: &Path) -> String {
     let command = ran.err.rsplit('`').nth(1).expect("a command").to_string();
     let status = Command::new("sh").args(["-c", &command]).env("HOME", home).status().expect("a shell");
@@ -36,7 +37,7 @@ fn mended(ran: &Ran, home: &Path) -> String {
     command
 }
 
-/// A tiny model, its artifact, and what evaluates it.
+/// A tiny model, its artifact, and the arguments of its evaluation.
 struct Tiny {
     bench: Bench,
     spec: PathBuf,
@@ -65,7 +66,8 @@ impl Tiny {
         assert_eq!(ran.code, 0, "{}: {}", source.display(), ran.err);
     }
 
-    /// Refused at `place`, for this reason; what the message names mends it.
+    /// Requires the artifact to be refused because of `place` for the reason `why`, and the command in the message to
+    /// fix it.
     fn refused(&self, source: &Path, place: &Path, why: &str) -> String {
         let ran = self.eval(source);
         assert_eq!(ran.code, 3, "{}: {}{}", place.display(), ran.out, ran.err);
@@ -80,7 +82,7 @@ impl Tiny {
 }
 
 #[test]
-fn what_strangers_may_write_is_not_loaded() {
+fn files_writable_by_others_are_not_loaded() {
     let tiny = Tiny::new("cpu");
     tiny.evaluates(&tiny.artifact);
     let [folder, artifact] = [tiny.bench.path("folder"), tiny.artifact.clone()];
@@ -92,18 +94,18 @@ fn what_strangers_may_write_is_not_loaded() {
         let command = tiny.refused(&artifact, &place, "may be written by everyone");
         assert_eq!(command, format!("chmod -R go-w {}", artifact.canonicalize().expect("there").display()));
     }
-    // The folder that it lies in, where another might be put in its place. A sticky one keeps what is there.
+    // Others could replace the artifact in its folder, unless the folder is sticky.
     mode(&folder, 0o777);
     tiny.refused(&artifact, &folder, "may be written by everyone");
     mode(&folder, 0o1777);
     tiny.evaluates(&artifact);
-    // What is opened counts, not the link to it.
+    // The target of a link is checked, not the link.
     let link = tiny.bench.path("link.peftc");
     std::os::unix::fs::symlink(&artifact, &link).expect("linked");
     tiny.evaluates(&link);
     mode(&artifact.join("kernels.so"), 0o666);
     tiny.refused(&link, &artifact.join("kernels.so"), "may be written by everyone");
-    // A space in its name does not break the command.
+    // The command quotes a path with spaces.
     let spaced = tiny.bench.path("it's a folder/tiny.peftc");
     fs::create_dir(spaced.parent().expect("a parent")).expect("made");
     fs::rename(&artifact, &spaced).expect("moved");
@@ -112,7 +114,7 @@ fn what_strangers_may_write_is_not_loaded() {
 }
 
 #[test]
-fn what_belongs_to_a_stranger_is_not_loaded() {
+fn files_of_other_users_are_not_loaded() {
     if !root() {
         return;
     }
@@ -123,12 +125,12 @@ fn what_belongs_to_a_stranger_is_not_loaded() {
         chown(place, Some(STRANGER), None).expect("given away");
         tiny.refused(artifact, place, owner);
     }
-    // Another user's group is none of root's.
+    // A group of another user is not trusted by root.
     let file = artifact.join("kernels.so");
     chown(&file, None, Some(STRANGER)).expect("given away");
     mode(&file, 0o664);
     tiny.refused(artifact, &file, "may be written by the group 65534");
-    // Root's own group is private, if it has no other member.
+    // Root's own group is trusted if it has no other member.
     chown(&file, None, Some(0)).expect("given back");
     mode(&file, 0o664);
     let group = fs::read_to_string("/etc/group").unwrap_or_default();
@@ -137,9 +139,9 @@ fn what_belongs_to_a_stranger_is_not_loaded() {
     }
 }
 
-/// PTX is as much code as a library is.
+/// PTX is checked like a library.
 #[test]
-fn what_runs_on_a_gpu_is_code_as_well() {
+fn ptx_is_checked_like_a_library() {
     let tiny = Tiny::new("cuda:sm_80");
     let file = tiny.artifact.join("kernels.ptx");
     mode(&file, 0o666);
@@ -151,7 +153,7 @@ fn what_runs_on_a_gpu_is_code_as_well() {
 }
 
 #[test]
-fn the_cache_is_its_users_alone() {
+fn the_cache_is_private_to_its_user() {
     let tiny = Tiny::new("cpu");
     let cache = tiny.bench.path("cache");
     assert_eq!(permissions(&cache), 0o700);
@@ -162,7 +164,7 @@ fn the_cache_is_its_users_alone() {
         assert_eq!(kernels.iter().map(|path| permissions(path)).collect::<Vec<_>>(), [0o700]);
         models
     };
-    // One of the artifact with all its entries, one of what is evaluated.
+    // One entry for the artifact with all its functions, and one for the evaluation.
     let compiled = entries();
     tiny.evaluates(&tiny.spec);
     let before = entries();
@@ -171,12 +173,12 @@ fn the_cache_is_its_users_alone() {
     mode(&cache, 0o777);
     let command = tiny.refused(&tiny.spec, &cache, "may be written by everyone");
     assert!(command.starts_with("chmod -R go-w "), "{command}");
-    // Here no sticky bit helps: strangers may add entries.
+    // For the cache, a sticky bit does not help, because other users could add entries.
     mode(&cache, 0o1777);
     tiny.refused(&tiny.spec, &cache, "may be written by everyone");
     mode(&evaluated, 0o646);
     tiny.refused(&tiny.spec, &evaluated, "may be written by everyone");
-    // What is open to read stays as it is.
+    // Permissions to read are kept.
     mode(&cache, 0o755);
     tiny.evaluates(&tiny.spec);
     assert_eq!((permissions(&cache), entries()), (0o755, before));
@@ -188,9 +190,9 @@ fn the_cache_is_its_users_alone() {
     }
 }
 
-/// The program as another user, to whom what another user wrote is a stranger's, and what root wrote is not.
+/// Runs the program as another user: files of a third user are refused, files of root are accepted.
 #[test]
-fn as_another_user() {
+fn files_of_a_third_user_are_refused_to_another_user() {
     if !root() {
         return;
     }
@@ -199,7 +201,7 @@ fn as_another_user() {
     let home = tiny.bench.path("home");
     fs::create_dir(&home).expect("made");
     chown(&home, Some(STRANGER), Some(STRANGER)).expect("given away");
-    // The program lies in a folder that others may not read, perhaps.
+    // The program is copied, because other users may not be able to read its folder.
     let program = tiny.bench.path("peftc");
     fs::copy(env!("CARGO_BIN_EXE_peftc"), &program).expect("copied");
     mode(&program, 0o755);
@@ -218,7 +220,7 @@ fn as_another_user() {
     fine(&tiny.artifact);
     fine(&tiny.spec);
     assert_eq!(permissions(&home.join(".cache/peftc")), 0o700);
-    // Someone else's: he takes a copy, which is his.
+    // The suggested command copies a file of a third user, and the copy is accepted.
     let other = 65533;
     for place in [tiny.artifact.clone(), tiny.artifact.join("kernels.so")] {
         chown(&place, Some(other), None).expect("given away");
@@ -232,7 +234,7 @@ fn as_another_user() {
         fine(&home.join("tiny.peftc"));
         fs::remove_dir_all(home.join("tiny.peftc")).expect("removed");
     }
-    // Someone else's cache.
+    // A cache of a third user.
     let cache = home.join(".cache/peftc");
     chown(&cache, Some(other), None).expect("given away");
     mode(&cache, 0o755);
@@ -241,10 +243,9 @@ fn as_another_user() {
     assert!(ran.err.contains("belongs to user 65533") && ran.err.contains("PEFTC_CACHE"), "{}", ran.err);
 }
 
-/// What was written under a careless umask is the user's own nevertheless, and nothing stays in the folder for
-/// temporary files.
+/// With a permissive umask, written files are still writable by the user only, and no temporary files remain.
 #[test]
-fn what_is_written_is_for_its_user_to_change() {
+fn written_files_are_writable_only_by_their_user() {
     let bench = Bench::with_own_cache();
     let (spec, _) = tiny_bert(&bench, |_| {});
     let [artifact, cache, temporary] = ["made/tiny.peftc", "made/cache", "made/tmp"].map(|name| bench.path(name));
@@ -264,9 +265,10 @@ fn what_is_written_is_for_its_user_to_change() {
     }
 }
 
-/// Eight at once on an empty cache: one of them compiles, all train, to the same values, and nothing else is left.
+/// Eight processes start with an empty cache: one compiles, all train to the same values, and the cache holds no other
+/// files.
 #[test]
-fn eight_processes_on_an_empty_cache() {
+fn eight_processes_compile_once_on_an_empty_cache() {
     let bench = Bench::with_own_cache();
     let cache = bench.path("cache");
     let start = |at: usize| {
@@ -293,9 +295,10 @@ fn eight_processes_on_an_empty_cache() {
     assert_eq!(kinds, ["kernels", "peftc"]);
 }
 
-/// A spec may come from anyone: it reads files alone, and takes no more memory than there is.
+/// A spec may come from an untrusted source: it can only read regular files, of limited size, and allocations that fail
+/// are reported.
 #[test]
-fn a_hostile_spec() {
+fn a_hostile_spec_reads_only_limited_regular_files() {
     let bench = Bench::with_own_cache();
     let model = "backbone b() for generation {\n  weight w \"w\": [9, 4] ~ zeros\n  x = w[ids]\n  \
                  logits = x[targets] @ transpose(w)\n  output logits\n  \
@@ -304,13 +307,13 @@ fn a_hostile_spec() {
     assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo").success());
     for import in ["/dev/zero", "fifo.peft", "."] {
         let spec = bench.write("spec.peft", format!("import \"{import}\"\n{model}"));
-        bench.refuses(&["check", text(&spec)], 1, &["cannot be read: it is no file", "spec.peft:1"]);
+        bench.refuses(&["check", text(&spec)], 1, &["cannot be read: it is not a plain file", "spec.peft:1"]);
     }
     bench.write("long.peft", " ".repeat(5 << 20));
     let spec = bench.write("spec.peft", format!("import \"long.peft\"\n{model}"));
     bench.refuses(&["check", text(&spec)], 1, &["longer than 4194304 bytes"]);
     bench.refuses(&["check", text(&bench.path("long.peft"))], 3, &["longer than 4194304 bytes"]);
-    // More than an address space: 40 matrices of 4 TiB.
+    // Larger than the address space: 40 matrices of 4 TiB each.
     let weights: String = (0..40).map(|i| format!("weight a{i} \"a{i}\": [1048576, 1048576] ~ zeros\n")).collect();
     let huge = bench.write("huge.peft", model.replacen("weight w", &format!("{weights}weight w"), 1));
     let run = ["run", text(&huge), "--weights", "random", "--entry", "forward", "--inputs", "no", "-o", "none"];

@@ -1,4 +1,5 @@
-//! Attention within sequences: without its square, on a processor and on a GPU, and as its equations stand.
+//! Attention within packed sequences: fused on a CPU ([`cpu`]) and on a GPU ([`gpu`]), where the score matrix is never
+//! materialised (FlashAttention, Dao et al. 2022), and operation by operation ([`unfused`]).
 
 pub mod cpu;
 pub mod gpu;

@@ -1,115 +1,129 @@
-//! Matmul of few columns and many steps along k, on a GPU: lanes share the steps, so that few tiles keep a chip busy.
+//! Matrix product in f32 of few columns and many steps along k (a skinny gemm), on a GPU. The lanes of a warp divide
+//! the steps along k, so that a few tiles keep the chip busy.
 //!
 //! ```text
 //! for each 32 steps of k
 //!   B[32, columns] ─► the next stage of shared memory
-//!   a lane: its step of 5 rows of A × all columns, onto sums in registers
-//! the lanes' sums ─► shared memory, added up row by row ─► what follows the product
+//!   a lane: its one step of 5 rows of A × all columns, added to sums in registers
+//! the lanes' sums ─► shared memory, added up row by row ─► result and epilogue
 //! ```
 //!
-//! A number of A is multiplied in one lane alone, so it goes there straight from memory, where neighbouring lanes fetch
-//! neighbours, and is on its way for some rounds. B is in shared memory for the block's warps, each with its own rows.
+//! Each element of A is multiplied in one lane only, so it is loaded from memory straight into that lane's registers,
+//! some rounds ahead; neighbouring lanes load neighbouring elements. B is in shared memory for all warps of the block,
+//! each of which has its own rows.
 
 use peft_runtime::artifact::{Element, Extent};
 
-use super::epilogue::{Ending, Fate, Out};
+use super::epilogue::{ResultMode, TileEpilogue, TileWriter};
 use super::{Buffers, Product};
 use crate::abi::arguments;
 use crate::builder::{Buf, Code, F32, Index, Kernel, Order, Val, first};
-use crate::cost::{Launched, SHARED, Work, cycles};
+use crate::cost::{LaunchCost, LaunchSizes, SHARED_BYTES_PER_CYCLE, fma_cycles};
 use crate::kernels::Scheduled;
 use crate::kernels::epilogue::Epilogue;
 use crate::target::Machine;
 use crate::target::cuda::Card;
 use crate::target::cuda::{WARP, WARPS};
 
-/// Rows of a warp, and of a tile.
-const HELD: u64 = 5;
-pub const ROWS: u64 = HELD * WARPS;
-/// Columns of a tile at most: sums are in registers.
-const MOST: u64 = 24;
-/// And of a product: each tile reads its rows of A anew.
-pub const WIDEST: u64 = 160;
-/// Rounds that a lane's numbers of A are under way for, and stages of B.
-const AHEAD: u64 = 3;
+/// Rows of the result that a warp computes.
+const ROWS_PER_WARP: u64 = 5;
+/// Rows of a tile.
+pub const ROWS: u64 = ROWS_PER_WARP * WARPS;
+/// The greatest number of columns of a tile: each lane keeps the sums of all of them in registers.
+const MAX_TILE_COLUMNS: u64 = 24;
+/// The greatest number of columns of a product. Every tile across reads its rows of A again, so wide products are left
+/// to [`super::simt`].
+pub const MAX_COLUMNS: u64 = 160;
+/// Stages of B in shared memory, and the rounds that a lane's loads of A are in flight.
+const STAGES: u64 = 3;
+/// Threads of a block.
 const THREADS: u64 = WARP * WARPS;
 
-/// A tile's columns.
+/// The tile that a thread block computes: [`ROWS`] × `columns`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
+    /// Columns of the tile, a multiple of four.
     pub columns: u64,
 }
 
 impl Tile {
-    /// Of a product of `n` columns, split evenly.
+    /// The tile of a product of `n` columns, which are divided evenly.
     pub fn of(n: u64) -> Tile {
-        Tile { columns: n.div_ceil(n.div_ceil(MOST)).next_multiple_of(4) }
+        Tile { columns: n.div_ceil(n.div_ceil(MAX_TILE_COLUMNS)).next_multiple_of(4) }
     }
 
+    /// Elements of the tile.
     pub fn elements(self) -> u64 {
         ROWS * self.columns
     }
 
-    /// What a step of k takes of shared memory, in floats: each warp reads the columns that are put there, and A comes
-    /// the same way.
-    pub fn moved(self) -> u64 {
+    /// Floats that pass through shared memory at each step along k: each warp reads the columns once they are stored.
+    /// A's elements count as well, because they pass through the same unit.
+    pub fn shared_floats_per_step(self) -> u64 {
         (WARPS + 1) * self.columns + ROWS
     }
 
-    /// And the adding up: each lane's sums come and go, and so does the result.
-    pub fn added(self) -> u64 {
+    /// Floats that pass through shared memory when the lanes' sums are added up: each lane's sums and the result are
+    /// both written and read.
+    pub fn reduction_floats(self) -> u64 {
         2 * (WARP + 1) * self.elements()
     }
 
-    /// Bytes that a warp has under way: B's are few, and near.
-    pub fn under_way() -> u64 {
-        4 * HELD * WARP * AHEAD
+    /// Bytes of A that a warp has in flight. B's are few and come from the cache.
+    pub fn warp_bytes_in_flight() -> u64 {
+        4 * ROWS_PER_WARP * WARP * STAGES
     }
 
-    /// Steps that a product of `depth` takes.
-    pub fn steps(depth: u64) -> u64 {
-        depth.next_multiple_of(WARP * AHEAD)
+    /// Steps along k that a product of `depth` takes: whole iterations of the loop.
+    pub fn padded_depth(depth: u64) -> u64 {
+        depth.next_multiple_of(WARP * STAGES)
     }
 
-    /// Columns that threads fetch: a power of two.
-    fn wide(self) -> u64 {
+    /// Columns that the threads load, a multiple of 16.
+    fn fetched_columns(self) -> u64 {
         self.columns.next_multiple_of(16)
     }
 
-    /// From step to step in shared memory: an odd number of fours, so that lanes that read a four each share no bank.
-    fn line(self) -> u64 {
-        self.wide() + 4
+    /// The stride from step to step in shared memory, in floats: an odd multiple of four, so that lanes that each read
+    /// 16 bytes of their own step use different banks.
+    fn shared_stride(self) -> u64 {
+        self.fetched_columns() + 4
     }
 
-    /// A warp's sums of a row, of each lane, and behind them its results.
-    fn own(self) -> u64 {
-        WARP * self.line() + HELD * WARP
+    /// Floats of shared memory in which a warp adds up a row: one row of sums for each lane, and the results behind
+    /// them.
+    fn warp_floats(self) -> u64 {
+        WARP * self.shared_stride() + ROWS_PER_WARP * WARP
     }
 }
 
 arguments! {
+    /// Sizes of the product, in elements.
     Sizes {
         m, n, depth,
-        /// Tiles beside each other.
+        /// The number of tiles across the result.
         across,
-        along_a, deep_a, first_a,
-        along_b, deep_b, first_b,
-        line_c, first_c,
+        row_stride_a, k_stride_a, offset_a,
+        row_stride_b, k_stride_b, offset_b,
+        row_stride_c, offset_c,
     }
 }
 
-/// One tile a unit.
+/// The skinny product. A unit computes one tile of the result.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Skinny {
+    /// The tile.
     pub tile: Tile,
-    /// Columns of B lie side by side.
+    /// Whether neighbouring elements of B in memory are neighbouring columns.
     pub contiguous: bool,
-    pub fate: Fate,
+    /// What happens to the product itself.
+    pub mode: ResultMode,
+    /// The operations that follow in the same kernel.
     pub epilogue: Epilogue,
 }
 
 impl Skinny {
-    /// Sizes and units.
+    /// The sizes and the units of a product.
     pub fn arguments(&self, product: &Product) -> (Vec<Extent>, Extent) {
         let Product { m, n, depth, a, b, c, .. } = product;
         let (down, across) = product.tiles(ROWS, self.tile.columns);
@@ -118,96 +132,97 @@ impl Skinny {
             n,
             depth,
             across: &across,
-            along_a: &a.along,
-            deep_a: &a.deep,
-            first_a: &a.first,
-            along_b: &b.along,
-            deep_b: &b.deep,
-            first_b: &b.first,
-            line_c: &c.line,
-            first_c: &c.first,
+            row_stride_a: &a.row_stride,
+            k_stride_a: &a.k_stride,
+            offset_a: &a.offset,
+            row_stride_b: &b.row_stride,
+            k_stride_b: &b.k_stride,
+            offset_b: &b.offset,
+            row_stride_c: &c.row_stride,
+            offset_c: &c.offset,
         };
         (sizes.map(Extent::clone).list(), down * across.clone() * Extent::Const(WARPS))
     }
 }
 
 impl Scheduled for Skinny {
-    fn word(&self) -> String {
+    fn name_stem(&self) -> String {
         let side = if self.contiguous { "rows" } else { "columns" };
-        format!("narrow_{ROWS}x{}_{side}{}", self.tile.columns, self.fate.suffix())
+        format!("skinny_{ROWS}x{}_{side}{}", self.tile.columns, self.mode.suffix())
     }
 
     fn emit(&self, machine: Machine) -> Code {
-        let Skinny { tile, contiguous, fate, epilogue } = self;
-        let (tile, contiguous, fate) = (*tile, *contiguous, *fate);
-        let (columns, line) = (tile.columns, tile.line());
+        let Skinny { tile, contiguous, mode, epilogue } = self;
+        let (tile, contiguous, mode) = (*tile, *contiguous, *mode);
+        let (columns, stride) = (tile.columns, tile.shared_stride());
         let own = [Element::F32; Buffers::<Val>::COUNT];
         epilogue.define(machine, &own, Sizes::<Val>::COUNT, |k, buffers, sizes, follows| {
             let Buffers { a, b, c } = Buffers::of(buffers);
             let sizes = Sizes::of(sizes);
-            let Sizes { m, n, depth, across, line_c, first_c, .. } = sizes;
-            let stage = WARP * line;
-            let room = k.shared((AHEAD * stage).max(WARPS * tile.own()));
-            let stages: Vec<Buf> = (0..AHEAD).map(|at| k.from(room, at * stage)).collect();
+            let Sizes { m, n, depth, across, row_stride_c, offset_c, .. } = sizes;
+            let stage = WARP * stride;
+            let shared = k.shared((STAGES * stage).max(WARPS * tile.warp_floats()));
+            let stages: Vec<Buf> = (0..STAGES).map(|at| k.subbuffer(shared, at * stage)).collect();
             let thread = k.thread();
             let (warp, lane) = (k.eval(thread / WARP), k.lane_index());
-            // Of a stage, the lane's step.
-            let here = k.eval(lane * line);
+            // The lane's step in a stage.
+            let here = k.eval(lane * stride);
             k.block_units(|k, unit| {
                 let (tile_row, tile_column) = (k.div(unit, across), k.rem(unit, across));
                 let (row, before, column) =
-                    (k.eval(tile_row * ROWS), k.eval(warp * HELD), k.eval(tile_column * columns));
+                    (k.eval(tile_row * ROWS), k.eval(warp * ROWS_PER_WARP), k.eval(tile_column * columns));
                 let row = k.eval(row + before);
-                let left = Operand::rows(k, a, [sizes.along_a, sizes.deep_a, sizes.first_a], (row, m), depth);
-                let (right, place) = Operand::columns(
+                let left =
+                    LaneFetch::rows(k, a, [sizes.row_stride_a, sizes.k_stride_a, sizes.offset_a], (row, m), depth);
+                let (right, slot) = LaneFetch::columns(
                     k,
                     b,
-                    [sizes.along_b, sizes.deep_b, sizes.first_b],
+                    [sizes.row_stride_b, sizes.k_stride_b, sizes.offset_b],
                     (column, n),
                     depth,
                     (tile, contiguous),
                 );
-                let mut start = vec![k.float(0.0, F32); (HELD * columns) as usize];
-                for ahead in 0..AHEAD {
+                let mut start = vec![k.float(0.0, F32); (ROWS_PER_WARP * columns) as usize];
+                for ahead in 0..STAGES {
                     start.extend(left.fetch(k, ahead * WARP));
                 }
                 let fetched = right.fetch(k, 0);
-                // The unit before is on its way out through the same room.
+                // The previous unit still stores its sums through the same shared memory.
                 k.barrier();
-                place.share(k, stages[0], &fetched);
-                let sums = k.fold(0, depth, WARP * AHEAD, &start, |k, block, carried| {
-                    let (sums, numbers) = carried.split_at((HELD * columns) as usize);
+                slot.store_shared(k, stages[0], &fetched);
+                let sums = k.fold(0, depth, WARP * STAGES, &start, |k, block, carried| {
+                    let (sums, numbers) = carried.split_at((ROWS_PER_WARP * columns) as usize);
                     let (mut sums, mut next) = (sums.to_vec(), vec![]);
-                    for (ahead, x) in (0..AHEAD).zip(numbers.chunks_exact(HELD as usize)) {
+                    for (ahead, x) in (0..STAGES).zip(numbers.chunks_exact(ROWS_PER_WARP as usize)) {
                         let now = k.eval(block + ahead * WARP);
                         let fetched = right.fetch(k, now + WARP);
-                        // This stage is filled, and the steps before the last ones are done with the next.
+                        // After the barrier this stage is filled, and all warps are done with the next stage.
                         k.barrier();
                         sums = multiply(k, x, (stages[ahead as usize], here), &sums);
-                        next.extend(left.fetch(k, now + AHEAD * WARP));
-                        place.share(k, stages[((ahead + 1) % AHEAD) as usize], &fetched);
+                        next.extend(left.fetch(k, now + STAGES * WARP));
+                        slot.store_shared(k, stages[((ahead + 1) % STAGES) as usize], &fetched);
                     }
                     [sums, next].concat()
                 });
                 k.barrier();
-                let own = k.eval(warp * tile.own());
-                let results = add_up(k, tile, (room, own), &sums[..(HELD * columns) as usize]);
-                let out = Out {
-                    ending: Ending { fate, epilogue, buffers, sizes: follows },
-                    to: c,
-                    base: first_c,
-                    line: line_c,
+                let own = k.eval(warp * tile.warp_floats());
+                let results = reduce_lanes(k, tile, (shared, own), &sums[..(ROWS_PER_WARP * columns) as usize]);
+                let out = TileWriter {
+                    tile_epilogue: TileEpilogue { mode, epilogue, buffers, sizes: follows },
+                    result: c,
+                    offset: offset_c,
+                    row_stride: row_stride_c,
                     batch: k.index(0),
                     column,
                     n,
                     width: columns,
-                    room,
-                    back: None,
+                    shared,
+                    unscale: None,
                 };
                 let left = k.eval(m - row);
                 let some = k.compare(row, Order::Lt, m);
                 let left = k.select(some, left, 0);
-                let rows = k.min(left, HELD);
+                let rows = k.min(left, ROWS_PER_WARP);
                 out.write_all(k, rows, |k, r| {
                     let at = k.eval(r * WARP);
                     (k.eval(row + r), k.eval(results + at))
@@ -216,43 +231,43 @@ impl Scheduled for Skinny {
         })
     }
 
-    fn work(&self, launched: Launched, card: &Card) -> Work {
-        let Launched { sizes, units, .. } = launched;
+    fn cost(&self, launched: LaunchSizes, card: &Card) -> LaunchCost {
+        let LaunchSizes { sizes, units, .. } = launched;
         let tile = self.tile;
-        let steps = Tile::steps(Sizes::of(sizes).depth);
+        let steps = Tile::padded_depth(Sizes::of(sizes).depth);
         let Sizes { m, n, depth, .. } = Sizes::of(sizes).map(|n| n as f64);
-        let step = cycles(tile.elements() as f64, card, card.flops);
-        let shared = |floats: u64| (floats * 4) as f64 / SHARED;
-        let cycles = steps as f64 * step.max(shared(tile.moved())) + shared(tile.added());
-        let reads = vec![4.0 * m * depth, 4.0 * n * depth];
-        let under_way = (units * Tile::under_way()) as f64;
+        let step = fma_cycles(tile.elements() as f64, card, card.flops);
+        let shared = |floats: u64| (floats * 4) as f64 / SHARED_BYTES_PER_CYCLE;
+        let cycles = steps as f64 * step.max(shared(tile.shared_floats_per_step())) + shared(tile.reduction_floats());
+        let max_read_bytes = vec![4.0 * m * depth, 4.0 * n * depth];
+        let bytes_in_flight = (units * Tile::warp_bytes_in_flight()) as f64;
         let (flops, blocks) = (2.0 * m * n * depth, vec![(units.div_ceil(WARPS), cycles)]);
-        Work { flops, blocks, reads, under_way, ..Work::default() }
+        LaunchCost { flops, blocks, max_read_bytes, bytes_in_flight, ..LaunchCost::default() }
     }
 
-    fn anew(&self) -> Vec<usize> {
-        self.fate.anew()
+    fn read_write(&self) -> Vec<usize> {
+        self.mode.read_write()
     }
 }
 
-/// What a thread fetches of an operand: how far its steps are ahead of a round's first, and of each where the lines
-/// begin, rows of A or columns of B.
-struct Operand {
+/// The elements that a thread loads of an operand in each round: for each of its steps, the distance from the round's
+/// first step, and the offsets of the rows of A or columns of B.
+struct LaneFetch {
     buffer: Buf,
     fetched: Vec<(Val, Vec<Val>)>,
-    deep: Val,
+    k_stride: Val,
     depth: Val,
 }
 
-impl Operand {
-    /// The warp's rows, of which a lane has one step.
-    fn rows(k: &mut Kernel, buffer: Buf, side: [Val; 3], (row, m): (Val, Val), depth: Val) -> Operand {
-        let rows = (0..HELD).map(|r| Operand::line(k, side, (row, m), r)).collect();
-        Operand { buffer, fetched: vec![(k.lane_index(), rows)], deep: side[1], depth }
+impl LaneFetch {
+    /// The warp's rows of A, of which each lane loads one step.
+    fn rows(k: &mut Kernel, buffer: Buf, side: [Val; 3], (row, m): (Val, Val), depth: Val) -> LaneFetch {
+        let rows = (0..ROWS_PER_WARP).map(|r| LaneFetch::row_offset(k, side, (row, m), r)).collect();
+        LaneFetch { buffer, fetched: vec![(k.lane_index(), rows)], k_stride: side[1], depth }
     }
 
-    /// The block's columns, and where they go: neighbouring threads have neighbouring columns if those are
-    /// `contiguous`, else steps.
+    /// The block's columns of B, and the place of the loaded elements in a stage. Neighbouring threads load
+    /// neighbouring columns if B is `contiguous`, else neighbouring steps.
     fn columns(
         k: &mut Kernel,
         buffer: Buf,
@@ -260,105 +275,108 @@ impl Operand {
         (column, n): (Val, Val),
         depth: Val,
         (tile, contiguous): (Tile, bool),
-    ) -> (Operand, Place) {
-        let (thread, wide) = (k.thread(), tile.wide());
+    ) -> (LaneFetch, StageSlot) {
+        let (thread, fetched_columns) = (k.thread(), tile.fetched_columns());
         let (fetched, step, own, next) = if contiguous {
-            let at_once = THREADS / wide;
-            let (step, own) = (k.eval(thread / wide), k.eval(thread % wide));
+            let at_once = THREADS / fetched_columns;
+            let (step, own) = (k.eval(thread / fetched_columns), k.eval(thread % fetched_columns));
             let column = k.eval(column + own);
-            let begin = Operand::line(k, side, (column, n), 0);
+            let begin = LaneFetch::row_offset(k, side, (column, n), 0);
             let steps = (0..WARP).step_by(at_once as usize).map(|ahead| (k.eval(step + ahead), vec![begin]));
-            (steps.collect(), step, own, at_once * tile.line())
+            (steps.collect(), step, own, at_once * tile.shared_stride())
         } else {
             let own = k.eval(thread / WARP * 4);
             let column = k.eval(column + own);
-            let fours = (0..wide).step_by((4 * WARPS) as usize).flat_map(|more| more..more + 4);
-            let lines = fours.map(|more| Operand::line(k, side, (column, n), more)).collect();
-            (vec![(k.lane_index(), lines)], k.lane_index(), own, 4 * WARPS)
+            let vec4 = (0..fetched_columns).step_by((4 * WARPS) as usize).flat_map(|more| more..more + 4);
+            let offsets = vec4.map(|more| LaneFetch::row_offset(k, side, (column, n), more)).collect();
+            (vec![(k.lane_index(), offsets)], k.lane_index(), own, 4 * WARPS)
         };
-        let place = Place { at: k.eval(step * tile.line() + own), next, fours: !contiguous };
-        (Operand { buffer, fetched, deep: side[1], depth }, place)
+        let slot = StageSlot { at: k.eval(step * tile.shared_stride() + own), next, vec4: !contiguous };
+        (LaneFetch { buffer, fetched, k_stride: side[1], depth }, slot)
     }
 
-    /// Where line `i + more` begins; of those from `end` on it does not matter.
-    fn line(k: &mut Kernel, side: [Val; 3], (i, end): (Val, Val), more: u64) -> Val {
-        let [along, _, first] = side;
+    /// The offset of row (or column) `i + more`. Rows beyond `end` take the offset of the last one, because their
+    /// results are not stored.
+    fn row_offset(k: &mut Kernel, side: [Val; 3], (i, end): (Val, Val), more: u64) -> Val {
+        let [row_stride, _, first] = side;
         let (i, last) = (k.eval(i + more), k.eval(end - 1));
         let i = k.min(i, last);
-        k.eval(first + i * along)
+        k.eval(first + i * row_stride)
     }
 
-    /// Of the round that begins at step `begin`; 0 for steps that do not exist. Nothing branches, or LLVM would put off
-    /// sums from round to round.
+    /// Loads the elements of the round that begins at step `begin`; those of steps that do not exist are 0. The loads
+    /// do not branch: with branches, LLVM would delay the sums from round to round.
     fn fetch(&self, k: &mut Kernel, begin: impl Into<Index>) -> Vec<Val> {
         let begin = k.eval(begin);
-        let nothing = k.float(0.0, F32);
+        let zero_f32 = k.float(0.0, F32);
         let last = k.eval(self.depth - 1);
         let mut numbers = vec![];
-        for (ahead, lines) in &self.fetched {
+        for (ahead, offsets) in &self.fetched {
             let step = k.eval(begin + *ahead);
             let there = k.compare(step, Order::Lt, self.depth);
             let step = k.min(step, last);
-            let along = k.eval(step * self.deep);
-            for &line in lines {
-                let number = k.load_here(self.buffer, line + along);
-                numbers.push(k.select(there, number, nothing));
+            let k_offset = k.eval(step * self.k_stride);
+            for &offset in offsets {
+                let number = k.load_scalar(self.buffer, offset + k_offset);
+                numbers.push(k.select(there, number, zero_f32));
             }
         }
         numbers
     }
 }
 
-/// Where the thread's numbers of B go in a stage: the first ones, and from one to the next, or from four to four.
-struct Place {
+/// The place of a thread's elements of B in a stage: the index of the first, and the distance to the next element, or
+/// to the next group of four.
+struct StageSlot {
     at: Val,
     next: u64,
-    fours: bool,
+    vec4: bool,
 }
 
-impl Place {
-    fn share(&self, k: &mut Kernel, to: Buf, fetched: &[Val]) {
-        for (n, numbers) in fetched.chunks(if self.fours { 4 } else { 1 }).enumerate() {
+impl StageSlot {
+    fn store_shared(&self, k: &mut Kernel, to: Buf, fetched: &[Val]) {
+        for (n, numbers) in fetched.chunks(if self.vec4 { 4 } else { 1 }).enumerate() {
             let at = k.eval(self.at + n as u64 * self.next);
             match *numbers {
-                [x, y, z, w] => k.store_four([x, y, z, w], to, at),
-                _ => k.store_here(numbers[0], to, at),
+                [x, y, z, w] => k.store_vec4([x, y, z, w], to, at),
+                _ => k.store_scalar(numbers[0], to, at),
             }
         }
     }
 }
 
-/// A lane's sums with one step more: of the first four columns by rows, then of the next.
+/// Adds one step's products to a lane's sums, which are ordered by groups of four columns, then by rows.
 fn multiply(k: &mut Kernel, x: &[Val], (stage, step): (Buf, Val), sums: &[Val]) -> Vec<Val> {
     let mut next = vec![];
     for (four, sums) in (0..).step_by(4).zip(sums.chunks_exact(4 * x.len())) {
-        let y = k.load_four(stage, step + four);
+        let y = k.load_vec4(stage, step + four);
         let pairs = x.iter().flat_map(|&x| y.map(|y| (x, y)));
         next.extend(pairs.zip(sums).map(|((x, y), &sum)| k.fma(x, y, sum)));
     }
     next
 }
 
-/// Of all lanes' sums the warp's rows, which lie from the place it gives on, a warp's width apart.
-fn add_up(k: &mut Kernel, tile: Tile, (room, own): (Buf, Val), sums: &[Val]) -> Val {
-    let (lane, line) = (k.lane_index(), tile.line());
-    let place = k.eval(own + lane * line);
-    // Lanes without a column do as the last one does.
+/// Adds up the sums of all lanes. Returns the shared-memory index of the warp's first row; rows are a warp's width
+/// apart.
+fn reduce_lanes(k: &mut Kernel, tile: Tile, (shared, own): (Buf, Val), sums: &[Val]) -> Val {
+    let (lane, stride) = (k.lane_index(), tile.shared_stride());
+    let place = k.eval(own + lane * stride);
+    // Lanes without a column repeat the last column.
     let column = k.min(lane, tile.columns - 1);
     let column = k.eval(own + column);
-    let results = k.eval(own + WARP * line);
-    for r in 0..HELD {
-        for (four, sums) in (0..).step_by(4).zip(sums.chunks_exact((4 * HELD) as usize)) {
-            k.store_four(first(&sums[(4 * r) as usize..]), room, place + four);
+    let results = k.eval(own + WARP * stride);
+    for r in 0..ROWS_PER_WARP {
+        for (four, sums) in (0..).step_by(4).zip(sums.chunks_exact((4 * ROWS_PER_WARP) as usize)) {
+            k.store_vec4(first(&sums[(4 * r) as usize..]), shared, place + four);
         }
-        k.settle();
-        let nothing = k.float(0.0, F32);
-        // Four at a time, which do not wait for each other.
+        k.sync_lanes();
+        let zero_f32 = k.float(0.0, F32);
+        // Four independent sums hide the latency of the additions.
         let [x, y, z, w] = {
-            let sums = k.fold(0, WARP, 4, &[nothing; 4], |k, lane, sums| {
-                let begin = k.eval(column + lane * line);
+            let sums = k.fold(0, WARP, 4, &[zero_f32; 4], |k, lane, sums| {
+                let begin = k.eval(column + lane * stride);
                 let add = |(i, &sum): (u64, &Val)| {
-                    let x = k.load_here(room, begin + i * line);
+                    let x = k.load_scalar(shared, begin + i * stride);
                     k.add(sum, x)
                 };
                 (0..).zip(sums).map(add).collect()
@@ -367,8 +385,8 @@ fn add_up(k: &mut Kernel, tile: Tile, (room, own): (Buf, Val), sums: &[Val]) -> 
         };
         let (x, y) = (k.add(x, y), k.add(z, w));
         let sum = k.add(x, y);
-        k.store_here(sum, room, results + r * WARP + lane);
-        k.settle();
+        k.store_scalar(sum, shared, results + r * WARP + lane);
+        k.sync_lanes();
     }
     results
 }

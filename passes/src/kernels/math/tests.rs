@@ -1,4 +1,4 @@
-//! Every function against f64, over floats of every size, on every level of processors that this machine has.
+//! Every function is compared with f64, over floats of every magnitude, at every CPU level that this machine supports.
 
 use std::f64::consts::PI;
 
@@ -14,13 +14,13 @@ use crate::target::cpu::Cpu;
 
 const LEAST: f64 = f32::MIN_POSITIVE as f64;
 
-/// How far off a function may be, as its documentation has it.
+/// The error bound of a function, as its documentation names it.
 #[derive(Clone, Copy)]
 enum Bound {
-    /// In units of the last place. A result below the normal numbers may be 0, or the least of them.
+    /// Units in the last place. A result below the normal numbers may be 0, or the smallest normal number.
     Units(f64),
     Absolute(f64),
-    /// Of the argument, if that is more than 1.
+    /// Relative to the argument, or absolute if the argument is below 1.
     Relative(f64),
 }
 
@@ -29,7 +29,7 @@ struct Function {
     write: fn(&mut Kernel, Val) -> Val,
     exact: fn(f64) -> f64,
     bound: Bound,
-    /// Of arguments.
+    /// The largest argument that is tested.
     largest: f64,
 }
 
@@ -71,8 +71,8 @@ fn by_tanh(x: f64) -> [f64; 2] {
     [sigma, sigma + 2.0 * x * sigma * rest * slope]
 }
 
-/// Floats of both signs: many from 2⁻²⁰ to 2¹⁷, where the functions bend, some of every size, every one about where a
-/// function changes its formula, and what is no number.
+/// Floats of both signs: many from 2⁻²⁰ to 2¹⁷, where the functions bend, some of every magnitude, all of those around
+/// the points where a function changes its formula, infinity and NaN.
 fn floats() -> Vec<f32> {
     let bits = |x: f32| x.to_bits();
     let middle = (bits(2f32.powi(-20))..bits(2f32.powi(17))).step_by(199);
@@ -83,9 +83,9 @@ fn floats() -> Vec<f32> {
     all.flat_map(|bits| [bits, bits | 1 << 31]).map(f32::from_bits).collect()
 }
 
-/// In the terms of the bound.
+/// The error, in the unit of the bound.
 fn error(x: f32, found: f32, want: f64, bound: Bound) -> f64 {
-    // An overflow is as far off as the float that would come next.
+    // An overflow counts as the float after the largest one.
     let value = if found == f32::INFINITY { 2f64.powi(128) } else { f64::from(found) };
     let gap = (value - want).abs();
     match bound {
@@ -98,8 +98,8 @@ fn error(x: f32, found: f32, want: f64, bound: Bound) -> f64 {
 }
 
 #[test]
-fn error_bounds() {
-    // A name of C's own would mean C's function to LLVM.
+fn every_function_keeps_its_error_bound() {
+    // LLVM would take a function named like one of C's library for that function.
     let symbol = |function: &Function| format!("all_{}", function.name);
     let kernels = FUNCTIONS.map(|function| {
         let code = define(Machine::default(), &[Element::F32, Element::F32], 1, |k, buffers, sizes| {
@@ -118,7 +118,7 @@ fn error_bounds() {
     let library = |cpu: Cpu| {
         let path = folder.path().join(format!("{cpu}.so"));
         codegen::compile(&kernels, Machine::Cpu(cpu), None, &path).unwrap_or_else(|e| panic!("{e}"));
-        // SAFETY: our own library, without constructors.
+        // SAFETY: the library is compiled by this test, and has no constructors.
         (cpu, unsafe { libloading::Library::new(&path) }.expect("a library"))
     };
     let libraries: Vec<_> = levels().into_iter().map(library).collect();

@@ -1,5 +1,5 @@
-//! The same kernels in PTX, executed by an interpreter that faults on races between lanes, on accesses beyond a buffer
-//! and on reads of what nothing wrote.
+//! The same tests for GPU kernels: their PTX is executed by an interpreter that faults on races between lanes, on
+//! accesses out of bounds and on reads of uninitialised memory.
 
 use std::collections::HashSet;
 
@@ -8,13 +8,13 @@ use ptx_sim::{Arg, FaultKind, Gpu, Module, Ptr, Report};
 use super::*;
 use crate::dialect::Dialect;
 use crate::kernels::Schedule;
-use crate::kernels::attention::shape::Part;
+use crate::kernels::attention::shape::AttentionResult;
 use crate::target::cuda::{WARP, WARPS};
 
-/// Blocks of a launch, at most: so few that warps take several units.
+/// The most blocks of a launch: so few that each warp computes several units.
 const BLOCKS: u64 = 3;
 
-/// Every graph on numbers of its own, its outputs held against the interpreter's.
+/// Compares every output of the graphs, executed in PTX, with the interpreter's.
 pub(crate) fn compare(graphs: &[(Graph, Vec<usize>)], chip: Chip, limit: i32, tolerance: f64) {
     each(graphs, chip, Precision::F32, limit, |outcome| outcome.close(Machine::Cuda(chip), tolerance));
 }
@@ -46,7 +46,8 @@ fn assembled(kernels: &[String], machine: Machine) -> Module {
     Module::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
 }
 
-/// All launches of a manifest in their order; gives the memory, where each buffer lies in it, and what launches did.
+/// Runs all launches of a manifest in order. Returns the memory, each buffer's address in it, and the launches'
+/// reports.
 fn run(
     module: &Module,
     manifest: &Manifest,
@@ -77,44 +78,49 @@ fn run(
 }
 
 #[test]
-fn every_operation_and_its_derivative() {
+fn every_operation_and_its_derivative_match_the_interpreter() {
     compare(&operations(&[(2, 3, 2), (3, 40, 17)]), Chip::Sm70, 2, CLOSE);
 }
 
 #[test]
-fn forward_only() {
+fn operations_without_derivatives_match_the_interpreter() {
     compare(&forward(), Chip::Sm70, 2, CLOSE);
 }
 
 #[test]
-fn operands_lie_anyhow() {
+fn kernels_read_strided_views() {
     compare(&views(), Chip::Sm70, 2, CLOSE);
     compare(&heads(), Chip::Sm70, 2, 10.0 * CLOSE);
 }
 
 #[test]
-fn attention_without_its_square() {
+fn fused_attention_matches_the_interpreter() {
     let lengths = [vec![2, 17, 1], vec![33, 3], vec![70]];
-    compare(&attention(&[(2, 3, 5), (1, 40, 40)], &forms(), &lengths), Chip::Sm70, 2, CLOSE);
-    // Heads wider than what a block has of a result.
+    compare(&attention(&[(2, 3, 5), (1, 40, 40)], &attention_parameters(), &lengths), Chip::Sm70, 2, CLOSE);
+    // Heads are wider than the columns of a result that one block computes.
     for chip in [Chip::Sm70, Chip::Sm80] {
-        compare(&attention(&[(1, 66, 130)], &forms()[4..6], &[vec![3, 66]]), chip, 2, CLOSE);
+        compare(&attention(&[(1, 66, 130)], &attention_parameters()[4..6], &[vec![3, 66]]), chip, 2, CLOSE);
     }
 }
 
-/// Heads as wide as those of the models at hand and as narrow as those of tiny ones: one token, lengths that fill no tile,
-/// and prefixes, behind which the generator's columns begin anywhere.
+/// Heads as wide as in the real models and as narrow as in tiny ones, over one token, over lengths that do not fill
+/// whole tiles, and behind a prefix that shifts the random generator's columns.
 #[test]
-fn attention_of_whole_heads() {
+fn attention_of_real_head_widths_matches_the_interpreter() {
     for chip in [Chip::Sm70, Chip::Sm80] {
-        compare(&attention(&[(2, 8, 8), (1, 64, 64)], &forms()[7..8], &[vec![1], vec![3, 1, 65]]), chip, 2, CLOSE);
+        compare(
+            &attention(&[(2, 8, 8), (1, 64, 64)], &attention_parameters()[7..8], &[vec![1], vec![3, 1, 65]]),
+            chip,
+            2,
+            CLOSE,
+        );
     }
 }
 
-/// Memory that attention touches, each byte once for a read and once for a write, is its operands and its results: they
-/// grow with the tokens, and never with their square.
+/// The bytes that attention touches, each counted once for reading and once for writing, are those of its operands and
+/// results. They grow linearly with the tokens, so the score matrix is not materialised.
 #[test]
-fn attention_touches_no_square() {
+fn attention_touches_memory_linear_in_the_tokens() {
     let machine = Machine::Cuda(Chip::Sm80);
     let touched = |length: usize| -> Vec<f64> {
         let graphs = attention(&[(1, 64, 64)], &[(true, (0.1, 0))], &[vec![length]]);
@@ -130,7 +136,7 @@ fn attention_touches_no_square() {
             let nodes = graph.nodes.iter().filter(|node| attends(node.op.name()));
             let given: HashSet<Value> = nodes.flat_map(|node| [&node.operands[..], &node.results].concat()).collect();
             let given: u64 =
-                given.iter().map(|&v| 4 * super::super::sizes::extent(graph.ty(v)).eval(&case.sizes)).sum();
+                given.iter().map(|&v| 4 * super::super::sizes::element_count(graph.ty(v)).eval(&case.sizes)).sum();
             touched as f64 / given as f64
         };
         graphs.iter().zip(&manifests).map(share).collect()
@@ -142,22 +148,22 @@ fn attention_touches_no_square() {
 }
 
 #[test]
-fn sweeps_over_blocks() {
-    let mut cases = sweeps();
+fn chunked_logits_match_the_interpreter() {
+    let mut cases = chunked_logits();
     cases.retain(|(_, lengths)| lengths.len() != 1);
     compare(&cases, Chip::Sm70, 2, CLOSE);
 }
 
 #[test]
-fn products_of_awkward_sizes() {
+fn products_of_sizes_around_the_tiles_match_the_interpreter() {
     compare(&products(), Chip::Sm70, 2, CLOSE);
 }
 
-/// In f16 before sm_80, in bf16 from there on.
+/// Tensor cores multiply in f16 before sm_80, and in bf16 from sm_80 on.
 #[test]
-fn products_by_tensor_cores() {
+fn tensor_core_products_stay_within_their_bound() {
     let mut graphs = frozen_products();
-    // Rows as small as adjoints are, and one of nothing.
+    // Rows as small as adjoints, and zero rows.
     for by in [1e-9, 0.0] {
         let mut graph = Graph::new("small");
         let ty = |shape: [u64; 2]| Type::f32(shape.map(Dim::Const));
@@ -169,38 +175,38 @@ fn products_by_tensor_cores() {
         graph.outputs.push(("z".into(), z));
         graphs.push((graph, vec![1]));
     }
-    for ((chip, most), share) in HALVES.into_iter().zip([1.0 / 1024.0, 1.0 / 128.0]) {
+    for ((chip, most), share) in HALF_PRECISION.into_iter().zip([1.0 / 1024.0, 1.0 / 128.0]) {
         let mut rounded = false;
         each(&graphs, chip, Precision::Bf16, 2, |outcome| {
             outcome.all_close(Machine::Cuda(chip), most);
             rounded |= outcome.product(share, Machine::Cuda(chip));
         });
-        assert!(rounded, "tensor cores were not asked on {chip}");
-        each(&frozen_sweeps(), chip, Precision::Bf16, 2, |outcome| outcome.sweep(Machine::Cuda(chip)));
+        assert!(rounded, "no product was rounded by tensor cores on {chip}");
+        each(&frozen_chunked_logits(), chip, Precision::Bf16, 2, |outcome| outcome.chunked_logits(Machine::Cuda(chip)));
     }
 }
 
-/// How far half precision may be from f32, as a part of the largest result: f16 has 11 bits, bf16 has 8.
-const HALVES: [(Chip, f64); 2] = [(Chip::Sm70, 2e-3), (Chip::Sm80, 8.0 * 2e-3)];
+/// Tolerances of half precision relative to the largest result: f16 has a significand of 11 bits, bf16 of 8.
+const HALF_PRECISION: [(Chip, f64); 2] = [(Chip::Sm70, 2e-3), (Chip::Sm80, 8.0 * 2e-3)];
 
-/// In f32 and in half precision.
+/// Epilogues of gemms in f32 and in half precision.
 #[test]
-fn products_with_what_follows() {
+fn products_with_epilogues_match_the_interpreter() {
     let mut graphs = vec![];
     for (tokens, d, n) in [(1, 64, 64), (35, 520, 24), (71, 8, 70)] {
-        // Sums over tokens are no product's own error.
+        // A sum over tokens adds an error that is not the product's.
         let own = |(graph, _): &(Graph, _)| graph.name != "chain" && graph.name != "late";
         graphs.extend(followed(d, n).into_iter().filter(own).map(|(graph, _)| (graph, vec![tokens])));
     }
     compare(&graphs, Chip::Sm70, 2, LONG);
-    for (chip, most) in HALVES {
+    for (chip, most) in HALF_PRECISION {
         each(&graphs, chip, Precision::Bf16, 2, |outcome| outcome.all_close(Machine::Cuda(chip), most));
     }
 }
 
-/// Rows that fill no tile, one row, rows of one column, of as many as a tile has and of more, and steps that blocks share.
+/// Partial tiles, one row, rows of one column, of exactly a tile's columns and of more, and split-K.
 #[test]
-fn products_with_sums_of_their_rows() {
+fn products_with_row_sums_fuse_and_match_the_interpreter() {
     let mut graphs = vec![];
     for (tokens, d, n) in [(1, 5, 64), (71, 8, 33), (35, 3, 1), (9, 520, 24), (9, 5, 70)] {
         for (graph, called) in summed(d, n) {
@@ -213,15 +219,15 @@ fn products_with_sums_of_their_rows() {
         }
     }
     compare(&graphs, Chip::Sm70, 2, LONG);
-    for (chip, most) in HALVES {
-        // What rounding does to a row adds up.
+    for (chip, most) in HALF_PRECISION {
+        // The rounding errors of a row's elements add up.
         each(&graphs, chip, Precision::Bf16, 2, |outcome| outcome.all_close(Machine::Cuda(chip), 4.0 * most));
     }
 }
 
-/// Fewer elements than a warp has lanes, just as many, and more than a unit takes.
+/// Fewer elements than a warp has lanes, exactly as many, and more than one unit computes.
 #[test]
-fn elements_of_awkward_number() {
+fn elementwise_kernels_of_sizes_around_a_warp_match_the_interpreter() {
     let mut graphs = vec![];
     for n in [1, 31, 32, 33, 1000, 8200] {
         let mut graph = Graph::new("elements");
@@ -238,7 +244,7 @@ fn elements_of_awkward_number() {
     }
 }
 
-/// The checks above see something: each of these kernels is broken in one place.
+/// The interpreter detects errors: each of these kernels is broken in one place and must fault.
 #[test]
 fn broken_kernels_fault() {
     let width = Dim::Const(40);
@@ -246,19 +252,19 @@ fn broken_kernels_fault() {
     let loss = [rows.clone(), Type::i32([Dim::Tokens]), Type::f32([Dim::Tokens])];
     type Expected = fn(&FaultKind) -> bool;
     let cases: [(Op, &[Type], &str, &str, Expected); 4] = [
-        // Lane 0 takes from what another lane stored, without waiting for it.
+        // Lane 0 reads what another lane stored, without a barrier.
         (Op::CrossEntropyVjp { smoothing: 0.0 }, &loss, "nvvm.bar.warp.sync", "//", |kind| {
             matches!(kind, FaultKind::Race { .. })
         }),
-        // A lane more than there are elements.
+        // One lane accesses an element beyond the end.
         (Op::Softmax, std::slice::from_ref(&rows), "arith.cmpi slt", "arith.cmpi sle", |kind| {
             matches!(kind, FaultKind::OutOfBounds { .. })
         }),
-        // The powers of which the softmax is made are not stored.
+        // The exponentials that softmax divides are not stored.
         (Op::Softmax, std::slice::from_ref(&rows), "llvm.store", "//", |kind| {
             matches!(kind, FaultKind::Uninitialised { .. })
         }),
-        // All lanes but the first store what is the first one's to store.
+        // All lanes but the first store the result, instead of the first alone.
         (Op::LogSumExp, std::slice::from_ref(&rows), "arith.cmpi eq", "arith.cmpi ne", |kind| {
             matches!(kind, FaultKind::Race { .. })
         }),
@@ -276,7 +282,7 @@ fn broken_kernels_fault() {
     }
 }
 
-/// PTX on record, a kernel of each kind.
+/// Snapshots of the PTX of one small kernel of each kind.
 #[test]
 fn ptx_of_small_kernels() {
     let rows = Type::f32([Dim::Tokens, Dim::Const(40)]);
@@ -299,19 +305,20 @@ fn ptx_of_small_kernels() {
         let value = graph.push(op, &args, &Location::default()).expect("fits");
         graph.outputs.push(("z".into(), value));
         let machine = Machine::Cuda(Chip::Sm70);
-        let texts = numbered(&mut program(&graph, Options { machine, ..Options::default() }));
+        let texts = with_numbered_names(&mut program(&graph, Options { machine, ..Options::default() }));
         let dialect = Dialect::new().expect("a dialect");
         insta::assert_snapshot!(name, codegen::ptx(&dialect, &texts, machine).unwrap_or_else(|e| panic!("{e}")));
     }
 }
 
-/// Kernels by names that say nothing.
-fn numbered(program: &mut Lowered) -> Vec<String> {
+/// The kernels' texts with the names k0, k1 and so on, so that snapshots do not depend on hashes.
+fn with_numbered_names(program: &mut Lowered) -> Vec<String> {
     program.manifest.kernels = (0..program.functions.len()).map(|i| format!("k{i}")).collect();
     program.kernels()
 }
 
-/// A large kernel by what it does with memory, its block and tensor cores, and where it branches; arithmetic is counted.
+/// An outline of a large kernel: its memory accesses, barriers, tensor-core instructions and branches; runs of
+/// arithmetic are counted.
 fn outline(ptx: &str) -> String {
     let told = ["ld", "st", "cp", "bar", "barrier", "bra", "wmma", "shfl", "atom", "ret"];
     let mut steps: Vec<(String, usize)> = vec![];
@@ -341,14 +348,14 @@ fn outline(ptx: &str) -> String {
     steps.into_iter().map(show).collect::<Vec<_>>().join("\n")
 }
 
-/// Kernels too large to be read, in outline.
+/// Snapshots of the outlines of kernels that are too large to review as PTX.
 #[test]
-fn outlines_of_large_kernels() {
+fn ptx_outlines_of_large_kernels() {
     let frozen = || {
         let mut graph = Graph::new("frozen");
         let x = graph.arg("x", Role::Input, None, Type::f32([Dim::Tokens, Dim::Const(64)]));
         let y = graph.arg("y", Role::Frozen, None, Type::f32([Dim::Const(64), Dim::Const(64)]));
-        // What is the kernels' own begins at multiples of four.
+        // The result of a kernel is aligned for 16-byte loads, unlike an input.
         let x = graph.push(Op::Relu, &[x], &Location::default()).expect("fits");
         let z = graph.push(Op::Matmul { transpose_x: false, transpose_y: false }, &[x, y], &Location::default());
         graph.outputs.push(("z".into(), z.expect("fits")));
@@ -363,27 +370,25 @@ fn outlines_of_large_kernels() {
         graph
     };
     let attends = |nth| attention(&[(1, 64, 64)], &[(true, (0.1, 0))], &[vec![9]]).remove(nth).0;
-    type Asked = fn(&Schedule) -> bool;
-    let tensor_cores: Asked = |schedule| matches!(schedule, Schedule::Mma(_));
-    let cases: [(&str, Chip, Graph, Asked); 5] = [
+    type Selects = fn(&Schedule) -> bool;
+    let tensor_cores: Selects = |schedule| matches!(schedule, Schedule::Mma(_));
+    let cases: [(&str, Chip, Graph, Selects); 5] = [
         ("narrow", Chip::Sm70, narrow(), |schedule| matches!(schedule, Schedule::Skinny(_))),
         ("tensor_cores_sm_70", Chip::Sm70, frozen(), tensor_cores),
         ("tensor_cores_sm_80", Chip::Sm80, frozen(), tensor_cores),
         ("attention", Chip::Sm70, attends(0), |schedule| matches!(schedule, Schedule::GpuAttention(_))),
-        (
-            "attention_backward",
-            Chip::Sm70,
-            attends(6),
-            |schedule| matches!(schedule, Schedule::GpuAttention(attention) if attention.part == Part::All),
-        ),
+        ("attention_backward", Chip::Sm70, attends(6), |schedule| {
+            let Schedule::GpuAttention(attention) = schedule else { return false };
+            attention.computes == AttentionResult::AllAdjoints
+        }),
     ];
-    for (name, chip, graph, asked) in cases {
+    for (name, chip, graph, selects) in cases {
         let machine = Machine::Cuda(chip);
         let options = Options { machine, precision: Precision::Bf16, ..Options::default() };
         let mut program = program(&graph, options);
-        let at = program.functions.iter().position(|function| asked(&function.schedule));
+        let at = program.functions.iter().position(|function| selects(&function.schedule));
         let at = at.unwrap_or_else(|| panic!("no {name} in {:?}", program.functions));
-        let texts = numbered(&mut program);
+        let texts = with_numbered_names(&mut program);
         let ptx = codegen::ptx(&Dialect::new().expect("a dialect"), &texts[at..=at], machine);
         insta::assert_snapshot!(name, outline(&ptx.unwrap_or_else(|e| panic!("{e}"))));
     }

@@ -1,4 +1,4 @@
-// Forward and backward without a square, behind dropout and a factor of each row.
+// Attention forward and backward without a score matrix, with dropout and a factor for each row.
 !heads = tensor<2x?x4xf32, "2,tokens,4">
 !row = tensor<2x?x1xf32, "2,tokens,1">
 !square = tensor<2x?x?xf32, "2,tokens,keys">

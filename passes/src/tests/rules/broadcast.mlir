@@ -1,4 +1,4 @@
-// A number of each row is not repeated for its columns before it meets them; a mean is.
+// A column that is multiplied by a matrix needs no explicit broadcast. A broadcast that divides by the copies stays.
 !r = tensor<?x1xf32, "tokens,1">
 !x = tensor<?x5xf32, "tokens,5">
 

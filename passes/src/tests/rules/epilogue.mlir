@@ -1,4 +1,5 @@
-// A bias, an activation and what is kept for the way back are the product's own launch; a sum over rows is none.
+// The launch of a gemm also adds the bias, applies the activation and writes the value that the backward pass reads. A
+// reduction over rows is a launch of its own.
 !x = tensor<?x4xf32, "tokens,4">
 !u = tensor<?x6xf32, "tokens,6">
 !w = tensor<4x6xf32>
@@ -15,7 +16,7 @@ func.func @epilogue(
   return %a, %s : !u, tensor<1x6xf32>
 }
 
-// Batches are places of their own, and the product itself is nowhere.
+// A batched gemm: the epilogue depends on the batch, and the plain product is not written.
 !q = tensor<3x?x4xf32, "3,tokens,4">
 !t = tensor<3x?x5xf32, "3,tokens,5">
 
@@ -31,7 +32,7 @@ func.func @batches(
   return %s : !t
 }
 
-// Some rows of a tensor, dropped as they would be in it, and a column of them.
+// Dropout of gathered rows, which numbers them as in the full tensor, and of a column of such rows.
 func.func @numbered(
     %x: !x {peft.name = "x", peft.role = "input"}, %w: !w {peft.name = "w", peft.role = "frozen"},
     %c: tensor<?x1xf32, "tokens,1"> {peft.name = "c", peft.role = "input"}, %u: !u {peft.name = "u", peft.role = "input"},

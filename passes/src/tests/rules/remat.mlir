@@ -1,5 +1,5 @@
-// What a dropped-out normalization reads lies in memory to the end: far from its first read it is made again, through
-// the view that is read there. A product is kept, and so is what is read soon.
+// The operand of a normalization with dropout stays in memory to the end, so the result is recomputed far from its first
+// read, through the view that is read there. A product is kept, and so is a value that is read again soon.
 !x = tensor<?x4xf32, "tokens,4">
 !pairs = tensor<?x2x2xf32, "tokens,2,2">
 !w = tensor<4x4xf32>

@@ -1,4 +1,5 @@
-// What is narrower: a product, an operand on either side, and a sum; and a product that is not.
+// A factor moves to a product with fewer columns, to the operand with fewer columns on either side, and past a sum. It
+// stays where the product has more columns.
 !x = tensor<?x6xf32, "tokens,6">
 !h = tensor<?x2xf32, "tokens,2">
 !up = tensor<2x6xf32, "2,6">

@@ -1,4 +1,4 @@
-//! Branches, calls, and what the lanes of a warp do together.
+//! Decodes branches, calls and instructions that the lanes of a warp execute together.
 
 use super::layout::Symbol;
 use super::{Decoder, spell};
@@ -14,11 +14,11 @@ impl<'a> Decoder<'a, '_> {
     pub(super) fn branch_table(&mut self, op: &mut Opcode, args: &[Arg<'a>]) -> Decoded<(Kind, Action)> {
         let uniform = op.take("uni");
         op.take("idx");
-        let [index, Arg::Name(table, 0)] = args else { return wrong("an index and a list of labels are due") };
+        let [index, Arg::Name(table, 0)] = args else { return wrong("expected an index and a list of labels") };
         let Some(labels) = self.tables.get(table).cloned() else { return wrong(format!("no list `{table}`")) };
         let targets = labels.iter().map(|label| self.target(&Arg::Name(label, 0))).collect::<Decoded<Vec<_>>>()?;
         let index = self.operand(index, Type::Unsigned(32))?;
-        Ok((Kind::Branch, Action::BranchTable { targets: targets.into(), index, meet: flow::END, uniform }))
+        Ok((Kind::Branch, Action::BranchTable { targets: targets.into(), index, reconvergence: flow::END, uniform }))
     }
 
     pub(super) fn call(&mut self, op: &mut Opcode, args: &[Arg]) -> Decoded<(Kind, Action)> {
@@ -48,10 +48,10 @@ impl<'a> Decoder<'a, '_> {
                 .map(|(arg, slot)| {
                     let own = place(self, arg)?;
                     if own.bytes != slot.bytes {
-                        return wrong(format!("an argument of {} bytes where {} are due", own.bytes, slot.bytes));
+                        return wrong(format!("an argument of {} bytes where {} are expected", own.bytes, slot.bytes));
                     }
                     let (from, to) = if inwards { (own.offset, slot.offset) } else { (slot.offset, own.offset) };
-                    Ok(Pass { from, to, bytes: slot.bytes })
+                    Ok(ParamCopy { from, to, bytes: slot.bytes })
                 })
                 .collect::<Decoded<Vec<_>>>()
         };
@@ -65,7 +65,7 @@ impl<'a> Decoder<'a, '_> {
         let ty = Type::Unsigned(32);
         if op.take("warp") {
             op.take("sync");
-            let [members] = args else { return wrong("a mask is due") };
+            let [members] = args else { return wrong("expected a mask") };
             return Ok((Kind::Barrier, Action::WarpBarrier { members: self.operand(members, ty)? }));
         }
         op.take("cta");
@@ -76,7 +76,7 @@ impl<'a> Decoder<'a, '_> {
         let (id, threads) = match args {
             [id] => (self.operand(id, ty)?, None),
             [id, threads] => (self.operand(id, ty)?, Some(self.operand(threads, ty)?)),
-            _ => return wrong("a barrier's number is due"),
+            _ => return wrong("expected a barrier's number"),
         };
         Ok((Kind::Barrier, Action::Barrier { id, threads }))
     }
@@ -92,7 +92,7 @@ impl<'a> Decoder<'a, '_> {
             ("idx", ShuffleMode::Index),
         ])?;
         let ty = op.ty()?;
-        let [result, operand, lane, clamp, members] = args else { return wrong("five operands are due") };
+        let [result, operand, lane, clamp, members] = args else { return wrong("expected five operands") };
         let (result, in_range) = match result {
             Arg::Both(d, p) => (self.result(&Arg::Name(d, 0), 32)?, self.result(&Arg::Name(p, 0), 1)?),
             _ => (self.result(result, 32)?, None),
@@ -120,7 +120,7 @@ impl<'a> Decoder<'a, '_> {
             ("ballot", Vote::Ballot),
         ])?;
         let ty = op.ty()?;
-        let [result, operand, members] = args else { return wrong("three operands are due") };
+        let [result, operand, members] = args else { return wrong("expected three operands") };
         let result = self.needed_result(result, ty.bits())?;
         let operand = self.operand(operand, Type::Pred)?;
         let members = self.operand(members, Type::Unsigned(32))?;
@@ -140,7 +140,7 @@ impl<'a> Decoder<'a, '_> {
         };
         let map = arithmetic?.map;
         let function: Combine = Box::new(move |a, b| map(&splat(a), &splat(b), &splat(0))[0]);
-        let [result, operand, members] = args else { return wrong("three operands are due") };
+        let [result, operand, members] = args else { return wrong("expected three operands") };
         let result = self.needed_result(result, 32)?;
         let operand = self.operand(operand, ty)?;
         let members = self.operand(members, Type::Unsigned(32))?;

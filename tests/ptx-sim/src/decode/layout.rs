@@ -1,4 +1,4 @@
-//! Where variables and parameters lie.
+//! Assigns addresses to variables and parameters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,33 +7,33 @@ use crate::parse::{self, Variable};
 use crate::program::{SharedVariable, Slot};
 use crate::types::Space;
 
-/// Buffers of modules are numbered from here; those that tests allocate, below.
+/// Buffer numbers of module variables start here; those of buffers that tests allocate are smaller.
 static NEXT_GLOBAL: AtomicU64 = AtomicU64::new(1 << 20);
 
-/// Room between shared variables.
+/// Bytes of the gap between shared variables.
 const GUARD: u64 = 128;
 
 #[derive(Default)]
 pub struct Layout {
     pub shared: Vec<SharedVariable>,
-    /// Where the last variable of either area of shared memory ends.
+    /// The end of the last variable in each of the first two areas of shared memory.
     ends: [u64; 2],
     pub globals: Vec<(u64, Vec<u8>)>,
     pub constants: Vec<u8>,
-    /// Of the `.extern` arrays, 0 before the first.
+    /// Alignment of the `.extern` arrays, 0 before the first.
     dynamic_align: u64,
 }
 
-/// Shared memory has three areas: for variables of the module and of functions; for those of a kernel, anew for each;
-/// for `.extern` arrays, which all begin at the same place. So no overrun meets another variable, and what one kernel
-/// reaches lies close together.
+/// Base addresses of the three areas of shared memory: for variables of the module and of functions; for those of a
+/// kernel, reused by each kernel; for `.extern` arrays, which all start at the same address. An access beyond the end
+/// of a variable therefore never hits another one, and the memory of one kernel stays compact.
 const AREAS: [u64; 3] = [0, 1 << 17, 1 << 18];
 pub const COMMON: usize = 0;
 pub const OF_KERNEL: usize = 1;
 const DYNAMIC: u64 = AREAS[2];
 
 impl Layout {
-    /// Kernels never run together, so their shared variables may lie in the same place.
+    /// Kernels never run at the same time, so their shared variables may have the same addresses.
     pub fn begin_kernel(&mut self) {
         self.ends[OF_KERNEL] = 0;
     }
@@ -42,7 +42,7 @@ impl Layout {
         let align = variable.align.max(1);
         match (variable.space, variable.bytes) {
             (Space::Shared, Some(bytes)) => {
-                let address = badly_aligned(self.ends[area].max(AREAS[area]) + GUARD, align);
+                let address = exactly_aligned(self.ends[area].max(AREAS[area]) + GUARD, align);
                 let end = address.saturating_add(bytes as u64);
                 if end > AREAS[area + 1] - GUARD {
                     return Err("more shared memory than there is");
@@ -56,7 +56,7 @@ impl Layout {
                     return Err("dynamic shared arrays of different alignments are not modelled");
                 }
                 self.dynamic_align = align;
-                let address = badly_aligned(DYNAMIC, align);
+                let address = exactly_aligned(DYNAMIC, align);
                 self.shared.push(SharedVariable { address, align, bytes: None });
                 Ok(Symbol::Shared(self.shared.len() - 1, address))
             }
@@ -79,18 +79,18 @@ impl Layout {
     }
 }
 
-/// An address from `at` on with the declared alignment and no more, so that an access that wants more is seen.
-fn badly_aligned(at: u64, align: u64) -> u64 {
+/// The next address from `at` on with exactly the declared alignment, so that an access that needs more is detected.
+fn exactly_aligned(at: u64, align: u64) -> u64 {
     at.next_multiple_of(2 * align) + align
 }
 
-/// Of a function: its number, and where its results and parameters lie.
+/// The number of a function and the offsets of its results and parameters.
 pub struct Signature {
     pub index: usize,
     pub entry: bool,
     pub results: Vec<Slot>,
     pub params: Vec<Slot>,
-    /// Of results and parameters, in the frame (or for a kernel, of its parameters).
+    /// Bytes of results and parameters in the frame (for a kernel, of its parameters).
     pub bytes: usize,
 }
 
@@ -113,16 +113,16 @@ pub fn bytes_aligned(bytes: usize, align: u64) -> usize {
     bytes.next_multiple_of(align.max(1) as usize)
 }
 
-/// What a name stands for.
+/// What a name refers to.
 #[derive(Clone, Copy, Debug)]
 pub enum Symbol {
     Register {
         slot: u32,
         bits: u32,
     },
-    /// Variable and address.
+    /// Index and address of a variable.
     Shared(usize, u64),
-    /// An address in the space of the variable.
+    /// An address in the state space of the variable.
     Constant(u64),
     Local(u64),
     KernelParam(Slot),

@@ -1,4 +1,4 @@
-//! The syntax tree to a program: lays out variables, resolves names, turns opcodes into actions.
+//! The decoder: syntax tree to program. It lays out variables, resolves names and turns opcodes into actions.
 
 mod control;
 mod layout;
@@ -11,16 +11,16 @@ use self::layout::{COMMON, Layout, OF_KERNEL, Signature, Symbol, bytes_aligned};
 use crate::approx::Function as Approximate;
 use crate::arithmetic::{self, Arithmetic, Map, mask};
 use crate::error::{Error, Result};
-use crate::flow::{self, Next};
+use crate::flow::{self, Flow};
 use crate::opcode::{Decoded, Opcode, Refusal, unknown, wrong};
 use crate::parse::{self, Arg, Statement, Variable};
 use crate::program::*;
 use crate::report::Kind;
 use crate::types::{Float, Space, Type};
 
-/// Bytes of local memory of a thread, and of the parameters of a kernel or function.
-const MOST_LOCAL: u64 = 512 << 10;
-const MOST_PARAMS: usize = 32764;
+/// Limits in bytes: local memory of a thread, and parameters of a kernel or function.
+const MAX_LOCAL_BYTES: u64 = 512 << 10;
+const MAX_PARAM_BYTES: usize = 32764;
 
 impl Module {
     pub fn parse(text: &str) -> Result<Module> {
@@ -45,7 +45,7 @@ impl Module {
             let mut decoder = Decoder::new(&lines, syntax.target, &names, &signatures, &mut layout, function);
             functions.push(decoder.function(function)?);
         }
-        spread_shared(&mut functions);
+        inherit_shared(&mut functions);
         Ok(Module {
             lines: lines.iter().map(|line| line.trim().to_string()).collect(),
             target: syntax.target,
@@ -65,8 +65,8 @@ fn parse_error(lines: &[&str], line: usize, message: impl Into<String>) -> Error
     Error::Parse { line, text: text_of(lines, line), message: message.into() }
 }
 
-/// What a function's callees use, it uses.
-fn spread_shared(functions: &mut [Function]) {
+/// Adds to each function the shared variables that its callees use.
+fn inherit_shared(functions: &mut [Function]) {
     let mut changed = true;
     while std::mem::take(&mut changed) {
         for f in 0..functions.len() {
@@ -89,9 +89,9 @@ struct Decoder<'a, 'm> {
     module: &'m HashMap<String, Symbol>,
     signatures: &'m HashMap<&'a str, Signature>,
     layout: &'m mut Layout,
-    /// Where its shared variables go.
+    /// The area of its shared variables.
     area: usize,
-    /// Innermost last.
+    /// Innermost scope last.
     scopes: Vec<HashMap<String, Symbol>>,
     labels: HashMap<&'a str, u32>,
     tables: HashMap<&'a str, Vec<&'a str>>,
@@ -139,7 +139,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
 
     fn function(&mut self, function: &parse::Function<'a>) -> Result<Function> {
         let body = function.body.as_deref().unwrap_or(&[]);
-        if self.signatures[function.name].bytes > MOST_PARAMS {
+        if self.signatures[function.name].bytes > MAX_PARAM_BYTES {
             return Err(self.parse_error(function.line, "more parameters than there may be"));
         }
         let mut at = 0;
@@ -168,10 +168,10 @@ impl<'a, 'm> Decoder<'a, 'm> {
                 Statement::Instruction(instruction) => code.push(self.step(instruction)?),
             }
         }
-        // Running off the end returns.
-        let last = code.last().map_or(function.line as u32, |step: &Step| step.line);
-        code.push(Step { guard: None, line: last, kind: Kind::Branch, action: Action::Return });
-        set_meeting_points(&mut code);
+        // Running off the end of a function returns from it.
+        let last = code.last().map_or(function.line as u32, |step: &Instruction| step.line);
+        code.push(Instruction { guard: None, line: last, kind: Kind::Branch, action: Action::Return });
+        set_reconvergence_points(&mut code);
         let signature = &self.signatures[function.name];
         let params = if function.entry { signature.params.clone() } else { vec![] };
         Ok(Function {
@@ -185,7 +185,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
             local_bytes: self.local_bytes as usize,
             shared: std::mem::take(&mut self.shared),
             callees: std::mem::take(&mut self.callees),
-            most_threads: function.most_threads,
+            max_threads: function.max_threads,
             block: function.block,
         })
     }
@@ -230,7 +230,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
             }
             _ => self.layout.place(variable, self.area).map_err(|message| self.parse_error(variable.line, message))?,
         };
-        if self.local_bytes > MOST_LOCAL || self.frame_bytes as u64 > MOST_LOCAL {
+        if self.local_bytes > MAX_LOCAL_BYTES || self.frame_bytes as u64 > MAX_LOCAL_BYTES {
             return Err(self.parse_error(variable.line, "more local memory than a thread has"));
         }
         self.scope().insert(variable.name.into(), symbol);
@@ -248,14 +248,14 @@ impl<'a, 'm> Decoder<'a, 'm> {
         found.map_or_else(|| wrong(format!("`{name}` is not declared")), Ok)
     }
 
-    fn step(&mut self, instruction: &parse::Instruction<'a>) -> Result<Step> {
+    fn step(&mut self, instruction: &parse::Instruction<'a>) -> Result<Instruction> {
         let line = instruction.line;
         let text = text_of(self.lines, line);
         let mut op = Opcode::new(instruction.opcode);
         let decoded = self.guard(instruction.guard).and_then(|guard| {
             let (kind, action) = self.action(&mut op, &instruction.args)?;
             op.done()?;
-            Ok(Step { guard, line: line as u32, kind, action })
+            Ok(Instruction { guard, line: line as u32, kind, action })
         });
         match decoded {
             Ok(_) if op.needs > self.target => Err(Error::Target { line, text, needs: op.needs }),
@@ -272,25 +272,27 @@ impl<'a, 'm> Decoder<'a, 'm> {
     fn register(&mut self, name: &str, bits: u32) -> Decoded<u32> {
         match self.find(name)? {
             Symbol::Register { slot, bits: width } if width == bits => Ok(slot),
-            Symbol::Register { bits: width, .. } => wrong(format!("`{name}` has {width} bits where {bits} are due")),
+            Symbol::Register { bits: width, .. } => {
+                wrong(format!("`{name}` has {width} bits where {bits} are expected"))
+            }
             _ => wrong(format!("`{name}` is no register")),
         }
     }
 
-    /// A register that is written, or `_`.
+    /// A register to write to, or `_`.
     fn result(&mut self, arg: &Arg, bits: u32) -> Decoded<Option<u32>> {
         match arg {
             Arg::Name("_", 0) => Ok(None),
             Arg::Name(name, 0) => self.register(name, bits).map(Some),
-            _ => wrong("a register is due"),
+            _ => wrong("expected a register"),
         }
     }
 
     fn needed_result(&mut self, arg: &Arg, bits: u32) -> Decoded<u32> {
-        self.result(arg, bits)?.map_or_else(|| wrong("`_` where a result is due"), Ok)
+        self.result(arg, bits)?.map_or_else(|| wrong("expected a result register, found `_`"), Ok)
     }
 
-    /// A register at least as wide, and its width.
+    /// A register to write to that may be wider than the type, and its width.
     fn loose_result(&mut self, arg: &Arg, bits: u32) -> Decoded<Option<(u32, u32)>> {
         match arg {
             Arg::Name("_", 0) => Ok(None),
@@ -298,7 +300,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
                 Symbol::Register { slot, bits: width } if width >= bits => Ok(Some((slot, width))),
                 _ => wrong(format!("`{name}` is no register of {bits} bits or more")),
             },
-            _ => wrong("a register is due"),
+            _ => wrong("expected a register"),
         }
     }
 
@@ -312,14 +314,14 @@ impl<'a, 'm> Decoder<'a, 'm> {
         match arg {
             Arg::Integer(value) => {
                 if matches!(ty, Type::Float(Float::F32 | Float::F64)) {
-                    return wrong("an integer where a float is due");
+                    return wrong("expected a float, found an integer");
                 }
                 Ok(Operand::Constant(*value as u64 & mask(bits)))
             }
             Arg::Float(value) => match bits {
                 32 => Ok(Operand::Constant(Float::F32.encode(*value))),
                 64 => Ok(Operand::Constant(value.to_bits())),
-                _ => wrong(format!("a float where {bits} bits are due")),
+                _ => wrong(format!("a float where {bits} bits are expected")),
             },
             Arg::Not(name) if ty == Type::Pred => Ok(Operand::Not(self.register(name, 1)?)),
             Arg::Name(name, offset) => {
@@ -335,7 +337,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
                         if width == bits || loose && width > bits {
                             Ok(Operand::Register(slot))
                         } else {
-                            wrong(format!("`{name}` has {width} bits where {bits} are due"))
+                            wrong(format!("`{name}` has {width} bits where {bits} are expected"))
                         }
                     }
                     Symbol::Register { .. } => wrong("a register with an offset"),
@@ -348,30 +350,34 @@ impl<'a, 'm> Decoder<'a, 'm> {
                     Symbol::FrameParam(_) => unknown("the address of a call's parameter"),
                 }
             }
-            _ => wrong("a register or number is due"),
+            _ => wrong("expected a register or number"),
         }
     }
 
-    /// An address and what it reaches; `space` as the opcode names it.
-    fn address(&mut self, arg: &Arg, space: Space) -> Decoded<(Address, Place)> {
-        let Arg::Address(base, offset) = arg else { return wrong("an address is due") };
+    /// An address and the memory that it is in; `space` is the one that the opcode names.
+    fn address(&mut self, arg: &Arg, space: Space) -> Decoded<(Address, AddressSpace)> {
+        let Arg::Address(base, offset) = arg else { return wrong("expected an address") };
         let Some(name) = base else {
-            return Ok((Address { base: Operand::Constant(0), offset: *offset }, Place::Space(space)));
+            return Ok((Address { base: Operand::Constant(0), offset: *offset }, AddressSpace::Space(space)));
         };
         let (base, place) = match self.find(name)? {
-            Symbol::Register { slot, bits: 32 | 64 } => (Operand::Register(slot), Place::Space(space)),
+            Symbol::Register { slot, bits: 32 | 64 } => (Operand::Register(slot), AddressSpace::Space(space)),
             Symbol::Register { .. } => return wrong(format!("`{name}` is too narrow for an address")),
-            Symbol::FrameParam(slot) if space == Space::Param => (Operand::Constant(slot.offset as u64), Place::Frame),
-            Symbol::KernelParam(slot) => (Operand::Constant(slot.offset as u64), Place::Space(space)),
-            Symbol::Shared(_, address) | Symbol::Constant(address) => (Operand::Constant(address), Place::Space(space)),
-            Symbol::Local(start) => (Operand::Local(start), Place::Space(space)),
-            Symbol::FrameParam(_) => return wrong(format!("`{name}` lies in parameter space")),
+            Symbol::FrameParam(slot) if space == Space::Param => {
+                (Operand::Constant(slot.offset as u64), AddressSpace::Frame)
+            }
+            Symbol::KernelParam(slot) => (Operand::Constant(slot.offset as u64), AddressSpace::Space(space)),
+            Symbol::Shared(_, address) | Symbol::Constant(address) => {
+                (Operand::Constant(address), AddressSpace::Space(space))
+            }
+            Symbol::Local(start) => (Operand::Local(start), AddressSpace::Space(space)),
+            Symbol::FrameParam(_) => return wrong(format!("`{name}` is in parameter space")),
         };
         Ok((Address { base, offset: *offset }, place))
     }
 
     fn target(&self, arg: &Arg) -> Decoded<u32> {
-        let Arg::Name(name, 0) = arg else { return wrong("a label is due") };
+        let Arg::Name(name, 0) = arg else { return wrong("expected a label") };
         self.labels.get(name).copied().map_or_else(|| wrong(format!("no label `{name}`")), Ok)
     }
 
@@ -398,8 +404,8 @@ impl<'a, 'm> Decoder<'a, 'm> {
             "cp" => self.copy_async(op, args),
             "bra" => {
                 let uniform = op.take("uni");
-                let [target] = args else { return wrong("one label is due") };
-                Ok((Kind::Branch, Action::Branch { target: self.target(target)?, meet: flow::END, uniform }))
+                let [target] = args else { return wrong("expected one label") };
+                Ok((Kind::Branch, Action::Branch { target: self.target(target)?, reconvergence: flow::END, uniform }))
             }
             "brx" => self.branch_table(op, args),
             "call" => self.call(op, args),
@@ -410,7 +416,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
                     "exit" => Action::Exit,
                     _ => Action::Trap,
                 };
-                if args.is_empty() { Ok((Kind::Branch, action)) } else { wrong("no operand is due") }
+                if args.is_empty() { Ok((Kind::Branch, action)) } else { wrong("expected no operand") }
             }
             "bar" | "barrier" => self.barrier(op, args),
             "shfl" => self.shuffle(op, args),
@@ -418,7 +424,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
             "redux" => self.reduce(op, args),
             "activemask" => {
                 op.ty()?;
-                let [result] = args else { return wrong("one register is due") };
+                let [result] = args else { return wrong("expected one register") };
                 Ok((Kind::Other, Action::ActiveMask { result: self.needed_result(result, 32)? }))
             }
             "wmma" => self.wmma(op, args),
@@ -441,9 +447,9 @@ impl<'a, 'm> Decoder<'a, 'm> {
 
     fn arithmetic(&mut self, arithmetic: Arithmetic, args: &[Arg]) -> Decoded<(Kind, Action)> {
         let Arithmetic { kind, map, result, operands: types, loose } = arithmetic;
-        let [first, rest @ ..] = args else { return wrong("operands are due") };
+        let [first, rest @ ..] = args else { return wrong("expected operands") };
         if rest.len() != types.len() {
-            return wrong(format!("{} operands where {} are due", rest.len(), types.len()));
+            return wrong(format!("{} operands where {} are expected", rest.len(), types.len()));
         }
         let operands =
             rest.iter().zip(types).map(|(arg, ty)| self.operand_of(arg, ty, loose)).collect::<Decoded<Vec<_>>>()?;
@@ -490,9 +496,9 @@ impl<'a, 'm> Decoder<'a, 'm> {
             Float::F32 => {}
         }
         let count = if function == Approximate::Div { 2 } else { 1 };
-        let [result, rest @ ..] = args else { return wrong("operands are due") };
+        let [result, rest @ ..] = args else { return wrong("expected operands") };
         if rest.len() != count {
-            return wrong(format!("{} operands where {count} are due", rest.len()));
+            return wrong(format!("{} operands where {count} are expected", rest.len()));
         }
         let result = self.needed_result(result, ty.bits())?;
         let operands = [self.operand(&rest[0], ty)?, self.operand(&rest[count - 1], ty)?];
@@ -514,7 +520,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
                 Action::Pack { result: self.needed_result(result, bits)?, parts, bits: part }
             }
             [result, operand] => {
-                // The wide form of a special register's narrow value, and of a 64-bit address its lower half.
+                // A 32-bit special register is extended to 64 bits; a 64-bit address is truncated to its lower half.
                 let operand = match operand {
                     Arg::Name(name, 0) if special(name).is_some_and(|(_, width)| width < bits) => {
                         Operand::Special(special(name).expect("there is one").0)
@@ -524,7 +530,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
                 let map: Map = Box::new(|a, _, _| *a);
                 Action::Map { map, result: self.needed_result(result, bits)?, operands: vec![operand] }
             }
-            _ => return wrong("two operands are due"),
+            _ => return wrong("expected two operands"),
         };
         Ok((Kind::Move, action))
     }
@@ -535,7 +541,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
         let flush = op.take("ftz");
         let ty = op.ty()?;
         let compare = arithmetic::comparison(op, ty, flush, order)?;
-        let [result, a, b, rest @ ..] = args else { return wrong("operands are due") };
+        let [result, a, b, rest @ ..] = args else { return wrong("expected operands") };
         let results = match result {
             Arg::Both(p, q) => [self.result(&Arg::Name(p, 0), 1)?, self.result(&Arg::Name(q, 0), 1)?],
             _ => [self.result(result, 1)?, None],
@@ -543,7 +549,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
         let combine = match (logic, rest) {
             (None, []) => None,
             (Some(logic), [c]) => Some((logic, self.operand(c, Type::Pred)?)),
-            _ => return wrong("a predicate to combine with is due with `.and` and the like, and only then"),
+            _ => return wrong("`.and`, `.or` and `.xor` need a predicate to combine with, and other forms take none"),
         };
         let operands = [self.operand(a, ty)?, self.operand(b, ty)?];
         let pair = matches!(ty, Type::Pair(_));
@@ -551,7 +557,7 @@ impl<'a, 'm> Decoder<'a, 'm> {
     }
 }
 
-/// The result in a register of more bits: extended as its type says.
+/// Extends the result to a wider register, as its type demands.
 fn widen(map: Map, ty: Type, width: u32) -> Map {
     let bits = ty.bits();
     if width == bits || !ty.signed() {
@@ -599,7 +605,7 @@ fn approximate(op: &mut Opcode) -> Option<Approximate> {
     approximate.then_some(function)
 }
 
-/// A special register and its width.
+/// A special register and its width in bits.
 fn special(name: &str) -> Option<(Special, u32)> {
     let axis = |rest: &str| match rest {
         "x" => Some(0),
@@ -631,22 +637,22 @@ fn special(name: &str) -> Option<(Special, u32)> {
     Some((special, 32))
 }
 
-fn set_meeting_points(code: &mut [Step]) {
-    let next: Vec<Next> = code
+fn set_reconvergence_points(code: &mut [Instruction]) {
+    let next: Vec<Flow> = code
         .iter()
         .map(|step| {
-            let or_on = step.guard.is_some();
+            let or_fallthrough = step.guard.is_some();
             match &step.action {
-                Action::Branch { target, .. } => Next::To { targets: vec![*target], or_on },
-                Action::BranchTable { targets, .. } => Next::To { targets: targets.to_vec(), or_on },
-                Action::Return | Action::Exit | Action::Trap => Next::Out { or_on },
-                _ => Next::On,
+                Action::Branch { target, .. } => Flow::Branch { targets: vec![*target], or_fallthrough },
+                Action::BranchTable { targets, .. } => Flow::Branch { targets: targets.to_vec(), or_fallthrough },
+                Action::Return | Action::Exit | Action::Trap => Flow::Exit { or_fallthrough },
+                _ => Flow::Fallthrough,
             }
         })
         .collect();
-    for (step, meeting) in code.iter_mut().zip(flow::meeting_points(&next)) {
-        if let Action::Branch { meet, .. } | Action::BranchTable { meet, .. } = &mut step.action {
-            *meet = meeting;
+    for (step, meeting) in code.iter_mut().zip(flow::reconvergence_points(&next)) {
+        if let Action::Branch { reconvergence, .. } | Action::BranchTable { reconvergence, .. } = &mut step.action {
+            *reconvergence = meeting;
         }
     }
 }

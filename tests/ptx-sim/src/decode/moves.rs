@@ -1,4 +1,4 @@
-//! Instructions that move data, and addresses.
+//! Decodes instructions that move data or convert addresses.
 
 use super::{Decoder, spell};
 use crate::arithmetic::{self, Map};
@@ -20,7 +20,7 @@ impl<'a> Decoder<'a, '_> {
             ("param", memory::PARAM_WINDOW),
         ])?;
         let ty = op.ty()?;
-        let [result, operand] = args else { return wrong("two operands are due") };
+        let [result, operand] = args else { return wrong("expected two operands") };
         if ty.bits() != 64 {
             return unknown("a generic address of 32 bits");
         }
@@ -41,7 +41,7 @@ impl<'a> Decoder<'a, '_> {
             ("local", Space::Local),
             ("const", Space::Const),
         ])?;
-        let [result, operand] = args else { return wrong("two operands are due") };
+        let [result, operand] = args else { return wrong("expected two operands") };
         let map: Map = Box::new(move |a, _, _| a.map(|a| u64::from(memory::space_of(a).0 == space)));
         let operands = vec![self.operand(operand, Type::Bits(64))?];
         Ok((Kind::Compare, Action::Map { map, result: self.needed_result(result, 1)?, operands }))
@@ -67,15 +67,15 @@ impl<'a> Decoder<'a, '_> {
         let constant = op.take("nc") || op.name == "ldu";
         let lanes = op.one_of(&[("v2", 2), ("v4", 4), ("v8", 8)]);
         let ty = op.ty()?;
-        let [results, address] = args else { return wrong("two operands are due") };
+        let [results, address] = args else { return wrong("expected two operands") };
         let results = self.vector(results, lanes)?;
         let results = results.iter().map(|arg| self.loose_result(arg, ty.bits())).collect::<Decoded<Vec<_>>>()?;
         let bytes = ty.bytes();
         if bytes * results.len() > 16 {
             return unknown("a load of more than 16 bytes");
         }
-        let (address, place) = self.address(address, space)?;
-        Ok((Kind::Load, Action::Load(Load { place, address, bytes, results, signed: ty.signed(), constant })))
+        let (address, space) = self.address(address, space)?;
+        Ok((Kind::Load, Action::Load(Load { space, address, bytes, results, signed: ty.signed(), constant })))
     }
 
     pub(super) fn store(&mut self, op: &mut Opcode, args: &[Arg]) -> Decoded<(Kind, Action)> {
@@ -83,15 +83,15 @@ impl<'a> Decoder<'a, '_> {
         let space = Self::take_space(op);
         let lanes = op.one_of(&[("v2", 2), ("v4", 4), ("v8", 8)]);
         let ty = op.ty()?;
-        let [address, values] = args else { return wrong("two operands are due") };
+        let [address, values] = args else { return wrong("expected two operands") };
         let values = self.vector(values, lanes)?;
         let values = values.iter().map(|arg| self.operand_of(arg, ty, true)).collect::<Decoded<Vec<_>>>()?;
         let bytes = ty.bytes();
         if bytes * values.len() > 16 {
             return unknown("a store of more than 16 bytes");
         }
-        let (address, place) = self.address(address, space)?;
-        Ok((Kind::Store, Action::Store { place, address, bytes, values }))
+        let (address, space) = self.address(address, space)?;
+        Ok((Kind::Store, Action::Store { space, address, bytes, values }))
     }
 
     fn vector<'v>(&self, arg: &'v Arg<'a>, lanes: Option<usize>) -> Decoded<Vec<&'v Arg<'a>>> {
@@ -112,12 +112,12 @@ impl<'a> Decoder<'a, '_> {
         let (result, rest) = match (op.name, args) {
             ("atom", [result, rest @ ..]) => (self.result(result, ty.bits())?, rest),
             ("red", rest) => (None, rest),
-            _ => return wrong("operands are due"),
+            _ => return wrong("expected operands"),
         };
         let count = if name == "cas" { 2 } else { 1 };
-        let [address, values @ ..] = rest else { return wrong("an address is due") };
+        let [address, values @ ..] = rest else { return wrong("expected an address") };
         if values.len() != count {
-            return wrong(format!("{} operands where {count} are due", values.len()));
+            return wrong(format!("{} operands where {count} are expected", values.len()));
         }
         let operands = [self.operand(&values[0], ty)?, self.operand(&values[count - 1], ty)?];
         let function: Box<dyn Fn(u64, u64, u64) -> u64 + Send + Sync> = match name {
@@ -126,7 +126,7 @@ impl<'a> Decoder<'a, '_> {
             "inc" => Box::new(|old, b, _| if old >= b { 0 } else { old + 1 }),
             "dec" => Box::new(|old, b, _| if old == 0 || old > b { b } else { old - 1 }),
             name => {
-                // The same arithmetic as outside of atomics.
+                // The arithmetic is that of the instructions outside of atomics.
                 let (typed, spelt) = match (name, ty) {
                     ("add" | "min" | "max", Type::Bits(_)) => return wrong("arithmetic on untyped bits"),
                     ("add", Type::Float(_) | Type::Pair(_)) => (ty, format!("{name}.rn.{}", spell(ty))),
@@ -140,8 +140,8 @@ impl<'a> Decoder<'a, '_> {
             }
         };
         let float = matches!(ty, Type::Float(_) | Type::Pair(_)) && name == "add";
-        let (address, place) = self.address(address, space)?;
-        let atomic = Atomic { place, address, bytes: ty.bytes(), function, float, result, operands };
+        let (address, space) = self.address(address, space)?;
+        let atomic = Atomic { space, address, bytes: ty.bytes(), function, float, result, operands };
         Ok((Kind::Atomic, Action::Atomic(Box::new(atomic))))
     }
 
@@ -157,7 +157,7 @@ impl<'a> Decoder<'a, '_> {
             return Ok((Kind::CopyAsync, Action::AwaitCopies(None)));
         }
         if op.take("wait_group") {
-            let [Arg::Integer(groups)] = args else { return wrong("a number is due") };
+            let [Arg::Integer(groups)] = args else { return wrong("expected a number") };
             return Ok((Kind::CopyAsync, Action::AwaitCopies(Some(*groups as usize))));
         }
         let whole_line = op.take("cg");
@@ -171,7 +171,7 @@ impl<'a> Decoder<'a, '_> {
             [to, from, Arg::Integer(bytes), filled] => {
                 (to, from, *bytes, Some(self.operand(filled, Type::Unsigned(32))?))
             }
-            _ => return wrong("two addresses and a size are due"),
+            _ => return wrong("expected two addresses and a size"),
         };
         if !matches!(bytes, 4 | 8 | 16) || whole_line && bytes != 16 {
             return wrong(format!("a copy of {bytes} bytes"));

@@ -1,4 +1,4 @@
-//! `wmma`, `mma` and `ldmatrix`.
+//! Decodes `wmma`, `mma` and `ldmatrix`.
 
 use super::Decoder;
 use crate::matrix::{Fragment, Role, Shape};
@@ -53,7 +53,7 @@ impl<'a> Decoder<'a, '_> {
         if verb == Verb::Multiply {
             let first = op.ty()?;
             let second = op.ty()?;
-            // Of f16 factors only the accumulators are named.
+            // For factors in f16 the opcode names only the types of the accumulators.
             let (d, ab, c) = match op.ty() {
                 Err(_) => (first, Type::Float(Float::F16), second),
                 Ok(b) if b == second => (first, b, op.ty()?),
@@ -71,7 +71,7 @@ impl<'a> Decoder<'a, '_> {
         let (place, registers, stride) = match (verb, args) {
             (Verb::Load, [registers, address, stride @ ..]) => (address, registers, stride),
             (_, [address, registers, stride @ ..]) => (address, registers, stride),
-            _ => return wrong("a fragment and an address are due"),
+            _ => return wrong("expected a fragment and an address"),
         };
         let stride = match stride {
             [] => None,
@@ -119,7 +119,7 @@ impl<'a> Decoder<'a, '_> {
     }
 
     fn multiply(&mut self, shape: Shape, fragments: [Fragment; 4], args: &[Arg]) -> Decoded<(Kind, Action)> {
-        let [d, a, b, c] = args else { return wrong("four fragments are due") };
+        let [d, a, b, c] = args else { return wrong("expected four fragments") };
         let [fd, fa, fb, fc] = fragments;
         let multiply = Multiply {
             shape,
@@ -141,7 +141,7 @@ impl<'a> Decoder<'a, '_> {
         if Self::take_space(op) != Space::Shared || op.ty()? != Type::Bits(16) {
             return unknown("`ldmatrix` other than of 16 bits in shared memory");
         }
-        let [results, address] = args else { return wrong("two operands are due") };
+        let [results, address] = args else { return wrong("expected two operands") };
         let results = self.registers(results, count)?;
         let (address, _) = self.address(address, Space::Shared)?;
         Ok((Kind::MatrixMove, Action::LoadTiles { results, address, transposed }))
@@ -151,7 +151,7 @@ impl<'a> Decoder<'a, '_> {
 fn fragment_of<'v, 'a>(arg: &'v Arg<'a>, count: usize) -> Decoded<&'v [Arg<'a>]> {
     match arg {
         Arg::Vector(parts) if parts.len() == count => Ok(parts),
-        Arg::Vector(parts) => wrong(format!("a fragment of {} registers where {count} are due", parts.len())),
-        _ => wrong("a fragment in braces is due"),
+        Arg::Vector(parts) => wrong(format!("a fragment of {} registers where {count} are expected", parts.len())),
+        _ => wrong("expected a fragment in braces"),
     }
 }

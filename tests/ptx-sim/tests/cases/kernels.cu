@@ -1,4 +1,4 @@
-// Kernels of the test cases. `./regenerate.sh` makes a .ptx of each section; a section begins with its name and
+// Kernels of the test cases. `./regenerate.sh` compiles each section to a .ptx; a section begins with its name and
 // target.
 #define GLOBAL extern "C" __attribute__((global))
 #define SHARED __attribute__((shared)) static
@@ -11,7 +11,7 @@
 #define ALL -1
 #define IN_SHARED __attribute__((address_space(3)))
 
-// A 16-byte vector, which loads and stores as one.
+// A 16-byte vector, which is loaded and stored by one instruction.
 typedef float float4 __attribute__((ext_vector_type(4)));
 typedef _Float16 half2 __attribute__((ext_vector_type(2)));
 typedef __bf16 bf162 __attribute__((ext_vector_type(2)));
@@ -128,7 +128,7 @@ GLOBAL void bfloat(const bf162 *a, const bf162 *b, const float *x, bf162 *out, f
 #endif
 
 #ifdef stream_80
-// Tiles of 128 floats in two buffers: one is copied while the other is summed.
+// Double-buffered tiles of 128 floats: one is copied while the other is summed.
 extern __attribute__((shared)) __attribute__((aligned(16))) float buffers[];
 #define COPY(to, from)                                                                     \
   __nvvm_cp_async_cg_shared_global_16((IN_SHARED void *)(to),      \
@@ -196,7 +196,7 @@ __attribute__((noinline)) DEVICE float power(float x, int n) {
   for (int i = 0; i < n; i++) product *= x;
   return product;
 }
-// Calls, in lanes that have parted, and an array in local memory.
+// Calls in diverged lanes, and an array in local memory.
 GLOBAL void powers(const float *x, float *y) {
   float all[4];
   for (int i = 0; i < 4; ++i) all[i] = power(x[TID], i);
@@ -269,7 +269,7 @@ GLOBAL void vectors(const float4 *x, float4 *y, const float *__restrict__ z) {
 #endif
 
 #ifdef fragments_70
-// Products in all three shapes, with the row and column layouts mixed, from global memory.
+// Products in all three shapes, with mixed row-major and column-major layouts, from global memory.
 GLOBAL void wide(const int *a, const int *b, const float *c, float *d) {
   int fa[8], fb[8];
   float fc[8], fd[8];
@@ -296,7 +296,7 @@ GLOBAL void narrow(const int *a, const int *b, const int *c, int *d) {
   __hmma_m16n16k16_mma_f16f16(fd, fa, fb, fc, 0, 0);
   __hmma_m16n16k16_st_c_f16(d, fd, 16, 0);
 }
-// Takes register i of lane l for elements i + 8 l.
+// Assumes that register i of lane l holds element i + 8 l.
 GLOBAL void knows_layout(const float *c, float *d) {
   float fc[8];
   __hmma_m16n16k16_ld_c_f32(fc, c, 16, 0);
@@ -313,7 +313,7 @@ GLOBAL void brain(const int *a, const int *b, float *d) {
   __mma_bf16_m16n16k16_mma_f32(fd, fa, fb, fc, 1, 0);
   __hmma_m16n16k16_st_c_f32(d, fd, 16, 0);
 }
-// The documented layouts: ldmatrix into mma, results by lane.
+// The documented layouts: ldmatrix into mma, with results per lane.
 GLOBAL void documented(const unsigned *a, const unsigned *b, float *d) {
   SHARED __attribute__((aligned(16))) unsigned tile_a[16 * 8], tile_b[16 * 4];
   for (int i = TID; i < 16 * 8; i += 32) tile_a[i] = a[i];

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Makes the .ptx files beside this script from kernels.cu and matmul.mlir, with LLVM 22.
+# Generates the .ptx files in this folder from kernels.cu and matmul.mlir, with LLVM 22.
 set -eu
 cd "$(dirname "$0")"
 llvm=${LLVM:-/usr/lib/llvm-22}/bin

@@ -1,10 +1,10 @@
-//! Each check, on a kernel broken on purpose: mostly one of the test cases with a line changed.
+//! Tests of each check on a kernel that is broken on purpose, mostly a test case with one line changed.
 
-use ptx_sim::{Arg, Error, Fault, FaultKind, Gpu, Module, Options, Other, Ptr, Report, Result, Space};
+use ptx_sim::{Arg, ConflictingAccess, Error, Fault, FaultKind, Gpu, Module, Options, Ptr, Report, Result, Space};
 
-use crate::{case, halves, parse, text, uniform};
+use crate::{case, parse, text, to_f16, uniform};
 
-/// The case with one piece of its text replaced; it must be there exactly once.
+/// A test case with one piece of its text replaced; the piece must occur exactly once.
 fn broken(name: &str, piece: &str, by: &str) -> Module {
     let text = text(name);
     assert_eq!(text.matches(piece).count(), 1, "{piece:?} in {name}");
@@ -19,7 +19,7 @@ fn fault(result: Result<Report>) -> Fault {
     }
 }
 
-/// A kernel `k` of one pointer, with these declarations and instructions.
+/// PTX of a kernel `k` with one pointer parameter, these declarations and instructions.
 fn kernel(target: u32, body: &str) -> String {
     format!(
         ".version 8.1\n.target sm_{target}\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n\
@@ -33,7 +33,7 @@ fn run(body: &str) -> Result<Report> {
     run_with(Options::default(), 32, body)
 }
 
-/// In one block, with a buffer of 64 words that have been written.
+/// Runs such a kernel in one block, on a buffer of 64 words that have been written.
 fn run_with(options: Options, threads: u32, body: &str) -> Result<Report> {
     let mut gpu = Gpu::with(options);
     let buffer = gpu.alloc_u32(&(0..64).collect::<Vec<_>>());
@@ -46,7 +46,7 @@ fn sum_args(gpu: &mut Gpu) -> [Arg; 3] {
 }
 
 #[test]
-fn a_barrier_left_out_is_a_race() {
+fn a_missing_barrier_is_a_race() {
     let text = text("block_sum_70");
     let count = text.matches("bar.sync").count();
     for nth in 0..count {
@@ -57,14 +57,14 @@ fn a_barrier_left_out_is_a_race() {
         let fault = fault(gpu.launch(&module, "block_sum", 1, 64, 0, &args));
         assert!(fault.text.contains("shared"), "{fault}");
         if nth == 0 {
-            // The first warp comes to what the second has not written yet.
+            // The first warp reaches memory that the second has not written yet.
             assert!(matches!(fault.kind, FaultKind::Uninitialised { space: Space::Shared, .. }), "{fault}");
             continue;
         }
-        // Within a warp, too: nothing orders its lanes.
+        // Within a warp it is a race as well, since nothing orders its lanes.
         let FaultKind::Race { space: Space::Shared, line, other, .. } = fault.kind else { panic!("{fault}") };
         assert!(text.lines().nth(line - 1).unwrap().contains("shared"), "{fault}");
-        assert!(matches!(other, Other::ReadInBlock | Other::WriteInBlock));
+        assert!(matches!(other, ConflictingAccess::ReadInBlock | ConflictingAccess::WriteInBlock));
     }
 }
 
@@ -85,7 +85,10 @@ fn lanes_of_a_warp_race_unless_ordered() {
     for result in [run(&body("")), run_with(strict, 32, &body(shuffle))] {
         let fault = fault(result);
         assert_eq!((fault.thread, fault.text.as_str()), ([0, 0, 0], "ld.shared.b32 %r3, [%rd6];"));
-        assert!(matches!(fault.kind, FaultKind::Race { other: Other::WriteInBlock, line: 15, .. }), "{fault}");
+        assert!(
+            matches!(fault.kind, FaultKind::Race { other: ConflictingAccess::WriteInBlock, line: 15, .. }),
+            "{fault}"
+        );
     }
     run_with(Options { races: false, ..Options::default() }, 32, &body("")).unwrap();
 }
@@ -100,18 +103,21 @@ fn blocks_race_in_global_memory() {
         if races {
             let fault = fault(result);
             assert_eq!((fault.block, fault.line), ([1, 0, 0], 13));
-            assert!(matches!(fault.kind, FaultKind::Race { other: Other::WriteInAnotherBlock, line: 13, .. }));
+            assert!(matches!(
+                fault.kind,
+                FaultKind::Race { other: ConflictingAccess::WriteInAnotherBlock, line: 13, .. }
+            ));
         } else {
             result.unwrap();
         }
-        // The next launch is ordered behind this one.
+        // The next launch is ordered after this one.
         gpu.launch(&module, "k", 1, 1, 0, &[buffer]).unwrap();
     }
 }
 
 #[test]
-fn out_of_bounds() {
-    // One thread more than the buffer has room for: `i < n` becomes `i <= n`.
+fn out_of_bounds_accesses_are_faults() {
+    // One thread more than the buffer has elements: `i < n` becomes `i <= n`.
     let module = broken("vector_add_70", "setp.ge.s32", "setp.gt.s32");
     let mut gpu = Gpu::new();
     let x = uniform(100, 1);
@@ -124,7 +130,7 @@ fn out_of_bounds() {
 }
 
 #[test]
-fn out_of_bounds_of_one_array_within_shared_memory() {
+fn out_of_bounds_of_one_shared_array_is_a_fault() {
     let body = ".shared .align 4 .b8 a[128];\n.shared .align 4 .b8 b[128];\nmov.b64 %rd4, a;\n\
                 add.s64 %rd4, %rd4, %rd2;\nst.shared.b32 [%rd4+4], %r1;\nst.shared.b32 [b], %r1;";
     let fault = fault(run(body));
@@ -133,7 +139,7 @@ fn out_of_bounds_of_one_array_within_shared_memory() {
 }
 
 #[test]
-fn out_of_bounds_elsewhere() {
+fn out_of_bounds_in_other_spaces_is_a_fault() {
     for (body, space) in [
         (".local .align 4 .b8 l[8];\nst.local.b32 [l+8], %r1;", Space::Local),
         ("ld.param.b32 %r2, [p+8];", Space::Param),
@@ -157,24 +163,24 @@ fn freed_memory_is_out_of_bounds() {
 }
 
 #[test]
-fn misaligned() {
+fn misaligned_accesses_are_faults() {
     let fault_of = |body: &str| fault(run(body));
     let fault = fault_of("ld.global.v2.b32 {%r2, %r3}, [%rd3];");
     assert_eq!(fault.thread, [1, 0, 0]);
     assert!(matches!(fault.kind, FaultKind::Misaligned { space: Space::Global, align: 8, .. }), "{fault}");
-    // The address happens to be good on most chips, but the declaration does not promise it.
+    // The address would be aligned on most chips, but the declaration does not guarantee it.
     let fault = fault_of(".shared .align 8 .b8 s[16];\nst.shared.v4.b32 [s], {%r1, %r1, %r1, %r1};");
     assert!(matches!(fault.kind, FaultKind::Misaligned { space: Space::Shared, align: 16, .. }), "{fault}");
 }
 
 #[test]
-fn matrices_need_alignment() {
+fn matrices_must_be_aligned() {
     let text = text("matmul_70").replace(".shared .align 32", ".shared .align 16");
     let fault = fault(run_matmul(&parse(&text), 0));
     assert!(matches!(fault.kind, FaultKind::Misaligned { space: Space::Shared, align: 32, .. }), "{fault}");
     assert!(fault.text.starts_with("wmma.load.a"), "{fault}");
 
-    // Rows 48 bytes apart are no multiple of the fragment's 32.
+    // Rows 48 bytes apart are not a multiple of the fragment's 32 bytes.
     let module = case("matmul_70");
     let options = Options { matrix_row_alignment: 32, ..Options::default() };
     let fault = self::fault(run_matmul_with(&module, options));
@@ -187,24 +193,24 @@ fn run_matmul(module: &Module, seed: u64) -> Result<Report> {
 
 fn run_matmul_with(module: &Module, options: Options) -> Result<Report> {
     let mut gpu = Gpu::with(options);
-    let x = halves(&uniform(1024, 1));
+    let x = to_f16(&uniform(1024, 1));
     let args = [gpu.alloc_u16(&x), gpu.alloc_u16(&x), gpu.alloc_unwritten(4096)].map(Arg::Ptr);
     gpu.launch(module, "matmul", [2, 2], 32, 0, &args)
 }
 
 #[test]
-fn a_tile_overwritten_while_in_use() {
+fn overwriting_a_tile_in_use_is_a_race() {
     let text = text("matmul_70");
     // The barrier between the product of one step and the copy of the next.
     let place = text.match_indices("bar.sync").nth(1).unwrap().0;
     let module = parse(&format!("{}//{}", &text[..place], &text[place..]));
     let fault = fault(run_matmul(&module, 0));
-    assert!(matches!(fault.kind, FaultKind::Race { other: Other::ReadInBlock, .. }), "{fault}");
+    assert!(matches!(fault.kind, FaultKind::Race { other: ConflictingAccess::ReadInBlock, .. }), "{fault}");
     assert!(fault.text.starts_with("st.shared.v4.b32"), "{fault}");
 }
 
 #[test]
-fn uninitialised() {
+fn reads_of_unwritten_memory_are_faults() {
     let body = ".shared .align 4 .b8 s[128];\nmov.b64 %rd4, s;\nadd.s64 %rd4, %rd4, %rd2;\nsetp.ne.b32 %p1, %r1, 9;\n\
                 @%p1 st.shared.b32 [%rd4], %r1;\nbar.sync 0;\nld.shared.b32 %r2, [%rd4];";
     let fault = fault(run(body));
@@ -212,7 +218,7 @@ fn uninitialised() {
     assert!(matches!(fault.kind, FaultKind::Uninitialised { space: Space::Shared, .. }));
     run_with(Options { uninitialised: false, ..Options::default() }, 32, body).unwrap();
 
-    // A block does not find what the one before has left.
+    // A block does not see what the block before left in shared memory.
     let body = ".shared .align 4 .b8 s[4];\nmov.u32 %r2, %ctaid.x;\nsetp.eq.b32 %p1, %r2, 0;\n\
                 @%p1 st.shared.b32 [s], %r1;\nld.shared.b32 %r3, [s];";
     let module = parse(&kernel(70, body));
@@ -231,7 +237,7 @@ fn uninitialised() {
 }
 
 #[test]
-fn registers_hold_garbage_at_first() {
+fn unwritten_registers_hold_garbage() {
     let mut gpu = Gpu::new();
     let module = parse(&kernel(70, "st.global.b32 [%rd3], %r7;"));
     let buffer = gpu.alloc_unwritten(128);
@@ -240,7 +246,7 @@ fn registers_hold_garbage_at_first() {
 }
 
 #[test]
-fn a_barrier_in_one_arm() {
+fn a_barrier_in_one_arm_of_a_branch_is_a_fault() {
     let body = "setp.lt.u32 %p1, %r1, 7;\n@%p1 bra $L;\nbar.sync 0;\n$L:\nbar.sync 0;";
     let fault = fault(run(body));
     assert_eq!((fault.line, fault.thread), (14, [7, 0, 0]));
@@ -250,14 +256,14 @@ fn a_barrier_in_one_arm() {
 }
 
 #[test]
-fn warps_at_different_barriers() {
+fn warps_at_different_barriers_deadlock() {
     let body = "mov.u32 %r2, %warpid;\nsetp.eq.b32 %p1, %r2, 0;\n@%p1 bra $L;\nbar.sync 1;\nret;\n$L:\nbar.sync 0;";
     let fault = fault(run_with(Options::default(), 64, body));
     assert_eq!((fault.thread, fault.kind), ([32, 0, 0], FaultKind::Deadlock));
 }
 
 #[test]
-fn aligned_instructions_want_the_whole_warp() {
+fn aligned_instructions_need_the_whole_warp() {
     let text = text("fragments_70");
     let place = text.find("wmma.load.c.sync.aligned.row.m16n16k16.f32").unwrap();
     let guarded = format!("{}mov.u32 %r1, %laneid;\nsetp.ne.b32 %p, %r1, 5;\n@%p {}", &text[..place], &text[place..]);
@@ -270,7 +276,7 @@ fn aligned_instructions_want_the_whole_warp() {
 }
 
 #[test]
-fn members_of_a_shuffle() {
+fn the_mask_of_a_shuffle_must_fit_its_lanes() {
     let half = "setp.lt.u32 %p1, %r1, 16;\n@!%p1 bra $L;\nSHUFFLE\n$L:";
     let with = |shuffle: &str| run(&half.replace("SHUFFLE", shuffle));
     with("shfl.sync.bfly.b32 %r2, %r1, 1, 31, 0xFFFF;").unwrap();
@@ -283,7 +289,7 @@ fn members_of_a_shuffle() {
 }
 
 #[test]
-fn uniform_branches() {
+fn uniform_branches_must_not_diverge() {
     let fault = fault(run("setp.lt.u32 %p1, %r1, 7;\n@%p1 bra.uni $L;\n$L:"));
     assert_eq!((fault.line, fault.kind), (13, FaultKind::NotUniform));
 }
@@ -295,16 +301,16 @@ fn stream(module: &Module) -> Result<Report> {
 }
 
 #[test]
-fn copies_not_waited_for() {
+fn access_to_a_pending_copy_is_a_fault() {
     stream(&case("stream_80")).unwrap();
-    // Two groups may be under way where one may.
+    // Two groups may be pending where one may.
     let fault = fault(stream(&broken("stream_80", "cp.async.wait_group \t1;", "cp.async.wait_group 2;")));
     assert!(matches!(fault.kind, FaultKind::PendingCopy { .. }), "{fault}");
     assert!(fault.text.starts_with("ld.shared"), "{fault}");
 }
 
 #[test]
-fn copies_waited_for_by_their_own_thread_alone() {
+fn waiting_for_a_copy_concerns_only_the_own_thread() {
     let text = text("stream_80");
     for (nth, racy) in [(0, "ld.shared"), (1, "cp.async.cg")] {
         let place = text.match_indices("bar.sync").nth(nth).unwrap().0;
@@ -315,7 +321,7 @@ fn copies_waited_for_by_their_own_thread_alone() {
 }
 
 #[test]
-fn constant_loads_of_what_is_written() {
+fn constant_loads_of_written_memory_are_faults() {
     let fault_of = |body: &str| fault(run(body)).kind;
     assert!(matches!(
         fault_of("st.global.b32 [%rd3], %r1;\nld.global.nc.b32 %r2, [%rd3];"),
@@ -343,7 +349,7 @@ fn float_atomics_are_refused() {
 }
 
 #[test]
-fn layouts_of_fragments_cannot_be_known() {
+fn fragment_layouts_cannot_be_relied_on() {
     let module = case("fragments_70");
     let c = uniform(256, 1);
     let run = |seed| {
@@ -354,7 +360,7 @@ fn layouts_of_fragments_cannot_be_known() {
     };
     let (one, two) = (run(1), run(2));
     assert!(one != c && two != c && one != two);
-    // All the elements are there, though.
+    // All elements are present nevertheless.
     let sorted = |mut x: Vec<f32>| {
         x.sort_by(f32::total_cmp);
         x
@@ -363,12 +369,12 @@ fn layouts_of_fragments_cannot_be_known() {
 }
 
 #[test]
-fn fragments_used_as_what_they_are_not() {
-    // a loaded by columns, used as if by rows.
+fn using_a_fragment_as_another_kind_is_a_fault() {
+    // a is loaded column-major and used as if it were row-major.
     let module =
         broken("fragments_70", "wmma.load.a.sync.aligned.col.m8n32k16", "wmma.load.a.sync.aligned.row.m8n32k16");
     let mut gpu = Gpu::new();
-    let x = halves(&uniform(512, 1));
+    let x = to_f16(&uniform(512, 1));
     let args = [gpu.alloc_u16(&x), gpu.alloc_u16(&x), gpu.alloc_unwritten(1024)].map(Arg::Ptr);
     let fault = fault(gpu.launch(&module, "tall", 1, 32, 0, &args));
     assert_eq!(fault.kind, FaultKind::Fragment);
@@ -376,7 +382,7 @@ fn fragments_used_as_what_they_are_not() {
 }
 
 #[test]
-fn endless_loops() {
+fn endless_loops_run_into_the_step_limit() {
     let options = Options { steps: 10_000, ..Options::default() };
     let fault = fault(run_with(options, 32, "$L:\nadd.s32 %r1, %r1, 1;\nbra $L;"));
     assert_eq!(fault.kind, FaultKind::Steps { limit: 10_000 });
@@ -384,7 +390,7 @@ fn endless_loops() {
 }
 
 #[test]
-fn traps() {
+fn traps_are_faults() {
     let fault = fault(run("setp.eq.b32 %p1, %r1, 3;\n@%p1 trap;"));
     assert_eq!((fault.thread, fault.line, fault.kind), ([3, 0, 0], 13, FaultKind::Trap));
 }
@@ -403,7 +409,7 @@ fn unknown_instructions_are_named() {
                 assert_eq!(text, instruction);
                 assert!(message.contains(name), "{message}");
             }
-            // Operands of a form that no known instruction has.
+            // The operands have a form that no known instruction has.
             Err(Error::Parse { line: 12, text, .. }) if name == "tex" => assert_eq!(text, instruction),
             other => panic!("{instruction}: {other:?}"),
         }
@@ -411,7 +417,7 @@ fn unknown_instructions_are_named() {
 }
 
 #[test]
-fn instructions_beyond_the_target() {
+fn instructions_that_the_target_lacks_are_refused() {
     for (target, needs, instruction) in [
         (70, 80, "cp.async.commit_group;"),
         (70, 75, "tanh.approx.f32 %r2, %r1;"),
@@ -428,7 +434,7 @@ fn instructions_beyond_the_target() {
 }
 
 #[test]
-fn what_ptxas_would_refuse() {
+fn modules_that_ptxas_would_refuse_are_refused() {
     for body in [
         "add.s32 %r1, %r2, %rd1;",
         "add.s32 %r1, %r2, %nothing;",
@@ -448,11 +454,11 @@ fn what_ptxas_would_refuse() {
 }
 
 #[test]
-fn texts_that_are_no_ptx() {
+fn texts_that_are_not_ptx_are_refused() {
     for text in ["", ".version 7.0", ".target sm_70\n.visible .entry k(", "\"", "\u{e9}", ".target sm_70 } {", "/*"] {
         assert!(matches!(Module::parse(text), Err(Error::Parse { .. })), "{text:?}");
     }
-    // No cut of a good text is accepted halfway through a kernel, and none panics.
+    // No prefix of a valid text that ends within a kernel is accepted, and none makes the parser panic.
     let whole = text("scalars_70");
     for end in (0..whole.len()).step_by(97) {
         let _ = Module::parse(&whole[..end]);
@@ -460,7 +466,7 @@ fn texts_that_are_no_ptx() {
 }
 
 #[test]
-fn launches_that_cannot_be() {
+fn impossible_launches_are_refused() {
     let bounded = ".version 7.0\n.target sm_70\n.address_size 64\n.extern .shared .align 16 .b8 s[];\n\
                    .visible .entry k(.param .u64 p, .param .u32 n)\n.maxntid 64\n{\n\
                    .reg .b64 %rd;\nmov.b64 %rd, s;\nret;\n}\n\

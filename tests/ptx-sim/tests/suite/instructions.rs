@@ -1,11 +1,11 @@
-//! Instructions and forms that the other cases do not come to, one at a time.
+//! Tests of instructions and forms that the other cases do not contain, one at a time.
 
 use half::{bf16, f16};
 use ptx_sim::{Arg, Gpu, Kind, Options};
 
 use crate::parse;
 
-/// What lane 0 has in `%rd9` after these instructions, in a module for sm_90.
+/// The value of `%rd9` in lane 0 after these instructions, in a module for sm_90.
 fn value(body: &str) -> u64 {
     lanes(body)[0]
 }
@@ -23,7 +23,7 @@ fn lanes(body: &str) -> Vec<u64> {
     gpu.read_u64(out)
 }
 
-/// Of an instruction on 32-bit registers, as `op.ty`, with these operands.
+/// The result of an instruction on 32-bit registers, such as `op.ty`, with these operands.
 fn of32(op: &str, operands: &[u32]) -> u32 {
     let moves: String = operands.iter().enumerate().map(|(n, x)| format!("mov.b32 %r{}, {x:#x};\n", n + 1)).collect();
     let names: String = (1..=operands.len()).map(|n| format!(", %r{n}")).collect();
@@ -137,7 +137,7 @@ fn comparisons() {
         assert_eq!((holds(op, "f32", one, nan), holds(op, "f32", one, one)), (with_nan, equal), "{op}");
     }
     assert!(holds("lt", "s32", !0, 0) && !holds("lt", "u32", !0, 0) && holds("hi", "u32", !0, 0));
-    // Tiny numbers are equal where they are flushed.
+    // Subnormal numbers are equal if they are flushed.
     assert!(holds("eq.ftz", "f32", 1, 2) && !holds("eq", "f32", 1, 2));
 
     let combined = "mov.b32 %r1, 3;\nsetp.eq.b32 %p1, %r1, 3;\nsetp.lt.and.s32 %p2|%p3, %r1, 9, !%p1;\n\
@@ -166,7 +166,7 @@ fn subnormal_numbers_are_flushed_where_asked() {
 }
 
 #[test]
-fn numbers_that_are_none() {
+fn operations_on_nans() {
     let nan = f32::NAN;
     assert_eq!((float("min.f32", &[nan, 2.0]), float("max.f32", &[2.0, nan])), (2.0, 2.0));
     assert_eq!(of32("max.f32", &[!0, !0]), 0x7FFF_FFFF);
@@ -213,9 +213,9 @@ fn conversions() {
 }
 
 #[test]
-fn arithmetic_of_halves_rounds_once() {
+fn f16_arithmetic_rounds_once() {
     let (h, b) = (|x: f32| f16::from_f32(x).to_bits(), |x: f32| bf16::from_f32(x).to_bits());
-    // 2048 · 1.0009766 + 0.00006: just above a tie, which rounding twice would take for one.
+    // 2048 · 1.0009766 + 0.00006 is just above a tie, which rounding twice would treat as a tie.
     let (x, y, z) = (f16::from_f32(2047.0), f16::from_bits(0x3C01), f16::from_bits(0x0001));
     let exact = x.to_f64() * y.to_f64() + z.to_f64();
     assert_eq!(of16("fma.rn.f16", &[x.to_bits(), y.to_bits(), z.to_bits()]), f16::from_f64(exact).to_bits());
@@ -306,7 +306,7 @@ fn reductions_of_a_warp() {
 
 #[test]
 fn nested_divergence() {
-    // Each lane takes a way of its own through two loops and an early return from the inner one.
+    // Each lane takes its own path through two loops and an early return from the inner one.
     let body = "mov.b64 %rd9, 0;\nmov.b32 %r1, 0;\n$outer:\nsetp.ge.u32 %p1, %r1, %r8;\n@%p1 bra $done;\n\
                 mov.b32 %r2, 0;\n$inner:\nsetp.ge.u32 %p2, %r2, %r1;\n@%p2 bra $next;\n\
                 add.s64 %rd9, %rd9, 1;\nadd.s32 %r2, %r2, 1;\n\
@@ -324,11 +324,12 @@ fn nested_divergence() {
         }
         count
     };
-    // All are together again behind the loops.
+    // All lanes have reconverged after the loops.
     assert_eq!(lanes(body), (0..32).map(|lane| 0xFFFF_FFFF << 32 | count(lane)).collect::<Vec<u64>>());
 }
 
-/// A kernel of blocks that jump about: lanes hash as they go, and the hash says where to. Each has a budget of steps.
+/// A kernel with random control flow: each lane hashes as it goes, and the hash decides where it jumps. Each lane has a
+/// budget of steps.
 fn maze(seed: u64) -> String {
     let mut state = seed;
     let mut draw = |below: u64| {
@@ -366,7 +367,7 @@ fn maze(seed: u64) -> String {
 }
 
 #[test]
-fn a_warp_gives_what_its_lanes_give_alone() {
+fn divergent_lanes_compute_what_they_compute_alone() {
     for seed in 0..200 {
         let module = parse(&maze(seed));
         let mut gpu = Gpu::new();
@@ -380,8 +381,8 @@ fn a_warp_gives_what_its_lanes_give_alone() {
 }
 
 #[test]
-fn copies_that_fill_with_zeros() {
-    // Half of 16 bytes is read, then none; the rest is zero. The source of nothing may be anywhere.
+fn async_copies_fill_with_zeros() {
+    // Half of the 16 bytes is read, then none; the rest is zero. The source address of an empty copy may be anything.
     let body = "{ .shared .align 16 .b8 s[32];\nsetp.ne.u32 %p1, %r8, 0;\n@%p1 bra $OUT;\n\
                 mov.b64 %rd1, -1;\nst.global.b64 [%rd10], %rd1;\n\
                 mov.b64 %rd2, s;\nmov.b32 %r1, 8;\ncp.async.cg.shared.global [%rd2], [%rd10], 16, %r1;\n\
@@ -394,7 +395,7 @@ fn copies_that_fill_with_zeros() {
 }
 
 #[test]
-fn recursion_and_results_of_lanes_that_parted() {
+fn recursion_and_results_of_diverged_lanes() {
     let text = ".version 7.0\n.target sm_70\n.address_size 64\n\
         .func (.param .b32 r) fib(.param .b32 n)\n{\n.reg .pred %p; .reg .b32 %r<6>;\nld.param.b32 %r1, [n];\n\
         setp.lt.u32 %p, %r1, 2;\n@%p st.param.b32 [r], %r1;\n@%p ret;\nsub.s32 %r2, %r1, 1;\nsub.s32 %r3, %r1, 2;\n\

@@ -1,6 +1,6 @@
 use ptx_sim::{Arg, Gpu, Kind, Options};
 
-use crate::{assert_close, brains, case, from_brains, from_halves, halves, text, uniform};
+use crate::{assert_close, case, from_bf16, from_f16, text, to_bf16, to_f16, uniform};
 use half::{bf16, f16};
 
 fn exact() -> Gpu {
@@ -137,8 +137,8 @@ fn softmax_of_rows() {
 #[test]
 fn matmul_on_tensor_cores() {
     let module = case("matmul_70");
-    let (a, b) = (halves(&uniform(1024, 6)), halves(&uniform(1024, 7)));
-    let (x, y) = (from_halves(&a), from_halves(&b));
+    let (a, b) = (to_f16(&uniform(1024, 6)), to_f16(&uniform(1024, 7)));
+    let (x, y) = (from_f16(&a), from_f16(&b));
     let product: Vec<f32> = (0..1024)
         .map(|at| (0..32).map(|k| f64::from(x[at / 32 * 32 + k]) * f64::from(y[k * 32 + at % 32])).sum::<f64>() as f32)
         .collect();
@@ -150,10 +150,10 @@ fn matmul_on_tensor_cores() {
         assert_close(&gpu.read_f32(pc), &product, 1e-5);
         assert_eq!(report.matrix_flops, 2 * 32 * 32 * 32);
         assert_eq!(report.count(Kind::Matrix).warps, 8);
-        // Each tile of a and b is read by two blocks.
+        // Two blocks read each tile of a and b.
         assert_eq!((report.read.bytes, report.read.unique), (2 * 4096, 4096));
         assert_eq!((report.written.bytes, report.written.unique), (4096, 4096));
-        // Rows 48 bytes apart: loads of eight rows do not conflict, stores of four whole rows do.
+        // Rows are 48 bytes apart: loads of eight rows do not conflict, stores of four whole rows do.
         assert_eq!(report.worst_conflict(), 2);
         let text = text("matmul_70");
         let lines: Vec<&str> = text.lines().collect();
@@ -162,9 +162,9 @@ fn matmul_on_tensor_cores() {
 }
 
 #[test]
-fn pairs_of_halves() {
+fn packed_f16_arithmetic() {
     let module = case("half_70");
-    let (a, b, x) = (halves(&uniform(64, 8)), halves(&uniform(64, 9)), uniform(64, 10));
+    let (a, b, x) = (to_f16(&uniform(64, 8)), to_f16(&uniform(64, 9)), uniform(64, 10));
     let mut gpu = Gpu::new();
     let (pa, pb, px) = (gpu.alloc_u16(&a), gpu.alloc_u16(&b), gpu.alloc_f32(&x));
     let (out, wide) = (gpu.alloc_unwritten(512), gpu.alloc_unwritten(256));
@@ -174,7 +174,7 @@ fn pairs_of_halves() {
     let half = |bits: u16| f16::from_bits(bits).to_f64();
     for n in 0..64 {
         let (p, q) = (half(a[n]), half(b[n]));
-        // Exact in f64, so rounded once.
+        // The product is exact in f64, so it is rounded once.
         assert_eq!(out[n], f16::from_f64(p * q + 0.5).to_bits());
         assert_eq!(half(out[64 + n]), -f16::from_f64(p - q).to_f64());
         assert_eq!(half(out[128 + n]), p.max(q));
@@ -199,13 +199,13 @@ fn pairs_of_halves() {
 #[test]
 fn bfloat() {
     let module = case("bfloat_80");
-    let (a, b, x) = (brains(&uniform(64, 11)), brains(&uniform(64, 12)), uniform(64, 13));
+    let (a, b, x) = (to_bf16(&uniform(64, 11)), to_bf16(&uniform(64, 12)), uniform(64, 13));
     let mut gpu = Gpu::new();
     let (pa, pb, px) = (gpu.alloc_u16(&a), gpu.alloc_u16(&b), gpu.alloc_f32(&x));
     let (out, wide) = (gpu.alloc_unwritten(256), gpu.alloc_unwritten(128));
     gpu.launch(&module, "bfloat", 1, 32, 0, &[pa, pb, px, out, wide].map(Arg::Ptr)).unwrap();
     let (out, wide) = (gpu.read_u16(out), gpu.read_f32(wide));
-    let (a, b) = (from_brains(&a), from_brains(&b));
+    let (a, b) = (from_bf16(&a), from_bf16(&b));
     for n in 0..64 {
         let narrow = bf16::from_f32(x[n]);
         assert_eq!(out[n], narrow.to_bits());
@@ -244,7 +244,7 @@ fn floats() {
     let module = case("scalars_70");
     let mut x = uniform(64, 15);
     x.iter_mut().for_each(|x| *x *= 10.0);
-    // Negative and special values, too; the first operand of lg2, sqrt and rsqrt is positive elsewhere.
+    // Negative and special values are included; the first operand of lg2, sqrt and rsqrt is positive otherwise.
     x[..28].iter_mut().for_each(|x| *x = x.abs());
     x[28..32].copy_from_slice(&[f32::NAN, f32::INFINITY, 0.0, 2.5]);
     x[60] = f32::NAN;
@@ -452,7 +452,7 @@ fn votes_and_shuffles() {
             at(if t + 3 < 32 { t + 3 } else { t }),
             at(if t >= 3 { t - 3 } else { t }),
             at(5),
-            // In segments of eight lanes.
+            // The shuffle works in segments of eight lanes.
             at(if t % 8 + 3 < 8 { t + 3 } else { t }),
         ];
         for (i, result) in results.into_iter().enumerate() {
@@ -488,7 +488,7 @@ fn vectors_of_four() {
     assert_eq!(report.read.sectors, (512 + 128) / 32);
 }
 
-/// a: m×k, b: k×n, row by row, plus c.
+/// a·b + c for row-major a (m×k) and b (k×n).
 fn product([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &[f32]) -> Vec<f32> {
     let element = |i: usize, j: usize| {
         (0..k).fold(f64::from(c[i * n + j]), |sum, l| sum + f64::from(a[i * k + l]) * f64::from(b[l * n + j])) as f32
@@ -506,18 +506,18 @@ fn fragments_of_all_shapes() {
     let module = case("fragments_70");
     for seed in 0..3 {
         let mut gpu = Gpu::with(Options { seed, ..Options::default() });
-        let (a, b, c) = (halves(&uniform(512, 21)), halves(&uniform(512, 22)), uniform(256, 23));
-        let (x, y) = (from_halves(&a), from_halves(&b));
+        let (a, b, c) = (to_f16(&uniform(512, 21)), to_f16(&uniform(512, 22)), uniform(256, 23));
+        let (x, y) = (from_f16(&a), from_f16(&b));
         let (pa, pc) = (gpu.alloc_u16(&a), gpu.alloc_f32(&c));
         let d = gpu.alloc_unwritten(1024);
 
-        // 32×8, b by columns.
+        // 32×8, with b column-major.
         let by_columns = gpu.alloc_u16(&transposed(&b[..128], 16));
         gpu.launch(&module, "wide", 1, 32, 0, &[pa, by_columns, pc, d].map(Arg::Ptr)).unwrap();
         let halved: Vec<f32> = product([32, 8, 16], &x, &y[..128], &c).iter().map(|x| x * 0.5).collect();
         assert_close(&gpu.read_f32(d), &halved, 1e-5);
 
-        // 8×32, a and d by columns (both with a stride that leaves no gap, or one).
+        // 8×32, with a and d column-major, each with and without a gap between columns.
         let mut spaced = vec![0; 256];
         for (column, values) in transposed(&a[..128], 8).chunks(8).enumerate() {
             spaced[16 * column..16 * column + 8].copy_from_slice(values);
@@ -527,12 +527,12 @@ fn fragments_of_all_shapes() {
         let tall = product([8, 32, 16], &x[..128], &y, &[0.0; 256]);
         assert_close(&gpu.read_f32(d), &transposed(&tall, 8), 1e-5);
 
-        // 16×16 with sums in f16.
-        let sums = halves(&c);
+        // 16×16 with accumulators in f16.
+        let sums = to_f16(&c);
         let args = [gpu.alloc_u16(&a[..256]), gpu.alloc_u16(&b[..256]), gpu.alloc_u16(&sums), gpu.alloc_unwritten(512)];
         gpu.launch(&module, "narrow", 1, 32, 0, &args.map(Arg::Ptr)).unwrap();
-        let narrow = product([16, 16, 16], &x, &y, &from_halves(&sums));
-        assert_close(&from_halves(&gpu.read_u16(args[3])), &narrow, 4e-3);
+        let narrow = product([16, 16, 16], &x, &y, &from_f16(&sums));
+        assert_close(&from_f16(&gpu.read_u16(args[3])), &narrow, 4e-3);
     }
 }
 
@@ -540,16 +540,16 @@ fn fragments_of_all_shapes() {
 fn fragments_of_bfloat_and_documented_ones() {
     let module = case("fragments_80");
     let mut gpu = Gpu::new();
-    let (a, b) = (brains(&uniform(256, 24)), brains(&uniform(256, 25)));
+    let (a, b) = (to_bf16(&uniform(256, 24)), to_bf16(&uniform(256, 25)));
     let (pa, pb, d) = (gpu.alloc_u16(&a), gpu.alloc_u16(&transposed(&b, 16)), gpu.alloc_unwritten(1024));
     gpu.launch(&module, "brain", 1, 32, 0, &[pa, pb, d].map(Arg::Ptr)).unwrap();
-    let theirs = product([16, 16, 16], &from_brains(&a), &from_brains(&b), &[0.0; 256]);
+    let theirs = product([16, 16, 16], &from_bf16(&a), &from_bf16(&b), &[0.0; 256]);
     assert_close(&gpu.read_f32(d), &theirs, 1e-5);
 
-    let (a, b) = (halves(&uniform(256, 26)), halves(&uniform(128, 27)));
+    let (a, b) = (to_f16(&uniform(256, 26)), to_f16(&uniform(128, 27)));
     let (pa, pb, d) = (gpu.alloc_u16(&a), gpu.alloc_u16(&b), gpu.alloc_unwritten(512));
     gpu.launch(&module, "documented", 1, 32, 0, &[pa, pb, d].map(Arg::Ptr)).unwrap();
-    let theirs = product([16, 8, 16], &from_halves(&a), &from_halves(&b), &[0.0; 128]);
+    let theirs = product([16, 8, 16], &from_f16(&a), &from_f16(&b), &[0.0; 128]);
     assert_close(&gpu.read_f32(d), &theirs, 1e-5);
 }
 

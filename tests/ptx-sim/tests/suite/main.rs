@@ -1,5 +1,5 @@
-//! Kernels as LLVM writes them, each against the same computation in Rust; kernels broken on purpose, each check
-//! firing in the right place; single instructions.
+//! Kernels as LLVM writes them, each compared with the same computation in Rust; kernels that are broken on purpose,
+//! for each check; single instructions.
 
 mod checks;
 mod instructions;
@@ -8,7 +8,7 @@ mod kernels;
 use half::{bf16, f16};
 use ptx_sim::Module;
 
-/// A module of the test cases.
+/// A test case, parsed.
 fn case(name: &str) -> Module {
     parse(&text(name))
 }
@@ -22,7 +22,7 @@ fn parse(text: &str) -> Module {
     Module::parse(text).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Numbers in [−1, 1).
+/// Pseudo-random numbers in [−1, 1).
 fn uniform(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
@@ -32,19 +32,19 @@ fn uniform(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
-fn halves(x: &[f32]) -> Vec<u16> {
+fn to_f16(x: &[f32]) -> Vec<u16> {
     x.iter().map(|&x| f16::from_f32(x).to_bits()).collect()
 }
 
-fn brains(x: &[f32]) -> Vec<u16> {
+fn to_bf16(x: &[f32]) -> Vec<u16> {
     x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect()
 }
 
-fn from_halves(x: &[u16]) -> Vec<f32> {
+fn from_f16(x: &[u16]) -> Vec<f32> {
     x.iter().map(|&x| f16::from_bits(x).to_f32()).collect()
 }
 
-fn from_brains(x: &[u16]) -> Vec<f32> {
+fn from_bf16(x: &[u16]) -> Vec<f32> {
     x.iter().map(|&x| bf16::from_bits(x).to_f32()).collect()
 }
 
