@@ -68,7 +68,7 @@ impl SimulatedGpu {
 
 /// The name of the kernel that computes `op`, from the artifact's manifest.
 fn kernel_of(artifact: &Path, op: &str) -> String {
-    let manifest = fs::read(artifact.join(store::MANIFEST)).expect("a manifest");
+    let manifest = fs::read(artifact.join(store::MANIFEST_FILE)).expect("a manifest");
     let manifest: Manifest = serde_json::from_slice(&manifest).expect("it is sound");
     let mut launches = manifest.entries.values().flat_map(|entry| &entry.launches);
     let launch = launches.find(|launch| launch.op == op).unwrap_or_else(|| panic!("no launch computes `{op}`"));

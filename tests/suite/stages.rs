@@ -164,7 +164,7 @@ fn readme_shows_the_fusion_of_the_inducer() {
     // No launch is left for the residual `x` alone: the one that computes it also computes a product.
     let launches = outputs["kernels"].split("\n").collect::<Vec<_>>();
     let is_operation = |line: &&str| line.starts_with("       ");
-    let launches: Vec<&[&str]> = launches.split(|line| !is_operation(&line)).collect();
+    let launches: Vec<&[&str]> = launches.split(|line| !is_operation(line)).collect();
     let computes = |launch: &&&[&str], what: &str| launch.iter().any(|line| line.trim_start().starts_with(what));
     let residual = launches.iter().find(|launch| computes(launch, "x = add ")).expect("a residual");
     assert!(computes(&residual, "matmul "), "{residual:?}");
