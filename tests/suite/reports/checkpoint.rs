@@ -259,7 +259,7 @@ fn unsupported_features_are_refused_by_name() {
         ("quantization_config", json!({ "quant_method": "bitsandbytes", "load_in_4bit": true }), "bitsandbytes"),
         ("pruned_heads", json!({ "0": [1] }), "pruned"),
         ("auto_map", json!({ "AutoModel": "modeling_mine.Mine" }), "Python code"),
-        ("per_layer_config", json!({ "1": { "intermediate_size": 8 } }), "not alike"),
+        ("per_layer_config", json!({ "1": { "intermediate_size": 8 } }), "different configurations"),
         ("text_config", json!({ "hidden_size": 32 }), "several parts"),
         ("is_encoder_decoder", json!(true), "decoder"),
         ("is_decoder", json!(true), "every token sees all the others"),
