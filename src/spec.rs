@@ -24,7 +24,7 @@ pub fn load(path: &Path, overrides: &[(String, String)], color: bool) -> Result<
 ///
 /// # Errors
 ///
-/// The path is a folder, the file cannot be read, or it is longer than [`MAX_SPEC_BYTES`].
+/// The path is a folder, the file cannot be read, or it is longer than `MAX_SPEC_BYTES`.
 pub fn read(path: &Path) -> Result<String, Failure> {
     if path.is_dir() {
         return Err(Failure::Usage(format!("{}: a directory, where a `.peft` file belongs", path.display())));

@@ -15,8 +15,8 @@ use peft_grammar::graph::{Dim, Graph, Location, Node, Op, Role, Value};
 use peft_grammar::model::{AppliedMethod, Model, Origin, Projection};
 use peft_grammar::names::{Entry, Input, LOGITS, LOSS};
 
-/// Returns the graph that computes the folded matrices and biases: outputs `PATH.weight` [in,out] and `PATH.bias` [out]
-/// for every projection that methods change. It reads weights alone and no batch.
+/// Returns the graph that computes the folded matrices and biases: outputs `PATH.weight` `[in,out]` and `PATH.bias`
+/// `[out]` for every projection that methods change. It reads weights alone and no batch.
 ///
 /// # Errors
 /// A method is not affine in the input of its projection, or adds a bias to a projection without one; the message names

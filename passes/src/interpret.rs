@@ -1,7 +1,7 @@
 //! The reference interpreter: defines the meaning of every operation, in f64 and in plain loops.
 //!
 //! Compiled kernels are tested against it. It is written for clarity alone: each operation defines the element at an
-//! index, and one loop ([`Evaluation::build`]) visits the indices.
+//! index, and one loop (`Evaluation::build`) visits the indices.
 
 pub mod optimizer;
 

@@ -127,9 +127,9 @@ impl Element {
 #[serde(rename_all = "snake_case")]
 pub enum Storage {
     /// Uploaded for every run, by its name as an [`Input`](peft_grammar::names::Input). Given by the caller: `ids`,
-    /// `labels`, `rng`, … Derived from the sequence lengths: `offsets` i32[sequences+1], `segments` i32[tokens] (the
-    /// sequence of each token), `pairs` i32[tokens+1] (exclusive prefix sum of each token's sequence length), `starts`
-    /// i32[sequences].
+    /// `labels`, `rng`, … Derived from the sequence lengths: `offsets` `i32[sequences+1]`, `segments` `i32[tokens]`
+    /// (the sequence of each token), `pairs` `i32[tokens+1]` (exclusive prefix sum of each token's sequence length),
+    /// `starts` `i32[sequences]`.
     Input(String),
     /// A tensor of [`Manifest::tensors`], or some of its rows.
     Tensor {

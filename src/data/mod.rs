@@ -1,17 +1,17 @@
 //! Data sets: reads files, tokenises them into examples and packs batches of examples for a graph.
 //!
-//! [`rows`] parses data files into rows, and a [`ExampleBuilder`] builds examples of the rows:
+//! `rows` parses data files into rows, and a `ExampleBuilder` builds examples of the rows:
 //!
 //! | task | rows | maker |
 //! | --- | --- | --- |
-//! | generation | any columns, which the template names | [`template`] |
-//! | | WebNLG's JSON or XML: triples and their verbalisations | [`webnlg`] |
-//! | chat | conversations, in the usual forms | [`chat`] |
-//! | text | a text | [`text`] |
-//! | chat | conversations, in the usual layouts | [`chat`] |
-//! | text | a plain text | [`text`] |
+//! | generation | any columns, which the template names | `template` |
+//! | | WebNLG's JSON or XML: triples and their verbalisations | `webnlg` |
+//! | chat | conversations, in the usual forms | `chat` |
+//! | text | a text | `text` |
+//! | chat | conversations, in the usual layouts | `chat` |
+//! | text | a plain text | `text` |
 //!
-//! If a task sets `pack`, [`pack`] merges examples into fewer sequences.
+//! If a task sets `pack`, `pack` merges examples into fewer sequences.
 
 mod batch;
 mod cache;
@@ -292,7 +292,7 @@ impl Dataset {
         line
     }
 
-    /// The location of an example, if it is one of the first [`MAX_PLACES`].
+    /// The location of an example, if it is one of the first `MAX_PLACES`.
     pub fn place(&self, index: usize) -> Option<&str> {
         self.places.get(index).map(String::as_str)
     }

@@ -2,9 +2,9 @@
 //!
 //! | task | module |
 //! | --- | --- |
-//! | conversion of data rows to messages | [`conversation`] |
-//! | the template's environment, with limits on its work | [`engine`] |
-//! | the tags `{% generation %}` | [`marks`] |
+//! | conversion of data rows to messages | `conversation` |
+//! | the template's environment, with limits on its work | `engine` |
+//! | the tags `{% generation %}` | `marks` |
 //! | the text and the parts of it that carry the loss | [`Chat::render`] |
 
 mod conversation;

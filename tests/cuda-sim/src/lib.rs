@@ -10,7 +10,7 @@
 //! early, therefore gets wrong numbers.
 //!
 //! The environment variable `CUDA_SIM` makes the driver fail in various ways and write a report of its calls; see
-//! [`Settings`].
+//! `Settings`.
 
 #![allow(non_snake_case)] // the driver's names
 
