@@ -57,7 +57,7 @@ impl Dialect {
     /// # Errors
     /// A graph that breaks the dialect's rules.
     pub fn print(&self, graphs: &[&Graph]) -> Result<String, Error> {
-        self.module(graphs)?;
+        self.verified(graphs)?;
         Ok(text(graphs, false))
     }
 
@@ -66,21 +66,23 @@ impl Dialect {
     /// # Errors
     /// As [`Dialect::print`].
     pub fn print_with_locations(&self, graphs: &[&Graph]) -> Result<String, Error> {
-        self.module(graphs)?;
-        Ok(text(graphs, true))
+        self.verified(graphs)
     }
 
     /// Checks the graphs as a stage's result; `stage` names the culprit in the message.
     pub fn verify(&self, stage: &str, graphs: &[&Graph]) -> Result<(), Error> {
         let blame = |e: Error| Error::Invalid { stage: stage.into(), message: e.to_string() };
-        self.module(graphs).map(|_| ()).map_err(blame)
+        self.verified(graphs).map(drop).map_err(blame)
     }
 
-    fn module(&self, graphs: &[&Graph]) -> Result<Module<'_>, Error> {
+    /// The graphs' text with locations, which MLIR has verified.
+    fn verified(&self, graphs: &[&Graph]) -> Result<String, Error> {
         for graph in graphs {
             graph.verify().map_err(Error::Mlir)?;
         }
-        self.parse(&text(graphs, true))
+        let text = text(graphs, true);
+        self.parse(&text)?;
+        Ok(text)
     }
 
     pub(crate) fn context(&self) -> &Context {
@@ -176,14 +178,18 @@ fn text(graphs: &[&Graph], locations: bool) -> String {
     out
 }
 
+/// MLIR allows the character in a value's name.
+fn is_name_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "_.$-".contains(c)
+}
+
 /// By value, its name in the text: of an argument its label, of an operation's result the variable, and a number where
 /// there is none. Results of one operation share a name.
 fn names(graph: &Graph) -> Vec<String> {
     let mut names = vec![String::new(); graph.value_count()];
     let mut taken: HashSet<String> = HashSet::new();
     let mut unique = |name: &str| {
-        let plain = |c: char| if c.is_ascii_alphanumeric() || "_.$-".contains(c) { c } else { '_' };
-        let mut name: String = name.chars().map(plain).collect();
+        let mut name: String = name.chars().map(|c| if is_name_char(c) { c } else { '_' }).collect();
         if name.starts_with(|c: char| c.is_ascii_digit()) {
             name.insert(0, '_');
         }
@@ -292,8 +298,7 @@ fn defined_names(source: &str) -> Vec<&str> {
             }
             b'/' if tail.starts_with('/') => rest = tail.split_once('\n').map_or("", |(_, rest)| rest),
             b'%' => {
-                let part = |c: char| c.is_ascii_alphanumeric() || "_.$-".contains(c);
-                let (name, after) = tail.split_at(tail.find(|c| !part(c)).unwrap_or(tail.len()));
+                let (name, after) = tail.split_at(tail.find(|c| !is_name_char(c)).unwrap_or(tail.len()));
                 let count =
                     after.strip_prefix(':').map_or(after, |n| n.trim_start_matches(|c: char| c.is_ascii_digit()));
                 if count.trim_start().strip_prefix('=').is_some_and(|op| op.trim_start().starts_with("\"peft.")) {
@@ -307,30 +312,26 @@ fn defined_names(source: &str) -> Vec<&str> {
     found
 }
 
-/// MLIR forgets the names of values when it parses: they are taken from the text, one operation after the other. A
-/// number that [`names`] has appended to tell equal names apart is removed.
+/// Names the results of the graphs' operations, of which `defined` has the names in the order of the text: MLIR does not
+/// keep names when it parses. A number that [`names`] has appended to tell equal names apart is removed.
 fn name_values(graphs: &mut [Graph], defined: &[&str]) {
     let mut defined = defined.iter();
     for graph in graphs {
-        name_values_of(graph, &mut defined);
-    }
-}
-
-fn name_values_of<'n>(graph: &mut Graph, defined: &mut impl Iterator<Item = &'n &'n str>) {
-    let mut seen: HashSet<&str> = HashSet::new();
-    for (node, full) in graph.nodes.iter_mut().zip(defined) {
-        if full.starts_with(|c: char| c.is_ascii_digit()) {
-            continue;
+        let mut seen: HashSet<&str> = HashSet::new();
+        for (node, full) in graph.nodes.iter_mut().zip(defined.by_ref()) {
+            if full.starts_with(|c: char| c.is_ascii_digit()) {
+                continue;
+            }
+            seen.insert(full);
+            let number = |text: &str| !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
+            let copy = full.rsplit_once('_').filter(|(first, copy)| number(copy) && seen.contains(first));
+            let name = copy.map_or(*full, |(first, _)| first);
+            let (site, name) = name.rsplit_once('.').unwrap_or(("", name));
+            if node.location.site.is_empty() {
+                node.location.site = site.into();
+            }
+            node.location.name = name.into();
         }
-        seen.insert(full);
-        let number = |text: &str| !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
-        let copy = full.rsplit_once('_').filter(|(first, copy)| number(copy) && seen.contains(first));
-        let name = copy.map_or(*full, |(first, _)| first);
-        let (site, name) = name.rsplit_once('.').unwrap_or(("", name));
-        if node.location.site.is_empty() {
-            node.location.site = site.into();
-        }
-        node.location.name = name.into();
     }
 }
 

@@ -133,11 +133,11 @@ pub struct Pass {
 #[derive(Clone, Copy)]
 enum Entries {
     All,
-    /// Those that compute gradients, if anything trains.
+    /// Those of training, if anything trains: gradients are computed.
     Differentiated,
-    /// The others.
+    /// Those in which no gradient is computed.
     NotDifferentiated,
-    /// Those without dropout: nothing is drawn when a model is evaluated.
+    /// Those that are not for training, whether anything trains or not: they have no dropout.
     Evaluated,
 }
 
@@ -187,7 +187,7 @@ fn rematerialise(graph: &Graph, context: &mut Context) -> Result<Graph, String> 
     Ok(graph)
 }
 
-/// Every rewriting pass does this, too; `peftc opt` offers it by itself.
+/// The name and the description of rewriting without a rule, which every fusion rule includes.
 const CANONICALIZE: (&str, &str) = ("canonicalize", "merges common subexpressions and removes dead operations");
 
 /// What `peftc opt --passes` takes, with a description: every pass, and every fusion rule by itself.

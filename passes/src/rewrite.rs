@@ -2,7 +2,6 @@
 //! operation by a cheaper value. Common subexpressions are computed once, and dead operations are dropped.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
 use peft_grammar::graph::{Graph, Location, Node, Op, Value};
 
@@ -14,8 +13,8 @@ pub struct Rewriter {
     known: HashMap<(Op, Vec<Value>), Vec<Value>>,
     /// Where the operation that is being rewritten comes from.
     location: Location,
-    /// The rule that is being applied.
-    rule: Arc<str>,
+    /// The fusion rule that is being applied; empty in other passes.
+    rule: &'static str,
     /// New values of the old graph's outputs.
     outputs: HashSet<Value>,
 }
@@ -33,7 +32,7 @@ pub fn rewrite(
         graph: Graph::new(graph.name.clone()),
         known: HashMap::new(),
         location: Location::default(),
-        rule: Arc::default(),
+        rule: "",
         outputs: HashSet::new(),
     };
     let given: HashSet<Value> = graph.outputs.iter().map(|(_, v)| *v).collect();
@@ -67,10 +66,8 @@ pub fn rewrite(
 
 impl Rewriter {
     /// The operations appended from here on bear the name of this rule.
-    pub fn apply(&mut self, rule: &str) {
-        if *self.rule != *rule {
-            self.rule = rule.into();
-        }
+    pub fn set_rule(&mut self, rule: &'static str) {
+        self.rule = rule;
     }
 
     /// Appends an operation of one result for the rule that is being applied, or finds the value that is the same.
@@ -80,7 +77,7 @@ impl Rewriter {
     pub fn op(&mut self, op: Op, operands: &[Value]) -> Result<Value, String> {
         let mut location = self.location.unnamed();
         if !self.rule.is_empty() {
-            location.rule = self.rule.clone();
+            location.rule = self.rule.into();
         }
         self.results(op, operands, location).map(|results| results[0])
     }

@@ -138,11 +138,5 @@ fn emit(arguments: &Arguments, stage: Stage) -> Result<(), Failure> {
             }
         }
     };
-    match &arguments.output {
-        Some(path) => super::write(path, &text),
-        None => {
-            super::print(text.trim_end());
-            Ok(())
-        }
-    }
+    super::write_or_print(arguments.output.as_deref(), &text)
 }

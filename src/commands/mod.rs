@@ -132,3 +132,15 @@ pub(crate) fn say(text: &str) {
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
     Ok(peft_runtime::files::write_atomic(path, text.as_bytes())?)
 }
+
+/// Writes a text to the file that `--output` names, or prints it.
+#[cfg(feature = "compiler")]
+fn write_or_print(output: Option<&Path>, text: &str) -> Result<(), Failure> {
+    match output {
+        Some(path) => write(path, text),
+        None => {
+            print(text.trim_end());
+            Ok(())
+        }
+    }
+}

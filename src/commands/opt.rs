@@ -97,13 +97,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     let graphs: Vec<&Graph> = graphs.iter().collect();
     let text = if arguments.locations { dialect.print_with_locations(&graphs)? } else { dialect.print(&graphs)? };
-    match &arguments.output {
-        Some(path) => super::write(path, &text),
-        None => {
-            super::print(text.trim_end());
-            Ok(())
-        }
-    }
+    super::write_or_print(arguments.output.as_deref(), &text)
 }
 
 fn read(path: &Path) -> Result<String, Failure> {

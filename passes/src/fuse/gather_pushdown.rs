@@ -28,7 +28,7 @@ pub fn apply(graph: &Graph) -> Result<Graph, String> {
     let mut pushdown = Pushdown { plan: Plan::of(graph), scattered: HashMap::new(), gathered: HashMap::new() };
     let mut nodes = graph.nodes.iter();
     rewrite(graph, |new, _, full| {
-        new.apply("gather_pushdown");
+        new.set_rule("gather_pushdown");
         pushdown.rebuild(new, nodes.next().expect("one call per node"), full)
     })
 }

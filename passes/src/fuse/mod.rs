@@ -186,7 +186,7 @@ fn round(graph: &Graph, rules: &[&NamedRule], thresholds: &Thresholds) -> Result
     rewrite(&next, |new, op, operands| {
         for (name, _, rule) in rules {
             if let Operation(rule) = rule {
-                new.apply(name);
+                new.set_rule(name);
                 if let Some(value) = rule(new, op, operands, thresholds)? {
                     return Ok(Some(value));
                 }

@@ -123,8 +123,7 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         for (name, value) in &self.graph.outputs {
             let ty = self.graph.ty(*value).clone();
             let gradient = gradient_of(self.graph, self.module.tensors, name);
-            let mut dispatch =
-                DispatchLowering { lowering: &mut self, label: "copy".into(), helper: Some("copy"), frozen: None };
+            let mut dispatch = self.helper_launches("copy", None);
             if gradient.is_none() {
                 dispatch.materialize(*value);
             }
@@ -161,6 +160,11 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
         self.graph.ty(value)
     }
 
+    /// Launches with this label that do not compute the operations of the dispatch at hand, but serve it.
+    fn helper_launches(&mut self, label: &'static str, frozen: Option<String>) -> DispatchLowering<'_, 't, 'a, 'g> {
+        DispatchLowering { lowering: self, label: label.into(), helper: Some(label), frozen }
+    }
+
     /// Starts the dispatch whose root is node `at`.
     pub fn start(&mut self, at: usize) -> DispatchLowering<'_, 't, 'a, 'g> {
         let node = &self.graph.nodes[at];
@@ -180,18 +184,13 @@ impl<'t, 'a, 'g> Lowering<'t, 'a, 'g> {
 impl<'t, 'a, 'g> DispatchLowering<'_, 't, 'a, 'g> {
     /// A helper launch of the same dispatch, such as a copy, with a label of its own.
     pub fn helper(&mut self, label: &'static str) -> DispatchLowering<'_, 't, 'a, 'g> {
-        DispatchLowering {
-            lowering: &mut *self.lowering,
-            label: label.into(),
-            helper: Some(label),
-            frozen: self.frozen.clone(),
-        }
+        let frozen = self.frozen.clone();
+        self.lowering.helper_launches(label, frozen)
     }
 
     /// The packing of an operand as part of this dispatch. With a `key` the operand is frozen, and is packed once.
     pub fn for_packing(&mut self, key: Option<&str>) -> DispatchLowering<'_, 't, 'a, 'g> {
-        let frozen = key.map(String::from);
-        DispatchLowering { lowering: &mut *self.lowering, label: "pack".into(), helper: Some("pack"), frozen }
+        self.lowering.helper_launches("pack", key.map(String::from))
     }
 
     /// The precision of a gemm: that of the recipe if B is frozen and A is read along k (`a_column_major` is false),

@@ -16,11 +16,12 @@ impl Lowered {
         let mut out = String::new();
         for (entry, launches) in &self.listing {
             let of_entry = self.manifest.entries.get(entry).map_or(&self.manifest.prepare, |entry| &entry.launches);
-            let shown = |computed: &Computed| site.is_none_or(|site| computed.location.within(site));
             let mut lines = String::new();
             for (at, (launch, dispatches)) in of_entry.iter().zip(launches).enumerate() {
                 let operations: Vec<&Computed> = dispatches.iter().flat_map(|operations| operations.iter()).collect();
-                if site.is_some() && !operations.iter().any(|operation| shown(operation)) {
+                if let Some(site) = site
+                    && !operations.iter().any(|operation| operation.location.within(site))
+                {
                     continue;
                 }
                 let _ = writeln!(lines, "{at:>5}  {}", self.manifest.kernels[launch.kernel]);
